@@ -33,10 +33,9 @@ from strop.models.tokenizer import load_tokenizer
 from strop.planning.learning_rate import objective_base_rate
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
-from strop.training.job import Job
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
-from strop.training.state import Progress, TrainState
+from strop.training.state import Job, Progress, TrainState
 
 WAYS: dict[str, dict[str, Any]] = {
     "16 bit": {},

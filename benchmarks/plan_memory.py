@@ -216,7 +216,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
             rows = data_files()[0] if case["data"] == "demo" else snips or rows
             options["train.max_steps"] = 40
         elif "pairs" in case:
-            demo_pairs.write(rows, Path(temp) / "held.jsonl")
+            demo_pairs.write_pairs(rows, Path(temp) / "held.jsonl")
             options |= {"train.objective": case["pairs"]}
         else:
             options |= random_rows(rows, case)

@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows, pairs, held = folder / "rows.jsonl", folder / "pairs.jsonl", folder / "held.jsonl"
-        demo_pairs.write(pairs, held)
+        demo_pairs.write_pairs(pairs, held)
         for source, out in ((data_files()[0], rows), (pairs, pairs)):
             lines = source.read_text(encoding="utf-8").splitlines()[: given.rows]
             out.write_text("\n".join(lines) + "\n", encoding="utf-8")

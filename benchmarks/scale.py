@@ -26,7 +26,7 @@ from typing import Any
 import measured
 
 from strop import plan
-from strop.distributed.assign import deal
+from strop.distributed.assign import assign_balanced
 from strop.planning.multi_device import (
     LOOPBACK,
     NETWORKS,
@@ -259,7 +259,7 @@ def _imbalance(count: int) -> float:
     longest (strop.distributed.assign)."""
     rows = 4 * count
     lengths = [0.25 + 0.75 * ((number * 0.6180339887) % 1) for number in range(rows)]
-    shares = [sum(lengths[row] for row in share) for share in deal(lengths, count)]
+    shares = [sum(lengths[row] for row in share) for share in assign_balanced(lengths, count)]
     return max(shares) / (sum(shares) / count)
 
 

@@ -1,4 +1,4 @@
-"""Random and mutated data files through sources and formats: only a DataError may come out, and no hang.
+"""Read random and mutated data files: only a DataError may be raised, without a hang.
 
 python tests/fuzz_data.py --files 20000 [--seed N]
 """
@@ -22,7 +22,8 @@ import zstandard
 from pyarrow import parquet
 
 from strop.data.formats import FORMATS, conversations
-from strop.data.reading.sources import REASONS, RowFault, read_rows
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import READING_REASONS, RowError
 from strop.errors import DataError
 
 LIMIT_S = 20
@@ -102,8 +103,8 @@ def _mutated(chance: random.Random, content: bytes) -> bytes:
     return bytes(data[: chance.randint(0, len(data))] if chance.random() < 0.1 else data)
 
 
-def one_file(chance: random.Random, folder: Path) -> str:
-    """Write one file, read it, and say how it ended: read, faults or refused. Anything else is raised."""
+def try_file(chance: random.Random, folder: Path) -> str:
+    """Write one file, read it, and return the result: read, faults or refused. Other errors are raised."""
     suffix = chance.choice(SUFFIXES)
     content = _mutated(chance, _content(chance, suffix))
     if suffix != ".parquet" and chance.random() < 0.2:
@@ -115,7 +116,7 @@ def one_file(chance: random.Random, folder: Path) -> str:
     columns = chance.choice([*[None] * 8, {"prompt": "1", "completion": "2"}, {"prompt": "a", "completion": "b"}])
     options = {"encoding": chance.choice([*["utf-8"] * 8, "latin-1", "utf-16-le"]), "columns": columns}
     spec = str(path) + chance.choice(["", "", "@0.5", "@2"])
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     try:
         reader = conversations(
             read_rows(spec, bad=bad, **options),
@@ -130,7 +131,7 @@ def one_file(chance: random.Random, folder: Path) -> str:
     except DataError as error:
         assert error.lines()
         return "refused"
-    assert reader.num_rows - reader.num_used + sum(fault.code in REASONS for fault in bad) >= len(bad)
+    assert reader.num_rows - reader.num_used + sum(fault.code in READING_REASONS for fault in bad) >= len(bad)
     return "faults" if bad else "read"
 
 
@@ -138,23 +139,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     outcomes: Counter[str] = Counter()
     started_s, longest_s = time.monotonic(), 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for place in range(asked.files):
+        for place in range(args.files):
             before_s = time.monotonic()
             if hasattr(signal, "alarm"):
-                signal.alarm(LIMIT_S)  # a hang ends the process
+                signal.alarm(LIMIT_S)  # a hang kills the process
             try:
-                outcomes[one_file(random.Random(f"{asked.seed}-{place}"), Path(folder))] += 1
+                outcomes[try_file(random.Random(f"{args.seed}-{place}"), Path(folder))] += 1
             except BaseException:
-                print(f"file {place} of seed {asked.seed}:", next(Path(folder).glob("fuzz*")).read_bytes()[:2000])
+                print(f"file {place} of seed {args.seed}:", next(Path(folder).glob("fuzz*")).read_bytes()[:2000])
                 raise
             longest_s = max(longest_s, time.monotonic() - before_s)
-            for left in Path(folder).glob("fuzz*"):
-                left.unlink()
-    print(f"{asked.files} files in {time.monotonic() - started_s:.0f} s, longest {longest_s:.2f} s: {dict(outcomes)}")
+            for file in Path(folder).glob("fuzz*"):
+                file.unlink()
+    print(f"{args.files} files in {time.monotonic() - started_s:.0f} s, longest {longest_s:.2f} s: {dict(outcomes)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from strop.cli.app import COMMANDS
 from strop.config.load import resolve
 from strop.config.schema import option_fields
 from tests import ROOT
-from tests.support.commands import fault
+from tests.support.commands import find_error
 from tests.support.pages import PAGES, SHELL, Block, anchors, blocks, commands, inline, links
 from tests.support.scripts import script
 
@@ -53,7 +53,7 @@ def shell_faults(block: Block) -> list[str]:
     for words in commands(block.text):
         first = words[0].rpartition("/")[2]
         if first == "strop":
-            found.append(fault(words[1:]))
+            found.append(find_error(words[1:]))
         elif first == "make":
             found += [f"no target {word}" for word in words[1:] if "=" not in word and word not in TARGETS]
         elif first in ("python", "python3"):

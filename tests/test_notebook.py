@@ -8,7 +8,7 @@ import re
 import shlex
 
 from tests import ROOT
-from tests.support.commands import fault
+from tests.support.commands import find_error
 from tests.support.pages import blocks
 from tests.support.scripts import script
 
@@ -24,7 +24,7 @@ def test_the_notebook_is_made_from_the_lesson() -> None:
     ]
     for text in code:
         if text.startswith("!"):
-            assert all(fault(shlex.split(line[1:], comments=True)[1:]) is None for line in text.splitlines())
+            assert all(find_error(shlex.split(line[1:], comments=True)[1:]) is None for line in text.splitlines())
         else:
             ast.parse(text)
     headings = re.findall(r"^## (.*)$", made.LESSON.read_text(encoding="utf-8"), re.M)

@@ -1,4 +1,4 @@
-"""The seam for tests of others: each part of it makes what it says."""
+"""strop.testing: a tiny model, rows and a whole run for tests of other projects."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import strop
 from strop import testing
 
 
-def test_a_whole_run_and_what_may_be_done_with_it(tmp_path: Path) -> None:
+def test_tiny_run_trains_and_can_be_loaded(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     run = testing.tiny_run(tmp_path, callback=events.append, seed=3)
     assert run.folder == tmp_path / "run" and run.report["steps"] == 4 and run.report["data"]["used"] == 24
     assert events[-1]["event"] == "end" and sum(event["event"] == "step" for event in events) == 4
     assert isinstance(strop.load(run.folder).chat("what is 3", max_new_tokens=2), str)
-    with pytest.raises(strop.InputError, match="holds a run"):
+    with pytest.raises(strop.InputError, match="contains a run"):
         testing.tiny_run(tmp_path)
 
 
-def test_no_advice_of_other_libraries_is_shown(tmp_path: Path) -> None:
-    """As a person's Python shows them: pytest has filters of its own."""
+def test_libraries_print_no_warnings(tmp_path: Path) -> None:
+    """Checked in a new process, because pytest filters warnings."""
     script = (
         "import sys; from strop import testing; import strop; run = testing.tiny_run(sys.argv[1]); "
         "strop.load(run.folder).chat('what is 3', max_new_tokens=2); import logging; "
@@ -37,10 +37,10 @@ def test_no_advice_of_other_libraries_is_shown(tmp_path: Path) -> None:
     assert done.returncode == 0 and "Warning" not in done.stderr and "kernels" not in done.stderr, done.stderr
 
 
-def test_the_model_is_one_for_transformers_too_and_its_seed_decides(tmp_path: Path) -> None:
+def test_tiny_model_loads_in_transformers_and_depends_on_its_seed(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     folders = [testing.tiny_model(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    assert torch.equal(torch.get_rng_state(), before)  # nobody else's numbers move
+    assert torch.equal(torch.get_rng_state(), before)  # the global random state is unchanged
     weights = [AutoModelForCausalLM.from_pretrained(folder).lm_head.weight for folder in folders]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
@@ -48,7 +48,7 @@ def test_the_model_is_one_for_transformers_too_and_its_seed_decides(tmp_path: Pa
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text and len(tokenizer) == weights[0].shape[0]
 
 
-def test_rows(tmp_path: Path) -> None:
+def test_tiny_rows_are_valid_training_rows(tmp_path: Path) -> None:
     file = testing.tiny_rows(tmp_path / "rows.jsonl", 3)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     checked = strop.check(model=str(testing.tiny_model(tmp_path / "model")), data=str(file))

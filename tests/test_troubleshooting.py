@@ -1,4 +1,4 @@
-"""Each of the usual troubles, provoked: the message names the part of docs/troubleshooting.md that is about it."""
+"""Common problems, provoked: each message refers to its heading in docs/troubleshooting.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from strop.config.load import resolve
 from strop.engine.device import pick_device
 from strop.engine.train import fast
 from strop.errors import (
-    TROUBLES,
+    TROUBLESHOOTING_PAGE,
     DeviceError,
     DiskError,
     GatedError,
@@ -35,17 +35,17 @@ from strop.machine.probe import Machine
 from strop.models.quantize import pack, unpack
 from strop.planning import calibrate
 from strop.planning.memory import CUDA_CONTEXT_BYTES
-from strop.runs.folder import disk_faults
+from strop.runs.folder import disk_errors
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
-from strop.training.preflight import _look
+from strop.training.preflight import _probe_machine
 from tests import ROOT
 from tests.support import tiny
 from tests.support.failures import curve, falling, starved
 from tests.support.hub_standin import serve
 
-PAGE = ROOT / TROUBLES
-NAMED = re.compile(rf"{TROUBLES}#(\w+)")
+PAGE = ROOT / TROUBLESHOOTING_PAGE
+REFERENCE = re.compile(rf"{TROUBLESHOOTING_PAGE}#(\w+)")
 
 
 def headings() -> set[str]:
@@ -53,25 +53,25 @@ def headings() -> set[str]:
 
 
 def classes(kind: type[StropError]) -> list[type[StropError]]:
-    return [kind, *(found for below in kind.__subclasses__() for found in classes(below))]
+    return [kind, *(inner for subclass in kind.__subclasses__() for inner in classes(subclass))]
 
 
-def test_every_part_that_is_named_is_there() -> None:
+def test_every_heading_that_messages_refer_to_exists() -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in (PAGE.parents[1] / "src").rglob("*.py"))
-    named = {kind.page for kind in classes(StropError) if kind.page} | set(NAMED.findall(source))
-    assert named <= headings() and len(headings()) == 8
+    referred = {kind.page for kind in classes(StropError) if kind.page} | set(REFERENCE.findall(source))
+    assert referred <= headings() and len(headings()) == 8
 
 
 def test_memory(tmp_path: Path) -> None:
     job = replace(tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 2}), memory_key="trouble")
     with pytest.raises(MemoryLimitError) as raised:
         fit(starved(job, set(range(1, 100))))
-    assert f"{TROUBLES}#memory" in raised.value.lines()[0]
+    assert f"{TROUBLESHOOTING_PAGE}#memory" in raised.value.lines()[0]
 
 
 def without_bitsandbytes(patch: pytest.MonkeyPatch) -> None:
     for name in ("bitsandbytes", "bitsandbytes.functional"):
-        patch.setitem(sys.modules, name, None)  # an import of it then fails
+        patch.setitem(sys.modules, name, None)  # importing it fails
 
 
 def eight_bit() -> object:
@@ -84,14 +84,14 @@ def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
     without_bitsandbytes(monkeypatch)
     with pytest.raises(QuantizerError, match="cannot be used here") as raised:
         use()
-    assert f"{TROUBLES}#bitsandbytes" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
     found = calibrate.check_four_bit_step()
     assert found.level == "error" and "bitsandbytes" in found.why and "install" in found.fix
 
 
 @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
 def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It can be imported, and its library is a stand-in that raises when it is called."""
+    """bitsandbytes can be imported, but its functions raise."""
 
     def other_cuda(*args: object, **named: object) -> None:
         raise RuntimeError("\nCUDA SETUP ERROR: no kernel image is available for execution on the device\nmore")
@@ -102,7 +102,7 @@ def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", other_cuda)
     with pytest.raises(QuantizerError, match="cannot be used here: CUDA SETUP ERROR") as raised:
         unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
-    assert f"{TROUBLES}#bitsandbytes" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
     found = calibrate.check_four_bit_step()
     assert found.level == "error" and "#bitsandbytes" in found.why and "install" in found.fix
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", no_memory)
@@ -114,14 +114,14 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError) as raised:
         pick_device("cuda")
-    assert f"{TROUBLES}#cuda" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#cuda" in raised.value.fix
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
     (found,) = calibrate.check_gpus(machine)
     assert found.level == "error" and "cannot use it" in found.what and "#cuda" in found.why and found.fix
 
 
 def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card on which no kernel can be compiled: the doctor says so, and a run does."""
+    """On a GPU for which no kernel can be compiled, the doctor and a run report it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
@@ -144,26 +144,26 @@ def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch:
     assert [note for note in notes if "no C compiler" in note and "#triton" in note]
 
 
-def test_a_run_that_passes_a_card_over_says_so(
+def test_run_that_cannot_use_a_gpu_notes_it(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("strop.machine.probe._gpus", lambda: ("NVIDIA RTX 4090, 24564 MiB",))
     options = {"model": str(tiny_folder), "data": str(rows_file), "train.max_steps": 1, "model.dtype": "fp32"}
-    said = {}
+    notes = {}
     for device in ("auto", "cpu"):
         events: list[dict[str, object]] = []
         strop.train(**options, device=device, out=tmp_path / device, callback=events.append)
-        said[device] = [str(event["text"]) for event in events if event["event"] == "note"]
-    assert len(said["auto"]) == 1 and "RTX 4090" in said["auto"][0] and "#cuda" in said["auto"][0]
-    assert not said["cpu"]
+        notes[device] = [str(event["text"]) for event in events if event["event"] == "note"]
+    assert len(notes["auto"]) == 1 and "RTX 4090" in notes["auto"][0] and "#cuda" in notes["auto"][0]
+    assert not notes["cpu"]
 
 
-def test_what_is_free_on_a_card_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reserved_gpu_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strop.training.preflight.pick_device", lambda asked: "cuda:1")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
-    found = _look(resolve(None, {"model": "m", "data": "d"}).recipe, None)
+    found = _probe_machine(resolve(None, {"model": "m", "data": "d"}).recipe, None)
     assert found.card_free_bytes == (4 << 30) + CUDA_CONTEXT_BYTES
 
 
@@ -172,18 +172,18 @@ def test_nan(tmp_path: Path) -> None:
     broken = replace(job, step=replace(job.step, token_loss=lambda rows: job.step.token_loss(rows) * float("nan")))
     with pytest.raises(NonFiniteError) as raised:
         fit(broken)
-    assert f"{TROUBLES}#nan" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#nan" in raised.value.fix
 
 
 def test_flat() -> None:
     (found,) = diagnose(curve("step", falling(2.0, 2.0)), 0.02)
-    assert f"{TROUBLES}#flat" in found
+    assert f"{TROUBLESHOOTING_PAGE}#flat" in found
 
 
 def test_disk(tmp_path: Path) -> None:
-    with pytest.raises(DiskError) as raised, disk_faults(tmp_path):
+    with pytest.raises(DiskError) as raised, disk_errors(tmp_path):
         raise OSError(28, "No space left on device")
-    assert f"{TROUBLES}#disk" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#disk" in raised.value.fix
 
 
 def test_gated(tmp_path: Path, tiny_folder: Path) -> None:
@@ -195,21 +195,21 @@ def test_gated(tmp_path: Path, tiny_folder: Path) -> None:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
     error = json.loads(done.stdout)["error"]
     assert done.returncode == 2 and error["kind"] == GatedError.__name__, done.stderr
-    assert "hf auth login" in error["fix"] and f"{TROUBLES}#gated" in error["fix"]
+    assert "hf auth login" in error["fix"] and f"{TROUBLESHOOTING_PAGE}#gated" in error["fix"]
 
 
-def test_a_step_in_4_bit_that_does_not_move_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_4_bit_step_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calibrate.check_four_bit_step().level == "ok"
     monkeypatch.setattr(calibrate.QuantizedLinear, "forward", lambda self, x: x.detach() * 1 + 0 * x)
     assert calibrate.check_four_bit_step().level == "error"
 
 
-def test_a_step_in_4_bit_whose_weight_stays_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_4_bit_step_that_leaves_the_weight_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
     assert calibrate.check_four_bit_step().level == "error"
 
 
-def test_a_check_that_crashes_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_check_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise RuntimeError("no kernel image is available")
 

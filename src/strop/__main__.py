@@ -1,4 +1,4 @@
-"""`python -m strop` is `strop`: for environments whose scripts are not on the PATH."""
+"""Run strop as `python -m strop`, for environments without scripts on the PATH."""
 
 from strop.cli.app import main
 

@@ -1,23 +1,23 @@
-"""One tree of errors. Each carries what is wrong, what to do about it, and where.
+"""The errors that strop raises. Each one says what is wrong, where, and how to fix it.
 
-StropError                what, fix, where; never raised itself
-├── InputError            the user's input is wrong; found before weights load      exit 2
-│   ├── RecipeError       an option or a recipe: unknown key, bad value
-│   ├── DataError         a data file or its rows
-│   ├── ModelError        a model, an adapter, a tokenizer, a chat template
-│   │   ├── GatedError        the Hub does not let this account have it
-│   │   └── QuantizerError    bitsandbytes is missing or does not fit this machine
-│   ├── DeviceError       a device that torch cannot use here
-│   └── FolderError       a folder that cannot be written, or holds something already
-├── RunError              it was tried and failed                                   exit 1
-│   ├── DivergedError     training went wrong and going back did not help
-│   │   └── NonFiniteError    loss or gradient is NaN or infinite
-│   ├── ParityError       what was made is not the model it was made of
-│   ├── MemoryLimitError  out of memory, and nothing left that would save some
-│   ├── DiskError         the disk is full or broken
-│   └── CheckpointError   no checkpoint that verifies
-├── Elsewhere             another process of this run has failed, and says why      exits as that one
-└── Stopped               Ctrl-C or SIGTERM, after saving                           exit 130
+StropError                never raised itself: what, where, fix
+├── InputError            the user's input is wrong; raised before weights load    exit code 2
+│   ├── RecipeError           an option or a recipe: unknown key, invalid value
+│   ├── DataError             a data file or its rows
+│   ├── ModelError            a model, an adapter, a tokenizer or a chat template
+│   │   ├── GatedError            the Hub denies this account access
+│   │   └── QuantizerError        bitsandbytes is missing or does not work on this machine
+│   ├── DeviceError           a device that torch cannot use on this machine
+│   └── FolderError           a folder that cannot be written, or is not empty
+├── RunError              the command was tried and failed                         exit code 1
+│   ├── DivergedError         training diverged, and rolling back did not help
+│   │   └── NonFiniteError        the loss or a gradient is NaN or infinite
+│   ├── ParityError           a merged, exported or served model differs from the tuned one
+│   ├── MemoryLimitError      out of memory, with no setting left that would need less
+│   ├── DiskError             the disk is full or broken
+│   └── CheckpointError       no checkpoint is complete and undamaged
+├── PeerFailed            another process of this run failed and reports why       exit code of that process
+└── Stopped               Ctrl-C or SIGTERM, after saving                          exit code 130
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TROUBLES = "docs/troubleshooting.md"
-SHOWN_PLACES = 10  # how many places an error lists before it only counts them
+TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
+MAX_SHOWN_PLACES = 10  # an error lists this many places and counts the rest
 
 
 @dataclass(frozen=True)
 class Where:
-    """A place in the user's input: a file, a line from 1 (None: the whole file), and what is wrong there."""
+    """A place in the user's input: a file, a line number from 1 (None: the whole file), and what is wrong there."""
 
     file: str
     line: int | None
@@ -44,32 +44,36 @@ class Where:
 
 
 class StropError(Exception):
-    """what went wrong, how to fix it, and where (any number of places)."""
+    """Base class of all errors of strop.
+
+    Args:
+        what: what is wrong, in one sentence.
+        fix: what to do about it.
+        where: the places in the user's input that are wrong.
+    """
 
     exit_code = 1
-    page = ""  # the part of docs/troubleshooting.md that is about it
+    page = ""  # the heading in docs/troubleshooting.md about this error
 
     def __init__(self, what: str, *, fix: str = "", where: Sequence[Where] = ()) -> None:
         super().__init__(what)
         self.what = what
-        self.fix = "; ".join(part for part in (fix, f"see {TROUBLES}#{self.page}" if self.page else "") if part)
+        self.fix = "; ".join(part for part in (fix, self.page and f"see {TROUBLESHOOTING_PAGE}#{self.page}") if part)
         self.where = tuple(where)
-        self.so_far: dict[str, Any] = {}  # what `--json` reports beside the error
+        self.partial_result: dict[str, Any] = {}  # results from before the failure, for `--json`
 
     @property
     def kind(self) -> str:
         return type(self).__name__
 
     def lines(self) -> list[str]:
-        """The error as a person reads it: one line a place, then the fix."""
+        """Return the error as text for a terminal: one line a place, then the fix."""
+        fix = f": {self.fix}" if self.fix else ""
         if len(self.where) == 1:
-            return [f"{self.where[0]}" + (f": {self.fix}" if self.fix else "")]
-        if not self.where:
-            return [self.what + (f": {self.fix}" if self.fix else "")]
-        shown = [str(place) for place in self.where[:SHOWN_PLACES]]
+            return [f"{self.where[0]}{fix}"]
+        shown = [str(place) for place in self.where[:MAX_SHOWN_PLACES]]
         more = len(self.where) - len(shown)
-        rest = [f"... and {more} more"] if more else []
-        return [*shown, *rest, self.what + (f": {self.fix}" if self.fix else "")]
+        return [*shown, *([f"... and {more} more"] if more else []), f"{self.what}{fix}"]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -81,67 +85,81 @@ class StropError(Exception):
 
 
 class InputError(StropError):
+    """Raised when the user's input is wrong, before weights load."""
+
     exit_code = 2
 
 
 class RecipeError(InputError):
-    pass
+    """Raised when an option or a recipe has an unknown key or an invalid value."""
 
 
 class DataError(InputError):
-    pass
+    """Raised when a data file or some of its rows are wrong."""
 
 
 class ModelError(InputError):
-    pass
+    """Raised when a model, an adapter, a tokenizer or a chat template cannot be used."""
 
 
 class GatedError(ModelError):
+    """Raised when the Hub denies this account access to a model."""
+
     page = "gated"
 
 
 class QuantizerError(ModelError):
+    """Raised when bitsandbytes is missing or does not work on this machine."""
+
     page = "bitsandbytes"
 
 
 class DeviceError(InputError):
+    """Raised when torch cannot use the requested device on this machine."""
+
     page = "cuda"
 
 
 class FolderError(InputError):
-    pass
+    """Raised when a folder or file cannot be written, or exists already."""
 
 
 class RunError(StropError):
-    pass
+    """Raised when a command was tried and failed."""
 
 
 class DivergedError(RunError):
-    pass
+    """Raised when training diverges and rolling back does not help."""
 
 
 class NonFiniteError(DivergedError):
+    """Raised when the loss or a gradient stays NaN or infinite."""
+
     page = "nan"
 
 
 class ParityError(RunError):
-    pass
+    """Raised when a merged, exported or served model differs from the tuned one beyond the limit."""
 
 
 class MemoryLimitError(RunError):
+    """Raised when memory runs out and no setting is left that would need less."""
+
     page = "memory"
 
 
 class DiskError(RunError):
+    """Raised when the disk is full or broken."""
+
     page = "disk"
 
 
 class CheckpointError(RunError):
-    pass
+    """Raised when no checkpoint is complete and undamaged."""
 
 
-class Elsewhere(StropError):
-    """Nothing to print: the process of another device does."""
+class PeerFailed(StropError):
+    """Raised when another process of this run failed. That process prints the error; this one prints nothing."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of this run has failed")
@@ -149,15 +167,17 @@ class Elsewhere(StropError):
 
 
 class Stopped(StropError):
+    """Raised after Ctrl-C or SIGTERM, once the run is saved."""
+
     exit_code = 130
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean x?)' for another known word that is most like `word`, else ''."""
-    close = difflib.get_close_matches(word, [other for other in known if other != word], n=1, cutoff=0.6)
+    """Return " (did you mean x?)" for the known word most similar to `word`, or "" if none is similar."""
+    close = difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """Of what a library says; its name where it says nothing."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,50 +1,124 @@
-"""The command line as a contract: help texts are changed on purpose only."""
+"""Help texts, examples and the end of a command."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from strop.cli.app import COMMANDS, GROUPS
+from strop.cli.app import COMMANDS, EXAMPLES, GROUPS
+from strop.cli.invocation import command_name, with_command_name
+from strop.config.schema import option_fields
 from tests import ROOT
-from tests.support.helptexts import FILE, helptexts
+from tests.support.commands import find_error
+from tests.support.helptexts import FILE, help_by_command, helptexts, recipe_panels
+from tests.support.pages import commands
+
+needs_terminal = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals exist on POSIX systems only")
 
 
-def test_help_says_what_it_said() -> None:
-    """After a change that is meant: python -m tests.support.helptexts"""
+def is_pinned(package: str) -> bool:
+    """Return whether the installed minor version of a package is the one in constraints.txt."""
+    pins = re.findall(rf"^{package}==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    return version(package).startswith(tuple(f"{pin}." for pin in pins))
+
+
+@needs_terminal
+@pytest.mark.skipif(not (is_pinned("typer") and is_pinned("rich")), reason="other versions lay out help differently")
+def test_help_on_a_terminal_equals_the_snapshot() -> None:
+    """After an intended change: python -m tests.support.helptexts"""
     assert helptexts() == FILE.read_text(encoding="utf-8")
 
 
+@needs_terminal
+def test_help_on_a_terminal_shows_choices_and_defaults_of_every_field() -> None:
+    texts = help_by_command()
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", texts["strop train"]).split())
+    assert "[none|nf4|fp4|int8|auto] [default: none]" in shown and "[cosine|linear|constant]" in shown
+    for name, info in option_fields():
+        assert f"--{name}" in shown
+        if not info.is_required() and info.default not in (None, []) and info.default_factory is None:
+            assert f"[default: {str(info.default).lower() if info.default in (True, False) else info.default}]" in shown
+    panels = recipe_panels(texts["strop train"])
+    assert len(panels) == 5
+    assert all(recipe_panels(texts[f"strop {name}"]) == panels for name in ("plan", "check", "resume"))
+
+
 @pytest.mark.parametrize("name", [*COMMANDS, *GROUPS])
-def test_a_command_is_in_the_file_named_after_it(name: str) -> None:
-    """Those of a group are in the group's file."""
-    commands = GROUPS[name][1] if name in GROUPS else {COMMANDS[name].__name__: COMMANDS[name]}
+def test_each_command_is_the_only_public_function_of_its_file(name: str) -> None:
+    """The commands of a group are in the file of the group."""
+    functions = GROUPS[name][1] if name in GROUPS else {COMMANDS[name].__name__: COMMANDS[name]}
     file = {"eval": "evaluate", "import": "import_", "export-script": "export_script"}.get(name, name)
-    assert {command.__module__ for command in commands.values()} == {f"strop.commands.{file}"}
-    tree = ast.parse((ROOT / "src" / "strop" / "commands" / f"{file}.py").read_text(encoding="utf-8"))
+    assert {function.__module__ for function in functions.values()} == {f"strop.cli.commands.{file}"}
+    source = ROOT / "src" / "strop" / "cli" / "commands" / f"{file}.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     public = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
-    assert sorted(public) == sorted(commands)
+    assert sorted(public) == sorted(functions)
 
 
-def test_a_command_ends_without_looking_for_rubbish() -> None:
+def test_every_command_has_two_valid_examples() -> None:
+    names = {*COMMANDS, *(f"{group} {name}" for group, (_, functions) in GROUPS.items() for name in functions)}
+    assert set(EXAMPLES) == names
+    for name, examples in EXAMPLES.items():
+        assert len(examples) == 2
+        for example in examples:
+            words = next(words for words in commands(example.partition(" > ")[0]) if words[0] == "strop")
+            assert " ".join(words[1:]).startswith(name) and find_error(words[1:]) is None, example
+
+
+def test_shell_completes_recipe_fields() -> None:
+    variables = {"_STROP_COMPLETE": "complete_bash", "COMP_WORDS": "strop train --model.q", "COMP_CWORD": "2"}
+    call = "import sys; sys.argv = ['strop']; from strop.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", call], env={**os.environ, **variables}, capture_output=True, text=True)
+    assert "--model.quantization" in done.stdout.split()
+
+
+@pytest.mark.parametrize("name", ["runs", "modules"])
+def test_help_without_colour_fits_into_80_columns(name: str) -> None:
+    call = f"import sys; sys.argv = ['strop', '{name}', '--help']; from strop.cli.app import main; main()"
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": ""}
+    done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True)
+    assert "Examples:" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80 and "\x1b" not in done.stdout
+
+
+def test_messages_name_the_command_that_works_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "strop").write_text("#!/bin/sh\n", encoding="utf-8")
+    (folder / "strop").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(folder / "strop"), "demo"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert command_name() == ".venv/bin/strop"
+    expected = "use `.venv/bin/strop resume runs/a`, not strop's"
+    assert with_command_name("use `strop resume runs/a`, not strop's") == expected
+    monkeypatch.setenv("PATH", str(folder))
+    assert command_name() == "strop" and with_command_name("strop runs") == "strop runs"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "strop" / "__main__.py")])
+    assert command_name().endswith(" -m strop")
+
+
+def test_exit_skips_garbage_collection() -> None:
     script = (
         "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
-        "from strop import cli; sys.argv = ['strop', '--version']; cli.main()"
+        "from strop.cli.app import main; sys.argv = ['strop', '--version']; main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "True"
 
 
 @pytest.mark.parametrize("debug", ["", "1"])
-def test_libraries_have_no_last_word(debug: str) -> None:
-    """nanobind, in triton from 3.9 on, calls all that Python leaves where it is when it ends a leak."""
+def test_library_output_at_exit_is_hidden_without_debug(debug: str) -> None:
+    """nanobind (in triton from 3.9) reports objects that are alive at exit as leaks."""
     script = (
         "import atexit, os, sys; atexit.register(lambda: os.write(2, b'nanobind: leaked 513 functions!')); "
-        "from strop import cli; sys.modules['triton'] = sys; sys.argv = ['strop', '--colour']; cli.main()"
+        "from strop.cli.app import main; sys.modules['triton'] = sys; sys.argv = ['strop', '--colour']; main()"
     )
     environment = {**os.environ, "STROP_DEBUG": debug}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""What is wrong is said in one line with the way to mend it, exit code 2, and no weights are read for it."""
+"""Invalid input ends with one line, a fix and exit code 2, before weights load."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
 
 
 @pytest.fixture
-def weightless(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny model, with loading of weights forbidden."""
+def model_without_weights(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model; loading its weights fails the test."""
     monkeypatch.setattr("strop.training.build.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
     return tiny_folder
 
 
-def test_a_name_is_not_its_own_nearest() -> None:
+def test_nearest_excludes_the_word_itself() -> None:
     assert nearest("rows.jsonl", ["rows.jsonl", "x"]) == ""
     assert nearest("rows.jsonl", ["rows.jsonl", "rows.json"]) == " (did you mean rows.json?)"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["--data", "nope.jsonl"], "nope.jsonl"),
-        (["--data", "rows.json"], "rows.jsonl"),  # the nearest existing name
+        (["--data", "rows.json"], "rows.jsonl"),  # the most similar file
         (["--data", "bad.jsonl"], "bad.jsonl:2"),
         (["--data", "empty.jsonl"], "empty.jsonl"),
         (["--data", "rows.jsonl", "--lora.rnk", "8"], "--lora.rnk"),
@@ -48,7 +48,7 @@ def test_a_name_is_not_its_own_nearest() -> None:
         (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such model folder"),
         (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: is a file"),
         (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
-        (["--data", "rows.jsonl", "--model", "remote-code"], "run code of its own"),
+        (["--data", "rows.jsonl", "--model", "remote-code"], "remote-code"),
         (["--data", "rows.jsonl", "--adapter", "taken"], "no adapter there"),
         (["--data", "rows.jsonl", "--track", "trackio"], "pip install trackio"),
         (["--data", "rows.jsonl", "--model.device", "cuda:7"], "cuda:7"),
@@ -56,10 +56,10 @@ def test_a_name_is_not_its_own_nearest() -> None:
         (["no-recipe.yaml"], "no-recipe.yaml: no such recipe file"),
     ],
 )
-def test_refused_before_weights_load(
+def test_invalid_input_is_refused_before_weights_load(
     words: list[str],
-    said: str,
-    weightless: Path,
+    expected: str,
+    model_without_weights: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -73,45 +73,54 @@ def test_refused_before_weights_load(
     Path("a-run").mkdir()
     Path("a-run/recipe.yaml").write_text("{}")
     Path("a-run/lock.json").write_text("{}")
-    config = json.loads((weightless / "config.json").read_text())
+    config = json.loads((model_without_weights / "config.json").read_text())
     for name, changes in (("pickled", {}), ("remote-code", {"auto_map": {"AutoModel": "x.py"}})):
         Path(name).mkdir()
         Path(name, "config.json").write_text(json.dumps({**config, **changes}))
         Path(name, "pytorch_model.bin").write_bytes(b"x")
-    model = [] if "--model" in words else ["--model", str(weightless)]
+    model = [] if "--model" in words else ["--model", str(model_without_weights)]
     out = [] if "--out" in words else ["--out", "fresh"]
     code, _, err = run("train", *QUICK, *model, *out, *words, capsys=capsys)
     assert code == 2, err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and said in lines[0]
+    assert len(lines) == 1 and expected in lines[0]
     assert "Traceback" not in err and not Path("fresh").exists()
 
 
-def test_every_bad_line_is_named_at_once(weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_bad_lines_are_listed(
+    model_without_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(GOOD + "{oops\n" + GOOD + '{"messages": "hello"}\n')
-    words = ["train", "--model", weightless, "--data", rows, "--out", tmp_path / "o", "--json"]
+    words = ["train", "--model", model_without_weights, "--data", rows, "--out", tmp_path / "o", "--json"]
     code, out, err = run(*words, capsys=capsys)
     assert code == 2 and f"{rows}:2" in err and f"{rows}:4" in err
     error = json.loads(out)["error"]
     assert [place["line"] for place in error["where"]] == [2, 4] and error["kind"] == "DataError"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_place_is_found_before_weights_load(
-    weightless: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_read_only_folder_is_refused_before_weights_load(
+    model_without_weights: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     code, _, err = run(
-        "train", "--model", weightless, "--data", rows_file, "--out", tmp_path / "locked" / "r", capsys=capsys
+        "train",
+        "--model",
+        model_without_weights,
+        "--data",
+        rows_file,
+        "--out",
+        tmp_path / "locked" / "r",
+        capsys=capsys,
     )
     assert code == 2 and "cannot be written" in err
 
 
-def test_two_runs_on_one_folder(
+def test_claimed_run_folder_is_refused(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A live holder keeps others out; a stale claim does not."""
+    """A claim of a running process counts, a stale claim does not."""
     out = tmp_path / "r"
     assert run("train", "--model", tiny_folder, "--data", rows_file, "--out", out, *QUICK, capsys=capsys)[0] == 0
     (out / "report.json").unlink()

@@ -1,4 +1,4 @@
-"""Recipes: layers, origins, refusals with the nearest name."""
+"""Recipes: layers, origins, and errors for invalid keys and values."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from strop.config.load import SHORT, Choice, parse_option, read_resolved, resolve
+from strop.config.load import SHORT_FORMS, Choice, parse_option, read_resolved, resolve
 from strop.config.schema import Recipe, option_fields, options_table
 from strop.errors import RecipeError
 from tests import ROOT
 
-LEAST = {"model": "demo", "data": "rows.jsonl"}
+MINIMAL = {"model": "demo", "data": "rows.jsonl"}
 
 
-def test_layers_in_order_and_their_origins(tmp_path: Path) -> None:
+def test_later_layers_win_and_origins_are_recorded(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: {name: other}\ndata: {train: rows.jsonl}\npreset: low-memory\nlora: {r: 4}\nseed: 7\n")
-    found = resolve(file, {"model": "demo", "train.epochs": "2"})
-    recipe, origin = found.recipe, {name: choice.origin for name, choice in found.choices.items()}
+    resolved = resolve(file, {"model": "demo", "train.epochs": "2"})
+    recipe, origin = resolved.recipe, {name: choice.origin for name, choice in resolved.choices.items()}
     assert (recipe.model.name, origin["model.name"]) == ("demo", "option")
     assert (recipe.lora.r, origin["lora.r"]) == (4, "recipe")
     assert (recipe.lora.target_modules, origin["lora.target_modules"]) == ("attention", "preset")
@@ -29,8 +29,8 @@ def test_layers_in_order_and_their_origins(tmp_path: Path) -> None:
     assert recipe.seed == 7
 
 
-def test_a_resolved_recipe_written_and_read_again_is_the_same(tmp_path: Path) -> None:
-    decided = resolve(None, {**LEAST, "lora.rank_pattern": {"q_proj": 4}, "track": ["tensorboard"], "out": "a: b"})
+def test_resolved_recipe_survives_a_round_trip_through_yaml(tmp_path: Path) -> None:
+    decided = resolve(None, {**MINIMAL, "lora.rank_pattern": {"q_proj": 4}, "track": ["tensorboard"], "out": "a: b"})
     decided = decided.decide([Choice("lora.alpha", 32.0, "plan", "2 r")])
     file = tmp_path / "recipe.yaml"
     file.write_text(decided.as_yaml())
@@ -41,49 +41,51 @@ def test_a_resolved_recipe_written_and_read_again_is_the_same(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "mark", ["\n", "\n\n", "\r\n", "\x85", "\u2028", "'\n#", "2024-07-26", "word " * 9_000, "é \n" * 9_000]
 )
-def test_texts_with_line_breaks_and_dates_are_read_as_they_were(tmp_path: Path, mark: str) -> None:
+def test_line_breaks_and_dates_survive_a_round_trip_through_yaml(tmp_path: Path, mark: str) -> None:
     texts = {"lora.new_tokens": [f"a{mark}b", mark], "data.template_options": {"system": f"one{mark}two", "day": mark}}
-    decided = resolve(None, {**LEAST, **texts, "out": f"x{mark}y"}).decide([Choice("seed", 1, "plan", f"as{mark}said")])
+    decided = resolve(None, {**MINIMAL, **texts, "out": f"x{mark}y"}).decide(
+        [Choice("seed", 1, "plan", f"with{mark}reason")]
+    )
     file = tmp_path / "recipe.yaml"
     file.write_text(decided.as_yaml(), encoding="utf-8", newline="")
     assert read_resolved(file).recipe == decided.recipe
 
 
-def test_a_preset_that_could_change_nothing_is_refused(tmp_path: Path) -> None:
-    """A run's recipe.yaml has a value for everything."""
+def test_preset_without_effect_raises(tmp_path: Path) -> None:
+    """The recipe.yaml of a run sets every field."""
     file = tmp_path / "recipe.yaml"
-    file.write_text(resolve(None, {**LEAST, "preset": "balanced"}).as_yaml())
+    file.write_text(resolve(None, {**MINIMAL, "preset": "balanced"}).as_yaml())
     assert resolve(file).recipe.preset == "balanced" and resolve(file, {"preset": "auto"}).recipe.lora.r == 16
-    with pytest.raises(RecipeError, match="--preset max-quality: changes nothing") as refused:
+    with pytest.raises(RecipeError, match="--preset max-quality") as raised:
         resolve(file, {"preset": "max-quality"})
-    assert "lora.r" in refused.value.fix
+    assert "lora.r" in raised.value.fix
     file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\nlora: {r: 4}\n")
     assert resolve(file, {"preset": "max-quality"}).recipe.lora.target_modules == "all-linear"
 
 
-def test_a_date_in_a_recipe_is_text(tmp_path: Path) -> None:
+def test_date_in_a_recipe_is_text(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: {name: demo}\ndata: {train: rows.jsonl, template_options: {date_string: 2024-07-26}}\n")
     assert resolve(file).recipe.data.template_options == {"date_string": "2024-07-26"}
     assert parse_option("data.template_options", "date_string=2024-07-26,n=3") == {"date_string": "2024-07-26", "n": 3}
 
 
-def test_an_option_of_a_template_that_is_not_yaml_is_refused() -> None:
+def test_template_option_that_is_not_yaml_raises() -> None:
     with pytest.raises(RecipeError, match=r"--data.template_options tools=\[1: not YAML"):
         parse_option("data.template_options", "tools=[1")
 
 
 @pytest.mark.parametrize("text", ["lora.r: 8\nlora: {r: 4}\n", "lora: {r: 4}\nlora.r: 8\n"])
-def test_a_key_in_its_section_and_by_its_whole_name_is_refused(tmp_path: Path, text: str) -> None:
+def test_key_in_its_section_and_as_dotted_name_raises(tmp_path: Path, text: str) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\n" + text)
-    with pytest.raises(RecipeError) as refused:
+    with pytest.raises(RecipeError) as raised:
         resolve(file)
-    assert refused.value.lines()[0].startswith(f"{file}: lora.r stands twice")
+    assert raised.value.lines()[0].startswith(f"{file}: lora.r ")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ({"lora.rnk": 4}, "did you mean lora.r"),
         ({"train.learning_rte": 4}, "did you mean train.learning_rate"),
@@ -100,7 +102,7 @@ def test_a_key_in_its_section_and_by_its_whole_name_is_refused(tmp_path: Path, t
         ({"train.micro_batch": 9}, "larger than train.batch_size"),
         ({"train.early_stopping": 2}, "needs data.eval"),
         ({"train.micro_batch": 2, "train.micro_batch_tokens": 99}, "not both"),
-        ({"lora.init": "loftq", "lora.use_dora": True}, "not with lora.use_dora"),
+        ({"lora.init": "loftq", "lora.use_dora": True}, "cannot be combined with lora.use_dora"),
         ({"lora.r": True}, "must be a number, not true or false"),
         ({"lora.alpha": True}, "must be a number, not true or false"),
         ({"train.save_steps": False}, "must be a number, not true or false"),
@@ -108,32 +110,32 @@ def test_a_key_in_its_section_and_by_its_whole_name_is_refused(tmp_path: Path, t
         ({"lora.rank_pattern": {"q_proj": True}}, "must be a number"),
         ({"lora.alpha_pattern": {"q_proj": -3}}, "greater than 0"),
         ({"lora.alpha_pattern": {"q_proj": "nan"}}, "a finite number"),
-        ({"lora.rank_pattern": {"q_proj(": 3}}, "q_proj( is no regular expression"),
-        ({"lora.alpha_pattern": {"[": 3}}, "[ is no regular expression"),
-        ({"lora.target_modules": []}, "names no module"),
+        ({"lora.rank_pattern": {"q_proj(": 3}}, "q_proj( is not a regular expression"),
+        ({"lora.alpha_pattern": {"[": 3}}, "[ is not a regular expression"),
+        ({"lora.target_modules": []}, "--lora.target_modules"),
         ({"lora.new_tokens": ["a", ""]}, "a token is empty"),
-        ({"lora.new_tokens": ["a", "b", "a"]}, "a stands twice"),
+        ({"lora.new_tokens": ["a", "b", "a"]}, "duplicate tokens: a"),
     ],
 )
-def test_what_is_wrong_is_refused_in_one_line(options: dict[str, object], said: str) -> None:
-    with pytest.raises(RecipeError) as refused:
-        resolve(None, {**LEAST, **options})
-    assert refused.value.exit_code == 2
-    assert len(refused.value.lines()) == 1
-    assert said in refused.value.lines()[0]
+def test_invalid_option_raises_an_error_of_one_line(options: dict[str, object], expected: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        resolve(None, {**MINIMAL, **options})
+    assert raised.value.exit_code == 2
+    assert len(raised.value.lines()) == 1
+    assert expected in raised.value.lines()[0]
 
 
-def test_alpha_by_module_may_be_a_fraction_as_alpha_may() -> None:
-    recipe = resolve(None, {**LEAST, "lora.alpha_pattern": {"q_proj": "1.5"}}).recipe
+def test_alpha_pattern_accepts_fractions() -> None:
+    recipe = resolve(None, {**MINIMAL, "lora.alpha_pattern": {"q_proj": "1.5"}}).recipe
     assert recipe.lora.alpha_pattern == {"q_proj": 1.5}
 
 
-def test_every_fault_of_a_recipe_is_named(tmp_path: Path) -> None:
+def test_all_invalid_fields_are_listed(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\nlora: {r: 0, target_modules: 3, dropout: 2}\n")
-    with pytest.raises(RecipeError) as refused:
+    with pytest.raises(RecipeError) as raised:
         resolve(file)
-    *places, last = refused.value.lines()
+    *places, last = raised.value.lines()
     assert [place.removeprefix(f"{file}: ").partition(":")[0] for place in places] == [
         "lora.r",
         "lora.dropout",
@@ -149,40 +151,40 @@ def test_every_fault_of_a_recipe_is_named(tmp_path: Path) -> None:
         ("lora: {r: 8, r: 16}\n", 1, "r"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, line: int, key: str) -> None:
+def test_duplicate_key_raises_with_both_lines(tmp_path: Path, text: str, line: int, key: str) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(text)
-    with pytest.raises(RecipeError) as refused:
+    with pytest.raises(RecipeError) as raised:
         resolve(file)
-    assert refused.value.lines()[0].startswith(f"{file}:{line}: not YAML: the key {key} stands twice, first in line")
+    assert raised.value.lines()[0].startswith(f"{file}:{line}: not YAML: duplicate key {key}, first in line ")
 
 
-def test_a_recipe_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+def test_deeply_nested_recipe_raises(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(f"model: {'[' * 5000}")
     with pytest.raises(RecipeError, match="too deep"):
         resolve(file)
 
 
-def test_a_missing_value_names_its_option() -> None:
-    with pytest.raises(RecipeError) as refused:
+def test_missing_field_is_named() -> None:
+    with pytest.raises(RecipeError) as raised:
         resolve(None, {"model": "demo"})
-    assert refused.value.lines() == ["--data.train: is required"]
+    assert raised.value.lines() == ["--data.train: is required"]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [("model: [", "r.yaml:1"), ("- a\n", "map of sections"), ("lora: 3\nmodel: {name: a}\ndata: {train: b}\n", "lora")],
 )
-def test_a_broken_recipe_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_recipe_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(text)
-    with pytest.raises(RecipeError) as refused:
+    with pytest.raises(RecipeError) as raised:
         resolve(file, {})
-    assert said in " ".join(refused.value.lines())
+    assert expected in " ".join(raised.value.lines())
 
 
-def test_option_texts() -> None:
+def test_option_text_is_converted() -> None:
     assert parse_option("lora.target_modules", "q_proj,v_proj") == ["q_proj", "v_proj"]
     assert parse_option("lora.target_modules", "all-linear") == "all-linear"
     assert parse_option("lora.target_modules", "[q_proj, v_proj]") == ["q_proj", "v_proj"]
@@ -200,18 +202,18 @@ def test_option_texts() -> None:
 
 
 @pytest.mark.parametrize("preset", ["low-memory", "balanced", "max-quality"])
-def test_every_shipped_preset_is_a_recipe(preset: str) -> None:
+def test_every_shipped_preset_is_valid(preset: str) -> None:
     file = resources.files("strop.config") / "presets" / f"{preset}.yaml"
     assert yaml.safe_load(file.read_text(encoding="utf-8"))
-    found = resolve(None, {**LEAST, "preset": preset})
-    assert any(choice.origin == "preset" for choice in found.choices.values())
+    resolved = resolve(None, {**MINIMAL, "preset": preset})
+    assert any(choice.origin == "preset" for choice in resolved.choices.values())
 
 
-def test_every_option_has_help_and_the_schema_holds_it() -> None:
+def test_every_option_has_help_and_is_documented() -> None:
     assert all(info.description for _, info in option_fields())
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert options_table() in page
-    assert f"Short forms: {', '.join(f'`--{name}`' for name in SHORT)}." in page
+    assert f"Short forms: {', '.join(f'`--{name}`' for name in SHORT_FORMS)}." in page
     schema = Recipe.model_json_schema()
     assert schema["additionalProperties"] is False
     assert "LoraSection" in schema["$defs"]

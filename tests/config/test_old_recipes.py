@@ -1,4 +1,4 @@
-"""Recipes in the words of earlier versions load, and mean what they meant."""
+"""Recipes of earlier versions load with the same values."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ from strop.config.load import resolve
 RECIPES = sorted((Path(__file__).parent / "recipes").glob("*.yaml"))
 
 
-def flat(tree: dict[str, Any]) -> dict[str, Any]:
-    sections = {"model", "data", "lora", "train"}
-    return {
-        name: value
-        for head, held in tree.items()
-        for name, value in (
-            {f"{head}.{leaf}": one for leaf, one in held.items()} if head in sections else {head: held}
-        ).items()
-    }
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for head, value in tree.items():
+        is_section = head in {"model", "data", "lora", "train"}
+        flat |= {f"{head}.{leaf}": inner for leaf, inner in value.items()} if is_section else {head: value}
+    return flat
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_an_old_recipe_loads_with_each_value_as_it_stands(file: Path) -> None:
-    said = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+def test_old_recipe_loads_with_unchanged_values(file: Path) -> None:
+    values = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
     choices = resolve(file).choices
-    assert len(said) > 40
-    assert {name: choices[name].value for name in said} == said
-    assert all(choices[name].origin == "recipe" for name in said)
+    assert len(values) > 40
+    assert {name: choices[name].value for name in values} == values
+    assert all(choices[name].origin == "recipe" for name in values)

@@ -1,4 +1,4 @@
-"""The shapes that users really have: each shared file loads, with counts worked out by hand, or names its option."""
+"""Real data files: each loads with the counts verified by hand, or its refusal names the option that loads it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from strop.data.formats import Conversations, conversations, placeholders
-from strop.data.reading.sources import RowFault, read_rows
+from strop.data.formats import ConversationReader, conversations, find_placeholders
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
 from strop.errors import DataError
 from tests.support.shared_data import shared
 
@@ -41,40 +42,40 @@ REFUSED = [  # file, the option that its refusal names; each is used in USED
 
 def load(
     name: str, *, format: str = "auto", columns: dict[str, str] | None = None
-) -> tuple[Conversations, list[RowFault]]:
+) -> tuple[ConversationReader, list[RowError]]:
     path = shared(f"formats/{name}")
     spec = f"{path}+{shared('formats/parallel.cm')}" if name == "parallel.nl" else path
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     return conversations(read_rows(spec, columns=columns, bad=bad), format=format, columns=columns, bad=bad), bad
 
 
-@pytest.mark.parametrize(("name", "options", "format", "rows", "made"), USED)
-def test_each_shared_file_gives_the_rows_it_holds(
-    name: str, options: dict[str, Any], format: str, rows: int, made: int
+@pytest.mark.parametrize(("name", "options", "format", "rows", "num_conversations"), USED)
+def test_each_shared_file_gives_all_its_rows(
+    name: str, options: dict[str, Any], format: str, rows: int, num_conversations: int
 ) -> None:
     reader, bad = load(name, **options)
-    assert sum(1 for _ in reader) == made
+    assert sum(1 for _ in reader) == num_conversations
     assert (reader.num_rows, reader.num_used, bad) == (rows, rows, [])
-    assert set(reader.found.values()) == {format}
+    assert set(reader.formats.values()) == {format}
 
 
 @pytest.mark.parametrize(("name", "option"), REFUSED)
-def test_what_is_refused_names_the_option_that_loads_it(name: str, option: str) -> None:
+def test_refusal_names_the_option_that_loads_the_file(name: str, option: str) -> None:
     with pytest.raises(DataError) as caught:
         list(load(name)[0])
     assert option in "\n".join(caught.value.lines())
 
 
 def test_no_text_of_the_shared_files_is_lost_or_changed() -> None:
-    """Each string of a row is a text of its conversation, for the three files whose texts are parts or columns."""
+    """Check all texts of the three files whose texts are parts or columns."""
     reader, _ = load("messages_tools_reasoning.jsonl")
     lines = Path(shared("formats/messages_tools_reasoning.jsonl")).read_text().split("\n")
     raw = [json.loads(line)["messages"] for line in lines if line]
     for conversation, turns in zip(reader, raw, strict=True):
         for message, turn in zip(conversation.messages, turns, strict=True):
-            held = {kind: [p["value"] for p in turn["content"] if p["type"] == kind] for kind in ("text", "reasoning")}
+            texts = {kind: [p["value"] for p in turn["content"] if p["type"] == kind] for kind in ("text", "reasoning")}
             calls = [json.loads(p["value"]) for p in turn["content"] if p["type"] == "tool_call"]
-            assert (message.content, message.reasoning or "") == ("".join(held["text"]), "".join(held["reasoning"]))
+            assert (message.content, message.reasoning or "") == ("".join(texts["text"]), "".join(texts["reasoning"]))
             assert [call["function"] for call in message.tool_calls] == calls
     reader, _ = load("messages_parts_lossweight.jsonl")
     assert {(m.role, m.weight) for c in reader for m in c.messages} == {("user", 0.0), ("assistant", 1.0)}
@@ -87,6 +88,6 @@ def test_no_text_of_the_shared_files_is_lost_or_changed() -> None:
 
 def test_placeholders_are_found() -> None:
     reader, _ = load("alpaca_placeholders.json")
-    found = {name for c in reader for m in c.messages for name in placeholders(m.content)}
-    assert found == {"{{name}}", "{{author}}"}
-    assert placeholders("{{ user_name }} {x} {{}} {{1 + 1}} ${{a.b}}") == ["{{ user_name }}", "{{a.b}}"]
+    placeholders = {name for c in reader for m in c.messages for name in find_placeholders(m.content)}
+    assert placeholders == {"{{name}}", "{{author}}"}
+    assert find_placeholders("{{ user_name }} {x} {{}} {{1 + 1}} ${{a.b}}") == ["{{ user_name }}", "{{a.b}}"]

@@ -1,4 +1,4 @@
-"""Pairs, rankings and judged answers: what is read, and what must hold before anything is trained on them."""
+"""Pairs, rankings, labelled answers and prompts: how they are read, checked and prepared."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import pytest
 
 from strop.config.schema import DataSection
 from strop.data import check
-from strop.data.examples import Learning
-from strop.data.formats import REASONS, conversations, shape_of
+from strop.data.formats import conversations, detect_format
 from strop.data.prepare import Prepared, prepare
-from strop.data.reading.sources import RowFault
-from strop.data.types import Conversation, Prompt, Row
+from strop.data.row_errors import REASONS, RowError
+from strop.data.types import Conversation, DataKind, Prompt, Row
 from strop.errors import DataError
 from tests.support.families import tokenizer
 from tests.support.templates import tokenizer as of_trait
@@ -26,8 +25,8 @@ S = {"role": "system", "content": "s"}
 PAIR = {"prompt": "hi", "chosen": "yo", "rejected": "no"}
 
 
-def convert(value: dict[str, Any]) -> tuple[list[Conversation], list[RowFault]]:
-    bad: list[RowFault] = []
+def convert(value: dict[str, Any]) -> tuple[list[Conversation], list[RowError]]:
+    bad: list[RowError] = []
     return list(conversations([Row("d", 1, value)], bad=bad)), bad
 
 
@@ -40,14 +39,14 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def run(path: Path, learning: Learning = "pairs", strict: bool = True, **options: Any) -> Prepared:
+def run(path: Path, data_kind: DataKind = "pairs", strict: bool = True, **options: Any) -> Prepared:
     section = DataSection(train=str(path), **options)
-    return prepare(section, tokenizer("chatml"), strict=strict, learning=learning)
+    return prepare(section, tokenizer("chatml"), strict=strict, data_kind=data_kind)
 
 
-def refusal(path: Path, learning: Learning = "pairs", **options: Any) -> str:
+def refusal(path: Path, data_kind: DataKind = "pairs", **options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        run(path, learning, **options)
+        run(path, data_kind, **options)
     return "\n".join(caught.value.lines())
 
 
@@ -69,33 +68,33 @@ def refusal(path: Path, learning: Learning = "pairs", **options: Any) -> str:
         {"prompt": "hi", "messages": [U, A], "chosen": [U, A], "rejected": [U, NO]},
     ],
 )
-def test_pairs_under_other_names(value: dict[str, Any]) -> None:
-    (made,), bad = convert(value)
-    assert not bad and shape_of(value) == "preference"
-    said = [[turn.content for turn in side.messages if turn.role != "system"] for side in made.sides]
-    assert said == [["hi", "yo"], ["hi", "no"]]
+def test_pairs_with_alternative_columns_are_read(value: dict[str, Any]) -> None:
+    (converted,), bad = convert(value)
+    assert not bad and detect_format(value) == "preference"
+    sides = [[turn.content for turn in side.messages if turn.role != "system"] for side in converted.sides]
+    assert sides == [["hi", "yo"], ["hi", "no"]]
 
 
-def test_whole_conversations_share_what_they_begin_with() -> None:
-    (made,), _ = convert({"chosen": [U, A, MORE, A], "rejected": [U, A, MORE, NO]})
-    assert texts(made) == [[("hi", 1.0), ("yo", 0.0), ("more", 1.0), (side, 1.0)] for side in ("yo", "no")]
+def test_shared_beginning_of_whole_conversations_is_the_prompt() -> None:
+    (converted,), _ = convert({"chosen": [U, A, MORE, A], "rejected": [U, A, MORE, NO]})
+    assert texts(converted) == [[("hi", 1.0), ("yo", 0.0), ("more", 1.0), (side, 1.0)] for side in ("yo", "no")]
 
 
-def test_answers_of_several_turns_are_one_answer() -> None:
-    (made,), _ = convert({"prompt": "hi", "chosen": [A, MORE, A], "rejected": [NO]})
-    assert [[weight for _, weight in side] for side in texts(made)] == [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0]]
+def test_answer_of_several_turns_is_trained_as_a_whole() -> None:
+    (converted,), _ = convert({"prompt": "hi", "chosen": [A, MORE, A], "rejected": [NO]})
+    assert [[weight for _, weight in side] for side in texts(converted)] == [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0]]
 
 
-def test_a_ranking_makes_pairs_of_what_differs() -> None:
-    made, bad = convert({"prompt": "hi", "answers": ["a", "b", "c"], "scores": [2, 1, 2]})
+def test_ranking_gives_pairs_of_answers_with_different_scores() -> None:
+    converted, bad = convert({"prompt": "hi", "answers": ["a", "b", "c"], "scores": [2, 1, 2]})
     assert not bad
-    assert [tuple(side[-1][0] for side in texts(one)) for one in made] == [("a", "b"), ("c", "b")]
+    assert [tuple(side[-1][0] for side in texts(pair)) for pair in converted] == [("a", "b"), ("c", "b")]
 
 
 @pytest.mark.parametrize("judged", [True, False])
 @pytest.mark.parametrize("words", [("true", "false"), ("up", "down"), ("Good", "bad"), (True, False), (1, 0)])
 @pytest.mark.parametrize("column", ["label", "kto_tag", "thumbs"])
-def test_answers_with_a_label(column: str, words: tuple[Any, Any], judged: bool) -> None:
+def test_labels_are_read(column: str, words: tuple[Any, Any], judged: bool) -> None:
     label = words[0] if judged else words[1]
     for value in (
         {"prompt": "hi", "completion": "yo"},
@@ -103,23 +102,23 @@ def test_answers_with_a_label(column: str, words: tuple[Any, Any], judged: bool)
         {"instruction": "hi", "output": "yo"},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
     ):
-        if column == "label" and words[0] is not True and words[0] == 1:  # it may be a class
-            assert shape_of({**value, column: label}) != "labelled"
+        if column == "label" and words[0] is not True and words[0] == 1:  # a number in label may be a class
+            assert detect_format({**value, column: label}) != "labelled"
             continue
-        (made,), bad = convert({**value, column: label})
-        assert not bad and made.desirable is judged and made.messages[-1].content == "yo"
+        (converted,), bad = convert({**value, column: label})
+        assert not bad and converted.desirable is judged and converted.messages[-1].content == "yo"
 
 
-def test_a_label_judges_the_last_turn_alone() -> None:
-    (made,), _ = convert({"messages": [U, A, MORE, A], "label": True})
-    assert [message.weight for message in made.messages] == [1.0, 0.0, 1.0, 1.0]
+def test_label_applies_only_to_the_last_turn() -> None:
+    (converted,), _ = convert({"messages": [U, A, MORE, A], "label": True})
+    assert [message.weight for message in converted.messages] == [1.0, 0.0, 1.0, 1.0]
 
 
-def test_a_turn_of_an_answer_may_be_left_out_and_a_weight_of_the_prompt_counts_nothing() -> None:
-    (made,), _ = convert({"prompt": [U, {**A, "weight": 0.5}, MORE], "chosen": [A], "rejected": [NO]})
-    assert [weight for _, weight in texts(made)[0]] == [1.0, 0.0, 1.0, 1.0]
-    (made,), _ = convert({"prompt": [U], "chosen": [{**A, "train": False}, MORE, A], "rejected": [NO]})
-    assert [weight for _, weight in texts(made)[0]] == [1.0, 0.0, 1.0, 1.0]
+def test_answer_turns_may_have_weight_0_and_prompt_weights_are_ignored() -> None:
+    (converted,), _ = convert({"prompt": [U, {**A, "weight": 0.5}, MORE], "chosen": [A], "rejected": [NO]})
+    assert [weight for _, weight in texts(converted)[0]] == [1.0, 0.0, 1.0, 1.0]
+    (converted,), _ = convert({"prompt": [U], "chosen": [{**A, "train": False}, MORE, A], "rejected": [NO]})
+    assert [weight for _, weight in texts(converted)[0]] == [1.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -154,83 +153,89 @@ def test_a_turn_of_an_answer_may_be_left_out_and_a_weight_of_the_prompt_counts_n
         ({**PAIR, "video": "a.mp4"}, "media"),
     ],
 )
-def test_rows_that_are_wrong_name_the_reason(value: dict[str, Any], code: str, tmp_path: Path) -> None:
-    bad: list[RowFault] = []
+def test_invalid_row_has_its_reason_code(value: dict[str, Any], code: str, tmp_path: Path) -> None:
+    bad: list[RowError] = []
     format = "preference" if "rejected" in value else "labelled" if code == "bad-label" else "auto"
     assert not list(conversations([Row("d", 1, value)], format=format, bad=bad))
-    assert [fault.code for fault in bad] == [code] and code in REASONS
-    learning: Learning = "pairs" if "rejected" in value or "scores" in value else "turns"
-    learning = "labels" if {"kto_tag", "label"} & set(value) else learning
-    said = refusal(write(tmp_path / "a.jsonl", [value]), learning, format=format)
-    assert "a.jsonl:1" in said
+    assert [error.code for error in bad] == [code] and code in REASONS
+    data_kind: DataKind = "pairs" if "rejected" in value or "scores" in value else "turns"
+    data_kind = "labels" if {"kto_tag", "label"} & set(value) else data_kind
+    message = refusal(write(tmp_path / "a.jsonl", [value]), data_kind, format=format)
+    assert "a.jsonl:1" in message
 
 
-def test_what_was_half_read_before_is_read() -> None:
-    (made,), _ = convert({"query": "more", "response": "yo", "history": [["hi", "no"]]})
-    assert [m.content for m in made.messages] == ["hi", "no", "more", "yo"]
-    (made,), _ = convert({"conversation": [{"human": "hi", "assistant": "no"}, {"human": "more", "assistant": "yo"}]})
-    assert [m.content for m in made.messages] == ["hi", "no", "more", "yo"]
+def test_history_and_exchanges_of_a_question_are_read() -> None:
+    (converted,), _ = convert({"query": "more", "response": "yo", "history": [["hi", "no"]]})
+    assert [m.content for m in converted.messages] == ["hi", "no", "more", "yo"]
+    (converted,), _ = convert(
+        {"conversation": [{"human": "hi", "assistant": "no"}, {"human": "more", "assistant": "yo"}]}
+    )
+    assert [m.content for m in converted.messages] == ["hi", "no", "more", "yo"]
 
 
-# --- which objective learns from what ----------------------------------------------------------------------------
+# --- data kinds of objectives ----------------------------------------------------------------------------
 
 
-def test_each_objective_names_the_rows_that_it_needs(tmp_path: Path) -> None:
+def test_rows_of_another_kind_are_refused_with_the_objective_for_them(tmp_path: Path) -> None:
     pairs, turns = write(tmp_path / "pairs.jsonl", [PAIR]), write(tmp_path / "turns.jsonl", [{"messages": [U, A]}])
     judged = write(tmp_path / "judged.jsonl", [{"messages": [U, A], "label": True}])
     assert "--train.objective dpo" in refusal(pairs, "turns")
-    assert "prompt=A,completion=chosen, with your names" in refusal(pairs, "turns"), "a file's own names may be others"
+    assert "prompt=A,completion=chosen, with your names" in refusal(pairs, "turns")
     assert "--train.objective kto" in refusal(judged, "turns") and "--data.columns" in refusal(judged, "turns")
     assert "pairs" in refusal(turns, "pairs") and "--train.objective kto" in refusal(judged, "pairs")
     assert "label" in refusal(turns, "labels")
     numbers = write(tmp_path / "numbers.jsonl", [{"messages": [U, A], "label": 1}, {"messages": [U, NO], "label": 0}])
     assert "--data.format labelled" in refusal(numbers, "labels")
-    assert len(run(numbers, "labels", format="labelled").train_units or ()) == 2
-    assert run(judged, "turns", columns={"messages": "messages"}).train_units is None
+    assert len(run(numbers, "labels", format="labelled").train_items or ()) == 2
+    assert run(judged, "turns", columns={"messages": "messages"}).train_items is None
 
 
-def test_one_class_of_judgements_is_refused(tmp_path: Path) -> None:
+def test_rows_with_one_label_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "completion": "yo", "label": True} for n in range(4)]
-    assert "all training rows are judged good" in refusal(write(tmp_path / "a.jsonl", rows), "labels")
+    assert "all training rows are labelled good" in refusal(write(tmp_path / "a.jsonl", rows), "labels")
 
 
-def test_one_class_of_judgements_is_told_of_held_out_rows(tmp_path: Path) -> None:
+def test_evaluation_rows_with_one_label_give_a_warning(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "completion": f"yo {n}", "label": n not in (3, 4)} for n in range(30)]
-    path, held = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[5:8])
-    part = run(path, "labels", eval=str(held)).report.eval
+    path, evaluation = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[5:8])
+    part = run(path, "labels", eval=str(evaluation)).report.eval
     assert part is not None and part.refusal is None
     assert part.answers["desirable"] == 3 and part.answers["undesirable_tokens"] == part.answers["undesirable"] == 0
-    assert part.warnings == ["all evaluation rows are judged good: the evaluation says nothing of the other kind"]
-    assert run(path, "labels", eval="10%").eval_units  # all of them good, as it happens
+    assert part.warnings == ["all evaluation rows are labelled good: the evaluation does not measure the other label"]
+    assert run(path, "labels", eval="10%").eval_items  # all of them are good
 
 
-def test_judged_answers_to_one_prompt_have_no_divergence(tmp_path: Path) -> None:
+def test_labelled_answers_to_same_prompt_have_no_kl_examples(tmp_path: Path) -> None:
     rows = [{"prompt": "hi", "completion": f"yo {n}", "label": n % 2 == 0} for n in range(6)]
     prepared = run(write(tmp_path / "a.jsonl", rows), "labels")
-    (said,) = prepared.report.warnings
-    assert said.startswith("all training rows have one prompt: the divergence in the loss is 0 throughout")
-    assert prepared.train_units is not None and not any(unit.beside for unit in prepared.train_units)
+    (warning,) = prepared.report.warnings
+    assert warning.startswith("all training rows have one prompt: the KL estimate in the loss is always 0")
+    assert prepared.train_items is not None and not any(unit.kl_examples for unit in prepared.train_items)
     assert not run(write(tmp_path / "b.jsonl", [*rows, {**rows[0], "prompt": "ho"}]), "labels").report.warnings
 
 
-# --- units -------------------------------------------------------------------------------------------------------
+# --- training items ---------------------------------------------------------------------------------------------------
 
 
-def test_a_pair_has_one_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
+def test_pair_has_same_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
     prepared = run(write(tmp_path / "a.jsonl", [PAIR, {**PAIR, "prompt": "hey", "chosen": "yo yo yo"}]))
-    assert prepared.train_units is not None and len(prepared.train_units) == 2
-    for unit in prepared.train_units:
+    assert prepared.train_items is not None and len(prepared.train_items) == 2
+    for unit in prepared.train_items:
         better, worse = unit.examples
-        assert better.prompt == worse.prompt and (better.ids[: better.prompt] == worse.ids[: worse.prompt]).all()
+        assert (
+            better.prompt_length == worse.prompt_length
+            and (better.ids[: better.prompt_length] == worse.ids[: worse.prompt_length]).all()
+        )
         assert better.ids[np.flatnonzero(better.weights)[-1]] in prepared.renderer.stop_ids
         assert worse.ids[np.flatnonzero(worse.weights)[-1]] in prepared.renderer.stop_ids
-        assert unit.computed(True) == better.prompt + sum(len(side) - side.prompt for side in unit.examples)
+        assert unit.computed_tokens(True) == better.prompt_length + sum(
+            len(side) - side.prompt_length for side in unit.examples
+        )
     assert prepared.report.stop_token == {"rows": 2, "share": 1.0}
 
 
-def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_path: Path) -> None:
-    """On record, 1 and 2: an answer that truncation leaves empty; each side cut by itself, which then has another
-    prompt, or has lost its stop token."""
+def test_pair_is_truncated_in_its_prompt_or_dropped(tmp_path: Path) -> None:
+    """Truncation must not empty an answer, and must not cut the sides separately: then their prompts would differ."""
     rows = [
         {"prompt": "word " * 40 + "end", "chosen": "a b c d e f g h", "rejected": "x"},
         {"prompt": "hi", "chosen": "word " * 60, "rejected": "x"},
@@ -240,30 +245,36 @@ def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_pat
     assert "longer than data.max_length" in refusal(path, max_length=40)
     prepared = run(path, max_length=40, overlong="truncate-start", bad_rows="drop")
     assert prepared.report.rows["truncated"] == 1 and prepared.report.by_reason == {"too-long": 1}
-    assert prepared.train_units is not None
-    better, worse = prepared.train_units[0].examples
-    assert len(better) <= 40 and better.prompt == worse.prompt and (better.weights[better.prompt :] > 0).all()
+    assert prepared.train_items is not None
+    better, worse = prepared.train_items[0].examples
+    assert (
+        len(better) <= 40
+        and better.prompt_length == worse.prompt_length
+        and (better.weights[better.prompt_length :] > 0).all()
+    )
     text = prepared.renderer.tokenizer.decode(better.ids)
     assert (
-        "a b c d e f g h" in text and "end" in text and (better.ids[: better.prompt] == worse.ids[: worse.prompt]).all()
+        "a b c d e f g h" in text
+        and "end" in text
+        and (better.ids[: better.prompt_length] == worse.ids[: worse.prompt_length]).all()
     )
-    assert len(run(path, max_length=40, overlong="drop").train_units or ()) == 300
+    assert len(run(path, max_length=40, overlong="drop").train_items or ()) == 300
     with pytest.raises(DataError) as raised:
         run(path, max_length=40)
     assert raised.value.fix.endswith("--data.overlong drop or truncate-start")
 
 
-def test_contradictions_are_refused(tmp_path: Path) -> None:
+def test_contradicting_rows_are_refused(tmp_path: Path) -> None:
     rows = [PAIR, {**PAIR, "chosen": "no", "rejected": "yo"}]
-    said = refusal(write(tmp_path / "a.jsonl", rows))
-    assert "a.jsonl:2" in said and "opposite of" in said and "a.jsonl:1" in said
+    message = refusal(write(tmp_path / "a.jsonl", rows))
+    assert "a.jsonl:2" in message and "contradicts" in message and "a.jsonl:1" in message
     judged = [{"prompt": "hi", "completion": "yo", "label": label} for label in (True, False)]
-    assert "opposite of" in refusal(write(tmp_path / "b.jsonl", judged), "labels")
+    assert "contradicts" in refusal(write(tmp_path / "b.jsonl", judged), "labels")
     kept = run(write(tmp_path / "c.jsonl", rows), bad_rows="drop")
-    assert kept.report.by_reason == {"contradiction": 1} and len(kept.train_units or ()) == 1
+    assert kept.report.by_reason == {"contradiction": 1} and len(kept.train_items or ()) == 1
 
 
-def test_a_row_of_which_a_part_is_wrong_is_not_used_and_counts_once(tmp_path: Path) -> None:
+def test_row_with_an_invalid_part_is_dropped_once(tmp_path: Path) -> None:
     long = "word " * 60
     ranking = write(tmp_path / "a.jsonl", [{"prompt": "hi", "answers": ["yo", "no", long], "scores": [3, 2, 1]}])
     report = run(ranking, strict=False, max_length=60).report
@@ -275,48 +286,52 @@ def test_a_row_of_which_a_part_is_wrong_is_not_used_and_counts_once(tmp_path: Pa
     assert "0 of 1 training rows are left" in str(report.refusal)
 
 
-def test_a_ranking_as_judged_answers_contradicts_itself_and_its_cleaned_copy_does_not(tmp_path: Path) -> None:
+def test_ranking_as_labels_contradicts_itself_and_its_cleaned_copy_does_not(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "hi", "answers": ["yo", "no", "hm"], "scores": [3, 2, 1]}])
-    assert "its own pairs say the opposite of each other" in refusal(path, "labels")
-    check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "labels")
+    assert "pairs of this row contradict each other" in refusal(path, "labels")
+    check.write_cleaned_copy(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "labels")
     assert run(tmp_path / "b.jsonl", "labels").report.rows["dropped"] == 0
 
 
-def test_what_is_odd_is_counted_by_row_on_both_sides(tmp_path: Path) -> None:
+def test_warnings_count_rows_and_include_both_sides(tmp_path: Path) -> None:
     odd = {"prompt": "hi", "answers": ["yo", "no", "{{name}} <|im_end|>"], "scores": [3, 2, 1]}
     warnings = run(write(tmp_path / "a.jsonl", [odd]), "pairs").report.warnings
-    assert any(said.startswith("1 rows hold unfilled placeholders") for said in warnings)
-    assert any(said.startswith("1 rows hold control tokens in the text") for said in warnings)
+    assert any(warning.startswith("1 rows have unfilled placeholders") for warning in warnings)
+    assert any(warning.startswith("1 rows have control tokens in the text") for warning in warnings)
 
 
-def test_length_bias_is_told(tmp_path: Path) -> None:
+def test_report_measures_length_bias(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "chosen": "a b c d", "rejected": "a" if n else "a b c d e f"} for n in range(4)]
-    found = run(write(tmp_path / "a.jsonl", rows)).report.answers
-    assert found["pairs"] == 4 and found["chosen_longer"] == 0.75 and found["length_accuracy"] == 0.75
+    answers = run(write(tmp_path / "a.jsonl", rows)).report.answers
+    assert answers["pairs"] == 4 and answers["chosen_longer"] == 0.75 and answers["length_accuracy"] == 0.75
 
 
-def test_pairs_as_judged_answers_and_answers_beside(tmp_path: Path) -> None:
+def test_pairs_as_labels_have_kl_examples_with_other_answers(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {n}", "chosen": f"yo {n}", "rejected": "no"} for n in range(3)]
     prepared = run(write(tmp_path / "a.jsonl", rows), "labels")
-    units = prepared.train_units
+    units = prepared.train_items
     assert units is not None and [unit.desirable for unit in units] == [True, False] * 3
     assert prepared.report.rows["read"] == prepared.report.rows["used"] == 3
     assert prepared.report.answers["desirable"] == 3
-    for unit in units:  # the same prompt with the answer of another
-        (answer,), (beside,) = unit.examples, unit.beside
-        assert (beside.ids[: answer.prompt] == answer.ids[: answer.prompt]).all() and beside.prompt == answer.prompt
-        others = {other.examples[0].ids[other.examples[0].prompt :].tobytes() for other in units}
-        assert beside.ids[beside.prompt :].tobytes() in others
-    first, second = units[0].beside[0], units[1].beside[0]
-    assert first.ids[first.prompt :].tolist() == second.ids[second.prompt :].tolist()  # both from the next prompt
+    for unit in units:  # the same prompt with another row's answer
+        (answer,), (kl_examples,) = unit.examples, unit.kl_examples
+        assert (
+            kl_examples.ids[: answer.prompt_length] == answer.ids[: answer.prompt_length]
+        ).all() and kl_examples.prompt_length == answer.prompt_length
+        others = {other.examples[0].ids[other.examples[0].prompt_length :].tobytes() for other in units}
+        assert kl_examples.ids[kl_examples.prompt_length :].tobytes() in others
+    first, second = units[0].kl_examples[0], units[1].kl_examples[0]
+    assert (
+        first.ids[first.prompt_length :].tolist() == second.ids[second.prompt_length :].tolist()
+    )  # both from the next prompt
 
 
-def test_a_share_for_evaluation_keeps_pairs_whole(tmp_path: Path) -> None:
+def test_held_out_pairs_are_whole(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {n}", "chosen": f"yo {n}", "rejected": "no"} for n in range(40)]
     prepared = run(write(tmp_path / "a.jsonl", rows), eval="30%")
-    assert prepared.train_units is not None and prepared.eval_units is not None
-    assert len(prepared.train_units) + len(prepared.eval_units) == 40
-    for unit in [*prepared.train_units, *prepared.eval_units]:
+    assert prepared.train_items is not None and prepared.eval_items is not None
+    assert len(prepared.train_items) + len(prepared.eval_items) == 40
+    for unit in [*prepared.train_items, *prepared.eval_items]:
         assert unit.examples[0].line == unit.examples[1].line
 
 
@@ -327,54 +342,54 @@ JUDGED = [{"prompt": f"q{n % 15}", "completion": f"yo {n}", "label": n < 15} for
 
 
 @pytest.mark.parametrize(
-    ("rows", "learning"),
+    ("rows", "data_kind"),
     [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")],
 )
-def test_a_share_for_evaluation_shares_no_prompt_with_training(
-    rows: list[Any], learning: Learning, tmp_path: Path
-) -> None:
-    def held(name: str, given: list[Any]) -> set[str]:
-        prepared = run(write(tmp_path / name, given), learning, eval="30%")
-        trained, held = (
-            {made.messages[0].content for made in part}
+def test_held_out_rows_share_no_prompt_with_training(rows: list[Any], data_kind: DataKind, tmp_path: Path) -> None:
+    def held_out_prompts(name: str, given: list[Any]) -> set[str]:
+        prepared = run(write(tmp_path / name, given), data_kind, eval="30%")
+        trained, held_out = (
+            {converted.messages[0].content for converted in part}
             for part in (prepared.train_conversations, prepared.eval_conversations or ())
         )
-        assert held and trained and not held & trained
+        assert held_out and trained and not held_out & trained
         assert prepared.report.duplicates["prompts"] == 0 and not prepared.report.warnings
-        return held
+        return held_out
 
-    first = held("a.jsonl", rows)
+    first = held_out_prompts("a.jsonl", rows)
     more = [{**row, "prompt": f"more {n}"} for n, row in enumerate(rows)]
-    assert held("b.jsonl", rows[::-1]) == first and first <= held("c.jsonl", [*more, *rows])
+    assert held_out_prompts("b.jsonl", rows[::-1]) == first and first <= held_out_prompts("c.jsonl", [*more, *rows])
 
 
-def test_prompts_on_both_sides_are_told(tmp_path: Path) -> None:
-    one_prompt = [{"prompt": "hi", "chosen": f"yo {n}", "rejected": f"no {n}"} for n in range(40)]
-    prepared = run(write(tmp_path / "a.jsonl", one_prompt), eval="30%")
-    held = len(prepared.eval_conversations or ())
-    assert 0 < held < 40 and prepared.report.duplicates == {"within": 0, "across": 0, "prompts": held}
-    assert f"{held} evaluation rows have a prompt that train rows have too" in prepared.report.warnings
-    other = write(tmp_path / "b.jsonl", [one_prompt[0], {**one_prompt[1], "chosen": "oh"}, {**PAIR, "prompt": "ho"}])
-    report = run(tmp_path / "a.jsonl", eval=str(other)).report
+def test_prompts_in_training_and_evaluation_give_a_warning(tmp_path: Path) -> None:
+    same_prompt = [{"prompt": "hi", "chosen": f"yo {n}", "rejected": f"no {n}"} for n in range(40)]
+    prepared = run(write(tmp_path / "a.jsonl", same_prompt), eval="30%")
+    num_held_out = len(prepared.eval_conversations or ())
+    assert 0 < num_held_out < 40 and prepared.report.duplicates == {"within": 0, "across": 0, "prompts": num_held_out}
+    assert f"{num_held_out} evaluation rows have a prompt that is also in training rows" in prepared.report.warnings
+    evaluation = write(
+        tmp_path / "b.jsonl", [same_prompt[0], {**same_prompt[1], "chosen": "oh"}, {**PAIR, "prompt": "ho"}]
+    )
+    report = run(tmp_path / "a.jsonl", eval=str(evaluation)).report
     assert report.eval is not None and report.eval.duplicates == {"within": 0, "across": 1, "prompts": 2}
     assert report.warnings[-2:] == [
-        "1 evaluation rows are also train rows",
-        "2 evaluation rows have a prompt that train rows have too",
+        "1 evaluation rows are also training rows",
+        "2 evaluation rows have a prompt that is also in training rows",
     ]
 
 
-def test_a_cleaned_copy_of_pairs(tmp_path: Path) -> None:
+def test_cleaned_copy_of_pairs(tmp_path: Path) -> None:
     rows = [PAIR, {**PAIR, "rejected": "yo"}, PAIR, {**PAIR, "chosen": "no", "rejected": "yo"}]
     path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "clean.jsonl"
-    check.fix(DataSection(train=str(path)), tokenizer("chatml"), out, "pairs")
+    check.write_cleaned_copy(DataSection(train=str(path)), tokenizer("chatml"), out, "pairs")
     assert [json.loads(line)["rejected"][-1]["content"] for line in out.read_text().splitlines()] == ["no"]
-    assert len(run(out).train_units or ()) == 1
+    assert len(run(out).train_items or ()) == 1
     judged = write(tmp_path / "b.jsonl", [{"prompt": "hi", "completion": w, "label": w == "yo"} for w in ("yo", "no")])
-    check.fix(DataSection(train=str(judged)), tokenizer("chatml"), tmp_path / "c.jsonl", "labels")
-    assert len(run(tmp_path / "c.jsonl", "labels").train_units or ()) == 2
+    check.write_cleaned_copy(DataSection(train=str(judged)), tokenizer("chatml"), tmp_path / "c.jsonl", "labels")
+    assert len(run(tmp_path / "c.jsonl", "labels").train_items or ()) == 2
 
 
-# --- prompts, to which the model answers itself ------------------------------------------------------------------
+# --- prompts ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -391,10 +406,10 @@ def test_a_cleaned_copy_of_pairs(tmp_path: Path) -> None:
         ({"instruction": "hi", "output": "yo"}, "yo"),
     ],
 )
-def test_prompts_with_right_answers_and_without(value: dict[str, Any], gold: str | None, tmp_path: Path) -> None:
+def test_prompts_with_and_without_reference_answers(value: dict[str, Any], gold: str | None, tmp_path: Path) -> None:
     prepared = run(write(tmp_path / "a.jsonl", [value]), "prompts")
-    assert prepared.train_units is not None
-    (prompt,) = prepared.train_units
+    assert prepared.train_items is not None
+    (prompt,) = prepared.train_items
     assert isinstance(prompt, Prompt) and prompt.gold == gold and prompt.row == 0
     text = prepared.renderer.tokenizer.decode(prompt.examples[0].ids)
     assert text.endswith("<|im_start|>assistant\n") and "yo" not in text.split("more")[-1]
@@ -402,73 +417,77 @@ def test_prompts_with_right_answers_and_without(value: dict[str, Any], gold: str
     assert prepared.report.answers == {"prompts": 1, "right_answers": int(gold is not None)}
 
 
-def test_the_right_answer_to_a_prompt_has_its_calls(tmp_path: Path) -> None:
+def test_reference_answer_includes_calls(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 3}}}
     turns = [U, {"role": "assistant", "content": "", "tool_calls": [call]}]
     path = write(tmp_path / "a.jsonl", [{"messages": turns}])
     data = DataSection(train=str(path), max_length=100)
-    units = prepare(data, tokenizer("qwen3"), cache=None, learning="prompts").train_units
+    units = prepare(data, tokenizer("qwen3"), cache=None, data_kind="prompts").train_items
     assert units is not None and isinstance(units[0], Prompt)
     assert units[0].gold == '<tool_call>\n{"name": "f", "arguments": {"a": 3}}\n</tool_call>'
 
 
-def test_the_prompt_is_what_fine_tuning_has_in_front_of_the_answer(tmp_path: Path) -> None:
+def test_prompt_has_the_tokens_of_fine_tuning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": [S, U, A, MORE, A]}])
-    units, turns = run(path, "prompts").train_units, run(path, "turns").train[0]
+    units, turns = run(path, "prompts").train_items, run(path, "turns").train[0]
     assert units is not None
     ids = units[0].examples[0].ids
     assert turns.ids[: len(ids)].tolist() == ids.tolist() and turns.weights[len(ids) :].all()
 
 
-@pytest.mark.parametrize(("its", "closes"), [(of_trait("opens-with-switch"), ()), (tokenizer("qwen3"), ("</think>",))])
-def test_a_prompt_is_asked_with_reasoning_where_its_right_answer_has_some(
-    its: Any, closes: tuple[str, ...], tmp_path: Path
+@pytest.mark.parametrize(
+    ("its", "reasoning_ends"), [(of_trait("opens-with-switch"), ()), (tokenizer("qwen3"), ("</think>",))]
+)
+def test_prompt_has_reasoning_options_if_its_reference_answer_has_reasoning(
+    its: Any, reasoning_ends: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """closes: as texts of answers have it; not where it is a special token."""
-    thinks, asks = [U, {**A, "reasoning": "so"}], [[U, A], [U]]
-    path = write(tmp_path / "a.jsonl", [{"messages": turns} for turns in (thinks, *asks)])
+    """reasoning_ends is empty if a special token ends reasoning."""
+    with_reasoning, without = [U, {**A, "reasoning": "so"}], [[U, A], [U]]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns} for turns in (with_reasoning, *without)])
     data = DataSection(train=str(path))
-    units = prepare(data, its, cache=None, learning="prompts").train_units
-    path.write_text(json.dumps({"messages": thinks}) + "\n" + json.dumps({"messages": asks[0]}) + "\n")
-    turns = prepare(data, its, cache=None, learning="turns").train
+    units = prepare(data, its, cache=None, data_kind="prompts").train_items
+    path.write_text(json.dumps({"messages": with_reasoning}) + "\n" + json.dumps({"messages": without[0]}) + "\n")
+    turns = prepare(data, its, cache=None, data_kind="turns").train
     assert units is not None
     for unit, example in zip(units, turns, strict=False):
         ids = unit.examples[0].ids
         assert example.ids[: len(ids)].tolist() == ids.tolist() and example.weights[len(ids) :].all()
-    assert [unit.closes for unit in units] == [closes, (), ()]  # type: ignore[attr-defined]
+    assert [unit.reasoning_ends for unit in units] == [reasoning_ends, (), ()]  # type: ignore[attr-defined]
     assert [unit.gold for unit in units] == [A["content"], A["content"], None]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "expected"),
     [
         ([{"prompt": "hi"}, {"prompt": ""}], "a.jsonl:2"),
         ([{"prompt": [U, A]}], "nothing to answer"),
-        ([PAIR], "prompts, with right answers or without"),
-        ([{"text": "once"}], "prompts, with right answers or without"),
+        ([PAIR], "prompts, with reference answers or without"),
+        ([{"text": "once"}], "prompts, with reference answers or without"),
     ],
 )
-def test_rows_that_ask_nothing_are_refused(rows: list[Any], said: str, tmp_path: Path) -> None:
-    assert said in refusal(write(tmp_path / "a.jsonl", rows), "prompts")
+def test_rows_without_a_usable_prompt_are_refused(rows: list[Any], expected: str, tmp_path: Path) -> None:
+    assert expected in refusal(write(tmp_path / "a.jsonl", rows), "prompts")
 
 
-def test_a_missing_answer_is_a_fault_where_answers_are_trained_on(tmp_path: Path) -> None:
+def test_missing_answer_is_refused_for_sft(tmp_path: Path) -> None:
     rows = [{"prompt": "hi", "completion": "yo"}, {"prompt": "hey", "completion": None}]
     assert "a.jsonl:2: completion is null" in refusal(write(tmp_path / "a.jsonl", rows), "turns")
     assert "--train.objective grpo" in refusal(write(tmp_path / "b.jsonl", [{"prompt": "hi"}]), "turns")
 
 
-def test_a_cleaned_copy_of_prompts(tmp_path: Path) -> None:
+def test_cleaned_copy_of_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "hi"}, {"prompt": " "}, {"prompt": "hi"}])
-    check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "prompts")
+    check.write_cleaned_copy(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "prompts")
     assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == [{"prompt": [U]}]
-    assert len(run(tmp_path / "b.jsonl", "prompts").train_units or ()) == 1
-    mixed = write(tmp_path / "c.jsonl", [{"messages": [U, A, MORE]}, {"messages": [U, A]}])  # with an answer, without
-    check.fix(DataSection(train=str(mixed)), tokenizer("chatml"), tmp_path / "d.jsonl", "prompts")
-    assert len(run(tmp_path / "d.jsonl", "prompts").train_units or ()) == 2
+    assert len(run(tmp_path / "b.jsonl", "prompts").train_items or ()) == 1
+    mixed = write(
+        tmp_path / "c.jsonl", [{"messages": [U, A, MORE]}, {"messages": [U, A]}]
+    )  # without and with an answer
+    check.write_cleaned_copy(DataSection(train=str(mixed)), tokenizer("chatml"), tmp_path / "d.jsonl", "prompts")
+    assert len(run(tmp_path / "d.jsonl", "prompts").train_items or ()) == 2
 
 
-def test_a_text_file_is_one_document_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_format_document_reads_a_text_file_as_one_row(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n\nfirst part\n\nsecond part\n\n", encoding="utf-8")
     assert [row.text for row in run(path, "turns").train_conversations] == ["first part", "second part"]
@@ -483,19 +502,19 @@ def test_a_text_file_is_one_document_where_that_is_asked_for(tmp_path: Path) -> 
     assert "document" in refusal(long, "turns", format="documnt")
 
 
-def test_a_prompt_is_an_exact_prefix_on_both_sides(tmp_path: Path) -> None:
-    """On record, 3: a token would cover the prompt's end and one answer's start; elsewhere the end is not trained."""
-    template, whole = tmp_path / "bare.jinja", "what is the answer then"
+def test_prompt_is_an_exact_prefix_on_both_sides(tmp_path: Path) -> None:
+    """One answer would share a token with the end of the prompt: both sides must then be encoded separately."""
+    template, text = tmp_path / "bare.jinja", "what is the answer then"
     template.write_text(
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     )
     encode = tokenizer("chatml").encode
-    cut = next(n for n in range(1, len(whole)) if encode(whole)[: len(encode(whole[:n]))] != encode(whole[:n]))
-    rows = [{"prompt": whole[:cut], "chosen": whole[cut:], "rejected": "!"}]
+    cut = next(n for n in range(1, len(text)) if encode(text)[: len(encode(text[:n]))] != encode(text[:n]))
+    rows = [{"prompt": text[:cut], "chosen": text[cut:], "rejected": "!"}]
     prepared = run(write(tmp_path / "a.jsonl", rows), template=str(template))
-    assert prepared.train_units is not None
-    better, worse = prepared.train_units[0].examples
-    for side, text in ((better, whole[cut:]), (worse, "!")):
-        assert side.ids[: side.prompt].tolist() == encode(whole[:cut]) and side.weights[-1] > 0
-        assert prepared.renderer.tokenizer.decode(side.ids[side.prompt :]) == f"{text}<|im_end|>"
-    assert any("encoded apart" in warning for warning in prepared.report.warnings)
+    assert prepared.train_items is not None
+    better, worse = prepared.train_items[0].examples
+    for side, answer in ((better, text[cut:]), (worse, "!")):
+        assert side.ids[: side.prompt_length].tolist() == encode(text[:cut]) and side.weights[-1] > 0
+        assert prepared.renderer.tokenizer.decode(side.ids[side.prompt_length :]) == f"{answer}<|im_end|>"
+    assert any("encoded separately" in warning for warning in prepared.report.warnings)

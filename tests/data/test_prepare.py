@@ -1,4 +1,4 @@
-"""The account of rows, what is refused, the cache, and what a person sees."""
+"""Preparation of rows: the report, refusals, the cache, printing, and cleaned copies."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from rich.console import Console
 from strop.config.schema import DataSection
 from strop.data import check
 from strop.data.accounting import MAX_LOST_SHARE
-from strop.data.prepare import REASONS, Prepared, prepare
+from strop.data.prepare import Prepared, prepare
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer
+from strop.data.row_errors import REASONS
 from strop.data.store import LOCK, Writer
 from strop.data.types import Conversation, Message
 from strop.errors import DataError, FolderError
@@ -52,7 +53,7 @@ def account(prepared: Prepared) -> dict[str, Any]:
     return value
 
 
-def test_rows_come_out_as_they_went_in(tmp_path: Path) -> None:
+def test_rows_are_stored_and_read_back_unchanged(tmp_path: Path) -> None:
     rows = [row(f"question {i}", f"answer {i}") for i in range(5)]
     prepared = run(write(tmp_path / "a.jsonl", rows))
     assert [example.line for example in prepared.train] == [1, 2, 3, 4, 5]
@@ -63,11 +64,11 @@ def test_rows_come_out_as_they_went_in(tmp_path: Path) -> None:
         assert example.ids.tolist() == expected.ids.tolist()
         assert example.weights.tolist() == expected.weights.tolist()
         assert example.ids.flags.writeable  # torch warns of arrays that are not
-    found = account(prepared)
-    assert found["rows"] == {"read": 5, "used": 5, "truncated": 0, "split": 0, "dropped": 0}
-    assert found["tokens"]["all"] == sum(map(len, prepared.train))
-    assert found["tokens"]["supervised"] == sum(example.supervised for example in prepared.train)
-    assert found["stop_token"] == {"rows": 5, "share": 1.0} and not found["would_refuse"]
+    report = account(prepared)
+    assert report["rows"] == {"read": 5, "used": 5, "truncated": 0, "split": 0, "dropped": 0}
+    assert report["tokens"]["all"] == sum(map(len, prepared.train))
+    assert report["tokens"]["supervised"] == sum(example.supervised for example in prepared.train)
+    assert report["stop_token"] == {"rows": 5, "share": 1.0} and not report["would_refuse"]
     assert prepared.eval is None and prepared.eval_conversations is None
 
 
@@ -89,37 +90,37 @@ BAD = [
 def test_every_row_ends_as_used_truncated_split_or_dropped(tmp_path: Path, rows: list[Any], policy: str) -> None:
     rows = [GOOD[0], *rows]
     prepared = run(write(tmp_path / "a.jsonl", rows), overlong=policy, max_length=60, strict=False)
-    found = account(prepared)
-    counts = found["rows"]
+    report = account(prepared)
+    counts = report["rows"]
     assert counts["read"] == len(rows) == sum(counts[k] for k in ("used", "truncated", "split", "dropped"))
-    assert counts["dropped"] == len(found["dropped"]) == sum(found["by_reason"].values())
-    assert {place["line"] for place in found["dropped"] if place["reason"] != "too-long"} == {
+    assert counts["dropped"] == len(report["dropped"]) == sum(report["by_reason"].values())
+    assert {place["line"] for place in report["dropped"] if place["reason"] != "too-long"} == {
         i for i, value in enumerate(rows, 1) if value in BAD
     }
-    assert set(found["by_reason"]) <= set(REASONS)
+    assert set(report["by_reason"]) <= set(REASONS)
     assert all(len(example) <= 60 for example in prepared.train)
-    assert found["stop_token"]["share"] == 1.0
+    assert report["stop_token"]["share"] == 1.0
     kept = {example.line for example in prepared.train}
-    assert kept == set(range(1, len(rows) + 1)) - {place["line"] for place in found["dropped"]}
+    assert kept == set(range(1, len(rows) + 1)) - {place["line"] for place in report["dropped"]}
 
 
-def test_bad_rows_refuse_the_run_with_all_places_or_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_invalid_rows_are_refused_with_all_places_or_dropped(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD[0], *BAD])
     with pytest.raises(DataError) as caught:
         run(path)
     assert [place.line for place in caught.value.where] == [2, 3, 4, 5, 6]
     assert "--data.bad_rows drop" in caught.value.fix
-    found = account(run(path, bad_rows="drop"))
-    assert found["rows"]["dropped"] == 5 and not found["would_refuse"]
+    report = account(run(path, bad_rows="drop"))
+    assert report["rows"]["dropped"] == 5 and not report["would_refuse"]
 
 
-def test_rows_a_template_refuses_name_the_fix(tmp_path: Path) -> None:
+def test_row_that_the_template_refuses_has_a_fix(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run(write(tmp_path / "a.jsonl", GOOD), tokenizer=families.tokenizer("gemma"))
-    assert [place.line for place in caught.value.where] == [2] and "first user turn" in caught.value.fix
+    assert [place.line for place in caught.value.where] == [2] and "first user message" in caught.value.fix
 
 
-def test_nothing_is_dropped_for_its_length_unless_asked(tmp_path: Path) -> None:
+def test_long_rows_are_refused_by_default(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD[0], row("long " * 100, "x")])
     with pytest.raises(DataError) as caught:
         run(path, max_length=50)
@@ -132,13 +133,13 @@ def test_nothing_is_dropped_for_its_length_unless_asked(tmp_path: Path) -> None:
         run(path, max_length=5, overlong="drop")
 
 
-def test_what_a_policy_cannot_shorten_may_not_be_lost_silently(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_shortened_are_refused_above_a_share(tmp_path: Path) -> None:
     rows = [row(f"a{i}", "b") for i in range(99)] + [row("q", "long " * 100)]
     path = write(tmp_path / "a.jsonl", rows)
-    assert len(rows) * MAX_LOST_SHARE == 1  # one row of 100 may go, counted
+    assert len(rows) * MAX_LOST_SHARE == 1  # one row of 100 may be dropped
     assert account(run(path, max_length=50, overlong="truncate-start"))["rows"]["dropped"] == 1
     path = write(tmp_path / "b.jsonl", rows[50:])
-    with pytest.raises(DataError, match="cannot be brought down"):
+    with pytest.raises(DataError, match="cannot be shortened"):
         run(path, max_length=50, overlong="truncate-start")
 
 
@@ -162,7 +163,7 @@ def test_truncation_keeps_the_system_turn_and_the_stop_token(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3"])
-def test_a_raw_text_that_is_cut_at_its_start_keeps_what_a_text_begins_with(tmp_path: Path, family: str) -> None:
+def test_truncated_raw_text_keeps_bos(tmp_path: Path, family: str) -> None:
     tokenizer = families.tokenizer(family)
     path = write(tmp_path / "a.jsonl", [{"text": " ".join(f"word{i}" for i in range(100))}])
     whole = run(path, tokenizer=tokenizer).train[0]
@@ -174,7 +175,7 @@ def test_a_raw_text_that_is_cut_at_its_start_keeps_what_a_text_begins_with(tmp_p
     assert shortest.rows["dropped"] == head and shortest.tokens.supervised == 1 - head
 
 
-def test_splitting_keeps_every_answer_once_and_every_token_of_a_text(tmp_path: Path) -> None:
+def test_splitting_supervises_every_answer_and_every_token_of_a_text_once(tmp_path: Path) -> None:
     turns = [text for i in range(6) for text in (f"question {i} " * 4, f"answer {i}")]
     prepared = run(write(tmp_path / "a.jsonl", [row(*turns, system="s")]), max_length=120, overlong="split")
     texts = [decode(example.ids) for example in prepared.train]
@@ -190,7 +191,7 @@ def test_splitting_keeps_every_answer_once_and_every_token_of_a_text(tmp_path: P
     assert supervised.tolist() == whole.ids[1:].tolist()
 
 
-def test_a_part_that_is_not_trained_on_is_no_fault() -> None:
+def test_parts_without_trained_turns_are_left_out() -> None:
     messages = tuple(
         Message("user" if i % 2 == 0 else "assistant", "long " * 8, weight=float(i == 5 or i % 2 == 0))
         for i in range(6)
@@ -205,47 +206,48 @@ def test_a_part_that_is_not_trained_on_is_no_fault() -> None:
     assert cut is not None and cut[0].ids.tolist() == pieces[0].ids.tolist()
 
 
-def test_a_share_for_evaluation_is_chosen_by_content(tmp_path: Path) -> None:
+def test_held_out_rows_are_chosen_by_content(tmp_path: Path) -> None:
     rows = [row(f"q{i % 50}", f"a{i % 50}") for i in range(100)]  # each twice
     prepared = run(write(tmp_path / "a.jsonl", rows), eval="20%")
     part = prepared.report.eval
     assert part is not None and part.stop_token == {"rows": part.rows["used"], "share": 1.0}
     assert prepared.eval_conversations is not None and prepared.eval is not None
-    held = {c.messages[0].content for c in prepared.eval_conversations}
+    held_out = {c.messages[0].content for c in prepared.eval_conversations}
     trained = {c.messages[0].content for c in prepared.train_conversations}
-    assert not held & trained and len(held | trained) == 50 and 3 <= len(held) <= 20
-    found = account(prepared)
-    assert found["rows"]["read"] == 100 and found["held_out"] == len(prepared.eval) == 2 * len(held)
-    assert found["duplicates"]["across"] == 0
+    assert not held_out & trained and len(held_out | trained) == 50 and 3 <= len(held_out) <= 20
+    report = account(prepared)
+    assert report["rows"]["read"] == 100 and report["held_out"] == len(prepared.eval) == 2 * len(held_out)
+    assert report["duplicates"]["across"] == 0
     again = run(write(tmp_path / "b.jsonl", rows[::-1]), eval="20%")
     assert again.eval_conversations is not None
-    assert {c.messages[0].content for c in again.eval_conversations} == held
+    assert {c.messages[0].content for c in again.eval_conversations} == held_out
     few = run(write(tmp_path / "c.jsonl", rows[:3]), eval="1%")  # too few rows for 1 %: still one
     assert few.eval is not None and len(few.eval) == 1 and len(few.train) == 2
-    with pytest.raises(DataError, match="0 of 1 training rows") as found_none:
+    with pytest.raises(DataError, match="0 of 1 training rows") as caught:
         run(write(tmp_path / "d.jsonl", rows[:1]), eval="10%")
-    assert found_none.value.fix == "data.eval 10% holds out 1 of them: give more rows, or a file to evaluate on"
+    assert caught.value.fix == "data.eval 10% holds out 1 of them: give more rows, or a file to evaluate on"
     with pytest.raises(DataError, match="leaves no rows"):
         run(write(tmp_path / "d.jsonl", rows[:1]), eval="100%")
 
 
-def test_a_share_for_evaluation_parts_no_row_of_several_conversations(tmp_path: Path) -> None:
+def test_conversations_of_one_row_are_held_out_together(tmp_path: Path) -> None:
     rows = [
         {"instruction": f"task {i}", "instances": [{"input": f"{i} {k}", "output": "yes"} for k in range(4)]}
         for i in range(30)
     ]
     prepared = run(write(tmp_path / "a.jsonl", rows), eval="30%")
-    held, trained = (
-        {made.line for made in part} for part in (prepared.eval_conversations, prepared.train_conversations)
+    held_out, trained = (
+        {conversation.line for conversation in part}
+        for part in (prepared.eval_conversations, prepared.train_conversations)
     )
-    assert held and trained and not held & trained
+    assert held_out and trained and not held_out & trained
 
 
-def test_a_row_of_one_conversation_is_held_out_by_its_own_content(tmp_path: Path) -> None:
+def test_held_out_rows_are_the_same_as_in_earlier_versions(tmp_path: Path) -> None:
     rows = [row(f"q{i}", f"a{i}") for i in range(60)]
     prepared = run(write(tmp_path / "a.jsonl", rows), eval="20%")
-    held = [made.line for made in prepared.eval_conversations or ()]
-    assert held == [
+    held_out = [conversation.line for conversation in prepared.eval_conversations or ()]
+    assert held_out == [
         5,
         7,
         15,
@@ -262,66 +264,66 @@ def test_a_row_of_one_conversation_is_held_out_by_its_own_content(tmp_path: Path
         45,
         54,
         57,
-    ]  # unfinished runs go on with the rows that they began with
+    ]  # unfinished runs resume with the same rows
 
 
-def test_prompts_that_are_held_out_and_trained_on_are_told(tmp_path: Path) -> None:
+def test_prompts_in_training_and_evaluation_give_a_warning(tmp_path: Path) -> None:
     rows = [row("one question", f"answer {i}") for i in range(20)]
     report = run(write(tmp_path / "a.jsonl", rows), eval="30%").report
     assert report.duplicates["across"] == 0 and report.duplicates["prompts"] == report.held_out > 0
-    assert f"{report.held_out} evaluation rows have a prompt that train rows have too" in report.warnings
-    apart = run(write(tmp_path / "b.jsonl", [row(f"question {i}", "answer") for i in range(20)]), eval="30%").report
-    assert apart.duplicates["prompts"] == 0 and not apart.warnings
+    assert f"{report.held_out} evaluation rows have a prompt that is also in training rows" in report.warnings
+    distinct = run(write(tmp_path / "b.jsonl", [row(f"question {i}", "answer") for i in range(20)]), eval="30%").report
+    assert distinct.duplicates["prompts"] == 0 and not distinct.warnings
 
 
-def test_duplicates_and_placeholders_are_named(tmp_path: Path) -> None:
+def test_duplicates_and_placeholders_give_warnings(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [GOOD[0], GOOD[0], row("I am {{name}}", "b <|im_end|> c")])
-    found = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))
-    assert found["duplicates"] == {"within": 1, "across": 1, "prompts": 1}
-    assert found["template"] == [f"an answer ends with {families.ANSWER['chatml'][1]}"]
-    warnings = "\n".join(found["warnings"])
+    report = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))
+    assert report["duplicates"] == {"within": 1, "across": 1, "prompts": 1}
+    assert report["template"] == [f"an answer ends with {families.ANSWER['chatml'][1]}"]
+    warnings = "\n".join(report["warnings"])
     assert "{{name}}" in warnings and "a.jsonl:3" in warnings and "control tokens" in warnings
-    assert "1 training rows repeat" in warnings and "1 evaluation rows are also train rows" in warnings
-    assert found["eval"]["rows"]["read"] == 2
+    assert "1 training rows repeat" in warnings and "1 evaluation rows are also training rows" in warnings
+    assert report["eval"]["rows"]["read"] == 2
 
 
-def test_turns_behind_the_last_answer_are_named(tmp_path: Path) -> None:
+def test_messages_after_the_last_answer_give_a_warning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [row("a", "b"), row("a", "b", "c")])
-    said = "1 rows hold turns behind the last answer, which are left out"
-    assert any(said in warning for warning in run(path, loss="all").report.warnings)
+    expected = "1 rows have messages after the last answer, which are left out"
+    assert any(expected in warning for warning in run(path, loss="all").report.warnings)
     assert not run(write(tmp_path / "b.jsonl", [row("a", "b")])).report.warnings
 
 
-def test_null_arguments_of_tools_are_named(tmp_path: Path) -> None:
+def test_null_arguments_of_tools_give_a_warning(tmp_path: Path) -> None:
     tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
     called = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
     plain = {"messages": [{"role": "user", "content": "hi"}, called], "tools": [tool]}
     nulls = json.loads(json.dumps(plain).replace('"x": 1', '"x": 1, "zone": null'))
     qwen = families.tokenizer("qwen3")
     assert not run(write(tmp_path / "a.jsonl", [plain]), tokenizer=qwen).report.warnings
-    [said] = run(write(tmp_path / "b.jsonl", [nulls]), tokenizer=qwen).report.warnings
-    assert "1 rows hold null arguments" in said and "zone" in said
+    [warning] = run(write(tmp_path / "b.jsonl", [nulls]), tokenizer=qwen).report.warnings
+    assert "1 rows have null arguments" in warning and "zone" in warning
     shapes = json.loads(json.dumps(plain).replace('{"type": "integer"}', "null"))
     assert "null" in str(run(write(tmp_path / "c.jsonl", [shapes]), tokenizer=qwen).report.warnings)
 
 
-def test_an_eval_file_with_bad_rows_refuses_too(tmp_path: Path) -> None:
-    train, held = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", [GOOD[0], BAD[0]])
+def test_invalid_evaluation_rows_are_refused(tmp_path: Path) -> None:
+    train, evaluation = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", [GOOD[0], BAD[0]])
     with pytest.raises(DataError, match="1 of 2 evaluation rows"):
-        run(train, eval=held)
-    assert account(run(train, eval=held, strict=False))["would_refuse"]
+        run(train, eval=evaluation)
+    assert account(run(train, eval=evaluation, strict=False))["would_refuse"]
 
 
-def test_the_hash_is_of_rows_tokens_and_template(tmp_path: Path) -> None:
+def test_hash_depends_on_rows_tokens_and_template(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD)
     same = write(tmp_path / "b.jsonl", ["", *GOOD])
-    other = write(tmp_path / "c.jsonl", GOOD[::-1])
+    reordered = write(tmp_path / "c.jsonl", GOOD[::-1])
     assert run(path).hash == run(same).hash
-    hashes = [run(path).hash, run(other).hash, run(path, loss="all").hash, run(path, template="chatml").hash]
+    hashes = [run(path).hash, run(reordered).hash, run(path, loss="all").hash, run(path, template="chatml").hash]
     assert len(set(hashes)) == 4
 
 
-def test_prepared_data_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_used_for_the_same_content_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = write(tmp_path / "a.jsonl", [*GOOD, BAD[0]]), tmp_path / "cache"
     first = run(path, cache=cache, bad_rows="drop")
     monkeypatch.setattr(Renderer, "render_many", None)  # a second pass would now fail
@@ -329,7 +331,7 @@ def test_prepared_data_is_found_again_by_content(tmp_path: Path, monkeypatch: py
     assert account(again) == account(first) and again.hash == first.hash
     assert [e.ids.tolist() for e in again.train] == [e.ids.tolist() for e in first.train]
     assert list(again.train_conversations) == list(first.train_conversations)
-    with pytest.raises(DataError):  # what was found wrong is kept with it
+    with pytest.raises(DataError):  # errors of rows are cached too
         run(path, cache=cache)
     monkeypatch.undo()
     assert len(list(cache.iterdir())) == 1
@@ -341,12 +343,12 @@ def test_prepared_data_is_found_again_by_content(tmp_path: Path, monkeypatch: py
     assert len(list(cache.iterdir())) == 7
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
+def test_damaged_cache_is_rebuilt(tmp_path: Path) -> None:
     path, cache = write(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
     expected = [example.ids.tolist() for example in run(path, cache=cache).train]
     [folder] = cache.iterdir()
     ids = (folder / "ids.bin").read_bytes()
-    zeros = bytes(len(ids))  # as a machine that lost power may leave a file; a byte may flip, too
+    zeros = bytes(len(ids))  # as after a power loss; a bit may also flip
     flipped = ids[:40] + bytes([ids[40] ^ 1]) + ids[41:]
     wrong = (("ids.bin", b"123"), ("facts.json", b"{"), ("rows.bin", b""), ("ids.bin", zeros), ("ids.bin", flipped))
     for name, content in wrong:
@@ -355,14 +357,14 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
     assert [place.name for place in cache.iterdir()] == [folder.name]
 
 
-def test_an_unfinished_pass_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_pass_leaves_no_files(tmp_path: Path) -> None:
     path, cache = write(tmp_path / "a.jsonl", ['{"a": 1}', '{"b": 2}']), tmp_path / "cache"
     with pytest.raises(DataError):
         run(path, cache=cache)
     assert list(cache.iterdir()) == []
 
 
-def test_rows_that_are_wrong_and_rows_that_are_too_long_are_named_at_once(tmp_path: Path) -> None:
+def test_invalid_and_too_long_rows_are_reported_together(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [row("q", "a"), row("q", ""), row("q " * 40, "a")])
     with pytest.raises(DataError, match="1 of 3 training rows cannot be used") as caught:
         run(path, max_length=40)
@@ -373,20 +375,20 @@ def test_rows_that_are_wrong_and_rows_that_are_too_long_are_named_at_once(tmp_pa
     assert [place.line for place in caught.value.where] == [2]
 
 
-def test_what_a_killed_pass_left_is_removed_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
+def test_files_of_a_killed_pass_are_removed_and_those_of_a_live_one_kept(tmp_path: Path) -> None:
     path, cache = write(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
     live = Writer(cache / "0123abcd")
-    left = Path(tempfile.mkdtemp(prefix=".4567cdef-", dir=cache))
-    for folder in (left, *cache.glob(".0123abcd-*")):
+    abandoned = Path(tempfile.mkdtemp(prefix=".4567cdef-", dir=cache))
+    for folder in (abandoned, *cache.glob(".0123abcd-*")):
         (folder / LOCK).touch()
         os.utime(folder / LOCK, (1, 1))  # long ago
     expected = run(path, cache=cache).hash
-    assert not left.exists() and len(list(cache.iterdir())) == 2
+    assert not abandoned.exists() and len(list(cache.iterdir())) == 2
     live.discard()
     assert len(list(cache.iterdir())) == 1 and run(path, cache=cache).hash == expected
 
 
-def test_preference_pairs_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_preference_pairs_are_refused_for_sft_with_a_fix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="preference") as caught:
         run(write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]))
     assert "completion=chosen" in caught.value.fix
@@ -399,7 +401,7 @@ def printed(draw: Any) -> str:
     return text
 
 
-def test_the_report_and_the_rows_are_shown(tmp_path: Path) -> None:
+def test_report_and_rows_are_printed(tmp_path: Path) -> None:
     rows = [row("a b\n\x1b[31m", "日本 🙂"), GOOD[0], GOOD[0], *BAD]
     prepared = run(write(tmp_path / "a.jsonl", rows), strict=False, eval=write(tmp_path / "b.jsonl", GOOD))
     report = printed(lambda console: check.print_report(prepared.report.as_json(), console))
@@ -412,16 +414,18 @@ def test_the_report_and_the_rows_are_shown(tmp_path: Path) -> None:
         "eval",
     ):
         assert part in report
-    shown = printed(lambda console: check.show(prepared, 1, console))
+    shown = printed(lambda console: check.print_examples(prepared, 1, console))
     assert "⟦日本·🙂<|im_end|>⟧" in shown and "a·b↵" in shown
     assert "\x1b" not in shown and "\\x1b[31m" in shown
-    numbers = printed(lambda console: check.show(prepared, 1, console, ids=True))
+    numbers = printed(lambda console: check.print_examples(prepared, 1, console, ids=True))
     assert f"<|im_end|>({TOKENIZER.convert_tokens_to_ids('<|im_end|>')})⟧" in numbers
 
 
-def test_the_template_asks_as_the_rows_were_trained(tmp_path: Path) -> None:
+def test_serving_prompt_matches_the_training_rows(tmp_path: Path) -> None:
     tokenizer = templates.tokenizer("opens-with-switch")
-    thinks = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}
+    with_reasoning = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]
+    }
 
     def prompt(*rows: dict[str, Any], **fields: Any) -> tuple[str, Prepared]:
         prepared = run(write(tmp_path / "a.jsonl", list(rows)), tokenizer=tokenizer, **fields)
@@ -429,23 +433,25 @@ def test_the_template_asks_as_the_rows_were_trained(tmp_path: Path) -> None:
 
     end, none = prompt(row("a", "b"), row("c", "d"))
     assert end.endswith("</think>\n\n") and "served as trained: enable_thinking=false" in " ".join(none.report.template)
-    end, all_think = prompt(thinks)
+    end, all_think = prompt(with_reasoning)
     assert end == "\n<think>\n" and all_think.hash != none.hash
-    end, some = prompt(thinks, row("a", "b"))
+    end, some = prompt(with_reasoning, row("a", "b"))
     assert end == "\n<think>\n" and "1 training rows have reasoning and 1 have none" in " ".join(some.report.warnings)
     end, on = prompt(row("a", "b"), template_options={"enable_thinking": True})
-    assert end == "\n<think>\n" and on.train[0].supervised > none.train[0].supervised  # it closes the block itself
-    _, dropped = prompt(thinks, reasoning="drop")
+    assert (
+        end == "\n<think>\n" and on.train[0].supervised > none.train[0].supervised
+    )  # the training text closes the block
+    _, dropped = prompt(with_reasoning, reasoning="drop")
     assert "data.reasoning drop leaves out" in " ".join(dropped.report.warnings)
 
 
-def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
+def test_cleaned_copy_has_a_log_of_each_change(tmp_path: Path) -> None:
     aliases = {"messages": [{"role": "human", "content": "x"}, {"role": "gpt", "content": "y"}]}
     path = write(tmp_path / "a.jsonl", [GOOD[0], BAD[0], aliases, GOOD[0]])
     out = tmp_path / "out.jsonl"
     tokenizer = families.tokenizer("llama3")
     data = DataSection(train=path, template="chatml")
-    changes = check.fix(data, tokenizer, out)
+    changes = check.write_cleaned_copy(data, tokenizer, out)
     assert [json.loads(line) for line in out.read_text().splitlines()] == [GOOD[0], row("x", "y")]
     logged = [json.loads(line) for line in (tmp_path / "out.jsonl.changes.jsonl").read_text().splitlines()]
     assert logged == [vars(change) for change in changes]
@@ -454,23 +460,21 @@ def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
     assert "human -> user" in what[3] and "gpt -> assistant" in what[3] and 1 not in what
     assert account(run(str(out), tokenizer=tokenizer, template="chatml"))["rows"]["dropped"] == 0
     with pytest.raises(FolderError):
-        check.fix(data, tokenizer, out)
+        check.write_cleaned_copy(data, tokenizer, out)
 
 
-def test_a_cleaned_copy_of_files_of_two_formats_is_refused(tmp_path: Path) -> None:
+def test_cleaned_copy_of_two_formats_is_refused(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl", [row("a", "b")]), write(tmp_path / "b.jsonl", [{"text": "words"}])]
     with pytest.raises(DataError, match=r"b\.jsonl:1 is written with text, rows before it with messages"):
-        check.fix(DataSection(train=files), TOKENIZER, tmp_path / "out.jsonl")
+        check.write_cleaned_copy(DataSection(train=files), TOKENIZER, tmp_path / "out.jsonl")
     assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize(("overlong", "kept"), [("refuse", 1), ("drop", 1), ("truncate-start", 2)])
-def test_a_cleaned_copy_leaves_out_rows_that_a_run_would_refuse_as_too_long(
-    tmp_path: Path, overlong: Any, kept: int
-) -> None:
+def test_cleaned_copy_leaves_out_too_long_rows(tmp_path: Path, overlong: Any, kept: int) -> None:
     path, out = write(tmp_path / "a.jsonl", [row("a", "b"), row("long " * 99, "b")]), tmp_path / "out.jsonl"
     data = DataSection(train=path, max_length=60, overlong=overlong)
-    changes = check.fix(data, TOKENIZER, out)
+    changes = check.write_cleaned_copy(data, TOKENIZER, out)
     assert len(out.read_text().splitlines()) == kept
     assert len(prepare(data.model_copy(update={"train": str(out)}), TOKENIZER).train) == kept
     assert [(change.line, "tokens, data.max_length is 60" in change.change) for change in changes] == [(2, True)][
@@ -478,7 +482,7 @@ def test_a_cleaned_copy_leaves_out_rows_that_a_run_would_refuse_as_too_long(
     ]
 
 
-def test_real_files() -> None:
+def test_shared_files_are_prepared() -> None:
     assert account(run(shared("formats/alpaca.json"), max_length=9999))["duplicates"]["within"] == 14
     assert "{{name}}" in "".join(run(shared("formats/alpaca_placeholders.json"), max_length=9999).report.warnings)
     tools = run(shared("formats/sharegpt_tools.json"), template="chatml", max_length=99999)

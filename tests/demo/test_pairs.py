@@ -1,4 +1,4 @@
-"""The demo's pairs: right answers against near misses, the same for a seed, and what `strop check` says of them."""
+"""The demo's preference pairs: kinds of mistakes, the seed, and their use as training rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from strop.config.schema import DataSection
 from strop.data.prepare import prepare
 from strop.demo import data_files
-from strop.demo.pairs import KINDS, PROSE, pairs, write
+from strop.demo.pairs import KINDS, PROSE, make_pairs, write_pairs
 from tests.support.families import tokenizer
 
 
@@ -21,11 +21,11 @@ def rows() -> list[dict[str, object]]:
     return [json.loads(line) for line in data_files()[0].read_text(encoding="utf-8").splitlines()]
 
 
-def test_each_miss_is_of_its_kind() -> None:
-    made = pairs(rows())
-    counts = Counter(pair["kind"] for pair in made)
-    assert set(counts) == set(KINDS) and min(counts.values()) > len(made) / 10
-    for pair in made:
+def test_rejected_answers_have_one_mistake_of_their_kind() -> None:
+    pairs = make_pairs(rows())
+    counts = Counter(pair["kind"] for pair in pairs)
+    assert set(counts) == set(KINDS) and min(counts.values()) > len(pairs) / 10
+    for pair in pairs:
         right, text = json.loads(pair["chosen"][0]["content"]), pair["rejected"][0]["content"]
         if pair["kind"] == "prose":
             assert pair["chosen"][0]["content"] in text and text in {
@@ -40,24 +40,22 @@ def test_each_miss_is_of_its_kind() -> None:
                 "extra slot": name not in right, "wrong intent": name == "intent"}[pair["kind"]]  # fmt: skip
 
 
-def test_the_same_seed_makes_the_same_pairs() -> None:
-    assert pairs(rows(), 3) == pairs(rows(), 3) != pairs(rows(), 4)
+def test_pairs_depend_on_the_seed() -> None:
+    assert make_pairs(rows(), 3) == make_pairs(rows(), 3) != make_pairs(rows(), 4)
 
 
-def test_they_are_pairs_to_train_on(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", tmp_path / "held.jsonl")
+def test_pairs_are_valid_training_rows(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "train.jsonl", tmp_path / "held.jsonl")
     section = DataSection(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "held.jsonl"))
-    prepared = prepare(section, tokenizer("chatml"), learning="pairs")
-    assert prepared.report.rows["used"] == 693 and len(prepared.train_units or ()) == 693
-    assert prepared.eval_units is not None and len(prepared.eval_units) == 176
+    prepared = prepare(section, tokenizer("chatml"), data_kind="pairs")
+    assert prepared.report.rows["used"] == 693 and len(prepared.train_items or ()) == 693
+    assert prepared.eval_items is not None and len(prepared.eval_items) == 176
     assert prepared.report.answers["length_accuracy"] < 0.75
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("names", [["mine.jsonl", "held.jsonl"], ["held.jsonl", "mine.jsonl"], ["one.jsonl"], []])
-def test_files_that_are_there_are_not_written_over(
-    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_existing_files_are_not_overwritten(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.jsonl").write_text("mine", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["pairs", *names])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from strop.cli import app
 from strop.distributed.devices import Devices
-from strop.distributed.launch import joined
+from strop.distributed.launch import join_devices
 from tests.faults.harness import Ended, start, wait
 
 Prepare = Callable[[], None]
@@ -79,7 +79,7 @@ def inside(work: Callable[[Devices], None]) -> Callable[[], int]:
     """Work that is given its devices."""
 
     def be() -> int:
-        with joined() as devices:
+        with join_devices() as devices:
             work(devices)
         return 0
 

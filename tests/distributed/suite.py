@@ -120,13 +120,13 @@ def in_step(step: int, act: Callable[[Any], Any]) -> Prepare:
     """Inside a rank: does `act` to what it has computed of this step; counted as the loop computes them."""
 
     def prepare() -> None:
-        gradients, count = loop.gradients, iter(range(1, 10_000))
+        gradients, count = loop.compute_gradients, iter(range(1, 10_000))
 
         def computed(job: Any, items: Any) -> Any:
             part = gradients(job, items)
             return act(part) if next(count) == step else part
 
-        mock.patch.object(loop, "gradients", computed).start()
+        mock.patch.object(loop, "compute_gradients", computed).start()
 
     return prepare
 
@@ -180,7 +180,7 @@ def _fit(devices: Devices, out: Path, rows: list[Example], options: dict[str, An
     job = tiny.job(out, rows, **options)
     job = replace(job, devices=devices, criterion=criterion_for(job.recipe.train, job.model, devices))
     loop.fit(job)
-    if devices.main:
+    if devices.is_main:
         last = job.folder.checkpoints()[-1][1] / "weights.safetensors"
         (out / "weights.safetensors").write_bytes(last.read_bytes())
 
@@ -276,7 +276,7 @@ def not_finite(lab: Lab) -> None:
     """NaN on one rank: all skip the step, and the event names the rank and its rows."""
 
     def poison(part: Any) -> Any:
-        return replace(part, loss=part.loss * math.nan, nodes=[node * math.nan for node in part.nodes])
+        return replace(part, loss=part.loss * math.nan, buffers=[buffer * math.nan for buffer in part.buffers])
 
     out = lab.good(3, prepare={1: in_step(4, poison)})
     (skip,) = events(out, "skip")
@@ -288,14 +288,14 @@ def no_memory(lab: Lab) -> None:
     """One rank finds no memory: all go on in smaller pieces, with the same numbers."""
 
     def prepare() -> None:
-        compute, count = parts.gradients, iter(range(1, 10_000))
+        compute, count = parts.compute_gradients, iter(range(1, 10_000))
 
         def starved(job: Any, items: Any) -> Any:
             if next(count) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory (planted)")
             return compute(job, items)
 
-        mock.patch.object(loop, "gradients", starved).start()
+        mock.patch.object(loop, "compute_gradients", starved).start()
 
     one, out = lab.good(1), lab.good(3, prepare={2: prepare})
     (shrunk,) = events(out, "shrink")
@@ -386,7 +386,7 @@ def gone(lab: Lab) -> None:
         more = ["--train.exact", "true", "--train.save_steps", "3"]
         out, ended = lab.train(2, *more, prepare={rank: die})
         assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code == 1, said(ended)
-        assert f"rank {rank} has gone" in ended[1 - rank].said or rank == 0, said(ended)
+        assert f"rank {rank} has ended" in ended[1 - rank].said or rank == 0, said(ended)
         lab.resume(3 - rank, out)
         assert apart(whole, out) == 0.0
 
@@ -401,7 +401,7 @@ def hang(lab: Lab) -> None:
     assert "rank 1 has not answered for" in ended[0].said, said(ended)
 
 
-def restarted(lab: Lab) -> None:
+def was_restarted(lab: Lab) -> None:
     """torchrun starts all ranks again after a kill -9: they go on from the last checkpoint, with the same bits."""
     more, out = ["--train.exact", "true", "--train.save_steps", "2"], lab.out()
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -476,7 +476,7 @@ def no_memory_elsewhere(lab: Lab) -> None:
         return prepare
 
     more = ["--data", str(judged), "--train.objective", "kto"]
-    one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "make_state", 3)})
+    one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "allocate_state", 3)})
     assert len(events(out, "shrink")) == 1 and apart(one, out) < NEAR
     _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(build, "load_share", 1)})
     assert codes(ended) == [1] * 3

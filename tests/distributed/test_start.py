@@ -17,8 +17,8 @@ import torch
 from torch.distributed.launcher import api
 
 import strop
-from strop.distributed.environment import Place, place_of
-from strop.distributed.launch import start, to_start
+from strop.distributed.environment import Place, find_place
+from strop.distributed.launch import count_processes, launch_processes
 from strop.errors import InputError, RecipeError
 from tests import ROOT
 from tests.support import tiny
@@ -53,7 +53,7 @@ def reached(running: subprocess.Popen[str], state: Callable[[], bool]) -> None:
 def test_an_exact_run_has_one_thread_a_rank_on_many_cores(tmp_path: Path, tiny_folder: Path) -> None:
     """As it has alone: a product is split by thread, and so its last bits."""
     asked = words(tmp_path, tiny_folder, "two", "--train.max_steps", "1", "--train.exact", "true")
-    code = f"import strop.distributed.launch as join; join.affinity = lambda: 8; join.start(2, {asked!r})"
+    code = f"import strop.distributed.launch as join; join.affinity = lambda: 8; join.launch_processes(2, {asked!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_threads(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads((tmp_path / "two" / "report.json").read_text())["devices"]
@@ -127,15 +127,15 @@ def test_a_terminal_that_closes_is_said(tmp_path: Path, tiny_folder: Path) -> No
     [
         ({"RANK": "abc"}, "RANK 'abc': not a number"),
         ({"RANK": "-1"}, "RANK '-1': not a number"),
-        ({"RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
+        ({"RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
         ({"LOCAL_RANK": "one"}, "LOCAL_RANK 'one': not a number"),
     ],
 )
 def test_a_rank_that_is_no_number_is_refused(names: dict[str, str], said: str) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
-    assert place_of(place) == Place(0, 2, 0, 1)
+    assert find_place(place) == Place(0, 2, 0, 1)
     with pytest.raises(InputError, match=said):
-        place_of({**place, **names})
+        find_place({**place, **names})
 
 
 def test_ranks_have_time_to_finish_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +150,14 @@ def test_ranks_have_time_to_finish_their_step(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(api, "elastic_launch", launch)
-    start(2, ["train"])
+    launch_processes(2, ["train"])
     assert getattr(configs[0], "shutdown_timeout", 3600) == 3600
 
 
 @pytest.mark.parametrize("asked", ["0", "-1", "two", "²", "1.5"])
 def test_what_is_no_number_is_refused(asked: str) -> None:
     with pytest.raises(RecipeError, match="not a number of devices"):
-        to_start(asked, "cpu")
+        count_processes(asked, "cpu")
 
 
 def test_a_recipe_is_shown_as_so_many_devices_have_it(

@@ -16,7 +16,7 @@ CASES = [
     "same_numbers(lab, [3])", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)",
     "evaluation(lab, general=False)",
     "not_finite(lab)", "no_memory(lab)", "failures(lab)", "flipped_bit(lab)", "gone(lab)", "hang(lab)",
-    "restarted(lab)", "one_nan(lab)", "judged_once(lab)", "idle_experts(lab)", "odd_models(lab)",
+    "was_restarted(lab)", "one_nan(lab)", "judged_once(lab)", "idle_experts(lab)", "odd_models(lab)",
     "no_memory_elsewhere(lab)", "told_otherwise(lab)",
     "the_same_run(lab)", "families(lab)", "bytes_arrive(lab)", "hurt_between_layers(lab)", "goes_on(lab)",
     "kills(lab, 4, agent=4)",

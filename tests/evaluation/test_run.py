@@ -17,7 +17,7 @@ import strop
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Message
 from strop.engine.decode.batch import Batch
-from strop.engine.decode.generate import Answer
+from strop.engine.decode.generate import Completion
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
@@ -215,7 +215,7 @@ def interrupt_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict[s
         return compare(*args, **options)
 
     monkeypatch.setattr(evaluation, "compare", comparing)
-    monkeypatch.setattr("strop.engine.decode.decoder_cache.ROWS", 4)
+    monkeypatch.setattr("strop.engine.decode.batch.MAX_SEQUENCES", 4)
 
 
 def test_interrupted_run_is_not_ranked(
@@ -309,7 +309,7 @@ def test_ctrl_c_keeps_the_answered_rows(
 
     held_out = rows(tmp_path / "held.jsonl", COLOURS)
     monkeypatch.setattr(Batch, "step", interrupted)
-    monkeypatch.setattr("strop.engine.decode.decoder_cache.ROWS", 4)
+    monkeypatch.setattr("strop.engine.decode.batch.MAX_SEQUENCES", 4)
     words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
     found = json.loads(out)
@@ -400,7 +400,7 @@ def generated_text(model: Model, row: Conversation) -> str:
 def scored(
     model: Model, rows: list[Conversation], texts: list[str], metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> float:
-    monkeypatch.setattr(comparing, "generate_answers", lambda *_, **__: [Answer(text, 1, True) for text in texts])
+    monkeypatch.setattr(comparing, "generate_answers", lambda *_, **__: [Completion(text, 1, True) for text in texts])
     return float(comparing.compare(model, rows, metric=metric)["base"][metric])
 
 
@@ -449,11 +449,11 @@ def test_rows_without_reasoning_are_judged_by_their_text(thinker: Model) -> None
 
 
 @pytest.mark.parametrize(
-    ("chat_tokenizer", "closes"),
+    ("chat_tokenizer", "reasoning_ends"),
     [(tokenizer("qwen3"), ["</think>"]), (of_trait("opens-with-switch"), []), (tokenizer("chatml"), [])],
 )
-def test_end_of_reasoning_is_found_unless_it_is_a_special_token(chat_tokenizer: Any, closes: list[str]) -> None:
-    assert Renderer(chat_tokenizer).closes == closes
+def test_end_of_reasoning_is_found_unless_it_is_a_special_token(chat_tokenizer: Any, reasoning_ends: list[str]) -> None:
+    assert Renderer(chat_tokenizer).reasoning_ends == reasoning_ends
 
 
 def test_choice_does_not_see_the_right_reasoning(thinker: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def test_an_unknown_pre_tokenizer_is_refused(bases: Any, rows: str, tmp_path: Pa
 def test_what_is_refused_before_anything_is_written(bases: Any, rows: str, tmp_path: Path) -> None:
     tuned = str(bases.adapter("qwen2"))
     (tmp_path / "there.gguf").write_text("mine")
-    with pytest.raises(FolderError, match="is there already"):
+    with pytest.raises(FolderError, match="already exists"):
         export_gguf(tuned, tmp_path / "there.gguf", data=rows)
     assert (tmp_path / "there.gguf").read_text() == "mine"
     with pytest.raises(RecipeError, match="no such type"):
@@ -394,7 +394,7 @@ def test_two_exports_to_one_file_do_not_mix(bases: Any, tmp_path: Path, monkeypa
     write, out = module._Model.write, tmp_path / "model.gguf"
 
     def writing(self: Any, file: Path, kind: str, **more: Any) -> None:
-        with pytest.raises(FolderError, match="another process is making it"):
+        with pytest.raises(FolderError, match="another process is writing it"):
             export_gguf(str(bases.base("llama")), out, kind="f32", measure=False)
         write(self, file, kind, **more)
 

@@ -114,7 +114,7 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["template"] == {"rendered_by": None, "prompts_equal": None} and told["parity"] is None
     assert any("untested" in note for note in told["notes"]) and told["out"] == str(tmp_path / "made")
     assert told["commands"] == [f"ollama create my-run -f {tmp_path}/made/Modelfile", "ollama run my-run"]
-    with pytest.raises(FolderError, match="is there already"):
+    with pytest.raises(FolderError, match="already exists"):
         export_ollama(str(tuned), tmp_path / "made", data=rows)
     # a real Ollama is asked where it runs; here one that renders something else
     monkeypatch.setattr(module, "_ollama_runs", lambda: True)

@@ -224,7 +224,7 @@ def damage(lab: Lab, every: int = 1) -> Tally:
         how(newest / name)
         tally.tried += 1
         ended = lab.go_on(out)
-        said = f"{newest}: passed over" in ended.said
+        said = f"{newest}: skipped" in ended.said
         tally.check(said, f"{how.__name__} {name} of step {step}: not said")
         lab.finished_well(tally, out, ended, "fast", f"{how.__name__} {name}")
     shutil.rmtree(whole)
@@ -264,7 +264,7 @@ def full_disk(lab: Lab, every: int = 1) -> Tally:
         good = ended.code == 1 and "cannot be written" in ended.said
         tally.check(good, f"save {step}: exit {ended.code}: {ended.said[-300:]}")
         left = RunFolder(out).checkpoints()
-        whole = bool(left) and all(state.fault(checkpoint) is None for _, checkpoint in left)
+        whole = bool(left) and all(state.checkpoint_error(checkpoint) is None for _, checkpoint in left)
         tally.check(whole and not _litter(out), f"save {step}: left {left} {_litter(out)}")
         lab.finished_well(tally, out, lab.go_on(out), "fast", f"disk full at save {step}")
     return tally
@@ -367,7 +367,7 @@ def _at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
     """Inside the child: does `act` when a step is taken, before what follows it (evaluation, save)."""
 
     def prepare() -> None:
-        take = loop._take
+        take = loop._step_and_log
 
         def taken(job: Any, batch: Any, stream: Any) -> None:
             take(job, batch, stream)
@@ -383,7 +383,7 @@ def _poison(where: str, steps: set[int]) -> Callable[[], None]:
     """Inside the child: NaN at these steps (counted as the loop takes them, roll-backs included)."""
 
     def prepare() -> None:
-        count, gradients, take = iter(range(1, 10_000)), loop.gradients, loop._take
+        count, gradients, take = iter(range(1, 10_000)), loop.compute_gradients, loop._step_and_log
 
         def poisoned(job: Any, examples: Any) -> Any:
             part = gradients(job, examples)

@@ -53,7 +53,7 @@ def test_trained_merged_and_loaded_by_plain_libraries(kind: str, tmp_path: Path)
         model=base, data=rows, out=tmp_path / "run", train={"max_steps": 2, "learning_rate": 1e-2},
         callback=said.append, **{"model.dtype": "fp32", "lora.r": 2},
     )  # fmt: skip
-    assert any("its text half is trained" in event.get("text", "") for event in said)
+    assert any("its text model is trained" in event.get("text", "") for event in said)
     saved = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     assert saved and all(name.startswith(f"base_model.model.{inside}") for name in saved)
 

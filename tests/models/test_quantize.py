@@ -197,7 +197,7 @@ def test_an_evaluation_and_a_save_leave_the_gradient_as_it_was(
         weights, make_optimizer(weights, resolve(None, {"model": "m", "data": "d"}).recipe.train), Progress()
     )
     (tmp_path / "run").mkdir()
-    checkpoints.save(RunFolder(tmp_path / "run"), state)
+    checkpoints.save_checkpoint(RunFolder(tmp_path / "run"), state)
     _, after = gradients(model.train(), loss)
     assert before and all(torch.equal(before[name], after[name]) for name in before)
 

@@ -16,14 +16,14 @@ import torch
 from peft import PeftModel
 
 from strop.config.schema import TrainSection
-from strop.data.types import Example, Group, Unit
+from strop.data.types import Example, ExampleGroup, RolloutGroup
 from strop.engine.step import Step, step_for
 from strop.models.reward_head import head_of
-from strop.objectives.grpo import GRPO, advantages
+from strop.objectives.policy import GRPO, group_advantages
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import EventLog
-from strop.training.criteria import OfAnswers, beside, log_probs
-from strop.training.rollouts import OfGroups
+from strop.training.criteria import PreferenceCriterion, answer_logprobs, mismatched_logprobs
+from strop.training.rollouts import PolicyCriterion
 from tests.support import tiny
 from tests.support.families import tokenizer
 
@@ -31,14 +31,14 @@ trl = pytest.importorskip("trl", reason="trl is not installed (pip install trl)"
 
 STEPS, UNITS = 10, 6
 GROUP = 3
-Loss = Callable[[PeftModel, list[Unit]], torch.Tensor]
+Loss = Callable[[PeftModel, list[ExampleGroup]], torch.Tensor]
 
 
 def example(ids: Any, prompt: int) -> Example:
     return Example(ids.astype(np.int32), (np.arange(len(ids)) >= prompt).astype(np.float32), "f", 1)
 
 
-def units(labels: bool = False) -> list[Unit]:
+def units(labels: bool = False) -> list[ExampleGroup]:
     """Answers of ragged lengths to prompts of ragged lengths; KTO's other answers are those of the unit before."""
     random = np.random.default_rng(0)
     found = []
@@ -47,14 +47,14 @@ def units(labels: bool = False) -> list[Unit]:
         sides = [np.concatenate([prompt, random.integers(5, 300, int(random.integers(3, 9)))]) for _ in range(2)]
         found.append([example(ids, len(prompt)) for ids in sides])
     if not labels:
-        return [Unit((chosen, rejected)) for chosen, rejected in found]
+        return [ExampleGroup((chosen, rejected)) for chosen, rejected in found]
     answers = [side[0] for side in found]
     other = []
     for n, answer in enumerate(answers):
         before = answers[n - 1]
-        ids = np.concatenate([answer.ids[: answer.prompt], before.ids[before.prompt :]])
-        other.append(example(ids, answer.prompt))
-    return [Unit((a,), (b,), n % 3 != 0) for n, (a, b) in enumerate(zip(answers, other, strict=True))]
+        ids = np.concatenate([answer.ids[: answer.prompt_length], before.ids[before.prompt_length :]])
+        other.append(example(ids, answer.prompt_length))
+    return [ExampleGroup((a,), (b,), n % 3 != 0) for n, (a, b) in enumerate(zip(answers, other, strict=True))]
 
 
 def model(scored: bool = False) -> PeftModel:
@@ -94,7 +94,7 @@ def dpo_like(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
     args = common(folder, trl.DPOConfig, max_length=None, **options)
     trainer = trl.DPOTrainer(model=tuned, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
 
-    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+    def loss(tuned: PeftModel, units: list[ExampleGroup]) -> torch.Tensor:
         ids, attended, mask = padded([unit.examples[side] for side in range(2) for unit in units])
         inputs = {"input_ids": ids, "attention_mask": attended, "completion_mask": mask}
         return trainer.compute_loss(trainer.model, inputs)
@@ -107,9 +107,9 @@ def kto(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
     args = common(folder, trl.KTOConfig, train_sampling_strategy="sequential", max_length=None, **options)
     trainer = trl.KTOTrainer(model=tuned, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
 
-    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+    def loss(tuned: PeftModel, units: list[ExampleGroup]) -> torch.Tensor:
         inputs: dict[str, Any] = {"label": torch.tensor([unit.desirable for unit in units])}
-        for name, examples in (("", [u.examples[0] for u in units]), ("KL_", [u.beside[0] for u in units])):
+        for name, examples in (("", [u.examples[0] for u in units]), ("KL_", [u.kl_examples[0] for u in units])):
             made = zip(("input_ids", "attention_mask", "completion_mask"), padded(examples), strict=True)
             inputs |= {name + part: tensor for part, tensor in made}
         return trainer.compute_loss(trainer.model, inputs)
@@ -118,7 +118,7 @@ def kto(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
 
 
 def chosen_and_rejected(trainer: Any) -> Loss:
-    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+    def loss(tuned: PeftModel, units: list[ExampleGroup]) -> torch.Tensor:
         batch: dict[str, Any] = {}
         for side, name in enumerate(("chosen", "rejected")):
             ids, attended, mask = padded([unit.examples[side] for unit in units])
@@ -173,7 +173,7 @@ def reward(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
     tuned.stand_in = theirs
     classifier.config.pad_token_id = 0  # as `padded` has it: the classifier looks for the last token that is not it
 
-    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+    def loss(tuned: PeftModel, units: list[ExampleGroup]) -> torch.Tensor:
         ids, attended, _ = padded([unit.examples[side] for side in range(2) for unit in units])
         return trainer.compute_loss(trainer.model, {"input_ids": ids, "attention_mask": attended})
 
@@ -195,12 +195,14 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def filled(objective: str, given: dict[str, Any]) -> OfAnswers:
+def filled(objective: str, given: dict[str, Any]) -> PreferenceCriterion:
     known = OBJECTIVES[objective]
-    return OfAnswers(known, TrainSection(objective=objective, **{**known.options, **given}))
+    return PreferenceCriterion(known, TrainSection(objective=objective, **{**known.options, **given}))
 
 
-def compare(criterion: OfAnswers, make: Any, folder: Path, options: dict[str, Any], made: list[Unit]) -> None:
+def compare(
+    criterion: PreferenceCriterion, make: Any, folder: Path, options: dict[str, Any], made: list[ExampleGroup]
+) -> None:
     """Ten steps of both, each from its own weights."""
     ours, theirs = (model(criterion.objective.scored) for _ in range(2))
     loss = make(folder, theirs, **options)
@@ -208,15 +210,17 @@ def compare(criterion: OfAnswers, make: Any, folder: Path, options: dict[str, An
     step, criterion = step_for(ours), replace(criterion, head=head_of(ours))
     if criterion.objective.reference:
         with torch.no_grad():
-            sides = log_probs(step, made)
-            more = [beside(step, made)] if made[0].beside else []
+            sides = answer_logprobs(step, made)
+            more = [mismatched_logprobs(step, made)] if made[0].kl_examples else []
             values = torch.stack([*sides, *more], 1).tolist()
-        made = [Unit(u.examples, u.beside, u.desirable, tuple(v)) for u, v in zip(made, values, strict=True)]
+        made = [
+            ExampleGroup(u.examples, u.kl_examples, u.desirable, tuple(v)) for u, v in zip(made, values, strict=True)
+        ]
     theirs_by_name = dict(theirs.named_parameters())  # with the copy that TRL makes for its reference
     pairs = [(weight, theirs_by_name[name]) for name, weight in ours.named_parameters() if weight.requires_grad]
     optimizers = [torch.optim.AdamW([p[side] for p in pairs], lr=1e-2) for side in range(2)]
     for n in range(STEPS):
-        level = criterion.level(step, made, lambda items: [list(range(len(items)))])
+        level = criterion.statistic(step, made, lambda items: [list(range(len(items)))])
         mine = criterion.loss(step, made, level)[0] / criterion.divisor(made)
         other = loss(theirs, made)
         for value, optimizer in zip((mine, other), optimizers, strict=True):
@@ -256,35 +260,35 @@ def test_orpo_equals_trls_but_for_the_prompt_in_its_first_term(tmp_path: Path) -
         first = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         theirs = float(loss(ours, made) - first)
         criterion, step = filled("orpo", {"beta": 0.7}), step_for(ours)
-        chosen = log_probs(step, made)[0]
+        chosen = answer_logprobs(step, made)[0]
         counts = chosen.new_tensor([unit.examples[0].supervised for unit in made])
         mine = float(criterion.loss(step, made, 0.0)[0] / UNITS + (chosen / counts).mean())
     assert mine == pytest.approx(theirs, rel=1e-5)
 
 
-def groups(step: Step) -> list[Group]:
+def groups(step: Step) -> list[RolloutGroup]:
     """Two prompts with three answers each, as another policy drew them and with another reference."""
     made, found = units(), []
     noise = np.random.default_rng(1)
     for two in (made[:3], made[3:]):
-        prompt = two[0].examples[0].ids[: two[0].examples[0].prompt]
+        prompt = two[0].examples[0].ids[: two[0].examples[0].prompt_length]
         answers = [unit.examples[0] for unit in two]
         examples = tuple(
-            example(np.concatenate([prompt, answer.ids[answer.prompt :]]), len(prompt)) for answer in answers
+            example(np.concatenate([prompt, answer.ids[answer.prompt_length :]]), len(prompt)) for answer in answers
         )
         with torch.no_grad():
             now = step.token_log_probs(examples).double().numpy()
         drawn, before = (now + noise.normal(0, 0.3, len(now)) for _ in range(2))
         rewards = tuple(noise.random(GROUP))
         options = TrainSection(objective="grpo", **GRPO.options)
-        found.append(Group(
-            examples, advantages=tuple(advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
-            drawn=drawn, before=before,
+        found.append(RolloutGroup(
+            examples, advantages=tuple(group_advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
+            sampling_logprobs=drawn, reference_token_logprobs=before,
         ))  # fmt: skip
     return found
 
 
-def ragged(groups: list[Group], values: list[Any]) -> torch.Tensor:
+def ragged(groups: list[RolloutGroup], values: list[Any]) -> torch.Tensor:
     """Values of all tokens of each group, as rows of answers that are padded at their right."""
     found = []
     for group, some in zip(groups, values, strict=True):
@@ -300,7 +304,7 @@ def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None
     step, made = step_for(ours), groups(step_for(model()))
     given = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}
     options = TrainSection(objective="grpo", **{**GRPO.options, **given})
-    criterion = OfGroups(options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
+    criterion = PolicyCriterion(GRPO, options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
     args = common(
         tmp_path, trl.GRPOConfig, loss_type=kind, beta=0.3, epsilon=0.2, epsilon_high=0.28, num_generations=GROUP,
         max_completion_length=16, num_iterations=2,
@@ -311,20 +315,20 @@ def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     examples = [example for group in made for example in group.examples]
-    left = max(example.prompt for example in examples)
+    left = max(example.prompt_length for example in examples)
     prompts = torch.zeros(len(examples), left, dtype=torch.long)
     asked = torch.zeros_like(prompts)
     for row, one in enumerate(examples):
-        prompts[row, left - one.prompt :] = torch.from_numpy(one.ids[: one.prompt])
-        asked[row, left - one.prompt :] = 1
-    answers = [torch.from_numpy(one.ids[one.prompt :]).long() for one in examples]
+        prompts[row, left - one.prompt_length :] = torch.from_numpy(one.ids[: one.prompt_length])
+        asked[row, left - one.prompt_length :] = 1
+    answers = [torch.from_numpy(one.ids[one.prompt_length :]).long() for one in examples]
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in answers], batch_first=True)
     inputs = {
         "prompt_ids": prompts, "prompt_mask": asked, "completion_mask": mask,
         "completion_ids": torch.nn.utils.rnn.pad_sequence(answers, batch_first=True),
         "advantages": torch.tensor([a for group in made for a in group.advantages], dtype=torch.float32),
-        "old_per_token_logps": ragged(made, [group.drawn for group in made]),
-        "ref_per_token_logps": ragged(made, [group.before for group in made]),
+        "old_per_token_logps": ragged(made, [group.sampling_logprobs for group in made]),
+        "ref_per_token_logps": ragged(made, [group.reference_token_logprobs for group in made]),
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     named = dict(theirs.named_parameters())

@@ -505,7 +505,7 @@ def test_doctor_prints_facts_and_findings(monkeypatch: pytest.MonkeyPatch, capsy
     assert code == 0 and [line.split() for line in err.splitlines()] == [
         ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"]
     ]  # fmt: skip
-    assert run("doctor", "--fix", capsys=capsys) == (0, "", "nothing to mend\n")
+    assert run("doctor", "--fix", capsys=capsys) == (0, "", "nothing to fix\n")
 
 
 def test_doctor_fix_prints_commands_and_comments(

@@ -1,4 +1,4 @@
-"""What a killed process leaves, and two that make the same thing at once."""
+"""Run folders and cache folders after killed processes, full disks and concurrent writers."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ import pytest
 
 from strop.errors import FolderError
 from strop.runs.events import EventLog, read_events
-from strop.runs.folder import made_once, new_folder, read_json, sole_maker
+from strop.runs.folder import build_once, exclusive_output, new_folder, read_json
 
 
-def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path) -> None:
-    """Gigabytes, of a base that was being quantized."""
+def test_leftovers_of_a_killed_process_in_the_cache_are_removed(tmp_path: Path) -> None:
+    """A half-quantized base can take gigabytes."""
     (tmp_path / "nf4.tmp-99999").mkdir()
     (tmp_path / "nf4.tmp-99999" / "model-00001.safetensors").write_bytes(bytes(9))
-    (tmp_path / "int8.tmp-99999").mkdir()  # another process may be making that
+    (tmp_path / "int8.tmp-99999").mkdir()  # another process may still write this
 
-    def make(folder: Path) -> None:
+    def build(folder: Path) -> None:
         with new_folder(folder) as temp:
             (temp / "x").write_text("x")
 
-    made_once(tmp_path / "nf4", lambda folder: (folder / "x").is_file(), make)
+    build_once(tmp_path / "nf4", lambda folder: (folder / "x").is_file(), build)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".nf4.lock", "int8.tmp-99999", "nf4"]
 
 
-def test_one_process_makes_a_name(tmp_path: Path) -> None:
+def test_exclusive_output_refuses_concurrent_writers_and_existing_files(tmp_path: Path) -> None:
     out = tmp_path / "new" / "model.gguf"
-    with sole_maker(out):
-        with pytest.raises(FolderError, match="another process is making it"), sole_maker(out):
+    with exclusive_output(out):
+        with pytest.raises(FolderError, match="another process is writing it"), exclusive_output(out):
             pass
         out.write_text("made")
-    with pytest.raises(FolderError, match="is there already"), sole_maker(out):
+    with pytest.raises(FolderError, match="already exists"), exclusive_output(out):
         pass
     out.unlink()
-    with sole_maker(out):
+    with exclusive_output(out):
         pass
     assert not list(out.parent.iterdir()) or os.name != "posix"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the lock stays there")
-def test_what_a_killed_process_left_of_a_name_is_removed_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="the lock file remains on Windows")
+def test_exclusive_output_removes_only_its_own_leftovers(tmp_path: Path) -> None:
     for name in ("out.tmp-99999", "out.tmp-mine", "out.old-1", "other.tmp-1"):
         (tmp_path / name).mkdir()
-    with sole_maker(tmp_path / "out"):  # nobody was killed: these are the user's own
+    with exclusive_output(tmp_path / "out"):  # no process was killed: these belong to the user
         assert len(list(tmp_path.glob("*.*"))) == 5
     (tmp_path / ".out.lock").touch()
-    with sole_maker(tmp_path / "out"):
+    with exclusive_output(tmp_path / "out"):
         pass
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other.tmp-1", "out.old-1", "out.tmp-mine"]
 
 
-def test_a_full_disk_takes_no_event_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_existing_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "events.jsonl"
     EventLog(file).emit("save", step=1)
     with file.open("a") as more:
@@ -69,6 +69,6 @@ def test_a_full_disk_takes_no_event_that_was_there(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\0\0\0", "[" * 100_000])
-def test_a_damaged_file_holds_nothing(tmp_path: Path, text: str) -> None:
+def test_damaged_json_reads_as_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     assert read_json(tmp_path / "x.json") == {} == read_json(tmp_path / "none.json")

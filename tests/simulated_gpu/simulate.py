@@ -97,7 +97,7 @@ def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
 
 @contextmanager
 def failing_state(at: int | None) -> Iterator[None]:
-    own, made = optim._make_state_of, count()
+    own, made = optim._allocate_state, count()
 
     def make(weight: Any, optimizer: Any, *where: Any) -> None:
         if next(made) == at:
@@ -105,7 +105,7 @@ def failing_state(at: int | None) -> Iterator[None]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         own(weight, optimizer, *where)
 
-    with patch.object(optim, "_make_state_of", make):
+    with patch.object(optim, "_allocate_state", make):
         yield
 
 
@@ -164,7 +164,7 @@ def train(
         started = stack.enter_context(kernels_counted(kernels))
         stack.enter_context(CARD.present())
         # it looks at numbers, and there are none here
-        stack.enter_context(patch("strop.training.run.hold_to_order", lambda job, items: None))
+        stack.enter_context(patch("strop.training.run.check_causal", lambda job, items: None))
         if resume:
             with pytest.raises(Stopped), stopping():
                 strop.train(**given)
@@ -205,9 +205,9 @@ def evaluate(model: str) -> dict[str, Any]:
 
 def serve(model: str, texts: int = 3) -> dict[str, Any]:
     """Texts of the base and of two adapters answered together; what made the host wait, a token."""
-    from strop.engine.decode.batch import Batch, answer_all
-    from strop.engine.decode.hf_fallback import PlainDecoder
-    from strop.engine.decode.sampling import Sampling, Text
+    from strop.engine.decode.batch import Batch, decode_all
+    from strop.engine.decode.hf_fallback import HfDecoder
+    from strop.engine.decode.sampling import Sampling, SequenceState
 
     with CARD.present():
         loaded = strop.load(model, device="cuda")
@@ -215,12 +215,14 @@ def serve(model: str, texts: int = 3) -> dict[str, Any]:
         module.load_adapter(str(Path(model) / "adapter"), adapter_name="other")
         asked = [None, "default", "other"]
         prompts = [
-            Text(np.arange(5 + n, 12 + n, dtype=np.int32), asked[n % 3], most=4, sampling=Sampling(0.0))
+            SequenceState(
+                np.arange(5 + n, 12 + n, dtype=np.int32), asked[n % 3], max_new_tokens=4, sampling=Sampling(0.0)
+            )
             for n in range(texts)
         ]
-        batch = Batch(PlainDecoder(module, keep=64), texts)
+        batch = Batch(HfDecoder(module, keep=64), texts)
         CARD.waits.clear()
-        told = sum(len(news.tokens) for news in answer_all(batch, prompts))
+        told = sum(len(progress.tokens) for progress in decode_all(batch, prompts))
     return {"tokens": told, "waits": [[kind, line, number] for (_, kind, line), number in CARD.waits.items()]}
 
 

@@ -1,4 +1,4 @@
-"""Whether a command of strop, as a person would type it, is one: its name, its options, and values of the recipe."""
+"""Check a command of strop without running it: its name, its options, and the recipe values among them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from strop.config.schema import option_fields
 from strop.errors import StropError
 
 
-def fault(words: list[str]) -> str | None:
-    """What is wrong with `strop WORDS...`, if anything. Nothing is run."""
+def find_error(words: list[str]) -> str | None:
+    """Return what is wrong with `strop WORDS...`, or None."""
     command: Any = typer.main.get_command(build(words))
     if words == ["--help"] or words == ["--version"]:
         return None
@@ -27,24 +27,24 @@ def fault(words: list[str]) -> str | None:
         command = command.commands[name]
     if rest in (["--help"], ["-h"]):
         return None
-    if any(word.endswith("...") for word in rest):  # "and so on"
+    if any(word.endswith("...") for word in rest):  # an abbreviated command
         return None
     try:
         context = command.make_context(" ".join(path), rest, resilient_parsing=False)
-    except Exception as error:  # click's errors, which typer vendors or imports
-        said = error.format_message() if hasattr(error, "format_message") else str(error)
-        return said or type(error).__name__
-    return _recipe_fault(context.params)
+    except Exception as error:  # click's errors, from click or from the copy in typer
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        return message or type(error).__name__
+    return _recipe_error(context.params)
 
 
-def _recipe_fault(values: dict[str, Any]) -> str | None:
-    """Whether the recipe's fields that are given have values that the recipe takes."""
-    known = {field.replace(".", "__"): field for field, _ in option_fields()}
+def _recipe_error(values: dict[str, Any]) -> str | None:
+    """Return what is wrong with the recipe fields among a command's parameters, or None."""
+    fields = {field.replace(".", "__"): field for field, _ in option_fields()}
     given: dict[str, Any] = {}
     for name, value in values.items():
-        if name in known and isinstance(value, str | list | tuple) and value:
-            many = isinstance(value, list | tuple)
-            given[known[name]] = list(value) if many else parse_option(known[name], value)
+        if name in fields and isinstance(value, str | list | tuple) and value:
+            is_list = isinstance(value, list | tuple)
+            given[fields[name]] = list(value) if is_list else parse_option(fields[name], value)
     if not given:
         return None
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from strop.training.job import Job
+from strop.training.state import Job
 
 
 def no_memory(calls: set[int], number: list[int]) -> Callable[[Any], None]:

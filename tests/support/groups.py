@@ -12,9 +12,10 @@ import numpy as np
 
 from strop.data.types import Example, Prompt
 from strop.evaluation.metrics import Metric, Reward
-from strop.training.job import Job
+from strop.objectives.policy import GRPO
 from strop.training.reference import with_reference
-from strop.training.rollouts import OfGroups
+from strop.training.rollouts import PolicyCriterion
+from strop.training.state import Job
 from tests.support import preferences, tiny
 from tests.support.families import tokenizer
 
@@ -57,7 +58,7 @@ def job(
     )
     recipe = preferences.filled(tiny.recipe(**given)).recipe
     of = (recipe.train, recipe.seed, made.model, tokenizer("chatml"), (2, 3), [rewarding(function)])
-    criterion = OfGroups(*of, made.state.weights, made.log)
+    criterion = PolicyCriterion(GRPO, *of, made.state.weights, made.log)
     held = list(held_out) if held_out is not None else None
     made = replace(made, recipe=recipe, train=list(train), eval=held, criterion=criterion)
     return with_reference(made, preferences.KEY)

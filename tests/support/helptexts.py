@@ -1,62 +1,77 @@
-"""What `--help` is made from, command by command: text that depends on neither the terminal nor typer's version.
+"""The help of every command as an 80-column terminal shows it.
 
-python -m tests.support.helptexts      writes tests/help.txt anew, after a change that is meant
+python -m tests.support.helptexts      writes tests/cli/help.txt again, after an intended change
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, get_args, get_origin
+import os
+import re
+import subprocess
+import sys
 
-import typer
-
-from strop.cli.app import COMMANDS, build
+from strop.cli.app import COMMANDS, GROUPS
 from tests import ROOT
 
-FILE = ROOT / "tests" / "help.txt"
+FILE = ROOT / "tests" / "cli" / "help.txt"
+WIDTH = 80
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
+_RECIPE_PANELS = re.compile(r"╭─ Recipe.*?╰─+╯\n", re.DOTALL)
+_RENDER_ALL = """
+import sys
+from strop.cli.app import COMMANDS, GROUPS, build
+in_groups = [[group, name] for group, (_, commands) in GROUPS.items() for name in commands]
+for words in [[], *([name] for name in [*COMMANDS, *GROUPS]), *in_groups]:
+    print("$ strop", *words, "--help", flush=True)
+    build(words)([*words, "--help"], standalone_mode=False, prog_name="strop")
+    sys.stdout.flush()
+"""
+
+
+def show_in_terminal(*command: str) -> str:
+    """Run a command in a pseudo-terminal of 80 columns, and return what it prints, without colours."""
+    import pty
+
+    main, terminal = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(WIDTH), "LINES": "50", "TERM": "xterm-256color"}
+    for name in ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "TERMINAL_WIDTH"):
+        environment.pop(name, None)
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        output = b""
+        while True:
+            try:
+                block = os.read(main, 1 << 16)
+            except OSError:  # Linux reports the end of a terminal as an error
+                break
+            if not block:
+                break
+            output += block
+    os.close(main)
+    assert process.returncode == 0, output.decode()
+    return _ANSI.sub("", output.decode("utf-8"))
+
+
+def help_by_command() -> dict[str, str]:
+    """Return the rendered help by command, such as "strop export gguf"."""
+    parts = re.split(r"^\$ (strop.*) --help\n", show_in_terminal(sys.executable, "-c", _RENDER_ALL), flags=re.M)
+    texts = {name: text.strip("\n") + "\n" for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    assert len(texts) == 1 + len(COMMANDS) + len(GROUPS) + sum(len(commands) for _, commands in GROUPS.values())
+    return texts
+
+
+def recipe_panels(text: str) -> list[str]:
+    """Return the panels of a help text that list the recipe's fields."""
+    return _RECIPE_PANELS.findall(text)
 
 
 def helptexts() -> str:
-    """Every command with its text, and every argument and option with its names, kind, bounds, default and text."""
-    return "\n".join(_commands("strop", build(list(COMMANDS))))
-
-
-def _commands(name: str, app: typer.Typer) -> Iterator[str]:
-    yield f"{name}: {app.info.help}\n"
-    if app.registered_callback is not None:
-        yield from _parameters(app.registered_callback.callback)
-    for command in app.registered_commands:
-        assert command.callback is not None
-        yield f"{name} {command.name}: {inspect.getdoc(command.callback)}"
-        yield from _parameters(command.callback)
-        yield (command.epilog or "").replace("\n\n", "\n") + "\n"
-    for group in app.registered_groups:
-        assert group.typer_instance is not None
-        yield from _commands(f"{name} {group.name}", group.typer_instance)
-
-
-def _parameters(command: Callable[..., Any] | None) -> Iterator[str]:
-    assert command is not None
-    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        kind, info = get_args(parameter.annotation)
-        first = info.default if isinstance(info.default, str) else f"--{name.replace('_', '-')}"
-        names = [first, *(info.param_decls or ())]
-        words = info.metavar or name if isinstance(info, typer.models.ArgumentInfo) else " ".join(names)
-        facts = [_kind(kind)]
-        facts += [f"at least {info.min}"] if info.min is not None else []
-        facts += [f"at most {info.max}"] if info.max is not None else []
-        facts += ["required"] if parameter.default is parameter.empty else [f"default {parameter.default}"]
-        yield f"  {words} ({', '.join(facts)}): {info.help}"
-    yield ""
-
-
-def _kind(kind: Any) -> str:
-    """Of `list[str] | None`: list[str]."""
-    inner = [_kind(part) for part in get_args(kind) if part is not type(None)]
-    if get_origin(kind) is list:
-        return f"list[{inner[0]}]"
-    return inner[0] if inner else kind.__name__
+    """Return the help of all commands, with the recipe's panels only once, in `strop train`."""
+    texts = []
+    for name, text in help_by_command().items():
+        shown = text if name == "strop train" else _RECIPE_PANELS.sub("", text)
+        texts.append(f"$ {name} --help\n" + "\n".join(line.rstrip() for line in shown.splitlines()) + "\n")
+    return "\n".join(texts)
 
 
 if __name__ == "__main__":

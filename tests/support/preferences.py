@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from strop.config.load import Choice, Resolved
-from strop.data.types import Example, Unit
+from strop.data.types import Example, ExampleGroup
 from strop.engine.step import step_for
-from strop.objectives.table import open_options
+from strop.objectives.table import default_options
 from strop.training.criteria import criterion_for
-from strop.training.job import Job
 from strop.training.reference import with_reference
+from strop.training.state import Job
 from tests.support import tiny
 from tests.support.families import tokenizer
 
@@ -27,43 +27,50 @@ def answer(ids: Any, prompt: int, line: int = 1) -> Example:
     return Example(np.asarray(ids, np.int32), (np.arange(len(ids)) >= prompt).astype(np.float32), "random", line)
 
 
-def pairs(number: int, seed: int = 0, prompt: int = 10, alike: bool = False) -> list[Unit]:
+def pairs(number: int, seed: int = 0, prompt: int = 10, alike: bool = False) -> list[ExampleGroup]:
     """Two answers of ragged lengths to each of some random prompts; alike: two units a prompt."""
     random, most = np.random.default_rng(seed), len(tokenizer("chatml"))
-    found: list[Unit] = []
+    found: list[ExampleGroup] = []
     asked = random.integers(5, most, prompt)
     for line in range(1, number + 1):
         if not alike or line % 2:
             asked = random.integers(5, most, int(random.integers(prompt, prompt + 6)))
         sides = [np.r_[asked, random.integers(5, most, int(random.integers(2, 9)))] for _ in range(2)]
-        found.append(Unit((answer(sides[0], len(asked), line), answer(sides[1], len(asked), line))))
+        found.append(ExampleGroup((answer(sides[0], len(asked), line), answer(sides[1], len(asked), line))))
     return found
 
 
-def judged(number: int, seed: int = 0) -> list[Unit]:
+def judged(number: int, seed: int = 0) -> list[ExampleGroup]:
     """One answer to each of some prompts, two of three good, and the next one's answer beside it."""
     made = [unit.examples[0] for unit in pairs(number, seed)]
     found = []
     for n, own in enumerate(made):
         other = made[(n + 1) % number]
-        beside = answer(np.r_[own.ids[: own.prompt], other.ids[other.prompt :]], own.prompt, n + 1)
-        found.append(Unit((own,), (beside,), n % 3 != 0))
+        kl_examples = answer(
+            np.r_[own.ids[: own.prompt_length], other.ids[other.prompt_length :]], own.prompt_length, n + 1
+        )
+        found.append(ExampleGroup((own,), (kl_examples,), n % 3 != 0))
     return found
 
 
-def units_for(objective: str, number: int, seed: int = 0) -> list[Unit]:
+def units_for(objective: str, number: int, seed: int = 0) -> list[ExampleGroup]:
     return judged(number, seed) if objective == "kto" else pairs(number, seed)
 
 
 def filled(resolved: Resolved) -> Resolved:
     """With the objective's own options, as the plan fills them in."""
     return resolved.decide(
-        Choice(field, value, "plan", why) for field, value, why in open_options(resolved.recipe.train)
+        Choice(field, value, "plan", why) for field, value, why in default_options(resolved.recipe.train)
     )
 
 
 def job(
-    folder: Path, train: Sequence[Unit], held_out: Sequence[Unit] | None = None, *, plain: bool = False, **options: Any
+    folder: Path,
+    train: Sequence[ExampleGroup],
+    held_out: Sequence[ExampleGroup] | None = None,
+    *,
+    plain: bool = False,
+    **options: Any,
 ) -> Job:
     """A job as `tiny.job` makes it, through the step that its model gets; with its reference."""
     made = tiny.job(folder, [], None, **options)  # of a reward model with its head

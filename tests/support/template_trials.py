@@ -1,6 +1,6 @@
-"""Whether a template renders a conversation right, and the table of docs/templates.md.
+"""Check how templates render conversations, and make the tables of docs/templates.md.
 
-`python -m tests.support.template_trials` prints the table; the real templates must be there (real_templates.py).
+`python -m tests.support.template_trials` prints the tables; it needs the real templates (real_templates.py).
 """
 
 from __future__ import annotations
@@ -10,75 +10,75 @@ from typing import Any
 
 import numpy as np
 
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import RenderError
 from strop.data.types import Conversation
 from strop.errors import ModelError
 from tests.support import real_templates
 from tests.support.templates import KINDS, TRAITS, tokenizer
 
 
-def trained(renderer: Renderer, conversation: Conversation) -> list[str]:
-    """The supervised text of each assistant turn, after all that must hold was checked. Raises RenderError.
+def supervised_texts(renderer: Renderer, conversation: Conversation) -> list[str]:
+    """Check the examples of a conversation and return the supervised text of each assistant turn.
 
-    The prompt that the server sends, with the template as it is saved after such rows, is the beginning of the row,
-    token for token; the turn is all that is supervised; it holds the assistant's words, and ends with a stop token,
-    of which there is no other in it; nothing of another's turn is in it.
+    The serving prompt must be a prefix of the example, token for token. Exactly the turns are supervised. Each has the
+    assistant's content and ends with its only stop token, without text of other turns. Raises RenderError.
     """
     decode, messages = renderer.tokenizer.decode, conversation.messages
-    thinks = renderer.chat.thinks(messages)
-    served = renderer.served(thinking=int(thinks), rows=1)
+    shows_reasoning = renderer.chat.shows_reasoning(messages)
+    served = renderer.for_serving(thinking=int(shows_reasoning), rows=1)
     examples = renderer.render(conversation)
-    found = []
+    turn_spans = []
     for example in examples:
         edges = np.flatnonzero(np.diff(np.concatenate([[0], example.weights > 0, [0]])))
-        found += [(example, int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-    turns = [place for place, message in enumerate(messages) if message.role == "assistant"]
-    assert len(found) == len(turns)
+        turn_spans += [(example, int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    assert len(turn_spans) == len(turns)
     texts = []
-    for (example, begin, end), turn in zip(found, turns, strict=True):
+    for (example, begin, end), turn in zip(turn_spans, turns, strict=True):
         message = messages[turn]
         prompt = served.prompt(messages[:turn], conversation.tools)
         assert prompt.tolist() == example.ids[:begin].tolist(), (decode(prompt), decode(example.ids[:begin]))
         text = decode(example.ids[begin:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert message.content in text
-        for one in message.tool_calls:
-            assert one["function"]["name"] in text and one["function"]["arguments"]["city"] in text
-        if thinks and message.reasoning and (renderer.chat.traits.reasoning or message.tool_calls):
+        for call in message.tool_calls:
+            assert call["function"]["name"] in text and call["function"]["arguments"]["city"] in text
+        if shows_reasoning and message.reasoning and (renderer.chat.traits.reasoning or message.tool_calls):
             assert text.index(message.reasoning) < (text.index(message.content) if message.content else len(text))
         stops = [int(token) in served.stop_ids for token in example.ids[begin:end]]
         assert stops[-1] and sum(stops) == 1
-        assert not any(other.content in text for other in messages if other.role in ("user", "tool"))
+        assert not any(turn.content in text for turn in messages if turn.role in ("user", "tool"))
         texts.append(text)
     return texts
 
 
 def outcome(renderer: Renderer, conversation: Conversation) -> str:
-    """`yes`, `not shown` for reasoning that the template leaves out, or why the row is refused."""
+    """Return `yes`, `not shown` for reasoning that the template leaves out, or why the row is refused."""
     try:
-        trained(renderer, conversation)
-    except RenderError as fault:
-        return fault.what.removeprefix("the chat template ")
-    asked = any(message.reasoning for message in conversation.messages)
-    return "not shown" if asked and not renderer.chat.thinks(conversation.messages) else "yes"
+        supervised_texts(renderer, conversation)
+    except RenderError as error:
+        return error.what.removeprefix("the chat template ")
+    has_reasoning = any(message.reasoning for message in conversation.messages)
+    return "not shown" if has_reasoning and not renderer.chat.shows_reasoning(conversation.messages) else "yes"
 
 
 def table(rows: Iterable[tuple[str, Any]]) -> str:
-    """rows: names and tokenizers. A Markdown table of what works, and under it what is refused, and why."""
+    """Return a Markdown table of the outcomes, and a list of refusals. rows: names and tokenizers."""
     lines = ["| template | " + " | ".join(KINDS) + " |", "|---|" + "---|" * len(KINDS)]
     refused: dict[str, list[str]] = {}
-    for name, own in rows:
+    for name, template_tokenizer in rows:
         try:
-            renderer = Renderer(own, options={})
-        except ModelError as fault:
+            renderer = Renderer(template_tokenizer, options={})
+        except ModelError as error:
             lines.append(f"| {name} | " + " | ".join(["no"] * len(KINDS)) + " |")
-            refused.setdefault(fault.what, []).append(name)
+            refused.setdefault(error.what, []).append(name)
             continue
         cells = []
         for conversation in KINDS.values():
-            found = outcome(renderer, conversation)
-            cells.append(found if found in ("yes", "not shown") else "no")
-            if cells[-1] == "no" and name not in refused.setdefault(found, []):
-                refused[found].append(name)
+            result = outcome(renderer, conversation)
+            cells.append(result if result in ("yes", "not shown") else "no")
+            if cells[-1] == "no" and name not in refused.setdefault(result, []):
+                refused[result].append(name)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     reasons = [f"- {why}: {', '.join(names)}" for why, names in refused.items()]
     return "\n".join([*lines, "", "What is refused, and why:", "", *reasons])

@@ -1,6 +1,6 @@
-"""Ten chat templates written for the tests, each with a trait that today's templates have; and conversations to try.
+"""Ten chat templates, each with a trait of real templates, and conversations to render with them.
 
-TRAITS: name -> (template, its control tokens; those of even place are not marked special).
+TRAITS: name -> (template, control tokens); every second control token, from the first, is not marked special.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ TOOL = {
 }
 
 
-def said(*turns: Message, tools: tuple[dict[str, Any], ...] = ()) -> Conversation:
+def chat(*turns: Message, tools: tuple[dict[str, Any], ...] = ()) -> Conversation:
     return Conversation("rows.jsonl", 1, turns, tools)
 
 
@@ -125,8 +125,8 @@ def answer(text: str, reasoning: str | None = None) -> Message:
 
 def call(city: str, id: str | None, *, text: str = "", reasoning: str | None = None) -> Message:
     function = {"name": "get_weather", "arguments": {"city": city, "days": 2}}
-    one: dict[str, Any] = {"type": "function", "function": function}
-    return Message("assistant", text, reasoning, ({**one, "id": id} if id else one,))
+    call: dict[str, Any] = {"type": "function", "function": function}
+    return Message("assistant", text, reasoning, ({**call, "id": id} if id else call,))
 
 
 def result(text: str, id: str | None) -> Message:
@@ -136,22 +136,22 @@ def result(text: str, id: str | None) -> Message:
 _two = Message("assistant", "", None, (*call("Paris", "call_1").tool_calls, *call("Rome", "call_2").tool_calls))
 _sky, _sunny = '{"sky": "sunny"}', answer("It is sunny.")
 
-# kind of conversation -> one of it
+# kind of conversation -> example
 KINDS = {
-    "plain": said(user("What is it?"), answer("A stone.")),
-    "system": said(Message("system", "Be brief."), user("Hello there"), answer("Hi."), user("Rain?"), answer("No.")),
-    "several turns": said(user("Hello there"), answer("Hi."), user("And now?"), answer("It rains.")),
-    "reasoning": said(user("Why?"), answer("Because.", "I should think."), user("So?"), answer("Thus.", "Once more.")),
-    "some reasoning": said(user("Why?"), answer("Because.", "I should think."), user("So?"), answer("Thus.")),
-    "tools": said(user("Paris?"), call("Paris", "call_1234567"), result(_sky, "call_1234567"), _sunny, tools=(TOOL,)),
-    "no ids": said(user("Paris?"), call("Paris", None), result(_sky, None), _sunny, tools=(TOOL,)),
-    "two calls": said(
+    "plain": chat(user("What is it?"), answer("A stone.")),
+    "system": chat(Message("system", "Be brief."), user("Hello there"), answer("Hi."), user("Rain?"), answer("No.")),
+    "several turns": chat(user("Hello there"), answer("Hi."), user("And now?"), answer("It rains.")),
+    "reasoning": chat(user("Why?"), answer("Because.", "I should think."), user("So?"), answer("Thus.", "Once more.")),
+    "some reasoning": chat(user("Why?"), answer("Because.", "I should think."), user("So?"), answer("Thus.")),
+    "tools": chat(user("Paris?"), call("Paris", "call_1234567"), result(_sky, "call_1234567"), _sunny, tools=(TOOL,)),
+    "no ids": chat(user("Paris?"), call("Paris", None), result(_sky, None), _sunny, tools=(TOOL,)),
+    "two calls": chat(
         user("Paris, Rome?"), _two, result("9 degrees", "call_1"), result("11 degrees", "call_2"),
         answer("Grey, blue."), tools=(TOOL,),
     ),
-    "text and call": said(user("Paris?"), call("Paris", "call_1", text="I look."), result(_sky, "call_1"), _sunny,
+    "text and call": chat(user("Paris?"), call("Paris", "call_1", text="I look."), result(_sky, "call_1"), _sunny,
                           tools=(TOOL,)),
-    "reasoning and call": said(
+    "reasoning and call": chat(
         user("Paris?"), call("Paris", "call_1", reasoning="Look it up."), result(_sky, "call_1"),
         answer("It is sunny.", "Now I know."), tools=(TOOL,),
     ),

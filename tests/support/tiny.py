@@ -18,9 +18,8 @@ from strop.models.lora import add_lora, trainable
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.testing import tiny_rows as write_rows
-from strop.training.job import Job
 from strop.training.optim import make_optimizer
-from strop.training.state import Progress, TrainState
+from strop.training.state import Job, Progress, TrainState
 from tests.support.families import tokenizer
 
 __all__ = ["config", "examples", "far", "job", "model", "recipe", "save_tiny", "write_rows"]

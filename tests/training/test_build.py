@@ -90,10 +90,10 @@ def test_a_base_that_is_stored_otherwise_is_told(chain: Chain) -> None:
     same, other = chain("same", first, **{"model.quantization": "nf4"}), chain("other", first)
     assert not any("nf4" in text for text in notes(same))
     text = next(text for text in notes(other) if "nf4" in text)
-    assert "on the base in nf4, and this run has it not quantized" in text and "--model.quantization nf4" in text
+    assert "on the base in nf4, and here the base is not quantized" in text and "--model.quantization nf4" in text
 
 
 def test_a_name_that_stands_for_several_kinds_of_modules_is_told(chain: Chain) -> None:
-    text = "lora.modules_to_save norm: all 5 modules whose names end so are trained in full"
+    text = "lora.modules_to_save norm: all 5 modules with this suffix are trained in full"
     assert [note for note in notes(chain("norms", **{"lora.modules_to_save": ["norm"]})) if text in note]
     assert not any("in full" in note for note in notes(chain("last", **{"lora.modules_to_save": ["model.norm"]})))

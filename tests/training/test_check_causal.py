@@ -10,7 +10,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 import strop
 from strop.errors import ModelError
-from strop.training.check_causal import hold_to_order
+from strop.training.dry_run import check_causal
 from tests.models.walk import QUICK
 from tests.support import tiny
 from tests.support.families import tokenizer
@@ -52,6 +52,6 @@ def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
 def test_it_leaves_the_model_in_train_mode_and_its_weights_without_gradients(tmp_path: Path) -> None:
     job = tiny.job(tmp_path, tiny.examples(4))
     assert job.step.name == "plain"
-    hold_to_order(job, tiny.examples(4))
+    check_causal(job, tiny.examples(4))
     assert job.model.training
     assert all(weight.grad is None for weight in job.state.weights.values())

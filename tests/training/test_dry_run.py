@@ -19,10 +19,10 @@ from strop.planning.activations import at_peak
 from strop.planning.workload import Workload
 from strop.runs.events import read_events
 from strop.training import dry_run
-from strop.training.dry_run import batch_of, forecast, rehearse
-from strop.training.job import Job, stream_of
+from strop.training.dry_run import describe_batch, forecast, try_largest_batch
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
+from strop.training.state import Job, batch_stream
 from tests.support import tiny
 from tests.support.failures import starved
 
@@ -47,7 +47,7 @@ def test_a_rehearsed_run_is_bit_identical(
     """With dropout, whose random numbers the rehearsal draws and gives back."""
     found = []
     for name, share in (("plain", 0.5), ("rehearsed", 0.0)):
-        monkeypatch.setattr(dry_run, "FAR_BELOW", share)
+        monkeypatch.setattr(dry_run, "SAFE_SHARE", share)
         run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / name), **QUICK)
         (event,) = [e for e in read_events(run.folder / "events.jsonl") if e["event"] == "rehearsal"]
         assert event["done"] == (share == 0.0) and event["predicted_bytes"] < event["usable_bytes"]
@@ -77,11 +77,11 @@ def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, mon
     """Of every step of the run; each epoch is put in order once."""
     examples = tiny.examples(30, longest=60)
     job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 3, "train.batch_size": 6, "train.epochs": 4})
-    stream, sizes = stream_of(job.recipe, len(examples)), []
-    for step in stream_of(job.recipe, len(examples)):
+    stream, sizes = batch_stream(job.recipe, len(examples)), []
+    for step in batch_stream(job.recipe, len(examples)):
         rows = [examples[row] for row in step.rows]
         for group in micro_batches(job, rows):
-            batch = batch_of(job, [rows[row] for row in group], True, False)
+            batch = describe_batch(job, [rows[row] for row in group], True, False)
             sizes.append((at_peak(setting(job).replace(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
@@ -95,23 +95,23 @@ def test_the_forecast_is_moved_by_what_the_rehearsal_needed(tmp_path: Path) -> N
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1})
     expected = forecast(job, setting(job), 8 << 30)
     assert expected.calibrated_bytes("cpu") is None
-    found = rehearse(job, expected, 1, mark("cpu"))
+    found = try_largest_batch(job, expected, 1, mark("cpu"))
     (event,) = [e for e in read_events(job.folder.events) if e["event"] == "rehearsal"]
-    off = event["measured_bytes"] - expected.rehearsed_bytes("cpu")
-    assert found.off_bytes == off and found.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
+    off = event["measured_bytes"] - expected.dry_run_bytes("cpu")
+    assert found.error_bytes == off and found.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
 
 
 def test_it_shrinks_before_the_first_step_or_refuses(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train.max_steps": 2}
     job = starved(tiny.job(tmp_path / "a", tiny.examples(8), **options), {1})
-    rehearse(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
+    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
     assert job.state.progress.halvings == 1 and all(w.grad is None for w in job.state.weights.values())
     fit(job)
     kinds = [event["event"] for event in read_events(job.folder.events)]
     assert kinds.index("shrink") < kinds.index("rehearsal") < kinds.index("step") and kinds.count("shrink") == 1
     hopeless = starved(tiny.job(tmp_path / "b", tiny.examples(8), **options), set(range(1, 99)))
     with pytest.raises(MemoryLimitError):
-        rehearse(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, mark("cpu"))
+        try_largest_batch(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, mark("cpu"))
 
 
 def test_layers_computed_again_change_nothing_but_memory(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:
     job.state.progress.recompute = True
     step = replace(job.step, checkpoint=asked.append, recompute=lambda: asked.append("all"))
     job = replace(job, step=step)
-    rehearse(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
+    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
     assert asked == [1, "all"]
 
 
@@ -142,9 +142,9 @@ def test_few_rows_many_times_are_looked_at_some_of_these_times(tmp_path: Path, m
     looked: list[int] = []
     cut = dry_run.micro_batches
     monkeypatch.setattr(dry_run, "micro_batches", lambda job, items: looked.append(len(items)) or cut(job, items))
-    monkeypatch.setattr(dry_run, "LOOKED_AT_ROWS", 40)
+    monkeypatch.setattr(dry_run, "MAX_ROWS", 40)
     forecast(job, setting(job), 8 << 30)
     assert looked == [4] * 10
-    monkeypatch.setattr(dry_run, "LOOKED_AT_ROWS", 1)  # an epoch always
+    monkeypatch.setattr(dry_run, "MAX_ROWS", 1)  # an epoch always
     forecast(job, setting(job), 8 << 30)
     assert looked[10:] == [4] * 2

@@ -16,10 +16,9 @@ from strop.evaluation.diagnosis import diagnose
 from strop.machine.memory import MemoryWatch, is_out_of_memory, parse_bytes, recall
 from strop.runs.events import read_events
 from strop.training import guard
-from strop.training.guard import Verdict, look
-from strop.training.job import Job
+from strop.training.guard import Verdict, judge_step
 from strop.training.loop import fit
-from strop.training.state import Progress
+from strop.training.state import Job, Progress
 from tests.support import tiny
 from tests.support.failures import curve, falling, starved
 
@@ -37,36 +36,36 @@ def kinds(job: Job) -> list[str]:
 def seen(*losses: float) -> Progress:
     progress = Progress()
     for loss in losses:
-        look(progress, loss, 1.0)
+        judge_step(progress, loss, 1.0)
         progress.step += 1
     return progress
 
 
 def test_no_bound_before_there_are_enough_losses() -> None:
-    progress = seen(*[1.0] * (guard.ENOUGH - 1))
-    assert look(progress, 1000.0, 1.0) is Verdict.GOOD
+    progress = seen(*[1.0] * (guard.MIN_RECENT - 1))
+    assert judge_step(progress, 1000.0, 1.0) is Verdict.GOOD
 
 
 def test_an_odd_batch_is_taken_three_in_a_row_are_not() -> None:
     progress = seen(*[1.0, 1.1, 0.9, 1.05] * 5)
-    assert [look(progress, 2.5, 1.0) for _ in range(3)] == [Verdict.DOUBTFUL, Verdict.DOUBTFUL, Verdict.ROLL_BACK]
+    assert [judge_step(progress, 2.5, 1.0) for _ in range(3)] == [Verdict.DOUBTFUL, Verdict.DOUBTFUL, Verdict.ROLL_BACK]
     progress = seen(*[1.0, 1.1, 0.9, 1.05] * 5)
-    assert [look(progress, loss, 1.0) for loss in (2.5, 2.5, 1.0, 2.5)][-2:] == [Verdict.GOOD, Verdict.DOUBTFUL]
+    assert [judge_step(progress, loss, 1.0) for loss in (2.5, 2.5, 1.0, 2.5)][-2:] == [Verdict.GOOD, Verdict.DOUBTFUL]
 
 
 def test_one_loss_far_away_is_enough() -> None:
-    assert look(seen(*[1.0, 1.1, 0.9, 1.05] * 5), 12.0, 1.0) is Verdict.ROLL_BACK
+    assert judge_step(seen(*[1.0, 1.1, 0.9, 1.05] * 5), 12.0, 1.0) is Verdict.ROLL_BACK
 
 
 def test_a_noisy_loss_has_a_wide_bound_and_memorised_rows_do_not_trip() -> None:
-    assert look(seen(*[0.5, 3.0, 1.0, 2.5, 4.0] * 4), 8.0, 1.0) is Verdict.GOOD
-    assert look(seen(*[0.001] * 20), 0.4, 1.0) is Verdict.GOOD
+    assert judge_step(seen(*[0.5, 3.0, 1.0, 2.5, 4.0] * 4), 8.0, 1.0) is Verdict.GOOD
+    assert judge_step(seen(*[0.001] * 20), 0.4, 1.0) is Verdict.GOOD
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
 def test_what_is_not_finite_is_never_taken(loss: float, norm: float) -> None:
     progress = Progress()
-    assert [look(progress, loss, norm) for _ in range(3)][::2] == [Verdict.NOT_FINITE, Verdict.ROLL_BACK]
+    assert [judge_step(progress, loss, norm) for _ in range(3)][::2] == [Verdict.NOT_FINITE, Verdict.ROLL_BACK]
 
 
 def test_three_nan_steps_roll_back_pass_their_batches_and_lower_the_rate(tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_a_resumed_run_decides_as_the_unbroken_one(tmp_path: Path) -> None:
     with pytest.raises(Cut):
         fit(with_loss(cut, cutting))
     again = tiny.job(tmp_path / "cut", tiny.examples(40), **options)
-    state.restore(state.newest(again.folder, pytest.fail), again.state)
+    state.restore_checkpoint(state.newest_checkpoint(again.folder, pytest.fail), again.state)
     assert again.state.progress.step == 4  # no state in doubt was saved
     fit(with_loss(again, lambda call, loss: loss * (math.nan if call in (1, 2, 3) else 1.0)))
     assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in again.state.weights.items())
@@ -125,7 +124,7 @@ def test_out_of_memory_keeps_step_rows_and_weights(tmp_path: Path, options: dict
     fit(whole)
     fit(starved(hungry, {3, 4}))
     shrunk = [event for event in read_events(hungry.folder.events) if event["event"] == "shrink"]
-    assert len(shrunk) == 2 and "2 in place of 1" in shrunk[0]["to"] and "Tried to allocate" in shrunk[0]["why"]
+    assert len(shrunk) == 2 and "2 instead of 1" in shrunk[0]["to"] and "Tried to allocate" in shrunk[0]["why"]
     far = [(weight - whole.state.weights[name]).abs().max().item() for name, weight in hungry.state.weights.items()]
     assert max(far) < 1e-6 and hungry.state.progress.halvings >= 2
 
@@ -224,10 +223,10 @@ def test_steps_that_were_not_taken_do_not_count_against_patience(tmp_path: Path)
     """The same weights once more have the same loss: no better, and no sign that there will be none."""
     options = {"train.max_steps": 4, "data.eval": "x", "train.eval_steps": 1, "train.early_stopping": 2}
     job = tiny.job(tmp_path / "r", tiny.examples(40), tiny.examples(8, seed=1), **options)
-    learning = iter(range(1, 10))
+    data_kind = iter(range(1, 10))
 
     def change(call: int, loss: torch.Tensor) -> torch.Tensor:
-        return loss * (math.nan if torch.is_grad_enabled() and next(learning) in (2, 3) else 1.0)
+        return loss * (math.nan if torch.is_grad_enabled() and next(data_kind) in (2, 3) else 1.0)
 
     fit(with_loss(job, change))
     assert kinds(job).count("skip") == 2 and job.state.progress.step == 4

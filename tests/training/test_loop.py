@@ -19,11 +19,10 @@ from strop.data.types import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
-from strop.training.job import Job, stream_of
-from strop.training.loop import fit
+from strop.training.loop import fit, parse_seconds
 from strop.training.oom import micro_batches
 from strop.training.optim import rate_factor, warmup_steps
-from strop.training.signals import seconds
+from strop.training.state import Job, batch_stream
 from tests.support import tiny
 
 
@@ -41,7 +40,7 @@ def test_same_losses_and_weights_as_transformers_trainer(tmp_path: Path) -> None
     train = tiny.examples(40)
     ours = tiny.job(tmp_path / "ours", train, **{"train.max_steps": 20, "train.micro_batch": 2})
     theirs = tiny.job(tmp_path / "theirs", train)
-    order = [row for batch in stream_of(ours.recipe, len(train)) for row in batch.rows]
+    order = [row for batch in batch_stream(ours.recipe, len(train)) for row in batch.rows]
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "hf"), max_steps=20, per_device_train_batch_size=2, gradient_accumulation_steps=4,
         learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
@@ -96,7 +95,7 @@ def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: d
         job = _packed(tiny.job(tmp_path / name, train, **options), packed)
         found: dict[str, torch.Tensor] = {}
         job.state.optimizer.step = lambda: found.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore[method-assign]
-        loop.step(job, next(iter(stream_of(job.recipe, 8))), 1e-3)
+        loop.step(job, next(iter(batch_stream(job.recipe, 8))), 1e-3)
         return found
 
     whole, pieces = gradients("whole"), gradients("pieces", **cut)
@@ -124,7 +123,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
         fit(first)
     second = tiny.job(tmp_path / "broken", train, **options)
     torch.manual_seed(12345)  # a new process is not where the old one was
-    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     assert second.state.progress.step == stop_after
     fit(second)
     expected = values(unbroken)
@@ -147,7 +146,7 @@ def test_each_optimizer_learns_and_is_resumed_bit_for_bit(tmp_path: Path, optimi
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "stop_signals", _after(4, iter(range(1, 100))))
         fit(first)
-    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     fit(second)
     expected = values(unbroken)
     assert all(torch.equal(weight, expected[name]) for name, weight in values(second).items())
@@ -261,7 +260,7 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path: Path) -> None:
         fit(_with(job, interrupted))
     assert stopped.value.exit_code == 130
     assert [step for step, _ in job.folder.checkpoints()][-1] == 4
-    assert state.fault(job.folder.checkpoint(4)) is None
+    assert state.checkpoint_error(job.folder.checkpoint(4)) is None
 
 
 def test_time_budget_ends_with_a_saved_state(tmp_path: Path) -> None:
@@ -280,7 +279,7 @@ def test_checkpoints_are_pruned_and_damaged_ones_are_passed_over(tmp_path: Path)
     data[-1] ^= 1
     (newest / "weights.safetensors").write_bytes(data)
     notes: list[str] = []
-    assert state.newest(job.folder, notes.append) == job.folder.checkpoint(5)
+    assert state.newest_checkpoint(job.folder, notes.append) == job.folder.checkpoint(5)
     assert len(notes) == 1 and "weights.safetensors is damaged" in notes[0]
 
 
@@ -302,7 +301,7 @@ def test_schedules() -> None:
     assert rate_factor(5, 10, 0, "cosine") == pytest.approx(0.5)
     assert rate_factor(9, 10, 0, "constant") == 1.0
     assert warmup_steps(0.03, 100) == 3 and warmup_steps(5, 100) == 5 and warmup_steps(0, 100) == 0
-    assert [seconds(text) for text in ("90s", "30m", "2h", "1.5d", "7")] == [90, 1800, 7200, 129600, 7]
+    assert [parse_seconds(text) for text in ("90s", "30m", "2h", "1.5d", "7")] == [90, 1800, 7200, 129600, 7]
 
 
 def test_adapter_loads_in_plain_peft_with_the_same_logits(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from strop.data.formats import conversations
 from strop.data.reading.sources import read_rows
-from strop.data.types import Unit
+from strop.data.types import ExampleGroup
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
 from strop.models import adapters
@@ -26,18 +26,18 @@ from strop.models.reward_head import head_of
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
-from strop.training.criteria import OfAnswers, log_probs
-from strop.training.job import Job, stream_of
+from strop.training.criteria import PreferenceCriterion, answer_logprobs
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
-from strop.training.reference import check, with_reference
+from strop.training.reference import check_reference, with_reference
+from strop.training.state import Job, batch_stream
 from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, job, pairs, started, units_for
 from tests.support.runs import QUICK, run
 from tests.support.tiny import far
 
-COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_groups.py
+COMPARED = [name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"]  # the others: test_groups.py
 
 
 def values(made: Job) -> dict[str, torch.Tensor]:
@@ -52,8 +52,8 @@ def gradients(made: Job) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first step."""
     found: dict[str, torch.Tensor] = {}
     made = replace(made, recipe=made.recipe)
-    rows = stream_of(made.recipe, len(made.train)).rows(0)
-    loss = loop.gradients(made, [made.train[row] for row in rows]).loss
+    rows = batch_stream(made.recipe, len(made.train)).rows(0)
+    loss = loop.compute_gradients(made, [made.train[row] for row in rows]).loss
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
     return float(loss), found
@@ -149,30 +149,33 @@ def test_policy_equals_reference_before_the_first_step(tmp_path: Path, options: 
 def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -> None:
     """on record, 4: trained steps leave it; at the end it comes out the same when computed again."""
     made = started(job(tmp_path, pairs(24), pairs(4, 9), **{"train.objective": "dpo", "train.max_steps": 12}))
-    before = [unit.reference for unit in made.train]  # type: ignore[union-attr]
+    before = [unit.reference_logprobs for unit in made.train]  # type: ignore[union-attr]
     fit(made)
-    assert [unit.reference for unit in made.train] == before  # type: ignore[union-attr]
-    check(made, KEY)
+    assert [unit.reference_logprobs for unit in made.train] == before  # type: ignore[union-attr]
+    check_reference(made, KEY)
     assert losses(made)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(made)[-1] < losses(made)[0] - 0.01
-    now = log_probs(made.step, list(made.train))  # type: ignore[arg-type]
+    now = answer_logprobs(made.step, list(made.train))  # type: ignore[arg-type]
     moved = torch.stack(now, 1).detach() - torch.tensor(before)
     assert moved.abs().max() > 1e-3
 
 
 def test_a_reference_that_is_not_the_models_is_told(tmp_path: Path) -> None:
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
-    units = [replace(unit, reference=(unit.reference[0] - 0.1, unit.reference[1])) for unit in made.train]  # type: ignore[union-attr]
+    units = [
+        replace(unit, reference_logprobs=(unit.reference_logprobs[0] - 0.1, unit.reference_logprobs[1]))  # type: ignore[union-attr, arg-type]
+        for unit in made.train
+    ]
     with pytest.raises(RunError, match="reference of the first rows"):
-        check(replace(made, train=units), KEY)
+        check_reference(replace(made, train=units), KEY)
 
 
 def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:
     """tiny.job starts with B that is not zero: the reference is not the bare base."""
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     with made.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
-        bare = torch.stack(log_probs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
-    kept = torch.tensor([unit.reference for unit in made.train])  # type: ignore[union-attr]
+        bare = torch.stack(answer_logprobs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
+    kept = torch.tensor([unit.reference_logprobs for unit in made.train])  # type: ignore[union-attr]
     assert (bare - kept).abs().max() > 1e-3
 
 
@@ -202,7 +205,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, objective: str, st
         fit(first)
     second = job(tmp_path / "broken", train, **options)
     torch.manual_seed(12345)
-    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     second = started(second)
     assert second.state.progress.step == stop_after
     fit(second)
@@ -227,7 +230,7 @@ def test_a_run_that_lost_its_start_does_not_go_on(tmp_path: Path) -> None:
     fit(made)
     made.folder.reference.write_bytes(b"cut")
     again = job(tmp_path, pairs(6), **options)
-    state.restore(state.newest(again.folder, pytest.fail), again.state)
+    state.restore_checkpoint(state.newest_checkpoint(again.folder, pytest.fail), again.state)
     with pytest.raises(CheckpointError, match="started from"):
         started(again)
 
@@ -260,17 +263,17 @@ def test_a_first_step_without_a_gradient_or_a_move_stops_the_run(tmp_path: Path)
         fit(stuck)
     made = started(job(tmp_path / "b", pairs(8), **{"train.objective": "simpo", "train.max_steps": 2}))
     made.state.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
-    with pytest.raises(RunError, match="moved no weight"):
+    with pytest.raises(RunError, match="did not change any weight"):
         fit(made)
 
 
 def test_both_sides_falling_is_told_once() -> None:
     """on record, 16: both rewards fall while the margin grows."""
     progress = state.Progress()
-    assert guard.falling(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
-    said = guard.falling(progress, {"chosen_change": -1.2, "margin": 3.0})
-    assert said is not None and "1.2 nats a token less likely" in said and "--train.sft_weight" in said
-    assert guard.falling(progress, {"chosen_change": -1.5}) is None
+    assert guard.falling_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
+    said = guard.falling_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
+    assert said is not None and "1.2 nats per token less likely" in said and "--train.sft_weight" in said
+    assert guard.falling_warning(progress, {"chosen_change": -1.5}) is None
 
 
 def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
@@ -291,15 +294,15 @@ def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
 def test_a_sorted_file_is_mixed_and_each_batch_knows_its_divergence(tmp_path: Path) -> None:
     """on record, 11: good rows first, then bad ones; and a batch of one row has a divergence too."""
     units = [replace(unit, desirable=n < 16) for n, unit in enumerate(preferences.judged(32))]
-    stream = stream_of(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
+    stream = batch_stream(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
     shares = [sum(units[row].desirable for row in batch.rows) / len(batch.rows) for batch in stream]
     assert all(0 < share < 1 for share in shares)
     options = {"train.objective": "kto", "train.batch_size": 1, "train.micro_batch": 1}
     made = far(started(job(tmp_path, units, **options)))
-    assert isinstance(made.criterion, OfAnswers)
+    assert isinstance(made.criterion, PreferenceCriterion)
     whole = [[row] for row in range(32)]
-    changes = [made.criterion.level(made.step, [unit], lambda items: [[0]]) for unit in made.train]
-    assert made.criterion.level(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
+    changes = [made.criterion.statistic(made.step, [unit], lambda items: [[0]]) for unit in made.train]
+    assert made.criterion.statistic(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
     assert max(changes) > 0
 
 
@@ -334,7 +337,7 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
     plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
     ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
     made = pairs(3)
     with torch.no_grad():
         found = torch.stack(criterion.sums(step_for(ours.module), made), 1)
@@ -387,11 +390,11 @@ def test_the_card_of_a_reward_model_scores_as_it_was_trained(
     (snippet,) = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
     ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
     for made in conversations(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in made.sides]
         with torch.no_grad():
-            expected = [float(one) for one in criterion.sums(step_for(ours.module), [Unit(tuple(sides))])]
+            expected = [float(one) for one in criterion.sums(step_for(ours.module), [ExampleGroup(tuple(sides))])]
         found: list[torch.Tensor] = []
         for side in made.sides:
             messages = [{"role": message.role, "content": message.content} for message in side.messages]
@@ -460,7 +463,7 @@ def test_resume_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys:
         (["--train.objective", "dpo", "--train.beta", "0"], "beta"),
         (
             ["--train.objective", "kto", "--train.desirable_weight", "0", "--train.undesirable_weight", "0"],
-            "nothing is left to learn from",
+            "train.desirable_weight is 0 too",
         ),
         (["--train.objective", "dpo", "--train.label_smoothing", "0.5"], "label_smoothing"),
         (["--train.objective", "dpq"], "objective"),

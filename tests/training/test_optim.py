@@ -10,7 +10,7 @@ from torch import nn
 
 from strop.config.schema import TrainSection
 from strop.training import optim
-from strop.training.optim import make_optimizer, make_state, set_rate
+from strop.training.optim import allocate_state, make_optimizer, set_rate
 
 KINDS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
 
@@ -34,9 +34,9 @@ def steps(weights: dict[str, nn.Parameter], optimizer: Any, number: int) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_as_where_the_optimizer_makes_it(kind: str) -> None:
     (own, first), (ours, second) = made(kind), made(kind)
-    make_state(second)
+    allocate_state(second)
     steps(own, first, 3)
-    make_state(second)  # what is there stays
+    allocate_state(second)  # what is there stays
     steps(ours, second, 3)
     for name, weight in own.items():
         assert torch.equal(weight, ours[name]), name
@@ -61,9 +61,9 @@ def test_a_weight_for_which_there_is_no_memory_has_none_of_it(kind: str, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(optim.torch, "zeros_like", zeros_like)
         with pytest.raises(torch.OutOfMemoryError):
-            make_state(optimizer)
+            allocate_state(optimizer)
     assert len(calls) == 4 and len([state for state in optimizer.state.values() if state]) == 1
-    make_state(optimizer)
+    allocate_state(optimizer)
     (expected, other), _ = made(kind), steps(weights, optimizer, 2)
     steps(expected, other, 2)
     assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())

@@ -100,7 +100,7 @@ def test_another_optimizer_begins_anew_and_says_so(
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.optimizer": before})
     assert strop.resume(out, allow_changed=["optimizer"], **{"train.optimizer": after}).report["steps"] == 12
-    said = [event["text"] for event in events(out, "note") if "the optimizer begins anew" in event["text"]]
+    said = [event["text"] for event in events(out, "note") if "the optimizer state is reset" in event["text"]]
     assert len(said) == 1
 
 
@@ -151,8 +151,8 @@ def test_a_new_learning_rate_is_the_one_that_was_given(tiny_folder: Path, rows_f
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ({"out": "other"}, "--out: a run that has begun does not read it"),
-        ({"preset": "balanced"}, "--preset: a run that has begun does not read it"),
+        ({"out": "other"}, "--out: cannot be changed"),
+        ({"preset": "balanced"}, "--preset: cannot be changed"),
         ({"lora.init": "gaussian"}, "cannot resume"),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_roll_back_after_other_rows_were_given(tmp_path: Path) -> None:
     first = tiny.job(tmp_path / "r", tiny.examples(40), **{**options, "train.max_steps": 4})
     fit(first)
     job = tiny.job(tmp_path / "r", tiny.examples(48), **options)
-    state.restore(state.newest(job.folder, pytest.fail), job.state)
+    state.restore_checkpoint(state.newest_checkpoint(job.folder, pytest.fail), job.state)
     job.state.progress.position = {}
     job.state.progress.position = {**first.state.progress.position, "rows": 48}
     fit(with_loss(job, lambda call, loss: loss * (math.nan if call in (1, 2, 3) else 1.0)))
@@ -205,7 +205,7 @@ def test_a_roll_back_passes_over_what_a_stop_has_saved_in_the_middle_of_bad_step
     with pytest.raises(Stopped):
         fit(with_loss(stopped, stopping))
     again = tiny.job(tmp_path / "stopped", tiny.examples(40), **options)
-    state.restore(state.newest(again.folder, pytest.fail), again.state)
+    state.restore_checkpoint(state.newest_checkpoint(again.folder, pytest.fail), again.state)
     assert again.state.progress.step == 6 and again.state.progress.streak == [4, 5]
     fit(with_loss(again, lambda call, loss: loss * (math.nan if call == 1 else 1.0)))
     back = events(again.folder.path, "rollback")[0]

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from strop.data.types import Group
+from strop.data.types import RolloutGroup
 from strop.errors import RunError, Stopped
-from strop.objectives.grpo import advantages
+from strop.objectives.policy import GRPO
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
 from strop.training import rollouts as drawing
-from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
-from strop.training.rollouts import OfGroups
+from strop.training.rollouts import PolicyCriterion
+from strop.training.state import Job, batch_stream
 from tests.support.groups import job, prompts, rewarding, write_prompts, write_reward
 from tests.support.runs import QUICK, run
 from tests.support.tiny import far
@@ -33,13 +33,13 @@ GROUPS = [
 ]  # fmt: skip
 
 
-def drawn(made: Job, index: int = 0) -> list[Group]:
-    rows = [made.train[row] for row in stream_of(made.recipe, len(made.train)).rows(index)]
-    return made.criterion.begin(made.step, rows, index, partial(micro_batches, made))  # type: ignore[return-value]
+def drawn(made: Job, index: int = 0) -> list[RolloutGroup]:
+    rows = [made.train[row] for row in batch_stream(made.recipe, len(made.train)).rows(index)]
+    return made.criterion.prepare(made.step, rows, index, partial(micro_batches, made))  # type: ignore[return-value]
 
 
-def gradients(made: Job, items: list[Group]) -> tuple[float, dict[str, torch.Tensor]]:
-    loss = loop.gradients(made, items).loss
+def gradients(made: Job, items: list[RolloutGroup]) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = loop.compute_gradients(made, items).loss
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
     return float(loss), found
@@ -77,18 +77,24 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
 
 def test_equal_answers_stand_once_and_count_as_often_as_they_were_drawn(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(4), lambda gold, answer: float(len(answer) % 3))
-    assert isinstance(made.criterion, OfGroups)
+    assert isinstance(made.criterion, PolicyCriterion)
     group = max(drawn(made), key=lambda group: max(group.advantages))
-    once = Group(group.examples[:1], advantages=(0.5,), stopped=(True,), rewards=(1.0, 1.0), drawn=group.drawn[:3])
-    example = replace(once.examples[0], ids=once.examples[0].ids[: once.examples[0].prompt + 3])
+    once = RolloutGroup(
+        group.examples[:1],
+        advantages=(0.5,),
+        stopped=(True,),
+        rewards=(1.0, 1.0),
+        sampling_logprobs=group.sampling_logprobs[:3],
+    )
+    example = replace(once.examples[0], ids=once.examples[0].ids[: once.examples[0].prompt_length + 3])
 
-    def counted(times: int) -> Group:
+    def counted(times: int) -> RolloutGroup:
         weights = example.weights[: len(example.ids)].copy()
-        weights[example.prompt :] = times
+        weights[example.prompt_length :] = times
         return replace(once, examples=(replace(example, weights=weights),))
 
     twice = replace(counted(1), examples=counted(1).examples * 2, advantages=(0.5, 0.5), stopped=(True, True))
-    twice = replace(twice, drawn=torch.from_numpy(once.drawn).repeat(2).numpy())
+    twice = replace(twice, sampling_logprobs=torch.from_numpy(once.sampling_logprobs).repeat(2).numpy())
     for options in ("dapo", "grpo", "dr_grpo"):
         criterion = replace(made.criterion, options=made.criterion.options.model_copy(update={"group_loss": options}))
         values = [
@@ -102,24 +108,24 @@ def test_draws_depend_on_the_seed_the_step_the_row_and_the_number(tmp_path: Path
     made = job(tmp_path / "a", prompts(4))
     same, later = drawn(made), drawn(made, 1)
 
-    def answers(items: list[Group]) -> list[bytes]:
+    def answers(items: list[RolloutGroup]) -> list[bytes]:
         return sorted(example.ids.tobytes() for group in items for example in group.examples)
 
     assert answers(same) == answers(drawn(job(tmp_path / "b", prompts(4))))
     assert answers(same) != answers(later) and answers(same) != answers(drawn(job(tmp_path / "c", prompts(4), seed=1)))
     assert len(set(answers(same))) > 12  # of 16
-    alone = made.criterion.begin(made.step, [made.train[2]], 0, partial(micro_batches, made))
+    alone = made.criterion.prepare(made.step, [made.train[2]], 0, partial(micro_batches, made))
     assert set(answers(alone)) <= set(answers(same))  # type: ignore[arg-type]
 
 
 def test_advantages_are_those_of_the_group(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(4))
-    assert isinstance(made.criterion, OfGroups)
+    assert isinstance(made.criterion, PolicyCriterion)
     for group in drawn(made):
         counts = list(group.counts)
         assert sum(counts) == 4 == len(group.rewards)
         repeated = [a for a, count in zip(group.advantages, counts, strict=True) for _ in range(count)]
-        assert repeated == pytest.approx(advantages(group.rewards, made.criterion.options))
+        assert repeated == pytest.approx(GRPO.advantages(group.rewards, made.criterion.options))
         assert sum(repeated) == pytest.approx(0, abs=1e-9)
 
 
@@ -155,7 +161,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
         fit(first)
     torch.manual_seed(12345)
     second = job(tmp_path / "broken", prompts(8), **options)
-    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     fit(second)
     assert second.state.progress.step == 5
     for name, weight in second.state.weights.items():
@@ -169,12 +175,12 @@ def test_the_reference_is_what_training_started_from(tmp_path: Path) -> None:
     made = far(job(tmp_path, prompts(4)))
     for group in drawn(made):
         now = made.step.token_log_probs(list(group.examples)).detach().double().numpy()
-        assert abs(now - group.drawn).max() < 1e-4 < abs(now - group.before).max()
+        assert abs(now - group.sampling_logprobs).max() < 1e-4 < abs(now - group.reference_token_logprobs).max()
     with torch.no_grad():
         for name, weight in made.state.weights.items():
             weight.copy_(made.criterion.start[name])  # type: ignore[attr-defined]
     group = drawn(made)[0]
-    assert abs(group.drawn - group.before).max() < 1e-4
+    assert abs(group.sampling_logprobs - group.reference_token_logprobs).max() < 1e-4
 
 
 # --- the guard ---------------------------------------------------------------------------------------------------
@@ -183,21 +189,21 @@ def test_the_reference_is_what_training_started_from(tmp_path: Path) -> None:
 def test_another_models_answers_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On record, 15: the drawing engine's log-probabilities differ from the step's."""
     made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
-    draw = drawing.draw
+    sample_completions = drawing.sample_completions
 
     def by_another(model: Any, *given: Any, **options: Any) -> Any:
-        with state.holding(made.state.weights, {n: w.detach() * 40 for n, w in made.state.weights.items()}):
-            return draw(model, *given, **options)
+        with state.temporary_values(made.state.weights, {n: w.detach() * 40 for n, w in made.state.weights.items()}):
+            return sample_completions(model, *given, **options)
 
-    monkeypatch.setattr(drawing, "draw", by_another)
-    with pytest.raises(RunError, match=r"differ by .* nats a token"):
+    monkeypatch.setattr(drawing, "sample_completions", by_another)
+    with pytest.raises(RunError, match=r"differ by .* nats per token"):
         fit(made)
     assert not events(made, "step")
 
 
 @pytest.mark.parametrize(("function", "said"), [
-    (lambda gold, answer: 0.0, "cut off at its longest: raise --train.answer_tokens"),
-    (lambda gold, answer: 1.0, "cut off"),
+    (lambda gold, answer: 0.0, "raise --train.answer_tokens"),
+    (lambda gold, answer: 1.0, "length limit"),
 ])  # fmt: skip
 def test_groups_that_teach_nothing_are_counted_and_told(tmp_path: Path, function: Any, said: str) -> None:
     """On record, 14: all answers cut off, reward 0, deviation 0, no learning, no word."""
@@ -213,9 +219,9 @@ def test_groups_that_teach_nothing_are_counted_and_told(tmp_path: Path, function
 def test_equal_rewards_of_whole_answers_are_told_as_such() -> None:
     progress = state.Progress()
     figures = {"equal_groups": 1.0, "stop_rate": 0.5, "reward": 1.0}
-    assert "same reward (mean 1)" in str(guard.unheard(progress, figures))
-    assert guard.unheard(progress, figures) is None
-    assert guard.unheard(progress, {**figures, "equal_groups": 0.9}) is None
+    assert "same reward (mean 1)" in str(guard.equal_rewards_warning(progress, figures))
+    assert guard.equal_rewards_warning(progress, figures) is None
+    assert guard.equal_rewards_warning(progress, {**figures, "equal_groups": 0.9}) is None
 
 
 def test_a_gradient_that_reaches_nothing_stops_the_run(tmp_path: Path) -> None:
@@ -223,15 +229,15 @@ def test_a_gradient_that_reaches_nothing_stops_the_run(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
     whole = made.step.token_log_probs
     stuck = replace(made, step=replace(made.step, token_log_probs=lambda rows: whole(rows).detach() + whole(rows) * 0))
-    with pytest.raises(RunError, match="rewards differ and the gradient is zero"):
+    with pytest.raises(RunError, match="rewards differ, but the gradient is zero"):
         fit(stuck)
 
 
 def test_a_reference_that_is_another_stops_the_run() -> None:
     figures = {"off": 0.0, "kl": 1e-3, "equal_groups": 0.0}
-    with pytest.raises(RunError, match="divergence from the reference"):
-        guard.drawn_right(state.Progress(), figures, 1.0)
-    guard.drawn_right(state.Progress(step=1), figures, 1.0)
+    with pytest.raises(RunError, match="KL divergence from the reference"):
+        guard.check_rollouts(state.Progress(), figures, 1.0)
+    guard.check_rollouts(state.Progress(step=1), figures, 1.0)
 
 
 def test_a_reward_that_fails_names_row_and_function(tmp_path: Path) -> None:
@@ -258,10 +264,10 @@ def test_held_out_prompts_are_answered_and_rewarded(tmp_path: Path) -> None:
 
 def test_rewards_add_up_by_weight(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(2))
-    assert isinstance(made.criterion, OfGroups)
+    assert isinstance(made.criterion, PolicyCriterion)
     two = [rewarding(lambda gold, answer: 1.0, 0.25), rewarding(lambda gold, answer: len(gold), 2.0)]
     criterion = replace(made.criterion, rewards=two)
-    group = criterion.begin(made.step, made.train, 0, partial(micro_batches, made))[0]
+    group = criterion.prepare(made.step, made.train, 0, partial(micro_batches, made))[0]
     assert group.rewards == (4.25,) * 4  # type: ignore[union-attr]
 
 
@@ -269,11 +275,11 @@ def test_an_answer_is_rewarded_from_the_end_of_its_reasoning_on(tmp_path: Path) 
     """Where its right answer has some, as `strop eval` judges it."""
     seen: list[str] = []
     made = job(tmp_path, prompts(2), lambda gold, answer: seen.append(answer) or 1.0)
-    assert isinstance(made.criterion, OfGroups)
+    assert isinstance(made.criterion, PolicyCriterion)
     plain = made.train[0]
-    thinks = replace(plain, closes=("</think>",))
+    thinks = replace(plain, reasoning_ends=("</think>",))
     for prompt, text in ((plain, "so</think>\n\nyo"), (thinks, "so</think>\n\nyo"), (thinks, "so")):
-        made.criterion._worth(prompt, text)  # type: ignore[arg-type]
+        made.criterion._reward(prompt, text)  # type: ignore[arg-type]
     assert seen == ["so</think>\n\nyo", "yo", "so"]
 
 

@@ -174,7 +174,7 @@ def test_cut_short_then_resumed_is_bit_identical(
     torch.manual_seed(99)
     code, _, err = run("resume", tmp_path / "cut", capsys=capsys)
     assert code == 0 and "step-000004" in err
-    assert "as recipe.yaml of the run has it" in err and "seed = " not in err
+    assert "recipe.yaml of the run" in err and "seed = " not in err
     whole, resumed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -210,7 +210,7 @@ def test_resume_refuses_what_was_changed_by_name(
     edit(out / "recipe.yaml", "learning_rate: 0.007", "learning_rate: 0.0001")
     edit(out / "recipe.yaml", "lr_scheduler: cosine", "lr_scheduler: linear")
     code, _, err = run("resume", out, capsys=capsys)
-    assert code == 2 and "train.learning_rate is not what the run was started with: 0.007 then, 0.0001 now" in err
+    assert code == 2 and "train.learning_rate has changed since the run was started: 0.007 then, 0.0001 now" in err
     assert "train.lr_scheduler" in err and "--allow-changed train.learning_rate" in err
     code, _, err = run("resume", out, "--allow-changed", "lr", capsys=capsys)
     assert code == 2 and "train.lr_scheduler" in err and "train.learning_rate is not" not in err
@@ -258,7 +258,7 @@ def test_resume_refuses_another_base_template_and_major_version(
     ):
         (out / "lock.json").write_text(json.dumps({**lock, name: value}))
         code, _, err = run("resume", out, capsys=capsys)
-        assert code == 2 and f"{name} is not what the run was started with" in err
+        assert code == 2 and f"{name} has changed since the run was started" in err
     assert run("resume", out, "--allow-changed", "versions", capsys=capsys)[0] == 0
 
 
@@ -365,7 +365,7 @@ def test_resume_refuses_other_data(
     (tmp_path / "r" / "report.json").unlink()  # as if it had been killed before the end
     tiny.write_rows(rows_file, 23)
     code, _, err = run("resume", tmp_path / "r", capsys=capsys)
-    assert code == 2 and "data is not what the run was started with" in err
+    assert code == 2 and "data has changed since the run was started" in err
 
 
 def test_training_starts_from_an_adapter(trained: Path, tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -563,7 +563,7 @@ def test_a_stop_that_an_import_turned_into_an_error_is_a_stop(
 
     monkeypatch.setattr(app, "COMMANDS", {"schema": interrupted, "runs": app.COMMANDS["runs"]})
     code, _, err = run("schema", capsys=capsys)
-    assert code == 130 and "stopped at once" in err
+    assert code == 130 and "saved before is intact" in err
 
 
 @pytest.mark.parametrize(("warmup", "told"), [(2, True), (30, True), (1, False), (0.9, False)])
@@ -572,7 +572,7 @@ def test_a_warmup_as_long_as_the_run_is_told(
 ) -> None:
     given = {"train.max_steps": 2, "train.warmup": warmup, "train.learning_rate": 1e-3, "model.dtype": "fp32"}
     out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
-    said = f"train.warmup {warmup}: the run has 2 steps, and its learning rate never reaches its peak"
+    said = f"train.warmup {warmup}: the run has 2 steps, so its learning rate never reaches its peak"
     assert (said in [event["text"] for event in events(out, "note")]) is told
     assert (max(event["learning_rate"] for event in events(out, "step")) < 1e-3) is (told or warmup == 0.9)
 
@@ -580,13 +580,16 @@ def test_a_warmup_as_long_as_the_run_is_told(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"train.eval_steps": 1}, "train.eval_steps 1: nothing is evaluated without data.eval"),
+        ({"train.eval_steps": 1}, "train.eval_steps 1 has no effect without data.eval"),
         ({"train.eval_steps": 1, "data.eval": "30%"}, None),
-        ({"lora.bias": "all"}, "lora.bias all: there is no such bias in this model"),
-        ({"model.double_quantization": False}, "model.double_quantization false: the base is not in 4 bit"),
+        ({"lora.bias": "all"}, "lora.bias all has no effect: this model has no such bias"),
+        (
+            {"model.double_quantization": False},
+            "model.double_quantization false has no effect: the base is not in 4 bit",
+        ),
         ({"model.double_quantization": False, "model.quantization": "nf4"}, None),
-        ({"model.placement": "sharded"}, "model.placement sharded: one device holds all of the base"),
-        ({"train.timeout": "5m"}, "train.timeout 5m: one device waits for no other"),
+        ({"model.placement": "sharded"}, "model.placement sharded has no effect on a single device"),
+        ({"train.timeout": "5m"}, "train.timeout 5m has no effect on a single device"),
     ],
 )
 def test_an_option_that_does_nothing_here_is_told(
@@ -639,7 +642,7 @@ def test_a_stop_before_there_is_a_recipe_leaves_no_folder(
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("strop.training.run.set_up_together", stopped)
+    monkeypatch.setattr("strop.training.run.set_up_on_all", stopped)
     with pytest.raises(KeyboardInterrupt):
         strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -61,7 +61,7 @@ def test_a_checkpoint_of_a_newer_version_is_named(tmp_path: Path) -> None:
     file = checkpoint / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "of_tomorrow": 1}))
     with pytest.raises(CheckpointError, match="another version of strop: of_tomorrow"):
-        state.restore(checkpoint, job.state)
+        state.restore_checkpoint(checkpoint, job.state)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "optimizer.safetensors"])
@@ -79,5 +79,5 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(
 
     monkeypatch.setattr(io, "open", bad)  # pathlib's
     said: list[str] = []
-    assert state.newest(job.folder, said.append).name == "step-000001"
+    assert state.newest_checkpoint(job.folder, said.append).name == "step-000001"
     assert "cannot be read: Input/output error" in said[0]

@@ -121,8 +121,8 @@ def test_a_tracker_that_fails_later_does_not_end_the_run(
             listeners[0]({"event": "step", "step": step, "loss": 1.0})
     assert told == [1, 2]
     assert [record.getMessage() for record in caplog.records] == [
-        "--track trackio: gets no more numbers, events.jsonl has them all: ConnectionError: the server is gone",
-        "--track trackio: gets no more numbers, events.jsonl has them all: TimeoutError: TimeoutError",
+        "--track trackio: stopped; events.jsonl still has all metrics: ConnectionError: the server is gone",
+        "--track trackio: stopped; events.jsonl still has all metrics: TimeoutError: TimeoutError",
     ]
 
 

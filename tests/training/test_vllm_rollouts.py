@@ -1,4 +1,4 @@
-"""Answers drawn by vLLM: a stand-in that speaks as it does, and the real one where STROP_VLLM_PYTHON names it."""
+"""Answers sampled by vLLM: a stand-in that speaks as it does, and the real one where STROP_VLLM_PYTHON names it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_each_step_draws_from_the_adapter_as_it_is(
     words = ["train", "--model", model, "--data", rows, "--out", out, *OPTIONS, "--train.vllm_python", python]
     code, _, err = run(*words, "--train.rewards", write_reward(tmp_path / "own.py"), capsys=capsys)
     assert code == 0, err
-    assert "drawn by vLLM" in err
+    assert "sampled by vLLM" in err
     steps = events(out, "step")
     assert len(steps) == 4 and all(step["off"] < 1e-4 for step in steps)  # weights have moved by the second
     assert steps[-1]["kl"] > 1e-3 and any(step["reward_spread"] > 0 for step in steps)
@@ -49,7 +49,7 @@ def test_where_vllm_ends_the_run_says_so_and_goes_on_later(
     rows, out = write_prompts(tmp_path / "rows.jsonl", 16), tmp_path / "run"
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *OPTIONS, "--train.vllm_python", python]
     code, _, err = run(*words, "--train.rewards", write_reward(tmp_path / "own.py"), capsys=capsys)
-    assert code == 1 and "vLLM ended: the card fell off" in err, err
+    assert code == 1 and "vLLM ended: the GPU failed" in err, err
     (tmp_path / "vllm" / "fails").unlink()
     code, _, err = run("resume", out, capsys=capsys)
     assert code == 0 and len(events(out, "step")) == 4, err
@@ -59,9 +59,9 @@ def test_where_vllm_ends_the_run_says_so_and_goes_on_later(
     ("more", "said"),
     [
         (["--train.vllm_python", "/no/such/python"], "no such program"),
-        (["--model.quantization", "nf4"], "the base in 16 bit, not from nf4"),
+        (["--model.quantization", "nf4"], "16-bit base, not from nf4"),
         (["--lora.use_dora", "true"], "vLLM does not take its use_dora"),
-        (["--train.objective", "sft"], "draws no answers"),
+        (["--train.objective", "sft"], "samples no completions"),
     ],
 )
 def test_what_vllm_cannot_draw_is_refused_before_anything_is_read(

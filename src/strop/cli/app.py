@@ -1,4 +1,4 @@
-"""The command line: the commands by name, and how each of them ends."""
+"""The command line: all commands by name, their examples, and how errors end a command."""
 
 from __future__ import annotations
 
@@ -40,111 +40,11 @@ from strop.cli.commands.runs import runs
 from strop.cli.commands.schema import schema
 from strop.cli.commands.serve import serve
 from strop.cli.commands.train import train
-from strop.cli.examples import epilog
-from strop.cli.invocation import typed
-from strop.cli.options import recipe_options
-from strop.cli.terminal import console, print_json
-from strop.errors import DiskError, Elsewhere, FolderError, StropError
+from strop.cli.invocation import with_command_name
+from strop.cli.options import add_recipe_options
+from strop.cli.tables import console, print_json
+from strop.errors import DiskError, FolderError, PeerFailed, StropError
 
-
-def main() -> None:
-    """Runs a command. Whatever goes wrong ends as one message and the exit code of its kind (see errors.py)."""
-    asked_to_stop: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        asked_to_stop.append(number)
-        raise KeyboardInterrupt
-
-    _take_any_text()
-    for number in (signal.SIGINT, signal.SIGTERM):  # while training, `stop_signals` takes their place
-        signal.signal(number, interrupt)
-    atexit.register(_end)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # peft imports it; what it lacks is no concern of this run
-    try:
-        words = [*sys.argv[1:], *_being_completed()]
-        code = build(words)(standalone_mode=False, prog_name="strop") or 0
-        if asked_to_stop and code == 130:  # typer has caught the interrupt, without a word
-            _stopped()
-        sys.exit(code)
-    except Elsewhere as error:
-        sys.exit(error.exit_code)
-    except StropError as error:
-        _fail(error.lines(), error.as_json(), error.exit_code, error.so_far)
-    except KeyboardInterrupt:
-        _stopped()
-    except Exception as error:  # the one place for faults of ours: never a traceback unless asked
-        if asked_to_stop:  # an extension module that is interrupted while it is imported says ImportError
-            _stopped()
-        if hasattr(error, "format_message"):  # click's UsageError and its kin, which typer vendors or imports
-            _fail(
-                [line for line in [error.format_message()] if line],
-                {"kind": "UsageError", "message": error.format_message()},
-                2,
-            )
-        if os.environ.get("STROP_DEBUG"):
-            raise
-        if (refused := _by_the_system(error)) is not None:
-            _fail(refused.lines(), refused.as_json(), refused.exit_code)
-        said = f"{type(error).__name__}: {error}"
-        lines = [said, "this is a fault of strop's: set STROP_DEBUG=1 to see where, and please report it"]
-        _fail(lines, {"kind": "InternalError", "message": said}, 1)
-
-
-def _end() -> None:
-    """What is done last, before Python ends. It would look for rubbish once more: with torch loaded that is 1.8 s of
-    work after the last word. nanobind, in triton from 3.9 on, calls what is left there a leak, in a hundred lines."""
-    gc.freeze()
-    if "triton" in sys.modules and not os.environ.get("STROP_DEBUG"):
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _take_any_text() -> None:
-    """A locale that knows few characters ends no command: what it cannot write is escaped, what it cannot read is
-    kept as bytes."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-
-
-def build(words: Sequence[str]) -> typer.Typer:
-    """The command line for these arguments. The flags of a recipe are made only for a command that is among them:
-    they cost a tenth of a second, which `strop --help` need not wait for."""
-    app = typer.Typer(
-        help="Fine-tunes open language models with LoRA on your own hardware, and proves the result.",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(_version_option)
-    for name, command in COMMANDS.items():
-        takes_recipe = "options" in inspect.signature(command).parameters
-        made = recipe_options(command, name in words, ONLY.get(name, ())) if takes_recipe else command
-        app.command(name, epilog=epilog(name))(made)
-    for group, (text, commands) in GROUPS.items():
-        inner = typer.Typer(help=text, no_args_is_help=True)
-        for name, command in commands.items():
-            inner.command(name, epilog=epilog(f"{group} {name}"))(command)
-        app.add_typer(inner, name=group)
-    return app
-
-
-def _being_completed() -> list[str]:
-    """The line that a shell asks strop to complete, in words."""
-    return " ".join(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")).split()
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        print(f"strop {__version__}")
-        raise typer.Exit
-
-
-ONLY: Mapping[str, tuple[str, ...]] = {"eval": ("data.format", "data.columns", "data.encoding")}
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor,
     "plan": plan,
@@ -165,17 +65,172 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "schema": schema,
     "demo": demo,
 }
-
 GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
-    "export": (
-        "Make files for other programs, each proved to be the same model.",
-        {"gguf": gguf, "ollama": ollama},
-    ),
+    "export": ("Export a run to llama.cpp or Ollama, and measure the result.", {"gguf": gguf, "ollama": ollama}),
     "launch": (
         "Write the job file that trains a recipe on a cluster.",
         {"slurm": slurm, "ray": ray, "kubernetes": kubernetes, "skypilot": skypilot},
     ),
 }
+# the only recipe fields that a command takes, if not all
+RECIPE_FIELDS: Mapping[str, tuple[str, ...]] = {"eval": ("data.format", "data.columns", "data.encoding")}
+
+# two examples per command, for the end of its help; a test checks that they are valid
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "doctor": ("strop doctor", "strop doctor --fix"),
+    "plan": ("strop plan --model demo --data rows.jsonl", 'strop plan --model Qwen/Qwen3-8B --gpu "RTX 4090"'),
+    "check": ("strop check --data rows.jsonl --show 3", "strop check --data rows.jsonl --fix clean.jsonl"),
+    "train": (
+        "strop train --model demo --data rows.jsonl --out runs/mine",
+        "strop train recipe.yaml --train.learning_rate 1e-4 --print-recipe",
+    ),
+    "resume": ("strop resume runs/mine", "strop resume runs/mine --train.epochs 5 --allow-changed schedule"),
+    "eval": (
+        "strop eval runs/mine --data held_out.jsonl --metric exact_json",
+        "strop eval runs/a runs/b --data held_out.jsonl --general",
+    ),
+    "chat": ("strop chat runs/mine", 'echo "Add milk to the list" | strop chat runs/mine --temperature 0'),
+    "adapters": ("strop adapters runs/a runs/b", "strop adapters runs/a runs/b --weights 0.7,0.3 --out mixed"),
+    "merge": ("strop merge runs/mine --out mine-merged", "strop merge runs/mine --out mine-merged --dtype fp16"),
+    "serve": ("strop serve runs/mine", "strop serve runs/a runs/b --port 9000 --slots 8"),
+    "modules": ("strop modules demo", "strop modules Qwen/Qwen3-8B"),
+    "runs": ("strop runs", "strop runs other-folder --json"),
+    "dash": ("strop dash", "strop dash other-folder --port 9001"),
+    "import": (
+        "strop import axolotl config.yml --out recipe.yaml",
+        "strop import trl train.py --out recipe.yaml",
+    ),
+    "export-script": (
+        "strop export-script runs/mine --out mine-script",
+        "strop export-script runs/mine --out mine-script --json",
+    ),
+    "push": ("strop push runs/mine me/mine", "strop push mine-merged me/mine-merged --public"),
+    "schema": ("strop schema", "strop schema > recipe.schema.json"),
+    "demo": ("strop demo", "strop demo --out runs/first"),
+    "launch slurm": (
+        "strop launch slurm recipe.yaml --nodes 2 --devices 8",
+        "strop launch slurm recipe.yaml --devices 4 --time 12:00:00 --file train.sbatch",
+    ),
+    "launch ray": (
+        "strop launch ray recipe.yaml --nodes 2 --devices 8",
+        "strop launch ray recipe.yaml --devices 4 --out runs/mine --file train_ray.py",
+    ),
+    "launch kubernetes": (
+        "strop launch kubernetes recipe.yaml --image me/strop:1 --claim data --nodes 2 --devices 8",
+        "strop launch kubernetes recipe.yaml --image me/strop:1 --claim data --file job.yaml",
+    ),
+    "launch skypilot": (
+        "strop launch skypilot recipe.yaml --gpus H100 --devices 8 --volume data --nodes 2",
+        "strop launch skypilot recipe.yaml --gpus L4 --bucket my-runs --spot",
+    ),
+    "export gguf": (
+        "strop export gguf runs/mine --out mine.gguf --type q8_0",
+        "strop export gguf runs/mine --out mine-lora.gguf --adapter",
+    ),
+    "export ollama": (
+        "strop export ollama runs/mine --out mine-ollama",
+        "strop export ollama runs/mine --out mine-ollama --type q4_k_m",
+    ),
+}
+
+
+def main() -> None:
+    """Run a command. Every error ends with one message and the exit code of its class (see errors.py)."""
+    signals: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    _tolerate_any_encoding()
+    for number in (signal.SIGINT, signal.SIGTERM):  # `stop_signals` replaces the handlers while training
+        signal.signal(number, interrupt)
+    atexit.register(_shorten_exit)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns about missing parts
+    try:
+        words = [*sys.argv[1:], *_completion_words()]
+        code = build(words)(standalone_mode=False, prog_name="strop") or 0
+        if signals and code == 130:  # typer caught the interrupt and printed nothing
+            _exit_interrupted()
+        sys.exit(code)
+    except PeerFailed as error:
+        sys.exit(error.exit_code)
+    except StropError as error:
+        _exit_with_error(error.lines(), error.as_json(), error.exit_code, error.partial_result)
+    except KeyboardInterrupt:
+        _exit_interrupted()
+    except Exception as error:  # the only place that catches bugs: a traceback is shown with STROP_DEBUG only
+        if signals:  # an interrupt during the import of an extension module becomes an ImportError
+            _exit_interrupted()
+        if hasattr(error, "format_message"):  # click's UsageError, from click or from the copy in typer
+            message = error.format_message()
+            _exit_with_error([message] if message else [], {"kind": "UsageError", "message": message}, 2)
+        if os.environ.get("STROP_DEBUG"):
+            raise
+        if (system_error := _convert_os_error(error)) is not None:
+            _exit_with_error(system_error.lines(), system_error.as_json(), system_error.exit_code)
+        message = f"{type(error).__name__}: {error}"
+        lines = [message, "this is a bug in strop: set STROP_DEBUG=1 to see the traceback, and please report it"]
+        _exit_with_error(lines, {"kind": "InternalError", "message": message}, 1)
+
+
+def build(words: Sequence[str]) -> typer.Typer:
+    """Return the command line for these arguments.
+
+    Recipe flags are generated only for commands among the arguments: they take 0.1 s, which `strop --help` saves.
+    """
+    app = typer.Typer(
+        help="Fine-tune open language models with LoRA on your own hardware, and measure the result.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_version_option)
+    for name, command in COMMANDS.items():
+        if "options" in inspect.signature(command).parameters:
+            command = add_recipe_options(command, name in words, RECIPE_FIELDS.get(name, ()))
+        app.command(name, epilog=_epilog(name))(command)
+    for group, (text, commands) in GROUPS.items():
+        group_app = typer.Typer(help=text, no_args_is_help=True)
+        for name, command in commands.items():
+            group_app.command(name, epilog=_epilog(f"{group} {name}"))(command)
+        app.add_typer(group_app, name=group)
+    return app
+
+
+def _epilog(name: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(EXAMPLES[name])
+
+
+def _shorten_exit() -> None:
+    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide what libraries print after it.
+
+    nanobind (in triton from 3.9) reports objects that are alive at exit as leaks, in about 100 lines.
+    """
+    gc.freeze()
+    if "triton" in sys.modules and not os.environ.get("STROP_DEBUG"):
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _tolerate_any_encoding() -> None:
+    """Escape characters that the locale cannot write, and keep input that it cannot decode as bytes."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _completion_words() -> list[str]:
+    """Return the words of the line that a shell asks strop to complete."""
+    return " ".join(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")).split()
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        print(f"strop {__version__}")
+        raise typer.Exit
 
 
 def _version_option(
@@ -186,39 +241,42 @@ def _version_option(
     pass
 
 
-def _by_the_system(error: Exception) -> StropError | None:
-    """What the system does not let this user do, with a file or a folder, is no fault of strop's."""
-    from strop.runs.folder import is_cache  # psutil: not for `strop --help`
+def _convert_os_error(error: Exception) -> StropError | None:
+    """Convert an OSError that the user can fix (permissions, full disk) to an error of strop; None for others."""
+    from strop.runs.folder import is_cache  # imports psutil, which `strop --help` does not need
 
     try:
-        here = Path.cwd()
+        working_folder = Path.cwd()
     except OSError:
-        return FolderError("the folder that this was started in is gone", fix="cd to one that is there")
+        return FolderError("the working folder no longer exists", fix="change to an existing folder")
     if not isinstance(error, OSError) or error.errno is None:
         return None
     full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-    if error.filename is None:  # of a write, which knows no name
+    if error.filename is None:  # errors of writes have no file name
         what = f"a file cannot be written: {os.strerror(error.errno)}"
         return DiskError(what, fix="free some space") if full else None
-    what, place = f"{error.filename}: {os.strerror(error.errno).lower()}", here / os.fsdecode(error.filename)
+    what = f"{error.filename}: {os.strerror(error.errno).lower()}"
     if full:
         return DiskError(what, fix="free some space")
-    if is_cache(place):
-        return FolderError(what, fix="set STROP_CACHE to a folder of your own that can be written")
+    if is_cache(working_folder / os.fsdecode(error.filename)):
+        return FolderError(what, fix="set STROP_CACHE to a writable folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return FolderError(what, fix="it is another user's, or read-only: ask for the right to it, or use a copy")
+        return FolderError(what, fix="change its permissions, or use a copy of it")
     return None
 
 
-def _stopped() -> None:
-    _fail(["stopped at once; what was saved before is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
+def _exit_interrupted() -> None:
+    error = {"kind": "Stopped", "message": "interrupted"}
+    _exit_with_error(["stopped; everything saved before is intact"], error, 130)
 
 
-def _fail(lines: list[str], error: dict[str, Any], code: int, so_far: Mapping[str, Any] | None = None) -> None:
+def _exit_with_error(
+    lines: list[str], error: dict[str, Any], code: int, partial_result: Mapping[str, Any] | None = None
+) -> None:
     for line in lines:
-        console.print(f"error: {typed(line)}", markup=False, style="red" if code != 130 else "yellow")
-    with contextlib.suppress(OSError):  # it may be stdout that cannot be written
-        print_json({**(so_far or {}), "error": error, "exit": code}, "--json" in sys.argv)
+        console.print(f"error: {with_command_name(line)}", markup=False, style="red" if code != 130 else "yellow")
+    with contextlib.suppress(OSError):  # stdout may be what cannot be written
+        print_json({**(partial_result or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)
 
 

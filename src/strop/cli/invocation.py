@@ -1,4 +1,4 @@
-"""Commands of strop as they work when they are typed here."""
+"""The command line that calls strop in this environment, for messages that users can copy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 
-def as_typed() -> str:
-    """How this strop is called from here: as it was, where that is not on the PATH (`.venv/bin/strop`)."""
+def command_name() -> str:
+    """Return how strop was called: `strop` if it is on the PATH, otherwise a path or `python -m strop`."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{Path(sys.executable).name} -m strop"
-    found = shutil.which(called.name)
-    if called.name != "strop" or (found is not None and Path(found).resolve() == called.resolve()):
+    on_path = shutil.which(called.name)
+    if called.name != "strop" or (on_path is not None and Path(on_path).resolve() == called.resolve()):
         return "strop"
     try:
         return str(called.resolve().relative_to(Path.cwd().resolve()))
@@ -22,7 +22,7 @@ def as_typed() -> str:
         return str(called)
 
 
-def typed(text: str) -> str:
-    """A message whose commands of strop work as they stand."""
-    name = as_typed()
+def with_command_name(text: str) -> str:
+    """Replace `strop COMMAND` in a message by a command that works in this environment."""
+    name = command_name()
     return text if name == "strop" else re.sub(r"(?<![\w/.-])strop (?=[a-z])", f"{name} ", text)

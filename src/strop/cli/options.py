@@ -1,4 +1,4 @@
-"""The flags that commands share; a recipe's fields as flags, made from the schema, never written down twice."""
+"""Options that several commands share, and flags generated from the recipe's fields."""
 
 from __future__ import annotations
 
@@ -10,91 +10,101 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from rich.markup import escape
 
 from strop.errors import RecipeError
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 ModelName = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or demo.")
 ]
-Memory = Annotated[str | None, typer.Option(help="Use at most this much memory, such as 8GB.", metavar="SIZE")]
-Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8; auto: what the adapter was trained on.")]
-Force = Annotated[bool, typer.Option("--force", help="Load an adapter on another base; says what differs.")]
-Tuned = Annotated[str, typer.Argument(metavar="RUN", help="A run or adapter folder.")]
+Memory = Annotated[str | None, typer.Option(help="Maximum memory to use, such as 8GB.", metavar="SIZE")]
+Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8, or auto (as the adapter was trained).")]
+Force = Annotated[bool, typer.Option("--force", help="Load an adapter on a different base, and list the differences.")]
+Tuned = Annotated[str, typer.Argument(metavar="RUN", help="Run or adapter folder.")]
 NoParity = Annotated[
-    bool, typer.Option("--no-parity", help="Do not measure the result: for a model too large to compute here.")
+    bool, typer.Option("--no-parity", help="Skip the measurement, for models too large to run on this machine.")
 ]
-Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")]
-Devices = Annotated[
-    str | None, typer.Option(help="Use this many devices of this machine: a number, or all.", metavar="N|all")
-]
-RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
+Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's rows.")]
+Devices = Annotated[str | None, typer.Option(help="Number of devices of this machine to use, or all.", metavar="N|all")]
+RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe file (YAML).")]
 
 
-def numbers(text: str) -> list[float]:
-    """Numbers with commas between them. Raises RecipeError."""
+def parse_numbers(text: str) -> list[float]:
+    """Parse numbers separated by commas. Raises RecipeError."""
     try:
         return [float(part) for part in text.split(",") if part]
     except ValueError:
         raise RecipeError(f"{text}: not numbers", fix="write them as 0.7,0.3") from None
 
 
-def recipe_options(command: Callable[..., Any], wanted: bool, only: Collection[str] = ()) -> Any:
-    """Gives a command one flag for each recipe field; it receives those that were used as `options`. only: for these
-    alone, of a command that takes them from a run where they are not given."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    known, short = _recipe_fields() if wanted else ({}, {})
-    flags = {field.replace(".", "__"): field for field in known if not only or field in only}
+def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collection[str] = ()) -> Any:
+    """Return the command with one flag per recipe field; it receives the flags that are used as `options`.
+
+    enabled: False returns a command without the flags. only: restrict the flags to these fields, of a command whose
+    default is the run's value.
+    """
+    parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
+    fields, short_forms = _recipe_fields() if enabled else ({}, {})
+    flags = {field.replace(".", "__"): field for field in fields if not only or field in only}
     added = []
     for name, field in flags.items():
-        info = known[field]
         kind = list[str] if field in ("data.train", "data.eval", "track") else str
-        names = [f"--{field}", *([f"--{short[field]}"] if field in short else [])]
-        default = "the run's" if only else info.get_default(call_default_factory=True)
-        default = "" if info.is_required() else f" [default: {default}]"
+        names = [f"--{field}", *([f"--{short_forms[field]}"] if field in short_forms else [])]
         panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
-        choices = f" [{'|'.join(map(str, _choices(info.annotation)))}]" if _choices(info.annotation) else ""
-        text = (info.description or field) + choices + default
+        text = escape(_help_text(fields[field], "the run's" if only else None))  # Rich would drop [words] as markup
         option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, metavar="VALUE")
         hint = Annotated[kind | None, option]  # type: ignore[valid-type]
         added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
 
     @functools.wraps(command)
-    def run(**given: Any) -> Any:
-        options = {flags[name]: value for name, value in given.items() if name in flags and value not in (None, [])}
-        return command(**{p.name: given[p.name] for p in own}, options=_parsed(options))
+    def run(**values: Any) -> Any:
+        used = {flags[name]: value for name, value in values.items() if name in flags and value not in (None, [])}
+        return command(**{p.name: values[p.name] for p in parameters}, options=_parse_options(used))
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters] + added
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in keywords}
     return run
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The words that a field takes, if it takes words alone."""
+def _help_text(info: Any, default: str | None) -> str:
+    """Return a field's description with its choices and its default. Descriptions state defaults that are computed."""
+    value = None if info.is_required() else info.get_default(call_default_factory=True)
+    if default is None and value not in (None, [], {}):
+        default = str(value).lower() if isinstance(value, bool) else str(value)
+    choices = _choices(info.annotation)
+    parts = [info.description, f"[{'|'.join(choices)}]" if choices else "", f"[default: {default}]" if default else ""]
+    return " ".join(filter(None, parts))
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """Return the words that a field takes."""
+    if hint is bool:
+        return ("true", "false")
     if get_origin(hint) is Literal:
-        return get_args(hint)
-    parts = [_choices(part) for part in get_args(hint)] if get_origin(hint) in (Union, types.UnionType) else []
-    return tuple(word for part in parts for word in part)
+        return tuple(map(str, get_args(hint)))
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    return tuple(word for part in parts for word in _choices(part))
 
 
 def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:
-    """Field infos by dotted name, and the short form of those that have one."""
-    from strop.config.load import SHORT
+    """Return the field infos by dotted name, and the short form of fields that have one."""
+    from strop.config.load import SHORT_FORMS
     from strop.config.schema import option_fields
 
-    return dict(option_fields()), {field: name for name, field in SHORT.items()}
+    return dict(option_fields()), {field: name for name, field in SHORT_FORMS.items()}
 
 
-def _parsed(options: dict[str, Any]) -> dict[str, Any]:
+def _parse_options(options: dict[str, Any]) -> dict[str, Any]:
     from strop.config.load import parse_option
 
-    found = {}
+    parsed = {}
     for field, value in options.items():
-        if field == "track":  # each may name several; `none` takes back a recipe's
-            found[field] = [name for text in value for name in parse_option(field, text) if name != "none"]
+        if field == "track":  # each flag may name several trackers; `none` clears those of the recipe
+            parsed[field] = [name for text in value for name in parse_option(field, text) if name != "none"]
         elif isinstance(value, list) and len(value) > 1:
-            found[field] = value
+            parsed[field] = value
         else:
-            found[field] = parse_option(field, value[0] if isinstance(value, list) else value)
-    return found
+            parsed[field] = parse_option(field, value[0] if isinstance(value, list) else value)
+    return parsed

@@ -1,7 +1,7 @@
-"""From defaults, a preset, a recipe file and options to one Recipe, each value with its origin.
+"""Combine defaults, a preset, a recipe file and options into one Recipe, and record the origin of each value.
 
-Later layers win: default < preset < recipe file < option. What is still `auto` or unset after that is
-decided by planning/choose.py and carries the origin `plan`.
+Later layers win: default < preset < recipe file < option. Values that are still `auto` or unset after that are decided
+by planning/choose.py and have the origin `plan`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from strop.errors import RecipeError, Where, nearest
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
-SHOWN_CHARACTERS = 200  # of a wrong value
-# short forms of the common options; `strop train --model X` is `strop train --model.name X`
-SHORT = {
+MAX_SHOWN_CHARACTERS = 200  # of an invalid value in an error
+# short forms of common options: `strop train --model X` is `strop train --model.name X`
+SHORT_FORMS = {
     "model": "model.name",
     "data": "data.train",
     "eval": "data.eval",
@@ -37,7 +37,7 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One resolved value of a recipe: the field's dotted name, its value, who set it, and why."""
+    """One resolved value of a recipe: the field's dotted name, its value, its origin, and the reason."""
 
     field: str
     value: Any
@@ -47,22 +47,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe and the origin of each of its values, by dotted field name."""
+    """A recipe, and the origin of each value by dotted field name."""
 
     recipe: Recipe
     choices: dict[str, Choice]
 
     def decide(self, decisions: Iterable[Choice]) -> Resolved:
-        """A copy in which the given fields have the values that the plan chose."""
+        """Return a copy in which the given fields have the given values."""
         tree = self.recipe.model_dump()
         choices = dict(self.choices)
         for choice in decisions:
-            _put(tree, choice.field, choice.value)
+            _set_field(tree, choice.field, choice.value)
             choices[choice.field] = choice
-        return Resolved(_validated(tree, {}), choices)
+        return Resolved(_validate(tree, {}), choices)
 
     def as_yaml(self) -> str:
-        """The recipe as YAML, each value followed by its origin and reason as a comment. Loads again as a recipe."""
+        """Return the recipe as YAML, with the origin and reason of each value as a comment. It loads as a recipe."""
         lines: list[str] = []
         section = ""
         for field, choice in self.choices.items():
@@ -71,7 +71,7 @@ class Resolved:
                 lines.append(f"{head}:")
             section = head
             value = yaml.dump(
-                choice.value, Dumper=_OnOneLine, default_flow_style=True, allow_unicode=True, width=1 << 30
+                choice.value, Dumper=_OneLineDumper, default_flow_style=True, allow_unicode=True, width=1 << 30
             )
             value = value.removesuffix("...\n").strip()
             why = " ".join(f": {choice.why}".split()) if choice.why else ""
@@ -80,56 +80,59 @@ class Resolved:
 
 
 def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None = None) -> Resolved:
-    """Layers a recipe file and options (by dotted name or short form) over the preset and the defaults.
+    """Apply a recipe file and options (by dotted name or short form) over the preset and the defaults.
 
-    Raises RecipeError for unknown keys (with the nearest name) and for values out of bounds.
+    Raises RecipeError for unknown keys, with the most similar known one, and for invalid values.
     """
     given: dict[str, tuple[Any, Origin, str]] = {}
     if recipe_file is not None:
-        given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read(recipe_file).items()})
-    given.update({SHORT.get(name, name): (value, "option", "") for name, value in (options or {}).items()})
+        given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read_recipe(recipe_file).items()})
+    given.update({SHORT_FORMS.get(name, name): (value, "option", "") for name, value in (options or {}).items()})
     preset = given.get("preset", ("auto", "default", ""))[0]
-    layered: dict[str, tuple[Any, Origin, str]] = {
-        name: (value, "preset", f"preset {preset}") for name, value in _preset(preset).items()
+    preset_values: dict[str, tuple[Any, Origin, str]] = {
+        name: (value, "preset", f"preset {preset}") for name, value in _read_preset(preset).items()
     }
-    taken = layered and all(name in given and given[name][1] == "recipe" for name in layered)
-    if taken and given["preset"][1] == "option":
-        what = f"--preset {preset}: changes nothing, {recipe_file} has values of its own for all that it sets"
-        raise RecipeError(what, fix=f"give the values: {', '.join(layered)}")
-    return _build({**layered, **given})
+    overridden = preset_values and all(name in given and given[name][1] == "recipe" for name in preset_values)
+    if overridden and given["preset"][1] == "option":
+        what = f"--preset {preset}: has no effect, because {recipe_file} sets every value of the preset"
+        raise RecipeError(what, fix=f"give the values as options: {', '.join(preset_values)}")
+    return _build({**preset_values, **given})
 
 
 def read_resolved(path: Path) -> Resolved:
-    """The recipe.yaml of a run folder, whose values all came from that file."""
-    return _build({name: (value, "recipe", path.name) for name, value in _read(path).items()})
+    """Read the recipe.yaml of a run folder; every value has the origin `recipe`."""
+    return _build({name: (value, "recipe", path.name) for name, value in _read_recipe(path).items()})
 
 
 def parse_option(name: str, text: str) -> Any:
-    """An option's text as the recipe's value: lists split at commas, maps as a=b,c=d, `none` for nothing.
+    """Convert the text of a command-line option to the recipe's value.
 
-    A list may stand in brackets, as in a recipe; tokens are text, and keep theirs.
+    Lists are split at commas, maps are written as a=b,c=d, and `none` is None. A list may be written in brackets, as
+    in a recipe, except for `lora.new_tokens`, where brackets belong to the tokens.
     """
     hint = dict(option_fields())[name].annotation
-    kinds = {typing.get_origin(part) or part for part in _union(hint)}
+    kinds = {typing.get_origin(part) or part for part in _union_members(hint)}
     if text.lower() in ("none", "null", "") and type(None) in kinds:
         return None
     if dict in kinds:
         pairs = [pair.partition("=") for pair in text.split(",") if pair]
-        if not all(middle for _, middle, _ in pairs):
+        if not all(separator for _, separator, _ in pairs):
             raise RecipeError(f"--{name} {text}: not a map", fix="write it as name=value,name=value")
-        typed = Any in typing.get_args(hint)  # as a recipe would have them: true, 3, text
+        any_type = Any in typing.get_args(hint)  # values are parsed as YAML: true, 3, text
         try:
-            return {key.strip(): yaml.load(value, _EachKeyOnce) if typed else value.strip() for key, _, value in pairs}
+            return {
+                key.strip(): yaml.load(value, _RecipeLoader) if any_type else value.strip() for key, _, value in pairs
+            }
         except yaml.YAMLError as error:
             what = f"--{name} {text}: not YAML: {getattr(error, 'problem', None) or error}"
-            raise RecipeError(what, fix="put quotes around the value, inside those of the shell") from None
+            raise RecipeError(what, fix="put the value in quotes, inside the quotes of the shell") from None
     if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
         bare = text if name == "lora.new_tokens" or not re.fullmatch(r"\[.*\]", text) else text[1:-1]
         return [part.strip() for part in bare.split(",") if part.strip()]
     return text
 
 
-def _union(hint: Any) -> tuple[Any, ...]:
+def _union_members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
@@ -137,49 +140,49 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     known = dict(option_fields())
     unknown = [name for name in given if name not in known]
     if unknown:
-        places = [Where(given[name][2] or f"--{name}", None, _unknown(name, known)) for name in unknown]
+        places = [Where(given[name][2] or f"--{name}", None, _unknown_key(name, known)) for name in unknown]
         raise RecipeError("unknown recipe key", fix="see `strop schema` for every key", where=places)
     tree: dict[str, Any] = {}
     for name, (value, _, _) in given.items():
-        _put(tree, name, value)
-    recipe = _validated(tree, given)
+        _set_field(tree, name, value)
+    recipe = _validate(tree, given)
     choices = {}
     for name in known:
-        value = _get(recipe, name)
+        value = _get_field(recipe, name)
         _, origin, source = given.get(name, (None, "default", ""))
         choices[name] = Choice(name, value, origin, source if origin == "preset" else "")
     return Resolved(recipe, choices)
 
 
-def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    hint = f" (did you mean {leaf[0]}?)" if leaf else nearest(name, known)
+def _unknown_key(name: str, known: Mapping[str, Any]) -> str:
+    same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = f" (did you mean {same_leaf[0]}?)" if same_leaf else nearest(name, known)
     return f"unknown key {name}{hint}"
 
 
-def _validated(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]) -> Recipe:
+def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]) -> Recipe:
+    """Validate a recipe. Raises RecipeError with one place per field, or per key of a map."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        places: dict[str, Where] = {}  # one line a field, or key of a map: pydantic reports each member of a union
-        for fault in error.errors():
-            name = _field_name(fault["loc"])
-            name = {"data": "data.train", "model": "model.name"}.get(name, name)  # a missing section: its one duty
+        places: dict[str, Where] = {}  # by field: pydantic reports one error for each member of a union
+        for issue in error.errors():
+            location, kind = issue["loc"], issue["type"]
+            name = _field_name(location)
+            name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required field of a missing section
             value, origin, source = given.get(name, (None, "", ""))
-            key = f"{fault['loc'][-1]}: " if isinstance(value, dict) and len(fault["loc"]) > 2 else ""
+            key = f"{location[-1]}: " if isinstance(value, dict) and len(location) > 2 else ""
             file = source if origin == "recipe" else f"--{name}" if name else "recipe"
-            shown = (
-                "" if fault["type"] in ("missing", "value_error") and not name else f" (got {_short(fault['input'])})"
-            )
-            said = "is required" if fault["type"] == "missing" else fault["msg"].removeprefix("Value error, ") + shown
+            shown = "" if kind in ("missing", "value_error") and not name else f" (got {_shorten(issue['input'])})"
+            message = "is required" if kind == "missing" else issue["msg"].removeprefix("Value error, ") + shown
             field = f"{name}: " if origin == "recipe" else ""
-            places.setdefault(name + key, Where(file, None, f"{field}{key}{said}"))
+            places.setdefault(name + key, Where(file, None, f"{field}{key}{message}"))
         raise RecipeError("the recipe is not valid", fix="", where=list(places.values())) from None
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:
@@ -191,80 +194,81 @@ def _field_name(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location)
 
 
-class _OnOneLine(yaml.SafeDumper):
-    """A value in one line. What ends a line, inside a text, is written as \\n and the like."""
+class _OneLineDumper(yaml.SafeDumper):
+    """Write each value on one line; line breaks inside a text are escaped."""
 
 
-def _in_quotes(dumper: _OnOneLine, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: _OneLineDumper, text: str) -> yaml.ScalarNode:
     breaks = any(mark in text for mark in "\n\r\x85\u2028\u2029")
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
 
 
-_OnOneLine.add_representer(str, _in_quotes)
+_OneLineDumper.add_representer(str, _represent_text)
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML, whose maps hold a key once; PyYAML itself takes the last of several. A date stays the text that it is."""
+class _RecipeLoader(yaml.SafeLoader):
+    """Refuse duplicate keys, of which PyYAML would use the last, and read dates as text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in lines:
-                what = f"the key {key.value} stands twice, first in line {lines[key.value]}"
+                what = f"duplicate key {key.value}, first in line {lines[key.value]}"
                 raise yaml.composer.ComposerError(None, None, what, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
         return node
 
 
-_EachKeyOnce.yaml_implicit_resolvers = {
+_RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
     for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file as values by dotted name."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file", fix="give the path of a YAML file")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+        tree = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else None
         place = Where(str(path), line, f"not YAML: {getattr(error, 'problem', None) or error}")
-        raise RecipeError("the recipe cannot be read", fix="mend the YAML", where=[place]) from None
+        raise RecipeError("the recipe cannot be read", fix="fix the YAML", where=[place]) from None
     except RecursionError:
-        raise RecipeError(f"{path}: not a recipe: too deep", fix="mend the YAML") from None
+        raise RecipeError(f"{path}: not a recipe: nested too deep", fix="fix the YAML") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a map of sections", fix="start with `model:` and `data:`")
-    return _flat(tree, str(path))
+    return _flatten(tree, str(path))
 
 
-def _flat(tree: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """{'lora': {'r': 8}, 'seed': 0} -> {'lora.r': 8, 'seed': 0}; only the recipe's own sections are opened."""
+def _flatten(tree: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Flatten sections to dotted names: {'lora': {'r': 8}, 'seed': 0} becomes {'lora.r': 8, 'seed': 0}."""
     sections = {name.partition(".")[0] for name, _ in option_fields() if "." in name}
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if key in sections and isinstance(value, dict):
-            found = {f"{key}.{inner}": leaf for inner, leaf in value.items()}
+            fields = {f"{key}.{inner}": leaf for inner, leaf in value.items()}
         else:
-            found = {} if key in sections and value is None else {str(key): value}
-        if twice := [name for name in found if name in flat]:
-            place = Where(file, None, f"{twice[0]} stands twice, in its section and by its whole name")
-            raise RecipeError("a key stands twice", fix="take one of them out", where=[place])
-        flat.update(found)
+            fields = {} if key in sections and value is None else {str(key): value}
+        if duplicates := [name for name in fields if name in flat]:
+            place = Where(file, None, f"{duplicates[0]} is given twice, in its section and by its dotted name")
+            raise RecipeError("duplicate key", fix="remove one of them", where=[place])
+        flat.update(fields)
     return flat
 
 
-def _preset(name: Any) -> dict[str, Any]:
+def _read_preset(name: Any) -> dict[str, Any]:
+    """Read a preset's values by dotted name; {} for `auto` and for unknown names, which the schema refuses."""
     file = resources.files("strop.config") / "presets" / f"{name}.yaml"
-    # an unknown preset is left to the schema, which names the ones there are
-    return _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, file.name) if file.is_file() else {}
+    return _flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, file.name) if file.is_file() else {}
 
 
-def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+def _set_field(tree: dict[str, Any], name: str, value: Any) -> None:
     head, _, leaf = name.rpartition(".")
     if head:
         inner = tree.setdefault(head, {})
@@ -275,7 +279,7 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
         tree[leaf] = value
 
 
-def _get(recipe: Recipe, name: str) -> Any:
+def _get_field(recipe: Recipe, name: str) -> Any:
     value: Any = recipe
     for part in name.split("."):
         value = getattr(value, part)

@@ -14,14 +14,15 @@ import numpy as np
 from strop.config.load import resolve
 from strop.config.schema import Recipe
 from strop.dash.planner import typed
-from strop.data.check import pieces
+from strop.data.check import token_pieces
 from strop.data.prepare import Prepared, prepare
 from strop.data.reading import sources
-from strop.data.store import Conversations, Examples, Indices, digest, dumps
+from strop.data.store import Conversations, Examples, digest, dump_conversation
+from strop.data.types import Indices
 from strop.errors import InputError, StropError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import learning_of
+from strop.objectives.table import data_kind_of
 
 MOST_LISTED = 2000  # places of dropped, cut and repeated rows that are sent
 MOST_LOOKED = 50_000  # rows that are compared for repeats and a common prefix
@@ -52,14 +53,14 @@ class DataReader:
         return {**about["report"], **told, "part": part, "order": order, "num_rows": len(numbers), "rows": rows}
 
     def _prepared(self, recipe: Recipe) -> tuple[Prepared, Recipe, dict[str, Any]]:
-        learning = learning_of(recipe.train)
-        asked = [recipe.data.model_dump(), recipe.model.name, recipe.model.revision, learning]
+        data_kind = data_kind_of(recipe.train)
+        asked = [recipe.data.model_dump(), recipe.model.name, recipe.model.revision, data_kind]
         key = json.dumps([asked, _stamps(recipe)], sort_keys=True)
         if key not in self._known:
             while len(self._known) > 1:
                 del self._known[next(iter(self._known))]
             tokenizer = load_tokenizer(locate(recipe.model.name, recipe.model.revision))
-            prepared = prepare(recipe.data, tokenizer, strict=False, learning=learning)
+            prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind)
             self._known[key] = (prepared, recipe, _about(prepared, recipe))
         return self._known[key]
 
@@ -96,7 +97,7 @@ def _about(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     for name, (examples, conversations) in parts.items():
         about[name] = {
             "lengths": _lengths(examples), "repeats": _repeats(conversations),
-            "sharing": _sharing(examples, batch, pairs=prepared.train_units is not None),
+            "sharing": _sharing(examples, batch, pairs=prepared.train_items is not None),
         }  # fmt: skip
     return about
 
@@ -112,7 +113,7 @@ def _row(prepared: Prepared, example: Any, number: int, ids: bool) -> dict[str, 
     """pieces: [text, weight, is a supervised stop token] one after the other."""
     renderer = prepared.renderer
     stops = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
-    shown = list(pieces(example, renderer.tokenizer))
+    shown = list(token_pieces(example, renderer.tokenizer))
     row: dict[str, Any] = {
         "row": number, "file": example.file, "line": example.line, "tokens": len(example),
         "supervised": example.supervised,
@@ -140,7 +141,7 @@ def _repeats(conversations: Conversations) -> list[dict[str, Any]]:
         if number >= MOST_LOOKED or len(found) >= MOST_LISTED:
             break
         place = f"{conversation.file}:{conversation.line}"
-        first = seen.setdefault(digest(dumps(conversation)), place)
+        first = seen.setdefault(digest(dump_conversation(conversation)), place)
         if first != place:
             found.append({"file": conversation.file, "line": conversation.line, "same_as": first})
     return found

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from strop.data.reading.strictjson import Refused, loads
+from strop.data.reading.json_reader import JsonError, loads
 from strop.errors import FolderError, InputError, StropError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -27,7 +27,7 @@ async def body_of(request: Request) -> dict[str, Any]:
         found = loads((await request.body()).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"the body is not UTF-8: {error.reason}") from None
-    except Refused as error:
+    except JsonError as error:
         raise InputError(f"the body is not JSON: {error.what}") from None
     except RecursionError:
         raise InputError("the body is nested too deep") from None

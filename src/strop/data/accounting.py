@@ -1,116 +1,190 @@
-"""The account of a store: what became of its rows, and why a run would not start on them, if it would not."""
+"""Account for every row of a data set: its outcome, warnings, and why a run would refuse the data."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from strop.config.schema import DataSection
-from strop.data.examples import Learning, shorter
-from strop.data.formats import PAIRED
-from strop.data.reading.sources import RowFault
-from strop.data.rendering.errors import FIXES
+from strop.data.batching import pack
+from strop.data.formats import PAIRED, find_placeholders
+from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
-from strop.data.report import DataReport, Tokens, padding
-from strop.data.store import Examples, Indices, Store
-from strop.data.types import Example
+from strop.data.row_errors import FIXES, TOO_LONG, RenderError, RowError
+from strop.data.store import Examples, Store
+from strop.data.types import Conversation, DataKind, Example, Indices
 from strop.errors import DataError, Where
 
-TOO_LONG = "too-long"
-MAX_LOST_SHARE = 0.01
+MAX_LOST_SHARE = 0.01  # of the rows that data.overlong may fail to shorten
+PADDED_ROWS = 8  # batch size for the padding figure
+PACKED_ROWS = 200_000  # rows of a large file that the padding figures use
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A store, of which `examples` of `rows` are used for `role` by an objective that learns from `learning`.
+class TokenCounts:
+    """Tokens of the examples: all of them, the supervised ones, and percentiles of the lengths."""
 
-    shared: its rows are accounted elsewhere.
+    all: int
+    supervised: int
+    p50: int
+    p95: int
+    max: int
+    examples: int
+
+    @classmethod
+    def of(cls, lengths: Indices, supervised: Indices) -> TokenCounts:
+        if not len(lengths):
+            return cls(0, 0, 0, 0, 0, 0)
+        p50, p95 = np.percentile(lengths, [50, 95], method="inverted_cdf")
+        return cls(int(lengths.sum()), int(supervised.sum()), int(p50), int(p95), int(lengths.max()), len(lengths))
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The account of a data set.
+
+    Attributes:
+        rows: counts of rows read, used, truncated, split, dropped; read is the sum of the other four.
+        by_reason: number of dropped rows by reason code.
+        dropped: {file, line, reason, what} of each dropped row.
+        tokens: tokens of the examples.
+        stop_token: rows whose last supervised token is a stop token, and their share of the rows not dropped.
+        duplicates: within (rows beyond the first with equal content), across (evaluation rows that are also training
+            rows), prompts (evaluation rows whose prompt is also in training rows).
+        padding: shares of padding in batches of 8 rows in file order, and in packs of max_length tokens.
+        formats: format by file.
+        warnings: sentences on unusual rows.
+        template: sentences on how the chat template is used.
+        held_out: rows used for evaluation instead of training.
+        refusal: why a run would refuse the data.
+        eval: the account of the evaluation rows.
+        answers: for pairs {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy}, where the last is
+            the accuracy of the better rule of "longer is better" and "shorter is better"; for judged answers
+            {desirable, undesirable, and their mean tokens}; for prompts {prompts, right_answers}.
+        cut: {how, file, line, what} of each row that was truncated or split.
+    """
+
+    rows: dict[str, int]
+    by_reason: dict[str, int]
+    dropped: list[dict[str, Any]]
+    tokens: TokenCounts
+    stop_token: dict[str, float]
+    duplicates: dict[str, int]
+    padding: dict[str, float]
+    formats: dict[str, str]
+    warnings: list[str]
+    template: list[str]
+    held_out: int = 0
+    refusal: DataError | None = None
+    eval: DataReport | None = None
+    answers: dict[str, Any] = field(default_factory=dict)
+    cut: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def would_refuse(self) -> bool:
+        return self.refusal is not None or (self.eval is not None and self.eval.would_refuse)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields of `strop check --json`."""
+        return {
+            **vars(self),
+            "tokens": vars(self.tokens),
+            "would_refuse": self.would_refuse,
+            "refusal": self.refusal.as_json() if self.refusal else None,
+            "eval": self.eval.as_json() if self.eval else None,
+        }
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a store that are used for `role` by an objective of `data_kind`, and their examples.
+
+    shared: the rows that were not used are reported with another selection of the same store.
     """
 
     store: Store
     examples: Examples
     rows: Indices
     role: Literal["training", "evaluation"]
-    learning: Learning = "turns"
+    data_kind: DataKind = "turns"
     shared: bool = False
 
 
-def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
-    """The account of one pass over the data."""
-    store, examples, rows, role, shared = looked.store, looked.examples, looked.rows, looked.role, looked.shared
+def build_report(data: DataSection, renderer: Renderer, selection: Selection) -> DataReport:
+    """Return the account of the selected rows."""
+    store, examples, rows, role = selection.store, selection.examples, selection.rows, selection.role
     facts = store.facts
-    faults = [] if shared else [RowFault(code, Where(*where)) for code, *where in facts["faults"]]
-    outcomes = {name: 0 if shared else int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split")}
-    counts = {"read": facts["read"], **outcomes, "dropped": int(facts["outcomes"].get("dropped", 0))}
-    if shared:
+    if selection.shared:
+        errors = []
         counts = {"read": len(rows), "used": len(rows), "truncated": 0, "split": 0, "dropped": 0}
+        num_kept, num_stops, warnings, cut = len(rows), _count_stops(selection, renderer), [], []
+    else:
+        errors = [RowError(code, Where(*where)) for code, *where in facts["faults"]]
+        outcomes = {name: int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split", "dropped")}
+        counts = {"read": facts["read"], **outcomes}
+        num_kept, num_stops = len(store.row_records), facts["stops"]
+        warnings = [*renderer.warnings, *_row_warnings(facts)]
+        if 0 < facts["thinking"] < facts["chats"]:
+            num_without = facts["chats"] - facts["thinking"]
+            warnings.append(f"{facts['thinking']} {role} rows have reasoning and {num_without} have none")
+        cut = [dict(zip(("how", "file", "line", "what"), record, strict=True)) for record in facts["cut"]]
     assert counts["read"] == sum(counts.values()) - counts["read"], f"rows without an outcome: {counts}"
-    kept, stops = len(store.row_records), facts["stops"]
-    if shared:  # a part of the rows
-        kept, stops = len(rows), _stops(looked, renderer)
     digests = store.row_records["digest"][rows]
-    within = len(digests) - len(np.unique(digests))
-    warnings = [] if shared else [*renderer.warnings, *_warnings(facts)]
-    if 0 < facts["thinking"] < facts["chats"] and not shared:
-        some, others = facts["thinking"], facts["chats"] - facts["thinking"]
-        warnings.append(f"{some} {role} rows have reasoning and {others} have none: each is trained as it is")
-    if within:
-        warnings.append(f"{within} {role} rows repeat an earlier one")
-    warnings += _judgements(looked)
-    refusal = _refusal(data, looked, faults, counts)
-    compared = _compared(looked) if refusal is None and looked.learning != "turns" else {}
+    repeated = len(digests) - len(np.unique(digests))
+    if repeated:
+        warnings.append(f"{repeated} {role} rows repeat an earlier one")
+    warnings += _label_warnings(selection)
+    refusal = _refusal(data, selection, errors, counts)
     return DataReport(
         rows=counts,
-        by_reason=dict(Counter(fault.code for fault in faults).most_common()),
+        by_reason=dict(Counter(error.code for error in errors).most_common()),
         dropped=[
-            {"file": at.file, "line": at.line, "reason": code, "what": at.what}
-            for code, at in ((fault.code, fault.where) for fault in faults)
+            {"file": where.file, "line": where.line, "reason": code, "what": where.what}
+            for code, where in ((error.code, error.where) for error in errors)
         ],
-        cut=[] if shared else [dict(zip(("how", "file", "line", "what"), one, strict=True)) for one in facts["cut"]],
-        tokens=Tokens.of(examples.lengths, examples.supervised),
-        stop_token={"rows": stops, "share": stops / kept if kept else 0.0},
-        duplicates={"within": within, "across": 0},
-        padding=padding(examples.lengths, data.max_length),
+        cut=cut,
+        tokens=TokenCounts.of(examples.lengths, examples.supervised),
+        stop_token={"rows": num_stops, "share": num_stops / num_kept if num_kept else 0.0},
+        duplicates={"within": repeated, "across": 0},
+        padding=_padding(examples.lengths, data.max_length),
         formats=facts["formats"],
         warnings=warnings,
-        template=renderer.told(thinking=facts["thinking"], rows=facts["chats"]) if facts["chats"] else [],
+        template=renderer.describe_template(facts["thinking"], facts["chats"]) if facts["chats"] else [],
         refusal=refusal,
-        answers=compared,
+        answers=_answer_statistics(selection) if refusal is None and selection.data_kind != "turns" else {},
     )
 
 
 def ends_with_stop(example: Example, renderer: Renderer) -> bool:
-    """Is the last supervised token one that ends generation?"""
+    """Return whether the last supervised token ends generation."""
     last = int(example.ids[example.weights.nonzero()[0][-1]])
     return last in renderer.stop_ids or last == renderer.tokenizer.eos_token_id
 
 
-def _stops(looked: Pass, renderer: Renderer) -> int:
-    """How many of the rows end with a supervised stop token; of a pair both answers."""
-    if looked.learning == "prompts":
+def _count_stops(selection: Selection, renderer: Renderer) -> int:
+    """Count the rows that end with a supervised stop token, for pairs in both answers."""
+    if selection.data_kind == "prompts":
         return 0
-    of = looked.store.example_records["row"]
-    begins, ends = np.searchsorted(of, looked.rows, "left"), np.searchsorted(of, looked.rows, "right")
-    firsts = begins if looked.learning == "pairs" else ends - 1
+    row_of = selection.store.example_records["row"]
+    begins, ends = np.searchsorted(row_of, selection.rows, "left"), np.searchsorted(row_of, selection.rows, "right")
+    firsts = begins if selection.data_kind == "pairs" else ends - 1
     return sum(
-        all(ends_with_stop(looked.store.example(i), renderer) for i in range(first, end))
+        all(ends_with_stop(selection.store.example(i), renderer) for i in range(first, end))
         for first, end in zip(firsts.tolist(), ends.tolist(), strict=True)
     )
 
 
-def _compared(looked: Pass) -> dict[str, Any]:
-    """Of pairs: how long both sides are, and what a judge would score that knows lengths alone. Of judged answers: how
-    many were judged good and bad. Of prompts: how many have a right answer."""
-    supervised, judged = looked.examples.supervised, looked.examples.judged
-    if looked.learning == "prompts":
-        return {
-            "prompts": len(looked.rows),
-            "right_answers": int(looked.store.row_records["answered"][looked.rows].sum()),
-        }
-    if looked.learning == "labels":
+def _answer_statistics(selection: Selection) -> dict[str, Any]:
+    """Return DataReport.answers."""
+    supervised, judged = selection.examples.supervised, selection.examples.judged
+    if selection.data_kind == "prompts":
+        answered = selection.store.row_records["answered"][selection.rows]
+        return {"prompts": len(selection.rows), "right_answers": int(answered.sum())}
+    if selection.data_kind == "labels":
         return {
             "desirable": int((judged == 1).sum()),
             "undesirable": int((judged == 0).sum()),
@@ -119,13 +193,13 @@ def _compared(looked: Pass) -> dict[str, Any]:
         }
     chosen, rejected = supervised[0::2], supervised[1::2]
     longer, equal = float((chosen > rejected).mean()), float((chosen == rejected).mean())
-    by_length = longer + equal / 2
+    longer_accuracy = longer + equal / 2
     return {
         "pairs": len(chosen),
         "chosen_tokens": float(chosen.mean()),
         "rejected_tokens": float(rejected.mean()),
         "chosen_longer": longer,
-        "length_accuracy": max(by_length, 1 - by_length),
+        "length_accuracy": max(longer_accuracy, 1 - longer_accuracy),
     }
 
 
@@ -133,107 +207,173 @@ def _mean(lengths: Indices) -> float:
     return float(lengths.mean()) if len(lengths) else 0.0
 
 
-def _warnings(facts: dict[str, Any]) -> list[str]:
-    found = [f"{count} rows hold {note} ({place})" for note, count, place in facts["notes"]]
+def _padding(lengths: Indices, max_length: int) -> dict[str, float]:
+    """Return the shares of padding in batches in file order and in packs, and the share that packing saves."""
+    lengths = lengths[:PACKED_ROWS]
+    if not len(lengths):
+        return {"batched": 0.0, "packed": 0.0, "saved": 0.0}
+    tokens = int(lengths.sum())
+    rest = -len(lengths) % PADDED_ROWS
+    batches = np.concatenate([lengths, np.zeros(rest, lengths.dtype)]).reshape(-1, PADDED_ROWS)
+    batch_rows = np.full(len(batches), PADDED_ROWS)
+    batch_rows[-1] -= rest
+    batched = 1 - tokens / int((batches.max(axis=1) * batch_rows).sum())
+    packs = pack(lengths.tolist(), max(max_length, int(lengths.max())))
+    packed = 1 - tokens / (len(packs) * max(int(lengths[group].sum()) for group in packs))
+    return {"batched": batched, "packed": packed, "saved": max(0.0, batched - packed)}
+
+
+# --- warnings ------------------------------------------------------------------------------------------------------
+
+
+def find_row_warnings(
+    conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer, data_kind: DataKind
+) -> Iterator[tuple[str, str]]:
+    """Yield what is unusual about a conversation that can be trained on, with an example."""
+    turns = (*conversation.messages, *conversation.rejected)
+    texts = [message.content for message in turns] or [conversation.text or ""]
+    if placeholders := [name for text in texts if "{{" in text for name in find_placeholders(text)]:
+        yield "unfilled placeholders", f": {placeholders[0]}"
+    if lost := sorted(set().union(*map(renderer.lost_characters, texts))):
+        codes = ", ".join(f"U+{ord(character):04X}" for character in lost[:3])
+        yield "characters that the tokenizer drops or changes", f": {codes}"
+    if any(renderer.control.is_in(text) for text in texts):
+        yield "control tokens in the text, encoded as plain text", ""
+    if not isinstance(rendered, RenderError) and any(example.encoded_separately for example in rendered):
+        yield "answers that share a token with the end of the prompt; they are encoded separately, as at inference", ""
+    if conversation.messages and conversation.messages[-1].role != "assistant" and data_kind != "prompts":
+        yield "messages after the last answer, which are left out", ""
+    if names := [*_null_names(conversation)]:
+        yield "null arguments or properties of tools, which the datasets library adds for absent names", f": {names[0]}"
+    if any(message.reasoning for message in turns) and not renderer.chat.shows_reasoning(turns):
+        dropped = renderer.chat.reasoning == "drop"
+        why = "data.reasoning drop leaves out" if dropped else "the chat template does not show: it is not trained on"
+        yield f"reasoning, which {why}", ""
+
+
+def _null_names(conversation: Conversation) -> Iterator[str]:
+    turns = (*conversation.messages, *conversation.rejected)
+    objects = [call["function"]["arguments"] for turn in turns for call in turn.tool_calls]
+    schemas = [tool["function"].get("parameters") for tool in conversation.tools]
+    objects += [schema.get("properties") for schema in schemas if isinstance(schema, dict)]
+    return (name for item in objects if isinstance(item, dict) for name, value in item.items() if value is None)
+
+
+def _row_warnings(facts: dict[str, Any]) -> list[str]:
+    warnings = [f"{count} rows have {note} ({place})" for note, count, place in facts["notes"]]
     if facts["unused"]:
         columns = ", ".join(f"{name} ({count} rows)" for name, count in sorted(facts["unused"].items()))
-        found.append(f"columns not read: {columns}")
-    return found + [f"{count} rows of {path} left out by its weight" for path, count in facts["left_out"].items()]
+        warnings.append(f"columns not read: {columns}")
+    return warnings + [f"{count} rows of {path} left out by its weight" for path, count in facts["left_out"].items()]
 
 
-def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
-    """Rows of another kind than the objective learns from."""
-    found = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
-    turns = {*found.values()} - {"pairs", "labelled", "prompt"}
-    fits = {
-        "turns": turns, "pairs": {"pairs"}, "labels": {"pairs", "labelled"}, "prompts": (turns | {"prompt"}) - {"text"}
-    }  # fmt: skip
-    wrong = [(file, kind) for file, kind in found.items() if kind not in fits[learning]]
+def _label_warnings(selection: Selection) -> list[str]:
+    warnings = []
+    if selection.role == "evaluation" and (what := _single_label(selection)):
+        warnings.append(f"{what}: the evaluation does not measure the other label")
+    groups = selection.store.row_records["group"][selection.rows]
+    if selection.data_kind == "labels" and len(np.unique(groups)) == 1:
+        warnings.append(
+            f"all {selection.role} rows have one prompt: the KL estimate in the loss is always 0, because it is "
+            "measured on answers to other prompts"
+        )
+    return warnings
+
+
+def _single_label(selection: Selection) -> str | None:
+    """Return a sentence if all answers have the same label."""
+    labels = set(selection.examples.judged.tolist())
+    if selection.data_kind != "labels" or labels not in ({0}, {1}):
+        return None
+    return f"all {selection.role} rows are labelled {'good' if labels == {1} else 'bad'}"
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def _refusal(
+    data: DataSection, selection: Selection, errors: list[RowError], counts: dict[str, int]
+) -> DataError | None:
+    """Return why a run would refuse these rows, or None."""
+    facts, role, num_read = selection.store.facts, selection.role, counts["read"]
+    if wrong_kind := _wrong_kind(facts, selection.data_kind):
+        return wrong_kind
+    too_long = [error for error in errors if error.code == TOO_LONG]
+    invalid = [error for error in errors if error.code != TOO_LONG]
+    long_places = [error.where for error in too_long]
+    long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
+    long_fix = (
+        f"--data.max_length {facts['longest']}, or choose --data.overlong {allowed_overlong(selection.data_kind)}"
+    )
+    refuse_long = bool(too_long) and data.overlong == "refuse"
+    if invalid and data.bad_rows == "refuse":
+        codes = {error.code for error in invalid}
+        advice = [FIXES[code] for code in codes if code in FIXES] or ["fix them"]
+        fix = f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop"
+        return DataError(
+            f"{len(invalid)} of {num_read} {role} rows cannot be used",
+            fix=f"{fix}; and {long_message}: {long_fix}" if refuse_long else fix,
+            where=[error.where for error in (errors if refuse_long else invalid)],
+        )
+    if refuse_long:
+        return DataError(long_message, fix=long_fix, where=long_places)
+    too_many_lost = len(too_long) > MAX_LOST_SHARE * num_read
+    if too_long and data.overlong != "drop" and too_many_lost and data.bad_rows == "refuse":
+        return DataError(
+            f"{len(too_long)} of {num_read} {role} rows cannot be shortened to data.max_length {data.max_length}",
+            fix="raise --data.max_length, or leave such rows out with --data.overlong drop",
+            where=long_places,
+        )
+    if not len(selection.rows):
+        where, fix = [error.where for error in errors], "give more rows"
+        if role == "training" and (num_held_out := len(selection.store.row_records)):  # they could be used
+            fix = f"data.eval {data.eval} holds out {num_held_out} of them: {fix}, or a file to evaluate on"
+        return DataError(f"0 of {num_read} {role} rows are left", fix=fix, where=where)
+    if role == "training" and (what := _single_label(selection)):  # KTO learns nothing from one label alone
+        fix = "give rows with both labels, or train on good answers only with --train.objective sft"
+        return DataError(what, fix=fix)
+    return None
+
+
+def _wrong_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
+    """Return the error for rows of a kind that the objective does not learn from."""
+    kinds = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
+    turns = {*kinds.values()} - {"pairs", "labelled", "prompt"}
+    usable = {
+        "turns": turns,
+        "pairs": {"pairs"},
+        "labels": {"pairs", "labelled"},
+        "prompts": (turns | {"prompt"}) - {"text"},
+    }
+    wrong = [(file, kind) for file, kind in kinds.items() if kind not in usable[data_kind]]
     if not wrong:
         return None
     file, kind = wrong[0]
     names = {
-        "pairs": "preference pairs", "labelled": "answers that were judged good or bad", "prompt": "prompts alone"
-    }  # fmt: skip
+        "pairs": "preference pairs",
+        "labelled": "answers labelled good or bad",
+        "prompt": "prompts without answers",
+    }
     what = names.get(kind, f"{kind} rows")
-    if learning == "turns":
+    if data_kind == "turns":
         fix = {
-            "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or the better answers alone: "
-            "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it holds the prompt)",
+            "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or only the better answers: "
+            "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it includes the prompt)",
             "labelled": "--train.objective kto, or without the label: "
             "--data.columns prompt=A,completion=B, with your names (or messages=A)",
             "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
-    needs = {
-        "pairs": "pairs (chosen and rejected)", "labels": "answers with a label, or pairs",
-        "prompts": "prompts, with right answers or without",
-    }[learning]  # fmt: skip
+    needed = {
+        "pairs": "pairs (chosen and rejected)",
+        "labels": "answers with a label, or pairs",
+        "prompts": "prompts, with reference answers or without",
+    }[data_kind]
     fix = {
         "labelled": "--train.objective kto",
         "pairs": "--train.objective dpo",
         "prompt": "--train.objective grpo",
     }.get(kind, "--train.objective sft, or other data")
-    if learning == "labels" and "label" in facts["unused"]:
-        fix = "--data.format labelled, where 1 in label is good and 0 is bad"
-    return DataError(f"{file}: {what}; this objective learns from {needs}", fix=fix)
-
-
-def _one_kind(looked: Pass) -> str | None:
-    """That all answers were judged alike, where an objective learns from judgements."""
-    judged = set(looked.examples.judged.tolist())
-    if looked.learning != "labels" or judged not in ({0}, {1}):
-        return None
-    return f"all {looked.role} rows are judged {'good' if judged == {1} else 'bad'}"
-
-
-def _judgements(looked: Pass) -> list[str]:
-    """What is odd about judged answers, though they can be trained or evaluated on."""
-    found = []
-    if looked.role == "evaluation" and (what := _one_kind(looked)):
-        found.append(f"{what}: the evaluation says nothing of the other kind")
-    if looked.learning == "labels" and len(np.unique(looked.store.row_records["group"][looked.rows])) == 1:
-        found.append(
-            f"all {looked.role} rows have one prompt: the divergence in the loss is 0 throughout, since it is measured "
-            "on answers to other prompts"
-        )
-    return found
-
-
-def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: dict[str, int]) -> DataError | None:
-    """Why a run would not start on these rows, if it would not."""
-    facts, role, num_left = looked.store.facts, looked.role, len(looked.rows)
-    if wrong := _wrong_kind(facts, looked.learning):
-        return wrong
-    long = [fault for fault in faults if fault.code == TOO_LONG]
-    bad = [fault for fault in faults if fault.code != TOO_LONG]
-    places = [fault.where for fault in long]
-    said = f"{len(long)} of {counts['read']} {role} rows are longer than data.max_length {data.max_length}"
-    cut = f"--data.max_length {facts['longest']}, or choose --data.overlong {shorter(looked.learning)}"
-    refused = bool(long) and data.overlong == "refuse"
-    if bad and data.bad_rows == "refuse":
-        codes = {fault.code for fault in bad}
-        advice = [FIXES[code] for code in codes if code in FIXES] or ["mend them"]
-        fix = f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop"
-        return DataError(
-            f"{len(bad)} of {counts['read']} {role} rows cannot be used",
-            fix=f"{fix}; and {said}: {cut}" if refused else fix,
-            where=[fault.where for fault in (faults if refused else bad)],
-        )
-    if refused:
-        return DataError(said, fix=cut, where=places)
-    if long and data.overlong != "drop" and len(long) > MAX_LOST_SHARE * counts["read"] and data.bad_rows == "refuse":
-        return DataError(
-            f"{len(long)} of {counts['read']} {role} rows cannot be brought down to data.max_length {data.max_length}",
-            fix="raise --data.max_length, or leave such rows out with --data.overlong drop",
-            where=places,
-        )
-    if not num_left:
-        where, fix = [fault.where for fault in faults], "give more rows"
-        if role == "training" and (held := len(looked.store.row_records)):  # they could be used
-            fix = f"data.eval {data.eval} holds out {held} of them: {fix}, or a file to evaluate on"
-        return DataError(f"0 of {counts['read']} {role} rows are left", fix=fix, where=where)
-    if role == "training" and (what := _one_kind(looked)):  # one of them alone teaches KTO nothing
-        fix = "give rows of both kinds, or train on good answers alone with --train.objective sft"
-        return DataError(what, fix=fix)
-    return None
+    if data_kind == "labels" and "label" in facts["unused"]:
+        fix = "--data.format labelled, if 1 in label is good and 0 is bad"
+    return DataError(f"{file}: {what}; this objective learns from {needed}", fix=fix)

@@ -1,9 +1,10 @@
-"""Which rows make which step: a stream of batches that can stop anywhere and go on exactly there."""
+"""Order rows into steps, pack them into rows of tokens, and group them into micro-batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,8 @@ import numpy as np
 class Batch:
     """The rows of one optimizer step.
 
-    rows: indices of rows. epoch: from 0. index: the step, from 0, over all epochs.
-    position: where a stream goes on after this batch (BatchStream's `position`).
+    rows: indices of rows. epoch: from 0. index: the step, from 0, over all epochs. position: the state of the stream
+    after this batch (`BatchStream.position`).
     """
 
     rows: tuple[int, ...]
@@ -24,11 +25,18 @@ class Batch:
 
 
 class BatchStream:
-    """Batches of `batch_size` row indices out of `num_rows`, each row once an epoch, in an order of (seed, epoch).
+    """Batches of row indices, each row once an epoch, in an order that depends only on (seed, epoch).
 
-    Ends after `max_steps`, or else after `epochs` (a part of an epoch, such as 0.5, counts in whole batches,
-    rounded up). The last batch of an epoch may be smaller; it is never dropped.
-    position: the `position` of a batch of a stream with the same arguments; the stream goes on after it.
+    The stream ends after `max_steps`, or else after `epochs`. A fraction of an epoch, such as 0.5, counts in whole
+    batches, rounded up. The last batch of an epoch may be smaller; it is never dropped.
+
+    Args:
+        num_rows: number of rows.
+        batch_size: rows in a batch.
+        seed: seed of the order.
+        epochs: number of epochs.
+        max_steps: number of batches, instead of `epochs`.
+        position: `position` of a batch of a stream with the same arguments; the stream continues after that batch.
     """
 
     def __init__(
@@ -46,28 +54,28 @@ class BatchStream:
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_epoch = math.ceil(num_rows / batch_size)
-        # 1e-9: a third of 3 epochs is not 1 step more for the last bit of a float
+        # 1e-9: float rounding must not add a step, e.g. for a third of 3 epochs
         self.total_steps = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self._next = 0
         if position is not None:
-            here = self.position_of(position["step"])
-            assert dict(position) == here, f"a position of another stream: {dict(position)}, here {here}"
+            expected = self.position_of(position["step"])
+            assert dict(position) == expected, f"a position of another stream: {dict(position)}, here {expected}"
             self._next = position["step"]
 
     @property
     def position(self) -> dict[str, int]:
-        """A small JSON-able state of what comes next."""
+        """The state of the stream, as JSON values."""
         return self.position_of(self._next)
 
     def order(self, epoch: int) -> list[int]:
-        """The rows of an epoch in order: a pure function of (seed, epoch)."""
-        # sorted by raw random bits: numpy promises the same bits for ever, not the same permutation()
+        """Return the rows of an epoch in order: a pure function of (seed, epoch)."""
+        # sorted by raw random bits: numpy guarantees the same bits in every version, but not the same permutation()
         keys = np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows)
         order: list[int] = np.argsort(keys, kind="stable").tolist()
         return order
 
     def __len__(self) -> int:
-        """Batches still to come."""
+        """Number of remaining batches."""
         return self.total_steps - self._next
 
     def __iter__(self) -> Iterator[Batch]:
@@ -81,13 +89,52 @@ class BatchStream:
             yield Batch(self._rows(order, step), epoch, step, self.position)
 
     def rows(self, step: int) -> tuple[int, ...]:
-        """The rows of any step."""
+        """Return the rows of any step."""
         return self._rows(self.order(step // self.steps_per_epoch), step)
 
     def position_of(self, step: int) -> dict[str, int]:
-        """The position of a stream like this one of which `step` batches have been used."""
+        """Return the position of this stream after `step` batches."""
         return {"step": step, "rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
 
     def _rows(self, order: list[int], step: int) -> tuple[int, ...]:
         start = (step % self.steps_per_epoch) * self.batch_size
         return tuple(order[start : start + self.batch_size])
+
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Pack rows with best-fit decreasing: return the row indices of each pack of at most `budget` tokens.
+
+    The result is deterministic: longest row first, ties by index, each row into the fullest pack with enough room.
+    It has at most 11/9 of the optimal number of packs, plus a constant (Johnson 1973). No row may be longer than
+    `budget`.
+    """
+    assert all(0 < length <= budget for length in lengths), "a row longer than the budget"
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(room, (lengths[i], -1))
+        free, k = room.pop(at) if at < len(room) else (budget, len(packs))
+        if k == len(packs):
+            packs.append([])
+        packs[k].append(i)
+        if free > lengths[i]:
+            insort(room, (free - lengths[i], k))
+    return packs
+
+
+def group_by_length(lengths: Sequence[int], *, tokens: int | None = None, rows: int | None = None) -> list[list[int]]:
+    """Split a batch into micro-batches of similar length: return the row indices of each, longest rows first.
+
+    tokens: most tokens in a micro-batch, padding included; a single longer row forms its own. rows: most rows in a
+    micro-batch. Every row is in exactly one micro-batch.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        group = groups[-1] if groups else []
+        full = rows is not None and len(group) >= rows
+        full = full or (tokens is not None and bool(group) and (len(group) + 1) * lengths[group[0]] > tokens)
+        if group and not full:
+            group.append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -1,4 +1,4 @@
-"""What a person sees of the data: the report, rows as coloured tokens, and a cleaned copy."""
+"""Show data to a person: the report, rows as coloured tokens, and a cleaned copy of the rows."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from rich.text import Text
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.examples import JUDGED, Learning
-from strop.data.prepare import Prepared, answers_of, opposed, renderer_for, settle
+from strop.data.prepare import Judgements, Prepared, decide_outcome, find_contradiction, renderer_for, split_pair
 from strop.data.reading import sources
-from strop.data.reading.sources import RowFault
 from strop.data.rendering.pairs import render_pairs, render_prompts
 from strop.data.rendering.render import Renderer
-from strop.data.store import digest, dumps, message_json
-from strop.data.types import Conversation, Example, Message, Row
-from strop.errors import SHOWN_PLACES, DataError, FolderError
+from strop.data.row_errors import RowError
+from strop.data.store import digest, dump_conversation, message_json
+from strop.data.types import JUDGED, Conversation, DataKind, Example, Message, Row
+from strop.errors import MAX_SHOWN_PLACES, DataError, FolderError
 
 SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
@@ -33,7 +32,7 @@ VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """The account as a person reads it. report: DataReport.as_json()."""
+    """Print the account of the data. report: DataReport.as_json()."""
     _print_part("train", report, console)
     if report["eval"] is not None:
         _print_part("eval", report["eval"], console)
@@ -44,58 +43,57 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     grid.add_column(style="bold", min_width=7)
     grid.add_column(overflow="fold")
     rows, tokens = report["rows"], report["tokens"]
-    parts = [f"{rows[key]:,} {key}" for key in ("truncated", "split", "dropped") if rows[key]]
-    held = [f"{report['held_out']:,} of them held out for evaluation"] if report["held_out"] else []
-    grid.add_row(name, Text(", ".join([f"{rows['read']:,} rows read", f"{rows['used']:,} used", *parts, *held])))
+    parts = [f"{rows['read']:,} rows read", f"{rows['used']:,} used"]
+    parts += [f"{rows[key]:,} {key}" for key in ("truncated", "split", "dropped") if rows[key]]
+    parts += [f"{report['held_out']:,} of them held out for evaluation"] if report["held_out"] else []
+    grid.add_row(name, Text(", ".join(parts)))
     for reason, count in report["by_reason"].items():
         grid.add_row("", Text(f"{count:,} dropped: {reason}", style="red"))
     share = tokens["supervised"] / tokens["all"] if tokens["all"] else 0.0
     grid.add_row("tokens", f"{tokens['all']:,}, of which {tokens['supervised']:,} supervised ({share:.0%})")
-    grid.add_row(
-        "length", f"half of the rows up to {tokens['p50']:,}, 95 % up to {tokens['p95']:,}, longest {tokens['max']:,}"
-    )
+    grid.add_row("length", f"median {tokens['p50']:,}, 95th percentile {tokens['p95']:,}, longest {tokens['max']:,}")
     if "prompts" not in report["answers"]:
         grid.add_row("stop", f"{int(report['stop_token']['rows']):,} rows end with a supervised stop token")
-    for number, sentence in enumerate(report["template"]):
-        grid.add_row("" if number else "template", Text(sentence))
-    if compared := report["answers"]:
-        grid.add_row("answers", _answers(compared))
-    saved = report["padding"]
-    grid.add_row("padding", f"{saved['batched']:.0%} in batches of 8 as they come, {saved['packed']:.0%} packed")
+    for i, sentence in enumerate(report["template"]):
+        grid.add_row("" if i else "template", Text(sentence))
+    if answers := report["answers"]:
+        grid.add_row("answers", _answers_sentence(answers))
+    padding = report["padding"]
+    grid.add_row("padding", f"{padding['batched']:.0%} in batches of 8 in file order, {padding['packed']:.0%} packed")
     console.print(grid, highlight=False)
-    for place in report["dropped"][:SHOWN_PLACES]:
-        at = f"{place['file']}:{place['line']}" if place["line"] else place["file"]
-        console.print(Text(f"  {at}: {_safe(place['what'])}", style="red"))
-    if len(report["dropped"]) > SHOWN_PLACES:
-        console.print(f"  ... and {len(report['dropped']) - SHOWN_PLACES:,} more", style="red", highlight=False)
+    for place in report["dropped"][:MAX_SHOWN_PLACES]:
+        where = f"{place['file']}:{place['line']}" if place["line"] else place["file"]
+        console.print(Text(f"  {where}: {_escape(place['what'])}", style="red"))
+    if len(report["dropped"]) > MAX_SHOWN_PLACES:
+        console.print(f"  ... and {len(report['dropped']) - MAX_SHOWN_PLACES:,} more", style="red", highlight=False)
     for warning in report["warnings"]:
-        console.print(Text(f"warning: {_safe(warning)}", style="yellow"))
+        console.print(Text(f"warning: {_escape(warning)}", style="yellow"))
     if report["refusal"] is not None:
         refusal = report["refusal"]
         console.print(Text(f"a run would refuse this: {refusal['message']}: {refusal['fix']}", style="bold red"))
 
 
-def _answers(compared: Mapping[str, Any]) -> str:
-    """Pairs and their lengths, or how many answers were judged good and bad, in a sentence."""
-    if "prompts" in compared:
-        return f"{compared['prompts']:,} prompts, {compared['right_answers']:,} of them with a right answer"
-    if "pairs" not in compared:
+def _answers_sentence(answers: Mapping[str, Any]) -> str:
+    """Summarize DataReport.answers in a sentence."""
+    if "prompts" in answers:
+        return f"{answers['prompts']:,} prompts, {answers['right_answers']:,} of them with a reference answer"
+    if "pairs" not in answers:
         return (
-            f"{compared['desirable']:,} judged good ({compared['desirable_tokens']:.0f} tokens in the mean), "
-            f"{compared['undesirable']:,} judged bad ({compared['undesirable_tokens']:.0f})"
+            f"{answers['desirable']:,} labelled good (mean {answers['desirable_tokens']:.0f} tokens), "
+            f"{answers['undesirable']:,} labelled bad (mean {answers['undesirable_tokens']:.0f})"
         )
     return (
-        f"{compared['pairs']:,} pairs; chosen {compared['chosen_tokens']:.0f} tokens in the mean, rejected "
-        f"{compared['rejected_tokens']:.0f}; the chosen one is longer in {compared['chosen_longer']:.0%}, "
-        f"and by length alone {compared['length_accuracy']:.0%} would be right"
+        f"{answers['pairs']:,} pairs; chosen mean {answers['chosen_tokens']:.0f} tokens, rejected mean "
+        f"{answers['rejected_tokens']:.0f}; chosen is longer in {answers['chosen_longer']:.0%}; "
+        f"length alone would predict {answers['length_accuracy']:.0%}"
     )
 
 
 # --- rows as tokens ----------------------------------------------------------------------------------------------
 
 
-def show(prepared: Prepared, num_rows: int, console: Console, *, ids: bool = False) -> None:
-    """The first rows as tokens: supervised ones green between ⟦ ⟧, their stop token reversed, blanks visible."""
+def print_examples(prepared: Prepared, num_rows: int, console: Console, *, ids: bool = False) -> None:
+    """Print the first rows as tokens: supervised ones green in ⟦ ⟧, stop tokens reversed, white space visible."""
     console.print(
         Text.assemble(
             ("context", CONTEXT), "  ", ("⟦supervised⟧", SUPERVISED), "  ", ("stop token", STOP), "  · blank  ↵ newline"
@@ -108,45 +106,45 @@ def show(prepared: Prepared, num_rows: int, console: Console, *, ids: bool = Fal
 
 
 def tokens_text(example: Example, renderer: Renderer, *, ids: bool = False) -> Text:
-    """An example as rich text, one piece a token (or a few where these make one character only together)."""
-    text, before = Text(), False
+    """Return an example as rich text, styled by token. ids: append token ids."""
+    text, was_supervised = Text(), False
     stops = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
-    for piece, numbers, weight in pieces(example, renderer.tokenizer):
-        trained = weight > 0
-        if trained != before:
-            text.append("⟦" if trained else "⟧", SUPERVISED)
-        before = trained
-        style = (STOP if numbers[-1] in stops else SUPERVISED) if trained else CONTEXT
-        text.append(visible(piece), style)
-        if trained and weight != 1:
+    for piece, token_ids, weight in token_pieces(example, renderer.tokenizer):
+        supervised = weight > 0
+        if supervised != was_supervised:
+            text.append("⟦" if supervised else "⟧", SUPERVISED)
+        was_supervised = supervised
+        style = (STOP if token_ids[-1] in stops else SUPERVISED) if supervised else CONTEXT
+        text.append(make_visible(piece), style)
+        if supervised and weight != 1:
             text.append(f"×{weight:g}", "cyan")
         if ids:
-            text.append(f"({','.join(map(str, numbers))})", "cyan")
-    if before:
+            text.append(f"({','.join(map(str, token_ids))})", "cyan")
+    if was_supervised:
         text.append("⟧", SUPERVISED)
     return text
 
 
-def pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
-    """Text, ids and weight of one token after the other; tokens that hold parts of one character come together."""
-    waiting: list[int] = []
-    numbers, weights = example.ids.tolist(), example.weights.tolist()
-    for i, number in enumerate(numbers):
-        waiting.append(number)
-        piece = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        last = i + 1 == len(numbers) or (weights[i + 1] > 0) != (weights[i] > 0)
-        if "\ufffd" not in piece or last or len(waiting) >= 4:
-            yield piece, waiting, weights[i]
-            waiting = []
+def token_pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
+    """Yield text, ids and weight of each token. Tokens that are parts of one character come together."""
+    pending: list[int] = []
+    ids, weights = example.ids.tolist(), example.weights.tolist()
+    for i, token in enumerate(ids):
+        pending.append(token)
+        piece = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        last = i + 1 == len(ids) or (weights[i + 1] > 0) != (weights[i] > 0)
+        if "\ufffd" not in piece or last or len(pending) >= 4:
+            yield piece, pending, weights[i]
+            pending = []
 
 
-def visible(text: str) -> str:
-    """Blanks as signs, and whatever a terminal would obey as its code."""
-    return "".join(VISIBLE.get(sign, _safe(sign)) for sign in text)
+def make_visible(text: str) -> str:
+    """Replace white space with visible signs, and escape control characters."""
+    return "".join(VISIBLE.get(character, _escape(character)) for character in text)
 
 
-def _safe(text: str) -> str:
-    return "".join(sign if sign.isprintable() else f"\\x{ord(sign):02x}" for sign in text)
+def _escape(text: str) -> str:
+    return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
 
 
 # --- a cleaned copy ----------------------------------------------------------------------------------------------
@@ -154,20 +152,32 @@ def _safe(text: str) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """What `fix` did with a row of the input."""
+    """A change that `write_cleaned_copy` made to a row."""
 
     file: str
     line: int | None
     change: str
 
 
-def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turns") -> list[Change]:
-    """Write the usable rows of data.train to `out` as `messages` (or `text`) rows, and each change beside it; pairs as
-    `chosen` and `rejected`, judged answers with their `label`. learning: as for prepare.
+def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: DataKind = "turns") -> list[Change]:
+    """Write the usable rows of data.train to `out`, and the changes to OUT.changes.jsonl.
 
-    Rows that are wrong, repeated, or longer than data.overlong lets them be are dropped, names of roles and columns
-    become the usual ones. Changes are returned, and written to OUT.changes.jsonl. Raises FolderError where `out`
-    exists, DataError and ModelError as prepare does, and DataError where files give rows of several formats.
+    Rows are written as `messages`, `text`, `chosen` and `rejected`, or `prompt`, with `label` for judged answers, and
+    with the standard names of roles and columns. Rows that are invalid, repeated, or too long for data.overlong are
+    dropped.
+
+    Args:
+        data: the data section.
+        tokenizer: as for `prepare`.
+        out: a new file.
+        data_kind: as for `prepare`.
+
+    Returns:
+        The changes, in order of file and line.
+
+    Raises:
+        FolderError: `out` exists or cannot be written.
+        DataError, ModelError: as for `prepare`; DataError also if the files have rows of several formats.
     """
     log = out.parent / f"{out.name}.changes.jsonl"
     for path in (out, log):
@@ -178,76 +188,76 @@ def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turn
     temp = out.with_name(f".{out.name}.tmp")
     try:
         with temp.open("w", encoding="utf-8", newline="\n") as file:
-            for line in _cleaned(data, renderer, changes, learning):
+            for line in _cleaned_lines(data, renderer, changes, data_kind):
                 file.write(line + "\n")
         changes.sort(key=lambda change: (change.file, change.line or 0))
         log.write_text("".join(json.dumps(vars(change), ensure_ascii=False) + "\n" for change in changes), "utf-8")
         temp.replace(out)
-    except OSError as fault:
-        raise FolderError(f"{out}: {fault.strerror}", fix="choose a folder that can be written to") from fault
+    except OSError as error:
+        raise FolderError(f"{out}: {error.strerror}", fix="choose a folder that can be written to") from error
     finally:
         temp.unlink(missing_ok=True)
     return changes
 
 
-def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learning: Learning) -> Iterator[str]:
-    """The lines of the cleaned copy; changes go to `changes`."""
-    bad: list[RowFault] = []
+def _cleaned_lines(data: DataSection, renderer: Renderer, changes: list[Change], data_kind: DataKind) -> Iterator[str]:
+    """Yield the lines of the cleaned copy, and append to `changes`."""
+    bad: list[RowError] = []
     current: list[Row] = []
 
-    def watched() -> Iterator[Row]:
-        whole = data.format == formats.DOCUMENT
+    def rows() -> Iterator[Row]:
+        documents = data.format == formats.DOCUMENT
         for row in sources.read_rows(
-            data.train, encoding=data.encoding, columns=data.columns, bad=bad, documents=whole
+            data.train, encoding=data.encoding, columns=data.columns, bad=bad, documents=documents
         ):
             current[:] = [row]
             yield row
 
-    seen: dict[int, str] = {}
-    made = formats.conversations(
-        watched(), format=data.format, columns=data.columns, bad=bad, answerless=learning == "prompts"
+    reader = formats.conversations(
+        rows(), format=data.format, columns=data.columns, bad=bad, answerless=data_kind == "prompts"
     )
-    render = render_prompts if learning == "prompts" else render_pairs
-    judged: dict[int, tuple[str, int]] = {}
-    written: set[str] = set()  # the names in each row of the copy
-    for conversation in map(renderer.apart, made):
+    render = render_prompts if data_kind == "prompts" else render_pairs
+    judgements: Judgements = {}
+    seen: dict[int, str] = {}  # hash of a conversation -> its place
+    columns: set[str] = set()  # of each row of the copy
+    for conversation in map(renderer.separate_reasoning, reader):
         file, line = conversation.file, conversation.line
         [(_, rendered)] = render(renderer, [conversation])
-        kind: Learning = "pairs" if conversation.rejected else learning  # a pair is two judged answers in one row
-        _, examples, fault = settle(conversation, rendered, data, renderer, kind)
-        if fault is not None:
-            changes.append(Change(file, line, f"dropped: {fault.where.what}"))
+        kind: DataKind = "pairs" if conversation.rejected else data_kind  # for labels, a pair is two judged answers
+        _, examples, error = decide_outcome(conversation, rendered, data, renderer, kind)
+        if error is not None:
+            changes.append(Change(file, line, f"dropped: {error.where.what}"))
             continue
-        parts = answers_of(conversation) if learning == "labels" else (conversation,)
-        shares = [examples] if len(parts) == 1 else [[example] for example in examples]
-        found = (opposed(part, share, judged) for part, share in zip(parts, shares, strict=True))
-        if learning in JUDGED and (against := next(filter(None, found), None)):
-            changes.append(Change(file, line, f"dropped: says the opposite of {against[0]}:{against[1]}"))
-            continue
-        key = digest(dumps(conversation))
+        if data_kind in JUDGED:
+            parts = split_pair(conversation) if data_kind == "labels" else (conversation,)
+            part_examples = [examples] if len(parts) == 1 else [[example] for example in examples]
+            checks = (find_contradiction(*part, judgements) for part in zip(parts, part_examples, strict=True))
+            if contradicted := next(filter(None, checks), None):
+                changes.append(Change(file, line, f"dropped: contradicts {contradicted[0]}:{contradicted[1]}"))
+                continue
+        key = digest(dump_conversation(conversation))
         if key in seen:
             changes.append(Change(file, line, f"dropped: the same as {seen[key]}"))
             continue
         seen[key] = f"{file}:{line}"
-        value = _plain(conversation, asks=learning == "prompts" and made.found[file] == "prompt")
+        value = _cleaned_row(conversation, as_prompt=data_kind == "prompts" and reader.formats[file] == "prompt")
         names = {*value} - {"tools"}
-        if names != (written := written or names):
+        if names != (columns := columns or names):
             raise DataError(
                 f"{file}:{line} is written with {', '.join(sorted(names))}, rows before it with "
-                f"{', '.join(sorted(written))}: one file holds rows of one format",
-                fix="clean one file after the other, each into a copy of its own",
+                f"{', '.join(sorted(columns))}: a file must have rows of one format",
+                fix="clean each file separately, into a separate copy",
             )
         if value != current[0].value:
-            changes.append(Change(file, line, _rewritten(current[0].value, conversation, made.found[file])))
+            changes.append(Change(file, line, _describe_change(current[0].value, conversation, reader.formats[file])))
         yield json.dumps(value, ensure_ascii=False)
-    changes += [Change(at.file, at.line, f"dropped: {at.what}") for at in (fault.where for fault in bad)]
+    changes += [Change(where.file, where.line, f"dropped: {where.what}") for where in (error.where for error in bad)]
 
 
-def _plain(conversation: Conversation, *, asks: bool) -> dict[str, Any]:
-    """The row as `messages`, `text`, or a pair; asks: as a `prompt`."""
+def _cleaned_row(conversation: Conversation, *, as_prompt: bool) -> dict[str, Any]:
     if conversation.text is not None:
         return {"text": conversation.text}
-    name = "prompt" if asks else "chosen" if conversation.rejected else "messages"
+    name = "prompt" if as_prompt else "chosen" if conversation.rejected else "messages"
     value: dict[str, Any] = {name: _turns(conversation.messages)}
     if conversation.rejected:
         value["rejected"] = _turns(conversation.rejected)
@@ -264,13 +274,12 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return turns
 
 
-def _rewritten(value: dict[str, Any], conversation: Conversation, format: str) -> str:
-    """How the row of the input differs from what is written."""
+def _describe_change(value: dict[str, Any], conversation: Conversation, format: str) -> str:
     if format != "messages" or not isinstance(value.get("messages"), list):
         return f"{format} row rewritten as {'text' if conversation.text is not None else 'messages'}"
-    names = Counter(
+    roles = Counter(
         f"{turn['role']} -> {message.role}"
         for turn, message in zip(value["messages"], conversation.messages, strict=False)
         if isinstance(turn, dict) and "role" in turn and turn["role"] != message.role
     )
-    return f"roles {', '.join(names)}" if names else "rewritten with the usual names of fields"
+    return f"roles {', '.join(roles)}" if roles else "rewritten with the standard field names"

@@ -1,7 +1,7 @@
-"""The data section of a recipe -> examples on disk and an account of every row.
+"""Prepare the data section of a recipe: examples on disk, and an account of every row.
 
-files -> rows -> conversations -> examples, in one pass in constant memory; what is wrong with rows is gathered,
-and a run that would lose more than the recipe allows is refused with all places named.
+Files become rows, conversations and examples in one pass with constant memory. Errors of rows are collected, and a run
+that would lose more rows than the recipe allows is refused with all places.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -25,38 +26,42 @@ import numpy.typing as npt
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.accounting import TOO_LONG, Pass, account, ends_with_stop
-from strop.data.examples import JUDGED, Learning, Prompts, Units, units_of
-from strop.data.holdout import group_of, held_out, share_of
+from strop.data.accounting import DataReport, Selection, build_report, ends_with_stop, find_row_warnings
 from strop.data.reading import sources
-from strop.data.reading.sources import RowFault
 from strop.data.rendering import overlong, pairs
-from strop.data.rendering.errors import REASONS as RENDER_REASONS
-from strop.data.rendering.render import Renderer, RenderError
-from strop.data.report import DataReport
-from strop.data.row_warnings import notes_of
-from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, dumps, load
-from strop.data.types import Conversation, Example
-from strop.errors import Where
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import RENDERING_REASONS, TOO_LONG, RenderError, RowError
+from strop.data.store import (
+    Conversations,
+    ExampleGroups,
+    Examples,
+    Prompts,
+    Store,
+    Writer,
+    digest,
+    dump_conversation,
+    load_store,
+)
+from strop.data.types import JUDGED, Conversation, DataKind, Example, Indices, Mask
+from strop.errors import DataError, Where
 
-REASONS: dict[str, str] = {
-    **formats.REASONS,
-    **RENDER_REASONS,
-    TOO_LONG: "the row is longer than data.max_length",
-    "contradiction": "the same two answers stand the other way round elsewhere, or one answer is judged both ways",
-}
 STORE_VERSION = 8  # raise it when prepared data changes for the same input
 OUTCOMES = ("used", "split", "truncated")  # of a row that is not dropped, from best to worst
+
+Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line where it is first
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready to train on. Examples and conversations are read from disk when asked for.
+    """Data ready to train on. Examples and conversations are read from disk on access.
 
-    train, eval: examples, in the order of the files. *_conversations: the rows they came from. *_units: what an
-    objective trains on that does not learn from turns; None for one that does.
-    hash: of the rows used and their tokens; another template, order or row gives another hash.
-    renderer: as answers are asked for after training on these rows.
+    Attributes:
+        train, eval: examples, in the order of the files.
+        train_conversations, eval_conversations: the rows they come from.
+        report: the account of the rows.
+        hash: changes with the template, the order of rows, the rows used and their tokens.
+        renderer: renders prompts for inference after training on these rows.
+        train_units, eval_units: the training items of an objective that does not learn from turns; otherwise None.
     """
 
     train: Examples
@@ -66,36 +71,36 @@ class Prepared:
     report: DataReport
     hash: str
     renderer: Renderer
-    train_units: Units | Prompts | None = None
-    eval_units: Units | Prompts | None = None
+    train_items: ExampleGroups | Prompts | None = None
+    eval_items: ExampleGroups | Prompts | None = None
 
 
 def prepare(
-    data: DataSection,
-    tokenizer: Any,
-    *,
-    cache: Path | None = None,
-    strict: bool = True,
-    learning: Learning = "turns",
+    data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True, data_kind: DataKind = "turns"
 ) -> Prepared:
     """Read, check, render and store the rows that a recipe names.
 
-    learning: what the recipe's objective learns from.
+    Args:
+        data: the data section.
+        tokenizer: a fast transformers tokenizer.
+        cache: a folder that keeps tokenized rows by content; None: a temporary folder, deleted with the result.
+        strict: raise the refusal of the report instead of only reporting it.
+        data_kind: what the recipe's objective learns from.
 
-    cache: a folder that keeps the tokenised rows by content; None: a temporary folder that goes with the result.
-    strict: raise DataError where the report says a run would be refused; else only report it.
-    Raises DataError and ModelError for what is wrong with files, options, tokenizer or template as a whole.
+    Raises:
+        DataError: wrong files or options, or rows that `strict` refuses.
+        ModelError: an unusable tokenizer or template.
     """
     renderer = renderer_for(data, tokenizer)
-    share = share_of(data.eval)
+    share = _eval_share(data.eval)
     temporary = None if cache else tempfile.mkdtemp(prefix="strop-data-")
     folder = cache or Path(str(temporary))
     try:
-        train = _survey(data.train, data, renderer, folder, learning, keyed=cache is not None)
-        held = train if share else None
+        train = _build_store(data.train, data, renderer, folder, data_kind, keyed=cache is not None)
+        eval_store = train if share else None
         if data.eval is not None and not share:
-            held = _survey(data.eval, data, renderer, folder, learning, keyed=cache is not None)
-        prepared = _prepared(data, renderer, train, held, share, learning)
+            eval_store = _build_store(data.eval, data, renderer, folder, data_kind, keyed=cache is not None)
+        prepared = _assemble(data, renderer, train, eval_store, share, data_kind)
     except BaseException:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -110,85 +115,133 @@ def prepare(
 
 
 def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
-    """What turns the rows of a recipe into tokens. Raises ModelError."""
+    """Return the renderer of a recipe's rows. Raises ModelError."""
     return Renderer(
-        tokenizer,
-        template=data.template,
-        loss=data.loss,
-        options=data.template_options,
-        reasoning=data.reasoning,
+        tokenizer, template=data.template, loss=data.loss, options=data.template_options, reasoning=data.reasoning
     )
 
 
-def _prepared(
-    data: DataSection, renderer: Renderer, train: Store, held: Store | None, share: float | None, learning: Learning
+def _assemble(
+    data: DataSection,
+    renderer: Renderer,
+    train: Store,
+    eval_store: Store | None,
+    share: float | None,
+    data_kind: DataKind,
 ) -> Prepared:
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
     eval_rows: Indices = np.zeros(0, np.int64)
     if share:
-        chosen = held_out(train.row_records, share)
+        chosen = _choose_held_out(train.row_records, share)
         rows, eval_rows = rows[~chosen], rows[chosen]
-    elif held is not None:
-        eval_rows = np.arange(len(held.row_records), dtype=np.int64)
-    train_set, conversations = _part(train, rows)
-    eval_set, eval_conversations = _part(held, eval_rows) if held is not None else (None, None)
+    elif eval_store is not None:
+        eval_rows = np.arange(len(eval_store.row_records), dtype=np.int64)
+    train_set, conversations = _select(train, rows)
+    eval_set, eval_conversations = _select(eval_store, eval_rows) if eval_store is not None else (None, None)
     eval_report = None
-    report = account(data, renderer, Pass(train, train_set, rows, "training", learning))
-    if held is not None and eval_set is not None:
-        looked = Pass(held, eval_set, eval_rows, "evaluation", learning, shared=bool(share))
-        eval_report = account(data, renderer, looked)
-        common = _common(train.row_records[rows], held.row_records[eval_rows])
-        eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, **common})
-        across, prompts = common["across"], common["prompts"]
-        warnings = [f"{across} evaluation rows are also train rows"] if across else []
-        warnings += [f"{prompts} evaluation rows have a prompt that train rows have too"] if prompts > across else []
+    report = build_report(data, renderer, Selection(train, train_set, rows, "training", data_kind))
+    if eval_store is not None and eval_set is not None:
+        selection = Selection(eval_store, eval_set, eval_rows, "evaluation", data_kind, shared=bool(share))
+        eval_report = build_report(data, renderer, selection)
+        overlap = _count_overlap(train.row_records[rows], eval_store.row_records[eval_rows])
+        eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, **overlap})
+        across, prompts = overlap["across"], overlap["prompts"]
+        warnings = [f"{across} evaluation rows are also training rows"] if across else []
+        if prompts > across:
+            warnings.append(f"{prompts} evaluation rows have a prompt that is also in training rows")
         report = dataclasses.replace(
             report,
             eval=eval_report,
             held_out=len(eval_rows) if share else 0,
-            duplicates={**report.duplicates, **common},
+            duplicates={**report.duplicates, **overlap},
             warnings=[*report.warnings, *warnings],
         )
-    seal = hashlib.sha256()
-    for store, examples, part in ((train, train_set, rows), (held, eval_set, eval_rows)):
+    checksum = hashlib.sha256()
+    for store, examples, selected in ((train, train_set, rows), (eval_store, eval_set, eval_rows)):
         if store is not None and examples is not None:
-            seal.update(store.row_records["digest"][part].tobytes())
-            seal.update(examples.lengths.tobytes() + examples.supervised.tobytes())
-    served = renderer.served(thinking=train.facts["thinking"], rows=train.facts["chats"])
-    seal.update(served.template_hash.encode())
-    units: list[Units | Prompts | None] = [None, None]
-    if learning != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
-        sets = ((train_set, conversations), (eval_set, eval_conversations))
-        units = [units_of(part, said, learning, data.max_length, served) for part, said in sets]
-        seal.update(train_set.judged.tobytes())
-    return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
+            checksum.update(store.row_records["digest"][selected].tobytes())
+            checksum.update(examples.lengths.tobytes() + examples.supervised.tobytes())
+    serving_renderer = renderer.for_serving(thinking=train.facts["thinking"], rows=train.facts["chats"])
+    checksum.update(serving_renderer.template_hash.encode())
+    units: list[ExampleGroups | Prompts | None] = [None, None]
+    if data_kind != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
+        for i, (part, rows_of_part) in enumerate(((train_set, conversations), (eval_set, eval_conversations))):
+            if part is not None and rows_of_part is not None and data_kind == "prompts":
+                units[i] = Prompts(part, rows_of_part, serving_renderer)
+            elif part is not None:
+                units[i] = ExampleGroups(part, data_kind, data.max_length)
+        checksum.update(train_set.judged.tobytes())
+    return Prepared(
+        train_set, conversations, eval_set, eval_conversations, report, checksum.hexdigest(), serving_renderer, *units
+    )
 
 
-def _common(train: npt.NDArray[Any], held: npt.NDArray[Any]) -> dict[str, int]:
-    """How many held-out rows are train rows too, and how many have a prompt of theirs."""
-    names = {"across": "digest", "prompts": "prompt"}
-    return {name: int(np.isin(held[field], train[field]).sum()) for name, field in names.items()}
+def _count_overlap(train: npt.NDArray[Any], evaluation: npt.NDArray[Any]) -> dict[str, int]:
+    """Count the evaluation rows that are also training rows, and those that share a prompt with one."""
+    fields = {"across": "digest", "prompts": "prompt"}
+    return {name: int(np.isin(evaluation[field], train[field]).sum()) for name, field in fields.items()}
 
 
-def _part(store: Store, rows: Indices) -> tuple[Examples, Conversations]:
-    chosen = np.isin(store.example_records["row"], rows).nonzero()[0]
-    return Examples(store, chosen), Conversations(store, rows)
+def _select(store: Store, rows: Indices) -> tuple[Examples, Conversations]:
+    indices = np.isin(store.example_records["row"], rows).nonzero()[0]
+    return Examples(store, indices), Conversations(store, rows)
+
+
+# --- held-out rows -------------------------------------------------------------------------------------------------
+
+
+def _eval_share(spec: str | list[str] | None) -> float | None:
+    """Return data.eval as a share of the training rows, or None if it names files. Raises DataError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", spec) if isinstance(spec, str) else None
+    if match is None:
+        return None
+    share = float(match[1]) / 100
+    if not 0 < share < 1:
+        raise DataError(f"data.eval: {spec} leaves no rows on one side", fix="choose a share between 0% and 100%")
+    return share
+
+
+def _holdout_group(prompt: int, data_kind: DataKind, first: int | None) -> int | None:
+    """Return the hash that decides whether a conversation is held out.
+
+    For pairs and judged answers this is the prompt's; otherwise that of the first conversation of the same row (None:
+    this is the first).
+    """
+    return prompt if data_kind in JUDGED else first
+
+
+def _choose_held_out(records: npt.NDArray[Any], share: float) -> Mask:
+    """Choose the held-out rows of a store as a mask of shape (n,): whole groups, at least one.
+
+    Rows are chosen by hash, so that adding rows moves none. If no row would be left to train on, because all are in one
+    group, rows are chosen by their content.
+    """
+    chosen: Mask = np.zeros(len(records), np.bool_)
+    for name in ("group", "digest") if len(records) else ():
+        hashes = records[name]
+        chosen = hashes < np.uint64(share * 2**64)
+        if not chosen.any():
+            chosen = hashes == hashes.min()
+        if not chosen.all():
+            break
+    return chosen
 
 
 # --- one pass over the files -------------------------------------------------------------------------------------
 
 
 class _Reader:
-    """The conversations of a spec, and the row that each belongs to (a row may hold several).
+    """The conversations of a spec, and the row of each: a row may give several.
 
-    learning: where it is from labels, a pair is two judged answers; where from prompts, nobody need have answered.
+    For an objective that learns from labels, a pair is two judged answers; for one that learns from prompts, rows need
+    no answer.
     """
 
-    def __init__(self, spec: str | Sequence[str], data: DataSection, learning: Learning, renderer: Renderer) -> None:
+    def __init__(self, spec: str | Sequence[str], data: DataSection, data_kind: DataKind, renderer: Renderer) -> None:
         self._renderer = renderer
-        self._labels = learning == "labels"
-        self.unreadable: list[RowFault] = []
-        self.bad: list[RowFault] = []
+        self._labels = data_kind == "labels"
+        self.unreadable: list[RowError] = []
+        self.invalid: list[RowError] = []
         self.left_out: Counter[str] = Counter()
         rows = sources.read_rows(
             spec,
@@ -199,14 +252,14 @@ class _Reader:
             documents=data.format == formats.DOCUMENT,
         )
         self.conversations = formats.conversations(
-            rows, format=data.format, columns=data.columns, bad=self.bad, answerless=learning == "prompts"
+            rows, format=data.format, columns=data.columns, bad=self.invalid, answerless=data_kind == "prompts"
         )
-        self.row_of: deque[int] = deque()  # the renderer reads ahead
+        self.row_numbers: deque[int] = deque()  # of the conversations that the renderer has read ahead
 
     def __iter__(self) -> Iterator[Conversation]:
-        for conversation in map(self._renderer.apart, self.conversations):
-            for part in answers_of(conversation) if self._labels else (conversation,):
-                self.row_of.append(self.conversations.num_used)
+        for conversation in map(self._renderer.separate_reasoning, self.conversations):
+            for part in split_pair(conversation) if self._labels else (conversation,):
+                self.row_numbers.append(self.conversations.num_used)
                 yield part
 
     @property
@@ -214,80 +267,82 @@ class _Reader:
         return self.conversations.num_rows + len(self.unreadable)
 
 
-def _survey(
-    spec: str | Sequence[str], data: DataSection, renderer: Renderer, folder: Path, learning: Learning, *, keyed: bool
+def _build_store(
+    spec: str | Sequence[str], data: DataSection, renderer: Renderer, folder: Path, data_kind: DataKind, *, keyed: bool
 ) -> Store:
-    """Read and render the rows of `spec` into a store, or find it ready in `folder`."""
-    place = folder / (_key(spec, data, renderer, learning) if keyed else f"rows-{len(list(folder.iterdir()))}")
-    if keyed and (ready := load(place)):
-        return ready
+    """Read and render the rows of `spec` into a store in `folder`. keyed: use a store that is already there."""
+    place = folder / (_cache_key(spec, data, renderer, data_kind) if keyed else f"rows-{len(list(folder.iterdir()))}")
+    if keyed and (store := load_store(place)):
+        return store
     writer = Writer(place)
     try:
-        reader = _Reader(spec, data, learning, renderer)
-        return writer.commit(_fill(writer, reader, data, renderer, learning))
+        reader = _Reader(spec, data, data_kind, renderer)
+        return writer.commit(_write_rows(writer, reader, data, renderer, data_kind))
     finally:
         writer.discard()
 
 
-def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, learning: Learning) -> dict[str, Any]:
-    """Every row into the store, with all its conversations, or onto the list of faults; the facts of the pass."""
-    faults: list[RowFault] = []
+def _write_rows(
+    writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, data_kind: DataKind
+) -> dict[str, Any]:
+    """Write every row with all its conversations, or record why it is dropped. Return the facts of the pass."""
+    errors: list[RowError] = []
     outcomes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    cut: list[tuple[str, str, int | None, str]] = []  # how, and where
-    first: dict[str, str] = {}  # note -> where it was first seen, with an example
+    cut: list[tuple[str, str, int | None, str]] = []  # how, file, line, lengths
+    first_place: dict[str, str] = {}  # note -> where it was first found, with an example
     stops = longest = chats = thinking = 0
-    judged: dict[int, tuple[str, int]] = {}  # comparison or judgement -> where it was first seen
+    judgements: Judgements = {}
     render = renderer.render_many
-    if learning in ("pairs", "prompts"):
-        render = partial(pairs.render_pairs if learning == "pairs" else pairs.render_prompts, renderer)
-    for _, said in groupby(render(reader), lambda _: reader.row_of.popleft()):
+    if data_kind in ("pairs", "prompts"):
+        render = partial(pairs.render_pairs if data_kind == "pairs" else pairs.render_prompts, renderer)
+    for _, row in groupby(render(reader), lambda _: reader.row_numbers.popleft()):
         kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
-        noted: dict[str, str] = {}
-        wrong: RowFault | None = None  # the first fault of the row, of which then nothing is used
-        for conversation, rendered in said:
-            for note, example in notes_of(conversation, rendered, renderer, learning):
-                noted.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
+        row_notes: dict[str, str] = {}
+        row_error: RowError | None = None  # the first error; nothing of the row is then used
+        for conversation, rendered in row:
+            for note, example in find_row_warnings(conversation, rendered, renderer, data_kind):
+                row_notes.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
             if not isinstance(rendered, RenderError):
                 longest = max(longest, *map(len, rendered))
-            outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
-            wrong = wrong or fault
+            outcome, examples, error = decide_outcome(conversation, rendered, data, renderer, data_kind)
+            row_error = row_error or error
             kept.append((outcome, conversation, examples, rendered))
-        notes.update(noted.keys())
-        first = {**noted, **first}
-        if wrong is None and learning in JUDGED:
-            wrong = next(filter(None, (_contradiction(one, examples, judged) for _, one, examples, _ in kept)), None)
-        if wrong is not None:
+        notes.update(row_notes.keys())
+        first_place = {**row_notes, **first_place}
+        if row_error is None and data_kind in JUDGED:
+            checks = (_check_contradiction(conversation, examples, judgements) for _, conversation, examples, _ in kept)
+            row_error = next(filter(None, checks), None)
+        if row_error is not None:
             outcomes["dropped"] += 1
-            faults.append(wrong)
+            errors.append(row_error)
             continue
         outcomes[max((outcome for outcome, *_ in kept), key=OUTCOMES.index)] += 1
-        group: int | None = None  # see group_of
+        group: int | None = None  # see _holdout_group
         for outcome, conversation, examples, rendered in kept:
             if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
-                lengths = (
-                    f"{sum(map(len, rendered))} tokens, now {' + '.join(str(len(example)) for example in examples)}"
-                )
-                cut.append((outcome, conversation.file, conversation.line, lengths))
-            prompt = digest(dumps(conversation.prompt))
-            group = writer.add(conversation, examples, prompt, group_of(prompt, learning, group))
+                lengths = " + ".join(str(len(example)) for example in examples)
+                what = f"{sum(map(len, rendered))} tokens, now {lengths}"
+                cut.append((outcome, conversation.file, conversation.line, what))
+            prompt = digest(dump_conversation(conversation.prompt))
+            group = writer.add(conversation, examples, prompt, _holdout_group(prompt, data_kind, group))
             chats += conversation.text is None
-            thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
-            ends = examples if learning == "pairs" else examples[-1:]
-            stops += learning != "prompts" and all(ends_with_stop(example, renderer) for example in ends)
-    faults = [*reader.unreadable, *reader.bad, *faults]
-    outcomes["dropped"] += len(reader.unreadable) + len(reader.bad)
-    order = {name: i for i, name in enumerate(dict.fromkeys(fault.where.file for fault in faults))}
-    faults.sort(key=lambda fault: (order[fault.where.file], fault.where.line or 0))
+            thinking += conversation.text is None and renderer.chat.shows_reasoning(conversation.messages)
+            final = examples if data_kind == "pairs" else examples[-1:]
+            stops += data_kind != "prompts" and all(ends_with_stop(example, renderer) for example in final)
+    errors = [*reader.unreadable, *reader.invalid, *errors]
+    outcomes["dropped"] += len(reader.unreadable) + len(reader.invalid)
+    file_order = {name: i for i, name in enumerate(dict.fromkeys(error.where.file for error in errors))}
+    errors.sort(key=lambda error: (file_order[error.where.file], error.where.line or 0))
     return {
         "read": reader.num_rows,
         "outcomes": dict(outcomes),
-        "faults": [(fault.code, fault.where.file, fault.where.line, fault.where.what) for fault in faults],
+        "faults": [(error.code, error.where.file, error.where.line, error.where.what) for error in errors],
         "cut": cut,
-        "notes": [(note, count, first[note]) for note, count in notes.most_common()],
+        "notes": [(note, count, first_place[note]) for note, count in notes.most_common()],
         "unused": dict(reader.conversations.unused),
         "left_out": dict(reader.left_out),
-        "formats": reader.conversations.found,
+        "formats": reader.conversations.formats,
         "longest": longest,
         "chats": chats,
         "thinking": thinking,
@@ -295,89 +350,91 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     }
 
 
-def settle(
+def decide_outcome(
     conversation: Conversation,
     rendered: list[Example] | RenderError,
     data: DataSection,
     renderer: Renderer,
-    learning: Learning,
-) -> tuple[str, list[Example], RowFault | None]:
-    """The outcome of one conversation: its examples, or why it has none."""
+    data_kind: DataKind,
+) -> tuple[str, list[Example], RowError | None]:
+    """Apply data.overlong: return the outcome of one conversation, its examples, and why it has none."""
     if isinstance(rendered, RenderError):
-        return "dropped", [], _fault(conversation, rendered.code, rendered.what)
-    if learning == "labels" and len(rendered) != 1:
-        return "dropped", [], _fault(conversation, "answer-in-parts", RENDER_REASONS["answer-in-parts"])
+        return "dropped", [], _row_error(conversation, rendered.code, rendered.what)
+    if data_kind == "labels" and len(rendered) != 1:
+        return "dropped", [], _row_error(conversation, "answer-in-parts", RENDERING_REASONS["answer-in-parts"])
     limit = data.max_length
-    if not overlong.too_long(rendered, limit):
+    if not overlong.is_too_long(rendered, limit):
         return "used", rendered, None
     shorter: list[Example] | None = None
     try:
-        if data.overlong == "truncate-start" and learning == "pairs":
+        if data.overlong == "truncate-start" and data_kind == "pairs":
             shorter = pairs.truncate_pair(renderer, conversation, limit)
         elif data.overlong == "truncate-start":
             shorter = overlong.truncate_start(renderer, conversation, rendered, limit)
         elif data.overlong == "split":
             shorter = overlong.split(renderer, conversation, rendered, limit)
-    except RenderError as fault:
-        return "dropped", [], _fault(conversation, fault.code, fault.what)
+    except RenderError as error:
+        return "dropped", [], _row_error(conversation, error.code, error.what)
     if shorter is None:
         length = max(map(len, rendered))
-        return "dropped", [], _fault(conversation, TOO_LONG, f"{length} tokens, data.max_length is {limit}")
+        return "dropped", [], _row_error(conversation, TOO_LONG, f"{length} tokens, data.max_length is {limit}")
     return ("truncated" if data.overlong == "truncate-start" else "split"), shorter, None
 
 
-def opposed(
-    conversation: Conversation, examples: Sequence[Example], judged: dict[int, tuple[str, int]]
+def find_contradiction(
+    conversation: Conversation, examples: Sequence[Example], judgements: Judgements
 ) -> tuple[str, int] | None:
-    """Where the opposite was said of the same answers to the same prompt; else notes what is said here."""
+    """Return the place of the opposite judgement of the same answers to the same prompt.
+
+    If there is none, record this judgement.
+    """
     ids = [example.ids.tobytes() for example in examples]
     if conversation.rejected:
-        prompt = examples[0].prompt.to_bytes(8, "little")
-        said, opposite = (prompt + b"<".join(both) for both in (ids, ids[::-1]))
+        prompt = examples[0].prompt_length.to_bytes(8, "little")
+        judgement, opposite = (prompt + b"<".join(sides) for sides in (ids, ids[::-1]))
     else:
-        said, opposite = (
-            ids[0] + (b"+" if good else b"-") for good in (conversation.desirable, not conversation.desirable)
-        )
-    found = judged.get(digest(opposite))
-    if found is None:
-        judged.setdefault(digest(said), (conversation.file, conversation.line))
-    return found
+        labels = (conversation.desirable, not conversation.desirable)
+        judgement, opposite = (ids[0] + (b"+" if good else b"-") for good in labels)
+    place = judgements.get(digest(opposite))
+    if place is None:
+        judgements.setdefault(digest(judgement), (conversation.file, conversation.line))
+    return place
 
 
-def answers_of(conversation: Conversation) -> tuple[Conversation, ...]:
-    """A pair as two judged answers; else itself."""
+def split_pair(conversation: Conversation) -> tuple[Conversation, ...]:
+    """Return a pair as two labelled answers; otherwise the conversation itself."""
     if not conversation.rejected:
         return (conversation,)
-    better, worse = conversation.sides
-    return dataclasses.replace(better, desirable=True), dataclasses.replace(worse, desirable=False)
+    chosen, rejected = conversation.sides
+    return dataclasses.replace(chosen, desirable=True), dataclasses.replace(rejected, desirable=False)
 
 
-def _contradiction(
-    conversation: Conversation, examples: Sequence[Example], judged: dict[int, tuple[str, int]]
-) -> RowFault | None:
-    against = opposed(conversation, examples, judged)
-    if against is None:
+def _check_contradiction(
+    conversation: Conversation, examples: Sequence[Example], judgements: Judgements
+) -> RowError | None:
+    place = find_contradiction(conversation, examples, judgements)
+    if place is None:
         return None
-    own = against == (conversation.file, conversation.line)
-    what = "its own pairs say the opposite of each other" if own else "says the opposite of {}:{}".format(*against)
-    return _fault(conversation, "contradiction", what)
+    same_row = place == (conversation.file, conversation.line)
+    what = "pairs of this row contradict each other" if same_row else "contradicts {}:{}".format(*place)
+    return _row_error(conversation, "contradiction", what)
 
 
-def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
-    return RowFault(code, Where(conversation.file, conversation.line, what))
+def _row_error(conversation: Conversation, code: str, what: str) -> RowError:
+    return RowError(code, Where(conversation.file, conversation.line, what))
 
 
-def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, learning: Learning) -> str:
-    """A name for what the rows, the tokenizer, the template and the options make together."""
-    seal = hashlib.sha256()
+def _cache_key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, data_kind: DataKind) -> str:
+    """Return a hash of everything that determines the store: rows, tokenizer, template and options."""
+    key = hashlib.sha256()
     for source in sources.resolve(spec):
-        seal.update(json.dumps([source.path, source.weight, len(source.files)]).encode())
+        key.update(json.dumps([source.path, source.weight, len(source.files)]).encode())
         for name in source.files:
-            inner = hashlib.sha256()
+            checksum = hashlib.sha256()
             with open(name, "rb") as file:
                 while block := file.read(1 << 20):
-                    inner.update(block)
-            seal.update(inner.digest())
+                    checksum.update(block)
+            key.update(checksum.digest())
     options = data.model_dump(include={"format", "columns", "max_length", "overlong", "loss", "encoding"})
-    seal.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, learning], sort_keys=True).encode())
-    return seal.hexdigest()[:32]
+    key.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, data_kind], sort_keys=True).encode())
+    return key.hexdigest()[:32]

@@ -1,7 +1,8 @@
-"""Tokenised rows on disk: written once in order, then read through memory maps. Plain arrays and JSON, no pickle.
+"""Tokenized rows on disk, written once in order and then read through memory maps.
 
-A folder holds ids.bin (int32) and weights.bin (float32), one after the other; examples.bin and rows.bin (records);
-rows.jsonl (what was said, a line a row); facts.json, written last: a folder without it is not complete.
+A store is a folder of plain arrays and JSON, without pickle: `ids.bin` (int32) and `weights.bin` (float32), all
+examples concatenated; `examples.bin` and `rows.bin` (records); `rows.jsonl` (one conversation a line); and
+`facts.json`, which is written last, so that a folder without it is incomplete.
 """
 
 from __future__ import annotations
@@ -14,42 +15,48 @@ import struct
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from strop.data.types import Conversation, Example, Message
+from strop.data.types import Conversation, DataKind, Example, ExampleGroup, Indices, Message, Prompt
 
-# one example: where its tokens end, its length, number of supervised tokens, its row
+if TYPE_CHECKING:
+    from strop.data.rendering.render import Renderer
+
+# One example: the end of its tokens, its length, its number of supervised tokens, its row.
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])
-# one row: where its line ends in rows.jsonl, the hashes of its content and of its prompt, the hash that it is held out
-# by, its file (index into facts["files"]) and line, whether its answer was judged good (1), bad (0) or not at all (-1),
-# and whether it has one (1, 0)
+# One row: the end of its line in rows.jsonl; hashes of its content, of its prompt, and the one that decides whether it
+# is held out; its file (index into facts["files"]) and line; its label (1 good, 0 bad, -1 none); has an answer (1, 0).
 ROW = np.dtype([
     ("end", "<i8"), ("digest", "<u8"), ("prompt", "<u8"), ("group", "<u8"), ("file", "<i4"), ("line", "<i8"),
     ("judged", "<i4"), ("answered", "<i4"),
 ])  # fmt: skip
-_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQQiqii")  # the same, to write one record
+_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQQiqii")  # the same layouts, to write one record
 _PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
-LOCK, YOUNG_S = "lock", 60.0  # of a store that is being written; so young a lock may not be held yet
+LOCK = "lock"  # file lock in the folder of a store that is being written
+LOCK_GRACE_S = 60.0  # a more recent lock file may not have been acquired yet
+MAX_KL_CANDIDATES = 1000  # rows searched for an answer to another prompt
 
-Indices = npt.NDArray[np.int64]
+T = TypeVar("T", covariant=True)
 
 
 class Writer:
-    """Writes a store into a temporary folder beside `folder`; `commit` gives it its name."""
+    """Write a store into a temporary folder next to `folder`; `commit` renames it to `folder`."""
 
     def __init__(self, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
+        _remove_abandoned(folder.parent)
         self._folder = folder
         self._temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        self._lock = FileLock(self._temp / LOCK)  # the system's own: it ends with the process, however that ends
+        self._lock = FileLock(self._temp / LOCK)  # released by the operating system even when the process is killed
         self._lock.acquire()
         self._out = {name: (self._temp / name).open("wb", buffering=1 << 20) for name in (*_PARTS, "rows.jsonl")}
         self._sums = dict.fromkeys(self._out, 0)
@@ -57,17 +64,19 @@ class Writer:
         self._tokens = self._chars = self._rows = 0
 
     def add(self, conversation: Conversation, examples: Sequence[Example], prompt: int, group: int | None) -> int:
-        """One row that is used, and its examples. prompt: its hash. group: the hash that the row is held out by (None:
-        that of its content), which is returned."""
-        text = dumps(conversation)
+        """Append a row with its examples and return the hash that decides whether it is held out.
+
+        prompt: hash of the prompt. group: the hash to return; None: the hash of the row's content.
+        """
+        text = dump_conversation(conversation)
         file = self._files.setdefault(conversation.file, len(self._files))
         self._chars += len(text) + 1
         self._write("rows.jsonl", text + b"\n")
         judged = -1 if conversation.desirable is None else int(conversation.desirable)
         answered = int(conversation.answer is not None)
-        own = digest(text)
-        group = own if group is None else group
-        record = _ROW.pack(self._chars, own, prompt, group, file, conversation.line, judged, answered)
+        content = digest(text)
+        group = content if group is None else group
+        record = _ROW.pack(self._chars, content, prompt, group, file, conversation.line, judged, answered)
         self._write("rows.bin", record)
         for example in examples:
             self._tokens += len(example)
@@ -83,6 +92,7 @@ class Writer:
         self._out[name].write(data)
 
     def commit(self, facts: dict[str, Any]) -> Store:
+        """Complete the store and return it, or the equal store that another process wrote first."""
         for out in self._out.values():
             out.close()
         sizes = {name: (self._temp / name).stat().st_size for name in self._out}
@@ -91,13 +101,13 @@ class Writer:
         self._unlock()
         try:
             self._temp.rename(self._folder)
-        except OSError:  # another run wrote the same rows first, or an old folder there is damaged
-            if load(self._folder) is None:
+        except OSError:  # another run wrote the same rows first, or the existing folder is damaged
+            if load_store(self._folder) is None:
                 shutil.rmtree(self._folder)
                 self._temp.rename(self._folder)
             else:
                 shutil.rmtree(self._temp)
-        store = load(self._folder)
+        store = load_store(self._folder)
         assert store is not None, "a store just written is not complete"
         return store
 
@@ -114,11 +124,11 @@ class Writer:
 
 
 class Store:
-    """A store that is complete. facts: what Writer.commit was given, and `files`."""
+    """A complete store. facts: the argument of `Writer.commit`, and `files`."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.facts = facts
-        ids, weights, examples, rows = (_map(folder / name, kind) for name, kind in _PARTS.items())
+        ids, weights, examples, rows = (_map(folder / name, dtype) for name, dtype in _PARTS.items())
         self._ids, self._weights, self.example_records, self.row_records = ids, weights, examples, rows
         self._text = _map(folder / "rows.jsonl", np.dtype(np.uint8))
 
@@ -126,7 +136,7 @@ class Store:
         record = self.example_records[i]
         end, row = int(record["end"]), self.row_records[record["row"]]
         span = slice(end - int(record["length"]), end)
-        # copies: a memory map cannot be written to, and torch warns of that
+        # copies: a memory map is read-only, and torch warns of read-only arrays
         ids, weights = np.array(self._ids[span]), np.array(self._weights[span])
         return Example(ids, weights, self.facts["files"][row["file"]], int(row["line"]))
 
@@ -134,12 +144,68 @@ class Store:
         row = self.row_records[i]
         begin = int(self.row_records[i - 1]["end"]) if i else 0
         text = self._text[begin : int(row["end"])].tobytes()
-        return loads(text, self.facts["files"][row["file"]], int(row["line"]))
+        return load_conversation(text, self.facts["files"][row["file"]], int(row["line"]))
 
 
-class Examples(Sequence[Example]):
-    """Examples of a store, read when asked for. lengths, supervised: int64 of shape (n,), in tokens. judged (n,): 1 for
-    an answer that was judged good, 0 for a bad one, -1 where nobody judged."""
+def load_store(folder: Path) -> Store | None:
+    """Return the store in `folder`, or None if there is none or its bytes are not those that were written."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        intact = all((folder / name).stat().st_size == size for name, size in facts["sizes"].items())
+        intact = intact and all(_checksum(folder / name) == checksum for name, checksum in facts["sums"].items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Store(folder, facts) if intact else None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove unfinished stores whose processes were killed."""
+    for lock in folder.glob(f".*-*/{LOCK}"):
+        with suppress(OSError):  # filelock's Timeout is one: the process is alive
+            if time.time() - lock.stat().st_mtime > LOCK_GRACE_S:
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if os.path.getsize(path) == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+# --- sequences of a store ------------------------------------------------------------------------------------------
+
+
+class LazySequence(Sequence[T]):
+    """A sequence whose items are made on access by `item`."""
+
+    @abstractmethod
+    def item(self, i: int) -> T: ...
+
+    @overload
+    def __getitem__(self, i: int) -> T: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[T]: ...
+    def __getitem__(self, i: int | slice) -> T | list[T]:
+        if isinstance(i, slice):
+            return [self.item(k) for k in range(*i.indices(len(self)))]
+        return self.item(range(len(self))[i])
+
+
+class Examples(LazySequence[Example]):
+    """Examples of a store, read on access.
+
+    lengths, supervised: int64, shape (n,), in tokens. judged: int64, shape (n,): the label of the answer, 1 for good,
+    0 for bad, -1 without a label.
+    """
 
     def __init__(self, store: Store, indices: Indices) -> None:
         self._store = store
@@ -152,18 +218,12 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, i: int) -> Example: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Example]: ...
-    def __getitem__(self, i: int | slice) -> Example | list[Example]:
-        if isinstance(i, slice):
-            return [self._store.example(int(k)) for k in self._indices[i]]
+    def item(self, i: int) -> Example:
         return self._store.example(int(self._indices[i]))
 
 
-class Conversations(Sequence[Conversation]):
-    """Rows of a store as conversations, read when asked for. digests: uint64 of shape (n,), of their content."""
+class Conversations(LazySequence[Conversation]):
+    """Rows of a store as conversations, read on access. digests: uint64, shape (n,), hashes of their content."""
 
     def __init__(self, store: Store, indices: Indices) -> None:
         self._store = store
@@ -173,55 +233,66 @@ class Conversations(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, i: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Conversation]: ...
-    def __getitem__(self, i: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(i, slice):
-            return [self._store.conversation(int(k)) for k in self._indices[i]]
+    def item(self, i: int) -> Conversation:
         return self._store.conversation(int(self._indices[i]))
 
-    def __iter__(self) -> Iterator[Conversation]:
-        return (self._store.conversation(int(k)) for k in self._indices)
+
+class ExampleGroups(LazySequence[ExampleGroup]):
+    """Answers to train on together. examples: chosen and rejected alternating (pairs), or single answers (labels)."""
+
+    def __init__(self, examples: Examples, data_kind: DataKind, max_length: int) -> None:
+        assert data_kind == "labels" or len(examples) % 2 == 0
+        self._examples, self._pairs, self._max_length = examples, data_kind == "pairs", max_length
+
+    def __len__(self) -> int:
+        return len(self._examples) // 2 if self._pairs else len(self._examples)
+
+    def item(self, i: int) -> ExampleGroup:
+        if self._pairs:
+            return ExampleGroup((self._examples[2 * i], self._examples[2 * i + 1]))
+        answer = self._examples[i]
+        return ExampleGroup((answer,), self._kl_examples(i, answer), bool(self._examples.judged[i]))
+
+    def _kl_examples(self, i: int, answer: Example) -> tuple[Example, ...]:
+        """Combine this prompt with the answer of the next row that has another prompt and fits in `max_length`.
+
+        The choice is the same in each epoch and for any batch, so that its reference is computed once.
+        """
+        prompt = answer.ids[: answer.prompt_length]
+        for offset in range(1, min(len(self), MAX_KL_CANDIDATES)):
+            candidate = self._examples[(i + offset) % len(self)]
+            begin = candidate.prompt_length
+            completion = candidate.ids[begin:]
+            fits = len(prompt) + len(completion) <= self._max_length
+            if fits and not np.array_equal(candidate.ids[:begin], prompt):
+                weights = np.concatenate([np.zeros(len(prompt), np.float32), candidate.weights[begin:]])
+                return (replace(answer, ids=np.concatenate([prompt, completion]), weights=weights),)
+        return ()
 
 
-def load(folder: Path) -> Store | None:
-    """The store in `folder`; None where there is none that is complete, byte for byte as it was written."""
-    try:
-        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in facts["sizes"].items())
-        whole = whole and all(_sum(folder / name) == sum for name, sum in facts["sums"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Store(folder, facts) if whole else None
+class Prompts(LazySequence[Prompt]):
+    """Prompts with the reference answers of their rows. examples: the prompts' tokens, one for each conversation."""
+
+    def __init__(self, examples: Examples, conversations: Conversations, renderer: Renderer) -> None:
+        assert len(examples) == len(conversations)
+        self._examples, self._conversations, self._renderer = examples, conversations, renderer
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def item(self, i: int) -> Prompt:
+        conversation, renderer = self._conversations[i], self._renderer
+        has_reasoning = conversation.answer is not None and renderer.shows_reasoning(conversation.messages[-1])
+        reasoning_ends = tuple(renderer.reasoning_ends) if has_reasoning else ()
+        gold = renderer.reference_answer(conversation)
+        return Prompt((self._examples[i],), gold=gold, row=i, reasoning_ends=reasoning_ends)
 
 
-def _sweep(folder: Path) -> None:
-    """Removes stores that were never finished, as their processes were killed."""
-    for lock in folder.glob(f".*-*/{LOCK}"):
-        with suppress(OSError):  # Timeout is one: its process is alive
-            if time.time() - lock.stat().st_mtime > YOUNG_S:
-                with FileLock(lock, timeout=0):
-                    shutil.rmtree(lock.parent, ignore_errors=True)
+# --- conversations as JSON -----------------------------------------------------------------------------------------
 
 
-def _sum(path: Path) -> int:
-    found = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found = zlib.crc32(block, found)
-    return found
-
-
-def _map(path: Path, kind: np.dtype[Any]) -> npt.NDArray[Any]:
-    if os.path.getsize(path) == 0:  # which cannot be mapped
-        return np.zeros(0, kind)
-    return np.memmap(path, dtype=kind, mode="r")
-
-
-def dumps(conversation: Conversation) -> bytes:
-    """What is said, as JSON that differs exactly where the content differs (place in the file left out)."""
+def dump_conversation(conversation: Conversation) -> bytes:
+    """Return the content as JSON, without file and line: equal content gives equal bytes."""
     value: dict[str, Any] = {"text": conversation.text} if conversation.text is not None else {}
     value["messages"] = [message_json(message) for message in conversation.messages]
     if conversation.tools:
@@ -234,7 +305,7 @@ def dumps(conversation: Conversation) -> bytes:
 
 
 def message_json(message: Message) -> dict[str, Any]:
-    """A message as the `messages` format has it."""
+    """Return a message in the `messages` format."""
     value: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         value["reasoning_content"] = message.reasoning
@@ -249,11 +320,12 @@ def message_json(message: Message) -> dict[str, Any]:
     return value
 
 
-def loads(text: bytes, file: str, line: int) -> Conversation:
+def load_conversation(text: bytes, file: str, line: int) -> Conversation:
+    """Return the conversation that `dump_conversation` wrote."""
     value = json.loads(text)
     messages, rejected = _messages(value["messages"]), _messages(value.get("rejected", ()))
-    tools, judged = tuple(value.get("tools", ())), value.get("desirable")
-    return Conversation(file, line, messages, tools, value.get("text"), rejected, judged)
+    tools, desirable = tuple(value.get("tools", ())), value.get("desirable")
+    return Conversation(file, line, messages, tools, value.get("text"), rejected, desirable)
 
 
 def _messages(turns: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
@@ -272,5 +344,5 @@ def _messages(turns: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
 
 
 def digest(text: bytes) -> int:
-    """64 bits of the content."""
+    """Return a 64-bit hash of `text`."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -1,6 +1,7 @@
-"""The units that data passes through: Row (as in the file), Conversation (what was said), Example (what is trained).
+"""Units of training data: `Row` (as read), `Conversation` (messages), `Example` (token ids and weights).
 
-reading/ makes rows from bytes, formats.py conversations from rows, rendering/ examples from conversations.
+`reading/` turns bytes into rows, `formats.py` turns rows into conversations, and `rendering/` turns conversations into
+examples.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ import numpy.typing as npt
 
 Role = Literal["system", "user", "assistant", "tool"]
 Ids = npt.NDArray[np.int32]
+Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 LogProbs = npt.NDArray[np.float64]
+
+# What an objective learns from: the turns of conversations, pairs of answers, answers with a label, or prompts, for
+# which the model samples completions.
+DataKind = Literal["turns", "pairs", "labels", "prompts"]
+JUDGED: tuple[DataKind, ...] = ("pairs", "labels")  # kinds with answers that were compared or judged
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record of a data file, values as they stand in the file; `line` counts from 1."""
+    """One record of a data file, with its values unchanged. `line` counts from 1."""
 
     file: str
     line: int
@@ -29,21 +36,28 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One turn of a conversation.
+
+    weight: weight of the message's tokens in the loss; 0 excludes them. call_id: for a tool turn, the id of the call
+    that it answers.
+    """
+
     role: Role
     content: str
     reasoning: str | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     name: str | None = None
-    weight: float = 1.0  # weight of this message's tokens in the loss; 0: not trained on
-    call_id: str | None = None  # of a tool turn: the id of the call that it answers
+    weight: float = 1.0
+    call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What one row says. `text` is set for raw text (continued pretraining), and then messages are empty.
+    """The content of one row.
 
-    rejected: of a pair, the conversation with the worse answer; messages are then the one with the better answer.
-    desirable: whether the answer was judged good; None where nobody judged.
+    text: raw text for continued pretraining; `messages` is then empty. rejected: for a preference pair, the
+    conversation with the worse answer; `messages` then has the better one. desirable: the label of a judged answer,
+    None without a label.
     """
 
     file: str
@@ -56,41 +70,40 @@ class Conversation:
 
     @property
     def answer(self) -> str | None:
-        """What the last turn says, where it is the assistant's."""
+        """The content of the last turn, or None if it is not the assistant's."""
         last = self.messages[-1] if self.messages else None
         return last.content if last is not None and last.role == "assistant" else None
 
     @property
     def prompt(self) -> Conversation:
-        """The turns in front of the first answer that is trained on, which is the one that was compared or judged."""
+        """The turns before the first trained answer, which is the one that was compared or judged."""
         turns = enumerate(self.messages)
-        end = next((place for place, turn in turns if turn.role == "assistant" and turn.weight), len(self.messages))
+        end = next((i for i, turn in turns if turn.role == "assistant" and turn.weight), len(self.messages))
         return replace(self, messages=self.messages[:end], rejected=(), desirable=None)
 
     @property
     def sides(self) -> tuple[Conversation, ...]:
-        """A pair's better and worse conversation; else itself."""
+        """The chosen and the rejected conversation of a preference pair; otherwise the conversation itself."""
         if not self.rejected:
             return (self,)
-        better = replace(self, rejected=())
-        return better, replace(better, messages=self.rejected)
+        chosen = replace(self, rejected=())
+        return chosen, replace(chosen, messages=self.rejected)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One training sequence.
 
-    ids: token ids, shape (n,). weights: float32 of shape (n,), the weight of each token as a *label*
-    (0: not supervised). Position 0 is never supervised: nothing predicts it.
-    parted: prompt and answer were encoded one by one, because a token would have covered the end of one and the
-    start of the other.
+    ids: token ids, shape (n,). weights: float32, shape (n,), the weight of each token as a *label* (0: not
+    supervised). Position 0 is never supervised, because no token predicts it. encoded_separately: the prompt and the
+    answer were tokenized separately, because one token would have covered the end of one and the start of the other.
     """
 
     ids: Ids
     weights: npt.NDArray[np.float32]
     file: str
     line: int
-    parted: bool = False
+    encoded_separately: bool = False
 
     @property
     def supervised(self) -> int:
@@ -101,33 +114,34 @@ class Example:
         return len(self.ids)
 
     @property
-    def prompt(self) -> int:
-        """Number of tokens in front of the first supervised one."""
+    def prompt_length(self) -> int:
+        """Number of tokens before the first supervised one."""
         return int(np.flatnonzero(self.weights)[0])
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """Itself: what is computed of one row."""
+        """The example itself, so that an `Example` can be used like an `ExampleGroup`."""
         return (self,)
 
-    def computed(self, packed: bool, shares: bool = True) -> int:
-        """Tokens that a micro-batch computes for it."""
+    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
+        """Return the number of tokens that a micro-batch computes for this example."""
         return len(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """Answers to one prompt that one step needs together: one row of the effective batch, never parted.
+class ExampleGroup:
+    """Answers to one prompt that one step needs together: one row of the effective batch, never split.
 
-    examples: those that are trained on: chosen and rejected, or one answer that was judged. beside: another row's
-    answer to this prompt, for KTO's estimate of the divergence. desirable: the judgement. reference: the
-    log-probability of each of examples and beside under the model as it was when training began; () before it is known.
+    examples: the trained answers: chosen and rejected, or one judged answer. kl_examples: this prompt with another
+    row's answer, for the KL estimate of KTO. desirable: the label of a judged answer. reference_logprobs: the
+    log-probability of each of `examples` and `kl_examples` under the model as it was when training began; empty until
+    it is computed.
     """
 
     examples: tuple[Example, ...]
-    beside: tuple[Example, ...] = ()
+    kl_examples: tuple[Example, ...] = ()
     desirable: bool = True
-    reference: tuple[float, ...] = ()
+    reference_logprobs: tuple[float, ...] = ()
 
     @property
     def file(self) -> str:
@@ -139,58 +153,66 @@ class Unit:
 
     @property
     def supervised(self) -> int:
+        """Number of supervised tokens."""
         return sum(example.supervised for example in self.examples)
 
     def __len__(self) -> int:
         return sum(map(len, self.examples))
 
-    def computed(self, packed: bool, shares: bool = True) -> int:
-        """Tokens that a micro-batch computes for it: where rows are packed their own (shares: the prompt once), else
-        rows of one length."""
+    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
+        """Return the number of tokens that a micro-batch computes for this group.
+
+        packed: rows are packed; otherwise they are padded to one length. shares: packed rows compute a shared prompt
+        once.
+        """
         if packed:
-            return len(self) - ((len(self.examples) - 1) * self.examples[0].prompt if shares else 0)
+            return len(self) - ((len(self.examples) - 1) * self.examples[0].prompt_length if shares else 0)
         return len(self.examples) * max(map(len, self.examples))
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt(Unit):
-    """A prompt to which answers are drawn. examples: one, of the prompt's tokens, none of them supervised. gold: the
-    right answer, where the row has one. row: its place among the rows. closes: what ends the reasoning in an answer,
-    where the right one has some."""
+class Prompt(ExampleGroup):
+    """A prompt for which the model samples completions.
+
+    examples: one example with the prompt's tokens, none of them supervised. gold: the reference answer, if the row has
+    one. row: index of the row. reasoning_ends: texts that end the reasoning of a completion; empty if the reference
+    answer has no reasoning.
+    """
 
     gold: str | None = None
     row: int = 0
-    closes: tuple[str, ...] = ()
+    reasoning_ends: tuple[str, ...] = ()
 
-    def computed(self, packed: bool, shares: bool = True) -> int:
+    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
         return len(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Group(Unit):
-    """Answers that were drawn to one prompt, with what they were rewarded with; equal answers stand once.
+class RolloutGroup(ExampleGroup):
+    """Completions that were sampled for one prompt, and their rewards. Equal completions are stored once.
 
-    examples: the weight of each answer's tokens is the number of times that it was drawn. advantages, stopped (ended by
-    a stop token): of each. rewards: of each answer as often as it was drawn. drawn, before: log-probabilities of all
-    supervised tokens, answer after answer, as drawn and under the reference, fp64; `before` is empty without one.
+    examples: the weight of a completion's tokens is the number of times it was sampled. advantages, stopped (ended by
+    a stop token): one entry an example. rewards: one entry a sampled completion. sampling_logprobs,
+    reference_token_logprobs: fp64, log-probabilities of all supervised tokens, completion after completion, when
+    sampled and under the reference model; the latter is empty without a reference model.
     """
 
     advantages: tuple[float, ...] = ()
     stopped: tuple[bool, ...] = ()
     rewards: tuple[float, ...] = ()
-    drawn: LogProbs = field(default_factory=lambda: np.zeros(0))
-    before: LogProbs = field(default_factory=lambda: np.zeros(0))
+    sampling_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
+    reference_token_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
 
     @property
     def counts(self) -> list[int]:
-        """How often each answer was drawn."""
+        """The number of times each example was sampled."""
         return [int(example.weights[-1]) for example in self.examples]
 
 
-def behind_reasoning(text: str, closes: Iterable[str]) -> str:
-    """An answer from the end of its reasoning on; where none of `closes` ends it, all of it."""
-    close = next((close for close in closes if close in text), None)
-    return text if close is None else text.partition(close)[2].lstrip()
+def strip_reasoning(text: str, reasoning_ends: Iterable[str]) -> str:
+    """Return the part of a completion after its reasoning, or all of it if none of `reasoning_ends` is in it."""
+    end = next((end for end in reasoning_ends if end in text), None)
+    return text if end is None else text.partition(end)[2].lstrip()
 
 
-Item = Example | Unit  # one row of the effective batch
+Item = Example | ExampleGroup  # one row of the effective batch

@@ -1,8 +1,7 @@
-"""Processes that train together, one a device. `ALONE` is the only one there is: it sends nothing and imports nothing.
+"""The interface to processes that train together, one per device. `ALONE` is the case of a single process.
 
-The rule that keeps ranks from waiting for one that never comes: whatever is sent begins with one tiny reduction, in
-which each rank says whether all is well with it. A rank that fails anywhere takes part in the next one, and so all of
-them end together, one of them with the reason.
+To keep ranks from waiting forever for one that failed, every exchange begins with one small all-reduce of each rank's
+status. A rank that fails takes part in the next one. All ranks then end together, and one of them reports the reason.
 """
 
 from __future__ import annotations
@@ -21,95 +20,102 @@ R = TypeVar("R")
 
 
 class Base(Protocol):
-    """A base whose layers are gathered (strop.distributed.sharded). digests: by layer, of its bytes."""
+    """A sharded base, whose layers are gathered when they are computed (strop.distributed.sharded).
+
+    digests: by layer, of its bytes. modules: by layer number, "embedding" or "head".
+    """
 
     digests: dict[str, str]
     modules: dict[int | str, nn.Module]
 
     def __call__(self, where: int | str) -> None:
-        """Has the weights of one of the modules there, until others are asked for."""
+        """Gather a module's weights; they stay until another module's are gathered."""
 
-    def in_turn(self) -> Iterable[nn.Module]:
-        """The modules whose weights are gathered, in a pass, each there until the next is asked for."""
+    def iter_modules(self) -> Iterable[nn.Module]:
+        """Yield all sharded modules in order of computation, each gathered until the next is requested."""
 
-    def share(self) -> dict[str, int]:
-        """{whole_bytes, held_bytes}: of the weights, and of what this rank holds between steps."""
+    def sizes(self) -> dict[str, int]:
+        """Return {whole_bytes, held_bytes}: of all weights, and of this rank's share."""
 
     def begin(self, *, backward: bool) -> None:
-        """A pass of all ranks through the model begins."""
+        """Begin a pass of all ranks through the model."""
 
     def end(self) -> None:
-        """Takes part in what is left of the pass."""
+        """Take part in the rest of the pass."""
 
 
 class Devices:
-    """One process alone, which is also what several do with what they are told. rank of world; local of local_world on
-    this node, of which there are `nodes`."""
+    """A single process: every collective operation is the identity. Subclassed for several processes.
 
-    rank, world, local, local_world, nodes = 0, 1, 0, 1, 1
-    communication_s = waiting_s = 0.0  # so far: sending, and waiting for the slowest
-    base: Base | None = None  # where each rank holds a part of it
+    rank of world_size; local_rank of local_world_size on this node; nodes: number of nodes.
+    communication_s, waiting_s: seconds spent so far on sending, and on waiting for the slowest rank.
+    base: the sharded base, or None if every rank has a full copy.
+    """
+
+    rank, world_size, local_rank, local_world_size, nodes = 0, 1, 0, 1, 1
+    communication_s = waiting_s = 0.0
+    base: Base | None = None
 
     @property
-    def main(self) -> bool:
-        """This is the rank that writes and prints."""
+    def is_main(self) -> bool:
+        """True on the rank that writes files and prints."""
         return self.rank == 0
 
-    def together(self) -> AbstractContextManager[None]:
-        """A block that ends well on all ranks or on none.
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Return a context manager for a block that succeeds on all ranks or fails on all.
 
-        Where one finds no memory in it, all raise an error of memory (strop.machine.memory). Where one fails, it
-        raises its own error and the others Elsewhere.
+        If a rank runs out of memory in it, all ranks raise an out-of-memory error (see strop.machine.memory). If a rank
+        fails otherwise, it raises its error and the others PeerFailed.
         """
         return nullcontext()
 
-    def agree(self, *wishes: bool) -> tuple[bool, ...]:
-        """Of each wish, whether any rank has it."""
-        return wishes
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether it is set on any rank."""
+        return flags
 
-    def once(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, for all."""
-        return make()
+    def run_on_main(self, compute: Callable[[], T]) -> T:
+        """Call `compute` on rank 0 and return its result on all ranks."""
+        return compute()
 
     def gather(self, value: T) -> list[T]:
-        """What each rank has, by rank."""
+        """Return the values of all ranks, by rank."""
         return [value]
 
-    def each(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
-        """`compute` of each group, dealt out to the ranks; results travel as pickles."""
+    def map(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
+        """Return `compute` of each group, distributed over the ranks by cost; results are sent as pickles."""
         return [compute(group) for group in groups]
 
-    def turns(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:
-        """`compute`, which passes through the model once, of what this rank has; share: what each rank has.
+    def run_passes(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:
+        """Return `compute` of each item in this rank's share. Each call runs the model once.
 
-        Where the base is sharded, a rank that has less goes on giving its part of each layer to the others.
-        backward: it passes back as well.
+        With a sharded base, a rank with fewer items still contributes its shards to the passes of the others.
+        share: returns the items of any rank. backward: whether `compute` also runs the backward pass.
         """
-        return [compute(one) for one in share(self.rank)]
+        return [compute(item) for item in share(self.rank)]
 
-    def begin_gather(self, whole: Tensor, own: Tensor) -> Callable[[], None]:
-        """Begins to put the bytes of all ranks, one behind the other, into `whole`; what it gives waits for them."""
-        raise AssertionError("one device holds all of the base")
+    def start_all_gather(self, out: Tensor, shard: Tensor) -> Callable[[], None]:
+        """Start to gather the bytes of all ranks into `out`, and return a function that waits for them."""
+        raise AssertionError("a single device has the whole base")
 
-    def add_up(self, buffer: Tensor) -> None:
-        """Puts the sum over the ranks in the place of a flat fp32 buffer."""
+    def all_reduce(self, buffer: Tensor) -> None:
+        """Replace a flat fp32 buffer by its sum over the ranks."""
 
-    def send(self, buffer: Tensor, source: int) -> None:
-        """Puts the buffer of rank `source` in the place of everybody's."""
+    def broadcast(self, buffer: Tensor, source: int) -> None:
+        """Replace the buffer on all ranks by that of rank `source`."""
 
-    def compare(self, tensors: Callable[[], dict[str, Tensor]]) -> None:
-        """Raises RunError where the tensors of the ranks are not the same to the bit."""
+    def check_equal(self, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        """Raise RunError if the ranks' tensors are not equal to the bit."""
 
-    def limit(self, seconds: float) -> None:
-        """From now on a rank that keeps the others waiting for longer ends the run."""
+    def set_timeout(self, seconds: float) -> None:
+        """End the run from now on if a rank keeps the others waiting for longer."""
 
-    def refuse_unlike(self, given: Mapping[str, object]) -> None:
-        """Raises InputError where the ranks were not given the same."""
-        first, *others = self.gather({name: str(value) for name, value in given.items()})
-        for rank, other in enumerate(others, start=1):
-            for name in {**first, **other}:
-                if other.get(name) != first.get(name):
-                    what = f"{name} of rank {rank} is {other.get(name)}, of rank 0 {first.get(name)}"
+    def require_same(self, settings: Mapping[str, object]) -> None:
+        """Raise InputError if the ranks were started with different settings."""
+        first, *others = self.gather({name: str(value) for name, value in settings.items()})
+        for rank, values in enumerate(others, start=1):
+            for name in {**first, **values}:
+                if values.get(name) != first.get(name):
+                    what = f"{name} of rank {rank} is {values.get(name)}, of rank 0 {first.get(name)}"
                     raise InputError(what, fix="give all ranks the same")
 
 

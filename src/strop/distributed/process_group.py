@@ -1,4 +1,4 @@
-"""Several ranks over torch.distributed: gloo between CPUs, gloo and nccl between cards. See `group` for the rule."""
+"""Several ranks over torch.distributed: gloo between CPUs, gloo and NCCL between GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
@@ -22,161 +22,169 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from strop.distributed.assign import deal
+from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import Devices
-from strop.distributed.digest import digest
-from strop.distributed.environment import OWN_AGENT, PORT, Place, threads_of
-from strop.errors import Elsewhere, RunError, StropError
+from strop.distributed.environment import AGENT_PREFIX, DEFAULT_PORT, Place, default_threads
+from strop.errors import PeerFailed, RunError, StropError
 from strop.machine.memory import is_out_of_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-MEETING = timedelta(minutes=10)  # until all ranks are there
-PREPARING = timedelta(days=1)  # rank 0 may read rows for hours
-ANSWER_S = 5.0  # for rank 0's host to say who is there
-GRACE_S = 2.0  # in which ranks that were waiting say so, after one was not heard of
-WISHES = 3
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+PREPARE_TIMEOUT = timedelta(days=1)  # rank 0 may read rows for hours
+STORE_TIMEOUT_S = 5.0  # for the store, on rank 0's host, to answer which ranks are alive
+GRACE_S = 2.0  # after a rank was not heard from, for those that waited to register
+MAX_FLAGS = 3
 OK, NO_MEMORY, FAILED = 0, 1, 2
-KNOWN = "every_rank_knows"  # an attribute of an error
+SHARED = "known_to_all_ranks"  # attribute of an error that has been exchanged
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
+RESUME = "resume from the last checkpoint with `strop resume`"
 
-
-# the older name of the same, up to torch 2.12
+# `all_gather_into_tensor` is its name up to torch 2.12
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Group(Devices):
+    """All ranks of a run. Raises RunError if they do not meet at MASTER_ADDR."""
+
     def __init__(self, place: Place) -> None:
-        self.rank, self.world = place.rank, place.world
-        self.local, self.local_world = place.local, place.local_world
+        self.rank, self.world_size = place.rank, place.world_size
+        self.local_rank, self.local_world_size = place.local_rank, place.local_world_size
         self.communication_s = self.waiting_s = 0.0
-        self._over = self._silent = False  # a failure was told to all; it is another rank that prints it
-        self._code = 1
+        self._failed = False  # all ranks know of a failure: nothing more is exchanged
+        self._silent = False  # another rank reports it
+        self._exit_code = 1
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._limit = PREPARING.total_seconds()
-        os.environ.setdefault("MASTER_PORT", PORT)
-        cards = torch.cuda.is_available()
-        if (threads := threads_of(place)) is not None:
+        self._timeout_s = PREPARE_TIMEOUT.total_seconds()
+        os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
+        has_gpus = torch.cuda.is_available()
+        if (threads := default_threads(place)) is not None:
             torch.set_num_threads(threads)
-        if cards:
-            torch.cuda.set_device(self.local)
+        if has_gpus:
+            torch.cuda.set_device(self.local_rank)
         try:
-            shared, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=MEETING))
-            store = _fresh(shared, self.rank, self.world)
-            backend = "cpu:gloo,cuda:nccl" if cards else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=MEETING)
-            self._marks = PrefixStore("strop", store)
-            self._group = dist.new_group(timeout=PREPARING)
+            shared, _, _ = next(rendezvous("env://", self.rank, self.world_size, timeout=RENDEZVOUS_TIMEOUT))
+            store = _fresh_store(shared, self.rank, self.world_size)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
+                store=store,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=RENDEZVOUS_TIMEOUT,
+            )
+            self._waiting_store = PrefixStore("strop", store)
+            self._group = dist.new_group(timeout=PREPARE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            what = f"rank {self.rank} of {self.world} has not met the others at {where}: {_first_line(error)}"
-            raise RunError(what, fix="all ranks must be started, and reach that address") from None
-        self._trouble = 0
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            what = f"rank {self.rank} of {self.world_size} did not reach the others at {address}: {_first_line(error)}"
+            raise RunError(what, fix="check that all ranks were started and can reach that address") from None
         self.nodes = len(set(self.gather(socket.gethostname())))
 
-    def limit(self, seconds: float) -> None:
-        self._limit = seconds
-        with self._sending():
+    def set_timeout(self, seconds: float) -> None:
+        self._timeout_s = seconds
+        with self._communicating():
             self._group = dist.new_group(timeout=timedelta(seconds=seconds))
 
-    def together(self) -> AbstractContextManager[None]:
-        return _Block(self)
+    def all_or_none(self) -> AbstractContextManager[None]:
+        return _AllOrNone(self)
 
-    def agree(self, *wishes: bool) -> tuple[bool, ...]:
-        found = self._flags(None, wishes)
-        return tuple(bool(found[:, 1 + place].any()) for place in range(len(wishes)))
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        table = self._exchange_status(None, flags)
+        return tuple(bool(table[:, 1 + column].any()) for column in range(len(flags)))
 
-    def once(self, make: Callable[[], T]) -> T:
-        made: list[Any] = [None]
-        with self.together():
-            if self.main:
-                made = [make()]
-        with self._sending():
-            dist.broadcast_object_list(made, src=0, group=self._group)
-        found: T = made[0]
-        return found
+    def run_on_main(self, compute: Callable[[], T]) -> T:
+        results: list[Any] = [None]
+        with self.all_or_none():
+            if self.is_main:
+                results = [compute()]
+        with self._communicating():
+            dist.broadcast_object_list(results, src=0, group=self._group)
+        result: T = results[0]
+        return result
 
     def gather(self, value: T) -> list[T]:
-        self._flags(None)
-        return self._gathered(value)
+        self._exchange_status(None)
+        return self._gather_objects(value)
 
-    def each(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
-        shares = deal([cost(group) for group in groups], self.world)
-        with self.together():
-            made = self.turns(shares.__getitem__, lambda place: compute(groups[place]), backward=False)
-        own = dict(zip(shares[self.rank], made, strict=True))
-        found = dict(itertools.chain.from_iterable(part.items() for part in self._gathered(own)))
-        return [found[place] for place in range(len(groups))]
+    def map(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
+        shares = assign_balanced([cost(group) for group in groups], self.world_size)
+        with self.all_or_none():
+            own = self.run_passes(shares.__getitem__, lambda index: compute(groups[index]), backward=False)
+        by_index = dict(zip(shares[self.rank], own, strict=True))
+        results = dict(itertools.chain.from_iterable(part.items() for part in self._gather_objects(by_index)))
+        return [results[index] for index in range(len(groups))]
 
-    def turns(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:
+    def run_passes(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:
         if self.base is None:
-            return super().turns(share, compute, backward=backward)
-        own, found, failed = share(self.rank), list[R](), None
-        for turn in range(max(len(share(rank)) for rank in range(self.world))):
+            return super().run_passes(share, compute, backward=backward)
+        own, results, failure = share(self.rank), list[R](), None
+        for turn in range(max(len(share(rank)) for rank in range(self.world_size))):
             self.base.begin(backward=backward)
             try:
-                if failed is None and turn < len(own):
-                    found.append(compute(own[turn]))
+                if failure is None and turn < len(own):
+                    results.append(compute(own[turn]))
             except BaseException as error:
-                if self._over:
+                if self._failed:
                     raise
-                failed = error  # the others are on their way through the layers, and need this rank's part
+                failure = error  # the others are in the middle of the pass and need this rank's shards
                 traceback.clear_frames(error.__traceback__)
             self.base.end()
-        if failed is not None:
-            raise failed
-        return found
+        if failure is not None:
+            raise failure
+        return results
 
-    def begin_gather(self, whole: Tensor, own: Tensor) -> Callable[[], None]:
-        with self._sending():
-            work = _all_gather(whole, own, group=self._group, async_op=True)
+    def start_all_gather(self, out: Tensor, shard: Tensor) -> Callable[[], None]:
+        with self._communicating():
+            work = _all_gather(out, shard, group=self._group, async_op=True)
 
         def wait() -> None:
-            with self._sending():
+            with self._communicating():
                 work.wait()
 
         return wait
 
-    def add_up(self, buffer: Tensor) -> None:
-        with self._sending():
+    def all_reduce(self, buffer: Tensor) -> None:
+        with self._communicating():
             dist.all_reduce(buffer, group=self._group)
 
-    def send(self, buffer: Tensor, source: int) -> None:
-        with self._sending():
+    def broadcast(self, buffer: Tensor, source: int) -> None:
+        with self._communicating():
             dist.broadcast(buffer, src=source, group=self._group)
 
-    def compare(self, tensors: Callable[[], dict[str, Tensor]]) -> None:
-        with self.together():
+    def check_equal(self, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        with self.all_or_none():
             named = tensors()
-            own = digest(named.values())
-        every = [torch.empty_like(own) for _ in range(self.world)]
-        with self._sending():
-            dist.all_gather(every, own, group=self._group)
-        table = torch.stack(every)
+            own = tensor_digests(named.values())
+        digests = [torch.empty_like(own) for _ in range(self.world_size)]
+        with self._communicating():
+            dist.all_gather(digests, own, group=self._group)
+        table = torch.stack(digests)
         different = (table != table.mode(dim=0).values).nonzero().tolist()
         if different:
-            what = "the ranks no longer hold the same numbers: "
-            if self.world == 2:  # nobody can say which of two is wrong
+            what = "the ranks' weights or optimizer states differ: "
+            if self.world_size == 2:  # there is no majority to tell which one is wrong
                 what += f"{list(named)[different[0][1]]} differs between rank 0 and rank 1"
             else:
-                said = [f"{list(named)[at]} of rank {rank}" for rank, at in different]
-                what += f"{said[0]} is not that of the others" + (f", and {len(said) - 1} more" if said[1:] else "")
-            raise RunError(what, fix="go on from the last checkpoint with `strop resume`; again: test that memory")
+                places = [f"{list(named)[column]} of rank {rank}" for rank, column in different]
+                more = f", and {len(places) - 1} more" if places[1:] else ""
+                what += f"{places[0]} is not that of the others{more}"
+            raise RunError(what, fix=f"{RESUME}; if it happens again, test that machine's memory")
 
     def finish(self, error: BaseException | None) -> StropError | None:
-        """The end of this rank's work. Gives what is to be raised in the place of `error`, if anything is."""
-        if not self._over:
+        """End this rank's work. Return the error to raise in place of `error`, or None."""
+        if not self._failed:
             try:
-                self._flags(error, final=True)
-            except StropError as found:
+                self._exchange_status(error, final=True)
+            except StropError as peer_error:
                 if error is None:
-                    return found
+                    return peer_error
         if error is None:
             dist.destroy_process_group()
         elif self._silent:
-            return Elsewhere(self._code)
+            return PeerFailed(self._exit_code)
         elif isinstance(error, StropError):
-            if self.rank and not isinstance(error, Elsewhere):
+            if self.rank and not isinstance(error, PeerFailed):
                 error.what = f"{self._name}: {error.what}"
         elif isinstance(error, Exception):
             print(f"{self._name}:", file=sys.stderr)
@@ -185,88 +193,96 @@ class Group(Devices):
 
     @property
     def _name(self) -> str:
-        return f"rank {self.rank} of {self.world} ({socket.gethostname()})"
+        return f"rank {self.rank} of {self.world_size} ({socket.gethostname()})"
 
-    def _flags(self, error: BaseException | None, wishes: Sequence[bool] = (), *, final: bool = False) -> Tensor:
-        """The one tiny reduction: (world, 1 + WISHES) uint8, each rank's state and wishes. final: this rank will not
-        try again with less memory.
+    def _exchange_status(
+        self, error: BaseException | None, flags: Sequence[bool] = (), *, final: bool = False
+    ) -> Tensor:
+        """All-reduce each rank's status and flags, and return them: (world_size, 1 + MAX_FLAGS) uint8.
 
-        Raises what this rank is to raise because of another's state.
+        final: this rank will not try again with less memory. Raises the error that this rank raises because of
+        another's status.
         """
-        if self._over:
-            return torch.zeros(self.world, 1 + WISHES, dtype=torch.uint8)
-        state = OK if error is None else FAILED if final or not is_out_of_memory(error) else NO_MEMORY
-        flags = torch.zeros(self.world, 1 + WISHES, dtype=torch.uint8)
-        own = [state, *map(int, wishes)]
-        flags[self.rank, : len(own)] = torch.tensor(own, dtype=torch.uint8)
+        if self._failed:
+            return torch.zeros(self.world_size, 1 + MAX_FLAGS, dtype=torch.uint8)
+        status = OK if error is None else FAILED if final or not is_out_of_memory(error) else NO_MEMORY
+        table = torch.zeros(self.world_size, 1 + MAX_FLAGS, dtype=torch.uint8)
+        own = [status, *map(int, flags)]
+        table[self.rank, : len(own)] = torch.tensor(own, dtype=torch.uint8)
         started, before = time.perf_counter(), self.communication_s
-        with self._sending():
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        with self._communicating():
+            dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)
         self.communication_s, self.waiting_s = before, self.waiting_s + time.perf_counter() - started
-        worst = int(flags[:, 0].max())
+        worst = int(table[:, 0].max())
         if worst == OK:
-            return flags
-        told = self._gathered((state, _code_of(error), _said(error)))
-        worse = [rank for rank, (found, _, _) in enumerate(told) if found == worst]
+            return table
+        reports = self._gather_objects((status, _exit_code(error), _describe(error)))
+        culprit = next(rank for rank, (peer_status, _, _) in enumerate(reports) if peer_status == worst)
+        _, exit_code, description = reports[culprit]
         if worst == NO_MEMORY:
             if error is None:
-                raise _known(MemoryError(f"out of memory on rank {worse[0]} of {self.world}: {told[worse[0]][2]}"))
-            _known(error)
-            return flags
-        self._over, self._code = True, told[worse[0]][1]
-        self._silent = self.rank != worse[0]
-        if state != FAILED:
-            raise Elsewhere(self._code)
-        return flags
+                text = f"out of memory on rank {culprit} of {self.world_size}: {description}"
+                raise _mark_shared(MemoryError(text))
+            _mark_shared(error)
+            return table
+        self._failed, self._exit_code = True, exit_code
+        self._silent = self.rank != culprit
+        if status != FAILED:
+            raise PeerFailed(self._exit_code)
+        return table
 
-    def _gathered(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.world
-        with self._sending():
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+    def _gather_objects(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.world_size
+        with self._communicating():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     @contextmanager
-    def _sending(self) -> Iterator[None]:
-        """Counts the time, and tells who is missing where a rank is gone or does not answer."""
+    def _communicating(self) -> Iterator[None]:
+        """Count the time, and name the missing ranks if one has ended or does not answer."""
         if self._parent is not None and os.getppid() != self._parent:
-            self._over = True
-            raise RunError("torchrun, which started this process, is gone", fix="go on with `strop resume`")
+            self._failed = True
+            raise RunError("torchrun, which started this process, has ended", fix=RESUME)
         started = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
-            self._over = True
-            raise self._missing(error, time.perf_counter() - started) from None
+            self._failed = True
+            raise self._missing_rank_error(error, time.perf_counter() - started) from None
         self.communication_s += time.perf_counter() - started
 
-    def _missing(self, error: RuntimeError, waited: float) -> StropError:
-        """Which rank is not there any more: each that was waiting says so to the others; who says nothing is it."""
+    def _missing_rank_error(self, error: RuntimeError, waited: float) -> StropError:
+        """Find the ranks that are missing: all that were waiting register in the store; the others are missing."""
         missing: list[int] = []
 
         def ask() -> None:
             with suppress(RuntimeError):
-                self._marks.set(f"waiting-{self.rank}", str(waited))
+                self._waiting_store.set(f"waiting-{self.rank}", str(waited))
                 time.sleep(GRACE_S)
-                missing.extend(rank for rank in range(self.world) if not self._marks.check([f"waiting-{rank}"]))
+                ranks = range(self.world_size)
+                missing.extend(rank for rank in ranks if not self._waiting_store.check([f"waiting-{rank}"]))
 
-        asking = threading.Thread(target=ask, daemon=True)  # where rank 0's host is out of reach, asking takes minutes
-        asking.start()
-        asking.join(GRACE_S + ANSWER_S)
-        if asking.is_alive():
+        thread = threading.Thread(target=ask, daemon=True)  # if rank 0's host is unreachable, the store takes minutes
+        thread.start()
+        thread.join(GRACE_S + STORE_TIMEOUT_S)
+        if thread.is_alive():
             missing = [0]
-        late = waited > 0.9 * self._limit
+        timed_out = waited > 0.9 * self._timeout_s
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing)) or '0'}"
-        are = "have" if len(missing) > 1 else "has"
-        what = f"{names} {are} not answered for {waited:.0f} s (train.timeout)" if late else f"{names} {are} gone"
-        first = min(set(range(self.world)) - set(missing), default=self.rank)
-        if self.rank != first or (not late and os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OWN_AGENT)):
-            return Elsewhere(1)  # one of those that are left tells; of one that is gone, our agent knows how it ended
-        fix = "see what that process was doing; then go on with `strop resume`"
+        have = "have" if len(missing) > 1 else "has"
+        what = (
+            f"{names} {have} not answered for {waited:.0f} s (train.timeout)" if timed_out else f"{names} {have} ended"
+        )
+        reporter = min(set(range(self.world_size)) - set(missing), default=self.rank)
+        own_agent = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(AGENT_PREFIX)
+        if self.rank != reporter or (not timed_out and own_agent):  # strop's agent reports how a process ended
+            return PeerFailed(1)
+        fix = "find out what that process was doing, then continue with `strop resume`"
         return RunError(f"{what}: {_first_line(error)}", fix=fix)
 
 
-class _Block:
-    """See Devices.together."""
+class _AllOrNone:
+    """See Devices.all_or_none."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -277,49 +293,66 @@ class _Block:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not getattr(error, KNOWN, False):
-            self._group._flags(error)
+        if not getattr(error, SHARED, False):
+            self._group._exchange_status(error)
 
 
-def _known(error: BaseException) -> BaseException:
-    """An error of memory that every rank has been told of: a block around the one it came out of says it no more, and
-    so all ranks stand at the same place again, in whichever of the two each of them was."""
-    setattr(error, KNOWN, True)
+def tensor_digests(tensors: Iterable[Tensor]) -> Tensor:
+    """Return one int64 for each tensor, on the CPU, shape (n,): the sum of its elements' bits as integers, multiplied
+    by 1, 3, 5, ... modulo 2^64.
+
+    An odd factor is invertible, so a change of any single element changes the result.
+    """
+    return torch.tensor([_tensor_digest(tensor) for tensor in tensors], dtype=torch.int64)
+
+
+def _tensor_digest(tensor: Tensor) -> int:
+    bits = tensor.detach().contiguous().flatten().view(INTEGERS[tensor.element_size()]).long()
+    return int((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()) if len(bits) else 0
+
+
+def _mark_shared(error: BaseException) -> BaseException:
+    """Mark an out-of-memory error that all ranks know of, so that an enclosing all_or_none does not exchange it again.
+
+    All ranks then continue from the same place, whichever of the two blocks each one was in.
+    """
+    setattr(error, SHARED, True)
     return error
 
 
-def _fresh(store: Store, rank: int, world: int) -> Store:
-    """A part of the store that only the ranks of now have written to: torchrun keeps one store over restarts, in which
-    the addresses of ranks that are gone still stand.
+def _fresh_store(store: Store, rank: int, world_size: int) -> Store:
+    """Return a prefix of the store that only the present ranks write to.
 
-    Each rank shows rank 0 a number of its own, and is answered under it with the name of that part.
+    torchrun keeps one store over restarts, with addresses of processes that have ended. Each rank therefore shows rank
+    0 a random number, and receives the name of the prefix under that number.
     """
     name = number = uuid.uuid4().hex
     if rank:
         store.set(f"strop-rank-{rank}", number)
-        store.wait([f"strop-name-{number}"], MEETING)
+        store.wait([f"strop-name-{number}"], RENDEZVOUS_TIMEOUT)
         name = store.get(f"strop-name-{number}").decode()
         store.set(f"strop-met-{name}-{rank}", "yes")
-    missing, deadline = set(range(1, world)) if rank == 0 else set(), time.monotonic() + MEETING.total_seconds()
+    missing = set(range(1, world_size)) if rank == 0 else set()
+    deadline = time.monotonic() + RENDEZVOUS_TIMEOUT.total_seconds()
     while missing:
-        for other in sorted(missing):
-            if store.check([f"strop-rank-{other}"]):
-                store.set(f"strop-name-{store.get(f'strop-rank-{other}').decode()}", name)
-            if store.check([f"strop-met-{name}-{other}"]):
-                missing.discard(other)
+        for peer in sorted(missing):
+            if store.check([f"strop-rank-{peer}"]):
+                store.set(f"strop-name-{store.get(f'strop-rank-{peer}').decode()}", name)
+            if store.check([f"strop-met-{name}-{peer}"]):
+                missing.discard(peer)
         if time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {', '.join(map(str, sorted(missing)))} have not come")
+            raise RuntimeError(f"ranks {', '.join(map(str, sorted(missing)))} did not connect")
         time.sleep(0.01)
     return PrefixStore(name, store)
 
 
-def _code_of(error: BaseException | None) -> int:
+def _exit_code(error: BaseException | None) -> int:
     if isinstance(error, StropError):
         return error.exit_code
     return 130 if isinstance(error, KeyboardInterrupt) else 0 if error is None else 1
 
 
-def _said(error: BaseException | None) -> str:
+def _describe(error: BaseException | None) -> str:
     return "" if error is None else f"{type(error).__name__}: {_first_line(error)}"
 
 

@@ -1,11 +1,10 @@
-"""A base of which each rank holds a part of every layer, gathered when the layer is computed, and let go behind it.
+"""A base model sharded over the ranks: each layer is gathered when it is computed, and freed after.
 
-All ranks pass through the layers together: a pass is the same row of gatherings on each of them, whatever it computes,
-and one that has nothing to compute, or that has failed, takes part until the pass is over. While one layer computes,
-the next one is on its way, so that two are there at a time.
+All ranks run the same gathers in the same order in every pass. A rank that has nothing to compute, or has failed, takes
+part until the pass is over. The next layer is gathered while one computes, so at most two are in memory.
 
-torch's `fully_shard` is not used: it shards parameters, one by one and in their own type, by rows; 4-bit weights here
-are bytes with constants beside them, and the fast step reads several weights as one.
+torch's `fully_shard` does not fit: it shards parameters one by one, in their own dtype, by rows. Here 4-bit weights are
+bytes with constants next to them, and the fast step reads several weights as one.
 """
 
 from __future__ import annotations
@@ -20,80 +19,81 @@ from strop.models.sharding import EMBEDDING, Parts, Unit, Where
 
 
 class Sharded:
-    """The base of a model whose parts lie on `devices`. modules: by what is asked for (see `__call__`)."""
+    """The base of a model whose parts are on `devices`; see strop.distributed.devices.Base."""
 
     def __init__(self, parts: Parts, devices: Devices) -> None:
         self.parts, self.modules, self._devices = parts, parts.modules, devices
-        self._order: list[Where] = []
-        self._at = 0  # of the order, what is there
-        self._coming: Callable[[], None] | None = None  # waits for what comes after what is there
+        self._order: list[Where] = []  # of the current pass
+        self._current = 0  # index into the order of the module whose weights are gathered
+        self._wait_for_next: Callable[[], None] | None = None
         own = [unit.own_digest() for unit in parts.distinct()]
-        every = zip(*devices.gather(own), strict=True)
-        sums = zip(parts.distinct(), every, strict=True)
-        self.digests = {unit.name: _text(sum(one)) for unit, one in sums}
-        self._unseen = set(self.digests)
+        digests_by_unit = zip(*devices.gather(own), strict=True)
+        sums = zip(parts.distinct(), digests_by_unit, strict=True)
+        self.digests = {unit.name: _hex(sum(digests)) for unit, digests in sums}
+        self._unverified = set(self.digests)
 
     def begin(self, *, backward: bool) -> None:
-        forward = self.parts.forward  # the embedding has no gradient
-        back = [where for where in forward[-2::-1] if where != EMBEDDING] if backward else []
-        self._order, self._at = forward + back, -1
+        forward = self.parts.forward
+        # the embedding has no gradient
+        in_backward = [where for where in forward[-2::-1] if where != EMBEDDING] if backward else []
+        self._order, self._current = forward + in_backward, -1
 
     def end(self) -> None:
-        while self._at < len(self._order) - 1:
+        while self._current < len(self._order) - 1:
             self._advance()
         for where in self._order[-1:]:
             self.parts.units[where].drop()
         self._order = []
 
     def __call__(self, where: Where) -> None:
-        """This layer (embedding, head) is about to be computed, or its gradient: from here on its weights are there.
+        """Gather the weights of a layer, the embedding or the head, for its forward or backward computation.
 
-        Raises RunError where they are not what the ranks have read, or the model has another order.
+        Raises RunError if they are not what the ranks read from disk, or if the model uses another order.
         """
         if where not in self.parts.units:
             return
-        if where not in self._order[max(0, self._at) :]:
+        if where not in self._order[max(0, self._current) :]:
             name = f"layer {where}" if isinstance(where, int) else f"the {where}"
-            what = f"{name} of the base is computed out of turn: this model cannot be sharded"
+            what = f"{name} of the base is computed in an unexpected order: this model cannot be sharded"
             raise RunError(what, fix="give --model.placement replicated")
-        while self._at < 0 or self._order[self._at] != where:
+        while self._current < 0 or self._order[self._current] != where:
             self._advance()
         unit = self.parts.units[where]
-        if unit.name in self._unseen:
-            self._unseen.discard(unit.name)
-            if _text(unit.digest()) != self.digests[unit.name]:
-                what = f"{unit.name} of the base does not arrive as it was read from the disk"
+        if unit.name in self._unverified:
+            self._unverified.discard(unit.name)
+            if _hex(unit.digest()) != self.digests[unit.name]:
+                what = f"{unit.name} of the base was corrupted between disk and memory"
                 raise RunError(what, fix="start again; if it happens again, test the memory and the network")
 
-    def in_turn(self) -> Iterator[nn.Module]:
+    def iter_modules(self) -> Iterator[nn.Module]:
         for where, module in self.modules.items():
             self(where)
             yield module
 
-    def share(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         return {"whole_bytes": self.parts.whole_bytes, "held_bytes": self.parts.held_bytes}
 
     def _advance(self) -> None:
-        """Goes on to the next of the order: waits for it, lets go of the one before, and has the one after it come."""
-        before = self._unit(self._at)
-        self._at += 1
-        if self._coming is None:
-            self._start(self._at)
-        if self._coming is not None:
-            self._coming()
-            self._coming = None
-        if before is not None and before is not self._unit(self._at) and before is not self._unit(self._at + 1):
-            before.drop()
-        self._start(self._at + 1)
+        """Wait for the next module of the order, free the previous one, and start to gather the one after."""
+        previous = self._unit(self._current)
+        self._current += 1
+        if self._wait_for_next is None:
+            self._start(self._current)
+        if self._wait_for_next is not None:
+            self._wait_for_next()
+            self._wait_for_next = None
+        if previous is not None and previous not in (self._unit(self._current), self._unit(self._current + 1)):
+            previous.drop()
+        self._start(self._current + 1)
 
-    def _start(self, at: int) -> None:
-        unit = self._unit(at)
+    def _start(self, index: int) -> None:
+        unit = self._unit(index)
         if unit is not None and not unit.there:
-            self._coming = self._devices.begin_gather(unit.take(), unit.own)
+            self._wait_for_next = self._devices.start_all_gather(unit.take(), unit.own)
 
-    def _unit(self, at: int) -> Unit | None:
-        return self.parts.units[self._order[at]] if 0 <= at < len(self._order) else None
+    def _unit(self, index: int) -> Unit | None:
+        return self.parts.units[self._order[index]] if 0 <= index < len(self._order) else None
 
 
-def _text(digest: int) -> str:
+def _hex(digest: int) -> str:
     return f"{digest % (1 << 64):016x}"

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop.data.packing import group_by_length
+from strop.data.batching import group_by_length
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Example, Ids
-from strop.distributed.assign import deal
+from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import ALONE, Devices
-from strop.engine.decode.generate import Answer
-from strop.engine.decode.sampling import Expected
+from strop.engine.decode.generate import Completion
+from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
 from strop.errors import Where
 from strop.evaluation.metrics import changed_rows, options, paired_difference, score, wilson
@@ -63,7 +63,7 @@ def questions(conversations: Sequence[Conversation], renderer: Renderer | None =
     """
     asked = []
     for conversation in conversations:
-        gold = conversation.answer if renderer is None else renderer.answer(conversation)
+        gold = conversation.answer if renderer is None else renderer.reference_answer(conversation)
         if gold is not None and conversation.messages[-1].weight:
             user_texts = [message.content for message in conversation.messages[:-1] if message.role == "user"]
             asked.append(Question(user_texts[-1] if user_texts else "", gold, conversation))
@@ -188,7 +188,7 @@ def side_of(result: dict[str, Any], name: str) -> Side:
     return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
-def _loss(model: Model, asked: Sequence[Question], answers: Sequence[Answer], devices: Devices = ALONE) -> float:
+def _loss(model: Model, asked: Sequence[Question], answers: Sequence[Completion], devices: Devices = ALONE) -> float:
     """Return the mean loss of the right answers.
 
     answers: one per question, or none. Log-probabilities of a right answer that came with its generation are used; the
@@ -250,7 +250,7 @@ def summed_loss(
         return float(token_loss([examples[row] for row in group]))
 
     with torch.no_grad():
-        for part in devices.each(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
+        for part in devices.map(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
             total += part
     return total, weight
 
@@ -262,30 +262,30 @@ def generate_answers(
     *,
     max_new_tokens: int,
     both: bool = False,
-    expected: Sequence[Expected | None] = (),
+    expected: Sequence[ExpectedCompletion | None] = (),
     advance: Callable[[int], None] | None = None,
     partial: bool = False,
-) -> list[Answer]:
+) -> list[Completion]:
     """Generate as `Model.answer` does, with the prompts shared by several devices.
 
     partial: return what was generated before Ctrl-C. Several devices return nothing when one is interrupted.
     """
-    if devices.world == 1:
+    if devices.world_size == 1:
         return model.answer(
             prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
         )
-    own, sides = deal([float(len(prompt)) for prompt in prompts], devices.world)[devices.rank], 1 + both
-    answers: list[Answer] = []
-    with devices.together():
+    own, sides = assign_balanced([float(len(prompt)) for prompt in prompts], devices.world_size)[devices.rank], 1 + both
+    answers: list[Completion] = []
+    with devices.all_or_none():
         if own:
             answers = model.answer(
                 [prompts[place] for place in own],
                 max_new_tokens=max_new_tokens,
                 both=both,
-                advance=(lambda done: advance(done * devices.world)) if advance and devices.main else None,
+                advance=(lambda done: advance(done * devices.world_size)) if advance and devices.is_main else None,
                 expected=[expected[place] for place in own] if expected else [],
             )
-    whole: list[Answer | None] = [None] * (sides * len(prompts))
+    whole: list[Completion | None] = [None] * (sides * len(prompts))
     for places, device_answers in devices.gather((own, answers)):
         for number, answer in enumerate(device_answers):
             side, place = divmod(number, len(places))
@@ -300,7 +300,7 @@ def _generate_all(
     max_new_tokens: int,
     advance: Advance | None,
     devices: Devices,
-) -> dict[str, tuple[list[Answer], float]]:
+) -> dict[str, tuple[list[Completion], float]]:
     """Return the answers of base, tuned or both, generated in one batch, and the batch's tokens/s."""
     prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
     expected = [
@@ -325,7 +325,7 @@ def _last_supervised(example: Example) -> int:
     return int(np.flatnonzero(example.weights)[-1])
 
 
-def _expected(prompt: Ids, examples: Sequence[Example]) -> Expected | None:
+def _expected(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | None:
     """Return the supervised continuation of a prompt, if the row is one example that begins with the prompt."""
     n = len(prompt)
     if len(examples) != 1 or not examples[0].supervised:
@@ -334,7 +334,7 @@ def _expected(prompt: Ids, examples: Sequence[Example]) -> Expected | None:
     end = _last_supervised(example) + 1
     if end <= n or not np.array_equal(example.ids[:n], prompt):
         return None
-    return Expected(example.ids[n:end], min(example.prompt, n) - 1)
+    return ExpectedCompletion(example.ids[n:end], min(example.prompt_length, n) - 1)
 
 
 def _prompt(model: Model, conversation: Conversation) -> Ids:
@@ -348,7 +348,7 @@ def _choose_all(
 ) -> list[str]:
     """Return for each question the right answer of any row with the lowest loss, the stop token included."""
     token_loss = step_for(model.module).token_loss
-    candidates, done = options([question.gold for question in asked]), count(devices.world, devices.world)
+    candidates, done = options([question.gold for question in asked]), count(devices.world_size, devices.world_size)
 
     def choose(question: Question) -> str:
         *before, last = question.conversation.messages
@@ -360,4 +360,4 @@ def _choose_all(
             advance(side, min(next(done), len(asked)), len(asked))
         return candidates[losses.index(min(losses))]
 
-    return devices.each(asked, choose, lambda question: 1.0)
+    return devices.map(asked, choose, lambda question: 1.0)

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from strop.errors import TROUBLES
-from strop.runs.events import standing
+from strop.errors import TROUBLESHOOTING_PAGE
+from strop.runs.events import without_undone
 
 Series = dict[int, float]  # step -> value
-FLAT = f"see {TROUBLES}#flat"
+FLAT = f"see {TROUBLESHOOTING_PAGE}#flat"
 MIN_STEPS = 20  # for a statement about learning
 MAX_CHOSEN_LOSS = 0.1  # nats per token that chosen answers may become less likely
 RECOVERIES = ("rollback", "shrink", "override")  # events that are reported
@@ -25,7 +25,7 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
         events: events of the run.
         weight_change: how far the adapters move their weights, relative to the weights (models.lora.weight_change).
     """
-    events = standing(events)
+    events = without_undone(events)
     train, evaluated = _series(events, "step"), _series(events, "eval")
     # A resumed run repeats some events.
     recoveries = dict.fromkeys(_describe(event) for event in events if event["event"] in RECOVERIES)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from strop.data.packing import pack
+from strop.data.batching import pack
 from strop.data.rendering.pairs import render_pairs
-from strop.data.rendering.render import RenderError
+from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import step_for
@@ -141,7 +141,7 @@ def _by_micro_batch(
 
     def compute_group(group: list[int]) -> list[float]:
         nonlocal done
-        done += len(group) * devices.world
+        done += len(group) * devices.world_size
         values: list[float] = compute([example for row in group for example in pairs[row]]).tolist()
         if advance is not None:
             advance(side, min(done, len(pairs)), len(pairs))
@@ -150,7 +150,7 @@ def _by_micro_batch(
     groups = pack(lengths, max(MICRO_BATCH_TOKENS, *lengths))
     pair_values: PairValues = [(0.0, 0.0)] * len(pairs)
     with torch.no_grad():
-        group_values = devices.each(groups, compute_group, lambda group: sum(lengths[row] for row in group))
+        group_values = devices.map(groups, compute_group, lambda group: sum(lengths[row] for row in group))
     for group, values in zip(groups, group_values, strict=True):
         for place, row in enumerate(group):
             pair_values[row] = (values[2 * place], values[2 * place + 1])

@@ -13,12 +13,12 @@ import numpy as np
 
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection, Recipe
-from strop.data.examples import Learning
 from strop.data.formats import DOCUMENT, PAIRED, conversations
 from strop.data.prepare import prepare
-from strop.data.reading.sources import RowFault, read_rows
-from strop.data.store import digest, dumps
-from strop.data.types import Conversation
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
+from strop.data.store import digest, dump_conversation
+from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import ALONE, Devices
 from strop.errors import DataError, InputError, RecipeError, RunError, Where, nearest
 from strop.evaluation.compare import (
@@ -51,7 +51,7 @@ from strop.models.adapters import (
     with_tokenizer,
 )
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import learning_of
+from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, cache_folder, is_run, write_json
 
@@ -120,7 +120,7 @@ def evaluate_models(
         RecipeError: the metric does not exist, or options conflict.
         DataError: rows are wrong or cannot be scored.
         ModelError: a model cannot be loaded. All other input errors are raised before a model loads.
-        RunError: the judge fails. The answers are in the report, and in `so_far` of the error.
+        RunError: the judge fails. The answers are in the report, and in `partial_result` of the error.
     """
     options = options or EvalOptions()
     request = _check_request(names, data, options, devices)
@@ -161,7 +161,7 @@ def _check_request(names: Sequence[str], data: str | Sequence[str], options: Eva
     """Check all options and rows, before a model loads."""
     if options.regression_metric and not options.regression_data:
         raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
-    if options.tasks and devices.world > 1:
+    if options.tasks and devices.world_size > 1:
         raise RecipeError("--tasks: the harness runs on one device", fix="run tasks in a separate command")
     if options.task_limit and not options.tasks:
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
@@ -190,7 +190,7 @@ def _check_equal_ranks(
     names: Sequence[str], options: EvalOptions, rows: Sequence[Conversation], devices: Devices
 ) -> None:
     """Refuse to run if the processes have different options or rows."""
-    devices.refuse_unlike({
+    devices.require_same({
         "the models": list(names),
         "metric": options.metric,
         "max_new_tokens": options.max_new_tokens,
@@ -199,20 +199,20 @@ def _check_equal_ranks(
         "regression_metric": options.regression_metric,
         "judge": options.judge,
         "judge_model": options.judge_model,
-        "the content of the rows": digest(b"\n".join(map(dumps, rows))),
+        "the content of the rows": digest(b"\n".join(map(dump_conversation, rows))),
     })  # fmt: skip
 
 
 def _evaluate_pairs(
     name: str, request: _Request, options: EvalOptions, advance: Advance | None, devices: Devices
 ) -> dict[str, Any]:
-    train_rows = devices.once(partial(trained_on, name, request.rows))
+    train_rows = devices.run_on_main(partial(trained_on, name, request.rows))
     folder = adapter_folder(name)
     model = _load(name, options, devices, scores=folder is not None and is_reward(folder))
     compared = compare_preferences(model, request.rows, advance, devices)
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
     count_train_rows(result, train_rows)
-    if devices.main and is_run(Path(name)):
+    if devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
 
@@ -227,7 +227,7 @@ def _evaluate_answers(
 ) -> dict[str, Any]:
     """Evaluate one model. bases: results of the bases that were evaluated before, which are used and extended."""
     rows = [question.conversation for question in questions(request.rows)]
-    train_rows = devices.once(partial(trained_on, name, rows))
+    train_rows = devices.run_on_main(partial(trained_on, name, rows))
     folder = adapter_folder(name)
     if folder is not None and is_reward(folder):
         refuse_other_kind(folder, scores=False)
@@ -238,7 +238,7 @@ def _evaluate_answers(
     bases[base_key] = side_of(compared, "base")
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
     count_train_rows(result, train_rows)
-    store = devices.main and is_run(Path(name))
+    store = devices.is_main and is_run(Path(name))
     judge = None
     if "interrupted" not in compared:
         judge = request.judge
@@ -255,7 +255,7 @@ def _evaluate_answers(
             result["tasks"] = run_tasks(model, request.tasks, request.manager, options.task_limit)
     renderer = model.renderer
     answers = [row.messages[-1] for row in request.rows if row.messages]
-    if not renderer.closes and any(renderer.reasons(answer) for answer in answers):
+    if not renderer.reasoning_ends and any(renderer.shows_reasoning(answer) for answer in answers):
         result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
     del model, compare_rows  # frees the memory, as the judge may be another model
     if judge is not None:
@@ -266,7 +266,7 @@ def _evaluate_answers(
 
 
 def _load(name: str, options: EvalOptions, devices: Devices, *, scores: bool = False) -> Model:
-    with devices.together():
+    with devices.all_or_none():
         return load(name, quantization=options.quantization, force=options.force, scores=scores)
 
 
@@ -279,13 +279,15 @@ def _add_judgement(
     advance: Advance | None,
     devices: Devices,
 ) -> None:
-    """Add the judge's verdicts to the result. A RunError gets the result as `so_far`."""
+    """Add the judge's verdicts to the result. A RunError gets the result as `partial_result`."""
     asked = questions(rows, renderer)
     texts = [judged_texts(renderer, asked, side_of(result, side).texts) for side in ("base", "tuned")]
     try:
-        result["judge"] = devices.once(partial(compare_by_judge, judge, name, asked, texts[0], texts[1], advance))
+        result["judge"] = devices.run_on_main(
+            partial(compare_by_judge, judge, name, asked, texts[0], texts[1], advance)
+        )
     except RunError as fault:
-        fault.so_far = result
+        fault.partial_result = result
         raise
 
 
@@ -339,11 +341,11 @@ def read_conversations(
     Raises:
         DataError: names every row that is wrong.
     """
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
     reader = conversations(rows, format=format, columns=columns, bad=bad)
     parsed = list(reader)
-    kinds = {"pairs" if name in PAIRED else name for name in reader.found.values()}
+    kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "labelled" in kinds:
         fix = "give rows with right answers, or pairs"
         raise DataError("answers labelled good or bad are not all right answers", fix=fix)
@@ -467,22 +469,22 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
         before = [False] * len(rows) if start is None else trained_on(start, rows)
         folder = None if start is None else adapter_folder(start)
         tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
-        learning = learning_of(recipe.train)
-        data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
+        data_kind = data_kind_of(recipe.train)
+        data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     except InputError:
         return None
     if before is None or data.hash != run.read_lock()["data"]:
         return None
     train_rows = data.train_conversations
-    digests = train_rows.digests if learning == "turns" else [_digest(row, learning) for row in train_rows]
-    own = np.isin([_digest(row, learning) for row in rows], digests)
+    digests = train_rows.digests if data_kind == "turns" else [_digest(row, data_kind) for row in train_rows]
+    own = np.isin([_digest(row, data_kind) for row in rows], digests)
     return [bool(was or now) for was, now in zip(before, own, strict=True)]
 
 
-def _digest(row: Conversation, learning: Learning) -> int:
+def _digest(row: Conversation, data_kind: DataKind) -> int:
     """Return the digest of what is learned from a row: its right answer, or only its prompt. Labels do not count."""
-    turns = row.messages[:-1] if learning == "prompts" and row.answer is not None else row.messages
-    return digest(dumps(replace(row, messages=turns, rejected=(), desirable=None)))
+    turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
+    return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
 
 
 def count_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) -> None:

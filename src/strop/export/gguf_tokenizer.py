@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 
 from strop.data.rendering.render import Renderer
-from strop.data.rendering.source import adds_bos
+from strop.data.rendering.template_source import adds_bos
 from strop.errors import ModelError
 from strop.models.source import Source
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from strop.data.rendering.errors import RenderError
 from strop.data.rendering.render import Renderer
+from strop.data.row_errors import RenderError
 from strop.data.types import Message
 from strop.errors import ModelError
 from strop.export.template_strings import conversations

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection
-from strop.data.examples import Learning
 from strop.data.prepare import prepare
-from strop.data.types import Example
+from strop.data.types import DataKind, Example
 from strop.engine.step import step_for
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.compare import mean_loss
@@ -50,16 +49,16 @@ from strop.models.source import Source, fingerprint, quantized_by
 from strop.models.tensor_files import SHARD_BYTES, Tensors
 from strop.models.tensor_names import Group, Layout
 from strop.models.tokenizer import load_tokenizer, new_rows
-from strop.objectives.table import learning_of
+from strop.objectives.table import data_kind_of
 from strop.planning.memory import PARITY_PROCESS_BYTES, parity_model_bytes
 from strop.runs.folder import (
     RunFolder,
     cache_folder,
-    disk_faults,
+    disk_errors,
+    exclusive_output,
     is_run,
     publish,
     read_json,
-    sole_maker,
     write_json,
 )
 from strop.runs.lock import sha256_file, sha256_text
@@ -125,7 +124,7 @@ def merge(
         base, losses = better_base(source, folder, trained, examples)
     if base == "original":
         trained = replace(trained, scheme="none")
-    with disk_faults(out.parent), sole_maker(out):
+    with disk_errors(out.parent), exclusive_output(out):
         say(f"merging into {out}, shard by shard")
         made, parity = _write(source, folder, out, trained, dtype), None
         if measure:
@@ -200,28 +199,28 @@ def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -
     tokenizer = load_tokenizer(with_tokenizer(folder, source))
     if data is None and not is_run(Path(name)):
         raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
-    learning: Learning = "turns"
+    data_kind: DataKind = "turns"
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
-        section, learning = recipe.data, learning_of(recipe.train)
-        if learning == "prompts" and data is None:
-            rows = prepare(section, tokenizer, cache=cache_folder() / "data", learning=learning).train_conversations
+        section, data_kind = recipe.data, data_kind_of(recipe.train)
+        if data_kind == "prompts" and data is None:
+            rows = prepare(section, tokenizer, cache=cache_folder() / "data", data_kind=data_kind).train_conversations
             if any(row.answer is None for row in rows):
                 raise ModelError(f"{name}: its rows have no answers to measure on", fix="give --data")
-            learning = "turns"  # on the right answers
+            data_kind = "turns"  # on the right answers
         if data is not None:
-            section, learning = section.model_copy(update={"train": data, "eval": None}), "turns"
+            section, data_kind = section.model_copy(update={"train": data, "eval": None}), "turns"
     else:
         section = DataSection(train=str(data))
     try:
-        prepared = prepare(section, tokenizer, cache=cache_folder() / "data", learning=learning)
+        prepared = prepare(section, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     except DataError as error:
         if data is None:
             more = "these are the run's own rows: give --data with others, or go to the folder where it was trained"
             error.fix = "; ".join(part for part in (error.fix, more) if part)
         raise
     held_out = prepared.eval if prepared.eval is not None else prepared.train
-    step = 2 if learning == "pairs" else 1
+    step = 2 if data_kind == "pairs" else 1
     good = [row for row in range(0, len(held_out), step) if held_out.judged[row] != 0]
     return [held_out[row] for row in good[:MOST_ROWS]]
 
@@ -372,7 +371,7 @@ def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
         file = weights_folder(source) / name
         if file.is_file():
             shutil.copy2(file, out / name)
-    _add_ends(out / DRAWING, config, renderer_of(tokenizer, read_identity(folder)).ends)
+    _add_ends(out / DRAWING, config, renderer_of(tokenizer, read_identity(folder)).end_ids)
 
 
 def _add_ends(file: Path, config: Any, ends: Sequence[int]) -> None:

@@ -28,7 +28,7 @@ from strop.models.load import DTYPES, skeleton
 from strop.models.lora import add_lora
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import learning_of
+from strop.objectives.table import data_kind_of
 from strop.runs.folder import cache_folder, create, open_run, write_atomic
 
 OPTIMIZERS = {
@@ -73,8 +73,8 @@ def export_script(run: Path, out: Path) -> Written:
     source = locate(recipe.model.name, recipe.model.revision)
     start = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
-    learning = learning_of(recipe.train)
-    data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
+    data_kind = data_kind_of(recipe.train)
+    data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     then = folder.read_lock()["data"]
     if data.hash != then:
         raise InputError(f"{run}: its rows are not those it was trained on", fix="put the data files back as they were")
@@ -235,7 +235,7 @@ def _notes(recipe: Recipe, dropout: str | None) -> list[str]:
 
 
 def _count(data: Prepared) -> int:
-    return len(data.train_units if data.train_units is not None else data.train)
+    return len(data.train_items if data.train_items is not None else data.train)
 
 
 def _plain(message: Message) -> bool:
@@ -250,7 +250,7 @@ def _messages(conversation: Conversation, only_last: bool) -> dict[str, Any]:
 
 def _encoded(data: Prepared, tokenizer: Any) -> bool:
     """Whether `encode` gives the run's own tokens and weights for each of its rows."""
-    conversations, pairs = data.train_conversations, data.train_units is not None
+    conversations, pairs = data.train_conversations, data.train_items is not None
     if len(data.train) != len(conversations) * (2 if pairs else 1):
         return False
     examples: Iterator[Example] = iter(data.train)
@@ -267,7 +267,7 @@ def _encoded(data: Prepared, tokenizer: Any) -> bool:
 
 def _as_messages(data: Prepared) -> Iterator[dict[str, Any]]:
     for conversation in data.train_conversations:
-        if data.train_units is None:
+        if data.train_items is None:
             yield _messages(conversation, False)
         else:
             chosen, rejected = (_messages(side, True) for side in conversation.sides)
@@ -278,10 +278,10 @@ def _as_tokens(data: Prepared) -> Iterator[dict[str, Any]]:
     def row(example: Example) -> dict[str, Any]:
         return {"ids": example.ids.tolist(), "weights": example.weights.tolist()}
 
-    if data.train_units is None:
+    if data.train_items is None:
         yield from map(row, data.train)
     else:
-        for unit in data.train_units:
+        for unit in data.train_items:
             yield dict(zip(("chosen", "rejected"), map(row, unit.examples), strict=True))
 
 

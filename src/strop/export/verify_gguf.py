@@ -12,7 +12,7 @@ import numpy as np
 
 from strop.data.rendering.render import Renderer
 from strop.data.types import Example, Ids
-from strop.engine.decode.generate import Answer, generate
+from strop.engine.decode.generate import Completion, generate
 from strop.errors import ParityError
 from strop.export.gguf_tokenizer import Vocabulary
 from strop.export.llama_cpp import LlamaCpp
@@ -118,11 +118,11 @@ def checking(
     asked = tuned.examples[:ASKED]
     prompts = [_prompt(example) for example in asked]
     context = max(len(example) for example in [*enough(tuned.examples), *asked]) + LONGEST_ANSWER
-    answers: list[Answer] = []
+    answers: list[Completion] = []
 
     def reference() -> Any:
         model = tuned.model()
-        stops, limit = renderer.ends, LONGEST_ANSWER
+        stops, limit = renderer.end_ids, LONGEST_ANSWER
         answers.extend(generate(model, renderer.tokenizer, prompts, stop_ids=stops, max_new_tokens=limit))
         return model
 
@@ -137,7 +137,7 @@ def checking(
             texts = [renderer.tokenizer.decode(ids, skip_special_tokens=True) for ids in given]
             found.answers = len(prompts)
             found.answers_equal = sum(text == answer.text for text, answer in zip(texts, answers, strict=True))
-            found.answers_stopped = sum(ids[-1] in renderer.ends for ids in given)
+            found.answers_stopped = sum(ids[-1] in renderer.end_ids for ids in given)
             found.reference_stopped = sum(answer.stopped for answer in answers)
             found.parity.check(str(file))
             if found.reference_stopped == len(prompts) and not found.answers_stopped:

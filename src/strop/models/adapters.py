@@ -18,8 +18,8 @@ from torch import nn
 
 from strop.data.rendering.render import Renderer
 from strop.data.types import Ids, Message
-from strop.engine.decode.generate import Answer, generate
-from strop.engine.decode.sampling import Expected, Sampling
+from strop.engine.decode.generate import Completion, generate
+from strop.engine.decode.sampling import ExpectedCompletion, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
 from strop.machine.torch_state import own_torch, usual_torch
@@ -220,7 +220,7 @@ class Model:
     @property
     def sampling(self) -> Sampling:
         """How the model itself wants its answers drawn: its generation config."""
-        return Sampling.own(self.module.generation_config)
+        return Sampling.from_generation_config(self.module.generation_config)
 
     def add(self, name: str, *, force: bool = False, own_template: bool = False) -> None:
         """Loads a further adapter (a run or adapter folder) onto the same base; `use` switches to it.
@@ -268,13 +268,13 @@ class Model:
         advance: Callable[[int], None] | None = None,
         both: bool = False,
         partial: bool = False,
-        expected: Sequence[Expected | None] = (),
-    ) -> list[Answer]:
+        expected: Sequence[ExpectedCompletion | None] = (),
+    ) -> list[Completion]:
         """One answer for each prompt of token ids; of several threads one is answered at a time.
         both, partial, expected: as model.generate says."""
         with self._turn, usual_torch():
             return generate(
-                self.module, self.tokenizer, prompts, stop_ids=self.renderer.ends, max_new_tokens=max_new_tokens,
+                self.module, self.tokenizer, prompts, stop_ids=self.renderer.end_ids, max_new_tokens=max_new_tokens,
                 sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
             )  # fmt: skip
 

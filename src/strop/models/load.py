@@ -42,7 +42,7 @@ from strop.models.tensor_files import (
 )
 from strop.models.tensor_names import Layout, refuse_left
 from strop.models.tokenizer import LOCAL, gguf_cache, gguf_faults, head_folder, plain_config
-from strop.runs.folder import cache_folder, made_once, new_folder, write_json
+from strop.runs.folder import build_once, cache_folder, new_folder, write_json
 
 LOG = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype,
         full = Source(source.name, "folder", weights_folder(source))
         quantize_folder(full, skeleton(source), folder, scheme, double, dtype, device)
 
-    return made_once(_quantized_folder(source, scheme, double, dtype), is_whole, make)
+    return build_once(_quantized_folder(source, scheme, double, dtype), is_whole, make)
 
 
 def from_config(config: Any) -> nn.Module:
@@ -297,4 +297,4 @@ def _dequantized(source: Source) -> Path:
             model.is_quantized = False
             model.save_pretrained(temp)
 
-    return made_once(_bf16_folder(source), _is_made, make)
+    return build_once(_bf16_folder(source), _is_made, make)

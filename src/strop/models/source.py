@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import yaml
 
+from strop.data.reading.hub import explain_hub_error
 from strop.errors import GatedError, ModelError, nearest
 from strop.models.families.gguf_header import read_gguf_config
-from strop.models.hub_errors import not_given
 from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
 
@@ -358,7 +358,7 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             what = f"{name}: {here}, and no such model on the Hub that this account may see"
             raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
-        if found := not_given(error, name, name, ModelError, GatedError):
+        if found := explain_hub_error(error, name, name, ModelError, GatedError):
             raise found from None
         if not isinstance(error, LocalEntryNotFoundError):
             raise

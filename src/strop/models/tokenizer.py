@@ -11,7 +11,7 @@ from typing import Any
 from strop.errors import ModelError, first_line
 from strop.machine.memory import is_out_of_memory
 from strop.models.source import Source
-from strop.runs.folder import cache_folder, made_once, new_folder
+from strop.runs.folder import build_once, cache_folder, new_folder
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -75,7 +75,7 @@ def head_folder(source: Source) -> Path:
             AutoTokenizer.from_pretrained(**where).save_pretrained(temp)
             plain_config(AutoConfig.from_pretrained(**where)).save_pretrained(temp)
 
-    return made_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), make)
+    return build_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), make)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The objectives by name, and what a recipe may say of them."""
+"""The table of objectives, and what a recipe's objective implies."""
 
 from __future__ import annotations
 
@@ -6,66 +6,72 @@ from collections.abc import Iterator
 from typing import Any
 
 from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
-from strop.data.examples import Learning
+from strop.data.types import DataKind
 from strop.errors import RecipeError
-from strop.objectives.base_loss import Objective
-from strop.objectives.dpo import DPO
-from strop.objectives.grpo import GRPO
-from strop.objectives.ipo import IPO
-from strop.objectives.kto import KTO
-from strop.objectives.orpo import ORPO
-from strop.objectives.reward import REWARD
-from strop.objectives.simpo import SIMPO
+from strop.objectives.objective import Objective
+from strop.objectives.policy import GRPO, PolicyLoss
+from strop.objectives.preferences import DPO, IPO, KTO, ORPO, REWARD, SIMPO
 
-OBJECTIVES: dict[str, Objective] = {one.name: one for one in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO)}
+OBJECTIVES: dict[str, Objective] = {
+    "dpo": DPO,
+    "ipo": IPO,
+    "kto": KTO,
+    "orpo": ORPO,
+    "simpo": SIMPO,
+    "reward": REWARD,
+    "grpo": GRPO,
+}
 
 
 def objective_of(train: TrainSection) -> Objective | None:
-    """The objective of a recipe; None for supervised fine-tuning."""
+    """Return the recipe's objective; None for supervised fine-tuning."""
     return OBJECTIVES.get(train.objective)
 
 
-def learning_of(train: TrainSection) -> Learning:
-    """What a recipe's objective learns from."""
+def data_kind_of(train: TrainSection) -> DataKind:
+    """Return the kind of rows that the recipe's objective trains on."""
     objective = objective_of(train)
-    return "turns" if objective is None else objective.learning
+    return "turns" if objective is None else objective.data_kind
 
 
-def answers_of(train: TrainSection) -> int:
-    """Answers that a unit of the effective batch trains on."""
-    learning = learning_of(train)
-    if learning == "prompts":
-        return train.group or GRPO.options["group"]
-    return 2 if learning == "pairs" else 1
+def sequences_per_row(train: TrainSection) -> int:
+    """Return how many sequences a row of the effective batch trains on."""
+    objective = objective_of(train)
+    if isinstance(objective, PolicyLoss):
+        return int(train.group or objective.options["group"])
+    return 2 if data_kind_of(train) == "pairs" else 1
 
 
-def drawn_tokens(train: TrainSection) -> int:
-    """Longest answer that is drawn behind a row; 0 where rows hold their answers."""
-    return (train.answer_tokens or GRPO.options["answer_tokens"]) if learning_of(train) == "prompts" else 0
+def max_completion_tokens(train: TrainSection) -> int:
+    """Return the length limit of sampled completions; 0 if the objective samples none."""
+    objective = objective_of(train)
+    if isinstance(objective, PolicyLoss):
+        return int(train.answer_tokens or objective.options["answer_tokens"])
+    return 0
 
 
 def check_devices(train: TrainSection, devices: int) -> None:
-    """Raises RecipeError for an objective that does not learn on so many devices."""
-    if devices > 1 and learning_of(train) == "prompts":
-        what = f"objective {train.objective}: answers are drawn on one device, and there are {devices}"
+    """Raise RecipeError if the objective cannot train on this number of devices."""
+    if devices > 1 and data_kind_of(train) == "prompts":
+        what = f"objective {train.objective} samples completions on one device, and {devices} were requested"
         raise RecipeError(what, fix="leave --devices and --nodes out")
 
 
-def open_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
-    """(field, value, why) of the options that the recipe leaves open.
+def default_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
+    """Yield (field, value, reason) for each option of the objective that the recipe does not set.
 
-    Raises RecipeError for an option that the objective does not read: no setting is without effect.
+    Raises RecipeError for an option that the objective does not read, and for missing rewards.
     """
     objective = objective_of(train)
-    known = {} if objective is None else objective.options
+    defaults = {} if objective is None else objective.options
     for name in OBJECTIVE_OPTIONS:
         value = getattr(train, name)
-        if value is not None and name not in known:
-            readers = [one.name for one in OBJECTIVES.values() if name in one.options]
+        if value is not None and name not in defaults:
+            readers = [known.name for known in OBJECTIVES.values() if name in known.options]
             what = f"--train.{name}: objective {train.objective} does not read it"
             raise RecipeError(what, fix=f"leave it out, or choose --train.objective {', '.join(readers)}")
-        if value is None and name == "rewards" and name in known:
-            what = f"objective {train.objective} needs something to reward"
+        if value is None and name == "rewards" and name in defaults:
+            what = f"objective {train.objective} needs --train.rewards"
             raise RecipeError(what, fix="give --train.rewards exact, exact_json, contains, regex or file.py:function")
-        if value is None and name in known and objective is not None:
-            yield f"train.{name}", known[name], f"usual for {objective.name} ({objective.source})"
+        if value is None and name in defaults and objective is not None:
+            yield f"train.{name}", defaults[name], f"usual for {objective.name} ({objective.source})"

@@ -15,7 +15,7 @@ from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.machine.rates import known_rates
 from strop.models.families.shape import ModelShape
-from strop.objectives.table import check_devices, open_options
+from strop.objectives.table import check_devices, default_options
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices
 from strop.planning.learning_rate import alpha_of, open_rate
 from strop.planning.time import Rate
@@ -91,7 +91,7 @@ def _plain_choices(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[
         choose_option("model.dtype", *value)
     if recipe.lora.alpha is None:
         choose_option("lora.alpha", alpha_of(recipe), "2 r")
-    for option in open_options(recipe.train):
+    for option in default_options(recipe.train):
         choose_option(*option)
     if recipe.train.learning_rate is None:
         choose_option("train.learning_rate", *open_rate(recipe, shape))

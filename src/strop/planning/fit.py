@@ -10,7 +10,7 @@ from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
 from strop.models.families.shape import ModelShape
-from strop.objectives.table import answers_of, drawn_tokens, learning_of
+from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.planning.activations import offloaded_bytes
 from strop.planning.memory import load_phase, train_phase
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch, usual_micro_batch
@@ -221,8 +221,8 @@ def _grow_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
     now = recipe.train.micro_batch_tokens
     if not recipe.model.device.startswith("cuda") or now is None or resolved.choices[field].origin != "plan":
         return []
-    rows = recipe.train.batch_size * answers_of(recipe.train)
-    step_tokens = rows * (recipe.data.max_length + drawn_tokens(recipe.train))
+    rows = recipe.train.batch_size * sequences_per_row(recipe.train)
+    step_tokens = rows * (recipe.data.max_length + max_completion_tokens(recipe.train))
     for tokens in GPU_MICRO_BATCH_TOKENS:
         if now < tokens and tokens // 2 < step_tokens and budget.fits(_with_train(recipe, micro_batch_tokens=tokens)):
             return [Choice(field, tokens, "plan", "the largest that fits without recomputation, which is fastest")]
@@ -268,7 +268,7 @@ def _apply_last_resorts(resolved: Resolved, budget: MemoryBudget) -> list[Choice
         length = max(MIN_LENGTH, length // 2)
         values["data.max_length"] = values["train.micro_batch_tokens"] = length
         if is_open("data.overlong"):
-            values["data.overlong"] = OVERLONG.get(learning_of(recipe.train), "truncate-start")
+            values["data.overlong"] = OVERLONG.get(data_kind_of(recipe.train), "truncate-start")
 
 
 def _choose_resident_layers(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
@@ -409,7 +409,7 @@ def _shorter_rows(recipe: Recipe, budget: MemoryBudget) -> Changes:
         length = max(MIN_LENGTH, length // 2)
         changed: dict[str, Any] = {"data.max_length": length}
         if recipe.data.overlong == "refuse":
-            changed["data.overlong"] = OVERLONG.get(learning_of(recipe.train), "truncate-start")
+            changed["data.overlong"] = OVERLONG.get(data_kind_of(recipe.train), "truncate-start")
         if recipe.train.micro_batch is None:
             changed["train.micro_batch_tokens"] = length
         yield f"rows of at most {length} tokens", "longer rows are split or left out", changed

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from strop.config.schema import Recipe
-from strop.engine.decode.cache import BLOCK as CACHE_BLOCK
-from strop.engine.decode.cache import READ_AT_ONCE, ROWS, blocks_for
+from strop.engine.decode.cache import BLOCK_SIZE as CACHE_BLOCK
+from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
 from strop.models.families.layers import FAMILIES
-from strop.objectives.table import answers_of, drawn_tokens
+from strop.objectives.table import max_completion_tokens, sequences_per_row
 from strop.planning.activations import LiveBytes, MicroBatch, at_peak
 from strop.planning.workload import BITS, BYTES, Workload
 
@@ -87,10 +87,10 @@ class RolloutLoad:
     @staticmethod
     def of(recipe: Recipe, prompt: int | None = None) -> RolloutLoad | None:
         """Return the load of a recipe, or None without sampling. prompt: tokens; default: the maximum length."""
-        train, answer = recipe.train, drawn_tokens(recipe.train)
+        train, answer = recipe.train, max_completion_tokens(recipe.train)
         if not answer:
             return None
-        group = answers_of(train)
+        group = sequences_per_row(train)
         return RolloutLoad(train.batch_size * group, group, prompt or recipe.data.max_length, answer)
 
 
@@ -116,9 +116,9 @@ class EvaluationLoad:
 
         Without rows: a full batch of rows of `longest` tokens, the answer included.
         """
-        rows = rows or [(longest, min(ANSWER_TOKENS, longest - 1))] * ROWS
+        rows = rows or [(longest, min(ANSWER_TOKENS, longest - 1))] * MAX_SEQUENCES
         lengths = [tokens - answer + max(ANSWER_TOKENS, answer) for tokens, answer in rows] * 2
-        blocks = sorted(map(blocks_for, lengths), reverse=True)[:ROWS]
+        blocks = sorted(map(blocks_for, lengths), reverse=True)[:MAX_SEQUENCES]
         sizes, answers = zip(*rows, strict=True)
         positions_before = accumulate(answers, initial=0)  # a shared prefix counts once
         measured = max(size for size, before in zip(sizes, positions_before, strict=False) if before < POSITIONS)
@@ -356,7 +356,7 @@ def evaluate_phase(workload: Workload, evaluation: EvaluationLoad, usable: int) 
     free = max(0, usable - serve_phase(workload, 0).peak_bytes)
     positions = int(CACHE_SHARE * free) // position_bytes(workload)
     parts = serve_phase(workload, min(evaluation.positions, positions)).parts
-    rows = min(READ_AT_ONCE + evaluation.completions, evaluation.positions)
+    rows = min(PREFILL_ROWS + evaluation.completions, evaluation.positions)
     logits = 4 * min(SCORED_AT_ONCE, evaluation.positions) * workload.shape.vocabulary
     head = logits + _screening_head_bytes(workload)
     return phase_of({**parts, "live_layer": _pass_bytes(workload, rows), "head": head})
@@ -367,7 +367,7 @@ def rollout_phase(workload: Workload, rollouts: RolloutLoad) -> Phase:
 
     Completions that do not fit are sampled later.
     """
-    context, rows = rollouts.prompt + rollouts.answer, min(rollouts.completions, ROWS)
+    context, rows = rollouts.prompt + rollouts.answer, min(rollouts.completions, MAX_SEQUENCES)
     parts = serve_phase(workload, context, completions=rows).parts
     return phase_of({**parts, "optimizer": optimizer_bytes(workload)})
 
@@ -451,7 +451,7 @@ def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Ph
         "mapped_files": 0,
         "workspace": SCRATCH_BYTES,
         "saved_activations": positions * position_bytes(workload),
-        "live_layer": _pass_bytes(workload, min(READ_AT_ONCE, positions)),
+        "live_layer": _pass_bytes(workload, min(PREFILL_ROWS, positions)),
         # logits of each row, and once more in one matrix
         "head": 2 * 4 * completions * shape.vocabulary + _screening_head_bytes(workload),
         "framework": CODE_BYTES + KERNELS_BYTES + DECODE_KERNELS_BYTES,

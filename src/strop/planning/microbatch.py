@@ -9,15 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from strop.config.load import SHORT
+from strop.config.load import SHORT_FORMS
 from strop.config.schema import Recipe
-from strop.data.batching import BatchStream
-from strop.data.packing import group_by_length, pack
+from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.prepare import prepare
-from strop.data.reading.sources import fetched
+from strop.data.reading.sources import needs_download
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import answers_of, drawn_tokens, learning_of
+from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.planning.activations import KEEP_PAIRS, MIN_PREFIX, MicroBatch, at_peak
 from strop.planning.workload import Workload
 from strop.runs.folder import is_run
@@ -41,7 +40,7 @@ class Rows(list[tuple[int, int]]):
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
     """Return options with full field names; without a recipe and data, the plan assumes rows of the longest length."""
-    full = {SHORT.get(name, name): value for name, value in (options or {}).items()}
+    full = {SHORT_FORMS.get(name, name): value for name, value in (options or {}).items()}
     if not recipe_given:
         full.setdefault("data.train", NO_DATA)
     return full
@@ -59,7 +58,7 @@ def row_sizes(recipe: Recipe) -> Rows:
     names = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
     if names == [NO_DATA]:
         sizes.unknown = "no data is given"
-    elif any(fetched(name) for name in names):
+    elif any(needs_download(name) for name in names):
         sizes.unknown = "the data is on the Hub"
     elif not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
         sizes.unknown = "the model's tokenizer is not on this machine"
@@ -69,17 +68,19 @@ def row_sizes(recipe: Recipe) -> Rows:
     if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
         sizes.unknown = "the model's folder has no tokenizer"
         return sizes
-    learning = learning_of(recipe.train)
-    prepared = prepare(recipe.data, load_tokenizer(source), strict=False, learning=learning)
+    data_kind = data_kind_of(recipe.train)
+    prepared = prepare(recipe.data, load_tokenizer(source), strict=False, data_kind=data_kind)
     rows, refusal, prefix = prepared.train, prepared.report.refusal, None
     sizes.refused = "" if refusal is None else str(refusal)
-    if sampled := drawn_tokens(recipe.train):
-        sizes += [(int(length) + sampled, sampled) for length in rows.lengths for _ in range(answers_of(recipe.train))]
+    if sampled := max_completion_tokens(recipe.train):
+        sizes += [
+            (int(length) + sampled, sampled) for length in rows.lengths for _ in range(sequences_per_row(recipe.train))
+        ]
         return sizes
     for number in range(len(rows)):
         example = rows[number]
         sizes.append((len(example), example.supervised))
-        prefix = _shared_prefix(prefix, example.ids) if learning == "turns" else None
+        prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None
     sizes.prefix = 0 if prefix is None else len(prefix)
     return sizes
 
@@ -99,14 +100,14 @@ def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None 
     Its rows have the maximum length (or `longest` tokens), with a shorter row that fills the budget; or they are short
     enough that attention probabilities are kept for the backward pass.
     """
-    limit = recipe.data.max_length + drawn_tokens(recipe.train)
+    limit = recipe.data.max_length + max_completion_tokens(recipe.train)
     longest = min(longest or limit, limit)
     candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
     return max(candidates, key=lambda batch: at_peak(workload, batch).total)
 
 
 def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
-    train, answers = recipe.train, answers_of(recipe.train)
+    train, answers = recipe.train, sequences_per_row(recipe.train)
     answers_per_step = answers * train.batch_size
     if train.micro_batch is not None:
         lengths = [length] * answers * min(train.micro_batch, train.batch_size)
@@ -125,9 +126,9 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     supervised. A prefix that all rows share is computed once.
     """
     prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
-    answers = answers_of(recipe.train)
+    answers = sequences_per_row(recipe.train)
     if not rows:
-        sampled = drawn_tokens(recipe.train)
+        sampled = max_completion_tokens(recipe.train)
         length = recipe.data.max_length + sampled
         rows = [(length, sampled or length - 1)] * recipe.train.batch_size * answers
     train, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from strop.config.schema import Recipe
-from strop.distributed.assign import in_a_row
-from strop.distributed.deterministic_sum import nodes_of
+from strop.distributed.assign import assign_contiguous, nodes_to_send
 from strop.errors import RecipeError
-from strop.objectives.table import answers_of
+from strop.objectives.table import sequences_per_row
 from strop.planning.machines import Target
 from strop.planning.memory import base_layer_bytes
 from strop.planning.microbatch import usual_micro_batch
@@ -189,7 +188,7 @@ def plan_devices(
         devices: number of devices and nodes.
         rows: (tokens, supervised tokens) of each answer, if they are known.
     """
-    train, answers = recipe.train, answers_of(recipe.train)
+    train, answers = recipe.train, sequences_per_row(recipe.train)
     most = -(-train.batch_size // devices.count)  # rows of the busiest device
     if exact := train.exact and devices.count > 1:
         most = min(most, -(-train.batch_size // SLOTS))
@@ -293,7 +292,9 @@ def gather_seconds(workload: Workload, devices: Devices, link: Link) -> float:
 
 def _exact_buffers(micro_batches: int, devices: Devices) -> int:
     """Return the number of buffers broadcast in a step with `train.exact`: each rank's partial sums."""
-    return sum(len(nodes_of(micro_batches, own)) for own in in_a_row([1.0] * micro_batches, devices.count))
+    return sum(
+        len(nodes_to_send(micro_batches, own)) for own in assign_contiguous([1.0] * micro_batches, devices.count)
+    )
 
 
 def flags_seconds(devices: Devices, link: Link) -> float:

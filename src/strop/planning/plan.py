@@ -10,7 +10,7 @@ from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
 from strop.models.families.shape import ModelShape, Peek
-from strop.objectives.table import answers_of, learning_of
+from strop.objectives.table import data_kind_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
 from strop.planning.fit import MemoryBudget, Rung, list_rungs
@@ -195,7 +195,7 @@ def _run_seconds(
     Known rows: extrapolated from the first steps. Otherwise: full steps of typical micro-batches. Several devices: over
     the slowest link.
     """
-    train, rows = recipe.train, len(sizes) // answers_of(recipe.train)
+    train, rows = recipe.train, len(sizes) // sequences_per_row(recipe.train)
     if not rows and train.max_steps is None:
         return None
     stream = BatchStream(
@@ -205,7 +205,7 @@ def _run_seconds(
         return stream.total_steps * (multi_device.compute_s + multi_device.link_times[0].seconds)
     if steps:
         return stream.total_steps * steps_seconds(workload, steps, rate) / len(steps)
-    rows_per_step = answers_of(train) * stream.num_rows / stream.steps_per_epoch
+    rows_per_step = sequences_per_row(train) * stream.num_rows / stream.steps_per_epoch
     step = step_seconds(workload, usual, rows_per_step / usual.number, rate)
     mean = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
     if (rollouts := RolloutLoad.of(recipe, mean)) is not None:
@@ -216,7 +216,7 @@ def _run_seconds(
 
 def _are_turns(rows: Sequence[tuple[int, int]], recipe: Recipe) -> TypeGuard[Rows]:
     """Return whether these are known rows of one answer each."""
-    return isinstance(rows, Rows) and len(rows) > 0 and learning_of(recipe.train) == "turns"
+    return isinstance(rows, Rows) and len(rows) > 0 and data_kind_of(recipe.train) == "turns"
 
 
 def _data_facts(rows: Sequence[tuple[int, int]], shape: ModelShape) -> dict[str, Any]:

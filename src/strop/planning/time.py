@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from strop.engine.decode.cache import ROWS
+from strop.engine.decode.cache import MAX_SEQUENCES
 from strop.machine.probe import TILED_RANK, Machine
 from strop.machine.rates import Rates
 from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
@@ -280,7 +280,7 @@ def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> fl
     Each pass reads the weights once for as many completions as are sampled at once.
     """
     tokens = rollouts.completions * rollouts.answer + rollouts.completions // rollouts.group * rollouts.prompt
-    passes = rollouts.answer * -(-rollouts.completions // ROWS)
+    passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
     weights = workload.base.parameters - workload.shape.idle + workload.active_adapter_weights
     share = GPU_SHARE if rate.peak else DECODE_SHARE
     moved = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth

@@ -1,4 +1,4 @@
-"""Processes of Python that this one starts."""
+"""The environment of Python processes that strop starts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 import sys
 
 
-def apart() -> dict[str, str]:
-    """What such a process finds in its environment, so that a file of the working folder (`json.py`) is no module to
-    it, as it is none to this process. `python -m` would look there first; Python 3.10 has no way to be told."""
-    here = {"", os.getcwd()}
-    return {} if here & set(sys.path) else {"PYTHONSAFEPATH": "1"}
+def safe_path_env() -> dict[str, str]:
+    """Return variables that keep the working folder off a child's module path, if it is not on this process's path.
+
+    `python -m` puts the working folder first, where a file such as json.py would shadow the standard library. Python
+    3.10 ignores PYTHONSAFEPATH.
+    """
+    working_folder = {"", os.getcwd()}
+    return {} if working_folder & set(sys.path) else {"PYTHONSAFEPATH": "1"}

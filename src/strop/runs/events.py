@@ -1,4 +1,4 @@
-"""What happened in a run, one JSON object a line. The same objects go to callbacks, the progress bar and trackers.
+"""The events of a run, one JSON object per line. Callbacks, the progress bar and trackers get the same objects.
 
 Every event has `event` (its kind) and `time` (seconds since 1970). Kinds: machine, recipe, data, start, resume,
 override, rehearsal, reference, reference-check, step, eval, save, skip, doubt, rollback, shrink, note, stop, end.
@@ -18,17 +18,21 @@ Listener = Callable[[Event], None]
 
 
 class EventLog:
-    """Appends events to a file and passes each to the listeners."""
+    """Append events to a file and pass each to the listeners.
+
+    Args:
+        path: the file; None for processes other than the main one, which emit nothing.
+        listeners: called with each event.
+    """
 
     def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
-        """path: None for a process that keeps silent, since another one tells."""
         self._path = path
         self._listeners = tuple(listeners)
         if path is None:
             return
-        whole = path.read_bytes() if path.is_file() else b""
-        if whole and not whole.endswith(b"\n"):  # a crash cut the last line short; the next must not grow on it
-            os.truncate(path, whole.rfind(b"\n") + 1)  # never written anew: a full disk would take all that was there
+        content = path.read_bytes() if path.is_file() else b""
+        if content and not content.endswith(b"\n"):  # a crash cut the last line short: remove it
+            os.truncate(path, content.rfind(b"\n") + 1)  # in place: rewriting could lose all events on a full disk
 
     def emit(self, kind: str, **fields: Any) -> None:
         if self._path is None:
@@ -41,33 +45,32 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[Event]:
-    """The events of a run. Lines that a crash or a bad disk has damaged are left out."""
+    """Return the events of a run, without damaged lines."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    read = (event_of(line) for line in lines[:-1])  # what follows the last newline was cut short
-    return [event for event in read if event is not None]
+    events = map(parse_event, lines[:-1])  # text after the last newline is incomplete
+    return [event for event in events if event is not None]
 
 
-def standing(events: Sequence[Event]) -> list[Event]:
-    """Without the steps and evaluations that were undone: those after the step that a resume or a roll-back went back
-    to."""
-    found: list[Event] = []
+def without_undone(events: Sequence[Event]) -> list[Event]:
+    """Return the events without the steps and evaluations that a resume or a rollback has undone."""
+    kept: list[Event] = []
     for event in events:
-        if (back := back_to(event)) is not None:
-            found = [e for e in found if e["event"] not in ("step", "eval") or e["step"] <= back]
-        found.append(event)
-    return found
+        if (step := rewound_to(event)) is not None:
+            kept = [e for e in kept if e["event"] not in ("step", "eval") or e["step"] <= step]
+        kept.append(event)
+    return kept
 
 
-def back_to(event: Event) -> int | None:
-    """The step that a resume or a roll-back went back to: what stands behind it was undone. None for other events."""
-    named = {"resume": "step", "rollback": "to"}.get(event["event"])
-    return None if named is None else int(event[named])
+def rewound_to(event: Event) -> int | None:
+    """Return the step that a resume or a rollback went back to; None for other events."""
+    field = {"resume": "step", "rollback": "to"}.get(event["event"])
+    return None if field is None else int(event[field])
 
 
-def event_of(line: str | bytes) -> Event | None:
-    """The event of a line; None where it is damaged."""
+def parse_event(line: str | bytes) -> Event | None:
+    """Return the event of a line, or None if the line is damaged."""
     try:
-        found = json.loads(line)
+        event = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and "event" in found else None
+    return event if isinstance(event, dict) and "event" in event else None

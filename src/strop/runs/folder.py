@@ -1,4 +1,4 @@
-"""A run folder: the names in it, atomic writes, and the claim that keeps a second run out.
+"""Run folders: the files in them, atomic writes, and the claim that keeps a second process out.
 
 recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/  report.json  report.html
 """
@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 
 from strop.errors import DiskError, FolderError, nearest
 
-_STEP = re.compile(r"step-(\d{6,})")
-_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
-_DISK_FAULTS = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
-_CLAIM = ("claim.json", ".claim.lock")
+_CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
+_VALID_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
+_DISK_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
+_CLAIM_FILE, _CLAIM_LOCK = "claim.json", ".claim.lock"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RunFolder:
 
     @property
     def reference(self) -> Path:
-        """How likely each answer was when training began, for objectives that compare with that."""
+        """Log-probabilities under the reference model, for objectives that compare with it."""
         return self.path / "reference.safetensors"
 
     @property
@@ -67,73 +67,73 @@ class RunFolder:
 
     @property
     def answers(self) -> Path:
-        """What base and tuned answered to each row of the last evaluation."""
+        """The answers of base and tuned model in the last evaluation."""
         return self.path / "answers.json"
 
     @property
     def holder(self) -> int | None:
-        """The live process, another than this one, that holds the folder."""
-        return _live_holder(self.path / _CLAIM[0])
+        """The id of another running process that has claimed the folder."""
+        return _claim_holder(self.path / _CLAIM_FILE)
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of each checkpoint, oldest first; temp folders are not checkpoints."""
+        """Return (step, folder) of each checkpoint, oldest first, without temporary folders."""
         folder = self.path / "checkpoints"
-        names = [(match, entry) for entry in _entries(folder) if (match := _STEP.fullmatch(entry.name))]
+        names = [(match, entry) for entry in _entries(folder) if (match := _CHECKPOINT_NAME.fullmatch(entry.name))]
         return sorted((int(match[1]), entry) for match, entry in names)
 
     @property
     def finished(self) -> bool:
-        """Whether all that the recipe asks for was done; a run that its time budget ended can go on."""
+        """True if the recipe is complete. A run that reached its time limit is not, and can be resumed."""
         report = self.read_report()
         return bool(report.get("exit") == 0 and report.get("ended") != "time")
 
     def read_report(self) -> dict[str, Any]:
-        """What report.json holds; nothing where it is absent or damaged (`strop resume` writes it again)."""
+        """Return report.json, or {} if it is missing or damaged (`strop resume` writes it again)."""
         return read_json(self.report)
 
     def read_lock(self) -> dict[str, Any]:
-        """What lock.json holds. Raises FolderError where it is damaged: nothing else tells what a run is made of."""
+        """Return lock.json. Raises FolderError if it is damaged, since it cannot be written again."""
         try:
-            found = json.loads(self.lock.read_bytes())
-            lacking = [name for name in ("base", "data", "values", "versions", "threads") if name not in found]
-            why = f"it lacks {lacking[0]}" if lacking else ""
+            lock = json.loads(self.lock.read_bytes())
+            missing = [name for name in ("base", "data", "values", "versions", "threads") if name not in lock]
+            why = f"{missing[0]} is missing" if missing else ""
         except (OSError, ValueError, RecursionError, TypeError) as error:
             why = str(error)
         if why:
-            raise FolderError(f"{self.lock}: damaged: {why}", fix="put it back, or start a new run")
-        return dict(found)
+            raise FolderError(f"{self.lock}: damaged: {why}", fix="restore the file, or start a new run")
+        return dict(lock)
 
     def remove_if_empty(self) -> None:
-        """Takes back a folder that was made for a run which never began: no event is told of."""
-        if self.path.is_dir() and _is_bare(self.path):
+        """Remove the folder of a run that failed before its first event."""
+        if self.path.is_dir() and _is_unused(self.path):
             shutil.rmtree(self.path)
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Holds the folder for this process. Raises FolderError while another live process holds it.
+        """Claim the folder for this process. Raises FolderError if another running process has claimed it.
 
-        The lock is the system's own: it ends with the process, however that ends. claim.json says who holds it.
+        The file lock belongs to the operating system and ends with the process. claim.json names the process.
         """
-        file, lock = self.path / _CLAIM[0], FileLock(self.path / _CLAIM[1], timeout=0)
+        file, lock = self.path / _CLAIM_FILE, FileLock(self.path / _CLAIM_LOCK, timeout=0)
         try:
-            held = lock.acquire()
+            acquired = lock.acquire()
         except Timeout:
-            raise self._in_use(_live_holder(file)) from None
-        with held:
-            holder = _live_holder(file)  # a file system without locks would have let both in
+            raise self._in_use(_claim_holder(file)) from None
+        with acquired:
+            holder = _claim_holder(file)  # some file systems do not support locks
             if holder is not None:
                 raise self._in_use(holder)
             for place in (self.path, self.path / "checkpoints"):
-                _sweep(place)
-            held_by = {
+                _remove_leftovers(place)
+            claim = {
                 "pid": os.getpid(),
                 "started": psutil.Process().create_time(),
                 "folder": str(self.path.resolve()),
             }
-            write_atomic(file, json.dumps(held_by))
+            write_atomic(file, json.dumps(claim))
             try:
                 yield
             finally:
@@ -149,17 +149,17 @@ def is_run(path: Path) -> bool:
 
 
 def create(path: Path) -> RunFolder:
-    """Makes an empty run folder and proves by a real write that it can be written to.
+    """Create an empty run folder and check with a real write that it is writable.
 
-    A folder whose run was killed before it had a recipe and a lock counts as empty.
-    Raises FolderError where the path is a file, holds anything already, or cannot be written.
+    A folder whose run was killed before it had a recipe and a lock counts as empty. Raises FolderError if the path is a
+    file, is not empty, or cannot be written.
     """
-    if not _NAME.fullmatch(path.name):
-        raise FolderError(f"{str(path)!r}: not a name for a run folder", fix="give --out another folder")
+    if not _VALID_NAME.fullmatch(path.name):
+        raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give --out another folder")
     new = "give --out a new folder"
     if is_run(path):
-        raise FolderError(f"{path}: holds a run", fix=f"go on with `strop resume {path}`, or {new}")
-    if path.is_dir() and not _is_bare(path):
+        raise FolderError(f"{path}: contains a run", fix=f"resume it with `strop resume {path}`, or {new}")
+    if path.is_dir() and not _is_unused(path):
         raise FolderError(f"{path}: is not empty", fix=new)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -170,42 +170,44 @@ def create(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def _is_bare(path: Path) -> bool:
-    """Whether a folder holds nothing but what a run has before its first event."""
+def _is_unused(path: Path) -> bool:
+    """Return whether a folder contains only files that a run writes before its first event."""
     names = {re.sub(r"^\.(.+)\.tmp-\d+$", r"\1", entry.name) for entry in path.iterdir()}
-    return names <= {*_CLAIM, ".write-test", "recipe.yaml", "lock.json"}
+    return names <= {_CLAIM_FILE, _CLAIM_LOCK, ".write-test", "recipe.yaml", "lock.json"}
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that can be written where `path` is or will be."""
+    """Return the free bytes on the disk where `path` is or will be."""
     existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     return shutil.disk_usage(existing).free
 
 
 @contextmanager
-def disk_faults(path: Path) -> Iterator[None]:
-    """Inside this block a disk that is full, broken or read-only is a DiskError that names `path`, or what is elsewhere
-    (a file of the cache)."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Convert errors of a full, broken or read-only disk to DiskError, in a `with` block.
+
+    The error names `path`, or the file if it is outside of `path` (such as a file in the cache).
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        found = re.search(r"os error (\d+)", str(error))  # safetensors passes on what its own language says
-        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-        if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy, which does not say why
+        match = re.search(r"os error (\d+)", str(error))  # safetensors reports the error number as Rust does
+        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+        if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy reports no error number
             number = errno.ENOSPC
-        if number is None or number not in _DISK_FAULTS:
+        if number is None or number not in _DISK_ERRNOS:
             raise
-        named = getattr(error, "filename", None)
-        place = path if named is None else Path(os.fsdecode(named))
+        filename = getattr(error, "filename", None)
+        place = path if filename is None else Path(os.fsdecode(filename))
         place = path if path.absolute() in place.absolute().parents else place
-        fix = "free some space or mend the disk, and go on: what was complete before is still there"
+        fix = "free some space or repair the disk, then try again; completed files are intact"
         if place != path and is_cache(place):
-            fix = "free some space there, or set STROP_CACHE to a folder of your own that can be written"
+            fix = "free some space there, or set STROP_CACHE to a writable folder"
         raise DiskError(f"{place}: cannot be written: {os.strerror(number)}", fix=fix) from None
 
 
 def open_run(path: Path) -> RunFolder:
-    """An existing run folder. Raises FolderError with the nearest existing name."""
+    """Open an existing run folder. Raises FolderError with the most similar existing name."""
     if not is_run(path):
         siblings = [str(entry) for entry in _entries(path.parent) if is_run(entry)]
         what = "not a run folder" if path.exists() else f"no such run{nearest(str(path), siblings)}"
@@ -213,17 +215,17 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def _sweep(folder: Path, name: str | None = None) -> None:
-    """Removes what a killed process left half done in a folder, and puts back what it was about to replace.
+def _remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files of killed processes from a folder, and restore entries they were about to replace.
 
-    name: of the one entry that this process may clean up after; default: all.
+    name: clean up only after this entry; default: all.
     """
     for entry in _entries(folder):
-        made = re.fullmatch(r"\.?(.+)\.(tmp|old)-\d+", entry.name)
-        if made is None or name not in (None, made[1]):
+        match = re.fullmatch(r"\.?(.+)\.(tmp|old)-\d+", entry.name)
+        if match is None or name not in (None, match[1]):
             continue
-        if made[2] == "old" and not entry.with_name(made[1]).exists():
-            entry.replace(entry.with_name(made[1]))
+        if match[2] == "old" and not entry.with_name(match[1]).exists():
+            entry.replace(entry.with_name(match[1]))
         elif entry.is_dir():
             shutil.rmtree(entry)
         else:
@@ -234,9 +236,11 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _live_holder(file: Path) -> int | None:
-    """The process that holds a claim and still runs (same pid and start time), else None. The claim in a copy of a
-    folder is the original's."""
+def _claim_holder(file: Path) -> int | None:
+    """Return the id of another running process with this claim (same id and start time), or None.
+
+    A claim.json in a copied folder belongs to the original and is ignored.
+    """
     try:
         claim = json.loads(file.read_text(encoding="utf-8"))
         if claim.get("folder", str(file.parent.resolve())) != str(file.parent.resolve()):
@@ -249,7 +253,7 @@ def _live_holder(file: Path) -> int | None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes text so that a reader, or a crash, sees the old file or the new one, never a part."""
+    """Write a text file atomically: after a crash it has the old or the new content, never a part."""
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temp.open("w", encoding="utf-8") as file:
@@ -267,16 +271,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds; an empty one where the file is absent or damaged."""
+    """Return the JSON object in a file, or {} if the file is missing or damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def fsync_folder(path: Path) -> None:
-    """Makes the names in a folder durable; systems that cannot open a folder (Windows) do without."""
+    """Flush a folder's entries to disk. Does nothing on Windows, which cannot open folders."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -286,24 +290,25 @@ def fsync_folder(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where strop keeps what it can make again: $STROP_CACHE, else $XDG_CACHE_HOME/strop, else ~/.cache/strop."""
+    """Return the cache folder: $STROP_CACHE, else $XDG_CACHE_HOME/strop, else ~/.cache/strop."""
     try:
-        if own := os.environ.get("STROP_CACHE"):
-            return Path(own).expanduser()
+        if configured := os.environ.get("STROP_CACHE"):
+            return Path(configured).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
-    except RuntimeError:  # a container's user that no list of users has
-        what = "this user has no home folder, in which to keep what can be used again"
-        raise FolderError(what, fix="set STROP_CACHE to a folder that can be written") from None
+    except RuntimeError:  # a container's user without an entry in the user database
+        raise FolderError(
+            "this user has no home folder for the cache", fix="set STROP_CACHE to a writable folder"
+        ) from None
 
 
 def is_cache(place: Path) -> bool:
-    """Whether a place that cannot be written is in the cache, or is a folder that the cache is to be made in."""
+    """Return whether a path is in the cache, or is a parent folder of the cache."""
     place, cache = place.absolute(), cache_folder().absolute()
     return cache in (place, *place.parents) or place in cache.parents
 
 
-def share(file: Path) -> None:
-    """Gives a file the rights that the user's umask gave its folder: safetensors writes files for their user alone."""
+def apply_umask(file: Path) -> None:
+    """Give a file the permissions of its folder: safetensors makes files readable by their owner only."""
     mode = file.parent.stat().st_mode & 0o666
     if os.name == "posix" and not file.is_symlink() and file.stat().st_mode & 0o666 != mode:
         file.chmod(mode)
@@ -311,7 +316,7 @@ def share(file: Path) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A temp folder beside `final` that becomes it, whole and synced, when the block ends well; else it is removed."""
+    """Yield a temporary folder that replaces `final` when the block succeeds, and is removed when it fails."""
     temp = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
@@ -322,78 +327,82 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def publish(made: Path, final: Path) -> None:
-    """Gives a folder its name, once all that it holds is on the disk: a power cut leaves no half of it under that name.
-    What had the name before is removed."""
-    for file in made.rglob("*"):
+def publish(temp: Path, final: Path) -> None:
+    """Flush a finished folder to disk and rename it to `final`, replacing what was there.
+
+    After a power cut, `final` is never incomplete.
+    """
+    for file in temp.rglob("*"):
         if file.is_file():
-            share(file)
+            apply_umask(file)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-    fsync_folder(made)
+    fsync_folder(temp)
     old = final.with_name(f"{final.name}.old-{os.getpid()}")
     if final.exists():
         final.replace(old)
-    made.replace(final)
+    temp.replace(final)
     fsync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def made_once(folder: Path, is_made: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
-    """A folder of the cache: made here, or waited for while another process makes it. Nobody sees it replaced. What a
-    killed process left of it is removed."""
-    if not is_made(folder):
+def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
+    """Build a folder of the cache, or wait while another process builds it.
+
+    A complete folder is never replaced. Leftovers of a killed process are removed.
+    """
+    if not is_complete(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            _sweep(folder.parent, folder.name)
-            if not is_made(folder):
-                make(folder)
+            _remove_leftovers(folder.parent, folder.name)
+            if not is_complete(folder):
+                build(folder)
     return folder
 
 
 @contextmanager
-def sole_maker(out: Path) -> Iterator[None]:
-    """Inside this block no other process makes what a command was asked for. Raises FolderError where one does, or has.
+def exclusive_output(out: Path) -> Iterator[None]:
+    """Keep other processes from writing the same output, in a `with` block.
 
-    Two that write the same half-made file would mix their models in it.
+    Raises FolderError if another process is writing it, or it exists.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(f".{out.name}.lock")
-    was_killed = lock.exists()  # one that ends removes it
+    was_killed = lock.exists()  # a process that ends normally removes its lock
     try:
-        held = FileLock(lock, timeout=0).acquire()
+        acquired = FileLock(lock, timeout=0).acquire()
     except Timeout:
         raise FolderError(
-            f"{out}: another process is making it", fix="wait for it, or give --out another name"
+            f"{out}: another process is writing it", fix="wait for it, or give --out another name"
         ) from None
-    with held:
+    with acquired:
         try:
             if out.exists():
-                raise FolderError(f"{out}: is there already", fix="give --out another name")
-            for half in _entries(out.parent) if was_killed else ():
-                if re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", half.name):
-                    shutil.rmtree(half)
+                raise FolderError(f"{out}: already exists", fix="give --out another name")
+            for entry in _entries(out.parent) if was_killed else ():
+                if re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", entry.name):
+                    shutil.rmtree(entry)
             yield
         finally:
-            if os.name == "posix":  # elsewhere a file that is open cannot be removed
+            if os.name == "posix":  # Windows cannot remove an open file
                 lock.unlink(missing_ok=True)
 
 
 def find_runs(folder: Path) -> list[RunFolder]:
-    """The runs in a folder of runs, oldest first."""
-    found = [RunFolder(entry) for entry in _entries(folder) if is_run(entry)]
-    return sorted(found, key=lambda run: run.recipe.stat().st_mtime)
+    """Return the runs in a folder, oldest first."""
+    runs = [RunFolder(entry) for entry in _entries(folder) if is_run(entry)]
+    return sorted(runs, key=lambda run: run.recipe.stat().st_mtime)
 
 
 def run_name(data: str) -> str:
-    """What a run on a data file is called, without its number."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip(".-")
-    return plain or "run"  # nothing is left of a name in another script
+    """Return the name of a run on a data file, without its number."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip(".-")
+    return name or "run"  # a name without ASCII letters leaves nothing
 
 
 def next_numbered(folder: Path, name: str) -> Path:
-    """runs/demo-1, runs/demo-2, ...: the first number that is free."""
-    taken = [
+    """Return FOLDER/NAME-N with N one above the highest number in use."""
+    numbers = [
         int(match[1]) for entry in _entries(folder) if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", entry.name))
     ]
-    return folder / f"{name}-{max(taken, default=0) + 1}"
+    return folder / f"{name}-{max(numbers, default=0) + 1}"

@@ -1,4 +1,4 @@
-"""lock.json: what a run was made of, so that it can be made again or told apart from another."""
+"""lock.json: the inputs and library versions of a run, to reproduce it and to detect changes on resume."""
 
 from __future__ import annotations
 
@@ -25,32 +25,33 @@ LIBRARIES = (
     "bitsandbytes",
 )
 
-# recipe values that do not change what is trained, or are held by their content (data) or fingerprint (model)
-HARMLESS = {
+# recipe fields that do not change the numbers, or whose content is compared instead (data: hash, model: fingerprint)
+IGNORED_FIELDS = {
     "out", "preset", "track", "model.name", "model.revision", "model.placement", "data.train", "data.eval",
     "data.columns", "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
     "train.timeout",
 }  # fmt: skip
-# the shape of what is trained, to which a checkpoint of another shape does not fit, and what counts at the start alone
-SHAPES = {
+# fields that decide the shapes of the trained weights or only count at the start of a run: a resume cannot change them
+FIXED_FIELDS = {
     "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
     "lora.new_tokens", "lora.init", "train.objective",
 }  # fmt: skip
-PARTS = ("base", "data", "template", "rewards")  # of a lock, each a hash
-GROUPS = {
+HASHED_PARTS = ("base", "data", "template", "rewards")  # of a lock
+FIELD_GROUPS = {  # names of --allow-changed that stand for several fields
     "lr": {"train.learning_rate"},
     "schedule": {"train.lr_scheduler", "train.warmup", "train.epochs", "train.max_steps"},
 }
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed libraries that decide a run's numbers."""
+    installed = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def sha256_file(path: Path) -> str:
@@ -67,7 +68,7 @@ def sha256_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A part of a run that is not what it was: its name, both values as text, and whether a resume may allow it."""
+    """A part of a run that has changed: its name, both values as text, and whether --allow-changed may name it."""
 
     name: str
     was: str
@@ -75,43 +76,47 @@ class Difference:
     allowable: bool = True
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """What decides a run's numbers and differs between two locks: base, data, template, functions that reward, each
-    recipe value that matters, and the major version of each library."""
-    found = []
-    for name in PARTS:
+def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Return the differences between two locks that can change a run's numbers.
+
+    Compared are the base, data, template and reward functions, the recipe values, and the major version of each
+    library.
+    """
+    changes = []
+    for name in HASHED_PARTS:
         was, now = old.get(name), new.get(name)
-        if _held(was) != _held(now):
-            found.append(Difference(name, _short(was), _short(now)))
+        if _fingerprint(was) != _fingerprint(now):
+            changes.append(Difference(name, _short(was), _short(now)))
     before, after = old.get("values", {}), new.get("values", {})
     for field in before:
-        if before[field] != after.get(field) and field not in HARMLESS:
-            found.append(Difference(field, str(before[field]), str(after.get(field)), field not in SHAPES))
+        if before[field] != after.get(field) and field not in IGNORED_FIELDS:
+            changes.append(Difference(field, str(before[field]), str(after.get(field)), field not in FIXED_FIELDS))
     for library, version_now in new["versions"].items():
         was = old["versions"].get(library, version_now)
         if was.partition(".")[0] != version_now.partition(".")[0]:
-            found.append(Difference("versions", f"{library} {was}", f"{library} {version_now}"))
-    return found
+            changes.append(Difference("versions", f"{library} {was}", f"{library} {version_now}"))
+    return changes
 
 
-def allowed(difference: Difference, names: Sequence[str]) -> bool:
-    """Whether one of the names (a field, its last part, `lr`, `schedule`) allows the difference."""
+def is_allowed(difference: Difference, names: Sequence[str]) -> bool:
+    """Return whether one of the names (a field, its last part, `lr` or `schedule`) allows the difference."""
     known = {difference.name, difference.name.rpartition(".")[2]}
-    known |= {group for group, fields in GROUPS.items() if difference.name in fields}
+    known |= {group for group, fields in FIELD_GROUPS.items() if difference.name in fields}
     return difference.allowable and not known.isdisjoint(names)
 
 
-def check_names(names: Iterable[str], fields: Iterable[str]) -> None:
-    """Raises InputError for a name that could allow nothing. fields: of the recipe."""
-    known = [*GROUPS, *PARTS, "versions", *(name for field in fields for name in (field, field.rpartition(".")[2]))]
+def check_allowed_names(names: Iterable[str], fields: Iterable[str]) -> None:
+    """Raise InputError for a name of --allow-changed that matches nothing. fields: the recipe's fields."""
+    groups = [*FIELD_GROUPS, *HASHED_PARTS, "versions"]
+    known = [*groups, *(name for field in fields for name in (field, field.rpartition(".")[2]))]
     for name in names:
         if name not in known:
             what = f"--allow-changed {name}: no such name{nearest(name, known)}"
-            raise InputError(what, fix=f"give {', '.join([*GROUPS, *PARTS, 'versions'])}, or a field of the recipe")
+            raise InputError(what, fix=f"give {', '.join(groups)}, or a recipe field")
 
 
-def _held(value: Any) -> Any:
-    """What a part is held to: of a base its fingerprint, wherever it lies."""
+def _fingerprint(value: Any) -> Any:
+    """Return the fingerprint of a base model, which may have moved, and any other part unchanged."""
     return value.get("fingerprint") if isinstance(value, Mapping) else value
 
 

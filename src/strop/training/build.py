@@ -1,78 +1,158 @@
-"""The model of a run: the frozen base, whole or this device's share of it, with adapters."""
+"""Build a run's model (the frozen base with adapters) and its Job."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import peft
 import torch
 from torch import nn
 
-from strop.config.schema import ModelSection, Recipe
+from strop.config.schema import ModelSection
 from strop.distributed.devices import Devices
 from strop.distributed.sharded import Sharded
+from strop.engine.decode.generate import Sampler, generation_stop_ids
+from strop.engine.step import step_for
 from strop.errors import RunError
+from strop.evaluation.metrics import parse_rewards
 from strop.models import loftq
 from strop.models.adapters import attach
-from strop.models.load import DTYPES, load_base
+from strop.models.load import DTYPES, load_base, stream_weights
 from strop.models.load_shard import load_share
-from strop.models.lora import add_lora, as_fp32, set_dropout
+from strop.models.lora import add_lora, as_fp32, set_dropout, trainable
 from strop.models.source import Source
+from strop.objectives.policy import PolicyLoss
 from strop.objectives.table import objective_of
+from strop.planning.choose import usable_bytes
+from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder, write_json
-from strop.training.preflight import Setup, start_adapter
+from strop.training.criteria import Criterion, criterion_for
+from strop.training.optim import make_optimizer
+from strop.training.preflight import Setup, find_start_adapter
+from strop.training.rollouts import PolicyCriterion, disable_model_dropout
+from strop.training.state import Job, Progress, TrainState, set_memory_options
 
 
-def build(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
-    """Base with adapters in train mode; the seed decides the adapters' first values and, from here on, dropout.
+def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
+    """Load the base, add adapters, and return the model in train mode.
 
-    resuming: the adapters' values come from a checkpoint."""
+    The seed decides the adapters' initial values and, from then on, dropout. resuming: the values will come from a
+    checkpoint.
+    """
     recipe = setup.resolved.recipe
     assert recipe.model.dtype != "auto"
-    base = _base(setup.source, recipe.model, devices)
+    base = _load_base(setup.source, recipe.model, devices)
     torch.manual_seed(recipe.seed)
-    start = start_adapter(recipe)
+    start, objective = find_start_adapter(recipe), objective_of(recipe.train)
+    scored = objective is not None and objective.scored
     if start is not None:
-        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
+        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=scored)[0])
         set_dropout(model, recipe.lora.dropout)
     else:
-        model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))
+        model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)
         if recipe.lora.init == "loftq" and not resuming:
             loftq.fill_in(model, setup.source)
     return model.train()
 
 
-def _base(source: Source, model: ModelSection, devices: Devices) -> nn.Module:
+def _load_base(source: Source, model: ModelSection, devices: Devices) -> nn.Module:
     where = source, DTYPES[model.dtype], model.device
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "quantization": model.quantization,
         "double": model.double_quantization,
         "resident_layers": model.resident_layers or 0,
     }
-    if devices.world == 1 or model.placement != "sharded":
-        return load_base(*where, **how)
-    with devices.together():
-        base, parts = load_share(*where, devices.rank, devices.world, **how)
+    if devices.world_size == 1 or model.placement != "sharded":
+        return load_base(*where, **options)
+    with devices.all_or_none():
+        base, parts = load_share(*where, devices.rank, devices.world_size, **options)
     devices.base = Sharded(parts, devices)
     return base
 
 
-def hold_to_lock(folder: RunFolder, devices: Devices) -> None:
-    """Writes down what the bytes of a sharded base are, of each layer; they are compared with what is gathered at the
-    first step. Raises RunError where the run was started with others."""
+def check_base_digests(folder: RunFolder, devices: Devices) -> None:
+    """Record the digests of a sharded base's layers in lock.json, or raise RunError if they differ from those there.
+
+    At the first step they are compared with what is gathered.
+    """
     if devices.base is None:
         return
-    found = devices.base.digests
-    with devices.together():
+    digests = devices.base.digests
+    with devices.all_or_none():
         lock = folder.read_lock()
-        before = lock.get("layers", {})
-        if differing := [name for name, digest in before.items() if found.get(name) != digest]:
-            what = f"{differing[0]} of the base is not what it was when this run was started"
-            raise RunError(what, fix="put the base back, or start a new run")
-        if devices.main and not before:
-            write_json(folder.lock, {**lock, "layers": found})
+        recorded = lock.get("layers", {})
+        if changed := [name for name, digest in recorded.items() if digests.get(name) != digest]:
+            what = f"{changed[0]} of the base has changed since this run was started"
+            raise RunError(what, fix="restore the base, or start a new run")
+        if devices.is_main and not recorded:
+            write_json(folder.lock, {**lock, "layers": digests})
 
 
-def _scored(recipe: Recipe) -> bool:
+def build_job(
+    folder: RunFolder,
+    setup: Setup,
+    model: peft.PeftModel,
+    log: EventLog,
+    devices: Devices,
+    sampler: Sampler | None = None,
+) -> Job:
+    """Return the job that trains `model`. sampler: samples a policy objective's completions, if not strop's engine."""
+    recipe, data, weights = setup.resolved.recipe, setup.data, trainable(model)
+    step = step_for(model, integers=recipe.train.int8_matmul)
+    state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
+    set_memory_options(state.progress, recipe.train)
+    base, section, stream = model.get_base_model(), recipe.model, None
+    if devices.base is not None:
+        step.gather(devices.base)
+    elif section.quantization != "none" and section.resident_layers:
+        scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
+        stream = partial(stream_weights, base, setup.source, *scheme)
+    criterion: Criterion
     objective = objective_of(recipe.train)
-    return objective is not None and objective.scored
+    if isinstance(objective, PolicyLoss):
+        disable_model_dropout(model)
+        criterion = PolicyCriterion(
+            objective,
+            recipe.train,
+            recipe.seed,
+            model,
+            setup.tokenizer,
+            (*data.renderer.end_ids, *generation_stop_ids(model.generation_config)),
+            parse_rewards(recipe.train.rewards),
+            weights,
+            log,
+            sampler=sampler,
+        )
+    else:
+        criterion = criterion_for(recipe.train, model, devices)
+    return Job(
+        recipe,
+        folder,
+        model,
+        step,
+        data.train_items or data.train,
+        data.eval_items or data.eval,
+        state,
+        log,
+        stream,
+        setup.memory_key,
+        usable_bytes(setup.machine, section.device),
+        criterion,
+        devices,
+    )
+
+
+def broadcast_weights(job: Job) -> None:
+    """Give all ranks the trainable weights of rank 0."""
+    if job.devices.world_size == 1:
+        return
+    weights = list(job.state.weights.values())
+    flat = torch.cat([weight.detach().float().flatten() for weight in weights])
+    job.devices.any_rank()
+    job.devices.broadcast(flat, 0)
+    offset = 0
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(flat[offset : offset + weight.numel()].view_as(weight))
+            offset += weight.numel()

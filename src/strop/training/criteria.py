@@ -1,6 +1,6 @@
-"""What a step makes smaller: the cross entropy of supervised tokens, or an objective of answers.
+"""Training losses: cross entropy of supervised tokens, and preference objectives (policy objectives: rollouts.py).
 
-The loop asks for a divisor, a loss sum and figures, and branches on none of them.
+The loop uses a Criterion only, and does not branch on the objective.
 """
 
 from __future__ import annotations
@@ -15,55 +15,60 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
-from strop.data.types import Example, Item, Unit
+from strop.data.types import Example, ExampleGroup, Item
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
 from strop.models.reward_head import head_of
-from strop.objectives.base_loss import Answers, Judged, Objective, Outcome
+from strop.objectives.preferences import AnswerLogprobs, PreferenceBatch, PreferenceLoss, PreferenceResult
 from strop.objectives.table import objective_of
 
 R = TypeVar("R")
-Figures = dict[str, Tensor]  # by name: a value of each unit that has one
-Cut = Callable[[Sequence[Item]], list[list[int]]]  # micro-batches out of items, as indices
-BLOCK = 64  # units that are cut into micro-batches together where nothing is trained
+Figures = dict[str, Tensor]  # by name: one value per row that has it
+Split = Callable[[Sequence[Item]], list[list[int]]]  # rows to micro-batches, as indices
+BLOCK = 64  # rows that are split into micro-batches together outside of training steps
 
 
 class Criterion(Protocol):
-    tells: ClassVar[bool]  # figures besides the loss
+    """What the loop minimizes.
+
+    has_figures: whether `loss` returns figures besides the loss.
+    """
+
+    has_figures: ClassVar[bool]
 
     @property
     def updates(self) -> int:
         """Optimizer steps on one effective batch."""
 
-    def begin(self, step: Step, items: Sequence[Item], index: int, cut: Cut) -> list[Item]:
-        """What the step `index` (from 0) trains on, of the rows of its effective batch."""
+    def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
+        """Return what step `index` (from 0) trains on, from the rows of its effective batch."""
 
     def longest(self, item: Item) -> Item:
-        """What a row becomes there, at its longest."""
+        """Return the longest that `prepare` can make of a row."""
 
     def divisor(self, items: Sequence[Item]) -> float:
-        """What the loss sum of these rows of an effective batch is divided by."""
+        """Return what the loss sum of an effective batch is divided by."""
 
-    def level(self, step: Step, items: Sequence[Item], cut: Cut) -> float:
-        """What the loss of each micro-batch needs to know of all of them."""
+    def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
+        """Return a value of the whole effective batch that the loss of each micro-batch needs."""
 
-    def loss(self, step: Step, items: Sequence[Item], level: float) -> tuple[Tensor, Figures]:
-        """The loss sum of a micro-batch, differentiable, and figures for people."""
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
+        """Return the loss sum of a micro-batch, differentiable, and figures for the log."""
 
-    def evaluate(self, step: Step, items: Sequence[Item], cut: Cut) -> dict[str, Any]:
-        """Of rows that are held out: {loss, ...}."""
+    def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
+        """Return {loss, ...} of held-out rows."""
 
 
-class AsTheyAre:
-    """Rows are trained on as they are."""
+class FixedRows:
+    """The part of a Criterion that trains on the rows as they were read."""
 
     @property
     def updates(self) -> int:
         return 1
 
-    def begin(self, step: Step, items: Sequence[Item], index: int, cut: Cut) -> list[Item]:
+    def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
         return list(items)
 
     def longest(self, item: Item) -> Item:
@@ -71,166 +76,188 @@ class AsTheyAre:
 
 
 @dataclass(frozen=True)
-class SupervisedTokens(AsTheyAre):
-    """Supervised fine-tuning: cross entropy, divided by the weight of the supervised tokens."""
+class SupervisedCriterion(FixedRows):
+    """Supervised fine-tuning: cross entropy, divided by the total weight of the supervised tokens."""
 
     devices: Devices = ALONE
-    tells: ClassVar[bool] = False
+    has_figures: ClassVar[bool] = False
 
     def divisor(self, items: Sequence[Item]) -> float:
-        return sum(float(example.weights.sum()) for example in _examples(items))
+        return sum(float(example.weights.sum()) for example in _as_examples(items))
 
-    def level(self, step: Step, items: Sequence[Item], cut: Cut) -> float:
+    def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
         return 0.0
 
-    def loss(self, step: Step, items: Sequence[Item], level: float) -> tuple[Tensor, Figures]:
-        return step.token_loss(_examples(items)), {}
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
+        return step.token_loss(_as_examples(items)), {}
 
-    def evaluate(self, step: Step, items: Sequence[Item], cut: Cut) -> dict[str, Any]:
-        return {"loss": mean_loss(step.token_loss, _examples(items), cut, devices=self.devices)}
+    def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
+        return {"loss": mean_loss(step.token_loss, _as_examples(items), split, devices=self.devices)}
 
 
 @dataclass(frozen=True)
-class OfAnswers(AsTheyAre):
-    """An objective of answers, divided by the number of units: a pair counts as one, however long it is."""
+class PreferenceCriterion(FixedRows):
+    """A preference objective, divided by the number of rows, whatever their length.
 
-    objective: Objective
+    head: of a reward model.
+    """
+
+    objective: PreferenceLoss
     options: TrainSection
-    head: nn.Module | None = None  # of a reward model
+    head: nn.Module | None = None
     devices: Devices = ALONE
-    tells: ClassVar[bool] = True
+    has_figures: ClassVar[bool] = True
 
     def divisor(self, items: Sequence[Item]) -> float:
         return float(len(items))
 
-    def level(self, step: Step, items: Sequence[Item], cut: Cut) -> float:
-        """The mean change of answers to other prompts, never below 0 (KTO); 0 where the objective has no use for it."""
-        if not self.objective.level:
+    def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
+        """Return KTO's divergence: the mean log-ratio of answers to other prompts, at least 0; else 0."""
+        if not self.objective.needs_divergence:
             return 0.0
 
-        def change(rows: Sequence[int]) -> list[float]:
-            chosen = [unit for unit in _units([items[row] for row in rows]) if unit.beside]
-            if not chosen:
+        def log_ratios(rows: Sequence[int]) -> list[float]:
+            units = [unit for unit in _as_units([items[row] for row in rows]) if unit.kl_examples]
+            if not units:
                 return []
-            sums = beside(step, chosen)
-            found: list[float] = (sums - _reference(chosen, 1, sums)).tolist()
-            return found
+            sums = mismatched_logprobs(step, units)
+            ratios: list[float] = (sums - _reference(units, 1, sums)).tolist()
+            return ratios
 
         with torch.no_grad():
-            changes = [one for many in self._each(items, cut, change) for one in many]
+            changes = [change for group in self._map(items, split, log_ratios) for change in group]
         return max(0.0, float(torch.tensor(changes, dtype=torch.float64).mean())) if changes else 0.0
 
-    def _each(self, items: Sequence[Item], cut: Cut, compute: Callable[[Sequence[int]], R]) -> list[R]:
-        """`compute` of the rows of each micro-batch, dealt out to the devices."""
-        return self.devices.each(list(blocks(items, cut)), compute, lambda rows: sum(len(items[row]) for row in rows))
+    def _map(self, items: Sequence[Item], split: Split, compute: Callable[[Sequence[int]], R]) -> list[R]:
+        """Return `compute` of the rows of each micro-batch, distributed over the devices."""
+        groups = list(micro_batches_of(items, split))
+        return self.devices.map(groups, compute, lambda rows: sum(len(items[row]) for row in rows))
 
-    def loss(self, step: Step, items: Sequence[Item], level: float) -> tuple[Tensor, Figures]:
-        units = _units(items)
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
+        units = _as_units(items)
+        return self.loss_of_sums(self.sums(step, units), units, statistic)
+
+    def loss_of_sums(
+        self, sums: Sequence[Tensor], units: Sequence[ExampleGroup], statistic: float
+    ) -> tuple[Tensor, Figures]:
+        """As `loss`, from the sums of log-probabilities (or scores) of each answer."""
         answers = [
-            Answers(sums, _counts(units, side, sums), _reference(units, side, sums))
-            for side, sums in enumerate(self.sums(step, units))
+            AnswerLogprobs(values, _token_counts(units, side, values), _reference(units, side, values))
+            for side, values in enumerate(sums)
         ]
         desirable = torch.tensor([unit.desirable for unit in units], device=answers[0].sums.device)
-        outcome = self.objective.loss(Judged(tuple(answers), desirable, level), self.options)
-        return outcome.losses.sum(), self._figures(answers, desirable, outcome, level)
+        result = self.objective.compute(PreferenceBatch(tuple(answers), desirable, statistic), self.options)
+        return result.losses.sum(), self._figures(answers, desirable, result, statistic)
 
-    def sums(self, step: Step, units: Sequence[Unit]) -> list[Tensor]:
-        """What the objective learns of each answer: its log-probability, or its score; (N,) for each side."""
+    def sums(self, step: Step, units: Sequence[ExampleGroup]) -> list[Tensor]:
+        """Return the log-probability, or the reward model's score, of each answer: (N,) fp64 for each side."""
         if not self.objective.scored:
-            return log_probs(step, units)
+            return answer_logprobs(step, units)
         assert self.head is not None, "a reward model has a head"
         hidden = step.last_hidden([example for unit in units for example in unit.examples])
         scores: Tensor = self.head(hidden.float())
         return list(scores.double().view(len(units), -1).unbind(1))
 
-    def _figures(self, answers: Sequence[Answers], desirable: Tensor, outcome: Outcome, level: float) -> Figures:
+    def _figures(
+        self, answers: Sequence[AnswerLogprobs], desirable: Tensor, result: PreferenceResult, divergence: float
+    ) -> Figures:
         with torch.no_grad():
-            rewards = [reward.detach() for reward in outcome.rewards]
+            rewards = [reward.detach() for reward in result.rewards]
             nats = [] if self.objective.scored else [answer.mean.detach() for answer in answers]
-            moved = [(answer.change / answer.counts).detach() for answer in answers] if self.objective.reference else []
+            changes = [answer.change_per_token.detach() for answer in answers] if self.objective.reference else []
             if len(answers) == 2:
-                found: Figures = {"accuracy": (rewards[0] > rewards[1]).double(), "margin": rewards[0] - rewards[1]}
+                figures: Figures = {"accuracy": (rewards[0] > rewards[1]).double(), "margin": rewards[0] - rewards[1]}
                 sides = {"chosen": 0, "rejected": 1}
-                picked = {name: torch.ones_like(desirable) for name in sides}
+                masks = {name: torch.ones_like(desirable) for name in sides}
             else:
-                found = {"accuracy": ((answers[0].change.detach() > level) == desirable).double()}
-                found["kl"] = torch.full_like(rewards[0], level)
+                figures = {"accuracy": ((answers[0].change.detach() > divergence) == desirable).double()}
+                figures["kl"] = torch.full_like(rewards[0], divergence)
                 sides = {"desirable": 0, "undesirable": 0}
-                picked = {"desirable": desirable, "undesirable": ~desirable}
+                masks = {"desirable": desirable, "undesirable": ~desirable}
             for name, side in sides.items():
-                found[f"{name}_reward"] = rewards[side][picked[name]]
+                figures[f"{name}_reward"] = rewards[side][masks[name]]
                 if nats:
-                    found[f"{name}_nats"] = nats[side][picked[name]]
-                if moved:
-                    found[f"{name}_change"] = moved[side][picked[name]]
-        return found
+                    figures[f"{name}_nats"] = nats[side][masks[name]]
+                if changes:
+                    figures[f"{name}_change"] = changes[side][masks[name]]
+        return figures
 
-    def evaluate(self, step: Step, items: Sequence[Item], cut: Cut) -> dict[str, Any]:
-        """{loss, accuracy, accuracy_interval, margin and margin_interval (of pairs), the other figures' means};
-        a loss that is NaN, alone, where something is not finite."""
-        level = self.level(step, items, cut)
+    def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
+        """Return {loss, accuracy, accuracy_interval, (pairs:) margin, margin_interval, means of the other figures}.
 
-        def look(rows: Sequence[int]) -> tuple[float, dict[str, list[float]]]:
-            loss, figures = self.loss(step, [items[row] for row in rows], level)
+        If a value is not finite, the result is {loss: NaN}.
+        """
+        statistic = self.statistic(step, items, split)
+
+        def loss_and_figures(rows: Sequence[int]) -> tuple[float, dict[str, list[float]]]:
+            loss, figures = self.loss(step, [items[row] for row in rows], statistic)
             return float(loss), {name: values.tolist() for name, values in figures.items()}
 
         with torch.no_grad():
-            parts = self._each(items, cut, look)
+            parts = self._map(items, split, loss_and_figures)
         values = {name: [x for _, part in parts for x in part[name]] for name in parts[0][1]}
         total = 0.0
         for loss, _ in parts:
             total += loss
-        if not all(math.isfinite(x) for x in (total, *(x for many in values.values() for x in many))):
-            return {"loss": math.nan}  # no mean and no interval of it says anything
-        found: dict[str, Any] = {"loss": total / len(items)}
-        found |= {name: statistics.fmean(many) for name, many in values.items() if many}
+        if not all(math.isfinite(x) for x in (total, *(x for column in values.values() for x in column))):
+            return {"loss": math.nan}
+        result: dict[str, Any] = {"loss": total / len(items)}
+        result |= {name: statistics.fmean(column) for name, column in values.items() if column}
         hits = values["accuracy"]
-        found["accuracy_interval"] = list(wilson(round(sum(hits)), len(hits)))
+        result["accuracy_interval"] = list(wilson(round(sum(hits)), len(hits)))
         if len(values.get("margin", ())) > 1:
-            reach = Z_95 * statistics.stdev(values["margin"]) / math.sqrt(len(hits))
-            found["margin_interval"] = [found["margin"] - reach, found["margin"] + reach]
-        return found
+            half_width = Z_95 * statistics.stdev(values["margin"]) / math.sqrt(len(hits))
+            result["margin_interval"] = [result["margin"] - half_width, result["margin"] + half_width]
+        return result
 
 
 def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: Devices = ALONE) -> Criterion:
-    """What a recipe's objective has made smaller. model: with adapters, and the head of a reward model."""
+    """Return the Criterion of supervised fine-tuning or a preference objective.
+
+    model: with adapters and, for a reward model, its head.
+    """
     objective = objective_of(train)
-    assert objective is None or objective.learning != "prompts", "see groups.OfGroups"
     if objective is None:
-        return SupervisedTokens(devices)
+        return SupervisedCriterion(devices)
+    assert isinstance(objective, PreferenceLoss), "policy objectives: see rollouts.PolicyCriterion"
     head = head_of(model) if objective.scored and model is not None else None
-    return OfAnswers(objective, train, head, devices)
+    return PreferenceCriterion(objective, train, head, devices)
 
 
-def blocks(items: Sequence[Item], cut: Cut) -> Iterator[list[int]]:
-    """The rows by micro-batch, so many cut together that any number has the same cuts."""
+def is_scored(criterion: Criterion) -> bool:
+    """Return whether the criterion trains the score of a reward model."""
+    return isinstance(criterion, PreferenceCriterion) and criterion.objective.scored
+
+
+def micro_batches_of(items: Sequence[Item], split: Split) -> Iterator[list[int]]:
+    """Yield the rows of each micro-batch. Blocks of fixed size give the same micro-batches on any number of devices."""
     for begin in range(0, len(items), BLOCK):
-        block = _units(items[begin : begin + BLOCK])
-        yield from ([begin + row for row in group] for group in cut(block))
+        block = _as_units(items[begin : begin + BLOCK])
+        yield from ([begin + row for row in group] for group in split(block))
 
 
-def log_probs(step: Step, units: Sequence[Unit]) -> list[Tensor]:
-    """Of the answers that are trained on, side by side: (N,) for each, fp64, differentiable."""
-    found = step.log_probs([example for unit in units for example in unit.examples])
-    return list(found.view(len(units), -1).unbind(1))
+def answer_logprobs(step: Step, units: Sequence[ExampleGroup]) -> list[Tensor]:
+    """Return the log-probabilities of the trained answers: (N,) fp64 for each side, differentiable."""
+    sums = step.log_probs([example for unit in units for example in unit.examples])
+    return list(sums.view(len(units), -1).unbind(1))
 
 
-def beside(step: Step, units: Sequence[Unit]) -> Tensor:
-    """Of the answers to other prompts, (N,); each unit has one."""
-    return step.log_probs([example for unit in units for example in unit.beside])
+def mismatched_logprobs(step: Step, units: Sequence[ExampleGroup]) -> Tensor:
+    """Return the log-probabilities of each unit's answer to another prompt, (N,); each unit has one."""
+    return step.log_probs([example for unit in units for example in unit.kl_examples])
 
 
-def _counts(units: Sequence[Unit], side: int, like: Tensor) -> Tensor:
+def _token_counts(units: Sequence[ExampleGroup], side: int, like: Tensor) -> Tensor:
     return like.new_tensor([float(unit.examples[side].weights.sum()) for unit in units])
 
 
-def _reference(units: Sequence[Unit], place: int, like: Tensor) -> Tensor:
-    return like.new_tensor([unit.reference[place] if unit.reference else 0.0 for unit in units])
+def _reference(units: Sequence[ExampleGroup], column: int, like: Tensor) -> Tensor:
+    return like.new_tensor([unit.reference_logprobs[column] if unit.reference_logprobs else 0.0 for unit in units])
 
 
-def _examples(items: Sequence[Item]) -> Sequence[Example]:
+def _as_examples(items: Sequence[Item]) -> Sequence[Example]:
     return cast("Sequence[Example]", items)
 
 
-def _units(items: Sequence[Item]) -> list[Unit]:
-    return list(cast("Sequence[Unit]", items))
+def _as_units(items: Sequence[Item]) -> list[ExampleGroup]:
+    return list(cast("Sequence[ExampleGroup]", items))

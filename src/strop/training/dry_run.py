@@ -1,7 +1,7 @@
-"""What a run will need at its peak, and the largest micro-batch tried before the first step.
+"""Try the model on the run's rows before the first step: memory of the largest micro-batch, int8 accuracy, causality.
 
-A run that would find no memory in its second hour finds none in its first minute. What is tried leaves no trace in the
-numbers: its gradients are dropped and the random generators put back.
+A run that would run out of memory in its second hour does so in its first minute. Nothing tried here changes the
+results: gradients are dropped and the random generators restored.
 """
 
 from __future__ import annotations
@@ -10,68 +10,92 @@ import heapq
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
+from typing import Any, cast
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from strop.data.types import Example, Item
 from strop.engine.device import pick_dtype
+from strop.engine.step import Step, step_for
 from strop.engine.train.packing import pack, pack_apart
-from strop.machine.memory import MemoryMark
-from strop.machine.probe import probe
+from strop.errors import ModelError, RunError
+from strop.machine.memory import MemoryMark, MemoryWatch
+from strop.machine.probe import Machine, probe
 from strop.machine.rates import known_precision
-from strop.objectives.table import drawn_tokens
+from strop.models.introspect import AHEAD, sees_ahead
+from strop.objectives.table import max_completion_tokens
 from strop.planning.activations import MicroBatch, at_peak
+from strop.planning.choose import usable_bytes
 from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
 from strop.planning.time import has_bf16
 from strop.planning.workload import Workload
-from strop.training.criteria import OfAnswers
-from strop.training.job import Job, stream_of
-from strop.training.oom import go_on_shrunk, micro_batches, within_memory
-from strop.training.state import random_states, set_random_states
+from strop.training.criteria import is_scored
+from strop.training.oom import apply_memory_settings, micro_batches, within_memory
+from strop.training.state import Job, batch_stream, random_states, set_random_states
 
 LOG = logging.getLogger(__name__)
 
-LOOKED_AT = 20_000  # steps, from the first
-LOOKED_AT_ROWS = 50_000  # where that is more than an epoch: later ones have the same rows in another order
-LAID_OUT = 32  # micro-batches that are packed to see what they need, of those that need most by their rows' lengths
-FAR_BELOW = 0.5  # of what may be used: no prediction was ever off by as much
+MAX_STEPS = 20_000  # that the largest micro-batch is searched in
+MAX_ROWS = 50_000  # the same if an epoch is shorter, because later epochs have the same rows in another order
+MAX_PACKED = 32  # micro-batches that are packed to predict their memory exactly, the largest by row lengths
+SAFE_SHARE = 0.5  # of the usable memory: no prediction was ever off by a factor of two
+
+INT8_TOKENS = 512  # of the rows that int8 matmuls are compared on
+INT8_MAX_LOSS_ERROR, INT8_MAX_GRADIENT_ERROR = 1e-3, 0.02  # relative; of the gradient by its norm
+
+CAUSAL_TOKENS = 32  # of the row that is tried; tokens of its second half are changed, then those of its first quarter
+CAUSAL_MAX_CHANGE = 5e-3  # nats: median change of log-probabilities by tokens that come later
+CAUSAL_MAX_SHARE = 0.15  # the same as a share of the change by earlier tokens
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """items: the micro-batch that needs most. phases: of the run, with that micro-batch. off_bytes: by how much the
-    rehearsal needed more than was predicted; None where nothing was rehearsed."""
+    """items: the micro-batch that needs most memory. phases: of the run, with that micro-batch.
+
+    error_bytes: measured minus predicted bytes of the dry run; None without one.
+    """
 
     items: list[Item]
     batch: MicroBatch
     phases: dict[str, Phase]
-    off_bytes: int | None = None
+    error_bytes: int | None = None
 
     def peak_bytes(self, device: str) -> int:
-        """What MemoryMark.peak_bytes will say at the run's end; on CUDA the allocator's own, without the context."""
+        """Predict MemoryMark.peak_bytes at the end of the run (on CUDA: of the allocator, without the context)."""
         used = [self.phases[name] for name in ("load", "draw", "train") if name in self.phases]
-        context = device.startswith("cuda")
-        return max(phase.peak_bytes - (phase.parts["framework"] if context else 0) for phase in used)
+        has_context = device.startswith("cuda")
+        return max(phase.peak_bytes - (phase.parts["framework"] if has_context else 0) for phase in used)
 
-    def rehearsed_bytes(self, device: str) -> int:
-        """What it will say after the rehearsal: without the optimizer's state and what earlier micro-batches leave."""
+    def dry_run_bytes(self, device: str) -> int:
+        """Predict it after the dry run: without optimizer state and what earlier micro-batches leave."""
         step = self.phases["train"]
         later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.more else 0)
         context = step.parts["framework"] if device.startswith("cuda") else 0
         return max(self.phases["load"].peak_bytes, step.peak_bytes - later) - context
 
     def calibrated_bytes(self, device: str) -> int | None:
-        """peak_bytes, moved by what the rehearsal has shown."""
-        return None if self.off_bytes is None else max(0, self.peak_bytes(device) + self.off_bytes)
+        """Return peak_bytes corrected by the error of the dry run."""
+        return None if self.error_bytes is None else max(0, self.peak_bytes(device) + self.error_bytes)
 
     @property
     def needed_bytes(self) -> int:
         return max(self.phases[name].needed_bytes for name in ("load", "train"))
 
 
+def watch_memory(job: Job, machine: Machine) -> int:
+    """Return the memory that the run may use, in bytes. On a CPU, make the step raise an error beyond its limit."""
+    device = str(job.recipe.model.device)
+    if device == "cpu":  # CUDA reports out of memory by itself
+        free = probe().free_bytes // job.devices.local_world_size
+        job.step.watch(MemoryWatch(machine.memory_bytes, free))
+    return usable_bytes(machine, device)
+
+
 def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
-    """By the rows themselves: which of them stand in a micro-batch, what prefix they share, what is supervised."""
+    """Predict the run's memory from its rows: their micro-batches, shared prefixes and supervised tokens."""
     setting = setting.replace(step=job.step.name)
     if job.state.progress.recompute:
         setting = setting.replace(checkpointed_layers=setting.shape.layers)
@@ -79,56 +103,60 @@ def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
         setting = setting.replace(offload=True)
     if job.state.progress.streamed:
         setting = setting.replace(resident_layers=0)
-    tiles = setting.compute.attention_tiles
-    found = [(items, batch_of(job, items, more, tiles)) for items, more in _candidates(job, setting)]
-    items, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
-    made = phases(setting, batch, _asked(job), usable, _drawn(job), dtype=_answers_in(job.recipe.model.device))
-    return Forecast(items, batch, made)
+    candidates = [
+        (items, describe_batch(job, items, more, setting.compute.attention_tiles))
+        for items, more in _largest_batches(job, setting)
+    ]
+    items, batch = max(candidates, key=lambda pair: at_peak(setting, pair[1]).total)
+    dtype = _decode_dtype(job.recipe.model.device)
+    return Forecast(items, batch, phases(setting, batch, _evaluation(job), usable, _sampling(job), dtype=dtype))
 
 
-def _answers_in(device: str) -> str:
-    """What a command that answers would compute in. A CPU that has not tried it is not made to now, beside a model."""
+def _decode_dtype(device: str) -> str:
+    """Return the dtype that decoding uses. On a CPU whose precision is unknown it is guessed, not measured."""
     if device != "cpu":
         return pick_dtype(device)[0]
     known = known_precision(probe(), torch.get_num_threads())
     return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
-def _asked(job: Job) -> EvaluationLoad:
-    """What an evaluation of rows like these asks."""
-    rows = (job.train[row] for row in range(min(len(job.train), LOOKED_AT)))
+def _evaluation(job: Job) -> EvaluationLoad:
+    """Return the size of an evaluation on rows like these."""
+    rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
     examples = (example for row in rows for example in row.examples)
-    return EvaluationLoad.of([(len(one), one.supervised) for one in examples], job.recipe.data.max_length)
+    return EvaluationLoad.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
 
 
-def _drawn(job: Job) -> RolloutLoad | None:
-    """What a step draws, behind the longest prompt there is."""
-    if not drawn_tokens(job.recipe.train):
+def _sampling(job: Job) -> RolloutLoad | None:
+    """Return what a step samples after the longest prompt, or None."""
+    if not max_completion_tokens(job.recipe.train):
         return None
-    return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), LOOKED_AT))))
+    return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
 
 
-def batch_of(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
-    """A micro-batch as the step computes it: packed behind shared prefixes, or padded to the longest row."""
+def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
+    """Return the sizes of a micro-batch as the step computes it: packed with shared prefixes, or padded."""
     examples = [example for item in items for example in item.examples]
     supervised = sum(example.supervised for example in examples)
     if not job.step.packed:
         longest = max(len(example) for example in examples)
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
-    lay_out = pack if isinstance(items[0], Example) else pack_apart
-    packed = lay_out(examples, prefix_sharing=job.step.shares, device=torch.device("cpu"))
+    pack_examples = pack if isinstance(items[0], Example) else pack_apart
+    packed = pack_examples(examples, prefix_sharing=job.step.shares, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
-    scored = isinstance(job.criterion, OfAnswers) and job.criterion.objective.scored
-    return MicroBatch(len(packed.ids), len(examples) if scored else len(packed.picked), documents, more)
+    num_outputs = len(examples) if is_scored(job.criterion) else len(packed.picked)
+    return MicroBatch(len(packed.ids), num_outputs, documents, more)
 
 
-def _candidates(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
-    """The micro-batches that need most by their rows' lengths, and whether others share their step. What the prefix of
-    a micro-batch saves, packing alone can tell."""
-    found: list[tuple[int, tuple[int, ...], bool]] = []
-    stream = stream_of(job.recipe, len(job.train))
-    enough = max(stream.steps_per_epoch, LOOKED_AT_ROWS // stream.batch_size)
-    for step in islice(stream, min(LOOKED_AT, enough)):
+def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
+    """Return the micro-batches that need most by their rows' lengths, and whether others share their step.
+
+    What a shared prefix saves is known only after packing.
+    """
+    sizes: list[tuple[int, tuple[int, ...], bool]] = []
+    stream = batch_stream(job.recipe, len(job.train))
+    steps = max(stream.steps_per_epoch, MAX_ROWS // stream.batch_size)
+    for step in islice(stream, min(MAX_STEPS, steps)):
         items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:
@@ -136,46 +164,126 @@ def _candidates(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
             lengths = [len(example) for item in chosen for example in item.examples]
             batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
             batch = replace(batch, supervised=sum(item.supervised for item in chosen))
-            found.append((at_peak(setting, batch).total, tuple(step.rows[row] for row in group), more))
-    largest = heapq.nlargest(LAID_OUT, found)
+            sizes.append((at_peak(setting, batch).total, tuple(step.rows[row] for row in group), more))
+    largest = heapq.nlargest(MAX_PACKED, sizes)
     return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
-def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
-    """Forward and backward of the largest micro-batch, unless the forecast is far below what may be used; gives the
-    forecast with what was learned.
+def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
+    """Run forward and backward of the largest micro-batch, and return the forecast with the measured error.
 
-    Micro-batches shrink as they would in a step; raises MemoryLimitError where nothing is left to save.
+    Skipped if the forecast fits easily. Micro-batches shrink as they would in a step. Raises MemoryLimitError if no
+    reduction is left.
     """
-    go_on_shrunk(job)  # as the steps will be computed
-    tokens = expected.batch.tokens
-    said = {"tokens": tokens, "predicted_bytes": expected.peak_bytes(memory.device), "usable_bytes": usable}
-    said["mapped_bytes"] = expected.phases["train"].parts["mapped_files"]
-    (near,) = job.devices.agree(expected.needed_bytes >= FAR_BELOW * usable)
-    if not near:
-        job.log.emit("rehearsal", done=False, **said)
+    apply_memory_settings(job)
+    fields = {
+        "tokens": expected.batch.tokens,
+        "predicted_bytes": expected.peak_bytes(memory.device),
+        "usable_bytes": usable,
+        "mapped_bytes": expected.phases["train"].parts["mapped_files"],
+    }
+    (needed,) = job.devices.any_rank(expected.needed_bytes >= SAFE_SHARE * usable)
+    if not needed:
+        job.log.emit("rehearsal", done=False, **fields)
         return expected
     LOG.info("trying the largest micro-batch")
     device = job.state.device
-    random, shape = random_states(device), _shape(job)
+    random, options = random_states(device), _memory_options(job)
 
     def compute(group: list[int]) -> None:
         loss, _ = job.criterion.loss(job.step, [expected.items[row] for row in group], 0.0)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def all_groups() -> None:
-        job.devices.turns(lambda rank: micro_batches(job, expected.items), compute, backward=True)
+    def compute_all() -> None:
+        job.devices.run_passes(lambda rank: micro_batches(job, expected.items), compute, backward=True)
 
-    within_memory(job, expected.items, all_groups)
+    within_memory(job, expected.items, compute_all)
     job.state.optimizer.zero_grad(set_to_none=True)
     set_random_states(random, device)
     measured = memory.peak_bytes()
-    job.log.emit("rehearsal", done=True, measured_bytes=measured, **said)
-    if _shape(job) != shape:  # it was tried in other shapes than it was predicted for
+    job.log.emit("rehearsal", done=True, measured_bytes=measured, **fields)
+    if _memory_options(job) != options:  # the prediction was for other options
         return expected
-    return replace(expected, off_bytes=measured - expected.rehearsed_bytes(memory.device))
+    return replace(expected, error_bytes=measured - expected.dry_run_bytes(memory.device))
 
 
-def _shape(job: Job) -> tuple[int, bool, bool, bool]:
+def _memory_options(job: Job) -> tuple[int, bool, bool, bool]:
     progress = job.state.progress
     return progress.halvings, progress.recompute, progress.offload, progress.streamed
+
+
+def check_int8(job: Job, items: Sequence[Item]) -> None:
+    """Compare loss and gradient with int8 matmuls to those in fp32, on the shortest of these rows.
+
+    Raises RunError if they differ too much, or if the plain step trains the model.
+    """
+    if job.step.name == "plain":
+        what = f"train.int8_matmul: the plain step does not support it: {job.step.why}"
+        raise RunError(what, fix="leave train.int8_matmul out")
+    rows = _shortest(items)
+    with job.devices.all_or_none():
+        loss, gradient = _loss_and_gradient(job, job.step, rows)
+        true_loss, true_gradient = _loss_and_gradient(job, step_for(job.model), rows)
+        loss_error = abs(loss - true_loss) / max(abs(true_loss), 1e-12)
+        gradient_error = float(
+            torch.linalg.vector_norm(gradient - true_gradient) / torch.linalg.vector_norm(true_gradient)
+        )
+        errors = f"relative error {loss_error:.1e} of the loss and {gradient_error:.1e} of the gradient against fp32"
+        if not (loss_error <= INT8_MAX_LOSS_ERROR and gradient_error <= INT8_MAX_GRADIENT_ERROR):  # true for NaN
+            limits = f"{INT8_MAX_LOSS_ERROR:.0e} and {INT8_MAX_GRADIENT_ERROR:.0e}"
+            what = f"train.int8_matmul: {errors}, more than {limits}"
+            raise RunError(what, fix="leave train.int8_matmul out for this model")
+    job.log.emit("note", text=f"frozen weights are multiplied in 8-bit integers: {errors} on {len(rows)} rows")
+
+
+def _shortest(items: Sequence[Item]) -> list[Item]:
+    lengths = [sum(map(len, item.examples)) for item in items]
+    order = sorted(range(len(items)), key=lengths.__getitem__)
+    ends = accumulate(lengths[row] for row in order)
+    return [items[row] for row, end in zip(order, ends, strict=True) if end <= INT8_TOKENS] or [items[order[0]]]
+
+
+def _loss_and_gradient(job: Job, step: Step, rows: Sequence[Item]) -> tuple[float, Tensor]:
+    random = random_states(job.state.device)
+    loss, _ = job.criterion.loss(step, rows, 0.0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = torch.cat([weight.grad.flatten() for weight in job.state.weights.values() if weight.grad is not None])
+    job.state.optimizer.zero_grad(set_to_none=True)
+    step.release()
+    set_random_states(random, job.state.device)
+    return float(loss.detach()), gradient
+
+
+def check_causal(job: Job, items: Sequence[Item]) -> None:
+    """Raise ModelError if the plain step's tokens depend on later tokens.
+
+    A model that is not a decoder sees the token it is to predict: its loss falls and it learns nothing. The fast step
+    is causal by construction, and a reward model predicts no token.
+    """
+    if job.step.name != "plain" or is_scored(job.criterion):
+        return
+    config = cast(Any, job.model).config
+    fix = "use a decoder-only language model; BERT-like models need is_decoder in their config"
+    if why := sees_ahead(config):
+        raise ModelError(why, fix=fix)
+    rows = _changed_rows(items)
+    job.model.eval()
+    with job.devices.all_or_none(), torch.no_grad():
+        [logprobs] = job.devices.run_passes(lambda rank: [rows], job.step.token_log_probs, backward=False)
+    original, changed_later, changed_earlier = logprobs.view(3, -1)
+    job.model.train()
+    job.step.release()
+    by_later, by_earlier = (float((changed - original).abs().median()) for changed in (changed_later, changed_earlier))
+    if by_later > max(CAUSAL_MAX_CHANGE, CAUSAL_MAX_SHARE * by_earlier):
+        raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)
+
+
+def _changed_rows(items: Sequence[Item]) -> list[Example]:
+    """Return a row, and two copies with other tokens after and before the supervised ones."""
+    longest = max((example for item in items for example in item.examples), key=len)
+    half, quarter, positions = CAUSAL_TOKENS // 2, CAUSAL_TOKENS // 4, np.arange(CAUSAL_TOKENS)
+    weights = ((positions > quarter) & (positions < half)).astype(np.float32)
+    ids = np.resize(longest.ids, CAUSAL_TOKENS)
+    changed_later = np.where(positions >= half, ids[::-1], ids)
+    changed_earlier = np.where(positions < quarter, ids[::-1], ids)
+    return [replace(longest, ids=row, weights=weights) for row in (ids, changed_later, changed_earlier)]

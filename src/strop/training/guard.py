@@ -1,7 +1,7 @@
-"""Keeps a bad step from the weights: looks at each loss and gradient norm before the optimizer moves.
+"""Keep bad steps from the weights: check each loss and gradient norm before the optimizer's update.
 
-It adds no work on the device: both numbers are read once a step anyway. Its whole memory is in Progress, so that a
-resumed run decides as the unbroken one would have.
+The checks add no work on the device, because both values are read once per step anyway. All their memory is in
+Progress, so that a resumed run decides as the unbroken one would have.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from strop.errors import RunError
 if TYPE_CHECKING:
     from strop.training.state import Progress, TrainState
 
-IN_A_ROW = 3  # bad steps in a row that call for more than passing them over
-RATE_CUT = 0.25  # what the learning rate is multiplied by after a roll-back
-RECENT = 64  # good losses that the bound is made of
-ENOUGH = 16  # of them, before there is a bound
-SIGMAS, NATS = 8.0, 1.0  # the bound lies this far above their median, whichever is more
-FALLEN = 1.0  # nats a token that good answers may lose before it is told
-MOST_OFF = 0.1  # nats a token between the engine that drew an answer and the step
-SAME = 1e-6
-FAR = 10.0  # one loss beyond this many times that distance is enough
+MAX_STREAK = 3  # consecutive bad steps that cause a rollback
+RATE_CUT = 0.25  # factor of the learning rate after a rollback
+RECENT = 64  # good losses that the bound is computed from
+MIN_RECENT = 16  # of them, before there is a bound
+SIGMAS, NATS = 8.0, 1.0  # distance of the bound from their median: the larger of the two
+MAX_DROP = 1.0  # nats per token that good answers may lose before a warning
+MAX_LOGPROB_GAP = 0.1  # nats per token between the engine that sampled a completion and the training step
+MAX_START_KL = 1e-6
+FAR = 10.0  # a single loss beyond this many times the distance causes a rollback
 
 
 class Verdict(Enum):
-    """What becomes of a step. DOUBTFUL: the loss is beyond the bound, the step is still taken."""
+    """What to do with a step. DOUBTFUL: the loss is beyond the bound, and the update is still applied."""
 
     GOOD = "good"
     DOUBTFUL = "doubtful"
@@ -41,7 +41,7 @@ class Verdict(Enum):
 
 
 class Diverged(Exception):
-    """The run must go back to its last good checkpoint. `progress.streak` holds the steps to blame."""
+    """The run must return to its last good checkpoint. `progress.streak` has the bad steps."""
 
     def __init__(self, why: str, *, finite: bool) -> None:
         super().__init__(why)
@@ -49,107 +49,107 @@ class Diverged(Exception):
         self.finite = finite
 
 
-def look(progress: Progress, loss: float, grad_norm: float) -> Verdict:
-    """The verdict on the step that is about to be taken, noted in `progress`."""
+def judge_step(progress: Progress, loss: float, grad_norm: float) -> Verdict:
+    """Return the verdict on the step before its update, and record it in `progress`."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         verdict = Verdict.NOT_FINITE
     else:
-        middle, reach = _bound(progress.recent)
-        if loss <= middle + reach:
+        median, distance = _loss_bound(progress.recent)
+        if loss <= median + distance:
             progress.recent = [*progress.recent[-RECENT + 1 :], loss]
             progress.streak = []
             return Verdict.GOOD
-        verdict = Verdict.ROLL_BACK if loss > middle + FAR * reach else Verdict.DOUBTFUL
+        verdict = Verdict.ROLL_BACK if loss > median + FAR * distance else Verdict.DOUBTFUL
     progress.streak = [*progress.streak, progress.step]
-    return Verdict.ROLL_BACK if len(progress.streak) >= IN_A_ROW else verdict
+    return Verdict.ROLL_BACK if len(progress.streak) >= MAX_STREAK else verdict
 
 
-def _bound(recent: list[float]) -> tuple[float, float]:
-    """(median, distance) of good losses; the spread is the median absolute deviation, which outliers do not move."""
-    if len(recent) < ENOUGH:
+def _loss_bound(recent: list[float]) -> tuple[float, float]:
+    """Return (median, distance) of good losses, from the median absolute deviation, which is robust to outliers."""
+    if len(recent) < MIN_RECENT:
         return 0.0, math.inf
-    middle = statistics.median(recent)
-    spread = 1.4826 * statistics.median(abs(loss - middle) for loss in recent)
-    return middle, max(SIGMAS * spread, NATS)
+    median = statistics.median(recent)
+    spread = 1.4826 * statistics.median(abs(loss - median) for loss in recent)
+    return median, max(SIGMAS * spread, NATS)
 
 
-def advice(progress: Progress, rate: float, dtype: str, trouble: Diverged) -> list[str]:
-    """What the numbers say about the cause, most likely first. rate: the learning rate of the last step."""
-    said = []
+def suggest_fixes(progress: Progress, rate: float, dtype: str, trouble: Diverged) -> list[str]:
+    """Return likely causes and fixes of divergence, most likely first. rate: the learning rate of the last step."""
+    fixes = []
     rising = len(progress.recent) >= 4 and statistics.mean(progress.recent[-2:]) > 1.5 * min(progress.recent)
     if dtype == "fp16":
-        said.append("fp16 overflows above 65,504: use --model.dtype bf16 or fp32")
+        fixes.append("fp16 overflows above 65,504: use --model.dtype bf16 or fp32")
     if trouble.finite or rising or not progress.recent:
-        said.append(f"the learning rate may be too high: try --train.learning_rate {rate / 10:.2g}")
+        fixes.append(f"the learning rate may be too high: try --train.learning_rate {rate / 10:.2g}")
     if not trouble.finite:
-        said.append("the same rows each time (events.jsonl names them) mean that the rows are the cause")
-        said.append("a base that gives NaN on its own is damaged or of the wrong type: try --model.dtype fp32")
-    return said
+        fixes.append("if it is the same rows each time (see events.jsonl), these rows are the cause")
+        fixes.append("a base that gives NaN without training is damaged or needs another dtype: try --model.dtype fp32")
+    return fixes
 
 
 @contextmanager
-def moving(state: TrainState, grad_norm: float, *, watched: bool, quiet: bool = False) -> Iterator[None]:
-    """Around the optimizer's step: the first one of an objective of answers must move the adapters. Its loss says
-    nothing of that: it is the same for any model that equals its reference.
+def check_update(state: TrainState, grad_norm: float, *, enabled: bool, zero_expected: bool = False) -> Iterator[None]:
+    """Check that the optimizer's step inside this block changes the adapters, in the first step of an objective whose
+    loss does not show it: the loss of any policy that equals its reference is the same.
 
-    quiet: a gradient of zero is as it should be, since no reward differs.
-    Raises RunError for a gradient of zero, or weights that the step leaves as they are.
+    zero_expected: all rewards are equal, so the gradient is zero.
+    Raises RunError if the gradient is zero, or if no weight changes.
     """
-    first = watched and state.progress.step == 0 and bool(grad_norm or not quiet)
-    before = [weight.detach().clone() for weight in state.weights.values()] if first else []
+    check = enabled and state.progress.step == 0 and bool(grad_norm or not zero_expected)
+    before = [weight.detach().clone() for weight in state.weights.values()] if check else []
     yield
-    if not first:
+    if not check:
         return
-    where = "the objective does not reach the weights"
     if not grad_norm:
-        raise RunError(f"the gradient of the first step is zero: {where}", fix="please report it")
+        what = "the gradient of the first step is zero: the objective does not depend on the weights"
+        raise RunError(what, fix="please report it")
     if all(torch.equal(old, new) for old, new in zip(before, state.weights.values(), strict=True)):
-        raise RunError("the first step has moved no weight", fix="raise --train.learning_rate")
+        raise RunError("the first step did not change any weight", fix="raise --train.learning_rate")
 
 
-def drawn_right(progress: Progress, figures: Mapping[str, float], grad_norm: float) -> None:
-    """Before the update on answers that the model drew itself: the step finds them as likely as the engine that drew
-    them did, the model equals its reference at the beginning, and rewards that differ have a gradient.
+def check_rollouts(progress: Progress, figures: Mapping[str, float], grad_norm: float) -> None:
+    """Check the figures of sampled completions before the update.
 
-    Raises RunError.
+    The step must find them as likely as the engine that sampled them, the model must equal its reference at the start,
+    and rewards that differ must have a gradient. Raises RunError.
     """
     if "off" not in figures:
         return
-    if figures["off"] > MOST_OFF:
+    if figures["off"] > MAX_LOGPROB_GAP:
         what = (
-            f"step {progress.step + 1}: the answers' log-probabilities differ by {figures['off']:.3f} nats a token "
-            f"between the engine that drew them and the step, more than {MOST_OFF:g}"
+            f"step {progress.step + 1}: log-probabilities of completions differ by {figures['off']:.3f} nats per token "
+            f"between the engine that sampled them and the training step, more than {MAX_LOGPROB_GAP:g}"
         )
         raise RunError(what, fix="use --model.dtype fp32; if it happens again, please report it")
-    if not progress.step and figures.get("kl", 0.0) > SAME:
-        what = f"before the first step the divergence from the reference is {figures['kl']:.2e}, not 0"
+    if not progress.step and figures.get("kl", 0.0) > MAX_START_KL:
+        what = f"before the first step the KL divergence from the reference is {figures['kl']:.2e}, not 0"
         raise RunError(what, fix="start the run again; if it happens again, please report it")
     if figures["equal_groups"] < 1 and not grad_norm:
-        what = f"step {progress.step + 1}: rewards differ and the gradient is zero: it does not reach the weights"
+        what = f"step {progress.step + 1}: rewards differ, but the gradient is zero"
         raise RunError(what, fix="please report it")
 
 
-def unheard(progress: Progress, figures: Mapping[str, float]) -> str | None:
-    """That a step's rewards teach nothing, as all answers of each group got the same; once for each cause."""
+def equal_rewards_warning(progress: Progress, figures: Mapping[str, float]) -> str | None:
+    """Return a warning if every group's rewards are equal, once for each cause."""
     if figures.get("equal_groups", 0.0) < 1:
         return None
     cut_off = figures["stop_rate"] == 0
     if (cause := "cut off" if cut_off else "equal rewards") in progress.told:
         return None
     progress.told = [*progress.told, cause]
-    said = f"all answers of each group got the same reward (mean {figures['reward']:.3g}): nothing is learned from them"
+    text = f"all completions of each group have the same reward (mean {figures['reward']:.3g}): nothing is learned"
     if cut_off:
-        return f"{said}; every answer was cut off at its longest: raise --train.answer_tokens"
-    return f"{said}; prompts that are sometimes answered well teach more, as do rewards with steps between 0 and 1"
+        return f"{text}; every completion reached the length limit: raise --train.answer_tokens"
+    return f"{text}; use prompts that are sometimes answered well, or rewards with values between 0 and 1"
 
 
-def falling(progress: Progress, figures: Mapping[str, float]) -> str | None:
-    """That good answers become less likely, once: both sides may fall while the margin between them grows."""
+def falling_warning(progress: Progress, figures: Mapping[str, float]) -> str | None:
+    """Return a warning, once, if good answers become less likely, which may happen while the margin grows."""
     name = next((name for name in ("chosen", "desirable") if f"{name}_change" in figures), None)
-    if name is None or name in progress.told or figures[f"{name}_change"] > -FALLEN:
+    if name is None or name in progress.told or figures[f"{name}_change"] > -MAX_DROP:
         return None
     progress.told = [*progress.told, name]
-    fix = "a lower learning rate or a larger --train.beta keeps the model nearer to its start"
+    fix = "a lower learning rate or a larger --train.beta keeps the model closer to its start"
     if name == "chosen":
-        fix = f"--train.sft_weight 1 holds them up; {fix}"
-    return f"{name} answers are {-figures[f'{name}_change']:.1f} nats a token less likely than at the start: {fix}"
+        fix = f"--train.sft_weight 1 prevents it; {fix}"
+    return f"{name} answers are {-figures[f'{name}_change']:.1f} nats per token less likely than at the start: {fix}"

@@ -1,15 +1,20 @@
-"""The training loop: one step, and what happens between steps. Read `fit` first."""
+"""The training loop: one step, and what happens between steps. Start reading at `fit`."""
 
 from __future__ import annotations
 
 import logging
 import math
+import re
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -17,20 +22,28 @@ from strop.data.batching import Batch, BatchStream
 from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.training import guard
-from strop.training import state as checkpoints
-from strop.training.gradients import Part, Whole, gradients, own_rows, summed
+from strop.training.gradients import LocalGradient, TotalGradient, compute_gradients, rows_of_rank, sum_gradients
 from strop.training.guard import Diverged, Verdict
-from strop.training.job import Job, stream_of
-from strop.training.oom import go_on_shrunk, micro_batches, within_memory
-from strop.training.optim import make_state, rate_factor, set_rate, warmup_steps
-from strop.training.signals import seconds, stop_signals
+from strop.training.oom import apply_memory_settings, micro_batches, within_memory
+from strop.training.optim import allocate_state, rate_factor, set_rate, warmup_steps
+from strop.training.state import (
+    Job,
+    all_tensors,
+    batch_stream,
+    checkpoint_error,
+    first_not_finite,
+    newest_checkpoint,
+    prune_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+)
 
 LOG = logging.getLogger(__name__)
 
-COMPARE_EVERY = 50  # steps: whether all devices still hold the same numbers; and before each save
-SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
-# what a roll-back does not undo: how a step finds memory, what was said, and the work with its time
-SPENT = (
+COMPARE_EVERY = 50  # steps between comparisons of the devices' weights; also compared before each save
+SAVE_EVERY_S = 600.0  # longest time between checkpoints, whatever train.save_steps is
+# Progress that a rollback does not undo: memory settings, warnings, and the work done so far.
+KEPT_BY_ROLLBACK = (
     *("halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens"),
     *("seconds", "eval_seconds", "save_seconds", "budget_from"),
     *("communication_s", "waiting_s", "computing_s", "slowest_s"),
@@ -39,8 +52,8 @@ SPENT = (
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the supervised tokens (or units) of the effective batch. grad_norm: before clipping. figures:
-    means of what an objective of answers tells."""
+    """loss: mean over the supervised tokens (or rows) of the effective batch. grad_norm: before clipping. figures:
+    means of a preference or policy objective's figures."""
 
     loss: float
     grad_norm: float
@@ -48,67 +61,67 @@ class StepResult:
     supervised_tokens: int
     verdict: Verdict
     figures: dict[str, float]
-    whole: Whole
+    total: TotalGradient
 
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
-    def trouble(self) -> str:
-        """What is wrong with a step that is not good."""
+    def problem(self) -> str:
+        """A description of what is wrong with a bad step."""
         if self.finite:
             return f"loss {self.loss:.4g} is far above that of the steps before"
         return f"{'loss' if not math.isfinite(self.loss) else 'gradient'} is not finite"
 
     @property
-    def taken(self) -> bool:
+    def applied(self) -> bool:
         return self.verdict in (Verdict.GOOD, Verdict.DOUBTFUL)
 
 
 def fit(job: Job) -> str:
-    """Trains to the end of the recipe, from wherever the state stands; says what ended it: steps, time or patience.
+    """Train from the present state to the end of the recipe; return what ended it: steps, time or patience.
 
-    Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; DivergedError (NonFiniteError) where
-    going back to the last good checkpoint with a lower learning rate did not help; MemoryLimitError, DiskError.
+    Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; DivergedError or NonFiniteError if
+    training diverges again after a rollback; MemoryLimitError; DiskError.
     """
-    go_on_shrunk(job)
-    if _out_of_patience(job):  # it was killed between its last save and its report
+    apply_memory_settings(job)
+    if _out_of_patience(job):  # the process was killed between its last save and its report
         return "patience"
-    if job.devices.once(lambda: not job.folder.checkpoints()):
-        save(job)  # so that there always is a state to go back to
-    with stop_signals() as stop_asked:
+    if job.devices.run_on_main(lambda: not job.folder.checkpoints()):
+        save(job)  # a rollback needs a checkpoint
+    with stop_signals() as stop_requested:
         while True:
             try:
-                return _through(job, stop_asked)
+                return _run_steps(job, stop_requested)
             except Diverged as trouble:
                 _roll_back(job, trouble)
 
 
-def _through(job: Job, stop_asked: Callable[[], bool]) -> str:
-    """The steps that are left. Raises Diverged where the run must go back."""
+def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
+    """Run the remaining steps. Raises Diverged if the run must be rolled back."""
     train, progress = job.recipe.train, job.state.progress
-    stream = stream_of(job.recipe, len(job.train), progress.position)
-    limit = seconds(train.max_time) if train.max_time else math.inf
+    stream = batch_stream(job.recipe, len(job.train), progress.position)
+    limit = parse_seconds(train.max_time) if train.max_time else math.inf
     saved_at, saved_step, ended = time.monotonic(), progress.step, ""
     job.model.train()
     for batch in stream:
         if batch.index not in progress.passed:
-            _take(job, batch, stream)
+            _step_and_log(job, batch, stream)
         progress.step, progress.position = batch.index + 1, dict(batch.position)
-        wishes = stop_asked(), _spent(job) >= limit, time.monotonic() - saved_at > SAVE_EVERY_S
-        stopping, spent, waited = job.devices.agree(*wishes)
+        flags = stop_requested(), _seconds_spent(job) >= limit, time.monotonic() - saved_at > SAVE_EVERY_S
+        stopping, out_of_time, save_due = job.devices.any_rank(*flags)
         epoch_ends = progress.step % stream.steps_per_epoch == 0
-        ended = "steps" if progress.step == stream.total_steps else "time" if spent else ""
+        ended = "steps" if progress.step == stream.total_steps else "time" if out_of_time else ""
         if job.eval and (ended or (progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends)):
             evaluate(job)
             ended = ended or ("patience" if _out_of_patience(job) else "")
-            (stopping,) = job.devices.agree(stop_asked())
+            (stopping,) = job.devices.any_rank(stop_requested())
         stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
-        due = (due or waited) and not progress.streak  # a state in doubt is nothing to go back to
+        due = (due or save_due) and not progress.streak  # a rollback needs a state from before the bad steps
         if ended == "time":
-            progress.budget_from += _spent(job)
+            progress.budget_from += _seconds_spent(job)
         if ended or stopping or due or progress.best_step == progress.step:
             save(job)
             saved_at, saved_step = time.monotonic(), progress.step
@@ -120,32 +133,35 @@ def _through(job: Job, stop_asked: Callable[[], bool]) -> str:
             break
     assert saved_step == progress.step
     if ended != "steps":
-        why = "the time budget is spent" if ended == "time" else "no better evaluation loss any more"
+        why = "the time budget is spent" if ended == "time" else "the evaluation loss no longer improves"
         job.log.emit("stop", step=progress.step, why=why)
     return ended
 
 
-def _take(job: Job, batch: Batch, stream: BatchStream) -> None:
-    """One step with its record. Raises Diverged where the guard says so."""
+def _step_and_log(job: Job, batch: Batch, stream: BatchStream) -> None:
+    """Take one step and log it. Raises Diverged if the guard requires a rollback."""
     progress, started = job.state.progress, time.perf_counter()
-    sent, waited = job.devices.communication_s, job.devices.waiting_s
+    communication_s, waiting_s = job.devices.communication_s, job.devices.waiting_s
     rate = rate_at(job, batch.index, stream.total_steps)
     result = step(job, batch, rate)
-    took = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     progress.tokens += result.tokens
     progress.supervised_tokens += result.supervised_tokens
-    progress.seconds += took
-    between = _between(job, result, job.devices.communication_s - sent, job.devices.waiting_s - waited)
-    if result.taken:
+    progress.seconds += seconds
+    device_times = _count_device_times(
+        job, result, job.devices.communication_s - communication_s, job.devices.waiting_s - waiting_s
+    )
+    if result.applied:
         progress.moved = True
-        _log_step(job, batch, result, rate, took, stream.total_steps, between)
+        _log_step(job, batch, result, rate, seconds, stream.total_steps, device_times)
     if result.verdict is not Verdict.GOOD:
-        _log_bad(job, batch, result)
+        _log_bad_step(job, batch, result)
     if result.verdict is Verdict.ROLL_BACK:
-        raise Diverged(f"{result.trouble} ({len(progress.streak)} bad steps in a row)", finite=result.finite)
+        raise Diverged(f"{result.problem} ({len(progress.streak)} bad steps in a row)", finite=result.finite)
 
 
 def rate_at(job: Job, index: int, total: int) -> float:
+    """Return the learning rate of step `index` (from 0) of `total`."""
     train = job.recipe.train
     assert train.learning_rate is not None
     factor = rate_factor(index, total, warmup_steps(train.warmup, total), train.lr_scheduler)
@@ -153,152 +169,149 @@ def rate_at(job: Job, index: int, total: int) -> float:
 
 
 def step(job: Job, batch: Batch, rate: float) -> StepResult:
-    """One step over an effective batch: forward and backward by micro-batch, clip, update; where the objective asks for
-    it, several updates on the same rows.
+    """Train on an effective batch: forward and backward by micro-batch, clip, update.
 
-    A step that the guard does not let pass leaves the weights as they are.
+    Some objectives update several times on the same rows. A step that the guard rejects leaves the weights unchanged.
     """
     rows = [job.train[row] for row in batch.rows]
     job.step.masks.begin(job.recipe.seed, batch.index)
-    cut = partial(micro_batches, job)
 
-    def begin() -> list[Item]:
-        return job.criterion.begin(job.step, rows, batch.index, cut)
+    def prepare() -> list[Item]:
+        return job.criterion.prepare(job.step, rows, batch.index, partial(micro_batches, job))
 
-    # several devices begin with the rows as they are (setup refuses what draws answers): nothing to agree on
-    items = within_memory(job, rows, begin) if job.devices.world == 1 else begin()
+    # with several devices there is nothing to compute here: objectives that sample are limited to one
+    items = within_memory(job, rows, prepare) if job.devices.world_size == 1 else prepare()
     first = result = _update(job, items, rate)
     for _ in range(job.criterion.updates - 1):
-        if not result.taken:
+        if not result.applied:
             break
         result = _update(job, items, rate, first)
     if (batch.index + 1) % COMPARE_EVERY == 0:
-        job.devices.compare(lambda: checkpoints.tensors_of(job.state))
+        job.devices.check_equal(lambda: all_tensors(job.state))
     return result
 
 
 def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | None = None) -> StepResult:
-    """One optimizer step on what was drawn or read. first: what came of the first on the same answers."""
+    """Do one optimizer step. first: the result of the first update on the same completions."""
 
-    def compute() -> Part:
-        make_state(job.state.optimizer)
-        return gradients(job, items)
+    def compute() -> LocalGradient:
+        allocate_state(job.state.optimizer)
+        return compute_gradients(job, items)
 
-    part = within_memory(job, items, compute)
-    whole = summed(job, items, part)
-    mean, figures = whole.loss, whole.figures
+    local = within_memory(job, items, compute)
+    total = sum_gradients(job, items, local)
     weights = list(job.state.weights.values())
     norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
-    # the one wait for the device
-    loss, grad_norm, *found = torch.stack([x.to(mean) for x in (mean, norm, *figures.values())]).tolist()
+    # the only wait for the device in a step
+    scalars = torch.stack([x.to(total.loss) for x in (total.loss, norm, *total.figures.values())])
+    loss, grad_norm, *means = scalars.tolist()
     tokens, supervised = sum(map(len, items)), sum(item.supervised for item in items)
-    told = {name: value for name, value in zip(figures, found, strict=True) if math.isfinite(value)}
+    figures = {name: value for name, value in zip(total.figures, means, strict=True) if math.isfinite(value)}
     if first is None:
-        guard.drawn_right(job.state.progress, told, grad_norm)
-    else:  # the policy has moved since the answers were drawn
-        told = {**told, "off": first.figures["off"]}
+        guard.check_rollouts(job.state.progress, figures, grad_norm)
+    else:  # the policy has changed since the completions were sampled
+        figures = {**figures, "off": first.figures["off"]}
         tokens, supervised = tokens + first.tokens, supervised + first.supervised_tokens
-    verdict = guard.look(job.state.progress, loss, grad_norm)
-    result = StepResult(loss, grad_norm, tokens, supervised, verdict, told, whole)
-    if result.taken:
+    verdict = guard.judge_step(job.state.progress, loss, grad_norm)
+    result = StepResult(loss, grad_norm, tokens, supervised, verdict, figures, total)
+    if result.applied:
         set_rate(job.state.optimizer, rate)
-        with guard.moving(
-            job.state, grad_norm, watched=bool(figures) and first is None, quiet=told.get("equal_groups") == 1
-        ):
+        enabled, zero_expected = bool(total.figures) and first is None, figures.get("equal_groups") == 1
+        with guard.check_update(job.state, grad_norm, enabled=enabled, zero_expected=zero_expected):
             job.state.optimizer.step()
     job.state.optimizer.zero_grad(set_to_none=True)
     return result
 
 
 def evaluate(job: Job) -> None:
+    """Evaluate the held-out rows, and update the best loss and step."""
     progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
     assert held_out is not None
     LOG.info("evaluating on %d rows", len(held_out))
     job.model.eval()
-    cut = partial(micro_batches, job)
-    found = within_memory(job, held_out, lambda: job.criterion.evaluate(job.step, held_out, cut))
-    loss = found.pop("loss")
+    split = partial(micro_batches, job)
+    figures = within_memory(job, held_out, lambda: job.criterion.evaluate(job.step, held_out, split))
+    loss = figures.pop("loss")
     job.model.train()
-    took = time.perf_counter() - started
-    progress.eval_seconds += took
-    shown = loss if math.isfinite(loss) else None
-    progress.eval_loss = shown
-    better = shown is not None and (progress.best_loss is None or loss < progress.best_loss)
+    seconds = time.perf_counter() - started
+    progress.eval_seconds += seconds
+    finite_loss = loss if math.isfinite(loss) else None
+    progress.eval_loss = finite_loss
+    better = finite_loss is not None and (progress.best_loss is None or loss < progress.best_loss)
     if better:
         progress.best_loss, progress.best_step, progress.evals_without_better = loss, progress.step, 0
-        progress.held_out = found
-    elif progress.moved:  # the same weights once more say nothing new
+        progress.held_out = figures
+    elif progress.moved:  # unchanged weights do not count against the patience
         progress.evals_without_better += 1
     progress.moved = False
-    job.log.emit("eval", step=progress.step, loss=shown, best=better, seconds=round(took, 3), **found)
+    job.log.emit("eval", step=progress.step, loss=finite_loss, best=better, seconds=round(seconds, 3), **figures)
 
 
 def save(job: Job) -> None:
-    """Writes a checkpoint. Raises Diverged where a weight is not finite: such a state is never saved."""
+    """Write a checkpoint. Raises Diverged if a weight is not finite: such a state is never saved."""
     started, progress = time.perf_counter(), job.state.progress
-    job.devices.compare(lambda: checkpoints.tensors_of(job.state))  # first: what follows is the same on all of them
-    bad = checkpoints.not_finite(job.state)
-    if bad is not None:
+    job.devices.check_equal(lambda: all_tensors(job.state))  # first, so that all devices decide alike below
+    not_finite = first_not_finite(job.state)
+    if not_finite is not None:
         progress.streak = [*progress.streak, progress.step - 1]
-        raise Diverged(f"{bad} holds NaN or infinity", finite=False)
+        raise Diverged(f"{not_finite} contains NaN or infinity", finite=False)
     checkpoint = job.folder.checkpoint(progress.step)
-    with job.devices.together():
-        if job.devices.main:
-            checkpoints.save(job.folder, job.state)
-            if not progress.streak:  # what a roll-back would go to stays
-                checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
-    took = time.perf_counter() - started
-    progress.save_seconds += took
-    job.log.emit("save", step=progress.step, checkpoint=checkpoint.name, seconds=round(took, 3))
+    with job.devices.all_or_none():
+        if job.devices.is_main:
+            save_checkpoint(job.folder, job.state)
+            if not progress.streak:  # else a rollback may need the older ones
+                prune_checkpoints(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
+    seconds = time.perf_counter() - started
+    progress.save_seconds += seconds
+    job.log.emit("save", step=progress.step, checkpoint=checkpoint.name, seconds=round(seconds, 3))
 
 
-def go_back(job: Job, *, sure: bool = False) -> Path:
-    """Puts the newest checkpoint that verifies into the job, which goes on at its step; gives the checkpoint. sure: see
-    checkpoints.newest."""
+def restore_newest(job: Job, *, prefer_good: bool = False) -> Path:
+    """Load the newest intact checkpoint into the job, and return its path. prefer_good: see newest_checkpoint."""
 
     def note(text: str) -> None:
         job.log.emit("note", text=text)
 
-    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, note, sure=sure))
-    checkpoints.restore(checkpoint, job.state, note)
+    checkpoint = job.devices.run_on_main(lambda: newest_checkpoint(job.folder, note, prefer_good=prefer_good))
+    restore_checkpoint(checkpoint, job.state, note)
     progress = job.state.progress
-    # of this recipe's stream: rows and batch size may have been others when it was saved
-    progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
+    # computed anew, because the number of rows or the batch size may have changed since it was saved
+    progress.position = batch_stream(job.recipe, len(job.train)).position_of(progress.step)
     forget_lost_best(job)
     return checkpoint
 
 
 def forget_lost_best(job: Job) -> None:
-    """Where the best weights cannot be had any more, later ones may be the best."""
-    progress, kept = job.state.progress, job.state.progress.best_step
-    if kept is None or kept == progress.step:
+    """Forget the best step if its checkpoint is lost, so that later weights may be the best."""
+    progress, best_step = job.state.progress, job.state.progress.best_step
+    if best_step is None or best_step == progress.step:
         return
-    checkpoint = job.folder.checkpoint(kept)
-    why = job.devices.once(lambda: checkpoints.fault(checkpoint))
+    checkpoint = job.folder.checkpoint(best_step)
+    why = job.devices.run_on_main(lambda: checkpoint_error(checkpoint))
     if why is not None:
         job.log.emit("note", text=f"{checkpoint}: the best weights so far are lost: {why}")
         progress.best_step, progress.best_loss, progress.held_out = None, None, {}
 
 
 def _roll_back(job: Job, trouble: Diverged) -> None:
-    """Back to the last good checkpoint, past the batches to blame, with a lower learning rate: once.
+    """Return to the last good checkpoint, skip the bad batches, and lower the learning rate.
 
-    Raises DivergedError the second time.
+    Raises DivergedError if the run was rolled back before.
     """
-    now = job.state.progress
-    stream = stream_of(job.recipe, len(job.train))
-    if now.rollbacks:
-        raise _given_up(job, trouble, stream)
-    checkpoint = go_back(job, sure=True)
+    before = job.state.progress
+    stream = batch_stream(job.recipe, len(job.train))
+    if before.rollbacks:
+        raise _divergence_error(job, trouble, stream)
+    checkpoint = restore_newest(job, prefer_good=True)
     progress = job.state.progress
-    progress.passed = sorted({*progress.passed, *now.streak})
-    progress.streak, progress.rollbacks = [], now.rollbacks + 1
-    progress.rate_scale = now.rate_scale * guard.RATE_CUT
-    for name in SPENT:
-        setattr(progress, name, getattr(now, name))
+    progress.passed = sorted({*progress.passed, *before.streak})
+    progress.streak, progress.rollbacks = [], before.rollbacks + 1
+    progress.rate_scale = before.rate_scale * guard.RATE_CUT
+    for name in KEPT_BY_ROLLBACK:
+        setattr(progress, name, getattr(before, name))
     job.log.emit(
         "rollback",
-        step=now.step,
+        step=before.step,
         to=progress.step,
         checkpoint=checkpoint.name,
         why=trouble.why,
@@ -307,19 +320,19 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     )
 
 
-def _given_up(job: Job, trouble: Diverged, stream: BatchStream) -> DivergedError:
+def _divergence_error(job: Job, trouble: Diverged, stream: BatchStream) -> DivergedError:
     progress = job.state.progress
     rate = rate_at(job, progress.step, stream.total_steps)
-    advice = guard.advice(progress, rate, str(job.recipe.model.dtype), trouble)
-    saved = job.folder.checkpoints()[-1][1]
+    advice = guard.suggest_fixes(progress, rate, str(job.recipe.model.dtype), trouble)
+    newest = job.folder.checkpoints()[-1][1]
     rows = [place for index in progress.streak for place in _places(job, stream.rows(index))]
     job.log.emit("stop", step=progress.step, why=trouble.why, rows=rows, advice=advice)
-    kind = DivergedError if trouble.finite else NonFiniteError
+    error_class = DivergedError if trouble.finite else NonFiniteError
     what = (
-        f"step {progress.step + 1}: {trouble.why}, again after going back and lowering the learning rate; "
-        f"the last good state is {saved}"
+        f"step {progress.step + 1}: {trouble.why}, again after a rollback with a lower learning rate; "
+        f"the last good state is {newest}"
     )
-    return kind(what, fix="; ".join(advice))
+    return error_class(what, fix="; ".join(advice))
 
 
 def _out_of_patience(job: Job) -> bool:
@@ -327,35 +340,44 @@ def _out_of_patience(job: Job) -> bool:
     return patience is not None and job.state.progress.evals_without_better >= patience
 
 
-def _spent(job: Job) -> float:
+def _seconds_spent(job: Job) -> float:
     progress = job.state.progress
     return progress.seconds + progress.eval_seconds + progress.save_seconds - progress.budget_from
 
 
-def _between(job: Job, result: StepResult, sent: float, waited: float) -> dict[str, float]:
-    """What a step took between the devices: seconds of sending and of waiting for the slowest, and the balance: the
-    mean rank's computing time over the slowest one's. Nothing where there is one device."""
-    if job.devices.world == 1:
+def _count_device_times(job: Job, result: StepResult, communication_s: float, waiting_s: float) -> dict[str, float]:
+    """Add a step's times to Progress, and return them for the log; nothing for a single device.
+
+    balance: the mean rank's computing time divided by that of the slowest.
+    """
+    if job.devices.world_size == 1:
         return {}
-    progress, seconds = job.state.progress, result.whole.seconds
-    progress.communication_s += sent
-    progress.waiting_s += waited
+    progress, seconds = job.state.progress, result.total.seconds
+    progress.communication_s += communication_s
+    progress.waiting_s += waiting_s
     progress.computing_s += statistics.fmean(seconds)
     progress.slowest_s += max(seconds)
     balance = statistics.fmean(seconds) / max(max(seconds), 1e-9)
-    return {"communication_s": round(sent, 6), "waiting_s": round(waited, 6), "balance": round(balance, 4)}
+    times = {"communication_s": round(communication_s, 6), "waiting_s": round(waiting_s, 6)}
+    return {**times, "balance": round(balance, 4)}
 
 
 def _log_step(
-    job: Job, batch: Batch, result: StepResult, rate: float, took: float, total: int, between: dict[str, float]
+    job: Job,
+    batch: Batch,
+    result: StepResult,
+    rate: float,
+    seconds: float,
+    total: int,
+    device_times: dict[str, float],
 ) -> None:
     progress, number = job.state.progress, batch.index + 1
     if progress.first_loss is None:
         progress.first_loss = result.loss
     progress.last_loss, progress.figures = result.loss, result.figures
-    for said in (guard.falling(progress, result.figures), guard.unheard(progress, result.figures)):
-        if said is not None:
-            job.log.emit("note", text=f"step {number}: {said}")
+    for find_warning in (guard.falling_warning, guard.equal_rewards_warning):
+        if (warning := find_warning(progress, result.figures)) is not None:
+            job.log.emit("note", text=f"step {number}: {warning}")
     if number % job.recipe.train.log_steps and number != total:
         return
     job.log.emit(
@@ -367,25 +389,56 @@ def _log_step(
         grad_norm=result.grad_norm,
         learning_rate=rate,
         tokens=progress.tokens,
-        tokens_per_s=round(result.tokens / took, 1),
+        tokens_per_s=round(result.tokens / seconds, 1),
         seconds_left=round((total - number) * progress.seconds / number, 1),
         **result.figures,
-        **between,
+        **device_times,
     )
 
 
-def _log_bad(job: Job, batch: Batch, result: StepResult) -> None:
-    """skip: the step was not taken. doubt: it was, and is watched."""
-    if not result.taken:
+def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
+    """Log a "skip" event if the update was not applied, else "doubt"."""
+    if not result.applied:
         job.state.progress.skipped_steps += 1
-    kind = "doubt" if result.taken else "skip"
-    rows, ranks = batch.rows, result.whole.bad
-    if ranks:  # of several devices, those whose own part was not finite
+    kind = "doubt" if result.applied else "skip"
+    rows, bad_ranks = batch.rows, result.total.bad_ranks
+    if bad_ranks:
         items = [job.train[row] for row in rows]
-        rows = tuple(rows[place] for rank in ranks for place in own_rows(job, items, rank))
-    told = {"ranks": list(ranks)} if ranks and job.devices.world > 1 else {}
-    job.log.emit(kind, step=batch.index + 1, why=result.trouble, rows=_places(job, rows), **told)
+        rows = tuple(rows[index] for rank in bad_ranks for index in rows_of_rank(job, items, rank))
+    fields = {"ranks": list(bad_ranks)} if bad_ranks and job.devices.world_size > 1 else {}
+    job.log.emit(kind, step=batch.index + 1, why=result.problem, rows=_places(job, rows), **fields)
 
 
 def _places(job: Job, rows: Sequence[int]) -> list[str]:
     return [f"{job.train[row].file}:{job.train[row].line}" for row in rows]
+
+
+def parse_seconds(text: str) -> float:
+    """Parse a duration that the schema has checked: 90s, 30m, 2h, 1d or plain seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    assert match is not None
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns True after Ctrl-C or SIGTERM. A second signal raises KeyboardInterrupt."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            earlier_handler = old[signal.Signals(number)]
+            if callable(earlier_handler):  # the command's handler, which records that it was interrupted
+                earlier_handler(number, frame)
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield lambda: False
+        return
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,8 +1,7 @@
-"""How an effective batch is cut up, and what becomes of a step that finds no memory: it is done again in smaller
-pieces, with the same rows, state and random numbers.
+"""Split effective batches into micro-batches, and retry a step that ran out of memory in smaller pieces.
 
-The effective batch, the order of the data and the step stay what they were; what changes is said, recorded in the
-events and in Progress, and remembered for the next run of this shape on this machine.
+A retry uses the same rows, state and random numbers, and the effective batch does not change. Each reduction is logged,
+stored in Progress, and remembered for the next run of this shape on this machine.
 """
 
 from __future__ import annotations
@@ -13,25 +12,24 @@ from typing import TypeVar
 
 import torch
 
-from strop.data.packing import group_by_length, pack
+from strop.data.batching import group_by_length, pack
 from strop.data.types import Item
 from strop.errors import MemoryLimitError
 from strop.machine.malloc import give_back
 from strop.machine.memory import is_out_of_memory, remember
-from strop.training.job import Job
-from strop.training.state import random_states, set_random_states
+from strop.training.state import Job, random_states, set_random_states
 
 T = TypeVar("T")
-SLOTS = 8  # micro-batches of a step of an exact run; more devices than that have nothing to do
+SLOTS = 8  # micro-batches per step with train.exact; further devices have nothing to do
 
 
 def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
-    """Which rows are computed together: packed into the budget of tokens, or like lengths where padding counts.
+    """Return the rows of each micro-batch: packed to a token budget, or of similar length if the step pads.
 
-    With train.exact there are SLOTS of them at least, where there are as many rows: they are dealt out to devices, and
-    must not depend on the number of these."""
-    lengths = [item.computed(job.step.packed, job.step.shares) for item in items]
-    train, (size, unit) = job.recipe.train, _cut(job)
+    With train.exact there are at least SLOTS (if there are as many rows), whatever the number of devices.
+    """
+    lengths = [item.computed_tokens(job.step.packed, job.step.shares) for item in items]
+    train, (size, unit) = job.recipe.train, _micro_batch_size(job)
     if train.exact:
         size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // SLOTS))
     if unit == "rows":
@@ -41,8 +39,8 @@ def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
     return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size, rows=None)
 
 
-def go_on_shrunk(job: Job) -> None:
-    """Puts the step into the shape that the recipe asks for, and that running out of memory left it in."""
+def apply_memory_settings(job: Job) -> None:
+    """Set the step's memory options to those of the recipe and of earlier out-of-memory retries."""
     layers = job.recipe.train.gradient_checkpointing
     if isinstance(layers, int):
         job.step.checkpoint(layers)
@@ -56,22 +54,22 @@ def go_on_shrunk(job: Job) -> None:
 
 
 def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
-    """What `compute` gives, called again with less memory each time that there is not enough, on any device.
+    """Return `compute()`, retried with less memory each time that any device runs out.
 
-    On a card at first with the same: what lies in pieces there may be enough in one. Raises MemoryLimitError when
-    nothing is left to save.
+    On a GPU the first retry changes nothing, because freeing the cache may end fragmentation.
+    Raises MemoryLimitError if no reduction is left.
     """
     device = job.state.device
-    random, in_pieces = random_states(device), device.type == "cuda"
+    random, retry_unchanged = random_states(device), device.type == "cuda"
     while True:
         try:
-            with job.devices.together():
+            with job.devices.all_or_none():
                 return compute()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        # not inside the handler: its traceback holds on to the tensors of the step that failed
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # outside the handler, because the traceback keeps the failed step's tensors alive
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         job.step.release()
@@ -79,22 +77,22 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         if device.type == "cuda":
             torch.cuda.empty_cache()
         set_random_states(random, device)
-        if in_pieces:
-            job.log.emit("note", text=f"step {job.state.progress.step + 1} is tried again at the same size: {said}")
+        if retry_unchanged:
+            job.log.emit("note", text=f"retrying step {job.state.progress.step + 1} at the same size: {reason}")
         else:
-            _shrink(job, items, said)
-        in_pieces = False
+            _reduce_memory(job, items, reason)
+        retry_unchanged = False
 
 
-def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
+def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
     progress = job.state.progress
     before, halvings = micro_batches(job, items), progress.halvings
-    while micro_batches(job, items) == before and _cut(job)[0] > 1:
+    while micro_batches(job, items) == before and _micro_batch_size(job)[0] > 1:
         progress.halvings += 1
     after = micro_batches(job, items)
     if after != before:
-        number, unit = _cut(job)
-        to = f"micro-batches of {number} {unit}, {len(after)} in place of {len(before)}"
+        size, unit = _micro_batch_size(job)
+        to = f"micro-batches of {size} {unit}, {len(after)} instead of {len(before)}"
     elif not progress.recompute:
         progress.halvings, progress.recompute = halvings, True
         job.step.recompute()
@@ -102,26 +100,26 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
     elif job.step.offload is not None and not progress.offload:
         progress.halvings, progress.offload = halvings, True
         job.step.offload()
-        to = "gradient checkpointing with the inputs of layers in the host's memory"
+        to = "gradient checkpointing with the inputs of layers in host memory"
     elif job.stream is not None and not progress.streamed:
         progress.halvings, progress.streamed = halvings, True
         job.step.exchange(job.stream)
         give_back()
-        to = "weights that are dequantized when they are needed"
+        to = "dequantizing weights when they are needed"
     else:
-        fix = "shorten --data.max_length, train fewer --lora.target_modules, or take a smaller model"
-        raise MemoryLimitError(f"out of memory with the smallest micro-batches and checkpointing: {said}", fix=fix)
-    job.log.emit("shrink", step=progress.step, why=said, to=to)
-    if job.memory_key and job.devices.local == 0:
+        fix = "shorten --data.max_length, train fewer --lora.target_modules, or use a smaller model"
+        raise MemoryLimitError(f"out of memory with the smallest micro-batches and checkpointing: {reason}", fix=fix)
+    job.log.emit("shrink", step=progress.step, why=reason, to=to)
+    if job.memory_key and job.devices.local_rank == 0:
         tokens = job.recipe.train.micro_batch_tokens
-        kept = None if tokens is None else tokens >> progress.halvings
-        shape = {"recompute": progress.recompute, "offload": progress.offload, "streamed": progress.streamed}
+        budget = None if tokens is None else tokens >> progress.halvings
+        options = {"recompute": progress.recompute, "offload": progress.offload, "streamed": progress.streamed}
         usable = {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
-        remember(job.memory_key, {"micro_batch_tokens": kept, **shape, **usable})
+        remember(job.memory_key, {"micro_batch_tokens": budget, **options, **usable})
 
 
-def _cut(job: Job) -> tuple[int, str]:
-    """(size, unit) of a micro-batch, as it is now: tokens or rows."""
+def _micro_batch_size(job: Job) -> tuple[int, str]:
+    """Return the present size of a micro-batch, and its unit: tokens or rows."""
     train, halvings = job.recipe.train, job.state.progress.halvings
     if train.micro_batch_tokens is not None:
         return max(1, train.micro_batch_tokens >> halvings), "tokens"

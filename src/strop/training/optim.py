@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule, both without hidden state: what must survive a crash is in TrainState."""
+"""Optimizers and the learning-rate schedule, both without hidden state: all that must survive is in TrainState."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from strop.errors import QuantizerError
 
 
 def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable weights, in two groups where LoRA+ gives B another rate than A
-    (arXiv:2402.12354). Its rate is set before each step.
+    """Return the recipe's optimizer over the trainable weights. Its learning rate is set before each step.
 
-    8-bit optimizers keep their moments in 8 bit by blocks (arXiv:2110.02861), but for weights below 4,096 numbers.
+    LoRA+ (arXiv:2402.12354) puts B into a second group with a scaled rate. 8-bit optimizers store their moments in 8
+    bits per block (arXiv:2110.02861), except those of weights with fewer than 4,096 elements.
     """
     ratio = section.lora_plus_ratio
     fast = {name for name in weights if "lora_B" in name or "lora_embedding_B" in name} if ratio != 1 else set()
     groups = [
-        {"params": [weight for name, weight in weights.items() if (name in fast) == wanted], "scale": scale}
-        for wanted, scale in ((False, 1.0), (True, ratio))
+        {"params": [weight for name, weight in weights.items() if (name in fast) == in_group], "scale": scale}
+        for in_group, scale in ((False, 1.0), (True, ratio))
     ]
     make = _MAKERS[section.optimizer]
     return make([group for group in groups if group["params"]], section.weight_decay)
 
 
 def _adamw(groups: Any, decay: float) -> torch.optim.Optimizer:
-    kinds = {weight.device.type for group in groups for weight in group["params"]}
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=kinds <= {"cpu", "cuda"})
+    types = {weight.device.type for group in groups for weight in group["params"]}
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=types <= {"cpu", "cuda"})
 
 
 def _adamw_8bit(groups: Any, decay: float) -> torch.optim.Optimizer:
@@ -47,13 +47,13 @@ def _lion(groups: Any, decay: float) -> torch.optim.Optimizer:
 
 
 def _adafactor(groups: Any, decay: float) -> torch.optim.Optimizer:
-    """With the rate as it is given: scaled by a weight's own size, as in the paper, B would never leave zero."""
+    """Make Adafactor with an absolute rate: scaled by the weight's magnitude, as in the paper, B would stay zero."""
     from transformers.optimization import Adafactor
 
-    made: torch.optim.Optimizer = Adafactor(
+    optimizer: torch.optim.Optimizer = Adafactor(
         groups, lr=0.0, weight_decay=decay, scale_parameter=False, relative_step=False
     )
-    return made
+    return optimizer
 
 
 def _sgd(groups: Any, decay: float) -> torch.optim.Optimizer:
@@ -66,32 +66,35 @@ def _bitsandbytes(name: str, groups: Any, decay: float) -> torch.optim.Optimizer
     except (ImportError, OSError, RuntimeError) as error:
         what = f"bitsandbytes, which has this optimizer, cannot be used here: {str(error).splitlines()[0]}"
         raise QuantizerError(what, fix="pip install -U bitsandbytes, or --train.optimizer adamw") from None
-    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1.0, weight_decay=decay)
-    return made
+    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1.0, weight_decay=decay)
+    return optimizer
 
 
-def make_state(optimizer: Any) -> None:
-    """What an optimizer holds of each weight, in front of its first step: where there is no memory for it, no weight
-    has moved yet, and it can be tried again. (Adafactor's is small, SGD has none.)"""
+def allocate_state(optimizer: Any) -> None:
+    """Allocate the optimizer's state before the first step.
+
+    If memory runs out here, no weight has changed and the step can be retried. (Adafactor's state is small, and SGD has
+    none.)
+    """
     for number, group in enumerate(optimizer.param_groups):
-        for place, weight in enumerate(group["params"]):
+        for index, weight in enumerate(group["params"]):
             if not optimizer.state.get(weight):
                 try:
-                    _make_state_of(weight, optimizer, group, number, place)
+                    _allocate_state(weight, optimizer, group, number, index)
                 except BaseException:
-                    optimizer.state.pop(weight, None)  # half of it would be taken for the whole
+                    optimizer.state.pop(weight, None)  # a partial state would be treated as complete
                     raise
 
 
-def _make_state_of(weight: nn.Parameter, optimizer: Any, group: Any, number: int, place: int) -> None:
-    """As the optimizer's own first step makes it."""
+def _allocate_state(weight: nn.Parameter, optimizer: Any, group: Any, number: int, index: int) -> None:
+    """Allocate what the optimizer's own first step would."""
     if isinstance(optimizer, torch.optim.AdamW):
-        where = weight.device if group["fused"] else "cpu"
-        step = torch.zeros((), dtype=torch.float32, device=where)
+        device = weight.device if group["fused"] else "cpu"
+        step = torch.zeros((), dtype=torch.float32, device=device)
         moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[weight] = {"step": step, **moments}
     elif hasattr(optimizer, "init_state"):  # bitsandbytes
-        optimizer.init_state(group, weight, number, place)
+        optimizer.init_state(group, weight, number, index)
 
 
 _MAKERS = {
@@ -105,12 +108,13 @@ _MAKERS = {
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
-    """Below 1 a share of all steps, else a number of steps."""
+    """Return the number of warmup steps. warmup: below 1 a share of all steps, else a number of steps."""
     return math.ceil(warmup * total_steps) if warmup < 1 else round(warmup)
 
 
 def rate_factor(step: int, total_steps: int, warmup: int, scheduler: str) -> float:
-    """The rate of a step (from 0) as a share of its peak: linear warmup that never is zero, then the schedule."""
+    """Return the learning rate of a step (from 0) as a share of its peak: linear warmup from above 0, then the
+    schedule."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total_steps - warmup)

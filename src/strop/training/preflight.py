@@ -1,9 +1,10 @@
-"""What a run is made of, all checked before any weights are read: model, machine, plan, data, room on the disk."""
+"""Check everything a run needs before any weights are read: model, machine, plan, data, disk space."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strop.config.load import Resolved
+from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe
-from strop.data.examples import shorter
 from strop.data.prepare import Prepared, prepare
+from strop.data.rendering.overlong import allowed_overlong
 from strop.distributed.devices import ALONE, Devices
+from strop.distributed.environment import threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError
+from strop.errors import TROUBLESHOOTING_PAGE, DataError, DeviceError, FolderError, InputError, ModelError, Where
 from strop.evaluation.metrics import check_rewards, parse_rewards, rewards_hash
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import adapter_config, as_start
@@ -33,289 +35,141 @@ from strop.models.multimodal import text_path
 from strop.models.reward_head import check_head
 from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import drawn_tokens, learning_of, objective_of
+from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
 from strop.planning.learning_rate import kept_values
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
-from strop.training import state as checkpoints
-from strop.training.job import stream_of
+from strop.training.rollouts import check_vllm
+from strop.training.state import batch_stream, checkpoint_bytes
 from strop.training.trackers import check_trackers
-from strop.training.vllm_rollouts import check_vllm
 
 LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a run is made of, all checked, before any weights are read."""
+class Planned:
+    """A complete recipe and what was learned of its model.
+
+    memory_key: where out-of-memory settings are remembered. num_weights: trainable. parameters: of the base.
+    """
 
     resolved: Resolved
+    memory_key: str
+    num_weights: int
+    shape: ModelShape
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Setup(Planned):
+    """Everything a run needs except its weights, all checked."""
+
     machine: Machine
     source: Source
     tokenizer: Any
     data: Prepared
     lock: dict[str, Any]
-    memory_key: str
-    num_weights: int  # trainable ones
-    shape: ModelShape
-    parameters: int
 
 
 def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) -> Resolved:
-    """The complete recipe that `train` would use on so many devices of this machine; reads no weights and no data."""
+    """Return the complete recipe that `train` would use on this machine; reads no weights and no data."""
     prepare_process()
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
-    return _plan(resolved, source, _look(resolved.recipe, memory, devices), devices)[0]
+    return _complete_recipe(resolved, source, _probe_machine(resolved.recipe, memory, devices), devices).resolved
+
+
+def set_up_on_all(
+    resolved: Resolved, memory: int | None, folder: RunFolder, devices: Devices, threads: int | None = None
+) -> Setup:
+    """Set up a run on all devices. Rank 0 completes the recipe; one rank of each node prepares the rows first.
+
+    threads: number of threads the run was started with, if its numbers must not change.
+    Raises InputError if the ranks do not see the same run folder, base, rows, template and versions.
+    """
+    if threads is None and resolved.recipe.train.exact and not threads_requested():
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)  # a matmul is split by thread, which changes its last bits
+    setup: Setup | None = None
+    is_first, first_of_node = devices.rank == 0, devices.local_rank == 0
+    for its_turn in (is_first, first_of_node and not is_first, not first_of_node):
+        with devices.all_or_none():
+            if its_turn:
+                setup = set_up(resolved, memory, devices)
+                if is_first:
+                    check_space(folder, setup)
+        resolved = devices.gather(resolved if setup is None else setup.resolved)[0]
+        if devices.world_size == 1:
+            break
+    assert setup is not None
+    for rank, visible in enumerate(devices.gather(folder.path.is_dir())):
+        if not visible:
+            what = f"{folder.path}: rank {rank} does not see this folder"
+            raise InputError(what, fix="give --out a folder on a disk that all nodes share")
+    devices.require_same(_identity(setup))
+    chosen = {"values": _chosen_values(resolved), "precision": resolved.recipe.model.dtype}
+    return replace(setup, resolved=resolved, lock={**setup.lock, **chosen})
+
+
+def _identity(setup: Setup) -> dict[str, str]:
+    lock = setup.lock
+    # without the patch version
+    releases = {name: text.rpartition(".")[0] for name, text in lock["versions"].items() if name in ("torch", "strop")}
+    hashes = {name: str(lock[name]) for name in ("data", "template")}
+    return {"base": lock["base"]["fingerprint"], **hashes, **releases}
+
+
+def _chosen_values(resolved: Resolved) -> dict[str, Any]:
+    return {field: choice.value for field, choice in resolved.choices.items()}
 
 
 def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
+    """Check a run and prepare its rows. Raises InputError."""
     lora = resolved.recipe.lora
-    rank = max([lora.r, *lora.rank_pattern.values()])
-    prepare_process(deterministic=resolved.recipe.train.deterministic, rank=rank)  # before a card is looked at
+    max_rank = max([lora.r, *lora.rank_pattern.values()])
+    # before a GPU is used
+    prepare_process(deterministic=resolved.recipe.train.deterministic, rank=max_rank)
     check_trackers(resolved.recipe.track)
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
-    machine = _look(resolved.recipe, memory, devices.local_world)
-    resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine, devices.world)
-    check_vllm(resolved.recipe)
-    start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
+    machine = _probe_machine(resolved.recipe, memory, devices.local_world_size)
+    planned = _complete_recipe(resolved, source, machine, devices.world_size)
+    resolved, recipe, shape = planned.resolved, planned.resolved.recipe, planned.shape
+    check_vllm(recipe)
+    start = find_start_adapter(recipe)
+    # a start adapter may have its own tokens and chat template
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     LOG.info("reading and checking the rows")
-    learning = learning_of(resolved.recipe.train)
-    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
-    _check_rewards(resolved.recipe, data)
-    drawn = drawn_tokens(resolved.recipe.train)
-    if shape.learned and (text := shape.beyond(_lengths(data), drawn)):
-        fix = f"--data.max_length {shape.positions}, with --data.overlong {shorter(learning)}"
-        if drawn:
-            fix = "lower --train.answer_tokens, or --data.max_length with --data.overlong drop"
-        raise DataError(f"{text}: it has learned a vector for each, and none for more", fix=fix)
-    if not resolved.recipe.lora.new_tokens:  # which give each token of the tokenizer a row
+    data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind_of(recipe.train))
+    _check_rewards(recipe, data)
+    _check_positions(recipe, shape, data)
+    if not recipe.lora.new_tokens:  # these give each token of the tokenizer an embedding
         _check_vocabulary(source, shape, tokenizer, data)
-    if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
+    if data.renderer.template is not None:  # data.template: saved with the adapter's tokenizer
         tokenizer.chat_template = data.renderer.template
     lock = {
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
         "template": data.renderer.template_hash,
-        "rewards": rewards_hash(parse_rewards(resolved.recipe.train.rewards)),
-        "recipe": sha256_text(json.dumps(resolved.recipe.model_dump(exclude={"out"}), sort_keys=True)),
-        "values": {field: choice.value for field, choice in resolved.choices.items()},
-        "seed": resolved.recipe.seed,
-        "precision": resolved.recipe.model.dtype,
+        "rewards": rewards_hash(parse_rewards(recipe.train.rewards)),
+        "recipe": sha256_text(json.dumps(recipe.model_dump(exclude={"out"}), sort_keys=True)),
+        "values": _chosen_values(resolved),
+        "seed": recipe.seed,
+        "precision": recipe.model.dtype,
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "machine": asdict(machine),
-        "devices": {"count": devices.world, "nodes": devices.nodes},
+        "devices": {"count": devices.world_size, "nodes": devices.nodes},
     }
-    return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights, shape, parameters)
+    return Setup(**vars(planned), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock)
 
 
-def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: Prepared) -> None:
-    """Raises ModelError for a row with a token that the model has no embedding of."""
-    if len(tokenizer) <= shape.vocabulary:
-        return
-    known = int(skeleton(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    for row in (row for rows in (data.train, data.eval or ()) for row in rows):
-        if (beyond := row.ids[row.ids >= known]).size:
-            token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
-            what = (
-                f"{row.file}:{row.line}: token {beyond[0]} ({token}) is beyond the {known:,} that {source.name} knows"
-            )
-            raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
-
-
-def _check_rewards(recipe: Recipe, data: Prepared) -> None:
-    """Raises RecipeError and DataError for rewards that cannot be given to these rows."""
-    rewards = parse_rewards(recipe.train.rewards)
-    for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
-        check_rewards(rewards, [data.renderer.answer(row) for row in rows], [(row.file, row.line) for row in rows])
-
-
-def check_space(folder: RunFolder, setup: Setup) -> None:
-    """Raises FolderError where the disk has no room for the run's checkpoints (one more than are kept, and the best)
-    and its adapter, or the cache's for the copies that loading makes of the base."""
-    copies = _copies_bytes(setup)
-    if copies and free_bytes(cache_folder()) < copies:
-        free = free_bytes(cache_folder()) / 1e6
-        what = f"{cache_folder()}: copies of the base need {copies / 1e6:,.0f} MB of disk, {free:,.0f} MB are free"
-        raise FolderError(what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLES}#disk")
-    checkpoint = checkpoints.size_bytes(setup.num_weights)
-    needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
-    free = free_bytes(folder.path)
-    if free < needed:
-        what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
-        raise FolderError(
-            what,
-            fix=f"free some space, give --out another disk, or lower --train.keep_checkpoints; see {TROUBLES}#disk",
-        )
-
-
-def _copies_bytes(setup: Setup) -> int:
-    recipe = setup.resolved.recipe
-    model = recipe.model
-    how = (model.quantization, model.double_quantization, DTYPES[model.dtype])
-    half, packed = copies_to_make(setup.source, *how)
-    setting = Workload.from_recipe(recipe, setup.shape, parameters=setup.parameters).replace(resident_layers=0)
-    return 2 * setup.parameters * half + (weight_bytes(setting) + constant_bytes(setting)) * packed
-
-
-def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
-    """This machine, and what is free on the card that the run takes: with what PyTorch holds of it already, and its
-    context, which every phase counts. processes: those of the run on this machine, which share its memory."""
-    machine, device = probe(memory), pick_device(recipe.model.device)
-    if processes > 1:
-        if device not in ("cpu", "cuda"):
-            raise DeviceError(f"--model.device {device}: there are {processes} processes", fix="use cpu, or cuda")
-        machine = replace(machine, free_bytes=machine.free_bytes // processes)
-    if not device.startswith("cuda"):
-        return machine
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
-    return replace(machine, card_free_bytes=min(free, total))
-
-
-def remarks(setup: Setup) -> list[str]:
-    """What a person should know before training starts: values of a recipe that were chosen by others, a card or
-    integers that are not used, options that do nothing here, another base than the adapter's, experts, other towers,
-    more modules trained in full than a name says, rows longer than what the model was made for, a warmup as long as
-    the run.
-    """
-    found = (
-        *kept_values(setup.resolved, setup.shape),
-        *(_passed_over(setup), _faster(setup), *_idle(setup), _never_at_peak(setup), _stored_otherwise(setup)),
-        *(*_experts(setup), _towers(setup), *_in_full(setup), _beyond(setup)),
-    )
-    return [text for text in found if text]
-
-
-def _beyond(setup: Setup) -> str | None:
-    return setup.shape.beyond(_lengths(setup.data), drawn_tokens(setup.resolved.recipe.train))
-
-
-def _lengths(data: Prepared) -> npt.NDArray[np.int64]:
-    """Tokens of all rows (n,), those of the evaluation too."""
-    return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])
-
-
-def _faster(setup: Setup) -> str | None:
-    """That a CPU which was found to have no bf16 multiplies integers."""
-    recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
-    if dtype.value != "fp32" or dtype.origin != "plan" or recipe.train.int8_matmul:
-        return None
-    if recipe.against_int8_matmul() or why_no_integers(recipe, setup.machine, setup.shape):
-        return None
-    return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
-
-
-def _idle(setup: Setup) -> list[str]:
-    """Options that were asked for, and for which nothing is done here."""
-    recipe, alone = setup.resolved.recipe, setup.lock["devices"]["count"] == 1
-    model, train = recipe.model, recipe.train
-    found = {
-        "model.double_quantization false: the base is not in 4 bit": (
-            not model.double_quantization and model.quantization not in ("nf4", "fp4")
-        ),
-        f"model.placement {model.placement}: one device holds all of the base": model.placement != "auto" and alone,
-        f"train.timeout {train.timeout}: one device waits for no other": train.timeout != "30m" and alone,
-        "train.deterministic: a CPU computes the same bits each time without it": (
-            train.deterministic and recipe.model.device == "cpu"
-        ),
-        f"train.eval_steps {train.eval_steps}: nothing is evaluated without data.eval": (
-            train.eval_steps is not None and recipe.data.eval is None
-        ),
-    }
-    return [text for text, holds in found.items() if holds]
-
-
-def _never_at_peak(setup: Setup) -> str | None:
-    """That a warmup in steps is as long as the run."""
-    train = setup.resolved.recipe.train
-    steps = stream_of(setup.resolved.recipe, len(setup.data.train_units or setup.data.train)).total_steps
-    if train.warmup < max(1, steps):
-        return None
-    return f"train.warmup {train.warmup:g}: the run has {steps} steps, and its learning rate never reaches its peak"
-
-
-def _stored_otherwise(setup: Setup) -> str | None:
-    """That the adapter to start from was trained on a base that was stored in another way."""
-    start, now = start_adapter(setup.resolved.recipe), setup.resolved.recipe.model.quantization
-    then = now if start is None else read_identity(start).get("quantization", now)
-    if then == now:
-        return None
-    was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (then, now))
-    more = "; one that began with lora.init loftq needs it" if then != "none" else ""
-    what = f"the adapter to start from was trained on the base {was}, and this run has it {is_}: other numbers"
-    return f"{what} (--model.quantization {then}: the same{more})"
-
-
-def _passed_over(setup: Setup) -> str | None:
-    """That a card is there and the run goes without it, where nobody asked for that."""
-    gpus, device = setup.machine.gpus, setup.resolved.choices["model.device"]
-    if not gpus or device.origin != "plan" or device.value != "cpu":
-        return None
-    built = torch.version.cuda or "no CUDA"
-    return (
-        f"{gpus[0]} is there, and torch {torch.__version__} (built for {built}) cannot use it: "
-        f"training runs on the CPU; see {TROUBLES}#cuda"
-    )
-
-
-def _experts(setup: Setup) -> list[str]:
-    """Of a mixture: how much of it a token goes through, whether adapters sit on its experts, and the loss that keeps
-    the experts evenly used."""
-    shape, recipe = setup.shape, setup.resolved.recipe
-    held = shape.layers * sum(linear.weights for linear in shape.in_experts)
-    if not held:
-        return []
-    said = [
-        f"a mixture of experts: a token goes through {setup.parameters - shape.idle:,} of {setup.parameters:,} weights"
-    ]
-    if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
-        share = held / setup.parameters
-        said.append(f"no adapter sits on its experts, which are {share:.0%} of it; all-linear adapts them too")
-    loss, text = load_balancing(load_config(setup.source)), "its config"
-    if loss and recipe.train.objective != "sft":
-        return [
-            *said,
-            f"load-balancing loss: left out by objective {recipe.train.objective}, though {text} asks for it",
-        ]
-    on = f"on, at {loss:g}, as {text} says" if loss else f"off, as {text} says (output_router_logits)"
-    return [*said, f"load-balancing loss: {on}"]
-
-
-def _towers(setup: Setup) -> str | None:
-    config = load_config(setup.source)
-    if setup.source.kind == "gguf" or not text_path(skeleton(setup.source)):
-        return None
-    return f"{config.model_type}: its text half is trained; what sees or hears is frozen and left as it is"
-
-
-def _in_full(setup: Setup) -> list[str]:
-    """Of a name in lora.modules_to_save that stands for modules of several kinds: all of them."""
-    names = setup.resolved.recipe.lora.modules_to_save
-    if not names:
-        return []
-    bare = skeleton(setup.source)
-    kinds = {name: kinds_of(trained_whole(bare, name)) for name in names}
-    return [
-        f"lora.modules_to_save {name}: all {sum(found.values())} modules whose names end so are trained in full: "
-        + ", ".join(f"{path} ({count})" for path, count in found.items())
-        for name, found in kinds.items()
-        if len(found) > 1
-    ]
-
-
-def _plan(
-    resolved: Resolved, source: Source, machine: Machine, devices: int = 1
-) -> tuple[Resolved, str, int, ModelShape, int]:
-    """The complete recipe, what running out of memory is remembered under, how many weights are trained, and the
-    model's shape and parameters."""
+def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devices: int = 1) -> Planned:
     recipe = resolved.recipe
     device = pick_device(recipe.model.device)
-    start, objective = start_adapter(recipe), objective_of(recipe.train)
+    start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
         refuse_other_kind(start, scored)
@@ -334,10 +188,11 @@ def _plan(
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
-    return resolved, key, num_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters
+    return Planned(resolved, key, num_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters)
 
 
-def start_adapter(recipe: Recipe) -> Path | None:
+def find_start_adapter(recipe: Recipe) -> Path | None:
+    """Return the folder of the adapter to start from, or None. Raises ModelError if there is no adapter."""
     if recipe.model.adapter is None:
         return None
     folder = adapter_folder(recipe.model.adapter)
@@ -346,3 +201,234 @@ def start_adapter(recipe: Recipe) -> Path | None:
             f"--model.adapter {recipe.model.adapter}: no adapter there", fix="give a run or adapter folder"
         )
     return folder
+
+
+def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
+    """Return this machine with the memory that is free for the run on its device.
+
+    processes: of the run on this machine, which share its memory. What PyTorch holds of the GPU already, and its
+    context, count as free, because every phase counts them.
+    """
+    machine, device = probe(memory), pick_device(recipe.model.device)
+    if processes > 1:
+        if device not in ("cpu", "cuda"):
+            raise DeviceError(f"--model.device {device}: there are {processes} processes", fix="use cpu, or cuda")
+        machine = replace(machine, free_bytes=machine.free_bytes // processes)
+    if not device.startswith("cuda"):
+        return machine
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
+    return replace(machine, card_free_bytes=min(free, total))
+
+
+def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
+    """Raise DataError for rows that are longer than a model's learned position embeddings."""
+    completion_tokens = max_completion_tokens(recipe.train)
+    if not shape.learned or not (text := shape.beyond(_row_lengths(data), completion_tokens)):
+        return
+    fix = f"--data.max_length {shape.positions}, with --data.overlong {allowed_overlong(data_kind_of(recipe.train))}"
+    if completion_tokens:
+        fix = "lower --train.answer_tokens, or --data.max_length with --data.overlong drop"
+    raise DataError(f"{text}: it has learned embeddings for these positions only", fix=fix)
+
+
+def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: Prepared) -> None:
+    """Raise ModelError for a row with a token that the model has no embedding for."""
+    if len(tokenizer) <= shape.vocabulary:
+        return
+    num_embeddings = int(skeleton(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    for row in (row for rows in (data.train, data.eval or ()) for row in rows):
+        if (unknown := row.ids[row.ids >= num_embeddings]).size:
+            token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
+            what = (
+                f"{row.file}:{row.line}: {source.name} has {num_embeddings:,} embeddings, "
+                f"none for token {unknown[0]} ({token})"
+            )
+            raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
+
+
+def _check_rewards(recipe: Recipe, data: Prepared) -> None:
+    """Raise RecipeError or DataError if the rewards do not fit these rows."""
+    rewards = parse_rewards(recipe.train.rewards)
+    for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
+        check_rewards(
+            rewards, [data.renderer.reference_answer(row) for row in rows], [(row.file, row.line) for row in rows]
+        )
+
+
+def check_space(folder: RunFolder, setup: Setup) -> None:
+    """Raise FolderError if a disk is too full.
+
+    The run needs its adapter and checkpoints (those it keeps, one more, and the best); the cache needs the copies of
+    the base that loading makes.
+    """
+    copies = _copies_bytes(setup)
+    if copies and free_bytes(cache_folder()) < copies:
+        free = free_bytes(cache_folder()) / 1e6
+        what = f"{cache_folder()}: copies of the base need {copies / 1e6:,.0f} MB of disk, {free:,.0f} MB are free"
+        raise FolderError(
+            what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLESHOOTING_PAGE}#disk"
+        )
+    checkpoint = checkpoint_bytes(setup.num_weights)
+    needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
+    free = free_bytes(folder.path)
+    if free < needed:
+        what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
+        raise FolderError(
+            what,
+            fix="free some space, give --out another disk, or lower --train.keep_checkpoints; "
+            f"see {TROUBLESHOOTING_PAGE}#disk",
+        )
+
+
+def _copies_bytes(setup: Setup) -> int:
+    model = setup.resolved.recipe.model
+    scheme = (model.quantization, model.double_quantization, DTYPES[model.dtype])
+    half, packed = copies_to_make(setup.source, *scheme)
+    setting = Workload.from_recipe(setup.resolved.recipe, setup.shape, parameters=setup.parameters).replace(
+        resident_layers=0
+    )
+    return 2 * setup.parameters * half + (weight_bytes(setting) + constant_bytes(setting)) * packed
+
+
+def refuse_changed_recipe(resolved: Resolved, folder: Path) -> None:
+    """Raise InputError if a given value differs from that of the run in this folder."""
+    before = read_resolved(folder / "recipe.yaml").choices
+    where = [
+        Where(str(folder), None, f"{field} was {before[field].value} when this run was started, and is {choice.value}")
+        for field, choice in resolved.choices.items()
+        if choice.origin in ("recipe", "option") and field != "out" and _differs(choice.value, before[field].value)
+    ]
+    if where:
+        what = f"{folder}: this folder has a run with other settings"
+        raise InputError(what, fix="restore the settings, or see `strop resume --help`", where=where)
+
+
+def _differs(value: Any, before: Any) -> bool:
+    return bool(value not in (None, "auto") and value != before)
+
+
+def device_count(lock: Mapping[str, Any]) -> int:
+    """Return the number of devices that a lock was written with."""
+    return int(lock.get("devices", {}).get("count", 1))
+
+
+def startup_notes(setup: Setup) -> list[str]:
+    """Return what to log before training: unused options and hardware, and unusual models, data and schedules."""
+    notes = (
+        *kept_values(setup.resolved, setup.shape),
+        *(_unused_gpu_note(setup), _int8_note(setup), *_unused_option_notes(setup), _warmup_note(setup)),
+        *(_other_quantization_note(setup), *_expert_notes(setup), _multimodal_note(setup)),
+        *(*_modules_to_save_notes(setup), _long_rows_note(setup)),
+    )
+    return [text for text in notes if text]
+
+
+def _long_rows_note(setup: Setup) -> str | None:
+    return setup.shape.beyond(_row_lengths(setup.data), max_completion_tokens(setup.resolved.recipe.train))
+
+
+def _row_lengths(data: Prepared) -> npt.NDArray[np.int64]:
+    """Return the tokens of all rows (n,), those of the evaluation included."""
+    return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])
+
+
+def _int8_note(setup: Setup) -> str | None:
+    """Suggest int8 matmuls on a CPU without fast bf16."""
+    recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
+    if dtype.value != "fp32" or dtype.origin != "plan" or recipe.train.int8_matmul:
+        return None
+    if recipe.int8_matmul_conflict() or why_no_integers(recipe, setup.machine, setup.shape):
+        return None
+    return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
+
+
+def _unused_option_notes(setup: Setup) -> list[str]:
+    recipe, single = setup.resolved.recipe, setup.lock["devices"]["count"] == 1
+    model, train = recipe.model, recipe.train
+    notes = {
+        "model.double_quantization false has no effect: the base is not in 4 bit": (
+            not model.double_quantization and model.quantization not in ("nf4", "fp4")
+        ),
+        f"model.placement {model.placement} has no effect on a single device": model.placement != "auto" and single,
+        f"train.timeout {train.timeout} has no effect on a single device": train.timeout != "30m" and single,
+        "train.deterministic has no effect: a CPU computes the same bits each time without it": (
+            train.deterministic and recipe.model.device == "cpu"
+        ),
+        f"train.eval_steps {train.eval_steps} has no effect without data.eval": (
+            train.eval_steps is not None and recipe.data.eval is None
+        ),
+    }
+    return [text for text, applies in notes.items() if applies]
+
+
+def _warmup_note(setup: Setup) -> str | None:
+    train = setup.resolved.recipe.train
+    steps = batch_stream(setup.resolved.recipe, len(setup.data.train_items or setup.data.train)).total_steps
+    if train.warmup < max(1, steps):
+        return None
+    return f"train.warmup {train.warmup:g}: the run has {steps} steps, so its learning rate never reaches its peak"
+
+
+def _other_quantization_note(setup: Setup) -> str | None:
+    """Warn if the adapter to start from was trained on a base with another quantization."""
+    start, now = find_start_adapter(setup.resolved.recipe), setup.resolved.recipe.model.quantization
+    before = now if start is None else read_identity(start).get("quantization", now)
+    if before == now:
+        return None
+    was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (before, now))
+    loftq = "; adapters that began with lora.init loftq need it" if before != "none" else ""
+    what = f"the adapter to start from was trained on the base {was}, and here the base is {is_}: other weights"
+    return f"{what} (--model.quantization {before}: the same{loftq})"
+
+
+def _unused_gpu_note(setup: Setup) -> str | None:
+    """Warn if there is a GPU that PyTorch cannot use, unless the user chose the CPU."""
+    gpus, device = setup.machine.gpus, setup.resolved.choices["model.device"]
+    if not gpus or device.origin != "plan" or device.value != "cpu":
+        return None
+    built = torch.version.cuda or "no CUDA"
+    return (
+        f"torch {torch.__version__} (built for {built}) cannot use {gpus[0]}: "
+        f"training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
+    )
+
+
+def _expert_notes(setup: Setup) -> list[str]:
+    """Describe a mixture of experts: active weights, adapters on the experts, and the load-balancing loss."""
+    shape, recipe = setup.shape, setup.resolved.recipe
+    expert_weights = shape.layers * sum(linear.weights for linear in shape.in_experts)
+    if not expert_weights:
+        return []
+    active = setup.parameters - shape.idle
+    notes = [f"a mixture of experts: {active:,} of {setup.parameters:,} weights are active per token"]
+    if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
+        share = expert_weights / setup.parameters
+        notes.append(f"its experts ({share:.0%} of the weights) have no adapters; target all-linear adds them")
+    loss, config = load_balancing(load_config(setup.source)), "its config"
+    if loss and recipe.train.objective != "sft":
+        return [*notes, f"load-balancing loss: not used by objective {recipe.train.objective}, though {config} sets it"]
+    state = f"on, at {loss:g}, as in {config}" if loss else f"off, as in {config} (output_router_logits)"
+    return [*notes, f"load-balancing loss: {state}"]
+
+
+def _multimodal_note(setup: Setup) -> str | None:
+    config = load_config(setup.source)
+    if setup.source.kind == "gguf" or not text_path(skeleton(setup.source)):
+        return None
+    return f"{config.model_type}: its text model is trained; image and audio encoders are frozen"
+
+
+def _modules_to_save_notes(setup: Setup) -> list[str]:
+    """List the modules of a lora.modules_to_save name that matches several kinds."""
+    names = setup.resolved.recipe.lora.modules_to_save
+    if not names:
+        return []
+    bare = skeleton(setup.source)
+    kinds_by_name = {name: kinds_of(trained_whole(bare, name)) for name in names}
+    return [
+        f"lora.modules_to_save {name}: all {sum(kinds.values())} modules with this suffix are trained in full: "
+        + ", ".join(f"{path} ({count})" for path, count in kinds.items())
+        for name, kinds in kinds_by_name.items()
+        if len(kinds) > 1
+    ]

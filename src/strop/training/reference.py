@@ -1,9 +1,9 @@
-"""The reference: how likely each answer was under the model as training began.
+"""The reference model of preference and policy objectives, and log-probabilities of answers under it.
 
-It is the model that training starts from, adapters and all else as they are then (a new adapter changes nothing), so
-that DoRA, trained biases, new tokens and an adapter to start from need no rule of their own; never with dropout. It is
-computed once, by the same step and in the micro-batches of the first epoch, and kept in the run folder with its key and
-the weights that training started from. Some rows are computed again at the start and at the end.
+The reference is the model that training starts from, with its adapters and without dropout (a new adapter changes
+nothing). DoRA, trained biases, new tokens and a start adapter therefore need no special case. Log-probabilities are
+computed once, by the training step and in the micro-batches of the first epoch. The run folder stores them with their
+key and the start weights. The rows of the first step are recomputed at the start and at the end.
 """
 
 from __future__ import annotations
@@ -24,124 +24,124 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from strop.data.examples import Lazy
-from strop.data.types import Unit
+from strop.data.store import LazySequence
+from strop.data.types import ExampleGroup
 from strop.errors import CheckpointError, RunError
-from strop.runs.folder import disk_faults, fsync_folder, share
-from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
-from strop.training.job import Job, stream_of
+from strop.runs.folder import apply_umask, disk_errors, fsync_folder
+from strop.training.criteria import BLOCK, PreferenceCriterion, answer_logprobs, mismatched_logprobs
 from strop.training.oom import micro_batches, within_memory
-from strop.training.rollouts import OfGroups
-from strop.training.state import holding
+from strop.training.rollouts import PolicyCriterion
+from strop.training.state import Job, batch_stream, temporary_values
 
 LOG = logging.getLogger(__name__)
 
-NEAR = 1e-5  # share of a log-probability by which the same computation may differ
-APART = 3e-3  # the same in other micro-batches, whose products in bf16 are rounded elsewhere
-LOSS_NEAR = 1e-6
+TOLERANCE = 1e-5  # relative difference of log-probabilities that are computed again
+TOLERANCE_OTHER_SPLIT = 3e-3  # the same in other micro-batches, whose bf16 matmuls round differently
+LOSS_TOLERANCE = 1e-6
 
 
-class WithReference(Lazy[Unit]):
-    """Units, each with the log-probabilities of the reference. values (N, K), fp64."""
+class WithReference(LazySequence[ExampleGroup]):
+    """Units with their log-probabilities under the reference. values: (N, K), fp64."""
 
-    def __init__(self, units: Sequence[Unit], values: Tensor) -> None:
+    def __init__(self, units: Sequence[ExampleGroup], values: Tensor) -> None:
         self._units, self._values = units, values
 
     def __len__(self) -> int:
         return len(self._units)
 
-    def one(self, i: int) -> Unit:
-        return replace(self._units[i], reference=tuple(self._values[i].tolist()))
+    def item(self, i: int) -> ExampleGroup:
+        return replace(self._units[i], reference_logprobs=tuple(self._values[i].tolist()))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """values: by "train" and "eval", (N, K) fp64, NaN where nobody asked yet. start: the trained weights at the
-    beginning, by name."""
+    """values: by "train" and "eval", (N, K) fp64, NaN where not computed yet. start: the start weights by name."""
 
     values: dict[str, Tensor]
     start: Mapping[str, Tensor]
 
 
 def with_reference(job: Job, key: Mapping[str, str]) -> Job:
-    """The job with what the reference makes of each of its rows (of answers that are yet to be drawn: with the weights
-    that it is computed with); the job itself where its objective needs none.
+    """Return the job with reference log-probabilities (for a policy objective, with the start weights instead).
 
-    key: what the reference depends on: base, how it is stored, template, rows. Raises CheckpointError where a run that
-    is resumed has lost what it started from; RunError where the same rows come out otherwise when computed again.
+    key: what the reference depends on: base, its storage, template, rows. Jobs whose objective needs no reference are
+    returned unchanged.
+
+    Raises CheckpointError if a resumed run has lost its start weights; RunError if recomputed rows differ.
     """
     criterion = job.criterion
-    if isinstance(criterion, OfGroups) and criterion.options.beta:
-        return replace(job, criterion=replace(criterion, start=_start(job, key)))
-    if not isinstance(criterion, OfAnswers) or not criterion.objective.reference:
+    if isinstance(criterion, PolicyCriterion) and criterion.options.beta:
+        return replace(job, criterion=replace(criterion, start=_start_weights(job, key)))
+    if not isinstance(criterion, PreferenceCriterion) or not criterion.objective.reference:
         return job
-    sets = {"train": cast("Sequence[Unit]", job.train), "eval": cast("Sequence[Unit]", job.eval or ())}
-    known = _load(job, key, sets)
+    sets = {"train": cast("Sequence[ExampleGroup]", job.train), "eval": cast("Sequence[ExampleGroup]", job.eval or ())}
+    reference = _load(job, key, sets)
     started = time.perf_counter()
-    LOG.info("computing how likely each answer is before training")
-    with _starting(job, known.start):
-        missing = sum(_fill(job, sets[name], known.values[name], order) for name, order in _orders(job).items())
-    if missing:
-        with job.devices.together():
-            if job.devices.main:
-                _save(job, key, known)
-        job.log.emit("reference", rows=missing, seconds=round(time.perf_counter() - started, 3))
-    found = [WithReference(units, known.values[name]) for name, units in sets.items()]
-    job = replace(job, train=found[0], eval=found[1] if job.eval else None)
-    check(job, key)
+    LOG.info("computing reference log-probabilities")
+    with _reference_model(job, reference.start):
+        computed = sum(
+            _fill(job, sets[name], reference.values[name], batches) for name, batches in _batches(job).items()
+        )
+    if computed:
+        with job.devices.all_or_none():
+            if job.devices.is_main:
+                _save(job, key, reference)
+        job.log.emit("reference", rows=computed, seconds=round(time.perf_counter() - started, 3))
+    train, held_out = (WithReference(units, reference.values[name]) for name, units in sets.items())
+    job = replace(job, train=train, eval=held_out if job.eval else None)
+    check_reference(job, key)
     return job
 
 
-def check(job: Job, key: Mapping[str, str]) -> None:
-    """Computes the reference of the first step's rows again. Raises RunError where it is not what was kept.
+def check_reference(job: Job, key: Mapping[str, str]) -> None:
+    """Recompute the reference of the first step's rows, and raise RunError if it differs from the stored one.
 
-    Before the first step, the loss is that of a policy that equals its reference (ln 2 for DPO).
+    Before the first step, the loss must be that of a policy that equals its reference (ln 2 for DPO).
     """
     criterion = job.criterion
-    if not isinstance(criterion, OfAnswers) or not criterion.objective.reference:
+    if not isinstance(criterion, PreferenceCriterion) or not criterion.objective.reference:
         return
-    units = [cast(Unit, job.train[row]) for row in stream_of(job.recipe, len(job.train)).rows(0)]
-    beginning = job.state.progress.step == 0
-    start = (
-        {} if beginning else _load(job, key, {}).start
-    )  # at the beginning the model as it is, which must be the same
-    kept = torch.tensor([unit.reference for unit in units], dtype=torch.float64)
-    found = torch.full_like(kept, math.nan)
-    with _starting(job, start), torch.no_grad():
-        within_memory(job, units, lambda: _score(job, [units] * job.devices.world, list(range(len(units))), found))
-    near = APART if job.state.progress.halvings or job.state.progress.recompute else NEAR
-    off = ((found - kept).abs() / kept.abs().clamp(min=1.0)).nan_to_num(0.0).max()
-    if off > near:
-        what = f"the reference of the first rows is not what it was: log-probabilities differ by {float(off):.1e} of it"
-        raise RunError(what, fix="start the run again; if it happens again, please report it")
-    loss, expected = (_loss(job, units, values) for values in (found, kept))
-    if beginning and abs(loss - expected) > LOSS_NEAR:
-        what = (
-            f"before the first step the loss is {loss:.8f}, not {expected:.8f}: the model does not equal its reference"
-        )
-        raise RunError(what, fix="start the run again; if it happens again, please report it")
-    told = {"loss": loss} if beginning else {}
-    job.log.emit("reference-check", step=job.state.progress.step, rows=len(units), off=float(off), **told)
+    units = [cast(ExampleGroup, job.train[row]) for row in batch_stream(job.recipe, len(job.train)).rows(0)]
+    at_start = job.state.progress.step == 0
+    start = {} if at_start else _load(job, key, {}).start  # at the start, the model is the reference
+    stored = torch.tensor([unit.reference_logprobs for unit in units], dtype=torch.float64)
+    recomputed = torch.full_like(stored, math.nan)
+    batches = [units] * job.devices.world_size
+    with _reference_model(job, start), torch.no_grad():
+        within_memory(job, units, lambda: _score(job, batches, list(range(len(units))), recomputed))
+    progress = job.state.progress
+    tolerance = TOLERANCE_OTHER_SPLIT if progress.halvings or progress.recompute else TOLERANCE
+    off = ((recomputed - stored).abs() / stored.abs().clamp(min=1.0)).nan_to_num(0.0).max()
+    fix = "start the run again; if it happens again, please report it"
+    if off > tolerance:
+        what = f"the reference of the first rows has changed: log-probabilities differ by {float(off):.1e} (relative)"
+        raise RunError(what, fix=fix)
+    loss, expected = (_mean_loss(criterion, units, values) for values in (recomputed, stored))
+    if at_start and abs(loss - expected) > LOSS_TOLERANCE:
+        what = f"before the first step the loss is {loss:.8f}, not {expected:.8f}: the model is not its reference"
+        raise RunError(what, fix=fix)
+    fields = {"loss": loss} if at_start else {}
+    job.log.emit("reference-check", step=progress.step, rows=len(units), off=float(off), **fields)
 
 
-def _start(job: Job, key: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """The weights that training started from: answers that are drawn later need the reference of each step's own."""
-    known = _load(job, key, {"train": (), "eval": ()})
+def _start_weights(job: Job, key: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """Return the start weights, stored in the run folder: completions sampled later need reference log-probabilities
+    too."""
+    reference = _load(job, key, {"train": (), "eval": ()})
     if not job.folder.reference.is_file():
-        _save(job, key, known)
-    return known.start
+        _save(job, key, reference)
+    return reference.start
 
 
-def _loss(job: Job, units: Sequence[Unit], values: Tensor) -> float:
-    """The loss of an effective batch whose log-probabilities are these."""
-    sums = values[:, : len(units[0].examples)].flatten()
-    step = replace(job.step, log_probs=lambda examples: sums)
-    return float(job.criterion.loss(step, units, 0.0)[0]) / job.criterion.divisor(units)
+def _mean_loss(criterion: PreferenceCriterion, units: Sequence[ExampleGroup], values: Tensor) -> float:
+    """Return the loss of an effective batch with these log-probabilities (N, K)."""
+    sums = values[:, : len(units[0].examples)].flatten().view(len(units), -1).unbind(1)
+    return float(criterion.loss_of_sums(sums, units, 0.0)[0]) / criterion.divisor(units)
 
 
-def _orders(job: Job) -> dict[str, Iterator[list[int]]]:
-    """The rows of each set as they are cut into micro-batches: steps of the first epoch, blocks of an evaluation."""
-    stream = stream_of(job.recipe, len(job.train))
+def _batches(job: Job) -> dict[str, Iterator[list[int]]]:
+    """Return the rows of each set in batches: the steps of the first epoch, and the blocks of an evaluation."""
+    stream = batch_stream(job.recipe, len(job.train))
     steps = range(min(stream.total_steps, stream.steps_per_epoch))
     held_out = len(job.eval or ())
     blocks = range(0, held_out, BLOCK)
@@ -151,55 +151,55 @@ def _orders(job: Job) -> dict[str, Iterator[list[int]]]:
     }
 
 
-def _fill(job: Job, units: Sequence[Unit], values: Tensor, order: Iterator[list[int]]) -> int:
-    """Computes what is missing, some batches on each device; gives how many rows that were."""
-    missing = [rows for rows in order if values[rows].isnan().all(1).any()]
-    for begin in range(0, len(missing), job.devices.world):
-        at_once = missing[begin : begin + job.devices.world]
+def _fill(job: Job, units: Sequence[ExampleGroup], values: Tensor, batches: Iterator[list[int]]) -> int:
+    """Compute the missing values, one batch per device at a time; return the number of rows computed."""
+    missing = [rows for rows in batches if values[rows].isnan().all(1).any()]
+    for begin in range(0, len(missing), job.devices.world_size):
+        at_once = missing[begin : begin + job.devices.world_size]
         own = at_once[job.devices.rank] if job.devices.rank < len(at_once) else []
-        batches = [[units[row] for row in rows] for rows in at_once]
-        batches += [[]] * (job.devices.world - len(batches))
-        together = [unit for batch in batches for unit in batch]  # devices shrink alike
+        by_rank = [[units[row] for row in rows] for rows in at_once]
+        by_rank += [[]] * (job.devices.world_size - len(by_rank))
+        flat = [unit for batch in by_rank for unit in batch]  # all devices must shrink alike
         with torch.no_grad():
-            within_memory(job, together, lambda batches=batches, own=own: _score(job, batches, own, values))  # type: ignore[misc]
-        for rows, found in zip(at_once, job.devices.gather(values[own]), strict=False):
-            values[rows] = found
+            within_memory(job, flat, lambda by_rank=by_rank, own=own: _score(job, by_rank, own, values))  # type: ignore[misc]
+        for rows, results in zip(at_once, job.devices.gather(values[own]), strict=False):
+            values[rows] = results
     return sum(map(len, missing))
 
 
-def _score(job: Job, batches: Sequence[Sequence[Unit]], rows: Sequence[int], values: Tensor) -> None:
-    """The log-probabilities of this rank's batch, in the micro-batches that a step makes of it, into `values` at
-    `rows`. batches: by rank."""
-    batch, width = batches[job.devices.rank], values.shape[1]
+def _score(job: Job, by_rank: Sequence[Sequence[ExampleGroup]], rows: Sequence[int], values: Tensor) -> None:
+    """Write the log-probabilities of this rank's batch into `values` at `rows`, in a step's micro-batches."""
+    batch, last = by_rank[job.devices.rank], values.shape[1] - 1
 
-    def answers(group: list[int]) -> None:
-        places = torch.tensor([rows[row] for row in group])
-        for side, sums in enumerate(log_probs(job.step, [batch[row] for row in group])):
-            values[places, side] = sums.cpu().double()
+    def score_answers(group: list[int]) -> None:
+        indices = torch.tensor([rows[row] for row in group])
+        for side, sums in enumerate(answer_logprobs(job.step, [batch[row] for row in group])):
+            values[indices, side] = sums.cpu().double()
 
-    def others(having: list[int]) -> None:
-        places = torch.tensor([rows[row] for row in having])
-        values[places, width - 1] = beside(job.step, [batch[row] for row in having]).cpu().double()
+    def score_mismatched(group: list[int]) -> None:
+        indices = torch.tensor([rows[row] for row in group])
+        values[indices, last] = mismatched_logprobs(job.step, [batch[row] for row in group]).cpu().double()
 
-    turns = job.devices.turns
-    turns(lambda rank: micro_batches(job, batches[rank]) if batches[rank] else [], answers, backward=False)
-    turns(lambda rank: _having(job, batches[rank]), others, backward=False)
+    def split(rank: int) -> list[list[int]]:
+        return micro_batches(job, by_rank[rank]) if by_rank[rank] else []
+
+    job.devices.run_passes(split, score_answers, backward=False)
+    job.devices.run_passes(lambda rank: _split_mismatched(job, by_rank[rank]), score_mismatched, backward=False)
 
 
-def _having(job: Job, batch: Sequence[Unit]) -> list[list[int]]:
-    """Micro-batches of the units with an answer to another prompt."""
-    found = []
+def _split_mismatched(job: Job, batch: Sequence[ExampleGroup]) -> list[list[int]]:
+    """Return micro-batches of the units that have an answer to another prompt."""
+    groups = []
     for begin in range(0, len(batch), BLOCK):
         for group in micro_batches(job, batch[begin : begin + BLOCK]):
-            found.append([begin + row for row in group if batch[begin + row].beside])
-    return [having for having in found if having]
+            groups.append([begin + row for row in group if batch[begin + row].kl_examples])
+    return [group for group in groups if group]
 
 
 @contextmanager
-def _starting(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside this block the model is what training started from (as it is now, where `start` is empty), without
-    dropout."""
-    with holding(job.state.weights, start):
+def _reference_model(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the model its start weights (none: keep the present ones) inside the block, without dropout."""
+    with temporary_values(job.state.weights, start):
         job.model.eval()
         try:
             yield
@@ -207,35 +207,35 @@ def _starting(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
             job.model.train()
 
 
-def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[Unit]]) -> Reference:
-    """What the run folder holds, or, at the beginning, the weights as they are and nothing computed yet."""
-    path, start, said = job.folder.reference, {}, None
+def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[ExampleGroup]]) -> Reference:
+    """Read the run folder's reference. At the start of a run: the present weights, with no values yet."""
+    path, start, stored_key = job.folder.reference, {}, None
     try:
         with safe_open(path, framework="pt") as file:
-            said = json.loads(file.metadata()["key"])
+            stored_key = json.loads(file.metadata()["key"])
             start = {name: file.get_tensor(f"weight/{name}") for name in job.state.weights}
             values = {name: file.get_tensor(name) for name in ("train", "eval")}
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         start = {}
     if not start:
         if job.state.progress.step:
-            what = f"{path}: what the run started from is lost or damaged"
+            what = f"{path}: the weights that the run started from are missing or damaged"
             raise CheckpointError(what, fix="start the run again with `strop train`")
         start = {name: weight.detach().cpu().clone() for name, weight in job.state.weights.items()}
-    if said == dict(key):
+    if stored_key == dict(key):
         return Reference(values, start)
     return Reference(
         {name: torch.full((len(units), 2), math.nan, dtype=torch.float64) for name, units in sets.items()}, start
     )
 
 
-def _save(job: Job, key: Mapping[str, str], known: Reference) -> None:
+def _save(job: Job, key: Mapping[str, str], reference: Reference) -> None:
     path: Path = job.folder.reference
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    weights = {f"weight/{name}": weight.contiguous() for name, weight in known.start.items()}
-    with disk_faults(path):
-        save_file({**weights, **known.values}, temp, metadata={"key": json.dumps(dict(key))})
-        share(temp)
+    weights = {f"weight/{name}": weight.contiguous() for name, weight in reference.start.items()}
+    with disk_errors(path):
+        save_file({**weights, **reference.values}, temp, metadata={"key": json.dumps(dict(key))})
+        apply_umask(temp)
         with temp.open("rb") as file:
             os.fsync(file.fileno())
         temp.replace(path)

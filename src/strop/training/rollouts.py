@@ -1,46 +1,66 @@
-"""Learning from rewards for the model's own answers: a group of them to each prompt, drawn before each step.
+"""Policy objectives in training: sample a group of completions per prompt before each step, and reward them.
 
-What is drawn depends on the weights, the seed, the step, the row and the answer's number in its group, and on nothing
-else, so that a resumed run draws what the unbroken one would have.
+A completion depends only on the weights, the seed, the step, the row and its number in the group, so that a resumed run
+samples what an unbroken one would have. Completions come from strop's decoder, or from vLLM in a separate process.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
+from itertools import count
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
+import peft
 import torch
 from torch import Tensor, nn
 
-from strop.config.schema import TrainSection
-from strop.data.types import Example, Group, Item, Prompt, behind_reasoning
-from strop.engine.decode.decoder_cache import let_go
-from strop.engine.decode.generate import generate
-from strop.engine.decode.rollouts import Drawn, Draws, draw
+from strop.config.schema import Recipe, TrainSection
+from strop.data.types import Example, Ids, Item, Prompt, RolloutGroup, strip_reasoning
+from strop.engine.decode.batch import drop_decoder
+from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
+from strop.errors import RecipeError, RunError
 from strop.evaluation.metrics import Z_95, Reward
-from strop.objectives.base_loss import given
-from strop.objectives.grpo import Tokens, advantages, divisor, equal, token_weight
-from strop.objectives.grpo import loss as token_losses
+from strop.models.load import weights_folder
+from strop.models.source import Source, read_config
+from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
+from strop.objectives.objective import require
+from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
+from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.runs.events import EventLog
-from strop.training.criteria import BLOCK, Cut, Figures
-from strop.training.state import holding
+from strop.training.criteria import BLOCK, Figures, Split
+from strop.training.state import temporary_values
 
-SHOWN = 400  # characters of an answer in an event
+LOGGED_CHARACTERS = 400  # of a completion in an event
+VLLM_GPU_SHARE = 0.3  # of the GPU's memory, for vLLM's copy of the base and its cache
+VLLM_MAX_SEQUENCES = 256
+OPTION = "--train.vllm_python"
+WITHOUT_VLLM = "leave --train.vllm_python out, and strop's engine samples"
+WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 @dataclass(frozen=True)
-class OfGroups:
-    """GRPO. model: which answers. tokenizer, stop_ids: make texts of tokens, and end answers. weights: the trained
-    ones. start: their values at the beginning, which make the reference; empty before they are known. draws: makes the
-    answers, in the place of strop's engine."""
+class PolicyCriterion:
+    """Trains a policy objective (GRPO) on completions that the model samples; see criteria.Criterion.
 
+    model: the policy. tokenizer, stop_ids: decode completions, and end them. weights: the trained parameters.
+    start: their values at the start of training, which make the reference; empty if there is no reference.
+    sampler: replaces strop's engine.
+    """
+
+    objective: PolicyLoss
     options: TrainSection
     seed: int
     model: nn.Module
@@ -50,93 +70,106 @@ class OfGroups:
     weights: Mapping[str, nn.Parameter]
     log: EventLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
-    draws: Draws | None = None
-    tells: ClassVar[bool] = True
+    sampler: Sampler | None = None
+    has_figures: ClassVar[bool] = True
 
     @property
     def updates(self) -> int:
-        return int(given(self.options.updates))
+        return int(require(self.options.updates))
 
     @property
-    def _most(self) -> int:
-        return int(given(self.options.answer_tokens))
+    def _max_tokens(self) -> int:
+        return int(require(self.options.answer_tokens))
 
     @property
-    def _size(self) -> int:
-        return int(given(self.options.group))
+    def _group_size(self) -> int:
+        return int(require(self.options.group))
 
-    def begin(self, step: Step, items: Sequence[Item], index: int, cut: Cut) -> list[Item]:
-        """Draws a group of answers to each prompt of the step `index`, rewards them, and computes their reference."""
+    def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
+        """Sample a group of completions for each prompt of step `index`, reward them, and compute their reference."""
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
-        seeds = [[self._seed(index, prompt.row, number) for number in range(self._size)] for prompt in prompts]
-        asked = [prompt.examples[0].ids for prompt in prompts]
-        drawn = (self.draws or draw)(self.model, asked, seeds, self.stop_ids, self._most)
+        seeds = [[self._sample_seed(index, prompt.row, number) for number in range(self._group_size)]
+                 for prompt in prompts]  # fmt: skip
+        ids = [prompt.examples[0].ids for prompt in prompts]
+        sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, self._max_tokens)
         seconds = time.perf_counter() - started
-        groups = [self._group(prompt, answers) for prompt, answers in zip(prompts, drawn, strict=True)]
+        groups = [self._make_group(prompt, completions) for prompt, completions in zip(prompts, sampled, strict=True)]
         first = groups[0]
-        shown = self._text(first.examples[0].ids[first.examples[0].prompt :])[:SHOWN]
+        text = self._decode(first.examples[0].ids[first.examples[0].prompt_length :])[:LOGGED_CHARACTERS]
         self.log.emit(
             "answers",
             step=index + 1,
             seconds=round(seconds, 3),
             row=f"{first.file}:{first.line}",
-            answer=shown,
+            answer=text,
             rewards=first.rewards,
         )
-        return [*self._with_reference(step, groups, cut)] if self.options.beta else [*groups]
+        return [*self._with_reference(step, groups, split)] if self.options.beta else [*groups]
 
     def longest(self, item: Item) -> Item:
-        """The group of a prompt whose answers are as long as they may be, and all differ."""
+        """Return a prompt's group with different completions, all at the length limit."""
         prompt = item.examples[0]
-        answers = [
-            Drawn(np.full(self._most, number + 1, np.int32), np.zeros(self._most), True) for number in range(self._size)
+        completions = [
+            SampledCompletion(np.full(self._max_tokens, number + 1, np.int32), np.zeros(self._max_tokens), True)
+            for number in range(self._group_size)
         ]
-        examples = tuple(_example(prompt, answer, 1) for answer in answers)
-        zeros = np.zeros(self._size * self._most)
-        nothing = (0.0,) * self._size
-        stopped = (True,) * self._size
-        return Group(examples, advantages=nothing, stopped=stopped, rewards=nothing, drawn=zeros, before=zeros)
+        examples = tuple(_as_example(prompt, completion, 1) for completion in completions)
+        logprobs = np.zeros(self._group_size * self._max_tokens)
+        zeros = (0.0,) * self._group_size
+        stopped = (True,) * self._group_size
+        return RolloutGroup(
+            examples,
+            advantages=zeros,
+            stopped=stopped,
+            rewards=zeros,
+            sampling_logprobs=logprobs,
+            reference_token_logprobs=logprobs,
+        )
 
     def divisor(self, items: Sequence[Item]) -> float:
         lengths = [
             example.supervised
-            for group in cast("Sequence[Group]", items)
-            for example, count in zip(group.examples, group.counts, strict=True)
-            for _ in range(count)
+            for group in cast("Sequence[RolloutGroup]", items)
+            for example, copies in zip(group.examples, group.counts, strict=True)
+            for _ in range(copies)
         ]
-        return divisor(lengths, self.options)
+        return self.objective.divisor(lengths, self.options)
 
-    def level(self, step: Step, items: Sequence[Item], cut: Cut) -> float:
+    def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
         return 0.0
 
-    def loss(self, step: Step, items: Sequence[Item], level: float) -> tuple[Tensor, Figures]:
-        groups = cast("Sequence[Group]", items)
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
+        groups = cast("Sequence[RolloutGroup]", items)
         examples = [example for group in groups for example in group.examples]
-        found = step.token_log_probs(examples)
-        now = found if found.device.type == "mps" else found.double()
-        lengths = torch.tensor([example.supervised for example in examples], device=now.device)
-        counts = torch.tensor([count for group in groups for count in group.counts], device=now.device)
-        shares = now.new_tensor([token_weight(int(length), self.options) for length in lengths])
-        advantage = now.new_tensor([value for group in groups for value in group.advantages])
-        drawn = torch.from_numpy(np.concatenate([group.drawn for group in groups])).to(now)
-        before = [group.before if len(group.before) else group.drawn for group in groups]
-        reference = torch.from_numpy(np.concatenate(before)).to(now)
+        logprobs = step.token_log_probs(examples)
+        logprobs = logprobs if logprobs.device.type == "mps" else logprobs.double()
+        lengths = torch.tensor([example.supervised for example in examples], device=logprobs.device)
+        counts = torch.tensor([copies for group in groups for copies in group.counts], device=logprobs.device)
+        weights = logprobs.new_tensor([self.objective.token_weight(int(length), self.options) for length in lengths])
+        advantages = logprobs.new_tensor([value for group in groups for value in group.advantages])
+        old_logprobs = torch.from_numpy(np.concatenate([group.sampling_logprobs for group in groups])).to(logprobs)
+        reference = [
+            group.reference_token_logprobs if len(group.reference_token_logprobs) else group.sampling_logprobs
+            for group in groups
+        ]
+        ref_logprobs = torch.from_numpy(np.concatenate(reference)).to(logprobs)
 
-        def spread(values: Tensor) -> Tensor:
+        def per_token(values: Tensor) -> Tensor:
             return values.repeat_interleave(lengths)
 
-        outcome = token_losses(Tokens(now, drawn, reference, spread(advantage)), self.options)
-        total = (outcome.losses * spread(shares * counts)).sum()
+        tokens = SampledTokens(logprobs, old_logprobs, ref_logprobs, per_token(advantages))
+        result = self.objective.compute(tokens, self.options)
+        total = (result.losses * per_token(weights * counts)).sum()
         with torch.no_grad():
-            often = spread(counts)
-            tokens = {"clip_share": outcome.clipped.double(), "off": (now - drawn).abs()}
-            tokens |= {"kl": outcome.kl} if self.options.beta else {}
-            figures = {name: values.repeat_interleave(often) for name, values in tokens.items()}
-        return total, {**_figures(groups, now), **figures}
+            copies = per_token(counts)
+            values = {"clip_share": result.clipped.double(), "off": (logprobs - old_logprobs).abs()}
+            values |= {"kl": result.kl} if self.options.beta else {}
+            figures = {name: column.repeat_interleave(copies) for name, column in values.items()}
+        return total, {**_group_figures(groups, logprobs), **figures}
 
-    def evaluate(self, step: Step, items: Sequence[Item], cut: Cut) -> dict[str, Any]:
-        """Of the likeliest answers: {loss (minus the mean reward), reward, reward_interval, stop_rate,
-        answer_length}."""
+    def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
+        """Return {loss (minus the mean reward), reward, reward_interval, stop_rate, answer_length} of greedy
+        completions."""
         prompts = cast("Sequence[Prompt]", items)
         try:
             answers = generate(
@@ -144,67 +177,67 @@ class OfGroups:
                 self.tokenizer,
                 [prompt.examples[0].ids for prompt in prompts],
                 stop_ids=self.stop_ids,
-                max_new_tokens=self._most,
+                max_new_tokens=self._max_tokens,
             )
         finally:
-            let_go(self.model)
-        rewards = [self._worth(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+            drop_decoder(self.model)
+        rewards = [self._reward(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         mean = statistics.fmean(rewards)
-        found: dict[str, Any] = {"loss": -mean, "reward": mean}
+        result: dict[str, Any] = {"loss": -mean, "reward": mean}
         if len(rewards) > 1:
-            reach = Z_95 * statistics.stdev(rewards) / math.sqrt(len(rewards))
-            found["reward_interval"] = [mean - reach, mean + reach]
-        found["stop_rate"] = statistics.fmean(answer.stopped for answer in answers)
-        found["answer_length"] = statistics.fmean(answer.tokens for answer in answers)
-        return found
+            half_width = Z_95 * statistics.stdev(rewards) / math.sqrt(len(rewards))
+            result["reward_interval"] = [mean - half_width, mean + half_width]
+        result["stop_rate"] = statistics.fmean(answer.stopped for answer in answers)
+        result["answer_length"] = statistics.fmean(answer.tokens for answer in answers)
+        return result
 
-    def _seed(self, index: int, row: int, number: int) -> int:
-        said = f"{self.seed} {index} {row} {number}".encode()
-        return int.from_bytes(blake2b(said, digest_size=8).digest(), "little") >> 1
+    def _sample_seed(self, index: int, row: int, number: int) -> int:
+        text = f"{self.seed} {index} {row} {number}".encode()
+        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
-    def _group(self, prompt: Prompt, answers: Sequence[Drawn]) -> Group:
-        """The answers that differ, with how often each was drawn; advantages are of all of them."""
-        same: dict[bytes, list[Drawn]] = {}
-        for answer in answers:
-            same.setdefault(answer.ids.tobytes(), []).append(answer)
-        firsts = [alike[0] for alike in same.values()]
-        counts = [len(alike) for alike in same.values()]
-        worth = [self._worth(prompt, self._text(answer.ids)) for answer in firsts]
-        rewards = [value for value, count in zip(worth, counts, strict=True) for _ in range(count)]
-        better = dict(zip(rewards, advantages(rewards, self.options), strict=True))
-        return Group(
-            tuple(_example(prompt.examples[0], answer, count) for answer, count in zip(firsts, counts, strict=True)),
-            advantages=tuple(better[value] for value in worth),
-            stopped=tuple(answer.stopped for answer in firsts),
+    def _make_group(self, prompt: Prompt, completions: Sequence[SampledCompletion]) -> RolloutGroup:
+        """Return the distinct completions with their number of copies; advantages are over all copies."""
+        by_ids: dict[bytes, list[SampledCompletion]] = {}
+        for completion in completions:
+            by_ids.setdefault(completion.ids.tobytes(), []).append(completion)
+        distinct = [copies[0] for copies in by_ids.values()]
+        counts = [len(copies) for copies in by_ids.values()]
+        distinct_rewards = [self._reward(prompt, self._decode(completion.ids)) for completion in distinct]
+        rewards = [reward for reward, copies in zip(distinct_rewards, counts, strict=True) for _ in range(copies)]
+        by_reward = dict(zip(rewards, self.objective.advantages(rewards, self.options), strict=True))
+        return RolloutGroup(
+            tuple(_as_example(prompt.examples[0], *pair) for pair in zip(distinct, counts, strict=True)),
+            advantages=tuple(by_reward[reward] for reward in distinct_rewards),
+            stopped=tuple(completion.stopped for completion in distinct),
             rewards=tuple(rewards),
-            drawn=np.concatenate([answer.log_probs for answer in firsts]),
+            sampling_logprobs=np.concatenate([completion.log_probs for completion in distinct]),
         )
 
-    def _worth(self, prompt: Prompt, text: str) -> float:
-        place, text = (prompt.file, prompt.line), behind_reasoning(text, prompt.closes)
+    def _reward(self, prompt: Prompt, text: str) -> float:
+        place, text = (prompt.file, prompt.line), strip_reasoning(text, prompt.reasoning_ends)
         return sum(reward.weight * reward(prompt.gold, text, place) for reward in self.rewards)
 
-    def _text(self, ids: Any) -> str:
-        kept = ids[:-1] if int(ids[-1]) in self.stop_ids else ids
-        return str(self.tokenizer.decode(kept.tolist(), skip_special_tokens=True))
+    def _decode(self, ids: Any) -> str:
+        without_stop = ids[:-1] if int(ids[-1]) in self.stop_ids else ids
+        return str(self.tokenizer.decode(without_stop.tolist(), skip_special_tokens=True))
 
-    def _with_reference(self, step: Step, groups: Sequence[Group], cut: Cut) -> list[Group]:
-        found = list(groups)
-        with holding(self.weights, self.start), torch.no_grad():
+    def _with_reference(self, step: Step, groups: Sequence[RolloutGroup], split: Split) -> list[RolloutGroup]:
+        result = list(groups)
+        with temporary_values(self.weights, self.start), torch.no_grad():
             for begin in range(0, len(groups), BLOCK):
                 block = groups[begin : begin + BLOCK]
-                for rows in cut(block):
-                    some = [block[row] for row in rows]
-                    values = step.token_log_probs([example for group in some for example in group.examples])
-                    ends = np.cumsum([len(group.drawn) for group in some])[:-1]
-                    parts = np.split(values.double().cpu().numpy(), ends)
+                for rows in split(block):
+                    chosen = [block[row] for row in rows]
+                    logprobs = step.token_log_probs([example for group in chosen for example in group.examples])
+                    ends = np.cumsum([len(group.sampling_logprobs) for group in chosen])[:-1]
+                    parts = np.split(logprobs.double().cpu().numpy(), ends)
                     for row, part in zip(rows, parts, strict=True):
-                        found[begin + row] = replace(block[row], before=part)
-        return found
+                        result[begin + row] = replace(block[row], reference_token_logprobs=part)
+        return result
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Switches off the dropout that a model itself has: what it drew would come out otherwise in the step."""
+def disable_model_dropout(model: nn.Module) -> None:
+    """Set the base model's dropout to 0, with which log-probabilities would differ from those at sampling."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -213,24 +246,128 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _example(prompt: Example, answer: Drawn, count: int) -> Example:
-    weights = np.concatenate([np.zeros(len(prompt), np.float32), np.full(len(answer.ids), count, np.float32)])
-    return replace(prompt, ids=np.concatenate([prompt.ids, answer.ids]), weights=weights)
+def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> Example:
+    weights = np.concatenate([np.zeros(len(prompt), np.float32), np.full(len(completion.ids), copies, np.float32)])
+    return replace(prompt, ids=np.concatenate([prompt.ids, completion.ids]), weights=weights)
 
 
-def _figures(groups: Sequence[Group], like: Tensor) -> Figures:
-    """Of each answer and each group, for people."""
-    of_answers = [
+def _group_figures(groups: Sequence[RolloutGroup], like: Tensor) -> Figures:
+    """Return figures of each completion and each group."""
+    completions = [
         (float(example.supervised), float(stopped))
         for group in groups
-        for example, stopped, count in zip(group.examples, group.stopped, group.counts, strict=True)
-        for _ in range(count)
+        for example, stopped, copies in zip(group.examples, group.stopped, group.counts, strict=True)
+        for _ in range(copies)
     ]
-    values = {
+    columns = {
         "reward": [reward for group in groups for reward in group.rewards],
         "reward_spread": [statistics.stdev(group.rewards) for group in groups],
-        "equal_groups": [float(equal(group.rewards)) for group in groups],
-        "answer_length": [length for length, _ in of_answers],
-        "stop_rate": [stopped for _, stopped in of_answers],
+        "equal_groups": [float(rewards_equal(group.rewards)) for group in groups],
+        "answer_length": [length for length, _ in completions],
+        "stop_rate": [stopped for _, stopped in completions],
     }
-    return {name: like.new_tensor(found) for name, found in values.items()}
+    return {name: like.new_tensor(column) for name, column in columns.items()}
+
+
+def check_vllm(recipe: Recipe) -> None:
+    """Raise RecipeError if the recipe names vLLM without sampling, or with a quantized base; ModelError if vLLM does
+    not support the adapter."""
+    python, lora = recipe.train.vllm_python, recipe.lora
+    if python is None:
+        return
+    if data_kind_of(recipe.train) != "prompts":
+        raise RecipeError(f"{OPTION}: objective {recipe.train.objective} samples no completions", fix="leave it out")
+    if recipe.model.quantization != "none":
+        what = f"{OPTION}: vLLM would sample from the 16-bit base, not from {recipe.model.quantization}"
+        raise RecipeError(what, fix="use --model.quantization none, or leave it out")
+    find_python(python, OPTION)
+    config = {name: getattr(lora, name) for name in ("r", "rank_pattern", "use_dora", "bias")}
+    config |= {"modules_to_save": lora.modules_to_save, "trainable_token_indices": lora.new_tokens}
+    lora_rank(config, OPTION, WITHOUT_VLLM)
+
+
+@dataclass(frozen=True)
+class VllmSampler:
+    """Samples like engine.decode.generate.sample_completions, in a vLLM process.
+
+    A seed does not fully determine a completion, because vLLM's sums depend on what is computed in the same batch. A
+    resumed run may therefore sample others.
+    """
+
+    process: subprocess.Popen[str]
+    log: Any
+    version: str
+    adapter_ids: Iterator[int] = field(default_factory=partial(count, 1))  # vLLM caches an adapter by its id
+
+    def __call__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Ids],
+        seeds: Sequence[Sequence[int]],
+        stop_ids: Sequence[int],
+        most: int,
+    ) -> list[list[SampledCompletion]]:
+        """Return a completion of each prompt for each of its seeds. Raises RunError if vLLM ends."""
+        with tempfile.TemporaryDirectory() as folder:
+            peft_model: Any = model
+            peft_model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+            request = {
+                "adapter": folder, "number": next(self.adapter_ids), "prompts": [ids.tolist() for ids in prompts],
+                "seeds": [list(group) for group in seeds], "most": most, "stop": list(stop_ids),
+            }  # fmt: skip
+            replies = iter(_request(self.process, self.log, request))
+        return [[_as_completion(next(replies)) for _ in group] for group in seeds]
+
+
+def _as_completion(reply: dict[str, Any]) -> SampledCompletion:
+    return SampledCompletion(np.array(reply["ids"], np.int32), np.array(reply["log_probs"]), reply["stopped"])
+
+
+@contextmanager
+def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Iterator[VllmSampler]:
+    """Start vLLM on the base of `model`, and stop it after the block.
+
+    Raises InputError, ModelError or RunError if it does not start.
+    """
+    train, weights = recipe.train, weights_folder(source)
+    python = find_python(train.vllm_python, OPTION)
+    config, longest = read_config(weights), recipe.data.max_length + max_completion_tokens(train)
+    facts = about_vllm(python, config["architectures"][0], lora=True)
+    arguments: dict[str, Any] = {
+        "model": str(weights), "skip_tokenizer_init": True, "dtype": DTYPE_NAMES[recipe.model.dtype],
+        "max_model_len": min(longest, int(config.get("max_position_embeddings", longest))),
+        "max_num_seqs": min(VLLM_MAX_SEQUENCES, train.batch_size * sequences_per_row(train)),
+        "enforce_eager": not facts["cuda"], "seed": recipe.seed, "disable_log_stats": True,
+        "enable_lora": True, "max_loras": 1, "max_cpu_loras": 1,
+        "max_lora_rank": lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT_VLLM),
+    }  # fmt: skip
+    arguments |= {"gpu_memory_utilization": VLLM_GPU_SHARE} if facts["cuda"] else {}
+    environment = {**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with tempfile.TemporaryFile("w+") as log:
+        command, pipe = [python, "-c", WORKER.read_text("utf-8")], subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
+        try:
+            version = _request(process, log, arguments)["version"]
+            yield VllmSampler(process, log, version)
+        finally:
+            process.kill()
+            for stream in (process.stdin, process.stdout):
+                with suppress(BrokenPipeError):  # the process had ended before a request
+                    stream.close()  # type: ignore[union-attr]
+            process.wait()
+
+
+def _request(process: subprocess.Popen[str], log: Any, message: Any) -> Any:
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.flush()
+        reply = process.stdout.readline()
+    except BrokenPipeError:
+        reply = ""
+    if not reply:
+        log.seek(0)
+        lines = [line.strip() for line in log.read().splitlines() if line.strip()] or ["no output"]
+        errors = [line for line in lines if "error" in line.lower() and "://" not in line] or lines
+        raise RunError(f"vLLM ended: {errors[-1]}", fix="fix its environment (see docs/serve.md), or leave it out")
+    return json.loads(reply)

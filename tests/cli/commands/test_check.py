@@ -1,4 +1,4 @@
-"""What `strop check` prints."""
+"""`strop check --fix`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support import tiny
 from tests.support.runs import run
 
 
-def test_a_cleaned_copy_is_told(
+def test_fix_reports_the_cleaned_copy(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -20,8 +20,8 @@ def test_a_cleaned_copy_is_told(
     assert code == 0 and "wrote clean.jsonl: 5 rows, 1 dropped (see clean.jsonl.changes.jsonl)" in err
 
 
-def test_a_cleaned_copy_needs_a_file(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fix_refuses_existing_paths(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 5)
     for out in (Path("."), tmp_path, rows):
         code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", out, capsys=capsys)
-        assert code == 2 and f"error: {out} exists" in err
+        assert code == 2 and f"error: {out}" in err

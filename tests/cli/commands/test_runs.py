@@ -1,4 +1,4 @@
-"""`strop runs`: listing, and deleting with a name and a yes."""
+"""`strop runs`: listing and deleting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.dash import make_run, session, step
 from tests.support.runs import run
 
 
-def test_a_run_is_deleted_by_its_name_and_a_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_delete_needs_a_name_and_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "runs", "mine", [*session(), step(1)])
     outside = tmp_path / "precious"
     outside.mkdir()
@@ -29,7 +29,7 @@ def test_a_run_is_deleted_by_its_name_and_a_yes(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["nope", "..", ".", "", "../runs/mine", "empty", "linked"])
-def test_nothing_else_is_deleted(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_names_are_not_deleted(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "runs", "mine", [*session(), step(1)])
     (tmp_path / "runs" / "empty").mkdir()
     (tmp_path / "runs" / "linked").symlink_to(folder)
@@ -37,21 +37,21 @@ def test_nothing_else_is_deleted(name: str, tmp_path: Path, capsys: pytest.Captu
     assert code == 2 and (folder / "lock.json").is_file() and (tmp_path / "runs" / "linked").is_symlink()
 
 
-def test_a_run_that_is_held_is_not_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_in_use_is_not_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path, "mine", [*session(), step(1)])
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        held = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
-        (folder / "claim.json").write_text(json.dumps(held))
+        claim = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+        (folder / "claim.json").write_text(json.dumps(claim))
         code, _, err = run("runs", tmp_path, "--delete", "mine", "--yes", capsys=capsys)
         process.communicate(b"\n")
     assert code == 2 and "in use" in err and (folder / "events.jsonl").is_file()
 
 
-def test_yes_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_yes_without_delete_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("runs", tmp_path, "--yes", capsys=capsys)[0] == 2
 
 
-def test_names_in_brackets_are_listed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_names_is_printed_literally(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path, "a[red]x", [*session(), step(1)])
     make_run(tmp_path, "b[", [*session(), step(1)])
     code, _, err = run("runs", tmp_path, capsys=capsys)
@@ -69,13 +69,13 @@ def test_names_in_brackets_are_listed_as_they_are(tmp_path: Path, capsys: pytest
         ('{"loss": ', "- a\n"),
     ],
 )
-def test_a_damaged_run_hides_no_other(
+def test_damaged_run_is_listed_with_the_others(
     report: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_run(tmp_path, "well", [*session(), step(1)])
-    folder = make_run(tmp_path, "hurt", [*session(), step(1)])
+    make_run(tmp_path, "intact", [*session(), step(1)])
+    folder = make_run(tmp_path, "damaged", [*session(), step(1)])
     (folder / "report.json").write_text(report)
     (folder / "recipe.yaml").write_text(recipe)
     code, out, err = run("runs", tmp_path, "--json", capsys=capsys)
-    assert code == 0 and "hurt" in err and "well" in err
-    assert {Path(row["run"]).name for row in json.loads(out)["runs"]} == {"hurt", "well"}
+    assert code == 0 and "damaged" in err and "intact" in err
+    assert {Path(row["run"]).name for row in json.loads(out)["runs"]} == {"damaged", "intact"}

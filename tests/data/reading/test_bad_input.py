@@ -1,4 +1,4 @@
-"""The forty bad inputs of TRAPS section 5, those of reading: each behaves as a user deserves."""
+"""Bad input files: each gives the expected rows and errors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import zstandard
 from pyarrow import parquet
 
 from strop.data.formats import conversations
-from strop.data.reading.sources import RowFault, read_rows
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
 from strop.data.types import Conversation
 from strop.errors import DataError
-from tests.fuzz_data import one_file
+from tests.fuzz_data import try_file
 from tests.support.shared_data import shared
 
 OUTCOMES = [  # file, lines used, (reason, line) of each bad row
@@ -49,16 +50,16 @@ REFUSALS = [
 ]
 
 
-def check(path: str, **options: str) -> tuple[list[Conversation], list[RowFault]]:
-    bad: list[RowFault] = []
+def check(path: str, **options: str) -> tuple[list[Conversation], list[RowError]]:
+    bad: list[RowError] = []
     return list(conversations(read_rows(path, bad=bad, **options), bad=bad)), bad
 
 
-@pytest.mark.parametrize(("name", "used", "faults"), OUTCOMES)
-def test_a_bad_file_behaves_as_it_should(name: str, used: list[int], faults: list[tuple[str, int]]) -> None:
-    made, bad = check(shared(f"bad/{name}"))
-    assert [conversation.line for conversation in made] == used
-    assert [(fault.code, fault.where.line) for fault in bad] == faults
+@pytest.mark.parametrize(("name", "used", "errors"), OUTCOMES)
+def test_bad_file_gives_the_expected_rows_and_errors(name: str, used: list[int], errors: list[tuple[str, int]]) -> None:
+    read, bad = check(shared(f"bad/{name}"))
+    assert [conversation.line for conversation in read] == used
+    assert [(fault.code, fault.where.line) for fault in bad] == errors
     assert all(fault.where.file.endswith(name) for fault in bad)
 
 
@@ -75,8 +76,11 @@ def test_every_shared_bad_file_is_covered() -> None:
     assert names == {name for name, *_ in OUTCOMES} | {name for name, _ in REFUSALS}
 
 
-def test_values_are_kept() -> None:
-    assert [made.text for made in check(shared("bad/date_like.jsonl"))[0]] == ["2020-01-01", "2020-01-02"]
+def test_values_are_unchanged() -> None:
+    assert [conversation.text for conversation in check(shared("bad/date_like.jsonl"))[0]] == [
+        "2020-01-01",
+        "2020-01-02",
+    ]
     assert check(shared("bad/nul_byte.jsonl"))[0][0].text == "a\0b"
     assert check(shared("bad/utf8_bom.jsonl"))[0][0].messages == check(shared("bad/good.jsonl"))[0][0].messages
     assert check(shared("bad/content_list.jsonl"))[0][1].messages[0].content == "a"
@@ -84,7 +88,7 @@ def test_values_are_kept() -> None:
     assert check(shared("bad/latin1.jsonl"), encoding="latin-1")[0][0].messages[0].content == "café"
 
 
-def test_both_lines_of_a_mixed_file_are_named() -> None:
+def test_mixed_file_reports_a_line_of_each_format() -> None:
     with pytest.raises(DataError) as caught:
         check(shared("bad/missing_key_row2.jsonl"))
     assert [(place.line, place.what) for place in caught.value.where] == [
@@ -93,10 +97,10 @@ def test_both_lines_of_a_mixed_file_are_named() -> None:
     ]
 
 
-def test_random_and_mutated_files_end_in_rows_faults_or_a_data_error(tmp_path: Path) -> None:
+def test_random_and_mutated_files_give_rows_errors_or_a_data_error(tmp_path: Path) -> None:
     chance = random.Random(0)
-    outcomes = [one_file(chance, tmp_path) for _ in range(300)]
-    assert outcomes.count("refused") > 30  # both ways are taken
+    outcomes = [try_file(chance, tmp_path) for _ in range(300)]
+    assert outcomes.count("refused") > 30  # both results occur
     assert sum(outcome == "read" for outcome in outcomes) > 30
 
 

@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from strop.data.reading.sources import RowFault, read_rows, resolve
+from strop.data.reading.sources import read_rows, resolve
+from strop.data.row_errors import RowError
 from strop.data.types import Row
 from strop.errors import DataError
 
@@ -31,8 +32,8 @@ ODD = [
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def read(spec: str | list[str] | Path, **options: Any) -> tuple[list[Row], list[RowFault]]:
-    bad: list[RowFault] = []
+def read(spec: str | list[str] | Path, **options: Any) -> tuple[list[Row], list[RowError]]:
+    bad: list[RowError] = []
     return list(read_rows(spec if isinstance(spec, list) else str(spec), bad=bad, **options)), bad
 
 
@@ -86,11 +87,13 @@ def test_strings_stay_strings_in_every_file_type(tmp_path: Path, suffix: str) ->
     assert values(write(tmp_path / f"d{suffix}", as_bytes(suffix, rows))) == rows
 
 
-def test_a_null_in_an_object_of_a_parquet_file_is_an_absent_one(tmp_path: Path) -> None:
+def test_null_members_of_parquet_objects_are_left_out(tmp_path: Path) -> None:
     calls = [{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "time", "arguments": {"zone": "CET"}}]
     rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
     rows.append({"messages": [{"role": "user", "content": "hi"}]})
-    assert values(write(tmp_path / "d.parquet", as_bytes(".parquet", rows))) == rows  # it stores every name in each
+    assert (
+        values(write(tmp_path / "d.parquet", as_bytes(".parquet", rows))) == rows
+    )  # Parquet stores every name in each
     empty = as_bytes(".parquet", [{"prompt": "a", "completion": None}, {"prompt": "b", "completion": "c"}])
     assert values(write(tmp_path / "e.parquet", empty))[0] == {"prompt": "a", "completion": None}
 
@@ -106,16 +109,16 @@ def test_gzip_and_zstandard_read_like_the_plain_file(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_cut_or_broken_compression_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_truncated_or_invalid_compression_is_refused(tmp_path: Path, suffix: str) -> None:
     plain = "".join(json.dumps({"text": os.urandom(20).hex()}) + "\n" for _ in range(500)).encode()
     packed = gzip.compress(plain) if suffix == ".gz" else zstandard.compress(plain)
-    assert "cut off" in refusal(write(tmp_path / f"a.jsonl{suffix}", packed[:-30]))
+    assert "truncated" in refusal(write(tmp_path / f"a.jsonl{suffix}", packed[:-30]))
     assert "cannot be read" in refusal(write(tmp_path / f"b.jsonl{suffix}", b"not compressed at all" * 9))
 
 
 @SETTINGS
 @given(texts=st.lists(st.text(st.characters(exclude_categories=("Cs",))), min_size=1), blank=st.lists(st.booleans()))
-def test_rows_come_back_with_their_line(tmp_path: Path, texts: list[str], blank: list[bool]) -> None:
+def test_rows_keep_their_line_numbers(tmp_path: Path, texts: list[str], blank: list[bool]) -> None:
     lines, expected = [], []
     for place, text in enumerate(texts):
         lines += [""] if place < len(blank) and blank[place] else []
@@ -127,7 +130,7 @@ def test_rows_come_back_with_their_line(tmp_path: Path, texts: list[str], blank:
 
 @SETTINGS
 @given(cells=st.lists(st.tuples(st.text("a,\"\n\r 0;'é"), st.text("b\n")), min_size=1))
-def test_csv_records_come_back_with_the_line_they_start_on(tmp_path: Path, cells: list[tuple[str, str]]) -> None:
+def test_csv_records_have_the_line_they_start_on(tmp_path: Path, cells: list[tuple[str, str]]) -> None:
     out, starts = io.StringIO(), []
     writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
     writer.writerow(["prompt", "completion"])
@@ -147,18 +150,18 @@ def test_rows_of_a_json_array_have_the_line_they_start_on(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ['[{"text": "a"}, 3, {"text": "c"}]\n', '{"data": [{"text": "a"}, 3, {"text": "c"}]}'])
-def test_rows_of_a_json_array_on_one_line_have_their_number(tmp_path: Path, text: str) -> None:
-    """As json.dump writes it: the line of all would be 1, and no row found by it."""
+def test_rows_of_a_json_array_on_one_line_are_numbered(tmp_path: Path, text: str) -> None:
+    """This is how json.dump writes: with line numbers, all rows would be at line 1."""
     rows, bad = read(write(tmp_path / "d.json", text))
     assert [row.line for row in rows] == [1, 3] and [fault.where.line for fault in bad] == [2]
 
 
-def test_json_lines_may_be_called_json_and_an_array_jsonl(tmp_path: Path) -> None:
+def test_json_lines_in_a_json_file_and_an_array_in_a_jsonl_file_are_read(tmp_path: Path) -> None:
     assert values(write(tmp_path / "d.json", '{"text": "a"}\n{"text": "b"}\n')) == [{"text": "a"}, {"text": "b"}]
     assert values(write(tmp_path / "d.jsonl", '[{"text": "a"},\n{"text": "b"}]')) == [{"text": "a"}, {"text": "b"}]
 
 
-def test_one_object_that_wraps_one_list_is_unwrapped(tmp_path: Path) -> None:
+def test_object_that_wraps_a_list_of_rows_is_unwrapped(tmp_path: Path) -> None:
     wrapped = '{"version": 1,\n "data": [\n{"text": "a"},\n{"text": "b"}]}'
     for name in ("a.json", "A.JSON"):
         rows, _ = read(write(tmp_path / name, wrapped))
@@ -168,7 +171,7 @@ def test_one_object_that_wraps_one_list_is_unwrapped(tmp_path: Path) -> None:
     assert "several lists of rows: train, test" in refusal(two)
 
 
-def test_one_object_that_is_a_row_stays_a_row(tmp_path: Path) -> None:
+def test_object_that_is_a_row_is_not_unwrapped(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a"}]}
     assert values(write(tmp_path / "a.json", json.dumps(row, indent=1))) == [row]
     assert values(write(tmp_path / "b.jsonl", json.dumps(row))) == [row]
@@ -182,13 +185,13 @@ def test_text_rows_are_paragraphs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-32"])
-def test_a_byte_order_mark_names_the_encoding(tmp_path: Path, codec: str) -> None:
+def test_byte_order_mark_determines_the_encoding(tmp_path: Path, codec: str) -> None:
     text = '{"text": "é\u2028日"}\n{"text": "b"}\n'
     assert values(write(tmp_path / "d.jsonl", text.encode(codec))) == [{"text": "é\u2028日"}, {"text": "b"}]
     assert values(write(tmp_path / "d.json", f"[{text.splitlines()[-1]}]".encode(codec))) == [{"text": "b"}]
 
 
-def test_other_encodings_are_asked_for(tmp_path: Path) -> None:
+def test_encoding_option_reads_other_encodings(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", '{"text": "é"}\n'.encode("latin-1"))
     assert values(path, encoding="latin-1") == [{"text": "é"}]
     wide = write(tmp_path / "w.jsonl", '{"text": "é"}\n'.encode("utf-16-le"))
@@ -196,10 +199,10 @@ def test_other_encodings_are_asked_for(tmp_path: Path) -> None:
     assert values(wide, encoding="utf-16-le") == [{"text": "é"}]
     assert "not a text encoding" in refusal(path, encoding="rot13")
     assert "not a text encoding" in refusal(path, encoding="utf-9")
-    assert "not utf-16" in refusal(write(tmp_path / "o.jsonl", codecs.BOM_UTF16_LE + b'{\0"\0\0\xd8\0'))
+    assert "not valid utf-16" in refusal(write(tmp_path / "o.jsonl", codecs.BOM_UTF16_LE + b'{\0"\0\0\xd8\0'))
 
 
-# --- faults ------------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +227,7 @@ def test_other_encodings_are_asked_for(tmp_path: Path) -> None:
         ('{"text": "a\x01"}', "broken-json"),
     ],
 )
-def test_every_bad_line_is_named_and_the_others_read(tmp_path: Path, line: str | bytes, code: str) -> None:
+def test_invalid_lines_are_reported_and_the_others_read(tmp_path: Path, line: str | bytes, code: str) -> None:
     raw = line.encode() if isinstance(line, str) else line
     good = b'{"text": "\\ud83d\\ude00"}\n'
     path = write(tmp_path / "d.jsonl", good + raw + b"\n\n" + good + raw + b"\n" + good)
@@ -239,59 +242,59 @@ def test_places_in_a_line_are_counted_from_1(tmp_path: Path) -> None:
     (fault,) = read(write(tmp_path / "d.jsonl", '{"text": "a"}\n  {"text": oops}\n'))[1]
     assert str(fault.where).endswith("d.jsonl:2: column 12: not valid JSON: Expecting value")
     (fault,) = read(write(tmp_path / "d.jsonl", b'{"text": "caf\xe9"}\n'))[1]
-    assert "byte 14 of the line (0xe9) is not utf-8; say --data.encoding" in fault.where.what
+    assert "byte 14 of the line (0xe9) is not valid utf-8; set --data.encoding" in fault.where.what
 
 
 @pytest.mark.parametrize("cut", ['{"text": "a', '{"text": ', '{"text', "{", '{"text": "a"', '{"text": "\\u12'])
-def test_a_cut_last_line_is_called_that(tmp_path: Path, cut: str) -> None:
+def test_truncated_last_line_is_reported_as_truncated(tmp_path: Path, cut: str) -> None:
     (fault,) = read(write(tmp_path / "d.jsonl", '{"text": "a"}\n' + cut))[1]
     assert (fault.code, fault.where.line) == ("truncated", 2)
-    assert "cut off" in fault.where.what
+    assert "truncated" in fault.where.what
     assert faults(write(tmp_path / "d.jsonl", f'{{"text": "a"}}\n{cut}\n{{"text": "a"}}')) == [("broken-json", 2)]
 
 
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        ('[{"text": "a"},\n]', 1, "a comma behind the last row"),
+        ('[{"text": "a"},\n]', 1, "a comma after the last row"),
         ('[{"text": "a"}\n {"text": "b"}]', 2, "a comma is missing"),
-        ('[{"text": "a"},\n {"text": "b"', 2, "cut off"),
-        ('[{"text": "a"}\n', 2, "cut off"),
+        ('[{"text": "a"},\n {"text": "b"', 2, "truncated"),
+        ('[{"text": "a"}\n', 2, "truncated"),
         ('[{"text": "a"},\n oops]', 2, "Expecting value"),
-        ('[{"text": "a"}]\n{"text": "b"}', 2, "something follows the array"),
-        ('{\n"data": [{"text": "a"}]\n', 3, "cut off"),
+        ('[{"text": "a"}]\n{"text": "b"}', 2, "extra text after the array"),
+        ('{\n"data": [{"text": "a"}]\n', 3, "truncated"),
         ('[{"n": NaN,\n"a" 1}]', 2, "Expecting ':'"),
         ('{"n": NaN,\n"data": [{"a" 1}]}', 2, "Expecting ':'"),
         ('{\n"text": "a"}\n{\n"text": "b"}', 2, "several JSON values"),
     ],
 )
-def test_a_broken_json_file_is_refused_at_its_place(tmp_path: Path, text: str, line: int, what: str) -> None:
+def test_invalid_json_file_is_refused_with_line_and_column(tmp_path: Path, text: str, line: int, what: str) -> None:
     message = refusal(write(tmp_path / "d.json", text))
     assert f"d.json:{line}: column" in message
     assert what in message
 
 
-def test_a_json_array_goes_on_behind_a_row_that_is_wrong_in_itself(tmp_path: Path) -> None:
+def test_json_array_continues_after_an_invalid_row(tmp_path: Path) -> None:
     rows = '{"text": "a"},\n{"n": NaN},\n{"a": 1, "a": 2},\n"x",\n{"text": "b"}'
     expected = [("not-json-number", 2), ("duplicate-key", 3), ("not-an-object", 4)]
     assert faults(write(tmp_path / "d.json", f"[{rows}]")) == expected
     assert faults(write(tmp_path / "w.json", f'{{"data": [{rows}]}}')) == expected
 
 
-def test_csv_records_of_another_length_or_with_stray_quotes_are_named(tmp_path: Path) -> None:
+def test_csv_records_of_wrong_length_or_with_stray_quotes_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "d.csv", 'prompt,completion\na,b\nc\n"d" e,f\ng,h,i\n"j\nk",l\n"m,n\n')
     assert faults(path) == [("cells", 3), ("cells", 4), ("cells", 5), ("cells", 8)]
     assert [row.line for row in read(path)[0]] == [2, 6]
     assert faults(write(tmp_path / "e.csv", b"prompt,completion\na,\xe9\nb,c\n")) == [("encoding", 2)]
 
 
-def test_a_quote_that_swallows_lines_names_them_or_refuses_the_file(tmp_path: Path) -> None:
+def test_unclosed_quote_reports_its_lines_or_refuses_the_file(tmp_path: Path) -> None:
     swallowed = 'prompt,completion\na,b\n"c,d\ne,f\ng,{}\ni,j\n'
-    said = refusal(write(tmp_path / "a.csv", swallowed.format("h")))
-    assert "a.csv:3: a quote at the start of a cell is not closed before the file ends (lines 3 to 6)" in said
-    for end, what in (('"h"', "',' expected after"), ('h"', "1 cells where 2 were expected")):
-        found, bad = read(write(tmp_path / "b.csv", swallowed.format(end)))
-        assert [row.line for row in found] == [2, 6] and len(bad) == 1
+    message = refusal(write(tmp_path / "a.csv", swallowed.format("h")))
+    assert "a.csv:3: a quote at the start of a cell is not closed before the file ends (lines 3 to 6)" in message
+    for end, what in (('"h"', "',' expected after"), ('h"', "1 cells, expected 2")):
+        rows, bad = read(write(tmp_path / "b.csv", swallowed.format(end)))
+        assert [row.line for row in rows] == [2, 6] and len(bad) == 1
         assert bad[0].where.line == 3 and what in bad[0].where.what and bad[0].where.what.endswith("(lines 3 to 5)")
 
 
@@ -300,7 +303,7 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, content: str) -> None:
     assert "0 rows in" in refusal(write(tmp_path / "d.json", content))
 
 
-def test_a_header_alone_is_no_row(tmp_path: Path) -> None:
+def test_file_with_only_a_header_is_refused(tmp_path: Path) -> None:
     assert "0 rows in" in refusal(write(tmp_path / "d.csv", "prompt,completion\n"))
 
 
@@ -320,11 +323,11 @@ def test_a_header_alone_is_no_row(tmp_path: Path) -> None:
         ("d.parquet.gz", b"", "compressed Parquet"),
     ],
 )
-def test_files_that_are_something_else_are_refused(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+def test_files_of_another_type_are_refused(tmp_path: Path, name: str, content: bytes, what: str) -> None:
     assert what in refusal(write(tmp_path / name, content))
 
 
-def test_what_python_cannot_hold_of_a_parquet_file_is_the_files_fault(tmp_path: Path) -> None:
+def test_parquet_values_out_of_range_are_refused(tmp_path: Path) -> None:
     text, number = pyarrow.array(["a"]), pyarrow.array([1])
     for odd in (
         pyarrow.array([2**62], pyarrow.timestamp("us")),
@@ -333,13 +336,13 @@ def test_what_python_cannot_hold_of_a_parquet_file_is_the_files_fault(tmp_path: 
     ):
         file = tmp_path / "d.parquet"
         parquet.write_table(pyarrow.table({"text": text, "odd": odd}), file)
-        assert "Parquet cannot be read behind row 0" in refusal(file)
+        assert "Parquet cannot be read after row 0" in refusal(file)
 
 
 # --- header or not -----------------------------------------------------------------------------------------------
 
 
-def test_a_header_is_known_by_its_names_or_by_the_option_and_never_guessed(tmp_path: Path) -> None:
+def test_header_is_decided_by_known_names_or_by_the_option(tmp_path: Path) -> None:
     known = write(tmp_path / "known.tsv", "question\tanswer\n1\t2\n")
     assert values(known) == [{"question": "1", "answer": "2"}]
     own = write(tmp_path / "own.tsv", "frage\tantwort\n1\t2\n")
@@ -349,7 +352,7 @@ def test_a_header_is_known_by_its_names_or_by_the_option_and_never_guessed(tmp_p
     assert "no column 'frge' (did you mean frage?)" in refusal(own, columns={"prompt": "frge"})
 
 
-def test_columns_by_number_mean_that_there_is_no_header(tmp_path: Path) -> None:
+def test_columns_by_number_mean_no_header(tmp_path: Path) -> None:
     by_number = {"prompt": "1", "completion": "2"}
     plain = write(tmp_path / "plain.csv", "a b,007\nc d,NA\n")
     assert values(plain, columns=by_number) == [{"1": "a b", "2": "007"}, {"1": "c d", "2": "NA"}]
@@ -360,32 +363,32 @@ def test_columns_by_number_mean_that_there_is_no_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", [";", "\t"])
-def test_a_csv_file_as_excel_writes_it_is_read_by_its_separator(tmp_path: Path, mark: str) -> None:
-    said = [{"prompt": "hi, you", "completion": "yo"}]
+def test_csv_separator_of_excel_is_detected(tmp_path: Path, mark: str) -> None:
+    expected = [{"prompt": "hi, you", "completion": "yo"}]
     for start in ("", f"sep={mark}\r\n"):
         text = f"\ufeff{start}prompt{mark}completion\r\nhi, you{mark}yo\r\n"
-        assert values(write(tmp_path / "d.csv", text)) == said
+        assert values(write(tmp_path / "d.csv", text)) == expected
     own = write(tmp_path / "own.csv", f"frage{mark}antwort\nhi, you{mark}yo\n")
     assert "prompt=frage,completion=antwort (line 1 is the header)" in refusal(own)
     assert values(own, columns={"prompt": "frage", "completion": "antwort"})[0]["antwort"] == "yo"
-    one = write(tmp_path / "one.csv", f"Hello{mark} you\nBye\n")
-    assert values(one, columns={"text": "1"}) == [{"1": f"Hello{mark} you"}, {"1": "Bye"}]
+    plain = write(tmp_path / "one.csv", f"Hello{mark} you\nBye\n")
+    assert values(plain, columns={"text": "1"}) == [{"1": f"Hello{mark} you"}, {"1": "Bye"}]
     both = write(tmp_path / "both.csv", f"frage, kurz{mark}antwort\n1{mark}2\n")
-    assert "a first line such as sep=; says so" in refusal(both)
+    assert "begin the file with a line such as sep=;" in refusal(both)
 
 
-def test_old_line_ends_are_named(tmp_path: Path) -> None:
+def test_cr_line_ends_are_reported(tmp_path: Path) -> None:
     _, bad = read(write(tmp_path / "d.csv", "prompt,completion\rhi,yo\r"))
-    assert "CR alone" in bad[0].where.what
+    assert "CR only" in bad[0].where.what
 
 
-def test_empty_cells_at_the_end_of_a_header_are_no_columns(tmp_path: Path) -> None:
+def test_empty_cells_at_the_end_of_a_header_are_not_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "d.csv", "prompt, completion ,,\nhi,yo,,\na,b,,c\nd,e\n")
     rows, bad = read(path)
     assert [row.value for row in rows] == [{"prompt": "hi", "completion": "yo"}]
     assert [(fault.where.line, fault.where.what) for fault in bad] == [
-        (3, "cell 4 holds text, and the header has no name for it"),
-        (4, "2 cells where 4 were expected"),
+        (3, "cell 4 has text, but no name in the header"),
+        (4, "2 cells, expected 4"),
     ]
     assert "names a column twice: ''" in refusal(write(tmp_path / "e.csv", "prompt,,,completion\n1,,,2\n"))
 
@@ -393,7 +396,7 @@ def test_empty_cells_at_the_end_of_a_header_are_no_columns(tmp_path: Path) -> No
 # --- which files -------------------------------------------------------------------------------------------------
 
 
-def test_specs_name_files_globs_weights_and_parallel_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_specs_resolve_files_globs_weights_and_parallel_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("b.jsonl", "a.jsonl", "odd@2.jsonl", "x@2", "[1].jsonl"):
         write(tmp_path / name, '{"text": "a"}\n')
@@ -413,7 +416,7 @@ def test_specs_name_files_globs_weights_and_parallel_files(tmp_path: Path, monke
     ]
 
 
-def test_parallel_files_that_do_not_match_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_files_of_unequal_length_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     by_number = {"prompt": "1", "completion": "2"}
     write(tmp_path / "a", "1\n2\n")
@@ -428,7 +431,7 @@ def test_parallel_files_that_do_not_match_are_refused(tmp_path: Path, monkeypatc
     assert read("a+d", columns=by_number)[1][0].where.line == 2
 
 
-def test_wrong_names_are_refused_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "train.jsonl", '{"text": "a"}\n')
     (tmp_path / "folder").mkdir()
@@ -439,7 +442,7 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path: Path, monkeypatch: p
     write(tmp_path / "folder" / "state.json", "{}")
     assert "save_to_disk" in refusal("folder")
     (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
-    assert "a link to gone.jsonl, which is not there" in refusal("link.jsonl")
+    assert "a link to gone.jsonl, which does not exist" in refusal("link.jsonl")
     assert "no file matches" in refusal("*.tsv")
     assert "named twice" in refusal(["train.jsonl", "*.jsonl"])
     assert "weight must be above 0" in refusal("train.jsonl@0")
@@ -449,7 +452,7 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path: Path, monkeypatch: p
         assert "not a regular file" in refusal("/dev/null")
 
 
-def test_weights_repeat_whole_rows_and_choose_by_content(tmp_path: Path) -> None:
+def test_weights_repeat_rows_and_choose_fractions_by_content(tmp_path: Path) -> None:
     texts = [{"text": f"row {n}"} for n in range(2000)]
     forth = write(tmp_path / "a.jsonl", as_bytes(".jsonl", texts))
     back = write(tmp_path / "b.jsonl", as_bytes(".jsonl", texts[::-1]))

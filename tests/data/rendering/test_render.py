@@ -1,4 +1,4 @@
-"""The mask, over random conversations and six families of chat templates."""
+"""Supervised tokens of random conversations, for six families of chat templates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example, Message
 from strop.errors import ModelError
 from tests.support import families
@@ -30,13 +31,13 @@ def decode(tokenizer: Any, ids: Any) -> str:
 
 
 def runs(example: Example) -> list[tuple[int, int]]:
-    """Supervised runs of tokens as [start, end)."""
+    """Return the supervised runs of tokens as [start, end)."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], example.weights > 0, [0]])))
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def texts(family: str) -> st.SearchStrategy[str]:
-    """Texts that are not blank: words, blanks, any characters, and the family's own control tokens."""
+    """Generate texts that are not blank, with the control tokens of the family."""
     control = list(families.tokenizer(family).get_added_vocab())
     piece = st.one_of(
         st.sampled_from(
@@ -45,9 +46,9 @@ def texts(family: str) -> st.SearchStrategy[str]:
         st.sampled_from(control),
         st.text(max_size=8),
     )
-    whole = st.lists(piece, min_size=1, max_size=6).map("".join)
-    whole = whole.map(lambda text: text.replace("▁", "_"))  # which SentencePiece cannot tell from a blank
-    return whole.filter(lambda text: bool(text.strip()))
+    text = st.lists(piece, min_size=1, max_size=6).map("".join)
+    text = text.map(lambda text: text.replace("▁", "_"))  # SentencePiece writes a blank as ▁
+    return text.filter(lambda text: bool(text.strip()))
 
 
 @st.composite
@@ -62,23 +63,23 @@ def conversations(draw: st.DrawFn) -> tuple[str, Conversation]:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(conversations())
-def test_supervised_tokens_are_the_answers_and_their_stop(case: tuple[str, Conversation]) -> None:
+def test_supervised_tokens_are_answers_with_stop_tokens(case: tuple[str, Conversation]) -> None:
     family, conversation = case
     tokenizer, renderer = families.tokenizer(family), RENDERERS[family]
     answers = [message.content for message in conversation.messages if message.role == "assistant"]
     examples = renderer.render(conversation)
-    # a token may cover the end of a prompt and blanks that begin an answer: then each turn is encoded as serving does
-    assert len(examples) == 1 or (examples[0].parted and any(answer[0].isspace() for answer in answers))
+    # a token may cover the end of a prompt and blanks that begin an answer: then turns are encoded separately
+    assert len(examples) == 1 or (examples[0].encoded_separately and any(answer[0].isspace() for answer in answers))
     lead, stop = families.ANSWER[family]
     turns = [(example, begin, end) for example in examples for begin, end in runs(example)]
-    found = [decode(tokenizer, example.ids[begin:end]) for example, begin, end in turns]
+    supervised = [decode(tokenizer, example.ids[begin:end]) for example, begin, end in turns]
     if family in families.STRIPS:
         answers = [answer.strip() for answer in answers]
     if family in families.LSTRIPS:
         answers = [answer.lstrip(BLANKS) for answer in answers]
     if family == "mistral":  # as in Llama 2, the decoder drops the blank at the start
         lead = ""
-    assert found == [lead + answer + stop for answer in answers]
+    assert supervised == [lead + answer + stop for answer in answers]
     assert all(example.weights[0] == 0 and set(example.weights.tolist()) <= {0.0, 1.0} for example in examples)
     for (example, begin, end), i in zip(turns, range(len(answers)), strict=True):
         turn = [k for k, message in enumerate(conversation.messages) if message.role == "assistant"][i]
@@ -89,7 +90,7 @@ def test_supervised_tokens_are_the_answers_and_their_stop(case: tuple[str, Conve
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(conversations())
-def test_control_tokens_come_from_the_template_alone(case: tuple[str, Conversation]) -> None:
+def test_control_tokens_come_only_from_the_template(case: tuple[str, Conversation]) -> None:
     family, conversation = case
     tokenizer, renderer = families.tokenizer(family), RENDERERS[family]
     plain = chat(*((message.role, "hello") for message in conversation.messages))
@@ -97,20 +98,20 @@ def test_control_tokens_come_from_the_template_alone(case: tuple[str, Conversati
         tokenizer.convert_tokens_to_ids(t) for t in renderer.chat.control.private
     }
     [expected] = renderer.render(plain)
-    *_, example = renderer.render(conversation)  # the last holds all turns, where a token had to be parted
+    *_, example = renderer.render(conversation)  # the last has all turns
     assert [i for i in example.ids.tolist() if i in special] == [i for i in expected.ids.tolist() if i in special]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ordinary_rows_are_tokenised_as_the_template_gives_them(family: str) -> None:
+def test_ordinary_rows_are_tokenized_like_apply_chat_template(family: str) -> None:
     tokenizer, renderer = families.tokenizer(family), RENDERERS[family]
     turns = [("user", "What is the weather?"), ("assistant", "It is sunny."), ("user", "Yes"), ("assistant", "No")]
     if families.SYSTEM[family]:
         turns.insert(0, ("system", "Hello there"))
     messages = [{"role": role, "content": text} for role, text in turns]
     [example] = renderer.render(chat(*turns))
-    whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert example.ids.tolist() == whole[: len(example)]
+    expected = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert example.ids.tolist() == expected[: len(example)]
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     assert renderer.prompt(chat(*turns).messages[:-1]).tolist() == prompt
     if tokenizer.bos_token:
@@ -118,7 +119,7 @@ def test_ordinary_rows_are_tokenised_as_the_template_gives_them(family: str) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_template_supports_is_found(family: str) -> None:
+def test_supported_features_of_a_template_are_detected(family: str) -> None:
     renderer = RENDERERS[family]
     assert renderer.supports_system is families.SYSTEM[family]
     assert renderer.supports_tools is (family == "qwen3")
@@ -128,11 +129,11 @@ def test_what_a_template_supports_is_found(family: str) -> None:
     assert len(renderer.template_hash) == 64
 
 
-def test_a_system_turn_on_a_template_without_one_is_refused_with_the_fix() -> None:
+def test_system_message_without_template_support_is_refused_with_the_fix() -> None:
     with pytest.raises(RenderError) as caught:
         RENDERERS["gemma"].render(chat(("system", "Be brief"), ("user", "a"), ("assistant", "b")))
     assert caught.value.code == "system-unsupported"
-    assert "first user turn" in caught.value.fix and caught.value.where[0].line == 1
+    assert "first user message" in caught.value.fix and caught.value.where[0].line == 1
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
@@ -156,7 +157,7 @@ def test_tool_calls_are_supervised_and_their_results_are_not() -> None:
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3"])
-def test_tools_on_a_template_without_them_are_refused(family: str) -> None:
+def test_tools_without_template_support_are_refused(family: str) -> None:
     for fields in ({"tools": (TOOL,)}, {}):
         assistant = Message("assistant", "b", tool_calls=() if fields else (CALL,))
         with pytest.raises(RenderError) as caught:
@@ -164,7 +165,7 @@ def test_tools_on_a_template_without_them_are_refused(family: str) -> None:
         assert caught.value.code == "tools-unsupported"
 
 
-def test_a_template_that_drops_earlier_thinking_gives_one_example_a_turn() -> None:
+def test_template_that_drops_earlier_reasoning_gives_one_example_a_turn() -> None:
     messages = (
         Message("user", "The quick?"),
         Message("assistant", "fox", reasoning="think of it"),
@@ -179,11 +180,11 @@ def test_a_template_that_drops_earlier_thinking_gives_one_example_a_turn() -> No
         answer = f"<think>\n{messages[end].reasoning}\n</think>\n\n{messages[end].content}<|im_end|>"
         assert decode(tokenizer, example.ids[begin:stop]) == answer
     assert "think of it" not in decode(tokenizer, second.ids)
-    # without thinking nothing is rewritten
+    # without reasoning nothing is rewritten
     assert len(renderer.render(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))) == 1
 
 
-def test_a_prompt_that_is_no_prefix_is_refused() -> None:
+def test_prompt_that_is_not_a_prefix_is_refused() -> None:
     tokenizer = families.tokenizer("chatml")
     template = families.CHATML.replace("assistant\n", "assistant\n<think>\n")
     renderer = with_template(tokenizer, template)
@@ -192,7 +193,7 @@ def test_a_prompt_that_is_no_prefix_is_refused() -> None:
     assert caught.value.code == "prompt-not-prefix"
 
 
-def test_a_template_that_drops_a_message_is_refused() -> None:
+def test_template_that_drops_a_message_is_refused() -> None:
     template = (
         "{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     )
@@ -212,25 +213,28 @@ def with_template(tokenizer: Any, template: str, **options: Any) -> Renderer:
         tokenizer.chat_template = saved
 
 
-def test_where_a_token_would_cover_prompt_and_answer_they_are_encoded_one_by_one() -> None:
+def test_prompt_and_answer_that_share_a_token_are_encoded_separately() -> None:
     renderer, tokenizer = RENDERERS["chatml"], families.tokenizer("chatml")
     turns = chat(("user", "a"), ("assistant", "\n\nb"), ("user", "c"), ("assistant", "d"))
     assert tokenizer.encode("\n\n\n") != tokenizer.encode("\n") + tokenizer.encode("\n\n")
     first, second = renderer.render(turns)
     for example, turn in ((first, 1), (second, 3)):
         [(begin, end)] = runs(example)
-        assert example.parted and example.ids[:begin].tolist() == renderer.prompt(turns.messages[:turn]).tolist()
+        assert (
+            example.encoded_separately
+            and example.ids[:begin].tolist() == renderer.prompt(turns.messages[:turn]).tolist()
+        )
         assert decode(tokenizer, example.ids[begin:end]) == turns.messages[turn].content + "<|im_end|>"
-    [trimmed] = RENDERERS["llama3"].render(turns)  # by the template
-    assert not trimmed.parted
+    [trimmed] = RENDERERS["llama3"].render(turns)  # its template strips texts
+    assert not trimmed.encoded_separately
 
 
-def test_characters_that_a_tokenizer_loses_are_found() -> None:
+def test_characters_that_a_tokenizer_loses_are_detected() -> None:
     assert RENDERERS["mistral"].lost_characters("a ▁ 日本\n🙂") == {"▁"}
     assert RENDERERS["chatml"].lost_characters("a ▁ 日本\n🙂\x04") == set()
 
 
-def test_weights_of_messages() -> None:
+def test_message_weights_become_token_weights() -> None:
     messages = (
         Message("user", "a"),
         Message("assistant", "b", weight=0.0),
@@ -239,13 +243,13 @@ def test_weights_of_messages() -> None:
     )
     [example] = RENDERERS["chatml"].render(Conversation("f", 1, messages))
     assert len(runs(example)) == 1 and set(example.weights.tolist()) == {0.0, 0.5}
-    silent = tuple(Message(m.role, m.content, weight=0.0) for m in messages)
+    untrained = tuple(Message(m.role, m.content, weight=0.0) for m in messages)
     with pytest.raises(RenderError) as caught:
-        RENDERERS["chatml"].render(Conversation("f", 1, silent))
+        RENDERERS["chatml"].render(Conversation("f", 1, untrained))
     assert caught.value.code == "nothing-supervised"
 
 
-def test_loss_on_all_tokens() -> None:
+def test_loss_all_supervises_all_tokens_and_refuses_weights() -> None:
     renderer = Renderer(families.tokenizer("llama3"), loss="all")
     [example] = renderer.render(chat(("user", "a"), ("assistant", "b")))
     assert example.weights.tolist() == [0.0, *[1.0] * (len(example) - 1)]
@@ -258,7 +262,7 @@ def test_loss_on_all_tokens() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_raw_text_has_bos_where_the_tokenizer_adds_it_and_eos(family: str) -> None:
+def test_raw_text_has_eos_and_bos_if_the_tokenizer_adds_it(family: str) -> None:
     tokenizer = families.tokenizer(family)
     text = f"The quick brown fox {tokenizer.eos_token} jumps"
     [example] = RENDERERS[family].render(Conversation("f", 1, (), text=text))
@@ -270,7 +274,7 @@ def test_raw_text_has_bos_where_the_tokenizer_adds_it_and_eos(family: str) -> No
     assert decode(tokenizer, ids[start:-1]).strip() == text
 
 
-def test_a_model_without_a_template_trains_on_text_and_asks_for_a_template_for_chats() -> None:
+def test_model_without_a_template_renders_text_and_refuses_chats() -> None:
     renderer = with_template(families.tokenizer("chatml"), "")
     assert renderer.stop_ids == (families.tokenizer("chatml").eos_token_id,)
     assert renderer.render(Conversation("f", 1, (), text="hello"))[0].supervised
@@ -279,23 +283,23 @@ def test_a_model_without_a_template_trains_on_text_and_asks_for_a_template_for_c
     assert "data.template" in caught.value.fix
 
 
-def test_template_by_name_and_by_file(tmp_path: Any) -> None:
+def test_template_option_takes_a_name_or_a_file(tmp_path: Any) -> None:
     turns = chat(("system", "s"), ("user", "a"), ("assistant", "b"))
     [named] = Renderer(families.tokenizer("llama3"), template="chatml").render(turns)
     text = decode(families.tokenizer("llama3"), named.ids)
     assert text == (
         "<|begin_of_text|><|im_start|>system\ns<|end_of_text|>\n<|im_start|>user\na<|end_of_text|>\n<|im_start|>assistant\nb<|end_of_text|>"
-    )  # without <|im_end|> the eos token stops; bos where the tokenizer adds it
+    )  # without <|im_end|> the eos token is the stop token
     file = tmp_path / "own.jinja"
     file.write_text(families.CHATML)
-    [own] = Renderer(families.tokenizer("chatml"), template=str(file)).render(turns)
-    assert own.ids.tolist() == RENDERERS["chatml"].render(turns)[0].ids.tolist()
+    [from_file] = Renderer(families.tokenizer("chatml"), template=str(file)).render(turns)
+    assert from_file.ids.tolist() == RENDERERS["chatml"].render(turns)[0].ids.tolist()
     with pytest.raises(ModelError, match="did you mean chatml"):
         Renderer(families.tokenizer("chatml"), template="chatlm")
 
 
 @pytest.mark.parametrize(
-    ("template", "sign"),
+    ("template", "expected"),
     [
         (families.CHATML + "{# https://example.org/x #}", "web addresses"),
         ("{% if 'secret' in messages[-1].content %}x{% endif %}" + families.CHATML, "'secret'"),
@@ -304,12 +308,12 @@ def test_template_by_name_and_by_file(tmp_path: Any) -> None:
         (families.LLAMA3.replace("{{ bos_token }}", ""), "no bos token"),
     ],
 )
-def test_suspicious_templates_are_named(template: str, sign: str) -> None:
+def test_unusual_templates_are_reported(template: str, expected: str) -> None:
     tokenizer = families.tokenizer("llama3" if "eot_id" in template else "chatml")
-    assert sign in "\n".join(with_template(tokenizer, template).warnings)
+    assert expected in "\n".join(with_template(tokenizer, template).warnings)
 
 
-def test_the_families_are_not_suspicious() -> None:
+def test_templates_of_the_families_give_no_warnings() -> None:
     assert [RENDERERS[family].warnings for family in FAMILIES] == [()] * len(FAMILIES)
 
 
@@ -326,6 +330,6 @@ def test_the_families_are_not_suspicious() -> None:
         "{% if %}",
     ],
 )
-def test_templates_that_cannot_be_used_are_refused(template: str) -> None:
+def test_unusable_templates_are_refused(template: str) -> None:
     with pytest.raises(ModelError):
         with_template(families.tokenizer("chatml"), template)

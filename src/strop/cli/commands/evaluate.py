@@ -1,4 +1,4 @@
-"""`strop eval`: base and tuned on the same rows."""
+"""`strop eval`: compare base and tuned model on the same rows."""
 
 from __future__ import annotations
 
@@ -7,63 +7,63 @@ from typing import Annotated, Any
 
 import typer
 
+from strop import api
 from strop.cli.options import Devices, Force, Json, Quantization
-from strop.cli.tables import (
-    print_general,
-    print_judged,
-    print_leaderboard,
-    print_rewards,
-    print_samples,
-    print_scores,
-    print_tasks,
-)
-from strop.cli.terminal import answering, print_json, print_notes, speaker
+from strop.cli.progress import console_for, generation_progress, is_main_process
+from strop.cli.tables import print_evaluation, print_json, print_leaderboard, print_notes
 from strop.engine.kernels import warmup
 
 
 def evaluate(
     names: Annotated[
-        list[str], typer.Argument(metavar="RUN|MODEL...", help="What to evaluate; several make a leaderboard.")
+        list[str],
+        typer.Argument(metavar="RUN|MODEL...", help="Runs or models to evaluate; several give a leaderboard."),
     ],
-    data: Annotated[list[str], typer.Option("--data", help="Rows to answer.")],
+    data: Annotated[list[str], typer.Option("--data", help="Rows to evaluate on.")],
     metric: Annotated[
-        str, typer.Option(help="exact, exact_json, contains, regex, choice, file.py:function; of pairs preference.")
+        str,
+        typer.Option(help="exact, exact_json, contains, regex, choice, file.py:function; for pairs: preference."),
     ] = "exact",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 80,
-    samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
-    general: Annotated[bool, typer.Option("--general", help="Ask a general set too: what did training break?")] = False,
-    regression_data: Annotated[list[str] | None, typer.Option(help="Rows of yours that should not get worse.")] = None,
-    regression_metric: Annotated[str | None, typer.Option(help="Their metric, where it is another one.")] = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option(help="A task of lm-eval, if installed: its name, or a .yaml file.")
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 80,
+    samples: Annotated[int, typer.Option(min=0, help="Number of answers to show.")] = 3,
+    general: Annotated[
+        bool, typer.Option("--general", help="Also evaluate on a general set, to find what training made worse.")
+    ] = False,
+    regression_data: Annotated[
+        list[str] | None, typer.Option(help="Also evaluate on these rows, which should not get worse.")
     ] = None,
-    task_limit: Annotated[int | None, typer.Option(min=1, help="This many documents of each task.")] = None,
+    regression_metric: Annotated[
+        str | None, typer.Option(help="Metric of the regression rows; default: as --metric.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="lm-eval task, by name or .yaml file (needs lm-eval); may be repeated.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Number of documents per task.")] = None,
     devices: Devices = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="Who says which of base's and tuned's answers is better: file.py:function, or URL."),
+        typer.Option(help="Judge that picks the better answer of base and tuned: file.py:function, or a server's URL."),
     ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="Which of the models of the server at that URL.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Model of the judge's server.")] = None,
     quantization: Quantization = "auto",
     force: Force = False,
     as_json: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Compare base and tuned on rows that were not trained on."""
-    from strop.distributed.launch import joined, start, to_start
+    """Compare base and tuned model on rows that were not trained on."""
+    from strop.distributed.launch import count_processes, launch_processes
 
-    if number := to_start(devices):
-        start(number, sys.argv[1:])
+    if number := count_processes(devices):
+        launch_processes(number, sys.argv[1:])
         return
-    with joined() as group, answering(speaker(group.main)) as advance:
-        warmup.load(warmup.ANSWERS if group.main else None)
-        from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard
-
-        chosen = EvalOptions(
+    main = is_main_process()
+    with generation_progress(console_for(main)) as advance:
+        warmup.load(warmup.ANSWERS if main else None)
+        result = api.evaluate(
+            names if len(names) > 1 else names[0],
+            data,
             metric=metric,
             max_new_tokens=max_new_tokens,
-            quantization=quantization,
-            force=force,
             general=general,
             regression_data=regression_data or (),
             regression_metric=regression_metric,
@@ -71,32 +71,21 @@ def evaluate(
             task_limit=task_limit,
             judge=judge,
             judge_model=judge_model,
-            read=options or {},
+            quantization=quantization,
+            force=force,
+            progress=advance,
+            **(options or {}),
         )
-        results = evaluate_models(names, data, chosen, advance=advance if group.main else None, devices=group)
-    if not group.main:
+    if not main:
         return
-    for result in results:
-        print_notes(result["notes"])
-        print_scores(result)
-        if "rewards" in result:
-            print_rewards(result["rewards"])
-        if "judge" in result:
-            print_judged(result["judge"])
-        if "general" in result:
-            print_general(result["general"])
-        if "regression" in result:
-            print_scores(result["regression"], title="rows that should not get worse")
-        print_tasks(result.get("tasks", {}))
-        print_samples(result["samples"][:samples])
-    asked = [part for result in results for part in (result, result.get("regression", {}))]
-    interrupted = [part["interrupted"] for part in asked if "interrupted" in part]
+    results = result["runs"] if len(names) > 1 else [result]
+    for evaluation in results:
+        print_evaluation(evaluation, samples)
+    parts = [part for evaluation in results for part in (evaluation, evaluation.get("regression", {}))]
+    interrupted = [part["interrupted"] for part in parts if "interrupted" in part]
     print_notes([f"interrupted {when}" for when in interrupted])
-    if len(results) == 1:
-        print_json(results[0], as_json)
-    else:
-        board = leaderboard(results)
-        print_leaderboard(board, results[0]["metric"])
-        print_json({"runs": results, "leaderboard": board}, as_json)
+    if len(names) > 1:
+        print_leaderboard(result["leaderboard"], results[0]["metric"])
+    print_json(result, as_json)
     if interrupted:
         raise typer.Exit(130)

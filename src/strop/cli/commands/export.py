@@ -1,4 +1,4 @@
-"""`strop export`: files for llama.cpp and Ollama, measured."""
+"""`strop export`: write files for llama.cpp and Ollama."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from strop import api
 from strop.cli.options import Data, Json, NoParity, Tuned
-from strop.cli.progress import alive
-from strop.cli.terminal import console, print_base, print_json, print_notes, print_parity
+from strop.cli.progress import status_line
+from strop.cli.tables import console, print_base, print_json, print_notes, print_parity
 from strop.engine.kernels import warmup
 
 if TYPE_CHECKING:
     from strop.export.gguf import Exported
 
-Kind = Annotated[
+Type = Annotated[
     str | None,
-    typer.Option("--type", help="f32, f16, bf16, q8_0 (the default); with llama.cpp: q6_k, q5_k_m, q4_k_m."),
+    typer.Option("--type", help="f32, f16, bf16 or q8_0 (default); with llama.cpp also q6_k, q5_k_m, q4_k_m."),
 ]
 
 
 def gguf(
     run: Tuned,
-    out: Annotated[Path, typer.Option(help="The new file.")],
-    kind: Kind = None,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    kind: Type = None,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="The LoRA adapter alone, for a base that is in GGUF already.")
+        bool, typer.Option("--adapter", help="Write only the LoRA adapter, for a base that is already in GGUF.")
     ] = False,
     data: Data = None,
     no_parity: NoParity = False,
     as_json: Json = False,
 ) -> None:
-    """One GGUF file for llama.cpp, and whether llama.cpp makes the same model of it."""
-    with alive(console, "loading the libraries") as sign:
+    """Write a GGUF file for llama.cpp, and compare its output there with the tuned model."""
+    with status_line("loading the libraries") as status:
         warmup.load(warmup.ANSWERS)
-        from strop.export.gguf import export_gguf
-
-        exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data, measure=not no_parity, say=sign.say)
+        exported = api.export(
+            "gguf", run, out, type=kind, adapter=adapter, data=data, measure=not no_parity, progress=status.print
+        )
     _print_exported(exported)
     print_notes(exported.notes)
     console.print(f"[bold]exported[/] {escape(str(exported.out))}")
@@ -47,18 +48,16 @@ def gguf(
 
 def ollama(
     run: Tuned,
-    out: Annotated[Path, typer.Option(help="The new folder.")],
-    kind: Kind = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    kind: Type = None,
     data: Data = None,
     no_parity: NoParity = False,
     as_json: Json = False,
 ) -> None:
-    """A folder for `ollama create`: GGUF and Modelfile, and whether its prompts are the trained ones."""
-    with alive(console, "loading the libraries") as sign:
+    """Write a folder for `ollama create` (GGUF and Modelfile), and compare its prompts with those of training."""
+    with status_line("loading the libraries") as status:
         warmup.load(warmup.ANSWERS)
-        from strop.export.ollama import export_ollama
-
-        prepared = export_ollama(run, out, kind=kind, data=data, measure=not no_parity, say=sign.say)
+        prepared = api.export("ollama", run, out, type=kind, data=data, measure=not no_parity, progress=status.print)
     _print_exported(prepared.exported)
     if prepared.rendered_by is not None:
         console.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")
@@ -77,6 +76,6 @@ def _print_exported(exported: Exported) -> None:
         return
     print_parity(found.parity)
     console.print(
-        f"[bold]text[/]     {found.strings} of 200 strings tokenized alike, {found.conversations} prompts equal; "
+        f"[bold]text[/]     {found.strings} of 200 strings tokenized identically, {found.conversations} prompts equal; "
         f"{found.answers_equal} of {found.answers} greedy answers equal, {found.answers_stopped} stopped"
     )

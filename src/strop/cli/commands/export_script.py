@@ -1,4 +1,4 @@
-"""`strop export-script`: the run as a plain script."""
+"""`strop export-script`: write a run as a Python script without strop."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import typer
 from rich.markup import escape
 
 from strop.cli.options import Json
-from strop.cli.progress import alive
-from strop.cli.terminal import console, print_json, print_notes
+from strop.cli.progress import status_line
+from strop.cli.tables import console, print_json, print_notes
 
 
 def export_script(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
-    out: Annotated[Path, typer.Option(help="The new folder: train.py, rows.jsonl, tokenizer/.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: train.py, rows.jsonl, tokenizer/.")],
     as_json: Json = False,
 ) -> None:
-    """Write the run as a plain transformers and peft script that trains the same, without strop."""
-    with alive(console, "loading the libraries"):
+    """Write a run as a plain transformers and peft script that trains the same way without strop."""
+    with status_line("loading the libraries"):
         from strop.export.script import export_script as write
 
         written = write(run, out)
-    how = "the script renders them by the chat template" if written.encoded else "they hold their tokens"
+    rows = "rendered by the script with the chat template" if written.encoded else "stored as tokens"
     console.print(
-        f"[bold]wrote[/]    {escape(str(written.out))}: {', '.join(written.files)}; {written.rows} rows, {how}"
+        f"[bold]wrote[/]    {escape(str(written.out))}: {', '.join(written.files)}; {written.rows} rows, {rows}"
     )
     print_notes(written.notes)
     console.print(f"next     python {shlex.quote(str(written.out))}/train.py", markup=False)

@@ -1,4 +1,4 @@
-"""`strop import`: another tool's config as a recipe."""
+"""`strop import`: convert another tool's config to a recipe."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from strop.cli.invocation import as_typed
+from strop.cli.invocation import command_name
 from strop.cli.options import Json
-from strop.cli.terminal import console, print_json
+from strop.cli.tables import console, print_json
 from strop.errors import FolderError
 
 if TYPE_CHECKING:
@@ -18,50 +18,50 @@ if TYPE_CHECKING:
 
 
 def import_(
-    peer: Annotated[str, typer.Argument(metavar="PEER", help="axolotl, llamafactory, trl, unsloth or torchtune.")],
+    peer: Annotated[str, typer.Argument(metavar="TOOL", help="axolotl, llamafactory, trl, unsloth or torchtune.")],
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="Its YAML config; of trl and unsloth the script or notebook, never run."),
+        typer.Argument(metavar="FILE", help="YAML config; for trl and unsloth a script or notebook, which is not run."),
     ],
-    out: Annotated[Path | None, typer.Option(help="Write the recipe here; default: print it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Recipe file to write; default: print the recipe.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a recipe of another tool's config, and list by name what has no equivalent."""
+    """Convert another tool's config to a recipe, and list the settings that have no equivalent."""
     from strop.interop.importers import import_config
     from strop.runs.folder import write_atomic
 
-    made = import_config(peer, file)
+    imported = import_config(peer, file)
     if out is not None:
         if out.exists():
-            raise FolderError(f"{out}: is there already", fix="give --out another name")
+            raise FolderError(f"{out}: already exists", fix="give --out another name")
         try:
-            write_atomic(out, made.as_yaml())
+            write_atomic(out, imported.to_yaml())
         except OSError as error:
-            fix = "give --out a file in a folder that can be written to"
+            fix = "give --out a file in a writable folder"
             raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
     elif not as_json:
-        print(made.as_yaml(), end="")
-    _print(made, out)
-    print_json({**made.as_json(), "out": str(out) if out else None, "recipe": made.as_yaml()}, as_json)
+        print(imported.to_yaml(), end="")
+    _print_summary(imported, out)
+    print_json({**imported.as_json(), "out": str(out) if out else None, "recipe": imported.to_yaml()}, as_json)
 
 
-def _print(made: Imported, out: Path | None) -> None:
-    """What came along and what did not (a printed recipe says it itself), and the command that goes on from here."""
+def _print_summary(imported: Imported, out: Path | None) -> None:
+    """Print the converted and missing settings (a printed recipe lists them itself), and the next command."""
     from strop.interop.draft import MISSING
 
-    console.print(f"[bold]taken[/]    {len(made.draft.fields)} fields")
+    console.print(f"[bold]taken[/]    {len(imported.draft.fields)} fields")
     for title, color, notes in (
-        ("differs", "yellow", made.draft.differs),
-        ("left out", "red", made.draft.lacks),
-        ("own way", "dim", made.draft.own_way),
+        ("differs", "yellow", imported.draft.differs),
+        ("left out", "red", imported.draft.unsupported),
+        ("own way", "dim", imported.draft.ignored),
     ):
         for note in notes if out else ():
-            at = f"{note.key}, line {note.line}" if note.line else note.key
+            place = f"{note.key}, line {note.line}" if note.line else note.key
             console.print(f"{title:8} ", style=color, end="")
-            console.print(f"{at}{': ' * bool(note.text)}{note.text}", markup=False)
-    given = {"model.name": "--model", "data.train": "--data"}
-    more = "".join(f" {given[name]} {MISSING[name]}" for name in made.missing)
+            console.print(f"{place}{': ' * bool(note.text)}{note.text}", markup=False)
+    flags = {"model.name": "--model", "data.train": "--data"}
+    missing = "".join(f" {flags[name]} {MISSING[name]}" for name in imported.missing)
     console.print(
-        f"next     {as_typed()} train {shlex.quote(str(out)) if out else 'RECIPE.yaml'}{more} --print-recipe",
+        f"next     {command_name()} train {shlex.quote(str(out)) if out else 'RECIPE.yaml'}{missing} --print-recipe",
         markup=False,
     )

@@ -1,4 +1,4 @@
-"""`strop launch`: job files for clusters, as a person would have written them."""
+"""`strop launch`: write job files for clusters."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from strop.cli.options import Json
-from strop.cli.terminal import console, print_json
+from strop.cli.tables import console, print_json
 
 if TYPE_CHECKING:
     from strop.interop.job import Job, Launched
 
-Given = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
-Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
-Devices = Annotated[int, typer.Option(min=1, help="Devices of each machine: cards, or processes on a CPU.")]
-Cores = Annotated[int, typer.Option(min=1, help="Cores of each device.")]
-Out = Annotated[str | None, typer.Option(help="The run folder; default: the recipe's, else runs/NAME-N.")]
-File = Annotated[Path | None, typer.Option("--file", help="The job file; default: by the run's name, in this folder.")]
-Replace = Annotated[bool, typer.Option("--force", help="Replace a job file that is there.")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+Nodes = Annotated[int, typer.Option(min=1, help="Number of machines.")]
+Devices = Annotated[int, typer.Option(min=1, help="Devices per machine: GPUs, or processes on a CPU.")]
+Cores = Annotated[int, typer.Option(min=1, help="CPU cores per device.")]
+Out = Annotated[str | None, typer.Option(help="Run folder; default: the recipe's, else runs/NAME-N.")]
+File = Annotated[
+    Path | None, typer.Option("--file", help="Job file to write; default: named after the run, in this folder.")
+]
+Replace = Annotated[bool, typer.Option("--force", help="Replace an existing job file.")]
 
 
 def slurm(
-    recipe: Given,
+    recipe: RecipePath,
     nodes: Nodes = 1,
     devices: Devices = 1,
     cores: Cores = 4,
@@ -33,15 +35,15 @@ def slurm(
     force: Replace = False,
     as_json: Json = False,
 ) -> None:
-    """Write a batch script for Slurm: saves before its time is up, and goes on in the next turn."""
+    """Write a Slurm batch script that saves before the time limit and resumes when it is requeued."""
     from strop.interop import slurm as system
 
     job = _job(recipe, nodes, devices, cores, out)
-    _tell(system.launch(job, file, time=time, force=force), as_json)
+    _print_job(system.launch(job, file, time=time, force=force), as_json)
 
 
 def ray(
-    recipe: Given,
+    recipe: RecipePath,
     nodes: Nodes = 1,
     devices: Devices = 1,
     cores: Cores = 4,
@@ -50,17 +52,17 @@ def ray(
     force: Replace = False,
     as_json: Json = False,
 ) -> None:
-    """Write a Python file for Ray Train: workers that are lost are started again."""
+    """Write a Python file for Ray Train that restarts lost workers."""
     from strop.interop import ray as system
 
     job = _job(recipe, nodes, devices, cores, out)
-    _tell(system.launch(job, file, force=force), as_json)
+    _print_job(system.launch(job, file, force=force), as_json)
 
 
 def kubernetes(
-    recipe: Given,
-    image: Annotated[str, typer.Option(help="Container image with strop in it.")],
-    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with the data; the run folder goes there.")],
+    recipe: RecipePath,
+    image: Annotated[str, typer.Option(help="Container image that contains strop.")],
+    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with the data, and for the run folder.")],
     nodes: Nodes = 1,
     devices: Devices = 1,
     cores: Cores = 4,
@@ -73,17 +75,17 @@ def kubernetes(
     from strop.interop import kubernetes as system
 
     job = _job(recipe, nodes, devices, cores, out)
-    _tell(system.launch(job, file, image=image, claim=claim, force=force), as_json)
+    _print_job(system.launch(job, file, image=image, claim=claim, force=force), as_json)
 
 
 def skypilot(
-    recipe: Given,
+    recipe: RecipePath,
     bucket: Annotated[
-        str | None, typer.Option(help="Bucket for the run folder; made where it is not there. One node.")
+        str | None, typer.Option(help="Bucket for the run folder, created if missing; one node only.")
     ] = None,
-    volume: Annotated[str | None, typer.Option(help="Volume for the run folder, of any number of nodes.")] = None,
-    gpus: Annotated[str | None, typer.Option(help="SkyPilot's name of the card, such as H100.")] = None,
-    spot: Annotated[bool, typer.Option("--spot", help="Cheaper machines, which may be taken away.")] = False,
+    volume: Annotated[str | None, typer.Option(help="Volume for the run folder, for any number of nodes.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="GPU type in SkyPilot's naming, such as H100.")] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="Use spot instances: cheaper, but may be preempted.")] = False,
     nodes: Nodes = 1,
     devices: Devices = 1,
     cores: Cores = 4,
@@ -92,30 +94,30 @@ def skypilot(
     force: Replace = False,
     as_json: Json = False,
 ) -> None:
-    """Write a managed job for SkyPilot: goes on elsewhere when its machines are taken away."""
+    """Write a managed job for SkyPilot that resumes on other machines after a preemption."""
     from strop.interop import skypilot as system
 
     job = _job(recipe, nodes, devices, cores, out)
-    _tell(system.launch(job, file, gpus=gpus, store=system.Store(bucket, volume), spot=spot, force=force), as_json)
+    _print_job(system.launch(job, file, gpus=gpus, store=system.Store(bucket, volume), spot=spot, force=force), as_json)
 
 
 def _job(recipe: Path, nodes: int, devices: int, cores: int, out: str | None) -> Job:
     from strop.config.load import resolve
-    from strop.interop.job import job_of
+    from strop.interop.job import make_job
     from strop.objectives.table import check_devices
 
     check_devices(resolve(recipe).recipe.train, nodes * devices)
-    return job_of(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
+    return make_job(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
 
 
-def _tell(launched: Launched, as_json: bool) -> None:
+def _print_job(launched: Launched, as_json: bool) -> None:
     job = launched.job
     console.print(f"[bold]job[/]      {job.size}; run folder: ", end="")
     console.print(job.out, markup=False)
     for name in launched.needs:
-        console.print("[yellow]needed[/]   where the job runs: ", end="")
+        console.print("[yellow]needed[/]   on the cluster: ", end="")
         console.print(name, markup=False)
-    console.print("[bold]written[/]  ", end="")
+    console.print("[bold]wrote[/]    ", end="")
     console.print(str(launched.file), markup=False)
     console.print("now:")
     console.print(f"  {launched.submit}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`strop merge`: the adapter into its base, measured."""
+"""`strop merge`: merge an adapter into its base."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from strop import api
 from strop.cli.options import Data, Json, NoParity, Tuned
-from strop.cli.progress import alive
-from strop.cli.terminal import console, print_base, print_json, print_parity
+from strop.cli.progress import status_line
+from strop.cli.tables import console, print_base, print_json, print_parity
 from strop.engine.kernels import warmup
 
 
 def merge(
     run: Tuned,
-    out: Annotated[Path, typer.Option(help="The new model folder.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     data: Data = None,
     no_parity: NoParity = False,
     as_json: Json = False,
 ) -> None:
-    """Merge the adapter into its base, and measure that it is still the same model."""
-    with alive(console, "loading the libraries") as sign:
+    """Merge an adapter into its base, and compare the merged model with the tuned one."""
+    with status_line("loading the libraries") as status:
         warmup.load(warmup.ANSWERS)
-        from strop.export.merge import merge as merge_into
-
-        merged = merge_into(run, out, dtype=dtype, data=data, measure=not no_parity, say=sign.say)
+        merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
     print_base(merged.base, merged.base_losses)
     print_parity(merged.parity)
     console.print(f"[bold]merged[/]   {escape(str(merged.out))}")

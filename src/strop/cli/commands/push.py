@@ -1,4 +1,4 @@
-"""`strop push`: an adapter or a model onto the Hugging Face Hub."""
+"""`strop push`: upload an adapter or a model to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from typing import Annotated
 
 import typer
 
+from strop import api
 from strop.cli.options import Json
-from strop.cli.progress import alive
-from strop.cli.terminal import console, print_json
+from strop.cli.progress import status_line
+from strop.cli.tables import console, print_json
 
 
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A run, an adapter folder, or a merged model.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; made where there is none.")],
-    public: Annotated[bool, typer.Option("--public", help="Everybody may load it. Without it: you alone.")] = False,
+    run: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="Run, adapter folder, or merged model.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository; created if it does not exist.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
     base: Annotated[
-        str | None, typer.Option(help="Hub id of the base, where it was a folder or a file.", metavar="OWNER/NAME")
+        str | None,
+        typer.Option(help="Hub id of the base, if it was trained from a folder or a file.", metavar="OWNER/NAME"),
     ] = None,
-    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Send an adapter or a merged model, with its card, to the Hugging Face Hub; private unless you say otherwise."""
-    with alive(console, "loading the libraries") as sign:
-        from strop.export.hub import push as push_to
-
-        pushed = push_to(run, repo, public=public, base=base, message=message, say=sign.say)
+    """Upload an adapter or a merged model with its model card to the Hugging Face Hub, private by default."""
+    with status_line("loading the libraries") as status:
+        pushed = api.push(run, repo, public=public, base=base, message=message, progress=status.print)
     for file in pushed.left_out:
         console.print(f"not sent {file}", markup=False)
     for file in pushed.removed:
-        console.print(f"removed  {file}, which an earlier push had left", markup=False)
+        console.print(f"removed  {file}, left by an earlier push", markup=False)
     console.print(
         f"[bold]pushed[/]   {pushed.url} ({'private' if pushed.private else 'public'}): {len(pushed.files)} files, "
-        f"{pushed.size_bytes / 1e6:.1f} MB, each compared with what the Hub has"
+        f"{pushed.size_bytes / 1e6:.1f} MB, each verified against the Hub's copy"
     )
     print_json(pushed.as_json(), as_json)

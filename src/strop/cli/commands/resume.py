@@ -1,4 +1,4 @@
-"""`strop resume`: go on from the newest complete checkpoint."""
+"""`strop resume`: continue a run from its newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
+from strop import api
 from strop.cli.options import Devices, Json, Memory
-from strop.cli.terminal import console, print_end, speaker, watching
+from strop.cli.progress import console_for, is_main_process, run_progress
+from strop.cli.tables import console, print_run_summary
 from strop.engine.kernels import warmup
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
     allow_changed: Annotated[
         list[str] | None,
         typer.Option(
-            help="What may differ from the run's start: lr, schedule, base, data, template, versions, a field."
+            help="What may differ from the start of the run: lr, schedule, base, data, template, versions, or a field."
         ),
     ] = None,
     devices: Devices = None,
@@ -26,27 +28,22 @@ def resume(
     as_json: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Go on with a run from its newest complete checkpoint. Recipe flags change a value, where that is allowed."""
+    """Resume a run from its newest complete checkpoint; recipe flags change values that --allow-changed names."""
     from strop.config.load import read_resolved
-    from strop.distributed.launch import joined, start, to_start
+    from strop.distributed.launch import count_processes, launch_processes
     from strop.runs.folder import open_run
 
     folder = open_run(run)
-    if number := to_start(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
-        start(number, sys.argv[1:])
+    if number := count_processes(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
+        launch_processes(number, sys.argv[1:])
         return
-    with joined() as group:
-        finished = folder.finished
-        changed = allow_changed or ()
-        with watching(speaker(group.main)) as watch:
-            warmup.load(warmup.STEP if group.main else None)
-            from strop.machine.memory import limit_bytes
-            from strop.training.run import resume as go_on
-
-            report = go_on(
-                run, [watch], options=options, allow_changed=changed, memory=limit_bytes(memory), devices=group
-            ).report
-    if group.main:
+    main, finished = is_main_process(), folder.finished
+    with run_progress(console_for(main)) as progress:
+        warmup.load(warmup.STEP if main else None)
+        report = api.resume(
+            run, callback=progress, allow_changed=allow_changed or (), memory=memory, **(options or {})
+        ).report
+    if main:
         if finished:
             console.print(f"{run} is finished; nothing to resume", markup=False)
-        print_end(report, as_json)
+        print_run_summary(report, as_json)

@@ -1,4 +1,4 @@
-"""`strop runs`: the runs in a folder."""
+"""`strop runs`: list the runs in a folder, or delete one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from strop.cli.options import Json
-from strop.cli.terminal import console, print_json
+from strop.cli.tables import console, print_json
 from strop.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Folder that contains run folders.")] = Path("runs"),
     delete: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Delete this run; without --yes only say what would go.")
+        str | None, typer.Option(metavar="NAME", help="Delete this run; without --yes, only list its files.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Confirm the deletion.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the runs in a folder, or delete one of them."""
@@ -35,25 +35,25 @@ def runs(
     if delete is not None:
         _delete(folder, delete, yes, as_json)
         return
-    rows = [_row(run) for run in find_runs(folder)]
+    rows = [_summarize(run) for run in find_runs(folder)]
     table = Table("run", "model", "data", "score", "loss", "time", "")
     for row in rows:
         table.add_row(
             escape(Path(row["run"]).name),
-            escape(_short(row["model"])),
-            escape(", ".join(map(_short, row["data"] or [None]))),
+            escape(_short_name(row["model"])),
+            escape(", ".join(map(_short_name, row["data"] or [None]))),
             "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}",
             "-" if row["loss"] is None else f"{row['loss']:.3f}",
-            "-" if row["seconds"] is None else _time(row["seconds"]),
+            "-" if row["seconds"] is None else _format_time(row["seconds"]),
             "" if row["finished"] else f"step {row['step']}, not finished",
         )
     console.print(table if rows else escape(f"no runs in {folder}"))
     print_json({"runs": rows}, as_json)
 
 
-def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
-    """Removes a run's folder, unless a process holds it."""
-    from strop.runs.folder import disk_faults, open_run
+def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
+    """Delete a run's folder if it is confirmed. Raises FolderError if a process uses the run."""
+    from strop.runs.folder import disk_errors, open_run
 
     path = folder / name
     if name != Path(name).name or name in ("", ".", "..") or path.is_symlink():
@@ -61,39 +61,41 @@ def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
     run = open_run(path)
     files = [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]
     size = sum(file.lstat().st_size for file in files)
-    with run.claim(), disk_faults(path):
-        if sure:
+    with run.claim(), disk_errors(path):
+        if confirmed:
             shutil.rmtree(path)
-    told = "deleted" if sure else "would delete"
-    console.print(f"[bold]{told}[/] {escape(str(path))}: {len(files):,} files, {size / 1e6:,.1f} MB")
-    if not sure:
+    verb = "deleted" if confirmed else "would delete"
+    console.print(f"[bold]{verb}[/] {escape(str(path))}: {len(files):,} files, {size / 1e6:,.1f} MB")
+    if not confirmed:
         for file in files:
             console.print(f"  {file}", markup=False)
         console.print("nothing was deleted: add --yes")
-    print_json({"run": str(path), "deleted": sure, "files": len(files), "bytes": size}, as_json)
+    print_json({"run": str(path), "deleted": confirmed, "files": len(files), "bytes": size}, as_json)
 
 
-def _row(run: RunFolder) -> dict[str, Any]:
-    """A run in figures. loss: of the evaluation while training, else of the last step. score: of the tuned model, by
-    the newest `strop eval`. What a damaged file does not say is None."""
-    report, recipe = run.read_report(), _read(run.recipe)
-    rows, metric = _at(recipe, "data", "train"), _at(report, "evaluation", "metric")
-    steps, loss = _number(_at(report, "steps")), _number(_at(report, "eval_loss"))
+def _summarize(run: RunFolder) -> dict[str, Any]:
+    """Return the figures of a run; values that a damaged file lacks are None.
+
+    loss: of the last evaluation while training, else of the last step. score: of the newest `strop eval`.
+    """
+    report, recipe = run.read_report(), _read_yaml(run.recipe)
+    rows, metric = _get(recipe, "data", "train"), _get(report, "evaluation", "metric")
+    steps, loss = _number(_get(report, "steps")), _number(_get(report, "eval_loss"))
     return {
         "run": str(run.path),
-        "model": _at(recipe, "model", "name"),
+        "model": _get(recipe, "model", "name"),
         "data": rows if isinstance(rows, list) else None if rows is None else [rows],
         "finished": run.finished,
         "step": max([step for step, _ in run.checkpoints()], default=0) if steps is None else steps,
         "metric": metric,
-        "score": _number(_at(report, "evaluation", "tuned", metric)),
-        "loss": _number(_at(report, "loss", "last")) if loss is None else loss,
-        "seconds": _number(_at(report, "seconds")),
+        "score": _number(_get(report, "evaluation", "tuned", metric)),
+        "loss": _number(_get(report, "loss", "last")) if loss is None else loss,
+        "seconds": _number(_get(report, "seconds")),
     }
 
 
-def _at(tree: Any, *path: Any) -> Any:
-    """What stands at a place of a file that may be damaged; None where there is no such place."""
+def _get(tree: Any, *path: Any) -> Any:
+    """Return the value at a path of keys, or None if there is no such path."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
@@ -103,29 +105,25 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A YAML file of a run, as far as it can be read."""
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """Return the map in a YAML file, or {} if it is missing or damaged."""
     import yaml
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return tree if isinstance(tree, dict) else {}
 
 
-def _short(name: Any) -> str:
-    """The last part of a path; a Hub id as it is."""
+def _short_name(name: Any) -> str:
+    """Return the last part of a path; a Hub id stays whole."""
     if not isinstance(name, str):
         return "-" if name is None else str(name)
     return Path(name).name if Path(name).is_absolute() or name.count("/") > 1 else name
 
 
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+def _format_time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

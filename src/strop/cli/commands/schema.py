@@ -1,4 +1,4 @@
-"""`strop schema`: the JSON schema of a recipe."""
+"""`strop schema`: print the JSON schema of a recipe."""
 
 from __future__ import annotations
 

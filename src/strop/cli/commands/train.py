@@ -1,4 +1,4 @@
-"""`strop train`: one run, from recipe to report."""
+"""`strop train`: train a recipe."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from typing import Annotated, Any
 
 import typer
 
+from strop import api
 from strop.cli.options import Devices, Json, Memory, RecipeFile
-from strop.cli.terminal import print_end, print_json, speaker, watching
+from strop.cli.progress import console_for, is_main_process, run_progress
+from strop.cli.tables import print_json, print_run_summary
 from strop.engine.kernels import warmup
 
 
 def train(
     recipe: RecipeFile = None,
     print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Show every value with its origin; train nothing.")
+        bool, typer.Option("--print-recipe", help="Print every value with its origin, without training.")
     ] = False,
-    go_on: Annotated[
-        bool, typer.Option("--resume", help="Where --out holds this run already, go on with it: for restarted jobs.")
+    resume_existing: Annotated[
+        bool, typer.Option("--resume", help="Resume the run if --out already contains it, for restarted jobs.")
     ] = False,
     devices: Devices = None,
     memory: Memory = None,
     as_json: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Fine-tune a model; writes a run folder."""
+    """Fine-tune a model and write a run folder."""
     from strop.config.load import resolve
-    from strop.machine.memory import limit_bytes
+    from strop.distributed.launch import count_processes, launch_processes
 
     resolved = resolve(recipe, options)
-    from strop.distributed.launch import joined, start, to_start
-
-    number = to_start(devices, resolved.recipe.model.device)
+    number = count_processes(devices, resolved.recipe.model.device)
     if print_recipe:
+        from strop.machine.memory import limit_bytes
         from strop.training.preflight import preview
 
         complete = preview(resolved, memory=limit_bytes(memory), devices=number or 1)
@@ -45,12 +46,11 @@ def train(
             print(complete.as_yaml(), end="")
         return
     if number:
-        start(number, sys.argv[1:])
+        launch_processes(number, sys.argv[1:])
         return
-    with joined() as group, watching(speaker(group.main)) as watch:
-        warmup.load(warmup.STEP if group.main else None)
-        from strop.training.run import train as run_training
-
-        run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, go_on=go_on)
-    if group.main:
-        print_end(run.report, as_json)
+    main = is_main_process()
+    with run_progress(console_for(main)) as progress:
+        warmup.load(warmup.STEP if main else None)
+        run = api.train(recipe, callback=progress, memory=memory, resume_existing=resume_existing, **(options or {}))
+    if main:
+        print_run_summary(run.report, as_json)

@@ -1,7 +1,7 @@
-"""Data files -> rows with file and line, values as they stand in the file.
+"""Read data files as rows with file and line, values unchanged.
 
-A fault of one row is put on a list and the row skipped, so that all of them can be named in one go;
-a fault of a whole file is a DataError.
+An error of one row goes to a list and the row is skipped, so that all errors are reported together. An error of a whole
+file is a DataError.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from strop.data.reading import files, hub, jsonrows, tables
-from strop.data.reading.files import REASONS as REASONS
-from strop.data.reading.files import RowFault as RowFault
-from strop.data.reading.files import refuse
+from strop.data.reading import files, hub, tables
+from strop.data.reading.json_reader import json_rows
+from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
 from strop.errors import DataError, nearest
 
@@ -27,7 +26,10 @@ _MAX_WEIGHT = 1000.0
 
 @dataclass(frozen=True)
 class Source:
-    """What is read as one: `path` as it is shown, `files` to open (several: parallel files), weight of its rows."""
+    """Files that are read as one. path: as shown to the user. files: to open; several are parallel files.
+
+    weight: how often each row is read; a fraction selects a share of the rows.
+    """
 
     path: str
     files: tuple[str, ...]
@@ -38,38 +40,40 @@ class Source:
 
 
 def resolve(spec: str | Sequence[str]) -> list[Source]:
-    """The sources a spec names, in order: `file`, glob, `a.nl+b.cm`, `owner/name` on the Hub, each maybe `@weight`.
+    """Return the sources that a spec names, in order.
 
-    Raises DataError: nothing of that name, a folder, a weight out of bounds, a file named twice.
+    A spec is a file, a glob, `a.nl+b.cm` (parallel files), or `owner/name` on the Hub, each optionally with `@weight`.
+    Raises DataError for an unknown name, a folder, a weight out of bounds, or a file named twice.
     """
-    found = [source for one in ([spec] if isinstance(spec, str) else spec) for source in _resolve(one)]
-    if not found:
+    sources = [source for part in ([spec] if isinstance(spec, str) else spec) for source in _resolve(part)]
+    if not sources:
         raise DataError("no data file named", fix="give one with --data.train FILE")
-    twice = [path for path, count in Counter(os.path.realpath(f) for s in found for f in s.files).items() if count > 1]
-    if twice:
-        raise refuse(os.path.relpath(twice[0]), "named twice", "to repeat its rows, write FILE@2")
-    return found
+    counts = Counter(os.path.realpath(file) for source in sources for file in source.files)
+    repeated = [path for path, count in counts.items() if count > 1]
+    if repeated:
+        raise file_error(os.path.relpath(repeated[0]), "named twice", "to repeat its rows, write FILE@2")
+    return sources
 
 
 def _resolve(spec: str) -> list[Source]:
-    if weight := _weighed(spec):
-        value = float(weight[2])
-        if not 0 < value <= _MAX_WEIGHT:
+    if weighted := _match_weight(spec):
+        weight = float(weighted[2])
+        if not 0 < weight <= _MAX_WEIGHT:
             raise DataError(f"{spec}: the weight must be above 0 and at most {_MAX_WEIGHT:g}")
-        return [replace(source, weight=value) for source in _resolve(weight[1])]
+        return [replace(source, weight=weight) for source in _resolve(weighted[1])]
     if os.path.isfile(spec):
         return [Source(spec, (spec,))]
     if os.path.isdir(spec):
         if {"state.json", "dataset_dict.json"} & {*os.listdir(spec)}:
-            what = "a folder of datasets' save_to_disk, whose Arrow files are not read"
-            raise refuse(spec, what, 'write it as Parquet: load_from_disk(FOLDER).to_parquet("rows.parquet")')
-        kinds = sorted({os.path.splitext(name)[1] for name in os.listdir(spec)} & {*files.TYPES, *files.COMPRESSION})
-        some = " or ".join(f"{os.path.join(spec, '*')}{suffix}" for suffix in kinds)
-        raise refuse(spec, "is a folder", f"name its files: {some}" if some else "it holds no data files")
+            what = "a folder written by save_to_disk of datasets, whose Arrow files are not supported"
+            raise file_error(spec, what, 'write it as Parquet: load_from_disk(FOLDER).to_parquet("rows.parquet")')
+        suffixes = sorted({os.path.splitext(name)[1] for name in os.listdir(spec)} & {*files.TYPES, *files.COMPRESSION})
+        globs = " or ".join(f"{os.path.join(spec, '*')}{suffix}" for suffix in suffixes)
+        raise file_error(spec, "is a folder", f"name its files: {globs}" if globs else "it has no data files")
     if any(sign in spec for sign in "*?["):
         names = sorted(name for name in glob.glob(spec, recursive=True) if os.path.isfile(name))
         if not names and not hub.is_dataset(spec):
-            raise refuse(spec, "no file matches")
+            raise file_error(spec, "no file matches")
         if names:
             return [Source(name, (name,)) for name in names]
     parts = tuple(spec.split("+"))
@@ -79,34 +83,34 @@ def _resolve(spec: str) -> list[Source]:
                 raise _missing(part)
         return [Source(spec, parts)]
     if hub.is_dataset(spec):
-        return [Source(shown, (local,)) for shown, local in hub.fetch(spec)]
+        return [Source(shown, (local,)) for shown, local in hub.download(spec)]
     raise _missing(spec)
 
 
-def _weighed(spec: str) -> re.Match[str] | None:
-    """`bare@weight`, where that is no file's own name."""
+def _match_weight(spec: str) -> re.Match[str] | None:
+    """Match `name@weight`, unless a file has exactly that name."""
     return None if os.path.exists(spec) else re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
 
 
-def fetched(spec: str) -> bool:
-    """Whether reading it would fetch a data set from the Hub."""
-    weight = _weighed(spec)
-    bare = weight[1] if weight else spec
-    return not glob.glob(bare, recursive=True) and hub.is_dataset(bare)
+def needs_download(spec: str) -> bool:
+    """Return whether reading `spec` downloads a data set from the Hub."""
+    weighted = _match_weight(spec)
+    name = weighted[1] if weighted else spec
+    return not glob.glob(name, recursive=True) and hub.is_dataset(name)
 
 
 def _missing(path: str) -> DataError:
     folder, name = os.path.split(path)
     if "\0" in path:
-        return DataError("a file name holds a NUL character", fix="name a file that exists")
+        return DataError("a file name contains a NUL character", fix="name a file that exists")
     if os.path.exists(path):
-        return refuse(path, "is not a regular file")
+        return file_error(path, "is not a regular file")
     if os.path.islink(path):
-        return refuse(path, f"a link to {os.readlink(path)}, which is not there", "name a file that exists")
-    beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else None
-    if beside is None:
-        return refuse(path, f"no such file: there is no folder {folder}")
-    return refuse(path, f"no such file{nearest(name, beside)}", "a Hub data set is named owner/name")
+        return file_error(path, f"a link to {os.readlink(path)}, which does not exist", "name a file that exists")
+    if not os.path.isdir(folder or "."):
+        return file_error(path, f"no such file: there is no folder {folder}")
+    siblings = os.listdir(folder or ".")
+    return file_error(path, f"no such file{nearest(name, siblings)}", "a Hub data set is named owner/name")
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -117,33 +121,39 @@ def read_rows(
     *,
     encoding: str = "utf-8",
     columns: Mapping[str, str] | None = None,
-    bad: list[RowFault],
+    bad: list[RowError],
     left_out: Counter[str] | None = None,
     documents: bool = False,
 ) -> Iterator[Row]:
-    """The rows of all sources, in order; memory does not grow with the file, except for JSON arrays.
+    """Yield the rows of all sources, in order. Memory does not grow with the file, except for JSON arrays.
 
-    documents: a plain text file is one row, not one a paragraph.
+    Args:
+        spec: see `resolve`.
+        encoding: encoding of text files.
+        columns: names of columns. Used here only for files without names: values that are numbers count the cells of
+            CSV, TSV and parallel files from 1.
+        bad: receives the errors of rows.
+        left_out: receives, by path, the number of rows that a fractional weight left out.
+        documents: read a plain text file as one row, instead of one row a paragraph.
 
-    Row faults go to `bad`. `left_out` counts, by path, rows that a fractional weight left out. `columns` matters here
-    only for files without names: values that are numbers count the cells of CSV, TSV and parallel files from 1.
-    Raises DataError, perhaps after rows were given, for what is wrong with a whole file.
+    Raises:
+        DataError: a whole file cannot be read; possibly after some rows.
     """
     for source in resolve(spec):
         before = len(bad)
         empty = True
         for row in _read(source, encoding, columns or {}, bad, documents):
             empty = False
-            yield from _weighted(row, source, left_out)
+            yield from _repeat(row, source, left_out)
         if empty and len(bad) == before:
-            raise refuse(source.path, f"0 rows in {source.path}", "the file is empty, or holds only blank lines")
+            raise file_error(source.path, f"0 rows in {source.path}", "the file is empty, or has only blank lines")
 
 
-def _weighted(row: Row, source: Source, left_out: Counter[str] | None) -> Iterator[Row]:
-    copies, part = divmod(source.weight, 1)
-    if part:  # by content, so that the choice depends neither on the order of rows nor on a seed
+def _repeat(row: Row, source: Source, left_out: Counter[str] | None) -> Iterator[Row]:
+    copies, fraction = divmod(source.weight, 1)
+    if fraction:  # chosen by content, so that the choice does not depend on the order of rows or on a seed
         text = json.dumps(row.value, sort_keys=True, default=str).encode()
-        copies += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64 < part
+        copies += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64 < fraction
     if not copies and left_out is not None:
         left_out[source.path] += 1
     for _ in range(int(copies)):
@@ -151,19 +161,19 @@ def _weighted(row: Row, source: Source, left_out: Counter[str] | None) -> Iterat
 
 
 def _read(
-    source: Source, encoding: str, columns: Mapping[str, str], bad: list[RowFault], documents: bool
+    source: Source, encoding: str, columns: Mapping[str, str], bad: list[RowError], documents: bool
 ) -> Iterator[Row]:
     if len(source.files) > 1:
         return tables.parallel_rows(source.path, source.files, encoding, columns, bad)
     name, path = source.path, source.files[0]
-    reader = files.kind(path)
+    reader = files.reader_of(path)
     if reader == "json":
-        return jsonrows.rows(name, path, encoding, columns, bad)
+        return json_rows(name, path, encoding, columns, bad)
     if reader == "parquet":
         return tables.parquet_rows(name, path)
     if reader == "text" and documents:
-        return tables.document(name, files.whole(path, encoding))
-    texts = files.texts(name, path, encoding, bad)
+        return tables.document_rows(name, files.read_text(path, encoding))
+    lines = files.decoded_lines(name, path, encoding, bad)
     if reader == "text":
-        return tables.paragraphs(name, texts)
-    return tables.table_rows(name, texts, "," if reader == "csv" else "\t", columns, bad)
+        return tables.paragraph_rows(name, lines)
+    return tables.table_rows(name, lines, "," if reader == "csv" else "\t", columns, bad)

@@ -1,4 +1,4 @@
-"""CSV, TSV, plain text, parallel text files and Parquet -> rows. Cells stay strings: `007`, `NA`, dates."""
+"""Read CSV, TSV, plain text, parallel text files and Parquet as rows. Cells stay strings: `007`, `NA`, dates."""
 
 from __future__ import annotations
 
@@ -9,151 +9,162 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
 from typing import Any
 
-from strop.data.reading.files import COLUMN_NAMES, TYPES, RowFault, encoding_fault, lines, refuse
+from strop.data.reading.files import COLUMN_NAMES, TYPES, encoding_error, read_lines
+from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
 from strop.errors import Where, nearest
 
+# --- CSV and TSV ---------------------------------------------------------------------------------------------------
 
-class _Feed:
-    """Lines for csv.reader, remembering on which line of the file a record starts, and which was the last."""
 
-    def __init__(self, texts: Iterator[tuple[int, str]]) -> None:
-        self._texts = texts
-        self.start: int | None = None
+class _LineCounter:
+    """Lines for csv.reader; remembers the first and the last line of the current record."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
+        self._lines = lines
+        self.first: int | None = None
         self.last = 0
 
     def __iter__(self) -> Iterator[str]:
-        for number, text in self._texts:
-            self.start, self.last = self.start or number, number
+        for number, text in self._lines:
+            self.first, self.last = self.first or number, number
             yield text
 
     @property
     def span(self) -> str:
-        """Of a record of several lines: which."""
-        return f" (lines {self.start} to {self.last})" if self.last != self.start else ""
+        """The lines of a record of several lines, for messages."""
+        return f" (lines {self.first} to {self.last})" if self.last != self.first else ""
+
+
+_UNCLOSED_QUOTE = "unexpected end of data"  # message of csv.Error
 
 
 def _records(
-    name: str, texts: Iterator[tuple[int, str]], separator: str, bad: list[RowFault]
+    name: str, lines: Iterator[tuple[int, str]], separator: str, bad: list[RowError]
 ) -> Iterator[tuple[int, list[str], str]]:
-    """Of each record the line on which it starts, its cells, and for people its lines where they are several. Raises
-    DataError for a quote that swallows the rest of the file."""
-    csv.field_size_limit(2**31 - 1)  # the limit of 128 KiB a cell is csv's own and serves nothing here
-    feed = _Feed(texts)
-    reader = csv.reader(feed, delimiter=separator, strict=True)
+    """Yield each record as its first line, its cells, and its lines for messages if there are several.
+
+    Raises DataError for a quote that is not closed, because it swallows the rest of the file.
+    """
+    csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB a cell rejects long texts
+    counter = _LineCounter(lines)
+    reader = csv.reader(counter, delimiter=separator, strict=True)
     while True:
-        feed.start = None
+        counter.first = None
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            what = _fault(str(error)) + feed.span
-            if feed.span and str(error) == _OPEN:  # nobody knows how many rows these lines are
-                raise refuse(
-                    name, what, "close the quote, or double it where it is part of the text", feed.start
-                ) from error
-            bad.append(RowFault("cells", Where(name, feed.start, what)))
+            what = _explain_csv_error(str(error)) + counter.span
+            if counter.span and str(error) == _UNCLOSED_QUOTE:  # the number of rows in these lines is unknown
+                fix = "close the quote, or double it if it is part of the text"
+                raise file_error(name, what, fix, counter.first) from error
+            bad.append(RowError("cells", Where(name, counter.first, what)))
             continue
         if cells:
-            assert feed.start is not None
-            yield feed.start, cells, feed.span
+            assert counter.first is not None
+            yield counter.first, cells, counter.span
 
 
-_OPEN = "unexpected end of data"  # what csv says of it
-
-
-def _fault(said: str) -> str:
-    """What csv says about a record, for people."""
-    if said == _OPEN:
+def _explain_csv_error(message: str) -> str:
+    if message == _UNCLOSED_QUOTE:
         return "a quote at the start of a cell is not closed before the file ends"
-    if said.startswith("new-line character"):
-        return "a line ends with CR alone, outside quotes: save the file with line ends LF or CRLF"
+    if message.startswith("new-line character"):
+        return "a line ends with CR only, outside quotes: save the file with line ends LF or CRLF"
     hint = "; a quote at the start of a cell needs one at its end, and quotes inside are doubled"
-    return said + hint * ('"' in said)
+    return message + hint * ('"' in message)
 
 
-def _separated(
-    texts: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str]
+def _detect_separator(
+    lines: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str]
 ) -> tuple[Iterator[tuple[int, str]], str]:
-    """The lines of a table, and what parts its cells: Excel writes semicolons or tabs into a .csv file, maybe behind a
-    line `sep=;`. Commas part a first line that has any, and one that `columns` finds whole."""
-    first = next(texts, None)
+    """Return the lines of a table and its separator.
+
+    Excel writes semicolons or tabs into a .csv file, possibly after a line `sep=;`. The separator is a comma if the
+    first line has any, or is as a whole the name of a column in `columns`.
+    """
+    first = next(lines, None)
     if first is None:
-        return texts, separator
-    if said := re.fullmatch(r'sep=([^\w"\r\n])\r?\n?', first[1]):
-        return texts, said[1]
-    wanted, whole = set(columns.values()), _cells(first[1], separator)
-    if separator == "," and len(whole) == 1 and not (wanted and wanted <= {whole[0].strip(), "1"}):
-        others = [mark for mark in ";\t" if len(_cells(first[1], mark)) > 1]
-        separator = others[0] if len(others) == 1 else separator
-    return chain([first], texts), separator
+        return lines, separator
+    if declared := re.fullmatch(r'sep=([^\w"\r\n])\r?\n?', first[1]):
+        return lines, declared[1]
+    names, cells = set(columns.values()), _cells(first[1], separator)
+    if separator == "," and len(cells) == 1 and not (names and names <= {cells[0].strip(), "1"}):
+        candidates = [mark for mark in ";\t" if len(_cells(first[1], mark)) > 1]
+        separator = candidates[0] if len(candidates) == 1 else separator
+    return chain([first], lines), separator
 
 
 def _cells(line: str, separator: str) -> list[str]:
     try:
         return next(csv.reader([line], delimiter=separator), [])
-    except csv.Error:  # told of the record, when it is read
+    except csv.Error:  # reported when the record is read
         return []
 
 
 def table_rows(
-    name: str, texts: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], bad: list[RowFault]
+    name: str, lines: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], bad: list[RowError]
 ) -> Iterator[Row]:
+    """Yield the records of a CSV or TSV file. Without a header, cells are numbered "1", "2", ..."""
     header, width = list[str](), 0
-    for number, cells, span in _records(name, *_separated(texts, separator, columns), bad):
+    for number, cells, span in _records(name, *_detect_separator(lines, separator, columns), bad):
         if not header:
             names, width = _header(name, number, cells, columns), len(cells)
-            header = names or [str(place) for place in range(1, width + 1)]
+            header = names or [str(i) for i in range(1, width + 1)]
             if names:
                 continue
-        unnamed = [place for place, cell in enumerate(cells, 1) if place > len(header) and cell.strip()]
+        unnamed = [i for i, cell in enumerate(cells, 1) if i > len(header) and cell.strip()]
         if len(cells) != width:
-            bad.append(RowFault("cells", Where(name, number, f"{len(cells)} cells where {width} were expected{span}")))
+            bad.append(RowError("cells", Where(name, number, f"{len(cells)} cells, expected {width}{span}")))
         elif unnamed:
-            what = f"cell {unnamed[0]} holds text, and the header has no name for it"
-            bad.append(RowFault("cells", Where(name, number, what)))
+            bad.append(RowError("cells", Where(name, number, f"cell {unnamed[0]} has text, but no name in the header")))
         else:
             yield Row(name, number, dict(zip(header, cells, strict=False)))
 
 
 def _header(name: str, line: int, cells: list[str], columns: Mapping[str, str]) -> list[str] | None:
-    """The names of the columns, without blanks around them and without empty cells at the end; None where the first
-    record is a row. Decided by `columns` or by known names; never guessed."""
-    named = [cell.strip() for cell in cells]
-    while named and not named[-1]:
-        named.pop()
-    names = set(named)
-    if named and len(names) == len(named) and names <= COLUMN_NAMES and not names & set(columns.values()) and columns:
-        option = ",".join(f"{key}={cell}" for key, cell in zip(columns, named, strict=False))
-        raise refuse(
-            name, f"the first record looks like a header ({', '.join(named)})", f"--data.columns {option}", line
-        )
+    """Return the names of the columns, stripped, without empty cells at the end; None if the first record is a row.
+
+    This is decided by `columns` or by known names, never guessed. Raises DataError if it is unclear.
+    """
+    header = [cell.strip() for cell in cells]
+    while header and not header[-1]:
+        header.pop()
+    names = set(header)
+    if header and len(names) == len(header) and names <= COLUMN_NAMES and not names & set(columns.values()) and columns:
+        option = ",".join(f"{key}={cell}" for key, cell in zip(columns, header, strict=False))
+        what = f"the first record looks like a header ({', '.join(header)})"
+        raise file_error(name, what, f"--data.columns {option}", line)
     if columns and all(value.isdecimal() for value in columns.values()):
         beyond = [value for value in columns.values() if not 0 < int(value) <= len(cells)]
         if beyond:
-            raise refuse(name, f"no column {beyond[0]}: there are {len(cells)}, counted from 1", line=line)
+            raise file_error(name, f"no column {beyond[0]}: there are {len(cells)}, counted from 1", line=line)
         return None
     for value in columns.values():
         if value not in names:
-            known = ", ".join(cell[:40] for cell in named[:10])
-            raise refuse(name, f"no column {value!r}{nearest(value, named)}; there are: {known}", line=line)
-    if len(names) < len(named) and (columns or names & COLUMN_NAMES):
-        twice = next(cell for cell in named if named.count(cell) > 1)
-        raise refuse(name, f"the header names a column twice: {twice!r}", "rename one", line)
+            known = ", ".join(cell[:40] for cell in header[:10])
+            raise file_error(name, f"no column {value!r}{nearest(value, header)}; there are: {known}", line=line)
+    if len(names) < len(header) and (columns or names & COLUMN_NAMES):
+        duplicate = next(cell for cell in header if header.count(cell) > 1)
+        raise file_error(name, f"the header names a column twice: {duplicate!r}", "rename one", line)
     if columns or names & COLUMN_NAMES:
-        return named
+        return header
     fix = "--data.columns prompt=1,completion=2 (no header, columns by number)"
-    if len(named) > 1 and all(re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in named):
-        fix += f" or --data.columns prompt={named[0]},completion={named[1]} (line {line} is the header)"
-    if any(mark in cell for mark in ";\t" for cell in named):
-        fix += "; where other signs than commas part the cells, a first line such as sep=; says so"
-    raise refuse(name, "cannot tell whether the first record is a header", fix, line)
+    if len(header) > 1 and all(re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in header):
+        fix += f" or --data.columns prompt={header[0]},completion={header[1]} (line {line} is the header)"
+    if any(mark in cell for mark in ";\t" for cell in header):
+        fix += "; if cells are not separated by commas, begin the file with a line such as sep=;"
+    raise file_error(name, "unclear whether the first record is a header", fix, line)
 
 
-def paragraphs(name: str, texts: Iterable[tuple[int, str]]) -> Iterator[Row]:
+# --- plain text ----------------------------------------------------------------------------------------------------
+
+
+def paragraph_rows(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    """Yield each paragraph of a text file as a row."""
     start, block = 0, list[str]()
-    for number, text in texts:
+    for number, text in lines:
         if text.strip():
             start = start if block else number
             block.append(text)
@@ -164,42 +175,47 @@ def paragraphs(name: str, texts: Iterable[tuple[int, str]]) -> Iterator[Row]:
         yield Row(name, start, {"text": "".join(block).rstrip("\r\n")})
 
 
-def document(name: str, text: str) -> Iterator[Row]:
-    """A whole file as one row, without blank lines at its ends."""
+def document_rows(name: str, text: str) -> Iterator[Row]:
+    """Yield a whole text file as one row, without blank lines at its start and end."""
     if text.strip():
-        lines = text.splitlines()
-        first = next(number for number, line in enumerate(lines, 1) if line.strip())
+        first = next(number for number, line in enumerate(text.splitlines(), 1) if line.strip())
         yield Row(name, first, {"text": text.strip("\r\n")})
 
 
 def parallel_rows(
-    name: str, paths: tuple[str, ...], encoding: str, columns: Mapping[str, str], bad: list[RowFault]
+    name: str, paths: tuple[str, ...], encoding: str, columns: Mapping[str, str], bad: list[RowError]
 ) -> Iterator[Row]:
-    """Row n holds line n of each file, under "1", "2", ..."""
+    """Yield row n with line n of each file, under "1", "2", ..."""
     fix = "--data.columns prompt=1,completion=2 (1 is the first file)"
     if not columns:
-        raise refuse(name, "which file is which?", fix)
+        raise file_error(name, "parallel files without --data.columns", fix)
     if not all(value.isdecimal() and 0 < int(value) <= len(paths) for value in columns.values()):
-        raise refuse(name, "parallel files have numbers, not names", fix)
+        raise file_error(name, "columns of parallel files are numbers, not names", fix)
     for path in paths:
         if os.path.splitext(path.lower())[1] in {*TYPES} - {".txt"}:
-            raise refuse(path, "only plain text files are read line by line")
-    for number, several in enumerate(zip_longest(*(lines(path, encoding) for path in paths)), 1):
+            raise file_error(path, "only plain text files can be parallel files")
+    for number, lines in enumerate(zip_longest(*(read_lines(path, encoding) for path in paths)), 1):
         value = {}
-        for place, (path, item) in enumerate(zip(paths, several, strict=True), 1):
-            if item is None:
-                raise refuse(path, f"ends after line {number - 1}, another of {name} goes on", line=number - 1)
-            if isinstance(item[1], UnicodeDecodeError):
-                bad.append(encoding_fault(path, number, item[1]))
+        for i, (path, line) in enumerate(zip(paths, lines, strict=True), 1):
+            if line is None:
+                what = f"ends after line {number - 1}, before another file of {name}"
+                raise file_error(path, what, line=number - 1)
+            if isinstance(line[1], UnicodeDecodeError):
+                bad.append(encoding_error(path, number, line[1]))
                 break
-            value[str(place)] = item[1].removesuffix("\n").removesuffix("\r")
+            value[str(i)] = line[1].removesuffix("\n").removesuffix("\r")
         else:
             yield Row(paths[0], number, value)
 
 
+# --- Parquet -------------------------------------------------------------------------------------------------------
+
+
 def parquet_rows(name: str, path: str) -> Iterator[Row]:
-    """The rows of a Parquet file, where a null in an object is an absent one: each object of a column has the names of
-    all others there."""
+    """Yield the rows of a Parquet file, without the null members of objects.
+
+    Parquet stores in each object of a column the names of all other objects there, with null values.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -208,17 +224,17 @@ def parquet_rows(name: str, path: str) -> Iterator[Row]:
         with parquet.ParquetFile(path, memory_map=True) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
-                raise refuse(name, "two columns have the same name", "rename one")
+                raise file_error(name, "two columns have the same name", "rename one")
             for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
+                for record in batch.to_pylist():
                     number += 1
-                    yield Row(name, number, {key: _without_nulls(held) for key, held in value.items()})
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: a date that Python lacks
+                    yield Row(name, number, {key: _without_nulls(value) for key, value in record.items()})
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a date out of range
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise refuse(name, f"Parquet cannot be read behind row {number}: {what}") from error
+        raise file_error(name, f"Parquet cannot be read after row {number}: {what}") from error
 
 
-def _without_nulls(held: Any) -> Any:
-    if isinstance(held, dict):
-        return {key: _without_nulls(value) for key, value in held.items() if value is not None}
-    return [_without_nulls(item) for item in held] if isinstance(held, list) else held
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

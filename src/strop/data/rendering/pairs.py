@@ -1,4 +1,4 @@
-"""A pair of answers as two examples with one prompt, and what must hold of them before anything is trained; prompts."""
+"""Render preference pairs as two examples with the same prompt tokens, and prompts without an answer."""
 
 from __future__ import annotations
 
@@ -8,71 +8,81 @@ from dataclasses import replace
 
 import numpy as np
 
-from strop.data.rendering.overlong import too_long, truncate_sides
-from strop.data.rendering.render import Rendered, Renderer, RenderError
+from strop.data.rendering.overlong import is_too_long, truncate_sides
+from strop.data.rendering.render import Rendered, Renderer
+from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
 
 
 def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
-    """Each conversation with its two examples, chosen and rejected, or with why it has none; in order. One without a
-    rejected side is rendered as it is."""
-    waiting: deque[Conversation] = deque()
+    """Yield each conversation with its chosen and rejected example, or with why it has none, in order.
+
+    A conversation without a rejected side is rendered as usual.
+    """
+    pending: deque[Conversation] = deque()
 
     def sides() -> Iterator[Conversation]:
         for conversation in conversations:
-            waiting.append(conversation)
+            pending.append(conversation)
             yield from conversation.sides
 
-    found = renderer.render_many(sides())
-    for _, rendered in found:
-        conversation = waiting.popleft()
+    results = renderer.render_many(sides())
+    for _, rendered in results:
+        conversation = pending.popleft()
         if conversation.rejected:
-            rendered = _paired(conversation, [rendered, next(found)[1]])
+            rendered = _check_pair(conversation, [rendered, next(results)[1]])
         yield conversation, rendered
 
 
 def render_prompts(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
-    """Each conversation with the one example of its prompt, as fine-tuning has it in front of the answer and serving
-    asks it, nothing of it supervised, or with why it has none; in order. An answer at its end is left out."""
+    """Yield each conversation with one unsupervised example of its prompt, or with why it has none, in order.
+
+    The prompt has the same tokens as in fine-tuning and at inference. An answer at the end is left out.
+    """
     for conversation in conversations:
-        asked = conversation.messages if conversation.answer is None else conversation.messages[:-1]
+        messages = conversation.messages if conversation.answer is None else conversation.messages[:-1]
         try:
-            ids = renderer.prompt(asked, conversation.tools, options=renderer.options_for(conversation.messages))
-        except RenderError as fault:
-            yield conversation, RenderError(fault.code, fault.detail, file=conversation.file, line=conversation.line)
+            ids = renderer.prompt(messages, conversation.tools, options=renderer.options_for(conversation.messages))
+        except RenderError as error:
+            yield conversation, error.at(conversation.file, conversation.line)
             continue
         yield conversation, [Example(ids, np.zeros(len(ids), np.float32), conversation.file, conversation.line)]
 
 
 def truncate_pair(renderer: Renderer, conversation: Conversation, limit: int) -> list[Example] | None:
-    """The pair within `limit` tokens, cut at the start of its prompt, on both sides alike; None where the longer answer
-    leaves no room for one. Raises RenderError."""
-    found = truncate_sides(renderer, conversation.sides, limit)
-    if found is None:
+    """Truncate the start of the prompt on both sides alike, so that both fit in `limit` tokens.
+
+    Returns None if the longer answer leaves no room for a prompt. Raises RenderError.
+    """
+    sides = truncate_sides(renderer, conversation.sides, limit)
+    if sides is None:
         return None
-    checked = _paired(conversation, found)
-    if isinstance(checked, RenderError):
-        raise checked
-    assert not too_long(checked, limit)
-    return checked
+    examples = _check_pair(conversation, sides)
+    if isinstance(examples, RenderError):
+        raise examples
+    assert not is_too_long(examples, limit)
+    return examples
 
 
-def _paired(conversation: Conversation, sides: Sequence[list[Example] | RenderError]) -> list[Example] | RenderError:
-    """Both sides, or what is wrong with the pair: see faults.REASONS."""
-    found: list[Example] = []
+def _check_pair(
+    conversation: Conversation, sides: Sequence[list[Example] | RenderError]
+) -> list[Example] | RenderError:
+    """Return both sides, or what is wrong with the pair."""
+    examples: list[Example] = []
     for side in sides:
         if isinstance(side, RenderError):
             return side
         if len(side) != 1:
-            return _fault("answer-in-parts", conversation)
-        found += side
-    better, worse = found
-    if not np.array_equal(better.ids[: better.prompt], worse.ids[: worse.prompt]):
-        return _fault("prompt-tokens-differ", conversation)
-    if np.array_equal(better.ids, worse.ids):
-        return _fault("same-tokens", conversation)
-    return [replace(example, parted=better.parted or worse.parted) for example in found]
+            return _error("answer-in-parts", conversation)
+        examples += side
+    chosen, rejected = examples
+    if not np.array_equal(chosen.ids[: chosen.prompt_length], rejected.ids[: rejected.prompt_length]):
+        return _error("prompt-tokens-differ", conversation)
+    if np.array_equal(chosen.ids, rejected.ids):
+        return _error("same-tokens", conversation)
+    separately = chosen.encoded_separately or rejected.encoded_separately
+    return [replace(example, encoded_separately=separately) for example in examples]
 
 
-def _fault(code: str, conversation: Conversation) -> RenderError:
+def _error(code: str, conversation: Conversation) -> RenderError:
     return RenderError(code, file=conversation.file, line=conversation.line)

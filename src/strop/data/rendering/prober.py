@@ -1,188 +1,357 @@
-"""What a chat template does, found by rendering: where turns end, where reasoning goes. No family is known by name."""
+"""Measure what a chat template does by rendering probes: where turns end, and where reasoning goes.
+
+No model family is known by name. A probe is a conversation of texts that no template tests for.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from strop.data.rendering.probes import (
-    ANSWER,
-    ANSWERED,
-    ASKED,
-    LATER,
-    NEXT,
-    OTHER,
-    RESULT,
-    SYSTEM,
-    THINKING,
-    THOUGHT,
-    TOOL,
-    USER,
-    VALUE,
-    Probes,
-    a_call,
-    two_calls,
-)
-from strop.data.rendering.traits import Ending, Join, Mode, Traits
+from strop.data.rendering.sandbox import TEMPLATE_ERRORS, BoundedTemplate
+from strop.data.rendering.template_source import DEFAULT_DAY, compared_values
+from strop.data.rendering.traits import InputFormat, Join, Mode, Traits, TurnEnding
 from strop.data.types import Message
 
-_BLOCK = re.compile(r"<([^<>/]*(?:think|thought|reason)[^<>/]*)>\s*$", re.IGNORECASE)  # an opened one at the end
+USER, ANSWER, SYSTEM, TOOL = "Qzuserq", "Qzanswerq", "Qzsystemq", "qztoolq"
+NEXT, REASONING, VALUE, OTHER_VALUE = "Qznextq", "Qzthoughtq", "qzvalueq", "qzotherq"
+
+_REASONING_OPTION = re.compile("think|reason|thought")  # names of options that may turn reasoning on and off
+_DATA_AS_TEXT = re.compile(r"""["']type["']: ["'](thinking|thoughts)["']""")  # content parts written as data
+_OPEN_BLOCK = re.compile(r"<([^<>/]*(?:think|thought|reason)[^<>/]*)>\s*$", re.IGNORECASE)
+
+QUESTION, NEXT_QUESTION = Message("user", USER), Message("user", NEXT)
+PLAIN, THINKING = Message("assistant", ANSWER), Message("assistant", ANSWER, reasoning=REASONING)
+RESULT = Message("tool", NEXT, name=TOOL, call_id="abcdefghi")
+SCHEMA = {
+    "type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"],
+}  # fmt: skip
+TOOL_DEFINITION = {"type": "function", "function": {"name": TOOL, "description": "x", "parameters": SCHEMA}}
 
 
-class Prober(Probes):
-    """Reads the traits of a template off its probes."""
+def _call(value: str = VALUE, id: str | None = "abcdefghi") -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": TOOL, "arguments": {"x": value, "y": True}}}
+    return call if id is None else {"id": id, **call}
+
+
+CALLING = Message("assistant", "", tool_calls=(_call(),))
+CALLING_TWICE = Message("assistant", "", tool_calls=(_call(), _call(OTHER_VALUE, "abcdefghj")))
+
+
+class Prober:
+    """Probe one template.
+
+    Args:
+        jinja: the template.
+        source: its text.
+        read: the variables that it reads.
+        variables: values of the tokenizer's variables, such as bos_token.
+        added: the tokenizer's added tokens.
+        fixed: options set by the user, which are not probed.
+    """
+
+    def __init__(
+        self, jinja: BoundedTemplate, source: str, read: frozenset[str], variables: Mapping[str, Any],
+        added: Sequence[str], fixed: frozenset[str],
+    ) -> None:  # fmt: skip
+        self._jinja, self._source, self._variables = jinja, source, variables
+        self._added = [token for token in added if not token.isspace()]
+        self._read = read
+        self._tree = jinja.environment.parse(source)
+        self._fixed = fixed
+        self._input_format = InputFormat()
 
     def traits(self) -> Traits | None:
-        """None where the template shows no assistant turn, or ends it with nothing. Raises TEMPLATE_FAULTS."""
-        self.dialect = self.plain_dialect()
-        ended = self.render([ASKED, ANSWERED])
-        if ANSWER not in ended:
+        """Return the template's traits, or None if it shows no assistant turn or does not end it.
+
+        Raises TEMPLATE_ERRORS.
+        """
+        self._input_format = self._find_plain_format()
+        conversation = self._render([QUESTION, PLAIN])
+        if ANSWER not in conversation:
             return None
-        tools = self.find_tools()
-        calls = self.find_calls()
-        self.find_reasoning()
-        beside = [ASKED, replace(THINKING, content="", tool_calls=(a_call(),))]
-        switches = list(self.switches())
-        shown = [text for options in switches if (text := self.shown(beside, THOUGHT, options))]
+        tools = self._find_tools()
+        self._calls = self._find_calls()
+        self._find_reasoning()
+        with_call = [QUESTION, replace(THINKING, content="", tool_calls=(_call(),))]
+        switches = list(self._reasoning_switches())
+        reasoning_with_calls = any(self._shown(with_call, REASONING, options) for options in switches)
         self._leads = list(dict.fromkeys(self._find_leads(switches)))
-        self._inner_tokens = self._inner(switches, calls)
-        self._calls = calls
-        default, state = self._joins({}, ANSWERED)
-        bare = self._mode({}, tuple(join for join in default if join.by_place))
+        self._inner_tokens = self._find_inner_tokens(switches)
+        default_joins, state = self._joins({}, PLAIN)
+        bare = self._mode({}, tuple(join for join in default_joins if join.by_place))
         if bare is None:
             return None
         texts = (
-            ended, self.shown([ASKED, ANSWERED, LATER], NEXT), self.shown([Message("system", SYSTEM), ASKED], USER),
-        )  # fmt: skip
+            conversation,
+            self._shown([QUESTION, PLAIN, NEXT_QUESTION], NEXT),
+            self._shown([Message("system", SYSTEM), QUESTION], USER),
+        )
         return Traits(
-            dialect=self.dialect,
-            opening=self.render([ASKED], generation=True),
+            input_format=self._input_format,
+            opening=self._render([QUESTION], generation=True),
             texts=texts,
-            system=bool(self.shown([Message("system", SYSTEM), ASKED], SYSTEM, generation=True)),
+            system=bool(self._shown([Message("system", SYSTEM), QUESTION], SYSTEM, generation=True)),
             tools=tools,
-            calls=calls,
-            call_fault="" if calls else self.call_fault(),
-            parallel=calls and bool(self.shown([ASKED, two_calls()], OTHER)),
+            calls=self._calls,
+            call_error="" if self._calls else self._call_error(),
+            parallel_calls=self._calls and bool(self._shown([QUESTION, CALLING_TWICE], OTHER_VALUE)),
             reasoning=bool(self._leads),
-            reasoning_beside_calls=bool(shown),
-            closes=tuple(dict.fromkeys(close for _, close in self._leads)),
-            marks=tuple(dict.fromkeys(self._marks())),
+            reasoning_with_calls=reasoning_with_calls,
+            reasoning_ends=tuple(dict.fromkeys(close for _, close in self._leads)),
+            reasoning_marks=tuple(dict.fromkeys(self._reasoning_marks())),
             needs_empty=state in ("opened", "closed"),
             bare=bare,
-            empty=self._empty(switches, replace(bare, plain=default), state),
-            thinking=self._thinking(switches, replace(bare, plain=default)),
+            empty=self._empty_mode(switches, replace(bare, plain=default_joins), state),
+            thinking=self._thinking_mode(switches, replace(bare, plain=default_joins)),
         )
+
+    # --- rendering ---------------------------------------------------------------------------------------------------
+
+    def _render(
+        self, messages: Sequence[Message], *, tools: Sequence[Any] = (), generation: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
+        values = self._input_format.values(messages, reasoning=True)
+        variables = {**self._variables, **self._input_format.variables(tools), **(options or {})}
+        return self._jinja.render(messages=values, add_generation_prompt=generation, **variables)
+
+    def _shown(
+        self, messages: Sequence[Message], text: str, options: Mapping[str, Any] | None = None,
+        *, tools: Sequence[Any] = (), generation: bool = False,
+    ) -> str:  # fmt: skip
+        """Return the rendered messages if they contain `text`, else ''."""
+        try:
+            rendered = self._render(messages, tools=tools, generation=generation, options=options)
+        except TEMPLATE_ERRORS:
+            return ""
+        return rendered if text in rendered else ""
+
+    def _tokens(self, text: str) -> list[tuple[int, int, str]]:
+        """Return the added tokens in a text: start, end, token."""
+        present = sorted((token for token in self._added if token in text), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, present)) or "(?!)")
+        return [(match.start(), match.end(), match[0]) for match in pattern.finditer(text)]
+
+    # --- the forms of input ------------------------------------------------------------------------------------------
+
+    def _find_plain_format(self) -> InputFormat:
+        """Find the value for no tools, and the variables that the template requires."""
+        required: dict[str, Any] = {}
+        while True:
+            first_error: Exception | None = None
+            no_tools: Any
+            for no_tools in (None, []):
+                self._input_format = InputFormat(no_tools=no_tools, required=dict(required))
+                try:
+                    self._render([QUESTION, PLAIN])
+                    return self._input_format
+                except TEMPLATE_ERRORS as error:
+                    first_error = first_error or error
+            assert first_error is not None
+            missing = re.match(r"'(\w+)' is undefined", str(first_error))  # Jinja's message
+            if missing is None or missing[1] in required or missing[1] not in self._read:
+                raise first_error
+            name = missing[1]
+            required[name] = _placeholder_value(name)
+
+    def _find_tools(self) -> bool:
+        """Set the name and form in which tools are shown. Return whether there is any."""
+        plain = self._input_format
+        for name in ["tools", *sorted(name for name in self._read if _is_tools_name(name))]:
+            for as_text in (False, True):
+                self._input_format = replace(plain, tools=name, tools_as_text=as_text)
+                if self._shown([QUESTION], TOOL, tools=[TOOL_DEFINITION]):
+                    return True
+        self._input_format = plain
+        return False
+
+    def _find_calls(self) -> bool:
+        """Set the forms of ids and arguments in which calls are shown. Return whether there is any."""
+        plain = self._input_format
+        for ids in ("own", "made", "nine"):
+            candidates: list[tuple[bool, InputFormat]] = []
+            for arguments in ("object", "text"):
+                self._input_format = replace(plain, ids=ids, arguments=arguments)
+                text = self._exchange_with_call(ids)
+                if text:
+                    call = text[: text.rindex(VALUE) + len(VALUE) + 20]
+                    not_json = r"\"x\"" in call or "{'x'" in call  # JSON within JSON; an object as Python's repr
+                    candidates.append((not_json, self._input_format))
+            if candidates:
+                self._input_format = min(candidates, key=lambda candidate: candidate[0])[1]
+                return True
+        self._input_format = plain
+        return False
+
+    def _call_error(self) -> str:
+        """Return the template's message for a call, if it refuses calls."""
+        try:
+            self._render([QUESTION, CALLING])
+        except TEMPLATE_ERRORS as error:
+            return str(error)
+        return ""
+
+    def _exchange_with_call(self, ids: str) -> str:
+        """Render a call, its result and an answer; return '' if ids of this form are refused."""
+        examples = {"own": (None, "call_0123456789"), "made": ("call_0123456789", None), "nine": ("abcdefghi",)}[ids]
+        text = ""
+        for id in examples:
+            result = Message("tool", NEXT, name=TOOL, call_id=id)
+            messages = [QUESTION, Message("assistant", "", tool_calls=(_call(id=id),))]
+            text = self._shown([*messages, result, PLAIN], VALUE) or self._shown(messages, VALUE)
+            if not text or (ids != "nine" and not self._shown([*messages, result], NEXT) and self._shows_results()):
+                return ""
+        return text
+
+    def _shows_results(self) -> bool:
+        """Return whether results are shown with the strictest form of ids."""
+        before, self._input_format = self._input_format, replace(self._input_format, ids="nine")
+        shown = bool(self._shown([QUESTION, CALLING, RESULT], NEXT))
+        self._input_format = before
+        return shown
+
+    def _find_reasoning(self) -> None:
+        """Set the form in which reasoning is shown, if there is any."""
+        plain = self._input_format
+        for form in ("fields", "parts", "blocks"):
+            self._input_format = replace(plain, reasoning=form)
+            for options in self._reasoning_switches():
+                text = self._shown([QUESTION, THINKING], REASONING, options)
+                if text.count(REASONING) == 1 and text.count(ANSWER) == 1 and not _DATA_AS_TEXT.search(text):
+                    return
+        self._input_format = plain
+
+    def _reasoning_switches(self) -> Iterator[dict[str, Any]]:
+        """Yield options that may turn reasoning on or off, the template's default first."""
+        yield {}
+        for name in sorted(self._read - self._fixed):
+            if _REASONING_OPTION.search(name):
+                for value in dict.fromkeys([True, False, *compared_values(self._tree, name)]):
+                    yield {name: value}
 
     # --- where turns end ---------------------------------------------------------------------------------------------
 
-    def _inner(self, switches: Sequence[dict[str, Any]], calls: bool) -> set[str]:
-        """Tokens that the template writes within an assistant turn, after reasoning and between calls: no ends."""
+    def _find_inner_tokens(self, switches: Sequence[dict[str, Any]]) -> set[str]:
+        """Return the tokens within an assistant turn, after reasoning and between calls, which do not end it."""
         inner: set[str] = set()
         for options in switches:
-            text = self.shown([ASKED, THINKING], THOUGHT, options)
-            if text.count(THOUGHT) == 1 and text.count(ANSWER) == 1 and text.index(THOUGHT) < text.index(ANSWER):
-                inner |= {token for *_, token in self.tokens(text[text.index(THOUGHT) : text.index(ANSWER)])}
-        text = self.shown([ASKED, two_calls()], OTHER) if calls else ""
-        said = [ASKED, Message("assistant", "", tool_calls=(a_call(),))]
-        prompt, called = self.shown([ASKED], USER, generation=True), self.shown(said, VALUE)
-        if calls and called.startswith(prompt):
-            inner |= {token for *_, token in self.tokens(called[len(prompt) : called.rindex(VALUE)])}
+            text = self._shown([QUESTION, THINKING], REASONING, options)
+            if text.count(REASONING) == 1 and text.count(ANSWER) == 1 and text.index(REASONING) < text.index(ANSWER):
+                inner |= {token for *_, token in self._tokens(text[text.index(REASONING) : text.index(ANSWER)])}
+        text = self._shown([QUESTION, CALLING_TWICE], OTHER_VALUE) if self._calls else ""
+        prompt, call = self._shown([QUESTION], USER, generation=True), self._shown([QUESTION, CALLING], VALUE)
+        if self._calls and call.startswith(prompt):
+            inner |= {token for *_, token in self._tokens(call[len(prompt) : call.rindex(VALUE)])}
         if VALUE in text:
-            inner |= {token for *_, token in self.tokens(text[text.rindex(VALUE) : text.rindex(OTHER)])}
+            inner |= {token for *_, token in self._tokens(text[text.rindex(VALUE) : text.rindex(OTHER_VALUE)])}
         return inner
 
     def _ending(
-        self, said: list[Message], mark: str, later: Message, options: dict[str, Any], usual: Ending | None = None
-    ) -> Ending | None:
-        """How the last turn of `said` ends, whose text ends with `mark`, and which `later` follows; usual: how others
-        end."""
-        inner = self._inner_tokens
-        alone, followed = self.shown(said, mark, options), self.shown([*said, later], NEXT, options)
+        self,
+        messages: list[Message],
+        mark: str,
+        next_message: Message,
+        options: dict[str, Any],
+        usual: TurnEnding | None = None,
+    ) -> TurnEnding | None:
+        """Find how the last turn ends.
+
+        mark: the end of the turn's text. next_message: a message that may follow. usual: how other turns end.
+        """
+        alone = self._shown(messages, mark, options)
+        followed = self._shown([*messages, next_message], NEXT, options)
         if not alone:
             return None
-        tail, follow = alone[alone.rindex(mark) + len(mark) :], ""
+        tail, between = alone[alone.rindex(mark) + len(mark) :], ""
         end = followed.rfind(NEXT)
         if mark in followed[: max(end, 0)]:
-            follow = followed[followed.rindex(mark, 0, end) + len(mark) : end]
-            ends = self._ends(alone, tail, follow)
-            if ends:
-                start, _, stop = ends[-1]
-                return Ending(tail[start:], stop, stop, "written")
-        for text in (tail, follow):
-            first = next((place for place in self.tokens(text) if place[2] not in inner), None)
+            between = followed[followed.rindex(mark, 0, end) + len(mark) : end]
+            ending_tokens = self._ending_tokens(alone, tail, between)
+            if ending_tokens:
+                start, _, stop = ending_tokens[-1]
+                return TurnEnding(tail[start:], stop, stop, "written")
+        for text in (tail, between):
+            first = next((place for place in self._tokens(text) if place[2] not in self._inner_tokens), None)
             if first is None:
                 continue
             start, end, stop = first
-            if usual is not None and usual.stop != stop == self._opener(alone):
+            if usual is not None and usual.stop != stop == self._first_token(alone):
                 return replace(usual, cut=text[start:], add=usual.stop)
             if text is tail:
-                return Ending(tail[start:], stop, stop, "written")
+                return TurnEnding(tail[start:], stop, stop, "written")
             how = "role" if alone.partition(USER)[0].rstrip().endswith(stop) else "later"
-            rest = follow[len(tail) : end] if follow.startswith(tail) else follow[:end]
-            return Ending("" if follow.startswith(tail) else tail, rest, stop, how)
-        eos = self.variables.get("eos_token")
-        asks = self.shown([ASKED], USER, generation=True) != self.shown([ASKED], USER)
-        return Ending("", str(eos), str(eos), "eos") if eos and asks else None
+            if between.startswith(tail):
+                return TurnEnding("", between[len(tail) : end], stop, how)
+            return TurnEnding(tail, between[:end], stop, how)
+        eos = self._variables.get("eos_token")
+        has_prompt = self._shown([QUESTION], USER, generation=True) != self._shown([QUESTION], USER)
+        return TurnEnding("", str(eos), str(eos), "eos") if eos and has_prompt else None
 
-    def _ends(self, alone: str, tail: str, follow: str) -> list[tuple[int, int, str]]:
-        """The tokens that end a turn, whatever follows it; not those that open the next, as some templates do."""
-        opener = self._opener(alone)
-        shared = _alike(tail, follow)
-        found = []
-        for place in self.tokens(tail):
+    def _ending_tokens(self, alone: str, tail: str, between: str) -> list[tuple[int, int, str]]:
+        """Return the tokens that end a turn whatever follows, without those that begin the next turn."""
+        opener = self._first_token(alone)
+        shared = _shared_length(tail, between)
+        places = []
+        for place in self._tokens(tail):
             if place[1] > shared or place[2] == opener:
                 break
             if place[2] not in self._inner_tokens:
-                found.append(place)
-        return found
+                places.append(place)
+        return places
 
-    def _opener(self, text: str) -> str:
-        bos = self.variables.get("bos_token")
-        return next((token for *_, token in self.tokens(text) if token != bos), "")
+    def _first_token(self, text: str) -> str:
+        """Return the first added token besides bos."""
+        bos = self._variables.get("bos_token")
+        return next((token for *_, token in self._tokens(text) if token != bos), "")
 
     # --- reasoning ---------------------------------------------------------------------------------------------------
 
     def _find_leads(self, switches: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+        """Yield the texts before reasoning, and between reasoning and answer."""
         for options in switches:
-            for said, mark in self._contexts():
-                text = self.shown([*said, THINKING], THOUGHT, options)
-                at = text.find(THOUGHT)
-                if text.count(THOUGHT) == 1 and ANSWER in text[at:] and mark in text[:at]:
-                    begin = text.rindex(mark, 0, at) + len(mark)
-                    yield text[begin:at], text[at + len(THOUGHT) : text.index(ANSWER, at)]
+            for messages, mark in self._contexts():
+                text = self._shown([*messages, THINKING], REASONING, options)
+                start = text.find(REASONING)
+                if text.count(REASONING) == 1 and ANSWER in text[start:] and mark in text[:start]:
+                    begin = text.rindex(mark, 0, start) + len(mark)
+                    yield text[begin:start], text[start + len(REASONING) : text.index(ANSWER, start)]
 
-    def _marks(self) -> Iterator[tuple[str, str]]:
+    def _reasoning_marks(self) -> Iterator[tuple[str, str]]:
         for lead, close in self._leads:
-            found = re.search(r"([<\[])([^<>\[\]/]+)([>\]])\s*$", lead)
-            if found and close.lstrip().startswith(end := f"{found[1]}/{found[2]}{found[3]}"):
-                yield found[0].rstrip(), end
+            match = re.search(r"([<\[])([^<>\[\]/]+)([>\]])\s*$", lead)
+            if match and close.lstrip().startswith(end := f"{match[1]}/{match[2]}{match[3]}"):
+                yield match[0].rstrip(), end
 
     def _contexts(self) -> list[tuple[list[Message], str]]:
-        """What an assistant turn may follow, and the last text in it."""
-        return [([ASKED], USER), ([ASKED, Message("assistant", "", tool_calls=(a_call(),)), RESULT], NEXT)]
+        """Return what an assistant turn may follow, and the last text in it."""
+        return [([QUESTION], USER), ([QUESTION, CALLING, RESULT], NEXT)]
 
     def _joins(self, options: dict[str, Any], last: Message) -> tuple[tuple[Join, ...], str]:
-        """The joins of turns like `last` with these options, and how its prompt goes with the training text after a
-        user's turn: whole (a prefix, and nothing is open), closed, opened (a block of reasoning), apart."""
+        """Return the joins of turns like `last`, and how its prompt after a user turn relates to the training text.
+
+        The relation is whole (the prompt is a prefix and opens no block), opened (it opens a reasoning block), closed
+        (it writes a complete block) or apart (anything else).
+        """
         joins: dict[Join, None] = {}
         states = []
         header = ""
-        call = replace(last, content="", tool_calls=(a_call(),))
-        for said, mark in self._contexts():
-            prompt = self.shown(said, mark, options, generation=True)
+        call = replace(last, content="", tool_calls=(_call(),))
+        for messages, mark in self._contexts():
+            prompt = self._shown(messages, mark, options, generation=True)
             for turn, first in ((last, ANSWER), (call, TOOL)):
-                first = THOUGHT if turn.reasoning else first
-                text = self.shown([*said, turn], first, options)
+                first = REASONING if turn.reasoning else first
+                text = self._shown([*messages, turn], first, options)
                 if not prompt or not text or text.rfind(mark) < 0 or first not in text[text.rindex(mark) :]:
                     continue
                 begin = text.rindex(mark) + len(mark)
                 written = text[begin : text.index(first, begin)]
                 if mark not in prompt:
                     continue
-                asked = prompt[prompt.rindex(mark) + len(mark) :]
-                join, state = self._join(asked, written, bool(turn.reasoning), header)
+                prompt_end = prompt[prompt.rindex(mark) + len(mark) :]
+                join, state = self._join(prompt_end, written, bool(turn.reasoning), header)
                 states.append(state)
                 if join is not None:
                     joins[join] = None
@@ -191,92 +360,108 @@ class Prober(Probes):
         ordered = sorted(joins, key=lambda join: -len(join.prompt + join.drop))
         return tuple(ordered), states[0] if states else "apart"
 
-    def _join(self, prompt: str, written: str, reasons: bool, header: str) -> tuple[Join | None, str]:
-        """prompt, written: what comes after the last text in the prompt, and in the training text before the answer;
-        header: the former after a user's turn, where this is another ('' where it is that).
+    def _join(self, prompt: str, written: str, has_reasoning: bool, header: str) -> tuple[Join | None, str]:
+        """Return the join of one kind of turn, and its relation as in `_joins`.
+
+        prompt, written: the text after the last message, in the prompt and in the training text up to the answer.
+        header: `prompt` after a user turn, if this is another context; otherwise ''.
         """
-        head = self._shared(prompt, written)
+        head = self._shared_prefix(prompt, written)
         rest, more = written[len(head) :], prompt[len(head) :]
-        if reasons:
+        if has_reasoning:
             if not more:
                 return None, "whole"
-            if (at := rest.find(more)) > 0:
-                return Join(prompt, head, rest[: at + len(more)], "", by_place=True), "whole"
+            if (start := rest.find(more)) > 0:
+                return Join(prompt, head, rest[: start + len(more)], "", by_place=True), "whole"
             if header.endswith(more) and more != header:
                 return Join(prompt, head, "", "", by_place=True), "whole"
             return (Join(prompt, head, "", ""), "opened") if not rest else (None, "apart")
-        close = self._left_open(prompt, written)
+        close = self._open_block_end(prompt, written)
         if close is None:
             if not more:
                 return None, "whole"
-            if rest.endswith(more):  # written otherwise once an answer follows
+            if rest.endswith(more):  # written differently once an answer follows
                 return Join(prompt, head, rest, "", by_place=True), "whole"
-            if header.endswith(more) and not rest:  # the template goes on with the turn, and asks for a new one
+            if header.endswith(more) and not rest:  # the template continues the turn, but prompts for a new one
                 return Join(prompt, head, "", "", by_place=True), "whole"
-            marks = len(self.tokens(more)) or len(re.findall(r"<[^<>]+>", more))
-            if "</" not in more and marks < 2:  # text of which nothing tells what it is
+            num_marks = len(self._tokens(more)) or len(re.findall(r"<[^<>]+>", more))
+            if "</" not in more and num_marks < 2:  # unknown text
                 return None, "apart"
             return Join(prompt, head, rest if more.endswith(rest) else "", ""), "closed"
-        mark = close.strip() if not (tokens := self.tokens(close)) else tokens[0][2]
+        mark = self._block_end_mark(close)
         if not more and mark in rest:
             return None, "opened"
         if rest and close.endswith(rest):
             return Join(prompt, head, "", close.removesuffix(rest)), "opened"
         return Join(prompt, head, rest if mark in rest else "", close), "opened"
 
-    def _shared(self, prompt: str, written: str) -> str:
-        """The beginning that two texts share, up to where a token of either is cut."""
-        end = _alike(prompt, written)
+    def _shared_prefix(self, prompt: str, written: str) -> str:
+        """Return the shared prefix of two texts, without cutting a token of either."""
+        end = _shared_length(prompt, written)
         for text in (prompt, written):
-            end = min([end, *(start for start, stop, _ in self.tokens(text) if start < end < stop)])
+            end = min([end, *(start for start, stop, _ in self._tokens(text) if start < end < stop)])
         return prompt[:end]
 
-    def _left_open(self, prompt: str, written: str) -> str | None:
-        """What closes the block of reasoning that a prompt opens; None where it opens none."""
+    def _open_block_end(self, prompt: str, written: str) -> str | None:
+        """Return the text that closes the reasoning block that a prompt opens, or None if it opens none."""
         for lead, close in self._leads:
-            mark = close.strip() if not (tokens := self.tokens(close)) else tokens[0][2]
+            mark = self._block_end_mark(close)
             if prompt.startswith(lead) and mark not in prompt[len(lead) :] and not prompt == lead == written:
                 return close
             if prompt == lead.rstrip() and prompt != written:
                 return lead[len(prompt) :] + close
-        found = _BLOCK.search(prompt)
-        if found and f"</{found[1]}>" in self.source:
-            return f"\n</{found[1]}>\n\n" if prompt.endswith("\n") else f"</{found[1]}>"
+        match = _OPEN_BLOCK.search(prompt)
+        if match and f"</{match[1]}>" in self._source:
+            return f"\n</{match[1]}>\n\n" if prompt.endswith("\n") else f"</{match[1]}>"
         return None
 
+    def _block_end_mark(self, close: str) -> str:
+        tokens = self._tokens(close)
+        return tokens[0][2] if tokens else close.strip()
+
+    # --- modes -------------------------------------------------------------------------------------------------------
+
     def _mode(self, options: dict[str, Any], plain: tuple[Join, ...], thinking: tuple[Join, ...] = ()) -> Mode | None:
-        """None where no ending is to be seen with these options."""
-        ending = self._ending([ASKED, ANSWERED], ANSWER, LATER, options)
+        """Return the mode with these options, or None if turns have no ending with them."""
+        ending = self._ending([QUESTION, PLAIN], ANSWER, NEXT_QUESTION, options)
         if ending is None:
             return None
         call_ending = None
         if self._calls:
-            said = [ASKED, Message("assistant", "", tool_calls=(a_call(),))]
-            call_ending = self._ending(said, VALUE, RESULT, options, ending)
+            call_ending = self._ending([QUESTION, CALLING], VALUE, RESULT, options, ending)
         return Mode(options, ending, call_ending, plain, thinking)
 
-    def _empty(self, switches: Sequence[dict[str, Any]], default: Mode, state: str) -> Mode:
-        """Of rows without reasoning: a switch that writes an empty block into the prompt, else the default's joins."""
-        prompt = self.shown([ASKED], USER, generation=True)
-        own = prompt[prompt.rfind(USER) :]
+    def _empty_mode(self, switches: Sequence[dict[str, Any]], default: Mode, state: str) -> Mode:
+        """Return the mode of rows without reasoning: with options that write an empty block, else the default."""
+        prompt = self._shown([QUESTION], USER, generation=True)
+        prompt_end = prompt[prompt.rfind(USER) :]
         if state != "closed":
             for options in switches[1:]:
-                other = self.shown([ASKED], USER, options, generation=True)
-                joins, found = self._joins(options, ANSWERED)
-                if other and other[other.rfind(USER) :] != own and found in ("whole", "closed"):
+                switched = self._shown([QUESTION], USER, options, generation=True)
+                joins, switched_state = self._joins(options, PLAIN)
+                differs = switched and switched[switched.rfind(USER) :] != prompt_end
+                if differs and switched_state in ("whole", "closed"):
                     return self._mode(options, joins) or default
         return default
 
-    def _thinking(self, switches: Sequence[dict[str, Any]], default: Mode) -> Mode:
+    def _thinking_mode(self, switches: Sequence[dict[str, Any]], default: Mode) -> Mode:
         for wanted in ("whole", "opened"):
             for options in switches:
                 joins, state = self._joins(options, THINKING)
-                if state == wanted and (mode := self._mode(options, self._joins(options, ANSWERED)[0], joins)):
+                if state == wanted and (mode := self._mode(options, self._joins(options, PLAIN)[0], joins)):
                     return mode
         return default
 
 
-def _alike(left: str, right: str) -> int:
-    """The number of characters with which both begin."""
-    differ = (i for i, (one, other) in enumerate(zip(left, right, strict=False)) if one != other)
-    return next(differ, min(len(left), len(right)))
+def _placeholder_value(name: str) -> str:
+    return f"{DEFAULT_DAY:%Y-%m-%d}" if "date" in name else "[]" if _is_tools_name(name) else ""
+
+
+def _is_tools_name(name: str) -> bool:
+    return "tool" in name or "function" in name
+
+
+def _shared_length(left: str, right: str) -> int:
+    """Return the length of the shared prefix of two texts."""
+    differing = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(differing, min(len(left), len(right)))

@@ -1,7 +1,7 @@
-"""Conversation -> Example: token ids, and the weight of each token as a label.
+"""Render conversations to examples: token ids, and the weight of each token as a label.
 
-The rendered text is encoded whole, once, as serving would; spans found in the text are then mapped to tokens
-and checked: the prompt must end where a token ends, and each supervised turn must end with its stop token.
+The rendered text is encoded once as a whole, as at inference. Spans of the text are then mapped to tokens and checked:
+the prompt must end where a token ends, and each supervised turn must end with its stop token.
 """
 
 from __future__ import annotations
@@ -16,29 +16,37 @@ from typing import Any, Literal
 
 import numpy as np
 
-from strop.data.rendering.control_tokens import ControlText
-from strop.data.rendering.describe import told
-from strop.data.rendering.encoder import Encoder, Straddles
-from strop.data.rendering.errors import RenderError as RenderError
-from strop.data.rendering.options import CLOCK, check_options, with_options
-from strop.data.rendering.source import adds_bos, template_source
+from strop.data.rendering.encoder import ControlText, Encoder, TokenStraddlesPrompt
 from strop.data.rendering.template import ChatTemplate, Draft, Reasoning
-from strop.data.types import Conversation, Example, Ids, Message, behind_reasoning
+from strop.data.rendering.template_source import CLOCK, adds_bos, check_options, template_source, write_options
+from strop.data.row_errors import RenderError
+from strop.data.types import Conversation, Example, Ids, Message, strip_reasoning
 from strop.errors import ModelError
 
-ROWS_AT_ONCE = 256
+BATCH_ROWS = 256
 
 Rendered = tuple[Conversation, "list[Example] | RenderError"]
 _Batch = tuple[list[Conversation], list["list[Draft] | RenderError"], "Future[list[list[int]]]"]
 
 
 class Renderer:
-    """Turns conversations into examples for one tokenizer and template.
+    """Render conversations to examples for one tokenizer and template.
 
-    tokenizer: a fast transformers tokenizer. template: `chatml`, a file, or None for the tokenizer's own.
-    loss: which tokens are supervised. options: values to write into the template, where rows are to be trained on.
-    reasoning: what becomes of it. source: the template's text, in place of `template`. Raises ModelError for a
-    tokenizer or template that cannot be used; a missing template is an error only once a chat needs it.
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        template: `chatml`, a file, or None for the tokenizer's own.
+        loss: which tokens are supervised.
+        options: values to write into the template for training.
+        reasoning: value of data.reasoning.
+        source: the template's text, instead of `template`.
+
+    Attributes:
+        stop_ids: ids of the tokens that end an assistant turn (the eos token without a template).
+        end_ids: ids that end a completion: stop_ids and eos, which ends raw texts.
+        num_before_text: number of tokens that the tokenizer puts before a raw text.
+
+    Raises:
+        ModelError: an unusable tokenizer or template. A missing template is an error only when a chat needs it.
     """
 
     def __init__(
@@ -63,25 +71,23 @@ class Renderer:
             self._chat = ChatTemplate(source, added=added, variables=variables, options=options, reasoning=reasoning)
         special = [token for token, is_special in added.items() if is_special]
         self.control = self._chat.control if self._chat else ControlText(special)
-        self._plain = Encoder(tokenizer, self.control)
-        self._swapped: Encoder | None = None
+        self._encoder = Encoder(tokenizer, self.control)
+        self._private_encoder: Encoder | None = None
         self._kept_characters: set[str] = set()
         self._lost_characters: set[str] = set()
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        # ids of the tokens that end an assistant turn (the eos token where there is no template)
         self.stop_ids = tuple(map(int, tokenizer.convert_tokens_to_ids(self._chat.stops))) if self._chat else eos
-        # ids at which an answer ends: raw texts were trained to end with eos, and bases end with it
-        self.ends = tuple(dict.fromkeys((*self.stop_ids, *eos)))
-        # what the tokenizer puts before a raw text, found by encoding one
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        dressed = tokenizer("a")["input_ids"]
-        at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
-        self._text_start = dressed[:at]
-        self.num_before_text = at  # tokens
+        self.end_ids = tuple(dict.fromkeys((*self.stop_ids, *eos)))
+        without_special = tokenizer("a", add_special_tokens=False)["input_ids"]
+        with_special = tokenizer("a")["input_ids"]
+        starts = range(len(with_special))
+        length = len(without_special)
+        self.num_before_text = next((i for i in starts if with_special[i : i + length] == without_special), 0)
+        self._text_start = with_special[: self.num_before_text]
 
     @property
     def chat(self) -> ChatTemplate:
-        """The template. Raises ModelError where the model has none."""
+        """The template. Raises ModelError if the model has none."""
         if self._chat is None:
             raise ModelError(
                 "the model has no chat template", fix="choose one: data.template: chatml, or the path of a Jinja file"
@@ -95,7 +101,7 @@ class Renderer:
 
     @property
     def reasoning(self) -> Reasoning:
-        """What becomes of reasoning; `auto` without a template."""
+        """The choice for reasoning; `auto` without a template."""
         return self._chat.reasoning if self._chat else "auto"
 
     @property
@@ -105,7 +111,7 @@ class Renderer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides how a text becomes ids and weights: tokenizer, template, reasoning, loss."""
+        """SHA-256 of everything that determines ids and weights: tokenizer, template, reasoning, loss."""
         tokenizer = self.tokenizer
         names = [repr(tokenizer.special_tokens_map), repr(tokenizer("a")["input_ids"]), self.template_hash, self.loss]
         names.append(self.reasoning)
@@ -114,10 +120,10 @@ class Renderer:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences about the template."""
-        found = self._chat.warnings if self._chat else ()
+        warnings = self._chat.warnings if self._chat else ()
         if self._chat and adds_bos(self.tokenizer) and self.tokenizer.bos_token not in self._chat.opening:
-            found += ("the chat template writes no bos token, though the tokenizer puts one before plain text",)
-        return found
+            warnings += ("the chat template writes no bos token, but the tokenizer puts one before plain text",)
+        return warnings
 
     @property
     def supports_system(self) -> bool:
@@ -127,83 +133,86 @@ class Renderer:
     def supports_tools(self) -> bool:
         return self.chat.supports_tools and self.chat.supports_tool_calls
 
-    def told(self, *, thinking: int, rows: int) -> list[str]:
-        """Sentences on how the template is used on `rows` chats, of which `thinking` have reasoning."""
-        return told(self.chat, thinking=thinking, rows=rows)
+    def describe_template(self, thinking: int, rows: int) -> list[str]:
+        """Describe how the template is used on `rows` conversations, `thinking` of which have reasoning."""
+        return self.chat.describe(thinking, rows)
 
     def options_for(self, messages: Sequence[Message]) -> dict[str, Any]:
-        """The template's options for a row, which is rendered as one that thinks or as one that does not."""
+        """Return the template's options for a row with or without reasoning."""
         return self.chat.mode(messages).options
 
-    def served(self, *, thinking: int, rows: int) -> Renderer:
-        """The renderer that answers after training on `rows` chats, of which `thinking` have reasoning: its template's
-        own prompt is the one that they were trained behind. Where some think and some do not, it stays as it is.
+    def for_serving(self, *, thinking: int, rows: int) -> Renderer:
+        """Return the renderer for inference after training on `rows` conversations, `thinking` of which have reasoning.
+
+        Its prompts equal those of training. If only some rows have reasoning, the renderer is unchanged.
         """
-        options = self._chat.served_options(thinking=thinking, rows=rows) if self._chat else {}
+        options = self._chat.serving_options(thinking=thinking, rows=rows) if self._chat else {}
         if not options:
             return self
-        source = with_options(self.chat.source, options, [])
+        source = write_options(self.chat.source, options, [])
         return Renderer(self.tokenizer, loss=self.loss, reasoning=self.reasoning, source=source)
 
-    def apart(self, conversation: Conversation) -> Conversation:
-        """The conversation with the reasoning that stands in the text of answers set apart: see ChatTemplate.apart."""
-        if self._chat is None or not self._chat.traits.marks:
+    def separate_reasoning(self, conversation: Conversation) -> Conversation:
+        """Move reasoning in the text of answers to its own field: see ChatTemplate.separate_reasoning."""
+        if self._chat is None or not self._chat.traits.reasoning_marks:
             return conversation
         messages, rejected = (
-            tuple(map(self._chat.apart, turns)) for turns in (conversation.messages, conversation.rejected)
+            tuple(map(self._chat.separate_reasoning, turns)) for turns in (conversation.messages, conversation.rejected)
         )
         return replace(conversation, messages=messages, rejected=rejected)
 
     def render(self, conversation: Conversation) -> list[Example]:
-        """The examples of one conversation: one, or one an assistant turn. Raises RenderError, ModelError."""
+        """Return the examples of one conversation: one, or one an assistant turn. Raises RenderError, ModelError."""
         [(_, rendered)] = self.render_many([conversation])
         if isinstance(rendered, RenderError):
             raise rendered
         return rendered
 
     def render_many(self, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
-        """Each conversation with its examples, or with why it has none; in order.
+        """Yield each conversation with its examples, or with why it has none, in order.
 
-        A batch is encoded (in Rust, without the interpreter lock) while the next is read and laid out.
+        A batch is encoded (in Rust, without the interpreter lock) while the next is read and rendered to text.
         """
         source = iter(conversations)
         with ThreadPoolExecutor(1) as worker:
-            waiting = self._begin(source, worker)
-            while waiting:
-                following = self._begin(source, worker)
-                yield from self._finish(*waiting)
-                waiting = following
+            batch = self._start_batch(source, worker)
+            while batch:
+                following = self._start_batch(source, worker)
+                yield from self._finish_batch(*batch)
+                batch = following
 
-    def _begin(self, source: Iterator[Conversation], worker: ThreadPoolExecutor) -> _Batch | None:
-        chunk = list(islice(source, ROWS_AT_ONCE))
-        drafts: list[list[Draft] | RenderError] = []
-        for conversation in chunk:
+    def _start_batch(self, source: Iterator[Conversation], worker: ThreadPoolExecutor) -> _Batch | None:
+        conversations = list(islice(source, BATCH_ROWS))
+        results: list[list[Draft] | RenderError] = []
+        for conversation in conversations:
             try:
-                drafts.append(self._drafts(conversation))
-            except RenderError as fault:
-                drafts.append(_placed(fault, conversation))
-        texts = [
-            "" if draft.odd else draft.text for found in drafts if not isinstance(found, RenderError) for draft in found
-        ]
-        return (chunk, drafts, worker.submit(self._plain.encode, texts)) if chunk else None
+                results.append(self._drafts(conversation))
+            except RenderError as error:
+                results.append(error.at(conversation.file, conversation.line))
+        drafts = (draft for result in results if not isinstance(result, RenderError) for draft in result)
+        texts = ["" if draft.masked else draft.text for draft in drafts]
+        return (conversations, results, worker.submit(self._encoder.encode, texts)) if conversations else None
 
-    def _finish(
-        self, chunk: list[Conversation], drafts: list[list[Draft] | RenderError], encoded: Future[list[list[int]]]
+    def _finish_batch(
+        self,
+        conversations: list[Conversation],
+        results: list[list[Draft] | RenderError],
+        encoded: Future[list[list[int]]],
     ) -> Iterator[Rendered]:
         encodings = iter(encoded.result())
-        for conversation, found in zip(chunk, drafts, strict=True):
-            if isinstance(found, RenderError):
-                yield conversation, found
+        for conversation, drafts in zip(conversations, results, strict=True):
+            if isinstance(drafts, RenderError):
+                yield conversation, drafts
                 continue
-            own = list(islice(encodings, len(found)))
+            draft_encodings = list(islice(encodings, len(drafts)))
             try:
                 examples = [
                     example
-                    for i, (draft, ids) in enumerate(zip(found, own, strict=True))
+                    for i, (draft, ids) in enumerate(zip(drafts, draft_encodings, strict=True))
                     for example in self._examples(conversation, draft, ids, first=i == 0)
                 ]
-            except RenderError as fault:
-                yield conversation, _placed(fault, conversation)
+            except RenderError as error:
+                yield conversation, error.at(conversation.file, conversation.line)
             else:
                 yield conversation, examples
 
@@ -214,86 +223,90 @@ class Renderer:
         *,
         options: Mapping[str, Any] | None = None,
     ) -> Ids:
-        """What serving sends, generation prompt included: a prefix of the training ids. options: of the template, for
-        this prompt. Raises RenderError, and ModelError for an option that the template does not read.
+        """Return the ids of a prompt at inference, generation prompt included: a prefix of the training ids.
+
+        options: of the template, for this prompt. Raises RenderError, and ModelError for an option that the template
+        does not read.
         """
-        check_options(options or {}, self.chat.options_read - {CLOCK}, "chat_template_kwargs")
-        messages = [self.chat.apart(message) for message in messages]
-        encoder, text, _ = self._named(self.chat.prompt(messages, tools, options=options))
-        return encoder.ids(encoder.encode([text])[0])
+        check_options(options or {}, self.chat.variables_read - {CLOCK}, "chat_template_kwargs")
+        messages = [self.chat.separate_reasoning(message) for message in messages]
+        encoder, text, _ = self._encoder_for(self.chat.prompt(messages, tools, options=options))
+        return encoder.true_ids(encoder.encode([text])[0])
 
-    def answer(self, conversation: Conversation) -> str | None:
-        """The right answer, as what a model writes is read: what the last turn says, and its calls as the template
-        writes them; None where that is not the assistant's. Without reasoning. Raises RenderError, ModelError."""
-        said = conversation.answer
-        if said is None or not conversation.messages[-1].tool_calls:
-            return said
+    def reference_answer(self, conversation: Conversation) -> str | None:
+        """Return the reference answer as a completion would be read, without reasoning; None if there is none.
+
+        Calls are as the template writes them. Raises RenderError, ModelError.
+        """
+        answer = conversation.answer
+        if answer is None or not conversation.messages[-1].tool_calls:
+            return answer
         *before, last = conversation.messages
-        whole = self.render(replace(conversation, messages=(*before, replace(last, weight=1.0))))[-1]
+        example = self.render(replace(conversation, messages=(*before, replace(last, weight=1.0))))[-1]
         start = len(self.prompt(before, conversation.tools, options=self.options_for(conversation.messages)))
-        return self.without_reasoning(self.tokenizer.decode(whole.ids[start:-1], skip_special_tokens=True), last)
+        return self.without_reasoning(self.tokenizer.decode(example.ids[start:-1], skip_special_tokens=True), last)
 
-    def without_reasoning(self, text: str, right: Message) -> str:
-        """What a model wrote, from the end of its reasoning on, where the right turn reasons; else, and where no
-        reasoning ends, all of it."""
-        return behind_reasoning(text, self.closes if self.reasons(right) else ())
+    def without_reasoning(self, text: str, reference: Message) -> str:
+        """Return a completion without its reasoning, if the reference turn has reasoning; otherwise all of it."""
+        return strip_reasoning(text, self.reasoning_ends if self.shows_reasoning(reference) else ())
 
-    def reasons(self, turn: Message) -> bool:
-        """Does the template show this turn's reasoning?"""
-        return bool(turn.reasoning) and self.chat.thinks([turn])
+    def shows_reasoning(self, turn: Message) -> bool:
+        """Return whether the turn has reasoning that the template shows."""
+        return bool(turn.reasoning) and self.chat.shows_reasoning([turn])
 
     @cached_property
-    def closes(self) -> list[str]:
-        """What ends reasoning, as it is read; none where that is special tokens alone."""
-        ids = [self._plain.encode([close])[0] for close in self.chat.traits.closes]
-        texts = [str(self.tokenizer.decode(some, skip_special_tokens=True)).strip() for some in ids]
+    def reasoning_ends(self) -> list[str]:
+        """Texts that end reasoning in a decoded completion; empty if only special tokens end it."""
+        ids = [self._encoder.encode([end])[0] for end in self.chat.traits.reasoning_ends]
+        texts = [str(self.tokenizer.decode(end, skip_special_tokens=True)).strip() for end in ids]
         return [text for text in texts if text]
 
     def lost_characters(self, text: str) -> set[str]:
-        """Characters of `text` that do not come back from the tokenizer: it drops them, or writes others for them."""
-        signs = set(text)
-        for sign in signs - self._kept_characters - self._lost_characters:
-            ids = self._plain.encode(["a" + sign])[0]
-            kept = sign in self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            (self._kept_characters if kept else self._lost_characters).add(sign)
-        return signs & self._lost_characters
+        """Return the characters of `text` that the tokenizer drops or changes."""
+        characters = set(text)
+        for character in characters - self._kept_characters - self._lost_characters:
+            ids = self._encoder.encode(["a" + character])[0]
+            kept = character in self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            (self._kept_characters if kept else self._lost_characters).add(character)
+        return characters & self._lost_characters
 
     def _drafts(self, conversation: Conversation) -> list[Draft]:
         if conversation.text is None:
-            return self.chat.drafts(conversation, silent_turns=self.loss == "all")
+            return self.chat.drafts(conversation, include_untrained=self.loss == "all")
         if self.tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no eos token to end a text with", fix="choose another model")
-        odd = self.control.found(conversation.text)
-        return [Draft(self.control.mask(conversation.text) if odd else conversation.text, (), odd)]
+        masked = self.control.is_in(conversation.text)
+        return [Draft(self.control.mask(conversation.text) if masked else conversation.text, (), masked)]
 
-    def _named(self, draft: Draft) -> tuple[Encoder, str, tuple[tuple[int, int, float], ...]]:
-        """The encoder for a draft, and its text and spans for it; an odd one's has private names of control tokens."""
-        if not draft.odd:
-            return self._plain, draft.text, draft.spans
-        if self._swapped is None:
-            self._swapped = Encoder(self.tokenizer, self.control, private=True)
+    def _encoder_for(self, draft: Draft) -> tuple[Encoder, str, tuple[tuple[int, int, float], ...]]:
+        """Return the encoder of a draft, and its text and spans for it. Masked drafts use private control tokens."""
+        if not draft.masked:
+            return self._encoder, draft.text, draft.spans
+        if self._private_encoder is None:
+            self._private_encoder = Encoder(self.tokenizer, self.control, private=True)
         swap = self.control.swap
         spans = tuple((len(swap(draft.text[:a])), len(swap(draft.text[:b])), weight) for a, b, weight in draft.spans)
-        return self._swapped, swap(draft.text), spans
+        return self._private_encoder, swap(draft.text), spans
 
     def _examples(
         self, conversation: Conversation, draft: Draft, encoded: list[int], *, first: bool
     ) -> Iterator[Example]:
-        """One example of a draft; one a turn where a token of the whole text would cover the end of a prompt and the
-        start of an answer, which serving never sees: it encodes the prompt, and the model goes on from there.
+        """Yield one example of a draft, or one a turn if a token would straddle the end of a prompt.
+
+        Inference never sees such a token: it encodes the prompt, and the model continues from there.
         """
-        encoder, text, spans = self._named(draft)
-        if draft.odd:
+        encoder, text, spans = self._encoder_for(draft)
+        if draft.masked:
             encoded = encoder.encode([text])[0]
         try:
-            ids = encoder.ids(encoded)
+            ids = encoder.true_ids(encoded)
             yield self._example(conversation, ids, encoder.token_spans(text, ids, spans), first=first)
-        except Straddles:
+        except TokenStraddlesPrompt:
             for turn, (start, end, weight) in enumerate(spans):
-                prompt = encoder.ids(encoder.encode([text[:start]])[0])
-                ids = np.concatenate([prompt, encoder.ids(encoder.continued(text[start:end]))])
+                prompt = encoder.true_ids(encoder.encode([text[:start]])[0])
+                ids = np.concatenate([prompt, encoder.true_ids(encoder.encode_continuation(text[start:end]))])
                 span = (len(prompt), len(ids), weight)
-                yield self._example(conversation, ids, [span], first=first and not turn, parted=True)
+                yield self._example(conversation, ids, [span], first=first and not turn, separately=True)
 
     def _example(
         self,
@@ -302,13 +315,13 @@ class Renderer:
         spans: Iterable[tuple[int, int, float]],
         *,
         first: bool,
-        parted: bool = False,
+        separately: bool = False,
     ) -> Example:
         if conversation.text is not None:
             ids = np.array([*self._text_start, *ids, self.tokenizer.eos_token_id], dtype=np.int32)
             weights = np.ones(len(ids), np.float32)
         else:
-            # `all` in a conversation that had to be split: the earlier text was trained on in the first example
+            # loss `all` in a conversation of several examples: the first example already trains the earlier text
             weights = np.full(len(ids), 1.0 if self.loss == "all" and first else 0.0, np.float32)
         for begin, end, weight in spans:
             if int(ids[end - 1]) not in self.stop_ids:
@@ -317,8 +330,4 @@ class Renderer:
         weights[:1] = 0.0
         if not weights.any():
             raise RenderError("nothing-supervised")
-        return Example(ids, weights, conversation.file, conversation.line, parted)
-
-
-def _placed(fault: RenderError, conversation: Conversation) -> RenderError:
-    return RenderError(fault.code, fault.detail, file=conversation.file, line=conversation.line)
+        return Example(ids, weights, conversation.file, conversation.line, separately)

@@ -1,0 +1,558 @@
+"""The public functions of strop. The command line calls them too.
+
+Functions that train or read data take recipe fields as keyword arguments (`**options`), in these forms:
+
+- short names: `model`, `data`, `eval`, `out`, `preset`, `seed`
+- a section as a dict: `lora={"r": 8}`; `model` and `data` may be dicts too
+- a dotted name: `**{"train.epochs": 1}`
+
+Paths may be strings or `pathlib.Path`; where a run or model is expected, a `Run` is accepted too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from strop.errors import InputError
+
+if TYPE_CHECKING:
+    from strop.config.schema import Recipe
+    from strop.data.prepare import Prepared
+    from strop.data.types import DataKind
+    from strop.export.gguf import Exported
+    from strop.export.hub import Pushed
+    from strop.export.merge import Merged
+    from strop.export.ollama import Prepared as PreparedOllama
+    from strop.models.adapters import Model
+    from strop.planning.plan import Plan
+    from strop.planning.tables import Row
+    from strop.runs.events import Event
+    from strop.training.run import Run
+
+PathLike = str | os.PathLike[str]
+
+
+def plan(
+    recipe: PathLike | None = None,
+    *,
+    memory: int | str | None = None,
+    gpu: str | None = None,
+    devices: int = 1,
+    nodes: int = 1,
+    **options: Any,
+) -> Plan:
+    """Predict whether a recipe fits, how long it takes, and what to change if it does not fit.
+
+    Reads no weights and needs no torch.
+
+    Args:
+        recipe: path of a recipe file.
+        memory: memory of the device, in bytes or as text such as "8GB". Default: that of this machine.
+        gpu: name of a GPU to plan for, such as "RTX 4090". Default: this machine.
+        devices: number of devices per machine.
+        nodes: number of machines.
+        **options: recipe fields, as for `train`. Without `data`, all rows are assumed to have the maximum length.
+            `model` may be the path of a config.json alone.
+
+    Returns:
+        The plan: `fits`, peak memory by phase, time, and the chosen settings with their reasons.
+
+    Raises:
+        InputError: If an option, the model or the data is invalid.
+    """
+    from strop.config.load import Choice, resolve
+    from strop.machine.memory import limit_bytes
+    from strop.planning.machines import target_for
+    from strop.planning.microbatch import plan_options, row_sizes
+    from strop.planning.model_facts import read_model_facts, start_adapter
+    from strop.planning.multi_device import Devices, target_share
+    from strop.planning.plan import make_plan
+
+    resolved = resolve(_path(recipe), plan_options(_flatten(options), recipe is not None))
+    device = resolved.recipe.model.device
+    cluster = Devices(devices, nodes)
+    target = target_for(device, limit_bytes(memory), gpu)
+    target = target_share(target, cluster, local=memory is None and gpu is None)
+    model = read_model_facts(resolved.recipe)
+    if gpu is not None and device.partition(":")[0] != target.device:  # the recipe was written for another machine
+        resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
+    return make_plan(
+        resolved,
+        model,
+        target,
+        rows=row_sizes(resolved.recipe),
+        adapter=start_adapter(resolved.recipe),
+        devices=cluster,
+    )
+
+
+def compare_methods(
+    recipe: PathLike | None = None, *, memory: int | str | None = None, gpu: str | None = None, **options: Any
+) -> list[Row]:
+    """Compare the peak memory of full fine-tuning, 16-bit LoRA and QLoRA for models of several sizes.
+
+    Args:
+        recipe: path of a recipe file; its model is added to the comparison.
+        memory: memory of the device, in bytes or as text such as "8GB".
+        gpu: name of a GPU, such as "RTX 4090".
+        **options: recipe fields, as for `train`.
+
+    Returns:
+        One row per model, smallest first, with the peak memory of each method in bytes.
+
+    Raises:
+        InputError: If an option or the model is invalid.
+    """
+    from strop.config.load import resolve
+    from strop.machine.memory import limit_bytes
+    from strop.planning.choose import usable_bytes
+    from strop.planning.machines import target_for
+    from strop.planning.microbatch import plan_options
+    from strop.planning.model_facts import read_model_facts
+    from strop.planning.tables import compare_methods as compare
+    from strop.planning.tables import known_models
+
+    values = plan_options(_flatten(options), recipe is not None)
+    has_model = "model.name" in values or recipe is not None
+    if not has_model:
+        values["model.name"] = "-"
+    resolved = resolve(_path(recipe), values).recipe
+    machine_given = memory is not None or gpu is not None or resolved.model.device != "auto"
+    target = target_for(resolved.model.device, limit_bytes(memory), gpu) if machine_given else None
+    device, dtype = ("cuda", "bf16") if target is None else (target.device, target.dtype[0])
+    section = resolved.model.model_copy(update={"device": device, "dtype": dtype})
+    models = known_models()
+    if has_model:
+        model = read_model_facts(resolved)
+        models = sorted([*models, (model.name, model.shape, model.parameters)], key=lambda entry: entry[2])
+    usable = usable_bytes(target.machine, device) if target is not None else None
+    return compare(resolved.model_copy(update={"model": section}), models, usable)
+
+
+def train(
+    recipe: PathLike | None = None,
+    *,
+    callback: Callable[[Event], None] | None = None,
+    memory: int | str | None = None,
+    resume_existing: bool = False,
+    **options: Any,
+) -> Run:
+    """Fine-tune a model and write a run folder.
+
+    If a launcher such as torchrun started several processes, this one joins the others; only rank 0 calls `callback`.
+
+    Args:
+        recipe: path of a recipe file. Options override its values.
+        callback: called with each event that is written to events.jsonl.
+        memory: maximum memory to use, in bytes or as text such as "8GB".
+        resume_existing: resume the run if `out` already contains it.
+        **options: recipe fields, such as `model="demo"`, `data="rows.jsonl"`, `lora={"r": 8}` or
+            `**{"train.epochs": 1}`.
+
+    Returns:
+        The run, with `folder` and `report`.
+
+    Raises:
+        InputError: If the recipe, the model, the data or the folder is invalid; raised before weights load.
+        RunError: If training fails.
+        Stopped: After Ctrl-C or SIGTERM, once the run is saved.
+    """
+    from strop.config.load import resolve
+    from strop.distributed.launch import join_devices
+
+    resolved = resolve(_path(recipe), _flatten(options))
+    with join_devices() as devices:
+        from strop.machine.memory import limit_bytes
+        from strop.machine.torch_state import own_torch
+        from strop.training.run import train as run_training
+
+        limit = limit_bytes(memory)
+        with own_torch():
+            return run_training(
+                resolved, [callback] if callback else [], memory=limit, devices=devices, resume_existing=resume_existing
+            )
+
+
+def resume(
+    run: PathLike,
+    *,
+    callback: Callable[[Event], None] | None = None,
+    allow_changed: str | Sequence[str] = (),
+    memory: int | str | None = None,
+    **options: Any,
+) -> Run:
+    """Resume a run from its newest complete checkpoint. A finished run is returned unchanged.
+
+    Args:
+        run: the run folder.
+        callback: called with each event that is written to events.jsonl.
+        allow_changed: what may differ from the start of the run: "lr", "schedule", "base", "data", "template",
+            "versions", or a recipe field.
+        memory: maximum memory to use, in bytes or as text such as "8GB".
+        **options: recipe fields with new values, each of which `allow_changed` must name.
+
+    Returns:
+        The run, with `folder` and `report`.
+
+    Raises:
+        InputError: If the folder is not a run, or something changed that `allow_changed` does not name.
+        RunError: If training fails.
+        Stopped: After Ctrl-C or SIGTERM, once the run is saved.
+    """
+    from strop.distributed.launch import join_devices
+
+    with join_devices() as devices:
+        from strop.machine.memory import limit_bytes
+        from strop.machine.torch_state import own_torch
+        from strop.training.run import resume as resume_training
+
+        names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
+        limit = limit_bytes(memory)
+        with own_torch():
+            return resume_training(
+                Path(run),
+                [callback] if callback else [],
+                options=_flatten(options),
+                allow_changed=names,
+                memory=limit,
+                devices=devices,
+            )
+
+
+def evaluate(
+    run: PathLike | Sequence[PathLike],
+    data: PathLike | Sequence[PathLike],
+    *,
+    metric: str = "exact",
+    max_new_tokens: int = 80,
+    general: bool = False,
+    regression_data: PathLike | Sequence[PathLike] = (),
+    regression_metric: str | None = None,
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
+    judge: str | None = None,
+    judge_model: str | None = None,
+    quantization: str = "auto",
+    force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compare base and tuned model on held-out rows. The result is also written to the run's report.
+
+    Args:
+        run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
+        data: a data file, or a list of files.
+        metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function", or "preference" for pairs.
+        max_new_tokens: maximum length of an answer in tokens.
+        general: also evaluate on the built-in general set, to find what training made worse.
+        regression_data: further data files on which the model should not get worse.
+        regression_metric: metric of the regression data. Default: `metric`.
+        tasks: tasks of lm-evaluation-harness, by name or .yaml file.
+        task_limit: number of documents per task.
+        judge: judge of the better answer, as "file.py:function" or the URL of an OpenAI-compatible server.
+        judge_model: model of the judge's server.
+        quantization: "none", "nf4", "fp4", "int8", or "auto" (as the adapter was trained).
+        force: load an adapter on a different base.
+        progress: called with what is generated (such as "base and tuned"), the number of answers so far, and their
+            total.
+        **options: `data.format`, `data.columns` or `data.encoding`, to read rows differently than the run does.
+
+    Returns:
+        The fields of `strop eval --json`. For a list of runs: {"runs": [...], "leaderboard": [...]}.
+
+    Raises:
+        InputError: If an option, the model or the data is invalid.
+        RunError: If the judge fails; `partial_result` of the error has the evaluation so far.
+    """
+    from strop.distributed.launch import join_devices
+
+    names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
+    with join_devices() as devices:
+        from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard
+        from strop.machine.torch_state import own_torch
+
+        with own_torch():
+            chosen = EvalOptions(
+                metric=metric,
+                max_new_tokens=max_new_tokens,
+                quantization=quantization,
+                force=force,
+                general=general,
+                regression_data=_data_files(regression_data, "regression_data"),
+                regression_metric=regression_metric,
+                tasks=tasks,
+                task_limit=task_limit,
+                judge=judge,
+                judge_model=judge_model,
+                read=options,
+            )
+            advance = progress if devices.is_main else None
+            results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)
+    if isinstance(run, str | os.PathLike):
+        return results[0]
+    return {"runs": results, "leaderboard": leaderboard(results)}
+
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """The rows of a recipe as they would be trained on, with the recipe, the tokenizer and the kind of examples."""
+
+    recipe: Recipe
+    tokenizer: Any
+    data_kind: DataKind
+    prepared: Prepared
+
+
+def check(recipe: PathLike | None = None, **options: Any) -> dict[str, Any]:
+    """Check the rows that would be trained on. Invalid rows are reported, not raised.
+
+    Args:
+        recipe: path of a recipe file.
+        **options: recipe fields, as for `train`. Without `model`, the demo model's tokenizer is used.
+
+    Returns:
+        The fields of `strop check --json`.
+
+    Raises:
+        InputError: If an option or the model is invalid, or the data cannot be read at all.
+    """
+    return check_rows(recipe, options).prepared.report.as_json()
+
+
+def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRows:
+    """Prepare the rows of a recipe as `check` does, and return them with their report."""
+    from strop.config.load import resolve
+    from strop.data.prepare import prepare
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
+    from strop.objectives.table import data_kind_of
+
+    values = _flatten(options) if recipe else {"model.name": "demo", **_flatten(options)}
+    resolved = resolve(_path(recipe), values).recipe
+    tokenizer = load_tokenizer(locate(resolved.model.name, resolved.model.revision))
+    data_kind = data_kind_of(resolved.train)
+    prepared = prepare(resolved.data, tokenizer, strict=False, data_kind=data_kind)
+    return CheckedRows(resolved, tokenizer, data_kind, prepared)
+
+
+def load(
+    name: PathLike,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str = "auto",
+    force: bool = False,
+) -> Model:
+    """Load a model for generation.
+
+    Args:
+        name: a run, adapter or model folder, .gguf file, Hub id, or "demo".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        dtype: "auto", "bf16", "fp32" or "fp16".
+        quantization: "none", "nf4", "fp4", "int8", or "auto" (as the adapter was trained).
+        force: load an adapter on a different base.
+
+    Returns:
+        The model, with `generate` and `chat`.
+
+    Raises:
+        InputError: If the model, the device or an option is invalid.
+        RunError: If this process was forked from one that used strop.
+    """
+    from strop.machine.torch_state import own_torch
+    from strop.models.adapters import load as load_model
+
+    with own_torch():
+        return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
+
+
+def merge(
+    run: PathLike,
+    out: PathLike,
+    *,
+    dtype: str = "bf16",
+    data: PathLike | None = None,
+    measure: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Merged:
+    """Merge an adapter into its base as a new model folder, and compare the merged model with the tuned one.
+
+    Args:
+        run: a run or adapter folder.
+        out: the model folder to write.
+        dtype: "bf16", "fp16" or "fp32".
+        data: rows to measure on. Default: the run's rows.
+        measure: compare the models; False for models too large to run on this machine.
+        progress: called with a description of each step.
+
+    Returns:
+        The merged model: `out`, `files`, and `parity` with the measured differences.
+
+    Raises:
+        InputError: If the run or the folder is invalid; raised before anything is written.
+        ParityError: If the merged model differs from the tuned one beyond the limit.
+    """
+    from strop.export.merge import merge as merge_adapter
+    from strop.machine.torch_state import own_torch
+
+    rows = _data_file(data)
+    with own_torch():
+        return merge_adapter(
+            os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, say=progress or _ignore
+        )
+
+
+@overload
+def export(
+    target: Literal["gguf"],
+    run: PathLike,
+    out: PathLike,
+    *,
+    type: str | None = None,
+    adapter: bool = False,
+    data: PathLike | None = None,
+    measure: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Exported: ...
+
+
+@overload
+def export(
+    target: Literal["ollama"],
+    run: PathLike,
+    out: PathLike,
+    *,
+    type: str | None = None,
+    adapter: bool = False,
+    data: PathLike | None = None,
+    measure: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> PreparedOllama: ...
+
+
+def export(
+    target: Literal["gguf", "ollama"],
+    run: PathLike,
+    out: PathLike,
+    *,
+    type: str | None = None,
+    adapter: bool = False,
+    data: PathLike | None = None,
+    measure: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Exported | PreparedOllama:
+    """Export a run to llama.cpp or Ollama, and compare the result with the tuned model if llama.cpp is installed.
+
+    Args:
+        target: "gguf" writes a GGUF file for llama.cpp, "ollama" a folder for `ollama create`.
+        run: a run or adapter folder.
+        out: the file or folder to write.
+        type: "f32", "f16", "bf16" or "q8_0" (default); with llama.cpp also "q6_k", "q5_k_m" and "q4_k_m".
+        adapter: write only the adapter, in f32 ("gguf" only).
+        data: rows to measure on. Default: the run's rows.
+        measure: compare the models; False for models too large to run on this machine.
+        progress: called with a description of each step.
+
+    Returns:
+        The exported files and what was measured.
+
+    Raises:
+        InputError: If the run or an option is invalid; raised before anything is written.
+        ParityError: If the exported model differs from the tuned one beyond the limit.
+    """
+    from strop.export.gguf import export_gguf
+    from strop.export.ollama import export_ollama
+    from strop.machine.torch_state import own_torch
+
+    if target not in ("gguf", "ollama"):
+        raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
+    if adapter and target == "ollama":
+        raise InputError("export: ollama needs the whole model, not an adapter", fix="leave out adapter, or give gguf")
+    name, rows, say = os.fspath(run), _data_file(data), progress or _ignore
+    with own_torch():
+        if target == "gguf":
+            return export_gguf(name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, say=say)
+        return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, say=say)
+
+
+def push(
+    run: PathLike,
+    repo: str,
+    *,
+    public: bool = False,
+    base: str | None = None,
+    message: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Pushed:
+    """Upload an adapter or a model to the Hugging Face Hub, in one commit.
+
+    Args:
+        run: a run, adapter or model folder.
+        repo: the repository, as "OWNER/NAME". It is created if it does not exist.
+        public: make a new repository public. Without it, an existing public repository is refused.
+        base: Hub id of the adapter's base, if it was trained from a folder, a GGUF file or the demo model.
+        message: the commit message.
+        progress: called with a description of each step.
+
+    Returns:
+        The uploaded files and the URL of the repository.
+
+    Raises:
+        InputError: If the folder, the repository or an option is invalid; raised before anything is sent.
+        RunError: If the Hub cannot be reached, or its files differ from those sent.
+    """
+    from strop.export.hub import push as push_folder
+
+    return push_folder(os.fspath(run), repo, public=public, base=base, message=message, say=progress or _ignore)
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+def _path(recipe: PathLike | None) -> Path | None:
+    return Path(recipe) if recipe else None
+
+
+def _data_file(path: PathLike | None) -> str | None:
+    return None if path is None else str(_data_files(path, "data"))
+
+
+def _data_files(paths: Any, name: str) -> Any:
+    """Return paths of data files as text. Raises InputError for rows in memory, which are not supported."""
+    for path in paths if isinstance(paths, list | tuple) else [paths]:
+        if not isinstance(path, str | os.PathLike):
+            what = f"{name}: a file or a list of files, not {type(path).__name__}"
+            raise InputError(what, fix="write rows that are in memory to a JSON Lines file, and give its path")
+    return _plain(paths)
+
+
+def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by dotted name, with paths as text. Raises InputError for duplicates."""
+    from strop.config.load import SHORT_FORMS
+
+    sections = ("model", "data", "lora", "train")
+    flat: dict[str, Any] = {}
+    for name, option in options.items():
+        is_section = name in sections and isinstance(option, Mapping)
+        fields = {f"{name}.{field}": inner for field, inner in option.items()} if is_section else {name: option}
+        for field, value in fields.items():
+            dotted = SHORT_FORMS.get(field, field)
+            if dotted in flat:
+                raise InputError(f"{dotted}: given twice", fix="give it once")
+            if dotted == "train.rewards" and any(map(callable, value if isinstance(value, list) else [value])):
+                raise InputError(f"{dotted}: a function is given by its name", fix="give 'file.py:function'")
+            is_files = dotted in ("data.train", "data.eval") and not isinstance(value, int | float | None)
+            flat[dotted] = _data_files(value, dotted) if is_files else _plain(value)
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """Return a path or a Run as text, also inside a list; other values unchanged."""
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

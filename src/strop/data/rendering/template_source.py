@@ -1,0 +1,209 @@
+"""Find the text of a chat template, write options and the date into it, and check it for unusual code.
+
+A value written into the text becomes the template's default: the adapter's tokenizer, a GGUF file, vLLM and `strop
+serve` all use it, the template's hash covers it, and a request may still override it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from jinja2 import meta, nodes
+
+from strop.errors import ModelError, nearest
+
+# ChatML, with tools and calls as Hermes and Qwen write them, and reasoning shown in every turn
+CHATML = r"""BOS
+{%- if tools %}
+{{- '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
+{{- 'You can call these functions:\n<tools>' }}{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}
+{{- '\n</tools>\nA call is written as <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>STOP\n' }}
+{%- endif %}
+{%- for message in (messages[1:] if tools and messages[0].role == 'system' else messages) %}
+{%- if message.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+{%- else %}{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}
+{{- message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '\n' if message.content or not loop.first else '' }}
+{{- '<tool_call>\n' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson + '\n</tool_call>' }}
+{%- endfor %}{% endif %}{{ 'STOP\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+NAMED = {"chatml": CHATML}
+
+CLOCK = "strftime_now"  # the function with which a template reads the date
+DEFAULT_DAY = date(2026, 1, 1)  # the date in training, unless data.template_options sets another
+_FIXED_DAY = re.compile(rf'{{%- macro {CLOCK}\(form, day="([0-9-]+)"\) -%}}.*?{{%- endmacro %}}\n')
+_STANDARD_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer begins a plain text with its bos token."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def template_source(tokenizer: Any, choice: str | None) -> str | None:
+    """Return the template `choice` (chatml, or a file), or by default the tokenizer's own; None if it has none.
+
+    Raises ModelError for an unknown choice.
+    """
+    if choice in NAMED:
+        stop = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
+        if stop is None:
+            raise ModelError(
+                "the tokenizer has neither <|im_end|> nor an eos token", fix="choose another data.template"
+            )
+        start = "{{ bos_token }}" if adds_bos(tokenizer) else ""
+        return NAMED[choice].replace("BOS", start).replace("STOP", stop)
+    if choice is not None:
+        path = Path(choice).expanduser()
+        if not path.is_file():
+            raise ModelError(
+                f"data.template: no such template or file: {choice}{nearest(choice, NAMED)}",
+                fix=f"give {' or '.join(NAMED)}, or the path of a Jinja file",
+            )
+        return path.read_text(encoding="utf-8")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template or None
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+def read_variables(tree: nodes.Template) -> frozenset[str]:
+    """Return the variables that a template reads and a caller may set: `enable_thinking`, `date_string`."""
+    undeclared = meta.find_undeclared_variables(tree)
+    assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
+    with_default = {
+        test.node.name
+        for test in tree.find_all((nodes.Test, nodes.Filter))
+        if isinstance(test.node, nodes.Name) and test.name in ("defined", "undefined", "default", "d")
+    }
+    options = {name for name in undeclared if name not in assigned or name in with_default} - _STANDARD_VARIABLES
+    options = {name for name in options if not name.endswith("_token")}  # bos_token, ...: from the tokenizer
+    return frozenset(options | ({CLOCK} if day_formats(tree) else set()))
+
+
+def compared_values(tree: nodes.Template, name: str) -> list[Any]:
+    """Return the constants that a template compares a variable with, in order."""
+    values: list[Any] = []
+    for test in tree.find_all(nodes.Compare):
+        sides = [test.expr, *(operand.expr for operand in test.ops)]
+        if any(isinstance(node, nodes.Name) and node.name == name for side in sides for node in _descendants(side)):
+            values += [node.value for side in sides for node in _descendants(side) if isinstance(node, nodes.Const)]
+    return list(dict.fromkeys(value for value in values if isinstance(value, (str, bool))))
+
+
+def _descendants(side: nodes.Node) -> list[nodes.Node]:
+    return [side, *side.find_all((nodes.Name, nodes.Const))]
+
+
+def day_formats(tree: nodes.Template) -> list[str]:
+    """Return the formats in which a template reads the date."""
+    calls = [(call.node, call.args[0]) for call in tree.find_all(nodes.Call) if call.args]
+    formats = [argument for node, argument in calls if isinstance(node, nodes.Name) and node.name == CLOCK]
+    return sorted({node.value for node in formats if isinstance(node, nodes.Const)})
+
+
+def fixed_day(source: str) -> str | None:
+    """Return the day that was written into a template in place of its clock, or None."""
+    match = _FIXED_DAY.search(source)
+    return match[1] if match else None
+
+
+def check_options(options: Mapping[str, Any], variables: frozenset[str], where: str) -> None:
+    """Raise ModelError for an option, given in `where`, that is not among the template's variables."""
+    for name in options:
+        if name not in variables:
+            known = ", ".join(sorted(variables)) or "no option"
+            raise ModelError(
+                f"{where}: the chat template reads no {name}{nearest(name, sorted(variables))}", fix=f"it reads {known}"
+            )
+
+
+def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -> str:
+    """Return the template with the options as defaults and, if it has date `formats`, a fixed date.
+
+    What is already written is kept and not written twice. Raises ModelError for an invalid date.
+    """
+    lines = [
+        f"{{%- set {name} = {name} | default({jinja_literal(value)}) %}}\n"
+        for name, value in options.items()
+        if name != CLOCK
+    ]
+    if formats and (CLOCK in options or not fixed_day(source)):
+        requested = options.get(CLOCK, DEFAULT_DAY)
+        try:
+            day = date.fromisoformat(str(requested))
+        except ValueError:
+            raise ModelError(
+                f"data.template_options: {CLOCK}: {requested} is not a date", fix="write it as 2026-01-31"
+            ) from None
+        days = ", ".join(f"{jinja_literal(form)}: {jinja_literal(day.strftime(form))}" for form in formats)
+        head = f'{{%- macro {CLOCK}(form, day="{day}") -%}}'
+        source = _FIXED_DAY.sub("", source)
+        lines.insert(0, f"{head}{{{{- {{{days}}}[form] -}}}}{{%- endmacro %}}\n")
+    # templates are compiled with trim_blocks: the line break after a block is not text
+    return "".join(line for line in lines if line not in source) + source
+
+
+def jinja_literal(value: Any) -> str:
+    """Return a value as a Jinja literal."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(jinja_literal, value))}]"
+    if isinstance(value, Mapping):
+        items = (f"{jinja_literal(str(key))}: {jinja_literal(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    return repr(value)
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+# A template may hide instructions: arXiv:2602.04653.
+
+_FIELD_NAMES = {"content", "role", "system", "user", "assistant", "tool", "type", "text", "reasoning_content"}
+_STRING_TESTS = {"startswith", "endswith", "find", "index", "count"}
+
+
+def lint_template(tree: nodes.Template, source: str) -> list[str]:
+    """Return warnings about web addresses, tests of message text, and the date."""
+    warnings = []
+    if urls := sorted(set(re.findall(r"https?://[^\s'\"{}]+", source))):
+        warnings.append(f"the chat template contains web addresses: {', '.join(urls[:3])}")
+    tested = sorted(
+        {
+            repr(constant.value)
+            for test in tree.find_all((nodes.Compare, nodes.Call))
+            if _reads_content(test)
+            for constant in test.find_all(nodes.Const)
+            if isinstance(constant.value, str) and constant.value.strip() and constant.value not in _FIELD_NAMES
+        }
+    )
+    if tested:
+        warnings.append(f"the chat template tests the text of messages for {', '.join(tested[:5])}")
+    if CLOCK in source and f"macro {CLOCK}" not in source:  # the macro fixes the date: write_options
+        warnings.append("the chat template writes today's date: the prompt changes from day to day")
+    return warnings
+
+
+def _reads_content(test: nodes.Node) -> bool:
+    """Return whether a comparison, or a call such as content.startswith(...), reads the text of a message."""
+    if isinstance(test, nodes.Call) and not (isinstance(test.node, nodes.Getattr) and test.node.attr in _STRING_TESTS):
+        return False
+    is_name = any(name.name == "content" for name in test.find_all(nodes.Name))
+    is_attribute = any(item.attr == "content" for item in test.find_all(nodes.Getattr))
+    is_key = any(
+        isinstance(item.arg, nodes.Const) and item.arg.value == "content" for item in test.find_all(nodes.Getitem)
+    )
+    return is_name or is_attribute or is_key

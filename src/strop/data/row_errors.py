@@ -1,0 +1,123 @@
+"""Reasons why a row cannot be used, their fixes, and the errors that carry them.
+
+The keys of the tables are the reason codes of `by_reason` and `dropped` in `strop check --json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from strop.errors import DataError, Where
+
+# Why a row cannot be read.
+READING_REASONS: dict[str, str] = {
+    "broken-json": "the line is not valid JSON",
+    "trailing-comma": "a comma after the row; JSON Lines has none",
+    "truncated": "the file ends in the middle of this line",
+    "not-an-object": "the row is JSON, but not an object",
+    "duplicate-key": "an object has the same key twice",
+    "not-json-number": "NaN, Infinity, or a number too large for a float",
+    "lone-surrogate": "half of a surrogate pair, which is not a character",
+    "encoding": "bytes that are not text in this encoding",
+    "cells": "a CSV or TSV record that is malformed, or has more or fewer cells than the others",
+}
+# Why a row cannot be converted to a conversation.
+FORMAT_REASONS: dict[str, str] = {
+    "unknown-shape": "the row's columns match no format, although other rows of the file match one",
+    "missing-column": "a column that the format or --data.columns names is missing",
+    "bad-messages": "the messages are not a list of objects, or contradict each other",
+    "unknown-role": "an unknown role name",
+    "no-content": "a text is null or missing (allowed only next to tool calls)",
+    "not-text": "a text is a number, a list or an object",
+    "bad-part": "a content part of unknown type, or reasoning, text and tool calls in another order",
+    "no-assistant": "there is no assistant message to train on",
+    "no-user-first": "the first message after the system message is not the user's",
+    "empty-answer": "an assistant message is empty, which would train the model to stop at once",
+    "empty-prompt": "a user message is empty",
+    "empty-text": "a raw text is empty",
+    "bad-tools": "tools are not a list of functions with names, or not JSON",
+    "bad-tool-call": "a tool call without a name, or with arguments that are not an object",
+    "bad-weight": "a message's weight is not a number of at least 0, or is given twice with different values",
+    "answer-weight": "a message of an answer that is compared or judged has a weight other than 0 and 1",
+    "no-prompt": "a preference pair of two strings without a prompt",
+    "same-answers": "chosen and rejected are the same",
+    "prompts-differ": "chosen and rejected do not answer the same prompt",
+    "no-question": "a prompt (or `messages` next to a pair) whose last message is not the user's",
+    "bad-ranking": "a ranking without a score for each answer, or without two answers that differ in score",
+    "bad-label": "a label that is neither good nor bad",
+    "media": "images, audio or video, which are not supported",
+}
+# Why a conversation cannot be rendered to an example.
+RENDERING_REASONS: dict[str, str] = {
+    "template-refused": "the chat template refuses this order or kind of messages",
+    "system-unsupported": "the chat template does not support a system message",
+    "tools-unsupported": "the chat template does not support tools or tool calls",
+    "text-lost": "the chat template changes or omits the text of a message",
+    "prompt-not-prefix": "the prompt at inference would not be a prefix of the training text",
+    "no-stop-token": "an assistant message does not end with a stop token",
+    "control-token": "text that looks like a control token cannot be separated from a real one",
+    "reasoning-missing": "the row has no reasoning, and the chat template opens a reasoning block",
+    "reasoning-not-shown": "the row has reasoning, which the chat template does not show",
+    "reasoning-lost": "the chat template removes reasoning from the text of an answer",
+    "stop-inside": "a stop token is inside an assistant message",
+    "nothing-supervised": "no token of the row is trained on",
+    "other-weight": "a message that is not the assistant's has a weight, which data.loss all ignores",
+    "answer-in-parts": "the chat template splits one answer into several examples, which cannot be compared as one",
+    "prompt-tokens-differ": "chosen and rejected do not begin with the same prompt tokens",
+    "same-tokens": "chosen and rejected have the same tokens",
+}
+TOO_LONG = "too-long"
+REASONS: dict[str, str] = {
+    **READING_REASONS,
+    **FORMAT_REASONS,
+    **RENDERING_REASONS,
+    TOO_LONG: "the row is longer than data.max_length",
+    "contradiction": "another row ranks the same answers the other way round, or labels the same answer differently",
+}
+FIXES: dict[str, str] = {
+    "system-unsupported": "move the system text into the first user message, or choose data.template",
+    "tools-unsupported": "choose --data.template chatml, or a model whose template supports tools",
+    "prompt-not-prefix": "choose --data.reasoning empty, or another data.template",
+    "reasoning-missing": "choose --data.reasoning empty",
+    "reasoning-not-shown": "choose --data.reasoning drop",
+    "reasoning-lost": "choose --data.reasoning drop to train without it, or a data.template that shows reasoning",
+    "nothing-supervised": "give an assistant message a weight above 0",
+    "other-weight": "choose --data.loss assistant, or remove these weights",
+}
+
+
+@dataclass(frozen=True)
+class RowError:
+    """Record that one row cannot be used. code: a key of REASONS."""
+
+    code: str
+    where: Where
+
+
+class InvalidRow(ValueError):
+    """Raised when a row cannot be converted. code: a key of FORMAT_REASONS."""
+
+    def __init__(self, code: str, what: str) -> None:
+        super().__init__(what)
+        self.code = code
+        self.what = what
+
+
+class RenderError(DataError):
+    """Raised when a conversation cannot be rendered. code: a key of RENDERING_REASONS."""
+
+    def __init__(self, code: str, detail: str = "", *, file: str = "", line: int | None = None) -> None:
+        what = RENDERING_REASONS[code] + (f" ({detail})" if detail else "")
+        where = [Where(file, line, what)] if file else []
+        super().__init__(what, fix=FIXES.get(code, ""), where=where)
+        self.code = code
+        self.detail = detail
+
+    def at(self, file: str, line: int | None) -> RenderError:
+        """Return the same error with its place."""
+        return RenderError(self.code, self.detail, file=file, line=line)
+
+
+def file_error(path: str, what: str, fix: str = "", line: int | None = None) -> DataError:
+    """Return a DataError about one place of one file."""
+    return DataError(f"{path}: {what}", fix=fix, where=[Where(path, line, what)])

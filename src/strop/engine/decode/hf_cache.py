@@ -1,0 +1,189 @@
+"""KV caches for a model's own forward: of decoding sequences, of prompts, and of finished sequences for reuse."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from strop.data.types import Ids
+from strop.engine.train.transfer import sent
+
+MIN_GROWTH = 64  # positions by which a buffer grows at least; otherwise by a quarter, as it is copied each time
+MIN_SHARED = 32  # tokens of a shared prefix below which processing it again is as fast
+
+Kv = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, heads, positions, size)
+
+
+class PrefillCache(Cache):  # type: ignore[misc]
+    """Cache of one forward pass over prompts: attends to `past`, and collects the new keys and values in `new`."""
+
+    def __init__(self, past: Kv) -> None:
+        super().__init__(layers=[])
+        self.past = past
+        self.new: Kv = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        assert layer_idx == len(self.new), "a layer that shares the keys of another"
+        self.new.append((key_states, value_states))
+        if not self.past:
+            return key_states, value_states
+        keys, values = self.past[layer_idx]
+        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+
+class DecodeCache(Cache):  # type: ignore[misc]
+    """Cache of decoding sequences: row i has `lengths[i]` positions, from the left. Buffers grow as needed.
+
+    Each forward pass writes one position a row. It is framed by `start_step` and `finish_step`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.lengths: list[int] = []
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._rows = self._positions = torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """Positions that attention sees in the next pass, the new one included."""
+        return max(self.lengths, default=0) + 1
+
+    def add(self, kv: Kv) -> None:
+        """Add a row at the end."""
+        length = kv[0][0].shape[2]
+        if not self._keys:
+            self._keys = [keys.new_zeros(0, keys.shape[1], 0, keys.shape[3]) for keys, _ in kv]
+            self._values = [values.new_zeros(0, values.shape[1], 0, values.shape[3]) for _, values in kv]
+        row = len(self.lengths)
+        self._grow(row + 1, max(length + 1, self.width))
+        for target, (keys, _) in zip(self._keys, kv, strict=True):
+            target[row, :, :length] = keys[0]
+        for target, (_, values) in zip(self._values, kv, strict=True):
+            target[row, :, :length] = values[0]
+        self.lengths.append(length)
+
+    def copy_row(self, row: int) -> Kv:
+        """Return a copy of a row."""
+        length = self.lengths[row]
+        return [
+            (keys[row : row + 1, :, :length].clone(), values[row : row + 1, :, :length].clone())
+            for keys, values in zip(self._keys, self._values, strict=True)
+        ]
+
+    def clear_row(self, row: int) -> None:
+        """Set a row to zero, so that NaN in it does not reach a later row in its place."""
+        for buffer in (*self._keys, *self._values):
+            buffer[row].zero_()
+
+    def remove(self, row: int) -> None:
+        """Remove a row. The last row takes its place; with the last row the buffers are freed."""
+        last = len(self.lengths) - 1
+        if last == 0:
+            self.lengths, self._keys, self._values = [], [], []
+            return
+        if row != last:
+            length = self.lengths[last]
+            for buffer in (*self._keys, *self._values):
+                buffer[row, :, :length] = buffer[last, :, :length]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+
+    def start_step(self, device: torch.device) -> Tensor:
+        """Make space for one position a row, and return the new positions, (rows, 1)."""
+        self._grow(len(self.lengths), self.width)
+        self._rows = torch.arange(len(self.lengths), device=device)
+        (self._positions,) = sent([np.array(self.lengths, dtype=np.int64)], device)
+        return self._positions[:, None]
+
+    def finish_step(self) -> None:
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        keys[self._rows, :, self._positions] = key_states[:, :, 0]
+        values[self._rows, :, self._positions] = value_states[:, :, 0]
+        rows, width = len(self.lengths), self.width
+        return keys[:rows, :, :width], values[:rows, :, :width]
+
+    def _grow(self, rows: int, width: int) -> None:
+        old_rows, _, old_width, _ = self._keys[0].shape
+        if rows <= old_rows and width <= old_width:
+            return
+        new_rows = max(rows, old_rows)
+        wanted = max(width, old_width + old_width // 4) if width > old_width else old_width
+        new_width = max(-(-wanted // MIN_GROWTH) * MIN_GROWTH, old_width)
+        self._keys = [_enlarge(buffer, new_rows, new_width) for buffer in self._keys]
+        self._values = [_enlarge(buffer, new_rows, new_width) for buffer in self._values]
+
+
+class PrefixCache:
+    """Keys and values of finished sequences, for later ones with the same prefix: a next turn, a shared system prompt.
+
+    max_tokens: capacity; the least recently used sequences are evicted.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._entries: OrderedDict[tuple[str | None, bytes], tuple[Ids, Kv]] = OrderedDict()
+
+    def add(self, adapter: str | None, ids: Ids, kv: Kv) -> None:
+        if len(ids) < MIN_SHARED or len(ids) > self._max_tokens:
+            return
+        for key, (known, _) in list(self._entries.items()):  # prefixes of the new sequence are redundant
+            if key[0] == adapter and len(known) <= len(ids) and np.array_equal(known, ids[: len(known)]):
+                del self._entries[key]
+        self._entries[adapter, ids.tobytes()] = (ids, kv)
+        while sum(len(known) for known, _ in self._entries.values()) > self._max_tokens:
+            self._entries.popitem(last=False)
+
+    def find(self, adapter: str | None, ids: Ids) -> Kv:
+        """Return the longest cached prefix of `ids` without its last token; [] if it is shorter than MIN_SHARED."""
+        best, longest = None, MIN_SHARED - 1
+        for key, (known, _) in self._entries.items():
+            if key[0] != adapter:
+                continue
+            width = min(len(known), len(ids) - 1)
+            differing = np.nonzero(known[:width] != ids[:width])[0]
+            num_shared = int(differing[0]) if len(differing) else width
+            if num_shared > longest:
+                best, longest = key, num_shared
+        if best is None:
+            return []
+        self._entries.move_to_end(best)
+        return slice_positions(self._entries[best][1], 0, longest)
+
+
+def num_positions(kv: Kv) -> int:
+    return int(kv[0][0].shape[2]) if kv else 0
+
+
+def concatenate(parts: Sequence[Kv]) -> Kv:
+    """Concatenate keys and values along the positions; [] if there are none."""
+    parts = [part for part in parts if part]
+    if len(parts) < 2:
+        return parts[0] if parts else []
+    return [
+        (torch.cat([part[layer][0] for part in parts], 2), torch.cat([part[layer][1] for part in parts], 2))
+        for layer in range(len(parts[0]))
+    ]
+
+
+def slice_positions(kv: Kv, start: int, end: int) -> Kv:
+    """Return positions `start` to `end`, as views."""
+    return [(keys[:, :, start:end], values[:, :, start:end]) for keys, values in kv]
+
+
+def _enlarge(buffer: Tensor, rows: int, width: int) -> Tensor:
+    enlarged = buffer.new_zeros(rows, buffer.shape[1], width, buffer.shape[3])
+    enlarged[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+    return enlarged

@@ -1,0 +1,131 @@
+"""Policy losses: learn from rewards for completions that the model sampled itself (GRPO and its variants)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from strop.config.schema import TrainSection
+from strop.objectives.objective import Objective, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STD_EPS = 1e-4  # added to a group's standard deviation, as in TRL
+REWARD_TOLERANCE = 1e-9  # rewards that differ by less are equal
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Input of a policy loss, one entry per sampled token, all of shape (M,) and fp64.
+
+    logprobs: under the current policy, differentiable. old_logprobs: when sampled. ref_logprobs: under the reference
+    model. advantages: of the completion that the token belongs to.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    advantages: Tensor
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """losses, kl: per token, shape (M,). clipped: bool of shape (M,), where clipping removed the gradient."""
+
+    losses: Tensor
+    kl: Tensor
+    clipped: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss(Objective):
+    """An objective that learns from rewards.
+
+    compute: loss of each token. advantages: of the completions of one group, from their rewards.
+    token_weight: weight of each token of a completion, by the completion's length. divisor: what the weighted sum over
+    an effective batch is divided by, from the lengths of all its completions.
+    """
+
+    compute: Callable[[SampledTokens, TrainSection], TokenLosses]
+    advantages: Callable[[Sequence[float], TrainSection], list[float]]
+    token_weight: Callable[[int, TrainSection], float]
+    divisor: Callable[[Sequence[int], TrainSection], float]
+
+
+def grpo(tokens: SampledTokens, options: TrainSection) -> TokenLosses:
+    """Compute group relative policy optimization per token (Shao et al., arXiv:2402.03300, equations 3 and 4).
+
+    loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta r k3
+    r    = exp(logprob - old_logprob), with old_logprob from the engine that sampled the completion
+    k3   = ref / pi - log(ref / pi) - 1 (J. Schulman, "Approximating KL divergence", 2020; equation 4)
+
+    The factor r before k3 gives it the gradient of the KL divergence, which k3 alone does not have (DeepSeek-V3.2,
+    arXiv:2512.02556; also TRL's default). The bounds may differ, as in DAPO (arXiv:2503.14476, section 3.1).
+    """
+    low, high = require(options.clip_low), require(options.clip_high)
+    ratio = (tokens.logprobs - tokens.old_logprobs).exp()
+    unclipped = ratio * tokens.advantages
+    clipped = ratio.clamp(1 - low, 1 + high) * tokens.advantages
+    log_ratio = tokens.ref_logprobs - tokens.logprobs
+    kl = log_ratio.exp() - log_ratio - 1
+    return TokenLosses(require(options.beta) * ratio * kl - unclipped.minimum(clipped), kl, clipped < unclipped)
+
+
+def group_advantages(rewards: Sequence[float], options: TrainSection) -> list[float]:
+    """Return (reward - mean) / standard deviation for a group of two or more; all 0 if the rewards are equal.
+
+    `group_loss: dr_grpo` does not divide by the deviation, because that favours prompts which are nearly always or
+    nearly never answered well (Liu et al., arXiv:2503.20783, section 3.2).
+    """
+    if rewards_equal(rewards):
+        return [0.0] * len(rewards)
+    mean = fmean(rewards)
+    scale = 1.0 if options.group_loss == "dr_grpo" else stdev(rewards) + STD_EPS
+    return [(reward - mean) / scale for reward in rewards]
+
+
+def rewards_equal(rewards: Sequence[float]) -> bool:
+    return max(rewards) - min(rewards) < REWARD_TOLERANCE
+
+
+def group_token_weight(length: int, options: TrainSection) -> float:
+    """Return the weight of each token of a completion of `length` tokens.
+
+    `group_loss: grpo` weights completions equally (equation 3), so that a token of a long one counts less. `dapo`
+    (DAPO, section 3.3) and `dr_grpo` weight tokens equally.
+    """
+    return 1 / length if options.group_loss == "grpo" else 1.0
+
+
+def group_divisor(lengths: Sequence[int], options: TrainSection) -> float:
+    """Return the divisor of the loss sum: completions (grpo), tokens (dapo), or completions times the length limit,
+    which no completion changes (dr_grpo)."""
+    if options.group_loss == "dapo":
+        return float(sum(lengths))
+    return float(len(lengths)) * (1 if options.group_loss == "grpo" else require(options.answer_tokens))
+
+
+GRPO = PolicyLoss(
+    name="grpo",
+    data_kind="prompts",
+    source="arXiv:2402.03300, equations 3 and 4",
+    options={
+        "beta": 0.04,
+        "rewards": None,
+        "group": 8,
+        "answer_tokens": 256,
+        "group_loss": "dapo",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "updates": 1,
+    },
+    rate_share=0.1,
+    reference=True,
+    compute=grpo,
+    advantages=group_advantages,
+    token_weight=group_token_weight,
+    divisor=group_divisor,
+)

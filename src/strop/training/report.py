@@ -1,0 +1,210 @@
+"""Report a run: the "start" event, and at its end the adapter with its model card and report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from strop.config.schema import OBJECTIVE_OPTIONS
+from strop.data.types import Conversation
+from strop.distributed.devices import Devices
+from strop.engine.decode.decoder import why_not_decoder
+from strop.engine.eligibility import own_dropout
+from strop.errors import TROUBLESHOOTING_PAGE
+from strop.evaluation.diagnosis import diagnose
+from strop.evaluation.model_card import write_card
+from strop.machine.memory import MemoryMark
+from strop.models.adapters import save_adapter
+from strop.models.experts import in_experts
+from strop.models.lora import weight_change
+from strop.objectives.table import objective_of
+from strop.runs.events import read_events
+from strop.runs.folder import write_json
+from strop.training.dry_run import Forecast
+from strop.training.loop import evaluate, forget_lost_best
+from strop.training.preflight import Setup
+from strop.training.reference import with_reference
+from strop.training.rollouts import PolicyCriterion, VllmSampler
+from strop.training.state import Job, Progress, batch_stream, load_weights
+
+
+def describe_start(job: Job, setup: Setup) -> None:
+    """Log the "start" event, with notes on how the model is trained."""
+    num_trained = sum(weight.numel() for weight in job.state.weights.values())
+    parameters = {"trainable": num_trained, "all": setup.parameters}  # of the base, as `strop plan` counts
+    if num_expert_weights := in_experts(job.model):
+        parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle}
+    for text in _model_notes(job):
+        job.log.emit("note", text=text)
+    exact, multiple = job.recipe.train.exact, job.devices.world_size > 1
+    devices = {"devices": describe_devices(job.devices, exact)} if multiple else {}
+    job.log.emit(
+        "start",
+        steps=batch_stream(job.recipe, len(job.train)).total_steps,
+        step=job.state.progress.step,
+        engine=job.step.name,
+        why=job.step.why,
+        parameters=parameters,
+        **devices,
+    )
+
+
+def _model_notes(job: Job) -> Iterator[str]:
+    criterion, bias = job.criterion, job.recipe.lora.bias
+    if isinstance(criterion, PolicyCriterion):
+        if isinstance(criterion.sampler, VllmSampler):
+            yield f"completions are sampled by vLLM {criterion.sampler.version}"
+        elif why := why_not_decoder(job.model):
+            yield f"completions are sampled by transformers' generate: {why}"
+    if job.devices.world_size > 1 and not job.recipe.train.exact and (dropout := own_dropout(job.model)):
+        yield (
+            f"{dropout}: the model's own dropout is seeded per micro-batch, so masks differ from those on one device "
+            "(--train.exact true: the same)"
+        )
+    if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
+        yield f"lora.bias {bias} has no effect: this model has no such bias"
+    if job.step.lacking:
+        reason = f"{job.step.lacking}; see {TROUBLESHOOTING_PAGE}#triton"
+        yield f"PyTorch's own operations train this model, more slowly: {reason}"
+
+
+def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
+    """Load the best weights (the last, without an evaluation) into the model, on every device.
+
+    Returns how far training has moved the weights (models.lora.weight_change).
+    """
+    progress, base = job.state.progress, job.devices.base
+    forget_lost_best(job)
+    if job.eval and progress.best_step is None and progress.step:
+        evaluate(with_reference(job, reference_key))  # the last weights are the best that are left
+    with job.devices.all_or_none():
+        best_step = progress.best_step or progress.step
+        if best_step != progress.step:
+            load_weights(job.folder.checkpoint(best_step), job.state.weights)
+        (change,) = job.devices.run_passes(
+            lambda rank: [[job.model] if base is None else base.iter_modules()], weight_change, backward=False
+        )
+    return change
+
+
+def finish(
+    job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str, change: float | None
+) -> dict[str, Any]:
+    """Save the weights as the run's adapter, write report.json and return it. change: see load_best."""
+    progress, folder = job.state.progress, job.folder
+    identity = {name: setup.lock[name] for name in ("base", "template", "data")}
+    model = setup.resolved.recipe.model
+    identity |= {
+        "quantization": model.quantization,
+        "double_quantization": model.double_quantization,
+        "dtype": model.dtype,
+    }
+    identity["system"] = _shared_system(setup.data.train_conversations)
+    identity["reasoning"] = setup.data.renderer.reasoning
+    folder.answers.unlink(missing_ok=True)  # of an earlier session's adapter
+    save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
+    data = setup.data.report.as_json()
+    report: dict[str, Any] = {
+        "run": str(folder.path),
+        **progress_figures(progress),
+        "eval_loss": progress.best_loss,
+        "objective": _describe_objective(job, setup),
+        "skipped_steps": progress.skipped_steps,
+        "rollbacks": progress.rollbacks,
+        "weight_change": change,
+        "diagnosis": diagnose(read_events(folder.events), change),
+        "ended": ended,
+        "data": {**data["rows"], "by_reason": data["by_reason"]},
+        "data_report": data,
+        "memory": {
+            "predicted_peak_bytes": expected.peak_bytes(str(model.device)),
+            "calibrated_peak_bytes": expected.calibrated_bytes(str(model.device)),
+            "measured_peak_bytes": memory.peak_bytes(),
+            "micro_batch": asdict(expected.batch),
+            "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
+        },
+        "adapter": str(folder.adapter),
+        "adapter_step": progress.best_step or progress.step,
+        "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
+        "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
+        "machine": setup.lock["machine"],
+        "devices": _device_figures(job),
+        "exit": 0,
+    }
+    write_card(folder.adapter, report)
+    write_json(folder.report, report)
+    return report
+
+
+def _describe_objective(job: Job, setup: Setup) -> dict[str, Any]:
+    """Return the objective's name and options, and figures of the last step and the best evaluation.
+
+    For a reward model also where its score is read: `cut` at the end of a rendered conversation is replaced by `add`.
+    """
+    train, progress = job.recipe.train, job.state.progress
+    options = {name: getattr(train, name) for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None}
+    facts = {"name": train.objective, "options": options, "last": progress.figures, "held_out": progress.held_out}
+    objective = objective_of(train)
+    if objective is not None and objective.scored:
+        ending = setup.data.renderer.chat.mode(setup.data.train_conversations[0].messages).ending
+        facts["answer_end"] = {"cut": ending.cut, "add": ending.add}
+    return facts
+
+
+def progress_figures(progress: Progress) -> dict[str, Any]:
+    """Return counters and rates for report.json, also of a run that failed."""
+    seconds = max(progress.seconds, 1e-9)
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+        "tokens_per_s": progress.tokens / seconds,
+        "supervised_tokens_per_s": progress.supervised_tokens / seconds,
+        "seconds": progress.seconds,
+        "eval_seconds": progress.eval_seconds,
+        "save_seconds": progress.save_seconds,
+        "loss": {"first": progress.first_loss, "last": progress.last_loss},
+    }
+
+
+def describe_devices(devices: Devices, exact: bool) -> dict[str, Any]:
+    """Return the number of devices, nodes and threads, and how the base is placed."""
+    mode = "one" if devices.world_size == 1 else "replicated" if devices.base is None else "sharded"
+    return {
+        "count": devices.world_size,
+        "nodes": devices.nodes,
+        "mode": mode,
+        "exact": exact,
+        "threads": torch.get_num_threads(),
+        **({} if devices.base is None else {"base": devices.base.sizes()}),
+    }
+
+
+def _device_figures(job: Job) -> dict[str, Any]:
+    """Return the devices with the seconds of steps that were spent sending and waiting.
+
+    balance: the mean rank's computing time divided by that of the slowest.
+    """
+    progress = job.state.progress
+    return {
+        **describe_devices(job.devices, job.recipe.train.exact),
+        "communication_s": progress.communication_s,
+        "waiting_s": progress.waiting_s,
+        "balance": progress.computing_s / progress.slowest_s if progress.slowest_s else 1.0,
+        "tokens_per_s_each": progress.tokens / max(progress.seconds, 1e-9) / job.devices.world_size,
+    }
+
+
+def _shared_system(conversations: Iterable[Conversation]) -> str | None:
+    """Return the system prompt that every conversation starts with, or None."""
+    shared: str | None = None
+    for number, conversation in enumerate(conversations):
+        first = conversation.messages[0] if conversation.messages else None
+        system = first.content if first is not None and first.role == "system" else None
+        if system is None or (number > 0 and system != shared):
+            return None
+        shared = system
+    return shared

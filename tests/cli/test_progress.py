@@ -1,0 +1,119 @@
+"""Progress of runs and generation, on a terminal and in a file."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from strop.cli import progress
+from strop.cli.progress import (
+    EARLY_INTERVAL,
+    EARLY_SECONDS,
+    LATE_INTERVAL,
+    StatusLine,
+    generation_progress,
+    run_progress,
+    status_line,
+)
+
+STEP: dict[str, Any] = {"event": "step", "loss": 1.5, "tokens_per_s": 400.0, "seconds_left": 62.0}
+MARKUP = "[INST] x [/INST] [red]y[/]"  # text that Rich could read as markup
+
+
+def test_progress_in_a_file_is_a_line_per_interval() -> None:
+    out = io.StringIO()
+    start = {"event": "start", "time": 0.0, "step": 0, "steps": 3, "engine": "fast", "why": ""}
+    with run_progress(Console(file=out, soft_wrap=True)) as show:
+        show({**start, "parameters": {"trainable": 1, "all": 10}})
+        for number, seconds in enumerate((1.0, 1.5, 1.0 + EARLY_INTERVAL), start=1):
+            show({**STEP, "time": seconds, "step": number})
+        show({"event": "end", "time": 99.0, "step": 3})
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
+    assert lines == [f"step     {number}  loss 1.5000  400 tokens/s  1:02 left" for number in (1, 3)]
+
+
+def test_long_run_prints_fewer_lines() -> None:
+    out = io.StringIO()
+    late = EARLY_SECONDS + 2
+    with run_progress(Console(file=out)) as show:
+        for number, seconds in enumerate((1.0, late, late + EARLY_INTERVAL, late + LATE_INTERVAL), start=1):
+            show({**STEP, "steps": 9, "time": seconds, "step": number})
+    steps = [line.split()[1] for line in out.getvalue().splitlines() if line.startswith("step ")]
+    assert steps == ["1", "2", "4"]
+
+
+def wait_for_lines(out: io.StringIO, number: int) -> list[str]:
+    """Wait until `number` lines are printed, and return them."""
+    deadline = time.monotonic() + 60
+    while len(out.getvalue().splitlines()) < number and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return out.getvalue().splitlines()[:number]
+
+
+def test_status_line_shows_log_messages_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.001)
+    out = io.StringIO()
+    with status_line("loading the libraries", Console(file=out)):
+        assert wait_for_lines(out, 1) == ["still    loading the libraries (0 s)"]
+        logging.getLogger("strop.engine.kernels.cpu.warmup").info("compiling %s", "kernels")
+        before = len(out.getvalue().splitlines())
+        assert "still    compiling kernels (0 s)" in wait_for_lines(out, before + 3)
+    text = out.getvalue()
+    logging.getLogger("strop").info("no longer")
+    assert not logging.getLogger("strop").handlers and out.getvalue() == text
+
+
+def test_status_after_the_last_step_is_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    activities: list[str] = []
+    monkeypatch.setattr(StatusLine, "update", lambda _, activity: activities.append(activity))
+    with run_progress(Console(file=io.StringIO())) as show:
+        for number in (1, 2):
+            show({**STEP, "time": 1.0, "step": number, "steps": 2})
+    assert activities == ["computing step 2", "saving"]
+
+
+def test_generation_progress_removes_its_log_handler() -> None:
+    with generation_progress(Console(file=io.StringIO())) as advance:
+        advance("base", 1, 2)
+    assert not logging.getLogger("strop").handlers
+
+
+def test_markup_in_events_is_printed_literally() -> None:
+    out = io.StringIO()
+    choice = {"field": "lora.new_tokens", "value": [MARKUP], "origin": "option", "why": MARKUP}
+    figures: dict[str, Any] = {"step": 1, "to": 0, "passed": [], "rate_scale": 0.5, "rows": [MARKUP], "why": MARKUP}
+    events: list[dict[str, Any]] = [
+        {"event": "machine", "lines": [MARKUP]},
+        {"event": "recipe", "resuming": False, "choices": [choice]},
+        {"event": "note", "text": MARKUP},
+        *({"event": name, **figures} for name in ("skip", "doubt", "rollback", "stop")),
+        {"event": "override", "field": "data.train", "now": MARKUP, "was": [MARKUP]},
+    ]
+    with run_progress(Console(file=out, soft_wrap=True)) as show:
+        for event in events:
+            show(event)
+    assert [line.count(MARKUP) for line in out.getvalue().splitlines()] == [1, 2, 1, 2, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("done", "shown"), [(True, "dry run of 1,024 tokens"), (False, "skipping the dry run")])
+def test_dry_run_event_shows_predicted_memory(done: bool, shown: str) -> None:
+    """The event keeps the name that it has in events.jsonl."""
+    out = io.StringIO()
+    event = {"event": "rehearsal", "predicted_bytes": 2**30, "usable_bytes": 2**31, "tokens": 1024, "done": done}
+    with run_progress(Console(file=out, soft_wrap=True)) as show:
+        show(event)
+    assert out.getvalue() == f"memory   1.00 GiB predicted, 2.0 usable: {out.getvalue().partition('usable: ')[2]}"
+    assert shown in out.getvalue()
+
+
+def test_markup_in_a_status_line_on_a_terminal_is_printed_literally() -> None:
+    out = io.StringIO()
+    with status_line(f"merging into {MARKUP}", Console(file=out, force_terminal=True, width=200)) as status:
+        status.update(f"reading {MARKUP}")
+    assert MARKUP in out.getvalue()

@@ -1,0 +1,57 @@
+"""Printed results: summaries, tables, JSON and untrusted text."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from strop.cli import chat
+from strop.cli.tables import SafeConsole, print_adapters, print_json, print_run_summary
+
+FIGURES = {"steps": 3, "tokens": 9, "seconds": 1.0, "tokens_per_s": 9.0, "supervised_tokens_per_s": 4.0}
+MARKUP = "[INST] x [/INST] [red]y[/]"  # text that Rich could read as markup
+
+
+def test_run_summary_compares_predicted_and_measured_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    memory = {"predicted_peak_bytes": 2**30, "measured_peak_bytes": 5 * 2**28}
+    print_run_summary({"run": "r", "adapter": "a", "memory": memory, **FIGURES}, False)
+    assert "memory   1.25 GiB measured, 1.00 predicted (+25%)" in capsys.readouterr().err
+
+
+def test_markup_in_names_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
+    print_run_summary({"run": "runs/a[/b]", "adapter": "runs/a[/b]/adapter", "diagnosis": [MARKUP], **FIGURES}, False)
+    err = capsys.readouterr().err
+    assert "runs/a[/b]/adapter" in err and "runs/a[/b]/report.html" in err and MARKUP in err
+    assert "chat 'runs/a[/b]'" in err  # quoted for a shell
+    out, facts = io.StringIO(), {"base": "[/b]", "rank": 4, "target_modules": ["q_proj"], "size_bytes": 1}
+    print_adapters([{"folder": "a[red]x", "score": "-", **facts}], Console(file=out, width=200))
+    assert "a[red]x" in out.getvalue() and "[/b]" in out.getvalue()
+
+
+def test_control_characters_are_printed_as_codes() -> None:
+    out = io.StringIO()
+    text = "rows.jsonl:100: a\x1b[2J\x1b]0;t\x07\x9b31m\x7fb\nc"
+    SafeConsole(file=out, soft_wrap=True).print(text, markup=False)
+    assert out.getvalue() == "rows.jsonl:100: a\\x1b[2J\\x1b]0;t\\x9b31m\\x7fb\nc\n"
+
+
+def test_control_characters_in_an_answer_are_printed_as_codes_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    chat._write("a\x1b[2J\n")
+    assert capsys.readouterr().out == "a\\x1b[2J\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_json_is_valid_for_any_encoding_of_stdout(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    print_json({"file": "rü\udcff.jsonl"}, True)
+    out.flush()
+    assert json.loads(out.buffer.getvalue()) == {"file": "rü\udcff.jsonl"}  # type: ignore[attr-defined]
