@@ -13,8 +13,8 @@ import numpy as np
 
 from strop.engine.decode.batch import Batch
 from strop.engine.decode.decoder import Decoder
+from strop.engine.decode.model import load
 from strop.engine.decode.sampling import Text
-from strop.models.adapters import load
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from strop.errors import InputError, RunError, Stopped, StropError
 
 if TYPE_CHECKING:
+    from strop.engine.decode.model import Model
     from strop.export.gguf import Exported
     from strop.export.hub import Pushed
     from strop.export.merge import Merged
     from strop.export.ollama import Prepared
-    from strop.models.adapters import Model
     from strop.planning.compare import Row
     from strop.planning.plan import Plan
     from strop.training.run import Run
@@ -252,8 +252,8 @@ def load(
     force: bool = False,
 ) -> Model:
     """A run, adapter or model folder, .gguf file, Hub id or `demo`, ready to `.generate` and `.chat`."""
+    from strop.engine.decode.model import load as load_model
     from strop.machine.torch_state import own_torch
-    from strop.models.adapters import load as load_model
 
     with own_torch():
         return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)

@@ -17,11 +17,11 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Message
 from strop.engine.decode.batch import Batch
 from strop.engine.decode.generate import Answer
+from strop.engine.decode.model import Model
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import evaluate_models, leaderboard, read_conversations
-from strop.models.adapters import Model
 from tests.support.families import tokenizer
 from tests.support.runs import QUICK, run
 from tests.support.templates import tokenizer as of_trait

@@ -18,10 +18,10 @@ from strop.engine.decode.cache import Blocks
 from strop.engine.decode.decoder import Decoder, Reads
 from strop.engine.decode.eligibility import unanswerable
 from strop.engine.decode.hf_fallback import PlainDecoder
+from strop.engine.decode.model import load
 from strop.engine.decode.prefix_cache import Kept
 from strop.engine.decode.sampling import NoToken, Sampling, Text
 from strop.errors import ModelError
-from strop.models.adapters import load
 from strop.models.detokenizer import Words
 from strop.serve.engine import Engine, Full, Job, Piece
 from strop.serve.grammar import _Grammar

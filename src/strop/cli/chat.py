@@ -12,9 +12,9 @@ from rich.table import Table
 
 from strop.cli.progress import alive
 from strop.cli.terminal import Screen, console, plain, print_notes
+from strop.engine.decode.model import Model, load
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, StropError, nearest
-from strop.models.adapters import Model, load
 
 HELP = {
     "/base": "answer without the adapter",

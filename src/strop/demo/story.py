@@ -10,10 +10,10 @@ from strop.cli.tables import print_samples, print_scores
 from strop.cli.terminal import answering, console, watching
 from strop.config.load import resolve
 from strop.demo import data_files
+from strop.engine.decode.model import load
 from strop.evaluation.compare import compare
 from strop.evaluation.held_out import count_train_rows, trained_on
 from strop.evaluation.run import add_to_report, read_conversations
-from strop.models.adapters import load
 from strop.runs.folder import RunFolder, next_numbered
 from strop.training.run import train
 

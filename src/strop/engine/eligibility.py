@@ -15,7 +15,8 @@ from torch import nn
 
 from strop.engine.train.dropout import CountedDropout
 from strop.engine.train.full_modules import used
-from strop.engine.train.fused_linear import Quantized, base_of, on_a_weight
+from strop.engine.train.fused_linear import base_of
+from strop.models.experts import is_weight_adapter
 from strop.models.families.layers import (
     FAMILIES,
     Family,
@@ -26,6 +27,7 @@ from strop.models.families.layers import (
     rotary_of,
     text_of,
 )
+from strop.models.quantize import QuantizedLinear
 
 TRAINED = (
     ".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".trainable_tokens_delta.",
@@ -124,7 +126,7 @@ def odd_adapter(name: str, module: LoraLayer, known: set[int]) -> str | None:
     if id(module) not in known:
         return f"an adapter on {name}"
     variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
-    usual = type(module) is PeftLinear or on_a_weight(module)
+    usual = type(module) is PeftLinear or is_weight_adapter(module)
     if not usual or variants or any(module.lora_bias.values()):
         return f"{name}: a variant of LoRA ({type(module).__name__})"
     return f"{name}: its adapter is merged" if module.merged else None
@@ -134,7 +136,7 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
     """Why a model of a known family is not computed by its row of the table, adapters aside."""
     for layer in decoder.layers:
         for module in (base_of(module) for group in linears(layer, family) for module in group):
-            if type(module) is not nn.Linear and not isinstance(module, Quantized):
+            if type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
                 return f"unknown weights ({type(module).__name__})"
     parts = [decoder, base.get_output_embeddings()]
     theirs = {id(p) for part in own_parts(decoder, family) for p in part.parameters()}  # routers are in fp32, in some
@@ -148,7 +150,7 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
         p for name, p in named if p.is_floating_point() and not (p.requires_grad and name.endswith("bias"))
     ]
     kinds = {(p.dtype, p.device) for p in weights} | {
-        (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, Quantized)
+        (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, QuantizedLinear)
     }
     if len(kinds) != 1:
         return "base weights of several types or on several devices"

@@ -8,8 +8,8 @@ from strop.data.types import Ids
 from strop.distributed.assign import deal
 from strop.distributed.devices import Devices
 from strop.engine.decode.generate import Answer
+from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Expected
-from strop.models.adapters import Model
 
 
 def answers(

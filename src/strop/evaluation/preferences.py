@@ -16,11 +16,12 @@ from strop.data.rendering.pairs import render_pairs
 from strop.data.rendering.render import RenderError
 from strop.data.types import Conversation, Example
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model
 from strop.engine.step import step_for
 from strop.errors import DataError, Where
 from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import Z_95, paired_difference, wilson
-from strop.models.adapters import Model, is_reward
+from strop.models.adapters import is_reward
 from strop.models.reward_head import head_of
 
 METRIC = "preference"

@@ -15,6 +15,7 @@ from strop.data.reading.sources import RowFault, read_rows
 from strop.data.store import digest, dumps
 from strop.data.types import Conversation
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import load, load_renderer
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
 from strop.evaluation.compare import FIGURES, Advance, Side, as_judged, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
@@ -26,7 +27,7 @@ from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import adapter_folder, is_reward, load, load_renderer, refuse_other_kind
+from strop.models.adapters import adapter_folder, is_reward, refuse_other_kind
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
 

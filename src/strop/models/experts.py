@@ -278,3 +278,8 @@ def _wrapped(outer: ParamWrapper, x: Tensor, index: Tensor, weights: Tensor) -> 
         result: Tensor = wrapper(x, index, weights)
         return result
     return experts_product(wrapper, found, x, index, weights)
+
+
+def is_weight_adapter(module: nn.Module) -> bool:
+    """Whether this is peft's adapter on a linear layer's weight (a mixture's dense and shared layers): the same sum."""
+    return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)

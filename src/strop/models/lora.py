@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from strop.config.schema import LoraSection
-from strop.engine.train.fused_linear import on_a_weight
 from strop.errors import ModelError, RecipeError, nearest
-from strop.models.experts import by_parameter, expert_parameters, is_experts, sizes, sum_experts_once
+from strop.models.experts import by_parameter, expert_parameters, is_experts, is_weight_adapter, sizes, sum_experts_once
 from strop.models.multimodal import in_text, text_path
 from strop.models.quantize import QuantizedLinear, added, is_plain, passed_by, why_not
 from strop.models.reward_head import HEAD, TASK, add_head, check_head
@@ -249,7 +248,7 @@ def sum_once(model: peft.PeftModel) -> peft.PeftModel:
     forward rounds it away (docs/performance.md has what that costs).
     """
     for module in model.modules():
-        if (type(module) is PeftLinear or on_a_weight(module)) and isinstance(module.base_layer, nn.Linear):
+        if (type(module) is PeftLinear or is_weight_adapter(module)) and isinstance(module.base_layer, nn.Linear):
             module.forward = partial(_summed_once, module)
     sum_experts_once(model)
     return model

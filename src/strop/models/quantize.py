@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any, TypeGuard, cast
@@ -20,8 +21,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.engine.kernels.dispatch import unpacking
-from strop.engine.train.fused_linear import PackedWeight, Quantized
 from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
 from strop.models.families.shape import SMALLEST
@@ -29,6 +28,22 @@ from strop.models.families.shape import SMALLEST
 BLOCK, NESTED = 64, 256  # weights that share a constant; constants that share one
 BLOCKS = [1 << bits for bits in range(5, 13)]  # sizes that bitsandbytes makes
 FOUR_BIT = ("nf4", "fp4")
+
+
+_kernels: list[Callable[[torch.device, torch.dtype], Any]] = []  # set once, by strop.engine.kernels.dispatch
+
+
+def set_dequantize_kernels(find: Callable[[torch.device, torch.dtype], Any]) -> None:
+    """Register the function that finds GPU kernels for a device and a dtype, or returns None where there are none.
+
+    The kernels are in strop.engine, which this package does not import.
+    """
+    _kernels[:] = [find]
+
+
+def dequantize_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the module with the GPU's own dequantization kernels, or None."""
+    return _kernels[0](device, dtype) if _kernels else None
 
 
 def _bitsandbytes() -> Any:
@@ -65,7 +80,21 @@ def _writes_into() -> bool:
     return Version(version("bitsandbytes")) >= Version("0.50")
 
 
-class QuantizedLinear(nn.Linear, Quantized):
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight (n, k) in small numbers. int8 (n, k), times scale (n,) fp32.
+
+    Or, with a `code` (16,) fp32: bytes (n k / 2) with two places in it each, the first in the upper half; each `share`
+    of these numbers, which does not go over the end of a row, is times one of `scale`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    code: Tensor | None = None
+    share: int = 0
+
+
+class QuantizedLinear(nn.Linear):
     """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each product and again in the backward.
 
     weight: the packed bytes. `constants`: tensors by bitsandbytes' names (absmax, nested_absmax, quant_map, ...).
@@ -119,7 +148,7 @@ class QuantizedLinear(nn.Linear, Quantized):
         """The weight (out, in) in `dtype`; in `out`, where it is given and of this type."""
         if out is not None and (out.dtype != self.dtype or not out.is_contiguous()):
             return out.copy_(self.dequantized())
-        if (kernels := unpacking(self.weight.device, self.dtype)) is not None:
+        if (kernels := dequantize_kernels(self.weight.device, self.dtype)) is not None:
             return self._unpacked(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out

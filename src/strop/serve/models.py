@@ -11,8 +11,9 @@ from strop.data.rendering.render import Renderer, RenderError
 from strop.data.row_formats import BadRow, asked
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import own_ends
+from strop.engine.decode.model import load
 from strop.errors import ModelError
-from strop.models.adapters import adapter_folder, load, read_identity, renderer_of, with_tokenizer
+from strop.models.adapters import adapter_folder, read_identity, renderer_of, with_tokenizer
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
 from strop.serve.errors import Refusal

@@ -31,6 +31,7 @@ from strop.data.prepare import prepare
 from strop.data.rendering.render import Renderer
 from strop.data.types import Ids
 from strop.engine.decode.generate import own_ends
+from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import rows as general_rows
@@ -40,7 +41,6 @@ from strop.models.adapters import (
     base_source,
     check_base,
     check_weights,
-    load,
     refuse_other_kind,
     with_tokenizer,
 )

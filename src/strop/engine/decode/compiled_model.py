@@ -16,9 +16,10 @@ from strop.engine.decode.exact_argmax import Screen, screen_for
 from strop.engine.decode.sampling import Seen
 from strop.engine.kernels.dispatch import answering_loops
 from strop.engine.layers import Layers, NormPart, about
-from strop.engine.train.fused_linear import Quantized, base_of
+from strop.engine.train.fused_linear import base_of
 from strop.machine.malloc import own_pages
 from strop.models.families.layers import ACTIVATIONS
+from strop.models.quantize import QuantizedLinear
 
 
 class CompiledPass:
@@ -212,7 +213,7 @@ class CompiledPass:
         )
 
     def _weight(self, base: Any, *, whole: bool) -> Any:
-        if not isinstance(base, Quantized):
+        if not isinstance(base, QuantizedLinear):
             return self._loops.Dense(_array(base.weight.data))
         packed = None if whole else base.packed()
         if packed is None:
@@ -251,7 +252,7 @@ def _outputs(weight: Any) -> int:
 
 def _gains(module: Any, name: str, base: Any) -> Any:
     """DoRA's m / |W + s B A|, row by row (functions.Dora)."""
-    weight = (base.dequantized() if isinstance(base, Quantized) else base.weight).detach().float()
+    weight = (base.dequantized() if isinstance(base, QuantizedLinear) else base.weight).detach().float()
     down, up = module.lora_A[name].weight.detach().float(), module.lora_B[name].weight.detach().float()
     norm = torch.linalg.vector_norm(weight + float(module.scaling[name]) * (up @ down), dim=1)
     return (module.lora_magnitude_vector[name].weight.detach().float() / norm).numpy()

@@ -21,6 +21,7 @@ from strop.engine.train.dropout import Drops
 from strop.engine.train.fused_linear import Joined
 from strop.engine.train.packing import Documents
 from strop.machine.probe import TILED_RANK, probe
+from strop.models.quantize import set_dequantize_kernels
 
 # Which loops of a CPU: those that most models need, every one, or those of products in integers.
 USUAL, ALL, INTEGERS = "usual", "all", "integers"
@@ -150,14 +151,16 @@ def kernels_lack(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> s
     return why_not(torch.device("cuda", index))
 
 
-def unpacking(device: torch.device, dtype: torch.dtype) -> Any:
-    """engine.card.unpack: weights in 4 and 8 bit as numbers of this type, by a card's own kernels; None where there are
-    none."""
+def _dequantize_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """Return strop.engine.kernels.cuda.dequantize, or None where the GPU's kernels cannot be used."""
     if kernels_lack(device, dtype) is not None:
         return None
     from strop.engine.kernels.cuda import dequantize
 
     return dequantize
+
+
+set_dequantize_kernels(_dequantize_kernels)  # models are below the engine and do not import it
 
 
 def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, integers: bool = False) -> Processor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from strop.engine.kernels.protocols import FrozenProduct, LoraProducts, Ops, Room, apply
@@ -20,38 +18,7 @@ from strop.engine.train.dropout import CountedDropout, Dropped, Drops, grown
 from strop.engine.train.full_modules import without
 from strop.engine.train.lora_linear import Enter, Frozen, LoraLinear
 from strop.engine.train.norms import Norm
-
-
-class Quantized(ABC):
-    """A frozen linear layer that holds its weight in another form (model.quantize.QuantizedLinear).
-
-    No protocol: from Python 3.12 on a check against one does not see what nn.Module keeps aside, as a weight.
-    """
-
-    dtype: torch.dtype
-    weight: Tensor
-    in_features: int
-
-    @abstractmethod
-    def dequantized(self, out: Tensor | None = None) -> Tensor: ...
-
-    @abstractmethod
-    def packed(self) -> PackedWeight | None: ...
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight (n, k) in small numbers. int8 (n, k), times scale (n,) fp32.
-
-    Or, with a `code` (16,) fp32: bytes (n k / 2) with two places in it each, the first in the upper half; each `share`
-    of these numbers, which does not go over the end of a row, is times one of `scale`.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    code: Tensor | None = None
-    share: int = 0
-
+from strop.models.quantize import QuantizedLinear
 
 ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]
 Held = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
@@ -60,11 +27,6 @@ Held = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | Non
 def base_of(module: Any) -> Any:
     """The model's own module, under an adapter, new tokens or a copy that is trained in full."""
     return module.base_layer if isinstance(module, LoraLayer) else without(module)
-
-
-def on_a_weight(module: nn.Module) -> bool:
-    """Whether this is peft's adapter on a linear layer's weight (a mixture's dense and shared layers): the same sum."""
-    return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)
 
 
 @dataclass(frozen=True)
@@ -131,7 +93,7 @@ class Joined:
         self._trained = any(bias is not None and bias.requires_grad for bias in biases)
         self.bias = _side_by_side(biases) if biases[0] is not None and not self._trained else None
         weights = [base.weight for base in self.bases]
-        if any(isinstance(base, Quantized) for base in self.bases):
+        if any(isinstance(base, QuantizedLinear) for base in self.bases):
             self.weight = held(lambda: workspace.side_by_side(self.bases), self._eight_bit)
         else:
             if not _lie_so(weights):
@@ -143,7 +105,7 @@ class Joined:
 
     def _eight_bit(self) -> tuple[Tensor, Tensor] | None:
         """int8 (n, k) and scale (n,) of all modules, which become views of them; None where one is not in 8 bit."""
-        packed = [base.packed() if isinstance(base, Quantized) else None for base in self.bases]
+        packed = [base.packed() if isinstance(base, QuantizedLinear) else None for base in self.bases]
         scales = [one.scale for one in packed if one is not None and one.code is None]
         if len(scales) < len(self.bases):
             return None
@@ -213,12 +175,12 @@ class Workspace:
 
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
         """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
-        like = next(base for base in bases if isinstance(base, Quantized))
+        like = next(base for base in bases if isinstance(base, QuantizedLinear))
         rows = sum(base.out_features for base in bases)
         whole, at = self._weights(rows, like.in_features, like.weight.new_empty(0, dtype=like.dtype)), 0
         for base in bases:  # one at a time: two of an 8B model's are 235 MB
             place = whole[at : at + base.out_features]
-            if isinstance(base, Quantized):
+            if isinstance(base, QuantizedLinear):
                 base.dequantized(place)
             else:
                 place.copy_(base.weight.detach())

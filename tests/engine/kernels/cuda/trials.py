@@ -226,7 +226,7 @@ def test_unpacking_gives_the_bits_of_bitsandbytes(
         place = torch.full((shape[0] + 1, shape[1]), 7.0, dtype=dtype)
         expected = layer.dequantized()
         with monkeypatch.context() as patch:
-            patch.setattr("strop.models.quantize.unpacking", lambda device, dtype: dequantize)
+            patch.setattr("strop.models.quantize.dequantize_kernels", lambda device, dtype: dequantize)
             found = layer.dequantized()
             assert layer.dequantized(place[:-1]).data_ptr() == place.data_ptr()
         assert torch.equal(place[:-1], found) and (place[-1] == 7).all()
