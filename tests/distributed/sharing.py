@@ -16,7 +16,7 @@ from strop.distributed.devices import Devices
 from strop.distributed.sharded import Sharded
 from strop.engine.train.fast import FastLoss
 from strop.errors import RunError
-from strop.models import load_shard
+from strop.models import sharding
 from strop.models.sharding import GRAIN, Parts, Slot, Unit
 from tests.distributed.crew import Prepare, crew, inside
 from tests.distributed.suite import NEAR, Lab, apart, at_step, codes, events, said, write_pairs
@@ -175,7 +175,7 @@ def goes_on(lab: Lab) -> None:
     assert codes(ended) == [2, 2] and "not with lora.use_dora" in said(ended), said(ended)
 
     def poison() -> None:
-        read = load_shard.Tensors.part
+        read = sharding.Tensors.part
 
         def poisoned(self: Any, name: str, low: int, high: int) -> torch.Tensor:
             found = read(self, name, low, high)
@@ -183,7 +183,7 @@ def goes_on(lab: Lab) -> None:
                 found[:4] = torch.tensor([0, 0, 0xC0, 0x7F], dtype=torch.uint8)
             return found
 
-        mock.patch.object(load_shard.Tensors, "part", poisoned).start()
+        mock.patch.object(sharding.Tensors, "part", poisoned).start()
 
     _, ended = lab.train(2, *SHARDED, prepare={1: poison})
     assert codes(ended) == [2, 2] and "holds NaN or infinity" in ended[1].said, said(ended)

@@ -26,7 +26,7 @@ from strop.export.merge import merge
 from strop.export.template_strings import STRINGS
 from strop.export.tuned import Trained, Tuned
 from strop.export.verify_gguf import check_text
-from strop.models.families.gguf_export import FAMILIES, Layout, interleaved
+from strop.models.families.gguf import FAMILIES, Layout, interleaved
 from strop.models.load import load_config
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer

@@ -24,7 +24,7 @@ from strop.export import gguf as module
 from strop.export import gguf_tokenizer, llama_cpp
 from strop.export.gguf import export_gguf
 from strop.export.tuned import Trained, Tuned
-from strop.models.families.gguf_export import Layout
+from strop.models.families.gguf import Layout
 from strop.models.load import load_config
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer

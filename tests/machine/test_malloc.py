@@ -9,7 +9,7 @@ import pytest
 
 BLOCKS = """
 import resource
-from strop.machine.malloc import keep_pages
+from strop.machine.memory import keep_pages
 
 if {kept}:
     keep_pages()

@@ -22,8 +22,7 @@ from strop.models.experts import QuantizedExperts
 from strop.models.load import load_base, skeleton, stream_weights
 from strop.models.lora import add_lora, check_lora, linear_kinds, trainable
 from strop.models.source import locate
-from strop.models.tensor_files import Tensors
-from strop.models.tensor_names import Layout
+from strop.models.tensor_files import Layout, Tensors
 from tests.support import tiny_families
 from tests.support.tiny import examples, write_rows
 

@@ -20,8 +20,8 @@ from strop.config.schema import LoraSection
 from strop.errors import ModelError
 from strop.models.families.shape import peek
 from strop.models.load import load_base, load_config, skeleton
-from strop.models.load_shard import load_share
 from strop.models.lora import add_lora
+from strop.models.sharding import load_share
 from strop.models.source import Source, fingerprint, locate, safetensors_header
 from strop.models.tokenizer import load_tokenizer
 from tests.support import tiny

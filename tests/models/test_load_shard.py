@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from strop.errors import ModelError
-from strop.machine.malloc import give_back
+from strop.machine.memory import give_back
 from strop.models import tensor_files
 from strop.models.experts import QuantizedExperts
 from strop.models.load import load_base
-from strop.models.load_shard import load_share
 from strop.models.quantize import QuantizedLinear
-from strop.models.sharding import EMBEDDING, GRAIN, HEAD, Parts, Slot, Unit, digest
+from strop.models.sharding import EMBEDDING, GRAIN, HEAD, Parts, Slot, Unit, digest, load_share
 from strop.models.source import Source, locate
 from tests.support import tiny, tiny_families
 

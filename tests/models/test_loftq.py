@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import strop
 from strop.config.schema import LoraSection
 from strop.errors import InputError
-from strop.models import loftq
+from strop.models import lora
 from strop.models.load import load_base
 from strop.models.lora import add_lora
 from strop.models.quantize import QuantizedLinear
@@ -24,7 +24,7 @@ def moved(folder: Path, scheme: str) -> list[tuple[torch.Tensor, torch.Tensor, t
     """(weight, what the quantized layer holds, what its adapter adds) for each quantized layer."""
     weights = load_file(folder / "model.safetensors")
     model = add_lora(load_base(locate(str(folder)), torch.float32, "cpu", quantization=scheme), SECTION, None)
-    loftq.fill_in(model, locate(str(folder)))
+    lora.fill_in(model, locate(str(folder)))
     found = []
     for path, module in model.get_base_model().named_modules():
         base = getattr(module, "base_layer", None)

@@ -16,11 +16,11 @@ from strop.config.schema import LoraSection
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import InputError, ModelError
+from strop.models.families.shape import target_names
 from strop.models.load import load_base
 from strop.models.lora import add_lora, check_lora, kinds_of, linear_kinds, trainable, trained_whole
 from strop.models.quantize import QuantizedLinear, quantizable
 from strop.models.source import locate
-from strop.models.targets import target_names
 from tests.engine.train.test_fast import assert_same, step
 from tests.support import tiny
 from tests.support.families import tokenizer

@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 import strop
 from strop.export.merge import merge
+from strop.models.introspect import in_text, text_path
 from strop.models.load import load_base, skeleton
-from strop.models.multimodal import in_text, text_path
 from strop.models.source import locate
 from tests.support import tiny_families
 from tests.support.tiny import write_rows

@@ -25,9 +25,9 @@ from strop.engine.train.plain import PlainLoss
 from strop.errors import ModelError
 from strop.models.families.shape import peek
 from strop.models.load import load_base, packed_folder, skeleton
-from strop.models.load_shard import load_share
 from strop.models.lora import add_lora, trainable
 from strop.models.quantize import QuantizedLinear, _packed_by_operations, make_resident, pack, quantizable
+from strop.models.sharding import load_share
 from strop.models.source import locate, prequantized
 from strop.models.tensor_files import is_whole, quantize_folder
 from strop.runs.events import read_events

@@ -18,7 +18,7 @@ from peft import PeftModel
 from strop.config.schema import TrainSection
 from strop.data.types import Example, Group, Unit
 from strop.engine.step import Step, step_for
-from strop.models.reward_head import head_of
+from strop.models.lora import head_of
 from strop.objectives.grpo import GRPO, advantages
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import EventLog

@@ -22,7 +22,7 @@ from strop.engine.decode.model import load
 from strop.engine.decode.prefix_cache import Kept
 from strop.engine.decode.sampling import NoToken, Sampling, Text
 from strop.errors import ModelError
-from strop.models.detokenizer import Words
+from strop.models.tokenizer import Words
 from strop.serve.engine import Engine, Full, Job, Piece
 from strop.serve.grammar import _Grammar
 from strop.serve.metrics import Metrics

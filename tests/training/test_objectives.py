@@ -22,7 +22,7 @@ from strop.data.types import Unit
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
 from strop.models import adapters
-from strop.models.reward_head import head_of
+from strop.models.lora import head_of
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from strop.dash.files import DAMAGED, open_file
 from strop.dash.tags import mark_of
-from strop.machine.malloc import give_back
+from strop.machine.memory import give_back
 from strop.runs.events import event_of
 
 Event = dict[str, Any]

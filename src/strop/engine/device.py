@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from strop.engine.kernels.cpu.precision import measure as measure
 from strop.errors import DeviceError
-from strop.machine.malloc import keep_pages
+from strop.machine.memory import keep_pages
 from strop.machine.probe import TILED_RANK, probe
 from strop.machine.rates import keep_precision, known_precision
 

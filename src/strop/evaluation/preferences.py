@@ -22,7 +22,7 @@ from strop.errors import DataError, Where
 from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import Z_95, paired_difference, wilson
 from strop.models.adapters import is_reward
-from strop.models.reward_head import head_of
+from strop.models.lora import head_of
 
 METRIC = "preference"
 TOKENS = 2048  # of a micro-batch

@@ -29,7 +29,7 @@ from strop.export.merge import check_measured, check_memory, rounded
 from strop.export.tuned import Tuned
 from strop.export.verify_gguf import LIMITS, Findings, checking
 from strop.export.weight_changes import beyond_lora, module_scales, names_in, read_weights
-from strop.models.families.gguf_export import Layout
+from strop.models.families.gguf import Layout
 from strop.models.load import load_config, weights_folder
 from strop.models.tensor_files import Tensors
 from strop.models.tokenizer import load_tokenizer

@@ -43,12 +43,11 @@ from strop.models.adapters import (
     with_tokenizer,
 )
 from strop.models.experts import PackedExperts, expert_parameters, pack_experts, packable
+from strop.models.introspect import in_text
 from strop.models.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
-from strop.models.multimodal import in_text
 from strop.models.quantize import pack, unpack
 from strop.models.source import Source, fingerprint, quantized_by
-from strop.models.tensor_files import SHARD_BYTES, Tensors
-from strop.models.tensor_names import Group, Layout
+from strop.models.tensor_files import SHARD_BYTES, Group, Layout, Tensors
 from strop.models.tokenizer import load_tokenizer, new_rows
 from strop.objectives.table import learning_of
 from strop.planning.phases import MEASURING_BYTES, measuring_bytes

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from strop.data.types import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
-from strop.machine.malloc import give_back
-from strop.models.biases import without_adapter
+from strop.machine.memory import give_back
+from strop.models.adapters import without_adapter
 from strop.planning.phases import POSITIONS
 
 LOG = logging.getLogger(__name__)

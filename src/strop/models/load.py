@@ -25,11 +25,12 @@ from transformers.models.auto.modeling_auto import (
 from strop.config.schema import DEVICES
 from strop.errors import ModelError, RecipeError, first_line
 from strop.models.experts import growths, make_experts_resident
-from strop.models.families.gguf_weights import read_tensors
-from strop.models.multimodal import text_forward
+from strop.models.families.gguf import read_tensors
+from strop.models.introspect import text_forward
 from strop.models.quantize import folder_name, make_resident
 from strop.models.source import Source, fingerprint, headers, prequantized, quantized_by, read_config
 from strop.models.tensor_files import (
+    Layout,
     Tensors,
     build,
     check_packed,
@@ -38,9 +39,9 @@ from strop.models.tensor_files import (
     is_whole,
     pack_again,
     quantize_folder,
+    refuse_left,
     write_shards,
 )
-from strop.models.tensor_names import Layout, refuse_left
 from strop.models.tokenizer import LOCAL, gguf_cache, gguf_faults, head_folder, plain_config
 from strop.runs.folder import cache_folder, made_once, new_folder, write_json
 

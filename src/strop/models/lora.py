@@ -23,10 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, RecipeError, nearest
 from strop.models.experts import by_parameter, expert_parameters, is_experts, is_weight_adapter, sizes, sum_experts_once
-from strop.models.multimodal import in_text, text_path
-from strop.models.quantize import QuantizedLinear, added, is_plain, passed_by, why_not
-from strop.models.reward_head import HEAD, TASK, add_head, check_head
-from strop.models.targets import (
+from strop.models.families.shape import (
     EMBEDDINGS,
     EXPERTS,
     LinearKind,
@@ -37,6 +34,9 @@ from strop.models.targets import (
     sets_of,
     target_names,
 )
+from strop.models.introspect import in_text, text_path
+from strop.models.lora import HEAD, TASK, add_head, check_head
+from strop.models.quantize import QuantizedLinear, added, is_plain, passed_by, why_not
 
 ROWS = 4096  # of a weight, looked at together
 OLD_NAME = "`is_gradient_checkpointing`"  # by which peft 0.21 asks transformers 5.2x, and which that warns of
@@ -394,3 +394,110 @@ def _tied(model: nn.Module) -> bool:
         return bool(getattr(whole.config, "tie_word_embeddings", False))
     head = whole.get_output_embeddings()
     return head is not None and head.weight is whole.get_input_embeddings().weight
+
+
+# ---- from strop.models.reward_head ----
+"""The head of a reward model: one number for a text, from what the model holds at its last token."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from strop.errors import ModelError
+
+HEAD = "score"  # as the sequence classifiers of transformers call it
+TASK = "SEQ_CLS"
+START = 0.02  # standard deviation at the start, as transformers has it
+
+
+def check_head(config: Any) -> None:
+    """Raises ModelError for a family of which transformers has no sequence classifier: nothing could load the head."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        what = f"{config.model_type}: transformers has no AutoModelForSequenceClassification of this family"
+        raise ModelError(what, fix="choose another base for a reward model")
+
+
+def add_head(model: nn.Module) -> None:
+    """Gives a causal language model a score head, drawn anew; peft trains and saves a copy of it."""
+    output = cast(Any, model).get_output_embeddings().weight
+    head = nn.Linear(output.shape[1], 1, bias=False, device=output.device, dtype=torch.float32)
+    if not output.is_meta:
+        nn.init.normal_(head.weight, std=START)
+    model.add_module(HEAD, head.requires_grad_(False))
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The score head of a model with adapters; None where it has none."""
+    found: nn.Module | None = getattr(cast(Any, model).get_base_model(), HEAD, None)
+    return found
+
+
+# ---- from strop.models.loftq ----
+"""LoftQ's first values (arXiv:2310.08659, one round): the adapter begins as what quantization took from each weight.
+
+peft's own replace_lora_weights_loftq needs a CUDA device and leaves LoRA's scale out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor
+
+from strop.errors import ModelError
+from strop.models.load import skeleton, weights_folder
+from strop.models.quantize import QuantizedLinear
+from strop.models.source import Source, prequantized
+from strop.models.tensor_files import Layout, Tensors
+
+ROUNDS, SPARE = 8, 8  # of the power iteration, and directions beyond the rank that it is given (arXiv:0909.4061)
+
+
+def fill_in(model: peft.PeftModel, source: Source) -> None:
+    """Sets A and B of each quantized layer to the nearest scale B A to its 16-bit weight less its quantized one.
+
+    Reads the 16-bit weights one at a time. Draws from torch's generator. Raises ModelError where there are none.
+    """
+    if prequantized(source.config()):
+        raise ModelError(
+            f"{source.name}: its weights are quantized already, what was lost is not known",
+            fix="use --lora.init default",
+        )
+    tensors = Tensors(weights_folder(source))
+    layout = Layout(skeleton(source), tensors)
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, PeftLinear):
+            held = module.base_layer
+            now = held.dequantized() if isinstance(held, QuantizedLinear) else held.weight
+            whole = layout.read(layout.group_of(f"{path}.weight"), tensors.get)[f"{path}.weight"]
+            lost = whole.to(now.device).float() - now.detach().float()
+            if lost.any():
+                for name in module.active_adapters:
+                    _set(module, name, lost)
+
+
+def _set(module: PeftLinear, name: str, lost: Tensor) -> None:
+    rank = min(module.r[name], *lost.shape)
+    u, s, v = torch.svd_lowrank(lost, q=min(rank + SPARE, *lost.shape), niter=ROUNDS)
+    u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+    share = (s / module.scaling[name]).sqrt()
+    module.lora_A[name].weight.data[:rank] = share[:, None] * v.t()
+    module.lora_B[name].weight.data[:, :rank] = u * share
+
+
+def moved_base(config: Mapping[str, Any]) -> str | None:
+    """Of an adapter's config: why it does not belong to its base as that is stored. Some ways to begin take the first
+    weights out of the base (PiSSA, arXiv:2404.02948), and what was trained stands on the rest."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    if not start.startswith(("pissa", "corda", "olora", "lora_ga", "loftq")):
+        return None
+    convert = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    return f"trained with init_lora_weights {start} on a base that peft changed: make it plain LoRA there, by {convert}"

@@ -23,7 +23,7 @@ import yaml
 
 from strop.errors import GatedError, ModelError, nearest
 from strop.models.families.gguf_header import read_gguf_config
-from strop.models.hub_errors import not_given
+from strop.models.upstream_errors import not_given
 from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from strop.machine.malloc import LARGE
+from strop.machine.memory import LARGE
 from strop.models.families.layers import Family
 from strop.models.families.shape import LinearShape
 from strop.planning.workload import Setting

@@ -8,9 +8,8 @@ from typing import Any
 from strop.config.load import resolve
 from strop.errors import ModelError
 from strop.machine.doctor import installed
-from strop.models.families.shape import header_kinds, peek
+from strop.models.families.shape import LinearKind, embedding_kind, header_kinds, peek, target_names
 from strop.models.source import locate
-from strop.models.targets import LinearKind, embedding_kind, target_names
 
 
 def found_in(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:

@@ -9,8 +9,7 @@ from strop.config.schema import LoraSection, Recipe
 from strop.errors import ModelError, nearest
 from strop.machine.probe import TILED_RANK, probe
 from strop.models.families.layers import FAMILIES, Family
-from strop.models.families.shape import LinearShape, ModelShape
-from strop.models.targets import EMBEDDINGS, matches, target_names
+from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches, target_names
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # of EMBEDDINGS

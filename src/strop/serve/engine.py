@@ -21,7 +21,7 @@ from strop.engine.decode.batch import Batch, News
 from strop.engine.decode.decoder import Reads
 from strop.engine.decode.sampling import Mask, Sampling, Text, Token
 from strop.machine.memory import is_out_of_memory
-from strop.models.detokenizer import Words
+from strop.models.tokenizer import Words
 from strop.serve.metrics import Metrics
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 from strop.engine.decode.sampling import Token
-from strop.models.detokenizer import TokenBytes, Words
+from strop.models.tokenizer import TokenBytes, Words
 
 
 def _in_words(words: str) -> WrapValidator:

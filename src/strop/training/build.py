@@ -12,11 +12,11 @@ from strop.config.schema import ModelSection, Recipe
 from strop.distributed.devices import Devices
 from strop.distributed.sharded import Sharded
 from strop.errors import RunError
-from strop.models import loftq
+from strop.models import lora
 from strop.models.adapters import attach
 from strop.models.load import DTYPES, load_base
-from strop.models.load_shard import load_share
 from strop.models.lora import add_lora, as_fp32, set_dropout
+from strop.models.sharding import load_share
 from strop.models.source import Source
 from strop.objectives.table import objective_of
 from strop.runs.folder import RunFolder, write_json
@@ -38,7 +38,7 @@ def build(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))
         if recipe.lora.init == "loftq" and not resuming:
-            loftq.fill_in(model, setup.source)
+            lora.fill_in(model, setup.source)
     return model.train()
 
 

@@ -20,7 +20,7 @@ from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
-from strop.models.reward_head import head_of
+from strop.models.lora import head_of
 from strop.objectives.base_loss import Answers, Judged, Objective, Outcome
 from strop.objectives.table import objective_of
 

@@ -16,8 +16,7 @@ import torch
 from strop.data.packing import group_by_length, pack
 from strop.data.types import Item
 from strop.errors import MemoryLimitError
-from strop.machine.malloc import give_back
-from strop.machine.memory import is_out_of_memory, remember
+from strop.machine.memory import give_back, is_out_of_memory, remember
 from strop.training.job import Job
 from strop.training.state import random_states, set_random_states
 

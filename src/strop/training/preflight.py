@@ -26,11 +26,9 @@ from strop.models.adapters import adapter_folder, read_identity, refuse_other_ki
 from strop.models.experts import packable
 from strop.models.families.layers import load_balancing
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import parameters_of, shape_of
+from strop.models.introspect import parameters_of, shape_of, text_path
 from strop.models.load import DTYPES, copies_to_make, load_config, skeleton
-from strop.models.lora import check_lora, kinds_of, num_trainable, trained_whole
-from strop.models.multimodal import text_path
-from strop.models.reward_head import check_head
+from strop.models.lora import check_head, check_lora, kinds_of, num_trainable, trained_whole
 from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import drawn_tokens, learning_of, objective_of

@@ -26,8 +26,7 @@ from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
-from strop.machine.malloc import give_back
-from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
+from strop.machine.memory import MemoryWatch, give_back, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.models.experts import in_experts
 from strop.models.load import DTYPES, stream_weights

@@ -14,7 +14,7 @@ from json import JSONDecodeError
 
 from strop.data.reading.files import COMPRESSION, TYPES
 from strop.errors import DataError, first_line
-from strop.models.hub_errors import not_given
+from strop.models.upstream_errors import not_given
 
 # owner/name, maybe @revision, maybe a path or glob inside the repository.
 _ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w.-]+))?(?:/(.+))?")

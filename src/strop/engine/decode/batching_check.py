@@ -17,7 +17,7 @@ from strop.engine.decode.batch import Batch
 from strop.engine.decode.hf_fallback import PlainDecoder
 from strop.engine.decode.sampling import Sampling, Text, Token
 from strop.errors import ModelError
-from strop.models.biases import without_adapter
+from strop.models.adapters import without_adapter
 
 LENGTHS = 21, 9  # of the prompts; the second joins when the first has an answer of one token
 TOKENS = 4

@@ -17,7 +17,7 @@ from strop.engine.decode.sampling import Seen
 from strop.engine.kernels.dispatch import answering_loops
 from strop.engine.layers import Layers, NormPart, about
 from strop.engine.train.fused_linear import base_of
-from strop.machine.malloc import own_pages
+from strop.machine.memory import own_pages
 from strop.models.families.layers import ACTIVATIONS
 from strop.models.quantize import QuantizedLinear
 

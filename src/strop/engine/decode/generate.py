@@ -18,9 +18,9 @@ from strop.engine.decode.decoder_cache import batch_for
 from strop.engine.decode.eligibility import SEVERAL, active_adapter, unanswerable
 from strop.engine.decode.sampling import Expected, Sampling, Text
 from strop.errors import InputError, ModelError
-from strop.models.biases import without_adapter
-from strop.models.detokenizer import Words
+from strop.models.adapters import without_adapter
 from strop.models.introspect import learned_positions
+from strop.models.tokenizer import Words
 from strop.models.upstream_errors import blaming
 
 ROWS = 16  # of a batch of transformers' generate

@@ -23,7 +23,7 @@ from strop.engine.decode.sampling import Ids, Logits, Seen, Text
 from strop.engine.decode.slots import Kv, Reading, Slots, cut, side_by_side
 from strop.engine.train.transfer import sent
 from strop.errors import ModelError
-from strop.models.biases import has_own_biases, without_adapter
+from strop.models.adapters import has_own_biases, without_adapter
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

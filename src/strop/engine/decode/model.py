@@ -26,8 +26,8 @@ from strop.models.adapters import (
     read_identity,
     renderer_of,
     with_tokenizer,
+    without_adapter,
 )
-from strop.models.biases import without_adapter
 from strop.models.introspect import made_for
 from strop.models.load import DTYPES, check_place, load_base
 from strop.models.source import SCHEMES, Source, locate, prequantized
