@@ -140,10 +140,10 @@ def train(
     resolved = resolve(Path(recipe) if recipe else None, _flat(options))
     with joined() as devices:
         from strop.machine.memory import limit_bytes
-        from strop.machine.torch_state import own_torch
+        from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import train as run_training
 
-        with own_torch():
+        with isolated_torch_state():
             return run_training(resolved, [callback] if callback else [], memory=limit_bytes(memory), devices=devices)
 
 
@@ -164,12 +164,12 @@ def resume(
     listeners = [callback] if callback else []
     with joined() as devices:
         from strop.machine.memory import limit_bytes
-        from strop.machine.torch_state import own_torch
+        from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import resume as go_on
 
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
         limit = limit_bytes(memory)
-        with own_torch():
+        with isolated_torch_state():
             return go_on(
                 Path(run), listeners, options=_flat(options), allow_changed=names, memory=limit, devices=devices
             )
@@ -195,9 +195,9 @@ def evaluate(
 
     with joined() as devices:
         from strop.evaluation.run import evaluate_model
-        from strop.machine.torch_state import own_torch
+        from strop.machine.torch_state import isolated_torch_state
 
-        with own_torch():
+        with isolated_torch_state():
             return evaluate_model(
                 os.fspath(run), _texts(data, "data"), metric=metric, max_new_tokens=max_new_tokens, general=general,
                 regression_data=_texts(regression_data, "regression_data"), regression_metric=regression_metric,
@@ -237,9 +237,9 @@ def merge(
     Raises InputError before anything is written, ParityError where the merged model is not the tuned one.
     """
     from strop.export.merge import merge as merge_into
-    from strop.machine.torch_state import own_torch
+    from strop.machine.torch_state import isolated_torch_state
 
-    with own_torch():
+    with isolated_torch_state():
         return merge_into(os.fspath(run), Path(out), dtype=dtype, data=_text(data), measure=measure)
 
 
@@ -253,9 +253,9 @@ def load(
 ) -> Model:
     """A run, adapter or model folder, .gguf file, Hub id or `demo`, ready to `.generate` and `.chat`."""
     from strop.engine.decode.model import load as load_model
-    from strop.machine.torch_state import own_torch
+    from strop.machine.torch_state import isolated_torch_state
 
-    with own_torch():
+    with isolated_torch_state():
         return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
 
 
@@ -276,11 +276,11 @@ def export(
     """
     from strop.export.gguf import export_gguf
     from strop.export.ollama import export_ollama
-    from strop.machine.torch_state import own_torch
+    from strop.machine.torch_state import isolated_torch_state
 
     if target not in ("gguf", "ollama") or (adapter and target == "ollama"):
         raise InputError(f"export: no {target}{' of an adapter' if adapter else ''}", fix="give gguf or ollama")
-    with own_torch():
+    with isolated_torch_state():
         if target == "gguf":
             return export_gguf(os.fspath(run), Path(out), kind=type, adapter=adapter, data=_text(data), measure=measure)
         return export_ollama(os.fspath(run), Path(out), kind=type, data=_text(data), measure=measure)

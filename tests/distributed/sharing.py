@@ -17,7 +17,7 @@ from strop.distributed.sharded import Sharded
 from strop.engine.train.fast import FastLoss
 from strop.errors import RunError
 from strop.models import sharding
-from strop.models.sharding import GRAIN, Parts, Slot, Unit
+from strop.models.sharding import GRAIN, ModelShards, ShardedTensor, ShardedUnit
 from tests.distributed.crew import Prepare, crew, inside
 from tests.distributed.suite import NEAR, Lab, apart, at_step, codes, events, said, write_pairs
 from tests.support import tiny_families
@@ -97,13 +97,13 @@ def bytes_arrive(lab: Lab) -> None:
         sent = {"bytes": values, "bf16": nans.view(torch.uint8), "fp32": wide.view(torch.uint8)}
         held: dict[str, torch.Tensor] = {}
         slots = [
-            Slot(name, data.shape, torch.uint8, lambda view, name=name: held.update({name: view}),
+            ShardedTensor(name, data.shape, torch.uint8, lambda view, name=name: held.update({name: view}),
                  lambda low, high, data=data: data[low:high])
             for name, data in sent.items()
         ]  # fmt: skip
-        unit = Unit("layer 0", slots, devices.rank, world, "cpu")
+        unit = ShardedUnit("layer 0", slots, devices.rank, world, "cpu")
         assert unit.own.numel() * world >= unit.size and not unit.there
-        base = Sharded(Parts({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
+        base = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
         for _ in range(2):
             base.begin(backward=False)
             base(0)
@@ -111,7 +111,7 @@ def bytes_arrive(lab: Lab) -> None:
                 assert torch.equal(held[name], data), name
             base.end()
             assert not unit.there
-        spoiled = Sharded(Parts({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
+        spoiled = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
         if devices.rank == 1:
             unit.own[5] ^= 1  # after it was read
         spoiled.begin(backward=False)

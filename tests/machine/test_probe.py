@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from strop.machine import probe
-from strop.machine.probe import visible
+from strop.machine.probe import visible_gpus
 
 UUIDS = ("GPU-aa1", "GPU-ab2", "GPU-b3")
 
@@ -26,7 +26,7 @@ UUIDS = ("GPU-aa1", "GPU-ab2", "GPU-b3")
     ],
 )
 def test_cards_as_cuda_reads_them(asked: str, found: list[int]) -> None:
-    assert visible(asked, UUIDS) == found
+    assert visible_gpus(asked, UUIDS) == found
 
 
 def test_a_plan_takes_the_cards_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:

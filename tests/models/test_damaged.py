@@ -12,8 +12,8 @@ import pytest
 
 from strop.errors import ModelError
 from strop.models.families.gguf_header import read_gguf_config
-from strop.models.families.shape import ModelShape, peek
-from strop.models.source import demo_file, locate, prequantized, read_config, safetensors_header, weight_files
+from strop.models.families.shape import ModelShape, read_model_info
+from strop.models.source import demo_file, locate, prequantized, read_config, read_safetensors_header, weight_files
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -36,7 +36,7 @@ def test_a_header_of_safetensors_that_lies(tmp_path: Path, header: bytes) -> Non
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(ModelError, match=r"model.safetensors: damaged: its header"):
-        safetensors_header(file)
+        read_safetensors_header(file)
 
 
 @pytest.mark.parametrize("index", ["[]", "{", "{}", "[" * 100_000, '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
@@ -66,7 +66,7 @@ def test_a_gguf_file_that_is_cut_short(tmp_path: Path, lost: int) -> None:
     assert read_gguf_config(demo_file())["num_hidden_layers"] == 30
     file = tmp_path / "cut.gguf"
     file.write_bytes(whole[:-lost])
-    looks: tuple[Callable[[str], Any], ...] = (peek, locate)
+    looks: tuple[Callable[[str], Any], ...] = (read_model_info, locate)
     for look in looks:
         with pytest.raises(ModelError, match=f"cut short: {len(whole) - lost} bytes, {len(whole)} expected"):
             look(str(file))
@@ -76,7 +76,7 @@ def test_a_gguf_file_that_is_cut_short(tmp_path: Path, lost: int) -> None:
 def test_a_run_whose_recipe_is_damaged(tmp_path: Path, recipe: bytes) -> None:
     (tmp_path / "recipe.yaml").write_bytes(recipe)
     (tmp_path / "lock.json").write_text("{}")
-    looks: tuple[Callable[[str], Any], ...] = (peek, locate)
+    looks: tuple[Callable[[str], Any], ...] = (read_model_info, locate)
     for look in looks:
         with pytest.raises(ModelError, match=r"recipe\.yaml: damaged"):
             look(str(tmp_path))

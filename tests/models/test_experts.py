@@ -19,10 +19,10 @@ from strop.errors import ModelError
 from strop.export.adapters import combine, compare, norm
 from strop.export.merge import merge
 from strop.models.experts import QuantizedExperts
-from strop.models.load import load_base, skeleton, stream_weights
-from strop.models.lora import add_lora, check_lora, linear_kinds, trainable
+from strop.models.load import load_base, load_without_weights, restore_packed_weights
+from strop.models.lora import add_lora, check_lora, linear_kinds, trainable_parameters
 from strop.models.source import locate
-from strop.models.tensor_files import Layout, Tensors
+from strop.models.tensor_files import CheckpointLayout, CheckpointTensors
 from tests.support import tiny_families
 from tests.support.tiny import examples, write_rows
 
@@ -38,7 +38,7 @@ def tuned(kind: str, folder: Path | None = None, **load: Any) -> Any:
         base = tiny_families.build(kind)
     torch.manual_seed(1)
     model = add_lora(base, LoraSection(r=2, alpha=4), None)
-    for name, weight in trainable(model).items():
+    for name, weight in trainable_parameters(model).items():
         if "lora_B" in name:
             weight.data.normal_(0, 0.05)
     return model.eval()
@@ -124,11 +124,11 @@ def test_packed_experts_are_the_same_streamed_and_dequantized_once(kind: str, sc
     for model in (streamed, resident):
         logits = model(input_ids=IDS).logits
         logits.square().mean().backward()
-        results.append((logits.detach(), {name: weight.grad for name, weight in trainable(model).items()}))
+        results.append((logits.detach(), {name: weight.grad for name, weight in trainable_parameters(model).items()}))
     assert torch.allclose(results[0][0], results[1][0], atol=2e-5)
     assert all(torch.allclose(grad, results[1][1][name], atol=1e-5) for name, grad in results[0][1].items())
     with torch.no_grad():
-        stream_weights(resident.get_base_model(), locate(str(tmp_path / "base")), scheme, True, torch.float32)
+        restore_packed_weights(resident.get_base_model(), locate(str(tmp_path / "base")), scheme, True, torch.float32)
         assert any(isinstance(module, QuantizedExperts) for module in resident.modules())
         assert torch.allclose(resident(input_ids=IDS).logits, results[0][0], atol=2e-5)
     full = tuned(kind, tmp_path / "base")(input_ids=IDS).logits
@@ -208,8 +208,8 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
 
 def test_names_on_disk_and_in_the_model(tmp_path: Path) -> None:
     tiny_families.save("mixtral", tmp_path)
-    tensors = Tensors(tmp_path)
-    layout = Layout(skeleton(locate(str(tmp_path))), tensors)
+    tensors = CheckpointTensors(tmp_path)
+    layout = CheckpointLayout(load_without_weights(locate(str(tmp_path))), tensors)
     group = layout.group_of("model.layers.0.mlp.experts.gate_up_proj")
     assert len(group.names) == 8 and "model.layers.0.block_sparse_moe.experts.3.w1.weight" in group.names
     read = layout.read(group, tensors.get)

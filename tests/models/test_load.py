@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 import strop
 from strop.config.schema import LoraSection
 from strop.errors import ModelError
-from strop.models.families.shape import peek
-from strop.models.load import load_base, load_config, skeleton
+from strop.models.families.shape import read_model_info
+from strop.models.load import load_base, load_config, load_without_weights
 from strop.models.lora import add_lora
-from strop.models.sharding import load_share
-from strop.models.source import Source, fingerprint, locate, safetensors_header
+from strop.models.sharding import load_sharded
+from strop.models.source import Source, fingerprint, locate, read_safetensors_header
 from strop.models.tokenizer import load_tokenizer
 from tests.support import tiny
 from tests.support.hub_standin import Fault, serve
@@ -137,7 +137,7 @@ def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:
         torch.equal(weight, dict(expected.named_parameters())[name]) for name, weight in model.named_parameters()
     )
     assert not any(weight.requires_grad for weight in model.parameters()) and not model.training
-    assert {w.device.type for w in skeleton(source).parameters()} == {"meta"}
+    assert {w.device.type for w in load_without_weights(source).parameters()} == {"meta"}
 
 
 def damaged(folder: Path, kind: str) -> str:
@@ -169,7 +169,7 @@ def test_damaged_models_are_named(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=said):
         source = locate(str(tmp_path))
         for file in tmp_path.glob("*.safetensors"):
-            safetensors_header(file)
+            read_safetensors_header(file)
         load_tokenizer(source)
         load_base(source, torch.float32, "cpu")
 
@@ -253,7 +253,7 @@ OTHER = {
 LOADERS: dict[str, Any] = {
     "16 bit": lambda source: load_base(source, torch.float32, "cpu"),
     "nf4": lambda source: load_base(source, torch.float32, "cpu", quantization="nf4"),
-    "share": lambda source: load_share(source, torch.float32, "cpu", 0, 1),
+    "share": lambda source: load_sharded(source, torch.float32, "cpu", 0, 1),
 }
 
 
@@ -285,7 +285,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     index = {"weight_map": {**dict.fromkeys(weights, "a.safetensors"), "c": "b.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    for look in (locate, peek):
+    for look in (locate, read_model_info):
         with pytest.raises(ModelError, match=f"{name} is in a.safetensors and in b.safetensors"):
             look(str(tmp_path))
 
@@ -346,10 +346,10 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
 def test_a_config_that_names_a_type_of_8_bit_is_computed_in_16(tmp_path: Path) -> None:
     source = locate(str(changed(tmp_path, dtype="float8_e4m3fn")))
-    assert next(skeleton(source).parameters()).dtype == torch.bfloat16
+    assert next(load_without_weights(source).parameters()).dtype == torch.bfloat16
     changed(tmp_path, dtype="float7")
     with pytest.raises(ModelError, match=r"cannot read its config: .*float7"):
-        skeleton(source)
+        load_without_weights(source)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_config_that_names_a_type_of_8_bit_is_computed_in_16(tmp_path: Path) -
 )
 def test_a_config_that_cannot_be_is_named(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        skeleton(locate(str(changed(tmp_path, **fields))))
+        load_without_weights(locate(str(changed(tmp_path, **fields))))
 
 
 @pytest.mark.parametrize(

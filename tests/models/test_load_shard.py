@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from strop.errors import ModelError
-from strop.machine.memory import give_back
+from strop.machine.memory import trim_heap
 from strop.models import tensor_files
 from strop.models.experts import QuantizedExperts
 from strop.models.load import load_base
 from strop.models.quantize import QuantizedLinear
-from strop.models.sharding import EMBEDDING, GRAIN, HEAD, Parts, Slot, Unit, digest, load_share
+from strop.models.sharding import EMBEDDING, GRAIN, HEAD, ModelShards, ShardedTensor, ShardedUnit, digest, load_sharded
 from strop.models.source import Source, locate
 from tests.support import tiny, tiny_families
 
 WORLD = 3
 
 
-def gathered(source: Source, dtype: torch.dtype, **how: Any) -> tuple[nn.Module, list[Parts]]:
+def gathered(source: Source, dtype: torch.dtype, **how: Any) -> tuple[nn.Module, list[ModelShards]]:
     """The first rank's model, with all shares in its memory."""
-    loaded = [load_share(source, dtype, "cpu", rank, WORLD, **how) for rank in range(WORLD)]
+    loaded = [load_sharded(source, dtype, "cpu", rank, WORLD, **how) for rank in range(WORLD)]
     model, parts = loaded[0][0], [one for _, one in loaded]
     for where, unit in parts[0].units.items():
         unit.take().copy_(torch.cat([one.units[where].own for one in parts]))
@@ -89,7 +89,7 @@ def test_a_share_alone_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return found
 
     monkeypatch.setattr(tensor_files.np, "fromfile", counted)
-    _, parts = load_share(locate(str(tmp_path)), torch.float32, "cpu", 1, WORLD)
+    _, parts = load_sharded(locate(str(tmp_path)), torch.float32, "cpu", 1, WORLD)
     assert sum(read) <= parts.held_bytes < parts.whole_bytes / WORLD + GRAIN * 3
     assert parts.units[EMBEDDING] is parts.units[HEAD]
 
@@ -103,22 +103,22 @@ def test_what_is_wrong_with_a_base_is_said(tmp_path: Path) -> None:
     found = []
     for rank in range(WORLD):
         try:
-            load_share(source, torch.float32, "cpu", rank, WORLD)
+            load_sharded(source, torch.float32, "cpu", rank, WORLD)
         except ModelError as error:
             found.append(str(error))
     assert len(found) == 1 and "layers.1.mlp.up_proj.weight holds NaN" in found[0]
     del model.model.layers[0].mlp.down_proj
     model.save_pretrained(tmp_path / "less")
     with pytest.raises(ModelError, match=r"1 weights are missing .*layers\.0\.mlp\.down_proj"):
-        load_share(locate(str(tmp_path / "less")), torch.float32, "cpu", 0, WORLD)
+        load_sharded(locate(str(tmp_path / "less")), torch.float32, "cpu", 0, WORLD)
 
 
 def test_views_stay_and_memory_goes() -> None:
     """What autograd has saved of a weight is right again when its bytes are back."""
     data, held = torch.randn(8, 16), list[torch.Tensor]()
     flat = data.flatten().view(torch.uint8)
-    unit = Unit(
-        "layer", [Slot("w", (8, 16), torch.float32, held.append, lambda low, high: flat[low:high])], 0, 1, "cpu"
+    unit = ShardedUnit(
+        "layer", [ShardedTensor("w", (8, 16), torch.float32, held.append, lambda low, high: flat[low:high])], 0, 1, "cpu"
     )
     assert not unit.there
     unit.take().copy_(unit.own)
@@ -135,14 +135,14 @@ def test_views_stay_and_memory_goes() -> None:
 def test_what_is_dropped_is_no_longer_resident() -> None:
     """A unit of 64 MiB of which this process keeps a quarter: measured."""
     size, zeros = 64 << 20, torch.zeros(1, dtype=torch.uint8)
-    slot = Slot("w", (size,), torch.uint8, lambda view: None, lambda low, high: zeros.expand(high - low))
+    slot = ShardedTensor("w", (size,), torch.uint8, lambda view: None, lambda low, high: zeros.expand(high - low))
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
-    give_back()  # what tests before this one have freed must not be taken for it
+    trim_heap()  # what tests before this one have freed must not be taken for it
     before = resident()
-    unit = Unit("layer", [slot], 1, 4, "cpu")
+    unit = ShardedUnit("layer", [slot], 1, 4, "cpu")
     kept = resident() - before
     unit.take().fill_(1)
     there = resident() - before

@@ -24,7 +24,7 @@ def moved(folder: Path, scheme: str) -> list[tuple[torch.Tensor, torch.Tensor, t
     """(weight, what the quantized layer holds, what its adapter adds) for each quantized layer."""
     weights = load_file(folder / "model.safetensors")
     model = add_lora(load_base(locate(str(folder)), torch.float32, "cpu", quantization=scheme), SECTION, None)
-    lora.fill_in(model, locate(str(folder)))
+    lora.init_loftq(model, locate(str(folder)))
     found = []
     for path, module in model.get_base_model().named_modules():
         base = getattr(module, "base_layer", None)

@@ -18,8 +18,8 @@ from strop.engine.train.plain import PlainLoss
 from strop.errors import InputError, ModelError
 from strop.models.families.shape import target_names
 from strop.models.load import load_base
-from strop.models.lora import add_lora, check_lora, kinds_of, linear_kinds, trainable, trained_whole
-from strop.models.quantize import QuantizedLinear, quantizable
+from strop.models.lora import add_lora, check_lora, count_path_kinds, linear_kinds, trainable_parameters, find_modules_to_save
+from strop.models.quantize import QuantizedLinear, quantizable_linears
 from strop.models.source import locate
 from tests.engine.train.test_fast import assert_same, step
 from tests.support import tiny
@@ -81,13 +81,13 @@ def test_a_pattern_that_matches_a_layer_without_an_adapter_is_refused(field: str
 
 def test_adapters_are_fp32_on_a_bf16_base_and_the_base_is_frozen() -> None:
     model = add_lora(tiny.model().to(torch.bfloat16), section(), tokenizer("chatml"))
-    weights = trainable(model)
+    weights = trainable_parameters(model)
     assert weights and all(weight.dtype == torch.float32 and "lora_" in name for name, weight in weights.items())
 
 
 def test_rank_pattern_and_rslora_take_effect() -> None:
     model = add_lora(tiny.model(), section(rank_pattern={"q_proj": 2}, use_rslora=True), tokenizer("chatml"))
-    shapes = {name: weight.shape[0] for name, weight in trainable(model).items() if "lora_A" in name}
+    shapes = {name: weight.shape[0] for name, weight in trainable_parameters(model).items() if "lora_A" in name}
     assert {shapes[name] for name in shapes if "q_proj" in name} == {2}
     assert {shapes[name] for name in shapes if "v_proj" in name} == {4}
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
@@ -102,14 +102,14 @@ def test_alpha_pattern_takes_effect_and_may_be_a_fraction() -> None:
 
 def test_dora_has_magnitudes() -> None:
     model = add_lora(tiny.model(), section(use_dora=True), tokenizer("chatml"))
-    assert any("lora_magnitude_vector" in name for name in trainable(model))
+    assert any("lora_magnitude_vector" in name for name in trainable_parameters(model))
 
 
 def test_bias_all_trains_biases() -> None:
     with torch.device("cpu"):
         base = AutoModelForCausalLM.from_config(FAMILIES["qwen2"][0]).requires_grad_(False)
     model = add_lora(base, section(bias="all"), tokenizer("chatml"))
-    assert any(name.endswith(("q_proj.base_layer.bias", "q_proj.bias")) for name in trainable(model))
+    assert any(name.endswith(("q_proj.base_layer.bias", "q_proj.bias")) for name in trainable_parameters(model))
 
 
 def test_tied_embeddings_are_not_trained_as_two_copies() -> None:
@@ -138,12 +138,12 @@ def test_what_cannot_be_trained_in_full_is_refused(family: str, name: str, said:
 def test_modules_are_taken_by_the_end_of_their_name_as_peft_takes_them() -> None:
     """A name is none of a whole part of the path: `norm` takes every norm."""
     skeleton = tiny.model()
-    found = kinds_of(trained_whole(skeleton, "norm"))
+    found = count_path_kinds(find_modules_to_save(skeleton, "norm"))
     many = ("model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm")
     assert found == {**dict.fromkeys(many, 2), "model.norm": 1}
-    assert list(kinds_of(trained_whole(skeleton, "model.norm"))) == ["model.norm"]
+    assert list(count_path_kinds(find_modules_to_save(skeleton, "model.norm"))) == ["model.norm"]
     model = add_lora(skeleton, section(modules_to_save=["norm"]), tokenizer("chatml"))
-    assert sum("modules_to_save" in name for name in trainable(model)) == sum(found.values())
+    assert sum("modules_to_save" in name for name in trainable_parameters(model)) == sum(found.values())
 
 
 def test_a_pattern_for_layers_that_are_trained_in_full_is_refused() -> None:
@@ -159,7 +159,7 @@ def test_modules_trained_in_full_take_and_give_the_type_of_a_base_in_bf16(name: 
         model = add_lora(base, section(modules_to_save=[name]), tokenizer("chatml"))
         loss = PlainLoss(model)(tiny.examples(4))
         loss.backward()  # type: ignore[no-untyped-call]
-        whole = {key: weight for key, weight in trainable(model).items() if "modules_to_save" in key}
+        whole = {key: weight for key, weight in trainable_parameters(model).items() if "modules_to_save" in key}
         assert whole and all(w.dtype == torch.float32 and w.grad is not None and w.grad.any() for w in whole.values())
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
@@ -169,14 +169,14 @@ def test_new_tokens_train_their_rows_only_and_are_saved() -> None:
     words = copy.deepcopy(tokenizer("chatml"))
     before = len(words)
     model = add_lora(tiny.model(), section(new_tokens=["<call>", "<done>"]), words)
-    rows = [weight for name, weight in trainable(model).items() if "trainable_tokens" in name]
+    rows = [weight for name, weight in trainable_parameters(model).items() if "trainable_tokens" in name]
     assert len(words) == before + 2
     assert rows and all(row.shape[0] == 2 for row in rows)
     assert words("<call>", add_special_tokens=False)["input_ids"] == [before]
     ids = torch.tensor([[5, before, 6]])
     model(ids, labels=ids).loss.backward()
     assert all(row.grad is not None and row.grad.abs().sum() > 0 for row in rows)
-    assert all("lora_" in name or "trainable_tokens_delta" in name for name in trainable(model))
+    assert all("lora_" in name or "trainable_tokens_delta" in name for name in trainable_parameters(model))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -230,6 +230,6 @@ def test_what_the_model_reads_itself_has_no_adapter_and_stays_in_16_bit(family: 
     """An adapter there would be passed by: in Jamba's own loop, in the others' fused kernels."""
     model = tiny_of(family)
     paths = [path for path, _ in model.named_modules() if path.endswith(f"mamba.{leaf}")]
-    assert paths and not any(f"{path}.weight" in quantizable(model) for path in paths)
+    assert paths and not any(f"{path}.weight" in quantizable_linears(model) for path in paths)
     (kind,) = (kind for kind in linear_kinds(model) if kind.name.endswith(leaf))
     assert not kind.sets and kind.kept_16_bit == "read by the model itself"

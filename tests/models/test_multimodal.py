@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 import strop
 from strop.export.merge import merge
 from strop.models.introspect import in_text, text_path
-from strop.models.load import load_base, skeleton
+from strop.models.load import load_base, load_without_weights
 from strop.models.source import locate
 from tests.support import tiny_families
 from tests.support.tiny import write_rows
@@ -45,7 +45,7 @@ def logits(model: Any, kind: str) -> torch.Tensor:
 def test_trained_merged_and_loaded_by_plain_libraries(kind: str, tmp_path: Path) -> None:
     base, rows = tmp_path / "base", write_rows(tmp_path / "rows.jsonl", 6)
     tiny_families.save(kind, base, multimodal=True)
-    bare = skeleton(locate(str(base)))
+    bare = load_without_weights(locate(str(base)))
     inside = text_path(bare)
     assert inside
     said: list[dict[str, Any]] = []

@@ -23,13 +23,13 @@ from strop.engine.step import step_for
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import ModelError
-from strop.models.families.shape import peek
-from strop.models.load import load_base, packed_folder, skeleton
-from strop.models.lora import add_lora, trainable
-from strop.models.quantize import QuantizedLinear, _packed_by_operations, make_resident, pack, quantizable
-from strop.models.sharding import load_share
+from strop.models.families.shape import read_model_info
+from strop.models.load import load_base, quantized_folder, load_without_weights
+from strop.models.lora import add_lora, trainable_parameters
+from strop.models.quantize import QuantizedLinear, _packed_by_operations, dequantize_layers, quantize_weight, quantizable_linears
+from strop.models.sharding import load_sharded
 from strop.models.source import locate, prequantized
-from strop.models.tensor_files import is_whole, quantize_folder
+from strop.models.tensor_files import has_all_weights, quantize_folder
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder
 from strop.training import state as checkpoints
@@ -47,7 +47,7 @@ def layer(
     torch.manual_seed(0)
     like = nn.Linear(into, out)
     made = QuantizedLinear(like, scheme, dtype)
-    made.fill(pack(like.weight.detach().to(dtype), scheme, double=double))
+    made.fill(quantize_weight(like.weight.detach().to(dtype), scheme, double=double))
     return made, like.weight.detach()
 
 
@@ -119,7 +119,7 @@ def quantized(tiny_folder: Path) -> Callable[..., nn.Module]:
         base = load_base(locate(str(tiny_folder)), dtype, "cpu", quantization=scheme, resident_layers=resident)
         torch.manual_seed(1)
         model = add_lora(base, LoraSection(r=4, alpha=8, **lora), None)
-        for name, weight in trainable(model).items():
+        for name, weight in trainable_parameters(model).items():
             if "lora_B" in name:
                 nn.init.normal_(weight, 0, 0.05)
         return model
@@ -132,7 +132,7 @@ def gradients(model: nn.Module, loss: Callable[[Any], Tensor], seed: int = 0) ->
     value = loss(tiny.examples(6, seed=seed))
     value.backward()
     return value.item(), {
-        name: weight.grad.clone() for name, weight in trainable(model).items() if weight.grad is not None
+        name: weight.grad.clone() for name, weight in trainable_parameters(model).items() if weight.grad is not None
     }
 
 
@@ -142,7 +142,7 @@ def test_fast_and_plain_step_equal_a_plain_model_with_dequantized_weights(
 ) -> None:
     """fp32: loss and gradients to 1e-5; streamed and resident bit for bit."""
     truth_model = quantized(scheme)
-    make_resident(truth_model, ALL)
+    dequantize_layers(truth_model, ALL)
     assert not any(isinstance(module, QuantizedLinear) for module in truth_model.modules())
     loss, truth = gradients(truth_model, PlainLoss(truth_model))
     found = {}
@@ -192,7 +192,7 @@ def test_an_evaluation_and_a_save_leave_the_gradient_as_it_was(
         loss(tiny.examples(3))
         model.generate(torch.arange(5, 12)[None], max_new_tokens=3, do_sample=False)
     model.save_pretrained(tmp_path)
-    weights = trainable(model)
+    weights = trainable_parameters(model)
     state = TrainState(
         weights, make_optimizer(weights, resolve(None, {"model": "m", "data": "d"}).recipe.train), Progress()
     )
@@ -227,7 +227,7 @@ def test_that_test_fails_with_linear4bit_of_bitsandbytes() -> None:
 
 
 def test_what_stays_in_16_bit(tiny_folder: Path) -> None:
-    names = quantizable(skeleton(locate(str(tiny_folder))))
+    names = quantizable_linears(load_without_weights(locate(str(tiny_folder))))
     assert len(names) == 14 and not any("lm_head" in name or "embed" in name for name in names)
 
 
@@ -242,7 +242,7 @@ def test_a_card_quantizes_to_the_bits_of_a_cpu(scheme: str, double: bool, dtype:
     weight[0, :16], weight[1, :15], weight[2] = code, (code[1:] + code[:-1]) / 2, 0
     weight[0, 16:], weight[1, 15:] = 1, 1
     given = weight.to(dtype)
-    expected, found = pack(given, scheme, double=double), _packed_by_operations(given, scheme, double, "cpu")
+    expected, found = quantize_weight(given, scheme, double=double), _packed_by_operations(given, scheme, double, "cpu")
     assert expected.keys() == found.keys()
     for name, part in expected.items():
         assert torch.equal(part, found[name]) and part.dtype == found[name].dtype, name
@@ -258,12 +258,12 @@ def test_what_a_card_has_no_room_for_is_quantized_on_the_cpu(monkeypatch: pytest
     monkeypatch.setattr("strop.models.quantize._packed_by_operations", full)
     weight, odd = torch.randn(3, 64), torch.randn(3, 65)
     for given in (weight, odd):  # the second ends in the middle of a block
-        found = pack(given, "nf4", device="cuda:1")
-        assert all(torch.equal(part, found[name]) for name, part in pack(given, "nf4").items())
+        found = quantize_weight(given, "nf4", device="cuda:1")
+        assert all(torch.equal(part, found[name]) for name, part in quantize_weight(given, "nf4").items())
     assert asked == ["cuda:1"]
     monkeypatch.setattr("strop.models.quantize._packed_by_operations", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        pack(weight, "int8", device="cuda")
+        quantize_weight(weight, "int8", device="cuda")
 
 
 def test_starts_at_once_make_one_copy(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +279,9 @@ def test_starts_at_once_make_one_copy(tiny_folder: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("strop.models.load.quantize_folder", slowly)
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(packed_folder, source, "nf4", True, torch.float32) for _ in range(3)]
+        asked = [pool.submit(quantized_folder, source, "nf4", True, torch.float32) for _ in range(3)]
         folders = {done.result() for done in asked}
-    assert written == list(folders) and is_whole(written[0])
+    assert written == list(folders) and has_all_weights(written[0])
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "index"])
@@ -290,13 +290,13 @@ def test_a_damaged_copy_in_the_cache_is_made_again(
 ) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
     given = (locate(str(tiny_folder)), "nf4", True, torch.float32)
-    folder = packed_folder(*given)
+    folder = quantized_folder(*given)
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     file = folder / ("model.safetensors.index.json" if damage == "index" else "model-00001.safetensors")
     file.write_bytes(b"" if damage in ("empty", "index") else whole[file.name][:-100])
     if damage == "gone":
         file.unlink()
-    assert packed_folder(*given) == folder
+    assert quantized_folder(*given) == folder
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
@@ -415,7 +415,7 @@ def test_a_quantized_checkpoint_that_is_not_what_it_says_is_refused(
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(ModelError, match=said):
         if way == "share":
-            load_share(locate(str(tmp_path)), torch.float32, "cpu", 0, 1, quantization=scheme)
+            load_sharded(locate(str(tmp_path)), torch.float32, "cpu", 0, 1, quantization=scheme)
         else:
             load_base(locate(str(tmp_path)), torch.float32, "cpu", quantization=scheme)
 
@@ -444,7 +444,7 @@ def test_a_run_on_a_quantized_base_and_its_answers(
             **{"model.quantization": scheme, "model.resident_layers": resident, "model.dtype": "fp32"},
         )  # fmt: skip
         (start,) = [e for e in read_events(out / "events.jsonl") if e["event"] == "start"]
-        assert start["parameters"]["all"] == peek(str(tiny_folder)).parameters  # numbers, not bytes they are packed in
+        assert start["parameters"]["all"] == read_model_info(str(tiny_folder)).parameters  # numbers, not bytes they are packed in
         losses[resident] = [e["loss"] for e in read_events(out / "events.jsonl") if e["event"] == "step"]
     assert losses[0] == losses[2] and losses[0][-1] < losses[0][0]
     prompt = torch.arange(5, 25)[None]
@@ -498,7 +498,7 @@ def test_without_bitsandbytes_it_says_what_to_do(tiny_folder: Path, monkeypatch:
 
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ModelError, match="bitsandbytes") as raised:
-        pack(torch.randn(64, 64), "nf4")
+        quantize_weight(torch.randn(64, 64), "nf4")
     assert "--model.quantization none" in raised.value.fix
 
 

@@ -9,7 +9,7 @@ import transformers
 
 import strop
 from strop.errors import ModelError, RunError
-from strop.models.upstream_errors import blaming
+from strop.models.upstream_errors import attribute_errors
 from tests.models.walk import PAGE, QUICK, walk
 from tests.support import tiny_families
 from tests.support.tiny import write_rows
@@ -37,7 +37,7 @@ def test_a_fault_of_transformers_is_named_as_its_own(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 4)
     with pytest.raises(RunError, match=r"transformers \S+ fails on a model of type xmod: .*modeling_xmod.py"):
         strop.train(model=tmp_path / "base", data=rows, out=tmp_path / "run", **QUICK)
-    with pytest.raises(ValueError, match="ours"), blaming("xmod"):
+    with pytest.raises(ValueError, match="ours"), attribute_errors("xmod"):
         raise ValueError("ours")
 
 

@@ -25,7 +25,7 @@ import transformers
 import strop
 from strop.errors import StropError
 from strop.export.merge import merge
-from strop.models.load import skeleton
+from strop.models.load import load_without_weights
 from strop.models.source import locate
 from strop.planning.model_docs import found_in
 from strop.training import run
@@ -74,14 +74,14 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
         made = strop.train(model=base, data=rows, out=folder / out, **{**QUICK, **more})
         events = [json.loads(line) for line in (folder / out / "events.jsonl").read_text().splitlines()]
         start = next(event for event in events if event["event"] == "start")
-        weights = sum(weight.numel() for weight in skeleton(locate(str(base))).parameters())
+        weights = sum(weight.numel() for weight in load_without_weights(locate(str(base))).parameters())
         assert start["parameters"]["all"] == weights, (start["parameters"], weights)
         assert made.report["loss"]["last"] == made.report["loss"]["last"]
         return f"ok {start['engine']}"
 
     def plan() -> str:
         shown = strop.plan(model=base, data=rows, memory=8 << 30, **QUICK)
-        weights = sum(weight.numel() for weight in skeleton(locate(str(base))).parameters())
+        weights = sum(weight.numel() for weight in load_without_weights(locate(str(base))).parameters())
         off = shown.setting.parameters / weights - 1
         return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
 

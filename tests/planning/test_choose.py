@@ -9,7 +9,7 @@ import pytest
 
 from strop.config.load import Resolved, resolve
 from strop.errors import RecipeError
-from strop.machine.memory import remember
+from strop.machine.memory import save_measured
 from strop.machine.probe import Machine
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
@@ -122,13 +122,13 @@ def test_what_ran_out_of_memory_once_is_remembered() -> None:
     fresh = chosen()
     assert fresh.recipe.train.micro_batch_tokens == 2048
     key = memory_key(fresh.recipe, machine(60), LLAMA_8B)
-    remember(key, {"micro_batch_tokens": 512, "recompute": True})
+    save_measured(key, {"micro_batch_tokens": 512, "recompute": True})
     again = chosen()
     assert again.recipe.train.micro_batch_tokens == 512 and again.recipe.train.gradient_checkpointing == "on"
     assert "ran out of memory" in again.choices["train.micro_batch_tokens"].why
     assert chosen(**{"train.micro_batch_tokens": 1024}).recipe.train.micro_batch_tokens == 1024  # as a person asks
     assert chosen(**{"lora.r": 64}).recipe.train.micro_batch_tokens == 2048
-    remember(memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True})
+    save_measured(memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True})
     assert plan(60, **{"model.quantization": "nf4"}).recipe.model.resident_layers == 0
 
 
@@ -163,7 +163,7 @@ def test_what_ran_out_while_others_had_the_memory_is_tried_again() -> None:
     chosen = choose(open_recipe, machine(60), LLAMA_8B, "cpu", ("bf16", "")).recipe
     for usable, expected in ((4, 2048), (54, 512)):
         shape = {"micro_batch_tokens": 512, "usable_bytes": usable * GIB}
-        remember(memory_key(chosen, machine(60), LLAMA_8B), shape)
+        save_measured(memory_key(chosen, machine(60), LLAMA_8B), shape)
         assert tokens() == expected
 
 
@@ -287,7 +287,7 @@ def test_inputs_wait_only_where_something_is_gained() -> None:
     with pytest.raises(RecipeError, match="the plain step cannot"):
         on_card(60, **{"train.gradient_checkpointing": "offload", "lora.modules_to_save": ["q_proj"]})
     key = memory_key(on_card(20).recipe, replace(machine(64), gpus=("a card, 1 MiB",)), LLAMA_8B)
-    remember(key, {"recompute": True, "offload": True})
+    save_measured(key, {"recompute": True, "offload": True})
     assert on_card(20).recipe.train.gradient_checkpointing == "offload"
 
 

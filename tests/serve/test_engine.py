@@ -22,7 +22,7 @@ from strop.engine.decode.model import load
 from strop.engine.decode.prefix_cache import Kept
 from strop.engine.decode.sampling import NoToken, Sampling, Text
 from strop.errors import ModelError
-from strop.models.tokenizer import Words
+from strop.models.tokenizer import TextStream
 from strop.serve.engine import Engine, Full, Job, Piece
 from strop.serve.grammar import _Grammar
 from strop.serve.metrics import Metrics
@@ -324,13 +324,13 @@ def test_an_answer_that_has_ended_is_told_whatever_happens_to_the_next(monkeypat
     """Two end in one pass; there is no memory for the words of the second."""
     asked, ids, calls = Asked(tiny()), np.arange(3, 9, dtype=np.int32), list[int]()
 
-    def end(self: Words) -> str:
+    def end(self: TextStream) -> str:
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError
         return ""
 
-    monkeypatch.setattr(Words, "end", end)
+    monkeypatch.setattr(TextStream, "end", end)
     asked.submit(ids, 2)
     asked.submit(ids, 2)
     asked.engine.start()
@@ -390,7 +390,7 @@ def test_a_request_changes_the_models_own_sampling() -> None:
 def test_text_comes_whole_and_ends_before_a_stop_string(stops: list[str]) -> None:
     backend = tokenizer("chatml")
     text = "hello wörld 🎈 and so on, hello"
-    words = Words(backend, stops)
+    words = TextStream(backend, stops)
     shown = []
     for token in backend(text, add_special_tokens=False)["input_ids"]:
         shown.append(words.push(token))

@@ -17,7 +17,7 @@ import requests
 from strop.errors import InputError, ModelError, RunError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.models.vllm import about_vllm, find_python, lora_rank
+from strop.models.vllm import query_vllm, find_vllm_python, max_lora_rank
 from strop.serve.address import Address
 from strop.serve.vllm import (
     Same,
@@ -31,7 +31,7 @@ from tests.support.serving import CHAT, save_adapters, serving
 
 def test_ranks_that_vllm_knows() -> None:
     def rank(**config: object) -> int:
-        return lora_rank({"peft_type": "LORA", "r": 4, **config}, "an adapter", "merge it")
+        return max_lora_rank({"peft_type": "LORA", "r": 4, **config}, "an adapter", "merge it")
 
     assert [rank(), rank(r=8), rank(r=9), rank(rank_pattern={"q_proj": 40})] == [8, 8, 16, 64]
     for odd in ({"r": 600}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
@@ -41,13 +41,13 @@ def test_ranks_that_vllm_knows() -> None:
 
 def test_a_python_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such program"):
-        find_python("/no/such/python")
+        find_vllm_python("/no/such/python")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="no vllm on the PATH"):
-        find_python(None)
+        find_vllm_python(None)
     if os.environ.get("STROP_VLLM_PYTHON") != sys.executable:
         with pytest.raises(InputError, match="vLLM does not start there"):
-            about_vllm(sys.executable, "LlamaForCausalLM", lora=True)
+            query_vllm(sys.executable, "LlamaForCausalLM", lora=True)
 
 
 def test_when_it_is_the_same_model() -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from strop.engine.decode.sampling import Token
-from strop.models.tokenizer import UNKNOWN, TokenBytes, Words
+from strop.models.tokenizer import REPLACEMENT, TokenBytes, TextStream
 from strop.serve.protocol import Writer
 from tests.support.families import tokenizer
 
@@ -32,16 +32,16 @@ def test_an_answer_goes_on_where_its_prompt_ends(family: str) -> None:
     ids = ids_of(family)
     assert decoded(family, ids) == TEXT
     for cut in range(len(ids)):
-        if (prompt := decoded(family, ids[:cut])).endswith(UNKNOWN):
+        if (prompt := decoded(family, ids[:cut])).endswith(REPLACEMENT):
             continue
-        words = Words(tokenizer(family), (), ids[:cut])
+        words = TextStream(tokenizer(family), (), ids[:cut])
         assert prompt + "".join(map(words.push, ids[cut:])) + words.end() == TEXT
 
 
 def test_a_prompt_that_ends_within_a_character_loses_nothing_of_the_answer() -> None:
     ids = ids_of("mistral", "🎈jumps")
     for cut in (2, 3, 4):
-        words = Words(tokenizer("mistral"), (), ids[:cut])
+        words = TextStream(tokenizer("mistral"), (), ids[:cut])
         assert ("".join(map(words.push, ids[cut:])) + words.end()).endswith("jumps")
 
 
@@ -55,15 +55,15 @@ def test_the_bytes_of_tokens_are_those_of_their_text(family: str) -> None:
 
 def test_a_replacement_character_is_a_character() -> None:
     own = copy.deepcopy(tokenizer("chatml"))
-    own.add_tokens([f"<{UNKNOWN}>"])
-    assert TokenBytes(own).of(len(own) - 1).decode() == f"<{UNKNOWN}>"
+    own.add_tokens([f"<{REPLACEMENT}>"])
+    assert TokenBytes(own).of(len(own) - 1).decode() == f"<{REPLACEMENT}>"
 
 
 def told(family: str, ids: list[int], prompt: list[int], likeliest: Any = ()) -> dict[str, Any]:
     """What a plain completion says of its tokens; told token by token it says the same."""
     own = tokenizer(family)
     tokens = [Token(token, -1.0, tuple(likeliest)) for token in ids]
-    words = Words(own, (), prompt)
+    words = TextStream(own, (), prompt)
     pieces = [words.push(token) for token in ids]
     pieces[-1] += words.end()
     whole = Writer("m", own, prompt, chat=False, logprobs=True).whole("".join(pieces), tokens, "stop", {})

@@ -20,7 +20,7 @@ from strop.config.load import resolve
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
 from strop.models.families.shape import ModelShape
-from strop.models.lora import as_fp32
+from strop.models.lora import cast_trainable_to_fp32
 from strop.models.quantize import QuantizedLinear, replace_linears
 from strop.planning.activations import MicroBatch
 from strop.planning.memory import Phase, train
@@ -78,7 +78,7 @@ def built(case: Case) -> torch.nn.Module:
             for layer in replace_linears(base, "nf4", torch.bfloat16, lambda name: "layers" in name).values():
                 fill(layer)
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-        return as_fp32(get_peft_model(base, lora)).train()
+        return cast_trainable_to_fp32(get_peft_model(base, lora)).train()
 
 
 def fill(layer: QuantizedLinear) -> None:

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from strop.config.schema import LoraSection
 from strop.data.types import Example
 from strop.models.experts import expert_parameters
-from strop.models.load import keep_soft_caps
+from strop.models.load import keep_attention_softcap
 from strop.models.lora import add_lora
-from strop.models.quantize import passed_by
+from strop.models.quantize import directly_read_leaves
 
 GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 SAME = {"num_key_value_heads": 2}  # as many as query heads: in Phi, and where the config knows no others
@@ -112,7 +112,7 @@ def tiny(config: type = LlamaConfig, **changes: object) -> PreTrainedModel:
     shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
     model = AutoModelForCausalLM.from_config(config(**{**shape, **heads, **changes}))
-    keep_soft_caps(model)
+    keep_attention_softcap(model)
     return model
 
 
@@ -123,7 +123,7 @@ def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None
         if "bias" in name or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
-    if next(expert_parameters(base), None) or passed_by(base):  # peft's all-linear leaves experts out, and takes more
+    if next(expert_parameters(base), None) or directly_read_leaves(base):  # peft's all-linear leaves experts out, and takes more
         model = add_lora(base, LoraSection(r=3, alpha=5, **(lora or {})), None)
     else:
         model = get_peft_model(base, LoraConfig(**options))

@@ -13,7 +13,7 @@ import torch
 import strop
 from strop.data.batching import BatchStream
 from strop.errors import MemoryLimitError
-from strop.machine.memory import mark
+from strop.machine.memory import start_peak
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import at_peak
 from strop.planning.workload import Setting
@@ -95,7 +95,7 @@ def test_the_forecast_is_moved_by_what_the_rehearsal_needed(tmp_path: Path) -> N
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1})
     expected = forecast(job, setting(job), 8 << 30)
     assert expected.calibrated_bytes("cpu") is None
-    found = rehearse(job, expected, 1, mark("cpu"))
+    found = rehearse(job, expected, 1, start_peak("cpu"))
     (event,) = [e for e in read_events(job.folder.events) if e["event"] == "rehearsal"]
     off = event["measured_bytes"] - expected.rehearsed_bytes("cpu")
     assert found.off_bytes == off and found.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
@@ -104,14 +104,14 @@ def test_the_forecast_is_moved_by_what_the_rehearsal_needed(tmp_path: Path) -> N
 def test_it_shrinks_before_the_first_step_or_refuses(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train.max_steps": 2}
     job = starved(tiny.job(tmp_path / "a", tiny.examples(8), **options), {1})
-    rehearse(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
+    rehearse(job, forecast(job, setting(job), 8 << 30), 1, start_peak("cpu"))
     assert job.state.progress.halvings == 1 and all(w.grad is None for w in job.state.weights.values())
     fit(job)
     kinds = [event["event"] for event in read_events(job.folder.events)]
     assert kinds.index("shrink") < kinds.index("rehearsal") < kinds.index("step") and kinds.count("shrink") == 1
     hopeless = starved(tiny.job(tmp_path / "b", tiny.examples(8), **options), set(range(1, 99)))
     with pytest.raises(MemoryLimitError):
-        rehearse(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, mark("cpu"))
+        rehearse(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, start_peak("cpu"))
 
 
 def test_layers_computed_again_change_nothing_but_memory(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:
     job.state.progress.recompute = True
     step = replace(job.step, checkpoint=asked.append, recompute=lambda: asked.append("all"))
     job = replace(job, step=step)
-    rehearse(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
+    rehearse(job, forecast(job, setting(job), 8 << 30), 1, start_peak("cpu"))
     assert asked == [1, "all"]
 
 

@@ -22,7 +22,7 @@ from strop.data.types import Unit
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
 from strop.models import adapters
-from strop.models.lora import head_of
+from strop.models.lora import find_score_head
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
@@ -334,7 +334,7 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
     plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
     ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, find_score_head(ours.module))
     made = pairs(3)
     with torch.no_grad():
         found = torch.stack(criterion.sums(step_for(ours.module), made), 1)
@@ -387,7 +387,7 @@ def test_the_card_of_a_reward_model_scores_as_it_was_trained(
     (snippet,) = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
     ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, find_score_head(ours.module))
     for made in conversations(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in made.sides]
         with torch.no_grad():

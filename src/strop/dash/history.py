@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from strop.dash.files import DAMAGED, open_file
 from strop.dash.tags import mark_of
-from strop.machine.memory import give_back
+from strop.machine.memory import trim_heap
 from strop.runs.events import event_of
 
 Event = dict[str, Any]
@@ -93,7 +93,7 @@ class History:
                     self._offset += whole
                     waiting = waiting[whole:]
             if self._offset - before > LARGE_BYTES:
-                give_back()
+                trim_heap()
             return self._offset != before
 
     def _take(self, lines: bytes) -> None:
@@ -267,7 +267,7 @@ class History:
         if smooth is not None:
             last["smoothed"] = smooth
         if self.num_bytes > LARGE_BYTES:
-            give_back()
+            trim_heap()
         return {
             "by": by, "range": reach, "rows": len(x), "decimated": len(x) > 2 * points, "series": series,
             "last": last, "generation": self.generation,

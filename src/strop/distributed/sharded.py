@@ -16,13 +16,13 @@ from torch import nn
 
 from strop.distributed.devices import Devices
 from strop.errors import RunError
-from strop.models.sharding import EMBEDDING, Parts, Unit, Where
+from strop.models.sharding import EMBEDDING, ModelShards, ShardedUnit, Where
 
 
 class Sharded:
     """The base of a model whose parts lie on `devices`. modules: by what is asked for (see `__call__`)."""
 
-    def __init__(self, parts: Parts, devices: Devices) -> None:
+    def __init__(self, parts: ModelShards, devices: Devices) -> None:
         self.parts, self.modules, self._devices = parts, parts.modules, devices
         self._order: list[Where] = []
         self._at = 0  # of the order, what is there
@@ -91,7 +91,7 @@ class Sharded:
         if unit is not None and not unit.there:
             self._coming = self._devices.begin_gather(unit.take(), unit.own)
 
-    def _unit(self, at: int) -> Unit | None:
+    def _unit(self, at: int) -> ShardedUnit | None:
         return self.parts.units[self._order[at]] if 0 <= at < len(self._order) else None
 
 

@@ -14,9 +14,9 @@ from packaging.version import Version
 
 from strop.engine.kernels.cpu.precision import measure as measure
 from strop.errors import DeviceError
-from strop.machine.memory import keep_pages
+from strop.machine.memory import keep_heap_pages
 from strop.machine.probe import TILED_RANK, probe
-from strop.machine.rates import keep_precision, known_precision
+from strop.machine.rates import save_precision, load_precision
 
 LOG = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     the same one. A product that a card cuts up is added up in fp32, and rounded once. deterministic: what `repeatable`
     needs of cuBLAS, which reads it when it starts.
     """
-    keep_pages()
+    keep_heap_pages()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -87,10 +87,10 @@ def pick_dtype(device: str) -> tuple[str, str]:
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"
     machine, threads = probe(), torch.get_num_threads()
-    known = known_precision(machine, threads)
+    known = load_precision(machine, threads)
     if known is not None:
         return known
     LOG.info("measuring whether bf16 or fp32 is faster here")
     found = measure(device)
-    keep_precision(machine, threads, found.dtype, found.why)
+    save_precision(machine, threads, found.dtype, found.why)
     return found.dtype, found.why

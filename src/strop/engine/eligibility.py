@@ -22,10 +22,10 @@ from strop.models.families.layers import (
     Family,
     linears,
     load_balancing,
-    norms_of,
-    own_parts,
-    rotary_of,
-    text_of,
+    layer_norms,
+    model_computed_modules,
+    find_rotary,
+    text_decoder,
 )
 from strop.models.quantize import QuantizedLinear
 
@@ -71,7 +71,7 @@ def unsupported(model: nn.Module) -> str | None:
     family = FAMILIES.get(kind)
     if family is None:
         return f"model family {kind} is not in the table of the fast step"
-    decoder, config = text_of(base)
+    decoder, config = text_decoder(base)
     active = next((f"{name} above 0" for name in DROPOUTS if getattr(config, name, 0)), None)
     active = active or ("output_router_logits: a loss that balances experts" if load_balancing(config) else None)
     return (
@@ -81,7 +81,7 @@ def unsupported(model: nn.Module) -> str | None:
 
 def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
-    parts = list(own_parts(decoder, family))
+    parts = list(model_computed_modules(decoder, family))
     own = {id(module) for part in parts for module in part.modules()}
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
@@ -98,7 +98,7 @@ def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) ->
         if isinstance(module, TrainableTokensWrapper) and (odd := _odd_tokens(name, module, base)) is not None:
             return odd
     biases = [base_of(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group]
-    whole = [used(module) for module in (head, decoder.get_input_embeddings(), *norms_of(decoder, family))]
+    whole = [used(module) for module in (head, decoder.get_input_embeddings(), *layer_norms(decoder, family))]
     parameters = [one for module in whole for one in base_of(module).parameters()]
     theirs = [one for part in parts for one in part.parameters()]
     taken = {id(one) for one in (*biases, *parameters, *theirs)}
@@ -139,7 +139,7 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
             if type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
                 return f"unknown weights ({type(module).__name__})"
     parts = [decoder, base.get_output_embeddings()]
-    theirs = {id(p) for part in own_parts(decoder, family) for p in part.parameters()}  # routers are in fp32, in some
+    theirs = {id(p) for part in model_computed_modules(decoder, family) for p in part.parameters()}  # routers are in fp32, in some
     named = [
         (name, p)
         for part in parts
@@ -176,7 +176,7 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
         return "clip_qkv"
     if config.model_type.startswith("gemma") and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"
-    kind = getattr(rotary_of(decoder), "rope_type", "default")
+    kind = getattr(find_rotary(decoder), "rope_type", "default")
     for rope in kind.values() if isinstance(kind, dict) else [kind]:
         if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
             return f"rotary embedding of type {rope}"

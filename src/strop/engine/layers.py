@@ -15,12 +15,12 @@ from strop.engine.train.fused_linear import base_of
 from strop.models.families.layers import (
     FAMILIES,
     Family,
-    activation_of,
+    activation_name,
     linears,
-    own_mixer,
-    own_mixture,
-    rotary_of,
-    text_of,
+    mixer_module,
+    moe_module,
+    find_rotary,
+    text_decoder,
 )
 
 NOWHERE = "nowhere"
@@ -92,7 +92,7 @@ class Layers:
 
     def __init__(self, model: Any) -> None:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder, self.config = text_of(base)
+        self.decoder, self.config = text_decoder(base)
         self.family: Family = FAMILIES[self.config.model_type]
         self.output = base.get_output_embeddings()
         self.head = base_of(self.output)
@@ -124,14 +124,14 @@ class Layers:
         if attention is None or not self.family.turned(attention):
             return NOWHERE
         kinds = getattr(self.config, "layer_types", None)
-        by_type = isinstance(getattr(rotary_of(self.decoder), "rope_type", None), dict)
+        by_type = isinstance(getattr(find_rotary(self.decoder), "rope_type", None), dict)
         return kinds[number] if by_type and kinds else None
 
     def angles(self, positions: Tensor) -> Angles:
         """cos and sin (T, m) for each kind of rotary embedding among the layers."""
         nothing = torch.empty(len(positions), 0, device=positions.device)
         found: Angles = {NOWHERE: (nothing, nothing)}
-        rotary: Any = rotary_of(self.decoder)
+        rotary: Any = find_rotary(self.decoder)
         for kind in {self.kind_of(number) for number in range(len(self))} - {NOWHERE}:
             like = torch.empty(0, device=positions.device)
             cos, sin = rotary(like, positions[None], *([] if kind is None else [kind]))
@@ -144,7 +144,7 @@ class Layers:
 
     def part(self, number: int) -> LayerPart:
         family, config, layer = self.family, self.config, self.decoder.layers[number]
-        attention, mixture = getattr(layer, family.attention, None), own_mixture(layer, family)
+        attention, mixture = getattr(layer, family.attention, None), moe_module(layer, family)
         of_keys = self._of_keys(number, attention)
         size = 0 if attention is None else int(getattr(attention, "head_dim", None) or attention.head_size)
         qkv, o, gate_up, down = linears(layer, family)
@@ -163,7 +163,7 @@ class Layers:
             softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
             rope=self.kind_of(number),
             sinks=getattr(attention, "sinks", None),
-            mixer=own_mixer(layer, family),
+            mixer=mixer_module(layer, family),
             mixture=mixture,
             q_norm=self._norm_named(attention, family.q_norm, size),
             k_norm=self._norm_named(of_keys, family.k_norm, size),
@@ -177,7 +177,7 @@ class Layers:
             kind=str(getattr(attention, "layer_type", "")),
             keeps=bool(getattr(attention, "store_full_length_kv", False)),
             takes=of_keys is not attention,
-            activation=activation_of(config),
+            activation=activation_name(config),
             act=torch.nn.functional.silu if mixture is not None else _act(getattr(layer, family.mlp)),
         )
 

@@ -15,7 +15,7 @@ from strop.data.prepare import prepare
 from strop.data.store import digest, dumps
 from strop.data.types import Conversation
 from strop.errors import InputError, RecipeError
-from strop.models.adapters import adapter_folder, base_source, with_tokenizer
+from strop.models.adapters import adapter_folder, base_source, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
@@ -52,7 +52,7 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
         start, source = recipe.model.adapter, base_source(run.adapter)
         before = [False] * len(rows) if start is None else trained_on(start, rows)
         folder = None if start is None else adapter_folder(start)
-        tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+        tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
         learning = learning_of(recipe.train)
         data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     except InputError:

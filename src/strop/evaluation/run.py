@@ -27,7 +27,7 @@ from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import adapter_folder, is_reward, refuse_other_kind
+from strop.models.adapters import adapter_folder, is_reward_adapter, check_adapter_kind
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
 
@@ -168,9 +168,9 @@ def evaluate_models(
     for name in names:
         named = rows if paired else [question.conversation for question in questions(rows)]
         known = devices.once(partial(trained_on, name, named))
-        scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
+        scores = (folder := adapter_folder(name)) is not None and is_reward_adapter(folder)
         if scores and not paired:
-            refuse_other_kind(folder or Path(name), scores=False)
+            check_adapter_kind(folder or Path(name), scores=False)
         with devices.together():
             model = load(name, quantization=quantization, force=force, scores=scores)
         if paired:

@@ -29,9 +29,9 @@ from strop.export.merge import check_measured, check_memory, rounded
 from strop.export.tuned import Tuned
 from strop.export.verify_gguf import LIMITS, Findings, checking
 from strop.export.weight_changes import beyond_lora, module_scales, names_in, read_weights
-from strop.models.families.gguf import Layout
+from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config, weights_folder
-from strop.models.tensor_files import Tensors
+from strop.models.tensor_files import CheckpointTensors
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import disk_faults, fsync_folder, sole_maker
 
@@ -107,12 +107,12 @@ def export_gguf(
         llama_cpp.check_loads()
     tuned = Tuned.read(name, data, base="original" if adapter else None, measure=measure)
     config = load_config(tuned.source)
-    layout, renderer = Layout(config), Renderer(tuned.tokenizer)
+    layout, renderer = GgufLayout(config), Renderer(tuned.tokenizer)
     words = vocabulary(tuned.source, renderer, config.vocab_size)
     if adapter:
         _check_adapter(tuned, renderer)
     if tuned.folder is not None:
-        _check_places(tuned.folder, layout, Tensors(weights_folder(tuned.source)))
+        _check_places(tuned.folder, layout, CheckpointTensors(weights_folder(tuned.source)))
     if unmeasured is None:
         check_memory(tuned.source, 4 if kind == "f32" and not adapter else 2, say)
     with disk_faults(out.parent), sole_maker(out), ExitStack() as stack:
@@ -185,7 +185,7 @@ def _check_adapter(tuned: Tuned, renderer: Renderer) -> None:
         raise ModelError(what, fix="leave --adapter out: merge it")
 
 
-def _check_places(folder: Path, layout: Layout, tensors: Tensors) -> None:
+def _check_places(folder: Path, layout: GgufLayout, tensors: CheckpointTensors) -> None:
     """Raises ModelError for what is trained of a weight that is in no file of its own: a head that is tied to the
     embedding."""
     for key in names_in(folder):
@@ -200,11 +200,11 @@ def _check_places(folder: Path, layout: Layout, tensors: Tensors) -> None:
 class _Model:
     """What is written: the tuned model's tensors and settings, under llama.cpp's names."""
 
-    def __init__(self, tuned: Tuned, layout: Layout, words: Vocabulary, name: str, stack: ExitStack) -> None:
+    def __init__(self, tuned: Tuned, layout: GgufLayout, words: Vocabulary, name: str, stack: ExitStack) -> None:
         self.tuned, self.layout, self.words = tuned, layout, words
         self._name = name if layout.arch != "phi3" or "phi-3" in name.lower() else f"phi-3 {name}"  # llama.cpp looks
         self._stack = stack
-        self._tensors = Tensors(weights_folder(tuned.source))
+        self._tensors = CheckpointTensors(weights_folder(tuned.source))
         self._merged: Callable[[str, Tensor], tuple[Tensor, Tensor]] = tuned.merging()
 
     def temporary(self, out: Path, what: str) -> Path:

@@ -41,11 +41,11 @@ class Finding:
     fix: str = ""
 
 
-TryOut = Callable[[Machine], tuple[list[Finding], Rates]]
+TorchChecks = Callable[[Machine], tuple[list[Finding], Rates]]
 
 
 @dataclass(frozen=True)
-class Examination:
+class DoctorReport:
     """The fields of `strop doctor --json`. rates: None where torch is missing."""
 
     machine: dict[str, Any]
@@ -57,29 +57,29 @@ class Examination:
         return {"machine": self.machine, "findings": [asdict(f) for f in self.findings], "rates": rates}
 
 
-def examine(try_out: TryOut, folder: Path | None = None) -> Examination:
+def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
     """try_out: what is done with torch, where it is installed (planning.trial). folder: where runs will be written;
     default: the current one."""
     machine, folder = probe(), folder or Path.cwd()
     findings = [*_versions(), *_resources(machine, folder), _hub(), _disk(folder)]
     rates = None
-    if installed("torch"):
+    if is_installed("torch"):
         try:
             more, rates = try_out(machine)
         except (ImportError, OSError) as error:
             why = "nothing can be trained with it; docs/troubleshooting.md#cuda"
-            fix = f"{pip()} install --force-reinstall torch"
+            fix = f"{pip_command()} install --force-reinstall torch"
             more = [Finding("error", f"torch cannot be loaded: {error}", why, fix)]
         except Exception as error:  # a check that crashes has found something
-            more = [crashed("a check with torch", error)]
+            more = [crash_finding("a check with torch", error)]
         findings += more
-    return Examination(_facts(machine, folder), findings, rates)
+    return DoctorReport(_facts(machine, folder), findings, rates)
 
 
-def crashed(check: str, error: Exception, fix: str = "") -> Finding:
+def crash_finding(check: str, error: Exception, fix: str = "") -> Finding:
     said = next((line for line in str(error).splitlines() if line.strip()), "")
     what = f"{check} ends with {type(error).__name__}: {said.strip()}"
-    return Finding("error", what, "a run would end with it too", fix or f"{pip()} install --force-reinstall torch")
+    return Finding("error", what, "a run would end with it too", fix or f"{pip_command()} install --force-reinstall torch")
 
 
 def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
@@ -121,10 +121,10 @@ def libraries() -> Iterator[tuple[str, str | None, str]]:
     for line in asked:
         need = Requirement(line)
         if need.marker is None or need.marker.evaluate({"extra": ""}):
-            yield need.name, version(need.name) if installed(need.name) else None, str(need.specifier)
+            yield need.name, version(need.name) if is_installed(need.name) else None, str(need.specifier)
 
 
-def installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     try:
         version(name)
     except PackageNotFoundError:
@@ -137,17 +137,17 @@ def _versions() -> Iterator[Finding]:
     for name, found, wanted in libraries():
         if found is None:
             bad = True
-            fix = f"{pip()} install '{name}{wanted}'"
+            fix = f"{pip_command()} install '{name}{wanted}'"
             yield Finding("error", f"{name} is not installed", f"strop needs {name}{wanted}", fix)
         elif not Requirement(f"{name}{wanted}").specifier.contains(found, prereleases=True):
             bad = True
-            fix = f"{pip()} install -U '{name}{wanted}'"
+            fix = f"{pip_command()} install -U '{name}{wanted}'"
             yield Finding("error", f"{name} {found}", f"strop is tested with {name}{wanted}", fix)
     if not bad:
         yield Finding("ok", "every library is in the range that strop supports")
 
 
-def pip() -> str:
+def pip_command() -> str:
     return f"{sys.executable} -m pip"
 
 

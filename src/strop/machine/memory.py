@@ -13,7 +13,7 @@ import psutil
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from strop.errors import RecipeError
-from strop.machine.memory import give_back
+from strop.machine.memory import trim_heap
 from strop.runs.folder import cache_folder, read_json, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -39,7 +39,7 @@ _NO_MEMORY = (
 
 
 @dataclass(frozen=True)
-class MemoryMark:
+class PeakTracker:
     """Resident bytes of the process when the mark was set, and the CUDA device to look at instead, if any."""
 
     resident_bytes: int
@@ -54,7 +54,7 @@ class MemoryMark:
         return max(0, _peak_resident_bytes() - self.resident_bytes)
 
 
-def mark(device: str) -> MemoryMark:
+def start_peak(device: str) -> PeakTracker:
     """Starts counting peaks anew, where the system lets a process do so (Linux, CUDA)."""
     if device.startswith("cuda"):
         import torch
@@ -63,7 +63,7 @@ def mark(device: str) -> MemoryMark:
     elif sys.platform == "linux":
         with suppress(OSError):  # not allowed in some sandboxes: the peak then counts from the start of the process
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-    return MemoryMark(psutil.Process().memory_info().rss, device)
+    return PeakTracker(psutil.Process().memory_info().rss, device)
 
 
 def _peak_resident_bytes() -> int:
@@ -112,7 +112,7 @@ class MemoryWatch:
     def begin(self) -> None:
         self._growth, self._before = 0, _resident_bytes()
         if self._before > 0.8 * USABLE * self.limit_bytes:
-            give_back()
+            trim_heap()
             self._before = _resident_bytes()
 
     def __call__(self) -> None:
@@ -130,14 +130,14 @@ def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def remember(key: str, value: dict[str, Any]) -> None:
+def save_measured(key: str, value: dict[str, Any]) -> None:
     """Keeps what a shape of run needed on this machine, for the next run of that shape."""
     file = cache_folder() / "memory" / f"{key}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, value)
 
 
-def recall(key: str) -> dict[str, Any]:
+def load_measured(key: str) -> dict[str, Any]:
     file = cache_folder() / "memory" / f"{key}.json"
     return read_json(file)
 
@@ -154,29 +154,29 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-LARGE, KEPT = 32 << 20, 64 << 20  # bytes: of a block, and at the heap's end
+HEAP_BLOCK_BYTES, KEPT = 32 << 20, 64 << 20  # bytes: of a block, and at the heap's end
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
-def keep_pages() -> None:
+def keep_heap_pages() -> None:
     """From now on a block below 32 MiB comes from the heap, whose pages stay when it is freed: what a step needs for a
     moment, layer after layer, finds pages that are there. glibc gets there too, but only as such blocks are freed; with
     pages of its own for each block, getting and clearing them took a quarter of a step (docs/log)."""
     if sys.platform == "linux" and not any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         with suppress(AttributeError):
             library = ctypes.CDLL(None)
-            library.mallopt(_M_MMAP_THRESHOLD, LARGE)
+            library.mallopt(_M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
             library.mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Returns freed memory that the C library keeps for itself (glibc keeps blocks below 32 MiB) to the system."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def own_pages(size: int) -> mmap.mmap:
+def map_pages(size: int) -> mmap.mmap:
     """Zeros, in pages of their own, each of which takes memory from when it is written. Raises OSError where there is
     no room for so many."""
     flags: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}

@@ -26,7 +26,7 @@ class Machine:
     system: str
     python: str
     cpu: str
-    vector: tuple[str, ...]
+    vector_extensions: tuple[str, ...]
     cores: int
     memory_bytes: int
     free_bytes: int
@@ -72,7 +72,7 @@ def probe(memory: int | None = None) -> Machine:
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         cpu=_cpu()[0],
-        vector=vector(),
+        vector=vector_extensions(),
         cores=min(affinity(), _cgroup_cores() or affinity()),
         memory_bytes=min(total, limit) if limit else total,
         free_bytes=max(free, 0),
@@ -90,7 +90,7 @@ def _limit_bytes() -> int | None:
     return _cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
 
 
-def vector() -> tuple[str, ...]:
+def vector_extensions() -> tuple[str, ...]:
     """The CPU's instruction sets that strop has code for, by Linux's names."""
     flags = _cpu()[1]
     return tuple(flag for flag in _VECTOR if flag in flags)
@@ -167,10 +167,10 @@ def _nvidia(fields: str) -> tuple[str, ...]:
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if asked is None or asked.startswith("MIG-") or len(uuids) != len(lines):  # a part of a card has its own uuid
         return lines
-    return tuple(lines[place] for place in visible(asked, uuids))
+    return tuple(lines[place] for place in visible_gpus(asked, uuids))
 
 
-def visible(asked: str, uuids: Sequence[str]) -> list[int]:
+def visible_gpus(asked: str, uuids: Sequence[str]) -> list[int]:
     """The cards of CUDA_VISIBLE_DEVICES, by their places among all: numbers, or beginnings of a uuid. As CUDA reads it,
     nothing counts behind the first that is not there, and nothing at all where one is named twice."""
     found: list[int] = []

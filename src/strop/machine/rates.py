@@ -35,25 +35,25 @@ class Rates:
         return "bf16" if self.bf16_flops >= 1.2 * self.fp32_flops else "fp32"
 
 
-def keep_rates(machine: Machine, device: str, rates: Rates) -> None:
+def save_rates(machine: Machine, device: str, rates: Rates) -> None:
     file = _file(machine, device)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, asdict(rates))
 
 
-def known_rates(machine: Machine, device: str) -> Rates | None:
+def load_rates(machine: Machine, device: str) -> Rates | None:
     """None where none were measured, or by a strop that measured others."""
     found = read_json(_file(machine, device))
     return Rates(**found) if set(found) == {field.name for field in fields(Rates)} else None
 
 
-def keep_precision(machine: Machine, threads: int, dtype: str, why: str) -> None:
+def save_precision(machine: Machine, threads: int, dtype: str, why: str) -> None:
     file = _precision_file(machine, threads)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"dtype": dtype, "why": why})
 
 
-def known_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
+def load_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
     """(type of the frozen weights, why), as a run measured it here. threads: by default those that PyTorch takes."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     known = read_json(_precision_file(machine, threads or (int(asked) if asked.isdigit() else affinity())))

@@ -16,7 +16,7 @@ _USED_BY: set[int] = set()  # processes: this one, or one that it was forked fro
 
 
 @contextmanager
-def usual_torch() -> Iterator[None]:
+def default_torch_state() -> Iterator[None]:
     """Inside it this thread uses torch as at a program's start: with gradients, without autocast, on the CPU where no
     device is named."""
     with ExitStack() as stack:
@@ -31,8 +31,8 @@ def usual_torch() -> Iterator[None]:
 
 
 @contextmanager
-def own_torch() -> Iterator[None]:
-    """As `usual_torch`, and in fp32 where no type is named. The program's random numbers go on behind it as if none had
+def isolated_torch_state() -> Iterator[None]:
+    """As `default_torch_state`, and in fp32 where no type is named. The program's random numbers go on behind it as if none had
     been drawn inside.
 
     The type and the random numbers are one for all threads, and transformers changes more such things while it loads:
@@ -47,7 +47,7 @@ def own_torch() -> Iterator[None]:
         started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         cards = [torch.cuda.current_device()] if started else []
         stack.enter_context(torch.random.fork_rng(devices=cards))
-        stack.enter_context(usual_torch())
+        stack.enter_context(default_torch_state())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         yield

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import ModelError
-from strop.models.source import safetensors_header
-from strop.models.tokenizer import new_tokens
+from strop.models.source import read_safetensors_header
+from strop.models.tokenizer import trained_token_texts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 NOT_ALWAYS = ("alora_invocation_tokens", "arrow_config")  # of adapters that do not act on every token
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises ModelError where it is damaged, or of an adapter that strop cannot compute, or has no
     safetensors beside it."""
     file = folder / "adapter_config.json"
@@ -53,7 +53,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def fitting(folder: Path, base: str) -> Iterator[None]:
+def peft_load_errors(folder: Path, base: str) -> Iterator[None]:
     """Around peft's putting an adapter on a base: raises ModelError for what it refuses."""
     try:
         yield
@@ -61,14 +61,14 @@ def fitting(folder: Path, base: str) -> Iterator[None]:
         raise ModelError(f"{folder}: does not fit {base}: {' '.join(str(error).split()[:40])}") from None
 
 
-def check_fit(places: Mapping[str, Sequence[int]], folder: Path, base: str, *, matrices: bool = False) -> None:
+def check_adapter_fits(places: Mapping[str, Sequence[int]], folder: Path, base: str, *, matrices: bool = False) -> None:
     """Raises ModelError where a tensor of the file has no place in the model, an adapter of the model no tensor, or one
     has another shape; peft only warns.
 
     places: shapes by name, as peft would save the model's. matrices: LoRA's own matrices alone, of which each must be
     there; of others the caller knows more.
     """
-    saved = {name: entry["shape"] for name, entry in safetensors_header(folder / WEIGHTS_FILE).items()}
+    saved = {name: entry["shape"] for name, entry in read_safetensors_header(folder / WEIGHTS_FILE).items()}
     wanted = {name: list(shape) for name, shape in places.items() if not matrices or ".lora_" in name}
     if matrices:
         saved = {name: shape for name, shape in saved.items() if name in wanted}
@@ -83,11 +83,11 @@ def check_fit(places: Mapping[str, Sequence[int]], folder: Path, base: str, *, m
         raise ModelError(f"{folder}: does not fit {base}: {said}", fix=fix)
 
 
-def as_start(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json for a run that starts from the adapter: with `new_tokens`, their texts, and the layers and
+def expand_adapter_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json for a run that starts from the adapter: with `trained_token_texts`, their texts, and the layers and
     experts that it sits on by name."""
     targets = _adapted_names(config, folder / WEIGHTS_FILE)
-    return {**config, "new_tokens": new_tokens(folder, config), "target_modules": targets}
+    return {**config, "new_tokens": trained_token_texts(folder, config), "target_modules": targets}
 
 
 def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
@@ -95,7 +95,7 @@ def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
     parameters = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
-        paths = {name.partition(".lora_A.")[0] for name in safetensors_header(weights) if ".lora_A." in name}
+        paths = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}
         inside = ("base_layer", *(name.partition(".")[0] for name in parameters))
         targets = [leaf for leaf in (path.rpartition(".")[2] for path in paths) if leaf not in inside]
     return sorted({*targets, *parameters})

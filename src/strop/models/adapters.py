@@ -13,12 +13,12 @@ from torch import nn
 
 from strop.data.rendering.render import Renderer
 from strop.errors import ModelError
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_config, check_fit, fitting
-from strop.models.adapters import biases_of, has_own_biases, keep_biases
-from strop.models.lora import TASK, add_head, grow_vocabulary, moved_base, sum_once, unwarned
-from strop.models.source import Source, fingerprint, locate, safetensors_header
+from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config, check_adapter_fits, peft_load_errors
+from strop.models.adapters import copy_biases, has_trained_biases, store_base_biases
+from strop.models.lora import REWARD_TASK, add_score_head, grow_vocabulary, why_base_changed, patch_lora_forward, ignore_peft_warnings
+from strop.models.source import Source, fingerprint, locate, read_safetensors_header
 from strop.models.tensor_files import FLOATS, is_finite
-from strop.models.tokenizer import new_rows
+from strop.models.tokenizer import trained_token_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
@@ -54,14 +54,14 @@ def adapter_folder(name: str) -> Path | None:
     return path if (path / "adapter_config.json").is_file() else None
 
 
-def is_reward(folder: Path) -> bool:
+def is_reward_adapter(folder: Path) -> bool:
     """Whether an adapter is a reward model's: it scores answers and writes none."""
-    return bool(adapter_config(folder).get("task_type") == TASK)
+    return bool(read_adapter_config(folder).get("task_type") == REWARD_TASK)
 
 
-def refuse_other_kind(folder: Path, scores: bool) -> None:
+def check_adapter_kind(folder: Path, scores: bool) -> None:
     """Raises ModelError for a reward model's adapter where one is wanted that writes, or the other way round."""
-    if is_reward(folder) == scores:
+    if is_reward_adapter(folder) == scores:
         return
     if scores:
         raise ModelError(f"{folder}: writes answers and has no score", fix="give the adapter of a reward model")
@@ -71,12 +71,12 @@ def refuse_other_kind(folder: Path, scores: bool) -> None:
 
 def base_source(folder: Path) -> Source:
     """The base of an adapter folder. Raises ModelError where it is not to be found."""
-    if name := adapter_config(folder).get("base_model_name_or_path"):
+    if name := read_adapter_config(folder).get("base_model_name_or_path"):
         return locate(str(name))
     raise ModelError(f"{folder}: does not say which model it was trained on (base_model_name_or_path)")
 
 
-def with_tokenizer(folder: Path, source: Source) -> Source:
+def tokenizer_source(folder: Path, source: Source) -> Source:
     """Where an adapter's tokenizer is: in its own folder, or, of one that another tool saved without, with its base."""
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return Source(source.name, "folder", folder) if own else source
@@ -91,12 +91,12 @@ def read_identity(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: damaged: {error}", fix="put it back, or take another adapter of the run") from None
 
 
-def renderer_of(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
+def make_renderer(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
     """What renders for an adapter as in its training. tokenizer: its own; identity: as `read_identity` gives it."""
     return Renderer(tokenizer, reasoning=identity.get("reasoning", "auto"))
 
 
-def attach(
+def attach_adapter(
     base: nn.Module,
     folder: Path,
     source: Source,
@@ -112,36 +112,36 @@ def attach(
     Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
     name and shape, was changed since it was saved, or holds NaN.
     """
-    config = adapter_config(folder)
-    refuse_other_kind(folder, scores)
-    notes = check_base(folder, source, force=force)
-    check_weights(folder)
+    config = read_adapter_config(folder)
+    check_adapter_kind(folder, scores)
+    notes = check_adapter_base(folder, source, force=force)
+    check_adapter_weights(folder)
     if not isinstance(base, peft.PeftModel):
         if scores:
-            add_head(base)
-        grow_vocabulary(base, 1 + max((row for rows in new_rows(config).values() for row in rows), default=-1))
+            add_score_head(base)
+        grow_vocabulary(base, 1 + max((row for rows in trained_token_rows(config).values() for row in rows), default=-1))
     own_biases = str(config.get("bias", "none")) != "none"
-    if isinstance(base, peft.PeftModel) and (own_biases or has_own_biases(base)):
+    if isinstance(base, peft.PeftModel) and (own_biases or has_trained_biases(base)):
         what = f"{folder}: an adapter with trained biases (lora.bias) cannot share a base with another"
         raise ModelError(what, fix="load each by itself")
-    before = biases_of(base) if own_biases else {}
+    before = copy_biases(base) if own_biases else {}
     # peft would read it onto a card, if there is one, and start CUDA for a model on the CPU
     places = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     how: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(places, "cpu"))}
-    with fitting(folder, source.name), unwarned("Found missing adapter keys"):  # refused below
+    with peft_load_errors(folder, source.name), ignore_peft_warnings("Found missing adapter keys"):  # refused below
         if isinstance(base, peft.PeftModel):
             model = base
             model.load_adapter(str(folder), adapter_name=name, **how)
         else:
             model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
     places = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    check_fit({key: weight.shape for key, weight in places.items()}, folder, source.name)
+    check_adapter_fits({key: weight.shape for key, weight in places.items()}, folder, source.name)
     if own_biases:
-        keep_biases(model, before)
-    return sum_once(model), notes
+        store_base_biases(model, before)
+    return patch_lora_forward(model), notes
 
 
-def load_beside(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
+def attach_second(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
     """Loads a further adapter onto a base (`source`) that has one; gives notes on what `force` let pass.
 
     Raises ModelError where it was trained on another base (unless forced), or does not fit.
@@ -149,15 +149,15 @@ def load_beside(module: peft.PeftModel, folder: Path, source: Source, name: str,
     trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(base_source(folder))}
     if not force and trained_on["fingerprint"] != fingerprint(source):
         raise ModelError(f"{folder}: trained on another base than {source.name}", fix="load it by itself")
-    notes = attach(module, folder, source, force=force, name=name)[1]
+    notes = attach_adapter(module, folder, source, force=force, name=name)[1]
     module.eval()
     return notes
 
 
-def check_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
+def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
     """Raises ModelError where an adapter was trained on another base; with `force`, gives that as a note."""
     trained_on, found = read_identity(folder).get("base"), fingerprint(source)
-    if moved := moved_base(adapter_config(folder)):
+    if moved := why_base_changed(read_adapter_config(folder)):
         what = f"{folder}: {moved}"
     elif not trained_on or trained_on["fingerprint"] == found:
         return []
@@ -169,10 +169,10 @@ def check_base(folder: Path, source: Source, *, force: bool = False) -> list[str
     return [what]
 
 
-def check_weights(folder: Path) -> None:
+def check_adapter_weights(folder: Path) -> None:
     """Raises ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
     file, known = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
-    kinds = {name: entry["dtype"] for name, entry in safetensors_header(file).items()}
+    kinds = {name: entry["dtype"] for name, entry in read_safetensors_header(file).items()}
     if odd := next((name for name, kind in kinds.items() if kind not in FLOATS), None):
         what = f"{file}: {odd} is stored as {kinds[odd]}, which no adapter is trained in"
         raise ModelError(what, fix="save it in 16 or 32 bit")
@@ -199,26 +199,26 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 
-def biases_of(base: nn.Module) -> dict[str, Tensor]:
+def copy_biases(base: nn.Module) -> dict[str, Tensor]:
     """Copies of all that a model without an adapter has, by name."""
     return {name: bias.detach().clone() for name, bias in base.named_parameters() if name.endswith("bias")}
 
 
-def keep_biases(model: PeftModel, base: Mapping[str, Tensor]) -> None:
-    """Has `without_adapter` put these back, which the model had before its adapter came."""
+def store_base_biases(model: PeftModel, base: Mapping[str, Tensor]) -> None:
+    """Has `adapter_disabled` put these back, which the model had before its adapter came."""
     named = ((name, name.removeprefix("base_model.model.")) for name, _ in model.named_parameters())
     cast(Any, model).biases_of_base = {
         name: base[plain] for name, one in named if (plain := one.replace(".base_layer.", ".")) in base
     }
 
 
-def has_own_biases(model: nn.Module) -> bool:
+def has_trained_biases(model: nn.Module) -> bool:
     """Whether an adapter brought biases of its own."""
     return bool(getattr(model, "biases_of_base", None))
 
 
 @contextmanager
-def without_adapter(model: PeftModel) -> Iterator[None]:
+def adapter_disabled(model: PeftModel) -> Iterator[None]:
     """Inside this block the model is its base: the adapter is off, and biases are the base's."""
     own: Mapping[str, Tensor] = getattr(model, "biases_of_base", {})
     places = {name: weight for name, weight in model.named_parameters() if name in own} if own else {}

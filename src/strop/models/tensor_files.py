@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from strop.errors import ModelError
-from strop.models.experts import PackedExperts, as_quantized, is_experts, pack_experts, packable
-from strop.models.quantize import QuantizedLinear, pack, put_module, replace_linears
-from strop.models.source import BITS, Source, headers, refuse_widened
-from strop.models.tensor_files import Group, Layout
+from strop.models.experts import PackedExperts, make_quantized, is_experts, pack_experts, quantizable_names
+from strop.models.quantize import QuantizedLinear, quantize_weight, set_module, replace_linears
+from strop.models.source import DTYPE_BITS, Source, read_headers, refuse_widened
+from strop.models.tensor_files import TensorGroup, CheckpointLayout
 from strop.runs.folder import new_folder
 
 SHARD_BYTES = 1 << 30
@@ -29,7 +29,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-class Tensors:
+class CheckpointTensors:
     """The tensors of a folder of safetensors files, each read when it is asked for.
 
     A file is opened anew for each: what is read stays mapped, and counts as memory, as long as its file is open.
@@ -42,7 +42,7 @@ class Tensors:
         self._shapes: dict[str, list[int]] = {}
         self._dtypes: dict[str, str] = {}
         self._begins: dict[str, int] = {}
-        for file, header in headers(folder):
+        for file, header in read_headers(folder):
             first = file.stat().st_size - max((entry["data_offsets"][1] for entry in header.values()), default=0)
             for name, entry in header.items():
                 self._files[name], self._shapes[name], self._dtypes[name] = file, entry["shape"], entry["dtype"]
@@ -77,7 +77,7 @@ class Tensors:
         """Whether two tensors hold the same, read some at a time."""
         if (self.kind(name), self.shape(name)) != (self.kind(other), self.shape(other)):
             return False
-        size = self.size_bytes(name) // 4 * BITS[self.kind(name)] // 8
+        size = self.size_bytes(name) // 4 * DTYPE_BITS[self.kind(name)] // 8
         cuts = range(0, size, AT_ONCE)
         pairs = ((self.part(one, at, min(at + AT_ONCE, size)) for one in (name, other)) for at in cuts)
         return all(torch.equal(*pair) for pair in pairs)
@@ -115,13 +115,13 @@ def quantize_folder(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> None:
-    """Writes the weights of a 16-bit folder, quantized where `packable` says so, into another, in small shards, under
+    """Writes the weights of a 16-bit folder, quantized where `quantizable_names` says so, into another, in small shards, under
     the model's own names. device: which quantizes."""
-    chosen, as_type = packable(skeleton), typed(skeleton, dtype)
-    tensors = Tensors(source.path)
-    layout = Layout(skeleton, tensors).check(source.name, tensors)
+    chosen, as_type = quantizable_names(skeleton), dtype_caster(skeleton, dtype)
+    tensors = CheckpointTensors(source.path)
+    layout = CheckpointLayout(skeleton, tensors).check(source.name, tensors)
 
-    def parts(group: Group) -> dict[str, Tensor]:
+    def parts(group: TensorGroup) -> dict[str, Tensor]:
         return {
             key: part for name, tensor in layout.read(group, tensors.get).items() for key, part in kept(name, tensor)
         }
@@ -133,7 +133,7 @@ def quantize_folder(
         if name not in chosen:
             yield name, tensor.contiguous()
             return
-        quantized = pack_experts if tensor.dim() == 3 else pack
+        quantized = pack_experts if tensor.dim() == 3 else quantize_weight
         for short, part in quantized(tensor, scheme, double=double, device=device).items():
             yield _key(name, short), part.contiguous()
 
@@ -141,7 +141,7 @@ def quantize_folder(
         write_shards(temp, map(parts, layout.groups), {"scheme": scheme})
 
 
-def typed(model: Any, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+def dtype_caster(model: Any, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
     """Gives a weight in the type that it is held in: `dtype`, or fp32 where the model's class asks for that."""
     kept = list(model._get_dtype_plan(dtype))
 
@@ -173,15 +173,15 @@ def write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], metadata: dic
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def is_whole(folder: Path) -> bool:
+def has_all_weights(folder: Path) -> bool:
     """Whether all weight files are there, each as long as its header says."""
     try:
-        return all(header for _, header in headers(folder))
+        return all(header for _, header in read_headers(folder))
     except (OSError, ModelError):
         return False
 
 
-def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> nn.Module:
+def build_quantized(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> nn.Module:
     """A model whose linear weights are quantized where those of the folder are, filled tensor by tensor.
 
     make: builds the model without weights; its buffers are real. Raises ModelError where a weight is missing or does
@@ -189,9 +189,9 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
     """
     with init_empty_weights(include_buffers=False):
         model: Any = make()
-    tensors = Tensors(folder)
+    tensors = CheckpointTensors(folder)
     layers = replace_linears(model, scheme, dtype, lambda name: tensors.is_packed(f"{name}.weight"))
-    missing, as_type = [], typed(model, dtype)
+    missing, as_type = [], dtype_caster(model, dtype)
     for key, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = key.rpartition(".")
         if key not in tensors:
@@ -200,7 +200,7 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
             _fill(layers[owner], {"weight": tensors.get(key), **tensors.under(key)}, f"{name}: {key}")
         elif parameter.dim() == 3 and tensors.is_packed(key):
             packed = {"weight": tensors.get(key), **tensors.under(key)}
-            as_quantized(model.get_submodule(owner)).hold(leaf, PackedExperts(packed, parameter.shape, scheme, dtype))
+            make_quantized(model.get_submodule(owner)).hold(leaf, PackedExperts(packed, parameter.shape, scheme, dtype))
         else:
             tensor = tensors.get(key)
             if tensor.shape != parameter.shape:
@@ -214,7 +214,7 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
     packed_once = {id(layer.weight): layer for layer in layers.values()}
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and id(layer.weight) in packed_once:  # it shares another one's weight
-            put_module(model, path, packed_once[id(layer.weight)])
+            set_module(model, path, packed_once[id(layer.weight)])
     lost = [key for key in missing if model.get_parameter(key).device.type == "meta"]
     if lost:
         what = f"{name}: {len(lost)} weights are missing or under other names, first {lost[0]}"
@@ -223,11 +223,11 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
     return module
 
 
-def check_packed(source: Source, model: nn.Module) -> None:
+def check_packed_checkpoint(source: Source, model: nn.Module) -> None:
     """Raises ModelError where a checkpoint that is quantized on disk would make another model than its config says.
 
     model: without weights (meta tensors)."""
-    tensors = Tensors(source.path)
+    tensors = CheckpointTensors(source.path)
     packed = {name for name in tensors if name.endswith("weight") and tensors.is_packed(name)}
     if not packed:
         what = f"{source.name}: its config.json says that its weights are quantized, and none of them is"
@@ -235,24 +235,24 @@ def check_packed(source: Source, model: nn.Module) -> None:
     if odd := next((name for name in tensors if name.endswith(".weight_format") and tensors.get(name).any()), None):
         raise ModelError(f"{source.name}: {odd} is of an old layout of 8 bit", fix="use the model with 16-bit weights")
     constants = {key for name in packed for key in (f"{name}_format", *tensors.names_under(name).values())}
-    Layout(model, (name for name in tensors if name not in constants)).check(source.name, tensors)
+    CheckpointLayout(model, (name for name in tensors if name not in constants)).check(source.name, tensors)
 
 
-def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> None:
+def repack_layers(model: nn.Module, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> None:
     """Puts packed weights in the place of those that were dequantized, layer by layer; model may carry adapters."""
-    tensors = Tensors(folder)
+    tensors = CheckpointTensors(folder)
     for path, module in list(model.named_modules()):
         key = f"{path.replace('.base_layer', '')}.weight"
         constants = tensors.under(key) if type(module) is nn.Linear and key in tensors else {}
         if constants:
             layer = QuantizedLinear(module, scheme, dtype)
             _fill(layer, {"weight": tensors.get(key), **constants}, f"{name}: {key}")
-            put_module(model, path, layer.to(module.weight.device))
+            set_module(model, path, layer.to(module.weight.device))
         for leaf, weight in list(module.named_parameters(recurse=False)) if is_experts(module) else []:
             key = f"{path.replace('.base_layer', '')}.{leaf}"
             if weight.dim() == 3 and key in tensors and tensors.is_packed(key):
                 packed = PackedExperts({"weight": tensors.get(key), **tensors.under(key)}, weight.shape, scheme, dtype)
-                as_quantized(module).hold(leaf, packed.to(weight.device))
+                make_quantized(module).hold(leaf, packed.to(weight.device))
 
 
 def _fill(layer: QuantizedLinear, packed: dict[str, Tensor], where: str) -> None:
@@ -283,7 +283,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def floating_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The floating-point parameters, by name."""
     return ((name, p) for name, p in module.named_parameters() if p.is_floating_point())
 
@@ -322,7 +322,7 @@ _MASKS = ("bias", "masked_bias", "causal_mask")  # of attention, as older checkp
 
 
 @dataclass
-class Group:
+class TensorGroup:
     """Tensors of a file that become parameters together. place: the parameter, or the first of several; None where the
     model has no use for the tensors. pattern: of each tensor, the one that the converter knows it by."""
 
@@ -332,7 +332,7 @@ class Group:
     patterns: list[str] = field(default_factory=list)
 
 
-class Layout:
+class CheckpointLayout:
     """How the tensors of a checkpoint become the parameters of a model. model: without weights (meta tensors)."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -342,11 +342,11 @@ class Layout:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         known = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
-        found: dict[str, Group] = {}
+        found: dict[str, TensorGroup] = {}
         self.left: dict[str, str] = {}  # tensors that become no parameter, with what the model would call them
         for name in sorted(names, key=dot_natural_key):
             place, pattern = self._place(name)
-            group = found.setdefault(place or f" {name}", Group(place))
+            group = found.setdefault(place or f" {name}", TensorGroup(place))
             group.names.append(name)
             if place is not None and pattern is not None:
                 group.converter = group.converter or known[pattern]
@@ -365,7 +365,7 @@ class Layout:
         self.left[name] = place
         return None, None
 
-    def check(self, name: str, tensors: Any) -> Layout:
+    def check(self, name: str, tensors: Any) -> CheckpointLayout:
         """Itself. Raises ModelError where the tensors would make another model than the one that they were saved from.
 
         name: of the model; tensors: of the checkpoint, as shards.Tensors.
@@ -390,7 +390,7 @@ class Layout:
         unlike = [one.place for one in alone if tensors.shape(one.names[0]) != list(self._state[str(one.place)].shape)]
         if unlike:
             raise ModelError(f"{name}: {len(unlike)} weights are missing or of another shape, first {unlike[0]}")
-        refuse_left(name, self._model, self.left.values())
+        check_unused_tensors(name, self._model, self.left.values())
         for target, source in getattr(self._model, "all_tied_weights_keys", {}).items():
             held = {group.place: group.names[0] for group in self.groups if group.place in (target, source)}
             if len(held) == 2 and not tensors.equal(held[target], held[source]):
@@ -399,14 +399,14 @@ class Layout:
                 raise ModelError(what, fix=fix)
         return self
 
-    def group_of(self, parameter: str) -> Group:
+    def group_of(self, parameter: str) -> TensorGroup:
         """Raises KeyError where the checkpoint does not hold it."""
         found = next((group for group in self.groups if parameter in self.places(group)), None)
         if found is None:
             raise KeyError(parameter)
         return found
 
-    def places(self, group: Group) -> list[str]:
+    def places(self, group: TensorGroup) -> list[str]:
         """The parameters that a group becomes, unread."""
         if group.place is None:
             return []
@@ -416,7 +416,7 @@ class Layout:
         plain = re.sub(r"\\(.)", r"\1", first)
         return [group.place, *(group.place.replace(plain, re.sub(r"\\(.)", r"\1", other)) for other in others)]
 
-    def read(self, group: Group, get: Any) -> dict[str, Tensor]:
+    def read(self, group: TensorGroup, get: Any) -> dict[str, Tensor]:
         """The parameters of a group, by the model's names. get: gives a tensor of the checkpoint by its name."""
         if group.place is None:
             return {}
@@ -428,7 +428,7 @@ class Layout:
         made = converter.convert(group.place, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def write(self, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def write(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a group, by the checkpoint's names, out of its parameters.
 
         Raises ModelError where transformers cannot turn its conversion round.
@@ -444,7 +444,7 @@ class Layout:
         return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
-def refuse_left(name: str, model: Any, left: Iterable[str]) -> None:
+def check_unused_tensors(name: str, model: Any, left: Iterable[str]) -> None:
     """Raises ModelError where tensors that no parameter takes (by the model's own names) are part of what it computes:
     further decoder layers, or parts of its layers. Others are of a head or a tower that a language model has not."""
     state, modules = model.state_dict(), dict(model.named_modules())

@@ -21,7 +21,7 @@ def load_tokenizer(source: Source) -> Any:
 
     Raises ModelError where the folder holds none.
     """
-    folder = head_folder(source)
+    folder = config_folder(source)
     try:
         tokenizer = _class_of(folder).from_pretrained(folder, **LOCAL)
     except Exception as error:  # the tokenizers package has no other type for a file that it does not understand
@@ -46,23 +46,23 @@ def _class_of(folder: Path) -> Any:
     return AutoTokenizer
 
 
-def new_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
+def trained_token_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
     """The embedding rows that an adapter (with this adapter_config.json) trains, by the last part of their module's
     name."""
     rows = config.get("trainable_token_indices") or {}
     return {"embed_tokens": rows} if isinstance(rows, list) else dict(rows)
 
 
-def new_tokens(folder: Path, config: Mapping[str, Any]) -> list[str]:
+def trained_token_texts(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """The tokens of these rows, as the adapter's folder has them; the number of one that it has no text for."""
-    ids = dict.fromkeys(number for rows in new_rows(config).values() for number in rows)
+    ids = dict.fromkeys(number for rows in trained_token_rows(config).values() for number in rows)
     file = folder / "tokenizer.json"
     added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"] if ids and file.is_file() else ()
     texts = {token["id"]: token["content"] for token in added}
     return [texts.get(number, str(number)) for number in ids]
 
 
-def head_folder(source: Source) -> Path:
+def config_folder(source: Source) -> Path:
     """The folder with config and tokenizer; for a GGUF file they are taken out of it once, without its weights."""
     if source.kind == "folder":
         return source.path
@@ -70,16 +70,16 @@ def head_folder(source: Source) -> Path:
     def make(folder: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
-        with gguf_faults(source.path), new_folder(folder) as temp:
+        with gguf_errors(source.path), new_folder(folder) as temp:
             where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
             AutoTokenizer.from_pretrained(**where).save_pretrained(temp)
-            plain_config(AutoConfig.from_pretrained(**where)).save_pretrained(temp)
+            unpacked_config(AutoConfig.from_pretrained(**where)).save_pretrained(temp)
 
     return made_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), make)
 
 
 @contextmanager
-def gguf_faults(file: Path) -> Iterator[None]:
+def gguf_errors(file: Path) -> Iterator[None]:
     """Around what reads a GGUF file by gguf and transformers: what they cannot read is no fault of strop's."""
     try:
         yield
@@ -96,7 +96,7 @@ def gguf_cache(source: Source) -> Path:
     return cache_folder() / "gguf" / f"{digest}-{stat.st_size}"
 
 
-def plain_config(config: Any) -> Any:
+def unpacked_config(config: Any) -> Any:
     """A config that no longer says its weights are packed GGUF blocks (save_pretrained would refuse)."""
     config.__dict__.pop("quantization_config", None)
     config._name_or_path = ""
@@ -115,11 +115,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 5  # tokens at the end of a prompt that the first word of an answer is decoded with
 
 
-class Words:
+class TextStream:
     """The text of one answer. `stopped`: a stop string came; it and what follows are not shown.
 
     prompt: its ids, where the answer goes on with its text: the blank before the first word is shown then.
@@ -129,7 +129,7 @@ class Words:
         self._tokenizer, self._stops = tokenizer, stops
         self._ids = list(prompt[-CONTEXT:])
         self._start, self._shown = 0, len(self._ids)  # decoded together from `start` on; given out up to `shown`
-        if self._decode(self._shown).endswith(UNKNOWN):  # the answer may begin within a character
+        if self._decode(self._shown).endswith(REPLACEMENT):  # the answer may begin within a character
             self._ids, self._shown = [], 0
         self._held = ""
         self._length = 0
@@ -139,13 +139,13 @@ class Words:
     def length(self) -> int:
         """Whole characters of the tokens so far, given out or not."""
         new = self._decode(len(self._ids))[len(self._decode(self._shown)) :]
-        return self._length + len(new.rstrip(UNKNOWN))
+        return self._length + len(new.rstrip(REPLACEMENT))
 
     def push(self, token: int) -> str:
         """The text that is certain with this token."""
         self._ids.append(token)
         before, now = self._decode(self._shown), self._decode(len(self._ids))
-        if len(now) <= len(before) or now.endswith(UNKNOWN):  # a character that is not whole yet
+        if len(now) <= len(before) or now.endswith(REPLACEMENT):  # a character that is not whole yet
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         self._length += len(now) - len(before)
@@ -193,7 +193,7 @@ class TokenBytes:
 
     def _found(self, token: int) -> bytes:
         text = self._decode([*self._before, token])[self._begin :]
-        if UNKNOWN not in text:
+        if REPLACEMENT not in text:
             return text.encode()
         piece = str(self._tokenizer.convert_ids_to_tokens(token))
         if single := re.fullmatch("<0x([0-9A-F]{2})>", piece):

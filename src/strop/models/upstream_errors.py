@@ -17,7 +17,7 @@ FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @contextmanager
-def blaming(family: str) -> Iterator[None]:
+def attribute_errors(family: str) -> Iterator[None]:
     """Raises RunError in the place of an error that came up in transformers' or peft's code below strop's last line.
 
     family: the model's type. Memory that runs out is another trouble.
@@ -62,7 +62,7 @@ from json import JSONDecodeError
 from strop.errors import InputError, first_line
 
 
-def not_given(
+def hub_error(
     error: BaseException, name: str, page: str, kind: type[InputError], closed: type[InputError]
 ) -> InputError | None:
     """Of the repository `name`, where the Hub answers no, or breaks off: an error of this kind; `closed` where the
@@ -79,7 +79,7 @@ def not_given(
     again = "try again: files that have come whole are kept"
     if isinstance(error, LocalEntryNotFoundError):  # it says to check the connection, whatever the Hub has answered
         cause = error.__cause__
-        return not_given(cause, name, page, kind, closed) if isinstance(cause, HfHubHTTPError) else None
+        return hub_error(cause, name, page, kind, closed) if isinstance(cause, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError):
         fix = f"open {constants.ENDPOINT}/{page} and accept them, then log in with `hf auth login`"
         return closed(f"{name}: gated: only who has accepted its terms may load it", fix=fix)

@@ -25,7 +25,7 @@ print(json.dumps({"version": vllm.__version__, "known": known, "lora": bool(lora
 """
 
 
-def find_python(given: str | None, option: str = "--vllm-python") -> str:
+def find_vllm_python(given: str | None, option: str = "--vllm-python") -> str:
     """The Python that has vLLM: the one given by this option, or that of the `vllm` on the PATH. Raises InputError."""
     fix = f"give {option} /path/to/environment/bin/python (see docs/serve.md)"
     if given is not None:
@@ -39,7 +39,7 @@ def find_python(given: str | None, option: str = "--vllm-python") -> str:
     return str(python)
 
 
-def about_vllm(python: str, architecture: str, *, lora: bool) -> dict[str, Any]:
+def query_vllm(python: str, architecture: str, *, lora: bool) -> dict[str, Any]:
     """Its version, and whether it has a GPU: {version, known, lora, cuda}. lora: adapters are wanted.
 
     Raises InputError where vLLM does not start, ModelError where it does not know the architecture.
@@ -64,7 +64,7 @@ def vllm_environment(without: str = "") -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **own, **quiet}
 
 
-def lora_rank(config: Mapping[str, Any], name: str, fix: str) -> int:
+def max_lora_rank(config: Mapping[str, Any], name: str, fix: str) -> int:
     """What vLLM must be told so that it takes an adapter with this adapter_config.json. Raises ModelError, with this
     fix, for one that it cannot run."""
     odd = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]

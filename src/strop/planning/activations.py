@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from strop.machine.memory import LARGE
+from strop.machine.memory import HEAP_BLOCK_BYTES
 from strop.models.families.layers import Family
 from strop.models.families.shape import LinearShape
 from strop.planning.workload import Setting
@@ -208,7 +208,7 @@ def torn_bytes(setting: Setting, batch: MicroBatch) -> int:
     own); and between what transformers' own mixers keep, with what they need going back. Fitted (docs/log)."""
     if setting.device != "cpu" or setting.step != "fast":
         return 0
-    torn = HOLES * sum(block for block in _mlp_back_blocks(setting, batch.supervised) if block < LARGE)
+    torn = HOLES * sum(block for block in _mlp_back_blocks(setting, batch.supervised) if block < HEAP_BLOCK_BYTES)
     if setting.family.mixer:
         layers = setting.shape.layers - min(setting.checkpoint_layers, setting.shape.layers - 1)
         torn += TORN * layers * batch.tokens * _mixer_bytes(setting)

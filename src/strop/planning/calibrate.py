@@ -24,7 +24,7 @@ from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
 from strop.machine.probe import TILED_RANK
 from strop.models.families.shape import ModelShape
-from strop.models.quantize import pack, unpack
+from strop.models.quantize import quantize_weight, dequantize_weight
 from strop.planning.activations import MicroBatch
 from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, work_of
 from strop.planning.workload import Setting
@@ -104,9 +104,9 @@ def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
 def unpacked_per_s(scheme: str) -> float:
     """Weights that are dequantized a second."""
     weight = torch.randn(UNPACKED)
-    packed = pack(weight, scheme)
+    packed = quantize_weight(weight, scheme)
     dtype = torch.bfloat16
-    return weight.numel() / fastest(lambda: unpack(packed, scheme, weight.shape, dtype), 8)
+    return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, dtype), 8)
 
 
 def fastest(work: Callable[[], object], rounds: int = 4) -> float:

@@ -10,7 +10,7 @@ from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
 from strop.machine.probe import Machine
-from strop.models.families.shape import ModelShape, Peek
+from strop.models.families.shape import ModelShape, ModelInfo
 from strop.objectives.table import answers_of, learning_of
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
@@ -92,7 +92,7 @@ class Plan:
 def make_plan(
     resolved: Resolved,
     machine: Machine,
-    model: Peek,
+    model: ModelInfo,
     rate_of: Callable[[str], Rate],
     *,
     device: str,

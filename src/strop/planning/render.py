@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from strop.machine.doctor import Examination
+    from strop.machine.doctor import DoctorReport
     from strop.planning.compare import Row
     from strop.planning.devices import Spread
     from strop.planning.plan import Plan
@@ -126,7 +126,7 @@ def _cell(size: int, usable: int | None) -> str:
     return text if usable is None else f"[{'green' if size <= usable else 'red'}]{text}[/]"
 
 
-def print_findings(found: Examination, out: Console) -> None:
+def print_findings(found: DoctorReport, out: Console) -> None:
     for name, value in found.machine.items():
         is_bytes = name.endswith("_bytes")
         label = name.removesuffix("_bytes").replace("_", " ")

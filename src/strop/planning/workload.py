@@ -9,7 +9,7 @@ from strop.config.schema import LoraSection, Recipe
 from strop.errors import ModelError, nearest
 from strop.machine.probe import TILED_RANK, probe
 from strop.models.families.layers import FAMILIES, Family
-from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches, target_names
+from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # of EMBEDDINGS
@@ -295,7 +295,7 @@ def _ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
 
 def _rank(path: str, rank: int, patterns: dict[str, int]) -> int:
     """As peft picks it: by a suffix of the module's path, or a regular expression for one."""
-    return next((other for pattern, other in patterns.items() if matches(pattern, path)), rank)
+    return next((other for pattern, other in patterns.items() if matches_pattern(pattern, path)), rank)
 
 
 def check_names(lora: LoraSection, shape: ModelShape) -> None:
@@ -306,6 +306,6 @@ def check_names(lora: LoraSection, shape: ModelShape) -> None:
     paths += [name for name in HEADS if name in names]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns if shape.known else ():
-            if not any(matches(pattern, path) for path in paths):
+            if not any(matches_pattern(pattern, path) for path in paths):
                 what = f"lora.{field}: {pattern} matches no layer with an adapter{nearest(pattern, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")

@@ -21,7 +21,7 @@ from strop.engine.decode.batch import Batch, News
 from strop.engine.decode.decoder import Reads
 from strop.engine.decode.sampling import Mask, Sampling, Text, Token
 from strop.machine.memory import is_out_of_memory
-from strop.models.tokenizer import Words
+from strop.models.tokenizer import TextStream
 from strop.serve.metrics import Metrics
 
 
@@ -72,7 +72,7 @@ class _Told:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.words = Words(job.tokenizer, job.stops, job.ids.tolist() if job.goes_on else ())
+        self.words = TextStream(job.tokenizer, job.stops, job.ids.tolist() if job.goes_on else ())
         self.untold: list[Token] = []
         self.first = True
 

@@ -13,7 +13,7 @@ from strop.data.types import Ids, Message
 from strop.engine.decode.generate import own_ends
 from strop.engine.decode.model import load
 from strop.errors import ModelError
-from strop.models.adapters import adapter_folder, read_identity, renderer_of, with_tokenizer
+from strop.models.adapters import adapter_folder, read_identity, make_renderer, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
 from strop.serve.errors import Refusal
@@ -122,14 +122,14 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     for own, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)
         assert folder is not None and first.source is not None
-        tokenizer = load_tokenizer(with_tokenizer(folder, first.source))
+        tokenizer = load_tokenizer(tokenizer_source(folder, first.source))
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it on its own, or name it first")
         first.add(name, force=force, own_template=True)
         identity = read_identity(folder)
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
-        renderer = renderer_of(tokenizer, identity)
+        renderer = make_renderer(tokenizer, identity)
         models[own] = Served(own, first.others[name], tokenizer, renderer, identity.get("system"), more)
     models[BASE] = Served(BASE, None, *own_text, None, more)
     return Loaded(first.module, models, [*first.notes, *notes])

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 from strop.engine.decode.sampling import Token
-from strop.models.tokenizer import TokenBytes, Words
+from strop.models.tokenizer import TokenBytes, TextStream
 
 
 def _in_words(words: str) -> WrapValidator:
@@ -126,7 +126,7 @@ class Writer:
         self._chat, self._logprobs = chat, logprobs
         self._bytes = TokenBytes(tokenizer)
         self._given = 0  # characters of the text
-        self._words = Words(tokenizer, (), prompt)  # of a plain completion's tokens: where they begin in its text
+        self._words = TextStream(tokenizer, (), prompt)  # of a plain completion's tokens: where they begin in its text
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",

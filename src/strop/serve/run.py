@@ -17,7 +17,7 @@ from strop.engine.decode.hf_fallback import PlainDecoder
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
-from strop.models.introspect import made_for
+from strop.models.introspect import max_positions
 from strop.serve.address import Address, Server
 from strop.serve.app import OPEN, Room, create_app
 from strop.serve.engine import Engine, engine_thread
@@ -93,7 +93,7 @@ def _prepare(
     loaded = load_models(names, **how)
     base = _base(loaded.module)
     notes = [*loaded.notes, *Sampling.passed_over(base.generation_config)]
-    longest = made_for(base) or LONGEST_CONTEXT
+    longest = max_positions(base) or LONGEST_CONTEXT
     if context is not None and context > longest:
         raise InputError(f"--context {context}: the model was made for {longest} tokens", fix="choose less")
     context = context or min(longest, LONGEST_CONTEXT)

@@ -35,19 +35,19 @@ from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import rows as general_rows
-from strop.models.adapter_config import adapter_config
+from strop.models.adapter_config import read_adapter_config
 from strop.models.adapters import (
     adapter_folder,
     base_source,
-    check_base,
-    check_weights,
-    refuse_other_kind,
-    with_tokenizer,
+    check_adapter_base,
+    check_adapter_weights,
+    check_adapter_kind,
+    tokenizer_source,
 )
 from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
-from strop.models.tokenizer import head_folder, load_tokenizer
-from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
+from strop.models.tokenizer import config_folder, load_tokenizer
+from strop.models.vllm import DTYPE_NAMES, query_vllm, find_vllm_python, max_lora_rank, vllm_environment
 from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.address import KEY_VARIABLE, Address
@@ -99,7 +99,7 @@ def serve_vllm(
     Raises InputError before anything is loaded, RunError where vLLM does not start, ParityError where it answers as
     another model would.
     """
-    program, ids = find_python(python), check_names(names)
+    program, ids = find_vllm_python(python), check_names(names)
     folders = [adapter_folder(name) for name in names]
     first = folders[0]
     source = locate(names[0]) if first is None else base_source(first)
@@ -112,7 +112,7 @@ def serve_vllm(
     config = read_config(weights)
     architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
     context = context or min(longest, LONGEST_CONTEXT)
-    found = about_vllm(program, architecture, lora=first is not None)
+    found = query_vllm(program, architecture, lora=first is not None)
     dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
     longest = min(TEXT_TOKENS, context - 1)
     rows = {own: _texts(name, renderers[0], longest) for own, name in zip(ids, names, strict=True)}
@@ -124,7 +124,7 @@ def serve_vllm(
         Path(scratch, OWN).write_text(json.dumps(ends), encoding="utf-8")
         command = [
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
-            "--tokenizer", str(head_folder(_with_own_tokenizer(names[0]))), "--generation-config", scratch,
+            "--tokenizer", str(config_folder(_with_own_tokenizer(names[0]))), "--generation-config", scratch,
             "--served-model-name", BASE if adapters else ids[0], "--host", address.host, "--port", str(address.port),
             "--dtype", DTYPE_NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
             "--max-model-len", str(context),
@@ -186,14 +186,14 @@ def _until_told(process: subprocess.Popen[Any], log: Any) -> int:
 
 def _with_own_tokenizer(name: str) -> Source:
     folder = adapter_folder(name)
-    return locate(name) if folder is None else with_tokenizer(folder, base_source(folder))
+    return locate(name) if folder is None else tokenizer_source(folder, base_source(folder))
 
 
 def _fitting_rank(folder: Path, source: Source) -> int:
-    check_base(folder, source)
-    check_weights(folder)
-    refuse_other_kind(folder, scores=False)
-    return lora_rank(adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
+    check_adapter_base(folder, source)
+    check_adapter_weights(folder)
+    check_adapter_kind(folder, scores=False)
+    return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
 def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:

@@ -13,10 +13,10 @@ from strop.distributed.devices import Devices
 from strop.distributed.sharded import Sharded
 from strop.errors import RunError
 from strop.models import lora
-from strop.models.adapters import attach
+from strop.models.adapters import attach_adapter
 from strop.models.load import DTYPES, load_base
-from strop.models.lora import add_lora, as_fp32, set_dropout
-from strop.models.sharding import load_share
+from strop.models.lora import add_lora, cast_trainable_to_fp32, set_dropout
+from strop.models.sharding import load_sharded
 from strop.models.source import Source
 from strop.objectives.table import objective_of
 from strop.runs.folder import RunFolder, write_json
@@ -33,12 +33,12 @@ def build(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
     torch.manual_seed(recipe.seed)
     start = start_adapter(recipe)
     if start is not None:
-        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
+        model = cast_trainable_to_fp32(attach_adapter(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
         set_dropout(model, recipe.lora.dropout)
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))
         if recipe.lora.init == "loftq" and not resuming:
-            lora.fill_in(model, setup.source)
+            lora.init_loftq(model, setup.source)
     return model.train()
 
 
@@ -52,7 +52,7 @@ def _base(source: Source, model: ModelSection, devices: Devices) -> nn.Module:
     if devices.world == 1 or model.placement != "sharded":
         return load_base(*where, **how)
     with devices.together():
-        base, parts = load_share(*where, devices.rank, devices.world, **how)
+        base, parts = load_sharded(*where, devices.rank, devices.world, **how)
     devices.base = Sharded(parts, devices)
     return base
 

@@ -14,7 +14,7 @@ import torch
 
 from strop.data.types import Example, Item
 from strop.errors import ModelError
-from strop.models.introspect import AHEAD, sees_ahead
+from strop.models.introspect import AHEAD, why_not_causal
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job
 
@@ -30,7 +30,7 @@ def hold_to_order(job: Job, items: Sequence[Item]) -> None:
         return
     config = cast(Any, job.model).config
     fix = "use a decoder-only language model; one of BERT's kind has is_decoder in its config"
-    if why := sees_ahead(config):
+    if why := why_not_causal(config):
         raise ModelError(why, fix=fix)
     rows = _rows(items)
     job.model.eval()

@@ -20,7 +20,7 @@ from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
-from strop.models.lora import head_of
+from strop.models.lora import find_score_head
 from strop.objectives.base_loss import Answers, Judged, Objective, Outcome
 from strop.objectives.table import objective_of
 
@@ -198,7 +198,7 @@ def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: 
     assert objective is None or objective.learning != "prompts", "see groups.OfGroups"
     if objective is None:
         return SupervisedTokens(devices)
-    head = head_of(model) if objective.scored and model is not None else None
+    head = find_score_head(model) if objective.scored and model is not None else None
     return OfAnswers(objective, train, head, devices)
 
 

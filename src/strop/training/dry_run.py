@@ -17,9 +17,9 @@ import torch
 from strop.data.types import Example, Item
 from strop.engine.device import pick_dtype
 from strop.engine.train.packing import pack, pack_apart
-from strop.machine.memory import MemoryMark
+from strop.machine.memory import PeakTracker
 from strop.machine.probe import probe
-from strop.machine.rates import known_precision
+from strop.machine.rates import load_precision
 from strop.objectives.table import drawn_tokens
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.memory import Drawn, Phase
@@ -90,7 +90,7 @@ def _answers_in(device: str) -> str:
     """What a command that answers would compute in. A CPU that has not tried it is not made to now, beside a model."""
     if device != "cpu":
         return pick_dtype(device)[0]
-    known = known_precision(probe(), torch.get_num_threads())
+    known = load_precision(probe(), torch.get_num_threads())
     return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
@@ -141,7 +141,7 @@ def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
     return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
-def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
+def rehearse(job: Job, expected: Forecast, usable: int, memory: PeakTracker) -> Forecast:
     """Forward and backward of the largest micro-batch, unless the forecast is far below what may be used; gives the
     forecast with what was learned.
 

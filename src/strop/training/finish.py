@@ -10,7 +10,7 @@ from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.data.types import Conversation
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
-from strop.machine.memory import MemoryMark
+from strop.machine.memory import PeakTracker
 from strop.models.adapters import save_adapter
 from strop.models.lora import weight_change
 from strop.objectives.table import objective_of
@@ -44,7 +44,7 @@ def take_best(job: Job, key: Mapping[str, str]) -> float | None:
 
 
 def finish(
-    job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str, change: float | None
+    job: Job, setup: Setup, memory: PeakTracker, expected: Forecast, ended: str, change: float | None
 ) -> dict[str, Any]:
     """Keeps the weights as the run's adapter; writes report.json. change: see take_best."""
     progress, folder = job.state.progress, job.folder

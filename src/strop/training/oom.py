@@ -16,7 +16,7 @@ import torch
 from strop.data.packing import group_by_length, pack
 from strop.data.types import Item
 from strop.errors import MemoryLimitError
-from strop.machine.memory import give_back, is_out_of_memory, remember
+from strop.machine.memory import trim_heap, is_out_of_memory, save_measured
 from strop.training.job import Job
 from strop.training.state import random_states, set_random_states
 
@@ -74,7 +74,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         job.step.release()
-        give_back()
+        trim_heap()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         set_random_states(random, device)
@@ -105,7 +105,7 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
     elif job.stream is not None and not progress.streamed:
         progress.halvings, progress.streamed = halvings, True
         job.step.exchange(job.stream)
-        give_back()
+        trim_heap()
         to = "weights that are dequantized when they are needed"
     else:
         fix = "shorten --data.max_length, train fewer --lora.target_modules, or take a smaller model"
@@ -116,7 +116,7 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
         kept = None if tokens is None else tokens >> progress.halvings
         shape = {"recompute": progress.recompute, "offload": progress.offload, "streamed": progress.streamed}
         usable = {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
-        remember(job.memory_key, {"micro_batch_tokens": kept, **shape, **usable})
+        save_measured(job.memory_key, {"micro_batch_tokens": kept, **shape, **usable})
 
 
 def _cut(job: Job) -> tuple[int, str]:

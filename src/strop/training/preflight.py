@@ -21,14 +21,14 @@ from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
-from strop.models.adapter_config import adapter_config, as_start
-from strop.models.adapters import adapter_folder, read_identity, refuse_other_kind, with_tokenizer
-from strop.models.experts import packable
+from strop.models.adapter_config import read_adapter_config, expand_adapter_config
+from strop.models.adapters import adapter_folder, read_identity, check_adapter_kind, tokenizer_source
+from strop.models.experts import quantizable_names
 from strop.models.families.layers import load_balancing
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import parameters_of, shape_of, text_path
-from strop.models.load import DTYPES, copies_to_make, load_config, skeleton
-from strop.models.lora import check_head, check_lora, kinds_of, num_trainable, trained_whole
+from strop.models.introspect import count_parameters, shape_from_model, text_path
+from strop.models.load import DTYPES, copies_needed, load_config, load_without_weights
+from strop.models.lora import check_score_head, check_lora, count_path_kinds, count_trainable, find_modules_to_save
 from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import drawn_tokens, learning_of, objective_of
@@ -79,7 +79,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine, devices.world)
     check_vllm(resolved.recipe)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
-    tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
+    tokenizer = load_tokenizer(source if start is None else tokenizer_source(start, source))
     LOG.info("reading and checking the rows")
     learning = learning_of(resolved.recipe.train)
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
@@ -115,7 +115,7 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
     """Raises ModelError for a row with a token that the model has no embedding of."""
     if len(tokenizer) <= shape.vocabulary:
         return
-    known = int(skeleton(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    known = int(load_without_weights(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
     for row in (row for rows in (data.train, data.eval or ()) for row in rows):
         if (beyond := row.ids[row.ids >= known]).size:
             token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
@@ -155,7 +155,7 @@ def _copies_bytes(setup: Setup) -> int:
     recipe = setup.resolved.recipe
     model = recipe.model
     how = (model.quantization, model.double_quantization, DTYPES[model.dtype])
-    half, packed = copies_to_make(setup.source, *how)
+    half, packed = copies_needed(setup.source, *how)
     setting = Setting.of(recipe, setup.shape, setup.parameters).but(resident_layers=0)
     return 2 * setup.parameters * half + (weight_bytes(setting) + constant_bytes(setting)) * packed
 
@@ -286,7 +286,7 @@ def _experts(setup: Setup) -> list[str]:
 
 def _towers(setup: Setup) -> str | None:
     config = load_config(setup.source)
-    if setup.source.kind == "gguf" or not text_path(skeleton(setup.source)):
+    if setup.source.kind == "gguf" or not text_path(load_without_weights(setup.source)):
         return None
     return f"{config.model_type}: its text half is trained; what sees or hears is frozen and left as it is"
 
@@ -296,8 +296,8 @@ def _in_full(setup: Setup) -> list[str]:
     names = setup.resolved.recipe.lora.modules_to_save
     if not names:
         return []
-    bare = skeleton(setup.source)
-    kinds = {name: kinds_of(trained_whole(bare, name)) for name in names}
+    bare = load_without_weights(setup.source)
+    kinds = {name: count_path_kinds(find_modules_to_save(bare, name)) for name in names}
     return [
         f"lora.modules_to_save {name}: all {sum(found.values())} modules whose names end so are trained in full: "
         + ", ".join(f"{path} ({count})" for path, count in found.items())
@@ -316,23 +316,23 @@ def _plan(
     start, objective = start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
-        refuse_other_kind(start, scored)
-    bare = skeleton(source)
+        check_adapter_kind(start, scored)
+    bare = load_without_weights(source)
     if scored:
-        check_head(bare.config)
-    shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
-    adapter = None if start is None else as_start(start, adapter_config(start))
+        check_score_head(bare.config)
+    shape, parameters = shape_from_model(load_config(source).to_dict(), source.config(), bare), count_parameters(bare)
+    adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
     if scheme != "none":
         refuse_widened(source.path if source.kind == "folder" else source.path.parent)
-    if scheme != "none" and prequantized(source.config()) is None and not packable(bare):
+    if scheme != "none" and prequantized(source.config()) is None and not quantizable_names(bare):
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
-    return resolved, key, num_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters
+    return resolved, key, count_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters
 
 
 def start_adapter(recipe: Recipe) -> Path | None:

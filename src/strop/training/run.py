@@ -26,12 +26,12 @@ from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
-from strop.machine.memory import MemoryWatch, give_back, is_out_of_memory, mark
+from strop.machine.memory import MemoryWatch, trim_heap, is_out_of_memory, start_peak
 from strop.machine.probe import probe
-from strop.models.experts import in_experts
-from strop.models.load import DTYPES, stream_weights
-from strop.models.lora import trainable
-from strop.models.upstream_errors import blaming
+from strop.models.experts import count_trained_in_experts
+from strop.models.load import DTYPES, restore_packed_weights
+from strop.models.lora import trainable_parameters
+from strop.models.upstream_errors import attribute_errors
 from strop.planning.choose import usable_bytes
 from strop.planning.workload import Setting
 from strop.runs.events import EventLog, Listener, read_events
@@ -217,15 +217,15 @@ def _execute(
             log.emit("data", report=setup.data.report.as_json())
             for text in remarks(setup):
                 log.emit("note", text=text)
-            memory = mark(recipe.model.device)
+            memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
                 stack.enter_context(repeatable())
-            stack.enter_context(blaming(setup.shape.family))
+            stack.enter_context(attribute_errors(setup.shape.family))
             model = build(setup, resuming, devices)
             hold_to_lock(folder, devices)
             draws = stack.enter_context(drawing(recipe, setup.source, model)) if recipe.train.vllm_python else None
             job = _job(folder, setup, model, log, devices, draws)
-            give_back()  # what reading and converting the weights has left
+            trim_heap()  # what reading and converting the weights has left
             if resuming and devices.once(folder.checkpoints):
                 _restore(job, changed, moved)
             start_alike(job)
@@ -273,7 +273,7 @@ def _fit(job: Job) -> str:
 def _job(
     folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, draws: Draws | None
 ) -> Job:
-    recipe, weights = setup.resolved.recipe, trainable(model)
+    recipe, weights = setup.resolved.recipe, trainable_parameters(model)
     step = step_for(model, integers=recipe.train.int8_matmul)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     checkpoints.ask_memory(state.progress, recipe.train)
@@ -283,7 +283,7 @@ def _job(
         step.gather(devices.base)
     elif of.quantization != "none" and of.resident_layers:
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
-        stream = partial(stream_weights, base, setup.source, *how)
+        stream = partial(restore_packed_weights, base, setup.source, *how)
     train, held_out = data.train_units or data.train, data.eval_units or data.eval
     criterion: Criterion
     if rewards := rewards_of(recipe.train.rewards):
@@ -327,7 +327,7 @@ def _restore(job: Job, changed: Sequence[Difference], moved: tuple[int, int] | N
 def _announce(job: Job, setup: Setup) -> None:
     trained = sum(weight.numel() for weight in job.state.weights.values())
     numbers = {"trainable": trained, "all": setup.parameters}  # of the base, as `strop plan` counts
-    if held := in_experts(job.model):
+    if held := count_trained_in_experts(job.model):
         numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
     if isinstance(job.criterion, OfGroups) and isinstance(job.criterion.draws, ByVllm):
         job.log.emit("note", text=f"answers are drawn by vLLM {job.criterion.draws.version}")

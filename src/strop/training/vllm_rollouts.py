@@ -23,7 +23,7 @@ from strop.engine.decode.rollouts import Drawn
 from strop.errors import RecipeError, RunError
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
-from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
+from strop.models.vllm import DTYPE_NAMES, query_vllm, find_vllm_python, max_lora_rank, vllm_environment
 from strop.objectives.table import answers_of, drawn_tokens, learning_of
 
 CARD_SHARE = 0.3  # of a card's memory that vLLM may take: its own copy of the base, and the cache
@@ -43,8 +43,8 @@ def check_vllm(recipe: Recipe) -> None:
     if recipe.model.quantization != "none":
         said = f"{OPTION}: vLLM would draw from the base in 16 bit, not from {recipe.model.quantization}"
         raise RecipeError(said, fix="take --model.quantization none, or leave it out")
-    find_python(given, OPTION)
-    lora_rank(_config(recipe), OPTION, WITHOUT)
+    find_vllm_python(given, OPTION)
+    max_lora_rank(_config(recipe), OPTION, WITHOUT)
 
 
 def _config(recipe: Recipe) -> dict[str, Any]:
@@ -94,16 +94,16 @@ def drawing(recipe: Recipe, source: Source, model: peft.PeftModel) -> Iterator[B
 
     Raises InputError, ModelError and RunError where it does not start."""
     train, weights = recipe.train, weights_folder(source)
-    python = find_python(train.vllm_python, OPTION)
+    python = find_vllm_python(train.vllm_python, OPTION)
     config, longest = read_config(weights), recipe.data.max_length + drawn_tokens(train)
-    found = about_vllm(python, config["architectures"][0], lora=True)
+    found = query_vllm(python, config["architectures"][0], lora=True)
     how: dict[str, Any] = {
         "model": str(weights), "skip_tokenizer_init": True, "dtype": DTYPE_NAMES[recipe.model.dtype],
         "max_model_len": min(longest, int(config.get("max_position_embeddings", longest))),
         "max_num_seqs": min(AT_ONCE, train.batch_size * answers_of(train)),
         "enforce_eager": not found["cuda"], "seed": recipe.seed, "disable_log_stats": True,
     }  # fmt: skip
-    how |= {"enable_lora": True, "max_lora_rank": lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT)}
+    how |= {"enable_lora": True, "max_lora_rank": max_lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT)}
     how |= {"max_loras": 1, "max_cpu_loras": 1} | ({"gpu_memory_utilization": CARD_SHARE} if found["cuda"] else {})
     environment = {**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryFile("w+") as log:

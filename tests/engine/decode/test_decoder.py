@@ -19,7 +19,7 @@ from strop.engine.decode.sampling import Expected, Ids, Sampling, Text
 from strop.engine.kernels.cpu import decode_layer as passes
 from strop.engine.kernels.cpu import decode_matmul
 from strop.models.families.layers import FAMILIES
-from strop.models.quantize import QuantizedLinear, make_resident, pack, replace_linears
+from strop.models.quantize import QuantizedLinear, dequantize_layers, quantize_weight, replace_linears
 from tests.support.random_models import adapted, tiny_of
 
 TOKENS = 12
@@ -129,7 +129,7 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
     whole = {name: module.weight.data for name, module in model.named_modules() if hasattr(module, "weight")}
     made = replace_linears(model, scheme, dtype, lambda name: "layers" in name)
     for name, module in made.items():
-        module.fill(pack(whole[name], scheme))
+        module.fill(quantize_weight(whole[name], scheme))
     return model, made
 
 
@@ -147,7 +147,7 @@ def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype)
         assert all(packed) or (scheme != "int8" and sizes["hidden_size"] % 64)
         texts = [Text(ids, None) for ids in prompts()[:-1]]
         found = logits_of(Decoder(model, 2000), texts)
-        make_resident(model, 99)
+        dequantize_layers(model, 99)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
         for one, other in zip(found, logits_of(Decoder(model, 2000), texts), strict=True):
             if decode_matmul.TILES and dtype == torch.bfloat16:
@@ -166,7 +166,7 @@ def test_eight_bit_as_it_is_held_is_nearer_to_fp32_than_the_dequantized_weight()
     true, found = (np.concatenate(logits_of(Decoder(one, 2000), texts)) for one in (wide, model))
     few = [np.concatenate(logits_of(Decoder(model, 2000), [Text(ids, None)])) for ids in prompts()[:-1]]
     assert np.array_equal(np.concatenate(few), found)  # whatever is read beside
-    make_resident(model, 99)
+    dequantize_layers(model, 99)
     whole = np.concatenate(logits_of(Decoder(model, 2000), texts))
     assert np.square(found - true).mean() < np.square(whole - true).mean()
     assert np.square(found - true).mean() > 0

@@ -65,7 +65,7 @@ def test_where_no_large_buffer_can_be_had_a_small_one_is_taken(monkeypatch: pyte
             raise OSError("Cannot allocate memory")
         return mmap(-1, size)
 
-    monkeypatch.setattr("strop.engine.train.arena.own_pages", pages)
+    monkeypatch.setattr("strop.engine.train.arena.map_pages", pages)
     arena = Arena()
     arena.begin(used=True)
     assert arena(5, 3, LIKE).fill_(1).sum() == 15 and tried == [1 << 30, 64 << 20, 64]

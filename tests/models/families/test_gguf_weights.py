@@ -16,7 +16,7 @@ from strop.errors import FolderError, ModelError
 from strop.export import llama_cpp
 from strop.export.gguf import export_gguf
 from strop.export.merge import merge
-from strop.models.load import copies_to_make, load_base
+from strop.models.load import copies_needed, load_base
 from strop.models.source import locate
 from tests.support import gguf_models
 from tests.support.tiny import write_rows
@@ -37,14 +37,14 @@ def test_a_gguf_file_is_read_tensor_by_tensor_as_transformers_reads_it(
     found = []
     for theirs in (False, True):
         monkeypatch.setenv("STROP_CACHE", str(tmp_path / str(theirs)))
-        assert copies_to_make(source, "none", True, torch.bfloat16) == (True, False)
-        assert copies_to_make(source, "nf4", True, torch.bfloat16) == (True, True)
+        assert copies_needed(source, "none", True, torch.bfloat16) == (True, False)
+        assert copies_needed(source, "nf4", True, torch.bfloat16) == (True, True)
         if theirs:
-            monkeypatch.setattr("strop.models.load.read_tensors", lambda *_: None)
+            monkeypatch.setattr("strop.models.load.read_gguf_tensors", lambda *_: None)
         loaded = load_base(source, torch.bfloat16, "cpu")
         assert any((tmp_path / str(theirs)).rglob("bf16/model.safetensors")) == theirs  # in one piece
-        assert copies_to_make(source, "none", True, torch.bfloat16) == (False, False)
-        assert copies_to_make(source, "nf4", True, torch.bfloat16) == (False, True)
+        assert copies_needed(source, "none", True, torch.bfloat16) == (False, False)
+        assert copies_needed(source, "nf4", True, torch.bfloat16) == (False, True)
         found.append(dict(loaded.named_parameters()))
     assert list(found[0]) == list(found[1])
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())

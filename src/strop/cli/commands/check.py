@@ -62,11 +62,11 @@ def check(
 def _beyond(recipe: Recipe, lengths: Indices) -> str | None:
     """Whether rows are longer than what the model was made for, where its config says."""
     from strop.errors import ModelError
-    from strop.models.families.shape import peek
+    from strop.models.families.shape import read_model_info
     from strop.objectives.table import drawn_tokens
 
     try:
-        shape = peek(recipe.model.name, recipe.model.revision).shape
+        shape = read_model_info(recipe.model.name, recipe.model.revision).shape
     except ModelError:
         return None
     return shape.beyond(lengths, drawn_tokens(recipe.train))

@@ -45,12 +45,12 @@ def serve(
 ) -> None:
     """Serve it as OpenAI's API does, with a page to talk to base and tuned side by side."""
     from strop.errors import RecipeError, nearest
-    from strop.models.load import check_place
+    from strop.models.load import check_device_and_dtype
     from strop.serve.address import exit_code, open_address
 
     if engine not in ("strop", "vllm"):
         raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
-    check_place(device, dtype)
+    check_device_and_dtype(device, dtype)
     own = {"--queue": queue != 64, "--max-body": max_body != 4, "--allow-host": bool(allow_host), "--force": force}
     own["--quantization"] = quantization != "auto"
     unused = (

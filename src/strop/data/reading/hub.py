@@ -14,7 +14,7 @@ from json import JSONDecodeError
 
 from strop.data.reading.files import COMPRESSION, TYPES
 from strop.errors import DataError, first_line
-from strop.models.upstream_errors import not_given
+from strop.models.upstream_errors import hub_error
 
 # owner/name, maybe @revision, maybe a path or glob inside the repository.
 _ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w.-]+))?(?:/(.+))?")
@@ -62,13 +62,13 @@ def fetch(spec: str) -> list[tuple[str, str]]:
             raise DataError(what, fix="check the name, or log in with `hf auth login`") from error
         return _cached(name, revision, inside, error)
     except ValueError as error:
-        raise not_given(error, name, f"datasets/{name}", DataError, DataError) or error from error
+        raise hub_error(error, name, f"datasets/{name}", DataError, DataError) or error from error
     chosen = choose(name, [file.rfilename for file in info.siblings or []], inside)
     try:  # of one commit all
         patterns = [glob.escape(file) for file in chosen]
         folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
     except (OSError, TransportError, ValueError) as error:
-        found = not_given(error, name, f"datasets/{name}", DataError, DataError)
+        found = hub_error(error, name, f"datasets/{name}", DataError, DataError)
         if found is None and isinstance(error, LocalEntryNotFoundError):
             found = DataError(f"{spec}: the Hub cannot be reached any more", fix="try again")
         if found is None:

@@ -17,7 +17,7 @@ from strop.engine.decode.batch import Batch
 from strop.engine.decode.hf_fallback import PlainDecoder
 from strop.engine.decode.sampling import Sampling, Text, Token
 from strop.errors import ModelError
-from strop.models.adapters import without_adapter
+from strop.models.adapters import adapter_disabled
 
 LENGTHS = 21, 9  # of the prompts; the second joins when the first has an answer of one token
 TOKENS = 4
@@ -36,7 +36,7 @@ def prove(decoder: PlainDecoder, module: Any) -> None:
         raise ModelError(f"{kind}: {counted} are counted by places in the cache, which texts share here", fix=fix)
     try:
         told = _together(decoder, base.get_input_embeddings().weight.shape[0])
-        with nullcontext() if module is base else without_adapter(module):
+        with nullcontext() if module is base else adapter_disabled(module):
             gaps = [gap for text, tokens in told.items() for gap in _gaps(base, text, tokens)]
     except Exception as error:  # whatever the family's own code makes of it, it cannot be served
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -17,7 +17,7 @@ from strop.engine.decode.sampling import Seen
 from strop.engine.kernels.dispatch import answering_loops
 from strop.engine.layers import Layers, NormPart, about
 from strop.engine.train.fused_linear import base_of
-from strop.machine.memory import own_pages
+from strop.machine.memory import map_pages
 from strop.models.families.layers import ACTIVATIONS
 from strop.models.quantize import QuantizedLinear
 
@@ -238,7 +238,7 @@ def width_of(size: int) -> int:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What is not used takes no memory (torch.zeros writes it all)."""
-    return torch.frombuffer(own_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    return torch.frombuffer(map_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _array(x: Tensor) -> Any:

@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from strop.engine.eligibility import odd_adapter, unsupported_base
-from strop.models.families.layers import ACTIVATIONS, FAMILIES, activation_of, linears, text_of
+from strop.models.families.layers import ACTIVATIONS, FAMILIES, activation_name, linears, text_decoder
 
 SEVERAL = "several adapters at once"
 
@@ -39,15 +39,15 @@ def unanswerable(model: nn.Module) -> str | None:
         return f"model family {kind} is not in the table of the fast step"
     if not family.by_hand:
         return f"{kind}: {family.by_model}"
-    decoder, config = text_of(base)
+    decoder, config = text_decoder(base)
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained in full"
         if isinstance(module, LoraLayer) and (odd := odd_adapter(name, module, known)) is not None:
             return odd
-    if activation_of(config) not in ACTIVATIONS:
-        return f"activation {activation_of(config)}"
+    if activation_name(config) not in ACTIVATIONS:
+        return f"activation {activation_name(config)}"
     head = base.get_output_embeddings()
     if head.weight.device.type != "cpu" or head.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights in {head.weight.dtype} on {head.weight.device.type}: strop's own loops answer on a CPU"

@@ -18,10 +18,10 @@ from strop.engine.decode.decoder_cache import batch_for
 from strop.engine.decode.eligibility import SEVERAL, active_adapter, unanswerable
 from strop.engine.decode.sampling import Expected, Sampling, Text
 from strop.errors import InputError, ModelError
-from strop.models.adapters import without_adapter
+from strop.models.adapters import adapter_disabled
 from strop.models.introspect import learned_positions
-from strop.models.tokenizer import Words
-from strop.models.upstream_errors import blaming
+from strop.models.tokenizer import TextStream
+from strop.models.upstream_errors import attribute_errors
 
 ROWS = 16  # of a batch of transformers' generate
 Ids = npt.NDArray[np.int32]
@@ -87,7 +87,7 @@ def generate(
         for row, (ids, right) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
     ]
     flat = [text for row in texts for text in row]
-    words = Words(tokenizer, ()) if on_text is not None else None
+    words = TextStream(tokenizer, ()) if on_text is not None else None
     ended = 0
     try:
         for news in answer_all(batch_for(model, flat), flat):
@@ -136,7 +136,7 @@ def _by_transformers(
     """generate, for models that strop's engine does not know. Rows of like length share a batch: little is padded."""
     if both:
         options = stop_ids, max_new_tokens, sampling, on_text
-        with without_adapter(cast(Any, model)):
+        with adapter_disabled(cast(Any, model)):
             base = _by_transformers(model, tokenizer, prompts, *options, advance, False)
         after = None if advance is None else lambda done: advance(len(prompts) + done)
         return base + _by_transformers(model, tokenizer, prompts, *options, after, False)
@@ -170,7 +170,7 @@ def _by_transformers(
             mask[place, width - len(prompts[row]) :] = 1
         head = model.get_output_embeddings()  # type: ignore[operator]
         family = str(model.config.model_type)  # type: ignore[union-attr]
-        with blaming(family), torch.inference_mode(), head.register_forward_pre_hook(_contiguous):
+        with attribute_errors(family), torch.inference_mode(), head.register_forward_pre_hook(_contiguous):
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
             )

@@ -23,7 +23,7 @@ from strop.engine.decode.sampling import Ids, Logits, Seen, Text
 from strop.engine.decode.slots import Kv, Reading, Slots, cut, side_by_side
 from strop.engine.train.transfer import sent
 from strop.errors import ModelError
-from strop.models.adapters import has_own_biases, without_adapter
+from strop.models.adapters import has_trained_biases, adapter_disabled
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -42,7 +42,7 @@ class PlainDecoder:
         self._peft = model if hasattr(model, "peft_config") else None
         self.model: Any = model.get_base_model() if self._peft is not None else model
         self.device: torch.device = next(self.model.parameters()).device
-        mixes = self._peft is not None and not has_own_biases(model) and can_mix(self.model)
+        mixes = self._peft is not None and not has_trained_biases(model) and can_mix(self.model)
         self._mixed = MixedLora(self.model) if mixes else None
         config = self.model.config.get_text_config()
         self._kinds = set(getattr(config, "layer_types", None) or ())
@@ -196,7 +196,7 @@ class PlainDecoder:
         elif self._peft is None:
             yield
         elif tokens[0] is None:
-            with without_adapter(self._peft):
+            with adapter_disabled(self._peft):
                 yield
         else:
             self._peft.set_adapter(tokens[0])

@@ -17,19 +17,19 @@ from strop.engine.decode.generate import Answer, generate
 from strop.engine.decode.sampling import Expected, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
-from strop.machine.torch_state import own_torch, usual_torch
+from strop.machine.torch_state import isolated_torch_state, default_torch_state
 from strop.models.adapters import (
     adapter_folder,
-    attach,
+    attach_adapter,
     base_source,
-    load_beside,
+    attach_second,
     read_identity,
-    renderer_of,
-    with_tokenizer,
-    without_adapter,
+    make_renderer,
+    tokenizer_source,
+    adapter_disabled,
 )
-from strop.models.introspect import made_for
-from strop.models.load import DTYPES, check_place, load_base
+from strop.models.introspect import max_positions
+from strop.models.load import DTYPES, check_device_and_dtype, load_base
 from strop.models.source import SCHEMES, Source, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 
@@ -73,12 +73,12 @@ class Model:
             what = f"{name}: was trained with another chat template than {self.name}"
             raise ModelError(what, fix="load it by itself, or with --force")
         inner = f"adapter{len(self.others) + 1}"
-        with self._turn, own_torch():
-            self.notes = [*self.notes, *load_beside(self.module, folder, self.source, inner, force=force)]
+        with self._turn, isolated_torch_state():
+            self.notes = [*self.notes, *attach_second(self.module, folder, self.source, inner, force=force)]
         self.others[name] = inner
         identity = read_identity(folder)
         self._ways.setdefault(self.name, (self.renderer, self.default_system))
-        self._ways[name] = renderer_of(self.tokenizer, identity), identity.get("system")
+        self._ways[name] = make_renderer(self.tokenizer, identity), identity.get("system")
 
     def use(self, name: str) -> None:
         """Answers with this adapter from now on, and asks as in its training: the model's own name, or one that was
@@ -90,7 +90,7 @@ class Model:
     def base(self) -> Iterator[None]:
         """Inside this block the adapter is off; other threads that ask wait."""
         assert self.adapter is not None
-        with self._turn, without_adapter(self.module):
+        with self._turn, adapter_disabled(self.module):
             yield
 
     def answer(
@@ -107,7 +107,7 @@ class Model:
     ) -> list[Answer]:
         """One answer for each prompt of token ids; of several threads one is answered at a time.
         both, partial, expected: as model.generate says."""
-        with self._turn, usual_torch():
+        with self._turn, default_torch_state():
             return generate(
                 self.module, self.tokenizer, prompts, stop_ids=self.renderer.ends, max_new_tokens=max_new_tokens,
                 sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
@@ -149,7 +149,7 @@ class Model:
             self.history = self._opening(system)
         turn = [*self.history, Message("user", text)]
         prompt = self.renderer.prompt(turn)
-        longest = made_for(self.module) or sys.maxsize
+        longest = max_positions(self.module) or sys.maxsize
         if len(prompt) >= longest:
             what = f"the conversation has {len(prompt):,} tokens, and the model was made for {longest:,}"
             raise InputError(what, fix="start again: /reset in a chat, `history` cleared in Python")
@@ -173,8 +173,8 @@ def load_renderer(name: str) -> Renderer:
 
 def _renderer_in(folder: Path | None, source: Source) -> Renderer:
     """Of a base, or of an adapter in a folder."""
-    tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
-    return renderer_of(tokenizer, {} if folder is None else read_identity(folder))
+    tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
+    return make_renderer(tokenizer, {} if folder is None else read_identity(folder))
 
 
 def load(
@@ -197,7 +197,7 @@ def load(
     name = os.fspath(name)
     if quantization not in (known := ("auto", "none", *SCHEMES)):
         raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {', '.join(known)}")
-    check_place(device, dtype)
+    check_device_and_dtype(device, dtype)
     folder = adapter_folder(name)
     source = locate(name) if folder is None else base_source(folder)
     prepare_process()
@@ -213,7 +213,7 @@ def load(
     )  # fmt: skip
     if folder is None:
         return Model(name, base, renderer.tokenizer, renderer, None, source=source, quantization=scheme)
-    module, notes = attach(base, folder, source, force=force, scores=scores)
+    module, notes = attach_adapter(base, folder, source, force=force, scores=scores)
     return Model(
         name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), notes, source, scheme
     )

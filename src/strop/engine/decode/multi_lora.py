@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from strop.engine.train.transfer import sent
-from strop.models.lora import delta, onto
+from strop.models.lora import adapter_delta, add_to_base
 
 
 def can_mix(model: Any) -> bool:
@@ -62,11 +62,11 @@ class MixedLora:
             if name not in module.lora_A:
                 continue
             if own is None:
-                change = delta(module, name, x)
+                change = adapter_delta(module, name, x)
                 continue
-            some = delta(module, name, x.flatten(0, -2)[own])
+            some = adapter_delta(module, name, x.flatten(0, -2)[own])
             if change is None:
                 change = some.new_zeros(*x.shape[:-1], some.shape[-1])
             change.view(-1, some.shape[-1])[own] = some
-        result: Tensor = module.base_layer(x) if change is None else onto(module.base_layer, x, change)
+        result: Tensor = module.base_layer(x) if change is None else add_to_base(module.base_layer, x, change)
         return result

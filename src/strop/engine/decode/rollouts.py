@@ -20,7 +20,7 @@ from strop.engine.decode.decoder_cache import batch_for, let_go
 from strop.engine.decode.eligibility import active_adapter, unanswerable
 from strop.engine.decode.sampling import Sampling, Text
 from strop.errors import NonFiniteError
-from strop.models.upstream_errors import blaming
+from strop.models.upstream_errors import attribute_errors
 
 FROM_ALL = Sampling(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
 
@@ -88,7 +88,7 @@ def _by_transformers(model: Any, prompt: Ids, seeds: Sequence[int], stop_ids: Se
     seen = _Seen(width)
     model.eval()
     cards = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cards), blaming(str(model.config.model_type)):
+    with torch.random.fork_rng(devices=cards), attribute_errors(str(model.config.model_type)):
         torch.manual_seed(seeds[0])
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from strop.machine.memory import give_back, own_pages
+from strop.machine.memory import trim_heap, map_pages
 
 ALIGNED = 64  # bytes: a cache line, and a vector of the widest instructions
 ROOMS = 1 << 30, 64 << 20, 0  # bytes of a buffer at least, the first that can be had
@@ -53,7 +53,7 @@ class Arena:
         """Gives the buffers back to the system; they come again as they are needed."""
         if self._buffers:
             self._buffers = []
-            give_back()
+            trim_heap()
 
     def __call__(self, rows: int, width: int, like: Tensor) -> Tensor:
         """(rows, width) of the type of `like`, of any numbers."""
@@ -78,7 +78,7 @@ def _buffer(size: int) -> Tensor:
     """Bytes, at least so many. Raises MemoryError."""
     for room in ROOMS:
         try:
-            return torch.frombuffer(own_pages(max(size, room)), dtype=torch.uint8)
+            return torch.frombuffer(map_pages(max(size, room)), dtype=torch.uint8)
         except OSError:
             continue
     raise MemoryError(f"no {size >> 20} MiB for what a micro-batch keeps")

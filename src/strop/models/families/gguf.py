@@ -49,7 +49,7 @@ FAMILIES = {
 }
 
 
-class Layout:
+class GgufLayout:
     """One model's tensors and settings as llama.cpp has them. Raises ModelError for what it has no place for."""
 
     def __init__(self, config: Any) -> None:
@@ -183,13 +183,13 @@ class Layout:
         if self.family.permutes:
             module = tensor.rpartition(".")[0].rpartition(".")[2]
             if module == "q_proj":
-                return interleaved(weight, self.config.num_attention_heads)
+                return interleave_heads(weight, self.config.num_attention_heads)
             if module == "k_proj":
-                return interleaved(weight, self.config.num_key_value_heads)
+                return interleave_heads(weight, self.config.num_key_value_heads)
         return weight
 
 
-def interleaved(weight: Tensor, heads: int) -> Tensor:
+def interleave_heads(weight: Tensor, heads: int) -> Tensor:
     """Rows of each head as (first half, second half), which transformers rotates, laid in pairs, as llama.cpp does."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
@@ -233,7 +233,7 @@ from strop.errors import ModelError
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")  # as llama.cpp calls them
 
 
-def read_tensors(file: Path, bare: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
+def read_gguf_tensors(file: Path, bare: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
     """Each of the model's parameters by name, in fp32. bare: the model without weights.
 
     None for another family, or where a parameter is not in the file as the model has it. Raises ModelError where a

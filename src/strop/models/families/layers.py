@@ -187,7 +187,7 @@ FAMILIES = {
 
 def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
     """The layer's linear modules, in groups that share their input; none of what the model's own modules compute."""
-    mixed, many = own_mixer(layer, family) is not None, own_mixture(layer, family) is not None
+    mixed, many = mixer_module(layer, family) is not None, moe_module(layer, family) is not None
     attention = getattr(layer, family.attention, None)
     own = (
         getattr(attention, name, None) for name in family.qkv
@@ -199,27 +199,27 @@ def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
     yield [] if many else [getattr(mlp, family.down)]
 
 
-def rotary_of(decoder: Any) -> Any | None:
+def find_rotary(decoder: Any) -> Any | None:
     """The rotary embedding, by the names that transformers gives it."""
     return next((getattr(decoder, name) for name in ("rotary_emb", "pos_emb") if hasattr(decoder, name)), None)
 
 
-def own_mixer(layer: Any, family: Family) -> Any | None:
+def mixer_module(layer: Any, family: Family) -> Any | None:
     """The model's own module in attention's place; None: attention stands there."""
     return getattr(layer, family.mixer, None) if family.mixer else None
 
 
-def own_mixture(layer: Any, family: Family) -> Any | None:
+def moe_module(layer: Any, family: Family) -> Any | None:
     """The mixture of experts in the MLP's place; None: an MLP stands there."""
     mlp = getattr(layer, family.mlp)
     return mlp if family.mixture and not hasattr(mlp, family.down) else None
 
 
-def own_parts(decoder: Any, family: Family) -> Iterator[Any]:
+def model_computed_modules(decoder: Any, family: Family) -> Iterator[Any]:
     """All that the model's own modules compute."""
     for layer in decoder.layers:
         names = ("per_layer_input_gate", "per_layer_projection") if family.per_layer else ()
-        parts = own_mixer(layer, family), own_mixture(layer, family), *(getattr(layer, name, None) for name in names)
+        parts = mixer_module(layer, family), moe_module(layer, family), *(getattr(layer, name, None) for name in names)
         yield from (part for part in parts if part is not None)
     if family.per_layer and hasattr(decoder, "per_layer_model_projection"):
         yield decoder.per_layer_model_projection
@@ -231,7 +231,7 @@ def load_balancing(config: Any) -> float:
     return float(getattr(text, "router_aux_loss_coef", 0) or 0) if getattr(text, "output_router_logits", False) else 0.0
 
 
-def norms_of(decoder: Any, family: Family) -> Iterator[Any]:
+def layer_norms(decoder: Any, family: Family) -> Iterator[Any]:
     """The norms of all layers that the family's row names, and the last one."""
     for layer in decoder.layers:
         attention = getattr(layer, family.attention, None)
@@ -240,7 +240,7 @@ def norms_of(decoder: Any, family: Family) -> Iterator[Any]:
     yield getattr(decoder, family.final_norm)
 
 
-def text_of(base: Any) -> tuple[Any, Any]:
+def text_decoder(base: Any) -> tuple[Any, Any]:
     """(decoder, its config) of a causal language model, or of the text half of a model with other towers."""
     inner = getattr(base, base.base_model_prefix, None) or base.model  # Llama 4's prefix is of another class
     halves = (getattr(inner, name, None) for name in ("language_model", "text_model"))
@@ -254,5 +254,5 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
-def activation_of(config: Any) -> str:
+def activation_name(config: Any) -> str:
     return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu"))

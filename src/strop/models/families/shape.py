@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from strop.errors import ModelError, nearest
 from strop.models.families.gguf_header import read_gguf_config
-from strop.models.families.shape import EMBEDDINGS, EXPERTS, LinearKind, embedding_kind, expert_sets, sets_of
-from strop.models.source import base_of_run, demo_file, headers, hub_config, prequantized, read_config
+from strop.models.families.shape import EMBEDDINGS, EXPERTS, LinearKind, embedding_kind, expert_target_sets, target_sets
+from strop.models.source import base_of_run, demo_file, read_headers, hub_config, prequantized, read_config
 from strop.runs.folder import is_run
 
 LARGEST, MOST_LAYERS = 1 << 28, 10_000  # of what a config may say; beyond that there is work without end
@@ -229,7 +229,7 @@ class ModelShape:
         kinds = [
             LinearKind(
                 x.name, EXPERTS if "experts" in (x.sets or ()) else "Linear", x.inputs, x.outputs,
-                max(1, round(self.layers * x.share)), sets_of(f"model.layers.0.{x.path}") if x.sets is None else x.sets,
+                max(1, round(self.layers * x.share)), target_sets(f"model.layers.0.{x.path}") if x.sets is None else x.sets,
                 "small" if x.small else None,
             )
             for x in self.linears
@@ -264,8 +264,8 @@ def _experts_of(hidden: int, inner: int, experts: int, chosen: int) -> tuple[Lin
     active = min(1.0, chosen / experts)
     up, down = "gate_up_proj", "down_proj"
     return (
-        LinearShape(f"mlp.experts.{up}", hidden, 2 * inner, False, experts, active, expert_sets(up)),
-        LinearShape(f"mlp.experts.{down}", inner, hidden, False, experts, active, expert_sets(down)),
+        LinearShape(f"mlp.experts.{up}", hidden, 2 * inner, False, experts, active, expert_target_sets(up)),
+        LinearShape(f"mlp.experts.{down}", inner, hidden, False, experts, active, expert_target_sets(down)),
     )
 
 
@@ -300,13 +300,13 @@ def _getter(config: Mapping[str, Any], family: str) -> Any:
     return get
 
 
-def header_kinds(folder: Path) -> list[LinearKind]:
+def linear_kinds_from_headers(folder: Path) -> list[LinearKind]:
     """The linear layers and embeddings of a folder by its weight files' headers: of any family, without torch.
 
     Whether a matrix is laid out as a linear layer's is what the headers do not say; the model's own code does.
     """
     found: dict[tuple[str, int, int], tuple[int, str]] = {}
-    for _, header in headers(folder):
+    for _, header in read_headers(folder):
         for name, entry in header.items():
             path, _, last = name.rpartition(".")
             if last == "weight" and len(entry["shape"]) == 2 and entry["dtype"].startswith(("BF", "F")):
@@ -318,12 +318,12 @@ def header_kinds(folder: Path) -> list[LinearKind]:
             kinds.append(embedding_kind(leaf, outputs, inputs, count))
             continue
         kept = "output head" if leaf == "lm_head" else "small" if inputs * outputs < SMALLEST else None
-        kinds.append(LinearKind(leaf, "Linear", inputs, outputs, count, sets_of(path), kept))
+        kinds.append(LinearKind(leaf, "Linear", inputs, outputs, count, target_sets(path), kept))
     return kinds
 
 
 @dataclass(frozen=True)
-class Peek:
+class ModelInfo:
     """A model that was looked at from outside. parameters: by its files' headers where there are any. refused: why no
     run would train it, where that is known."""
 
@@ -334,7 +334,7 @@ class Peek:
     refused: str | None = None
 
 
-def peek(name: str, revision: str | None = None) -> Peek:
+def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
     """A model's shape from config.json, a GGUF file's header or a run's base; of a Hub id the config alone is fetched.
 
     Raises ModelError where there is no such model, or its files do not say.
@@ -343,22 +343,22 @@ def peek(name: str, revision: str | None = None) -> Peek:
     if name == "demo" or name.startswith("demo:"):
         path = demo_file()
     if is_run(path):
-        return peek(*base_of_run(path))
+        return read_model_info(*base_of_run(path))
     if path.suffix == ".gguf":
         shape = ModelShape.of(read_gguf_config(path))
-        return Peek(name, shape, shape.parameters)
+        return ModelInfo(name, shape, shape.parameters)
     if path.suffix == ".json":
         if not path.is_file():
             near = nearest(str(path), [str(entry) for entry in path.parent.glob("*")])
             raise ModelError(f"{path}: no such config file{near}")
         config = read_config(path.parent, path.name)
         shape = _shape(config)
-        return Peek(name, shape, shape.parameters, config)
+        return ModelInfo(name, shape, shape.parameters, config)
     folder = path if path.is_dir() else None
     config = read_config(folder) if folder else hub_config(name, revision)
     shape = _shape(config)
     counted = _counted(folder) if folder and not shape.prequantized else shape.parameters
-    return Peek(name, shape, counted, config)
+    return ModelInfo(name, shape, counted, config)
 
 
 def _shape(config: Mapping[str, Any]) -> ModelShape:
@@ -380,7 +380,7 @@ def _counted(folder: Path) -> int:
     """Parameters by the headers of the weight files; 0 is never one: a folder without weights counts by its config."""
     if not any(folder.glob("*.safetensors")):
         return _shape(read_config(folder)).parameters
-    return sum(math.prod(entry["shape"]) for _, header in headers(folder) for entry in header.values())
+    return sum(math.prod(entry["shape"]) for _, header in read_headers(folder) for entry in header.values())
 
 
 # ---- from strop.models.targets ----
@@ -432,7 +432,7 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
     return list(dict.fromkeys(names))
 
 
-def matches(pattern: str, path: str) -> bool:
+def matches_pattern(pattern: str, path: str) -> bool:
     """Whether a pattern of ranks or alphas is for the module at this path, as peft picks it."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
@@ -442,7 +442,7 @@ def embedding_kind(name: str, rows: int, size: int, count: int = 1) -> LinearKin
     return LinearKind(name, "Embedding", rows, size, count, (), "embedding")
 
 
-def sets_of(path: str) -> tuple[str, ...]:
+def target_sets(path: str) -> tuple[str, ...]:
     """The named target sets that a linear layer at this path belongs to."""
     parent, _, leaf = path.rpartition(".")
     if leaf in EMBEDDINGS or not parent:
@@ -455,7 +455,7 @@ def sets_of(path: str) -> tuple[str, ...]:
     )
 
 
-def expert_sets(parameter: str) -> tuple[str, ...]:
+def expert_target_sets(parameter: str) -> tuple[str, ...]:
     """The same, of a parameter that holds experts."""
     return ("all-linear", "experts", *(("gate",) if parameter in ("gate_proj", "gate_up_proj") else ()))
 

@@ -29,7 +29,7 @@ from strop.engine.train.attention import Heads, Turned, over
 from strop.engine.train.dropout import Dropped
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.norms import Norm
-from strop.models.quantize import QuantizedLinear, pack
+from strop.models.quantize import QuantizedLinear, quantize_weight
 from tests.engine.train.test_fast import assert_same, some, step, with_prefix
 from tests.support.random_models import adapted, example
 
@@ -219,7 +219,7 @@ def test_unpacking_gives_the_bits_of_bitsandbytes(
 ) -> None:
     """In fp32 and fp16; bf16 to its last bit, by the interpreter. Numbers behind the place stay as they are."""
     torch.manual_seed(0)
-    packed = pack(torch.randn(shape), scheme, double=double)
+    packed = quantize_weight(torch.randn(shape), scheme, double=double)
     for dtype in KINDS:
         layer = QuantizedLinear(torch.nn.Linear(shape[1], shape[0], bias=False), scheme, dtype)
         layer.fill(packed)
