@@ -85,8 +85,8 @@ def saved_bytes_per_token(size: str, length: int) -> float:
     from strop.planning.activations import MicroBatch, layer_bytes
     from strop.planning.workload import Setting
 
-    shape = ModelShape.of(config_of(size).to_dict())
-    tiles = probe().has_tiles(shape.head_size)
+    shape = ModelShape.from_config(config_of(size).to_dict())
+    tiles = probe().has_tiled_attention(shape.head_size)
     setting = Setting(shape, shape.parameters, ranks=(RANK,) * len(shape.linears), tiles=tiles)
     return shape.layers * layer_bytes(setting, MicroBatch.rows([length]), length) / length
 

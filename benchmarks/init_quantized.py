@@ -27,7 +27,7 @@ from strop.engine.step import step_for
 from strop.evaluation.loss import mean_loss
 from strop.models.load import load_base
 from strop.models.lora import cast_trainable_to_fp32, trainable_parameters
-from strop.models.quantize import quantize_weight, quantizable_linears, dequantize_weight
+from strop.models.quantize import dequantize_weight, quantizable_linears, quantize_weight
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.planning.learning_rate import whole

@@ -125,9 +125,9 @@ class Mark(logging.Handler):
 def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
     child([sys.executable, __file__, *sys.argv[1:], "--train"])
     made, asked = make_run(folder, case, snips), rows_of(folder, case, snips)[1]
-    start_peak = Mark()
+    peak = Mark()
     loading = logging.getLogger("strop.models.load")
-    loading.addHandler(start_peak)
+    loading.addHandler(peak)
     loading.setLevel(logging.INFO)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder) as temp:
@@ -139,14 +139,14 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         elif case["phase"] == "merge":
             from strop.export.merge import merge
 
-            merge(str(made), Path(temp) / "merged", say=start_peak.hear)
+            merge(str(made), Path(temp) / "merged", say=peak.hear)
         elif case["phase"] == "export":
             from strop.export.gguf import export_gguf
 
-            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], say=start_peak.hear)
+            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], say=peak.hear)
         else:
             found = _serve(made, asked, case["texts"])
-        found["measured_bytes"] = start_peak.since.peak_bytes()
+        found["measured_bytes"] = peak.since.peak_bytes()
     name = name_of(case)
     return {"name": name, "fitted": name in FITTED, "texts": case["texts"], **found, **_about(case, made, asked)}
 
@@ -210,7 +210,7 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     from strop.planning.workload import Setting
 
     phase, model = one["name"].partition(",")[0].split()
-    shape = read_model_info("demo").shape if model == "demo" else ModelShape.of(MODELS[model])
+    shape = read_model_info("demo").shape if model == "demo" else ModelShape.from_config(MODELS[model])
     recipe = resolve(None, {**one["recipe"], "model.name": "m", "data.train": "d"}).recipe
     setting = Setting.of(recipe, shape, None, 1)
     asked = Asked.of(one["rows"], recipe.data.max_length)

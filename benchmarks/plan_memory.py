@@ -234,12 +234,12 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
 
 @cache
 def looked_at(model: str) -> Any:
-    from strop.models.families.shape import ModelShape, ModelInfo, read_model_info
+    from strop.models.families.shape import ModelInfo, ModelShape, read_model_info
     from strop.models.introspect import refine_with_model
 
     if model == "demo":
         return read_model_info("demo")
-    shape = ModelShape.of(MODELS[model])
+    shape = ModelShape.from_config(MODELS[model])
     return refine_with_model(ModelInfo(model, shape, shape.parameters, MODELS[model]))
 
 

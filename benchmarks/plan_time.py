@@ -219,7 +219,7 @@ def main() -> None:
             hide_instructions()
         if given.case < 0:
             from strop.machine.probe import probe
-            from strop.planning.trial import save_rates, measure_rates
+            from strop.planning.trial import measure_rates, save_rates
 
             if given.case == PACES:
                 found = {name: pace({"options": options}) for name, options in (("bf16", {}), ("fp32", FP32))}

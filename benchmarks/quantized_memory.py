@@ -38,7 +38,11 @@ from strop.model import load
 prepare_process()
 model, scheme, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 source = locate(model)
-folder = load.weights_folder(source) if scheme == "none" else load.quantized_folder(source, scheme, True, torch.bfloat16)
+folder = (
+    load.weights_folder(source)
+    if scheme == "none"
+    else load.quantized_folder(source, scheme, True, torch.bfloat16)
+)
 import bitsandbytes, peft  # libraries are no part of the base
 torch.ones(8, 8).bfloat16() @ torch.ones(8, 8).bfloat16()
 before = mark("cpu")

@@ -32,7 +32,7 @@ from strop.errors import (
 from strop.evaluation.diagnosis import diagnose
 from strop.machine import doctor
 from strop.machine.probe import Machine
-from strop.models.quantize import quantize_weight, dequantize_weight
+from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.planning import trial
 from strop.planning.memory import CUDA_CONTEXT_BYTES
 from strop.runs.folder import disk_faults
@@ -79,7 +79,9 @@ def eight_bit() -> object:
     return make_optimizer({"w": nn.Parameter(torch.zeros(2))}, section)
 
 
-@pytest.mark.parametrize("use", [lambda: quantize_weight(torch.zeros(64, 64), "nf4"), eight_bit], ids=["4 bit", "8-bit optimizer"])
+@pytest.mark.parametrize(
+    "use", [lambda: quantize_weight(torch.zeros(64, 64), "nf4"), eight_bit], ids=["4 bit", "8-bit optimizer"]
+)
 def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     without_bitsandbytes(monkeypatch)
     with pytest.raises(QuantizerError, match="cannot be used here") as raised:
@@ -164,7 +166,7 @@ def test_what_is_free_on_a_card_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
     found = _look(resolve(None, {"model": "m", "data": "d"}).recipe, None)
-    assert found.card_free_bytes == (4 << 30) + CUDA_CONTEXT_BYTES
+    assert found.gpu_free_bytes == (4 << 30) + CUDA_CONTEXT_BYTES
 
 
 def test_nan(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_name_is_not_its_own_nearest() -> None:
         (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such model folder"),
         (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: is a file"),
         (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
-        (["--data", "rows.jsonl", "--model", "remote-code"], "run code of its own"),
+        (["--data", "rows.jsonl", "--model", "remote-code"], "running its own code"),
         (["--data", "rows.jsonl", "--adapter", "taken"], "no adapter there"),
         (["--data", "rows.jsonl", "--track", "trackio"], "pip install trackio"),
         (["--data", "rows.jsonl", "--model.device", "cuda:7"], "cuda:7"),

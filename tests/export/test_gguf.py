@@ -26,7 +26,8 @@ from strop.export.merge import merge
 from strop.export.template_strings import STRINGS
 from strop.export.tuned import Trained, Tuned
 from strop.export.verify_gguf import check_text
-from strop.models.families.gguf import FAMILIES, GgufLayout, interleave_heads
+from strop.models.families.gguf import GgufLayout, interleave_heads
+from strop.models.families.table import FAMILIES
 from strop.models.load import load_config
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
@@ -124,7 +125,9 @@ def test_what_llama_cpp_has_no_place_for_is_refused() -> None:
     def layout(family: str, **changes: Any) -> GgufLayout:
         return GgufLayout(gguf_models.config(family, 1000, **changes))
 
-    assert {layout(family).config.model_type for family in gguf_models.OPTIONS} == set(FAMILIES)
+    assert {layout(family).config.model_type for family in gguf_models.OPTIONS} == {
+        name for name, row in FAMILIES.items() if row.gguf
+    }
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     refused: list[tuple[str, dict[str, Any], str]] = [
         ("llama-2", {"rope_parameters": dynamic}, "rope scaling"),
@@ -260,7 +263,7 @@ FAULTS = ["eos", "permutation", "template", "adapter left out", "norms", "token 
 def test_a_file_that_is_another_model_is_refused(
     bases: Any, rows: str, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, describe = gguf_tokenizer.Vocabulary.write, GgufLayout.arrange
+    write, describe = gguf_tokenizer.Vocabulary.write, GgufLayout.convert
 
     def wrong_words(self: gguf_tokenizer.Vocabulary, writer: Any) -> None:
         changed = dict(self.entries)
@@ -281,7 +284,7 @@ def test_a_file_that_is_another_model_is_refused(
         return arranged + 1 if fault == "norms" and name.endswith("norm.weight") else arranged
 
     monkeypatch.setattr(gguf_tokenizer.Vocabulary, "write", wrong_words)
-    monkeypatch.setattr(GgufLayout, "arrange", wrong_rows)
+    monkeypatch.setattr(GgufLayout, "convert", wrong_rows)
     if fault == "adapter left out":
         monkeypatch.setattr(module.Tuned, "merging", lambda self: lambda name, weight: (weight, weight))
     says = {

@@ -52,9 +52,11 @@ def test_yarn_rounds_its_range_in_llama_cpp() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256}
     for more in ({}, {"truncate": True}):
         layout = GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, **more}))
-        layout.describe(Mock())
+        layout.write_metadata(Mock())
     with pytest.raises(ModelError, match="truncate: false"):
-        GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).describe(Mock())
+        GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).write_metadata(
+            Mock()
+        )
 
 
 def test_a_sentencepiece_tokenizer_that_does_more_is_refused() -> None:

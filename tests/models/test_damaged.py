@@ -56,7 +56,7 @@ def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("size", [{"num_hidden_layers": 2**62}, {"vocab_size": 2**62}, {"hidden_size": True}])
 def test_a_size_that_cannot_be(size: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=next(iter(size))):
-        ModelShape.of({**CONFIG, **size})
+        ModelShape.from_config({**CONFIG, **size})
     assert prequantized({"quantization_config": "x"}) is None
 
 

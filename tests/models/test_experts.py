@@ -19,8 +19,9 @@ from strop.errors import ModelError
 from strop.export.adapters import combine, compare, norm
 from strop.export.merge import merge
 from strop.models.experts import QuantizedExperts
+from strop.models.introspect import linear_kinds
 from strop.models.load import load_base, load_without_weights, restore_packed_weights
-from strop.models.lora import add_lora, check_lora, linear_kinds, trainable_parameters
+from strop.models.lora import add_lora, check_lora, trainable_parameters
 from strop.models.source import locate
 from strop.models.tensor_files import CheckpointLayout, CheckpointTensors
 from tests.support import tiny_families

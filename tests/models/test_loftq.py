@@ -30,7 +30,7 @@ def moved(folder: Path, scheme: str) -> list[tuple[torch.Tensor, torch.Tensor, t
         base = getattr(module, "base_layer", None)
         if isinstance(base, QuantizedLinear):
             added = module.get_delta_weight("default").detach()
-            found.append((weights[f"{path}.weight"], base.dequantized().detach(), added))
+            found.append((weights[f"{path}.weight"], base.dequantize().detach(), added))
     return found
 
 

@@ -17,8 +17,9 @@ from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import InputError, ModelError
 from strop.models.families.shape import target_names
+from strop.models.introspect import count_path_kinds, find_modules_to_save, linear_kinds
 from strop.models.load import load_base
-from strop.models.lora import add_lora, check_lora, count_path_kinds, linear_kinds, trainable_parameters, find_modules_to_save
+from strop.models.lora import add_lora, check_lora, trainable_parameters
 from strop.models.quantize import QuantizedLinear, quantizable_linears
 from strop.models.source import locate
 from tests.engine.train.test_fast import assert_same, step
@@ -125,7 +126,7 @@ def test_tied_embeddings_are_not_trained_as_two_copies() -> None:
         ("llama", "model", "model leaves no layer for an adapter"),
         ("llama", "", "no module"),
         ("llama", "orm", "no module orm"),
-        ("gemma4_text", "norm", "v_norm has no weights: give more of the path, of .*, model.norm"),
+        ("gemma4_text", "norm", "v_norm has no weights: give a longer path, such as .*, model.norm"),
         ("gemma4_text", "model.embed_tokens", "shares its weights"),
     ],
 )

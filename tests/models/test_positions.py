@@ -87,7 +87,7 @@ def test_answers_that_are_drawn_count(tmp_path: Path, capsys: pytest.CaptureFixt
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer("chatml")), **sizes)).save_pretrained(learned)
     reward = ["--train.objective", "grpo", "--train.group", "2", "--train.rewards", write_reward(tmp_path / "own.py")]
-    said = "4 of 4 rows, with an answer of 43 tokens, are longer than the 64 tokens that the model was made for"
+    said = "4 of 4 rows, with a completion of 43 tokens, are longer than the 64 tokens that the model was made for"
     for folder, most, code in ((learned, "43", 2), (learned, "42", 0), (rotary, "43", 0)):
         words = ["--model", folder, "--data", rows, *reward, "--train.answer_tokens", most]
         out = tmp_path / f"{folder.name}-{most}"

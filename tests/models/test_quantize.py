@@ -24,9 +24,15 @@ from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import ModelError
 from strop.models.families.shape import read_model_info
-from strop.models.load import load_base, quantized_folder, load_without_weights
+from strop.models.load import load_base, load_without_weights, quantized_folder
 from strop.models.lora import add_lora, trainable_parameters
-from strop.models.quantize import QuantizedLinear, _packed_by_operations, dequantize_layers, quantize_weight, quantizable_linears
+from strop.models.quantize import (
+    QuantizedLinear,
+    _quantize_by_torch,
+    dequantize_layers,
+    quantizable_linears,
+    quantize_weight,
+)
 from strop.models.sharding import load_sharded
 from strop.models.source import locate, prequantized
 from strop.models.tensor_files import has_all_weights, quantize_folder
@@ -47,7 +53,7 @@ def layer(
     torch.manual_seed(0)
     like = nn.Linear(into, out)
     made = QuantizedLinear(like, scheme, dtype)
-    made.fill(quantize_weight(like.weight.detach().to(dtype), scheme, double=double))
+    made.load_packed(quantize_weight(like.weight.detach().to(dtype), scheme, double=double))
     return made, like.weight.detach()
 
 
@@ -63,7 +69,7 @@ def nf4_reference(weight: Tensor, codes: Tensor) -> Tensor:
 def test_nf4_is_the_definition(into: int) -> None:
     made, weight = layer("nf4", into=into, double=False)
     codes = made.constants["quant_map"]
-    torch.testing.assert_close(made.dequantized(), nf4_reference(weight, codes), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made.dequantize(), nf4_reference(weight, codes), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
@@ -78,24 +84,24 @@ def test_4_bit_weights_are_codes_times_the_constants_of_their_blocks(
     scale = known["absmax"]
     if double:
         scale = known["nested_quant_map"][scale.long()] * known["nested_absmax"].repeat_interleave(256)[: len(scale)]
-        scale = scale + made._described["nested_offset"]
+        scale = scale + made._state["nested_offset"]
     packed = made.weight.flatten()
     codes = known["quant_map"][torch.stack([packed >> 4, packed & 15], 1).flatten().long()][: out * into]
     expected = (codes * scale.repeat_interleave(64)[: out * into]).view(out, into)
-    torch.testing.assert_close(made.dequantized(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(made.dequantize(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_int8_is_the_definition() -> None:
     made, weight = layer("int8")
     scale = weight.abs().amax(1, keepdim=True)
-    torch.testing.assert_close(made.dequantized(), (weight / scale * 127).round() * scale / 127, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made.dequantize(), (weight / scale * 127).round() * scale / 127, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("double", [True, False])
 def test_double_quantization_costs_little(double: bool) -> None:
     made, weight = layer("nf4", 512, 512, double=double)
     assert made.constants["absmax"].dtype == (torch.uint8 if double else torch.float32)
-    error = (made.dequantized() - weight).norm() / weight.norm()
+    error = (made.dequantize() - weight).norm() / weight.norm()
     assert 0.08 < error < 0.11  # 4 bits on uniform weights
 
 
@@ -103,7 +109,7 @@ def test_double_quantization_costs_little(double: bool) -> None:
 @pytest.mark.parametrize(("out", "into"), [(96, 64), (33, 100), (7, 640), (130, 65)])  # not only multiples of 64
 def test_product_and_gradient_equal_the_dequantized_weight(scheme: str, out: int, into: int) -> None:
     made, _ = layer(scheme, out, into)
-    weight = made.dequantized()
+    weight = made.dequantize()
     x = torch.randn(5, into, requires_grad=True)
     other = x.detach().clone().requires_grad_()
     grad = torch.randn(5, out)
@@ -242,7 +248,7 @@ def test_a_card_quantizes_to_the_bits_of_a_cpu(scheme: str, double: bool, dtype:
     weight[0, :16], weight[1, :15], weight[2] = code, (code[1:] + code[:-1]) / 2, 0
     weight[0, 16:], weight[1, 15:] = 1, 1
     given = weight.to(dtype)
-    expected, found = quantize_weight(given, scheme, double=double), _packed_by_operations(given, scheme, double, "cpu")
+    expected, found = quantize_weight(given, scheme, double=double), _quantize_by_torch(given, scheme, double, "cpu")
     assert expected.keys() == found.keys()
     for name, part in expected.items():
         assert torch.equal(part, found[name]) and part.dtype == found[name].dtype, name
@@ -255,13 +261,13 @@ def test_what_a_card_has_no_room_for_is_quantized_on_the_cpu(monkeypatch: pytest
         asked.append(device)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("strop.models.quantize._packed_by_operations", full)
+    monkeypatch.setattr("strop.models.quantize._quantize_by_torch", full)
     weight, odd = torch.randn(3, 64), torch.randn(3, 65)
     for given in (weight, odd):  # the second ends in the middle of a block
         found = quantize_weight(given, "nf4", device="cuda:1")
         assert all(torch.equal(part, found[name]) for name, part in quantize_weight(given, "nf4").items())
     assert asked == ["cuda:1"]
-    monkeypatch.setattr("strop.models.quantize._packed_by_operations", lambda *_: 1 / 0)
+    monkeypatch.setattr("strop.models.quantize._quantize_by_torch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize_weight(weight, "int8", device="cuda")
 
@@ -334,13 +340,13 @@ def test_a_checkpoint_that_bitsandbytes_quantized_loads(
     loaded: Any = load_base(source, torch.bfloat16, "cpu", quantization=scheme)
     ours: Any = load_base(locate(str(tiny_folder)), torch.bfloat16, "cpu", quantization=scheme)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
-        found, same = loaded.get_submodule(name), ours.get_submodule(name).dequantized()
+        found, same = loaded.get_submodule(name), ours.get_submodule(name).dequantize()
         if name.rpartition(".")[2] in skipped:
             assert type(found) is nn.Linear and found.weight.dtype == torch.bfloat16
             assert 0 < (found.weight - same).abs().max() < 0.2
             continue
         # bitsandbytes rounds to 8 bit from fp16, strop from fp32
-        assert torch.allclose(found.dequantized(), same, atol=0.02 if scheme == "int8" else 0)
+        assert torch.allclose(found.dequantize(), same, atol=0.02 if scheme == "int8" else 0)
     with pytest.raises(ModelError, match="already"):
         load_base(source, torch.bfloat16, "cpu")
     assert strop.load(source.name, device="cpu").quantization == scheme
@@ -358,7 +364,7 @@ def test_bytes_that_are_stored_as_other_numbers_are_bytes(tiny_folder: Path, tmp
     loaded = load_base(locate(str(tmp_path)), torch.bfloat16, "cpu", **how)
     ours = load_base(locate(str(tiny_folder)), torch.bfloat16, "cpu", **how)
     name = "model.layers.1.mlp.down_proj"
-    assert torch.equal(*(cast(Any, one).get_submodule(name).dequantized() for one in (loaded, ours)))
+    assert torch.equal(*(cast(Any, one).get_submodule(name).dequantize() for one in (loaded, ours)))
 
 
 def _described_as(old: bytes, new: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -370,20 +376,24 @@ STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 LIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "half of its layers": ("nf4", {"config": {"num_hidden_layers": 1}}, "have no place in the model"),
     "a bias too many": ("nf4", {"model.layers.0.mlp.up_proj.bias": lambda _: torch.ones(64)}, "have no place in the"),
-    "nothing quantized": ("nf4", {"plain": True}, "its weights are quantized, and none of them is"),
+    "nothing quantized": ("nf4", {"plain": True}, "its weights are quantized, but none is"),
     "NaN": ("nf4", {f"{WEIGHT}.nested_absmax": lambda it: it * torch.nan}, "holds NaN"),
-    "few constants": ("nf4", {f"{WEIGHT}.absmax": lambda it: it[:-4].clone()}, "absmax has 28 numbers, 32 expected"),
-    "no constants": ("nf4", {f"{WEIGHT}.absmax": None}, "absmax has 0 numbers, 32 expected"),
+    "few constants": ("nf4", {f"{WEIGHT}.absmax": lambda it: it[:-4].clone()}, "absmax has 28 elements, 32 expected"),
+    "no constants": ("nf4", {f"{WEIGHT}.absmax": None}, "absmax has 0 elements, 32 expected"),
     "no constants of constants": ("nf4", {f"{WEIGHT}.nested_absmax": None}, "nested_absmax has 0 numbers"),
-    "few bytes": ("nf4", {WEIGHT: lambda it: it[:-8].clone()}, "weight has 1016 numbers, 1024 expected"),
-    "other blocks": ("nf4", {STATE: _described_as(b": 64,", b": 128,")}, "absmax has 32 numbers, 16 expected"),
+    "few bytes": ("nf4", {WEIGHT: lambda it: it[:-8].clone()}, "weight has 1016 elements, 1024 expected"),
+    "other blocks": ("nf4", {STATE: _described_as(b": 64,", b": 128,")}, "absmax has 32 elements, 16 expected"),
     "no blocks": ("nf4", {STATE: _described_as(b": 64,", b": 0,")}, "blocks of 0"),
     "a description that is none": ("nf4", {STATE: lambda _: torch.tensor([91, 93]).byte()}, "is no object"),
     "int8, NaN": ("int8", {"model.layers.0.mlp.up_proj.SCB": lambda it: it * torch.nan}, "holds NaN"),
-    "int8, one scale": ("int8", {"model.layers.0.mlp.up_proj.SCB": lambda it: it[:1].clone()}, "SCB has 1 numbers, 64"),
+    "int8, one scale": (
+        "int8",
+        {"model.layers.0.mlp.up_proj.SCB": lambda it: it[:1].clone()},
+        "SCB has 1 elements, 64",
+    ),
     "int8, no scale": ("int8", {"model.layers.0.mlp.up_proj.SCB": None}, "is stored as I8"),
     "int8, on its side": ("int8", {WEIGHT: lambda it: it.t().contiguous()}, "of another shape, first model.layers.0"),
-    "int8, an old layout": ("int8", {f"{WEIGHT}_format": lambda _: torch.tensor(2).byte()}, "of an old layout"),
+    "int8, an old layout": ("int8", {f"{WEIGHT}_format": lambda _: torch.tensor(2).byte()}, "in an old 8-bit layout"),
 }
 
 
@@ -444,7 +454,9 @@ def test_a_run_on_a_quantized_base_and_its_answers(
             **{"model.quantization": scheme, "model.resident_layers": resident, "model.dtype": "fp32"},
         )  # fmt: skip
         (start,) = [e for e in read_events(out / "events.jsonl") if e["event"] == "start"]
-        assert start["parameters"]["all"] == read_model_info(str(tiny_folder)).parameters  # numbers, not bytes they are packed in
+        assert (
+            start["parameters"]["all"] == read_model_info(str(tiny_folder)).parameters
+        )  # numbers, not bytes they are packed in
         losses[resident] = [e["loss"] for e in read_events(out / "events.jsonl") if e["event"] == "step"]
     assert losses[0] == losses[2] and losses[0][-1] < losses[0][0]
     prompt = torch.arange(5, 25)[None]
@@ -511,7 +523,7 @@ def test_an_adapter_remembers_how_its_base_was_quantized(tiny_folder: Path, rows
     weights = {
         double: load_base(locate(str(tiny_folder)), torch.float32, "cpu", quantization="nf4", double=double)
         .get_submodule("model.layers.0.mlp.down_proj")
-        .dequantized()
+        .dequantize()
         for double in (False, True)
     }
     assert torch.equal(loaded.weight, weights[False]) and not torch.equal(loaded.weight, weights[True])

@@ -24,7 +24,7 @@ from strop.planning.time import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_b
 from strop.planning.workload import Setting
 
 GIB = 1 << 30
-LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
+LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
 
 
 def machine(free: float, gpus: tuple[str, ...] = ()) -> Machine:
@@ -128,14 +128,16 @@ def test_what_ran_out_of_memory_once_is_remembered() -> None:
     assert "ran out of memory" in again.choices["train.micro_batch_tokens"].why
     assert chosen(**{"train.micro_batch_tokens": 1024}).recipe.train.micro_batch_tokens == 1024  # as a person asks
     assert chosen(**{"lora.r": 64}).recipe.train.micro_batch_tokens == 2048
-    save_measured(memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True})
+    save_measured(
+        memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True}
+    )
     assert plan(60, **{"model.quantization": "nf4"}).recipe.model.resident_layers == 0
 
 
 def test_the_memory_that_counts_is_that_of_the_device() -> None:
     with_card = machine(60, ("a card, 8192 MiB",))
     assert usable_bytes(with_card, "cuda") < 8 * GIB < usable_bytes(with_card, "cpu")
-    assert usable_bytes(replace(with_card, card_free_bytes=3 * GIB), "cuda:1") == int(0.95 * 3 * GIB)
+    assert usable_bytes(replace(with_card, gpu_free_bytes=3 * GIB), "cuda:1") == int(0.95 * 3 * GIB)
     recipe = resolve(None, {"model": "m", "data": "d"})
     assert choose(recipe, with_card, LLAMA_8B, "cuda", ("bf16", "")).recipe.model.quantization == "nf4"
 
@@ -258,7 +260,7 @@ def test_drawn_answers_are_planned_at_their_longest() -> None:
 
 def on_card(gib: float, **options: Any) -> Resolved:
     recipe = resolve(None, {"model": "m", "data": "d", "model.quantization": "nf4", "lora.r": 16, **options})
-    small = replace(machine(64), gpus=("a card, 1 MiB",), card_free_bytes=int(gib * GIB))
+    small = replace(machine(64), gpus=("a card, 1 MiB",), gpu_free_bytes=int(gib * GIB))
     return choose(recipe, small, LLAMA_8B, "cuda", ("bf16", "the card computes in bf16"))
 
 
@@ -294,7 +296,7 @@ def test_inputs_wait_only_where_something_is_gained() -> None:
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_fewer_tokens_at_once_where_that_is_faster_than_computing_again(quantization: str) -> None:
     """Of all numbers of tokens at once, each with as much kept as fits, a CPU's plan takes the fastest."""
-    shape, sizes = ModelShape.of(KNOWN["SmolLM2-135M"]), set()
+    shape, sizes = ModelShape.from_config(KNOWN["SmolLM2-135M"]), set()
     for free in (1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 8.0):
 
         def planned(free: float = free, **options: Any) -> Resolved:

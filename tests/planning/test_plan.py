@@ -22,7 +22,7 @@ from strop.errors import DataError, ModelError, RecipeError
 from strop.machine import doctor
 from strop.machine.doctor import Finding, examine
 from strop.machine.probe import probe
-from strop.machine.rates import Rates, save_precision, save_rates, load_rates
+from strop.machine.rates import Rates, load_rates, save_precision, save_rates
 from strop.models.families.shape import ModelShape, read_model_info
 from strop.planning.activations import MicroBatch
 from strop.planning.compare import KNOWN
@@ -219,7 +219,7 @@ def test_a_mixture_without_torch_is_counted_by_its_config(name: str, tmp_path: P
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe", name: 8}), encoding="utf-8")
     shape = read_model_info(str(file)).shape
-    dense = ModelShape.of({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe"})
+    dense = ModelShape.from_config({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe"})
     mlp = sum(linear.weights for linear in dense.linears[-3:])
     assert shape.experts == 8 and shape.parameters - dense.parameters == dense.layers * 7 * mlp
     assert strop.plan(model=str(file)).setting.parameters == shape.parameters
@@ -384,7 +384,7 @@ def test_a_container_has_what_its_cgroup_allows(tmp_path: Path, monkeypatch: pyt
 def test_flops_are_those_of_the_closed_form() -> None:
     """SmolLM2-135M, all rows supervised, documents of 512: 628.1 MFLOP a token (linear layers, LoRA r16, attention over
     the 512 keys' causal half, head), but for blocks of 256 queries, the last layer's rows and the label-less last."""
-    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     found = Setting(shape, shape.parameters, ranks=(16,) * 7)
     work = flops(found, MicroBatch.rows([512] * 4))
     assert work.total / 2048 == pytest.approx(628.1e6, rel=0.06)
@@ -393,7 +393,7 @@ def test_flops_are_those_of_the_closed_form() -> None:
 
 
 def test_slower_where_more_is_to_be_done() -> None:
-    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4)
     for rate in (Rate(4e11, 2e10, "test"), Rate.of(find_card("RTX 4090"))):
         here = tokens_per_s(found, batch, rate)
@@ -406,7 +406,7 @@ def test_short_rows_take_the_time_of_their_tokens_and_their_labels() -> None:
     recipe = resolve(None, {"model": "m", "data": "d", "model.device": "cpu", "model.dtype": "bf16"}).recipe
     assert usual_micro_batch(recipe, [(50, 49)] * 8).tokens == 400
     assert usual_micro_batch(recipe, [(50, 49)] * 3).tokens == 150
-    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     found, rate = Setting.of(recipe, shape), Rate(4e11, 2e10, "test")
     all_of_it, tenth = (usual_micro_batch(recipe, [(50, labels)] * 8) for labels in (49, 5))
     work = [flops(found, batch).head for batch in (all_of_it, tenth)]
@@ -416,7 +416,7 @@ def test_short_rows_take_the_time_of_their_tokens_and_their_labels() -> None:
 
 
 def test_the_plain_step_is_slower() -> None:
-    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4, share=0.3)
     plain = found.but(step="plain")
     for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (Rate.of(find_card("RTX 4090")), 1.0)):

@@ -81,7 +81,7 @@ def test_the_step_and_what_is_trained_are_known_beforehand(family: str, options:
     model = tiny_of(family, tie_word_embeddings=family == "gemma2").requires_grad_(False)
     given = {"model": "m", "data": "d", "lora.r": 3, "lora.alpha": 6, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {**given, **options}).recipe
-    found = Setting.of(recipe, ModelShape.of(model.config.to_dict()))
+    found = Setting.of(recipe, ModelShape.from_config(model.config.to_dict()))
     words = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
     adapted = add_lora(model, recipe.lora, words).train()
     assert found.step == step_for(adapted).name == step

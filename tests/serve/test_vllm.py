@@ -17,7 +17,7 @@ import requests
 from strop.errors import InputError, ModelError, RunError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.models.vllm import query_vllm, find_vllm_python, max_lora_rank
+from strop.models.vllm import find_vllm_python, max_lora_rank, query_vllm
 from strop.serve.address import Address
 from strop.serve.vllm import (
     Same,
@@ -35,7 +35,7 @@ def test_ranks_that_vllm_knows() -> None:
 
     assert [rank(), rank(r=8), rank(r=9), rank(rank_pattern={"q_proj": 40})] == [8, 8, 16, 64]
     for odd in ({"r": 600}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
-        with pytest.raises(ModelError, match="vLLM does not take"):
+        with pytest.raises(ModelError, match="vLLM does not support"):
             rank(**odd)
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from strop.engine.decode.sampling import Token
-from strop.models.tokenizer import REPLACEMENT, TokenBytes, TextStream
+from strop.models.tokenizer import REPLACEMENT, TextStream, TokenBytes
 from strop.serve.protocol import Writer
 from tests.support.families import tokenizer
 

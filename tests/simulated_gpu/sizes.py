@@ -65,7 +65,7 @@ class Case:
             "model.quantization": self.scheme, **more,
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
-        setting = Setting.of(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
+        setting = Setting.of(resolve(None, given).recipe, ModelShape.from_config(self.config.to_dict()))
         return train(setting, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
 
 
@@ -92,7 +92,7 @@ def fill(layer: QuantizedLinear) -> None:
     }  # fmt: skip
     layer._offset = torch.empty(())
     shape = [layer.out_features, layer.in_features]
-    layer._described = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
+    layer._state = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
 
 
 def step(card: fake.Card, case: Case) -> dict[str, Any]:

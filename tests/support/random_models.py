@@ -123,7 +123,9 @@ def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None
         if "bias" in name or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
-    if next(expert_parameters(base), None) or directly_read_leaves(base):  # peft's all-linear leaves experts out, and takes more
+    if next(expert_parameters(base), None) or directly_read_leaves(
+        base
+    ):  # peft's all-linear leaves experts out, and takes more
         model = add_lora(base, LoraSection(r=3, alpha=5, **(lora or {})), None)
     else:
         model = get_peft_model(base, LoraConfig(**options))

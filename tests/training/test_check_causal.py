@@ -31,7 +31,7 @@ def bert(folder: Path, **changes: bool) -> Path:
 def test_bert_is_trained_as_a_decoder_alone(tmp_path: Path) -> None:
     """Its usual config has no is_decoder: each token sees the one that it is to predict."""
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
-    with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
+    with pytest.raises(ModelError, match="bert: its tokens attend to later tokens"):
         strop.train(model=bert(tmp_path / "both", is_decoder=False), data=rows, out=tmp_path / "a", **QUICK)
     made = strop.train(model=bert(tmp_path / "one", is_decoder=True), data=rows, out=tmp_path / "b", **QUICK)
     assert made.report["loss"]["last"] > 0
@@ -44,8 +44,8 @@ def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
     tokenizer("chatml").save_pretrained(tmp_path / "bert")
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     found = strop.plan(model=tmp_path / "bert", data=rows, memory=8 << 30, **QUICK)
-    assert found.refused == "bert: its tokens see those that stand behind them, and so what they are to predict"
-    with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
+    assert found.refused == "bert: its tokens attend to later tokens, so it cannot be trained to predict them"
+    with pytest.raises(ModelError, match="bert: its tokens attend to later tokens"):
         strop.train(model=tmp_path / "bert", data=rows, out=tmp_path / "run", **QUICK)
 
 

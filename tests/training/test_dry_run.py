@@ -27,7 +27,7 @@ from tests.support import tiny
 from tests.support.failures import starved
 
 QUICK = {"train.max_steps": 3, "train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32", "lora.dropout": 0.1}
-SHAPE = ModelShape.of(tiny.config().to_dict())
+SHAPE = ModelShape.from_config(tiny.config().to_dict())
 
 
 def setting(job: Job) -> Setting:

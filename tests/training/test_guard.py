@@ -13,7 +13,7 @@ import torch
 
 from strop.errors import DivergedError, MemoryLimitError, NonFiniteError
 from strop.evaluation.diagnosis import diagnose
-from strop.machine.memory import MemoryWatch, is_out_of_memory, parse_bytes, load_measured
+from strop.machine.memory import MemoryWatch, is_out_of_memory, load_measured, parse_bytes
 from strop.runs.events import read_events
 from strop.training import guard
 from strop.training.guard import Verdict, look

@@ -60,7 +60,7 @@ def test_where_vllm_ends_the_run_says_so_and_goes_on_later(
     [
         (["--train.vllm_python", "/no/such/python"], "no such program"),
         (["--model.quantization", "nf4"], "the base in 16 bit, not from nf4"),
-        (["--lora.use_dora", "true"], "vLLM does not take its use_dora"),
+        (["--lora.use_dora", "true"], "vLLM does not support its use_dora"),
         (["--train.objective", "sft"], "draws no answers"),
     ],
 )

@@ -16,7 +16,7 @@ from strop.engine.kernels.cpu.precision import measure as measure
 from strop.errors import DeviceError
 from strop.machine.memory import keep_heap_pages
 from strop.machine.probe import TILED_RANK, probe
-from strop.machine.rates import save_precision, load_precision
+from strop.machine.rates import load_precision, save_precision
 
 LOG = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    kept = PRIMITIVES if rank <= TILED_RANK and probe().tiles else MORE_PRIMITIVES
+    kept = PRIMITIVES if rank <= TILED_RANK and probe().has_avx512_bf16 else MORE_PRIMITIVES
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(kept))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

@@ -18,15 +18,14 @@ from strop.engine.train.full_modules import used
 from strop.engine.train.fused_linear import base_of
 from strop.models.experts import is_weight_adapter
 from strop.models.families.layers import (
-    FAMILIES,
-    Family,
+    find_rotary,
+    layer_norms,
     linears,
     load_balancing,
-    layer_norms,
     model_computed_modules,
-    find_rotary,
     text_decoder,
 )
+from strop.models.families.table import FAMILIES, Family
 from strop.models.quantize import QuantizedLinear
 
 TRAINED = (
@@ -55,7 +54,7 @@ def usual(model: nn.Module) -> bool:
     family, names = FAMILIES[text.model_type], dict(model.named_parameters())
     return (
         family.gated
-        and not (family.layer_norm or family.aside)
+        and not (family.layer_norm or family.separate_rope)
         and not any(isinstance(module, CountedDropout) and module.p for module in model.modules())
         and not any("magnitude_vector" in name or "modules_to_save" in name for name in names)
         and all("lora_" in name or "trainable_tokens_" in name for name, one in names.items() if one.requires_grad)
@@ -139,7 +138,9 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
             if type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
                 return f"unknown weights ({type(module).__name__})"
     parts = [decoder, base.get_output_embeddings()]
-    theirs = {id(p) for part in model_computed_modules(decoder, family) for p in part.parameters()}  # routers are in fp32, in some
+    theirs = {
+        id(p) for part in model_computed_modules(decoder, family) for p in part.parameters()
+    }  # routers are in fp32, in some
     named = [
         (name, p)
         for part in parts
@@ -168,9 +169,9 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
     if weights[0].device.type != "cpu":  # PyTorch's own attention knows neither
         if getattr(config, "attn_logit_softcapping", None):
             return "attn_logit_softcapping outside of a CPU"
-        if family.sinks:
+        if family.attention_sinks:
             return "attention sinks outside of a CPU"
-        if family.per_layer:
+        if family.per_layer_inputs:
             return "norms of values outside of a CPU"
     if getattr(config, "clip_qkv", None):
         return "clip_qkv"

@@ -12,16 +12,8 @@ from torch import Tensor, nn
 
 from strop.engine.train.full_modules import NewRows, embedded, new_rows, used, without
 from strop.engine.train.fused_linear import base_of
-from strop.models.families.layers import (
-    FAMILIES,
-    Family,
-    activation_name,
-    linears,
-    mixer_module,
-    moe_module,
-    find_rotary,
-    text_decoder,
-)
+from strop.models.families.layers import activation_name, find_rotary, linears, mixer_module, moe_module, text_decoder
+from strop.models.families.table import FAMILIES, Family
 
 NOWHERE = "nowhere"
 Angles = dict[str | None, tuple[Tensor, Tensor]]
@@ -100,7 +92,7 @@ class Layers:
         self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0)
         family = self.family
         self.embedding_scale, self.residual_scale, self.logits_scale = (
-            scale(self.config) for scale in (family.embedding, family.residual, family.logits)
+            scale(self.config) for scale in (family.embedding_scale, family.residual_scale, family.logit_scale)
         )
         named = family.parallel
         self.parallel = bool(getattr(self.config, named)) if isinstance(named, str) else named
@@ -121,7 +113,7 @@ class Layers:
     def kind_of(self, number: int) -> str | None:
         """The layer's kind of rotary embedding, as in LayerPart."""
         attention = getattr(self.decoder.layers[number], self.family.attention, None)
-        if attention is None or not self.family.turned(attention):
+        if attention is None or not self.family.uses_rope(attention):
             return NOWHERE
         kinds = getattr(self.config, "layer_types", None)
         by_type = isinstance(getattr(find_rotary(self.decoder), "rope_type", None), dict)
@@ -137,8 +129,8 @@ class Layers:
             cos, sin = rotary(like, positions[None], *([] if kind is None else [kind]))
             once = {  # most give each angle twice
                 "halves": slice(cos.shape[-1] // 2), "neighbours": slice(None, None, 2), "once": slice(None),
-            }[self.family.angles]  # fmt: skip
-            sin = -sin if self.family.backwards else sin
+            }[self.family.rope_angles]  # fmt: skip
+            sin = -sin if self.family.rope_reversed else sin
             found[kind] = cos[0, :, once].contiguous(), sin[0, :, once].contiguous()
         return found
 
@@ -172,7 +164,7 @@ class Layers:
             after_attention=self._norm_named(layer, family.after_attention, config.hidden_size),
             before_mlp=before if in_front is None and self.parallel else in_front,
             after_mlp=self._norm_named(layer, family.after_mlp, config.hidden_size),
-            per_layer=layer if family.per_layer else None,
+            per_layer=layer if family.per_layer_inputs else None,
             per_layer_norm=self._norm_named(layer, "post_per_layer_input_norm", config.hidden_size),
             kind=str(getattr(attention, "layer_type", "")),
             keeps=bool(getattr(attention, "store_full_length_kv", False)),
@@ -191,21 +183,21 @@ class Layers:
 
     def _window(self, number: int, attention: Any) -> int:
         """Keys that a query of the layer sees, 0: all; a config may name a window that its family does not have."""
-        if self.family.one_window:
+        if self.family.window_in_all_layers:
             return int(getattr(self.config, "sliding_window", None) or 0)
         kinds = getattr(self.config, "layer_types", None)
         full = kinds and kinds[number] == "full_attention"
         return 0 if full else int(getattr(attention, "sliding_window", None) or 0)
 
     def _key_value_heads(self, attention: Any, size: int) -> int:
-        if self.family.per_layer:  # they differ from layer to layer
+        if self.family.per_layer_inputs:  # they differ from layer to layer
             return int(base_of(attention.k_proj).out_features // size)
         few = None if self.family.fused_heads else getattr(self.config, "num_key_value_heads", None)
         return int(few or self.config.num_attention_heads)
 
     def per_layer(self, ids: Tensor, embedded: Tensor) -> Tensor | None:
         """What tokens (T,) have for each layer (T, layers, p), in models that have it."""
-        if not (self.family.per_layer and self.config.hidden_size_per_layer_input):
+        if not (self.family.per_layer_inputs and self.config.hidden_size_per_layer_input):
             return None
         own = self.decoder.get_per_layer_inputs(ids[None], None)
         found: Tensor = self.decoder.project_per_layer_inputs(embedded[None], own)[0]

@@ -27,7 +27,7 @@ from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import adapter_folder, is_reward_adapter, check_adapter_kind
+from strop.models.adapters import adapter_folder, check_adapter_kind, is_reward_adapter
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
 

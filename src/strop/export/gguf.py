@@ -221,7 +221,7 @@ class _Model:
         writer.add_name(self._name)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        self.layout.describe(writer)
+        self.layout.write_metadata(writer)
         (_words_of_base(self.tuned) if base else self.words).write(writer)
         extra = dict(self.layout.extra_tensors())
         plan: list[tuple[str, str | None, Stored]] = []
@@ -247,13 +247,13 @@ class _Model:
         made, base = self._merged(source, base) if merged else (base, base)
         if stored == Stored.BF16:
             made = rounded(source, made, base, torch.bfloat16)
-            return self.layout.arrange(source, made).contiguous().view(torch.int16).numpy()
+            return self.layout.convert(source, made).contiguous().view(torch.int16).numpy()
         if stored == Stored.F16:
-            half = self.layout.arrange(source, rounded(source, made, base, torch.float16)).contiguous()
+            half = self.layout.convert(source, rounded(source, made, base, torch.float16)).contiguous()
             if not torch.isfinite(half).all():
                 raise ParityError(f"{source}: too large for f16", fix="choose --type bf16 or f32")
             return half.numpy()
-        made = self.layout.arrange(source, made).float().contiguous()
+        made = self.layout.convert(source, made).float().contiguous()
         data: np.ndarray[Any, Any] = gguf.quants.quantize(made.numpy(), stored)
         return data
 
@@ -271,7 +271,7 @@ class _Model:
         for module in sorted(scale, key=_in_order):
             name = self.layout.name(f"{module}.weight")
             a, b = (saved[f"{module}.lora_{side}.weight"].float() for side in "AB")
-            b = self.layout.arrange(f"{module}.weight", b * (scale[module] * len(a) / alpha)).contiguous()
+            b = self.layout.convert(f"{module}.weight", b * (scale[module] * len(a) / alpha)).contiguous()
             writer.add_tensor(f"{name}.lora_a", a.numpy())
             writer.add_tensor(f"{name}.lora_b", b.numpy())
         writer.write_header_to_file()

@@ -17,7 +17,7 @@ from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.model_card import CARD_FILE, PLACE, card, hub_id, report_of
 from strop.models.adapter_config import read_adapter_config
 from strop.models.adapters import STROP_FILE, adapter_folder, check_adapter_weights, read_identity
-from strop.models.source import hub_config, locate, read_config, read_safetensors_header, weight_files
+from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -199,7 +199,7 @@ def _check_alike(folder: Path, trained_on: str, base: str, revision: str | None)
     """Raises ModelError where the config of the Hub's model has other sizes than the base of an adapter."""
     from strop.models.load import load_config
 
-    here, there = load_config(locate(trained_on)).to_dict(), hub_config(base, revision)
+    here, there = load_config(locate(trained_on)).to_dict(), download_config(base, revision)
     wrong = [key for key in SIZES if key in here and key in there and here[key] != there[key]]
     if wrong:
         key = wrong[0]

@@ -36,18 +36,18 @@ from strop.models.adapters import (
     attach_adapter,
     base_source,
     check_adapter_base,
-    check_adapter_weights,
-    read_identity,
     check_adapter_kind,
+    check_adapter_weights,
     make_renderer,
+    read_identity,
     tokenizer_source,
 )
 from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
 from strop.models.introspect import in_text
 from strop.models.load import DTYPES, load_base, load_config, load_without_weights, stored_dtype, weights_folder
-from strop.models.quantize import quantize_weight, dequantize_weight
+from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.models.source import Source, fingerprint, quantization_method
-from strop.models.tensor_files import SHARD_BYTES, TensorGroup, CheckpointLayout, CheckpointTensors
+from strop.models.tensor_files import SHARD_BYTES, CheckpointLayout, CheckpointTensors, TensorGroup
 from strop.models.tokenizer import load_tokenizer, trained_token_rows
 from strop.objectives.table import learning_of
 from strop.planning.phases import MEASURING_BYTES, measuring_bytes
@@ -172,8 +172,10 @@ class Trained:
                 return weight
             if weight.dim() == 3:
                 packed = pack_experts(weight, self.scheme, double=self.double)
-                return PackedExperts(packed, weight.shape, self.scheme, self.dtype).whole()
-            return dequantize_weight(quantize_weight(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
+                return PackedExperts(packed, weight.shape, self.scheme, self.dtype).dequantize_all()
+            return dequantize_weight(
+                quantize_weight(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype
+            )
 
         return rounded
 
@@ -288,7 +290,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
             continue
         shard: dict[str, Tensor] = {}
         for group in groups:
-            outside, same, parts = not any(text(place) for place in layout.places(group)), True, {}
+            outside, same, parts = not any(text(place) for place in layout.parameters(group)), True, {}
             for name, weight in layout.read(group, tensors.get).items():
                 weight = weight if outside else as_trained(name, weight)
                 changed = change(name, weight)

@@ -72,7 +72,9 @@ def export_ollama(
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
     folder = adapter_folder(name)
-    renderer = Renderer(load_tokenizer(locate(name) if folder is None else tokenizer_source(folder, base_source(folder))))
+    renderer = Renderer(
+        load_tokenizer(locate(name) if folder is None else tokenizer_source(folder, base_source(folder)))
+    )
     pieces = Pieces.of(renderer)
     system = read_identity(folder).get("system") if folder is not None else None
     with sole_maker(out), new_folder(out) as temp:

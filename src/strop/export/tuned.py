@@ -19,8 +19,8 @@ from strop.models.adapters import (
     adapter_folder,
     base_source,
     check_adapter_base,
-    check_adapter_weights,
     check_adapter_kind,
+    check_adapter_weights,
     tokenizer_source,
 )
 from strop.models.load import load_base

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from strop.errors import ModelError
-from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config, check_adapter_fits, peft_load_errors
+from strop.models.adapter_config import WEIGHTS_FILE, check_adapter_fits, peft_load_errors, read_adapter_config
 from strop.models.experts import split_by_expert
 from strop.models.load import load_without_weights
 from strop.models.lora import embedding_paths, extend_rows, ignore_peft_warnings
@@ -131,7 +131,7 @@ def places_of(source: Source, folder: Path) -> dict[str, Place]:
     with peft_load_errors(folder, source.name), ignore_peft_warnings():
         adapted = peft.get_peft_model(load_without_weights(source), config)
     kept = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    check_adapter_fits({key: weight.shape for key, weight in kept.items()}, folder, source.name, matrices=True)
+    check_adapter_fits({key: weight.shape for key, weight in kept.items()}, folder, source.name, lora_only=True)
     found = {}
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:

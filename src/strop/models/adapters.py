@@ -1,47 +1,64 @@
-"""Adapters on disk (PEFT's format, with a card and the fingerprint of their base), and models ready to answer."""
+"""Adapters on disk: save and load PEFT folders with the fingerprint of their base.
+
+Also restores the base's biases while an adapter with trained biases is disabled, which PEFT does not.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
+import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from strop.data.rendering.render import Renderer
 from strop.errors import ModelError
-from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config, check_adapter_fits, peft_load_errors
-from strop.models.adapters import copy_biases, has_trained_biases, store_base_biases
-from strop.models.lora import REWARD_TASK, add_score_head, grow_vocabulary, why_base_changed, patch_lora_forward, ignore_peft_warnings
+from strop.models.adapter_config import (
+    REWARD_TASK,
+    WEIGHTS_FILE,
+    check_adapter_fits,
+    peft_load_errors,
+    read_adapter_config,
+    why_base_changed,
+)
+from strop.models.lora import add_score_head, grow_vocabulary, ignore_peft_warnings, patch_lora_forward
 from strop.models.source import Source, fingerprint, locate, read_safetensors_header
 from strop.models.tensor_files import FLOATS, is_finite
 from strop.models.tokenizer import trained_token_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
-STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, template and data hash
+STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
-    """Writes a PEFT adapter folder, whole or not at all: weights, config, tokenizer, template, strop.json.
+    """Write a PEFT adapter folder, complete or not at all: weights, config, tokenizer, template, strop.json.
 
-    identity: {base: {name, fingerprint}, template, data, system, reasoning}; base is checked when it is loaded, system
-    (that every training row had, or None) is what `chat` starts with, reasoning what became of it in training.
+    Args:
+        model: the model with the adapter.
+        tokenizer: saved with the adapter.
+        folder: the adapter folder to create.
+        identity: {base: {name, fingerprint}, template, data, system, reasoning}. The base is checked on loading;
+            system (the prompt that every training row had, or None) is what `chat` starts with; reasoning says how
+            training treated it.
     """
     with new_folder(folder) as temp:
-        # peft would look the base up on the Hub to see whether embeddings were resized; trained rows are saved anyway
+        # PEFT would look up the base on the Hub to see whether embeddings were resized; trained rows are saved anyway.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
-        (temp / "README.md").unlink()  # peft's own card, all of it blanks to fill in
+        (temp / "README.md").unlink()  # PEFT's card, an empty form
         weights = {"sha256": sha256_file(temp / WEIGHTS_FILE)}
         write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
 
 
 def adapter_folder(name: str) -> Path | None:
-    """The adapter that a run or adapter folder holds; None where the name is not such a folder.
+    """Return the adapter folder of a run or adapter folder; None for any other name.
 
     Raises ModelError for a run that has no adapter yet.
     """
@@ -55,44 +72,44 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def is_reward_adapter(folder: Path) -> bool:
-    """Whether an adapter is a reward model's: it scores answers and writes none."""
+    """Return whether an adapter is a reward model's, which scores texts and generates none."""
     return bool(read_adapter_config(folder).get("task_type") == REWARD_TASK)
 
 
 def check_adapter_kind(folder: Path, scores: bool) -> None:
-    """Raises ModelError for a reward model's adapter where one is wanted that writes, or the other way round."""
+    """Raise ModelError for a reward adapter where a generating one is needed, or the other way round."""
     if is_reward_adapter(folder) == scores:
         return
     if scores:
-        raise ModelError(f"{folder}: writes answers and has no score", fix="give the adapter of a reward model")
-    what = f"{folder}: a reward model's adapter, which scores answers and writes none"
+        raise ModelError(f"{folder}: generates text and has no score", fix="give the adapter of a reward model")
+    what = f"{folder}: a reward model's adapter, which scores texts and generates none"
     raise ModelError(what, fix="strop eval RUN --data PAIRS, or AutoModelForSequenceClassification of transformers")
 
 
 def base_source(folder: Path) -> Source:
-    """The base of an adapter folder. Raises ModelError where it is not to be found."""
+    """Return the base of an adapter folder. Raises ModelError where it cannot be found."""
     if name := read_adapter_config(folder).get("base_model_name_or_path"):
         return locate(str(name))
     raise ModelError(f"{folder}: does not say which model it was trained on (base_model_name_or_path)")
 
 
 def tokenizer_source(folder: Path, source: Source) -> Source:
-    """Where an adapter's tokenizer is: in its own folder, or, of one that another tool saved without, with its base."""
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return Source(source.name, "folder", folder) if own else source
+    """Return where an adapter's tokenizer is: its own folder, or its base for an adapter saved without one."""
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return Source(source.name, "folder", folder) if has_own else source
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """strop.json of an adapter folder; {} for an adapter that another tool made."""
+    """Return strop.json of an adapter folder; {} for an adapter that another tool made."""
     file = folder / STROP_FILE
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise ModelError(f"{file}: damaged: {error}", fix="put it back, or take another adapter of the run") from None
+        raise ModelError(f"{file}: damaged: {error}", fix="restore it, or use another adapter of the run") from None
 
 
 def make_renderer(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
-    """What renders for an adapter as in its training. tokenizer: its own; identity: as `read_identity` gives it."""
+    """Return the renderer that an adapter was trained with; identity: as `read_identity` returns it."""
     return Renderer(tokenizer, reasoning=identity.get("reasoning", "auto"))
 
 
@@ -106,11 +123,23 @@ def attach_adapter(
     name: str = "default",
     scores: bool = False,
 ) -> tuple[peft.PeftModel, list[str]]:
-    """(the base with the adapter of a folder on it, notes on what `force` let pass). scores: of a reward model.
+    """Load an adapter onto its base.
 
-    base: without an adapter, or with others, under other names.
-    Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
-    name and shape, was changed since it was saved, or holds NaN.
+    Args:
+        base: a model without adapters, or one with adapters of other names.
+        folder: the adapter folder.
+        source: where the base came from.
+        trainable: keep the adapter trainable.
+        force: accept another base than the one it was trained on, if names and shapes fit.
+        name: of the adapter in the model.
+        scores: load a reward model.
+
+    Returns:
+        The model, and notes on what `force` accepted.
+
+    Raises:
+        ModelError: if the adapter was trained on another base (unless forced), does not fit this one, was changed
+            since it was saved, or holds NaN.
     """
     config = read_adapter_config(folder)
     check_adapter_kind(folder, scores)
@@ -119,30 +148,31 @@ def attach_adapter(
     if not isinstance(base, peft.PeftModel):
         if scores:
             add_score_head(base)
-        grow_vocabulary(base, 1 + max((row for rows in trained_token_rows(config).values() for row in rows), default=-1))
-    own_biases = str(config.get("bias", "none")) != "none"
-    if isinstance(base, peft.PeftModel) and (own_biases or has_trained_biases(base)):
+        last_row = max((row for rows in trained_token_rows(config).values() for row in rows), default=-1)
+        grow_vocabulary(base, 1 + last_row)
+    trains_biases = str(config.get("bias", "none")) != "none"
+    if isinstance(base, peft.PeftModel) and (trains_biases or has_trained_biases(base)):
         what = f"{folder}: an adapter with trained biases (lora.bias) cannot share a base with another"
         raise ModelError(what, fix="load each by itself")
-    before = copy_biases(base) if own_biases else {}
-    # peft would read it onto a card, if there is one, and start CUDA for a model on the CPU
-    places = (weight.device for weight in base.parameters() if weight.device.type != "meta")
-    how: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(places, "cpu"))}
-    with peft_load_errors(folder, source.name), ignore_peft_warnings("Found missing adapter keys"):  # refused below
+    base_biases = copy_biases(base) if trains_biases else {}
+    # By default PEFT loads onto a GPU if there is one, which starts CUDA even for a model on the CPU.
+    devices = (weight.device for weight in base.parameters() if weight.device.type != "meta")
+    options: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(devices, "cpu"))}
+    with peft_load_errors(folder, source.name), ignore_peft_warnings("Found missing adapter keys"):  # checked below
         if isinstance(base, peft.PeftModel):
             model = base
-            model.load_adapter(str(folder), adapter_name=name, **how)
+            model.load_adapter(str(folder), adapter_name=name, **options)
         else:
-            model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
-    places = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    check_adapter_fits({key: weight.shape for key, weight in places.items()}, folder, source.name)
-    if own_biases:
-        store_base_biases(model, before)
+            model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **options)
+    state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name)
+    if trains_biases:
+        store_base_biases(model, base_biases)
     return patch_lora_forward(model), notes
 
 
 def attach_second(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
-    """Loads a further adapter onto a base (`source`) that has one; gives notes on what `force` let pass.
+    """Load a further adapter onto a base (`source`) that has one, and return notes on what `force` accepted.
 
     Raises ModelError where it was trained on another base (unless forced), or does not fit.
     """
@@ -155,14 +185,14 @@ def attach_second(module: peft.PeftModel, folder: Path, source: Source, name: st
 
 
 def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
-    """Raises ModelError where an adapter was trained on another base; with `force`, gives that as a note."""
-    trained_on, found = read_identity(folder).get("base"), fingerprint(source)
-    if moved := why_base_changed(read_adapter_config(folder)):
-        what = f"{folder}: {moved}"
-    elif not trained_on or trained_on["fingerprint"] == found:
+    """Raise ModelError where an adapter was trained on another base; with `force`, return that as a note."""
+    trained_on, actual = read_identity(folder).get("base"), fingerprint(source)
+    if reason := why_base_changed(read_adapter_config(folder)):
+        what = f"{folder}: {reason}"
+    elif not trained_on or trained_on["fingerprint"] == actual:
         return []
     else:
-        prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {found[:12]} found"
+        prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {actual[:12]} found"
         what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({prints})"
     if not force:
         raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
@@ -170,70 +200,55 @@ def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> 
 
 
 def check_adapter_weights(folder: Path) -> None:
-    """Raises ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
-    file, known = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
-    kinds = {name: entry["dtype"] for name, entry in read_safetensors_header(file).items()}
-    if odd := next((name for name, kind in kinds.items() if kind not in FLOATS), None):
-        what = f"{file}: {odd} is stored as {kinds[odd]}, which no adapter is trained in"
+    """Raise ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
+    file, expected = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
+    dtypes = {name: entry["dtype"] for name, entry in read_safetensors_header(file).items()}
+    if name := next((name for name, dtype in dtypes.items() if dtype not in FLOATS), None):
+        what = f"{file}: {name} is stored as {dtypes[name]}, which is not a dtype for adapters"
         raise ModelError(what, fix="save it in 16 or 32 bit")
     if bad := [name for name, weight in load_file(file).items() if not is_finite(weight.float())]:
         raise ModelError(f"{file}: {bad[0]} holds NaN or infinity", fix="take an older checkpoint of the run")
-    found = sha256_file(file)
-    if known and found != known:
-        what = f"{file}: not the file that was saved: sha256 {found[:12]}, {known[:12]} expected"
-        raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was meant")
-
-
-# ---- from strop.models.biases ----
-"""Biases that an adapter trained: peft puts them in the place of the base's, and leaves them there without it."""
-
-from __future__ import annotations
-
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
-
-import torch
-from peft import PeftModel
-from torch import Tensor, nn
+    actual = sha256_file(file)
+    if expected and actual != expected:
+        what = f"{file}: not the file that was saved: sha256 {actual[:12]}, {expected[:12]} expected"
+        raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was intended")
 
 
 def copy_biases(base: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that a model without an adapter has, by name."""
+    """Return copies of all biases of a model without an adapter, by name."""
     return {name: bias.detach().clone() for name, bias in base.named_parameters() if name.endswith("bias")}
 
 
-def store_base_biases(model: PeftModel, base: Mapping[str, Tensor]) -> None:
-    """Has `adapter_disabled` put these back, which the model had before its adapter came."""
-    named = ((name, name.removeprefix("base_model.model.")) for name, _ in model.named_parameters())
+def store_base_biases(model: peft.PeftModel, base: Mapping[str, Tensor]) -> None:
+    """Store the base's biases on the model, for `adapter_disabled`; PEFT overwrites them with the adapter's."""
+    names = ((name, name.removeprefix("base_model.model.")) for name, _ in model.named_parameters())
     cast(Any, model).biases_of_base = {
-        name: base[plain] for name, one in named if (plain := one.replace(".base_layer.", ".")) in base
+        name: base[plain] for name, inner in names if (plain := inner.replace(".base_layer.", ".")) in base
     }
 
 
 def has_trained_biases(model: nn.Module) -> bool:
-    """Whether an adapter brought biases of its own."""
+    """Return whether the model's adapter has trained biases."""
     return bool(getattr(model, "biases_of_base", None))
 
 
 @contextmanager
-def adapter_disabled(model: PeftModel) -> Iterator[None]:
-    """Inside this block the model is its base: the adapter is off, and biases are the base's."""
-    own: Mapping[str, Tensor] = getattr(model, "biases_of_base", {})
-    places = {name: weight for name, weight in model.named_parameters() if name in own} if own else {}
-    tuned = {name: weight.detach().clone() for name, weight in places.items()}
+def adapter_disabled(model: peft.PeftModel) -> Iterator[None]:
+    """Make the model its base inside the block: the adapter is off, and biases are the base's."""
+    stored: Mapping[str, Tensor] = getattr(model, "biases_of_base", {})
+    biases = {name: weight for name, weight in model.named_parameters() if name in stored} if stored else {}
+    tuned = {name: weight.detach().clone() for name, weight in biases.items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Careful, disabling adapter")  # it warns of what is done here
+        warnings.filterwarnings("ignore", "Careful, disabling adapter")  # about biases, which are handled here
         with model.disable_adapter():
             try:
-                _copy(own, places)
+                _copy_into(stored, biases)
                 yield
             finally:
-                _copy(tuned, places)
+                _copy_into(tuned, biases)
 
 
 @torch.no_grad()
-def _copy(values: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
-    for name, place in places.items():
-        place.copy_(values[name])
+def _copy_into(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(values[name])

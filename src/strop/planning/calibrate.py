@@ -24,7 +24,7 @@ from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
 from strop.machine.probe import TILED_RANK
 from strop.models.families.shape import ModelShape
-from strop.models.quantize import quantize_weight, dequantize_weight
+from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.planning.activations import MicroBatch
 from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, work_of
 from strop.planning.workload import Setting
@@ -119,7 +119,7 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 
 def _setting(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Setting:
-    shape = ModelShape.of({"model_type": "llama", **sizes})
+    shape = ModelShape.from_config({"model_type": "llama", **sizes})
     tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
     return Setting(shape, 0, ranks=(rank,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
 

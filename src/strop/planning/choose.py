@@ -110,7 +110,7 @@ def why_no_integers(recipe: Recipe, machine: Machine, shape: ModelShape) -> str 
     why = why_plain(recipe, shape)
     reasons = {
         f"only on a CPU, and the run is on {recipe.model.device}": recipe.model.device != "cpu",
-        f"{machine.cpu} has no products of such integers (VNNI)": not machine.integers,
+        f"{machine.cpu} has no products of such integers (VNNI)": not machine.has_int8_dot,
         f"the plain step cannot, which trains this ({why})": why is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -123,8 +123,8 @@ def usable_bytes(machine: Machine, device: str) -> int:
     free = machine.free_bytes
     if kind == "cuda" and machine.gpus:
         free = card_bytes(machine.gpus[min(int(index or 0), len(machine.gpus) - 1)]) or free
-    if kind == "cuda" and machine.card_free_bytes is not None:
-        free = machine.card_free_bytes
+    if kind == "cuda" and machine.gpu_free_bytes is not None:
+        free = machine.gpu_free_bytes
     return int(USABLE[kind] * free)
 
 

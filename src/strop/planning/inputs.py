@@ -17,9 +17,9 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.doctor import is_installed
 from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import load_precision, load_rates
-from strop.models.adapter_config import read_adapter_config, expand_adapter_config
+from strop.models.adapter_config import expand_adapter_config, read_adapter_config
 from strop.models.families.shape import ModelInfo, read_model_info
-from strop.models.source import read_headers, locate, quantization_method
+from strop.models.source import locate, quantization_method, read_headers
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of
 from strop.planning.gpus import Card, find_card, recognise
@@ -103,7 +103,12 @@ def look_at(recipe: Recipe) -> ModelInfo:
 def _held_to_weights(found: ModelInfo) -> ModelInfo:
     """Refused, where the weight files of its folder hold less than its config describes, or further layers."""
     folder, shape = Path(found.name).expanduser(), found.shape
-    if found.config is None or not shape.known or quantization_method(found.config) or not any(folder.glob("*.safetensors")):
+    if (
+        found.config is None
+        or not shape.known
+        or quantization_method(found.config)
+        or not any(folder.glob("*.safetensors"))
+    ):
         return found
     names = (name for _, header in read_headers(folder) for name in header)
     layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}

@@ -8,7 +8,13 @@ from typing import Any
 from strop.config.load import resolve
 from strop.errors import ModelError
 from strop.machine.doctor import is_installed
-from strop.models.families.shape import LinearKind, embedding_kind, linear_kinds_from_headers, read_model_info, target_names
+from strop.models.families.shape import (
+    LinearKind,
+    embedding_kind,
+    linear_kinds_from_headers,
+    read_model_info,
+    target_names,
+)
 from strop.models.source import locate
 
 
@@ -44,8 +50,8 @@ def _kinds_of_others(model: str) -> list[LinearKind]:
         if source.kind != "folder":
             raise ModelError(f"{model}: a family whose layers only torch can tell", fix="pip install torch")
         return linear_kinds_from_headers(source.path)
+    from strop.models.introspect import embedding_kinds, linear_kinds
     from strop.models.load import load_without_weights
-    from strop.models.lora import embedding_kinds, linear_kinds
 
     bare = load_without_weights(source)
     return [*linear_kinds(bare), *embedding_kinds(bare)]

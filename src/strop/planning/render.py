@@ -29,7 +29,7 @@ _PART_NAMES = {"quantization_constants": "constants", "saved_activations": "acti
 def print_plan(plan: Plan, out: Console) -> None:
     setting = plan.setting
     share = setting.adapter_weights / setting.parameters
-    idle, held = setting.shape.idle, setting.expert_adapter_weights
+    idle, held = setting.shape.idle_expert_weights, setting.expert_adapter_weights
     active = f" ({(setting.parameters - idle) / 1e6:,.0f} M for a token)" if idle else ""
     on_experts = f", {held / setting.adapter_weights:.0%} of them on experts" if held else ""
     trained = f"{setting.adapter_weights / 1e6:,.1f} M trainable ({share:.2%}{on_experts})"

@@ -18,7 +18,7 @@ from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command
 from strop.machine.probe import Machine, probe
 from strop.machine.rates import Rates, save_rates
-from strop.models.quantize import QuantizedLinear, quantize_weight, dequantize_weight
+from strop.models.quantize import QuantizedLinear, dequantize_weight, quantize_weight
 from strop.planning.calibrate import WIDE_RANK, fastest, step_costs, unpacked_per_s
 from strop.planning.time import Rate, repacked_bytes
 
@@ -74,7 +74,9 @@ def cards(machine: Machine) -> Iterator[Finding]:
     else:
         why = "training uses PyTorch's own operations, more slowly; see docs/troubleshooting.md#triton"
         missing = "imported" in lacking
-        yield Finding("warning", lacking, why, f"{pip_command()} install triton" if missing else "apt install gcc python3-dev")
+        yield Finding(
+            "warning", lacking, why, f"{pip_command()} install triton" if missing else "apt install gcc python3-dev"
+        )
 
 
 def measure_rates() -> Rates:
@@ -104,7 +106,7 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     processor = processor_for(torch.device("cpu"), dtype)
     output = Output(weight, 0.0, processor.ops, product=processor.product(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
-    own = dtype == torch.bfloat16 and probe().has_products(weight.shape)
+    own = dtype == torch.bfloat16 and probe().has_bf16_matmul(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 
@@ -133,7 +135,7 @@ def _moved(device: str) -> tuple[float, float]:
     weight = torch.randn(128, 128, device=device)
     packed = quantize_weight(weight, "nf4")
     layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)
-    layer.fill(packed)
+    layer.load_packed(packed)
     whole = dequantize_weight(packed, "nf4", weight.shape, torch.float32)
     x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
     results: list[Tensor] = []

@@ -13,7 +13,7 @@ from strop.data.types import Ids, Message
 from strop.engine.decode.generate import own_ends
 from strop.engine.decode.model import load
 from strop.errors import ModelError
-from strop.models.adapters import adapter_folder, read_identity, make_renderer, tokenizer_source
+from strop.models.adapters import adapter_folder, make_renderer, read_identity, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
 from strop.serve.errors import Refusal

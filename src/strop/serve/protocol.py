@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 from strop.engine.decode.sampling import Token
-from strop.models.tokenizer import TokenBytes, TextStream
+from strop.models.tokenizer import TextStream, TokenBytes
 
 
 def _in_words(words: str) -> WrapValidator:

@@ -40,14 +40,14 @@ from strop.models.adapters import (
     adapter_folder,
     base_source,
     check_adapter_base,
-    check_adapter_weights,
     check_adapter_kind,
+    check_adapter_weights,
     tokenizer_source,
 )
 from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
 from strop.models.tokenizer import config_folder, load_tokenizer
-from strop.models.vllm import DTYPE_NAMES, query_vllm, find_vllm_python, max_lora_rank, vllm_environment
+from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
 from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.address import KEY_VARIABLE, Address

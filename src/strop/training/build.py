@@ -33,7 +33,9 @@ def build(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
     torch.manual_seed(recipe.seed)
     start = start_adapter(recipe)
     if start is not None:
-        model = cast_trainable_to_fp32(attach_adapter(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
+        model = cast_trainable_to_fp32(
+            attach_adapter(base, start, setup.source, trainable=True, scores=_scored(recipe))[0]
+        )
         set_dropout(model, recipe.lora.dropout)
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))

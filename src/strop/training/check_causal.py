@@ -14,7 +14,7 @@ import torch
 
 from strop.data.types import Example, Item
 from strop.errors import ModelError
-from strop.models.introspect import AHEAD, why_not_causal
+from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job
 
@@ -41,7 +41,7 @@ def hold_to_order(job: Job, items: Sequence[Item]) -> None:
     job.step.release()
     change, beside = (float((other - row).abs().median()) for other in (behind, in_front))
     if change > max(NATS, SHARE * beside):
-        raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)
+        raise ModelError(f"{config.model_type}: {NOT_CAUSAL}", fix=fix)
 
 
 def _rows(items: Sequence[Item]) -> list[Example]:

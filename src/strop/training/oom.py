@@ -16,7 +16,7 @@ import torch
 from strop.data.packing import group_by_length, pack
 from strop.data.types import Item
 from strop.errors import MemoryLimitError
-from strop.machine.memory import trim_heap, is_out_of_memory, save_measured
+from strop.machine.memory import is_out_of_memory, save_measured, trim_heap
 from strop.training.job import Job
 from strop.training.state import random_states, set_random_states
 

@@ -21,15 +21,21 @@ from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
-from strop.models.adapter_config import read_adapter_config, expand_adapter_config
-from strop.models.adapters import adapter_folder, read_identity, check_adapter_kind, tokenizer_source
+from strop.models.adapter_config import expand_adapter_config, read_adapter_config
+from strop.models.adapters import adapter_folder, check_adapter_kind, read_identity, tokenizer_source
 from strop.models.experts import quantizable_names
 from strop.models.families.layers import load_balancing
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import count_parameters, shape_from_model, text_path
+from strop.models.introspect import (
+    count_parameters,
+    count_path_kinds,
+    find_modules_to_save,
+    shape_from_model,
+    text_path,
+)
 from strop.models.load import DTYPES, copies_needed, load_config, load_without_weights
-from strop.models.lora import check_score_head, check_lora, count_path_kinds, count_trainable, find_modules_to_save
-from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
+from strop.models.lora import check_lora, check_score_head, count_trainable
+from strop.models.source import Source, check_not_widened, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import drawn_tokens, learning_of, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
@@ -85,7 +91,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     _check_rewards(resolved.recipe, data)
     drawn = drawn_tokens(resolved.recipe.train)
-    if shape.learned and (text := shape.beyond(_lengths(data), drawn)):
+    if shape.learned and (text := shape.count_too_long(_lengths(data), drawn)):
         fix = f"--data.max_length {shape.positions}, with --data.overlong {shorter(learning)}"
         if drawn:
             fix = "lower --train.answer_tokens, or --data.max_length with --data.overlong drop"
@@ -172,7 +178,7 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
         return machine
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
-    return replace(machine, card_free_bytes=min(free, total))
+    return replace(machine, gpu_free_bytes=min(free, total))
 
 
 def remarks(setup: Setup) -> list[str]:
@@ -190,7 +196,7 @@ def remarks(setup: Setup) -> list[str]:
 
 
 def _beyond(setup: Setup) -> str | None:
-    return setup.shape.beyond(_lengths(setup.data), drawn_tokens(setup.resolved.recipe.train))
+    return setup.shape.count_too_long(_lengths(setup.data), drawn_tokens(setup.resolved.recipe.train))
 
 
 def _lengths(data: Prepared) -> npt.NDArray[np.int64]:
@@ -265,11 +271,12 @@ def _experts(setup: Setup) -> list[str]:
     """Of a mixture: how much of it a token goes through, whether adapters sit on its experts, and the loss that keeps
     the experts evenly used."""
     shape, recipe = setup.shape, setup.resolved.recipe
-    held = shape.layers * sum(linear.weights for linear in shape.in_experts)
+    held = shape.layers * sum(linear.weights for linear in shape.expert_linears)
     if not held:
         return []
     said = [
-        f"a mixture of experts: a token goes through {setup.parameters - shape.idle:,} of {setup.parameters:,} weights"
+        f"a mixture of experts: a token goes through {setup.parameters - shape.idle_expert_weights:,} "
+        f"of {setup.parameters:,} weights"
     ]
     if not Setting.of(recipe, shape, setup.parameters).expert_adapter_weights:
         share = held / setup.parameters
@@ -327,7 +334,7 @@ def _plan(
     check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
     if scheme != "none":
-        refuse_widened(source.path if source.kind == "folder" else source.path.parent)
+        check_not_widened(source.path if source.kind == "folder" else source.path.parent)
     if scheme != "none" and prequantized(source.config()) is None and not quantizable_names(bare):
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")

@@ -26,7 +26,7 @@ from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
-from strop.machine.memory import MemoryWatch, trim_heap, is_out_of_memory, start_peak
+from strop.machine.memory import MemoryWatch, is_out_of_memory, start_peak, trim_heap
 from strop.machine.probe import probe
 from strop.models.experts import count_trained_in_experts
 from strop.models.load import DTYPES, restore_packed_weights
@@ -211,7 +211,7 @@ def _execute(
         log = EventLog(folder.events if devices.main else None, [*listeners, *more])
         job: Job | None = None
         try:
-            log.emit("machine", lines=setup.machine.lines())
+            log.emit("machine", lines=setup.machine.describe())
             choices = [asdict(choice) for choice in setup.resolved.choices.values()]
             log.emit("recipe", choices=choices, resuming=resuming)
             log.emit("data", report=setup.data.report.as_json())
@@ -328,7 +328,7 @@ def _announce(job: Job, setup: Setup) -> None:
     trained = sum(weight.numel() for weight in job.state.weights.values())
     numbers = {"trainable": trained, "all": setup.parameters}  # of the base, as `strop plan` counts
     if held := count_trained_in_experts(job.model):
-        numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
+        numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle_expert_weights}
     if isinstance(job.criterion, OfGroups) and isinstance(job.criterion.draws, ByVllm):
         job.log.emit("note", text=f"answers are drawn by vLLM {job.criterion.draws.version}")
     elif isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):

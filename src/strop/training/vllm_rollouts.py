@@ -23,7 +23,7 @@ from strop.engine.decode.rollouts import Drawn
 from strop.errors import RecipeError, RunError
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
-from strop.models.vllm import DTYPE_NAMES, query_vllm, find_vllm_python, max_lora_rank, vllm_environment
+from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
 from strop.objectives.table import answers_of, drawn_tokens, learning_of
 
 CARD_SHARE = 0.3  # of a card's memory that vLLM may take: its own copy of the base, and the cache
@@ -103,7 +103,10 @@ def drawing(recipe: Recipe, source: Source, model: peft.PeftModel) -> Iterator[B
         "max_num_seqs": min(AT_ONCE, train.batch_size * answers_of(train)),
         "enforce_eager": not found["cuda"], "seed": recipe.seed, "disable_log_stats": True,
     }  # fmt: skip
-    how |= {"enable_lora": True, "max_lora_rank": max_lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT)}
+    how |= {
+        "enable_lora": True,
+        "max_lora_rank": max_lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT),
+    }
     how |= {"max_loras": 1, "max_cpu_loras": 1} | ({"gpu_memory_utilization": CARD_SHARE} if found["cuda"] else {})
     environment = {**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryFile("w+") as log:

@@ -18,7 +18,7 @@ from strop.engine.decode.eligibility import unanswerable
 from strop.engine.decode.sampling import Expected, Ids, Sampling, Text
 from strop.engine.kernels.cpu import decode_layer as passes
 from strop.engine.kernels.cpu import decode_matmul
-from strop.models.families.layers import FAMILIES
+from strop.models.families.table import FAMILIES
 from strop.models.quantize import QuantizedLinear, dequantize_layers, quantize_weight, replace_linears
 from tests.support.random_models import adapted, tiny_of
 
@@ -61,7 +61,7 @@ def spread(model: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.by_hand])
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.fully_fused])
 def test_answers_are_those_of_transformers(family: str) -> None:
     """Rows join and leave, some of the base and some of the adapter, some with parts that others have read."""
     model = spread(adapted(family))
@@ -129,7 +129,7 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
     whole = {name: module.weight.data for name, module in model.named_modules() if hasattr(module, "weight")}
     made = replace_linears(model, scheme, dtype, lambda name: "layers" in name)
     for name, module in made.items():
-        module.fill(quantize_weight(whole[name], scheme))
+        module.load_packed(quantize_weight(whole[name], scheme))
     return model, made
 
 
@@ -143,7 +143,7 @@ def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype)
         pytest.skip("multiplied as it is held here")
     for sizes in ({"hidden_size": 128, "intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 80}):
         model, made = quantized(scheme, dtype, sizes)
-        packed = [module.packed() for module in made.values()]
+        packed = [module.packed_weight() for module in made.values()]
         assert all(packed) or (scheme != "int8" and sizes["hidden_size"] % 64)
         texts = [Text(ids, None) for ids in prompts()[:-1]]
         found = logits_of(Decoder(model, 2000), texts)

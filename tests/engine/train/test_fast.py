@@ -23,7 +23,7 @@ from strop.engine.train.fast import FastLoss
 from strop.engine.train.packing import LIKE, Documents, pack_apart
 from strop.engine.train.plain import PlainLoss
 from strop.machine.probe import probe
-from strop.models.families.layers import FAMILIES
+from strop.models.families.table import FAMILIES
 from strop.models.lora import add_lora
 from tests.support.random_models import FAMILY_CONFIGS, adapted, example, tiny, tiny_of
 
@@ -181,7 +181,7 @@ def test_a_mixer_of_the_models_own_sees_one_document_at_a_time(family: str) -> N
         value, gradients = step(model, fast, [beside, first])
         torch.testing.assert_close(value, expected[0])
         torch.testing.assert_close(gradients, expected[1], rtol=1e-4, atol=1e-5)
-    parts = f"{FAMILIES[family].mixer} and experts" if FAMILIES[family].mixture else FAMILIES[family].mixer
+    parts = f"{FAMILIES[family].mixer} and experts" if FAMILIES[family].moe else FAMILIES[family].mixer
     assert step_for(model).why == f"{parts} by the model's own modules"
 
 
@@ -553,7 +553,7 @@ def test_saved_activations_are_those_of_the_formula(dtype: torch.dtype, head_dim
     # Two batches of equal documents: what does not grow with their number (adapters, angles) cancels, and so does the
     # last layer's part behind its attention, which counts supervised rows alone.
     more, layers = saved([16] * 6) - saved([16] * 2), config.num_hidden_layers
-    tiled = dtype == torch.bfloat16 and probe().has_tiles(size)
+    tiled = dtype == torch.bfloat16 and probe().has_tiled_attention(size)
     r = 16 if tiled else 3
     kept = q * element / layers + 4 * heads if tiled else heads * 16 * element
     a_token = (2 * h + 2 * q + 2 * kv + 2 * inner + 7 * r) * element + kept

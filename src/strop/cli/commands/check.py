@@ -69,4 +69,4 @@ def _beyond(recipe: Recipe, lengths: Indices) -> str | None:
         shape = read_model_info(recipe.model.name, recipe.model.revision).shape
     except ModelError:
         return None
-    return shape.beyond(lengths, drawn_tokens(recipe.train))
+    return shape.count_too_long(lengths, drawn_tokens(recipe.train))

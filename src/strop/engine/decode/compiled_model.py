@@ -154,8 +154,8 @@ class CompiledPass:
             k_at=size if fused else heads * size,
             v_at=2 * size if fused else (heads + part.key_value) * size,
             step=3 * size if fused else size,
-            neighbours=self._layers.family.pairs == "neighbours",
-            turned_first=self._layers.family.turned_first,
+            neighbours=self._layers.family.rope_pairs == "interleaved",
+            turned_first=self._layers.family.rope_before_norm,
             window=part.window, scale=np.float32(part.scale), softcap=np.float32(part.softcap),
         )  # fmt: skip
         inner, gated = base_of(part.down[0]).in_features, self._layers.family.gated
@@ -215,9 +215,9 @@ class CompiledPass:
     def _weight(self, base: Any, *, whole: bool) -> Any:
         if not isinstance(base, QuantizedLinear):
             return self._loops.Dense(_array(base.weight.data))
-        packed = None if whole else base.packed()
+        packed = None if whole else base.packed_weight()
         if packed is None:
-            return self._loops.Dense(_array(base.dequantized()))
+            return self._loops.Dense(_array(base.dequantize()))
         weight, scale = _array(packed.weight.flatten()), _array(packed.scale)
         n = len(weight) * (1 if packed.code is None else 2) // base.in_features
         if packed.code is None:
@@ -252,7 +252,7 @@ def _outputs(weight: Any) -> int:
 
 def _gains(module: Any, name: str, base: Any) -> Any:
     """DoRA's m / |W + s B A|, row by row (functions.Dora)."""
-    weight = (base.dequantized() if isinstance(base, QuantizedLinear) else base.weight).detach().float()
+    weight = (base.dequantize() if isinstance(base, QuantizedLinear) else base.weight).detach().float()
     down, up = module.lora_A[name].weight.detach().float(), module.lora_B[name].weight.detach().float()
     norm = torch.linalg.vector_norm(weight + float(module.scaling[name]) * (up @ down), dim=1)
     return (module.lora_magnitude_vector[name].weight.detach().float() / norm).numpy()

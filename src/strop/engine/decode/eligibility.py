@@ -11,7 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from strop.engine.eligibility import odd_adapter, unsupported_base
-from strop.models.families.layers import ACTIVATIONS, FAMILIES, activation_name, linears, text_decoder
+from strop.models.families.layers import ACTIVATIONS, activation_name, linears, text_decoder
+from strop.models.families.table import FAMILIES
 
 SEVERAL = "several adapters at once"
 
@@ -37,8 +38,8 @@ def unanswerable(model: nn.Module) -> str | None:
     family = FAMILIES.get(kind)
     if family is None:
         return f"model family {kind} is not in the table of the fast step"
-    if not family.by_hand:
-        return f"{kind}: {family.by_model}"
+    if not family.fully_fused:
+        return f"{kind}: {family.model_parts}"
     decoder, config = text_decoder(base)
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
     for name, module in base.named_modules():

@@ -23,7 +23,7 @@ from strop.engine.decode.sampling import Ids, Logits, Seen, Text
 from strop.engine.decode.slots import Kv, Reading, Slots, cut, side_by_side
 from strop.engine.train.transfer import sent
 from strop.errors import ModelError
-from strop.models.adapters import has_trained_biases, adapter_disabled
+from strop.models.adapters import adapter_disabled, has_trained_biases
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -17,16 +17,16 @@ from strop.engine.decode.generate import Answer, generate
 from strop.engine.decode.sampling import Expected, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
-from strop.machine.torch_state import isolated_torch_state, default_torch_state
+from strop.machine.torch_state import default_torch_state, isolated_torch_state
 from strop.models.adapters import (
+    adapter_disabled,
     adapter_folder,
     attach_adapter,
-    base_source,
     attach_second,
-    read_identity,
+    base_source,
     make_renderer,
+    read_identity,
     tokenizer_source,
-    adapter_disabled,
 )
 from strop.models.introspect import max_positions
 from strop.models.load import DTYPES, check_device_and_dtype, load_base

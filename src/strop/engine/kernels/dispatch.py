@@ -44,7 +44,7 @@ class Processor:
 
     def tiled(self, size: int) -> bool:
         """Attention of such heads runs in tiles."""
-        return self.tiles and probe().has_tiles(size)
+        return self.tiles and probe().has_tiled_attention(size)
 
     def attention(self, size: int) -> Attend:
         """Attention of heads of this size: qkv (T, all), heads, cos and sin (T, m), documents -> (T, query size)."""
@@ -88,7 +88,7 @@ class Processor:
         """The products of frozen linear layers with these inputs and outputs."""
         if self.integers is not None:
             return cast(FrozenProduct, self.integers.layer)
-        if not self.tiles or not probe().has_products(sizes):
+        if not self.tiles or not probe().has_bf16_matmul(sizes):
             return lora.product
         from strop.engine.kernels.cpu import bf16_matmul  # its import starts threads
 
@@ -183,7 +183,7 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
             from strop.engine.kernels.cpu.int8_matmul import Products
 
             products = Products()
-        tiles = dtype == torch.bfloat16 and probe().tiles
+        tiles = dtype == torch.bfloat16 and probe().has_avx512_bf16
         return Processor(cast(Ops, kernels), cast(Loops, norms), tiles=tiles, integers=products)
     if device.type == "cuda":
         from strop.engine.kernels.cuda import flash
@@ -215,7 +215,7 @@ def frozen_flops(dtype: torch.dtype) -> float:
 
 def integer_flops() -> dict[str, float]:
     """The same of products in 8-bit integers, by how the weight is held; nothing where the CPU has none."""
-    if not probe().integers:
+    if not probe().has_int8_dot:
         return {}
     from strop.engine.kernels.cpu.int8_matmul import Integers
     from strop.engine.kernels.cpu.precision import rate

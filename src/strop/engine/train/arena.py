@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from strop.machine.memory import trim_heap, map_pages
+from strop.machine.memory import map_pages, trim_heap
 
 ALIGNED = 64  # bytes: a cache line, and a vector of the widest instructions
 ROOMS = 1 << 30, 64 << 20, 0  # bytes of a buffer at least, the first that can be had

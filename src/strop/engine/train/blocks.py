@@ -18,7 +18,8 @@ from strop.engine.train.fused_linear import Joined, Workspace
 from strop.engine.train.lora_linear import Activation, Enter, Glu, InFront, LoopedActivation
 from strop.engine.train.norms import LayerNorm, Norm, normed
 from strop.engine.train.packing import Packed
-from strop.models.families.layers import ACTIVATIONS, Family
+from strop.models.families.layers import ACTIVATIONS
+from strop.models.families.table import Family
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Attended:
         qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
         if family.fused_heads:  # a copy
             qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
-        if family.gated_heads:  # copies
+        if family.gated_output:  # copies
             q, gates = (x.flatten(1) for x in qkv[:, : 2 * query].view(len(qkv), heads.query, 2, heads.size).unbind(2))
             qkv = torch.cat([q, qkv[:, 2 * query :]], 1)
         if taken is not None:
@@ -71,7 +72,7 @@ class Attended:
         cos, sin = way.angles[self.rope]
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.aside is not None:
-            qkv = apply(self.aside, qkv, heads, cos, sin, family.pairs == "neighbours", scale)
+            qkv = apply(self.aside, qkv, heads, cos, sin, family.rope_pairs == "interleaved", scale)
             cos, sin = way.angles[NOWHERE]
         qkv, heads = norms_aside(qkv, heads)
         mixed = self.attend(qkv, heads, cos, sin, batch.documents)
@@ -249,7 +250,7 @@ class Blocks:
         )
         outputs = sum(module.out_features for module in part.qkv)
         made = outputs != (part.query + 2 * part.key_value) * part.size  # from parts
-        copied = family.fused_heads or made or family.aside  # and the copy is what is kept
+        copied = family.fused_heads or made or family.separate_rope  # and the copy is what is kept
         return Attended(
             family,
             self._model.config,
@@ -258,7 +259,7 @@ class Blocks:
             self._processor.attention(part.size),
             part.rope,
             self._joined(part.o, None, workspace),
-            self._processor.aside() if family.aside else None,
+            self._processor.aside() if family.separate_rope else None,
             part.kind,
             part.keeps,
             part.takes,

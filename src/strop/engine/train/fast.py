@@ -123,7 +123,7 @@ class FastLoss:
 
     @property
     def by_model(self) -> str:
-        return self._family.by_model
+        return self._family.model_parts
 
     @property
     def on_card(self) -> bool:

@@ -105,7 +105,7 @@ class Joined:
 
     def _eight_bit(self) -> tuple[Tensor, Tensor] | None:
         """int8 (n, k) and scale (n,) of all modules, which become views of them; None where one is not in 8 bit."""
-        packed = [base.packed() if isinstance(base, QuantizedLinear) else None for base in self.bases]
+        packed = [base.packed_weight() if isinstance(base, QuantizedLinear) else None for base in self.bases]
         scales = [one.scale for one in packed if one is not None and one.code is None]
         if len(scales) < len(self.bases):
             return None
@@ -181,7 +181,7 @@ class Workspace:
         for base in bases:  # one at a time: two of an 8B model's are 235 MB
             place = whole[at : at + base.out_features]
             if isinstance(base, QuantizedLinear):
-                base.dequantized(place)
+                base.dequantize(place)
             else:
                 place.copy_(base.weight.detach())
             at += base.out_features

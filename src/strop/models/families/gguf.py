@@ -1,108 +1,129 @@
-"""What llama.cpp wants to know of each model family, and how it wants the tensors. Nothing is guessed: a setting that
-llama.cpp has no field for is refused.
+"""Read and write the tensors and settings of GGUF files in llama.cpp's layout.
 
-Checked against llama.cpp at 0c1e57098 (in llama-cpp-python 0.3.36): its loaders under src/models/ read these keys.
+llama.cpp interleaves the rows of Llama's q and k, and adds 1 to Gemma's norms. `families.table` has the facts of each
+family. A setting that llama.cpp has no field for is refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strop.errors import ModelError
+from strop.models.families.table import FAMILIES, Family, GgufFormat, find_gguf_family
 
 
-@dataclass(frozen=True)
-class Family:
-    """arch: llama.cpp's name. permutes: rows of q and k lie in pairs there. norm_offset: what is added to norm weights.
+def read_gguf_tensors(file: Path, bare: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
+    """Return an iterator over (parameter name, fp32 tensor), dequantized one at a time by the gguf package.
 
-    window_pattern: every how many layers one attends to everything, where the others have a window; 0: no windows.
-    double_scale_layers: models of this depth scale attention by hidden size / heads rather than by head size.
+    Args:
+        file: the GGUF file.
+        bare: the model without weights.
+        config: its config.
+
+    Returns:
+        None for a family that this function does not read, or where a parameter is not in the file.
+
+    Raises:
+        ModelError: if a layer in the file has a tensor that the model does not have.
     """
+    reader = gguf.GGUFReader(file)
+    entry = find_gguf_family(str(reader.fields["general.architecture"].contents()))
+    if entry is None or entry[1].gguf is None or not entry[1].gguf.reads_weights:
+        return None
+    family = entry[1]
+    names = gguf.get_tensor_name_map(_model_arch(entry[1].gguf), config.num_hidden_layers)
+    in_file = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {name: in_file.get(names.get_name(name, (".weight", ".bias"))) for name, _ in bare.named_parameters()}
+    shapes = {name: list(weight.shape) for name, weight in bare.named_parameters()}
+    if any(tensor is None or tensor.shape.tolist()[::-1] != shapes[name] for name, tensor in tensors.items()):
+        return None
+    used = {tensor.name for tensor in tensors.values() if tensor is not None}
+    if unused := sorted(name for name in in_file if name.startswith("blk.") and name not in used):
+        count = f"{len(unused)} of its tensors have no place in the model that its header describes"
+        raise ModelError(f"{file}: {count}, first {unused[0]}", fix="download it again")
+    return ((name, _read_tensor(tensor, family, config)) for name, tensor in tensors.items())
 
-    arch: gguf.MODEL_ARCH
-    activation: str = "silu"
-    permutes: bool = False
-    norm_offset: float = 0.0
-    window_pattern: int = 0
-    double_scale_layers: int = 0
-    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+
+def _read_tensor(tensor: Any, family: Family, config: Any) -> Tensor:
+    """Dequantize a tensor and undo llama.cpp's layout."""
+    assert family.gguf is not None
+    values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+    part = tensor.name.split(".")[-2]
+    if family.gguf.permutes and part in ("attn_q", "attn_k"):
+        heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+        pairs = values.view(heads, len(values) // heads // 2, 2, *values.shape[1:])
+        return pairs.transpose(1, 2).reshape(values.shape)
+    return values - family.norm_offset if family.norm_offset and part.endswith("norm") else values
 
 
-_GEMMA: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "norm_offset": 1.0}
-FAMILIES = {
-    "llama": Family(gguf.MODEL_ARCH.LLAMA, permutes=True, ropes=("default", "linear", "yarn", "llama3")),
-    "mistral": Family(gguf.MODEL_ARCH.LLAMA, permutes=True),
-    "qwen2": Family(gguf.MODEL_ARCH.QWEN2),
-    "qwen3": Family(gguf.MODEL_ARCH.QWEN3),
-    "gemma2": Family(gguf.MODEL_ARCH.GEMMA2, window_pattern=2, double_scale_layers=46, ropes=("default",), **_GEMMA),
-    "gemma3_text": Family(
-        gguf.MODEL_ARCH.GEMMA3, window_pattern=6, double_scale_layers=62, ropes=("default", "linear"), **_GEMMA
-    ),
-    "phi3": Family(gguf.MODEL_ARCH.PHI3, ropes=("default", "longrope")),
-}
+def _model_arch(gguf_format: GgufFormat) -> Any:
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == gguf_format.arch)
 
 
 class GgufLayout:
-    """One model's tensors and settings as llama.cpp has them. Raises ModelError for what it has no place for."""
+    """Writes one model's settings, and maps its tensors to llama.cpp's names and layout.
+
+    Raises ModelError for a setting or tensor that llama.cpp does not support.
+    """
 
     def __init__(self, config: Any) -> None:
-        kind = str(config.model_type)
-        if kind not in FAMILIES:
-            raise ModelError(f"GGUF: no exporter for {kind} models", fix="use strop merge")
+        family = FAMILIES.get(str(config.model_type))
+        if family is None or family.gguf is None:
+            raise ModelError(f"GGUF: no exporter for {config.model_type} models", fix="use strop merge")
         self.config = config
-        self.family = FAMILIES[kind]
-        self.arch: str = gguf.MODEL_ARCH_NAMES[self.family.arch]
+        self.family, self._format = family, family.gguf
+        self.arch = self._format.arch
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.notes: list[str] = []
-        self._names = gguf.get_tensor_name_map(self.family.arch, config.num_hidden_layers)
-        self._ropes = _ropes(config)
+        self._names = gguf.get_tensor_name_map(_model_arch(self._format), config.num_hidden_layers)
+        self._ropes = _rope_settings(config)
         self._check()
 
     def _check(self) -> None:
-        config, family = self.config, self.family
+        config, gguf_format = self.config, self._format
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
-        if activation != family.activation:
+        if activation != gguf_format.activation:
             self._refuse("activation", activation)
         for rope in self._ropes.values():
-            if rope["rope_type"] not in family.ropes:
+            if rope["rope_type"] not in gguf_format.ropes:
                 self._refuse("rope scaling", rope["rope_type"])
         if self._ropes.get("sliding_attention", {"rope_type": "default"})["rope_type"] != "default":
             self._refuse("rope scaling of sliding layers", self._ropes["sliding_attention"]["rope_type"])
-        windows = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
-        if family.window_pattern:
-            expected = [(layer + 1) % family.window_pattern != 0 for layer in range(config.num_hidden_layers)]
-            if windows != expected:
+        windowed = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
+        if gguf_format.sliding_window == "pattern":
+            pattern = gguf_format.window_pattern
+            if windowed != [(layer + 1) % pattern != 0 for layer in range(config.num_hidden_layers)]:
                 self._refuse("order of layers with a window", "layer_types")
             self._check_attention_scale()
-        elif config.model_type in ("qwen2", "qwen3") and any(windows):
+        elif gguf_format.sliding_window == "refused" and any(windowed):
             self._refuse("sliding window", config.sliding_window)
         window = getattr(config, "sliding_window", None)
-        if not family.window_pattern and config.model_type in ("mistral", "phi3") and window:
+        if gguf_format.sliding_window == "ignored" and window:
             self.notes.append(
-                f"llama.cpp gives this family no sliding window: past {window} tokens it attends further back"
+                f"llama.cpp has no sliding window for this family: after {window} tokens it attends further back"
             )
 
     def _check_attention_scale(self) -> None:
         config = self.config
-        own = config.hidden_size // config.num_attention_heads
-        expected = own if config.num_hidden_layers == self.family.double_scale_layers else self.head_dim
+        per_head = config.hidden_size // config.num_attention_heads
+        expected = per_head if config.num_hidden_layers == self._format.double_scale_layers else self.head_dim
         if config.query_pre_attn_scalar != expected:
             self._refuse("query_pre_attn_scalar", config.query_pre_attn_scalar)
 
     def _refuse(self, what: str, value: object) -> None:
         raise ModelError(
-            f"GGUF: llama.cpp's {self.arch} has no place for this model's {what} ({value})", fix="use strop merge"
+            f"GGUF: llama.cpp's {self.arch} does not support this model's {what} ({value})", fix="use strop merge"
         )
 
-    def describe(self, writer: gguf.GGUFWriter) -> None:
-        """Writes the model's settings."""
+    def write_metadata(self, writer: gguf.GGUFWriter) -> None:
+        """Write the model's settings."""
         config = self.config
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)
@@ -117,7 +138,7 @@ class GgufLayout:
         rope = self._ropes["full_attention"]
         writer.add_rope_dimension_count(int(self.head_dim * rope.get("partial_rotary_factor", 1.0)))
         writer.add_rope_freq_base(rope["rope_theta"])
-        if self.family.window_pattern:
+        if self._format.sliding_window == "pattern":
             writer.add_sliding_window(config.sliding_window)
             for cap, add in (
                 ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
@@ -127,37 +148,38 @@ class GgufLayout:
                     add(getattr(config, cap))
             if "sliding_attention" in self._ropes:
                 writer.add_rope_freq_base_swa(self._ropes["sliding_attention"]["rope_theta"])
-        elif config.model_type == "phi3":
-            writer.add_sliding_window(config.sliding_window or 0)  # 0 tells Phi-4 from Phi-3
-        self._describe_rope(writer, rope)
+        elif self.arch == "phi3":
+            writer.add_sliding_window(config.sliding_window or 0)  # llama.cpp tells Phi-4 from Phi-3 by 0
+        self._write_rope(writer, rope)
 
-    def _describe_rope(self, writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
-        kind = rope["rope_type"]
+    def _write_rope(self, writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
+        rope_type = rope["rope_type"]
         original = rope.get("original_max_position_embeddings") or getattr(
             self.config, "original_max_position_embeddings", self.config.max_position_embeddings
         )
-        if kind in ("linear", "yarn"):
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN)
+        if rope_type in ("linear", "yarn"):
+            is_linear = rope_type == "linear"
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if is_linear else gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope["factor"])
-        if kind == "yarn":
+        if rope_type == "yarn":
             odd = {"attention_factor", "mscale", "mscale_all_dim"} & {key for key, value in rope.items() if value}
-            odd |= {"truncate: false"} if not rope.get("truncate", True) else set()  # llama.cpp always rounds the range
+            odd |= {"truncate: false"} if not rope.get("truncate", True) else set()  # llama.cpp always truncates
             if odd:
                 self._refuse("rope scaling", f"yarn with {min(odd)}")
             writer.add_rope_scaling_orig_ctx_len(original)
             writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
             writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
-        if self.config.model_type == "phi3":
+        if self.arch == "phi3":
             writer.add_rope_scaling_orig_ctx_len(original)
-        if kind == "longrope":
+        if rope_type == "longrope":
             stretch = self.config.max_position_embeddings / original
             factor = rope.get("attention_factor")
-            if factor is None:  # as transformers and the model's own code have it
+            if factor is None:  # the default in transformers and in the model's own code
                 factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
             writer.add_rope_scaling_attn_factors(factor)
 
     def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that are settings in the config: how much each rope frequency is slowed down."""
+        """Yield tensors that transformers keeps in the config: the divisor of each rope frequency."""
         rope = self._ropes["full_attention"]
         if rope["rope_type"] == "llama3":
             yield "rope_freqs.weight", _llama3_factors(rope, self.head_dim)
@@ -166,21 +188,21 @@ class GgufLayout:
                 yield f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"], dtype=torch.float32)
 
     def name(self, tensor: str) -> str | None:
-        """llama.cpp's name of a tensor; None for one that it does not store. Raises ModelError for an unknown one."""
+        """Return llama.cpp's name of a tensor; None if it does not store it. Raises ModelError if it is unknown."""
         if tensor == "lm_head.weight" and self.config.tie_word_embeddings:
             return None
         if tensor.endswith("rotary_emb.inv_freq"):
             return None
-        found: str | None = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        name: str | None = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        if name is None:
             self._refuse("tensor", tensor)
-        return found
+        return name
 
-    def arrange(self, tensor: str, weight: Tensor) -> Tensor:
-        """A weight as llama.cpp has it; a LoRA B matrix is arranged like the weight it adds to."""
+    def convert(self, tensor: str, weight: Tensor) -> Tensor:
+        """Return a weight in llama.cpp's layout; a LoRA B matrix is converted like the weight it adds to."""
         if self.family.norm_offset and tensor.endswith("norm.weight"):
             return weight.float() + self.family.norm_offset
-        if self.family.permutes:
+        if self._format.permutes:
             module = tensor.rpartition(".")[0].rpartition(".")[2]
             if module == "q_proj":
                 return interleave_heads(weight, self.config.num_attention_heads)
@@ -190,80 +212,23 @@ class GgufLayout:
 
 
 def interleave_heads(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head as (first half, second half), which transformers rotates, laid in pairs, as llama.cpp does."""
+    """Reorder the rows of each head from (first half, second half), as transformers rotates them, to pairs."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _ropes(config: Any) -> dict[str, dict[str, Any]]:
-    """The rope settings of layers with full attention, and of those with a window where they have their own."""
-    found = dict(config.rope_parameters)
-    per_kind = found if "full_attention" in found else {"full_attention": found}
-    return {kind: {"rope_type": "default", **settings} for kind, settings in per_kind.items() if settings}
+def _rope_settings(config: Any) -> dict[str, dict[str, Any]]:
+    """Return the rope settings of layers with full attention and, where they differ, of those with a window."""
+    parameters = dict(config.rope_parameters)
+    by_layer_type = parameters if "full_attention" in parameters else {"full_attention": parameters}
+    return {kind: {"rope_type": "default", **settings} for kind, settings in by_layer_type.items() if settings}
 
 
 def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """By what each frequency is divided (Llama 3.1): short waves by 1, long ones by the factor, smoothly between."""
+    """Return the divisor of each frequency (Llama 3.1): 1 for short waves, the factor for long ones, smooth between."""
     wave = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     original, factor = rope["original_max_position_embeddings"], rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     share = ((original / wave - low) / (high - low)).clamp(0, 1)
     factors: Tensor = 1 / ((1 - share) / factor + share)
     return factors
-
-
-# ---- from strop.models.families.gguf_weights ----
-"""The weights of a GGUF file, dequantized one at a time by gguf's own functions; llama.cpp's layout undone.
-
-Names are gguf's. llama.cpp lays the rows of Llama's q and k in pairs, and adds 1 to Gemma's norms.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import gguf
-import torch
-from torch import Tensor, nn
-
-from strop.errors import ModelError
-
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")  # as llama.cpp calls them
-
-
-def read_gguf_tensors(file: Path, bare: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
-    """Each of the model's parameters by name, in fp32. bare: the model without weights.
-
-    None for another family, or where a parameter is not in the file as the model has it. Raises ModelError where a
-    layer in the file has a tensor that the model has not.
-    """
-    reader = gguf.GGUFReader(file)
-    family = str(reader.fields["general.architecture"].contents())
-    if family not in FAMILIES:
-        return None
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    theirs = {tensor.name: tensor for tensor in reader.tensors}
-    found = {name: theirs.get(names.get_name(name, (".weight", ".bias"))) for name, _ in bare.named_parameters()}
-    sizes = {name: list(weight.shape) for name, weight in bare.named_parameters()}
-    if any(tensor is None or tensor.shape.tolist()[::-1] != sizes[name] for name, tensor in found.items()):
-        return None
-    used = {tensor.name for tensor in found.values() if tensor is not None}
-    if left := sorted(name for name in theirs if name.startswith("blk.") and name not in used):
-        what = (
-            f"{file}: {len(left)} of its tensors have no place in the model that its header describes, first {left[0]}"
-        )
-        raise ModelError(what, fix="fetch it again")
-    return ((name, _read(tensor, family, config)) for name, tensor in found.items())
-
-
-def _read(tensor: Any, family: str, config: Any) -> Tensor:
-    values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-    part = tensor.name.split(".")[-2]
-    if family == "llama" and part in ("attn_q", "attn_k"):
-        heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
-        pairs = values.view(heads, len(values) // heads // 2, 2, *values.shape[1:])
-        return pairs.transpose(1, 2).reshape(values.shape)
-    return values - 1 if family.startswith("gemma") and part.endswith("norm") else values

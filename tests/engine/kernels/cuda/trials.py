@@ -222,13 +222,13 @@ def test_unpacking_gives_the_bits_of_bitsandbytes(
     packed = quantize_weight(torch.randn(shape), scheme, double=double)
     for dtype in KINDS:
         layer = QuantizedLinear(torch.nn.Linear(shape[1], shape[0], bias=False), scheme, dtype)
-        layer.fill(packed)
+        layer.load_packed(packed)
         place = torch.full((shape[0] + 1, shape[1]), 7.0, dtype=dtype)
-        expected = layer.dequantized()
+        expected = layer.dequantize()
         with monkeypatch.context() as patch:
             patch.setattr("strop.models.quantize.dequantize_kernels", lambda device, dtype: dequantize)
-            found = layer.dequantized()
-            assert layer.dequantized(place[:-1]).data_ptr() == place.data_ptr()
+            found = layer.dequantize()
+            assert layer.dequantize(place[:-1]).data_ptr() == place.data_ptr()
         assert torch.equal(place[:-1], found) and (place[-1] == 7).all()
         if dtype == torch.bfloat16:
             close(found, expected.double())

@@ -30,7 +30,11 @@ _PLACE = _I8.as_pointer()
 
 def _allowed() -> bool:
     """The CPU has AMX for bf16, and Linux lets this process use it."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64" or not {"amx_bf16", "avx512f"} <= set(vector_extensions()):
+    if (
+        platform.system() != "Linux"
+        or platform.machine() != "x86_64"
+        or not {"amx_bf16", "avx512f"} <= set(vector_extensions())
+    ):
         return False
     return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA)) == 0
 
