@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from strop.cli.app import _by_the_system
 from strop.errors import DiskError, FolderError
-from strop.runs.folder import cache_folder, disk_faults, new_folder
+from strop.runs.folder import cache_folder, disk_errors, new_folder
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of another kind")
@@ -63,7 +63,7 @@ def test_without_a_home_folder_it_says_what_to_set(monkeypatch: pytest.MonkeyPat
 
 def test_a_full_disk_that_numpy_met(tmp_path: Path) -> None:
     """As it writes the tensors of a GGUF file: without a number."""
-    with pytest.raises(DiskError, match="No space left"), disk_faults(tmp_path):
+    with pytest.raises(DiskError, match="No space left"), disk_errors(tmp_path):
         raise OSError("13600 requested and 5488 written")
 
 
@@ -72,7 +72,7 @@ def test_a_full_cache_is_not_taken_for_a_full_run(tmp_path: Path) -> None:
         (tmp_path / "cache" / "x", tmp_path / "cache" / "x"),
         (tmp_path / "run" / "x", tmp_path / "run"),
     ):
-        with pytest.raises(DiskError) as raised, disk_faults(tmp_path / "run"):
+        with pytest.raises(DiskError) as raised, disk_errors(tmp_path / "run"):
             raise OSError(errno.ENOSPC, "full", str(file))
         assert raised.value.what == f"{named}: cannot be written: {os.strerror(errno.ENOSPC)}"
 
@@ -84,7 +84,7 @@ def test_where_the_cache_cannot_be_it_says_what_to_set(
     """A container's home that is read-only, or not this user's: the folder that cannot be made may be above it."""
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / ".cache" / "strop"))
     place = str(tmp_path / made)
-    with pytest.raises(DiskError) as raised, disk_faults(tmp_path / "run"):
+    with pytest.raises(DiskError) as raised, disk_errors(tmp_path / "run"):
         raise OSError(errno.EROFS, "read-only", place)
     assert "STROP_CACHE" in raised.value.fix
     refused = _by_the_system(PermissionError(errno.EACCES, "no", place))

@@ -20,7 +20,7 @@ from strop.config.load import resolve
 from strop.engine.device import pick_device
 from strop.engine.train import fast
 from strop.errors import (
-    TROUBLES,
+    TROUBLESHOOTING_PAGE,
     DeviceError,
     DiskError,
     GatedError,
@@ -35,7 +35,7 @@ from strop.machine.probe import Machine
 from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.planning import trial
 from strop.planning.memory import CUDA_CONTEXT_BYTES
-from strop.runs.folder import disk_faults
+from strop.runs.folder import disk_errors
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
 from strop.training.preflight import _look
@@ -44,8 +44,8 @@ from tests.support import tiny
 from tests.support.failures import curve, falling, starved
 from tests.support.hub_standin import serve
 
-PAGE = ROOT / TROUBLES
-NAMED = re.compile(rf"{TROUBLES}#(\w+)")
+PAGE = ROOT / TROUBLESHOOTING_PAGE
+NAMED = re.compile(rf"{TROUBLESHOOTING_PAGE}#(\w+)")
 
 
 def headings() -> set[str]:
@@ -66,7 +66,7 @@ def test_memory(tmp_path: Path) -> None:
     job = replace(tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 2}), memory_key="trouble")
     with pytest.raises(MemoryLimitError) as raised:
         fit(starved(job, set(range(1, 100))))
-    assert f"{TROUBLES}#memory" in raised.value.lines()[0]
+    assert f"{TROUBLESHOOTING_PAGE}#memory" in raised.value.lines()[0]
 
 
 def without_bitsandbytes(patch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
     without_bitsandbytes(monkeypatch)
     with pytest.raises(QuantizerError, match="cannot be used here") as raised:
         use()
-    assert f"{TROUBLES}#bitsandbytes" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
     found = trial.four_bit_step()
     assert found.level == "error" and "bitsandbytes" in found.why and "install" in found.fix
 
@@ -104,7 +104,7 @@ def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", other_cuda)
     with pytest.raises(QuantizerError, match="cannot be used here: CUDA SETUP ERROR") as raised:
         dequantize_weight(quantize_weight(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
-    assert f"{TROUBLES}#bitsandbytes" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
     found = trial.four_bit_step()
     assert found.level == "error" and "#bitsandbytes" in found.why and "install" in found.fix
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", no_memory)
@@ -116,7 +116,7 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError) as raised:
         pick_device("cuda")
-    assert f"{TROUBLES}#cuda" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#cuda" in raised.value.fix
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
     (found,) = trial.cards(machine)
     assert found.level == "error" and "cannot use it" in found.what and "#cuda" in found.why and found.fix
@@ -174,18 +174,18 @@ def test_nan(tmp_path: Path) -> None:
     broken = replace(job, step=replace(job.step, token_loss=lambda rows: job.step.token_loss(rows) * float("nan")))
     with pytest.raises(NonFiniteError) as raised:
         fit(broken)
-    assert f"{TROUBLES}#nan" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#nan" in raised.value.fix
 
 
 def test_flat() -> None:
     (found,) = diagnose(curve("step", falling(2.0, 2.0)), 0.02)
-    assert f"{TROUBLES}#flat" in found
+    assert f"{TROUBLESHOOTING_PAGE}#flat" in found
 
 
 def test_disk(tmp_path: Path) -> None:
-    with pytest.raises(DiskError) as raised, disk_faults(tmp_path):
+    with pytest.raises(DiskError) as raised, disk_errors(tmp_path):
         raise OSError(28, "No space left on device")
-    assert f"{TROUBLES}#disk" in raised.value.fix
+    assert f"{TROUBLESHOOTING_PAGE}#disk" in raised.value.fix
 
 
 def test_gated(tmp_path: Path, tiny_folder: Path) -> None:
@@ -197,7 +197,7 @@ def test_gated(tmp_path: Path, tiny_folder: Path) -> None:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
     error = json.loads(done.stdout)["error"]
     assert done.returncode == 2 and error["kind"] == GatedError.__name__, done.stderr
-    assert "hf auth login" in error["fix"] and f"{TROUBLES}#gated" in error["fix"]
+    assert "hf auth login" in error["fix"] and f"{TROUBLESHOOTING_PAGE}#gated" in error["fix"]
 
 
 def test_a_step_in_4_bit_that_does_not_move_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

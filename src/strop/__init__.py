@@ -319,7 +319,7 @@ def _files(given: Any, name: str) -> Any:
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    from strop.config.load import SHORT
+    from strop.config.load import SHORT_FORMS
 
     sections = ("model", "data", "lora", "train")
     flat: dict[str, Any] = {}
@@ -327,7 +327,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
         section = name in sections and isinstance(value, Mapping)
         fields = {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
         for field, given in fields.items():
-            whole = SHORT.get(field, field)
+            whole = SHORT_FORMS.get(field, field)
             if whole in flat:
                 raise InputError(f"{whole}: given twice", fix="give it once")
             if whole == "train.rewards" and any(map(callable, given if isinstance(given, list) else [given])):

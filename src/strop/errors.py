@@ -27,8 +27,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TROUBLES = "docs/troubleshooting.md"
-SHOWN_PLACES = 10  # how many places an error lists before it only counts them
+TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
+MAX_SHOWN_PLACES = 10  # how many places an error lists before it only counts them
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,11 @@ class StropError(Exception):
     def __init__(self, what: str, *, fix: str = "", where: Sequence[Where] = ()) -> None:
         super().__init__(what)
         self.what = what
-        self.fix = "; ".join(part for part in (fix, f"see {TROUBLES}#{self.page}" if self.page else "") if part)
+        self.fix = "; ".join(
+            part for part in (fix, f"see {TROUBLESHOOTING_PAGE}#{self.page}" if self.page else "") if part
+        )
         self.where = tuple(where)
-        self.so_far: dict[str, Any] = {}  # what `--json` reports beside the error
+        self.partial_result: dict[str, Any] = {}  # what `--json` reports beside the error
 
     @property
     def kind(self) -> str:
@@ -66,7 +68,7 @@ class StropError(Exception):
             return [f"{self.where[0]}" + (f": {self.fix}" if self.fix else "")]
         if not self.where:
             return [self.what + (f": {self.fix}" if self.fix else "")]
-        shown = [str(place) for place in self.where[:SHOWN_PLACES]]
+        shown = [str(place) for place in self.where[:MAX_SHOWN_PLACES]]
         more = len(self.where) - len(shown)
         rest = [f"... and {more} more"] if more else []
         return [*shown, *rest, self.what + (f": {self.fix}" if self.fix else "")]
@@ -140,7 +142,7 @@ class CheckpointError(RunError):
     pass
 
 
-class Elsewhere(StropError):
+class PeerFailed(StropError):
     """Nothing to print: the process of another device does."""
 
     def __init__(self, exit_code: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from strop.config.load import SHORT, Choice, parse_option, read_resolved, resolve
+from strop.config.load import SHORT_FORMS, Choice, parse_option, read_resolved, resolve
 from strop.config.schema import Recipe, option_fields, options_table
 from strop.errors import RecipeError
 from tests import ROOT
@@ -211,7 +211,7 @@ def test_every_option_has_help_and_the_schema_holds_it() -> None:
     assert all(info.description for _, info in option_fields())
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert options_table() in page
-    assert f"Short forms: {', '.join(f'`--{name}`' for name in SHORT)}." in page
+    assert f"Short forms: {', '.join(f'`--{name}`' for name in SHORT_FORMS)}." in page
     schema = Recipe.model_json_schema()
     assert schema["additionalProperties"] is False
     assert "LoraSection" in schema["$defs"]

@@ -1,4 +1,4 @@
-"""Configs of other tools become recipes that train, and every key is accounted for."""
+"""Configs of other tools become recipes that train, and every key is imported or listed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import strop
 from strop.config.load import resolve
 from strop.errors import InputError, RecipeError
 from strop.interop.draft import Imported
-from strop.interop.hf_arguments import CUTS_THE_END, NO_LIMIT
-from strop.interop.importers import PEERS, import_config
-from strop.interop.script_parser import UNREAD, Script
+from strop.interop.hf_arguments import NO_LIMIT_NOTE, TRUNCATION_NOTE
+from strop.interop.importers import IMPORTERS, import_config
+from strop.interop.script_parser import UNREADABLE, Script
 from tests.support.runs import run
 
 FOLDER = Path(__file__).parent / "peers"
 CONFIGS = sorted(file.name for file in FOLDER.glob("*-*"))
-# what each of them asks for that strop does not have, by the key's name
-LACKS = {
+# keys of each config that strop does not support
+UNSUPPORTED = {
     "axolotl-alpaca-lora.yaml": {"evals_per_epoch"},
     "axolotl-chat-qlora.yaml": {"deepspeed"},
     "axolotl-dpo.yaml": set(),
@@ -50,7 +50,7 @@ LACKS = {
 
 
 def rows(folder: Path) -> dict[str, Path]:
-    """A file of each shape of rows, by the name that stands for it in the configs."""
+    """Write a file of each row format, by the placeholder used in the configs."""
 
     def chat(n: int) -> list[dict[str, str]]:
         return [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]
@@ -63,7 +63,7 @@ def rows(folder: Path) -> dict[str, Path]:
         bad = [chat(n)[0], {"role": "assistant", "content": f"no {n}"}]
         return {"chosen": chat(n), "rejected": bad}
 
-    made = {
+    imported_config = {
         "ALPACA": lambda n: {"instruction": f"add {n}", "input": "", "output": f"{n + 1}"},
         "CHAT": lambda n: {"messages": chat(n)},
         "QA": lambda n: {"question": f"what is {n}", "answer": f"it is {n}"},
@@ -73,14 +73,14 @@ def rows(folder: Path) -> dict[str, Path]:
         "JUDGED": lambda n: {"messages": chat(n), "label": n % 2 == 0},
     }
     files = {}
-    for name, make in made.items():
+    for name, make in imported_config.items():
         files[name] = folder / f"{name.lower()}.jsonl"
         files[name].write_text("".join(json.dumps(make(n)) + "\n" for n in range(24)), encoding="utf-8")
     return files
 
 
 def written(name: str, folder: Path, model: Path, more: str = "") -> Path:
-    """A config in `folder`, with real paths."""
+    """Copy a config to `folder` with real paths."""
     words = {**rows(folder), "MODEL": model, "OUT": folder / "out"}
     for file in (name, "dataset_info.json"):
         text = (FOLDER / file).read_text(encoding="utf-8")
@@ -94,32 +94,37 @@ def imported(name: str, path: Path) -> Imported:
     return import_config(name.partition("-")[0], path)
 
 
-def test_there_are_five_of_each() -> None:
-    assert {peer: sum(name.startswith(f"{peer}-") for name in CONFIGS) for peer in PEERS} == dict.fromkeys(PEERS, 5)
-    assert set(LACKS) == set(CONFIGS)
+def test_five_configs_of_each_tool_are_tested() -> None:
+    assert {peer: sum(name.startswith(f"{peer}-") for name in CONFIGS) for peer in IMPORTERS} == dict.fromkeys(
+        IMPORTERS, 5
+    )
+    assert set(UNSUPPORTED) == set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_converts_and_trains(name: str, tmp_path: Path, tiny_folder: Path) -> None:
+def test_config_converts_and_trains(name: str, tmp_path: Path, tiny_folder: Path) -> None:
     path = written(name, tmp_path, tiny_folder)
-    made = imported(name, path)
-    assert {note.key for note in made.draft.lacks} == LACKS[name]
-    assert not made.missing
+    imported_config = imported(name, path)
+    assert {note.key for note in imported_config.draft.unsupported} == UNSUPPORTED[name]
+    assert not imported_config.missing
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(made.as_yaml(), encoding="utf-8")
-    assert resolve(recipe).recipe == made.resolved.recipe  # what is written is what was checked
-    assert all(note.key in made.as_yaml() for note in (*made.draft.lacks, *made.draft.differs, *made.draft.own_way))
+    recipe.write_text(imported_config.to_yaml(), encoding="utf-8")
+    assert resolve(recipe).recipe == imported_config.resolved.recipe  # what is written is what was checked
+    assert all(
+        note.key in imported_config.to_yaml()
+        for note in (*imported_config.draft.unsupported, *imported_config.draft.differs, *imported_config.draft.ignored)
+    )
     run = strop.train(recipe, **{"train.max_steps": 2, "out": str(tmp_path / "run"), "model.dtype": "fp32"})
     assert run.report["steps"] == 2 and run.report["loss"]["last"] > 0
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith(".yaml")])
-def test_a_key_that_nobody_knows_is_listed(name: str, tmp_path: Path, tiny_folder: Path) -> None:
-    made = imported(name, written(name, tmp_path, tiny_folder, "\nmade_up_key: {a: 1}\n"))
-    assert "made_up_key" in {note.key for note in made.draft.lacks}
+def test_unknown_key_is_listed_as_unsupported(name: str, tmp_path: Path, tiny_folder: Path) -> None:
+    imported_config = imported(name, written(name, tmp_path, tiny_folder, "\ninvented_key: {a: 1}\n"))
+    assert "invented_key" in {note.key for note in imported_config.draft.unsupported}
 
 
-def test_what_is_taken(tmp_path: Path, tiny_folder: Path) -> None:
+def test_fields_of_one_config_of_each_tool(tmp_path: Path, tiny_folder: Path) -> None:
     """One config of each, field by field."""
     got = {}
     for name in (
@@ -161,32 +166,32 @@ def test_what_is_taken(tmp_path: Path, tiny_folder: Path) -> None:
     assert {peer: {field: got[peer].get(field) for field in fields} for peer, fields in wanted.items()} == wanted
 
 
-def test_defaults_of_the_other_tool_are_written_down(tmp_path: Path, tiny_folder: Path) -> None:
+def test_defaults_of_the_other_tool_are_written(tmp_path: Path, tiny_folder: Path) -> None:
     fields = imported("trl-dpo.py", written("trl-dpo.py", tmp_path, tiny_folder)).draft.fields
     assert fields["train.lr_scheduler"][0] == "linear" and fields["seed"] == (42, "trl's default")
-    assert yaml.safe_load(imported("trl-dpo.py", tmp_path / "trl-dpo.py").as_yaml())["train"]["objective"] == "dpo"
+    assert yaml.safe_load(imported("trl-dpo.py", tmp_path / "trl-dpo.py").to_yaml())["train"]["objective"] == "dpo"
 
 
-def test_a_meaning_that_differs_is_said(tmp_path: Path, tiny_folder: Path) -> None:
-    said = {
+def test_keys_with_another_meaning_are_listed(tmp_path: Path, tiny_folder: Path) -> None:
+    expected = {
         note.key
         for note in imported(
             "axolotl-alpaca-lora.yaml", written("axolotl-alpaca-lora.yaml", tmp_path, tiny_folder)
         ).draft.differs
     }
-    assert {"sample_packing", "val_set_size", "datasets[0].type", "warmup"} <= said
-    said = {note.key for note in imported("trl-kto.py", written("trl-kto.py", tmp_path, tiny_folder)).draft.differs}
-    assert {"max_length", "target_modules", "warmup_steps"} <= said
+    assert {"sample_packing", "val_set_size", "datasets[0].type", "warmup"} <= expected
+    expected = {note.key for note in imported("trl-kto.py", written("trl-kto.py", tmp_path, tiny_folder)).draft.differs}
+    assert {"max_length", "target_modules", "warmup_steps"} <= expected
 
 
-def test_no_limit_of_length_is_not_the_default(tmp_path: Path) -> None:
+def test_max_length_none_is_not_replaced_by_the_default(tmp_path: Path) -> None:
     text = (FOLDER / "trl-dpo.py").read_text(encoding="utf-8")
     for given, length in (("", 1024), ("max_length=None,", None), ("max_length=99,", 99)):
         (tmp_path / "train.py").write_text(text.replace("max_length=256,", given), encoding="utf-8")
         draft = import_config("trl", tmp_path / "train.py").draft
         assert draft.get("data.max_length") == length
         assert [note.text for note in draft.differs if note.key == "max_length"] == [
-            NO_LIMIT if length is None else CUTS_THE_END
+            NO_LIMIT_NOTE if length is None else TRUNCATION_NOTE
         ]
 
 
@@ -199,12 +204,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_what_is_no_lora_training_is_refused(peer: str, tmp_path: Path) -> None:
-    text, said = REFUSED[peer]
+@pytest.mark.parametrize("peer", IMPORTERS)
+def test_configs_without_lora_are_refused(peer: str, tmp_path: Path) -> None:
+    text, expected = REFUSED[peer]
     file = tmp_path / "file"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=expected):
         import_config(peer, file)
     file.write_text("][", encoding="utf-8")
     with pytest.raises(InputError, match=r"not YAML|not Python"):
@@ -217,9 +222,7 @@ def test_what_is_no_lora_training_is_refused(peer: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["nowhere/x.yaml", "there.yaml/x.yaml", "there.yaml", "."])
-def test_a_recipe_that_cannot_be_written_is_the_users_to_mend(
-    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_output_exits_with_2(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("base_model: a/b\nadapter: lora\ndatasets: [{path: rows.jsonl, type: alpaca}]\n")
     (tmp_path / "there.yaml").write_text("mine")
@@ -227,12 +230,12 @@ def test_a_recipe_that_cannot_be_written_is_the_users_to_mend(
     assert code == 2 and "error: " in err and (tmp_path / "there.yaml").read_text() == "mine"
 
 
-def test_an_unknown_tool_is_refused(tmp_path: Path) -> None:
+def test_unknown_tool_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean axolotl"):
         import_config("axolotle", tmp_path)
 
 
-def test_only_what_one_line_says_is_read(tmp_path: Path) -> None:
+def test_script_values_are_read_only_if_assigned_once(tmp_path: Path) -> None:
     file = tmp_path / "s.py"
     file.write_text(
         "a = 1\nb = 1\nb = 2\nc = f()\nif a:\n    d = 4\n"
@@ -242,16 +245,18 @@ def test_only_what_one_line_says_is_read(tmp_path: Path) -> None:
     script = Script(file)
     call = script.calls[-1]
     read = [script.value(node) for node in call.arguments]
-    assert read == [1, UNREAD, UNREAD, UNREAD, [1, 2], "xy", 0.25, "1-x", *[UNREAD] * 6]
+    assert read == [1, UNREADABLE, UNREADABLE, UNREADABLE, [1, 2], "xy", 0.25, "1-x", *[UNREADABLE] * 6]
 
 
-def test_rows_that_cannot_be_found_are_asked_for(tmp_path: Path, tiny_folder: Path) -> None:
+def test_missing_dataset_info_leaves_data_train_missing(tmp_path: Path, tiny_folder: Path) -> None:
     path = written("llamafactory-sft.yaml", tmp_path, tiny_folder)
     (tmp_path / "dataset_info.json").unlink()
-    made = import_config("llamafactory", path)
-    assert made.missing == ["data.train"] and "dataset" in {note.key for note in made.draft.lacks}
+    imported_config = import_config("llamafactory", path)
+    assert imported_config.missing == ["data.train"] and "dataset" in {
+        note.key for note in imported_config.draft.unsupported
+    }
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(made.as_yaml(), encoding="utf-8")
+    recipe.write_text(imported_config.to_yaml(), encoding="utf-8")
     with pytest.raises(RecipeError, match="not valid") as raised:
         resolve(recipe)
     assert "data.train" in raised.value.lines()[0]

@@ -1,4 +1,4 @@
-"""Keys that users of another tool write most often, one by one: what each becomes, and what is said of it."""
+"""Keys that users of another tool write most often, one by one: what each becomes, and what is output of it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ trainer.train()
 def axolotl(folder: Path, more: str, rows: str = ROWS) -> Draft:
     file = folder / "config.yml"
     file.write_text(AXOLOTL + rows + more, encoding="utf-8")
-    made = import_config("axolotl", file)
-    assert "Left out" in made.as_yaml() or not made.draft.own_way
-    return made.draft
+    imported_config = import_config("axolotl", file)
+    assert "Left out" in imported_config.to_yaml() or not imported_config.draft.ignored
+    return imported_config.draft
 
 
 def trl(
@@ -44,7 +44,7 @@ def trl(
     return import_config("trl", file).draft
 
 
-def said(notes: Any) -> dict[str, str]:
+def notes_of(notes: Any) -> dict[str, str]:
     return {note.key: note.text for note in notes}
 
 
@@ -63,24 +63,24 @@ def said(notes: Any) -> dict[str, str]:
         ("lr_scheduler: constant_with_warmup\nwarmup_steps: 7", 7),
     ],
 )
-def test_warmup_is_what_axolotl_makes_of_it(given: str, warmup: float, tmp_path: Path) -> None:
+def test_axolotl_warmup_is_imported(given: str, warmup: float, tmp_path: Path) -> None:
     draft = axolotl(tmp_path, given)
     assert draft.get("train.warmup") == warmup
-    assert ("warmup" in said(draft.differs)) == (warmup > 0)  # only a schedule that warms up starts elsewhere
+    assert ("warmup" in notes_of(draft.differs)) == (warmup > 0)  # only a schedule that warms up starts elsewhere
     if "constant\n" in given:
-        assert "no warmup there either" in said(draft.own_way)["warmup_steps"]
+        assert "constant" in notes_of(draft.ignored)["warmup_steps"]
 
 
-def test_a_named_template_of_axolotl_is_taken_where_strop_has_it(tmp_path: Path) -> None:
+def test_axolotl_template_name_is_imported_if_strop_has_it(tmp_path: Path) -> None:
     draft = axolotl(tmp_path, "chat_template: chatml\n")
-    assert draft.get("data.template") == "chatml" and "chat_template" not in said(draft.differs)
+    assert draft.get("data.template") == "chatml" and "chat_template" not in notes_of(draft.differs)
     draft = axolotl(tmp_path, "chat_template: tokenizer_default\n")
-    assert draft.get("data.template") is None and "chat_template" not in said(draft.differs)
+    assert draft.get("data.template") is None and "chat_template" not in notes_of(draft.differs)
     draft = axolotl(tmp_path, "chat_template: llama3\n")
-    assert draft.get("data.template") is None and "llama3.jinja" in said(draft.differs)["chat_template"]
+    assert draft.get("data.template") is None and "llama3.jinja" in notes_of(draft.differs)["chat_template"]
 
 
-def test_columns_that_strop_finds_by_itself_need_no_words(tmp_path: Path) -> None:
+def test_detectable_columns_are_not_written(tmp_path: Path) -> None:
     rows = """datasets:
   - {path: a.jsonl, type: chat_template}
   - path: b.jsonl
@@ -90,18 +90,18 @@ def test_columns_that_strop_finds_by_itself_need_no_words(tmp_path: Path) -> Non
   - {path: c.jsonl, type: alpaca}
 """
     draft = axolotl(tmp_path, "", rows)
-    assert draft.get("data.columns") is None and "datasets" not in said(draft.lacks)
+    assert draft.get("data.columns") is None and "datasets" not in notes_of(draft.unsupported)
     named = "datasets: [{path: a.jsonl, type: chat_template, field_messages: talk}]\n"
     assert axolotl(tmp_path, "", named).get("data.columns") == {"messages": "talk"}
     draft = axolotl(
         tmp_path, "", "datasets: [{path: a.jsonl, type: chat_template, field_messages: talk}, {path: b.jsonl}]\n"
     )
-    assert draft.get("data.columns") is None and "talk" in said(draft.lacks)["datasets"]
+    assert draft.get("data.columns") is None and "talk" in notes_of(draft.unsupported)["datasets"]
     draft = axolotl(tmp_path, "rl: dpo\n", named)
     assert draft.get("data.columns") == {"conversations": "talk", "chosen": "chosen", "rejected": "rejected"}
 
 
-def test_text_among_conversations_does_not_make_all_of_it_text(tmp_path: Path) -> None:
+def test_mixed_text_and_conversations_keep_format_auto(tmp_path: Path) -> None:
     draft = axolotl(
         tmp_path, "", "datasets: [{path: a.jsonl, type: completion}, {path: b.jsonl, type: chat_template}]\n"
     )
@@ -110,7 +110,7 @@ def test_text_among_conversations_does_not_make_all_of_it_text(tmp_path: Path) -
     assert draft.get("data.format") == "text" and draft.get("data.loss") == "all"
 
 
-def test_keys_around_the_training_are_told_in_words_that_help(tmp_path: Path) -> None:
+def test_unsupported_axolotl_keys_name_the_replacement(tmp_path: Path) -> None:
     draft = axolotl(
         tmp_path,
         "wandb_project: mine\nwandb_entity: us\nuse_tensorboard: true\ndeepspeed: zero2.json\nadam_beta1: 0.9\n"
@@ -118,19 +118,23 @@ def test_keys_around_the_training_are_told_in_words_that_help(tmp_path: Path) ->
         "evals_per_epoch: 4\nsave_steps: 0.25\nshuffle_merged_datasets: false\nbf16: auto\nhub_model_id: me/it\n",
     )
     assert draft.get("track") == ["wandb", "tensorboard"]
-    lacks = said(draft.lacks)
-    assert "WANDB_PROJECT=mine" in lacks["wandb_project"] and "WANDB_ENTITY=us" in lacks["wandb_entity"]
-    assert "--devices" in lacks["deepspeed"] and lacks["adam_beta2"] == "0.95: 0.999 here" and "adam_beta1" not in lacks
-    assert "mine.Plugin" in lacks["plugins"] and "liger_rope" not in lacks
-    assert "train.eval_steps" in lacks["evals_per_epoch"] and "train.save_steps" in lacks["save_steps"]
-    assert "shuffles" in lacks["shuffle_merged_datasets"] and "strop push" in lacks["hub_model_id"]
-    assert {"bf16", "plugins", "liger_rope"} <= set(said(draft.own_way))
+    unsupported = notes_of(draft.unsupported)
+    assert "WANDB_PROJECT=mine" in unsupported["wandb_project"] and "WANDB_ENTITY=us" in unsupported["wandb_entity"]
+    assert (
+        "--devices" in unsupported["deepspeed"]
+        and unsupported["adam_beta2"] == "0.95: 0.999 here"
+        and "adam_beta1" not in unsupported
+    )
+    assert "mine.Plugin" in unsupported["plugins"] and "liger_rope" not in unsupported
+    assert "train.eval_steps" in unsupported["evals_per_epoch"] and "train.save_steps" in unsupported["save_steps"]
+    assert "shuffles" in unsupported["shuffle_merged_datasets"] and "strop push" in unsupported["hub_model_id"]
+    assert {"bf16", "plugins", "liger_rope"} <= set(notes_of(draft.ignored))
 
 
-def test_dropout_is_off_where_answers_are_compared(tmp_path: Path) -> None:
+def test_preference_objectives_disable_lora_dropout(tmp_path: Path) -> None:
     """trl switches it off (disable_dropout), and axolotl trains through trl."""
     draft = axolotl(tmp_path, "lora_dropout: 0.05\nrl: dpo\n")
-    assert draft.get("lora.dropout") == 0.0 and "0.05" in said(draft.differs)["lora_dropout"]
+    assert draft.get("lora.dropout") == 0.0 and "0.05" in notes_of(draft.differs)["lora_dropout"]
     assert axolotl(tmp_path, "lora_dropout: 0.05\n").get("lora.dropout") == 0.05
     assert trl(tmp_path, kind="DPO").get("lora.dropout") == 0.0
     assert trl(tmp_path, "disable_dropout=False", kind="DPO").get("lora.dropout") == 0.05
@@ -141,18 +145,18 @@ def test_dropout_is_off_where_answers_are_compared(tmp_path: Path) -> None:
         assert import_config("llamafactory", file).draft.get("lora.dropout") == share
 
 
-def test_grpo_is_not_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="rewards are code") as raised:
+def test_grpo_config_is_refused_with_a_fix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"GRPO|grpo") as raised:
         axolotl(tmp_path, "rl: grpo\n")
     assert "train.rewards" in raised.value.fix
-    with pytest.raises(InputError, match="rewards are code"):
+    with pytest.raises(InputError, match=r"GRPO|grpo"):
         trl(tmp_path, kind="GRPO")
 
 
 # --- scripts -----------------------------------------------------------------------------------------------------
 
 
-def test_values_that_variables_hold(tmp_path: Path) -> None:
+def test_script_variables_are_resolved(tmp_path: Path) -> None:
     before = """
 NAME, STEPS = "tiny", 2
 RATE = 2e-4 / 2
@@ -166,22 +170,22 @@ def settings():
         field: draft.get(f"train.{field}") for field in ("learning_rate", "epochs", "max_steps", "log_steps", "warmup")
     }
     assert got == {"learning_rate": 1e-4, "epochs": 2, "max_steps": 20, "log_steps": 5, "warmup": 0.1}
-    assert draft.get("seed") == 7 and not draft.lacks
+    assert draft.get("seed") == 7 and not draft.unsupported
 
 
-def test_what_cannot_be_read_is_named_by_its_line(tmp_path: Path) -> None:
+def test_unreadable_values_are_listed_with_their_line(tmp_path: Path) -> None:
     before = "import sys\nmore = read()\nlr = 1\nfor lr in (1, 2): pass"
     after = "args.weight_decay = f()\nargs.seed += 1"
     draft = trl(tmp_path, "learning_rate=lr, **more", before=before, after=after, model="sys.argv[1]")
-    lines = {note.key: note.line for note in draft.lacks}
+    lines = {note.key: note.line for note in draft.unsupported}
     unread = {"SFTConfig.learning_rate": 9, "SFTConfig(**...)": 9, "SFTConfig.weight_decay": 10, "SFTConfig.seed": 11}
     assert lines == {"model": 12, **unread}
     assert draft.fields["train.learning_rate"] == (2e-5, "trl's default: line 9 cannot be read, set it here")
     recipe = import_config("trl", tmp_path / "train.py")
-    assert recipe.missing == ["model.name"] and "# name: give the model here, or with --model" in recipe.as_yaml()
+    assert recipe.missing == ["model.name"] and "# name: give the model here, or with --model" in recipe.to_yaml()
 
 
-def test_defaults_of_the_scripts_own_options_are_taken_and_said(tmp_path: Path) -> None:
+def test_argparse_defaults_are_imported_and_noted(tmp_path: Path) -> None:
     before = """
 import argparse
 parser = argparse.ArgumentParser()
@@ -192,11 +196,11 @@ cli = parser.parse_args()
 """
     draft = trl(tmp_path, "num_train_epochs=cli.epochs, learning_rate=cli.lr", before=before, model="cli.base_model")
     assert (draft.get("model.name"), draft.get("train.epochs")) == ("demo", 2)
-    assert {"base_model", "epochs"} <= set(said(draft.differs))
-    assert [(note.key, note.line) for note in draft.lacks] == [("SFTConfig.learning_rate", 13)]
+    assert {"base_model", "epochs"} <= set(notes_of(draft.differs))
+    assert [(note.key, note.line) for note in draft.unsupported] == [("SFTConfig.learning_rate", 13)]
 
 
-def test_what_a_script_does_to_what_it_has_made(tmp_path: Path) -> None:
+def test_later_changes_to_model_and_tokenizer_are_listed(tmp_path: Path) -> None:
     before = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 class Mine(SFTTrainer):
@@ -210,8 +214,13 @@ model = PeftModel.from_pretrained(model, "old", is_trainable=True)
 """
     draft = trl(tmp_path, before=before, after="trainer.train(resume_from_checkpoint=True)", model="model")
     assert draft.get("model.adapter") == "old" and draft.get("model.quantization") == "fp4"  # as bitsandbytes has it
-    assert set(said(draft.lacks)) == {"Mine", "tokenizer.chat_template", "add_tokens", "resume_from_checkpoint"}
-    assert "tokenizer.pad_token" in said(draft.own_way)
+    assert set(notes_of(draft.unsupported)) == {
+        "Mine",
+        "tokenizer.chat_template",
+        "add_tokens",
+        "resume_from_checkpoint",
+    }
+    assert "tokenizer.pad_token" in notes_of(draft.ignored)
 
 
 INLINE = 'load_dataset("json", data_files="{0}.jsonl", split="train")'
@@ -226,9 +235,7 @@ INLINE = 'load_dataset("json", data_files="{0}.jsonl", split="train")'
          "train_dataset=mixed, eval_dataset=b", "b.jsonl"),
     ],
 )  # fmt: skip
-def test_what_the_trainer_is_given_is_trained_on_and_not_what_is_loaded_first(
-    before: str, given: str, evaluated: str | None, tmp_path: Path
-) -> None:
+def test_data_comes_from_the_trainer_arguments(before: str, given: str, evaluated: str | None, tmp_path: Path) -> None:
     words = {"config": "SFTConfig", "trainer": "SFTTrainer", "model": '"demo"', "arguments": "", "after": ""}
     text = TRL.format(**words, before=before).replace(f"train_dataset={INLINE.format('a')}", given)
     (tmp_path / "train.py").write_text(text, encoding="utf-8")
@@ -247,7 +254,7 @@ def test_what_the_trainer_is_given_is_trained_on_and_not_what_is_loaded_first(
     ],
 )
 @pytest.mark.parametrize("how", ["args.push_to_hub = False", "trainer.add_callback({0})"])
-def test_early_stopping_is_a_field_and_another_callback_is_told(
+def test_early_stopping_is_imported_and_other_callbacks_are_listed(
     written: str, patience: int, how: str, tmp_path: Path
 ) -> None:
     before = "stop = EarlyStoppingCallback(early_stopping_patience=4)" if written == "stop" else ""
@@ -260,24 +267,24 @@ def test_early_stopping_is_a_field_and_another_callback_is_told(
     file.write_text(f"{text}{added}\ntrainer.add_callback(watch)\n", encoding="utf-8")
     draft = import_config("trl", file).draft
     assert draft.get("train.early_stopping") == patience and draft.get("data.eval") == "b.jsonl"
-    others = [note.text.partition(":")[0] for note in draft.lacks if note.key == "callbacks"]
+    others = [note.text.partition(":")[0] for note in draft.unsupported if note.key == "callbacks"]
     assert others == (["Printer()", "Watch()"] if given else ["Watch()"])
-    assert ("early_stopping_threshold" in said(draft.lacks)) == ("0.01" in written)
+    assert ("early_stopping_threshold" in notes_of(draft.unsupported)) == ("0.01" in written)
 
 
 @pytest.mark.parametrize("given", ["callbacks=None", "callbacks=[]", ""])
-def test_no_callbacks_are_no_news(given: str, tmp_path: Path) -> None:
+def test_absent_callbacks_add_no_note(given: str, tmp_path: Path) -> None:
     draft = trl(tmp_path, model=f'"demo", {given}' if given else '"demo"')
-    assert not draft.lacks and draft.get("train.early_stopping") is None
+    assert not draft.unsupported and draft.get("train.early_stopping") is None
 
 
-def test_early_stopping_without_rows_to_evaluate_on_is_told(tmp_path: Path) -> None:
+def test_early_stopping_without_eval_data_is_unsupported(tmp_path: Path) -> None:
     draft = axolotl(tmp_path, "early_stopping_patience: 3\nval_set_size: 100\n")
     assert draft.get("train.early_stopping") is None
-    assert "train.early_stopping 3" in said(draft.lacks)["early_stopping_patience"]
+    assert "train.early_stopping 3" in notes_of(draft.unsupported)["early_stopping_patience"]
 
 
-def test_a_notebook(tmp_path: Path) -> None:
+def test_notebook_is_imported(tmp_path: Path) -> None:
     code = [
         ["%%capture\n", "!pip install trl\n", "if True:\n", "    !nvidia-smi"],
         ["from trl import SFTConfig, SFTTrainer\n", "rate = 3e-4\n"],
@@ -289,14 +296,14 @@ def test_a_notebook(tmp_path: Path) -> None:
     file.write_text(json.dumps({"cells": cells, "nbformat": 4}), encoding="utf-8")
     draft = import_config("trl", file).draft
     assert draft.get("train.learning_rate") == 3e-4 and draft.get("data.train") == "a.jsonl"
-    assert [(note.key, note.line) for note in draft.lacks] == [("SFTConfig.num_train_epochs", 8)]
+    assert [(note.key, note.line) for note in draft.unsupported] == [("SFTConfig.num_train_epochs", 8)]
     for text in ("[]", "{"):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match="not a notebook"):
             import_config("trl", file)
 
 
-def test_files_of_two_splits(tmp_path: Path) -> None:
+def test_files_by_split_become_train_and_eval(tmp_path: Path) -> None:
     file = tmp_path / "s.py"
     file.write_text(
         "data = load_dataset('json', data_files={'train': 'a.jsonl', 'test': 'b.jsonl'})\n"
@@ -308,7 +315,7 @@ def test_files_of_two_splits(tmp_path: Path) -> None:
     assert (draft.get("model.name"), draft.get("data.train"), draft.get("data.eval")) == ("demo", "a.jsonl", "b.jsonl")
 
 
-def test_loss_on_answers_alone_by_a_collator_is_what_strop_does(tmp_path: Path) -> None:
+def test_completion_collator_matches_the_default_loss(tmp_path: Path) -> None:
     file = tmp_path / "s.py"
     file.write_text(
         "SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=load_dataset('a.jsonl'),\n"
@@ -316,51 +323,55 @@ def test_loss_on_answers_alone_by_a_collator_is_what_strop_does(tmp_path: Path) 
         encoding="utf-8",
     )
     draft = import_config("trl", file).draft
-    assert not draft.lacks and "assistant_only_loss" not in said(draft.differs)
+    assert not draft.unsupported and "assistant_only_loss" not in notes_of(draft.differs)
 
 
-def test_targets_that_a_yaml_of_trl_does_not_name(tmp_path: Path) -> None:
+def test_trl_yaml_without_target_modules_notes_the_default(tmp_path: Path) -> None:
     file = tmp_path / "sft.yaml"
     file.write_text("model_name_or_path: demo\nuse_peft: true\n", encoding="utf-8")
-    assert "all linear layers" in said(import_config("trl", file).draft.differs)["lora_target_modules"]
+    assert "all linear layers" in notes_of(import_config("trl", file).draft.differs)["lora_target_modules"]
     file.write_text("model_name_or_path: demo\nuse_peft: true\nlora_target_modules: all-linear\n", encoding="utf-8")
-    assert "lora_target_modules" not in said(import_config("trl", file).draft.differs)
+    assert "lora_target_modules" not in notes_of(import_config("trl", file).draft.differs)
 
 
-def test_how_the_trainer_is_to_load_the_model(tmp_path: Path) -> None:
+def test_model_init_kwargs_are_imported(tmp_path: Path) -> None:
     draft = trl(tmp_path, "model_init_kwargs={'dtype': 'float32', 'attn_implementation': 'sdpa', 'odd': 1}")
-    assert draft.get("model.dtype") == "fp32" and set(said(draft.lacks)) == {"odd"}
+    assert draft.get("model.dtype") == "fp32" and set(notes_of(draft.unsupported)) == {"odd"}
     assert trl(tmp_path, "warmup_steps=0.4").get("train.warmup") == 0.4  # a share, as transformers 5.24 has it
 
 
-def test_a_column_of_text_and_a_template_file(tmp_path: Path) -> None:
+def test_text_column_and_template_file_are_imported(tmp_path: Path) -> None:
     draft = trl(tmp_path, "dataset_text_field='quote', chat_template_path='t.jinja', activation_checkpointing=True")
     assert draft.get("data.columns") == {"text": "quote"} and draft.get("data.template") == "t.jinja"
-    assert draft.get("train.gradient_checkpointing") == "on" and not draft.lacks
+    assert draft.get("train.gradient_checkpointing") == "on" and not draft.unsupported
     assert trl(tmp_path, "dataset_text_field='text'").get("data.columns") is None
 
 
-def test_a_script_whose_config_comes_from_the_command_line_says_what_to_do(tmp_path: Path) -> None:
+def test_command_line_config_is_refused_with_a_fix(tmp_path: Path) -> None:
     file = tmp_path / "s.py"
     file.write_text("args, = TrlParser(SFTConfig).parse_args_and_config()\n", encoding="utf-8")
-    with pytest.raises(InputError, match="is made in it") as raised:
+    with pytest.raises(InputError, match="SFTConfig") as raised:
         import_config("trl", file)
     assert "YAML" in raised.value.fix
 
 
-def test_simpo_has_the_defaults_of_trl(tmp_path: Path) -> None:
+def test_simpo_defaults_are_those_of_trl(tmp_path: Path) -> None:
     """Beta 0.1, a margin of 0.5 and a cross entropy besides, where strop has 2, 1 and none."""
     given = trl(tmp_path, "loss_type='simpo'", kind="CPO")
-    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.5) and "1.0" in said(given.lacks)["cpo_alpha"]
+    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.5) and "1.0" in notes_of(given.unsupported)[
+        "cpo_alpha"
+    ]
     given = trl(tmp_path, "loss_type='simpo', beta=2.5, simpo_gamma=1.2, cpo_alpha=0", kind="CPO")
-    assert (given.get("train.beta"), given.get("train.gamma")) == (2.5, 1.2) and not given.lacks
+    assert (given.get("train.beta"), given.get("train.gamma")) == (2.5, 1.2) and not given.unsupported
     given = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\n")
-    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.4) and "cpo_alpha" in said(given.lacks)
+    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.4) and "cpo_alpha" in notes_of(
+        given.unsupported
+    )
     given = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\nrl_beta: 3\ncpo_alpha: 0\n")
-    assert given.get("train.beta") == 3 and not given.lacks
+    assert given.get("train.beta") == 3 and not given.unsupported
 
 
-def test_targets_by_a_regular_expression_are_told(tmp_path: Path) -> None:
+def test_regular_expression_targets_are_unsupported(tmp_path: Path) -> None:
     """strop takes names: as a name the expression matched nothing, or was cut at its commas."""
     file = tmp_path / "s.py"
     for written in (r"r'.*\.(q|v)_proj'", r"'model.layers.[0-9]{1,2}.self_attn.q_proj'"):
@@ -371,24 +382,24 @@ def test_targets_by_a_regular_expression_are_told(tmp_path: Path) -> None:
         )
         draft = import_config("trl", file).draft
         assert draft.get("lora.target_modules") is None
-        assert "regular expression" in said(draft.lacks)["target_modules"] and draft.lacks[0].line == 2
+        assert "regular expression" in notes_of(draft.unsupported)["target_modules"] and draft.unsupported[0].line == 2
     file = tmp_path / "sft.yaml"
     file.write_text("model_name_or_path: demo\nuse_peft: true\nlora_target_modules: '.*[qv]_proj'\n", encoding="utf-8")
     draft = import_config("trl", file).draft
-    assert "lora_target_modules" in said(draft.lacks) and "lora_target_modules" not in said(draft.differs)
+    assert "lora_target_modules" in notes_of(draft.unsupported) and "lora_target_modules" not in notes_of(draft.differs)
 
 
-def test_another_split_of_a_data_set_is_told(tmp_path: Path) -> None:
+def test_other_splits_are_unsupported(tmp_path: Path) -> None:
     file = tmp_path / "sft.yaml"
     start = "model_name_or_path: demo\nuse_peft: true\ndataset_name: owner/chat\n"
     file.write_text(start + "dataset_train_split: train_sft\ndataset_test_split: test_sft\neval_strategy: steps\n")
     draft = import_config("trl", file).draft
     assert (
-        "train_sft" in said(draft.lacks)["dataset_train_split"]
-        and "test_sft" in said(draft.lacks)["dataset_test_split"]
+        "train_sft" in notes_of(draft.unsupported)["dataset_train_split"]
+        and "test_sft" in notes_of(draft.unsupported)["dataset_test_split"]
     )
     file.write_text(start + "dataset_train_split: train\n")
-    assert not import_config("trl", file).draft.lacks
+    assert not import_config("trl", file).draft.unsupported
 
 
 @pytest.mark.parametrize(
@@ -401,31 +412,31 @@ def test_another_split_of_a_data_set_is_told(tmp_path: Path) -> None:
         "warmup_steps: x",
     ],
 )
-def test_a_value_that_is_no_number_is_named(more: str, tmp_path: Path) -> None:
+def test_invalid_number_is_refused_by_key(more: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=more.partition(":")[0]):
         axolotl(tmp_path, more + "\n")
     file = tmp_path / "factory.yaml"
     file.write_text("model_name_or_path: demo\nlora_rank: all\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match="lora_rank: all: not a whole number"):
+    with pytest.raises(RecipeError, match="lora_rank: all"):
         import_config("llamafactory", file)
 
 
-def test_steps_that_are_not_read_there_are_not_read_here(tmp_path: Path) -> None:
+def test_step_counts_follow_their_strategy(tmp_path: Path) -> None:
     draft = trl(tmp_path, "save_strategy='epoch', save_steps=10, eval_strategy='no', eval_steps=5, logging_steps=3")
     assert [draft.get(f"train.{name}_steps") for name in ("save", "eval", "log")] == [None, None, 3]
-    assert "save_strategy is epoch" in said(draft.own_way)["save_steps"] and not draft.lacks
+    assert "save_strategy is epoch" in notes_of(draft.ignored)["save_steps"] and not draft.unsupported
     draft = axolotl(tmp_path, "save_strategy: steps\nsave_steps: 10\neval_steps: 5\n")
     assert (draft.get("train.save_steps"), draft.get("train.eval_steps")) == (10, 5)
 
 
-def test_what_is_set_in_a_branch_is_told_and_not_taken(tmp_path: Path) -> None:
+def test_assignment_in_a_branch_is_not_imported(tmp_path: Path) -> None:
     draft = trl(tmp_path, "learning_rate=3e-4", after="args.seed = 7\nif DEBUG:\n    args.max_steps = 10\n")
     assert (draft.get("seed"), draft.get("train.max_steps"), draft.get("train.learning_rate")) == (7, None, 3e-4)
-    assert "branch" in said(draft.lacks)["args.max_steps"]
+    assert "branch" in notes_of(draft.unsupported)["args.max_steps"]
 
 
 @pytest.mark.parametrize("given", ["0.1", "test_size=0.1"])
-def test_a_share_that_is_held_out(given: str, tmp_path: Path) -> None:
+def test_train_test_split_becomes_an_eval_share(given: str, tmp_path: Path) -> None:
     file = tmp_path / "s.py"
     file.write_text(
         f"data = load_dataset('json', data_files='a.jsonl', split='train').train_test_split({given})\n"
@@ -436,6 +447,6 @@ def test_a_share_that_is_held_out(given: str, tmp_path: Path) -> None:
     assert import_config("trl", file).draft.get("data.eval") == "10%"
 
 
-def test_several_losses_at_once_are_refused(tmp_path: Path) -> None:
+def test_several_losses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="sigmoid, sft"):
         trl(tmp_path, "loss_type=['sigmoid', 'sft']", kind="DPO")

@@ -17,7 +17,7 @@ from tests.interop.test_launch import job
 
 PYTHON = os.environ.get("STROP_KUBEFLOW_PYTHON")
 # What the models keep of a manifest: a field that the API does not have is lost on the way.
-KEPT = """
+ROUND_TRIP = """
 import json, sys
 from kubeflow_trainer_api.models import IoK8sApiCoreV1ConfigMap, TrainerV1alpha1TrainJob
 of = {"TrainJob": TrainerV1alpha1TrainJob, "ConfigMap": IoK8sApiCoreV1ConfigMap}
@@ -29,19 +29,21 @@ pytestmark = pytest.mark.skipif(not PYTHON, reason="no Python with kubeflow-trai
 
 def kept(given: list[dict[str, Any]]) -> Any:
     assert PYTHON is not None
-    done = subprocess.run([PYTHON, "-c", KEPT], input=json.dumps(given), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [PYTHON, "-c", ROUND_TRIP], input=json.dumps(given), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("cards", [True, False])
-def test_every_field_is_one_of_the_api(cards: bool) -> None:
-    made = replace(job("it's $(x)"), cards=cards, folder=Path("/"))
-    given = list(yaml.safe_load_all(manifests(made, "model: {name: demo}\n", image="strop:1", claim="disk")))
+@pytest.mark.parametrize("gpus", [True, False])
+def test_every_field_exists_in_the_api(gpus: bool) -> None:
+    result = replace(job("it's $(x)"), gpus=gpus, folder=Path("/"))
+    given = list(yaml.safe_load_all(manifests(result, "model: {name: demo}\n", image="strop:1", claim="disk")))
     assert kept(given) == given
 
 
-def test_an_unknown_field_is_seen() -> None:
+def test_unknown_field_is_detected() -> None:
     given = list(yaml.safe_load_all(manifests(job(), "", image="strop:1", claim="disk")))
     given[1]["spec"]["trainer"]["numGpus"] = 1
     assert kept(given) != given

@@ -1,4 +1,4 @@
-"""Job files: what is in them, whatever a file is called; and what is refused before one is written."""
+"""Content of job files with any file name, and jobs that are refused before a file is written."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from strop.interop import kubernetes, ray, skypilot, slurm
-from strop.interop.commented_yaml import Text, document
-from strop.interop.job import Job, job_of
+from strop.interop.job import BlockText, Job, dump_with_comments, make_job
 from tests.support.runs import run
 
 SYSTEMS = {
@@ -40,7 +39,7 @@ NAMES = st.text(LETTERS, min_size=1, max_size=20).filter(lambda name: name not i
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a person stands: a recipe for CPUs, and its rows."""
+    """A working folder with a recipe for CPUs and its rows."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("{}\n", encoding="utf-8")
     write_recipe(Path("recipe.yaml"))
@@ -60,52 +59,56 @@ def job(name: str = "x", **changes: Any) -> Job:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_file_is_not_overwritten_without_force(
+    system: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["launch", system, "recipe.yaml", "--nodes", "2", "--devices", "3", *SYSTEMS[system]]
     code, out, _ = run(*words, "--json", capsys=capsys)
-    told = json.loads(out)
-    assert (code, told["nodes"], told["devices"], told["run"]) == (0, 2, 3, "runs/recipe-1")
-    file = Path(told["file"])
+    report = json.loads(out)
+    assert (code, report["nodes"], report["devices"], report["run"]) == (0, 2, 3, "runs/recipe-1")
+    file = Path(report["file"])
     text = file.read_text(encoding="utf-8")
-    assert file.name in told["submit"]
+    assert file.name in report["submit"]
     assert "2 nodes with 3 CPU processes each" in text
     file.write_text("edited by hand", encoding="utf-8")
-    code, _, said = run(*words, capsys=capsys)
-    assert code == 2 and "--force" in said
+    code, _, output = run(*words, capsys=capsys)
+    assert code == 2 and "--force" in output
     assert file.read_text(encoding="utf-8") == "edited by hand"
     assert run(*words, "--force", capsys=capsys)[0] == 0
     assert file.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["slurm", "no.yaml"], "no such recipe"),
         (["slurm", "bad.yaml"], "unknown key train.epoch"),
-        (["slurm", "recipe.yaml", "--time", "1h; x"], "not a time"),
+        (["slurm", "recipe.yaml", "--time", "1h; x"], "--time"),
         (["slurm", "recipe.yaml", "--time", "4"], "too short"),
         (["slurm", "recipe.yaml", "--time", "3:30"], "too short"),
         (["slurm", "recipe.yaml", "--time", "0-0:04"], "too short"),
         (["slurm", "recipe.yaml", "--file", "nowhere/x.sh"], "no such folder"),
         (["slurm", "recipe.yaml", "--file", ".", "--force"], "is a folder"),
-        (["slurm", "mps.yaml"], "cards or CPUs"),
-        (["ray", "second.yaml", "--devices", "2"], "names one card"),
-        (["slurm", "rewards.yaml", "--nodes", "2"], "answers are drawn on one device, and there are 2"),
-        (["skypilot", "auto.yaml", "--volume", "v"], "which card"),
-        (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100:8"], "the name of one card"),
-        (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100, A100"], "the name of one card"),
-        (["skypilot", "recipe.yaml", "--volume", "v", "--gpus", "H100"], "the recipe asks for no cards"),
+        (["slurm", "mps.yaml"], "model.device"),
+        (["ray", "second.yaml", "--devices", "2"], "model.device"),
+        (["slurm", "rewards.yaml", "--nodes", "2"], "grpo"),
+        (["skypilot", "auto.yaml", "--volume", "v"], "--gpus"),
+        (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100:8"], "--gpus"),
+        (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100, A100"], "--gpus"),
+        (["skypilot", "recipe.yaml", "--volume", "v", "--gpus", "H100"], "--gpus"),
         (["skypilot", "recipe.yaml"], "--bucket"),
         (["skypilot", "recipe.yaml", "--bucket", "b", "--nodes", "2"], "--volume"),
-        (["skypilot", "../recipe.yaml", "--bucket", "b"], "not in this folder"),
+        (["skypilot", "../recipe.yaml", "--bucket", "b"], "../recipe.yaml"),
         (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "c", "--out", "/runs/x"], "on the volume"),
         (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "c", "--out", "~/runs/x"], "on the volume"),
         (["skypilot", "recipe.yaml", "--bucket", "b", "--out", "~/runs/x"], "in the bucket"),
-        (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "A_B c"], "not a name"),
-        (["kubernetes", "recipe.yaml", "--image", "", "--claim", "c"], "not a container image"),
+        (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "A_B c"], "--claim"),
+        (["kubernetes", "recipe.yaml", "--image", "", "--claim", "c"], "--image"),
     ],
 )
-def test_refuses(words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_job_is_refused_without_writing(
+    words: list[str], output: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("bad.yaml").write_text("model: {name: demo}\ndata: {train: a}\ntrain: {epoch: 1}\n", encoding="utf-8")
     rewards = "model: {name: demo}\ndata: {train: a}\ntrain: {objective: grpo, rewards: 'r.py:own'}\n"
     Path("rewards.yaml").write_text(rewards, encoding="utf-8")
@@ -114,30 +117,30 @@ def test_refuses(words: list[str], said: str, folder: Path, capsys: pytest.Captu
     write_recipe(folder.parent / "recipe.yaml")
     before = set(folder.iterdir())
     code, _, text = run("launch", *words, capsys=capsys)
-    assert code == 2 and said in text.replace("\n", " ")
+    assert code == 2 and output in text.replace("\n", " ")
     assert set(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("time", ["5", "0", "4:01", "1:00:00", "0-1", "0-00:05", "0-00:04:01"])
-def test_times_that_a_run_can_use(time: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usable_slurm_times_are_accepted(time: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("launch", "slurm", "recipe.yaml", "--time", time, capsys=capsys)[0] == 0
 
 
-def test_says_what_must_be_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = json.loads(run("launch", "kubernetes", "recipe.yaml", *SYSTEMS["kubernetes"], "--json", capsys=capsys)[1])
-    assert told["needs"] == ["rows.jsonl"]
+def test_needed_files_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(run("launch", "kubernetes", "recipe.yaml", *SYSTEMS["kubernetes"], "--json", capsys=capsys)[1])
+    assert report["needs"] == ["rows.jsonl"]
     assert json.loads(run("launch", "slurm", "recipe.yaml", "--json", capsys=capsys)[1])["needs"] == []
     Path("own.py").write_text("def right(answer, gold):\n    return 1.0\n", encoding="utf-8")
     rewards = (
         "model: {name: demo}\ndata: {train: '*.jsonl'}\ntrain: {objective: grpo, rewards: ['own.py:right=2', exact]}"
     )
     Path("rewards.yaml").write_text(rewards, encoding="utf-8")
-    told = json.loads(run("launch", "kubernetes", "rewards.yaml", *SYSTEMS["kubernetes"], "--json", capsys=capsys)[1])
-    assert told["needs"] == ["*.jsonl", "own.py"]
+    report = json.loads(run("launch", "kubernetes", "rewards.yaml", *SYSTEMS["kubernetes"], "--json", capsys=capsys)[1])
+    assert report["needs"] == ["*.jsonl", "own.py"]
 
 
 def pods(*jobs: Job) -> Iterator[Any]:
-    """What each job patches into its pods, for Kubernetes."""
+    """Yield the pod that each job patches, for Kubernetes."""
     for one in jobs:
         train_job = list(yaml.safe_load_all(kubernetes.manifests(one, "", image="i", claim="c")))[1]
         [patch] = train_job["spec"]["runtimePatches"]
@@ -148,13 +151,13 @@ def pods(*jobs: Job) -> Iterator[Any]:
         yield pod
 
 
-def test_cards_are_asked_for() -> None:
-    with_cards = job(cards=True)
+def test_gpus_are_requested() -> None:
+    with_cards = job(gpus=True)
     assert "#SBATCH --gpus-per-node=3\n" in slurm.script(with_cards, time="1")
     assert "use_gpu=True" in ray.script(with_cards) and "'GPU': 1" in ray.script(with_cards)
     train_job = list(yaml.safe_load_all(kubernetes.manifests(with_cards, "", image="i", claim="c")))[1]
     assert train_job["spec"]["trainer"]["resourcesPerNode"]["limits"] == {"cpu": 12, "nvidia.com/gpu": 3}
-    volumes = [str(of_pod["volumes"]) for of_pod in pods(with_cards, job(cards=True, devices=1), job())]
+    volumes = [str(of_pod["volumes"]) for of_pod in pods(with_cards, job(gpus=True, devices=1), job())]
     assert ["'medium': 'Memory'" in text for text in volumes] == [True, False, False]  # what cards share
     task = yaml.safe_load(skypilot.task(with_cards, gpus="H100", store=skypilot.Store("b"), spot=True))
     assert task["resources"]["accelerators"] == "H100:3" and task["resources"]["use_spot"] is True
@@ -162,17 +165,17 @@ def test_cards_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_run_finds_its_recipe(name: str, folder: Path) -> None:
-    """From the recipe's name on the disk to the words of the job."""
-    made = job_of(write_recipe(Path(f"{name}.yaml")), nodes=1, devices=1, cores=1, out=None)
-    assert Path(made.recipe).resolve() == folder / f"{name}.yaml"
-    assert not made.recipe.startswith("-")
-    assert set(made.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and made.name[0].isalpha()
+def test_job_words_find_the_recipe(name: str, folder: Path) -> None:
+    """The recipe's file name is passed on unchanged to the words of the job."""
+    result = make_job(write_recipe(Path(f"{name}.yaml")), nodes=1, devices=1, cores=1, out=None)
+    assert Path(result.recipe).resolve() == folder / f"{name}.yaml"
+    assert not result.recipe.startswith("-")
+    assert set(result.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and result.name[0].isalpha()
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=NAMES)
-def test_any_name_reaches_strop(name: str, tmp_path: Path) -> None:
+def test_any_file_name_reaches_strop(name: str, tmp_path: Path) -> None:
     names_reach_strop(name, tmp_path)
 
 
@@ -182,42 +185,42 @@ def test_a_hostile_name_reaches_strop(name: str, tmp_path: Path) -> None:
 
 
 def names_reach_strop(name: str, tmp_path: Path) -> None:
-    made = job(name, folder=tmp_path / name)
-    made.folder.mkdir(exist_ok=True)
-    words = ["-m", "strop.cli", *made.words]
-    place, started = started_by_slurm(made, tmp_path)
-    assert place == str(made.folder) and started == words
-    tree = ast.parse(ray.script(made))
+    result = job(name, folder=tmp_path / name)
+    result.folder.mkdir(exist_ok=True)
+    words = ["-m", "strop.cli", *result.words]
+    place, started = started_by_slurm(result, tmp_path)
+    assert place == str(result.folder) and started == words
+    tree = ast.parse(ray.script(result))
     values = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
-    assert (values["FOLDER"], values["TRAIN"]) == (str(made.folder), made.words)
-    recipe, train_job = yaml.safe_load_all(kubernetes.manifests(made, f"# {name}\n", image=name, claim=name))
+    assert (values["FOLDER"], values["TRAIN"]) == (str(result.folder), result.words)
+    recipe, train_job = yaml.safe_load_all(kubernetes.manifests(result, f"# {name}\n", image=name, claim=name))
     assert recipe["data"]["recipe.yaml"] == f"# {name}\n"
     trainer = train_job["spec"]["trainer"]
     assert trainer["image"] == name
-    inside = ["train", "/etc/strop/recipe.yaml", *made.words[2:]]
+    inside = ["train", "/etc/strop/recipe.yaml", *result.words[2:]]
     assert [word.replace("$$", "$") for word in trainer["args"]] == ["torchrun", "-m", "strop.cli", *inside]
     assert not [word for word in trainer["args"] if "$" in word.replace("$$", "")]
-    task = yaml.safe_load(skypilot.task(made, gpus=None, store=skypilot.Store(name), spot=False))
+    task = yaml.safe_load(skypilot.task(result, gpus=None, store=skypilot.Store(name), spot=False))
     assert task["file_mounts"]["/strop"]["name"] == name
     asked = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-    _, said = started_by(task["run"], "torchrun", asked, tmp_path)
-    assert said[-len(made.words) :] == [*made.words[:2], f"--out=/strop/{made.out}", *made.words[3:]]
-    assert "--master-addr=10.0.0.1" in said and "--node-rank=1" in said
+    _, output = started_by(task["run"], "torchrun", asked, tmp_path)
+    assert output[-len(result.words) :] == [*result.words[:2], f"--out=/strop/{result.out}", *result.words[3:]]
+    assert "--master-addr=10.0.0.1" in output and "--node-rank=1" in output
     assert not list(tmp_path.rglob("planted"))
 
 
 def started_by(script: str, program: str, variables: dict[str, str], tmp_path: Path) -> tuple[str, list[str]]:
-    """(folder, words) that a shell script starts a program with; the program is in place of the real one."""
+    """Return the folder and arguments that a shell script starts a stand-in program with."""
     place = tmp_path / "in its place"
     place.mkdir(exist_ok=True)
     for name in {program, "scontrol"}:
         file = place / name
-        said = r'printf "%s\0" "$PWD" "$@"' if name == program else "echo first.example"
-        file.write_text(f"#!/bin/bash\n{said}\n", encoding="utf-8")
+        output = r'printf "%s\0" "$PWD" "$@"' if name == program else "echo first.example"
+        file.write_text(f"#!/bin/bash\n{output}\n", encoding="utf-8")
         file.chmod(0o755)
     env = {**os.environ, "PATH": f"{place}:{os.environ['PATH']}", **variables}
     done = subprocess.run(["bash", "-c", script], capture_output=True, env=env, cwd=tmp_path, check=True)
@@ -226,31 +229,31 @@ def started_by(script: str, program: str, variables: dict[str, str], tmp_path: P
     return folder, words
 
 
-def started_by_slurm(made: Job, tmp_path: Path) -> tuple[str, list[str]]:
-    """(folder, words after Python's own) of a batch script."""
-    script = slurm.script(made, time="1:00", python=f"/{made.name}/python")
+def started_by_slurm(result: Job, tmp_path: Path) -> tuple[str, list[str]]:
+    """Return the folder and the arguments after Python of a batch script."""
+    script = slurm.script(result, time="1:00", python=f"/{result.name}/python")
     asked = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     assert len(asked) == 9 and "#SBATCH --nodes=2" in asked
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "4"}
-    folder, said = started_by(script, "srun", variables, tmp_path)
-    assert said[:3] == ["--cpus-per-task=4", f"--wait={slurm.WAIT_S}", f"/{made.name}/python"]
-    return folder, said[3:]
+    folder, output = started_by(script, "srun", variables, tmp_path)
+    assert output[:3] == ["--cpus-per-task=4", f"--wait={slurm.WAIT_S}", f"/{result.name}/python"]
+    return folder, output[3:]
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if not set(name) & set("\n\t")])
-def test_a_folder_reaches_ray(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Through two shells: the one that `ray job submit` is typed into, and that of the cluster. Between them Ray joins
-    the words with list2cmdline (ray.dashboard.modules.job.cli)."""
+def test_folder_name_survives_the_ray_shells(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name passes through the user's shell and the cluster's shell. Between them Ray joins the words with
+    list2cmdline (ray.dashboard.modules.job.cli)."""
     Path(name).mkdir()
-    told = json.loads(run("launch", "ray", "recipe.yaml", "--file", f"{name}/x.py", "--json", capsys=capsys)[1])
-    words = shlex.split(told["submit"])
+    report = json.loads(run("launch", "ray", "recipe.yaml", "--file", f"{name}/x.py", "--json", capsys=capsys)[1])
+    words = shlex.split(report["submit"])
     assert words[:4] == ["ray", "job", "submit", "--"]
     command = subprocess.list2cmdline(["printf", "%s", *words[5:]])
     assert subprocess.check_output(command, shell=True, text=True) == str(folder / name / "x.py")
 
 
-def test_a_warning_saves_and_queues_again(tmp_path: Path) -> None:
-    """The batch script hands TERM on, waits for strop, and puts the job back; after any other end it does not."""
+def test_slurm_signal_saves_and_requeues(tmp_path: Path) -> None:
+    """The script forwards TERM, waits for strop and requeues the job; after any other exit it does not requeue."""
     srun = 'trap "exit 130" TERM; echo $$ > "$CALLS.pid"; echo ready; while :; do sleep 0.1; done'
     asked = ["show hostnames n1", "--signal=TERM 7"]
     assert ended_by_slurm(srun, tmp_path, warn=True) == (130, [*asked, "requeue 7"])
@@ -259,11 +262,11 @@ def test_a_warning_saves_and_queues_again(tmp_path: Path) -> None:
 
 
 def ended_by_slurm(srun: str, tmp_path: Path, *, warn: bool) -> tuple[int, list[str]]:
-    """(exit code, calls of scontrol) of a batch script."""
+    """Return the exit code and the scontrol calls of a batch script."""
     calls = tmp_path / "calls"
     calls.write_text("", encoding="utf-8")
-    told = 'echo "$*" >> "$CALLS"'
-    for name, text in (("srun", srun), ("scontrol", told), ("scancel", f'{told}; kill "$(cat "$CALLS.pid")"')):
+    report = 'echo "$*" >> "$CALLS"'
+    for name, text in (("srun", srun), ("scontrol", report), ("scancel", f'{report}; kill "$(cat "$CALLS.pid")"')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     env = {
@@ -279,15 +282,15 @@ def ended_by_slurm(srun: str, tmp_path: Path, *, warn: bool) -> tuple[int, list[
     return code, calls.read_text(encoding="utf-8").splitlines()
 
 
-def test_comments_stand_above_their_key() -> None:
-    tree = {"a": {"b": 1, "list": [{"c": 2}]}, "text": Text("a:\n  b: 3\n"), "z": "x"}
-    made = document(
+def test_comments_are_placed_above_their_key() -> None:
+    tree = {"a": {"b": 1, "list": [{"c": 2}]}, "text": BlockText("a:\n  b: 3\n"), "z": "x"}
+    result = dump_with_comments(
         tree, {("a", "b"): "of b", ("a", "list", "0", "c"): "of c", ("text",): "two\nlines", ("z",): "last"}
     )
-    assert yaml.safe_load(made) == tree
-    lines = made.splitlines()
+    assert yaml.safe_load(result) == tree
+    lines = result.splitlines()
     assert lines[1:3] == ["  # of b", "  b: 1"]
     assert lines[lines.index("# two") : lines.index("# two") + 3] == ["# two", "# lines", "text: |"]
     assert lines[-2:] == ["# last", "z: x"]
     with pytest.raises(KeyError):
-        document(tree, {("a", "nothing"): "x"})
+        dump_with_comments(tree, {("a", "nothing"): "x"})

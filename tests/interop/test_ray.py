@@ -1,4 +1,4 @@
-"""The Python file in a real Ray: a cluster of two nodes on this machine, and a worker that is killed."""
+"""The Python file in a real Ray cluster of two nodes on this machine, with a worker that is killed."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ finally:
 
 
 def started(folder: Path) -> subprocess.Popen[bytes]:
-    """The generated file, on a cluster of its own."""
-    said = strop("launch", "ray", FIRST, "--nodes", "2", "--cores", "1", "--out", "runs/x y", cwd=folder)
+    """Start the generated file on a new cluster."""
+    output = strop("launch", "ray", FIRST, "--nodes", "2", "--cores", "1", "--out", "runs/x y", cwd=folder)
     env = {**os.environ, "RAY_TRAIN_V2_ENABLED": "1", "RAY_DEDUP_LOGS": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
     with (folder / "log").open("wb") as log:
-        words = [sys.executable, "-c", CLUSTER, str(folder / said["file"])]
+        words = [sys.executable, "-c", CLUSTER, str(folder / output["file"])]
         return subprocess.Popen(words, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
 def ranks(job: subprocess.Popen[bytes], folder: Path) -> dict[int, psutil.Process]:
-    """The processes of strop that belong to this run, by rank."""
+    """Return strop's processes of this run by rank."""
     found = {}
     for process in psutil.process_iter(["cmdline", "cwd"]):
         words = process.info["cmdline"] or []
@@ -51,8 +51,8 @@ def ranks(job: subprocess.Popen[bytes], folder: Path) -> dict[int, psutil.Proces
     return found
 
 
-def test_a_killed_worker_is_started_again(tmp_path: Path, tiny_folder: Path) -> None:
-    """The run goes on from its last checkpoint, and ends with the bits of a run of one process without a fault."""
+def test_killed_ray_worker_restarts(tmp_path: Path, tiny_folder: Path) -> None:
+    """The run resumes from its last checkpoint and ends with the same adapter as one undisturbed process."""
     write_recipe(tmp_path, tiny_folder, steps=150)
     run = tmp_path / "runs" / "x y"
     with started(tmp_path) as job:

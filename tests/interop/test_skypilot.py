@@ -40,23 +40,23 @@ def parsed(text: str, folder: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_cards(tmp_path: Path) -> None:
-    made = replace(job("it's $(x)"), cards=True, folder=tmp_path)
-    text = task(made, gpus="H100", store=Store(volume="disk"), spot=True)
+def test_gpu_task_parses(tmp_path: Path) -> None:
+    result = replace(job("it's $(x)"), gpus=True, folder=tmp_path)
+    text = task(result, gpus="H100", store=Store(volume="disk"), spot=True)
     found = parsed(text, tmp_path)
     assert found["accelerators"] == {"H100": 3} and found["nodes"] == 2 and found["spot"] is True
     assert found["recovery"]["max_restarts_on_errors"] == 3
     assert found["volumes"] == {"/strop": "disk"} and "--out=/strop/runs/it" in found["run"]
 
 
-def test_processes(tmp_path: Path) -> None:
-    made = replace(job(), nodes=1, folder=tmp_path)
-    found = parsed(task(made, gpus=None, store=Store(bucket="strop-runs-of-mine"), spot=False), tmp_path)
+def test_cpu_task_parses(tmp_path: Path) -> None:
+    result = replace(job(), nodes=1, folder=tmp_path)
+    found = parsed(task(result, gpus=None, store=Store(bucket="strop-runs-of-mine"), spot=False), tmp_path)
     assert found["cpus"] == "12+" and found["accelerators"] is None and found["spot"] is False
     assert found["mounts"] == {"/strop": ["strop-runs-of-mine", "MOUNT_CACHED"]}
 
 
-def test_a_wrong_task_is_refused(tmp_path: Path) -> None:
+def test_invalid_task_is_rejected_by_the_parser(tmp_path: Path) -> None:
     text = task(job(), gpus=None, store=Store(volume="disk"), spot=False)
     with pytest.raises(AssertionError, match="num_nodes"):
         parsed(text.replace("num_nodes: 2", "num_nodes: two"), tmp_path)

@@ -1,4 +1,4 @@
-"""The batch script in a real Slurm: two nodes, a warning before the time is up, and the turn after it."""
+"""The batch script in a real Slurm: two nodes, a signal before the time limit, and the restart after it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 def submitted(slurm: Slurm, folder: Path) -> str:
-    """The number of a job of two nodes, handed in as the command line says."""
-    said = strop(
+    """Submit a job of two nodes with the printed command and return its number."""
+    output = strop(
         "launch", "slurm", FIRST, "--nodes", "2", "--cores", "1", "--time", "10", "--out", "runs/x y", cwd=folder
     )
-    return slurm.run("bash", "-c", said["submit"], cwd=folder).split()[-1]
+    return slurm.run("bash", "-c", output["submit"], cwd=folder).split()[-1]
 
 
-def test_two_nodes_make_the_run_of_one(slurm: Slurm, tmp_path: Path, tiny_folder: Path) -> None:
+def test_two_nodes_match_one_process(slurm: Slurm, tmp_path: Path, tiny_folder: Path) -> None:
     write_recipe(tmp_path, tiny_folder, steps=30)
     slurm.wait(submitted(slurm, tmp_path), ["COMPLETED"])
     run = tmp_path / "runs" / "x y"
@@ -37,7 +37,7 @@ def test_two_nodes_make_the_run_of_one(slurm: Slurm, tmp_path: Path, tiny_folder
     assert adapter(run) == adapter(tmp_path / "alone")
 
 
-def test_a_warning_saves_and_the_next_turn_goes_on(slurm: Slurm, tmp_path: Path, tiny_folder: Path) -> None:
+def test_signal_saves_and_the_next_start_resumes(slurm: Slurm, tmp_path: Path, tiny_folder: Path) -> None:
     write_recipe(tmp_path, tiny_folder, steps=150)
     number, run = submitted(slurm, tmp_path), tmp_path / "runs" / "x y"
     until(run, 5)
@@ -52,7 +52,7 @@ def test_a_warning_saves_and_the_next_turn_goes_on(slurm: Slurm, tmp_path: Path,
     assert adapter(run) == adapter(tmp_path / "alone")
 
 
-def test_a_job_that_cannot_work_is_not_tried_again(slurm: Slurm, tmp_path: Path, tiny_folder: Path) -> None:
+def test_failing_job_is_not_requeued(slurm: Slurm, tmp_path: Path, tiny_folder: Path) -> None:
     write_recipe(tmp_path, tiny_folder, steps=30)
     (tmp_path / "rows.jsonl").write_text("no row\n", encoding="utf-8")
     found = slurm.wait(submitted(slurm, tmp_path), ["FAILED"])

@@ -10,7 +10,7 @@ import pytest
 
 from strop.errors import FolderError
 from strop.runs.events import EventLog, read_events
-from strop.runs.folder import made_once, new_folder, read_json, sole_maker
+from strop.runs.folder import build_once, exclusive_output, new_folder, read_json
 
 
 def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path) -> None:
@@ -23,20 +23,20 @@ def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path) -> N
         with new_folder(folder) as temp:
             (temp / "x").write_text("x")
 
-    made_once(tmp_path / "nf4", lambda folder: (folder / "x").is_file(), make)
+    build_once(tmp_path / "nf4", lambda folder: (folder / "x").is_file(), make)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".nf4.lock", "int8.tmp-99999", "nf4"]
 
 
 def test_one_process_makes_a_name(tmp_path: Path) -> None:
     out = tmp_path / "new" / "model.gguf"
-    with sole_maker(out):
-        with pytest.raises(FolderError, match="another process is making it"), sole_maker(out):
+    with exclusive_output(out):
+        with pytest.raises(FolderError, match="another process is making it"), exclusive_output(out):
             pass
         out.write_text("made")
-    with pytest.raises(FolderError, match="is there already"), sole_maker(out):
+    with pytest.raises(FolderError, match="is there already"), exclusive_output(out):
         pass
     out.unlink()
-    with sole_maker(out):
+    with exclusive_output(out):
         pass
     assert not list(out.parent.iterdir()) or os.name != "posix"
 
@@ -45,10 +45,10 @@ def test_one_process_makes_a_name(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_of_a_name_is_removed_and_nothing_else(tmp_path: Path) -> None:
     for name in ("out.tmp-99999", "out.tmp-mine", "out.old-1", "other.tmp-1"):
         (tmp_path / name).mkdir()
-    with sole_maker(tmp_path / "out"):  # nobody was killed: these are the user's own
+    with exclusive_output(tmp_path / "out"):  # nobody was killed: these are the user's own
         assert len(list(tmp_path.glob("*.*"))) == 5
     (tmp_path / ".out.lock").touch()
-    with sole_maker(tmp_path / "out"):
+    with exclusive_output(tmp_path / "out"):
         pass
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other.tmp-1", "out.old-1", "out.tmp-mine"]
 

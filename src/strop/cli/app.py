@@ -44,7 +44,7 @@ from strop.cli.examples import epilog
 from strop.cli.invocation import typed
 from strop.cli.options import recipe_options
 from strop.cli.terminal import console, print_json
-from strop.errors import DiskError, Elsewhere, FolderError, StropError
+from strop.errors import DiskError, FolderError, PeerFailed, StropError
 
 
 def main() -> None:
@@ -70,10 +70,10 @@ def main() -> None:
         if asked_to_stop and code == 130:  # typer has caught the interrupt, without a word
             _stopped()
         sys.exit(code)
-    except Elsewhere as error:
+    except PeerFailed as error:
         sys.exit(error.exit_code)
     except StropError as error:
-        _fail(error.lines(), error.as_json(), error.exit_code, error.so_far)
+        _fail(error.lines(), error.as_json(), error.exit_code, error.partial_result)
     except KeyboardInterrupt:
         _stopped()
     except Exception as error:  # the one place for faults of ours: never a traceback unless asked
@@ -214,11 +214,11 @@ def _stopped() -> None:
     _fail(["stopped at once; what was saved before is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
 
 
-def _fail(lines: list[str], error: dict[str, Any], code: int, so_far: Mapping[str, Any] | None = None) -> None:
+def _fail(lines: list[str], error: dict[str, Any], code: int, partial_result: Mapping[str, Any] | None = None) -> None:
     for line in lines:
         console.print(f"error: {typed(line)}", markup=False, style="red" if code != 130 else "yellow")
     with contextlib.suppress(OSError):  # it may be stdout that cannot be written
-        print_json({**(so_far or {}), "error": error, "exit": code}, "--json" in sys.argv)
+        print_json({**(partial_result or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)
 
 

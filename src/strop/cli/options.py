@@ -80,10 +80,10 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:
     """Field infos by dotted name, and the short form of those that have one."""
-    from strop.config.load import SHORT
+    from strop.config.load import SHORT_FORMS
     from strop.config.schema import option_fields
 
-    return dict(option_fields()), {field: name for name, field in SHORT.items()}
+    return dict(option_fields()), {field: name for name, field in SHORT_FORMS.items()}
 
 
 def _parsed(options: dict[str, Any]) -> dict[str, Any]:

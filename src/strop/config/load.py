@@ -25,7 +25,7 @@ Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
 SHOWN_CHARACTERS = 200  # of a wrong value
 # short forms of the common options; `strop train --model X` is `strop train --model.name X`
-SHORT = {
+SHORT_FORMS = {
     "model": "model.name",
     "data": "data.train",
     "eval": "data.eval",
@@ -87,7 +87,7 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
     given: dict[str, tuple[Any, Origin, str]] = {}
     if recipe_file is not None:
         given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read(recipe_file).items()})
-    given.update({SHORT.get(name, name): (value, "option", "") for name, value in (options or {}).items()})
+    given.update({SHORT_FORMS.get(name, name): (value, "option", "") for name, value in (options or {}).items()})
     preset = given.get("preset", ("auto", "default", ""))[0]
     layered: dict[str, tuple[Any, Origin, str]] = {
         name: (value, "preset", f"preset {preset}") for name, value in _preset(preset).items()

@@ -293,11 +293,11 @@ class Recipe(Section):
             raise ValueError("train.early_stopping: needs data.eval")
         if self.lora.init == "loftq" and self.lora.use_dora:
             raise ValueError("lora.init loftq: not with lora.use_dora, whose magnitudes are of the quantized weights")
-        if self.train.int8_matmul and (what := self.against_int8_matmul()) is not None:
+        if self.train.int8_matmul and (what := self.int8_matmul_conflict()) is not None:
             raise ValueError(f"train.int8_matmul: not with {what}")
         return self
 
-    def against_int8_matmul(self) -> str | None:
+    def int8_matmul_conflict(self) -> str | None:
         """What does not go with train.int8_matmul."""
         model = self.model
         reasons = {

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from strop.dash.files import DAMAGED, open_file
 from strop.dash.tags import mark_of
 from strop.machine.memory import trim_heap
-from strop.runs.events import event_of
+from strop.runs.events import parse_event
 
 Event = dict[str, Any]
 Values = NDArray[np.float64]
@@ -101,7 +101,7 @@ class History:
         try:
             events = json.loads(f"[{','.join(each)}]")
         except (ValueError, RecursionError):  # a damaged line costs itself alone
-            events = [event for line in each if (event := event_of(line)) is not None]
+            events = [event for line in each if (event := parse_event(line)) is not None]
         run: list[Event] = []
         for event in events:
             if not isinstance(event, dict):

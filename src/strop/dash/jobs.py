@@ -23,7 +23,7 @@ import psutil
 
 from strop.dash.files import read_bytes, read_json, tail
 from strop.errors import FolderError, InputError
-from strop.runs.child_env import apart
+from strop.runs.child_env import safe_path_env
 from strop.runs.folder import write_json
 
 FOLDER = ".dash"  # in the folder of runs; a name that no run has
@@ -61,7 +61,7 @@ class Jobs:
             child = subprocess.Popen(
                 [sys.executable, "-m", "strop.cli", *words, "--json"],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True,
-                env={**own, **apart(), "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **(environment or {})},
+                env={**own, **safe_path_env(), "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **(environment or {})},
             )  # fmt: skip
         self._children[name] = child
         try:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from strop.config.load import SHORT, Choice, Resolved, parse_option, resolve
+from strop.config.load import SHORT_FORMS, Choice, Resolved, parse_option, resolve
 from strop.config.schema import Recipe, option_fields
 from strop.dash.jobs import command, option
 from strop.errors import StropError
@@ -117,7 +117,7 @@ def typed(options: dict[str, Any]) -> dict[str, Any]:
     known = dict(option_fields())
     given: dict[str, Any] = {}
     for short, value in options.items():
-        field = SHORT.get(short, short)
+        field = SHORT_FORMS.get(short, short)
         texts = [word.partition("=")[2] for word in option(field, value)]
         many = field == "track" or (len(texts) > 1 and field in ("data.train", "data.eval"))
         # what is unknown is told by `resolve`, with the nearest name
@@ -138,7 +138,7 @@ def schema() -> dict[str, Any]:
             "field": name, "type": kind, "choices": choices, "default": default, "required": info.is_required(),
             "help": info.description or "", "minimum": least, "maximum": most,
         })  # fmt: skip
-    return {"fields": fields, "short": SHORT}
+    return {"fields": fields, "short": SHORT_FORMS}
 
 
 def _kind(hint: Any) -> tuple[str, list[Any] | None]:

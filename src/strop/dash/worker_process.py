@@ -11,7 +11,7 @@ from typing import Any
 
 from strop.dash.jobs import TOKEN_VARIABLE
 from strop.errors import InputError, RunError, StropError, Where
-from strop.runs.child_env import apart
+from strop.runs.child_env import safe_path_env
 
 IDLE_S = 600.0
 LONGEST_LINE = 256 << 20
@@ -59,7 +59,7 @@ class Child:
         own = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
         return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "strop.dash.worker", self._kind, stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, limit=LONGEST_LINE, env={**own, **apart()},
+            stdout=asyncio.subprocess.PIPE, limit=LONGEST_LINE, env={**own, **safe_path_env()},
         )  # fmt: skip
 
     def end(self) -> None:

@@ -23,7 +23,7 @@ from strop.data.rendering.pairs import render_pairs, render_prompts
 from strop.data.rendering.render import Renderer
 from strop.data.store import digest, dumps, message_json
 from strop.data.types import Conversation, Example, Message, Row
-from strop.errors import SHOWN_PLACES, DataError, FolderError
+from strop.errors import MAX_SHOWN_PLACES, DataError, FolderError
 
 SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
@@ -63,11 +63,11 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     saved = report["padding"]
     grid.add_row("padding", f"{saved['batched']:.0%} in batches of 8 as they come, {saved['packed']:.0%} packed")
     console.print(grid, highlight=False)
-    for place in report["dropped"][:SHOWN_PLACES]:
+    for place in report["dropped"][:MAX_SHOWN_PLACES]:
         at = f"{place['file']}:{place['line']}" if place["line"] else place["file"]
         console.print(Text(f"  {at}: {_safe(place['what'])}", style="red"))
-    if len(report["dropped"]) > SHOWN_PLACES:
-        console.print(f"  ... and {len(report['dropped']) - SHOWN_PLACES:,} more", style="red", highlight=False)
+    if len(report["dropped"]) > MAX_SHOWN_PLACES:
+        console.print(f"  ... and {len(report['dropped']) - MAX_SHOWN_PLACES:,} more", style="red", highlight=False)
     for warning in report["warnings"]:
         console.print(Text(f"warning: {_safe(warning)}", style="yellow"))
     if report["refusal"] is not None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from strop.distributed.devices import ALONE, Devices
 from strop.distributed.environment import OWN_AGENT, place_of
-from strop.errors import Elsewhere, RecipeError, RunError, Stopped
+from strop.errors import PeerFailed, RecipeError, RunError, Stopped
 from strop.machine.probe import affinity
-from strop.runs.child_env import apart
+from strop.runs.child_env import safe_path_env
 
 if TYPE_CHECKING:
     from strop.distributed.process_group import Group
@@ -82,7 +82,7 @@ def start(devices: int, words: Sequence[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", FINISHING_S)
-    os.environ.update(apart())
+    os.environ.update(safe_path_env())
     if not os.environ.get("STROP_DEBUG"):  # the ranks say themselves how they ended
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
@@ -99,10 +99,10 @@ def start(devices: int, words: Sequence[str]) -> None:
         if failure.exitcode < 0:
             what = f"rank {rank} (process {failure.pid}) was ended by {signal.Signals(-failure.exitcode).name}"
             raise RunError(what, fix="go on from the last checkpoint with `strop resume`") from None
-        raise Elsewhere(failure.exitcode) from None
+        raise PeerFailed(failure.exitcode) from None
     except SignalException as caught:
         if caught.sigval in (signal.SIGINT, signal.SIGTERM):
-            raise Elsewhere(Stopped.exit_code) from None
+            raise PeerFailed(Stopped.exit_code) from None
         what = f"ended by {caught.sigval.name}, which saves nothing"
         raise RunError(what, fix="go on from the last checkpoint with `strop resume`") from None
 

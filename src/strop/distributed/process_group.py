@@ -26,7 +26,7 @@ from strop.distributed.assign import deal
 from strop.distributed.devices import Devices
 from strop.distributed.digest import digest
 from strop.distributed.environment import OWN_AGENT, PORT, Place, threads_of
-from strop.errors import Elsewhere, RunError, StropError
+from strop.errors import PeerFailed, RunError, StropError
 from strop.machine.memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -174,9 +174,9 @@ class Group(Devices):
         if error is None:
             dist.destroy_process_group()
         elif self._silent:
-            return Elsewhere(self._code)
+            return PeerFailed(self._code)
         elif isinstance(error, StropError):
-            if self.rank and not isinstance(error, Elsewhere):
+            if self.rank and not isinstance(error, PeerFailed):
                 error.what = f"{self._name}: {error.what}"
         elif isinstance(error, Exception):
             print(f"{self._name}:", file=sys.stderr)
@@ -216,7 +216,7 @@ class Group(Devices):
         self._over, self._code = True, told[worse[0]][1]
         self._silent = self.rank != worse[0]
         if state != FAILED:
-            raise Elsewhere(self._code)
+            raise PeerFailed(self._code)
         return flags
 
     def _gathered(self, value: T) -> list[T]:
@@ -260,7 +260,7 @@ class Group(Devices):
         what = f"{names} {are} not answered for {waited:.0f} s (train.timeout)" if late else f"{names} {are} gone"
         first = min(set(range(self.world)) - set(missing), default=self.rank)
         if self.rank != first or (not late and os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OWN_AGENT)):
-            return Elsewhere(1)  # one of those that are left tells; of one that is gone, our agent knows how it ended
+            return PeerFailed(1)  # one of those that are left tells; of one that is gone, our agent knows how it ended
         fix = "see what that process was doing; then go on with `strop resume`"
         return RunError(f"{what}: {_first_line(error)}", fix=fix)
 

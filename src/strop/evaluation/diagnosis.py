@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from strop.errors import TROUBLES
-from strop.runs.events import standing
+from strop.errors import TROUBLESHOOTING_PAGE
+from strop.runs.events import without_undone
 
 Series = dict[int, float]  # step -> value
-FLAT = f"see {TROUBLES}#flat"
+FLAT = f"see {TROUBLESHOOTING_PAGE}#flat"
 ENOUGH_STEPS = 20  # below this a loss curve says nothing about learning
 FELL = 0.1  # nats a token that chosen answers may lose
 TROUBLE = ("rollback", "shrink", "override")
@@ -23,7 +23,7 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
 
     weight_change: how far the adapters move their weights, relative to the weights (model.lora.weight_change).
     """
-    events = standing(events)
+    events = without_undone(events)
     train, held_out = _series(events, "step"), _series(events, "eval")
     trouble = dict.fromkeys(_trouble(event) for event in events if event["event"] in TROUBLE)  # a resume repeats some
     if rewards := [e for e in events if e["event"] == "step" and "reward" in e]:

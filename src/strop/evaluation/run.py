@@ -215,7 +215,7 @@ def evaluate_models(
             try:
                 result["judge"] = devices.once(ask)
             except RunError as fault:
-                fault.so_far = result
+                fault.partial_result = result
                 raise
         if in_report:
             _keep(RunFolder(Path(name)), result)

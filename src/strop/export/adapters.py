@@ -27,7 +27,7 @@ from strop.models.adapters import (
 from strop.models.experts import split_by_expert
 from strop.models.load import load_base
 from strop.models.source import read_safetensors_header
-from strop.runs.folder import RunFolder, disk_faults, new_folder, sole_maker, write_json
+from strop.runs.folder import RunFolder, disk_errors, exclusive_output, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
 # What two adapters may differ in that decides what they do, by its name in adapter_config.json.
@@ -160,7 +160,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
         model, _ = attach_adapter(model, folder, source, name=name)
     model.peft_config[inner[0]].use_rslora = False  # the sum takes its config, and is scaled by 1
     model.add_weighted_adapter(inner, list(weights), "combined", combination_type="cat")
-    with disk_faults(out.parent), sole_maker(out), new_folder(out) as temp:
+    with disk_errors(out.parent), exclusive_output(out), new_folder(out) as temp:
         model.save_pretrained(str(temp), selected_adapters=["combined"], save_embedding_layers=False)
         made = temp / "combined"
         for file in made.iterdir():

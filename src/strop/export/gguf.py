@@ -33,7 +33,7 @@ from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config, weights_folder
 from strop.models.tensor_files import CheckpointTensors
 from strop.models.tokenizer import load_tokenizer
-from strop.runs.folder import disk_faults, fsync_folder, sole_maker
+from strop.runs.folder import disk_errors, exclusive_output, fsync_folder
 
 OWN_TYPES = {
     "f32": (Stored.F32, gguf.LlamaFileType.ALL_F32),
@@ -115,7 +115,7 @@ def export_gguf(
         _check_places(tuned.folder, layout, CheckpointTensors(weights_folder(tuned.source)))
     if unmeasured is None:
         check_memory(tuned.source, 4 if kind == "f32" and not adapter else 2, say)
-    with disk_faults(out.parent), sole_maker(out), ExitStack() as stack:
+    with disk_errors(out.parent), exclusive_output(out), ExitStack() as stack:
         model = _Model(tuned, layout, words, Path(name).name, stack)
         say(f"writing {out}")
         checks: Checks = nullcontext()

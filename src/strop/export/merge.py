@@ -54,11 +54,11 @@ from strop.planning.phases import MEASURING_BYTES, measuring_bytes
 from strop.runs.folder import (
     RunFolder,
     cache_folder,
-    disk_faults,
+    disk_errors,
+    exclusive_output,
     is_run,
     publish,
     read_json,
-    sole_maker,
     write_json,
 )
 from strop.runs.lock import sha256_file, sha256_text
@@ -124,7 +124,7 @@ def merge(
         base, losses = better_base(source, folder, trained, examples)
     if base == "original":
         trained = replace(trained, scheme="none")
-    with disk_faults(out.parent), sole_maker(out):
+    with disk_errors(out.parent), exclusive_output(out):
         say(f"merging into {out}, shard by shard")
         made, parity = _write(source, folder, out, trained, dtype), None
         if measure:

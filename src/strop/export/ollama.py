@@ -29,7 +29,7 @@ from strop.export.template_strings import conversations
 from strop.models.adapters import adapter_folder, base_source, read_identity, tokenizer_source
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.runs.folder import new_folder, sole_maker
+from strop.runs.folder import exclusive_output, new_folder
 
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
 CONTEXT = 4096  # Ollama's own default is smaller, and cuts prompts without a word
@@ -77,7 +77,7 @@ def export_ollama(
     )
     pieces = Pieces.of(renderer)
     system = read_identity(folder).get("system") if folder is not None else None
-    with sole_maker(out), new_folder(out) as temp:
+    with exclusive_output(out), new_folder(out) as temp:
         exported = export_gguf(name, temp / MODEL_FILE, kind=kind, data=data, measure=measure, say=say)
         bos = str(renderer.tokenizer.bos_token or "") if exported.vocabulary.add_bos else ""
         template = pieces.without_bos(bos).go()

@@ -1,4 +1,4 @@
-"""Axolotl's YAML as a recipe. Names and defaults as of its 0.18 (src/axolotl/utils/schemas/)."""
+"""Import Axolotl's YAML. Names and defaults are those of 0.18 (src/axolotl/utils/schemas/)."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import Draft, Keys, read_yaml, shown
-from strop.interop.hf_arguments import OWN_WAY as _OWN_WAY
+from strop.interop.draft import Draft, Keys, format_value, read_yaml
+from strop.interop.hf_arguments import IGNORED_KEYS as _IGNORED_KEYS
 from strop.interop.hf_arguments import (
-    SCHEDULE_STARTS,
-    adam,
-    batch,
-    checkpointing,
-    dtype,
-    first_weights,
-    lora,
-    must_be,
-    no_dropout,
-    number,
-    optimizer,
-    packing,
-    real,
-    schedule,
-    simpo,
-    steps_and_places,
-    track,
-    val_split,
-    whole,
+    WARMUP_NOTE,
+    as_float,
+    as_int,
+    as_number,
+    check_adam_betas,
+    disable_dropout_for_preferences,
+    lora_init,
+    note_packing,
+    objective_for,
+    put_batch_size,
+    put_checkpointing,
+    put_dtype_flags,
+    put_eval_share,
+    put_lora,
+    put_optimizer,
+    put_schedule,
+    put_simpo,
+    put_tracker,
+    schedule_and_output,
 )
 
 OBJECTIVES = {
     "dpo": "dpo", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo",
 }  # fmt: skip
-OWN_WAY = (
-    *_OWN_WAY, "auto_find_batch_size", "auto_resume_from_checkpoints", "batch_flattening", "chunked_cross_entropy",
+IGNORED_KEYS = (
+    *_IGNORED_KEYS, "auto_find_batch_size", "auto_resume_from_checkpoints", "batch_flattening", "chunked_cross_entropy",
     "cut_cross_entropy", "dataset_keep_in_memory", "dataset_prepared_path", "dataset_processes",
     "ddp", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "debug", "device_map",
     "do_bench_eval", "do_causal_lm_eval", "dpo_generate_during_eval", "dpo_padding_free", "dpo_use_liger_kernel",
@@ -50,32 +50,32 @@ OWN_WAY = (
     "torch_compile_backend", "trust_remote_code", "use_kernels", "use_wandb", "wandb_log_model", "wandb_watch",
     "xformers_attention", "attn_implementation",
 )  # fmt: skip
-_FASTER = ("liger", "cut_cross_entropy")  # plugins and keys that change how it is computed, not what
+_SPEED_PLUGINS = ("liger", "cut_cross_entropy")  # plugins that change speed, not results
 _WANDB = {
     "wandb_entity": "WANDB_ENTITY", "wandb_name": "WANDB_NAME", "wandb_run_id": "WANDB_RUN_ID",
     "wandb_mode": "WANDB_MODE",
 }  # fmt: skip
 _TEXT = ("completion", "pretrain")
 _TURNS = ("messages", "conversation", "conversations")
-_OTHER_PROMPT = (
-    'its own words around instruction and input there ("Below is an instruction ..."); here the model\'s chat template '
-    "(a base model that has none: data.template chatml)"
+_OWN_PROMPT_NOTE = (
+    'adds its own prompt there ("Below is an instruction ..."); strop uses the model\'s chat template '
+    "(for a base model without one, set data.template chatml)"
 )
 
 
 def read(path: Path) -> Draft:
-    """Raises InputError where it is no LoRA config, or has an objective that strop does not."""
+    """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported objective."""
     draft, keys = Draft("axolotl", path), Keys(read_yaml(path))
     _model(draft, keys)
     objective = keys.take("rl")
     if keys.take("reward_model"):
         objective = "reward"
     if objective is not None:
-        draft.put("train.objective", must_be("rl", objective, {**OBJECTIVES, "reward": "reward"}), "rl")
+        draft.put("train.objective", objective_for("rl", objective, {**OBJECTIVES, "reward": "reward"}), "rl")
     _data(draft, keys)
     _training(draft, keys)
     _preferences(draft, keys)
-    keys.end(draft, OWN_WAY)
+    keys.report_rest(draft, IGNORED_KEYS)
     return draft
 
 
@@ -83,8 +83,8 @@ def _model(draft: Draft, keys: Keys) -> None:
     adapter = keys.take("adapter")
     if adapter not in ("lora", "qlora"):
         raise InputError(
-            f"{draft.file}: adapter: {adapter}: strop trains LoRA adapters alone",
-            fix="set adapter: lora or qlora there",
+            f"{draft.file}: adapter: {adapter}: strop trains LoRA adapters only",
+            fix="set adapter: lora or qlora in the file",
         )
     if (base := keys.take("base_model")) is not None:
         draft.put("model.name", str(base), "base_model")
@@ -95,17 +95,17 @@ def _model(draft: Draft, keys: Keys) -> None:
         if keys.peek(key) == base:
             keys.take(key)
     four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
-    quantization(draft, four, eight)
+    put_quantization(draft, four, eight)
     named = "lora_target_modules" in keys
-    lora(
+    put_lora(
         draft, keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
         defaults={"lora.dropout": 0.0},
     )  # fmt: skip
     if keys.take("lora_target_linear"):
         draft.put("lora.target_modules", "all-linear", "lora_target_linear")
     elif not named:
-        draft.differ("lora_target_modules", "not given: strop takes all linear layers")
-    first_weights(draft, keys, "peft_init_lora_weights")
+        draft.add_difference("lora_target_modules", "not given: strop uses all linear layers")
+    lora_init(draft, keys, "peft_init_lora_weights")
     for key, name in (
         ("peft_use_dora", "lora.use_dora"),
         ("peft_use_rslora", "lora.use_rslora"),
@@ -116,34 +116,38 @@ def _model(draft: Draft, keys: Keys) -> None:
         ("tokens", "lora.new_tokens"),
     ):
         if (value := keys.take(key)) is not None:
-            draft.put(name, number(value), key)
+            draft.put(name, as_number(value), key)
     loftq = keys.peek("peft")
     if isinstance(loftq, dict) and set(loftq) == {"loftq_config"}:
         keys.take("peft")
         draft.put("lora.init", "loftq", "peft.loftq_config")
-        draft.differ("peft.loftq_config", "one round here, beginning at the quantized base as it is")
+        draft.add_difference("peft.loftq_config", "one iteration here, starting from the quantized base")
     special = keys.take("special_tokens")
     for key, token in (special or {}).items():
         if key == "pad_token":
-            draft.skip(f"special_tokens.{key}", "nothing is padded that is learned from")
+            draft.add_ignored(f"special_tokens.{key}", "no trained token is padded")
         else:
-            draft.lack(f"special_tokens.{key}", f"{token}: strop takes the tokenizer's and the chat template's own")
+            draft.add_unsupported(
+                f"special_tokens.{key}", f"{token}: strop uses the tokens of the tokenizer and the chat template"
+            )
 
 
-def quantization(draft: Draft, four: Any, eight: Any) -> None:
+def put_quantization(draft: Draft, four: Any, eight: Any) -> None:
     if four:
         draft.put("model.quantization", "nf4", "load_in_4bit")
     elif eight:
         draft.put("model.quantization", "int8", "load_in_8bit")
-        draft.differ("load_in_8bit", "rows are quantized by their largest value here; there outliers stay in 16 bit")
+        draft.add_difference(
+            "load_in_8bit", "each weight row is scaled by its largest value here; outliers stay in 16 bit there"
+        )
     else:
         draft.put("model.quantization", "none", "neither load_in_4bit nor load_in_8bit")
 
 
 def _data(draft: Draft, keys: Keys) -> None:
-    held_out, kept = [], [name for name in ("datasets", "pretraining_dataset") if name in keys]
+    eval_sources, kept = [], [name for name in ("datasets", "pretraining_dataset") if name in keys]
     sources: list[str] = []
-    every: list[dict[str, str]] = []
+    column_maps: list[dict[str, str]] = []
     texts: list[bool] = []
     for key in kept:
         entries = keys.take(key)
@@ -152,62 +156,72 @@ def _data(draft: Draft, keys: Keys) -> None:
             entry = entry if "type" in entry or key == "datasets" else {**entry, "type": "pretrain"}
             texts.append(entry.get("type") in _TEXT)
             sources += _sources(draft, f"{key}[{place}]", entry)
-            every.append(_columns(draft, f"{key}[{place}]", entry))
+            column_maps.append(_columns(draft, f"{key}[{place}]", entry))
     for place, entry in enumerate(keys.take("test_datasets") or []):
         entry = dict(entry)
-        held_out += _sources(draft, f"test_datasets[{place}]", entry)
-        every.append(_columns(draft, f"test_datasets[{place}]", entry))
+        eval_sources += _sources(draft, f"test_datasets[{place}]", entry)
+        column_maps.append(_columns(draft, f"test_datasets[{place}]", entry))
     if sources:
         draft.put("data.train", sources[0] if len(sources) == 1 else sources, kept[0])
-    if texts and all(texts):  # among others strop knows rows of text by their one column
+    if texts and all(texts):  # in a mix of formats, strop detects text rows by their only column
         draft.put("data.format", "text", f"{kept[0]}[0].type")
         draft.put("data.loss", "all", f"{kept[0]}[0].type")
-    if held_out:
-        draft.put("data.eval", held_out[0] if len(held_out) == 1 else held_out, "test_datasets")
-    if any(every) and all(one == every[0] for one in every):
-        draft.put("data.columns", every[0], "names of columns in datasets")
-    elif any(every):
-        named = " and ".join(dict.fromkeys(shown(one) if one else "the usual names" for one in every))
-        draft.lack("datasets", f"columns of several names, {named}: data.columns is one for all files; rename them")
+    if eval_sources:
+        draft.put("data.eval", eval_sources[0] if len(eval_sources) == 1 else eval_sources, "test_datasets")
+    if any(column_maps) and all(columns == column_maps[0] for columns in column_maps):
+        draft.put("data.columns", column_maps[0], "names of columns in datasets")
+    elif any(column_maps):
+        named = " and ".join(
+            dict.fromkeys(format_value(columns) if columns else "the usual names" for columns in column_maps)
+        )
+        draft.add_unsupported(
+            "datasets", f"column names differ ({named}), and data.columns applies to all files: rename the columns"
+        )
     length = keys.take("sequence_len")
     draft.put(
-        "data.max_length", whole("sequence_len", length or 512), "sequence_len" if length else "axolotl's default"
+        "data.max_length", as_int("sequence_len", length or 512), "sequence_len" if length else "axolotl's default"
     )
     strategy = keys.take("excess_length_strategy", "drop")
     if strategy == "truncate":
-        draft.lack("excess_length_strategy", "truncate: a row cut at its end loses its stop token; strop drops it")
+        draft.add_unsupported(
+            "excess_length_strategy", "truncate: a truncated row loses its stop token; strop drops such rows"
+        )
     draft.put("data.overlong", "refuse" if strategy == "raise" else "drop", f"excess_length_strategy {strategy}")
     if keys.take("train_on_inputs"):
         draft.put("data.loss", "all", "train_on_inputs")
-    val_split(draft, "val_set_size", keys.take("val_set_size"))
+    put_eval_share(draft, "val_set_size", keys.take("val_set_size"))
     template = keys.take("chat_template")
     if template == "chatml":
         draft.put("data.template", "chatml", "chat_template")
     elif template == "jinja" or str(template).startswith("tokenizer_default"):
         pass
     elif template is not None:
-        file = f"axolotl's own is the file {template}.jinja in src/axolotl/utils/chat_templates/templates"
-        draft.differ("chat_template", f"{template}: the model's own here; another: data.template FILE ({file})")
+        file = f"axolotl's is {template}.jinja in src/axolotl/utils/chat_templates/templates"
+        draft.add_difference(
+            "chat_template", f"{template}: strop uses the model's template; for another set data.template FILE ({file})"
+        )
     if (text := keys.take("chat_template_jinja")) is not None:
         if str(text).endswith((".jinja", ".j2")):
             draft.put("data.template", str(text), "chat_template_jinja")
         else:
-            draft.lack("chat_template_jinja", "a template within the config: put it into a file for data.template")
+            draft.add_unsupported("chat_template_jinja", "an inline template: save it to a file and set data.template")
     if keys.take("sample_packing"):
-        packing(draft, "sample_packing")
+        note_packing(draft, "sample_packing")
     if keys.take("shuffle_merged_datasets") is False:
-        draft.lack("shuffle_merged_datasets", "false: rows keep their order there; strop shuffles them by the seed")
+        draft.add_unsupported(
+            "shuffle_merged_datasets", "false: rows keep their order there; strop shuffles them with the seed"
+        )
 
 
 def _sources(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
-    """The files or the Hub data set of one entry; what else it says is told."""
+    """Return the files or Hub data set of one entry, and report its other keys."""
     path, files = entry.pop("path", None), entry.pop("data_files", None)
     entry.pop("ds_type", None)
     split, revision, name = entry.pop("split", "train"), entry.pop("revision", None), entry.pop("name", None)
     if split != "train":
-        draft.lack(f"{key}.split", f"{split}: strop takes the files of the train split, or a path within the data set")
+        draft.add_unsupported(f"{key}.split", f"{split}: strop reads the train split, or a path within the data set")
     if name is not None:
-        draft.lack(f"{key}.name", f"{name}: give the path within the data set instead: {path}/...")
+        draft.add_unsupported(f"{key}.name", f"{name}: give its path within the data set: {path}/...")
     if files is not None:
         listed = [files] if isinstance(files, str) else list(files)
         local = path in (None, "json", "csv", "parquet", "text")
@@ -216,7 +230,7 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
 
 
 def _columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, str]:
-    """Names of columns where they are not those that strop finds by itself."""
+    """Return the column names that strop does not detect automatically."""
     kind = entry.pop("type", None)
     columns: dict[str, str] = {}
     compared = draft.get("train.objective") in ("dpo", "ipo", "orpo", "simpo", "reward")
@@ -226,36 +240,38 @@ def _columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, str]:
     if any(column not in (ours, *(_TURNS if ours == turns else ())) for ours, column in given.items()):
         columns = {**({"chosen": "chosen", "rejected": "rejected"} if compared else {}), **given}
     if isinstance(kind, dict):
-        told = {"field_instruction": "instruction", "field_input": "input", "field_output": "output"}
-        told |= {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
-        told |= {"field_completion": "completion", "field_label": "label", "field_system": "system"}
+        columns_of = {"field_instruction": "instruction", "field_input": "input", "field_output": "output"}
+        columns_of |= {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
+        columns_of |= {"field_completion": "completion", "field_label": "label", "field_system": "system"}
         for theirs, column in kind.items():
-            if theirs in told:
-                columns[told[theirs]] = str(column)
+            if theirs in columns_of:
+                columns[columns_of[theirs]] = str(column)
             elif column:
-                draft.lack(
-                    f"{key}.type.{theirs}", f"{shown(column)}: the chat template writes what stands around texts"
+                draft.add_unsupported(
+                    f"{key}.type.{theirs}", f"{format_value(column)}: strop uses the chat template instead"
                 )
     elif kind in _TEXT:
         pass
     elif kind and str(kind).startswith("alpaca"):
-        draft.differ(f"{key}.type", f"{kind}: {_OTHER_PROMPT}")
+        draft.add_difference(f"{key}.type", f"{kind}: {_OWN_PROMPT_NOTE}")
     elif kind and not str(kind).startswith("chat_template"):
-        draft.differ(f"{key}.type", f"{kind}: strop finds the shape from the rows, and takes the model's chat template")
+        draft.add_difference(
+            f"{key}.type", f"{kind}: strop detects the format from the rows and uses the model's chat template"
+        )
     for theirs in ("roles", "message_property_mappings"):
         mapping = entry.pop(theirs, None)
-        if mapping is not None and not _plain(mapping):
-            draft.lack(f"{key}.{theirs}", shown(mapping))
+        if mapping is not None and not _has_usual_names(mapping):
+            draft.add_unsupported(f"{key}.{theirs}", format_value(mapping))
     for theirs, value in entry.items():
         usual = {"roles_to_train": (["assistant"], ["gpt"]), "train_on_eos": ("turn",), "train_on_eot": ("turn",)}
         if value is None or value in usual.get(theirs, ()):
             continue
-        draft.lack(f"{key}.{theirs}", shown(value))
+        draft.add_unsupported(f"{key}.{theirs}", format_value(value))
     return columns
 
 
-def _plain(mapping: dict[str, Any]) -> bool:
-    """Whether roles and properties have the names that strop knows anyhow."""
+def _has_usual_names(mapping: dict[str, Any]) -> bool:
+    """Return whether roles and properties have names that strop recognises."""
     known = {"role": {"role", "from"}, "content": {"content", "value"}, "user": {"user", "human"}}
     known |= {"assistant": {"assistant", "gpt", "ai"}, "system": {"system"}, "tool": {"tool"}}
     return all(
@@ -265,9 +281,9 @@ def _plain(mapping: dict[str, Any]) -> bool:
 
 def _training(draft: Draft, keys: Keys) -> None:
     rows, steps = keys.take("micro_batch_size", 1), keys.take("gradient_accumulation_steps", 1)
-    batch(draft, rows, steps, "micro_batch_size x gradient_accumulation_steps")
+    put_batch_size(draft, rows, steps, "micro_batch_size x gradient_accumulation_steps")
     if (total := keys.take("batch_size")) is not None:
-        draft.put("train.batch_size", whole("batch_size", total), "batch_size")
+        draft.put("train.batch_size", as_int("batch_size", total), "batch_size")
     for key, name, default in (
         ("num_epochs", "train.epochs", 1.0),
         ("learning_rate", "train.learning_rate", None),
@@ -278,71 +294,71 @@ def _training(draft: Draft, keys: Keys) -> None:
         given = keys.take(key)
         value, source = (given, key) if given is not None else (default, "axolotl's default")
         if value is not None:
-            draft.put(name, number(value), source)
+            draft.put(name, as_number(value), source)
     _schedule(draft, keys)
-    optimizer(draft, "optimizer", keys.take("optimizer", "adamw_torch_fused"))
-    adam(draft, keys)
+    put_optimizer(draft, "optimizer", keys.take("optimizer", "adamw_torch_fused"))
+    check_adam_betas(draft, keys)
     if keys.peek("bf16") in ("auto", "full"):
-        draft.skip("bf16", f"{keys.take('bf16')}: model.dtype, by what the machine computes well")
-    dtype(draft, keys)
-    checkpointing(draft, "gradient_checkpointing", keys.take("gradient_checkpointing"))
+        draft.add_ignored("bf16", f"{keys.take('bf16')}: strop chooses model.dtype for the machine")
+    put_dtype_flags(draft, keys)
+    put_checkpointing(draft, "gradient_checkpointing", keys.take("gradient_checkpointing"))
     for key, ours in (("evals_per_epoch", "train.eval_steps"), ("saves_per_epoch", "train.save_steps")):
         often = keys.take(key)
         if often and often != 1:
-            draft.lack(key, f"{often}: once an epoch here; for more give {ours}, a number of steps")
+            draft.add_unsupported(key, f"{often}: once an epoch here; otherwise set {ours} to a number of steps")
     if (patience := keys.take("early_stopping_patience")) is not None:
-        draft.put("train.early_stopping", whole("early_stopping_patience", patience), "early_stopping_patience")
+        draft.put("train.early_stopping", as_int("early_stopping_patience", patience), "early_stopping_patience")
     _tracking(draft, keys)
-    _how(draft, keys)
-    steps_and_places(draft, keys)
+    _plugins(draft, keys)
+    schedule_and_output(draft, keys)
     if draft.get("out") is None:
-        draft.differ("output_dir", "./model-out there; runs/<data>-N here")
+        draft.add_difference("output_dir", "./model-out there; runs/<data>-N here")
 
 
 def _schedule(draft: Draft, keys: Keys) -> None:
     steps, ratio, name = keys.take("warmup_steps"), keys.take("warmup_ratio"), keys.take("lr_scheduler", "cosine")
     warm, source = (steps, "warmup_steps") if steps is not None else (ratio, "warmup_ratio")
-    warmup = real(source, 0.03 if warm is None else warm)
+    warmup = as_float(source, 0.03 if warm is None else warm)
     draft.put("train.warmup", warmup, "axolotl's default" if warm is None else source)
-    schedule(draft, "lr_scheduler", name)
+    put_schedule(draft, "lr_scheduler", name)
     if name == "constant":
         if warm:
-            draft.skip(source, f"{warm}: lr_scheduler constant has no warmup there either")
+            draft.add_ignored(source, f"{warm}: ignored there too: lr_scheduler constant has no warmup")
     elif warm is None:
-        draft.differ("warmup", f"not given: 3 % of the steps, there at most 100; {SCHEDULE_STARTS}")
+        draft.add_difference("warmup", f"not given: 3 % of the steps, at most 100 there; {WARMUP_NOTE}")
     elif warmup:
-        draft.differ("warmup", f"{SCHEDULE_STARTS}" + "; a share is rounded up, there down" * (0 < warmup < 1))
+        draft.add_difference("warmup", f"{WARMUP_NOTE}" + "; a share is rounded up here, down there" * (0 < warmup < 1))
 
 
 def _tracking(draft: Draft, keys: Keys) -> None:
     if (project := keys.take("wandb_project")) is not None:
-        track(draft, "wandb_project", "wandb")
-        draft.lack("wandb_project", f"{project}: set WANDB_PROJECT={project} in the environment")
+        put_tracker(draft, "wandb_project", "wandb")
+        draft.add_unsupported("wandb_project", f"{project}: set WANDB_PROJECT={project} in the environment")
     for key, name in _WANDB.items():
         if (value := keys.take(key)) is not None:
-            draft.lack(key, f"{value}: set {name}={value} in the environment")
+            draft.add_unsupported(key, f"{value}: set {name}={value} in the environment")
     for key, tracker in (("use_tensorboard", "tensorboard"), ("use_trackio", "trackio")):
         if keys.take(key):
-            track(draft, key, tracker)
+            put_tracker(draft, key, tracker)
     for key in ("use_mlflow", "use_comet"):
         if keys.take(key):
-            track(draft, key, key.removeprefix("use_"))
+            put_tracker(draft, key, key.removeprefix("use_"))
 
 
-def _how(draft: Draft, keys: Keys) -> None:
-    """Plugins, and keys of those that strop has no need of."""
+def _plugins(draft: Draft, keys: Keys) -> None:
+    """Import plugins and their keys."""
     for plugin in keys.take("plugins") or []:
-        if any(word in str(plugin).lower().replace("cutcross", "cut_cross") for word in _FASTER):
-            draft.skip("plugins", str(plugin))
+        if any(word in str(plugin).lower().replace("cutcross", "cut_cross") for word in _SPEED_PLUGINS):
+            draft.add_ignored("plugins", str(plugin))
         else:
-            draft.lack("plugins", f"{plugin}: what it adds is not here")
+            draft.add_unsupported("plugins", f"{plugin}: not supported")
     for key in [key for key in keys.left() if key.startswith("liger_")]:
         keys.take(key)
-        draft.skip(key)
+        draft.add_ignored(key)
 
 
 def _preferences(draft: Draft, keys: Keys) -> None:
-    no_dropout(draft, "lora_dropout")
+    disable_dropout_for_preferences(draft, "lora_dropout")
     kinds = keys.peek("dpo_loss_type")
     if kinds in (["ipo"], ["sigmoid"]) and draft.get("train.objective") == "dpo":
         keys.take("dpo_loss_type")
@@ -355,8 +371,8 @@ def _preferences(draft: Draft, keys: Keys) -> None:
         ("kto_undesirable_weight", "train.undesirable_weight"),
     ):
         if (value := keys.take(key)) is not None:
-            draft.put(name, number(value), key)
+            draft.put(name, as_number(value), key)
     if draft.get("train.objective") == "simpo":
-        simpo(draft, keys)
+        put_simpo(draft, keys)
     if draft.get("train.objective") == "ipo" and draft.get("train.beta") is not None:
-        draft.differ("rl_beta", "the paper's tau here")
+        draft.add_difference("rl_beta", "the tau of the paper here")

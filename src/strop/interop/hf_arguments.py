@@ -1,4 +1,4 @@
-"""What several tools share: transformers' TrainingArguments, peft's LoraConfig, names of optimizers and schedules."""
+"""Settings that several tools share: TrainingArguments, LoraConfig, names of optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from strop.errors import InputError, RecipeError, nearest
-from strop.interop.draft import Draft, Keys, shown
+from strop.interop.draft import Draft, Keys, format_value
 
 OPTIMIZERS = {
     **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam"), "adamw"),
@@ -23,8 +23,8 @@ SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
-# of TrainingArguments and the like: how it is computed, watched and stored, not what is learned
-OWN_WAY = (
+# keys that decide how a run is computed, watched and stored, not what is learned
+IGNORED_KEYS = (
     "bf16_full_eval", "data_seed", "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_train",
     "eval_accumulation_steps", "eval_strategy", "evaluation_strategy", "fp16_full_eval",
@@ -46,125 +46,125 @@ OWN_WAY = (
     "skip_memory_metrics", "torch_compile", "torch_compile_backend", "torch_compile_mode", "trust_remote_code",
     "use_cache",
 )  # fmt: skip
-# without "steps" in it, the number of steps is not read
-WHEN = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_steps": ("save_strategy",)}
-PLAIN_NAME = re.compile(r"[\w.\- ]*$")  # of a layer, as against an expression
-ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # strop's, and every other tool's default
-CUTS_THE_END = (
-    "longer rows are cut at their end there, so the answer loses its end and its stop token; strop refuses such rows: "
+# transformers reads these step counts only if the strategy is "steps"
+STRATEGY_KEYS = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_steps": ("save_strategy",)}
+LAYER_NAME = re.compile(r"[\w.\- ]*$")  # a plain layer name, not a regular expression
+ADAM = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+}  # the defaults of strop and of all tools read here
+TRUNCATION_NOTE = (
+    "longer rows lose their end there, including the stop token of the answer; strop refuses such rows: "
     "raise data.max_length, or choose data.overlong"
 )
-NO_LIMIT = "null or None: rows of any length there; at most data.max_length tokens here"
-SCHEDULE_STARTS = "the first step has learning rate 0 there, and is one warmup step above 0 here"
-# what is wrong, and what to do
+NO_LIMIT_NOTE = "null or None: no limit there; at most data.max_length tokens here"
+WARMUP_NOTE = "the first step has learning rate 0 there, and one warmup step's rate here"
+# message, fix
 NO_GRPO = (
-    "its rewards are code, which is not run",
+    "its reward functions are code, which is not executed",
     "write the recipe yourself: train.objective grpo, train.rewards file.py:function",
 )
-# how several cards share the work
-CARDS = (
+# how several GPUs share the work
+PARALLELISM_KEYS = (
     "deepspeed", "ds_config", "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap",
     "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree",
     "parallelism_config",
 )  # fmt: skip
-_CARDS_HERE = (
-    "how cards share the work there; here `strop train --devices N`, and a base that does not fit on one is shared out "
-    "(model.placement)"
+_PARALLELISM_NOTE = (
+    "parallelism is configured differently: use `strop train --devices N`; a base that does not fit on one GPU is "
+    "sharded (model.placement)"
 )
 
 
-def batch(draft: Draft, rows: Any, steps: Any, key: str) -> None:
-    """Rows at once times gradient accumulation: the effective batch of one device."""
-    at_once = whole(key, rows)
-    draft.put("train.batch_size", at_once * whole(key, steps), key)
+def put_batch_size(draft: Draft, rows: Any, steps: Any, key: str) -> None:
+    """Set the effective batch size from the micro-batch and gradient accumulation of one device."""
+    at_once = as_int(key, rows)
+    draft.put("train.batch_size", at_once * as_int(key, steps), key)
     draft.put("train.micro_batch", at_once, key)
-    draft.differ(
-        key, "of one device there; strop's batch_size is the effective batch of the run, whatever the number of devices"
-    )
+    draft.add_difference(key, "per device there; strop's batch_size is the effective batch over all devices")
 
 
-def packing(draft: Draft, key: str) -> None:
-    draft.differ(
+def note_packing(draft: Draft, key: str) -> None:
+    draft.add_difference(
         key,
-        "the batch counts packed sequences there, each of many rows; here it counts rows, and strop packs by itself: "
-        "multiply train.batch_size by the rows that fit into one sequence",
+        "the batch counts packed sequences of many rows there; strop counts rows and packs automatically: "
+        "multiply train.batch_size by the number of rows that fit into one sequence",
     )
 
 
-def val_split(draft: Draft, key: str, share: Any) -> None:
+def put_eval_share(draft: Draft, key: str, share: Any) -> None:
     if not share:
         return
     if isinstance(share, float) and 0 < share < 1:
         draft.put("data.eval", f"{100 * share:g}%", key)
-        draft.differ(key, "which rows are held out is decided by their content here, not by a seed")
+        draft.add_difference(key, "held-out rows are chosen by their content here, not by a seed")
     else:
-        draft.lack(key, f"{shown(share)}: a number of rows; give data.eval a file or a share such as 5%")
+        draft.add_unsupported(key, f"{format_value(share)}: a row count; set data.eval to a file or a share such as 5%")
 
 
-def optimizer(draft: Draft, key: str, name: Any) -> None:
+def put_optimizer(draft: Draft, key: str, name: Any) -> None:
     known = OPTIMIZERS.get(str(name).lower())
     if known is None:
-        draft.lack(key, f"{name}: strop takes adamw unless train.optimizer says otherwise")
+        draft.add_unsupported(key, f"{name}: not supported; strop uses adamw unless train.optimizer is set")
         return
     draft.put("train.optimizer", known, key)
     if "paged" in str(name) and "paged" not in known:
-        draft.differ(key, f"{name}: {known} here, in memory that is not paged; the numbers are the same")
+        draft.add_difference(key, f"{name}: {known} here, not paged; the results are the same")
     if known == "adafactor":
-        draft.differ(key, "here with the learning rate as it is given, not scaled by the size of the weights")
+        draft.add_difference(key, "the learning rate is used unchanged here, not scaled by the norm of the weights")
 
 
-def adam(draft: Draft, keys: Keys) -> None:
-    """AdamW's own numbers, which strop does not let one set: told only where they differ."""
+def check_adam_betas(draft: Draft, keys: Keys) -> None:
+    """Report AdamW's betas and epsilon, which strop does not expose, if they differ from strop's."""
     for key, ours in ADAM.items():
-        if (value := number(keys.take(key))) is not None and value != ours:
-            draft.lack(key, f"{value}: {ours:g} here", keys.line(key))
+        if (value := as_number(keys.take(key))) is not None and value != ours:
+            draft.add_unsupported(key, f"{value}: {ours:g} here", keys.line(key))
 
 
-def no_dropout(draft: Draft, said: str) -> None:
-    """What compares answers switches all dropout off in trl, and in all that is made of it (disable_dropout)."""
+def disable_dropout_for_preferences(draft: Draft, key: str) -> None:
+    """Set dropout to 0 for preference objectives, as TRL and tools built on it do (disable_dropout)."""
     if draft.get("train.objective") is not None and (share := draft.get("lora.dropout")):
-        draft.put("lora.dropout", 0.0, "disable_dropout, on there")
-        draft.differ(
-            said, f"{share}: not used there, where an objective that compares answers switches all dropout off"
-        )
+        draft.put("lora.dropout", 0.0, "disable_dropout")
+        draft.add_difference(key, f"{share}: not used there: preference objectives disable dropout")
 
 
-def schedule(draft: Draft, key: str, name: Any) -> None:
+def put_schedule(draft: Draft, key: str, name: Any) -> None:
     known = SCHEDULES.get(str(name).lower())
     if known is None:
-        draft.lack(key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is taken")
+        draft.add_unsupported(key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is taken")
         draft.put("train.lr_scheduler", "cosine", f"{key} has no equivalent")
         return
     draft.put("train.lr_scheduler", known, key)
     if name == "constant":
-        draft.put("train.warmup", 0, f"{key}: without a warmup there")
+        draft.put("train.warmup", 0, f"{key}: no warmup there")
 
 
-def dtype(draft: Draft, keys: Keys) -> None:
-    """bf16 and fp16 as TrainingArguments have them."""
+def put_dtype_flags(draft: Draft, keys: Keys) -> None:
+    """Read the bf16 and fp16 flags of TrainingArguments."""
     for key in ("bf16", "fp16"):
         value = keys.take(key)
         if value is True:
             draft.put("model.dtype", key, key)
 
 
-def checkpointing(draft: Draft, key: str, on: Any) -> None:
+def put_checkpointing(draft: Draft, key: str, on: Any) -> None:
     if isinstance(on, str):
-        draft.skip(key, f"{on}: the plan decides")
+        draft.add_ignored(key, f"{on}: the plan decides")
     elif on is not None:
         draft.put("train.gradient_checkpointing", "on" if on else "off", key)
 
 
-def training_arguments(draft: Draft, keys: Keys, defaults: dict[str, Any], *, said: str) -> None:
-    """TrainingArguments and what is made of them. defaults: of those that decide what is learned; said: whose."""
+def training_arguments(draft: Draft, keys: Keys, defaults: dict[str, Any], *, tool: str) -> None:
+    """Read TrainingArguments and its subclasses. defaults: by key; tool: the tool they belong to."""
 
     def value(key: str) -> tuple[Any, str]:
         given = keys.take(key)
-        return (given, key) if given is not None else (defaults.get(key), keys.default(key, f"{said}'s default"))
+        return (given, key) if given is not None else (defaults.get(key), keys.default(key, f"{tool}'s default"))
 
     rows, at = value("per_device_train_batch_size")
     steps, _ = value("gradient_accumulation_steps")
-    batch(draft, rows, steps, "per_device_train_batch_size" if at == f"{said}'s default" else at)
+    put_batch_size(draft, rows, steps, "per_device_train_batch_size" if at == f"{tool}'s default" else at)
     for key, name in (
         ("learning_rate", "train.learning_rate"),
         ("num_train_epochs", "train.epochs"),
@@ -174,90 +174,92 @@ def training_arguments(draft: Draft, keys: Keys, defaults: dict[str, Any], *, sa
     ):
         found, source = value(key)
         if found is not None:
-            draft.put(name, number(found), source)
+            draft.put(name, as_number(found), source)
     name, _ = value("lr_scheduler_type")
-    warmup(draft, keys, constant=name == "constant")
-    schedule(draft, "lr_scheduler_type", name)
+    put_warmup(draft, keys, constant=name == "constant")
+    put_schedule(draft, "lr_scheduler_type", name)
     found, _ = value("optim")
-    optimizer(draft, "optim", found)
-    adam(draft, keys)
-    dtype(draft, keys)
+    put_optimizer(draft, "optim", found)
+    check_adam_betas(draft, keys)
+    put_dtype_flags(draft, keys)
     for key in ("gradient_checkpointing", "activation_checkpointing"):  # its name since transformers 5.24
-        checkpointing(draft, key, keys.take(key))
-    steps_and_places(draft, keys)
+        put_checkpointing(draft, key, keys.take(key))
+    schedule_and_output(draft, keys)
 
 
-def warmup(draft: Draft, keys: Keys, *, constant: bool) -> None:
-    """constant: the schedule of that name, which has no warmup in transformers."""
+def put_warmup(draft: Draft, keys: Keys, *, constant: bool) -> None:
+    """Read the warmup. constant: the schedule is `constant`, which ignores warmup in transformers."""
     steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
     value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
-    draft.put("train.warmup", number(value or 0), key if value else "no warmup there")
+    draft.put("train.warmup", as_number(value or 0), key if value else "no warmup there")
     if value and constant:
-        draft.skip(key, f"{value}: lr_scheduler_type constant has no warmup there either")
+        draft.add_ignored(key, f"{value}: ignored there too: lr_scheduler_type constant has no warmup")
     elif value:
-        draft.differ(key, SCHEDULE_STARTS)
+        draft.add_difference(key, WARMUP_NOTE)
 
 
-def steps_and_places(draft: Draft, keys: Keys) -> None:
-    """When something is done, where it goes, who watches."""
-    if (most := keys.take("max_steps")) is not None and whole("max_steps", most) > 0:
-        draft.put("train.max_steps", whole("max_steps", most), "max_steps")
+def schedule_and_output(draft: Draft, keys: Keys) -> None:
+    """Read step limits and intervals, output folder, parallelism and trackers."""
+    if (most := keys.take("max_steps")) is not None and as_int("max_steps", most) > 0:
+        draft.put("train.max_steps", as_int("max_steps", most), "max_steps")
     for key, name in (("logging_steps", "log_steps"), ("eval_steps", "eval_steps"), ("save_steps", "save_steps")):
-        number_, at = number(keys.take(key)), keys.line(key)
-        when = [keys.peek(word) for word in WHEN.get(key, ())]
+        number_, at = as_number(keys.take(key)), keys.line(key)
+        when = [keys.peek(word) for word in STRATEGY_KEYS.get(key, ())]
         if number_ is None:
             continue
         if other := [str(one) for one in when if one not in (None, "steps")]:
-            draft.skip(key, f"{number_}: not read there, {key.partition('_')[0]}_strategy is {other[0]}", at)
+            draft.add_ignored(key, f"{number_}: ignored there: {key.partition('_')[0]}_strategy is {other[0]}", at)
             continue
         if isinstance(number_, int) and number_ >= 1:
             draft.put(f"train.{name}", number_, key)
         elif number_:
-            draft.lack(key, f"{number_}: a share of all steps there; give train.{name}, a number of steps", at)
-    for key in CARDS:
+            draft.add_unsupported(
+                key, f"{number_}: a share of all steps there; set train.{name} to a number of steps", at
+            )
+    for key in PARALLELISM_KEYS:
         at = keys.line(key)
         if keys.take(key):
-            draft.lack(key, _CARDS_HERE, at)
+            draft.add_unsupported(key, _PARALLELISM_NOTE, at)
     if (most := keys.take("save_total_limit")) is not None:
-        draft.put("train.keep_checkpoints", max(1, whole("save_total_limit", most)), "save_total_limit")
+        draft.put("train.keep_checkpoints", max(1, as_int("save_total_limit", most)), "save_total_limit")
     if (out := keys.take("output_dir")) is not None:
         draft.put("out", str(out), "output_dir")
     for key in ("push_to_hub", "hub_model_id", "hub_strategy"):
         at = keys.line(key)
         if value := keys.take(key):
-            draft.lack(key, f"{value}: a command of its own, after training: `strop push RUN OWNER/NAME`", at)
+            draft.add_unsupported(key, f"{value}: run `strop push RUN OWNER/NAME` after training", at)
     if resume := keys.take("resume_from_checkpoint"):
-        draft.lack("resume_from_checkpoint", f"{resume}: a run of strop goes on with `strop resume RUN`")
+        draft.add_unsupported("resume_from_checkpoint", f"{resume}: use `strop resume RUN`")
     trackers = keys.take("report_to")
     for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
-        track(draft, "report_to", tracker)
+        put_tracker(draft, "report_to", tracker)
 
 
-def track(draft: Draft, key: str, tracker: str) -> None:
+def put_tracker(draft: Draft, key: str, tracker: str) -> None:
     if tracker in ("tensorboard", "wandb", "trackio"):
         draft.put("track", [*(draft.get("track") or []), tracker], key)
     elif tracker not in ("none", "all"):
-        draft.lack(key, f"{tracker}: strop has tensorboard, wandb and trackio")
+        draft.add_unsupported(key, f"{tracker}: strop has tensorboard, wandb and trackio")
 
 
-def lora(
+def put_lora(
     draft: Draft, keys: Keys, *, rank: str, alpha: str, dropout: str, modules: str, defaults: dict[str, Any]
 ) -> None:
-    """Rank, alpha, dropout and targets under a tool's names."""
+    """Read rank, alpha, dropout and target modules under a tool's key names."""
     for key, name in ((rank, "lora.r"), (alpha, "lora.alpha"), (dropout, "lora.dropout")):
         given = keys.take(key)
         value, source = (given, key) if given is not None else (defaults.get(name), None)
         source = source or keys.default(key, f"default of {key} there")
         if value is not None:
-            draft.put(name, number(value), source)
+            draft.put(name, as_number(value), source)
     given = keys.take(modules)
     if isinstance(given, str):
         given = given if given.strip() in ("all", "all-linear") else [part.strip() for part in given.split(",")]
-    if odd := [name for name in given if not PLAIN_NAME.match(str(name))] if isinstance(given, list) else []:
-        draft.lack(
+    if odd := [name for name in given if not LAYER_NAME.match(str(name))] if isinstance(given, list) else []:
+        draft.add_unsupported(
             modules,
-            f"{odd[0]}: a regular expression; strop takes names of linear layers, and all of them unless "
-            "lora.target_modules says otherwise (`strop modules MODEL` lists them)",
+            f"{odd[0]}: a regular expression; strop takes names of linear layers, by default all of "
+            "them: set lora.target_modules (`strop modules MODEL` lists the names)",
             keys.line(modules),
         )
     elif isinstance(given, list):
@@ -269,61 +271,61 @@ def lora(
             draft.put(f"lora.{key}", bool(keys.take(key)), key)
 
 
-def first_weights(draft: Draft, keys: Keys, key: str) -> None:
-    """peft's `init_lora_weights`."""
+def lora_init(draft: Draft, keys: Keys, key: str) -> None:
+    """Read PEFT's `init_lora_weights`."""
     start = keys.take(key)
     if start in ("gaussian", "loftq"):
         draft.put("lora.init", start, key)
     elif start not in (None, True):
-        draft.lack(key, shown(start))
+        draft.add_unsupported(key, format_value(start))
 
 
-def must_be(kind: str, value: Any, known: dict[str, str]) -> str:
-    """The objective of a method's name. Raises InputError where strop has none."""
+def objective_for(kind: str, value: Any, known: dict[str, str]) -> str:
+    """Return strop's objective for a method's name. Raises InputError if strop has none."""
     if value == "grpo":
         raise InputError(f"{kind}: grpo: {NO_GRPO[0]}", fix=NO_GRPO[1])
     if value not in known:
         raise InputError(
-            f"{kind}: {value}: strop has no such objective{nearest(str(value), known)}",
+            f"{kind}: {value}: not an objective of strop{nearest(str(value), known)}",
             fix=f"it has {', '.join(dict.fromkeys(known))}",
         )
     return known[value]
 
 
-def simpo(draft: Draft, keys: Keys) -> None:
-    """SimPO as TRL has it, in its CPOTrainer, and Axolotl through that: other defaults, and a loss besides."""
+def put_simpo(draft: Draft, keys: Keys) -> None:
+    """Read SimPO as in TRL's CPOTrainer, which Axolotl uses too: other defaults and an additional loss."""
     if draft.get("train.beta") is None:
         draft.put("train.beta", 0.1, "trl's default")
     gamma = keys.take("simpo_gamma")
     draft.put(
-        "train.gamma", 0.5 if gamma is None else number(gamma), "trl's default" if gamma is None else "simpo_gamma"
+        "train.gamma", 0.5 if gamma is None else as_number(gamma), "trl's default" if gamma is None else "simpo_gamma"
     )
     alpha = keys.take("cpo_alpha")
     if alpha or alpha is None:
-        said = "1.0, trl's default" if alpha is None else alpha
-        draft.lack("cpo_alpha", f"{said}: train.sft_weight is near to it (a mean over tokens)")
+        value = "1.0, trl's default" if alpha is None else alpha
+        draft.add_unsupported("cpo_alpha", f"{value}: train.sft_weight is similar (a mean over tokens)")
 
 
-def whole(key: str, value: Any) -> int:
-    """A whole number, in YAML perhaps a text. Raises RecipeError."""
+def as_int(key: str, value: Any) -> int:
+    """Convert a value to int; YAML may hold it as text. Raises RecipeError."""
     try:
         if not isinstance(value, bool) and int(value) == float(value):
             return int(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise RecipeError(f"{key}: {shown(value)}: not a whole number", fix="give one there")
+    raise RecipeError(f"{key}: {format_value(value)}: not a whole number", fix="set a whole number in the file")
 
 
-def real(key: str, value: Any) -> float:
-    """A number, in YAML perhaps a text. Raises RecipeError."""
-    found = number(value)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise RecipeError(f"{key}: {shown(value)}: not a number", fix="give one there")
-    return found
+def as_float(key: str, value: Any) -> float:
+    """Convert a value to float; YAML may hold it as text. Raises RecipeError."""
+    converted = as_number(value)
+    if isinstance(converted, bool) or not isinstance(converted, int | float):
+        raise RecipeError(f"{key}: {format_value(value)}: not a number", fix="set a number in the file")
+    return converted
 
 
-def number(value: Any) -> Any:
-    """YAML reads 1e-4 as text."""
+def as_number(value: Any) -> Any:
+    """Convert numeric text to float, because YAML reads 1e-4 as text; return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:

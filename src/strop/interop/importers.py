@@ -1,4 +1,4 @@
-"""The tools whose configs are read, by name."""
+"""The tools whose configs can be imported, by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from strop.errors import RecipeError, nearest
 from strop.interop import axolotl, llamafactory, torchtune, trl
 from strop.interop.draft import Draft, Imported
 
-PEERS: Mapping[str, Callable[[Path], Draft]] = {
+IMPORTERS: Mapping[str, Callable[[Path], Draft]] = {
     "axolotl": axolotl.read,
     "llamafactory": llamafactory.read,
     "trl": partial(trl.read, peer="trl"),
@@ -20,13 +20,14 @@ PEERS: Mapping[str, Callable[[Path], Draft]] = {
 
 
 def import_config(peer: str, path: Path) -> Imported:
-    """A config of another tool as a recipe, and what became of each of its keys.
+    """Import another tool's config as a recipe, with a note on every key that differs or is left out.
 
-    Raises RecipeError for a tool that is not known and for values that strop cannot take, InputError for a file that is
-    not such a config or trains in a way that strop does not.
+    Raises:
+        RecipeError: for an unknown tool, or a value that strop does not accept.
+        InputError: if the file is not a config of this tool, or trains in a way strop does not support.
     """
-    if peer not in PEERS:
+    if peer not in IMPORTERS:
         raise RecipeError(
-            f"{peer}: no tool that can be imported from{nearest(peer, PEERS)}", fix=f"give {', '.join(PEERS)}"
+            f"{peer}: not a tool that strop imports from{nearest(peer, IMPORTERS)}", fix=f"give {', '.join(IMPORTERS)}"
         )
-    return PEERS[peer](path).finish()
+    return IMPORTERS[peer](path).finish()

@@ -1,29 +1,32 @@
-"""What every job file is made from, and how it gets onto the disk. The files are text: no SDK, no torch."""
+"""Describe a cluster job and write its file. Job files are plain text: no SDK and no torch are needed."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from strop.config.load import resolve
 from strop.config.schema import Recipe
 from strop.errors import DeviceError, FolderError, RecipeError
 from strop.runs.folder import next_numbered, write_atomic
 
-LONGEST_NAME = 40  # of the 63 characters of a Kubernetes name, which gets endings such as -node-0-0-abcde
+LONGEST_NAME = 40  # Kubernetes allows 63 characters and appends suffixes such as -node-0-0-abcde
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe on `nodes` machines with `devices` each. recipe, out: paths as seen from `folder`. cores: of a device.
+    """A recipe to run on several nodes.
 
-    cards: a device is a card; else it is a process on the CPU. name: letters, digits and dashes alone. needs: its
-    recipe's files.
+    name: job name of letters, digits and dashes. recipe, out: paths relative to `folder`. devices: per node.
+    cores: per device. gpus: whether a device is a GPU; otherwise it is a CPU process. needs: files the recipe uses.
     """
 
     name: str
@@ -33,23 +36,23 @@ class Job:
     nodes: int
     devices: int
     cores: int
-    cards: bool
+    gpus: bool
     needs: tuple[str, ...]
 
     @property
     def words(self) -> list[str]:
-        """What each rank runs, after `python -m strop.cli`. A job that is started again says the same once more."""
+        """Return the arguments of `python -m strop.cli` for every rank; the same at each restart."""
         return ["train", self.recipe, f"--out={self.out}", "--resume"]
 
     @property
     def size(self) -> str:
-        kind = "card" if self.cards else "CPU process"
+        kind = "GPU" if self.gpus else "CPU process"
         return f"{_count(self.nodes, 'node')} with {_count(self.devices, kind)} each"
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A job file that was written. submit: the command that hands it in. needs: files that must be where it runs."""
+    """A written job file, the command that submits it, and the files that must exist where it runs."""
 
     file: Path
     submit: str
@@ -64,19 +67,21 @@ class Launched:
         }  # fmt: skip
 
 
-def job_of(recipe: Path, *, nodes: int, devices: int, cores: int, out: str | None) -> Job:
-    """Checks a recipe and names its run folder, so that a job that is started again finds it.
+def make_job(recipe: Path, *, nodes: int, devices: int, cores: int, out: str | None) -> Job:
+    """Validate a recipe and fix its run folder, so that a restarted job resumes the same run.
 
-    Raises RecipeError for a recipe that is wrong, DeviceError for one that cannot run on several devices.
+    Raises RecipeError for an invalid recipe, DeviceError for one that cannot run on several devices.
     """
-    found = resolve(recipe).recipe
-    device = found.model.device
+    resolved = resolve(recipe).recipe
+    device = resolved.model.device
     if device == "mps":
-        raise DeviceError("model.device mps: a job runs on cards or CPUs", fix="set model.device to cuda, cpu or auto")
+        raise DeviceError(
+            "model.device mps: jobs run on CUDA GPUs or CPUs", fix="set model.device to cuda, cpu or auto"
+        )
     if device.startswith("cuda:") and nodes * devices > 1:
-        raise DeviceError(f"model.device {device}: names one card", fix="set model.device to cuda")
+        raise DeviceError(f"model.device {device}: names a single GPU", fix="set model.device to cuda")
     path = os.path.relpath(recipe)
-    folder = out or found.out or str(next_numbered(Path("runs"), _name(recipe.stem)))
+    folder = out or resolved.out or str(next_numbered(Path("runs"), _name(recipe.stem)))
     return Job(
         name=_name(Path(folder).name),
         recipe=f"./{path}" if path.startswith("-") else path,
@@ -85,19 +90,19 @@ def job_of(recipe: Path, *, nodes: int, devices: int, cores: int, out: str | Non
         nodes=nodes,
         devices=devices,
         cores=cores,
-        cards=device != "cpu",
-        needs=_files(found),
+        gpus=device != "cpu",
+        needs=_local_files(resolved),
     )
 
 
 def write(job: Job, file: Path, text: str, submit: str, *, force: bool, needs: tuple[str, ...] = ()) -> Launched:
-    """Raises FolderError where the file is there already or is a folder, RecipeError for a path that is not text."""
+    """Write a job file. Raises FolderError if it exists or is a folder, RecipeError for a path that is not UTF-8."""
     if file.is_dir():
         raise FolderError(f"{file}: is a folder", fix="give --file the name of a file")
     if file.exists() and not force:
-        raise FolderError(f"{file}: is there already", fix="give --file another name, or --force to replace it")
+        raise FolderError(f"{file}: already exists", fix="give --file another name, or --force to replace it")
     if not file.parent.is_dir():
-        raise FolderError(f"{file.parent}: no such folder", fix="make it, or give --file another name")
+        raise FolderError(f"{file.parent}: no such folder", fix="create it, or give --file another name")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -109,21 +114,23 @@ def write(job: Job, file: Path, text: str, submit: str, *, force: bool, needs: t
     return Launched(file, submit, job, needs)
 
 
-def shown(path: Path) -> str:
-    """A path as a word of a command line."""
+def quote_path(path: Path) -> str:
+    """Quote a path for a command line."""
     word = str(path)
     return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
-def shell(words: list[str], indent: str = "    ") -> str:
-    """Words of a command, each on a line of its own, whatever is in them."""
-    return f" \\\n{indent}".join(shlex.quote(word) for word in words)
+def quote_words(arguments: list[str], indent: str = "    ") -> str:
+    """Quote the words of a command, one per line with continuations."""
+    return f" \\\n{indent}".join(shlex.quote(word) for word in arguments)
 
 
-def must_be_relative(job: Job, where: str) -> None:
-    """Raises RecipeError for a run folder that is a path of this machine."""
-    if Path(job.out).expanduser().is_absolute() or ".." in Path(job.out).parts:  # ~ is a home of the machine there
-        raise RecipeError(f"--out {job.out}: the run is kept {where}", fix=f"give a path in it: --out runs/{job.name}")
+def require_relative_out(job: Job, where: str) -> None:
+    """Raise RecipeError if the run folder is an absolute path of this machine."""
+    if Path(job.out).expanduser().is_absolute() or ".." in Path(job.out).parts:  # ~ is another home folder there
+        raise RecipeError(
+            f"--out {job.out}: the run folder is stored {where}", fix=f"give a relative path: --out runs/{job.name}"
+        )
 
 
 def _name(text: str) -> str:
@@ -131,8 +138,8 @@ def _name(text: str) -> str:
     return plain if plain[:1].isalpha() else f"run-{plain}".rstrip("-")
 
 
-def _files(recipe: Recipe) -> tuple[str, ...]:
-    """Files and folders on this disk that the recipe names; a pattern stands for the files that it finds."""
+def _local_files(recipe: Recipe) -> tuple[str, ...]:
+    """Return the files, folders and matching patterns on this disk that the recipe refers to."""
     data, model, rewards = recipe.data, recipe.model, recipe.train.rewards
     named: list[str | None] = [model.name, model.adapter, data.template]
     for rows in (data.train, data.eval):
@@ -145,3 +152,56 @@ def _files(recipe: Recipe) -> tuple[str, ...]:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
+
+
+class BlockText(str):
+    """Text that YAML writes as a literal block where possible."""
+
+    __slots__ = ()
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> Any:
+        return super().increase_indent(flow, False)  # indent lists below their key
+
+
+def _represent_str(dumper: _Dumper, value: str) -> Any:
+    """Use double quotes for text with YAML 1.1's further line breaks, which PyYAML preserves only there."""
+    breaks = any(mark in value for mark in "\x85\u2028\u2029")
+    style = '"' if breaks else "|" if isinstance(value, BlockText) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style=style)
+
+
+_Dumper.add_representer(str, _represent_str)
+_Dumper.add_representer(BlockText, _represent_str)
+
+
+def dump_with_comments(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str]) -> str:
+    """Return a YAML document with comments above some of its keys.
+
+    comments: by path of keys (list positions as text). Raises KeyError for a path that does not exist.
+    """
+    text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    lines, places = (
+        text.removesuffix("\n").split("\n"),
+        dict(_key_positions(yaml.compose(text, Loader=yaml.SafeLoader), ())),
+    )
+    for path in sorted(comments, key=lambda path: places[path], reverse=True):
+        line, column = places[path]
+        lines[line:line] = [f"{' ' * column}# {comment}" for comment in comments[path].splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _key_positions(node: Any, path: tuple[str, ...]) -> Any:
+    """Yield (path, (line, column)) for every key."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, str(key.value))
+            yield inner, (key.start_mark.line, key.start_mark.column)
+            yield from _key_positions(value, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield from _key_positions(value, (*path, str(number)))

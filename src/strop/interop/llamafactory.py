@@ -1,4 +1,4 @@
-"""LLaMA-Factory's YAML as a recipe. Names and defaults as of its 0.9.6 (src/llamafactory/hparams/)."""
+"""Import LLaMA-Factory's YAML. Names and defaults are those of 0.9.6 (src/llamafactory/hparams/)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import Draft, Keys, read_yaml, shown
+from strop.interop.draft import Draft, Keys, format_value, read_yaml
 from strop.interop.hf_arguments import (
-    OWN_WAY,
-    lora,
-    must_be,
-    no_dropout,
-    number,
-    packing,
+    IGNORED_KEYS,
+    as_int,
+    as_number,
+    disable_dropout_for_preferences,
+    note_packing,
+    objective_for,
+    put_eval_share,
+    put_lora,
     training_arguments,
-    val_split,
-    whole,
 )
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
@@ -26,37 +26,40 @@ DEFAULTS = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "num_train_epochs": 3.0,
     "lr_scheduler_type": "linear", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
 }  # fmt: skip
-MORE_OF_OURS = (
+MORE_IGNORED_KEYS = (
     "cache_dir", "data_shared_file_system", "enable_liger_kernel", "flash_attn", "low_cpu_mem_usage", "media_dir",
     "overwrite_cache", "plot_loss", "preprocessing_batch_size", "preprocessing_num_workers", "print_param_status",
     "tokenized_path", "trust_remote_code", "use_fast_tokenizer", "use_reentrant_gc", "use_unsloth", "use_unsloth_gc",
     "upcast_layernorm", "quantization_device_map",
 )  # fmt: skip
-# their names of columns in dataset_info.json, and strop's, by the shape of the rows
+# column names in dataset_info.json and strop's, by row format
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
-_FOUND = {"conversations": ("conversations", "messages"), "kto_tag": ("kto_tag", "label")}  # found by themselves
+_DETECTED_COLUMNS = {
+    "conversations": ("conversations", "messages"),
+    "kto_tag": ("kto_tag", "label"),
+}  # detected automatically
 _SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
 
 
 def read(path: Path) -> Draft:
-    """Raises InputError where it is no LoRA config, or has a stage that strop does not."""
+    """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported stage."""
     draft, keys = Draft("llamafactory", path), Keys(read_yaml(path))
     kind = keys.take("finetuning_type", "lora")
     if kind != "lora":
-        raise InputError(f"{path}: finetuning_type: {kind}: strop trains LoRA adapters alone", fix="set it to lora")
+        raise InputError(f"{path}: finetuning_type: {kind}: strop trains LoRA adapters only", fix="set it to lora")
     stage = keys.take("stage", "sft")
-    objective = must_be("stage", stage, STAGES)
+    objective = objective_for("stage", stage, STAGES)
     if stage == "dpo":
-        objective = must_be("pref_loss", keys.take("pref_loss", "sigmoid"), LOSSES)
+        objective = objective_for("pref_loss", keys.take("pref_loss", "sigmoid"), LOSSES)
     if objective != "sft":
         draft.put("train.objective", objective, "stage")
     _model(draft, keys)
     _data(draft, keys, stage)
-    training_arguments(draft, keys, DEFAULTS, said="llamafactory")
+    training_arguments(draft, keys, DEFAULTS, tool="llamafactory")
     if (patience := keys.take("early_stopping_steps")) is not None:
-        draft.put("train.early_stopping", whole("early_stopping_steps", patience), "early_stopping_steps")
+        draft.put("train.early_stopping", as_int("early_stopping_steps", patience), "early_stopping_steps")
     _preferences(draft, keys, objective)
-    keys.end(draft, (*OWN_WAY, *MORE_OF_OURS))
+    keys.report_rest(draft, (*IGNORED_KEYS, *MORE_IGNORED_KEYS))
     return draft
 
 
@@ -67,7 +70,7 @@ def _model(draft: Draft, keys: Keys) -> None:
         ("loraplus_lr_ratio", "train.lora_plus_ratio"),
     ):
         if (value := keys.take(key)) is not None:
-            draft.put(name, number(value) if "ratio" in key else str(value), key)
+            draft.put(name, as_number(value) if "ratio" in key else str(value), key)
     if (revision := keys.take("model_revision", "main")) != "main":
         draft.put("model.revision", revision, "model_revision")
     bits, method, kind = keys.take("quantization_bit"), keys.take("quantization_method"), keys.take("quantization_type")
@@ -75,15 +78,17 @@ def _model(draft: Draft, keys: Keys) -> None:
     if bits is not None and method in (None, "bnb") and bits in (4, 8):
         draft.put("model.quantization", (kind or "nf4") if bits == 4 else "int8", "quantization_bit")
         if bits == 8:
-            draft.differ("quantization_bit", "8: rows are quantized by their largest value here, without outliers")
+            draft.add_difference(
+                "quantization_bit", "8: each weight row is scaled by its largest value here, without separate outliers"
+            )
         if double is not None:
             draft.put("model.double_quantization", bool(double), "double_quantization")
     else:
         draft.put("model.quantization", "none", "no quantization_bit")
         if bits is not None:
-            draft.lack("quantization_bit", f"{bits} by {method}: strop has nf4, fp4 and int8")
-    rank = whole("lora_rank", keys.peek("lora_rank", 8))
-    lora(
+            draft.add_unsupported("quantization_bit", f"{bits} by {method}: strop has nf4, fp4 and int8")
+    rank = as_int("lora_rank", keys.peek("lora_rank", 8))
+    put_lora(
         draft, keys, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target",
         defaults={"lora.r": 8, "lora.alpha": 2 * rank, "lora.dropout": 0.0},
     )  # fmt: skip
@@ -94,31 +99,33 @@ def _model(draft: Draft, keys: Keys) -> None:
 
 def _data(draft: Draft, keys: Keys, stage: str) -> None:
     folder = keys.take("dataset_dir", "data")
-    known = _known(draft.file, folder)
+    known = _read_dataset_info(draft.file, folder)
     if known is None and ("dataset" in keys or "eval_dataset" in keys):
-        draft.lack("dataset", f"{keys.peek('dataset')}: names out of {folder}/dataset_info.json, which is not there")
+        draft.add_unsupported(
+            "dataset", f"{keys.peek('dataset')}: names in {folder}/dataset_info.json, which does not exist"
+        )
         keys.take("dataset"), keys.take("eval_dataset")
     for key, name in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         listed = keys.take(key)
         if listed is None or known is None:
             continue
         names = [part.strip() for part in listed.split(",")] if isinstance(listed, str) else listed
-        found = [_source(draft, key, one, known, stage) for one in names]
-        sources = [source for source, _ in found if source]
+        located = [_source(draft, key, name_, known, stage) for name_ in names]
+        sources = [source for source, _ in located if source]
         if sources:
             draft.put(name, sources[0] if len(sources) == 1 else sources, key)
-        columns = [one for _, one in found if one]
-        if columns and all(one == columns[0] for _, one in found):
+        columns = [columns_ for _, columns_ in located if columns_]
+        if columns and all(columns_ == columns[0] for _, columns_ in located):
             draft.put("data.columns", columns[0], f"columns of {key}")
         elif columns:
-            draft.lack(f"columns of {key}", "they differ by file: strop takes one --data.columns for all")
+            draft.add_unsupported(f"columns of {key}", "they differ by file, and data.columns applies to all files")
     length = keys.take("cutoff_len")
     draft.put(
-        "data.max_length", whole("cutoff_len", length or 2048), "cutoff_len" if length else "llamafactory's default"
+        "data.max_length", as_int("cutoff_len", length or 2048), "cutoff_len" if length else "llamafactory's default"
     )
-    draft.differ(
+    draft.add_difference(
         "cutoff_len",
-        "longer rows are shortened there, prompt and answer each at its end, and dropped where packing is on; strop "
+        "longer rows are truncated there (prompt and answer each at the end), or dropped with packing; strop "
         "refuses such rows: raise data.max_length, or choose data.overlong",
     )
     if stage == "pt":
@@ -127,39 +134,39 @@ def _data(draft: Draft, keys: Keys, stage: str) -> None:
         draft.put("data.loss", "all", "train_on_prompt" if stage != "pt" else "stage: pt")
     template = keys.take("template")
     if template is not None:
-        draft.differ(
+        draft.add_difference(
             "template",
-            f"{template}: a name of llamafactory's own; strop takes the model's chat template (or data.template)",
+            f"{template}: a template name of LLaMA-Factory; strop uses the model's chat template (or data.template)",
         )
     if (thinking := keys.take("enable_thinking")) is not None:
         draft.put("data.template_options", {"enable_thinking": bool(thinking)}, "enable_thinking")
-        draft.differ("enable_thinking", "given to the model's own template, which must read it")
-    val_split(draft, "val_size", keys.take("val_size"))
+        draft.add_difference("enable_thinking", "passed to the model's template, which must support it")
+    put_eval_share(draft, "val_size", keys.take("val_size"))
     if keys.take("packing") or keys.take("neat_packing"):
-        packing(draft, "packing")
+        note_packing(draft, "packing")
         keys.take("neat_packing")
 
 
-def _known(file: Path, folder: Any) -> tuple[Path, dict[str, Any]] | None:
-    """Where dataset_info.json is, from here or from the config's folder, and what it holds."""
+def _read_dataset_info(file: Path, folder: Any) -> tuple[Path, dict[str, Any]] | None:
+    """Return the folder of dataset_info.json (relative to here or to the config) and its content."""
     for place in (Path(str(folder)), file.parent / str(folder), file.parent):
         info = place / "dataset_info.json"
         if info.is_file():
             try:
                 return place, json.loads(info.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise InputError(f"{info}: not JSON: {error}", fix="mend it") from None
+                raise InputError(f"{info}: not JSON: {error}", fix="fix the syntax") from None
     return None
 
 
 def _source(
     draft: Draft, key: str, name: str, known: tuple[Path, dict[str, Any]], stage: str
 ) -> tuple[str, dict[str, str]]:
-    """A data set by its name in dataset_info.json: where it is, and its columns where they are not the usual ones."""
+    """Return the path of a data set in dataset_info.json, and its columns if strop does not detect them."""
     place, entries = known
     entry = dict(entries.get(name) or {})
     if not entry:
-        draft.lack(key, f"{name}: not in {place / 'dataset_info.json'}")
+        draft.add_unsupported(key, f"{name}: not in {place / 'dataset_info.json'}")
         return "", {}
     file, hub = entry.pop("file_name", None), entry.pop("hf_hub_url", None)
     shape = entry.pop("formatting", "alpaca")
@@ -174,34 +181,34 @@ def _source(
         if theirs in ours and column:
             columns[ours[theirs]] = str(column)
         elif column:
-            draft.lack(f"{name}.columns.{theirs}", str(column))
+            draft.add_unsupported(f"{name}.columns.{theirs}", str(column))
     if stage == "pt":
         columns = {"text": columns["instruction"]} if "instruction" in columns else {}
-    if all(column in _FOUND.get(ours_, (ours_,)) for ours_, column in columns.items()):
+    if all(column in _DETECTED_COLUMNS.get(ours_, (ours_,)) for ours_, column in columns.items()):
         columns = {}
     tags = entry.pop("tags", None) or {}
     usual = {"from", "value", "role", "content", "user", "human", "assistant", "gpt", "system", "observation", "tool"}
     if not set(map(str, tags.values())) <= usual | {"function_call", "tool_call"}:
-        draft.lack(f"{name}.tags", f"{shown(tags)}: strop knows the usual names of roles")
+        draft.add_unsupported(f"{name}.tags", f"{format_value(tags)}: strop recognises the usual role names only")
     entry.pop("ranking", None)
     for theirs, value in entry.items():
         if value is not None and not (theirs == "split" and value == "train"):
-            draft.lack(f"{name}.{theirs}", shown(value))
+            draft.add_unsupported(f"{name}.{theirs}", format_value(value))
     return (str(place / file) if file else str(hub)), columns
 
 
 def _preferences(draft: Draft, keys: Keys, objective: str) -> None:
     beta = keys.take("pref_beta")
     if objective in ("dpo", "ipo", "kto", "orpo", "simpo"):
-        no_dropout(draft, "lora_dropout")
+        disable_dropout_for_preferences(draft, "lora_dropout")
         draft.put(
-            "train.beta", number(0.1 if beta is None else beta), "pref_beta" if beta else "llamafactory's default"
+            "train.beta", as_number(0.1 if beta is None else beta), "pref_beta" if beta else "llamafactory's default"
         )
         if objective == "simpo":
             gamma = keys.take("simpo_gamma", 0.5)
-            draft.put("train.gamma", number(gamma), "simpo_gamma")
+            draft.put("train.gamma", as_number(gamma), "simpo_gamma")
     elif beta is not None:
-        draft.skip("pref_beta", "of another stage")
+        draft.add_ignored("pref_beta", "not used in this stage")
     for key, name in (
         ("pref_ftx", "train.sft_weight"),
         ("dpo_label_smoothing", "train.label_smoothing"),
@@ -209,6 +216,6 @@ def _preferences(draft: Draft, keys: Keys, objective: str) -> None:
         ("kto_rejected_weight", "train.undesirable_weight"),
     ):
         if value := keys.take(key):
-            draft.put(name, number(value), key)
+            draft.put(name, as_number(value), key)
             if key == "pref_ftx":
-                draft.differ(key, "a mean over the tokens of the chosen answer here")
+                draft.add_difference(key, "a mean over the tokens of the chosen answer here")

@@ -1,4 +1,4 @@
-"""Calls and literal values of a Python script, read from its text; nothing of it is ever run."""
+"""Read calls and literal values from the text of a Python script or notebook. No code is executed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from typing import Any
 from strop.errors import InputError
 from strop.interop.draft import Draft, Keys
 
-UNREAD = object()  # a value that only running the script would give
+UNREADABLE = object()  # stands for a value that only running the script would give
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }  # fmt: skip
-_TYPES = ("bfloat16", "float16", "float32", "half", "float")  # of torch
+_TYPES = ("bfloat16", "float16", "float32", "half", "float")  # torch dtypes
 
 
 @dataclass(frozen=True)
 class Call:
-    """name: its last part, such as SFTConfig. owner: what stands before it. into: the name that it is assigned to.
-    unpacked: what ** stands before and cannot be read."""
+    """A call in the script.
+
+    name: the last part of the callee, such as SFTConfig. owner: the part before it. into: the name it is assigned to.
+    unpacked: expressions passed with ** that cannot be read.
+    """
 
     name: str
     owner: str
@@ -37,12 +40,12 @@ class Call:
 
 
 class Script:
-    """Raises InputError where the file is no Python."""
+    """A parsed script. Raises InputError if the file is not Python."""
 
     def __init__(self, path: Path) -> None:
         try:
             text = path.read_text(encoding="utf-8")
-            self._tree = _parsed(_cells(text) if path.suffix == ".ipynb" else text)
+            self._tree = _parse(_notebook_code(text) if path.suffix == ".ipynb" else text)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}",
@@ -57,20 +60,20 @@ class Script:
             raise InputError(
                 f"{path}: not a notebook: {error}", fix="give a .py file, or a notebook as saved"
             ) from None
-        self._constants = dict(self._assigned_once())
-        self.defaults: dict[str, tuple[Any, int]] = {}  # of the script's own options, where one was read: value, line
-        self._flags = dict(self._find_flags())
+        self._constants = dict(self._single_assignments())
+        self.defaults: dict[str, tuple[Any, int]] = {}  # argparse defaults that were used: value and line, by option
+        self._flags = dict(self._find_argparse_defaults())
         self.calls = list(self._find_calls())
 
-    def _assigned_once(self) -> Iterator[tuple[str, ast.expr]]:
-        """Names that one line of the script, outside of branches and loops, gives a value, and no other."""
+    def _single_assignments(self) -> Iterator[tuple[str, ast.expr]]:
+        """Yield names that are assigned exactly once, outside branches and loops, with their value."""
         counts: dict[str, int] = {}
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
                 counts[node.id] = counts.get(node.id, 0) + 1
             elif isinstance(node, ast.arg):
                 counts[node.arg] = counts.get(node.arg, 0) + 1
-        for node in _always(self._tree.body):
+        for node in _unconditional_statements(self._tree.body):
             if isinstance(node, ast.Assign) and len(node.targets) == 1:
                 target, value = node.targets[0], node.value
             elif isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -80,12 +83,12 @@ class Script:
             pairs = [(target, value)]
             if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
                 pairs = list(zip(target.elts, value.elts, strict=True))
-            for name, held in pairs:
+            for name, assigned in pairs:
                 if isinstance(name, ast.Name) and counts[name.id] == 1:
-                    yield name.id, held
+                    yield name.id, assigned
 
-    def _find_flags(self) -> Iterator[tuple[str, ast.expr]]:
-        """Defaults of argparse's options, by the name that they have in what `parse_args` returns."""
+    def _find_argparse_defaults(self) -> Iterator[tuple[str, ast.expr]]:
+        """Yield the defaults of argparse options, by attribute name of the parsed arguments."""
         for node in ast.walk(self._tree):
             if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"):
                 continue
@@ -100,17 +103,15 @@ class Script:
                 yield name.replace("-", "_"), ast.Constant(False)
 
     def flag(self, node: ast.expr) -> str | None:
-        """The option of the script's own command line that an expression such as `args.lr` reads, where it has a
-        default."""
+        """Return the argparse option that an expression such as `args.lr` reads, if it has a default."""
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in self._flags):
             return None
-        made = self._constants.get(node.value.id)
-        return node.attr if isinstance(made, ast.Call) and getattr(made.func, "attr", "") == "parse_args" else None
+        parsed = self._constants.get(node.value.id)
+        return node.attr if isinstance(parsed, ast.Call) and getattr(parsed.func, "attr", "") == "parse_args" else None
 
-    def settings(self, name: str) -> Iterator[tuple[str, ast.expr, int, bool]]:
-        """Attributes that are set on a name: `config.seed = 1` is (seed, 1, its line, whether it is set whatever
-        happens)."""
-        always = {id(node) for node in _always(self._tree.body)}
+    def attribute_assignments(self, name: str) -> Iterator[tuple[str, ast.expr, int, bool]]:
+        """Yield attributes assigned on a name: `config.seed = 1` is (seed, 1, line, whether it is unconditional)."""
+        always = {id(node) for node in _unconditional_statements(self._tree.body)}
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Assign | ast.AugAssign):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -118,8 +119,8 @@ class Script:
                         value = node.value if isinstance(node, ast.Assign) else target
                         yield ast.unparse(target).partition(".")[2], value, node.lineno, id(node) in always
 
-    def derived(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
-        """Classes made from one of `names`: (its own name, that name, its line)."""
+    def subclasses_of(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
+        """Return classes derived from one of `names`, as (class, base, line)."""
         found = []
         for node in ast.walk(self._tree):
             if isinstance(node, ast.ClassDef):
@@ -134,8 +135,8 @@ class Script:
                 first = node.targets[0]
                 first = first.elts[0] if isinstance(first, ast.Tuple) else first
                 into[id(node.value)] = first.id if isinstance(first, ast.Name) else ""
-        found = [node for node in ast.walk(self._tree) if isinstance(node, ast.Call)]
-        for node in sorted(found, key=lambda call: (call.lineno, call.col_offset)):
+        call_nodes = [node for node in ast.walk(self._tree) if isinstance(node, ast.Call)]
+        for node in sorted(call_nodes, key=lambda call: (call.lineno, call.col_offset)):
             owner, name = "", ""
             if isinstance(node.func, ast.Attribute):
                 owner, name = ast.unparse(node.func.value), node.func.attr
@@ -146,16 +147,16 @@ class Script:
             for word in node.keywords:
                 if word.arg is not None:
                     keywords[word.arg] = word.value
-                elif (held := self._items(word.value)) is not None:
-                    keywords |= held
+                elif (items := self._dict_items(word.value)) is not None:
+                    keywords |= items
                 else:
                     unpacked.append(word.value)
             yield Call(name, owner, node.lineno, node.args, keywords, into.get(id(node), ""), unpacked)
 
-    def _items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
-        """The items of a map that is written down, each an expression: {...}, dict(...), or a name of one."""
+    def _dict_items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
+        """Return the items of a literal dict: {...}, dict(...), or a name of one; None if it cannot be read."""
         if isinstance(node, ast.Name) and node.id in self._constants and depth <= 8:
-            return self._items(self._constants[node.id], depth + 1)
+            return self._dict_items(self._constants[node.id], depth + 1)
         if isinstance(node, ast.Dict):
             pairs = {key.value: value for key, value in zip(node.keys, node.values, strict=True)
                      if isinstance(key, ast.Constant) and isinstance(key.value, str)}  # fmt: skip
@@ -165,119 +166,130 @@ class Script:
             return words if len(words) == len(node.keywords) else None
         return None
 
-    def stands_for(self, node: ast.expr, depth: int = 0) -> ast.expr:
-        """The expression that a name stands for, where one line of the script gives it a value; else the name."""
-        held = self._constants.get(node.id) if isinstance(node, ast.Name) and depth <= 8 else None
-        return node if held is None else self.stands_for(held, depth + 1)
+    def resolve_name(self, node: ast.expr, depth: int = 0) -> ast.expr:
+        """Return the expression assigned to a name, if it is assigned exactly once; otherwise the name itself."""
+        assigned = self._constants.get(node.id) if isinstance(node, ast.Name) and depth <= 8 else None
+        return node if assigned is None else self.resolve_name(assigned, depth + 1)
 
-    def listed(self, node: ast.expr) -> list[ast.expr]:
-        """The items of a list that is written down, or of a name of one; else the expression itself."""
-        held = self.stands_for(node)
-        return list(held.elts) if isinstance(held, ast.List | ast.Tuple) else [held]
+    def list_items(self, node: ast.expr) -> list[ast.expr]:
+        """Return the items of a literal list or of a name of one; otherwise the expression itself."""
+        resolved = self.resolve_name(node)
+        return list(resolved.elts) if isinstance(resolved, ast.List | ast.Tuple) else [resolved]
 
     def value(self, node: ast.expr, depth: int = 0) -> Any:
-        """The value of an expression, or UNREAD: literals, lists and maps of them, sums and products of them, texts
-        that hold them, torch's types, names that have one, and defaults of the script's own options."""
+        """Return the value of an expression, or UNREADABLE.
+
+        Supported: literals, lists and dicts of them, arithmetic, f-strings, torch dtypes, names assigned once, and
+        argparse defaults.
+        """
         if depth > 8:
-            return UNREAD
+            return UNREADABLE
         if isinstance(node, ast.Name):
-            return self.value(self._constants[node.id], depth + 1) if node.id in self._constants else UNREAD
+            return self.value(self._constants[node.id], depth + 1) if node.id in self._constants else UNREADABLE
         if isinstance(node, ast.Attribute):
             if (flag := self.flag(node)) is not None:
                 value = self.value(self._flags[flag], depth + 1)
-                if value is not UNREAD:
+                if value is not UNREADABLE:
                     self.defaults[flag] = (value, node.lineno)
                 return value
-            return node.attr if node.attr in _TYPES else UNREAD
+            return node.attr if node.attr in _TYPES else UNREADABLE
         if isinstance(node, ast.List | ast.Tuple):
             items = [self.value(item, depth + 1) for item in node.elts]
-            return UNREAD if any(item is UNREAD for item in items) else items
+            return UNREADABLE if any(item is UNREADABLE for item in items) else items
         if isinstance(node, ast.JoinedStr):
-            parts = [self._part(part, depth + 1) for part in node.values]
-            return UNREAD if any(part is UNREAD for part in parts) else "".join(map(str, parts))
+            parts = [self._evaluate_part(part, depth + 1) for part in node.values]
+            return UNREADABLE if any(part is UNREADABLE for part in parts) else "".join(map(str, parts))
         if isinstance(node, ast.BinOp):
-            return self._computed(node, depth + 1)
-        if (held := self._items(node)) is not None:
-            pairs = {key: self.value(item, depth + 1) for key, item in held.items()}
-            return UNREAD if any(item is UNREAD for item in pairs.values()) else pairs
+            return self._evaluate_operator(node, depth + 1)
+        if (entries := self._dict_items(node)) is not None:
+            pairs = {key: self.value(item, depth + 1) for key, item in entries.items()}
+            return UNREADABLE if any(item is UNREADABLE for item in pairs.values()) else pairs
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return UNREAD
+            return UNREADABLE
 
-    def _part(self, node: ast.expr, depth: int) -> Any:
+    def _evaluate_part(self, node: ast.expr, depth: int) -> Any:
         if isinstance(node, ast.FormattedValue):
-            return self.value(node.value, depth) if node.format_spec is None and node.conversion == -1 else UNREAD
+            return self.value(node.value, depth) if node.format_spec is None and node.conversion == -1 else UNREADABLE
         return self.value(node, depth)
 
-    def _computed(self, node: ast.BinOp, depth: int) -> Any:
-        """Sums, differences, products and quotients of numbers; two texts or two lists one after the other."""
+    def _evaluate_operator(self, node: ast.BinOp, depth: int) -> Any:
+        """Evaluate arithmetic on numbers, and the concatenation of two strings or lists."""
         left, right = self.value(node.left, depth), self.value(node.right, depth)
-        work = _OPERATORS.get(type(node.op))
-        both = [isinstance(one, int | float) and not isinstance(one, bool) for one in (left, right)]
-        joined = isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list)
-        if work is None or not (all(both) or joined):
-            return UNREAD
+        apply = _OPERATORS.get(type(node.op))
+        numeric = [isinstance(side, int | float) and not isinstance(side, bool) for side in (left, right)]
+        concatenable = isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list)
+        if apply is None or not (all(numeric) or concatenable):
+            return UNREADABLE
         try:
-            return work(left, right)
+            return apply(left, right)
         except (ZeroDivisionError, OverflowError):
-            return UNREAD
+            return UNREADABLE
 
-    def root(self, node: ast.expr) -> str:
-        """The name that an expression such as `data["train"].select(range(9))` begins with."""
+    def root_name(self, node: ast.expr) -> str:
+        """Return the name that an expression such as `data["train"].select(range(9))` begins with."""
         while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
             node = node.func if isinstance(node, ast.Call) else node.value
         return node.id if isinstance(node, ast.Name) else ""
 
 
-def _parsed(text: str) -> ast.Module:
-    """Lines of a notebook that are no Python (`!pip install`, `%%capture`) count as empty statements."""
+def _parse(text: str) -> ast.Module:
+    """Parse Python, treating notebook magics (`!pip install`, `%%capture`) as empty statements."""
     try:
         return ast.parse(text)
     except SyntaxError:
         return ast.parse(re.sub(r"^([ \t]*)[!%].*$", r"\1pass", text, flags=re.M))
 
 
-def _cells(text: str) -> str:
-    """The code of a notebook, cell after cell. Raises ValueError."""
+def _notebook_code(text: str) -> str:
+    """Return the code cells of a notebook as one text. Raises ValueError."""
     tree = json.loads(text)
     if not isinstance(tree, dict) or not isinstance(tree.get("cells"), list):
-        raise ValueError("it has no cells")
+        raise ValueError("no cells")
     return "\n".join("".join(cell.get("source", [])) for cell in tree["cells"] if cell.get("cell_type") == "code")
 
 
-def keys_of(draft: Draft, script: Script, call: Call, positional: tuple[str, ...] = ()) -> Keys:
-    """The arguments of a call that can be read, and what is set on its result afterwards; of the others it is told
-    that they cannot be read."""
+def readable_arguments(draft: Draft, script: Script, call: Call, positional: tuple[str, ...] = ()) -> Keys:
+    """Return the arguments of a call, and attributes set on its result, that can be read; report the others."""
     given = {**dict(zip(positional, call.arguments, strict=False)), **call.keywords}
     lines = {key: node.lineno for key, node in given.items()}
-    for key, node, line, always in script.settings(call.into) if call.into else ():
+    for key, node, line, always in script.attribute_assignments(call.into) if call.into else ():
         if always:
             given[key], lines[key] = node, line
         else:
-            draft.lack(f"{call.into}.{key}", f"{text_of(node)}: set in a branch or a loop: is it in your run?", line)
+            draft.add_unsupported(
+                f"{call.into}.{key}", f"{shorten_source(node)}: set in a branch or loop, which is not evaluated", line
+            )
     values: dict[str, Any] = {}
     for key, node in given.items():
         value = script.value(node)
-        if value is UNREAD:
-            draft.lack(f"{call.name}.{key}", f"{text_of(node)}: not a literal value, and nothing is run", lines[key])
+        if value is UNREADABLE:
+            draft.add_unsupported(
+                f"{call.name}.{key}",
+                f"{shorten_source(node)}: not a literal value, and scripts are not executed",
+                lines[key],
+            )
         else:
             values[key] = value
     for node in call.unpacked:
-        draft.lack(f"{call.name}(**...)", f"{text_of(node)}: not a literal map, and nothing is run", node.lineno)
+        draft.add_unsupported(
+            f"{call.name}(**...)",
+            f"{shorten_source(node)}: not a literal dict, and scripts are not executed",
+            node.lineno,
+        )
     return Keys(values, lines, set(given) - set(values))
 
 
-def text_of(node: ast.expr) -> str:
+def shorten_source(node: ast.expr) -> str:
     text = ast.unparse(node)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _always(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements that run whenever the script does what it is for: of the module, of functions, and below
-    `if __name__ == "__main__"`."""
+def _unconditional_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield statements outside branches and loops: of the module, of functions, and below `if __name__ == ...`."""
     for node in body:
         if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)):
-            yield from _always(node.body)
+            yield from _unconditional_statements(node.body)
         else:
             yield node

@@ -1,4 +1,4 @@
-"""torchtune's YAML as a recipe. Names and defaults as of its 0.7 (recipes/configs/, torchtune/datasets/)."""
+"""Import torchtune's YAML. Names and defaults are those of 0.7 (recipes/configs/, torchtune/datasets/)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import Draft, Keys, read_yaml, shown
-from strop.interop.hf_arguments import CUTS_THE_END, NO_LIMIT, SCHEDULE_STARTS, batch, number, packing, whole
+from strop.interop.draft import Draft, Keys, format_value, read_yaml
+from strop.interop.hf_arguments import (
+    NO_LIMIT_NOTE,
+    TRUNCATION_NOTE,
+    WARMUP_NOTE,
+    as_int,
+    as_number,
+    note_packing,
+    put_batch_size,
+)
 
-OWN_WAY = (
+IGNORED_KEYS = (
     "activation_offloading", "compile", "custom_sharded_layers", "device", "enable_activation_offloading",
     "fsdp_cpu_offload", "log_every_n_steps", "log_level", "log_peak_memory_stats", "low_cpu_ram", "metric_logger",
     "optimizer_in_bwd", "output_dir", "profiler", "save_adapter_weights_only", "shuffle", "cudnn_deterministic_mode",
@@ -22,41 +30,46 @@ OPTIMIZERS = {
     "torch.optim.AdamW": "adamw", "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
     "bitsandbytes.optim.AdamW8bit": "adamw_8bit", "bitsandbytes.optim.PagedAdamW": "adamw", "torch.optim.SGD": "sgd",
 }  # fmt: skip
-# data sets that are built into torchtune, on the Hub
+# Hub ids of torchtune's built-in data sets
 BUILT_IN = {
     "alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
     "slimorca_dataset": "Open-Orca/SlimOrca-Dedup", "samsum_dataset": "Samsung/samsum",
     "grammar_dataset": "liweili/c4_200m", "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
     "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
 }  # fmt: skip
-ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset")  # by default
+ON_PROMPTS = (
+    "alpaca_dataset",
+    "alpaca_cleaned_dataset",
+    "grammar_dataset",
+    "samsum_dataset",
+)  # these train on the prompt by default
 
 
 def read(path: Path) -> Draft:
-    """Raises InputError where it is no LoRA config, or has a loss that strop does not."""
+    """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported loss."""
     tree = read_yaml(path)
-    tree = _filled_in(tree, tree)
+    tree = _interpolate(tree, tree)
     draft, keys = Draft("torchtune", path), Keys(tree)
     _model(draft, keys)
     _loss(draft, keys)
     _data(draft, keys)
     _training(draft, keys)
-    keys.end(draft, OWN_WAY)
+    keys.report_rest(draft, IGNORED_KEYS)
     return draft
 
 
-def _filled_in(value: Any, tree: dict[str, Any]) -> Any:
-    """${name} is another key's value."""
+def _interpolate(value: Any, tree: dict[str, Any]) -> Any:
+    """Replace each ${name} with the value of that key."""
     if isinstance(value, dict):
-        return {key: _filled_in(inner, tree) for key, inner in value.items()}
+        return {key: _interpolate(inner, tree) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_filled_in(inner, tree) for inner in value]
+        return [_interpolate(inner, tree) for inner in value]
     if isinstance(value, str):
-        return re.sub(r"\$\{([\w.]+)\}", lambda found: str(_at(tree, found[1])), value)
+        return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_lookup(tree, match[1])), value)
     return value
 
 
-def _at(tree: Any, name: str) -> Any:
+def _lookup(tree: Any, name: str) -> Any:
     for part in name.split("."):
         tree = tree.get(part, f"${{{name}}}") if isinstance(tree, dict) else f"${{{name}}}"
     return tree
@@ -71,7 +84,7 @@ def _model(draft: Draft, keys: Keys) -> None:
     builder = _component(model).rpartition(".")[2]
     if not builder.startswith(("lora_", "qlora_")):
         raise InputError(
-            f"{draft.file}: model._component_: {builder or '(none)'}: strop trains LoRA adapters alone",
+            f"{draft.file}: model._component_: {builder or '(none)'}: strop trains LoRA adapters only",
             fix="give the config of a lora_ or qlora_ model",
         )
     checkpointer = dict(keys.take("checkpointer") or {})
@@ -89,9 +102,9 @@ def _model(draft: Draft, keys: Keys) -> None:
             draft.put("out", str(value), "checkpointer.output_dir")
     for key, value in checkpointer.items():
         if value is not None:
-            draft.lack(f"checkpointer.{key}", shown(value))
+            draft.add_unsupported(f"checkpointer.{key}", format_value(value))
     if keys.take("resume_from_checkpoint"):
-        draft.lack("resume_from_checkpoint", "a run of strop goes on with `strop resume RUN`")
+        draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`")
     four = bool(model.pop("quantize_base", builder.startswith("qlora_")))
     draft.put("model.quantization", "nf4" if four else "none", f"model._component_: {builder}")
     for key, name, default in (
@@ -108,9 +121,11 @@ def _model(draft: Draft, keys: Keys) -> None:
     targets += MLP if model.pop("apply_lora_to_mlp", False) else []
     targets += ["lm_head"] if model.pop("apply_lora_to_output", False) else []
     draft.put("lora.target_modules", targets, "model.lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output")
-    draft.differ("model.lora_attn_modules", "names of transformers' layers here; `strop modules MODEL` lists them")
+    draft.add_difference(
+        "model.lora_attn_modules", "strop uses the layer names of transformers; `strop modules MODEL` lists them"
+    )
     for key, value in model.items():
-        draft.lack(f"model.{key}", shown(value))
+        draft.add_unsupported(f"model.{key}", format_value(value))
 
 
 def _loss(draft: Draft, keys: Keys) -> None:
@@ -122,9 +137,9 @@ def _loss(draft: Draft, keys: Keys) -> None:
             if (value := loss.pop(key, None)) is not None:
                 draft.put(ours, value, f"loss.{key}")
     elif name and "CrossEntropy" not in name and not name.startswith("CEWith"):
-        raise InputError(f"{draft.file}: loss: {name}: strop has no such objective", fix="strop has dpo, or sft")
+        raise InputError(f"{draft.file}: loss: {name}: not an objective of strop", fix="use dpo or sft")
     for key, value in loss.items():
-        draft.skip(f"loss.{key}", shown(value))
+        draft.add_ignored(f"loss.{key}", format_value(value))
 
 
 def _data(draft: Draft, keys: Keys) -> None:
@@ -133,17 +148,19 @@ def _data(draft: Draft, keys: Keys) -> None:
         tokenizer.pop(key, None)
     length = tokenizer.pop("max_seq_len", None)
     if length is not None:
-        draft.put("data.max_length", whole("tokenizer.max_seq_len", length), "tokenizer.max_seq_len")
-        draft.differ("tokenizer.max_seq_len", CUTS_THE_END)
+        draft.put("data.max_length", as_int("tokenizer.max_seq_len", length), "tokenizer.max_seq_len")
+        draft.add_difference("tokenizer.max_seq_len", TRUNCATION_NOTE)
     else:
-        draft.differ("tokenizer.max_seq_len", NO_LIMIT)
+        draft.add_difference("tokenizer.max_seq_len", NO_LIMIT_NOTE)
     for key, value in tokenizer.items():
         if value is not None:
-            draft.lack(f"tokenizer.{key}", f"{shown(value)}: strop takes the model's chat template (or data.template)")
+            draft.add_unsupported(
+                f"tokenizer.{key}", f"{format_value(value)}: strop uses the model's chat template (or data.template)"
+            )
     for key, name in (("dataset", "data.train"), ("dataset_val", "data.eval")):
         entry = keys.take(key)
         entries = entry if isinstance(entry, list) else [entry] if entry else []
-        sources = [source for one in entries for source in _sources(draft, key, dict(one), name == "data.train")]
+        sources = [source for item in entries for source in _sources(draft, key, dict(item), name == "data.train")]
         if sources:
             draft.put(name, sources[0] if len(sources) == 1 else sources, key)
 
@@ -153,15 +170,15 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> li
     source, files = entry.pop("source", BUILT_IN.get(kind)), entry.pop("data_files", None)
     split = entry.pop("split", "train")
     if split != "train":
-        draft.lack(f"{key}.split", f"{split}: strop takes the files of the train split")
+        draft.add_unsupported(f"{key}.split", f"{split}: strop reads the train split")
     if entry.pop("packed", False):
-        packing(draft, f"{key}.packed")
+        note_packing(draft, f"{key}.packed")
     columns: dict[str, str] = {}
     if column := entry.pop("conversation_column", None):
         columns = {"conversations": column} if column not in ("conversations", "messages") else {}
     style = entry.pop("conversation_style", None)
     if style not in (None, "sharegpt", "openai"):
-        draft.lack(f"{key}.conversation_style", str(style))
+        draft.add_unsupported(f"{key}.conversation_style", str(style))
     for theirs, ours in (entry.pop("column_map", None) or {}).items():
         names = {"input": "input", "output": "output", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
         columns[names.get(theirs, theirs)] = ours
@@ -175,47 +192,52 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> li
     if trained and (on_prompts or kind == "text_completion_dataset"):
         draft.put("data.loss", "all", f"{key}.train_on_input" if kind not in ON_PROMPTS else f"{kind}'s default")
     if kind.startswith("alpaca"):
-        draft.differ(f"{key}._component_", f"{kind}: words of its own around the instruction there, no chat template")
+        draft.add_difference(f"{key}._component_", f"{kind}: adds its own prompt there instead of a chat template")
     if (system := entry.pop("new_system_prompt", None)) is not None:
-        draft.lack(f"{key}.new_system_prompt", f"{shown(system)}: write it into the rows")
+        draft.add_unsupported(f"{key}.new_system_prompt", f"{format_value(system)}: add it to the rows")
     for theirs, value in entry.items():
         if value is not None:
-            draft.lack(f"{key}.{theirs}", shown(value))
+            draft.add_unsupported(f"{key}.{theirs}", format_value(value))
     if trained and columns:
         draft.put("data.columns", columns, f"columns of {key}")
     if files is not None:
         listed = [files] if isinstance(files, str) else list(files)
         return [file if source in (None, "json", "csv", "parquet", "text") else f"{source}/{file}" for file in listed]
     if source is None:
-        draft.lack(f"{key}._component_", f"{kind}: rows that strop does not know where to find")
+        draft.add_unsupported(f"{key}._component_", f"{kind}: the location of its rows is unknown")
     return [str(source)] if source is not None else []
 
 
 def _training(draft: Draft, keys: Keys) -> None:
     rows, steps = keys.take("batch_size", 1), keys.take("gradient_accumulation_steps", 1)
-    batch(draft, rows, steps, "batch_size x gradient_accumulation_steps")
+    put_batch_size(draft, rows, steps, "batch_size x gradient_accumulation_steps")
     epochs, most = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
-    draft.put("train.epochs", number(epochs), "epochs")
+    draft.put("train.epochs", as_number(epochs), "epochs")
     if most is not None:
         draft.put(
             "train.max_steps",
-            whole("max_steps_per_epoch", most) * whole("epochs", epochs),
+            as_int("max_steps_per_epoch", most) * as_int("epochs", epochs),
             "max_steps_per_epoch x epochs",
         )
-        draft.differ("max_steps_per_epoch", "every epoch begins anew there; here the steps go on through the rows")
+        draft.add_difference(
+            "max_steps_per_epoch",
+            "each epoch restarts at the first rows there; here the steps continue through the rows",
+        )
     optimizer = dict(keys.take("optimizer") or {})
     name = str(optimizer.pop("_component_", "torch.optim.AdamW"))
     if name in OPTIMIZERS:
         draft.put("train.optimizer", OPTIMIZERS[name], "optimizer._component_")
     else:
-        draft.lack("optimizer._component_", f"{name}: strop takes adamw unless train.optimizer says otherwise")
+        draft.add_unsupported(
+            "optimizer._component_", f"{name}: not supported; strop uses adamw unless train.optimizer is set"
+        )
     if (rate := optimizer.pop("lr", None)) is not None:
-        draft.put("train.learning_rate", number(rate), "optimizer.lr")
+        draft.put("train.learning_rate", as_number(rate), "optimizer.lr")
     decay = optimizer.pop("weight_decay", 0.01 if "Adam" in name else 0.0)
-    draft.put("train.weight_decay", number(decay), "optimizer.weight_decay")
+    draft.put("train.weight_decay", as_number(decay), "optimizer.weight_decay")
     optimizer.pop("fused", None)
     for key, value in optimizer.items():
-        draft.lack(f"optimizer.{key}", shown(value))
+        draft.add_unsupported(f"optimizer.{key}", format_value(value))
     schedule = dict(keys.take("lr_scheduler") or {})
     kind = _component(schedule).rpartition(".")[2]
     if kind in ("get_cosine_schedule_with_warmup", ""):
@@ -225,18 +247,22 @@ def _training(draft: Draft, keys: Keys) -> None:
         warm = schedule.pop("num_warmup_steps", 0)
         draft.put(
             "train.warmup",
-            whole("lr_scheduler.num_warmup_steps", warm),
+            as_int("lr_scheduler.num_warmup_steps", warm),
             "lr_scheduler.num_warmup_steps" if kind else "none there",
         )
-        draft.differ("lr_scheduler", SCHEDULE_STARTS)
+        draft.add_difference("lr_scheduler", WARMUP_NOTE)
     else:
-        draft.lack("lr_scheduler._component_", f"{kind}: strop has cosine, linear and constant; cosine is taken")
+        draft.add_unsupported(
+            "lr_scheduler._component_", f"{kind}: strop has cosine, linear and constant; cosine is used"
+        )
     for key, value in schedule.items():
-        draft.lack(f"lr_scheduler.{key}", shown(value))
+        draft.add_unsupported(f"lr_scheduler.{key}", format_value(value))
     clip = keys.take("clip_grad_norm")
-    draft.put("train.max_grad_norm", number(clip) if clip else 0, "clip_grad_norm" if clip else "clip_grad_norm: null")
+    draft.put(
+        "train.max_grad_norm", as_number(clip) if clip else 0, "clip_grad_norm" if clip else "clip_grad_norm: null"
+    )
     if (seed := keys.take("seed")) is not None:
-        draft.put("seed", whole("seed", seed), "seed")
+        draft.put("seed", as_int("seed", seed), "seed")
     if (dtype := keys.take("dtype")) is not None:
         draft.put("model.dtype", str(dtype), "dtype")
     if (again := keys.take("enable_activation_checkpointing")) is not None:

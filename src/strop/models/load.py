@@ -42,7 +42,7 @@ from strop.models.tensor_files import (
     write_shards,
 )
 from strop.models.tokenizer import LOCAL, config_folder, gguf_cache, gguf_errors, unpacked_config
-from strop.runs.folder import cache_folder, made_once, new_folder, write_json
+from strop.runs.folder import build_once, cache_folder, new_folder, write_json
 
 LOG = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dty
         full = Source(source.name, "folder", weights_folder(source))
         quantize_folder(full, load_without_weights(source), folder, scheme, double, dtype, device)
 
-    return made_once(_quantized_cache(source, scheme, double, dtype), has_all_weights, make)
+    return build_once(_quantized_cache(source, scheme, double, dtype), has_all_weights, make)
 
 
 def build_from_config(config: Any) -> nn.Module:
@@ -329,4 +329,4 @@ def _dequantize_gguf(source: Source) -> Path:
             model.is_quantized = False
             model.save_pretrained(temp)
 
-    return made_once(_bf16_cache(source), _is_complete, make)
+    return build_once(_bf16_cache(source), _is_complete, make)

@@ -15,7 +15,7 @@ from typing import Any
 from strop.errors import ModelError, first_line
 from strop.machine.memory import is_out_of_memory
 from strop.models.source import Source
-from strop.runs.folder import cache_folder, made_once, new_folder
+from strop.runs.folder import build_once, cache_folder, new_folder
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -83,7 +83,7 @@ def config_folder(source: Source) -> Path:
             AutoTokenizer.from_pretrained(**where).save_pretrained(temp)
             unpacked_config(AutoConfig.from_pretrained(**where)).save_pretrained(temp)
 
-    return made_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), make)
+    return build_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), make)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.config.load import SHORT
+from strop.config.load import SHORT_FORMS
 from strop.config.schema import Recipe
 from strop.data.prepare import prepare
 from strop.data.reading.sources import fetched
@@ -120,7 +120,7 @@ def _held_to_weights(found: ModelInfo) -> ModelInfo:
 
 def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
     """Options that a plan can be made of: one that names no rows is about rows of the longest length."""
-    given = {SHORT.get(name, name): value for name, value in (options or {}).items()}
+    given = {SHORT_FORMS.get(name, name): value for name, value in (options or {}).items()}
     if not recipe_given:
         given.setdefault("data.train", NO_DATA)
     return given

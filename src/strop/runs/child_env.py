@@ -6,7 +6,7 @@ import os
 import sys
 
 
-def apart() -> dict[str, str]:
+def safe_path_env() -> dict[str, str]:
     """What such a process finds in its environment, so that a file of the working folder (`json.py`) is no module to
     it, as it is none to this process. `python -m` would look there first; Python 3.10 has no way to be told."""
     here = {"", os.getcwd()}

@@ -43,28 +43,28 @@ class EventLog:
 def read_events(path: Path) -> list[Event]:
     """The events of a run. Lines that a crash or a bad disk has damaged are left out."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    read = (event_of(line) for line in lines[:-1])  # what follows the last newline was cut short
+    read = (parse_event(line) for line in lines[:-1])  # what follows the last newline was cut short
     return [event for event in read if event is not None]
 
 
-def standing(events: Sequence[Event]) -> list[Event]:
+def without_undone(events: Sequence[Event]) -> list[Event]:
     """Without the steps and evaluations that were undone: those after the step that a resume or a roll-back went back
     to."""
     found: list[Event] = []
     for event in events:
-        if (back := back_to(event)) is not None:
+        if (back := rewound_to(event)) is not None:
             found = [e for e in found if e["event"] not in ("step", "eval") or e["step"] <= back]
         found.append(event)
     return found
 
 
-def back_to(event: Event) -> int | None:
+def rewound_to(event: Event) -> int | None:
     """The step that a resume or a roll-back went back to: what stands behind it was undone. None for other events."""
     named = {"resume": "step", "rollback": "to"}.get(event["event"])
     return None if named is None else int(event[named])
 
 
-def event_of(line: str | bytes) -> Event | None:
+def parse_event(line: str | bytes) -> Event | None:
     """The event of a line; None where it is damaged."""
     try:
         found = json.loads(line)

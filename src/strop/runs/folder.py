@@ -183,7 +183,7 @@ def free_bytes(path: Path) -> int:
 
 
 @contextmanager
-def disk_faults(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Inside this block a disk that is full, broken or read-only is a DiskError that names `path`, or what is elsewhere
     (a file of the cache)."""
     try:
@@ -302,7 +302,7 @@ def is_cache(place: Path) -> bool:
     return cache in (place, *place.parents) or place in cache.parents
 
 
-def share(file: Path) -> None:
+def apply_umask(file: Path) -> None:
     """Gives a file the rights that the user's umask gave its folder: safetensors writes files for their user alone."""
     mode = file.parent.stat().st_mode & 0o666
     if os.name == "posix" and not file.is_symlink() and file.stat().st_mode & 0o666 != mode:
@@ -327,7 +327,7 @@ def publish(made: Path, final: Path) -> None:
     What had the name before is removed."""
     for file in made.rglob("*"):
         if file.is_file():
-            share(file)
+            apply_umask(file)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     fsync_folder(made)
@@ -339,7 +339,7 @@ def publish(made: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def made_once(folder: Path, is_made: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
+def build_once(folder: Path, is_made: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
     """A folder of the cache: made here, or waited for while another process makes it. Nobody sees it replaced. What a
     killed process left of it is removed."""
     if not is_made(folder):
@@ -352,7 +352,7 @@ def made_once(folder: Path, is_made: Callable[[Path], bool], make: Callable[[Pat
 
 
 @contextmanager
-def sole_maker(out: Path) -> Iterator[None]:
+def exclusive_output(out: Path) -> Iterator[None]:
     """Inside this block no other process makes what a command was asked for. Raises FolderError where one does, or has.
 
     Two that write the same half-made file would mix their models in it.

@@ -75,7 +75,7 @@ class Difference:
     allowable: bool = True
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """What decides a run's numbers and differs between two locks: base, data, template, functions that reward, each
     recipe value that matters, and the major version of each library."""
     found = []
@@ -94,14 +94,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
     return found
 
 
-def allowed(difference: Difference, names: Sequence[str]) -> bool:
+def is_allowed(difference: Difference, names: Sequence[str]) -> bool:
     """Whether one of the names (a field, its last part, `lr`, `schedule`) allows the difference."""
     known = {difference.name, difference.name.rpartition(".")[2]}
     known |= {group for group, fields in GROUPS.items() if difference.name in fields}
     return difference.allowable and not known.isdisjoint(names)
 
 
-def check_names(names: Iterable[str], fields: Iterable[str]) -> None:
+def check_allowed_names(names: Iterable[str], fields: Iterable[str]) -> None:
     """Raises InputError for a name that could allow nothing. fields: of the recipe."""
     known = [*GROUPS, *PARTS, "versions", *(name for field in fields for name in (field, field.rpartition(".")[2]))]
     for name in names:

@@ -18,7 +18,7 @@ from strop.data.examples import shorter
 from strop.data.prepare import Prepared, prepare
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError
+from strop.errors import TROUBLESHOOTING_PAGE, DataError, DeviceError, FolderError, ModelError
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import expand_adapter_config, read_adapter_config
@@ -145,7 +145,9 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
     if copies and free_bytes(cache_folder()) < copies:
         free = free_bytes(cache_folder()) / 1e6
         what = f"{cache_folder()}: copies of the base need {copies / 1e6:,.0f} MB of disk, {free:,.0f} MB are free"
-        raise FolderError(what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLES}#disk")
+        raise FolderError(
+            what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLESHOOTING_PAGE}#disk"
+        )
     checkpoint = checkpoints.size_bytes(setup.num_weights)
     needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
     free = free_bytes(folder.path)
@@ -153,7 +155,8 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
         what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
         raise FolderError(
             what,
-            fix=f"free some space, give --out another disk, or lower --train.keep_checkpoints; see {TROUBLES}#disk",
+            fix="free some space, give --out another disk, or lower --train.keep_checkpoints; "
+            f"see {TROUBLESHOOTING_PAGE}#disk",
         )
 
 
@@ -209,7 +212,7 @@ def _faster(setup: Setup) -> str | None:
     recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
     if dtype.value != "fp32" or dtype.origin != "plan" or recipe.train.int8_matmul:
         return None
-    if recipe.against_int8_matmul() or why_no_integers(recipe, setup.machine, setup.shape):
+    if recipe.int8_matmul_conflict() or why_no_integers(recipe, setup.machine, setup.shape):
         return None
     return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
 
@@ -263,7 +266,7 @@ def _passed_over(setup: Setup) -> str | None:
     built = torch.version.cuda or "no CUDA"
     return (
         f"{gpus[0]} is there, and torch {torch.__version__} (built for {built}) cannot use it: "
-        f"training runs on the CPU; see {TROUBLES}#cuda"
+        f"training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
     )
 
 

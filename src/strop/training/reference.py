@@ -27,7 +27,7 @@ from torch import Tensor
 from strop.data.examples import Lazy
 from strop.data.types import Unit
 from strop.errors import CheckpointError, RunError
-from strop.runs.folder import disk_faults, fsync_folder, share
+from strop.runs.folder import apply_umask, disk_errors, fsync_folder
 from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
 from strop.training.job import Job, stream_of
 from strop.training.oom import micro_batches, within_memory
@@ -233,9 +233,9 @@ def _save(job: Job, key: Mapping[str, str], known: Reference) -> None:
     path: Path = job.folder.reference
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     weights = {f"weight/{name}": weight.contiguous() for name, weight in known.start.items()}
-    with disk_faults(path):
+    with disk_errors(path):
         save_file({**weights, **known.values}, temp, metadata={"key": json.dumps(dict(key))})
-        share(temp)
+        apply_umask(temp)
         with temp.open("rb") as file:
             os.fsync(file.fileno())
         temp.replace(path)

@@ -23,7 +23,7 @@ from strop.engine.decode.rollouts import Draws
 from strop.engine.device import repeatable
 from strop.engine.eligibility import own_dropout
 from strop.engine.step import step_for
-from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
+from strop.errors import TROUBLESHOOTING_PAGE, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
 from strop.machine.memory import MemoryWatch, is_out_of_memory, start_peak, trim_heap
@@ -38,7 +38,7 @@ from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
     create,
-    disk_faults,
+    disk_errors,
     is_run,
     next_numbered,
     open_run,
@@ -46,7 +46,7 @@ from strop.runs.folder import (
     write_atomic,
     write_json,
 )
-from strop.runs.lock import Difference, allowed, check_names, differences
+from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_allowed
 from strop.training import state as checkpoints
 from strop.training.build import build, hold_to_lock
 from strop.training.check_causal import hold_to_order
@@ -104,7 +104,7 @@ def train(
         refuse_another(resolved, out)
         return resume(out, listeners, memory=memory, devices=devices)
     folder = devices.once(lambda: create(out or _numbered(resolved.recipe)))
-    with disk_faults(folder.path), _claimed(folder, devices):
+    with disk_errors(folder.path), _claimed(folder, devices):
         try:
             setup = set_up_together(resolved, memory, folder, devices)
             if devices.main:
@@ -134,11 +134,11 @@ def resume(
     Raises InputError where anything else differs that decides the numbers, and for a name that is none of these.
     """
     devices.refuse_unlike({"the run": path, **(options or {}), "--allow-changed": list(allow_changed)})
-    devices.once(lambda: check_names(allow_changed, dict(option_fields())))
+    devices.once(lambda: check_allowed_names(allow_changed, dict(option_fields())))
     if begun := sorted({"out", "preset"} & set(options or ())):
         raise RecipeError(f"--{begun[0]}: a run that has begun does not read it", fix="leave it out")
     folder = devices.once(lambda: open_run(path))
-    with disk_faults(folder.path), _claimed(folder, devices):
+    with disk_errors(folder.path), _claimed(folder, devices):
         if devices.once(lambda: folder.finished):
             if options and resolve(folder.recipe, options).recipe != read_resolved(folder.recipe).recipe:
                 what = f"{path} is finished: no option changes it any more"
@@ -152,8 +152,8 @@ def resume(
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
         alike = resolved.recipe.train.exact or devices.world == count_of(before)
         setup = set_up_together(resolved, memory, folder, devices, before["threads"] if alike else None)
-        changed = differences(before, setup.lock)
-        refused = [change for change in changed if not allowed(change, allow_changed)]
+        changed = compare_locks(before, setup.lock)
+        refused = [change for change in changed if not is_allowed(change, allow_changed)]
         if refused:
             raise InputError("cannot resume", fix=_how_to_allow(refused), where=[
                 Where(str(folder.path), None, f"{change.name} is not what the run was started with: "
@@ -266,7 +266,7 @@ def _fit(job: Job) -> str:
     try:
         return fit(job)
     except StropError as error:
-        error.so_far = {"run": str(job.folder.path), **figures(job.state.progress)}
+        error.partial_result = {"run": str(job.folder.path), **figures(job.state.progress)}
         raise
 
 
@@ -342,6 +342,6 @@ def _announce(job: Job, setup: Setup) -> None:
     step, at = job.step, job.state.progress.step
     if step.lacking:
         said = f"PyTorch's own operations train this model, more slowly: {step.lacking}"
-        job.log.emit("note", text=f"{said}; see {TROUBLES}#triton")
+        job.log.emit("note", text=f"{said}; see {TROUBLESHOOTING_PAGE}#triton")
     told = {"devices": described(job.devices, job.recipe.train.exact)} if job.devices.world > 1 else {}
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers, **told)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from strop.config.schema import TrainSection
 from strop.errors import CheckpointError, DiskError
 from strop.models.tensor_files import is_finite
-from strop.runs.folder import RunFolder, disk_faults, free_bytes, new_folder
+from strop.runs.folder import RunFolder, disk_errors, free_bytes, new_folder
 from strop.runs.lock import sha256_file
 
 Note = Callable[[str], None]
@@ -129,7 +129,7 @@ def save(folder: RunFolder, state: TrainState) -> Path:
     if free < needed:
         what = f"{folder.path}: no room for a checkpoint: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
         raise DiskError(what, fix=f"free some space, then `strop resume {folder.path}`")
-    with disk_faults(final), new_folder(final) as temp:
+    with disk_errors(final), new_folder(final) as temp:
         save_file(weights, temp / "weights.safetensors")
         save_file(_optimizer_tensors(state), temp / "optimizer.safetensors", {"optimizer": _kind(state.optimizer)})
         save_file(random_states(state.device), temp / "random.safetensors")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import RecipeError, first_line
-from strop.runs.events import Event, Listener, back_to
+from strop.runs.events import Event, Listener, rewound_to
 
 LOG = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
         kind = event["event"]
         numbers = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _SHOWN.get(kind, ())}
         told = {key: value for key, value in numbers.items() if value is not None}
-        if working and (back := back_to(event)) is not None:
+        if working and (back := rewound_to(event)) is not None:
             working = _tried(names, lambda: _undo(accelerator.trackers, back))
         if working and told:
             working = _tried(names, lambda: accelerator.log(told, step=event["step"]))

@@ -35,14 +35,14 @@ def import_(
         if out.exists():
             raise FolderError(f"{out}: is there already", fix="give --out another name")
         try:
-            write_atomic(out, made.as_yaml())
+            write_atomic(out, made.to_yaml())
         except OSError as error:
             fix = "give --out a file in a folder that can be written to"
             raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
     elif not as_json:
-        print(made.as_yaml(), end="")
+        print(made.to_yaml(), end="")
     _print(made, out)
-    print_json({**made.as_json(), "out": str(out) if out else None, "recipe": made.as_yaml()}, as_json)
+    print_json({**made.as_json(), "out": str(out) if out else None, "recipe": made.to_yaml()}, as_json)
 
 
 def _print(made: Imported, out: Path | None) -> None:
@@ -52,8 +52,8 @@ def _print(made: Imported, out: Path | None) -> None:
     console.print(f"[bold]taken[/]    {len(made.draft.fields)} fields")
     for title, color, notes in (
         ("differs", "yellow", made.draft.differs),
-        ("left out", "red", made.draft.lacks),
-        ("own way", "dim", made.draft.own_way),
+        ("left out", "red", made.draft.unsupported),
+        ("own way", "dim", made.draft.ignored),
     ):
         for note in notes if out else ():
             at = f"{note.key}, line {note.line}" if note.line else note.key

@@ -101,11 +101,11 @@ def skypilot(
 
 def _job(recipe: Path, nodes: int, devices: int, cores: int, out: str | None) -> Job:
     from strop.config.load import resolve
-    from strop.interop.job import job_of
+    from strop.interop.job import make_job
     from strop.objectives.table import check_devices
 
     check_devices(resolve(recipe).recipe.train, nodes * devices)
-    return job_of(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
+    return make_job(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
 
 
 def _tell(launched: Launched, as_json: bool) -> None:

@@ -53,7 +53,7 @@ def runs(
 
 def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
     """Removes a run's folder, unless a process holds it."""
-    from strop.runs.folder import disk_faults, open_run
+    from strop.runs.folder import disk_errors, open_run
 
     path = folder / name
     if name != Path(name).name or name in ("", ".", "..") or path.is_symlink():
@@ -61,7 +61,7 @@ def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
     run = open_run(path)
     files = [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]
     size = sum(file.lstat().st_size for file in files)
-    with run.claim(), disk_faults(path):
+    with run.claim(), disk_errors(path):
         if sure:
             shutil.rmtree(path)
     told = "deleted" if sure else "would delete"
