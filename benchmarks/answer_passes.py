@@ -12,9 +12,9 @@ import time
 import numpy as np
 
 from strop.engine.decode.batch import Batch
-from strop.engine.decode.decoder import Decoder
+from strop.engine.decode.decoder import CompiledDecoder
 from strop.engine.decode.model import load
-from strop.engine.decode.sampling import Text
+from strop.engine.decode.sampling import SequenceState
 
 
 def main() -> None:
@@ -26,17 +26,23 @@ def main() -> None:
     args = parser.parse_args()
     schemes, widths = args.quantization.split(","), [int(rows) for rows in args.rows.split(",")]
     decoders = {
-        scheme: Decoder(load(args.model, dtype="bf16", quantization=scheme).module, max(widths) * 512)
+        scheme: CompiledDecoder(load(args.model, dtype="bf16", quantization=scheme).module, max(widths) * 512)
         for scheme in schemes
     }
     random = np.random.default_rng(0)
     for rows in widths:
-        batches = {scheme: Batch(decoder, rows, read_at_once=512, guess=False) for scheme, decoder in decoders.items()}
+        batches = {
+            scheme: Batch(decoder, rows, prefill_rows=512, speculative=False) for scheme, decoder in decoders.items()
+        }
         took: dict[str, list[float]] = {scheme: [] for scheme in schemes}
         for batch in batches.values():
             for _ in range(rows):
-                batch.add(Text(random.integers(3, 40_000, 100).astype(np.int32), None, most=args.passes + 100))
-            while any(text.length == text.prompt for text in batch.texts):
+                batch.add(
+                    SequenceState(
+                        random.integers(3, 40_000, 100).astype(np.int32), None, max_new_tokens=args.passes + 100
+                    )
+                )
+            while any(text.length == text.prompt_length for text in batch.sequences):
                 batch.step()
         for _ in range(args.passes):
             for scheme, batch in batches.items():
@@ -46,7 +52,7 @@ def main() -> None:
         for scheme, batch in batches.items():
             fastest, median = (1e3 * of(took[scheme]) for of in (min, statistics.median))
             print(f"{rows:3} rows, {scheme:5} fastest {fastest:7.2f} ms, median {median:7.2f} ms", flush=True)
-            for text in list(batch.texts):
+            for text in list(batch.sequences):
                 batch.remove(text)
 
 

@@ -143,8 +143,8 @@ def test_a_persons_chat_goes_on_after_a_fault(
 
 
 def test_what_a_generation_config_asks_for_and_is_not_done_is_said() -> None:
-    assert Sampling.passed_over(GenerationConfig(do_sample=True, top_p=0.9, repetition_penalty=1.1)) == []
-    [note] = Sampling.passed_over(GenerationConfig(do_sample=True, min_p=0.1, no_repeat_ngram_size=3))
+    assert Sampling.notes_on_ignored_settings(GenerationConfig(do_sample=True, top_p=0.9, repetition_penalty=1.1)) == []
+    [note] = Sampling.notes_on_ignored_settings(GenerationConfig(do_sample=True, min_p=0.1, no_repeat_ngram_size=3))
     assert "min_p 0.1, no_repeat_ngram_size 3: left out" in note
 
 

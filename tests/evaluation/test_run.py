@@ -16,7 +16,7 @@ import strop
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Message
 from strop.engine.decode.batch import Batch
-from strop.engine.decode.generate import Answer
+from strop.engine.decode.generate import Completion
 from strop.engine.decode.model import Model
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
@@ -208,7 +208,7 @@ def ctrl_c_in_a_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict
         return compare(*args, **options)
 
     monkeypatch.setattr(evaluation, "compare", comparing)
-    monkeypatch.setattr("strop.engine.decode.decoder_cache.ROWS", 4)
+    monkeypatch.setattr("strop.engine.decode.batch.MAX_SEQUENCES", 4)
 
 
 def test_an_interrupted_run_is_not_on_the_leaderboard(
@@ -303,7 +303,7 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
 
     held_out = rows(tmp_path / "held.jsonl", COLOURS)
     monkeypatch.setattr(Batch, "step", interrupted)
-    monkeypatch.setattr("strop.engine.decode.decoder_cache.ROWS", 4)
+    monkeypatch.setattr("strop.engine.decode.batch.MAX_SEQUENCES", 4)
     words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
     found = json.loads(out)
@@ -398,7 +398,7 @@ def written(model: Model, row: Conversation) -> str:
 def scored(
     model: Model, rows: list[Conversation], texts: list[str], metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> float:
-    monkeypatch.setattr(comparing, "answers_of", lambda *_, **__: [Answer(text, 1, True) for text in texts])
+    monkeypatch.setattr(comparing, "answers_of", lambda *_, **__: [Completion(text, 1, True) for text in texts])
     return float(comparing.compare(model, rows, metric=metric)["base"][metric])
 
 

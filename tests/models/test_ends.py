@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 import strop
-from strop.engine.decode.generate import own_ends
+from strop.engine.decode.generate import generation_stop_ids
 from strop.serve.models import load_models
 
 PROMPT = np.arange(7, 12, dtype=np.int32)
@@ -41,6 +41,10 @@ def test_an_answer_ends_with_either(by: str, tiny_folder: Path, tmp_path: Path) 
 
 
 def test_a_config_that_transformers_made_up_ends_nothing() -> None:
-    assert own_ends(GenerationConfig(eos_token_id=[1, 2])) == (1, 2)
-    assert own_ends(GenerationConfig(eos_token_id=1)) == (1,)
-    assert own_ends(GenerationConfig()) == own_ends(GenerationConfig(eos_token_id=1, _from_model_config=True)) == ()
+    assert generation_stop_ids(GenerationConfig(eos_token_id=[1, 2])) == (1, 2)
+    assert generation_stop_ids(GenerationConfig(eos_token_id=1)) == (1,)
+    assert (
+        generation_stop_ids(GenerationConfig())
+        == generation_stop_ids(GenerationConfig(eos_token_id=1, _from_model_config=True))
+        == ()
+    )

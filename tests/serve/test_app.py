@@ -19,7 +19,7 @@ import requests
 
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
-from strop.serve.errors import Refusal
+from strop.serve.guard import ApiError
 from strop.serve.models import Served
 from tests.support import templates
 from tests.support.families import tokenizer
@@ -293,7 +293,7 @@ def test_errors_name_the_parameter_and_say_what_it_takes(
 def test_a_model_without_a_template_is_asked_for_completions() -> None:
     own = copy.deepcopy(tokenizer("chatml"))
     own.chat_template = None
-    with pytest.raises(Refusal, match="no chat template: ask it by /v1/completions"):
+    with pytest.raises(ApiError, match="no chat template: ask it by /v1/completions"):
         Served("m", None, own, Renderer(own), None).prompt(USER, None)
 
 

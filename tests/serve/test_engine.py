@@ -15,17 +15,15 @@ from transformers import GenerationConfig, LlamaConfig
 
 from strop.data.types import Ids
 from strop.engine.decode.cache import Blocks
-from strop.engine.decode.decoder import Decoder, Reads
-from strop.engine.decode.eligibility import unanswerable
-from strop.engine.decode.hf_fallback import PlainDecoder
+from strop.engine.decode.decoder import CompiledDecoder, Decoder, why_not_decoder
+from strop.engine.decode.hf_cache import Kept
+from strop.engine.decode.hf_fallback import HfDecoder
 from strop.engine.decode.model import load
-from strop.engine.decode.prefix_cache import Kept
-from strop.engine.decode.sampling import NoToken, Sampling, Text
+from strop.engine.decode.sampling import NoToken, Sampling, SequenceState
 from strop.errors import ModelError
 from strop.models.tokenizer import TextStream
-from strop.serve.engine import Engine, Full, Job, Piece
+from strop.serve.engine import Engine, Full, Job, Metrics, Piece
 from strop.serve.grammar import _Grammar
-from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
 from tests.support.families import tokenizer
 from tests.support.random_models import tiny as random_model
@@ -39,8 +37,8 @@ class Asked:
 
     def __init__(self, model: Any, *, slots: int = 4, queue: int = 99, plain: bool = False) -> None:
         self.metrics = Metrics()
-        plain = plain or unanswerable(model) is not None
-        self.decoder: Reads = PlainDecoder(model, keep=2000) if plain else Decoder(model, 2000)
+        plain = plain or why_not_decoder(model) is not None
+        self.decoder: Decoder = HfDecoder(model, keep=2000) if plain else CompiledDecoder(model, 2000)
         self.engine = Engine(self.decoder, slots=slots, queue=queue, metrics=self.metrics)
         self.pieces: list[list[Piece]] = []
         self._ended: list[threading.Event] = []
@@ -204,7 +202,7 @@ def test_a_full_queue_and_a_freed_slot() -> None:
 
 def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(tiny())
-    monkeypatch.setattr(Decoder, "read", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(CompiledDecoder, "read", lambda *_, **__: 1 / 0)
     asked.submit(np.arange(3, 9, dtype=np.int32), 5)
     asked.engine.start()
     asked.answers()
@@ -216,7 +214,7 @@ def test_a_decoder_that_cannot_even_end_a_text_leaves_nobody_waiting(monkeypatch
     asked, failures = Asked(tiny()), list[bool]()
     monkeypatch.setattr(asked.engine, "_on_failure", lambda: failures.append(True))
     for method in ("read", "end"):
-        monkeypatch.setattr(Decoder, method, lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(CompiledDecoder, method, lambda *_, **__: 1 / 0)
     asked.submit(np.arange(3, 9, dtype=np.int32), 5)
     asked.engine.start()
     asked.answers()
@@ -249,7 +247,7 @@ def test_numbers_that_are_not_finite_fail_their_own_request(temperature: float, 
     assert ends == ["length", "failed", "length", "length", "failed", "length", "length"]
     for place, ids in ((0, rows[0]), (2, rows[2]), (3, rows[3]), (5, rows[4]), (6, rows[7])):
         assert found[place] == alone(model, ids, 9)
-    if isinstance(asked.decoder, PlainDecoder):
+    if isinstance(asked.decoder, HfDecoder):
         assert all(torch.isfinite(keys).all() for _, kv in asked.decoder._kept._texts.values() for keys, _ in kv)
     assert not asked.engine.failed
 
@@ -258,12 +256,12 @@ def test_numbers_that_are_not_finite_fail_their_own_request(temperature: float, 
 def test_a_row_that_turns_to_nan_leaves_nothing_behind(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = poisoned(), prompts(96)
     asked = Asked(model, slots=2, plain=plain)
-    append = Text.append
+    append = SequenceState.append
 
-    def wrong(self: Text, token: int) -> None:
+    def wrong(self: SequenceState, token: int) -> None:
         append(self, NAN_TOKEN if self.length == 58 else token)
 
-    monkeypatch.setattr(Text, "append", wrong)
+    monkeypatch.setattr(SequenceState, "append", wrong)
     asked.submit(np.resize(rows[7], 55), 30)
     asked.submit(rows[0][:9], 25)
     asked.submit(np.resize(rows[1], 60), 3)  # wider than where the first one failed
@@ -341,7 +339,7 @@ def test_an_answer_that_has_ended_is_told_whatever_happens_to_the_next(monkeypat
 
 def test_a_request_that_is_cancelled_gives_its_room_back() -> None:
     asked, ids = Asked(tiny()), np.arange(3, 9, dtype=np.int32)
-    assert isinstance(asked.decoder, Decoder)
+    assert isinstance(asked.decoder, CompiledDecoder)
     whole = asked.decoder.blocks.free
     jobs = [asked.submit(ids, 400), asked.submit(ids, 3)]
     asked.engine.start()
@@ -359,7 +357,7 @@ def test_what_the_cache_cannot_hold_is_refused() -> None:
     model = tiny()
     model.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ModelError, match="linear_attention"):
-        PlainDecoder(model, keep=0)
+        HfDecoder(model, keep=0)
 
 
 def test_the_longest_common_beginning_is_kept() -> None:

@@ -205,9 +205,9 @@ def evaluate(model: str) -> dict[str, Any]:
 
 def serve(model: str, texts: int = 3) -> dict[str, Any]:
     """Texts of the base and of two adapters answered together; what made the host wait, a token."""
-    from strop.engine.decode.batch import Batch, answer_all
-    from strop.engine.decode.hf_fallback import PlainDecoder
-    from strop.engine.decode.sampling import Sampling, Text
+    from strop.engine.decode.batch import Batch, decode_all
+    from strop.engine.decode.hf_fallback import HfDecoder
+    from strop.engine.decode.sampling import Sampling, SequenceState
 
     with CARD.present():
         loaded = strop.load(model, device="cuda")
@@ -215,12 +215,14 @@ def serve(model: str, texts: int = 3) -> dict[str, Any]:
         module.load_adapter(str(Path(model) / "adapter"), adapter_name="other")
         asked = [None, "default", "other"]
         prompts = [
-            Text(np.arange(5 + n, 12 + n, dtype=np.int32), asked[n % 3], most=4, sampling=Sampling(0.0))
+            SequenceState(
+                np.arange(5 + n, 12 + n, dtype=np.int32), asked[n % 3], max_new_tokens=4, sampling=Sampling(0.0)
+            )
             for n in range(texts)
         ]
-        batch = Batch(PlainDecoder(module, keep=64), texts)
+        batch = Batch(HfDecoder(module, keep=64), texts)
         CARD.waits.clear()
-        told = sum(len(news.tokens) for news in answer_all(batch, prompts))
+        told = sum(len(news.tokens) for news in decode_all(batch, prompts))
     return {"tokens": told, "waits": [[kind, line, number] for (_, kind, line), number in CARD.waits.items()]}
 
 

@@ -183,13 +183,13 @@ def test_the_reference_is_what_training_started_from(tmp_path: Path) -> None:
 def test_another_models_answers_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On record, 15: the drawing engine's log-probabilities differ from the step's."""
     made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
-    draw = drawing.draw
+    sample_completions = drawing.sample_completions
 
     def by_another(model: Any, *given: Any, **options: Any) -> Any:
         with state.holding(made.state.weights, {n: w.detach() * 40 for n, w in made.state.weights.items()}):
-            return draw(model, *given, **options)
+            return sample_completions(model, *given, **options)
 
-    monkeypatch.setattr(drawing, "draw", by_another)
+    monkeypatch.setattr(drawing, "sample_completions", by_another)
     with pytest.raises(RunError, match=r"differ by .* nats a token"):
         fit(made)
     assert not events(made, "step")

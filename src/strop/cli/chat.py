@@ -112,7 +112,7 @@ def converse(
         model = load(name, quantization=quantization, force=force)
         for other in adapters:
             model.add(other, force=force)
-    print_notes([*model.notes, *Sampling.passed_over(model.module.generation_config)])
+    print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")
     side = "base" if base else "tuned"

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from strop.dash import action_routes, read_routes
 from strop.dash.responses import Room
-from strop.serve.guard import Guard, Rules
+from strop.serve.guard import AccessRules, Guard
 
 RELOAD_VARIABLE = "STROP_DASH_RELOAD"  # read the page's files at each request: for who works on them
 TYPES = {
@@ -42,7 +42,7 @@ def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )
-    return Guard(app, Rules(hosts, token, max_body_bytes, frozenset(assets)))
+    return Guard(app, AccessRules(hosts, token, max_body_bytes, frozenset(assets)))
 
 
 def _assets() -> dict[str, Path]:

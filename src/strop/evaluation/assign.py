@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from strop.data.types import Ids
 from strop.distributed.assign import deal
 from strop.distributed.devices import Devices
-from strop.engine.decode.generate import Answer
+from strop.engine.decode.generate import Completion
 from strop.engine.decode.model import Model
-from strop.engine.decode.sampling import Expected
+from strop.engine.decode.sampling import ExpectedCompletion
 
 
 def answers(
@@ -19,10 +19,10 @@ def answers(
     *,
     max_new_tokens: int,
     both: bool = False,
-    expected: Sequence[Expected | None] = (),
+    expected: Sequence[ExpectedCompletion | None] = (),
     advance: Callable[[int], None] | None = None,
     partial: bool = False,
-) -> list[Answer]:
+) -> list[Completion]:
     """As Model.answer; partial counts on one device alone: several end with nothing where one is interrupted."""
     if devices.world == 1:
         return model.answer(
@@ -31,7 +31,7 @@ def answers(
     own, sides = deal([float(len(prompt)) for prompt in prompts], devices.world)[devices.rank], 1 + both
     right = [expected[place] for place in own] if expected else []
     told = (lambda done: advance(done * devices.world)) if advance and devices.main else None
-    found: list[Answer] = []
+    found: list[Completion] = []
     with devices.together():
         if own:
             found = model.answer(
@@ -41,7 +41,7 @@ def answers(
                 advance=told,
                 expected=right,
             )
-    whole: list[Answer | None] = [None] * (sides * len(prompts))
+    whole: list[Completion | None] = [None] * (sides * len(prompts))
     for places, said in devices.gather((own, found)):
         for number, answer in enumerate(said):
             side, place = divmod(number, len(places))

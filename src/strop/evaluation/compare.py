@@ -19,9 +19,9 @@ from strop.data.packing import group_by_length
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Example, Ids
 from strop.distributed.devices import ALONE, Devices
-from strop.engine.decode.generate import Answer
+from strop.engine.decode.generate import Completion
 from strop.engine.decode.model import Model
-from strop.engine.decode.sampling import Expected
+from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
 from strop.errors import Where
 from strop.evaluation.assign import answers as answers_of
@@ -175,7 +175,7 @@ def side_of(result: dict[str, Any], name: str) -> Side:
     return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
-def _loss(model: Model, asked: Sequence[Question], answers: Sequence[Answer], devices: Devices = ALONE) -> float:
+def _loss(model: Model, asked: Sequence[Question], answers: Sequence[Completion], devices: Devices = ALONE) -> float:
     """The mean loss of what is asked. Where an answer came with the right one's log-probabilities, these are taken;
     the others go through the training step. answers: one to each question, or none."""
     total = weight = 0.0
@@ -205,7 +205,7 @@ def _last(example: Example) -> int:
     return int(np.flatnonzero(example.weights)[-1])
 
 
-def _expected(prompt: Ids, examples: Sequence[Example]) -> Expected | None:
+def _expected(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | None:
     """What is supervised behind a prompt, and in it, where the row is one example that begins with the prompt."""
     n = len(prompt)
     if len(examples) != 1 or not examples[0].supervised:
@@ -214,7 +214,7 @@ def _expected(prompt: Ids, examples: Sequence[Example]) -> Expected | None:
     end = _last(example) + 1
     if end <= n or not np.array_equal(example.ids[:n], prompt):
         return None
-    return Expected(example.ids[n:end], min(example.prompt, n) - 1)
+    return ExpectedCompletion(example.ids[n:end], min(example.prompt, n) - 1)
 
 
 def _write_all(
@@ -224,7 +224,7 @@ def _write_all(
     max_new_tokens: int,
     advance: Advance | None,
     devices: Devices,
-) -> dict[str, tuple[list[Answer], float]]:
+) -> dict[str, tuple[list[Completion], float]]:
     """The answers of base, tuned or both, in one batch, and its tokens/s."""
     prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
     right = [

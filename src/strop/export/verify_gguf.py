@@ -12,7 +12,7 @@ import numpy as np
 
 from strop.data.rendering.render import Renderer
 from strop.data.types import Example, Ids
-from strop.engine.decode.generate import Answer, generate
+from strop.engine.decode.generate import Completion, generate
 from strop.errors import ParityError
 from strop.export.gguf_tokenizer import Vocabulary
 from strop.export.llama_cpp import LlamaCpp
@@ -118,7 +118,7 @@ def checking(
     asked = tuned.examples[:ASKED]
     prompts = [_prompt(example) for example in asked]
     context = max(len(example) for example in [*enough(tuned.examples), *asked]) + LONGEST_ANSWER
-    answers: list[Answer] = []
+    answers: list[Completion] = []
 
     def reference() -> Any:
         model = tuned.model()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from strop.engine.decode.cache import BLOCK as A_BLOCK
-from strop.engine.decode.cache import READ_AT_ONCE, ROWS, blocks_for
+from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
 from strop.models.families.table import FAMILIES
 from strop.planning.activations import MicroBatch
 from strop.planning.memory import (
@@ -59,9 +59,9 @@ class Asked:
     def of(rows: Sequence[tuple[int, int]], longest: int) -> Asked:
         """rows: (tokens, supervised) of each, which base and tuned are asked. Where there are none: as many as go
         together, of `longest` tokens with the answer."""
-        rows = rows or [(longest, min(ANSWER, longest - 1))] * ROWS
+        rows = rows or [(longest, min(ANSWER, longest - 1))] * MAX_SEQUENCES
         rooms = [tokens - answer + max(ANSWER, answer) for tokens, answer in rows] * 2
-        together = sorted(map(blocks_for, rooms), reverse=True)[:ROWS]
+        together = sorted(map(blocks_for, rooms), reverse=True)[:MAX_SEQUENCES]
         sizes, answers = zip(*rows, strict=True)
         before = accumulate(answers, initial=0)  # what rows begin with alike counts once
         measured = max(size for size, already in zip(sizes, before, strict=False) if already < POSITIONS)
@@ -100,14 +100,14 @@ def evaluate(setting: Setting, asked: Asked, usable: int) -> Phase:
         return phase_of({**serve(setting, asked.longest, texts=GENERATED).parts, "live_layer": live})
     room = int(FREE_SHARE * max(0, usable - serve(setting, 0).peak_bytes)) // position_bytes(setting)
     found = serve(setting, min(asked.positions, room))
-    rows = min(READ_AT_ONCE + asked.texts, asked.positions)
+    rows = min(PREFILL_ROWS + asked.texts, asked.positions)
     told = 4 * min(JUDGED_AT_ONCE, asked.positions) * setting.shape.vocabulary
     return phase_of({**found.parts, "live_layer": _pass_bytes(setting, rows), "head": told + _small_head(setting)})
 
 
 def draw(setting: Setting, drawn: Drawn) -> Phase:
     """Answers before a step: as serving, while the optimizer's state waits; texts that do not fit wait too."""
-    served = serve(setting, drawn.prompt + drawn.answer, texts=min(drawn.texts, ROWS)).parts
+    served = serve(setting, drawn.prompt + drawn.answer, texts=min(drawn.texts, MAX_SEQUENCES)).parts
     return phase_of({**served, "optimizer": optimizer_bytes(setting)})
 
 
@@ -180,7 +180,7 @@ def serve(setting: Setting, context: int, *, texts: int = 1) -> Phase:
         "mapped_files": 0,
         "workspace": SCRATCH_BYTES,
         "saved_activations": positions * position_bytes(setting),
-        "live_layer": _pass_bytes(setting, min(READ_AT_ONCE, positions)),
+        "live_layer": _pass_bytes(setting, min(PREFILL_ROWS, positions)),
         # of the rows that give logits, and once more side by side
         "head": 2 * 4 * texts * shape.vocabulary + _small_head(setting),
         "framework": CODE_BYTES + LOOPS_BYTES + ANSWERS_BYTES,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from strop.engine.decode.cache import ROWS
+from strop.engine.decode.cache import MAX_SEQUENCES
 from strop.machine.probe import TILED_RANK, Machine
 from strop.machine.rates import Rates
 from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
@@ -243,7 +243,7 @@ def drawing_seconds(setting: Setting, drawn: Drawn, rate: Rate) -> float:
     """Of the answers of one step, all as long as they may be: each pass reads the weights once for as many as go
     together."""
     tokens = drawn.texts * drawn.answer + drawn.texts // drawn.group * drawn.prompt
-    passes = drawn.answer * -(-drawn.texts // ROWS)
+    passes = drawn.answer * -(-drawn.texts // MAX_SEQUENCES)
     weights = setting.parameters - setting.shape.idle_expert_weights + setting.active_adapter_weights
     share = GPU_SHARE if rate.peak else ANSWERING
     moved = passes * (weight_bytes(setting) + constant_bytes(setting)) / rate.bandwidth

@@ -23,11 +23,9 @@ from strop.data.reading.strictjson import Refused, loads
 from strop.data.types import Ids
 from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest
-from strop.serve.engine import Engine, Full, Job, Piece, tell_each
-from strop.serve.errors import Refusal, error_body
+from strop.serve.engine import Engine, Full, Job, Metrics, Piece, tell_each
 from strop.serve.grammar import Grammars
-from strop.serve.guard import Guard, Rules
-from strop.serve.metrics import Metrics
+from strop.serve.guard import AccessRules, ApiError, Guard, error_body
 from strop.serve.models import Served
 from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Writer, usage
 
@@ -81,9 +79,9 @@ class _StrictRequest(Request):
         try:
             return loads((await self.body()).decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise Refusal(400, f"the body is not UTF-8: {error.reason}") from None
+            raise ApiError(400, f"the body is not UTF-8: {error.reason}") from None
         except Refused as error:
-            raise Refusal(400, f"the body is not JSON: {error.what}") from None
+            raise ApiError(400, f"the body is not JSON: {error.what}") from None
 
 
 class _StrictRoute(APIRoute):
@@ -94,14 +92,14 @@ class _StrictRoute(APIRoute):
             try:
                 return await handler(_StrictRequest(request.scope, request.receive))
             except HTTPException as error:
-                if isinstance(error.__cause__, Refusal):  # FastAPI wraps what a body's reader raises
+                if isinstance(error.__cause__, ApiError):  # FastAPI wraps what a body's reader raises
                     raise error.__cause__ from None
                 raise
 
         return strict
 
 
-def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
+def create_app(room: Room, rules: AccessRules, metrics: Metrics) -> Guard:
     """The whole server as an ASGI application."""
     renderers = ThreadPoolExecutor(1, "strop-prompts")  # long prompts must not hold up the others' tokens
 
@@ -122,7 +120,7 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
         title="strop serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         separate_input_output_schemas=False,
     )  # fmt: skip
-    app.add_exception_handler(Refusal, _refusal)
+    app.add_exception_handler(ApiError, _refusal)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     router = APIRouter(route_class=_StrictRoute)
@@ -134,11 +132,11 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
         ids = await _prompt(renderers, served.prompt, body.messages, tools, body.chat_template_kwargs)
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if body.max_tokens is not None and body.max_tokens != limit:
-            raise Refusal(400, "max_tokens and max_completion_tokens are two numbers: give one", param="max_tokens")
+            raise ApiError(400, "max_tokens and max_completion_tokens are two numbers: give one", param="max_tokens")
         if body.top_logprobs and not body.logprobs:
-            raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         if body.stream_options is not None and not body.stream:
-            raise Refusal(400, "stream_options needs stream: true", param="stream_options")
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         mask = await _prompt(renderers, room.grammars.mask, served, body.response_format)
         wanted = (body.top_logprobs or 0) if body.logprobs else None
         return await _respond(room, request, body, served, ids, limit, wanted, mask, chat=True)
@@ -147,11 +145,11 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         served = _served(room, body.model)
         if body.stream_options is not None and not body.stream:
-            raise Refusal(400, "stream_options needs stream: true", param="stream_options")
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         prompt = body.prompt
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             if max(int(token) for token in prompt) >= room.vocabulary:
-                raise Refusal(400, f"prompt: a token id beyond the vocabulary of {room.vocabulary}", param="prompt")
+                raise ApiError(400, f"prompt: a token id beyond the vocabulary of {room.vocabulary}", param="prompt")
             ids = np.array(prompt, np.int32)
         else:
             ids = await _prompt(renderers, served.text, prompt if isinstance(prompt, str) else prompt[0])
@@ -169,7 +167,7 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
     @router.get("/health", responses={403: STATUSES[403], 503: STATUSES[503]})
     async def health() -> dict[str, str]:
         if room.engine.failed:
-            raise Refusal(503, FAILURES["failed"][1])
+            raise ApiError(503, FAILURES["failed"][1])
         return {"status": "ok"}
 
     @router.get("/metrics", include_in_schema=False)
@@ -200,7 +198,7 @@ def _asset(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
 def _served(room: Room, model: str) -> Served:
     if model not in room.models:
         what = f"no model {model[:80]!r}{nearest(model[:80], room.models)}: there are {', '.join(room.models)}"
-        raise Refusal(404, what, code="model_not_found", param="model")
+        raise ApiError(404, what, code="model_not_found", param="model")
     return room.models[model]
 
 
@@ -216,7 +214,7 @@ async def _prompt(executor: ThreadPoolExecutor, make: Callable[..., Any], *argum
     try:
         return await asyncio.get_running_loop().run_in_executor(executor, make, *arguments)
     except RecursionError:
-        raise Refusal(400, "the body is nested too deep") from None
+        raise ApiError(400, "the body is nested too deep") from None
 
 
 async def _respond(
@@ -225,10 +223,10 @@ async def _respond(
 ) -> Response:  # fmt: skip
     left = room.context - len(ids)
     if len(ids) == 0:
-        raise Refusal(400, "the prompt is empty", param="prompt")
+        raise ApiError(400, "the prompt is empty", param="prompt")
     if left < (limit or 1):
         asked = f"{len(ids)} tokens of prompt and {limit or 1} of answer are asked for"
-        raise Refusal(400, f"the context is {room.context} tokens: {asked}", code="context_length_exceeded")
+        raise ApiError(400, f"the context is {room.context} tokens: {asked}", code="context_length_exceeded")
     pieces: asyncio.Queue[Piece] = asyncio.Queue()
     job = Job(
         model=served.id, tokenizer=served.tokenizer, stop_ids=served.ends, ids=ids, adapter=served.adapter,
@@ -240,7 +238,7 @@ async def _respond(
         room.engine.submit(job)
     except Full:
         headers = {"retry-after": "1"}
-        raise Refusal(429, "as many requests wait as may", code="queue_full", headers=headers) from None
+        raise ApiError(429, "as many requests wait as may", code="queue_full", headers=headers) from None
     writer = Writer(served.id, served.tokenizer, ids.tolist(), chat=chat, logprobs=logprobs is not None)
     if body.stream:
         events = _events(room.engine, job, pieces, writer, chat=chat, with_usage=body.usage_in_stream)
@@ -261,7 +259,7 @@ async def _whole(engine: Engine, job: Job, pieces: asyncio.Queue[Piece], writer:
                 return Response(status_code=499)  # nobody reads it
             piece = following.result()
             if piece.end in FAILURES:
-                raise Refusal(*FAILURES[piece.end])
+                raise ApiError(*FAILURES[piece.end])
             text.append(piece.text)
             tokens += piece.tokens
             if piece.end is not None:
@@ -305,7 +303,7 @@ def _event(value: dict[str, Any]) -> str:
 
 
 async def _refusal(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
+    assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status, error.headers)
 
 

@@ -18,11 +18,11 @@ import torch
 
 from strop.data.types import Ids
 from strop.engine.decode.batch import Batch, News
-from strop.engine.decode.decoder import Reads
-from strop.engine.decode.sampling import Mask, Sampling, Text, Token
+from strop.engine.decode.decoder import Decoder
+from strop.engine.decode.sampling import Mask, Sampling, SequenceState, Token
 from strop.machine.memory import is_out_of_memory
 from strop.models.tokenizer import TextStream
-from strop.serve.metrics import Metrics
+from strop.serve.engine import Metrics
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Reads,
+        decoder: Decoder,
         *,
         slots: int,
         queue: int,
@@ -110,7 +110,7 @@ class Engine:
         self._slots, self._queue, self._metrics = slots, queue, metrics
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._told: dict[Text, _Told] = {}
+        self._told: dict[SequenceState, _Told] = {}
         self._closing = False
         self.failed = False
         self._thread = thread or engine_thread()
@@ -215,7 +215,7 @@ class Engine:
                 self._changed.wait()
 
     def _join(self, job: Job) -> bool:
-        text = Text(
+        text = SequenceState(
             job.ids, job.adapter, stop_ids=job.stop_ids, most=job.max_new_tokens, sampling=job.sampling,
             logprobs=job.logprobs, mask=job.mask,
         )  # fmt: skip
@@ -268,7 +268,7 @@ class Engine:
             self._leave(text)
         return (told.job, piece) if piece else None
 
-    def _leave(self, text: Text) -> None:
+    def _leave(self, text: SequenceState) -> None:
         del self._told[text]
         if text in self._batch.texts:
             self._batch.remove(text)

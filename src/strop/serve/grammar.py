@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from strop.engine.decode.sampling import Logits, Mask, NoToken
-from strop.serve.errors import Refusal
+from strop.serve.guard import ApiError
 from strop.serve.models import Served
 from strop.serve.protocol import ResponseFormat
 
@@ -28,14 +28,14 @@ class Grammars:
             return None
         if find_spec("llguidance") is None:
             fix = "install llguidance beside strop (pip install llguidance)"
-            raise Refusal(400, f"{wanted.type} cannot be guaranteed here: {fix}", param="response_format")
+            raise ApiError(400, f"{wanted.type} cannot be guaranteed here: {fix}", param="response_format")
         from llguidance import LLMatcher
         from llguidance.hf import from_tokenizer
 
         schema: dict[str, Any] = {"type": "object"}
         if wanted.type == "json_schema":
             if wanted.json_schema is None:
-                raise Refusal(400, "response_format.json_schema is missing", param="response_format")
+                raise ApiError(400, "response_format.json_schema is missing", param="response_format")
             schema = wanted.json_schema.json_schema
         key = id(served.tokenizer)
         try:
@@ -44,10 +44,10 @@ class Grammars:
                 stops = list(served.ends)
                 self._tokenizers[key] = from_tokenizer(served.tokenizer, n_vocab=self._vocabulary, eos_token=stops)
         except ValueError as error:
-            raise Refusal(400, f"response_format: {str(error)[:300]}", param="response_format") from None
+            raise ApiError(400, f"response_format: {str(error)[:300]}", param="response_format") from None
         fault = LLMatcher.validate_grammar(grammar, self._tokenizers[key])
         if fault:
-            raise Refusal(400, f"response_format: {fault.splitlines()[0][:300]}", param="response_format")
+            raise ApiError(400, f"response_format: {fault.splitlines()[0][:300]}", param="response_format")
         return _Grammar(LLMatcher(self._tokenizers[key], grammar))
 
 

@@ -17,7 +17,7 @@ import h11
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from strop.serve.errors import error_body
+from strop.serve.guard import error_body
 
 HEAD_SECONDS = 15.0  # from a connection's start, or its last answer, to the end of a request's headers
 BODY_SECONDS = 30.0  # a request must have arrived by then
@@ -36,7 +36,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class Rules:
+class AccessRules:
     """hosts: exact values of the Host header, with port. key: None where none is asked for. open: paths that need no
     key, since they tell nothing."""
 
@@ -82,7 +82,7 @@ class Door(H11Protocol):
 class Guard:
     """ASGI middleware. answered: called with path and status of each answer."""
 
-    def __init__(self, app: Any, rules: Rules, answered: Callable[[str, int], None] | None = None) -> None:
+    def __init__(self, app: Any, rules: AccessRules, answered: Callable[[str, int], None] | None = None) -> None:
         self._app, self._rules, self._answered = app, rules, answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -151,7 +151,7 @@ class Guard:
         return limited
 
 
-def _too_large(rules: Rules) -> str:
+def _too_large(rules: AccessRules) -> str:
     return f"the body is larger than {rules.max_body_bytes} bytes"
 
 

@@ -10,13 +10,13 @@ from typing import Any
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.row_formats import BadRow, asked
 from strop.data.types import Ids, Message
-from strop.engine.decode.generate import own_ends
+from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
 from strop.errors import ModelError
 from strop.models.adapters import adapter_folder, make_renderer, read_identity, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
-from strop.serve.errors import Refusal
+from strop.serve.guard import ApiError
 
 BASE = "base"
 
@@ -50,25 +50,25 @@ class Served:
         request has some. Raises Refusal for what the model cannot be shown.
         """
         if self.renderer.template is None:
-            raise Refusal(400, "the model has no chat template: ask it by /v1/completions", param="messages")
+            raise ApiError(400, "the model has no chat template: ask it by /v1/completions", param="messages")
         if self.renderer.control.found(dict(options or {})):
             what = "chat_template_kwargs: a value holds a control token"
-            raise Refusal(400, what, param="chat_template_kwargs")
+            raise ApiError(400, what, param="chat_template_kwargs")
         try:
             said = asked({"messages": messages, "tools": tools})
             if said.tools and not self.renderer.chat.supports_tools:
                 what = "tools: the model's chat template shows none: send no tools, or ask another model"
-                raise Refusal(400, what, param="tools")
+                raise ApiError(400, what, param="tools")
             given = said.messages
             if self.system is not None and given[0].role != "system":
                 given = (Message("system", self.system), *given)
             return self.renderer.prompt(given, said.tools, options=options)
         except ModelError as error:
-            raise Refusal(400, f"{error.what}: {error.fix}", param="chat_template_kwargs") from None
+            raise ApiError(400, f"{error.what}: {error.fix}", param="chat_template_kwargs") from None
         except BadRow as error:
-            raise Refusal(400, error.what, param="tools" if error.code == "bad-tools" else "messages") from None
+            raise ApiError(400, error.what, param="tools" if error.code == "bad-tools" else "messages") from None
         except RenderError as error:  # its fix is for training
-            raise Refusal(400, error.what, param="messages") from None
+            raise ApiError(400, error.what, param="messages") from None
 
     def text(self, text: str) -> Ids:
         """The token ids of a plain text, which may hold control tokens."""
@@ -114,7 +114,7 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     """Runs (or adapter folders) of one base, or one model. Raises ModelError where they do not go together."""
     ids = check_names(names)
     first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
-    own_text, more = (first.tokenizer, first.renderer), own_ends(first.module.generation_config)
+    own_text, more = (first.tokenizer, first.renderer), generation_stop_ids(first.module.generation_config)
     if first.adapter is None:
         return Loaded(first.module, {ids[0]: Served(ids[0], None, *own_text, None, more)}, first.notes)
     models = {ids[0]: Served(ids[0], "default", *own_text, first.default_system, more)}

@@ -9,21 +9,18 @@ from typing import Any
 
 import torch
 
-from strop.engine.decode.batching_check import prove
 from strop.engine.decode.cache import BLOCK
-from strop.engine.decode.decoder import Decoder, Reads, position_bytes
-from strop.engine.decode.eligibility import unanswerable
-from strop.engine.decode.hf_fallback import PlainDecoder
+from strop.engine.decode.decoder import CompiledDecoder, Decoder, position_bytes, why_not_decoder
+from strop.engine.decode.hf_fallback import HfDecoder, prove
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
 from strop.models.introspect import max_positions
 from strop.serve.address import Address, Server
 from strop.serve.app import OPEN, Room, create_app
-from strop.serve.engine import Engine, engine_thread
+from strop.serve.engine import Engine, Metrics, engine_thread
 from strop.serve.grammar import Grammars
-from strop.serve.guard import Rules
-from strop.serve.metrics import Metrics
+from strop.serve.guard import AccessRules
 from strop.serve.models import Loaded, load_models
 
 LONGEST_CONTEXT = 4096  # unless asked for: a slot costs memory by its length
@@ -70,7 +67,7 @@ def serve(
         engine=engine, models=loaded.models, sampling=Sampling.own(base.generation_config),
         grammars=Grammars(vocabulary), context=context, vocabulary=vocabulary, started=int(time.time()),
     )  # fmt: skip
-    app = create_app(room, Rules(address.hosts, address.key, max_body_bytes, OPEN), metrics)
+    app = create_app(room, AccessRules(address.hosts, address.key, max_body_bytes, OPEN), metrics)
     about = {
         "url": address.url, "models": list(loaded.models), "slots": slots, "context": context,
         "key": address.key is not None, "pid": os.getpid(), "notes": notes,
@@ -88,17 +85,17 @@ def _base(module: Any) -> Any:
 
 def _prepare(
     names: Sequence[str], slots: int, context: int | None, **how: Any
-) -> tuple[Loaded, Reads, int, int, list[str]]:
+) -> tuple[Loaded, Decoder, int, int, list[str]]:
     """The models, what reads and writes with them, slots and context that memory has room for, and notes."""
     loaded = load_models(names, **how)
     base = _base(loaded.module)
-    notes = [*loaded.notes, *Sampling.passed_over(base.generation_config)]
+    notes = [*loaded.notes, *Sampling.notes_on_ignored_settings(base.generation_config)]
     longest = max_positions(base) or LONGEST_CONTEXT
     if context is not None and context > longest:
         raise InputError(f"--context {context}: the model was made for {longest} tokens", fix="choose less")
     context = context or min(longest, LONGEST_CONTEXT)
-    reason = unanswerable(loaded.module)
-    plain = PlainDecoder(loaded.module, keep=2 * context) if reason else None
+    reason = why_not_decoder(loaded.module)
+    plain = HfDecoder(loaded.module, keep=2 * context) if reason else None
     if plain:
         prove(plain, loaded.module)
         notes.append(f"answers through transformers' own forward, which is slower: {reason}")
@@ -107,7 +104,9 @@ def _prepare(
     if fitting < slots:
         notes.append(f"{fitting} slots instead of {slots}: at {context} tokens each takes {position * context:,} bytes")
         slots = fitting
-    decoder: Reads = plain or Decoder(loaded.module, (slots + 2) * (context + BLOCK))  # as much as 2 slots is kept
+    decoder: Decoder = plain or CompiledDecoder(
+        loaded.module, (slots + 2) * (context + BLOCK)
+    )  # as much as 2 slots is kept
     return loaded, decoder, slots, context, notes
 
 

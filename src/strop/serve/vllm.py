@@ -30,7 +30,7 @@ from strop.config.load import read_resolved
 from strop.data.prepare import prepare
 from strop.data.rendering.render import Renderer
 from strop.data.types import Ids
-from strop.engine.decode.generate import own_ends
+from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_dtype
 from strop.errors import ModelError, ParityError, RunError
@@ -119,7 +119,7 @@ def serve_vllm(
     ours = {own: _reference(name, rows[own]) for own, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
         # the template may end turns with another than the eos token, and some models name more
-        own = own_ends(GenerationConfig.from_pretrained(weights)) if (weights / OWN).is_file() else ()
+        own = generation_stop_ids(GenerationConfig.from_pretrained(weights)) if (weights / OWN).is_file() else ()
         ends = {"eos_token_id": [*renderers[0].ends, *own]}
         Path(scratch, OWN).write_text(json.dumps(ends), encoding="utf-8")
         command = [

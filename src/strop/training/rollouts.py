@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
 from strop.data.types import Example, Group, Item, Prompt, behind_reasoning
-from strop.engine.decode.decoder_cache import let_go
-from strop.engine.decode.generate import generate
-from strop.engine.decode.rollouts import Drawn, Draws, draw
+from strop.engine.decode.batch import drop_decoder
+from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
 from strop.evaluation.metrics import Z_95
 from strop.evaluation.rewards import Reward
@@ -51,7 +50,7 @@ class OfGroups:
     weights: Mapping[str, nn.Parameter]
     log: EventLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
-    draws: Draws | None = None
+    draws: Sampler | None = None
     tells: ClassVar[bool] = True
 
     @property
@@ -71,7 +70,7 @@ class OfGroups:
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
         seeds = [[self._seed(index, prompt.row, number) for number in range(self._size)] for prompt in prompts]
         asked = [prompt.examples[0].ids for prompt in prompts]
-        drawn = (self.draws or draw)(self.model, asked, seeds, self.stop_ids, self._most)
+        drawn = (self.draws or sample_completions)(self.model, asked, seeds, self.stop_ids, self._most)
         seconds = time.perf_counter() - started
         groups = [self._group(prompt, answers) for prompt, answers in zip(prompts, drawn, strict=True)]
         first = groups[0]
@@ -90,7 +89,8 @@ class OfGroups:
         """The group of a prompt whose answers are as long as they may be, and all differ."""
         prompt = item.examples[0]
         answers = [
-            Drawn(np.full(self._most, number + 1, np.int32), np.zeros(self._most), True) for number in range(self._size)
+            SampledCompletion(np.full(self._most, number + 1, np.int32), np.zeros(self._most), True)
+            for number in range(self._size)
         ]
         examples = tuple(_example(prompt, answer, 1) for answer in answers)
         zeros = np.zeros(self._size * self._most)
@@ -148,7 +148,7 @@ class OfGroups:
                 max_new_tokens=self._most,
             )
         finally:
-            let_go(self.model)
+            drop_decoder(self.model)
         rewards = [self._worth(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         mean = statistics.fmean(rewards)
         found: dict[str, Any] = {"loss": -mean, "reward": mean}
@@ -163,9 +163,9 @@ class OfGroups:
         said = f"{self.seed} {index} {row} {number}".encode()
         return int.from_bytes(blake2b(said, digest_size=8).digest(), "little") >> 1
 
-    def _group(self, prompt: Prompt, answers: Sequence[Drawn]) -> Group:
+    def _group(self, prompt: Prompt, answers: Sequence[SampledCompletion]) -> Group:
         """The answers that differ, with how often each was drawn; advantages are of all of them."""
-        same: dict[bytes, list[Drawn]] = {}
+        same: dict[bytes, list[SampledCompletion]] = {}
         for answer in answers:
             same.setdefault(answer.ids.tobytes(), []).append(answer)
         firsts = [alike[0] for alike in same.values()]
@@ -214,7 +214,7 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _example(prompt: Example, answer: Drawn, count: int) -> Example:
+def _example(prompt: Example, answer: SampledCompletion, count: int) -> Example:
     weights = np.concatenate([np.zeros(len(prompt), np.float32), np.full(len(answer.ids), count, np.float32)])
     return replace(prompt, ids=np.concatenate([prompt.ids, answer.ids]), weights=weights)
 

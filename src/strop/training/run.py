@@ -17,9 +17,8 @@ from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe, option_fields
 from strop.distributed.devices import ALONE, Devices
 from strop.distributed.environment import may_restart, restarted
-from strop.engine.decode.eligibility import unanswerable
-from strop.engine.decode.generate import own_ends
-from strop.engine.decode.rollouts import Draws
+from strop.engine.decode.decoder import why_not_decoder
+from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.device import repeatable
 from strop.engine.eligibility import own_dropout
 from strop.engine.step import step_for
@@ -271,7 +270,7 @@ def _fit(job: Job) -> str:
 
 
 def _job(
-    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, draws: Draws | None
+    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, draws: Sampler | None
 ) -> Job:
     recipe, weights = setup.resolved.recipe, trainable_parameters(model)
     step = step_for(model, integers=recipe.train.int8_matmul)
@@ -288,7 +287,7 @@ def _job(
     criterion: Criterion
     if rewards := rewards_of(recipe.train.rewards):
         without_dropout(model)
-        ends = (*data.renderer.ends, *own_ends(model.generation_config))
+        ends = (*data.renderer.ends, *generation_stop_ids(model.generation_config))
         told = setup.tokenizer, ends, rewards, weights, log
         criterion = OfGroups(recipe.train, recipe.seed, model, *told, draws=draws)
     else:
@@ -331,7 +330,7 @@ def _announce(job: Job, setup: Setup) -> None:
         numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle_expert_weights}
     if isinstance(job.criterion, OfGroups) and isinstance(job.criterion.draws, ByVllm):
         job.log.emit("note", text=f"answers are drawn by vLLM {job.criterion.draws.version}")
-    elif isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
+    elif isinstance(job.criterion, OfGroups) and (why := why_not_decoder(job.model)):
         job.log.emit("note", text=f"answers are drawn by transformers' generate: {why}")
     if job.devices.world > 1 and not job.recipe.train.exact and (found := own_dropout(job.model)):
         text = f"{found}: dropout of the model's own, drawn by micro-batch: other masks than on one device"

@@ -19,7 +19,7 @@ from torch import nn
 
 from strop.config.schema import Recipe
 from strop.data.types import Ids
-from strop.engine.decode.rollouts import Drawn
+from strop.engine.decode.generate import SampledCompletion
 from strop.errors import RecipeError, RunError
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
@@ -71,7 +71,7 @@ class ByVllm:
         seeds: Sequence[Sequence[int]],
         stop_ids: Sequence[int],
         most: int,
-    ) -> list[list[Drawn]]:
+    ) -> list[list[SampledCompletion]]:
         """To each prompt an answer for each of its seeds. Raises RunError where vLLM ends."""
         with tempfile.TemporaryDirectory() as folder:
             whole: Any = model
@@ -84,8 +84,8 @@ class ByVllm:
         return [[_drawn(next(found)) for _ in some] for some in seeds]
 
 
-def _drawn(told: dict[str, Any]) -> Drawn:
-    return Drawn(np.array(told["ids"], np.int32), np.array(told["log_probs"]), told["stopped"])
+def _drawn(told: dict[str, Any]) -> SampledCompletion:
+    return SampledCompletion(np.array(told["ids"], np.int32), np.array(told["log_probs"]), told["stopped"])
 
 
 @contextmanager

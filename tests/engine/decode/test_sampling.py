@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from strop.engine.decode.sampling import NoToken, Sampling, Seen, Text
+from strop.engine.decode.sampling import NoToken, Sampling, Seen, SequenceState
 from strop.engine.kernels.dispatch import draw_token, likeliest
 
 DRAWS = 20_000
@@ -52,7 +52,7 @@ def test_tokens_are_drawn_by_their_distribution(sampling: Sampling) -> None:
     row, prompt = logits(300), np.array([3, 5, 9], np.int32)
     p = wanted(row, sampling, prompt.tolist())
     counts = np.zeros(len(row))
-    text = Text(prompt, None, most=DRAWS, sampling=Sampling(**{**vars(sampling), "seed": 11}))
+    text = SequenceState(prompt, None, most=DRAWS, sampling=Sampling(**{**vars(sampling), "seed": 11}))
     for _ in range(DRAWS):
         counts[text.pick(Seen.of(row[None]), 0).id] += 1
         text.length += 1  # each place has a number of its own; what was drawn is not said again
@@ -90,7 +90,7 @@ def test_what_a_seed_decides() -> None:
     row, prompt = logits(1000), np.arange(5, dtype=np.int32)
 
     def drawn(seed: int | None) -> list[int]:
-        text = Text(prompt, None, most=20, sampling=Sampling(1.0, seed=seed))
+        text = SequenceState(prompt, None, most=20, sampling=Sampling(1.0, seed=seed))
         for _ in range(20):
             text.append(text.pick(Seen.of(row[None]), 0).id)
         return text.answer
@@ -101,7 +101,7 @@ def test_what_a_seed_decides() -> None:
 
 def test_what_is_told_of_a_token() -> None:
     row = logits(50)
-    token = Text(np.array([1], np.int32), None, logprobs=3).pick(Seen.of(row[None]), 0)
+    token = SequenceState(np.array([1], np.int32), None, logprobs=3).pick(Seen.of(row[None]), 0)
     logs = torch.from_numpy(row).double().log_softmax(-1)
     top = logs.topk(3)
     assert token.id == int(logs.argmax()) and token.logprob == pytest.approx(float(top.values[0]))
@@ -117,4 +117,4 @@ def test_numbers_that_are_none() -> None:
     assert found[0] == rows[0].argmax() and found[3] == rows[3].argmax()
     for row in rows[[1, 2, 4]]:
         with pytest.raises(NoToken):
-            Text(np.array([1], np.int32), None, sampling=Sampling(1.0)).pick(Seen.of(row[None]), 0)
+            SequenceState(np.array([1], np.int32), None, sampling=Sampling(1.0)).pick(Seen.of(row[None]), 0)

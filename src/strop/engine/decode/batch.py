@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strop.engine.decode.cache import READ_AT_ONCE, NoRoom
-from strop.engine.decode.decoder import Decoder, Part, Reads
-from strop.engine.decode.sampling import Ids, NoToken, Seen, Text, Token
+from strop.engine.decode.cache import PREFILL_ROWS, NoRoom
+from strop.engine.decode.decoder import CompiledDecoder, Decoder, Part
+from strop.engine.decode.sampling import Ids, NoToken, Seen, SequenceState, Token
 from strop.engine.kernels.dispatch import logprobs_of
 
 JUDGED_AT_ONCE = 128  # rows of a pass that give logits: more would take more memory than the pass itself
@@ -25,19 +25,21 @@ ALIKE = 3  # tokens at a text's end that must have stood before, for what follow
 class News:
     """What a pass brought a text: its new tokens, which are appended; text.end says whether it has ended."""
 
-    text: Text
+    text: SequenceState
     tokens: tuple[Token, ...]
 
 
 class Batch:
     """rows: texts that are answered together, at most. guess: guess tokens where rows are free."""
 
-    def __init__(self, decoder: Reads, rows: int, *, read_at_once: int = READ_AT_ONCE, guess: bool = True) -> None:
+    def __init__(self, decoder: Decoder, rows: int, *, read_at_once: int = PREFILL_ROWS, guess: bool = True) -> None:
         self._decoder, self._rows, self._guess, self._read_at_once = decoder, rows, guess, read_at_once
-        self.texts: list[Text] = []
-        self._behind: dict[Text, list[Text]] = {}  # by the text whose prompt, which is theirs too, is read
+        self.texts: list[SequenceState] = []
+        self._behind: dict[
+            SequenceState, list[SequenceState]
+        ] = {}  # by the text whose prompt, which is theirs too, is read
 
-    def add(self, text: Text) -> bool:
+    def add(self, text: SequenceState) -> bool:
         """False where there is no room for it now. Raises NoRoom where there would never be."""
         if len(self.texts) + self._num_waiting >= self._rows:
             return False
@@ -50,10 +52,10 @@ class Batch:
         self.texts.append(text)
         return True
 
-    def add_group(self, texts: Sequence[Text]) -> int:
+    def add_group(self, texts: Sequence[SequenceState]) -> int:
         """How many texts with one prompt, from the first on, there is room for: the prompt is read once for them, and
         they begin together. Raises NoRoom where there would never be room for one."""
-        assert isinstance(self._decoder, Decoder), "groups are for the engine's own decoder"
+        assert isinstance(self._decoder, CompiledDecoder), "groups are for the engine's own decoder"
         if not self.add(texts[0]):
             return 0
         behind = self._behind.setdefault(texts[0], [])
@@ -69,7 +71,7 @@ class Batch:
     def _num_waiting(self) -> int:
         return sum(map(len, self._behind.values()))
 
-    def remove(self, text: Text) -> None:
+    def remove(self, text: SequenceState) -> None:
         """A text leaves, whether it has ended or not; those that wait for its prompt leave with it."""
         self.texts.remove(text)
         for gone in (text, *self._behind.pop(text, ())):
@@ -88,7 +90,7 @@ class Batch:
                 rows = seen.rows(at, at + part.told)
                 at += part.told
                 for text in self._behind.pop(part.text, ()):
-                    assert isinstance(self._decoder, Decoder)
+                    assert isinstance(self._decoder, CompiledDecoder)
                     self._decoder.follow(text, part.text)
                     self.texts.append(text)
                     news.append(News(text, self._written(Part(text, 0, 1), rows)))
@@ -98,7 +100,7 @@ class Batch:
             self.remove(text)
         return news
 
-    def _at(self, part: Part) -> list[Text]:
+    def _at(self, part: Part) -> list[SequenceState]:
         """The texts that go on behind a part."""
         return [part.text, *self._behind.get(part.text, ())]
 
@@ -124,8 +126,8 @@ class Batch:
         return tuple(found)
 
     def _parts(self) -> list[Part]:
-        writing: list[Text] = []
-        reading: list[Text] = []
+        writing: list[SequenceState] = []
+        reading: list[SequenceState] = []
         for text in self.texts:
             (writing if text.left == 1 and not text.judging else reading).append(text)
         room = self._decoder.free_rows - len(writing) if self._guess and not reading else 0
@@ -166,7 +168,7 @@ def guess(ids: Ids, most: int) -> Sequence[int]:
     return found
 
 
-def answer_all(batch: Batch, texts: Sequence[Text]) -> Iterator[News]:
+def decode_all(batch: Batch, texts: Sequence[SequenceState]) -> Iterator[News]:
     """Answers all texts, as many together as go; tells what each pass brings. Raises NoRoom where one is too long."""
     waiting = list(reversed(texts))
     try:
@@ -179,7 +181,7 @@ def answer_all(batch: Batch, texts: Sequence[Text]) -> Iterator[News]:
             batch.remove(text)
 
 
-def answer_groups(batch: Batch, groups: Sequence[Sequence[Text]]) -> Iterator[News]:
+def decode_groups(batch: Batch, groups: Sequence[Sequence[SequenceState]]) -> Iterator[News]:
     """The same of groups of texts with one prompt, which is read once for as many of a group as go together."""
     waiting = [list(group) for group in reversed(groups)]
     while waiting or batch.texts:

@@ -14,10 +14,10 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 32  # positions; the loop of engine.cpu.cached_attention knows it too
-ROWS = 64  # texts together: a pass over more takes as much longer (docs/performance.md)
+BLOCK_SIZE = 32  # positions; the loop of engine.cpu.cached_attention knows it too
+MAX_SEQUENCES = 64  # texts together: a pass over more takes as much longer (docs/performance.md)
 LOOKED_AT = 64  # blocks behind the same beginning, the newest: which of them goes on most alike
-READ_AT_ONCE = 256  # prompt rows in a pass: more would hold up the answers that go on
+PREFILL_ROWS = 256  # prompt rows in a pass: more would hold up the answers that go on
 
 
 class NoRoom(Exception):
@@ -25,7 +25,7 @@ class NoRoom(Exception):
 
 
 def blocks_for(positions: int) -> int:
-    return -(-positions // BLOCK)
+    return -(-positions // BLOCK_SIZE)
 
 
 class Blocks:
@@ -104,7 +104,7 @@ class Blocks:
         behind = self._behind.get(before)
         if not behind or not len(ids):
             return 0, 0
-        same = np.stack(list(behind.values()))[:, : len(ids)] == ids[:BLOCK]
+        same = np.stack(list(behind.values()))[:, : len(ids)] == ids[:BLOCK_SIZE]
         counts = np.where(same.all(1), same.shape[1], same.argmin(1))
         best = int(counts.argmax())
         if not counts[best]:
@@ -141,6 +141,6 @@ def root_of(adapter: str | None) -> bytes:
 
 def keys_of(before: bytes, ids: npt.NDArray[np.int32], begin: int = 0) -> Iterator[bytes]:
     """The keys of the full blocks of a text from position `begin` on, in order. before: the key in front of them."""
-    for at in range(begin, len(ids) - BLOCK + 1, BLOCK):
-        before = blake2b(before + ids[at : at + BLOCK].tobytes(), digest_size=16).digest()
+    for at in range(begin, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        before = blake2b(before + ids[at : at + BLOCK_SIZE].tobytes(), digest_size=16).digest()
         yield before

@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from strop.engine.decode.cache import BLOCK
-from strop.engine.decode.exact_argmax import Screen, screen_for
+from strop.engine.decode.cache import BLOCK_SIZE
+from strop.engine.decode.exact_argmax import ExactArgmax, exact_argmax_for
 from strop.engine.decode.sampling import Seen
 from strop.engine.kernels.dispatch import answering_loops
 from strop.engine.layers import Layers, NormPart, about
@@ -30,13 +30,13 @@ class CompiledPass:
         self._loops: Any = answering_loops(layers.head.weight.dtype if warm else None)
         self._layers = layers
         self._half = layers.head.weight.dtype == torch.bfloat16
-        self._type = entering(layers.head.weight.dtype)
+        self._type = activation_dtype(layers.head.weight.dtype)
         self._lanes = torch.get_num_threads()
         parts = [layers.part(number) for number in range(len(layers))]
         self._kinds = [part.rope for part in parts]
         self._act = getattr(self._loops, ACTIVATIONS[parts[0].activation])
         width = width_of(parts[0].size)
-        shape = (blocks, parts[0].key_value, BLOCK, width)
+        shape = (blocks, parts[0].key_value, BLOCK_SIZE, width)
         self._keys, self._values = ([_zeros(shape, self._type) for _ in parts] for _ in range(2))
         self._cache = [(_array(k), _array(v)) for k, v in zip(self._keys, self._values, strict=True)]
         self._norm = self._norm_of(layers.norm)
@@ -101,11 +101,11 @@ class CompiledPass:
             logits = np.tanh(logits / np.float32(layers.softcap)) * np.float32(layers.softcap)
         return logits
 
-    def _screen_of(self, layers: Layers) -> Screen | None:
+    def _screen_of(self, layers: Layers) -> ExactArgmax | None:
         held = [weight for layer in self._built for linear in layer[:4] for weight in linear.weights]
         read = sum(weight.w.nbytes + getattr(weight, "scale", weight.w[:0]).nbytes for weight in held)
         z = np.empty(0, np.uint16 if self._type == torch.bfloat16 else np.float32)
-        return screen_for(layers.head, self._head.w, z, layers.logits_scale, layers.softcap, read)
+        return exact_argmax_for(layers.head, self._head.w, z, layers.logits_scale, layers.softcap, read)
 
     def _make_room(self, count: int) -> None:
         if count > self._count:
@@ -225,7 +225,7 @@ class CompiledPass:
         return self._loops.Packed(weight, scale, _array(packed.code), packed.share, n)
 
 
-def entering(dtype: torch.dtype) -> torch.dtype:
+def activation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What enters a product, and lies in the cache: bf16 where the weights are and the CPU multiplies it, else fp32."""
     return torch.bfloat16 if dtype == torch.bfloat16 and answering_loops().HAS_BF16 else torch.float32
 

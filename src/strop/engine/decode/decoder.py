@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from strop.engine.decode.cache import BLOCK, Blocks, NoRoom, blocks_for, keys_of, root_of
-from strop.engine.decode.compiled_model import CompiledPass, entering, width_of
-from strop.engine.decode.eligibility import adapters_of, unanswerable
-from strop.engine.decode.sampling import Ids, Seen, Text
+from strop.engine.decode.cache import BLOCK_SIZE, Blocks, NoRoom, blocks_for, keys_of, root_of
+from strop.engine.decode.compiled_model import CompiledPass, activation_dtype, width_of
+from strop.engine.decode.decoder import adapters_of, why_not_decoder
+from strop.engine.decode.sampling import Ids, Seen, SequenceState
 from strop.engine.layers import Layers
 
 TOGETHER = 48  # query heads of a text that are attended together: more need not read its keys less often
@@ -27,38 +27,38 @@ class Part:
     """What a pass reads of a text: the next `count` positions that are not in the cache, with `guessed` tokens behind
     the last. told: the last so many of them give logits."""
 
-    text: Text
+    text: SequenceState
     count: int
     told: int = 0
     guessed: Sequence[int] = ()
 
 
-class Reads(Protocol):
+class Decoder(Protocol):
     """What Batch needs of a decoder. free_rows: a pass over so many takes hardly longer than one over a single row."""
 
     free_rows: int
 
-    def begin(self, text: Text) -> None:
+    def begin(self, text: SequenceState) -> None:
         """Takes the room that the text will need, and shares what is known of its beginning. Raises NoRoom, too where
         another text is reading more of the same beginning: it will be known soon."""
 
-    def end(self, text: Text) -> None:
+    def end(self, text: SequenceState) -> None:
         """Gives the text's room back."""
 
     def read(self, parts: Sequence[Part], *, logits: bool = True) -> Seen:
         """One pass. What is told, part by part. logits: whether they are asked for."""
 
 
-class Decoder:
+class CompiledDecoder:
     """positions: how many the cache holds, over all texts. warm: have the loops compiled beforehand, in another
     process.
 
-    Made once for a model; where its adapters are trained on, `refresh`. The model must be one that `unanswerable` has
+    Made once for a model; where its adapters are trained on, `refresh`. The model must be one that `why_not_decoder` has
     no reason against.
     """
 
     def __init__(self, model: torch.nn.Module, positions: int, *, warm: bool = True) -> None:
-        reason = unanswerable(model)
+        reason = why_not_decoder(model)
         assert reason is None, reason
         self._model = model
         self._layers = Layers(model)
@@ -77,11 +77,11 @@ class Decoder:
         self._pass.take_adapters(self.names)
         self.blocks.forget()
 
-    def begin(self, text: Text) -> None:
+    def begin(self, text: SequenceState) -> None:
         root = root_of(text.adapter)
         keys = list(keys_of(root, text.ids[: text.first]))
         known = self.blocks.share(keys)
-        text.done, need = len(known) * BLOCK, blocks_for(text.room) - len(known)
+        text.done, need = len(known) * BLOCK_SIZE, blocks_for(text.room) - len(known)
         source, alike = self.blocks.alike(keys[len(known) - 1] if known else root, text.ids[text.done : text.first])
         if alike and need > self.blocks.free:  # its room is needed
             self.blocks.leave([source])
@@ -101,22 +101,22 @@ class Decoder:
             text.done += alike
         text.found = text.done
 
-    def begin_behind(self, text: Text, leader: Text) -> None:
+    def begin_behind(self, text: SequenceState, leader: SequenceState) -> None:
         """Takes the room of a text with the leader's prompt, beside what they will share. Raises NoRoom."""
         assert text.adapter == leader.adapter and text.prompt == leader.prompt
-        text.blocks = self.blocks.take(blocks_for(text.prompt + text.most) - text.prompt // BLOCK)
+        text.blocks = self.blocks.take(blocks_for(text.prompt + text.most) - text.prompt // BLOCK_SIZE)
 
-    def follow(self, text: Text, leader: Text) -> None:
+    def follow(self, text: SequenceState, leader: SequenceState) -> None:
         """The leader's prompt has just been read: the text goes on from there."""
-        whole = leader.prompt // BLOCK
+        whole = leader.prompt // BLOCK_SIZE
         shared = leader.blocks[:whole]
         self.blocks.use(shared)
-        if leader.prompt % BLOCK:  # the block that both go on in
+        if leader.prompt % BLOCK_SIZE:  # the block that both go on in
             self._pass.copy_block(leader.blocks[whole], text.blocks[0])
         text.blocks = shared + text.blocks
         text.keys, text.done, text.found = leader.keys[:whole], leader.prompt, leader.prompt
 
-    def end(self, text: Text) -> None:
+    def end(self, text: SequenceState) -> None:
         self.blocks.leave(text.blocks)
         self._coming.difference_update(text.coming)
         text.blocks = []
@@ -152,22 +152,24 @@ class Decoder:
             self._read_on(part.text, part.count)
         return seen
 
-    def _adapter(self, text: Text) -> int:
+    def _adapter(self, text: SequenceState) -> int:
         return len(self.names) if text.adapter is None else self.names.index(text.adapter)
 
-    def _read_on(self, text: Text, count: int) -> None:
+    def _read_on(self, text: SequenceState, count: int) -> None:
         """Full blocks become known. Guessed tokens do not count: they may turn out wrong."""
         text.done += count
-        before, begin = text.keys[-1] if text.keys else root_of(text.adapter), len(text.keys) * BLOCK
+        before, begin = text.keys[-1] if text.keys else root_of(text.adapter), len(text.keys) * BLOCK_SIZE
         for key in keys_of(before, text.ids[: text.sure], begin):
-            self.blocks.know(key, text.blocks[len(text.keys)], before, text.ids[begin : begin + BLOCK].copy())
+            self.blocks.know(key, text.blocks[len(text.keys)], before, text.ids[begin : begin + BLOCK_SIZE].copy())
             self._coming.discard(key)
             text.keys.append(key)
-            before, begin = key, begin + BLOCK
+            before, begin = key, begin + BLOCK_SIZE
 
 
 def position_bytes(model: torch.nn.Module) -> int:
     """Bytes of the cache that a position takes."""
     layers = Layers(model)
     first = layers.part(0)
-    return 2 * len(layers) * first.key_value * width_of(first.size) * entering(layers.head.weight.dtype).itemsize
+    return (
+        2 * len(layers) * first.key_value * width_of(first.size) * activation_dtype(layers.head.weight.dtype).itemsize
+    )

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from strop.engine.kernels.dispatch import screening_loops
 
 WORTH = 0.1  # the head is at least so much of what is read for a token
-PAUSE = 16  # passes after one in which too many tokens could be the likeliest
+PAUSE_PASSES = 16  # passes after one in which too many tokens could be the likeliest
 _NUMBERS = 1 << 20  # of the head that are made small together
 
 
-class Screen:
+class ExactArgmax:
     """weight: the head's (V, h), and the same as loops take it; scale: of the logits. It is made small when it is
     asked for the first time."""
 
@@ -31,15 +31,15 @@ class Screen:
         if self._pause:
             self._pause -= 1
             return None
-        found = self._likeliest(z)
+        found = self._argmax(z)
         if found is None:
-            self._pause = PAUSE
+            self._pause = PAUSE_PASSES
         return found
 
-    def _likeliest(self, z: Any) -> Any:
+    def _argmax(self, z: Any) -> Any:
         loops, lanes, count = self._loops, self._lanes, len(z)
         if self._small is None:
-            numbers, scales, reach = made_small(self._weight, loops.LANES)
+            numbers, scales, reach = quantize_head(self._weight, loops.LANES)
             nothing = np.empty(0, np.float32)
             self._small = loops.Packed(numbers, scales, nothing, z.shape[1], len(scales)), reach
         small, reach = self._small
@@ -65,7 +65,7 @@ class Screen:
         return places[own.argmax(1)] if np.isfinite(own).all() else None
 
 
-def made_small(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
+def quantize_head(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
     """Rows in 8 bit (N h,), their scales (N,), N being V in whole lanes, and (V,) how far a logit from them may be off
     for a row of length 1: what 8 bit leave out, and what sums in fp32 and a row in 16 bit may lose. NaN where there is
     a number that is not finite."""
@@ -87,10 +87,12 @@ def made_small(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
     return numbers.reshape(-1), scales, reach
 
 
-def screen_for(head: nn.Linear, whole: Any, z: Any, scale: float, softcap: float | None, read: int) -> Screen | None:
+def exact_argmax_for(
+    head: nn.Linear, whole: Any, z: Any, scale: float, softcap: float | None, read: int
+) -> ExactArgmax | None:
     """The head's, where it is worth it. z: of the type of what enters the head; read: bytes of all other weights."""
     loops, (n, k) = screening_loops(), head.weight.shape
     plain = head.bias is None and not softcap and scale > 0
     exact = z.dtype == np.float32 or (loops.AS_HELD and loops.fits(k) and (not loops.TILES or n % loops.LANES == 0))
     worth = head.weight.nbytes > WORTH * (head.weight.nbytes + read)
-    return Screen(head.weight, whole, scale) if plain and exact and worth else None
+    return ExactArgmax(head.weight, whole, scale) if plain and exact and worth else None

@@ -13,22 +13,21 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, TextStreamer
 
-from strop.engine.decode.batch import answer_all
-from strop.engine.decode.decoder_cache import batch_for
-from strop.engine.decode.eligibility import SEVERAL, active_adapter, unanswerable
-from strop.engine.decode.sampling import Expected, Sampling, Text
+from strop.engine.decode.batch import batch_for, decode_all
+from strop.engine.decode.decoder import SEVERAL, active_adapter, why_not_decoder
+from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.errors import InputError, ModelError
 from strop.models.adapters import adapter_disabled
 from strop.models.introspect import learned_positions
 from strop.models.tokenizer import TextStream
 from strop.models.upstream_errors import attribute_errors
 
-ROWS = 16  # of a batch of transformers' generate
+MAX_SEQUENCES = 16  # of a batch of transformers' generate
 Ids = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     text: str
     tokens: int  # new tokens, the stop token included
     stopped: bool  # ended by a stop token, not by the limit
@@ -47,8 +46,8 @@ def generate(
     advance: Callable[[int], None] | None = None,
     both: bool = False,
     partial: bool = False,
-    expected: Sequence[Expected | None] = (),
-) -> list[Answer]:
+    expected: Sequence[ExpectedCompletion | None] = (),
+) -> list[Completion]:
     """One answer a prompt, in the order given, by the adapter that is active now, if there is one; stop_ids end it, and
     so do own_ends.
 
@@ -60,7 +59,7 @@ def generate(
     Answers come from strop's engine (engine.answers) where it knows the model, else from transformers' generate.
     Raises InputError for answers of no tokens, and prompts that a model with learned positions has no room for.
     """
-    stop_ids = (*stop_ids, *own_ends(cast(Any, model).generation_config))
+    stop_ids = (*stop_ids, *generation_stop_ids(cast(Any, model).generation_config))
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: an answer has at least one", fix="give 1 or more")
     if not prompts:
@@ -76,12 +75,14 @@ def generate(
             raise InputError(what, fix="ask with a shorter prompt; in a chat, /reset starts again")
         max_new_tokens = min(max_new_tokens, positions - longest)
     adapter = active_adapter(model)
-    if unanswerable(model) is not None or adapter is SEVERAL:
+    if why_not_decoder(model) is not None or adapter is SEVERAL:
         return _by_transformers(model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, on_text, advance, both)
     by = [None, adapter] if both else [adapter]
     texts = [
         [
-            Text(ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row), expected=right)
+            SequenceState(
+                ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row), expected=right
+            )
             for who in by
         ]
         for row, (ids, right) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
@@ -90,7 +91,7 @@ def generate(
     words = TextStream(tokenizer, ()) if on_text is not None else None
     ended = 0
     try:
-        for news in answer_all(batch_for(model, flat), flat):
+        for news in decode_all(batch_for(model, flat), flat):
             if words is not None and on_text is not None:
                 on_text("".join(words.push(token.id) for token in news.tokens if token.id not in news.text.stop_ids))
             if news.text.end == "failed":
@@ -109,7 +110,7 @@ def generate(
     return [_written(tokenizer, row[side], stop_ids) for side in range(len(by)) for row in texts]
 
 
-def own_ends(config: GenerationConfig) -> tuple[int, ...]:
+def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
     """Tokens that end an answer by the generation_config.json that came with a model; none where none came."""
     named = None if config._from_model_config else config.eos_token_id
     return () if named is None else tuple(named) if isinstance(named, list) else (named,)
@@ -132,7 +133,7 @@ def _by_transformers(
     on_text: Callable[[str], None] | None,
     advance: Callable[[int], None] | None,
     both: bool,
-) -> list[Answer]:
+) -> list[Completion]:
     """generate, for models that strop's engine does not know. Rows of like length share a batch: little is padded."""
     if both:
         options = stop_ids, max_new_tokens, sampling, on_text
@@ -157,11 +158,11 @@ def _by_transformers(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Completion] = {}
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     streamer = _Pieces(tokenizer, on_text) if on_text is not None else None
-    for start in range(0, len(order), ROWS):
-        rows = order[start : start + ROWS]
+    for start in range(0, len(order), MAX_SEQUENCES):
+        rows = order[start : start + MAX_SEQUENCES]
         width = max(len(prompts[row]) for row in rows)
         ids = torch.full((len(rows), width), pad, dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -188,15 +189,15 @@ def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].contiguous(), *inputs[1:])
 
 
-def _written(tokenizer: Any, text: Text, stop_ids: Sequence[int]) -> Answer:
+def _written(tokenizer: Any, text: SequenceState, stop_ids: Sequence[int]) -> Completion:
     answer = _answer(tokenizer, text.answer, stop_ids)
     return answer if not len(text.logprobs) else replace(answer, logprobs=text.logprobs)
 
 
-def _answer(tokenizer: Any, new: list[int], stop_ids: Sequence[int]) -> Answer:
+def _answer(tokenizer: Any, new: list[int], stop_ids: Sequence[int]) -> Completion:
     end = next((place for place, token in enumerate(new) if token in stop_ids), None)
     kept = new if end is None else new[:end]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept) + (end is not None), end is not None)
+    return Completion(tokenizer.decode(kept, skip_special_tokens=True), len(kept) + (end is not None), end is not None)
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]

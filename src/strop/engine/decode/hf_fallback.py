@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from strop.engine.decode.decoder import Part
-from strop.engine.decode.multi_lora import MixedLora, can_mix
-from strop.engine.decode.prefix_cache import Kept
-from strop.engine.decode.sampling import Ids, Logits, Seen, Text
-from strop.engine.decode.slots import Kv, Reading, Slots, cut, side_by_side
+from strop.engine.decode.hf_cache import Kept, Kv, Reading, Slots, cut, side_by_side
+from strop.engine.decode.hf_fallback import MixedLora, can_mix
+from strop.engine.decode.sampling import Ids, Logits, Seen, SequenceState
 from strop.engine.train.transfer import sent
 from strop.errors import ModelError
 from strop.models.adapters import adapter_disabled, has_trained_biases
@@ -28,8 +27,8 @@ from strop.models.adapters import adapter_disabled, has_trained_biases
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-class PlainDecoder:
-    """What answers.Batch needs (answers.Reads), from a transformers causal language model, or a PeftModel with any
+class HfDecoder:
+    """What answers.Batch needs (answers.Decoder), from a transformers causal language model, or a PeftModel with any
     number of adapters on it. keep: positions of texts that have left which are kept for others that begin alike.
 
     Texts whose adapters can share a batch are in the same lane; others have one each.
@@ -57,24 +56,24 @@ class PlainDecoder:
         takes = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"
         self._kept = Kept(keep)
-        self._read: dict[Text, Kv] = {}  # of texts that are being read
+        self._read: dict[SequenceState, Kv] = {}  # of texts that are being read
         self._lanes: dict[str, Slots] = {}
-        self._rows: dict[str, list[Text]] = {}  # the texts of each lane, as they lie in its Slots
+        self._rows: dict[str, list[SequenceState]] = {}  # the texts of each lane, as they lie in its Slots
 
     def position_bytes(self) -> int:
         """Bytes that one position of one text takes, found by reading a token."""
-        text = Text(np.zeros(1, np.int32), None)
+        text = SequenceState(np.zeros(1, np.int32), None)
         self.begin(text)
         self.read([Part(text, 1)])
         kv = self._read.pop(text)
         return sum(tensor.numel() * tensor.element_size() for pair in kv for tensor in pair)
 
-    def begin(self, text: Text) -> None:
+    def begin(self, text: SequenceState) -> None:
         kv = self._kept.find(text.adapter, text.ids)
         self._read[text], text.done = kv, _length(kv)
         text.found = text.done
 
-    def end(self, text: Text) -> None:
+    def end(self, text: SequenceState) -> None:
         """What the text holds is kept for those that begin alike, or wiped out (NaN times 0 is NaN)."""
         if self._read.pop(text, None) is not None:
             return
@@ -93,7 +92,7 @@ class PlainDecoder:
 
     @torch.inference_mode()
     def read(self, parts: Sequence[Part], *, logits: bool = True) -> Seen:
-        found: dict[Text, Logits] = {}
+        found: dict[SequenceState, Logits] = {}
         for lane, rows in self._rows.items():
             found |= dict(zip(rows, self._step(lane).float().cpu().numpy(), strict=True))
         reading: dict[str, list[Part]] = {}
@@ -109,7 +108,7 @@ class PlainDecoder:
         """Texts with the same lane are decoded together."""
         return "" if self._mixed is not None or self._peft is None else f"+{adapter}" if adapter else "base"
 
-    def _read_on(self, lane: str, parts: list[Part]) -> dict[Text, Logits]:
+    def _read_on(self, lane: str, parts: list[Part]) -> dict[SequenceState, Logits]:
         """Reads on in texts of one lane; those that are read to the end become rows of it. Their next logits."""
         before = {part.text: self._read[part.text] for part in parts}
         logits = self._pass(parts)
@@ -128,7 +127,7 @@ class PlainDecoder:
         told = torch.stack(list(logits.values())).float().cpu().numpy()
         return dict(zip(logits, told, strict=True))
 
-    def _pass(self, parts: Sequence[Part]) -> dict[Text, Tensor]:
+    def _pass(self, parts: Sequence[Part]) -> dict[SequenceState, Tensor]:
         """The next positions of these texts; the logits (vocabulary,) behind those that are read to the end."""
         counts, dones = [part.count for part in parts], [_length(self._read[part.text]) for part in parts]
         places = list(zip(parts, dones, counts, strict=True))

@@ -13,8 +13,8 @@ from typing import Any
 
 from strop.data.rendering.render import Renderer
 from strop.data.types import Ids, Message
-from strop.engine.decode.generate import Answer, generate
-from strop.engine.decode.sampling import Expected, Sampling
+from strop.engine.decode.generate import Completion, generate
+from strop.engine.decode.sampling import ExpectedCompletion, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
@@ -103,8 +103,8 @@ class Model:
         advance: Callable[[int], None] | None = None,
         both: bool = False,
         partial: bool = False,
-        expected: Sequence[Expected | None] = (),
-    ) -> list[Answer]:
+        expected: Sequence[ExpectedCompletion | None] = (),
+    ) -> list[Completion]:
         """One answer for each prompt of token ids; of several threads one is answered at a time.
         both, partial, expected: as model.generate says."""
         with self._turn, default_torch_state():

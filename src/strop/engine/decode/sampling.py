@@ -70,7 +70,7 @@ class Sampling:
         return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
 
     @staticmethod
-    def passed_over(config: Any) -> list[str]:
+    def notes_on_ignored_settings(config: Any) -> list[str]:
         """Notes on what a model's own generation config asks for, and is not done here."""
         own = config.to_diff_dict()
         named = [f"{name} {own[name]}" for name in PASSED_OVER if own.get(name)]
@@ -106,7 +106,7 @@ class NoToken(Exception):
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedCompletion:
     """The right answer to a prompt, where it is known: the tokens behind the prompt, and `first`, the first position
     of prompt and answer whose next token's log-probability is asked for; None: the prompt's last."""
 
@@ -123,7 +123,7 @@ class Token:
     likeliest: tuple[tuple[int, float], ...] = ()
 
 
-class Text:
+class SequenceState:
     """ids (L,): a prompt, and then what was written behind it; adapter: None for the base alone.
 
     stop_ids, most: an answer ends with one of these tokens, or with so many. logprobs: how many likeliest tokens to
@@ -146,7 +146,7 @@ class Text:
         sampling: Sampling | None = None,
         logprobs: int | None = None,
         mask: Mask | None = None,
-        expected: Expected | None = None,
+        expected: ExpectedCompletion | None = None,
     ) -> None:
         assert len(prompt) and most
         self.adapter, self.stop_ids, self.most = adapter, frozenset(stop_ids), most

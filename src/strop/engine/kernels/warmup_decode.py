@@ -13,9 +13,9 @@ import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from strop.engine.decode.batch import Batch, answer_all
-from strop.engine.decode.decoder import Decoder
-from strop.engine.decode.sampling import Sampling, Text
+from strop.engine.decode.batch import Batch, decode_all
+from strop.engine.decode.decoder import CompiledDecoder
+from strop.engine.decode.sampling import Sampling, SequenceState
 from strop.engine.kernels.dispatch import answering_loops, save_in_turn
 
 PARTS: Mapping[str, Sequence[str]] = {  # the loops that a layer calls; who compiles them all finds these of both parts
@@ -36,9 +36,11 @@ def exercise(dtype: torch.dtype, part: str = "") -> None:
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear")).eval()
     prompt = np.arange(40, dtype=np.int32)
     sampling = Sampling(1.0, 0.9)
-    sampled = [Text(prompt, name, most=3, sampling=sampling, logprobs=0) for name in ("default", None)]
-    for texts in (sampled, [] if part == "attention" else [Text(prompt, None, most=3)]):
-        for _ in answer_all(Batch(Decoder(model, 256, warm=False), 2), texts):
+    sampled = [
+        SequenceState(prompt, name, max_new_tokens=3, sampling=sampling, logprobs=0) for name in ("default", None)
+    ]
+    for texts in (sampled, [] if part == "attention" else [SequenceState(prompt, None, max_new_tokens=3)]):
+        for _ in decode_all(Batch(CompiledDecoder(model, 256, warm=False), 2), texts):
             pass
 
 

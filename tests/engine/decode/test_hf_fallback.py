@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from strop.engine.decode.batching_check import prove
-from strop.engine.decode.hf_fallback import PlainDecoder
+from strop.engine.decode.hf_fallback import HfDecoder, prove
 from strop.errors import ModelError
 from tests.support import tiny_families
 
@@ -14,14 +13,14 @@ from tests.support import tiny_families
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gemma3_text", "falcon", "gpt2"])
 def test_families_that_go_by_positions_are_served(kind: str) -> None:
     model = tiny_families.build(kind)
-    prove(PlainDecoder(model, keep=100), model)
+    prove(HfDecoder(model, keep=100), model)
 
 
 def test_an_adapter_changes_nothing() -> None:
     model = get_peft_model(
         tiny_families.build("mixtral"), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
     ).eval()
-    prove(PlainDecoder(model, keep=100), model)
+    prove(HfDecoder(model, keep=100), model)
 
 
 @pytest.mark.parametrize(
@@ -37,4 +36,4 @@ def test_an_adapter_changes_nothing() -> None:
 def test_families_that_go_by_places_are_not(kind: str, why: str) -> None:
     model = tiny_families.build(kind)
     with pytest.raises(ModelError, match=why):
-        prove(PlainDecoder(model, keep=100), model)
+        prove(HfDecoder(model, keep=100), model)
