@@ -214,8 +214,10 @@ def test_chat_draws_as_the_model_asks_for(
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     _, _, err = run("chat", own, "--max-new-tokens", "2", "--top-k", "0", capsys=capsys)
     assert "answers: temperature 0.6, top_p 0.9" in err and "top_k" not in err
-    assert Sampling.own(GenerationConfig(do_sample=True)) == Sampling(1.0, 1.0, 50)
-    assert "repetition penalty 1.2" in Sampling.own(GenerationConfig(repetition_penalty=1.2)).words()
+    assert Sampling.from_generation_config(GenerationConfig(do_sample=True)) == Sampling(1.0, 1.0, 50)
+    assert (
+        "repetition penalty 1.2" in Sampling.from_generation_config(GenerationConfig(repetition_penalty=1.2)).describe()
+    )
 
 
 def test_the_sum_of_rslora_adapters_is_the_sum(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:

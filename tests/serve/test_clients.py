@@ -1,4 +1,4 @@
-"""Programs that people use, against the server: openai, litellm, llm, curl, a browser, a fuzzer."""
+"""The server with clients in use: openai, litellm, llm, curl, a fuzzer and a browser."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ USER: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
 def program(name: str) -> str:
-    """Beside this Python, else on the PATH."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
+    """Return the path of a program next to this Python or on the PATH; skip the test without it."""
+    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if path is None:
         pytest.skip(f"no {name} on the PATH")
-    return found
+    return path
 
 
 def greedy(server: Server, model: str = "calm") -> str:
@@ -32,7 +32,7 @@ def greedy(server: Server, model: str = "calm") -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
-def test_openai(server: Server) -> None:
+def test_openai_client(server: Server) -> None:
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client:
         assert [model.id for model in client.models.list()] == ["calm", "bold", "base"]
@@ -46,7 +46,7 @@ def test_openai(server: Server) -> None:
         assert chunks[-1].usage.completion_tokens == 12
         plain = client.completions.create(model="base", prompt="hello", max_tokens=4, logprobs=1)
         assert plain.choices[0].finish_reason == "length" and len(plain.choices[0].logprobs.tokens) == 4
-        with pytest.raises(openai.NotFoundError, match="no model 'x'"):
+        with pytest.raises(openai.NotFoundError, match="'x' not found"):
             client.chat.completions.create(model="x", messages=USER)
         with pytest.raises(openai.BadRequestError, match="n: "):
             client.chat.completions.create(model="calm", messages=USER, n=3)
@@ -71,14 +71,14 @@ sys.stdout.buffer.write("".join(parts).encode())
 
 
 @pytest.mark.skipif("STROP_LITELLM_PYTHON" not in os.environ, reason="STROP_LITELLM_PYTHON is not set (`make deploy`)")
-def test_litellm(server: Server) -> None:
+def test_litellm_client(server: Server) -> None:
     for way in ("stream", "whole"):
         command = [os.environ["STROP_LITELLM_PYTHON"], "-c", LITELLM, server.url + "/v1", way]
         done = subprocess.run(command, capture_output=True, timeout=120)
         assert done.stdout.decode() == greedy(server), done.stderr.decode()[-1000:]
 
 
-def test_llm(server: Server, tmp_path: Path) -> None:
+def test_llm_program(server: Server, tmp_path: Path) -> None:
     llm = program("llm")
     entry = f"- model_id: mine\n  model_name: calm\n  api_base: {server.url}/v1\n  api_key_name: none\n"
     (tmp_path / "extra-openai-models.yaml").write_text(entry, encoding="utf-8")
@@ -89,7 +89,7 @@ def test_llm(server: Server, tmp_path: Path) -> None:
         assert done.stdout.decode().strip() == greedy(server).strip(), done.stderr.decode()
 
 
-def test_curl(server: Server) -> None:
+def test_curl_program(server: Server) -> None:
     curl = program("curl")
     body = json.dumps({"model": "calm", "messages": USER, "max_tokens": 12, "temperature": 0})
     command = [
@@ -108,8 +108,8 @@ def test_curl(server: Server) -> None:
     assert subprocess.run(form, capture_output=True, timeout=60, check=True).stdout == b"415"
 
 
-def test_fuzz(server: Server, tmp_path: Path) -> None:
-    """Requests made from the server's own OpenAPI description, right and wrong ones: never a 500."""
+def test_fuzzed_requests_never_get_a_500(server: Server, tmp_path: Path) -> None:
+    """Valid and invalid requests, generated from the server's OpenAPI schema."""
     schemathesis = program("schemathesis")
     report = tmp_path / "report.xml"
     command = [
@@ -126,17 +126,17 @@ def test_fuzz(server: Server, tmp_path: Path) -> None:
 # --- the page in a browser ---------------------------------------------------------------------------------------
 
 
-def test_the_page_in_a_browser(server: Server) -> None:
+def test_page_chats_with_base_and_tuned(server: Server) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     browser_path = shutil.which("chromium") or program("google-chrome")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 390, "height": 800})
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        elsewhere: list[str] = []
-        page.on("request", lambda asked: elsewhere.append(asked.url) if not asked.url.startswith(server.url) else None)
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        foreign: list[str] = []
+        page.on("request", lambda asked: foreign.append(asked.url) if not asked.url.startswith(server.url) else None)
         page.goto(server.url)
         expect, sides = playwright.expect, page.locator(".side")
         expect(sides).to_have_count(2)
@@ -156,7 +156,7 @@ def test_the_page_in_a_browser(server: Server) -> None:
         expect(sides.first.locator(".user").nth(1)).to_have_text("<img src=x onerror=\"document.title='owned'\">")
         expect(page.locator("#send")).to_have_text("Send")
         assert page.title() == "strop" and page.locator("main img").count() == 0
-        html = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"  # now the model writes it
+        html = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"  # the same as output of the model
         chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": html}, "finish_reason": "stop"}]})
         stream = f"data: {chunk}\n\ndata: [DONE]\n\n"
         page.route(f"**{CHAT}", lambda asked: asked.fulfill(content_type="text/event-stream", body=stream))
@@ -165,7 +165,7 @@ def test_the_page_in_a_browser(server: Server) -> None:
         expect(sides.first.locator(".answer").nth(2)).to_have_text(html)
         assert page.title() == "strop" and page.locator("main img, main b").count() == 0
         page.unroute(f"**{CHAT}")
-        page.locator("#fresh").click()
+        page.locator("#new-chat").click()
         expect(page.locator(".answer")).to_have_count(0)
         page.locator("#settings > summary").click()
         page.fill("#limit", "450")
@@ -176,11 +176,11 @@ def test_the_page_in_a_browser(server: Server) -> None:
         page.locator("#send").click()
         expect(page.locator(".note").first).to_be_visible()
         browser.close()
-    assert not faults and not elsewhere
+    assert not errors and not foreign
     server.wait_idle()
 
 
-def test_each_side_is_asked_with_its_own_system_prompt(server: Server) -> None:
+def test_each_side_gets_its_default_system_prompt(server: Server) -> None:
     models = requests.get(server.url + "/v1/models", timeout=10).json()["data"]
     models.sort(key=lambda model: ["bold", "calm", "base"].index(model["id"]))
     with open_browser() as browser:
@@ -190,19 +190,19 @@ def test_each_side_is_asked_with_its_own_system_prompt(server: Server) -> None:
 
         def answer(way: Any) -> None:
             body = way.request.post_data_json
-            asked[body["model"]] = [(said["role"], said["content"]) for said in body["messages"]]
+            asked[body["model"]] = [(message["role"], message["content"]) for message in body["messages"]]
             way.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
 
         page.route(f"**{CHAT}", answer)
         page.goto(server.url)
         page.wait_for_selector(".side >> nth=1")
 
-        def ask(*chosen: str) -> tuple[dict[str, Any], str]:
-            """The messages of either side, and what stands in the empty box of the system prompt."""
+        def ask(*selected: str) -> tuple[dict[str, Any], str]:
+            """Return the messages of each model, and the placeholder of the system prompt."""
             asked.clear()
-            for place, model in enumerate(chosen):
+            for place, model in enumerate(selected):
                 page.locator(".side select").nth(place).select_option(model)
-            page.locator("#fresh").click()
+            page.locator("#new-chat").click()
             page.fill("#text", "hi")
             page.keyboard.press("Enter")
             page.wait_for_function("() => document.querySelectorAll('.answer:not(.waiting)').length === 2")
@@ -210,7 +210,7 @@ def test_each_side_is_asked_with_its_own_system_prompt(server: Server) -> None:
 
         user, bold = ("user", "hi"), ("system", SYSTEM)
         assert page.locator("#system").input_value() == ""
-        assert ask("base", "bold") == ({"base": [bold, user], "bold": [user]}, SYSTEM)  # the server adds bold's own
+        assert ask("base", "bold") == ({"base": [bold, user], "bold": [user]}, SYSTEM)  # the server adds bold's
         assert ask("base", "calm") == ({"base": [user], "calm": [user]}, "none")
         assert ask("bold", "calm") == ({"bold": [user], "calm": [user]}, f"bold: {SYSTEM}\ncalm: none")
         page.evaluate("document.getElementById('system').value = 'be brief'")

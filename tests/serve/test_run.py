@@ -1,4 +1,4 @@
-"""What `strop serve` says before a server starts."""
+"""Errors of `strop serve` before the server starts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.support.serving import save_adapters
 from tests.support.tiny import save_tiny
 
 
-def test_another_address_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_address_needs_an_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STROP_API_KEY", raising=False)
     with pytest.raises(InputError, match="without a key"):
         open_address("0.0.0.0", 0, None, [])
-    with pytest.raises(InputError, match="plain characters"):
+    with pytest.raises(InputError, match="--api-key"):
         open_address("127.0.0.1", 0, "two words", [])
     address = open_address("0.0.0.0", 0, "secret", ["Box.Example"])
     address.socket.close()
@@ -27,13 +27,13 @@ def test_another_address_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "secret" not in address.hosts and address.url == f"http://127.0.0.1:{address.port}"
 
 
-def test_a_port_that_is_taken() -> None:
+def test_used_port_raises() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(InputError, match="cannot be bound"):
             open_address("127.0.0.1", other.getsockname()[1], None, [])
-    first = open_address("127.0.0.1", 0, None, [])  # a server that has not started yet
+    first = open_address("127.0.0.1", 0, None, [])  # bound, but not serving yet
     with pytest.raises(InputError, match="cannot be bound"):
         open_address("127.0.0.1", first.port, None, [])
     first.socket.close()
@@ -41,14 +41,14 @@ def test_a_port_that_is_taken() -> None:
         open_address("no.such.host.invalid", 0, "key", [])
 
 
-def test_several_models_are_runs_of_one_base(tiny_folder: Path, tmp_path: Path) -> None:
+def test_several_models_must_be_runs_of_one_base(tiny_folder: Path, tmp_path: Path) -> None:
     calm, bold = save_adapters(tmp_path, tiny_folder)
-    with pytest.raises(ModelError, match="called calm"):
+    with pytest.raises(ModelError, match="id calm"):
         check_names([str(calm), str(calm)])
     with pytest.raises(ModelError, match="no adapter"):
         check_names([str(calm), str(tiny_folder)])
     calm.rename(tmp_path / "base")
-    with pytest.raises(ModelError, match="called base"):
+    with pytest.raises(ModelError, match="id base"):
         check_names([str(tmp_path / "base")])
     import torch
 
@@ -62,7 +62,7 @@ def test_several_models_are_runs_of_one_base(tiny_folder: Path, tmp_path: Path) 
         load_models([str(bold), str(stranger)], device="cpu", dtype="fp32", quantization="auto", force=False)
 
 
-def test_exit_codes() -> None:
+def test_exit_code_of_signals() -> None:
     assert (exit_code(2), exit_code(15)) == (130, 0)
 
 
@@ -78,6 +78,6 @@ def test_exit_codes() -> None:
         ["--engine", "vllm", "--device", "cuda:x"],
     ],
 )
-def test_options_that_are_wrong_or_would_do_nothing(options: list[str]) -> None:
+def test_invalid_or_ineffective_options_raise(options: list[str]) -> None:
     with pytest.raises(RecipeError):
         build(["serve"])(["serve", "no-such-run", *options], standalone_mode=False)

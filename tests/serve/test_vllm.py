@@ -1,4 +1,4 @@
-"""vLLM as the engine: what is refused before it starts; and the real one, where STROP_VLLM_PYTHON names its Python."""
+"""vLLM as the engine: checks before it starts, and the real vLLM if STROP_VLLM_PYTHON names its Python."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from strop.models.tokenizer import load_tokenizer
 from strop.models.vllm import find_vllm_python, max_lora_rank, query_vllm
 from strop.serve.address import Address
 from strop.serve.vllm import (
-    Same,
-    _ask,
-    _until_told,
-    _with_own_tokenizer,
-    lora_module,
+    ParityResult,
+    _request,
+    _tokenizer_source,
+    _wait_for_signal,
+    lora_module_argument,
 )
 from tests.support.serving import CHAT, save_adapters, serving
 
 
-def test_ranks_that_vllm_knows() -> None:
+def test_rank_is_rounded_up_to_one_that_vllm_supports() -> None:
     def rank(**config: object) -> int:
         return max_lora_rank({"peft_type": "LORA", "r": 4, **config}, "an adapter", "merge it")
 
@@ -39,7 +39,7 @@ def test_ranks_that_vllm_knows() -> None:
             rank(**odd)
 
 
-def test_a_python_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_python_without_vllm_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such program"):
         find_vllm_python("/no/such/python")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -50,41 +50,41 @@ def test_a_python_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
             query_vllm(sys.executable, "LlamaForCausalLM", lora=True)
 
 
-def test_when_it_is_the_same_model() -> None:
+def test_parity_needs_a_small_difference_and_a_larger_control() -> None:
     def passed(mean: float, control: float | None, limit: float = 0.05) -> bool:
-        return Same("m", 9, mean, 1.0, control, limit).passed
+        return ParityResult("m", 9, mean, 1.0, control, limit).passed
 
     assert passed(0.02, None) and passed(0.02, 0.5)
     assert not passed(0.06, None) and not passed(0.06, 0.5) and not passed(float("inf"), None)
-    assert passed(0.02, 0.02)  # what training changed is too little to be told apart within the limit
-    assert not passed(0.05, 0.1)  # as near to the base as to the tuned model
+    assert passed(0.02, 0.02)  # training changed less than the limit, so the control is not used
+    assert not passed(0.05, 0.1)  # as close to the base as to the tuned model
 
 
-def test_a_vllm_that_ends_by_itself(tmp_path: Path) -> None:
+def test_vllm_that_ends_raises_with_its_error_line(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen([sys.executable, "-c", "raise ValueError('no room')"], stderr=log)
         process.wait()
         with pytest.raises(RunError, match="ValueError: no room"):
-            _until_told(process, log)
+            _wait_for_signal(process, log)
 
 
-def test_an_adapter_by_any_name() -> None:
-    told = json.loads(lora_module("a=b,c", Path("/runs/a=b,c/adapter")))
-    assert told == {"name": "a=b,c", "path": "/runs/a=b,c/adapter"}
+def test_adapter_names_may_contain_separators() -> None:
+    argument = json.loads(lora_module_argument("a=b,c", Path("/runs/a=b,c/adapter")))
+    assert argument == {"name": "a=b,c", "path": "/runs/a=b,c/adapter"}
 
 
-def test_an_adapter_without_a_tokenizer_has_its_bases(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapter_without_a_tokenizer_uses_that_of_its_base(tiny_folder: Path, tmp_path: Path) -> None:
     [folder, _] = save_adapters(tmp_path, tiny_folder)
-    assert _with_own_tokenizer(str(folder)).path == folder
+    assert _tokenizer_source(str(folder)).path == folder
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    assert _with_own_tokenizer(str(folder)).path == tiny_folder
+    assert _tokenizer_source(str(folder)).path == tiny_folder
 
 
-def test_the_key_goes_with_requests_alone_and_errors_are_told() -> None:
+def test_api_key_is_sent_with_a_body_only_and_errors_raise() -> None:
     seen: list[tuple[str, str | None]] = []
 
-    class Answers(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             seen.append((self.path, self.headers["Authorization"]))
             self.send_response(200 if self.path == "/health" else 422)
@@ -97,30 +97,30 @@ def test_the_key_goes_with_requests_alone_and_errors_are_told() -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Answers) as server, socket.socket() as unused:
+    with HTTPServer(("127.0.0.1", 0), Handler) as server, socket.socket() as unused:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         address = Address("127.0.0.1", server.server_port, "secret", frozenset(), unused)
         try:
-            assert _ask(address, "/health") is None
+            assert _request(address, "/health") is None
             with pytest.raises(RunError, match="/v1/x with 422: what"):
-                _ask(address, "/v1/x", {})
+                _request(address, "/v1/x", {})
         finally:
             server.shutdown()
             thread.join()
     assert seen == [("/health", None), ("/v1/x", "Bearer secret")]
-    with pytest.raises(RunError, match="does not answer"):
-        _ask(address, "/health")
+    with pytest.raises(RunError, match="does not respond"):
+        _request(address, "/health")
 
 
 @pytest.mark.skipif("STROP_VLLM_PYTHON" not in os.environ, reason="STROP_VLLM_PYTHON is not set (`make vllm`)")
-def test_the_real_vllm_serves_base_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STROP_CACHE")  # the demo model is large enough to be kept
+def test_real_vllm_serves_base_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STROP_CACHE")  # so that the demo model is found in the usual cache
     [folder, _] = save_adapters(tmp_path, Path("demo"), load_tokenizer(locate("demo")), std=0.05)
     options = ["--engine", "vllm", "--vllm-python", os.environ["STROP_VLLM_PYTHON"], "--context", "512", "--slots", "4"]
     with serving(folder, *options) as server:
-        [same] = server.about["parity"]
-        assert same["passed"] and same["mean"] < 1e-3 and same["control"] > 20 * same["mean"]
+        [result] = server.about["parity"]
+        assert result["passed"] and result["mean"] < 1e-3 and result["control"] > 20 * result["mean"]
         messages = [{"role": "user", "content": "hello"}]
         texts = [
             server.post(CHAT, {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0}).json()

@@ -222,7 +222,7 @@ def serve(model: str, texts: int = 3) -> dict[str, Any]:
         ]
         batch = Batch(HfDecoder(module, keep=64), texts)
         CARD.waits.clear()
-        told = sum(len(news.tokens) for news in decode_all(batch, prompts))
+        told = sum(len(progress.tokens) for progress in decode_all(batch, prompts))
     return {"tokens": told, "waits": [[kind, line, number] for (_, kind, line), number in CARD.waits.items()]}
 
 

@@ -1,4 +1,4 @@
-"""A server in a process of its own, on a tiny random model with two adapters."""
+"""Start a server in another process, on a tiny random model with two adapters."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from strop.models.source import fingerprint, locate
 from tests.support.families import tokenizer
 
 CHAT = "/v1/chat/completions"
-SYSTEM = "be bold"  # of every training row of the adapter `bold`
+SYSTEM = "be bold"  # system prompt of the training rows of the adapter `bold`
 
 
-def save_adapters(root: Path, base: Path, own_tokenizer: Any = None, *, std: float = 0.3, **lora: Any) -> list[Path]:
-    """Two random adapters of a base, `calm` and `bold`; its tokenizer, where it is not the tiny one."""
-    source, made = locate(str(base)), []
+def save_adapters(
+    root: Path, base: Path, adapter_tokenizer: Any = None, *, std: float = 0.3, **lora: Any
+) -> list[Path]:
+    """Save two random adapters of a base, `calm` and `bold`, with the tiny tokenizer by default."""
+    source, folders = locate(str(base)), []
     for seed, (name, system) in enumerate({"calm": None, "bold": SYSTEM}.items()):
         torch.manual_seed(seed)
         config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora})
@@ -38,9 +40,9 @@ def save_adapters(root: Path, base: Path, own_tokenizer: Any = None, *, std: flo
             if "lora_" in key:
                 torch.nn.init.normal_(weight, std=std)
         identity = {"base": {"name": source.name, "fingerprint": fingerprint(source)}, "system": system}
-        save_adapter(model, own_tokenizer or tokenizer("chatml"), root / name, identity)
-        made.append(root / name)
-    return made
+        save_adapter(model, adapter_tokenizer or tokenizer("chatml"), root / name, identity)
+        folders.append(root / name)
+    return folders
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Server:
             if self.metric("strop_active") == 0:
                 return
             time.sleep(0.05)
-        raise AssertionError("a slot is still taken")
+        raise AssertionError("a slot is still in use")
 
     def stop(self, number: int = signal.SIGINT) -> int:
         self.process.send_signal(number)
@@ -96,4 +98,4 @@ def serving(*arguments: str | Path) -> Iterator[Server]:
         yield Server(process, json.loads(line))
     finally:
         process.kill()
-        process.communicate()  # closes its pipe too
+        process.communicate()  # also closes its pipe

@@ -1,4 +1,4 @@
-"""Stands in for vLLM where there is none: the same calls, answered by transformers and peft."""
+"""A stand-in for vLLM with the calls that strop uses, on transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ class LLM:
         assert lora_request.number not in self.seen, "an adapter of this number is known"
         self.seen.add(lora_request.number)
         if os.path.exists(os.environ["STAND_IN_FAILS"]):
-            raise SystemExit("the card fell off")
+            raise SystemExit("the GPU failed")
         model = peft.PeftModel.from_pretrained(self.model, lora_request.path).eval()
-        found = [self.one(model, *both) for both in zip(prompts, options, strict=True)]
+        outputs = [self.complete(model, *request) for request in zip(prompts, options, strict=True)]
         self.model = model.unload()
-        return found
+        return outputs
 
-    def one(self, model, prompt, how):
-        ids, draws = list(prompt["prompt_token_ids"]), torch.Generator().manual_seed(how.seed % 2**62)
-        assert (how.temperature, how.top_p, how.top_k, how.ignore_eos) == (1.0, 1.0, 0, True)
-        assert len(ids) + how.max_tokens <= self.longest
-        answer, told, reason = [], [], "length"
-        while len(answer) < how.max_tokens:
-            logs = model(torch.tensor([ids + answer])).logits[0, -1].float().log_softmax(-1)
-            token = int(torch.multinomial(logs.exp(), 1, generator=draws))
-            answer.append(token)
-            told.append({token: SimpleNamespace(logprob=float(logs[token]))})
-            if token in how.stop_token_ids:
+    def complete(self, model, prompt, params):
+        ids, generator = list(prompt["prompt_token_ids"]), torch.Generator().manual_seed(params.seed % 2**62)
+        assert (params.temperature, params.top_p, params.top_k, params.ignore_eos) == (1.0, 1.0, 0, True)
+        assert len(ids) + params.max_tokens <= self.longest
+        tokens, logprobs, reason = [], [], "length"
+        while len(tokens) < params.max_tokens:
+            logs = model(torch.tensor([ids + tokens])).logits[0, -1].float().log_softmax(-1)
+            token = int(torch.multinomial(logs.exp(), 1, generator=generator))
+            tokens.append(token)
+            logprobs.append({token: SimpleNamespace(logprob=float(logs[token]))})
+            if token in params.stop_token_ids:
                 reason = "stop"
                 break
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer, logprobs=told, finish_reason=reason)])
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason=reason)])
 """
 _MODULES = {
     "vllm/__init__.py": _INIT,
@@ -68,7 +68,7 @@ ModelRegistry = SimpleNamespace(get_supported_archs=lambda: list(_KNOWN), models
 
 
 def vllm_python(folder: Path) -> Path:
-    """A Python that has it. `folder/fails`: once this file is there, the next answers end its process."""
+    """Return a Python with the stand-in. Once the file `folder/fails` exists, the next request ends its process."""
     for name, text in _MODULES.items():
         (folder / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "lib" / name).write_text(text, encoding="utf-8")

@@ -121,7 +121,7 @@ def converse(
     session = Session(model, side, system, max_new_tokens, drawn)
     interactive = sys.stdin.isatty()
     if chosen or drawn != Sampling():
-        console.print(f"answers: {drawn.words()}{'' if chosen else ', as the model itself asks for'}", style="dim")
+        console.print(f"answers: {drawn.describe()}{'' if chosen else ', as the model itself asks for'}", style="dim")
     if interactive:
         console.print(f"{name}: /help lists commands, an empty line or Ctrl-D ends", style="dim", markup=False)
     if system is None and model.default_system is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from strop.engine.decode.cache import BLOCK as A_BLOCK
+from strop.engine.decode.cache import BLOCK_SIZE as A_BLOCK
 from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
 from strop.models.families.table import FAMILIES
 from strop.planning.activations import MicroBatch

@@ -1,4 +1,4 @@
-"""Where a server listens, by which names it answers, and how it runs until a signal comes; no torch."""
+"""The address that a server listens on, the host names that it answers to, and the server process. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psutil
 import uvicorn
 
 from strop.errors import InputError
-from strop.serve.guard import Door
+from strop.serve.guard import HeaderTimeoutProtocol
 
 KEY_VARIABLE = "STROP_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -23,7 +23,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens, and by which names it answers."""
+    """A bound socket. hosts: accepted values of the Host header. key: the API key; None if none is needed."""
 
     host: str
     port: int
@@ -38,13 +38,22 @@ class Address:
 
 
 def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str]) -> Address:
-    """Binds the port. Raises InputError where it is taken, or others could reach it without a key."""
+    """Bind a port.
+
+    Args:
+        host: address to listen on.
+        port: 0 for any free port.
+        key: API key; None for the value of STROP_API_KEY.
+        more_hosts: further host names that clients may use.
+
+    Raises InputError if the port cannot be bound, the key is invalid, or other machines could connect without a key.
+    """
     key = key if key is not None else os.environ.get(KEY_VARIABLE) or None
-    if key is not None and (not key or not key.isascii() or any(sign.isspace() for sign in key)):
-        raise InputError("--api-key: must be plain characters without blanks", fix="for example: openssl rand -hex 24")
+    if key is not None and (not key or not key.isascii() or any(character.isspace() for character in key)):
+        raise InputError("--api-key: must be ASCII without spaces", fix="for example: openssl rand -hex 24")
     if host not in LOOPBACK and key is None:
         raise InputError(
-            f"--host {host}: others could use this server without a key",
+            f"--host {host}: other machines could use this server without a key",
             fix=f"set {KEY_VARIABLE} (openssl rand -hex 24), or leave --host out",
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -52,7 +61,7 @@ def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-        bound.listen()  # at once: two that only bind do not see each other
+        bound.listen()  # with SO_REUSEADDR, a second server could bind until this one listens
     except (OSError, OverflowError) as error:
         bound.close()
         raise InputError(
@@ -61,20 +70,25 @@ def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str
     port = bound.getsockname()[1]
     names = {*LOOPBACK, host, *more_hosts}
     if host in ("0.0.0.0", "::"):
-        names |= {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
-    whole = {f"[{name}]" if ":" in name and not name.startswith("[") else name.lower() for name in names}
-    given = {name.lower() for name in more_hosts} | (whole if port == 80 else set())  # a proxy's port is another
-    return Address(host, port, key, frozenset(given | {f"{name}:{port}" for name in whole}), bound)
+        interfaces = psutil.net_if_addrs().values()
+        names |= {address.address.partition("%")[0] for addresses in interfaces for address in addresses}
+    names = {f"[{name}]" if ":" in name and not name.startswith("[") else name.lower() for name in names}
+    # without a port: names given by the user, because a proxy may listen on another port, and all names on port 80
+    without_port = {name.lower() for name in more_hosts} | (names if port == 80 else set())
+    return Address(host, port, key, frozenset(without_port | {f"{name}:{port}" for name in names}), bound)
 
 
 class Server(uvicorn.Server):
-    """uvicorn behind the door. ready: called once requests can come. closing_s: time of running answers at the end."""
+    """uvicorn with a timeout for headers, and without re-raising signals.
+
+    ready: called once the server accepts requests. closing_s: seconds that running requests have after a signal.
+    """
 
     def __init__(self, app: Any, ready: Callable[[], None], *, closing_s: int) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Door,
+                http=HeaderTimeoutProtocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -96,7 +110,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, which raises the signals again when all is closed; here they have had their effect."""
+        """Handle signals as uvicorn does, but do not raise them again after the shutdown."""
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -107,10 +121,10 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.signal = sig
         super().handle_exit(sig, frame)
-        if self.force_exit:  # Ctrl-C twice: what is cut off then is meant
+        if self.force_exit:  # Ctrl-C twice: requests are cut off on purpose, so no error is logged
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def exit_code(number: int) -> int:
-    """A service that is told to end did what it was asked; Ctrl-C ends as everywhere."""
+    """Return the exit code after a signal: 130 after Ctrl-C, 0 after SIGTERM."""
     return 130 if number == signal.SIGINT else 0

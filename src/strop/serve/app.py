@@ -1,4 +1,4 @@
-"""The routes, and the way of a request: its JSON -> a Job for the engine -> pieces -> OpenAI's JSON or events."""
+"""The HTTP routes: a request's JSON becomes a Job of the engine, and its pieces become OpenAI's JSON or events."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ from strop.data.reading.strictjson import Refused, loads
 from strop.data.types import Ids
 from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest
-from strop.serve.engine import Engine, Full, Job, Metrics, Piece, tell_each
+from strop.serve.engine import Engine, Job, Metrics, Piece, QueueFull, deliver_each
 from strop.serve.grammar import Grammars
 from strop.serve.guard import AccessRules, ApiError, Guard, error_body
-from strop.serve.models import Served
-from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Writer, usage
+from strop.serve.models import ServedModel
+from strop.serve.protocol import ChatRequest, CommonRequest, CompletionRequest, ResponseWriter, usage
 
-COMPLETION_TOKENS = 16  # of a plain completion that does not say how many; OpenAI's default
+DEFAULT_COMPLETION_TOKENS = 16  # of a plain completion without max_tokens, as for OpenAI
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-BODIES: dict[str, type[Common]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
+BODIES: dict[str, type[CommonRequest]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
 ASSETS = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-OPEN = ("/health", *ASSETS)
-FAILURES = {
-    "failed": (500, "the server failed while it answered"),
-    "format": (400, "response_format: the answer cannot go on as it says"),
-    "memory": (503, "out of memory: ask for less, or start the server with fewer --slots or a shorter --context"),
-    "closed": (503, "the server is closing"),
+OPEN_PATHS = ("/health", *ASSETS)
+FAILURES = {  # by finish reason: status and message
+    "failed": (500, "internal error while decoding"),
+    "format": (400, "response_format: the completion cannot continue in this format"),
+    "memory": (503, "out of memory: send a shorter request, or start the server with fewer --slots or less --context"),
+    "closed": (503, "the server is shutting down"),
 }
-STATUSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": what, "content": {"application/json": {}}}
-    for status, what in {
-        400: "a parameter, a message or the length of the prompt is wrong",
-        401: "no API key",
-        403: "foreign Host or Origin",
-        404: "no such model",
-        408: "the body was too slow",
-        413: "the body is too large",
-        415: "not JSON",
-        429: "as many requests wait as may",
-        503: "closing, or out of memory",
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": {"application/json": {}}}
+    for status, description in {
+        400: "Invalid parameter or message, or the prompt is too long",
+        401: "Missing or invalid API key",
+        403: "Host or Origin not allowed",
+        404: "Model not found",
+        408: "The body did not arrive in time",
+        413: "The body is too large",
+        415: "The content type is not JSON",
+        429: "The request queue is full",
+        503: "Shutting down, or out of memory",
     }.items()
 }
 
 
 @dataclass(frozen=True)
-class Room:
-    """All that the routes share. context: tokens of prompt and answer together; sampling: the model's own."""
+class ServerState:
+    """State of the routes. context: tokens of prompt and completion together. sampling: the model's defaults."""
 
     engine: Engine
-    models: dict[str, Served]
+    models: dict[str, ServedModel]
     sampling: Sampling
     grammars: Grammars
     context: int
@@ -81,7 +81,7 @@ class _StrictRequest(Request):
         except UnicodeDecodeError as error:
             raise ApiError(400, f"the body is not UTF-8: {error.reason}") from None
         except Refused as error:
-            raise ApiError(400, f"the body is not JSON: {error.what}") from None
+            raise ApiError(400, f"the body is not valid JSON: {error.what}") from None
 
 
 class _StrictRoute(APIRoute):
@@ -92,16 +92,16 @@ class _StrictRoute(APIRoute):
             try:
                 return await handler(_StrictRequest(request.scope, request.receive))
             except HTTPException as error:
-                if isinstance(error.__cause__, ApiError):  # FastAPI wraps what a body's reader raises
+                if isinstance(error.__cause__, ApiError):  # FastAPI wraps exceptions of Request.json
                     raise error.__cause__ from None
                 raise
 
         return strict
 
 
-def create_app(room: Room, rules: AccessRules, metrics: Metrics) -> Guard:
-    """The whole server as an ASGI application."""
-    renderers = ThreadPoolExecutor(1, "strop-prompts")  # long prompts must not hold up the others' tokens
+def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guard:
+    """Return the server as an ASGI application."""
+    renderers = ThreadPoolExecutor(1, "strop-prompts")  # so that long prompts do not delay other requests' tokens
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -109,64 +109,66 @@ def create_app(room: Room, rules: AccessRules, metrics: Metrics) -> Guard:
 
         def deliver(pieces: Sequence[tuple[Job, Piece]]) -> None:
             if pieces and not loop.is_closed():
-                loop.call_soon_threadsafe(tell_each, pieces)
+                loop.call_soon_threadsafe(deliver_each, pieces)
 
-        room.engine.start(deliver)
+        state.engine.start(deliver)
         yield
-        await asyncio.to_thread(room.engine.close)
+        await asyncio.to_thread(state.engine.close)
         renderers.shutdown(cancel_futures=True)
 
     app = FastAPI(
         title="strop serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         separate_input_output_schemas=False,
     )  # fmt: skip
-    app.add_exception_handler(ApiError, _refusal)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ApiError, _api_error_response)
+    app.add_exception_handler(RequestValidationError, _validation_error_response)
+    app.add_exception_handler(HTTPException, _http_error_response)
     router = APIRouter(route_class=_StrictRoute)
 
-    @router.post(CHAT, responses=STATUSES, response_model=None)
+    @router.post(CHAT, responses=RESPONSES, response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
-        served = _served(room, body.model)
+        model = _find_model(state, body.model)
         tools = body.tools if body.tool_choice != "none" else None
-        ids = await _prompt(renderers, served.prompt, body.messages, tools, body.chat_template_kwargs)
+        ids = await _run_in(renderers, model.prompt, body.messages, tools, body.chat_template_kwargs)
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if body.max_tokens is not None and body.max_tokens != limit:
-            raise ApiError(400, "max_tokens and max_completion_tokens are two numbers: give one", param="max_tokens")
+            message = "max_tokens and max_completion_tokens differ: set only one"
+            raise ApiError(400, message, param="max_tokens")
         if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+            raise ApiError(400, "top_logprobs requires logprobs: true", param="top_logprobs")
         if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
-        mask = await _prompt(renderers, room.grammars.mask, served, body.response_format)
-        wanted = (body.top_logprobs or 0) if body.logprobs else None
-        return await _respond(room, request, body, served, ids, limit, wanted, mask, chat=True)
+            raise ApiError(400, "stream_options requires stream: true", param="stream_options")
+        mask = await _run_in(renderers, state.grammars.mask, model, body.response_format)
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return await _respond(state, request, body, model, ids, limit, num_logprobs, mask, chat=True)
 
-    @router.post(COMPLETIONS, responses=STATUSES, response_model=None)
+    @router.post(COMPLETIONS, responses=RESPONSES, response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        served = _served(room, body.model)
+        model = _find_model(state, body.model)
         if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+            raise ApiError(400, "stream_options requires stream: true", param="stream_options")
         prompt = body.prompt
         if isinstance(prompt, list) and isinstance(prompt[0], int):
-            if max(int(token) for token in prompt) >= room.vocabulary:
-                raise ApiError(400, f"prompt: a token id beyond the vocabulary of {room.vocabulary}", param="prompt")
+            if max(int(token) for token in prompt) >= state.vocabulary:
+                message = f"prompt: token ids must be below {state.vocabulary}, the size of the vocabulary"
+                raise ApiError(400, message, param="prompt")
             ids = np.array(prompt, np.int32)
         else:
-            ids = await _prompt(renderers, served.text, prompt if isinstance(prompt, str) else prompt[0])
-        limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        return await _respond(room, request, body, served, ids, limit, body.logprobs, None, chat=False)
+            ids = await _run_in(renderers, model.text, prompt if isinstance(prompt, str) else prompt[0])
+        limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        return await _respond(state, request, body, model, ids, limit, body.logprobs, None, chat=False)
 
-    @router.get("/v1/models", responses={401: STATUSES[401], 403: STATUSES[403]})
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(room, served) for served in room.models.values()]}
+    @router.get("/v1/models", responses={401: RESPONSES[401], 403: RESPONSES[403]})
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model_object(state, model) for model in state.models.values()]}
 
-    @router.get("/v1/models/{name:path}", responses={401: STATUSES[401], 403: STATUSES[403], 404: STATUSES[404]})
-    async def model(name: str) -> dict[str, Any]:
-        return _card(room, _served(room, name))
+    @router.get("/v1/models/{name:path}", responses={status: RESPONSES[status] for status in (401, 403, 404)})
+    async def get_model(name: str) -> dict[str, Any]:
+        return _model_object(state, _find_model(state, name))
 
-    @router.get("/health", responses={403: STATUSES[403], 503: STATUSES[503]})
+    @router.get("/health", responses={403: RESPONSES[403], 503: RESPONSES[503]})
     async def health() -> dict[str, str]:
-        if room.engine.failed:
+        if state.engine.failed:
             raise ApiError(503, FAILURES["failed"][1])
         return {"status": "ok"}
 
@@ -174,124 +176,129 @@ def create_app(room: Room, rules: AccessRules, metrics: Metrics) -> Guard:
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    for path, (name, kind) in ASSETS.items():
-        router.add_api_route(path, _asset(name, kind), methods=["GET"], include_in_schema=False)
+    for path, (name, media_type) in ASSETS.items():
+        router.add_api_route(path, _asset_handler(name, media_type), methods=["GET"], include_in_schema=False)
     app.include_router(router)
     paths = {*BODIES, "/v1/models", "/health", "/metrics", "/openapi.json", *ASSETS}
 
-    def answered(path: str, status: int) -> None:
-        known = path if path in paths else "other"  # or anyone could fill the memory
-        metrics.requests.labels(known, str(status)).inc()
+    def count_response(path: str, status: int) -> None:
+        label = path if path in paths else "other"  # arbitrary paths as labels would fill the memory
+        metrics.requests.labels(label, str(status)).inc()
 
-    return Guard(app, rules, answered)
+    return Guard(app, rules, count_response)
 
 
-def _asset(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
+def _asset_handler(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
     content = files("strop.serve").joinpath(name).read_bytes()
 
     async def asset() -> Response:
-        return Response(content, media_type=kind)
+        return Response(content, media_type=media_type)
 
     return asset
 
 
-def _served(room: Room, model: str) -> Served:
-    if model not in room.models:
-        what = f"no model {model[:80]!r}{nearest(model[:80], room.models)}: there are {', '.join(room.models)}"
-        raise ApiError(404, what, code="model_not_found", param="model")
-    return room.models[model]
+def _find_model(state: ServerState, name: str) -> ServedModel:
+    if name not in state.models:
+        known = ", ".join(state.models)
+        message = f"model {name[:80]!r} not found{nearest(name[:80], state.models)}; available: {known}"
+        raise ApiError(404, message, code="model_not_found", param="model")
+    return state.models[name]
 
 
-def _card(room: Room, served: Served) -> dict[str, Any]:
+def _model_object(state: ServerState, model: ServedModel) -> dict[str, Any]:
     return {
-        "id": served.id, "object": "model", "created": room.started, "owned_by": "strop",
-        "max_model_len": room.context, "system": served.system,
+        "id": model.id, "object": "model", "created": state.started, "owned_by": "strop",
+        "max_model_len": state.context, "system": model.system,
     }  # fmt: skip
 
 
-async def _prompt(executor: ThreadPoolExecutor, make: Callable[..., Any], *arguments: Any) -> Any:
-    """What `make` gives, made in the thread of prompts. Raises Refusal."""
+async def _run_in(executor: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in the executor. Raises ApiError for a body that is nested too deep for it."""
     try:
-        return await asyncio.get_running_loop().run_in_executor(executor, make, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
     except RecursionError:
         raise ApiError(400, "the body is nested too deep") from None
 
 
 async def _respond(
-    room: Room, request: Request, body: Common, served: Served, ids: Ids, limit: int | None,
-    logprobs: int | None, mask: Mask | None, *, chat: bool,
+    state: ServerState, request: Request, body: CommonRequest, model: ServedModel, ids: Ids, limit: int | None,
+    num_logprobs: int | None, mask: Mask | None, *, chat: bool,
 ) -> Response:  # fmt: skip
-    left = room.context - len(ids)
+    space = state.context - len(ids)
     if len(ids) == 0:
         raise ApiError(400, "the prompt is empty", param="prompt")
-    if left < (limit or 1):
-        asked = f"{len(ids)} tokens of prompt and {limit or 1} of answer are asked for"
-        raise ApiError(400, f"the context is {room.context} tokens: {asked}", code="context_length_exceeded")
+    if space < (limit or 1):
+        requested = f"the request has {len(ids)} prompt tokens and asks for {limit or 1} completion tokens"
+        message = f"the context is {state.context} tokens, and {requested}"
+        raise ApiError(400, message, code="context_length_exceeded")
     pieces: asyncio.Queue[Piece] = asyncio.Queue()
     job = Job(
-        model=served.id, tokenizer=served.tokenizer, stop_ids=served.ends, ids=ids, adapter=served.adapter,
-        max_new_tokens=min(limit or left, left),
-        sampling=room.sampling.changed(body.temperature, body.top_p, body.seed), told=pieces.put_nowait,
-        stops=body.stops, logprobs=logprobs, mask=mask, goes_on=not chat,
+        model=model.id, tokenizer=model.tokenizer, stop_ids=model.stop_ids, ids=ids, adapter=model.adapter,
+        max_new_tokens=min(limit or space, space),
+        sampling=state.sampling.override(body.temperature, body.top_p, body.seed), on_piece=pieces.put_nowait,
+        stop_strings=body.stop_strings, num_logprobs=num_logprobs, mask=mask, continues_prompt=not chat,
     )  # fmt: skip
     try:
-        room.engine.submit(job)
-    except Full:
+        state.engine.submit(job)
+    except QueueFull:
         headers = {"retry-after": "1"}
-        raise ApiError(429, "as many requests wait as may", code="queue_full", headers=headers) from None
-    writer = Writer(served.id, served.tokenizer, ids.tolist(), chat=chat, logprobs=logprobs is not None)
+        raise ApiError(429, "the request queue is full", code="queue_full", headers=headers) from None
+    writer = ResponseWriter(model.id, model.tokenizer, ids.tolist(), chat=chat, logprobs=num_logprobs is not None)
     if body.stream:
-        events = _events(room.engine, job, pieces, writer, chat=chat, with_usage=body.usage_in_stream)
+        events = _stream_events(state.engine, job, pieces, writer, chat=chat, with_usage=body.usage_in_stream)
         return StreamingResponse(events, media_type="text/event-stream")
-    return await _whole(room.engine, job, pieces, writer, request)
+    return await _collect(state.engine, job, pieces, writer, request)
 
 
-async def _whole(engine: Engine, job: Job, pieces: asyncio.Queue[Piece], writer: Writer, request: Request) -> Response:
+async def _collect(
+    engine: Engine, job: Job, pieces: asyncio.Queue[Piece], writer: ResponseWriter, request: Request
+) -> Response:
+    """Wait for the whole completion, or until the client disconnects."""
     text: list[str] = []
     tokens: list[Token] = []
-    gone = asyncio.create_task(_disconnected(request))
+    disconnected = asyncio.create_task(_wait_for_disconnect(request))
     try:
         while True:
-            following = asyncio.create_task(pieces.get())
-            await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                following.cancel()
-                return Response(status_code=499)  # nobody reads it
-            piece = following.result()
-            if piece.end in FAILURES:
-                raise ApiError(*FAILURES[piece.end])
+            next_piece = asyncio.create_task(pieces.get())
+            await asyncio.wait({next_piece, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+            if not next_piece.done():
+                next_piece.cancel()
+                return Response(status_code=499)  # for the metrics; the client has left
+            piece = next_piece.result()
+            if piece.finish_reason in FAILURES:
+                raise ApiError(*FAILURES[piece.finish_reason])
             text.append(piece.text)
             tokens += piece.tokens
-            if piece.end is not None:
-                used = usage(len(job.ids), job.kept_tokens, len(tokens))
-                return JSONResponse(writer.whole("".join(text), tokens, piece.end, used))
+            if piece.finish_reason is not None:
+                job_usage = usage(len(job.ids), job.num_cached, len(tokens))
+                return JSONResponse(writer.response("".join(text), tokens, piece.finish_reason, job_usage))
     finally:
-        gone.cancel()
+        disconnected.cancel()
         engine.cancel(job)
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _events(
-    engine: Engine, job: Job, pieces: asyncio.Queue[Piece], writer: Writer, *, chat: bool, with_usage: bool
+async def _stream_events(
+    engine: Engine, job: Job, pieces: asyncio.Queue[Piece], writer: ResponseWriter, *, chat: bool, with_usage: bool
 ) -> AsyncIterator[str]:
     new_tokens = 0
     try:
         if chat:
-            yield _event(writer.opening())
+            yield _event(writer.first_chunk())
         while True:
             piece = await pieces.get()
-            if piece.end in FAILURES:
-                yield _event(error_body(*FAILURES[piece.end]))
+            if piece.finish_reason in FAILURES:
+                yield _event(error_body(*FAILURES[piece.finish_reason]))
                 return
             new_tokens += len(piece.tokens)
-            yield _event(writer.chunk(piece.text, piece.tokens, piece.end))
-            if piece.end is not None:
+            yield _event(writer.chunk(piece.text, piece.tokens, piece.finish_reason))
+            if piece.finish_reason is not None:
                 if with_usage:
-                    yield _event(writer.usage(usage(len(job.ids), job.kept_tokens, new_tokens)))
+                    yield _event(writer.usage_chunk(usage(len(job.ids), job.num_cached, new_tokens)))
                 yield "data: [DONE]\n\n"
                 return
     finally:
@@ -302,25 +309,25 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-async def _refusal(_: Request, error: Exception) -> Response:
+async def _api_error_response(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error_response(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
-    """The first fault of a body that does not fit, in words."""
+async def _validation_error_response(request: Request, error: Exception) -> Response:
+    """Report the first error of a body that does not match the schema."""
     assert isinstance(error, RequestValidationError)
-    fault = error.errors()[0]
-    path = [str(part) for part in fault["loc"] if part not in ("body",)]
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if part not in ("body",)]
     param = path[0] if path else None
-    if fault["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden":
         known = BODIES[request.scope["path"]].model_fields if len(path) == 1 else ()
-        what = f"unknown parameter: {'.'.join(path)}{nearest(path[-1], known)}"
+        message = f"unknown parameter: {'.'.join(path)}{nearest(path[-1], known)}"
     else:
-        what = f"{'.'.join(path) or 'body'}: {fault['msg']}"
-    return JSONResponse(error_body(400, what[:500], param=param), 400)
+        message = f"{'.'.join(path) or 'body'}: {first['msg']}"
+    return JSONResponse(error_body(400, message[:500], param=param), 400)

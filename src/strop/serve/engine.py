@@ -1,7 +1,4 @@
-"""Continuous batching: one thread owns the model; requests join and leave its batch between two tokens.
-
-new requests -> waiting -> a text of the batch (engine.answers.batch): its prompt is read, then it is written on
-"""
+"""The engine thread: it owns the model, and requests join and leave its batch between two passes; and its metrics."""
 
 from __future__ import annotations
 
@@ -15,32 +12,69 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from strop.data.types import Ids
-from strop.engine.decode.batch import Batch, News
+from strop.engine.decode.batch import Batch, Progress
 from strop.engine.decode.decoder import Decoder
 from strop.engine.decode.sampling import Mask, Sampling, SequenceState, Token
 from strop.machine.memory import is_out_of_memory
 from strop.models.tokenizer import TextStream
-from strop.serve.engine import Metrics
+
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
+
+
+class Metrics:
+    """Metrics for Prometheus, in one registry a server, so that two servers in a process do not share them."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def counter(name: str, description: str, *labels: str) -> Counter:
+            return Counter(f"strop_{name}", description, labels, registry=registry)
+
+        def gauge(name: str, description: str) -> Gauge:
+            return Gauge(f"strop_{name}", description, registry=registry)
+
+        def histogram(name: str, description: str) -> Histogram:
+            return Histogram(f"strop_{name}", description, buckets=BUCKETS, registry=registry)
+
+        self.requests = counter("requests", "HTTP requests by path and status.", "path", "status")
+        self.finished = counter("answers", "Completions by model and finish reason.", "model", "end")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, cached ones included.")
+        self.cached_tokens = counter("kept_tokens", "Prompt tokens that were in the cache.")
+        self.new_tokens = counter("new_tokens", "Generated tokens.")
+        self.active = gauge("active", "Requests in the batch.")
+        self.waiting = gauge("waiting", "Requests waiting for a slot.")
+        self.first_token = histogram("first_token_seconds", "Time from a request to its first token.")
+        self.total_time = histogram("answer_seconds", "Time from a request to the end of its completion.")
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of an answer. end: None while it goes on; stop, length, or why it failed.
+    """New output of a request.
 
-    That is failed, format (what a grammar asks for cannot come), memory or closed.
+    finish_reason: None while it continues; "stop" or "length"; or an error: "failed", "format" (the grammar allows no
+    token), "memory" or "closed".
     """
 
     text: str
     tokens: tuple[Token, ...]
-    end: str | None = None
+    finish_reason: str | None = None
 
 
 @dataclass
 class Job:
-    """One request. `told` is called with each Piece, and last with one that has an end: as Engine.start says, or by
-    `submit` itself where the engine is closed. goes_on: the answer's text goes on with the prompt's."""
+    """A request to the engine.
+
+    on_piece: called with each piece, the last of which has a finish reason. continues_prompt: the text of the
+    completion continues that of the prompt, without a chat template between them. num_cached: prompt tokens that were
+    in the cache, set by the engine.
+    """
 
     model: str
     tokenizer: Any
@@ -49,12 +83,12 @@ class Job:
     adapter: str | None
     max_new_tokens: int
     sampling: Sampling
-    told: Callable[[Piece], None]
-    stops: Sequence[str] = ()
-    logprobs: int | None = None
+    on_piece: Callable[[Piece], None]
+    stop_strings: Sequence[str] = ()
+    num_logprobs: int | None = None
     mask: Mask | None = None
-    goes_on: bool = False
-    kept_tokens: int = 0
+    continues_prompt: bool = False
+    num_cached: int = 0
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -62,38 +96,43 @@ class Job:
 Deliver = Callable[[Sequence[tuple[Job, Piece]]], None]
 
 
-def tell_each(pieces: Sequence[tuple[Job, Piece]]) -> None:
+def deliver_each(pieces: Sequence[tuple[Job, Piece]]) -> None:
     for job, piece in pieces:
-        job.told(piece)
+        job.on_piece(piece)
 
 
-class _Told:
-    """A job with a place in the batch, and what it was told."""
+class _ActiveJob:
+    """A job in the batch. pending: tokens whose text is not delivered yet."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.words = TextStream(job.tokenizer, job.stops, job.ids.tolist() if job.goes_on else ())
-        self.untold: list[Token] = []
-        self.first = True
+        prompt = job.ids.tolist() if job.continues_prompt else ()
+        self.detokenizer = TextStream(job.tokenizer, job.stop_strings, prompt)
+        self.pending: list[Token] = []
+        self.has_output = False
 
 
 def engine_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="strop-engine")
 
 
-class Full(Exception):
-    """As many requests wait as may."""
+class QueueFull(Exception):
+    """Raised when the request queue is full."""
 
 
 class Engine:
-    """slots: requests answered together; queue: how many more may wait.
+    """Runs requests in one thread.
 
-    thread: an executor of one thread, the one that has computed with the model before. OpenMP keeps workers for each
-    thread that computes; with two sets of them on the same cores it lets them sleep between two loops, and a step of a
-    small model takes two and a half times as long.
+    If it runs out of memory, the requests in the batch and in the queue fail and it continues. Any other error is a bug
+    in strop or in the model's code, after which the cache may be wrong: the thread ends, `failed` is set, and
+    `on_failure` is called from that thread.
 
-    failed: the thread ended by a fault of ours, or of the model's code, after which nobody knows what the cache holds;
-    `on_failure` is told of it, from there. Only want of memory is survived: those under way are told, and it goes on.
+    Args:
+        slots: requests in the batch.
+        queue: requests that may wait.
+        thread: an executor with one thread, the one that has computed with the model before. OpenMP keeps workers for
+            each thread that computes. With two sets of them on the same cores they sleep between two kernels, and a
+            step of a small model takes 2.5 times as long.
     """
 
     def __init__(
@@ -110,38 +149,38 @@ class Engine:
         self._slots, self._queue, self._metrics = slots, queue, metrics
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._told: dict[SequenceState, _Told] = {}
+        self._active: dict[SequenceState, _ActiveJob] = {}
         self._closing = False
         self.failed = False
         self._thread = thread or engine_thread()
         self._ended: Future[None] | None = None
-        self._deliver: Deliver = tell_each
+        self._deliver: Deliver = deliver_each
 
-    def start(self, deliver: Deliver = tell_each) -> None:
-        """deliver: called from the engine's thread, once for all that a pass brought. By itself it tells each job."""
+    def start(self, deliver: Deliver = deliver_each) -> None:
+        """Start the thread. deliver: called from it, once a pass, with all new pieces."""
         self._deliver = deliver
         self._ended = self._thread.submit(self._run)
 
     def submit(self, job: Job) -> None:
-        """Raises Full."""
+        """Queue a job. Raises QueueFull. If the engine is closed, the job gets a piece that says so at once."""
         with self._changed:
             if self._closing or self.failed:
-                job.told(Piece("", (), "closed"))
+                job.on_piece(Piece("", (), "closed"))
                 return
-            if len(self._waiting) >= self._queue + max(0, self._slots - self._active()):
-                raise Full
+            if len(self._waiting) >= self._queue + max(0, self._slots - self.num_active):
+                raise QueueFull
             self._waiting.append(job)
             self._metrics.waiting.set(len(self._waiting))
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Its slot is free before the next token."""
+        """Cancel a job. Its slot is free before the next pass."""
         with self._changed:
             job.cancelled = True
             self._changed.notify()
 
     def close(self, timeout: float = 10.0) -> None:
-        """Ends the thread; whoever waits is told so."""
+        """End the thread. All jobs that are not finished get a piece with the reason "closed"."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -149,126 +188,127 @@ class Engine:
             wait([self._ended], timeout)
         self._thread.shutdown(wait=False)
 
-    def _active(self) -> int:
-        return len(self._told)
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
 
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                going = True
-                while going:
+                running = True
+                while running:
                     try:
-                        going = self._admit()
+                        running = self._admit()
                         self._step()
                     except (RuntimeError, MemoryError) as error:
                         if not is_out_of_memory(error):
                             raise
-                        self._drop_all("memory")
+                        self._fail_all("memory")
         except BaseException:
             traceback.print_exc()
             raise
-        finally:  # nobody may wait for an answer that does not come
+        finally:  # no client may wait for a completion that will not come
             with self._changed:
                 self.failed = not self._closing
                 self._closing = True
             try:
-                self._drop_all("failed" if self.failed else "closed")
+                self._fail_all("failed" if self.failed else "closed")
             finally:
                 if self.failed:
                     self._on_failure()
 
-    def _drop_all(self, end: str) -> None:
+    def _fail_all(self, reason: str) -> None:
         jobs: list[Job] = []
         try:
             with self._changed:
-                jobs += [*self._waiting, *(told.job for told in self._told.values())]
+                jobs += [*self._waiting, *(active.job for active in self._active.values())]
                 self._waiting.clear()
-                self._told.clear()
+                self._active.clear()
                 self._metrics.active.set(0)
                 self._metrics.waiting.set(0)
-                for text in list(self._batch.texts):
-                    text.end = end
-                    self._batch.remove(text)
-        finally:  # a decoder that has failed may fail at that too
-            self._deliver([(job, Piece("", (), end)) for job in jobs])
+                for sequence in list(self._batch.sequences):
+                    sequence.finish_reason = reason
+                    self._batch.remove(sequence)
+        finally:  # a decoder that has failed may fail here too
+            self._deliver([(job, Piece("", (), reason)) for job in jobs])
 
     def _admit(self) -> bool:
-        """Sorts out who left and who comes in; waits where there is nothing to do. False where it is time to end."""
+        """Remove cancelled jobs, admit waiting ones, and wait while there are none. Return False to end the thread."""
         with self._changed:
             while True:
                 for job in self._waiting:
                     if job.cancelled:
                         self._metrics.finished.labels(job.model, "cancelled").inc()
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
-                for text, told in list(self._told.items()):
-                    if told.job.cancelled:
-                        self._metrics.finished.labels(told.job.model, "cancelled").inc()
-                        self._leave(text)
-                while self._waiting and self._join(self._waiting[0]):
+                for sequence, active in list(self._active.items()):
+                    if active.job.cancelled:
+                        self._metrics.finished.labels(active.job.model, "cancelled").inc()
+                        self._remove(sequence)
+                while self._waiting and self._add_to_batch(self._waiting[0]):
                     self._waiting.popleft()
                 self._metrics.waiting.set(len(self._waiting))
-                self._metrics.active.set(self._active())
+                self._metrics.active.set(self.num_active)
                 if self._closing:
                     return False
-                if self._active():
+                if self._active:
                     return True
                 self._changed.wait()
 
-    def _join(self, job: Job) -> bool:
-        text = SequenceState(
-            job.ids, job.adapter, stop_ids=job.stop_ids, most=job.max_new_tokens, sampling=job.sampling,
-            logprobs=job.logprobs, mask=job.mask,
+    def _add_to_batch(self, job: Job) -> bool:
+        sequence = SequenceState(
+            job.ids, job.adapter, stop_ids=job.stop_ids, max_new_tokens=job.max_new_tokens, sampling=job.sampling,
+            num_logprobs=job.num_logprobs, mask=job.mask,
         )  # fmt: skip
-        if not self._batch.add(text):
+        if not self._batch.add(sequence):
             return False
-        job.kept_tokens = text.found
+        job.num_cached = sequence.num_reused
         self._metrics.prompt_tokens.inc(len(job.ids))
-        self._metrics.kept_tokens.inc(text.found)
-        self._told[text] = _Told(job)
+        self._metrics.cached_tokens.inc(job.num_cached)
+        self._active[sequence] = _ActiveJob(job)
         return True
 
     def _step(self) -> None:
-        """The next token of every text, and some more of the prompts that are being read."""
-        if self._batch.texts:
+        """Run a pass and deliver its output."""
+        if self._batch.sequences:
             pieces: list[tuple[Job, Piece]] = []
             try:
-                for news in self._batch.step():
-                    if piece := self._told_by(news):
+                for progress in self._batch.step():
+                    if piece := self._piece(progress):
                         pieces.append(piece)
-            finally:  # those that have ended are told, whatever happens to the next
+            finally:  # finished requests get their output, even if the next one fails
                 self._deliver(pieces)
 
-    def _told_by(self, news: News) -> tuple[Job, Piece] | None:
-        """What there is to tell of a text's new tokens; takes it out of the batch where a stop string came."""
-        text, told = news.text, self._told[news.text]
-        shown, end = "", None
-        if told.first:
-            self._metrics.first_token.observe(time.monotonic() - told.job.started)
-            told.first = False
-        for place, token in enumerate(news.tokens):
+    def _piece(self, progress: Progress) -> tuple[Job, Piece] | None:
+        """Return the new output of a sequence, and remove it from the batch if a stop string was found."""
+        sequence, active = progress.sequence, self._active[progress.sequence]
+        detokenizer, text, reason = active.detokenizer, "", None
+        if not active.has_output:
+            self._metrics.first_token.observe(time.monotonic() - active.job.started)
+            active.has_output = True
+        for place, token in enumerate(progress.tokens):
             self._metrics.new_tokens.inc()
-            told.untold.append(token)
-            last = bool(text.end) and place == len(news.tokens) - 1
-            shown += told.words.end() if last and text.end == "stop" else told.words.push(token.id)
-            if told.words.stopped:
-                end = "stop"
+            active.pending.append(token)
+            is_stop_token = sequence.finish_reason == "stop" and place == len(progress.tokens) - 1
+            text += detokenizer.end() if is_stop_token else detokenizer.push(token.id)
+            if detokenizer.stopped:
+                reason = "stop"
                 break
-        if end is None and text.end:
-            end = text.end
-            if end == "length":
-                shown += told.words.end()
-                end = "stop" if told.words.stopped else end
-        piece = Piece(shown, tuple(told.untold), end) if shown or end else None
+        if reason is None and sequence.finish_reason:
+            reason = sequence.finish_reason
+            if reason == "length":
+                text += detokenizer.end()
+                reason = "stop" if detokenizer.stopped else reason
+        piece = Piece(text, tuple(active.pending), reason) if text or reason else None
         if piece:
-            told.untold = []
-        if end is not None:
-            self._metrics.finished.labels(told.job.model, end).inc()
-            if end in ("stop", "length"):
-                self._metrics.whole.observe(time.monotonic() - told.job.started)
-            self._leave(text)
-        return (told.job, piece) if piece else None
+            active.pending = []
+        if reason is not None:
+            self._metrics.finished.labels(active.job.model, reason).inc()
+            if reason in ("stop", "length"):
+                self._metrics.total_time.observe(time.monotonic() - active.job.started)
+            self._remove(sequence)
+        return (active.job, piece) if piece else None
 
-    def _leave(self, text: SequenceState) -> None:
-        del self._told[text]
-        if text in self._batch.texts:
-            self._batch.remove(text)
+    def _remove(self, sequence: SequenceState) -> None:
+        del self._active[sequence]
+        if sequence in self._batch.sequences:
+            self._batch.remove(sequence)

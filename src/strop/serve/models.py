@@ -1,4 +1,4 @@
-"""The models a server has: adapters on one base, and the base alone."""
+"""The models of a server: one base model, and the adapters on it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Served:
-    """One model by the id that clients use. adapter: peft's name of it, None for the base.
+class ServedModel:
+    """A model by the id that clients use.
 
-    system: the system prompt that every training row had; a chat without one gets it, as in training.
+    adapter: PEFT's name of the adapter; None for the base. system: the system prompt of all training rows, which a chat
+    without a system prompt gets. generation_stop_ids: from the model's generation config.
     """
 
     id: str
@@ -33,60 +34,57 @@ class Served:
     tokenizer: Any
     renderer: Renderer
     system: str | None
-    more_ends: tuple[int, ...] = ()  # at which the model itself ends an answer
+    generation_stop_ids: tuple[int, ...] = ()
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        """Ids at which an answer ends."""
-        return (*self.renderer.ends, *self.more_ends)
+    def stop_ids(self) -> tuple[int, ...]:
+        return (*self.renderer.ends, *self.generation_stop_ids)
 
     def prompt(
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
-        options: dict[str, Any] | None = None,
+        template_options: dict[str, Any] | None = None,
     ) -> Ids:
-        """The token ids of a chat, generation prompt included, as in training; options: of the template, where the
-        request has some. Raises Refusal for what the model cannot be shown.
-        """
+        """Return the token ids of a chat with the generation prompt, as in training. Raises ApiError if invalid."""
         if self.renderer.template is None:
-            raise ApiError(400, "the model has no chat template: ask it by /v1/completions", param="messages")
-        if self.renderer.control.found(dict(options or {})):
-            what = "chat_template_kwargs: a value holds a control token"
-            raise ApiError(400, what, param="chat_template_kwargs")
+            raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
+        if self.renderer.control.found(dict(template_options or {})):
+            message = "chat_template_kwargs: a value contains a control token"
+            raise ApiError(400, message, param="chat_template_kwargs")
         try:
-            said = asked({"messages": messages, "tools": tools})
-            if said.tools and not self.renderer.chat.supports_tools:
-                what = "tools: the model's chat template shows none: send no tools, or ask another model"
-                raise ApiError(400, what, param="tools")
-            given = said.messages
-            if self.system is not None and given[0].role != "system":
-                given = (Message("system", self.system), *given)
-            return self.renderer.prompt(given, said.tools, options=options)
+            conversation = asked({"messages": messages, "tools": tools})
+            if conversation.tools and not self.renderer.chat.supports_tools:
+                message = "tools: not supported by the model's chat template; remove tools, or use another model"
+                raise ApiError(400, message, param="tools")
+            turns = conversation.messages
+            if self.system is not None and turns[0].role != "system":
+                turns = (Message("system", self.system), *turns)
+            return self.renderer.prompt(turns, conversation.tools, options=template_options)
         except ModelError as error:
             raise ApiError(400, f"{error.what}: {error.fix}", param="chat_template_kwargs") from None
         except BadRow as error:
             raise ApiError(400, error.what, param="tools" if error.code == "bad-tools" else "messages") from None
-        except RenderError as error:  # its fix is for training
+        except RenderError as error:  # without its fix, which is about training
             raise ApiError(400, error.what, param="messages") from None
 
     def text(self, text: str) -> Ids:
-        """The token ids of a plain text, which may hold control tokens."""
+        """Return the token ids of plain text, which may contain control tokens."""
         ids: Ids = self.tokenizer(text, return_tensors="np")["input_ids"][0].astype("int32")
         return ids
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """module: the transformers or peft model; models by id, the first named first."""
+class LoadedModels:
+    """module: the transformers or PEFT model. models: by id, in the order of the names. notes: to show at start."""
 
     module: Any
-    models: dict[str, Served]
+    models: dict[str, ServedModel]
     notes: Sequence[str]
 
 
 def served_name(name: str) -> str:
-    """The id of what a run, a folder, a file or a Hub id holds."""
+    """Return the id of a run, a folder, a file or a Hub id."""
     path = Path(name).expanduser()
     if is_run(path):
         return RunFolder(path).name
@@ -96,40 +94,44 @@ def served_name(name: str) -> str:
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-    """The ids of what is to be served. Raises ModelError for two of one name, or that cannot go together."""
+    """Return the ids of the models to serve. Raises ModelError if two are equal, or if they cannot share a base."""
     ids = [served_name(name) for name in names]
-    for place, own in enumerate(ids):
-        if own in ids[:place] or own == BASE:
-            raise ModelError(f"{names[place]}: a model called {own} is served already", fix="rename the folder")
+    for place, model_id in enumerate(ids):
+        if model_id in ids[:place] or model_id == BASE:
+            raise ModelError(f"{names[place]}: the id {model_id} is used twice", fix="rename the folder")
     if len(names) > 1:
         for name in names:
             if adapter_folder(name) is None:
-                raise ModelError(
-                    f"{name}: has no adapter", fix="several models can be served where all are runs of one base"
-                )
+                raise ModelError(f"{name}: has no adapter", fix="to serve several models, give runs of one base")
     return ids
 
 
-def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: str, force: bool) -> Loaded:
-    """Runs (or adapter folders) of one base, or one model. Raises ModelError where they do not go together."""
+def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: str, force: bool) -> LoadedModels:
+    """Load one model, or the adapters of several runs on their base. Raises ModelError if these cannot share it."""
     ids = check_names(names)
     first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
-    own_text, more = (first.tokenizer, first.renderer), generation_stop_ids(first.module.generation_config)
+    stop_ids = generation_stop_ids(first.module.generation_config)
+
+    def served(model_id: str, adapter: str | None, system: str | None) -> ServedModel:
+        return ServedModel(model_id, adapter, first.tokenizer, first.renderer, system, stop_ids)
+
     if first.adapter is None:
-        return Loaded(first.module, {ids[0]: Served(ids[0], None, *own_text, None, more)}, first.notes)
-    models = {ids[0]: Served(ids[0], "default", *own_text, first.default_system, more)}
+        return LoadedModels(first.module, {ids[0]: served(ids[0], None, None)}, first.notes)
+    models = {ids[0]: served(ids[0], "default", first.default_system)}
     notes = []
-    for own, name in zip(ids[1:], names[1:], strict=True):
+    for model_id, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)
         assert folder is not None and first.source is not None
         tokenizer = load_tokenizer(tokenizer_source(folder, first.source))
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
-            raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it on its own, or name it first")
+            raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it alone, or name it first")
         first.add(name, force=force, own_template=True)
         identity = read_identity(folder)
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
-            notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
+            notes.append(f"{name}: was trained on another quantization of the base than {names[0]}, which is used here")
         renderer = make_renderer(tokenizer, identity)
-        models[own] = Served(own, first.others[name], tokenizer, renderer, identity.get("system"), more)
-    models[BASE] = Served(BASE, None, *own_text, None, more)
-    return Loaded(first.module, models, [*first.notes, *notes])
+        models[model_id] = ServedModel(
+            model_id, first.others[name], tokenizer, renderer, identity.get("system"), stop_ids
+        )
+    models[BASE] = served(BASE, None, None)
+    return LoadedModels(first.module, models, [*first.notes, *notes])

@@ -1,49 +1,50 @@
 "use strict";
-// Talks to the server that this page came from. Text of a model reaches the page as textContent only.
+// Chat with the models of this page's server. Model output is inserted as textContent only, never as HTML.
 
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const sides = [];
 let running = 0;
 
-function element(kind, className, text) {
-  const made = document.createElement(kind);
-  made.className = className;
-  made.textContent = text;
-  return made;
+function element(tag, className, text) {
+  const node = document.createElement(tag);
+  node.className = className;
+  node.textContent = text;
+  return node;
 }
 
-function say(text, bad = false) {
-  at("state").textContent = text;
-  at("state").classList.toggle("bad", bad);
+function showStatus(text, isError = false) {
+  byId("status").textContent = text;
+  byId("status").classList.toggle("error", isError);
 }
 
 function headers() {
-  const key = at("key").value.trim();
+  const key = byId("key").value.trim();
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
-async function fault(response) {
+async function errorMessage(response) {
   try {
     return (await response.json()).error.message;
   } catch {
-    return `the server answers ${response.status}`;
+    return `HTTP error ${response.status}`;
   }
 }
 
+/** One conversation with one model, next to the others. */
 class Side {
-  constructor(models, chosen) {
-    const copy = at("side").content.cloneNode(true);
-    this.root = copy.querySelector(".side");
-    this.talk = copy.querySelector(".talk");
-    this.rate = copy.querySelector(".rate");
-    this.select = copy.querySelector("select");
+  constructor(models, selected) {
+    const content = byId("side").content.cloneNode(true);
+    this.root = content.querySelector(".side");
+    this.messages = content.querySelector(".messages");
+    this.rate = content.querySelector(".rate");
+    this.select = content.querySelector("select");
     this.systems = new Map(models.map((model) => [model.id, model.system ?? ""]));
-    for (const model of models) this.select.append(new Option(model.id, model.id, false, model.id === chosen));
+    for (const model of models) this.select.append(new Option(model.id, model.id, false, model.id === selected));
     this.select.addEventListener("change", () => {
       this.clear();
-      suggest();
+      showDefaultSystem();
     });
-    at("sides").append(copy);
+    byId("sides").append(content);
     this.clear();
   }
 
@@ -51,7 +52,7 @@ class Side {
     return this.select.value === "base";
   }
 
-  /** The system prompt that every training row had; the base is asked as the tuned model beside it. */
+  /** The system prompt of the training rows. The base gets that of the tuned model next to it. */
   get system() {
     const tuned = this.isBase ? sides.find((side) => !side.isBase) : this;
     return tuned ? tuned.systems.get(tuned.select.value) : "";
@@ -61,25 +62,26 @@ class Side {
     this.stop?.abort();
     this.turns = [];
     this.rate.textContent = "";
-    this.talk.replaceChildren(element("p", "empty", `Answers of ${this.select.value} appear here.`));
+    this.messages.replaceChildren(element("p", "empty", `Responses of ${this.select.value} appear here.`));
   }
 
-  show(part) {
-    const near = this.talk.scrollHeight - this.talk.scrollTop - this.talk.clientHeight < 60;
-    if (part) this.talk.append(part);
-    if (near) this.talk.scrollTop = this.talk.scrollHeight;
+  show(node) {
+    const isAtEnd = this.messages.scrollHeight - this.messages.scrollTop - this.messages.clientHeight < 60;
+    if (node) this.messages.append(node);
+    if (isAtEnd) this.messages.scrollTop = this.messages.scrollHeight;
   }
 
-  async ask(text, options) {
-    this.talk.querySelector(".empty")?.remove();
+  async send(text, options) {
+    this.messages.querySelector(".empty")?.remove();
     this.show(element("p", "user", text));
     const answer = element("p", "answer waiting", "");
     this.show(answer);
     const turns = [...this.turns, { role: "user", content: text }];
-    const system = at("system").value.trim() || (this.isBase ? this.system : ""); // the server adds a tuned model's own
+    // the server adds the default system prompt of a tuned model
+    const system = byId("system").value.trim() || (this.isBase ? this.system : "");
     const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
     this.stop = new AbortController();
-    let said = "", end = null;
+    let output = "", finishReason = null;
     try {
       const response = await fetch("/v1/chat/completions", {
         method: "POST",
@@ -89,22 +91,22 @@ class Side {
           model: this.select.value, messages, stream: true, stream_options: { include_usage: true }, ...options,
         }),
       });
-      if (!response.ok) throw new Error(await fault(response));
-      let first = 0;
+      if (!response.ok) throw new Error(await errorMessage(response));
+      let firstTokenTime = 0;
       for await (const event of events(response.body)) {
         if (event.error) throw new Error(event.error.message);
         const choice = event.choices[0];
         if (choice?.delta.content) {
-          first ||= performance.now();
-          said += choice.delta.content;
-          answer.textContent = said;
+          firstTokenTime ||= performance.now();
+          output += choice.delta.content;
+          answer.textContent = output;
           this.show();
         }
-        end = choice?.finish_reason ?? end;
-        if (event.usage) this.count(event.usage.completion_tokens, first);
+        finishReason = choice?.finish_reason ?? finishReason;
+        if (event.usage) this.showRate(event.usage.completion_tokens, firstTokenTime);
       }
-      if (said === "") answer.textContent = "(nothing)";
-      if (end === "length") this.show(element("p", "note", "cut off at the longest answer (Settings)"));
+      if (output === "") answer.textContent = "(empty response)";
+      if (finishReason === "length") this.show(element("p", "note", "stopped at max new tokens (see Settings)"));
     } catch (error) {
       if (error.name === "AbortError") {
         this.show(element("p", "note", "stopped"));
@@ -116,24 +118,25 @@ class Side {
     } finally {
       answer.classList.remove("waiting");
     }
-    this.turns = [...turns, { role: "assistant", content: said }];
+    this.turns = [...turns, { role: "assistant", content: output }];
   }
 
-  count(tokens, first) {
-    const seconds = (performance.now() - first) / 1000;
+  showRate(tokens, firstTokenTime) {
+    const seconds = (performance.now() - firstTokenTime) / 1000;
     const rate = tokens > 1 && seconds > 0 ? `, ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
     this.rate.textContent = `${tokens} token${tokens === 1 ? "" : "s"}${rate}`;
   }
 }
 
+/** Parse a stream of server-sent events. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let buffer = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
+    const parts = (buffer + value).split("\n\n");
+    buffer = parts.pop();
     for (const part of parts) {
       if (part.startsWith("data: ") && part !== "data: [DONE]") yield JSON.parse(part.slice(6));
     }
@@ -141,37 +144,37 @@ async function* events(body) {
 }
 
 function options() {
-  const found = {};
+  const values = {};
   for (const [id, name] of [["temperature", "temperature"], ["limit", "max_tokens"], ["seed", "seed"]]) {
-    if (at(id).value !== "") found[name] = Number(at(id).value);
+    if (byId(id).value !== "") values[name] = Number(byId(id).value);
   }
-  return found;
+  return values;
 }
 
 async function send() {
-  const text = at("text").value;
+  const text = byId("text").value;
   if (running || !text.trim() || !sides.length) return;
-  at("text").value = "";
-  grow();
+  byId("text").value = "";
+  fitHeight();
   running = sides.length;
-  at("send").textContent = "Stop";
-  await Promise.all(sides.map((side) => side.ask(text, options()).finally(() => (running -= 1))));
-  at("send").textContent = "Send";
+  byId("send").textContent = "Stop";
+  await Promise.all(sides.map((side) => side.send(text, options()).finally(() => (running -= 1))));
+  byId("send").textContent = "Send";
 }
 
-function grow() {
-  const box = at("text");
+function fitHeight() {
+  const box = byId("text");
   box.style.height = "auto";
   box.style.height = `${box.scrollHeight}px`;
 }
 
-/** Shows what is the system prompt where the reader writes none. */
-function suggest() {
+/** Show the default system prompts as the placeholder. */
+function showDefaultSystem() {
   const same = sides.every((side) => side.system === sides[0].system);
-  const own = (side) => side.system || "none";
-  at("system").placeholder = same
-    ? own(sides[0])
-    : sides.map((side) => `${side.select.value}: ${own(side)}`).join("\n");
+  const text = (side) => side.system || "none";
+  byId("system").placeholder = same
+    ? text(sides[0])
+    : sides.map((side) => `${side.select.value}: ${text(side)}`).join("\n");
 }
 
 async function start() {
@@ -179,39 +182,39 @@ async function start() {
   try {
     response = await fetch("/v1/models", { headers: headers() });
   } catch {
-    say("the server is not there", true);
+    showStatus("cannot reach the server", true);
     return;
   }
   if (!response.ok) {
-    if (response.status === 401) at("settings").open = true;
-    say(response.status === 401 ? "this server asks for its API key" : await fault(response), true);
+    if (response.status === 401) byId("settings").open = true;
+    showStatus(response.status === 401 ? "API key required" : await errorMessage(response), true);
     return;
   }
   const models = (await response.json()).data;
-  say(`${models.map((model) => model.id).join(", ")} · ${models[0].max_model_len} tokens`);
-  const chosen = models.length > 1 ? [models.at(-1).id, models[0].id] : [models[0].id];
-  at("text").placeholder = chosen.length > 1 ? "Ask both…" : "Ask…";
+  showStatus(`${models.map((model) => model.id).join(", ")} · ${models[0].max_model_len} tokens`);
+  const selected = models.length > 1 ? [models.at(-1).id, models[0].id] : [models[0].id];
+  byId("text").placeholder = selected.length > 1 ? "Message both models…" : "Message…";
   sides.splice(0);
-  at("sides").replaceChildren();
-  for (const id of chosen) sides.push(new Side(models, id));
-  suggest();
+  byId("sides").replaceChildren();
+  for (const id of selected) sides.push(new Side(models, id));
+  showDefaultSystem();
 }
 
-at("composer").addEventListener("submit", (event) => {
+byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   if (running) sides.forEach((side) => side.stop?.abort());
   else send();
 });
-at("text").addEventListener("input", grow);
-at("text").addEventListener("keydown", (event) => {
+byId("text").addEventListener("input", fitHeight);
+byId("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     send();
   }
 });
-at("fresh").addEventListener("click", () => sides.forEach((side) => side.clear()));
-at("key").addEventListener("change", start);
+byId("new-chat").addEventListener("click", () => sides.forEach((side) => side.clear()));
+byId("key").addEventListener("change", start);
 document.addEventListener("click", (event) => {
-  if (!at("settings").contains(event.target)) at("settings").open = false;
+  if (!byId("settings").contains(event.target)) byId("settings").open = false;
 });
 start();

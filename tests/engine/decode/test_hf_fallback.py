@@ -1,39 +1,69 @@
-"""A family whose answers would be wrong side by side is not served."""
+"""The fallback through transformers: which families it can batch, and its cache of prefixes."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
-from strop.engine.decode.hf_fallback import HfDecoder, prove
+from strop.engine.decode.hf_cache import PrefixCache
+from strop.engine.decode.hf_fallback import HfDecoder, check_batching
 from strop.errors import ModelError
 from tests.support import tiny_families
+from tests.support.random_models import tiny
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gemma3_text", "falcon", "gpt2"])
-def test_families_that_go_by_positions_are_served(kind: str) -> None:
+def test_families_that_use_position_ids_pass(kind: str) -> None:
     model = tiny_families.build(kind)
-    prove(HfDecoder(model, keep=100), model)
+    check_batching(HfDecoder(model, keep=100), model)
 
 
-def test_an_adapter_changes_nothing() -> None:
+def test_base_is_checked_without_its_adapter() -> None:
     model = get_peft_model(
         tiny_families.build("mixtral"), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
     ).eval()
-    prove(HfDecoder(model, keep=100), model)
+    check_batching(HfDecoder(model, keep=100), model)
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
+    ("kind", "message"),
     [
-        ("roberta", "differ from those alone"),
-        ("bart", "differ from those alone"),
-        ("bloom", "side by side: ValueError"),
-        ("gpt_neo", "its windows are counted by places"),
-        ("mpt", "its distances are counted by places"),
+        ("roberta", "differ from each alone"),
+        ("bart", "differ from each alone"),
+        ("bloom", "in a batch: ValueError"),
+        ("gpt_neo", "its windows are counted"),
+        ("mpt", "its distances are counted"),
     ],
 )
-def test_families_that_go_by_places_are_not(kind: str, why: str) -> None:
+def test_families_that_count_cache_positions_are_rejected(kind: str, message: str) -> None:
     model = tiny_families.build(kind)
-    with pytest.raises(ModelError, match=why):
-        prove(HfDecoder(model, keep=100), model)
+    with pytest.raises(ModelError, match=message):
+        check_batching(HfDecoder(model, keep=100), model)
+
+
+def test_layers_with_other_state_are_rejected() -> None:
+    model = tiny().eval()
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ModelError, match="linear_attention"):
+        HfDecoder(model, keep=0)
+
+
+def test_longest_cached_prefix_is_found() -> None:
+    cache = PrefixCache(100)
+    ids = np.arange(60, dtype=np.int32)
+
+    def kv(length: int) -> Any:
+        return [(torch.zeros(1, 1, length, 2), torch.zeros(1, 1, length, 2))]
+
+    cache.add("a", ids[:40], kv(40))
+    cache.add("a", ids, kv(60))  # replaces its own prefix
+    assert len(cache._entries) == 1
+    assert cache.find("a", np.append(ids[:50], np.int32(999)))[0][0].shape[2] == 50
+    assert cache.find("a", ids)[0][0].shape[2] == 59  # the last token must be processed
+    assert cache.find(None, ids) == [] and cache.find("a", ids[:20]) == []
+    cache.add(None, ids, kv(60))
+    assert cache.find("a", ids) == []  # evicted: 120 tokens exceed the capacity

@@ -1,4 +1,4 @@
-"""How tokens are drawn: against the whole distribution, by counting; and what a text's own numbers depend on."""
+"""The distribution of sampled tokens, and what the random numbers of a sequence depend on."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from strop.engine.decode.sampling import NoToken, Sampling, Seen, SequenceState
+from strop.engine.decode.sampling import NoToken, PassOutput, Sampling, SequenceState
 from strop.engine.kernels.dispatch import draw_token, likeliest
 
-DRAWS = 20_000
+NUM_SAMPLES = 20_000
 
 
 def logits(n: int, spread: float = 2.0) -> np.ndarray:
     return np.random.default_rng(5).normal(0, spread, n).astype(np.float32)
 
 
-def wanted(row: np.ndarray, sampling: Sampling, ids: list[int]) -> np.ndarray:
-    """The distribution by transformers' own processors."""
+def expected_probabilities(row: np.ndarray, sampling: Sampling, ids: list[int]) -> np.ndarray:
+    """Return the distribution by the logits processors of transformers."""
     warp = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)])
     warp.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
@@ -47,25 +47,27 @@ def wanted(row: np.ndarray, sampling: Sampling, ids: list[int]) -> np.ndarray:
         Sampling(30.0, top_p=0.999),  # nearly even: all tokens count
     ],
 )
-def test_tokens_are_drawn_by_their_distribution(sampling: Sampling) -> None:
-    """Pearson's chi-square over 20,000 draws, below its quantile of 1 in 10,000 (Wilson and Hilferty)."""
+def test_sampled_tokens_follow_the_distribution(sampling: Sampling) -> None:
+    """Pearson's chi-square over 20,000 samples, below its quantile of 1 in 10,000 (Wilson and Hilferty)."""
     row, prompt = logits(300), np.array([3, 5, 9], np.int32)
-    p = wanted(row, sampling, prompt.tolist())
+    p = expected_probabilities(row, sampling, prompt.tolist())
     counts = np.zeros(len(row))
-    text = SequenceState(prompt, None, most=DRAWS, sampling=Sampling(**{**vars(sampling), "seed": 11}))
-    for _ in range(DRAWS):
-        counts[text.pick(Seen.of(row[None]), 0).id] += 1
-        text.length += 1  # each place has a number of its own; what was drawn is not said again
-        text._ids[text.length - 1] = prompt[0]
+    sequence = SequenceState(
+        prompt, None, max_new_tokens=NUM_SAMPLES, sampling=Sampling(**{**vars(sampling), "seed": 11})
+    )
+    for _ in range(NUM_SAMPLES):
+        counts[sequence.sample(PassOutput.from_logits(row[None]), 0).id] += 1
+        sequence.length += 1  # a new position, so a new random number; the ids stay, for the repetition penalty
+        sequence._ids[sequence.length - 1] = prompt[0]
     assert not counts[p == 0].any()
     order = np.argsort(-p)[: int((p > 0).sum())]
-    expected, seen, cells = DRAWS * p[order], counts[order], []
+    expected, observed, cells = NUM_SAMPLES * p[order], counts[order], []
     at = 0
     while at < len(order):  # cells of at least 8
         end = at + 1
         while expected[at:end].sum() < 8 and end < len(order):
             end += 1
-        cells.append((expected[at:end].sum(), seen[at:end].sum()))
+        cells.append((expected[at:end].sum(), observed[at:end].sum()))
         at = end
     if len(cells) > 1 and cells[-1][0] < 8:
         last = cells.pop()
@@ -76,7 +78,7 @@ def test_tokens_are_drawn_by_their_distribution(sampling: Sampling) -> None:
     assert square < limit
 
 
-def test_an_even_number_for_each_place_reaches_every_token() -> None:
+def test_uniform_numbers_reach_every_token() -> None:
     row = np.zeros(10, np.float32)
     assert [draw_token(row, 1.0, 0, 1.0, (place + 0.5) / 10) for place in range(10)] == list(range(10))
     row[3] = 100
@@ -86,35 +88,37 @@ def test_an_even_number_for_each_place_reaches_every_token() -> None:
     assert max(draw_token(row, 1.0, 0, 1.0, u) for u in (0.5, 0.9999999999999999)) == 2
 
 
-def test_what_a_seed_decides() -> None:
+def test_equal_seeds_give_equal_tokens() -> None:
     row, prompt = logits(1000), np.arange(5, dtype=np.int32)
 
-    def drawn(seed: int | None) -> list[int]:
-        text = SequenceState(prompt, None, most=20, sampling=Sampling(1.0, seed=seed))
+    def sampled(seed: int | None) -> list[int]:
+        sequence = SequenceState(prompt, None, max_new_tokens=20, sampling=Sampling(1.0, seed=seed))
         for _ in range(20):
-            text.append(text.pick(Seen.of(row[None]), 0).id)
-        return text.answer
+            sequence.append(sequence.sample(PassOutput.from_logits(row[None]), 0).id)
+        return sequence.completion
 
-    assert drawn(7) == drawn(7) != drawn(8)
-    assert drawn(None) != drawn(None)
+    assert sampled(7) == sampled(7) != sampled(8)
+    assert sampled(None) != sampled(None)
 
 
-def test_what_is_told_of_a_token() -> None:
+def test_token_carries_logprob_and_top_logprobs() -> None:
     row = logits(50)
-    token = SequenceState(np.array([1], np.int32), None, logprobs=3).pick(Seen.of(row[None]), 0)
+    token = SequenceState(np.array([1], np.int32), None, num_logprobs=3).sample(PassOutput.from_logits(row[None]), 0)
     logs = torch.from_numpy(row).double().log_softmax(-1)
     top = logs.topk(3)
     assert token.id == int(logs.argmax()) and token.logprob == pytest.approx(float(top.values[0]))
-    assert [number for number, _ in token.likeliest] == top.indices.tolist()
-    assert [log for _, log in token.likeliest] == pytest.approx(top.values.tolist())
+    assert [number for number, _ in token.top_logprobs] == top.indices.tolist()
+    assert [log for _, log in token.top_logprobs] == pytest.approx(top.values.tolist())
 
 
-def test_numbers_that_are_none() -> None:
+def test_non_finite_logits_raise_no_token() -> None:
     rows = np.stack([logits(20)] * 5)
     rows[1, 4], rows[2, 7], rows[3, 2], rows[4] = np.nan, np.inf, -np.inf, -np.inf
-    found, finite = likeliest(rows)
+    tokens, finite = likeliest(rows)
     assert finite.tolist() == [True, False, False, True, False]
-    assert found[0] == rows[0].argmax() and found[3] == rows[3].argmax()
+    assert tokens[0] == rows[0].argmax() and tokens[3] == rows[3].argmax()
     for row in rows[[1, 2, 4]]:
         with pytest.raises(NoToken):
-            SequenceState(np.array([1], np.int32), None, sampling=Sampling(1.0)).pick(Seen.of(row[None]), 0)
+            SequenceState(np.array([1], np.int32), None, sampling=Sampling(1.0)).sample(
+                PassOutput.from_logits(row[None]), 0
+            )

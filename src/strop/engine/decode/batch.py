@@ -1,8 +1,8 @@
-"""Continuous batching: texts join and leave between two passes; a prompt is read beside answers that go on.
+"""Continuous batching: sequences join and leave between passes, and prompts are processed next to decoding sequences.
 
-Where few texts are under way, a pass takes as long for one row as for several: the weights' way from memory sets the
-pace. The rows that are free then hold guesses: what followed, earlier in the text, on the tokens that stand at its end
-(prompt lookup, after Leviathan et al., arXiv:2211.17192). A guess that is drawn is kept, and the answer is the same.
+With few sequences, a pass over several rows takes as long as a pass over one, because the time is that of reading the
+weights from memory. The spare rows are used for speculative decoding (Leviathan et al., arXiv:2211.17192) with prompt
+lookup: the draft is what followed the last occurrence of the sequence's last tokens. It does not change the output.
 """
 
 from __future__ import annotations
@@ -11,183 +11,254 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
-from strop.engine.decode.cache import PREFILL_ROWS, NoRoom
-from strop.engine.decode.decoder import CompiledDecoder, Decoder, Part
-from strop.engine.decode.sampling import Ids, NoToken, Seen, SequenceState, Token
+from strop.data.types import Ids
+from strop.engine.decode.cache import BLOCK_SIZE, MAX_SEQUENCES, PREFILL_ROWS, CacheFull, blocks_for
+from strop.engine.decode.decoder import Chunk, CompiledDecoder, Decoder, kv_bytes_per_position
+from strop.engine.decode.sampling import NoToken, PassOutput, SequenceState, Token
 from strop.engine.kernels.dispatch import logprobs_of
+from strop.errors import ModelError
+from strop.machine.probe import probe
 
-JUDGED_AT_ONCE = 128  # rows of a pass that give logits: more would take more memory than the pass itself
-ALIKE = 3  # tokens at a text's end that must have stood before, for what followed them to be guessed
+MAX_LOGIT_ROWS = 128  # rows of a pass with logits; more would take more memory than the pass itself
+NGRAM = 3  # last tokens of a sequence that must have occurred before to propose a draft
+CACHE_SHARE = 0.5  # of the free memory, at most for keys and values
+_ATTRIBUTE = "_strop_decoder"  # of a model, for the decoder that is kept with it
 
 
 @dataclass(frozen=True)
-class News:
-    """What a pass brought a text: its new tokens, which are appended; text.end says whether it has ended."""
+class Progress:
+    """The new tokens of a sequence after a pass. They are appended already; `sequence.finish_reason` shows the end."""
 
-    text: SequenceState
+    sequence: SequenceState
     tokens: tuple[Token, ...]
 
 
 class Batch:
-    """rows: texts that are answered together, at most. guess: guess tokens where rows are free."""
+    """Sequences that are decoded together, at most `max_sequences` of them.
 
-    def __init__(self, decoder: Decoder, rows: int, *, read_at_once: int = PREFILL_ROWS, guess: bool = True) -> None:
-        self._decoder, self._rows, self._guess, self._read_at_once = decoder, rows, guess, read_at_once
-        self.texts: list[SequenceState] = []
-        self._behind: dict[
-            SequenceState, list[SequenceState]
-        ] = {}  # by the text whose prompt, which is theirs too, is read
+    prefill_rows: prompt tokens of a pass. speculative: propose drafts where rows are spare.
+    """
 
-    def add(self, text: SequenceState) -> bool:
-        """False where there is no room for it now. Raises NoRoom where there would never be."""
-        if len(self.texts) + self._num_waiting >= self._rows:
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_sequences: int,
+        *,
+        prefill_rows: int = PREFILL_ROWS,
+        speculative: bool = True,
+    ) -> None:
+        self._decoder, self._max_sequences = decoder, max_sequences
+        self._speculative, self._prefill_rows = speculative, prefill_rows
+        self.sequences: list[SequenceState] = []
+        self._followers: dict[SequenceState, list[SequenceState]] = {}  # by the leader that processes their prompt
+
+    def add(self, sequence: SequenceState) -> bool:
+        """Admit a sequence. Return False if there is no space now; raise CacheFull if there never will be."""
+        if len(self.sequences) + self._num_waiting >= self._max_sequences:
             return False
         try:
-            self._decoder.begin(text)
-        except NoRoom:
-            if self.texts:
+            self._decoder.admit(sequence)
+        except CacheFull:
+            if self.sequences:
                 return False
             raise
-        self.texts.append(text)
+        self.sequences.append(sequence)
         return True
 
-    def add_group(self, texts: Sequence[SequenceState]) -> int:
-        """How many texts with one prompt, from the first on, there is room for: the prompt is read once for them, and
-        they begin together. Raises NoRoom where there would never be room for one."""
-        assert isinstance(self._decoder, CompiledDecoder), "groups are for the engine's own decoder"
-        if not self.add(texts[0]):
+    def add_group(self, group: Sequence[SequenceState]) -> int:
+        """Admit the first sequences of a group with one prompt, and return how many of them.
+
+        The prompt is processed once, by the first sequence. Raises CacheFull if there never will be space for one.
+        """
+        assert isinstance(self._decoder, CompiledDecoder), "groups need the compiled decoder"
+        leader = group[0]
+        if not self.add(leader):
             return 0
-        behind = self._behind.setdefault(texts[0], [])
-        for text in texts[1 : self._rows - self._num_waiting - len(self.texts) + 1]:
+        followers = self._followers.setdefault(leader, [])
+        for sequence in group[1 : self._max_sequences - self._num_waiting - len(self.sequences) + 1]:
             try:
-                self._decoder.begin_behind(text, texts[0])
-            except NoRoom:
+                self._decoder.admit_follower(sequence, leader)
+            except CacheFull:
                 break
-            behind.append(text)
-        return 1 + len(behind)
+            followers.append(sequence)
+        return 1 + len(followers)
 
     @property
     def _num_waiting(self) -> int:
-        return sum(map(len, self._behind.values()))
+        return sum(map(len, self._followers.values()))
 
-    def remove(self, text: SequenceState) -> None:
-        """A text leaves, whether it has ended or not; those that wait for its prompt leave with it."""
-        self.texts.remove(text)
-        for gone in (text, *self._behind.pop(text, ())):
-            self._decoder.end(gone)
+    def remove(self, sequence: SequenceState) -> None:
+        """Remove a sequence, finished or not, with the followers that wait for its prompt."""
+        self.sequences.remove(sequence)
+        for leaving in (sequence, *self._followers.pop(sequence, ())):
+            self._decoder.release(leaving)
 
-    def step(self) -> list[News]:
-        """One pass. Texts that have ended have left. One whose expected answer is read has no new tokens before all of
-        it is."""
-        parts = self._parts()
-        news = []
-        plain = all(text.plain and not text.judging for part in parts if part.told for text in self._at(part))
-        seen = self._decoder.read(parts, logits=not plain)
-        at = 0
-        for part in parts:
-            if part.told:
-                rows = seen.rows(at, at + part.told)
-                at += part.told
-                for text in self._behind.pop(part.text, ()):
+    def step(self) -> list[Progress]:
+        """Run one pass and return what it added. Finished sequences have left the batch.
+
+        A sequence with an expected completion gets its tokens when all of that is scored.
+        """
+        chunks = self._chunks()
+        progress = []
+        argmax_only = all(
+            sequence.needs_argmax_only and not sequence.is_scoring
+            for chunk in chunks
+            if chunk.num_outputs
+            for sequence in (chunk.sequence, *self._followers.get(chunk.sequence, ()))
+        )
+        output = self._decoder.forward(chunks, logits=not argmax_only)
+        start = 0
+        for chunk in chunks:
+            if chunk.num_outputs:
+                rows = output.rows(start, start + chunk.num_outputs)
+                start += chunk.num_outputs
+                for follower in self._followers.pop(chunk.sequence, ()):
                     assert isinstance(self._decoder, CompiledDecoder)
-                    self._decoder.follow(text, part.text)
-                    self.texts.append(text)
-                    news.append(News(text, self._written(Part(text, 0, 1), rows)))
-                read = self._judged if part.text.judging else self._written
-                news.append(News(part.text, read(part, rows)))
-        for text in [text for text in self.texts if text.end]:
-            self.remove(text)
-        return news
+                    self._decoder.start_follower(follower, chunk.sequence)
+                    self.sequences.append(follower)
+                    progress.append(Progress(follower, _append_samples(Chunk(follower, 0, 1), rows)))
+                take = _score if chunk.sequence.is_scoring else _append_samples
+                progress.append(Progress(chunk.sequence, take(chunk, rows)))
+        for sequence in [sequence for sequence in self.sequences if sequence.finish_reason]:
+            self.remove(sequence)
+        return progress
 
-    def _at(self, part: Part) -> list[SequenceState]:
-        """The texts that go on behind a part."""
-        return [part.text, *self._behind.get(part.text, ())]
-
-    def _judged(self, part: Part, seen: Seen) -> tuple[Token, ...]:
-        text, at = part.text, part.text.done - part.told
-        wanted = np.append(text.ids[at + 1 : text.done + 1], 0)[: part.told]  # behind the last stands nothing
-        return text.judge(at, np.where(seen.finite, seen.likeliest, -1), logprobs_of(seen.logits, wanted))
-
-    def _written(self, part: Part, seen: Seen) -> tuple[Token, ...]:
-        """Appends the tokens that follow, as long as the guesses before them were right."""
-        text, found = part.text, []
-        for row in range(part.told):
-            try:
-                token = text.pick(seen, row)
-            except NoToken as none:
-                text.end = none.end
-                break
-            text.append(token.id)
-            found.append(token)
-            if text.end or row == len(part.guessed) or part.guessed[row] != token.id:
-                break
-            text.done += 1  # what was guessed is in the cache
-        return tuple(found)
-
-    def _parts(self) -> list[Part]:
-        writing: list[SequenceState] = []
-        reading: list[SequenceState] = []
-        for text in self.texts:
-            (writing if text.left == 1 and not text.judging else reading).append(text)
-        room = self._decoder.free_rows - len(writing) if self._guess and not reading else 0
-        parts = []
-        for place, text in enumerate(writing):
-            most = min(max(0, room) // (len(writing) - place), text.most - (text.length - text.prompt) - 1)
-            guessed = guess(text.ids, most)
-            room -= len(guessed)
-            parts.append(Part(text, text.left, 1 + len(guessed), guessed))
-        budget, telling = self._read_at_once, max(1, JUDGED_AT_ONCE - len(writing))
-        for text in reading:
-            count = min(text.left, budget)
-            if count and telling:
-                told = int(count == text.left)
-                if text.judging:
-                    told = max(0, text.done + count - max(text.done, text.first))
-                    spared = max(0, told - telling)
-                    told, count = told - spared, count - spared
-                    telling -= told
-                parts.append(Part(text, count, told))
-            budget -= count
-        return parts
+    def _chunks(self) -> list[Chunk]:
+        """Divide the rows of the next pass: one a decoding sequence, then drafts or prompts."""
+        decoding: list[SequenceState] = []
+        prefilling: list[SequenceState] = []
+        for sequence in self.sequences:
+            is_decoding = sequence.num_uncached == 1 and not sequence.is_scoring
+            (decoding if is_decoding else prefilling).append(sequence)
+        spare = self._decoder.num_cheap_rows - len(decoding) if self._speculative and not prefilling else 0
+        chunks = []
+        for place, sequence in enumerate(decoding):
+            num_remaining = sequence.max_new_tokens - (sequence.length - sequence.prompt_length) - 1
+            draft = propose_draft(sequence.ids, min(max(0, spare) // (len(decoding) - place), num_remaining))
+            spare -= len(draft)
+            chunks.append(Chunk(sequence, sequence.num_uncached, 1 + len(draft), draft))
+        rows_left, outputs_left = self._prefill_rows, max(1, MAX_LOGIT_ROWS - len(decoding))
+        for sequence in prefilling:
+            count = min(sequence.num_uncached, rows_left)
+            if count and outputs_left:
+                num_outputs = int(count == sequence.num_uncached)
+                if sequence.is_scoring:
+                    scored_from = max(sequence.num_cached, sequence.first_scored)
+                    num_outputs = max(0, sequence.num_cached + count - scored_from)
+                    excess = max(0, num_outputs - outputs_left)
+                    num_outputs, count = num_outputs - excess, count - excess
+                    outputs_left -= num_outputs
+                chunks.append(Chunk(sequence, count, num_outputs))
+            rows_left -= count
+        return chunks
 
 
-def guess(ids: Ids, most: int) -> Sequence[int]:
-    """What followed the last time that the text's last tokens stood in it, `most` tokens of it at most."""
-    if most <= 0 or len(ids) <= ALIKE:
+def _score(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:
+    sequence, start = chunk.sequence, chunk.sequence.num_cached - chunk.num_outputs
+    # nothing follows the last position, so its score is not used
+    expected = np.append(sequence.ids[start + 1 : sequence.num_cached + 1], 0)[: chunk.num_outputs]
+    argmax = np.where(output.finite, output.argmax, -1)
+    return sequence.score_expected(start, argmax, logprobs_of(output.logits, expected))
+
+
+def _append_samples(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:
+    """Append the tokens that follow, as long as the draft tokens before them are accepted."""
+    sequence, tokens = chunk.sequence, []
+    for row in range(chunk.num_outputs):
+        try:
+            token = sequence.sample(output, row)
+        except NoToken as error:
+            sequence.finish_reason = error.finish_reason
+            break
+        sequence.append(token.id)
+        tokens.append(token)
+        if sequence.finish_reason or row == len(chunk.draft) or chunk.draft[row] != token.id:
+            break
+        sequence.num_cached += 1  # the accepted draft token is in the cache
+    return tuple(tokens)
+
+
+def propose_draft(ids: Ids, max_tokens: int) -> Sequence[int]:
+    """Return at most `max_tokens` tokens that followed the previous occurrence of the last NGRAM tokens."""
+    if max_tokens <= 0 or len(ids) <= NGRAM:
         return ()
-    last = ids[-ALIKE:]
-    same = np.ones(len(ids) - ALIKE, bool)
-    for place in range(ALIKE):
+    last = ids[-NGRAM:]
+    same = np.ones(len(ids) - NGRAM, bool)
+    for place in range(NGRAM):
         same &= ids[place : place + len(same)] == last[place]
-    where = np.flatnonzero(same)
-    if not len(where):
+    starts = np.flatnonzero(same)
+    if not len(starts):
         return ()
-    begin = int(where[-1]) + ALIKE
-    found: list[int] = ids[begin : begin + most].tolist()
-    return found
+    begin = int(starts[-1]) + NGRAM
+    draft: list[int] = ids[begin : begin + max_tokens].tolist()
+    return draft
 
 
-def decode_all(batch: Batch, texts: Sequence[SequenceState]) -> Iterator[News]:
-    """Answers all texts, as many together as go; tells what each pass brings. Raises NoRoom where one is too long."""
-    waiting = list(reversed(texts))
+def decode_all(batch: Batch, sequences: Sequence[SequenceState]) -> Iterator[Progress]:
+    """Decode all sequences and yield the progress of each pass. Raises CacheFull if one of them is too long.
+
+    Closing the iterator early removes the sequences from the batch.
+    """
+    return decode_groups(batch, [[sequence] for sequence in sequences])
+
+
+def decode_groups(batch: Batch, groups: Sequence[Sequence[SequenceState]]) -> Iterator[Progress]:
+    """Decode groups of sequences with one prompt, which is processed once for the sequences that start together."""
+    waiting = [list(group) for group in reversed(groups)]
     try:
-        while waiting or batch.texts:
-            while waiting and batch.add(waiting[-1]):
+        while waiting or batch.sequences:
+            while waiting:
+                group = waiting[-1]
+                num_admitted = batch.add_group(group) if len(group) > 1 else int(batch.add(group[0]))
+                del group[:num_admitted]
+                if group:
+                    break
                 waiting.pop()
             yield from batch.step()
-    finally:  # whoever asked may have gone
-        for text in list(batch.texts):
-            batch.remove(text)
+    finally:
+        for sequence in list(batch.sequences):
+            batch.remove(sequence)
 
 
-def decode_groups(batch: Batch, groups: Sequence[Sequence[SequenceState]]) -> Iterator[News]:
-    """The same of groups of texts with one prompt, which is read once for as many of a group as go together."""
-    waiting = [list(group) for group in reversed(groups)]
-    while waiting or batch.texts:
-        while waiting and (begun := batch.add_group(waiting[-1])):
-            del waiting[-1][:begun]
-            if waiting[-1]:
-                break
-            waiting.pop()
-        yield from batch.step()
+def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
+    """Return a batch for these sequences: as many together as fit into memory, at most MAX_SEQUENCES.
+
+    Its decoder is kept with the model and reused until a weight changes. Raises ModelError if a sequence does not fit.
+    """
+    blocks = sorted((blocks_for(sequence.max_length) for sequence in sequences), reverse=True)
+    block_bytes = BLOCK_SIZE * kv_bytes_per_position(model)
+    decoder = _kept_decoder(model)
+    free = int(probe().free_bytes * CACHE_SHARE) // block_bytes + (decoder.blocks.count if decoder else 0)
+    counts = range(1, min(MAX_SEQUENCES, len(blocks)) + 1)
+    max_sequences = max((count for count in counts if sum(blocks[:count]) <= free), default=0)
+    if not max_sequences:
+        gib = blocks[0] * block_bytes / 2**30
+        what = f"not enough memory for the keys and values of one sequence ({gib:.2f} GiB)"
+        raise ModelError(what, fix="ask for shorter completions")
+    wanted = sum(blocks[:max_sequences])
+    if decoder is None or decoder.blocks.count < wanted:
+        decoder = None
+        drop_decoder(model)  # frees the old cache before the new one is allocated
+        decoder = CompiledDecoder(model, wanted * BLOCK_SIZE)
+        setattr(model, _ATTRIBUTE, (_weight_versions(model), decoder))
+    return Batch(decoder, max_sequences)
+
+
+def drop_decoder(model: nn.Module) -> None:
+    """Free the decoder that is kept with a model, and its cache."""
+    setattr(model, _ATTRIBUTE, None)
+
+
+def _kept_decoder(model: nn.Module) -> CompiledDecoder | None:
+    versions, decoder = getattr(model, _ATTRIBUTE, None) or (None, None)
+    if decoder is not None and versions != _weight_versions(model):
+        drop_decoder(model)
+        return None
+    return decoder
+
+
+def _weight_versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Return a value that changes when a weight is changed or replaced."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]

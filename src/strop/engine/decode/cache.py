@@ -1,8 +1,9 @@
-"""Which blocks of the cache a text's keys and values are in, and which of them other texts may share. No torch in here.
+"""Allocate the blocks of the paged KV cache, and share the blocks of common prefixes. Needs no torch.
 
-A block holds BLOCK positions of one text, in all layers (PagedAttention, arXiv:2309.06180). A full block is known by
-all that leads to it, so that texts with the same beginning, under the same adapter, share it: at the same time, and
-later, until its room is needed. Where a beginning ends within a block, what is the same of that one can be copied.
+A block holds the keys and values of BLOCK_SIZE consecutive positions of one sequence, in all layers (PagedAttention,
+arXiv:2309.06180). A full block has a key: the hash of the adapter and of all tokens up to the end of the block.
+Sequences with the same prefix and adapter share full blocks, also after the first of them has ended, until the space is
+needed. Where a common prefix ends inside a block, the caller may copy that block and reuse its first positions.
 """
 
 from __future__ import annotations
@@ -12,135 +13,136 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
-import numpy.typing as npt
 
-BLOCK_SIZE = 32  # positions; the loop of engine.cpu.cached_attention knows it too
-MAX_SEQUENCES = 64  # texts together: a pass over more takes as much longer (docs/performance.md)
-LOOKED_AT = 64  # blocks behind the same beginning, the newest: which of them goes on most alike
-PREFILL_ROWS = 256  # prompt rows in a pass: more would hold up the answers that go on
+from strop.data.types import Ids
+
+BLOCK_SIZE = 32  # positions; engine.kernels.cpu.cached_attention is compiled for the same number
+MAX_SEQUENCES = 64  # decoded together; beyond that, time grows in proportion (docs/performance.md)
+MAX_CANDIDATES = 64  # blocks after the same prefix that are compared for a partial match, the newest ones
+PREFILL_ROWS = 256  # prompt tokens of a pass; more would delay the tokens of sequences that are already decoding
 
 
-class NoRoom(Exception):
-    """The cache has fewer free blocks than a text needs."""
+class CacheFull(Exception):
+    """Raised when the cache has fewer free blocks than a sequence needs."""
 
 
 def blocks_for(positions: int) -> int:
+    """Return how many blocks hold this many positions."""
     return -(-positions // BLOCK_SIZE)
 
 
-class Blocks:
-    """count: blocks there are. Those that nobody uses any more are forgotten when room is needed, the oldest first."""
+class BlockPool:
+    """Reference-counted blocks 0 to `count` - 1. When space is needed, unused blocks are evicted, oldest first."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._new = list(range(count - 1, -1, -1))
-        self._users: dict[int, int] = {}
-        self._known: dict[bytes, int] = {}
+        self._blank = list(range(count - 1, -1, -1))
+        self._num_users: dict[int, int] = {}
+        self._by_key: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._behind: dict[bytes, dict[int, npt.NDArray[np.int32]]] = {}  # by the key before: blocks, their tokens
-        self._key_before: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._successors: dict[bytes, dict[int, Ids]] = {}  # previous block's key -> block -> its tokens
+        self._previous_key: dict[int, bytes] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()
 
     @property
     def free(self) -> int:
-        return len(self._new) + len(self._idle)
+        """Number of blocks that can be allocated."""
+        return len(self._blank) + len(self._unused)
 
-    def take(self, many: int) -> list[int]:
-        """Raises NoRoom, and takes none then."""
-        if many > self.free:
-            raise NoRoom
-        found = []
-        for _ in range(many):
-            if self._new:
-                block = self._new.pop()
+    def allocate(self, count: int) -> list[int]:
+        """Return `count` blocks with one user each. Raises CacheFull, and then allocates none."""
+        if count > self.free:
+            raise CacheFull
+        blocks = []
+        for _ in range(count):
+            if self._blank:
+                block = self._blank.pop()
             else:
-                block, _ = self._idle.popitem(last=False)
-                del self._known[self._key_of.pop(block)]
-                self._leave_behind(block)
-            self._users[block] = 1
-            found.append(block)
-        return found
+                block, _ = self._unused.popitem(last=False)
+                del self._by_key[self._key_of.pop(block)]
+                self._drop_candidate(block)
+            self._num_users[block] = 1
+            blocks.append(block)
+        return blocks
 
-    def leave(self, blocks: Sequence[int]) -> None:
-        for block in reversed(blocks):  # the end of a text is forgotten before its beginning
-            self._users[block] -= 1
-            if self._users[block] == 0:
-                del self._users[block]
+    def release(self, blocks: Sequence[int]) -> None:
+        """Remove one user of each block."""
+        for block in reversed(blocks):  # so that the end of a sequence is evicted before its beginning
+            self._num_users[block] -= 1
+            if self._num_users[block] == 0:
+                del self._num_users[block]
                 if block in self._key_of:
-                    self._idle[block] = None
+                    self._unused[block] = None
                 else:
-                    self._new.append(block)
+                    self._blank.append(block)
 
-    def share(self, keys: Iterable[bytes]) -> list[int]:
-        """The known blocks of a text's beginning, which it uses from now on."""
-        found = []
+    def share_prefix(self, keys: Iterable[bytes]) -> list[int]:
+        """Return the cached blocks of the longest prefix of `keys`, each with one more user."""
+        blocks = []
         for key in keys:
-            block = self._known.get(key)
+            block = self._by_key.get(key)
             if block is None:
                 break
-            self._hold(block)
-            found.append(block)
-        return found
+            self._add_user(block)
+            blocks.append(block)
+        return blocks
 
-    def use(self, blocks: Sequence[int]) -> None:
-        """One more text uses blocks that another uses already."""
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add one user to blocks that are in use."""
         for block in blocks:
-            self._users[block] += 1
+            self._num_users[block] += 1
 
-    def know(self, key: bytes, block: int, before: bytes, ids: npt.NDArray[np.int32]) -> None:
-        """The block is full of these tokens, with what the keys stand for: its own, and the one before. The first of
-        two equal ones is kept."""
-        if key in self._known or block in self._key_of:
+    def register(self, key: bytes, block: int, previous_key: bytes, ids: Ids) -> None:
+        """Make a full block available to other sequences. If the key is registered already, the older block stays.
+
+        ids: the block's tokens, shape (BLOCK_SIZE,).
+        """
+        if key in self._by_key or block in self._key_of:
             return
-        self._known[key], self._key_of[block] = block, key
-        behind = self._behind.setdefault(before, {})
-        behind[block], self._key_before[block] = ids, before
-        if len(behind) > LOOKED_AT:
-            self._leave_behind(next(iter(behind)))
+        self._by_key[key], self._key_of[block] = block, key
+        successors = self._successors.setdefault(previous_key, {})
+        successors[block], self._previous_key[block] = ids, previous_key
+        if len(successors) > MAX_CANDIDATES:
+            self._drop_candidate(next(iter(successors)))
 
-    def alike(self, before: bytes, ids: npt.NDArray[np.int32]) -> tuple[int, int]:
-        """Of the known blocks behind that key: the one that begins as `ids` do for longest, and for how many tokens; 0:
-        there is none. The block is in use then, until it is left."""
-        behind = self._behind.get(before)
-        if not behind or not len(ids):
+    def match_partial(self, previous_key: bytes, ids: Ids) -> tuple[int, int]:
+        """Return (block, number of matching tokens) of the block after `previous_key` with the longest match.
+
+        The block gets one more user, which the caller must release. Returns (0, 0) if no block matches.
+        """
+        successors = self._successors.get(previous_key)
+        if not successors or not len(ids):
             return 0, 0
-        same = np.stack(list(behind.values()))[:, : len(ids)] == ids[:BLOCK_SIZE]
+        same = np.stack(list(successors.values()))[:, : len(ids)] == ids[:BLOCK_SIZE]
         counts = np.where(same.all(1), same.shape[1], same.argmin(1))
         best = int(counts.argmax())
         if not counts[best]:
             return 0, 0
-        block = list(behind)[best]
-        self._hold(block)
-        behind[block] = behind.pop(block)  # the newest of those that are looked at
+        block = list(successors)[best]
+        self._add_user(block)
+        successors[block] = successors.pop(block)  # now the newest candidate
         return block, int(counts[best])
 
-    def _hold(self, block: int) -> None:
-        """A known block has a user more."""
-        self._idle.pop(block, None)
-        self._users[block] = self._users.get(block, 0) + 1
+    def _add_user(self, block: int) -> None:
+        self._unused.pop(block, None)
+        self._num_users[block] = self._num_users.get(block, 0) + 1
 
-    def _leave_behind(self, block: int) -> None:
-        """It is not looked at any more."""
-        before = self._key_before.pop(block, None)
-        if before is not None:
-            del self._behind[before][block]
-            if not self._behind[before]:
-                del self._behind[before]
-
-    def forget(self) -> None:
-        """Nothing is known any more: the weights have changed."""
-        self._new += self._idle
-        for table in (self._idle, self._known, self._key_of, self._behind, self._key_before):
-            table.clear()
+    def _drop_candidate(self, block: int) -> None:
+        """Stop offering a block for partial matches."""
+        previous_key = self._previous_key.pop(block, None)
+        if previous_key is not None:
+            del self._successors[previous_key][block]
+            if not self._successors[previous_key]:
+                del self._successors[previous_key]
 
 
-def root_of(adapter: str | None) -> bytes:
-    """What stands for a key before the first."""
+def root_key(adapter: str | None) -> bytes:
+    """Return the key that stands before the first block of a sequence under an adapter."""
     return repr(adapter).encode()
 
 
-def keys_of(before: bytes, ids: npt.NDArray[np.int32], begin: int = 0) -> Iterator[bytes]:
-    """The keys of the full blocks of a text from position `begin` on, in order. before: the key in front of them."""
-    for at in range(begin, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
-        before = blake2b(before + ids[at : at + BLOCK_SIZE].tobytes(), digest_size=16).digest()
-        yield before
+def block_keys(previous_key: bytes, ids: Ids, start: int = 0) -> Iterator[bytes]:
+    """Yield the keys of the full blocks of `ids` from position `start` on, which follow the block `previous_key`."""
+    for at in range(start, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        previous_key = blake2b(previous_key + ids[at : at + BLOCK_SIZE].tobytes(), digest_size=16).digest()
+        yield previous_key

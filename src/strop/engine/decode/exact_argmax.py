@@ -1,4 +1,7 @@
-"""The head in 8 bit beside the head, for answers that want the likeliest token and nothing else (engine.cpu.screen)."""
+"""The most likely token without all logits: an int8 copy of the head selects candidates, the head itself decides.
+
+The result is exact: the error of each approximate logit is bounded, and every token within the bound is a candidate.
+"""
 
 from __future__ import annotations
 
@@ -10,89 +13,100 @@ from torch import Tensor, nn
 
 from strop.engine.kernels.dispatch import screening_loops
 
-WORTH = 0.1  # the head is at least so much of what is read for a token
-PAUSE_PASSES = 16  # passes after one in which too many tokens could be the likeliest
-_NUMBERS = 1 << 20  # of the head that are made small together
+MIN_HEAD_SHARE = 0.1  # of the bytes read a token; for a smaller head it is not worth it
+PAUSE_PASSES = 16  # skipped after a pass with too many candidates
+_CHUNK_ELEMENTS = 1 << 20  # of the head that are quantized at a time
 
 
 class ExactArgmax:
-    """weight: the head's (V, h), and the same as loops take it; scale: of the logits. It is made small when it is
-    asked for the first time."""
+    """Argmax of the logits of hidden states. The int8 copy is made at the first call.
 
-    def __init__(self, weight: Tensor, whole: Any, scale: float) -> None:
+    weight: of the head, (V, h). array: the same in the form that the kernels take. scale: factor of the logits.
+    """
+
+    def __init__(self, weight: Tensor, array: Any, scale: float) -> None:
         self._loops: Any = screening_loops()
-        self._weight, self._whole, self._scale = weight.detach(), whole, np.float32(scale)
-        self._lanes = torch.get_num_threads()
-        self._small: tuple[Any, Any] | None = None
+        self._weight, self._array, self._scale = weight.detach(), array, np.float32(scale)
+        self._num_threads = torch.get_num_threads()
+        self._quantized: tuple[Any, Any] | None = None
         self._pause = 0
 
-    def likeliest(self, z: Any) -> Any:
-        """The places (P,) of the greatest logits of rows z (P, h); None where all logits must be computed."""
+    def argmax(self, z: Any) -> Any:
+        """Return the token with the greatest logit of each row of z (P, h), as (P,); None if all logits are needed."""
         if self._pause:
             self._pause -= 1
             return None
-        found = self._argmax(z)
-        if found is None:
+        tokens = self._argmax(z)
+        if tokens is None:
             self._pause = PAUSE_PASSES
-        return found
+        return tokens
 
     def _argmax(self, z: Any) -> Any:
-        loops, lanes, count = self._loops, self._lanes, len(z)
-        if self._small is None:
-            numbers, scales, reach = quantize_head(self._weight, loops.LANES)
-            nothing = np.empty(0, np.float32)
-            self._small = loops.Packed(numbers, scales, nothing, z.shape[1], len(scales)), reach
-        small, reach = self._small
-        near = np.empty((count, small.n), np.float32)
+        loops, num_threads, num_rows = self._loops, self._num_threads, len(z)
+        if self._quantized is None:
+            values, scales, bounds = quantize_head(self._weight, loops.LANES)
+            self._quantized = (
+                loops.Packed(values, scales, np.empty(0, np.float32), z.shape[1], len(scales)), bounds,
+            )  # fmt: skip
+        head, bounds = self._quantized
+        approximate = np.empty((num_rows, head.n), np.float32)
         if z.dtype == np.uint16:
-            x, scales = np.empty(z.shape, np.int16), np.empty(count, np.float32)
+            x, scales = np.empty(z.shape, np.int16), np.empty(num_rows, np.float32)
             loops.in_whole(z, x, scales)
-            loops.integers(small, x, scales, near, 0, lanes)
+            loops.integers(head, x, scales, approximate, 0, num_threads)
         else:
-            loops.packed(small, z[:0, 0], z, near, 0, lanes)
-        lengths, counts = np.empty(count, np.float32), np.empty(count, np.int64)
-        chosen = np.empty((count, loops.MOST), np.int64)
-        loops.within_reach(near, reach, z, lengths, chosen, counts)
-        if not np.isfinite(lengths).all() or not np.isfinite(reach[0]) or counts.max() > loops.MOST:
+            loops.packed(head, z[:0, 0], z, approximate, 0, num_threads)
+        norms, counts = np.empty(num_rows, np.float32), np.empty(num_rows, np.int64)
+        chosen = np.empty((num_rows, loops.MOST), np.int64)
+        loops.within_reach(approximate, bounds, z, norms, chosen, counts)
+        if not np.isfinite(norms).all() or not np.isfinite(bounds[0]) or counts.max() > loops.MOST:
             return None
-        places = np.unique(np.concatenate([one[:many] for one, many in zip(chosen, counts, strict=True)]))
-        if not 0 < len(places) <= loops.MOST:
+        tokens = np.unique(np.concatenate([row[:count] for row, count in zip(chosen, counts, strict=True)]))
+        if not 0 < len(tokens) <= loops.MOST:
             return None
-        whole = np.append(places, np.repeat(places[-1:], -len(places) % loops.LANES))  # in whole blocks
-        logits = np.empty((count, len(whole)), np.float32)
-        loops.alone(loops.Dense(self._whole[whole]), z, logits, lanes)
-        own = logits[:, : len(places)] * self._scale
-        return places[own.argmax(1)] if np.isfinite(own).all() else None
+        padded = np.append(tokens, np.repeat(tokens[-1:], -len(tokens) % loops.LANES))
+        logits = np.empty((num_rows, len(padded)), np.float32)
+        loops.alone(loops.Dense(self._array[padded]), z, logits, num_threads)
+        candidates = logits[:, : len(tokens)] * self._scale
+        return tokens[candidates.argmax(1)] if np.isfinite(candidates).all() else None
 
 
 def quantize_head(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
-    """Rows in 8 bit (N h,), their scales (N,), N being V in whole lanes, and (V,) how far a logit from them may be off
-    for a row of length 1: what 8 bit leave out, and what sums in fp32 and a row in 16 bit may lose. NaN where there is
-    a number that is not finite."""
+    """Quantize a head (V, h) to int8, row by row, and bound the error of its logits.
+
+    Returns:
+        values: int8, (N h,), where N is V rounded up to a multiple of `lanes`.
+        scales: fp32, (N,).
+        bounds: fp32, (V,): greatest error of a logit for a hidden state of norm 1, from quantization, from sums in
+            fp32 and from rounding the hidden state to 16 bits. NaN if a value is not finite.
+    """
     n, k = weight.shape
-    whole = -(-n // lanes) * lanes
-    numbers, scales = np.zeros((whole, k), np.int8), np.zeros(whole, np.float32)
-    reach = np.empty(n, np.float32)
-    lost, together = k * 2.0**-22 + k**0.5 / 65_534, max(1, _NUMBERS // k)
-    for begin in range(0, n, together):
-        rows = slice(begin, min(n, begin + together))
-        some = weight[rows].float()
-        scale = some.abs().amax(1) / 127
-        small = (some / torch.where(scale > 0, scale, 1.0)[:, None]).round_()
-        numbers[rows], scales[rows] = small.to(torch.int8).numpy(), scale.numpy()
-        left_out, length = torch.linalg.vector_norm(some - small * scale[:, None], dim=1), some.norm(dim=1)
-        reach[rows] = (1.01 * (left_out + lost * (length + left_out))).numpy()
-    if not np.isfinite(reach).all():
-        reach[:] = np.nan
-    return numbers.reshape(-1), scales, reach
+    num_rows = -(-n // lanes) * lanes
+    values, scales = np.zeros((num_rows, k), np.int8), np.zeros(num_rows, np.float32)
+    bounds = np.empty(n, np.float32)
+    rounding, step = k * 2.0**-22 + k**0.5 / 65_534, max(1, _CHUNK_ELEMENTS // k)
+    for begin in range(0, n, step):
+        rows = slice(begin, min(n, begin + step))
+        part = weight[rows].float()
+        scale = part.abs().amax(1) / 127
+        quantized = (part / torch.where(scale > 0, scale, 1.0)[:, None]).round_()
+        values[rows], scales[rows] = quantized.to(torch.int8).numpy(), scale.numpy()
+        error, norm = torch.linalg.vector_norm(part - quantized * scale[:, None], dim=1), part.norm(dim=1)
+        bounds[rows] = (1.01 * (error + rounding * (norm + error))).numpy()
+    if not np.isfinite(bounds).all():
+        bounds[:] = np.nan
+    return values.reshape(-1), scales, bounds
 
 
 def exact_argmax_for(
-    head: nn.Linear, whole: Any, z: Any, scale: float, softcap: float | None, read: int
+    head: nn.Linear, array: Any, z: Any, scale: float, softcap: float | None, other_bytes: int
 ) -> ExactArgmax | None:
-    """The head's, where it is worth it. z: of the type of what enters the head; read: bytes of all other weights."""
+    """Return an ExactArgmax for a head, if that is exact and worth it.
+
+    z: an array of the type of the hidden states. other_bytes: size of all other weights.
+    """
     loops, (n, k) = screening_loops(), head.weight.shape
-    plain = head.bias is None and not softcap and scale > 0
+    linear = head.bias is None and not softcap and scale > 0
     exact = z.dtype == np.float32 or (loops.AS_HELD and loops.fits(k) and (not loops.TILES or n % loops.LANES == 0))
-    worth = head.weight.nbytes > WORTH * (head.weight.nbytes + read)
-    return ExactArgmax(head.weight, whole, scale) if plain and exact and worth else None
+    worth = head.weight.nbytes > MIN_HEAD_SHARE * (head.weight.nbytes + other_bytes)
+    return ExactArgmax(head.weight, array, scale) if linear and exact and worth else None

@@ -1,4 +1,7 @@
-"""Answers from a model, many at once: by strop's own engine, or by transformers where that does not know the model."""
+"""Generate completions from a loaded model: for chat, evaluation and rollouts.
+
+Both functions use strop's decoder where it supports the model, and transformers' generate otherwise (hf_fallback.py).
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,52 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
 
-from strop.engine.decode.batch import batch_for, decode_all
-from strop.engine.decode.decoder import SEVERAL, active_adapter, why_not_decoder
+from strop.data.types import Ids, LogProbs
+from strop.engine.decode.batch import batch_for, decode_all, decode_groups, drop_decoder
+from strop.engine.decode.decoder import active_adapter, why_not_decoder
+from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
-from strop.errors import InputError, ModelError
+from strop.errors import InputError, ModelError, NonFiniteError
 from strop.models.adapters import adapter_disabled
 from strop.models.introspect import learned_positions
 from strop.models.tokenizer import TextStream
-from strop.models.upstream_errors import attribute_errors
 
-MAX_SEQUENCES = 16  # of a batch of transformers' generate
-Ids = npt.NDArray[np.int32]
+HF_BATCH_SIZE = 16  # prompts in a batch of transformers' generate
 
 
 @dataclass(frozen=True)
 class Completion:
+    """A generated completion as text.
+
+    tokens: number of new tokens, the stop token included. stopped: ended by a stop token, not by the limit.
+    logprobs: of the tokens of the expected completion, if there was one.
+    """
+
     text: str
-    tokens: int  # new tokens, the stop token included
-    stopped: bool  # ended by a stop token, not by the limit
-    logprobs: npt.NDArray[np.float64] | None = None  # of the tokens behind the expected answer's `first`
+    tokens: int
+    stopped: bool
+    logprobs: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class SampledCompletion:
+    """A sampled completion as tokens.
+
+    ids: with the stop token. log_probs: of each token when it was sampled. stopped: ended by a stop token, not by the
+    limit.
+    """
+
+    ids: Ids
+    log_probs: LogProbs
+    stopped: bool
+
+
+Sampler = Callable[
+    [nn.Module, Sequence[Ids], Sequence[Sequence[int]], Sequence[int], int], list[list[SampledCompletion]]
+]
+"""The signature of `sample_completions`."""
 
 
 def generate(
@@ -48,165 +76,220 @@ def generate(
     partial: bool = False,
     expected: Sequence[ExpectedCompletion | None] = (),
 ) -> list[Completion]:
-    """One answer a prompt, in the order given, by the adapter that is active now, if there is one; stop_ids end it, and
-    so do own_ends.
+    """Generate one completion for each prompt, in order, with the adapter that is active.
 
-    on_text: receives the text of a single prompt's answer piece by piece. advance: told how many answers are there.
-    both: first an answer of the base to each prompt, then one of the adapter: all in one batch. partial: Ctrl-C leaves
-    the answers to as many prompts, from the first, as are there; else it is raised.
-    expected: the right answers, where they are known: read beside the prompts, for their log-probabilities. What is
-    written stays the same, and is there sooner where it is right. transformers' generate does not look at them.
-    Answers come from strop's engine (engine.answers) where it knows the model, else from transformers' generate.
-    Raises InputError for answers of no tokens, and prompts that a model with learned positions has no room for.
+    Args:
+        model: a causal language model, with or without PEFT adapters.
+        tokenizer: decodes the completions.
+        prompts: token ids.
+        stop_ids: tokens that end a completion, in addition to those of the model's generation config.
+        max_new_tokens: greatest length of a completion.
+        sampling: None for greedy decoding.
+        on_text: called with the text of the completion piece by piece, for a single prompt.
+        advance: called with the number of completions that are finished.
+        both: return the completions of the base model for all prompts, then those with the adapter.
+        partial: on Ctrl-C, return the completions of the first prompts, as far as they are finished, instead of
+            raising KeyboardInterrupt.
+        expected: reference completions, whose tokens are scored. They do not change the output, and make it faster
+            where they are right. Ignored by transformers' generate.
+
+    Raises:
+        InputError: if max_new_tokens is below 1, or a prompt is too long for a model with learned positions.
+        ModelError: if a token is not in the model's vocabulary, or the logits are not finite.
     """
     stop_ids = (*stop_ids, *generation_stop_ids(cast(Any, model).generation_config))
     if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens}: an answer has at least one", fix="give 1 or more")
+        raise InputError(f"max_new_tokens {max_new_tokens}: must be at least 1", fix="give 1 or more")
     if not prompts:
         return []
-    known = cast(Any, model).get_input_embeddings().weight.shape[0]
-    if (most := max(max(ids, default=-1) for ids in prompts)) >= known:
-        what = f"the tokenizer gives token {most}, and the model knows {known:,}"
+    vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
+    if (largest := max(max(ids, default=-1) for ids in prompts)) >= vocabulary:
+        what = f"the tokenizer returns token {largest}, but the model has {vocabulary:,} tokens"
         raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
     if positions := learned_positions(model):
         longest = max(map(len, prompts))
         if longest >= positions:
-            what = f"a prompt of {longest} tokens: the model has learned {positions} positions"
-            raise InputError(what, fix="ask with a shorter prompt; in a chat, /reset starts again")
+            what = f"the prompt has {longest} tokens, and the model has learned {positions} positions"
+            raise InputError(what, fix="give a shorter prompt; in a chat, /reset starts again")
         max_new_tokens = min(max_new_tokens, positions - longest)
+    if why_not_decoder(model) is not None:
+        return _generate_with_hf(
+            model, tokenizer, prompts, stop_ids, max_new_tokens, sampling or Sampling(), on_text, advance, both
+        )
     adapter = active_adapter(model)
-    if why_not_decoder(model) is not None or adapter is SEVERAL:
-        return _by_transformers(model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, on_text, advance, both)
-    by = [None, adapter] if both else [adapter]
-    texts = [
+    adapters = [None, adapter] if both else [adapter]
+    rows = [
         [
             SequenceState(
-                ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row), expected=right
+                ids, name, stop_ids=stop_ids, max_new_tokens=max_new_tokens, sampling=_with_row_seed(sampling, row),
+                expected=reference,
             )
-            for who in by
+            for name in adapters
         ]
-        for row, (ids, right) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
-    ]
-    flat = [text for row in texts for text in row]
-    words = TextStream(tokenizer, ()) if on_text is not None else None
-    ended = 0
+        for row, (ids, reference) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
+    ]  # fmt: skip
+    sequences = [sequence for row in rows for sequence in row]
+    detokenizer = TextStream(tokenizer, ()) if on_text is not None else None
+    num_finished = 0
     try:
-        for news in decode_all(batch_for(model, flat), flat):
-            if words is not None and on_text is not None:
-                on_text("".join(words.push(token.id) for token in news.tokens if token.id not in news.text.stop_ids))
-            if news.text.end == "failed":
-                raise ModelError(
-                    "the model's numbers are not finite", fix="take an older checkpoint or another adapter"
-                )
-            if news.text.end and advance is not None:
-                ended += 1
-                advance(ended)
+        for progress in decode_all(batch_for(model, sequences), sequences):
+            sequence = progress.sequence
+            if detokenizer is not None and on_text is not None:
+                new = [token.id for token in progress.tokens if token.id not in sequence.stop_ids]
+                on_text("".join(map(detokenizer.push, new)))
+            if sequence.finish_reason == "failed":
+                fix = "use an older checkpoint or another adapter"
+                raise ModelError("the model's logits are not finite", fix=fix)
+            if sequence.finish_reason and advance is not None:
+                num_finished += 1
+                advance(num_finished)
     except KeyboardInterrupt:
         if not partial:
             raise
-        texts = list(takewhile(lambda row: all(text.end for text in row), texts))
-    if words is not None and on_text is not None:
-        on_text(words.end())
-    return [_written(tokenizer, row[side], stop_ids) for side in range(len(by)) for row in texts]
+        rows = list(takewhile(lambda row: all(sequence.finish_reason for sequence in row), rows))
+    if detokenizer is not None and on_text is not None:
+        on_text(detokenizer.end())
+    ordered = [row[side] for side in range(len(adapters)) for row in rows]
+    return [
+        replace(
+            _completion(tokenizer, sequence.completion, stop_ids),
+            logprobs=sequence.expected_logprobs if len(sequence.expected_logprobs) else None,
+        )
+        for sequence in ordered
+    ]
+
+
+def sample_completions(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    seeds: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> list[list[SampledCompletion]]:
+    """Sample a completion of each prompt for each of its seeds, with the log-probability of each token.
+
+    Tokens are sampled at temperature 1 from the whole vocabulary: from the distribution whose gradient is taken. Equal
+    weights, prompts and seeds give equal completions, whatever else is in the batch (transformers' generate: for all
+    seeds of a prompt together). The memory of the decoder is freed before the function returns.
+
+    Raises NonFiniteError if the logits are not finite.
+    """
+    if why_not_decoder(model) is not None:
+        return [_sample_with_hf(model, *row, stop_ids, max_new_tokens) for row in zip(prompts, seeds, strict=True)]
+    adapter = active_adapter(model)
+    groups = [
+        [
+            SequenceState(
+                prompt, adapter, stop_ids=stop_ids, max_new_tokens=max_new_tokens,
+                sampling=Sampling(temperature=1.0, seed=seed), num_logprobs=0,
+            )
+            for seed in row
+        ]
+        for prompt, row in zip(prompts, seeds, strict=True)
+    ]  # fmt: skip
+    sequences = [sequence for group in groups for sequence in group]
+    log_probs: dict[SequenceState, list[float]] = {sequence: [] for sequence in sequences}
+    drop_decoder(model)
+    try:
+        for progress in decode_groups(batch_for(model, sequences), groups):
+            log_probs[progress.sequence] += [token.logprob for token in progress.tokens]
+    finally:
+        drop_decoder(model)  # the training step needs the memory
+    if any(sequence.finish_reason == "failed" for sequence in sequences):
+        raise _not_finite()
+    return [
+        [
+            SampledCompletion(
+                np.array(sequence.completion, np.int32), np.array(log_probs[sequence]), sequence.finish_reason == "stop"
+            )
+            for sequence in group
+        ]
+        for group in groups
+    ]
 
 
 def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
-    """Tokens that end an answer by the generation_config.json that came with a model; none where none came."""
-    named = None if config._from_model_config else config.eos_token_id
-    return () if named is None else tuple(named) if isinstance(named, list) else (named,)
+    """Return the stop tokens of a model's generation_config.json; () if the model came without that file."""
+    ids = None if config._from_model_config else config.eos_token_id
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def _own(sampling: Sampling | None, row: int) -> Sampling | None:
-    """A row's sampling: with a seed of its own, so that equal prompts do not get equal answers."""
+def _with_row_seed(sampling: Sampling | None, row: int) -> Sampling | None:
+    """Give a row its own seed, so that equal prompts get different completions."""
     if sampling is None or sampling.seed is None:
         return sampling
     return replace(sampling, seed=sampling.seed + row)
 
 
-def _by_transformers(
+def _generate_with_hf(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Ids],
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    sampling: Sampling | None,
+    sampling: Sampling,
     on_text: Callable[[str], None] | None,
     advance: Callable[[int], None] | None,
     both: bool,
 ) -> list[Completion]:
-    """generate, for models that strop's engine does not know. Rows of like length share a batch: little is padded."""
+    """Run `generate` on transformers' generate. Prompts of similar length share a batch, to pad little."""
     if both:
         options = stop_ids, max_new_tokens, sampling, on_text
         with adapter_disabled(cast(Any, model)):
-            base = _by_transformers(model, tokenizer, prompts, *options, advance, False)
+            base = _generate_with_hf(model, tokenizer, prompts, *options, advance, False)
         after = None if advance is None else lambda done: advance(len(prompts) + done)
-        return base + _by_transformers(model, tokenizer, prompts, *options, after, False)
-    sampling = sampling or Sampling()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    greedy = sampling.temperature == 0
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad,
-        use_cache=True,
-        repetition_penalty=sampling.repetition_penalty,
-        **({} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}),
-    )
+        return base + _generate_with_hf(model, tokenizer, prompts, *options, after, False)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    answers: dict[int, Completion] = {}
+    streamer = TextCallbackStreamer(tokenizer, on_text) if on_text is not None else None
+    completions: dict[int, Completion] = {}
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
-    streamer = _Pieces(tokenizer, on_text) if on_text is not None else None
-    for start in range(0, len(order), MAX_SEQUENCES):
-        rows = order[start : start + MAX_SEQUENCES]
-        width = max(len(prompts[row]) for row in rows)
-        ids = torch.full((len(rows), width), pad, dtype=torch.long)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for place, row in enumerate(rows):
-            ids[place, width - len(prompts[row]) :] = torch.from_numpy(prompts[row].astype(np.int64))
-            mask[place, width - len(prompts[row]) :] = 1
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        family = str(model.config.model_type)  # type: ignore[union-attr]
-        with attribute_errors(family), torch.inference_mode(), head.register_forward_pre_hook(_contiguous):
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
-            )
-        for row, new in zip(rows, out[:, width:].tolist(), strict=True):
-            answers[row] = _answer(tokenizer, new, stop_ids)
+    for start in range(0, len(order), HF_BATCH_SIZE):
+        rows = order[start : start + HF_BATCH_SIZE]
+        tokens, _ = hf_generate(
+            model, [prompts[row] for row in rows], sampling, stop_ids=stop_ids, max_new_tokens=max_new_tokens,
+            pad_id=pad_id, streamer=streamer,
+        )  # fmt: skip
+        for row, new in zip(rows, tokens, strict=True):
+            completions[row] = _completion(tokenizer, new, stop_ids)
         if advance is not None:
-            advance(len(answers))
-    model.train(training)
-    return [answers[row] for row in range(len(prompts))]
+            advance(len(completions))
+    return [completions[row] for row in range(len(prompts))]
 
 
-def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The last position of each row is a strided slice, for which torch copies the whole head once a row of the batch:
-    1.8 GB and 1.6 s at 32 rows of SmolLM2, against nothing for a contiguous one."""
-    return (inputs[0].contiguous(), *inputs[1:])
+def _sample_with_hf(
+    model: Any, prompt: Ids, seeds: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int
+) -> list[SampledCompletion]:
+    """Sample the completions of one prompt together; the first seed is used for all of them."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seeds[0])
+        tokens, log_probs = hf_generate(
+            model, [prompt] * len(seeds), Sampling(temperature=1.0), stop_ids=stop_ids, max_new_tokens=max_new_tokens,
+            pad_id=stop_ids[0], with_log_probs=True,
+        )  # fmt: skip
+    assert log_probs is not None
+    if not np.isfinite(log_probs).all():
+        raise _not_finite()
+    completions = []
+    for new, row in zip(tokens, log_probs, strict=True):
+        length, stopped = _length(new, stop_ids)
+        completions.append(SampledCompletion(np.array(new[:length], np.int32), row[:length], stopped))
+    return completions
 
 
-def _written(tokenizer: Any, text: SequenceState, stop_ids: Sequence[int]) -> Completion:
-    answer = _answer(tokenizer, text.answer, stop_ids)
-    return answer if not len(text.logprobs) else replace(answer, logprobs=text.logprobs)
+def _length(tokens: Sequence[int], stop_ids: Sequence[int]) -> tuple[int, bool]:
+    """Return (length up to and with the first stop token, whether there is one)."""
+    end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), None)
+    return (len(tokens), False) if end is None else (end, True)
 
 
-def _answer(tokenizer: Any, new: list[int], stop_ids: Sequence[int]) -> Completion:
-    end = next((place for place, token in enumerate(new) if token in stop_ids), None)
-    kept = new if end is None else new[:end]
-    return Completion(tokenizer.decode(kept, skip_special_tokens=True), len(kept) + (end is not None), end is not None)
+def _completion(tokenizer: Any, tokens: list[int], stop_ids: Sequence[int]) -> Completion:
+    length, stopped = _length(tokens, stop_ids)
+    text = tokenizer.decode(tokens[: length - stopped], skip_special_tokens=True)
+    return Completion(text, length, stopped)
 
 
-class _Pieces(TextStreamer):  # type: ignore[misc]
-    """Passes decoded pieces on instead of printing them."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._on_text(text)
+def _not_finite() -> NonFiniteError:
+    return NonFiniteError("the model's logits are not finite while it generates", fix="lower --train.learning_rate")

@@ -1,7 +1,8 @@
-"""Keys and values: of the requests that are being answered, a row each, and of texts while they are read."""
+"""KV caches for a model's own forward: of decoding sequences, of prompts, and of finished sequences for reuse."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,34 +11,36 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from strop.data.types import Ids
 from strop.engine.train.transfer import sent
 
-GROWTH = 64  # positions added at once, at least; a quarter of what is there, as each time all of it is copied
+MIN_GROWTH = 64  # positions by which a buffer grows at least; otherwise by a quarter, as it is copied each time
+MIN_SHARED = 32  # tokens of a shared prefix below which processing it again is as fast
 
-Kv = list[tuple[Tensor, Tensor]]  # a layer each: keys and values (1, heads, positions, size)
+Kv = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, heads, positions, size)
 
 
-class Reading(Cache):  # type: ignore[misc]
-    """Receives the keys and values of one forward pass, behind those of a past."""
+class PrefillCache(Cache):  # type: ignore[misc]
+    """Cache of one forward pass over prompts: attends to `past`, and collects the new keys and values in `new`."""
 
     def __init__(self, past: Kv) -> None:
         super().__init__(layers=[])
         self.past = past
-        self.read: Kv = []
+        self.new: Kv = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        assert layer_idx == len(self.read), "a layer that shares the keys of another"
-        self.read.append((key_states, value_states))
+        assert layer_idx == len(self.new), "a layer that shares the keys of another"
+        self.new.append((key_states, value_states))
         if not self.past:
             return key_states, value_states
         keys, values = self.past[layer_idx]
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
 
-class Slots(Cache):  # type: ignore[misc]
-    """Row i holds `lengths[i]` positions, from the left. Rows in use come first; buffers grow as they must.
+class DecodeCache(Cache):  # type: ignore[misc]
+    """Cache of decoding sequences: row i has `lengths[i]` positions, from the left. Buffers grow as needed.
 
-    A forward pass between two calls of `advance` writes one position a row.
+    Each forward pass writes one position a row. It is framed by `start_step` and `finish_step`.
     """
 
     def __init__(self) -> None:
@@ -45,7 +48,7 @@ class Slots(Cache):  # type: ignore[misc]
         self.lengths: list[int] = []
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._rows = self._at = torch.empty(0)
+        self._rows = self._positions = torch.empty(0)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -56,34 +59,34 @@ class Slots(Cache):  # type: ignore[misc]
         return max(self.lengths, default=0) + 1
 
     def add(self, kv: Kv) -> None:
-        """One row more, at the end."""
+        """Add a row at the end."""
         length = kv[0][0].shape[2]
         if not self._keys:
             self._keys = [keys.new_zeros(0, keys.shape[1], 0, keys.shape[3]) for keys, _ in kv]
             self._values = [values.new_zeros(0, values.shape[1], 0, values.shape[3]) for _, values in kv]
         row = len(self.lengths)
-        self._fit(row + 1, max(length + 1, self.width))
-        for into, (keys, _) in zip(self._keys, kv, strict=True):
-            into[row, :, :length] = keys[0]
-        for into, (_, values) in zip(self._values, kv, strict=True):
-            into[row, :, :length] = values[0]
+        self._grow(row + 1, max(length + 1, self.width))
+        for target, (keys, _) in zip(self._keys, kv, strict=True):
+            target[row, :, :length] = keys[0]
+        for target, (_, values) in zip(self._values, kv, strict=True):
+            target[row, :, :length] = values[0]
         self.lengths.append(length)
 
-    def take(self, row: int) -> Kv:
-        """A copy of what a row holds."""
+    def copy_row(self, row: int) -> Kv:
+        """Return a copy of a row."""
         length = self.lengths[row]
-        pairs = zip(self._keys, self._values, strict=True)
         return [
             (keys[row : row + 1, :, :length].clone(), values[row : row + 1, :, :length].clone())
-            for keys, values in pairs
+            for keys, values in zip(self._keys, self._values, strict=True)
         ]
 
-    def wipe(self, row: int) -> None:
+    def clear_row(self, row: int) -> None:
+        """Set a row to zero, so that NaN in it does not reach a later row in its place."""
         for buffer in (*self._keys, *self._values):
             buffer[row].zero_()
 
     def remove(self, row: int) -> None:
-        """The last row takes its place. With the last request the buffers go too."""
+        """Remove a row. The last row takes its place; with the last row the buffers are freed."""
         last = len(self.lengths) - 1
         if last == 0:
             self.lengths, self._keys, self._values = [], [], []
@@ -95,42 +98,77 @@ class Slots(Cache):  # type: ignore[misc]
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
-    def begin(self, device: torch.device) -> Tensor:
-        """Makes room for one position a row; gives where they go, (rows, 1)."""
-        self._fit(len(self.lengths), self.width)
+    def start_step(self, device: torch.device) -> Tensor:
+        """Make space for one position a row, and return the new positions, (rows, 1)."""
+        self._grow(len(self.lengths), self.width)
         self._rows = torch.arange(len(self.lengths), device=device)
-        (self._at,) = sent([np.array(self.lengths, dtype=np.int64)], device)
-        return self._at[:, None]
+        (self._positions,) = sent([np.array(self.lengths, dtype=np.int64)], device)
+        return self._positions[:, None]
 
-    def advance(self) -> None:
+    def finish_step(self) -> None:
         self.lengths = [length + 1 for length in self.lengths]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[self._rows, :, self._at] = key_states[:, :, 0]
-        values[self._rows, :, self._at] = value_states[:, :, 0]
+        keys[self._rows, :, self._positions] = key_states[:, :, 0]
+        values[self._rows, :, self._positions] = value_states[:, :, 0]
         rows, width = len(self.lengths), self.width
         return keys[:rows, :, :width], values[:rows, :, :width]
 
-    def _fit(self, rows: int, width: int) -> None:
-        had_rows, _, had_width, _ = self._keys[0].shape
-        if rows <= had_rows and width <= had_width:
+    def _grow(self, rows: int, width: int) -> None:
+        old_rows, _, old_width, _ = self._keys[0].shape
+        if rows <= old_rows and width <= old_width:
             return
-        new_rows = max(rows, had_rows)
-        wanted = max(width, had_width + had_width // 4) if width > had_width else had_width
-        new_width = max(-(-wanted // GROWTH) * GROWTH, had_width)
-        self._keys = [_grown(buffer, new_rows, new_width) for buffer in self._keys]
-        self._values = [_grown(buffer, new_rows, new_width) for buffer in self._values]
+        new_rows = max(rows, old_rows)
+        wanted = max(width, old_width + old_width // 4) if width > old_width else old_width
+        new_width = max(-(-wanted // MIN_GROWTH) * MIN_GROWTH, old_width)
+        self._keys = [_enlarge(buffer, new_rows, new_width) for buffer in self._keys]
+        self._values = [_enlarge(buffer, new_rows, new_width) for buffer in self._values]
 
 
-def _grown(buffer: Tensor, rows: int, width: int) -> Tensor:
-    grown = buffer.new_zeros(rows, buffer.shape[1], width, buffer.shape[3])
-    grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-    return grown
+class PrefixCache:
+    """Keys and values of finished sequences, for later ones with the same prefix: a next turn, a shared system prompt.
+
+    max_tokens: capacity; the least recently used sequences are evicted.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._entries: OrderedDict[tuple[str | None, bytes], tuple[Ids, Kv]] = OrderedDict()
+
+    def add(self, adapter: str | None, ids: Ids, kv: Kv) -> None:
+        if len(ids) < MIN_SHARED or len(ids) > self._max_tokens:
+            return
+        for key, (known, _) in list(self._entries.items()):  # prefixes of the new sequence are redundant
+            if key[0] == adapter and len(known) <= len(ids) and np.array_equal(known, ids[: len(known)]):
+                del self._entries[key]
+        self._entries[adapter, ids.tobytes()] = (ids, kv)
+        while sum(len(known) for known, _ in self._entries.values()) > self._max_tokens:
+            self._entries.popitem(last=False)
+
+    def find(self, adapter: str | None, ids: Ids) -> Kv:
+        """Return the longest cached prefix of `ids` without its last token; [] if it is shorter than MIN_SHARED."""
+        best, longest = None, MIN_SHARED - 1
+        for key, (known, _) in self._entries.items():
+            if key[0] != adapter:
+                continue
+            width = min(len(known), len(ids) - 1)
+            differing = np.nonzero(known[:width] != ids[:width])[0]
+            num_shared = int(differing[0]) if len(differing) else width
+            if num_shared > longest:
+                best, longest = key, num_shared
+        if best is None:
+            return []
+        self._entries.move_to_end(best)
+        return slice_positions(self._entries[best][1], 0, longest)
 
 
-def side_by_side(parts: Sequence[Kv]) -> Kv:
-    """Several texts' keys and values as one text's; [] where there are none."""
+def num_positions(kv: Kv) -> int:
+    return int(kv[0][0].shape[2]) if kv else 0
+
+
+def concatenate(parts: Sequence[Kv]) -> Kv:
+    """Concatenate keys and values along the positions; [] if there are none."""
     parts = [part for part in parts if part]
     if len(parts) < 2:
         return parts[0] if parts else []
@@ -140,6 +178,12 @@ def side_by_side(parts: Sequence[Kv]) -> Kv:
     ]
 
 
-def cut(kv: Kv, start: int, end: int) -> Kv:
-    """Positions start to end, as views."""
+def slice_positions(kv: Kv, start: int, end: int) -> Kv:
+    """Return positions `start` to `end`, as views."""
     return [(keys[:, :, start:end], values[:, :, start:end]) for keys, values in kv]
+
+
+def _enlarge(buffer: Tensor, rows: int, width: int) -> Tensor:
+    enlarged = buffer.new_zeros(rows, buffer.shape[1], width, buffer.shape[3])
+    enlarged[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+    return enlarged

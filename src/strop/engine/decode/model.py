@@ -1,4 +1,4 @@
-"""A loaded model that answers prompts."""
+"""A loaded model that generates text and keeps a conversation: what `strop.load` returns."""
 
 from __future__ import annotations
 
@@ -36,61 +36,67 @@ from strop.models.tokenizer import load_tokenizer
 
 @dataclass
 class Model:
-    """A loaded model that answers. `adapter` is the folder of its adapter, None for a bare base."""
+    """A loaded model, with or without adapters. Threads may share it; one generates at a time."""
 
     name: str
     module: Any
     tokenizer: Any
     renderer: Renderer
-    adapter: Path | None
+    adapter: Path | None  # the adapter's folder; None for a base without one
     default_system: str | None = None  # the system prompt that every training row had
-    notes: Sequence[str] = ()  # what `force` let pass
+    notes: Sequence[str] = ()  # what `force` accepted
     source: Source | None = None  # of the base
     quantization: str = "none"  # of the base
     history: list[Message] = field(default_factory=list)
-    others: dict[str, str] = field(default_factory=dict)  # further adapters: their names in the module, by their names
-    _ways: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # each one's renderer, default_system
-    _turn: Any = field(default_factory=RLock, repr=False, compare=False)  # of the threads that ask it
+    others: dict[str, str] = field(default_factory=dict)  # further adapters: name -> name in the module
+    _settings: dict[str, tuple[Renderer, str | None]] = field(
+        default_factory=dict
+    )  # (renderer, default_system) by name
+    _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
     @property
     def sampling(self) -> Sampling:
-        """How the model itself wants its answers drawn: its generation config."""
-        return Sampling.own(self.module.generation_config)
+        """The sampling settings in the model's generation config."""
+        return Sampling.from_generation_config(self.module.generation_config)
 
     def add(self, name: str, *, force: bool = False, own_template: bool = False) -> None:
-        """Loads a further adapter (a run or adapter folder) onto the same base; `use` switches to it.
+        """Load a further adapter onto the same base; `use` switches to it.
 
-        own_template: its prompts will be made by its own template. Else it must be this model's, unless forced.
-        Raises ModelError where it was trained on another base or with another template, or does not fit.
+        Args:
+            name: a run or adapter folder.
+            force: accept another base or template.
+            own_template: prompts will be made with the adapter's own template; otherwise it must be this model's.
+
+        Raises:
+            ModelError: if it was trained on another base or with another template, or does not fit.
         """
         folder = adapter_folder(name)
         if folder is None or self.adapter is None or self.source is None:
-            raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
+            raise ModelError(f"{name}: not an adapter", fix="give a run or adapter folder")
         if name in (self.name, *self.others):
-            raise ModelError(f"{name}: is loaded already", fix="give each adapter once")
-        own, its = (read_identity(one).get("template") for one in (self.adapter, folder))
-        if own != its and not (force or own_template):
+            raise ModelError(f"{name}: is already loaded", fix="give each adapter once")
+        template, added_template = (read_identity(path).get("template") for path in (self.adapter, folder))
+        if template != added_template and not (force or own_template):
             what = f"{name}: was trained with another chat template than {self.name}"
             raise ModelError(what, fix="load it by itself, or with --force")
         inner = f"adapter{len(self.others) + 1}"
-        with self._turn, isolated_torch_state():
+        with self._lock, isolated_torch_state():
             self.notes = [*self.notes, *attach_second(self.module, folder, self.source, inner, force=force)]
         self.others[name] = inner
         identity = read_identity(folder)
-        self._ways.setdefault(self.name, (self.renderer, self.default_system))
-        self._ways[name] = make_renderer(self.tokenizer, identity), identity.get("system")
+        self._settings.setdefault(self.name, (self.renderer, self.default_system))
+        self._settings[name] = make_renderer(self.tokenizer, identity), identity.get("system")
 
     def use(self, name: str) -> None:
-        """Answers with this adapter from now on, and asks as in its training: the model's own name, or one that was
-        added."""
-        self.renderer, self.default_system = self._ways.get(name, (self.renderer, self.default_system))
+        """Switch to an adapter, and to the prompts of its training; name: the model's own, or one that was added."""
+        self.renderer, self.default_system = self._settings.get(name, (self.renderer, self.default_system))
         self.module.set_adapter("default" if name == self.name else self.others[name])
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Inside this block the adapter is off; other threads that ask wait."""
+        """Disable the adapter inside the block; other threads wait."""
         assert self.adapter is not None
-        with self._turn, adapter_disabled(self.module):
+        with self._lock, adapter_disabled(self.module):
             yield
 
     def answer(
@@ -105,9 +111,8 @@ class Model:
         partial: bool = False,
         expected: Sequence[ExpectedCompletion | None] = (),
     ) -> list[Completion]:
-        """One answer for each prompt of token ids; of several threads one is answered at a time.
-        both, partial, expected: as model.generate says."""
-        with self._turn, default_torch_state():
+        """Return one completion for each prompt of token ids; arguments as of `generate`."""
+        with self._lock, default_torch_state():
             return generate(
                 self.module, self.tokenizer, prompts, stop_ids=self.renderer.ends, max_new_tokens=max_new_tokens,
                 sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
@@ -121,15 +126,19 @@ class Model:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """The answers to user texts, each asked on its own (one text by itself is one prompt).
+        """Answer user texts, each in a conversation of its own.
 
-        system: None: the system prompt of the training rows, where they all had one. sampling: None: greedy.
+        Args:
+            prompts: one text or several.
+            system: the system prompt; None: that of the training rows, if they all had the same one.
+            max_new_tokens: the limit for each answer.
+            sampling: None: greedy.
         """
         texts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if not all(isinstance(text, str) for text in texts):
-            raise InputError("generate: a prompt is a text", fix="give texts; `chat` keeps a conversation")
-        asked = [self.renderer.prompt([*self._opening(system), Message("user", text)]) for text in texts]
-        return [answer.text for answer in self.answer(asked, max_new_tokens=max_new_tokens, sampling=sampling)]
+            raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
+        ids = [self.renderer.prompt([*self._opening(system), Message("user", text)]) for text in texts]
+        return [answer.text for answer in self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)]
 
     def chat(
         self,
@@ -140,23 +149,31 @@ class Model:
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """The answer to the next user turn; the turns before are kept in `history`. No Sampling: the model's own.
+        """Answer the next user message of the conversation in `history`.
 
-        A system prompt starts a new history; without one, a history starts with the system prompt of the training rows.
-        Raises InputError where the history is longer than what the model was made for.
+        Args:
+            text: the user's message.
+            system: starts a new history with this system prompt. None: continue; a new history starts with the system
+                prompt of the training rows, if they all had the same one.
+            max_new_tokens: the limit for the answer.
+            sampling: None: the model's own.
+            on_text: receives pieces of the answer as they are generated.
+
+        Raises:
+            InputError: if the conversation is longer than the model's maximum.
         """
         if system is not None or not self.history:
             self.history = self._opening(system)
-        turn = [*self.history, Message("user", text)]
-        prompt = self.renderer.prompt(turn)
+        messages = [*self.history, Message("user", text)]
+        prompt = self.renderer.prompt(messages)
         longest = max_positions(self.module) or sys.maxsize
         if len(prompt) >= longest:
             what = f"the conversation has {len(prompt):,} tokens, and the model was made for {longest:,}"
-            raise InputError(what, fix="start again: /reset in a chat, `history` cleared in Python")
+            raise InputError(what, fix="start again: /reset in a chat, `history.clear()` in Python")
         max_new_tokens = min(max_new_tokens, longest - len(prompt))
         sampling = sampling or self.sampling
         answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
-        self.history = [*turn, Message("assistant", answer.text)]
+        self.history = [*messages, Message("assistant", answer.text)]
         return answer.text
 
     def _opening(self, system: str | None) -> list[Message]:
@@ -165,14 +182,14 @@ class Model:
 
 
 def load_renderer(name: str) -> Renderer:
-    """What renders for a model, by its name as for `load`, without its weights. Raises ModelError."""
+    """Return a model's renderer, without its weights; name: as for `load`. Raises ModelError."""
     folder = adapter_folder(name)
     source = locate(name) if folder is None else base_source(folder)
-    return _renderer_in(folder, source)
+    return _make_renderer(folder, source)
 
 
-def _renderer_in(folder: Path | None, source: Source) -> Renderer:
-    """Of a base, or of an adapter in a folder."""
+def _make_renderer(folder: Path | None, source: Source) -> Renderer:
+    """Return the renderer of a base, or of the adapter in a folder."""
     tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
     return make_renderer(tokenizer, {} if folder is None else read_identity(folder))
 
@@ -186,13 +203,20 @@ def load(
     force: bool = False,
     scores: bool = False,
 ) -> Model:
-    """A run folder, an adapter folder, a model folder, a .gguf file, a Hub id or `demo`, ready to answer.
+    """Load a model to generate with.
 
-    dtype `auto`: bf16 on CUDA, and what the precision probe prefers on a CPU.
-    quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once, on a card as far as
-    there is room), else as the weights are on disk.
-    force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
-    scores: a reward model, which answers nothing. Raises ModelError where it cannot be loaded.
+    Args:
+        name: a run, adapter or model folder, a .gguf file, a Hub id or `demo`.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, bf16, fp32 or fp16. auto: bf16 on CUDA, and on a CPU what the precision probe found faster.
+        quantization: none, nf4, fp4 or int8. auto: what the adapter was trained on, dequantized once as far as the
+            GPU's memory allows; without an adapter, as the weights are on disk.
+        force: accept an adapter that was trained on another base, if it fits; `notes` say what differs.
+        scores: load a reward model, which generates nothing.
+
+    Raises:
+        ModelError: if the model cannot be loaded.
+        RecipeError: for an unknown option value.
     """
     name = os.fspath(name)
     if quantization not in (known := ("auto", "none", *SCHEMES)):
@@ -201,14 +225,15 @@ def load(
     folder = adapter_folder(name)
     source = locate(name) if folder is None else base_source(folder)
     prepare_process()
-    where = pick_device(device)
-    chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
-    renderer = _renderer_in(folder, source)
+    chosen_device = pick_device(device)
+    chosen_dtype = DTYPES[pick_dtype(chosen_device)[0] if dtype == "auto" else dtype]
+    renderer = _make_renderer(folder, source)
     identity = read_identity(folder) if folder is not None else {}
-    own = str(identity.get("quantization") or prequantized(source.config()) or "none")
-    scheme = own if quantization == "auto" else quantization
+    trained_on = str(identity.get("quantization") or prequantized(source.config()) or "none")
+    scheme = trained_on if quantization == "auto" else quantization
     base = load_base(
-        source, chosen, where, quantization=scheme, double=bool(identity.get("double_quantization", True)),
+        source, chosen_dtype, chosen_device, quantization=scheme,
+        double=bool(identity.get("double_quantization", True)),
         resident_layers=None if quantization == "auto" else 0,
     )  # fmt: skip
     if folder is None:

@@ -1,4 +1,4 @@
-"""A text that is read and written on, and how its next tokens are drawn."""
+"""Sequences that are being decoded, and how their next tokens are sampled."""
 
 from __future__ import annotations
 
@@ -10,47 +10,52 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from strop.data.types import Ids
 from strop.engine.kernels.dispatch import draw_token, likeliest, logprobs_of
 
-COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
+MIN_TEMPERATURE = 1e-4  # below it logits / temperature may overflow, and sampling is greedy in effect
 
-# of a generation config: fields that change what is written, and that Sampling does not have
-PASSED_OVER = (
+# Fields of a generation config that change the output and that Sampling does not implement.
+IGNORED_FIELDS = (
     "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "bad_words_ids",
     "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "sequence_bias", "guidance_scale",
     "exponential_decay_length_penalty", "min_length", "min_new_tokens", "num_beams",
 )  # fmt: skip
 
-Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
 
-
-@dataclass(frozen=True)
-class Seen:
-    """What a pass tells of each row (P,): its likeliest token, and whether its numbers are finite. logits (P,
-    vocabulary): None where they were not asked for; they hold until the next pass."""
-
-    likeliest: npt.NDArray[np.int64]
-    finite: npt.NDArray[np.bool_]
-    logits: Logits | None = None
-
-    @staticmethod
-    def of(logits: Logits) -> Seen:
-        return Seen(*likeliest(logits), logits)
-
-    def rows(self, begin: int, end: int) -> Seen:
-        one = slice(begin, end)
-        return Seen(self.likeliest[one], self.finite[one], None if self.logits is None else self.logits[one])
-
-
-# (tokens so far, logits (vocabulary,)): sets what may not come to -inf; raises NoToken
+# Called with (completion so far, logits (vocabulary,)): sets forbidden tokens to -inf. Raises NoToken.
 Mask = Callable[[Sequence[int], Logits], None]
 
 
 @dataclass(frozen=True)
+class PassOutput:
+    """Output of a forward pass for P positions.
+
+    argmax: most likely next token of each, (P,). finite: whether the logits of each are finite, (P,).
+    logits: (P, vocabulary), valid until the next pass; None if they were not requested.
+    """
+
+    argmax: npt.NDArray[np.int64]
+    finite: npt.NDArray[np.bool_]
+    logits: Logits | None = None
+
+    @staticmethod
+    def from_logits(logits: Logits) -> PassOutput:
+        return PassOutput(*likeliest(logits), logits)
+
+    def rows(self, begin: int, end: int) -> PassOutput:
+        """Return positions `begin` to `end`, as views."""
+        part = slice(begin, end)
+        return PassOutput(self.argmax[part], self.finite[part], None if self.logits is None else self.logits[part])
+
+
+@dataclass(frozen=True)
 class Sampling:
-    """Greedy where temperature is 0; top_k 0: among all tokens. The seed makes sampled answers repeatable, whatever
-    is answered beside them."""
+    """How tokens are sampled. Greedy at temperature 0; top_k 0 keeps all tokens.
+
+    A seed makes the output reproducible, whatever else is in the batch.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -59,25 +64,25 @@ class Sampling:
     seed: int | None = None
 
     @staticmethod
-    def own(config: Any) -> Sampling:
-        """What a model's own generation config (transformers.GenerationConfig) asks for."""
+    def from_generation_config(config: Any) -> Sampling:
+        """Return the sampling that a model's transformers.GenerationConfig asks for."""
         penalty = float(config.repetition_penalty or 1.0)
         if not config.do_sample:
             return Sampling(repetition_penalty=penalty)
-        # where a config says to sample, and not how: transformers' own
+        # unset values: the defaults of transformers
         temperature = 1.0 if config.temperature is None else float(config.temperature)
         top_p = 1.0 if config.top_p is None else float(config.top_p)
         return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
 
     @staticmethod
     def notes_on_ignored_settings(config: Any) -> list[str]:
-        """Notes on what a model's own generation config asks for, and is not done here."""
-        own = config.to_diff_dict()
-        named = [f"{name} {own[name]}" for name in PASSED_OVER if own.get(name)]
-        return [f"the model's own generation config asks for {', '.join(named)}: left out"] if named else []
+        """Return a note on settings of a model's generation config that strop does not implement, if there are any."""
+        changed = config.to_diff_dict()
+        ignored = [f"{name} {changed[name]}" for name in IGNORED_FIELDS if changed.get(name)]
+        return [f"settings of the model's generation config that are ignored: {', '.join(ignored)}"] if ignored else []
 
-    def changed(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
-        """With what a request asks for; None: as it is, but for the seed."""
+    def override(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
+        """Return a copy with the values of a request; None keeps the value (for the seed: no seed)."""
         return replace(
             self,
             temperature=self.temperature if temperature is None else temperature,
@@ -85,30 +90,36 @@ class Sampling:
             seed=seed,
         )
 
-    def words(self) -> str:
+    def describe(self) -> str:
+        """Return the settings as text, for example "temperature 0.7, top_p 0.9"."""
         if self.temperature == 0:
-            said = ["greedy"]
+            parts = ["greedy"]
         else:
-            said = [f"temperature {self.temperature:g}"]
-            said += [f"top_p {self.top_p:g}"] if self.top_p < 1 else []
-            said += [f"top_k {self.top_k}"] if self.top_k else []
-        return ", ".join(
-            said + ([f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty != 1 else [])
-        )
+            parts = [f"temperature {self.temperature:g}"]
+            parts += [f"top_p {self.top_p:g}"] if self.top_p < 1 else []
+            parts += [f"top_k {self.top_k}"] if self.top_k else []
+        parts += [f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty != 1 else []
+        return ", ".join(parts)
 
 
 class NoToken(Exception):
-    """No token can come next. end: failed (the model's numbers are not finite) or format (what a grammar asks for)."""
+    """Raised when no token can follow.
 
-    def __init__(self, end: str) -> None:
-        super().__init__(end)
-        self.end = end
+    finish_reason: "failed" (the logits are not finite) or "format" (the grammar allows no token).
+    """
+
+    def __init__(self, finish_reason: str) -> None:
+        super().__init__(finish_reason)
+        self.finish_reason = finish_reason
 
 
 @dataclass(frozen=True)
 class ExpectedCompletion:
-    """The right answer to a prompt, where it is known: the tokens behind the prompt, and `first`, the first position
-    of prompt and answer whose next token's log-probability is asked for; None: the prompt's last."""
+    """The reference completion of a prompt, whose tokens are scored.
+
+    ids: tokens after the prompt. first: the first position of prompt + completion whose next token is scored; None: the
+    last position of the prompt.
+    """
 
     ids: Ids
     first: int | None = None
@@ -116,24 +127,41 @@ class ExpectedCompletion:
 
 @dataclass(frozen=True)
 class Token:
-    """logprob: of the model's own distribution, before any sampling; likeliest: tokens with theirs, from the top."""
+    """A generated token.
+
+    logprob: under the model's distribution, before any sampling setting. top_logprobs: the most likely tokens with
+    their log-probabilities, in descending order.
+    """
 
     id: int
     logprob: float = 0.0
-    likeliest: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 class SequenceState:
-    """ids (L,): a prompt, and then what was written behind it; adapter: None for the base alone.
+    """A sequence that is being decoded: its prompt, the completion so far, and its place in the cache.
 
-    stop_ids, most: an answer ends with one of these tokens, or with so many. logprobs: how many likeliest tokens to
-    tell of; None: not even the token's own. mask: what a grammar forbids. Random numbers are the text's own, one for
-    each place: what is answered beside it does not matter, nor whether tokens were guessed.
+    The random numbers depend on the seed and the position only, so the output does not depend on what else is in the
+    batch or on speculative decoding.
 
-    expected: the right answer, of a text that is `plain`: it is read together with the prompt. `logprobs` then has what
-    the model gives each of its tokens, and as much of it as the model would have written is written already.
+    With an expected completion, that is processed together with the prompt (`needs_argmax_only` must be true). All its
+    tokens are scored, and as much of it as the model would have generated itself becomes the completion.
 
-    done: positions that are in the cache; end: stop, length or what NoToken says, when it has ended.
+    Args:
+        prompt: token ids, at least one.
+        adapter: name of the LoRA adapter; None for the base model.
+        stop_ids: tokens that end the completion. They are part of it.
+        max_new_tokens: greatest length of the completion.
+        num_logprobs: how many alternatives to return with each token; 0: only the token's log-probability; None:
+            nothing.
+        mask: restricts the tokens that may follow, for a grammar.
+        expected: the reference completion.
+
+    Attributes:
+        num_cached: number of positions whose keys and values are in the cache.
+        num_reused: number of positions of the prompt that were in the cache already.
+        finish_reason: "" while it is decoded; then "stop", "length", or the reason of a NoToken.
+        expected_logprobs: log-probabilities of the scored tokens, fp64.
     """
 
     def __init__(
@@ -142,119 +170,125 @@ class SequenceState:
         adapter: str | None,
         *,
         stop_ids: Sequence[int] = (),
-        most: int = 1,
+        max_new_tokens: int = 1,
         sampling: Sampling | None = None,
-        logprobs: int | None = None,
+        num_logprobs: int | None = None,
         mask: Mask | None = None,
         expected: ExpectedCompletion | None = None,
     ) -> None:
-        assert len(prompt) and most
-        self.adapter, self.stop_ids, self.most = adapter, frozenset(stop_ids), most
-        self.prompt = len(prompt)
+        assert len(prompt) and max_new_tokens
+        self.adapter, self.stop_ids, self.max_new_tokens = adapter, frozenset(stop_ids), max_new_tokens
+        self.prompt_length = len(prompt)
         self.expected = expected
-        right = np.empty(0, np.int32) if expected is None else expected.ids
-        self.room = len(prompt) + max(most, len(right))  # positions that it may come to have
-        self._ids = np.empty(self.room, np.int32)
-        self._ids[: self.prompt], self._ids[self.prompt : self.prompt + len(right)] = prompt, right
-        self.length, self.done, self.end = self.prompt + len(right), 0, ""
-        self.judging = expected is not None  # the expected answer is not read yet
-        self.first = self.prompt - 1 if expected is None or expected.first is None else expected.first
-        self.logprobs = np.empty(self.length - self.first - 1)  # of the tokens behind `first`
-        self._likeliest = np.empty(self.length - self.first, np.int64)
+        reference = np.empty(0, np.int32) if expected is None else expected.ids
+        self.max_length = len(prompt) + max(max_new_tokens, len(reference))
+        self._ids = np.empty(self.max_length, np.int32)
+        self._ids[: len(prompt)], self._ids[len(prompt) : len(prompt) + len(reference)] = prompt, reference
+        self.length, self.num_cached, self.finish_reason = len(prompt) + len(reference), 0, ""
+        self.is_scoring = expected is not None  # the expected completion is not processed yet
+        self.first_scored = len(prompt) - 1 if expected is None or expected.first is None else expected.first
+        self.expected_logprobs = np.empty(self.length - self.first_scored - 1)
+        self._argmax = np.empty(self.length - self.first_scored, np.int64)
         self.blocks: list[int] = []
-        self.keys: list[bytes] = []
-        self.coming: list[bytes] = []  # of blocks that it is going to fill
-        self.found = 0  # positions of its beginning that were in the cache already
-        self._sampling, self._logprobs, self._mask = sampling or Sampling(), logprobs, mask
-        self.greedy = self._sampling.temperature < COLDEST
+        self.block_keys: list[bytes] = []
+        self.pending_keys: list[bytes] = []  # of blocks that this sequence is going to fill
+        self.num_reused = 0
+        self._sampling, self._num_logprobs, self._mask = sampling or Sampling(), num_logprobs, mask
+        self.greedy = self._sampling.temperature < MIN_TEMPERATURE
         seed = self._sampling.seed
         self._seed = secrets.randbits(63) if seed is None else seed % 2**63
-        assert self.plain or not self.judging
+        assert self.needs_argmax_only or not self.is_scoring
 
     @property
     def ids(self) -> Ids:
+        """Prompt and completion so far."""
         return self._ids[: self.length]
 
     @property
-    def answer(self) -> list[int]:
-        found: list[int] = self._ids[self.prompt : self.length].tolist()
-        return found
+    def completion(self) -> list[int]:
+        tokens: list[int] = self._ids[self.prompt_length : self.length].tolist()
+        return tokens
 
     @property
-    def left(self) -> int:
-        """Positions that are not in the cache yet."""
-        return self.length - self.done
+    def num_uncached(self) -> int:
+        return self.length - self.num_cached
 
     @property
-    def plain(self) -> bool:
-        """The likeliest token and nothing else is asked for."""
+    def needs_argmax_only(self) -> bool:
+        """Whether the most likely token is all that is needed of the logits."""
         penalty = self._sampling.repetition_penalty
-        return self.greedy and self._logprobs is None and self._mask is None and penalty == 1
+        return self.greedy and self._num_logprobs is None and self._mask is None and penalty == 1
 
     @property
-    def sure(self) -> int:
-        """Positions in the cache that stay: an expected answer may turn out to be another."""
-        return min(self.done, self.prompt) if self.judging else self.done
+    def num_final(self) -> int:
+        """Number of cached positions whose tokens will not change: an expected completion may be replaced."""
+        return min(self.num_cached, self.prompt_length) if self.is_scoring else self.num_cached
 
-    def judge(self, at: int, likeliest: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]) -> tuple[Token, ...]:
-        """What was read of the expected answer: behind the positions from `at` on, the likeliest tokens (-1: the
-        numbers are not finite), and what those that stand there have. When all is read: the tokens that are written.
+    def score_expected(
+        self, start: int, argmax: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]
+    ) -> tuple[Token, ...]:
+        """Record the scores of a part of the expected completion. Return the completion once all of it is scored.
+
+        start: first position of the part. argmax: the most likely next tokens, -1 if the logits are not finite.
+        logprobs: of the expected next tokens.
         """
-        begin = at - self.first
-        self._likeliest[begin : begin + len(likeliest)] = likeliest
-        self.logprobs[begin : begin + len(likeliest)] = logprobs[: len(self.logprobs) - begin]
-        if self.done < self.length:
+        begin = start - self.first_scored
+        self._argmax[begin : begin + len(argmax)] = argmax
+        self.expected_logprobs[begin : begin + len(argmax)] = logprobs[: len(self.expected_logprobs) - begin]
+        if self.num_cached < self.length:
             return ()
-        right, read = self._ids[self.prompt : self.length].tolist(), self.length
-        self.judging, self.length = False, self.prompt
-        for place, token in enumerate(self._likeliest[self.prompt - 1 - self.first : read - self.first].tolist()):
+        reference, end = self._ids[self.prompt_length : self.length].tolist(), self.length
+        self.is_scoring, self.length = False, self.prompt_length
+        generated = self._argmax[self.prompt_length - 1 - self.first_scored : end - self.first_scored].tolist()
+        for place, token in enumerate(generated):
             if token < 0:
-                self.end = "failed"
+                self.finish_reason = "failed"
                 break
             self.append(token)
-            if self.end or place == len(right) or token != right[place]:
+            if self.finish_reason or place == len(reference) or token != reference[place]:
                 break
-        self.done = max(self.prompt, self.length - 1)
-        return tuple(map(Token, self.answer))
+        self.num_cached = max(self.prompt_length, self.length - 1)
+        return tuple(map(Token, self.completion))
 
     def append(self, token: int) -> None:
+        """Append a token to the completion, and set the finish reason if it ends there."""
         self._ids[self.length] = token
         self.length += 1
         if token in self.stop_ids:
-            self.end = "stop"
-        elif self.length - self.prompt >= self.most:
-            self.end = "length"
+            self.finish_reason = "stop"
+        elif self.length - self.prompt_length >= self.max_new_tokens:
+            self.finish_reason = "length"
 
-    def pick(self, seen: Seen, row: int) -> Token:
-        """The next token, which is not appended yet, by a row of what was seen. Raises NoToken."""
-        if self.plain:
-            if not seen.finite[row]:
+    def sample(self, output: PassOutput, row: int) -> Token:
+        """Return the next token, sampled from a row of a pass's output, without appending it. Raises NoToken."""
+        if self.needs_argmax_only:
+            if not output.finite[row]:
                 raise NoToken("failed")
-            return Token(int(seen.likeliest[row]))
-        assert seen.logits is not None
-        logits = seen.logits[row]
-        scores, about = logits, self._sampling
+            return Token(int(output.argmax[row]))
+        assert output.logits is not None
+        logits = output.logits[row]
+        scores, sampling = logits, self._sampling
         if not np.isfinite(logits.max()):
             raise NoToken("failed")
-        if about.repetition_penalty != 1 or self._mask is not None:
+        if sampling.repetition_penalty != 1 or self._mask is not None:
             scores = logits.copy()
-            if about.repetition_penalty != 1:  # as CTRL (arXiv:1909.05858) has it: of what was said, once each
-                said = np.unique(self.ids)
-                penalty = np.float32(about.repetition_penalty)
-                scores[said] = np.where(scores[said] < 0, scores[said] * penalty, scores[said] / penalty)
+            if sampling.repetition_penalty != 1:  # as in CTRL (arXiv:1909.05858): each earlier token counts once
+                earlier = np.unique(self.ids)
+                penalty = np.float32(sampling.repetition_penalty)
+                scores[earlier] = np.where(scores[earlier] < 0, scores[earlier] * penalty, scores[earlier] / penalty)
             if self._mask is not None:
-                self._mask(self.answer, scores)
+                self._mask(self.completion, scores)
         if self.greedy:
             token = int(scores.argmax())
         else:
-            # a number for each place, of a generator that can begin anywhere (Philox, Salmon et al. 2011)
-            place = np.random.Philox(key=self._seed, counter=self.length)
-            token = draw_token(scores, about.temperature, about.top_k, about.top_p, np.random.Generator(place).random())
-        if self._logprobs is None:
+            # one random number a position, from a counter-based generator (Philox, Salmon et al. 2011)
+            generator = np.random.Generator(np.random.Philox(key=self._seed, counter=self.length))
+            token = draw_token(scores, sampling.temperature, sampling.top_k, sampling.top_p, generator.random())
+        if self._num_logprobs is None:
             return Token(token)
-        if not self._logprobs:
+        if not self._num_logprobs:
             return Token(token, float(logprobs_of(logits[None], np.array([token]))[0]))
         wide = logits.astype(np.float64)
-        logs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
-        top = np.argsort(-logs, kind="stable")[: self._logprobs]
-        return Token(token, float(logs[token]), tuple((int(one), float(logs[one])) for one in top))
+        logprobs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
+        top = np.argsort(-logprobs, kind="stable")[: self._num_logprobs]
+        return Token(token, float(logprobs[token]), tuple((int(other), float(logprobs[other])) for other in top))

@@ -37,7 +37,7 @@ def exercise(dtype: torch.dtype, part: str = "") -> None:
     prompt = np.arange(40, dtype=np.int32)
     sampling = Sampling(1.0, 0.9)
     sampled = [
-        SequenceState(prompt, name, max_new_tokens=3, sampling=sampling, logprobs=0) for name in ("default", None)
+        SequenceState(prompt, name, max_new_tokens=3, sampling=sampling, num_logprobs=0) for name in ("default", None)
     ]
     for texts in (sampled, [] if part == "attention" else [SequenceState(prompt, None, max_new_tokens=3)]):
         for _ in decode_all(Batch(CompiledDecoder(model, 256, warm=False), 2), texts):
