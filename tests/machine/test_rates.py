@@ -1,4 +1,4 @@
-"""What was measured on this machine, where its file in the cache is damaged."""
+"""Stored measurements, and damaged cache files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from strop.machine.probe import probe
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_damaged_measurements_are_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_damaged_measurements_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))
     machine = probe()
-    numbers = {one.name: {} if "dict" in str(one.type) else 1 for one in fields(rates.Rates)}
-    kept = rates.Rates(**numbers)  # type: ignore[arg-type]
-    rates.save_rates(machine, "cpu", kept)
+    values = {field.name: {} if "dict" in str(field.type) else 1 for field in fields(rates.Rates)}
+    stored = rates.Rates(**values)  # type: ignore[arg-type]
+    rates.save_rates(machine, "cpu", stored)
     rates.save_precision(machine, 2, "bf16", "measured")
     save_measured("shape", {"recompute": True})
-    assert rates.load_rates(machine, "cpu") == kept and rates.load_precision(machine, 2) == ("bf16", "measured")
+    assert rates.load_rates(machine, "cpu") == stored and rates.load_precision(machine, 2) == ("bf16", "measured")
     assert load_measured("shape") == {"recompute": True}
     files = list(tmp_path.rglob("*.json"))
     assert len(files) == 3

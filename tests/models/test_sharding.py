@@ -1,4 +1,4 @@
-"""Shares of a base, laid together: the weights that `load_base` reads, whatever lies on the disk."""
+"""The shares of a sharded base together equal the weights that `load_base` reads."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from tests.support import tiny, tiny_families
 WORLD = 3
 
 
-def gathered(source: Source, dtype: torch.dtype, **how: Any) -> tuple[nn.Module, list[ModelShards]]:
-    """The first rank's model, with all shares in its memory."""
-    loaded = [load_sharded(source, dtype, "cpu", rank, WORLD, **how) for rank in range(WORLD)]
-    model, parts = loaded[0][0], [one for _, one in loaded]
-    for where, unit in parts[0].units.items():
-        unit.take().copy_(torch.cat([one.units[where].own for one in parts]))
-    return model, parts
+def gather(source: Source, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, list[ModelShards]]:
+    """Return the first rank's model with all shares gathered, and the shards of all ranks."""
+    loaded = [load_sharded(source, dtype, "cpu", rank, WORLD, **options) for rank in range(WORLD)]
+    model, shards = loaded[0][0], [part for _, part in loaded]
+    for where, unit in shards[0].units.items():
+        unit.take().copy_(torch.cat([part.units[where].own for part in shards]))
+    return model, shards
 
 
-def same_weights(one: nn.Module, other: nn.Module) -> None:
-    named = [dict(model.named_parameters()) for model in (one, other)]
+def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
+    named = [dict(model.named_parameters()) for model in (first, second)]
     assert named[0].keys() == named[1].keys()
     for name, weight in named[0].items():
         assert weight.dtype == named[1][name].dtype and torch.equal(weight, named[1][name]), name
-    for a, b in zip(one.modules(), other.modules(), strict=True):
+    for a, b in zip(first.modules(), second.modules(), strict=True):
         assert type(a).__name__ == type(b).__name__
         if isinstance(a, QuantizedLinear) and isinstance(b, QuantizedLinear):
             assert torch.equal(a.dequantize(), b.dequantize())
@@ -50,86 +50,86 @@ def same_weights(one: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "how"),
+    ("family", "dtype", "options"),
     [
         ("llama", torch.float32, {}),
-        ("llama", torch.bfloat16, {}),  # another type than on the disk
+        ("llama", torch.bfloat16, {}),  # another dtype than on disk
         ("llama", torch.bfloat16, {"quantization": "nf4"}),
         ("llama", torch.float32, {"quantization": "fp4", "double": False, "resident_layers": 1}),
-        ("gpt2", torch.float32, {}),  # weights the other way round, biases
-        ("mixtral", torch.float32, {}),  # experts that are joined as they are read
+        ("gpt2", torch.float32, {}),  # transposed weights, biases
+        ("mixtral", torch.float32, {}),  # experts are joined while loading
         ("qwen3_moe", torch.bfloat16, {"quantization": "nf4", "resident_layers": 1}),
         ("qwen3_moe", torch.float32, {"quantization": "int8"}),
-        ("gemma3!", torch.float32, {}),  # a text half
+        ("gemma3!", torch.float32, {}),  # the text half of a multimodal model
     ],
     ids=str,
 )
-def test_shares_make_the_base(family: str, dtype: torch.dtype, how: dict[str, Any], tmp_path: Path) -> None:
+def test_shares_equal_the_base(family: str, dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
     if family == "llama":
         tiny.save_tiny(tmp_path)
     else:
         tiny_families.save(family.removesuffix("!"), tmp_path, multimodal=family.endswith("!"))
     source = locate(str(tmp_path))
-    whole = load_base(source, dtype, "cpu", **how)
-    model, parts = gathered(source, dtype, **how)
-    same_weights(whole, model)
-    for where in parts[0].forward:
-        units = [one.units[where] for one in parts]
+    whole = load_base(source, dtype, "cpu", **options)
+    model, shards = gather(source, dtype, **options)
+    assert_same_weights(whole, model)
+    for where in shards[0].forward:
+        units = [part.units[where] for part in shards]
         assert sum(unit.own_digest() for unit in units) % (1 << 64) == units[0].digest()
-    assert parts[0].forward == [EMBEDDING, 0, 1, HEAD]
-    assert all(abs(one.held_bytes - one.whole_bytes / WORLD) <= GRAIN * len(one.distinct()) for one in parts)
+    assert shards[0].forward == [EMBEDDING, 0, 1, HEAD]
+    assert all(abs(part.held_bytes - part.whole_bytes / WORLD) <= GRAIN * len(part.distinct()) for part in shards)
 
 
-def test_a_share_alone_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what lies in the file as it is wanted. Tied embeddings are one unit, in which they stand once."""
+def test_only_the_share_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holds for weights stored in the needed dtype. Tied embeddings are one unit."""
     tiny.save_tiny(tmp_path)
     read: list[int] = []
     from_file = np.fromfile
 
-    def counted(*args: Any, **more: Any) -> Any:
-        found = from_file(*args, **more)
-        read.append(found.nbytes)
-        return found
+    def count_bytes(*args: Any, **kwargs: Any) -> Any:
+        data = from_file(*args, **kwargs)
+        read.append(data.nbytes)
+        return data
 
-    monkeypatch.setattr(tensor_files.np, "fromfile", counted)
+    monkeypatch.setattr(tensor_files.np, "fromfile", count_bytes)
     _, parts = load_sharded(locate(str(tmp_path)), torch.float32, "cpu", 1, WORLD)
     assert sum(read) <= parts.held_bytes < parts.whole_bytes / WORLD + GRAIN * 3
     assert parts.units[EMBEDDING] is parts.units[HEAD]
 
 
-def test_what_is_wrong_with_a_base_is_said(tmp_path: Path) -> None:
+def test_invalid_weights_are_refused(tmp_path: Path) -> None:
     model = tiny.model()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[-1, -1] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     source = locate(str(tmp_path / "nan"))
-    found = []
+    messages = []
     for rank in range(WORLD):
         try:
             load_sharded(source, torch.float32, "cpu", rank, WORLD)
         except ModelError as error:
-            found.append(str(error))
-    assert len(found) == 1 and "layers.1.mlp.up_proj.weight holds NaN" in found[0]
+            messages.append(str(error))
+    assert len(messages) == 1 and "layers.1.mlp.up_proj.weight holds NaN" in messages[0]
     del model.model.layers[0].mlp.down_proj
     model.save_pretrained(tmp_path / "less")
     with pytest.raises(ModelError, match=r"1 weights are missing .*layers\.0\.mlp\.down_proj"):
         load_sharded(locate(str(tmp_path / "less")), torch.float32, "cpu", 0, WORLD)
 
 
-def test_views_stay_and_memory_goes() -> None:
-    """What autograd has saved of a weight is right again when its bytes are back."""
-    data, held = torch.randn(8, 16), list[torch.Tensor]()
+def test_saved_views_are_valid_after_regathering() -> None:
+    """A weight that autograd has saved is correct again once its bytes are gathered again."""
+    data, views = torch.randn(8, 16), list[torch.Tensor]()
     flat = data.flatten().view(torch.uint8)
     unit = ShardedUnit(
         "layer",
-        [ShardedTensor("w", (8, 16), torch.float32, held.append, lambda low, high: flat[low:high])],
+        [ShardedTensor("w", (8, 16), torch.float32, views.append, lambda low, high: flat[low:high])],
         0,
         1,
         "cpu",
     )
     assert not unit.there
     unit.take().copy_(unit.own)
-    weight, x = nn.Parameter(held[0], requires_grad=False), torch.randn(3, 16, requires_grad=True)
+    weight, x = nn.Parameter(views[0], requires_grad=False), torch.randn(3, 16, requires_grad=True)
     y = nn.functional.linear(x, weight)
     unit.drop()
     unit.take().copy_(unit.own)
@@ -139,27 +139,27 @@ def test_views_stay_and_memory_goes() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's count of resident pages")
-def test_what_is_dropped_is_no_longer_resident() -> None:
-    """A unit of 64 MiB of which this process keeps a quarter: measured."""
+def test_dropped_unit_is_not_resident() -> None:
+    """Measured with a unit of 64 MiB of which this process keeps a quarter."""
     size, zeros = 64 << 20, torch.zeros(1, dtype=torch.uint8)
     slot = ShardedTensor("w", (size,), torch.uint8, lambda view: None, lambda low, high: zeros.expand(high - low))
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
-    trim_heap()  # what tests before this one have freed must not be taken for it
+    trim_heap()  # memory freed by earlier tests must not count
     before = resident()
     unit = ShardedUnit("layer", [slot], 1, 4, "cpu")
-    kept = resident() - before
+    after_load = resident() - before
     unit.take().fill_(1)
-    there = resident() - before
+    gathered = resident() - before
     unit.drop()
-    after = resident() - before
-    assert kept == pytest.approx(size / 4, abs=4 << 20) and after == pytest.approx(size / 4, abs=4 << 20)
-    assert there == pytest.approx(size * 5 / 4, abs=4 << 20)
+    after_drop = resident() - before
+    assert after_load == pytest.approx(size / 4, abs=4 << 20) and after_drop == pytest.approx(size / 4, abs=4 << 20)
+    assert gathered == pytest.approx(size * 5 / 4, abs=4 << 20)
 
 
-def test_one_bit_makes_another_digest() -> None:
+def test_one_changed_bit_changes_the_digest() -> None:
     generator = np.random.default_rng(0)
     data = torch.from_numpy(generator.integers(0, 256, 4096, dtype=np.uint8))
     whole = digest(data, 0)
