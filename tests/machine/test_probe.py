@@ -32,7 +32,7 @@ def test_visible_gpus_follow_cuda(selection: str, indices: list[int]) -> None:
 def test_probe_lists_only_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"uuid": UUIDS, "name,memory.total": ("A, 24564 MiB", "B, 8192 MiB", "C, 81559 MiB")}
     answers["compute_cap"] = ("8.9", "7.5", "9.0")
-    monkeypatch.setattr(probe, "_nvidia_smi", lambda fields: answers[fields])
+    monkeypatch.setattr(probe, "nvidia_smi", lambda fields: answers[fields])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert probe.probe().gpus == answers["name,memory.total"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")

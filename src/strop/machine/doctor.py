@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from urllib.request import getproxies
 
 from packaging.requirements import Requirement
 
-from strop.machine.probe import Machine, probe
+from strop.machine.probe import Machine, nvidia_smi, probe
 from strop.machine.rates import Rates
 
 Level = Literal["ok", "warning", "error"]
@@ -99,24 +98,11 @@ def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
         "cores": machine.cores,
         "memory_bytes": machine.memory_bytes,
         "free_bytes": machine.free_bytes,
-        "gpus": gpu_lines(),
+        "gpus": list(nvidia_smi("name,memory.total,driver_version,compute_cap")),
         "disk_free_bytes": free,
         "versions": {name: installed for name, installed, _ in libraries() if installed},
         "hub_token": _has_token(),
     }
-
-
-def gpu_lines() -> list[str]:
-    """Return name, memory, driver and compute capability of each GPU, as the NVIDIA driver reports them."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    fields = "name,memory.total,driver_version,compute_cap"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:  # the driver hangs
-        return []
-    return [line.strip() for line in result.stdout.splitlines()] if result.returncode == 0 else []
 
 
 def libraries() -> Iterator[tuple[str, str | None, str]]:

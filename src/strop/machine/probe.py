@@ -168,7 +168,7 @@ def _query_gpus(fields: str) -> tuple[str, ...]:
 
     The order is that of CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets.
     """
-    uuids, lines = _nvidia_smi("uuid"), _nvidia_smi(fields)
+    uuids, lines = nvidia_smi("uuid"), nvidia_smi(fields)
     selection = os.environ.get("CUDA_VISIBLE_DEVICES")
     if selection is None or selection.startswith("MIG-") or len(uuids) != len(lines):  # MIG parts have other uuids
         return lines
@@ -195,7 +195,7 @@ def visible_gpus(selection: str, uuids: Sequence[str]) -> list[int]:
 
 
 @cache
-def _nvidia_smi(fields: str) -> tuple[str, ...]:
+def nvidia_smi(fields: str) -> tuple[str, ...]:
     """Return one line a GPU with these fields; empty where nvidia-smi is missing or fails."""
     if not shutil.which("nvidia-smi"):
         return ()
