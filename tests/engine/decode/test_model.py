@@ -39,7 +39,7 @@ def test_generation_stops_at_eos_of_tokenizer_and_generation_config(
     assert answer.stopped and answer.tokens == 1
     options = {"device": "cpu", "dtype": "fp32", "quantization": "auto", "force": False}
     served = load_models([str(folder)], **options).models["own"]
-    assert end in served.ends and set(free.renderer.stop_ids) <= set(served.ends)
+    assert end in served.stop_ids and set(free.renderer.stop_ids) <= set(served.stop_ids)
 
 
 def test_generated_generation_config_adds_no_stop_tokens() -> None:
