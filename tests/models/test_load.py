@@ -324,7 +324,7 @@ def test_fingerprint_covers_middle_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "conflicting"),
     [
         ({"rope_theta": 5e5}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
