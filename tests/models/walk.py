@@ -185,6 +185,8 @@ def _cell(result: str) -> str:
 
 if __name__ == "__main__":
     selected = sys.argv[1:]
-    all_results = main(selected or [*tiny_families.text_types(), *tiny_families.SEEING], processes=os.cpu_count() or 1)
+    all_results = main(
+        selected or [*tiny_families.text_types(), *tiny_families.MULTIMODAL], processes=os.cpu_count() or 1
+    )
     if not selected:
         PAGE.write_text(page(all_results), encoding="utf-8")

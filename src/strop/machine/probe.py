@@ -38,12 +38,12 @@ class Machine:
 
     @property
     def has_avx512_bf16(self) -> bool:
-        """Whether the CPU can run the fast step's own bf16 matmuls."""
+        """True if the CPU can run the fast step's own bf16 matmuls."""
         return "avx512_bf16" in self.vector
 
     @property
     def has_int8_dot(self) -> bool:
-        """Whether the CPU has dot products of 8-bit integers (VNNI)."""
+        """True if the CPU has dot products of 8-bit integers (VNNI)."""
         return "avx512_vnni" in self.vector or "avx_vnni" in self.vector
 
     def has_tiled_attention(self, head_size: int) -> bool:

@@ -52,7 +52,7 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
         # PEFT would look up the base on the Hub to see whether embeddings were resized; trained rows are saved anyway.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
-        (temp / "README.md").unlink()  # PEFT's card, an empty form
+        (temp / "README.md").unlink()  # PEFT's model card, an empty form
         weights = {"sha256": sha256_file(temp / WEIGHTS_FILE)}
         write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
 

@@ -40,7 +40,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are.
+    """The location of a model's files.
 
     name: what can be loaded again; it is written into adapters. path: a folder with config.json and safetensors (kind
     folder), or the .gguf file (kind gguf).

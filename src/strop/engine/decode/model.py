@@ -126,7 +126,7 @@ class Model:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """Answer user texts, each in a conversation of its own.
+        """Answer user texts, each as the start of a new conversation.
 
         Args:
             prompts: one text or several.

@@ -36,7 +36,7 @@ LAYER_LISTS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 
 @dataclass(frozen=True)
 class LinearKind:
-    """All linear layers that share a leaf name and a shape, such as q_proj in each block."""
+    """A group of linear layers with the same leaf name and shape, such as q_proj in each block."""
 
     name: str
     type: str
@@ -190,7 +190,7 @@ class ModelShape:
 
     @property
     def head_norms(self) -> bool:
-        """Whether q and k have norms over each head (Qwen 3, Gemma 3)."""
+        """True if q and k have norms over each head (Qwen 3, Gemma 3)."""
         return _defaults_of(_family_with_sizes(self.family)).head_norms
 
     @property
@@ -399,7 +399,7 @@ def linear_kinds_from_headers(folder: Path) -> list[LinearKind]:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model's files say about it, without its weights."""
+    """Facts about a model from its files, without its weights."""
 
     name: str
     shape: ModelShape

@@ -1,4 +1,4 @@
-"""What strop knows of each model family, one entry a family. This module imports neither torch nor transformers.
+"""Facts about each model family, one entry a family. This module imports neither torch nor transformers.
 
 Every causal language model of transformers can be trained through its own forward. An entry here adds the fast training
 step and, where given, exact sizes from the config alone and GGUF export.
@@ -33,7 +33,7 @@ class ConfigDefaults:
 
 @dataclass(frozen=True)
 class GgufFormat:
-    """How llama.cpp stores the family.
+    """llama.cpp's storage format of a family.
 
     Checked against llama.cpp at 0c1e57098 (in llama-cpp-python 0.3.36), whose loaders under src/models/ read the keys.
     """
@@ -50,9 +50,9 @@ class GgufFormat:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's decoder layer differs from Llama's; names are those of transformers' modules.
+    """Facts about a family: how its decoder layer differs from Llama's, its config and its GGUF format.
 
-    "Computed by the model" means that the fast step calls the model's own module, one row after the other.
+    Names are those of transformers' modules. "Computed by the model" means that the fast step calls the model's own module, one row after the other.
     """
 
     sizes: ConfigDefaults | None = None
@@ -106,7 +106,7 @@ class Family:
 
     @property
     def fully_fused(self) -> bool:
-        """Whether no part of a layer is computed by the model."""
+        """True if no part of a layer is computed by the model."""
         return not self.model_parts
 
     @property
@@ -118,7 +118,7 @@ class Family:
 
     @property
     def separate_rope(self) -> bool:
-        """Whether q and k are rotated before the attention kernel, not by it."""
+        """True if q and k are rotated before the attention kernel, not by it."""
         return self.query_scale is not None or self.rope_before_norm or self.rope_pairs == "interleaved"
 
     @property
