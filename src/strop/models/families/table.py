@@ -52,7 +52,8 @@ class GgufFormat:
 class Family:
     """Facts about a family: how its decoder layer differs from Llama's, its config and its GGUF format.
 
-    Names are those of transformers' modules. "Computed by the model" means that the fast step calls the model's own module, one row after the other.
+    Names are those of transformers' modules. "Computed by the model" means that the fast step calls the model's own
+    module, one row after the other.
     """
 
     sizes: ConfigDefaults | None = None
