@@ -125,7 +125,7 @@ def test_adapter_on_the_hub_is_refused_as_model(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "strop.cli", "chat", "owner/lora"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
     message = (
-        "owner/lora: an adapter, not a model; strop reads adapters from folders: hf download owner/lora --local-dir"
+        "owner/lora: an adapter, not a model; adapters are loaded from folders only: hf download owner/lora --local-dir"
     )
     assert done.returncode == 2 and message in done.stderr and str(tmp_path) not in done.stderr, done.stderr
 

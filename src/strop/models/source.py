@@ -330,7 +330,7 @@ def _hub(name: str, revision: str | None) -> Source:
         folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
     if _is_adapter(Path(folder)):
         fix = f"hf download {name} --local-dir FOLDER, and give that folder"
-        raise ModelError(f"{name}: an adapter, not a model; strop reads adapters from folders", fix=fix)
+        raise ModelError(f"{name}: an adapter, not a model; adapters are loaded from folders only", fix=fix)
     source = _folder(Path(folder))
     return Source(f"{name}@{revision}" if revision else name, "folder", source.path)
 
