@@ -453,7 +453,7 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": tmp_path / "base", "data": rows, "model.device": "cpu", "train.max_steps": 1}
     with pytest.raises(ModelError, match=rf"rows.jsonl:1: token {known} \(<.im_end.>\) is beyond the {known} "):
         strop.train(out=tmp_path / "run", **options)
-    with pytest.raises(ModelError, match=f"gives token {known}, and the model knows {known}"):
+    with pytest.raises(ModelError, match=f"token {known}, but the model has {known} tokens"):
         strop.load(tmp_path / "base", device="cpu").generate("hello")
 
 
