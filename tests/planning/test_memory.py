@@ -189,7 +189,7 @@ def kept(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
     ids = [np.random.default_rng(row).integers(5, 60, length).astype(np.int32) for row in range(rows)]
     examples = [Example(one, np.float32(np.arange(length) > 0), "", 0) for one in ids]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        value = loss(examples)
+        value = loss.token_loss(examples)
     del value
     total, end = 0, 0
     for begin, behind in sorted(places):

@@ -149,7 +149,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
     if not all(map(math.isfinite, weights)):
         raise RecipeError(f"weights {', '.join(map(str, weights))}: not all are finite", fix="--weights 0.7,0.3")
     if out.exists():
-        raise FolderError(f"{out}: is there already", fix="give --out a new folder")
+        raise FolderError(f"{out}: already exists", fix="give --out a new folder")
     folders = [_folder(name) for name in names]
     for folder in folders:
         _check_summable(folder)

@@ -100,7 +100,7 @@ def export_gguf(
     if kind not in OWN_TYPES and not llama_cpp.is_installed():
         raise RecipeError(f"--type {kind}: made by llama.cpp's own quantizer", fix=f"{llama_cpp.INSTALL}, or q8_0")
     if out.exists():
-        raise FolderError(f"{out}: is there already", fix="give --out a new file")
+        raise FolderError(f"{out}: already exists", fix="give --out a new file")
     check_measured(data, measure)
     unmeasured = UNASKED if not measure else None if llama_cpp.is_installed() else UNMEASURED
     if unmeasured is None or kind not in OWN_TYPES:

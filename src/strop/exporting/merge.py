@@ -108,7 +108,7 @@ def merge(
     if dtype not in LIMITS:
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     if out.exists():
-        raise FolderError(f"{out}: is there already", fix="give --out a new folder")
+        raise FolderError(f"{out}: already exists", fix="give --out a new folder")
     source = base_source(folder)
     if quantized_by(source.config()):
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")

@@ -70,7 +70,7 @@ def export_ollama(
     Raises ModelError for a chat template that Ollama's cannot express, before any weights are read.
     """
     if out.exists():
-        raise FolderError(f"{out}: is there already", fix="give --out a new folder")
+        raise FolderError(f"{out}: already exists", fix="give --out a new folder")
     folder = adapter_folder(name)
     renderer = Renderer(load_tokenizer(locate(name) if folder is None else with_tokenizer(folder, base_source(folder))))
     pieces = Pieces.of(renderer)
