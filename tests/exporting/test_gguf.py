@@ -170,7 +170,7 @@ def test_what_is_refused_before_anything_is_written(bases: Any, rows: str, tmp_p
         export_gguf(tuned, tmp_path / "m.gguf", kind="f16", adapter=True, data=rows)
     with pytest.raises(ModelError, match="no rows to measure on"):
         export_gguf(tuned, tmp_path / "m.gguf")
-    with pytest.raises(InputError, match="no ollama of an adapter"):
+    with pytest.raises(InputError, match="not an adapter"):
         strop.export("ollama", tuned, tmp_path / "m.gguf", adapter=True)
     with pytest.raises(ModelError, match="no adapter there"):
         export_gguf(str(bases.base("qwen2")), tmp_path / "m.gguf", adapter=True, data=rows)
