@@ -10,7 +10,7 @@ import pytest
 from strop.config.load import Resolved, resolve
 from strop.errors import RecipeError
 from strop.machine.memory import remember
-from strop.machine.probe import Machine
+from strop.machine.probe import Machine, vector
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import choose, memory_key, usable_bytes
@@ -315,8 +315,12 @@ def test_fewer_tokens_at_once_where_that_is_faster_than_computing_again(quantiza
         choice, size = found.choices["train.micro_batch_tokens"], found.recipe.train.micro_batch_tokens
         sizes.add(size)
         assert ("faster" in choice.why) == (size != 2048)
-    # with nf4, which sizes are fastest depends on this CPU (AMX: 2048 only, AVX512-BF16: 1024 and 2048)
-    assert sizes <= {1024, 2048} if quantization == "nf4" else len(sizes) > 1
+    if quantization == "nf4" and "amx_bf16" in vector():  # the rates of this CPU enter; so at 078e0e2 too
+        assert sizes <= {1024, 2048}
+    else:
+        assert (
+            sizes == {1024, 2048} if quantization == "nf4" else len(sizes) > 1
+        )  # small pieces unpack all weights again
 
 
 def test_a_card_and_a_number_that_was_asked_for_stay() -> None:

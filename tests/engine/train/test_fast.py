@@ -22,7 +22,7 @@ from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.packing import MIN_LENGTH_RATIO, Documents, pack_separately
 from strop.engine.train.plain import PlainLoss
-from strop.machine.probe import probe
+from strop.machine.probe import probe, vector
 from strop.models.families.layers import FAMILIES
 from strop.models.lora import add_lora
 from tests.support.random_models import FAMILY_CONFIGS, adapted, example, tiny, tiny_of
@@ -71,13 +71,16 @@ def attentive(model: PeftModel) -> PeftModel:
     return model
 
 
+# one variant measured 1.02e-4 on a CPU with AMX, at 078e0e2 too
+GRADIENT_TOLERANCE = 1.5e-4 if "amx_bf16" in vector() else 1e-4
+
+
 def assert_same(found: tuple[torch.Tensor, Gradients], expected: tuple[torch.Tensor, Gradients]) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     assert found[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
         assert grad.norm() > 0, name
-        # 1.02e-4 was measured for one variant on a CPU with AMX, whose matmuls sum in another order
-        assert (found[1][name] - grad).norm() <= 1.5e-4 * grad.norm(), name
+        assert (found[1][name] - grad).norm() <= GRADIENT_TOLERANCE * grad.norm(), name
 
 
 def test_each_family_has_a_parity_test() -> None:
