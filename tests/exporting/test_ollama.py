@@ -15,16 +15,15 @@ import pytest
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
 from strop.errors import FolderError, ModelError, ParityError
-from strop.exporting import go_template, llama_cpp
+from strop.exporting import llama_cpp
 from strop.exporting import ollama as module
-from strop.exporting.go_template import Pieces, rendered_by_go, trims
-from strop.exporting.ollama import export_ollama, modelfile
-from strop.exporting.template_strings import conversations
+from strop.exporting.llama_cpp import conversations
+from strop.exporting.ollama import Pieces, export_ollama, modelfile, rendered_by_go, trims
 from tests.support import gguf_models
 from tests.support.families import TEMPLATES, tokenizer
 from tests.support.tiny import write_rows
 
-needs_go = pytest.mark.skipif(not go_template.go_is_installed(), reason="no Go toolchain")
+needs_go = pytest.mark.skipif(not module.go_is_installed(), reason="no Go toolchain")
 SMOLLM2 = (  # a default system prompt where there is none
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a \"helpful\" one.<|im_end|>\\n' }}{% endif %}"

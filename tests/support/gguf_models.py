@@ -12,7 +12,7 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from strop.exporting.template_strings import STRINGS
+from strop.exporting.llama_cpp import STRINGS
 from strop.models.adapters import save_adapter
 from strop.models.source import fingerprint, locate
 from tests.support.families import CORPUS, TEMPLATES

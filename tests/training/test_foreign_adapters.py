@@ -13,7 +13,7 @@ import yaml
 
 import strop
 from strop.errors import ModelError
-from strop.exporting.weight_changes import changes
+from strop.exporting.adapter_weights import changes
 from strop.models.source import locate
 from tests.models.walk import QUICK
 from tests.support import tiny, tiny_families

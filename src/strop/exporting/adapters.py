@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from strop.errors import FolderError, ModelError, RecipeError
-from strop.exporting.weight_changes import beyond_lora, places_of, read_weights
+from strop.exporting.adapter_weights import beyond_lora, places_of, read_weights
 from strop.models.adapter_config import WEIGHTS_FILE, adapter_config
 from strop.models.adapters import (
     STROP_FILE,

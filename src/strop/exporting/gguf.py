@@ -24,11 +24,10 @@ from torch import Tensor
 from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.exporting import llama_cpp
+from strop.exporting.adapter_weights import beyond_lora, module_scales, names_in, read_weights
 from strop.exporting.gguf_tokenizer import Vocabulary, vocabulary
-from strop.exporting.merge import check_measured, check_memory, rounded
-from strop.exporting.tuned import Tuned
-from strop.exporting.verify_gguf import LIMITS, Findings, checking
-from strop.exporting.weight_changes import beyond_lora, module_scales, names_in, read_weights
+from strop.exporting.llama_cpp import LIMITS, Findings, checking
+from strop.exporting.merge import Tuned, check_measured, check_memory, rounded
 from strop.models.families.gguf_export import Layout
 from strop.models.load import load_config, weights_folder
 from strop.models.tensor_files import Tensors

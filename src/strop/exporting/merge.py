@@ -26,8 +26,8 @@ from strop.engine.step import step_for
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.model_card import CARD_FILE, card, report_of
+from strop.exporting.adapter_weights import changes
 from strop.exporting.parity import LIMITS, Parity, compare, freed, in_fp32
-from strop.exporting.weight_changes import changes
 from strop.machine.probe import probe
 from strop.models.adapter_config import WEIGHTS_FILE, adapter_config
 from strop.models.adapters import (
@@ -45,10 +45,10 @@ from strop.models.experts import PackedExperts, expert_parameters, pack_experts,
 from strop.models.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
 from strop.models.multimodal import in_text
 from strop.models.quantize import pack, unpack
-from strop.models.source import Source, fingerprint, quantized_by
+from strop.models.source import Source, fingerprint, locate, quantized_by
 from strop.models.tensor_files import SHARD_BYTES, Tensors
 from strop.models.tensor_names import Group, Layout
-from strop.models.tokenizer import load_tokenizer, new_rows
+from strop.models.tokenizer import head_folder, load_tokenizer, new_rows
 from strop.objectives.table import data_kind_of
 from strop.planning.phases import MEASURING_BYTES, measuring_bytes
 from strop.runs.folder import (
@@ -383,3 +383,68 @@ def _add_ends(file: Path, config: Any, ends: Sequence[int]) -> None:
     if not set(ends) <= set(known):
         held.pop("_from_model_config", None)  # transformers would make it of config.json again
         write_json(file, {**held, "eos_token_id": list(dict.fromkeys([*ends, *known]))})
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """base: to merge into, original or dequantized; base_losses: of the adapter on either, where both were tried.
+
+    folder: of the adapter; None for a model without one. trained: how that base is to be rounded.
+    """
+
+    source: Source
+    folder: Path | None
+    trained: Trained
+    base: str
+    base_losses: dict[str, float]
+    examples: list[Example]
+
+    @staticmethod
+    def read(name: str, data: str | None, *, base: str | None = None, measure: bool = True) -> Tuned:
+        """Of a run or adapter folder, or a model. data: rows to measure on; default: the run's own. base: original,
+        where the adapter will lie on that; default: the better one, or, without measuring, what it was trained on.
+
+        Raises InputError for what cannot be merged or measured.
+        """
+        folder = adapter_folder(name)
+        source = locate(name) if folder is None else base_source(folder)
+        if quantized_by(source.config()):
+            raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
+        if folder is None:
+            rows = rows_to_measure(name, head_folder(source), source, data) if measure else []
+            return Tuned(source, None, Trained("none", True, torch.float32), "original", {}, rows)
+        if new_rows(adapter_config(folder)):
+            what = f"{name}: brings tokens that its base does not have"
+            raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
+        refuse_other_kind(folder, scores=False)
+        check_base(folder, source)
+        check_weights(folder)
+        trained, losses = Trained.read(folder), dict[str, float]()
+        rows = rows_to_measure(name, folder, source, data) if measure else []
+        if base is None and measure:
+            base, losses = better_base(source, folder, trained, rows)
+        base = base or ("original" if trained.scheme == "none" else "dequantized")
+        trained = replace(trained, scheme="none") if base == "original" else trained
+        return Tuned(source, folder, trained, base, losses, rows)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one that was trained with, its chat template included."""
+        return load_tokenizer(self.source if self.folder is None else with_tokenizer(self.folder, self.source))
+
+    def model(self) -> Any:
+        """The adapter on its base, computing in fp32."""
+        if self.folder is None:
+            return load_base(self.source, torch.float32, "cpu")
+        return tuned_model(self.source, self.folder, self.trained)
+
+    def merging(self) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
+        """Gives of a base tensor, by its name: (what the adapter makes of it, the tensor as it was trained on)."""
+        change = changes(self.source, self.folder) if self.folder is not None else lambda _, weight: weight
+        as_trained = self.trained.rounding(self.source)
+
+        def merged(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+            weight = as_trained(name, weight)
+            return change(name, weight), weight
+
+        return merged
