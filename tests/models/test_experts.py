@@ -16,7 +16,7 @@ import strop
 from strop.config.schema import LoraSection
 from strop.engine.train.plain import PlainLoss
 from strop.errors import ModelError
-from strop.exporting.adapters import combine, compare, norm
+from strop.exporting.adapters import combine, compare, compute_norm
 from strop.exporting.merge import merge
 from strop.models.experts import QuantizedExperts
 from strop.models.load import load_base, skeleton, stream_weights
@@ -109,7 +109,7 @@ def test_a_run_trains_saves_loads_in_plain_peft_and_merges(kind: str, tmp_path: 
     assert same["cosine"] == pytest.approx(1) and {"gate_up_proj", "down_proj"} <= set(same["modules"])
     changes = [m.get_delta_weight("default") for m in theirs.modules() if isinstance(m, LoraLayer)]
     whole = sum(float(change.detach().square().sum()) for change in changes) ** 0.5
-    assert norm(str(run.folder)) == pytest.approx(whole, rel=1e-4)
+    assert compute_norm(str(run.folder)) == pytest.approx(whole, rel=1e-4)
     with pytest.raises(ModelError, match="mixture's experts"):
         combine([str(run.folder)] * 2, [1, 1], tmp_path / "sum")
 

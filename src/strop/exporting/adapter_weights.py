@@ -1,4 +1,4 @@
-"""What an adapter makes of its base, tensor by tensor: linear layers, experts, embedding rows, whole modules."""
+"""Read an adapter's weights, and merge them into base tensors: linear layers, experts, embedding rows, full modules."""
 
 from __future__ import annotations
 
@@ -23,116 +23,122 @@ from strop.models.lora import embeddings, grown, unwarned
 from strop.models.source import Source, safetensors_header
 from strop.models.tokenizer import new_rows
 
-NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
-PREFIX = "base_model.model."  # of the base's names in an adapter file
-PLAIN = ("lora_A.weight", "lora_B.weight")
-LENGTHS = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # of DoRA's rows, by peft's version
+NEW_ROWS = "token_adapter.trainable_tokens_delta"  # trained embedding rows, stored as values rather than differences
+PREFIX = "base_model.model."  # before the base's names in an adapter file
+LORA_MATRICES = ("lora_A.weight", "lora_B.weight")
+MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # of DoRA, in older and newer versions of peft
 
 
-def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
-    """What the adapter makes of a base tensor, by its name; fp32 where it changes something.
+def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
+    """Return a function (name, base tensor) -> merged tensor, in fp32 if the adapter changes it, else the same tensor.
 
-    Raises ModelError for what no merged weight can hold: what is trained besides LoRA layers, new rows and whole
-    tensors, what has no place in the base, and an adapter on a layer whose weight is another's too (a head that is the
-    embedding).
+    Raises:
+        ModelError: If the adapter has weights that cannot be merged: other than LoRA layers, new rows and full
+            tensors, without a place in the base, or on a layer that shares its weight (a head tied to the embedding).
     """
     saved = read_weights(folder)
     rows, bare = new_rows(adapter_config(folder)), skeleton(source)
-    places_with = Counter(id(one) for _, one in bare.named_parameters(remove_duplicate=False))
-    both = [name for name, one in bare.named_parameters() if name in saved and places_with[id(one)] > 1]
-    if both and not adapter_config(folder).get("ensure_weight_tying"):
-        what = f"{folder}: {both[0]} was trained in full, and another module's weight with it in {source.name} was not"
+    uses = Counter(id(parameter) for _, parameter in bare.named_parameters(remove_duplicate=False))
+    shared = [name for name, parameter in bare.named_parameters() if name in saved and uses[id(parameter)] > 1]
+    if shared and not adapter_config(folder).get("ensure_weight_tying"):
+        what = f"{folder}: {shared[0]} was trained in full, but another module of {source.name} shares its weight"
         raise ModelError(what, fix="serve the adapter on its base")
-    places = places_of(source, folder)
-    own = {name for name, _ in (*bare.named_parameters(), *bare.named_buffers())}  # of a weight in two places, one
-    for name, place in places.items():
-        if name not in own and f"{place.key}.lora_A.weight" in saved:
-            what = f"{folder}: {place.key} has no weight of its own in {source.name}: it shares another's"
+    targets = find_targets(source, folder)
+    names = {name for name, _ in (*bare.named_parameters(), *bare.named_buffers())}  # a shared weight has one name
+    for name, target in targets.items():
+        if name not in names and f"{target.key}.lora_A.weight" in saved:
+            what = f"{folder}: {target.key} shares its weight with another module of {source.name}"
             raise ModelError(what, fix="serve the adapter on its base, or train without it")
-    held = own | {f"{name.removesuffix('.weight')}.{NEW_ROWS}" for name in own}
-    held |= {f"{place.key}.{part}" for place in places.values() for part in PLAIN + LENGTHS}
-    if left := saved.keys() - held:
+    mergeable = names | {f"{name.removesuffix('.weight')}.{NEW_ROWS}" for name in names}
+    mergeable |= {f"{target.key}.{part}" for target in targets.values() for part in LORA_MATRICES + MAGNITUDES}
+    if left := saved.keys() - mergeable:
         raise ModelError(f"{folder}: {min(left)} cannot be merged", fix="serve the adapter on its base")
     if rows and not any(name.endswith(NEW_ROWS) for name in saved):
-        what = f"{folder}: its config names embedding rows that were trained, and its file holds none"
-        raise ModelError(what, fix="take another adapter of the run")
-    with_rows, size = embeddings(bare), 1 + max((row for found in rows.values() for row in found), default=-1)
+        what = f"{folder}: its config lists trained embedding rows, but its file has none"
+        raise ModelError(what, fix="use another adapter of the run")
+    embedding_names = embeddings(bare)
+    vocabulary = 1 + max((row for indices in rows.values() for row in indices), default=-1)
 
-    def change(name: str, weight: Tensor) -> Tensor:
+    def merge_tensor(name: str, weight: Tensor) -> Tensor:
         module = name.removesuffix(".weight")
-        if module in with_rows and len(weight) < size:
-            weight = grown(weight, size)
+        if module in embedding_names and len(weight) < vocabulary:
+            weight = grown(weight, vocabulary)
         if f"{module}.{NEW_ROWS}" in saved:
             weight = weight.float().clone()
             weight[rows[module.rpartition(".")[2]]] = saved[f"{module}.{NEW_ROWS}"].float()
             return weight
-        if name in saved and not torch.equal(saved[name].float(), weight.float()):  # else it stays as it is stored
+        if name in saved and not torch.equal(saved[name].float(), weight.float()):  # else keep the stored tensor
             weight = saved[name].float()
-        place = places.get(name)
-        if place is None or f"{place.key}.lora_A.weight" not in saved:
+        target = targets.get(name)
+        if target is None or f"{target.key}.lora_A.weight" not in saved:
             return weight
-        a, b = (saved[f"{place.key}.lora_{part}.weight"].float() for part in "AB")
-        if place.experts:
-            return place.onto_experts(weight.float(), a, b)
-        merged = (weight.t() if place.transposed else weight).float().addmm(b, a, alpha=place.scale)  # (out, in)
-        magnitude = next((saved[key] for key in (f"{place.key}.{part}" for part in LENGTHS) if key in saved), None)
+        a, b = (saved[f"{target.key}.{part}"].float() for part in LORA_MATRICES)
+        if target.experts:
+            return target.merge_experts(weight.float(), a, b)
+        merged = (weight.t() if target.transposed else weight).float().addmm(b, a, alpha=target.scale)  # (out, in)
+        magnitude = next((saved[key] for key in (f"{target.key}.{part}" for part in MAGNITUDES) if key in saved), None)
         if magnitude is not None:  # DoRA, arXiv:2402.09353: the rows keep their learned length
             merged *= (magnitude.float() / merged.norm(dim=1))[:, None]
-        return merged.t() if place.transposed else merged
+        return merged.t() if target.transposed else merged
 
-    return change
+    return merge_tensor
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file: what is trained whole under the base's own names, the rest under its layer's."""
-    return {under_base(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    """Read the tensors of an adapter file, those trained in full under the base's names."""
+    return {_base_name(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
 
 
-def names_in(folder: Path) -> list[str]:
-    """The names of what `read_weights` reads, from the header."""
-    return [under_base(key) for key in safetensors_header(folder / WEIGHTS_FILE)]
+def read_names(folder: Path) -> list[str]:
+    """Read the names that `read_weights` gives its tensors, without reading these."""
+    return [_base_name(key) for key in safetensors_header(folder / WEIGHTS_FILE)]
 
 
-def beyond_lora(folder: Path) -> list[str]:
-    """The names of what is no plain LoRA matrix: of DoRA, biases, whole modules, new tokens."""
-    return [name for name in names_in(folder) if not name.endswith(tuple(f".{part}" for part in PLAIN))]
+def find_non_lora(folder: Path) -> list[str]:
+    """Return the names of tensors other than LoRA matrices: DoRA, biases, full modules, new tokens."""
+    return [name for name in read_names(folder) if not name.endswith(tuple(f".{part}" for part in LORA_MATRICES))]
 
 
-def under_base(key: str) -> str:
-    """A name in an adapter file without what peft puts around it: the bias of a layer that has LoRA is saved as
-    `base_layer.bias`. Keys of LoRA itself keep `base_layer`, by which those of several parameters are told apart."""
+def _base_name(key: str) -> str:
+    """Remove what peft adds to a base name: it saves the bias of an adapted layer as `base_layer.bias`. LoRA matrices
+    keep `base_layer`, which distinguishes the parameters of one module."""
     key = key.removeprefix(PREFIX)
     return key if ".lora_" in key else key.replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an adapter's weights are in its file, and how they change a parameter. experts: how many the parameter
-    holds, 0 for a matrix. transposed: the parameter is (.., in, out)."""
+class Target:
+    """An adapted parameter of the base.
+
+    key: prefix of the LoRA matrices in the adapter file. experts: experts in the parameter, 0 for a matrix. transposed:
+    the parameter is stored as (.., in, out).
+    """
 
     key: str
     scale: float
     experts: int = 0
     transposed: bool = False
 
-    def onto_experts(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """weight (experts, .., ..); a, b: as peft saves them."""
+    def merge_experts(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Merge into weight (experts, .., ..). a, b: as saved by peft."""
         a, b = by_expert(a, b, self.experts)
-        one, two = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
-        return torch.baddbmm(weight, one, two, alpha=self.scale)
+        left, right = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
+        return torch.baddbmm(weight, left, right, alpha=self.scale)
 
 
-def places_of(source: Source, folder: Path) -> dict[str, Place]:
-    """The place of each adapted parameter, by its name; the scale as peft computes it from rank, alpha, patterns and
-    rsLoRA. Raises ModelError where the matrices in the folder are not those that its config asks for on this base."""
+def find_targets(source: Source, folder: Path) -> dict[str, Target]:
+    """Return the adapted parameters by name, with the scale that peft computes from rank, alpha, patterns and rsLoRA.
+
+    Raises ModelError if the matrices in the folder differ from those that its config requires on this base.
+    """
     config: Any = peft.LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
-    config.trainable_token_indices = None  # of rows that the skeleton has not
+    config.trainable_token_indices = None  # rows that the skeleton does not have
     with fitting(folder, source.name), unwarned():
         adapted = peft.get_peft_model(skeleton(source), config)
-    kept = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    check_fit({key: weight.shape for key, weight in kept.items()}, folder, source.name, matrices=True)
-    found = {}
+    state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    check_fit({key: weight.shape for key, weight in state.items()}, folder, source.name, matrices=True)
+    targets = {}
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:
             key, scale = name.removeprefix(PREFIX), float(next(iter(module.scaling.values())))
@@ -140,13 +146,13 @@ def places_of(source: Source, folder: Path) -> dict[str, Place]:
             wrapped = isinstance(module, ParamWrapper)
             parameter = f"{key.replace('.base_layer', '')}.{module.parameter_name if wrapped else 'weight'}"
             if wrapped and module.get_param().dim() == 3:
-                found[parameter] = Place(key, scale, module.num_experts, not module._did_swap_in_out_features)
+                targets[parameter] = Target(key, scale, module.num_experts, not module._did_swap_in_out_features)
             else:
-                found[parameter] = Place(key, scale, transposed=bool(getattr(module, "fan_in_fan_out", False)))
-    return found
+                targets[parameter] = Target(key, scale, transposed=bool(getattr(module, "fan_in_fan_out", False)))
+    return targets
 
 
-def module_scales(source: Source, folder: Path) -> dict[str, float]:
-    """The scale of each adapted linear layer, by its path."""
-    places = places_of(source, folder)
-    return {name.removesuffix(".weight"): place.scale for name, place in places.items() if not place.experts}
+def read_scales(source: Source, folder: Path) -> dict[str, float]:
+    """Return the scale of each adapted linear layer, by its path."""
+    targets = find_targets(source, folder)
+    return {name.removesuffix(".weight"): target.scale for name, target in targets.items() if not target.experts}
