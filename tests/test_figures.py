@@ -89,7 +89,7 @@ def start_rows(found: Any) -> list[str]:
     first, later = found["first"], found["later"]
     return [
         f"| {said} | {first[name]:.1f} | {later[name]:.1f} |"
-        for name, said in (("libraries", "libraries"), ("model and data", "model, data, loops"),
+        for name, said in (("libraries", "libraries"), ("model and data", "model, data, kernels"),
                            ("begins", "the first step begins"), ("first step", "the first step"))
     ]  # fmt: skip
 
@@ -399,7 +399,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     (PERFORMANCE, "train_step_2026-11-25.json", step_rows),
     (PERFORMANCE, "train_step_amx_2026-11-25.json", step_rows),
     (PERFORMANCE, "train_step_torchtune_2026-11-25.json",
-     lambda it: [f"strop beside it {speed(it, 'fast')}", step_rows(it)[1]]),
+     lambda it: [f"strop in the same test {speed(it, 'fast')}", step_rows(it)[1]]),
     (PERFORMANCE, "train_step_amx_2026-11-25.json",
      lambda it: f"{times(it, 'fast', 'unsloth, grouped')} Unsloth on both"),
     (PERFORMANCE, "train_step_amx_2026-11-25.json",
@@ -427,7 +427,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      f"{times(it, 'nf4 resident', 'unsloth, 4 bit')} Unsloth"),
     (PERFORMANCE, "train_step_4bit_2048_2026-11-25.json", four_bit_rows),
     (PERFORMANCE, "train_step_4bit_2048_2026-11-25.json",
-     lambda it: f"for each product {times(it, 'nf4 streamed', 'fast', 2)} 16 bit"),
+     lambda it: f"for each matmul {times(it, 'nf4 streamed', 'fast', 2)} 16 bit"),
     (PERFORMANCE, "growth_2026-11-25.json",
      lambda it: "{needed_bytes:.0f} KB a token of what is needed, where the formula for saved activations says "
      "{formula_bytes:.0f}".format(**{name: size / 1e3 for name, size in it["per_token"].items()})),
@@ -514,7 +514,7 @@ NOT_MEASURED: dict[str, list[str]] = {
     "docs/concepts.md": ["It must be 100 %, give or take 2 %"],
     "docs/dash.md": ["2 minutes, or 20 times", "30 minutes while it loads"],  # settings of dash.state
     "docs/export.md": [r"f32 1e-4, 99.5 %; .* q4_k_m 0.4, 75 %"],  # limits of exporting.llama_cpp
-    "docs/howto.md": ["card of 8 GB", "--memory 7GB", "19 GiB for this model"],  # tests/planning/test_howto.py
+    "docs/howto.md": ["GPU with 8 GB", "--memory 7GB", "19 GiB for this model"],  # tests/planning/test_howto.py
     "docs/import.md": ["data.eval: 10%"],
     "docs/learning_rate.md": [r"\| within 5 % \|", r"\*Within 5 %\*", "at most 5 % above", "8\\)\\^0.2: 1.3 times"],
     "docs/lesson.md": ["in 8 GB", "Llama-3.1-8B: 7.4 GB", "the base 0 %"],  # a plan, which tests/test_lesson.py makes
