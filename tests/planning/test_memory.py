@@ -240,7 +240,7 @@ def test_families_save_the_predicted_bytes_in_the_fast_step(family: str, lora_op
     found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.compute.step == chosen.name == "fast", chosen.why
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
-    loss = chosen.token_loss
+    loss = chosen
     assert saved_bytes(loss, model, 10, 24) - saved_bytes(loss, model, 2, 24) == pytest.approx(more, rel=0.05)
 
 
@@ -260,7 +260,7 @@ def test_families_with_model_code_save_about_the_predicted_bytes(family: str) ->
     found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.compute.step == chosen.name == "fast", chosen.why
     more = by_formula(found, 4, 128) - by_formula(found, 2, 128)
-    loss = chosen.token_loss
+    loss = chosen
     assert saved_bytes(loss, model, 4, 128) - saved_bytes(loss, model, 2, 128) == pytest.approx(more, rel=0.15)
 
 
