@@ -27,7 +27,7 @@ from strop.errors import StropError
 from strop.exporting.merge import merge
 from strop.models.load import skeleton
 from strop.models.source import locate
-from strop.planning.model_docs import found_in
+from strop.planning.model_facts import list_layers
 from strop.training import run
 from tests.support import tiny_families
 from tests.support.tiny import write_rows
@@ -86,7 +86,7 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
         return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
 
     def modules() -> str:
-        return f"ok {len(found_in(str(base))[0])}"
+        return f"ok {len(list_layers(str(base))[0])}"
 
     def answer() -> str:
         text = strop.load(folder / "run", dtype="fp32").generate(["what is 3"], max_new_tokens=4)
@@ -136,14 +136,14 @@ def _told(kind: str) -> dict[str, str]:
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 HEAD = """# Models
 
-This table shows how strop works with each class that transformers {version} maps to a causal language model, and with multimodal
-checkpoints whose language model is trained. `python -m tests.models.walk` wrote each row: it saves a tiny random
-checkpoint of the class, then runs `plan`, three steps of training with adapters on all linear layers and experts, one
+This table shows how strop works with each class that transformers {version} maps to a causal language model, and with
+multimodal checkpoints whose language model is trained. `python -m tests.models.walk` wrote each row: it saves a tiny
+random checkpoint of the class, then runs `plan`, three steps of training with adapters on all linear layers and experts, one
 generation, merges in bf16 and fp32 that are compared with the adapter, and training on the base in nf4. The table shows
 that the code is correct for the class, not how good a model becomes.
 
-- **train**: the step that trains it, fast or plain (docs/performance.md), or the reason why it is refused. If the reason
-  begins with transformers or peft, the error is theirs: plain transformers fails on the same checkpoint.
+- **train**: the step that trains it, fast or plain (docs/performance.md), or why it is refused. If the reason begins
+  with transformers or peft, the error is theirs: plain transformers fails on the same checkpoint.
   Models like BERT are tested with `is_decoder: true` in their config; without it a token attends to later tokens, and
   training is refused.
   Some configs of a fast class need the plain step, which the run reports: rotary embeddings of type `dynamic` or

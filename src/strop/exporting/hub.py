@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strop.errors import InputError, ModelError, RunError
-from strop.evaluation.model_card import CARD_FILE, PLACE, card, hub_id, report_of
+from strop.evaluation.model_card import CARD_FILE, PLACE, card, find_report, hub_id
 from strop.models.adapter_config import adapter_config
 from strop.models.adapters import STROP_FILE, adapter_folder, check_weights, read_identity
 from strop.models.source import hub_config, locate, read_config, safetensors_header, weight_files
@@ -127,7 +127,7 @@ def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Pat
         if "combined" in identity:  # its parts are local paths too
             identity["combined"] = [{**part, "name": Path(part["name"]).name} for part in identity["combined"]]
         contents[STROP_FILE] = _to_json(identity)
-    if (report := report_of(folder)) is not None:
+    if (report := find_report(folder)) is not None:
         contents[CARD_FILE] = card(report, base=base or None).encode()
     return contents, left_out, shown
 
