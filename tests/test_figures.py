@@ -301,7 +301,7 @@ def rounding_rows(found: Any) -> list[str]:
         *(f"| {one['kl_mean']:.1e} | {one['kl_max']:.1e} | {one['top1_agreement']:.1%} "
           f"| {one['loss_difference']:+.1e} |"
           for one in found["snips"].values()),
-        "bf16 loses {:.0f} times as much as rounding at random (mean KL {:.1e} and {:.1e})".format(*apart("bf16")),
+        "bf16 loses {:.0f} times as much as stochastic rounding (mean KL {:.1e} and {:.1e})".format(*apart("bf16")),
         "fp16 {:.0f} times as much ({:.1e} and {:.1e})".format(*apart("fp16")),
     ]  # fmt: skip
 
@@ -320,7 +320,7 @@ def merged_answers(found: Any) -> list[str]:
 
 
 def llamacpp_rows(found: Any) -> list[str]:
-    names = {"lora": "LoRA file on the demo's own GGUF (Q4_1)"}
+    names = {"lora": "LoRA file on the demo's GGUF (Q4_1)"}
     rows = [f"| strop, fp32 | | | | | {100 * found[0]['exact_json']:.1f} % | |"]
     for one in found[1:]:
         apart = one["parity"]
@@ -367,7 +367,7 @@ def big_model(found: Any) -> list[str]:
                                                             first["peak_bytes"]))  # fmt: skip
     return [
         f"| {held} | {load} | {peak} |",
-        f"takes {first['load']['seconds']:.0f} s to quantize (two threads, other work beside), "
+        f"takes {first['load']['seconds']:.0f} s to quantize (two threads, on a machine with other work), "
         f"{again['load']['seconds']:.0f} s to load again, and {min(took):.0f} to {max(took):.0f} s for a step",
     ]
 
@@ -481,8 +481,8 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/serve.md", "serve_2026-11-28.json",
      lambda it: f"{resident(it, 'strop bf16')} GB in bf16, where llama.cpp takes {resident(it, 'llama.cpp f16')}"),
     ("docs/serve.md", "serve_behind_2026-11-27.json",
-     lambda it: "first token after {first_token_behind_s:.2f} s, {first_token_alone_s:.2f} s where it is alone; the "
-     "others waited {longest_gap_behind_s:.2f} s for a token at the longest, {usual_gap_p50_s:.2f} s usually. "
+     lambda it: "first token after {first_token_behind_s:.2f} s, {first_token_alone_s:.2f} s if it is alone; the "
+     "others waited at most {longest_gap_behind_s:.2f} s for a token, usually {usual_gap_p50_s:.2f} s. "
      "llama.cpp f16: {0:.1f} s either way, and {1:.1f} s".format(
          it[1]["first_token_alone_s"], it[1]["longest_gap_behind_s"], **it[0])),
     ("docs/serve.md", "serve_2026-11-28.json", near_floor),

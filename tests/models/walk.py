@@ -139,8 +139,8 @@ HEAD = """# Models
 This table shows how strop works with each class that transformers {version} maps to a causal language model, and with
 multimodal checkpoints whose language model is trained. `python -m tests.models.walk` wrote each row: it saves a tiny
 random checkpoint of the class, then runs `plan`, three steps of training with adapters on all linear layers and
-experts, one generation, merges in bf16 and fp32 that are compared with the adapter, and training on the base in nf4. The
-table shows that the code is correct for the class, not how good a model becomes.
+experts, one generation, merges in bf16 and fp32 that are compared with the adapter, and training on the base in nf4.
+The table shows that the code is correct for the class, not how good a model becomes.
 
 - **train**: the step that trains it, fast or plain (docs/performance.md), or why it is refused. If the reason begins
   with transformers or peft, the error is theirs: plain transformers fails on the same checkpoint.

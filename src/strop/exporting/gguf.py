@@ -86,12 +86,8 @@ def export_gguf(
 ) -> Exported:
     """Write the tuned model of a run or adapter folder, or a plain model, as a GGUF file.
 
-    The arguments are those of `strop.export`. An adapter alone is written in f32, for llama.cpp's --lora option.
-
-    Raises:
-        InputError: Before anything is written.
-        MemoryLimitError: If the measurement would not fit in memory.
-        ParityError: If the model differs in llama.cpp beyond the limit.
+    See `strop.export` for arguments and errors. An adapter alone is written in f32, for llama.cpp's --lora option.
+    Raises MemoryLimitError if there is no memory to measure.
     """
     if adapter and kind not in (None, "f32"):
         raise RecipeError(f"--type {kind} --adapter: an adapter is stored in f32", fix="leave --type out")

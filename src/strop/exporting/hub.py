@@ -66,7 +66,7 @@ def push(
     message: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Pushed:
-    """Upload an adapter or a model folder, and compare the result. Arguments and errors are those of `strop.push`."""
+    """Upload an adapter or a model folder, and compare the result. See `strop.push` for arguments and errors."""
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
     api, folder = HfApi(), adapter_folder(name)

@@ -66,11 +66,8 @@ from strop.runs.lock import sha256_file, sha256_text
 GENERATION_CONFIG = "generation_config.json"  # sampling settings and the tokens that end answers
 # Files that are copied from the base: that, and how images, videos and audio become tensors.
 COPIED_FILES = (
-    GENERATION_CONFIG,
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
+    GENERATION_CONFIG, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 MAX_ROWS = 2000  # to measure on
 BASE_CHOICE_ROWS = 64  # on which two bases are compared
 ROUNDING_CHUNK = 1 << 23  # values of a weight that are rounded to fp16 at once: about 200 MB
@@ -103,14 +100,10 @@ def merge(
     measure: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Merged:
-    """Merge the adapter of a run or adapter folder into a new model folder. The arguments are those of `strop.merge`.
+    """Merge the adapter of a run or adapter folder into a new model folder. See `strop.merge` for arguments and errors.
 
     Without measuring, an adapter that was trained on quantized weights is merged into the dequantized base.
-
-    Raises:
-        InputError: Before anything is written.
-        MemoryLimitError: If the measurement would not fit in memory.
-        ParityError: If the merged model differs from the tuned one beyond the limit.
+    Raises MemoryLimitError if there is no memory to measure.
     """
     folder = adapter_folder(name)
     if folder is None:

@@ -79,7 +79,7 @@ def export_ollama(
     measure: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Write the folder `out` for `ollama create`. Arguments and errors are those of `export_gguf`.
+    """Write the folder `out` for `ollama create`. See `strop.export` for arguments and errors.
 
     Raises ModelError for a chat template that cannot be translated, before weights are read.
     """
