@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from strop.dash.answers import Votes, answers, compare, tally
-from strop.dash.http import Busy
+from strop.dash.jobs import Busy
 from strop.dash.runs import RunTable
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import paired_difference, wilson

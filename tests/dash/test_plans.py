@@ -13,8 +13,7 @@ import pytest
 
 import strop
 from strop.config.schema import option_fields
-from strop.dash.data_reader import DataReader
-from strop.dash.planner import Planner, schema, typed_options
+from strop.dash.previews import DataReader, Planner, schema, typed_options
 from strop.errors import InputError, RecipeError
 from tests.support.tiny import write_rows
 
@@ -166,7 +165,7 @@ def test_rows_that_were_cut_are_named(tiny_folder: Path, tmp_path: Path) -> None
 
 
 def test_the_workers_need_no_torch() -> None:
-    code = "import sys, strop.dash.planner, strop.dash.data_reader; print('torch' in sys.modules)"
+    code = "import sys, strop.dash.previews; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

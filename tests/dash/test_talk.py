@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from strop.dash.chat import ChatServer, forward
-from strop.dash.jobs import Jobs
+from strop.dash.jobs import ChatServer, Jobs, forward
 from strop.errors import RunError
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -6,27 +6,129 @@ Actions that change a run start the CLI as a child process, with the arguments a
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import os
 import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from strop import __version__
-from strop.dash.chat import forward
 from strop.dash.dashboard import Dashboard, Services, StreamPosition
 from strop.dash.files import browse, run_path, split_names
-from strop.dash.http import Fields, event_response, handle_errors, json_response, query_fields, read_body, sse_event
-from strop.dash.jobs import option
+from strop.dash.jobs import Busy, forward, option
 from strop.dash.runs import with_heartbeat_age
-from strop.errors import InputError, StropError
+from strop.data.reading.json_reader import JsonError, loads
+from strop.errors import FolderError, InputError, StropError
 from strop.evaluation.metrics import METRICS
 from strop.runs.folder import run_name
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+Value = TypeVar("Value")
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a request body. Raises InputError."""
+    try:
+        found = loads((await request.body()).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"the body is not UTF-8: {error.reason}") from None
+    except JsonError as error:
+        raise InputError(f"the body is not JSON: {error.what}") from None
+    except RecursionError:
+        raise InputError("the body is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise InputError("the body is not a JSON object")
+    return found
+
+
+class Fields:
+    """The fields of a body or query. Each is taken once and checked for its type; the rest is rejected."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self._left = dict(given)
+
+    def take(self, name: str, kind: type[Value] | tuple[type, ...], default: Any = ...) -> Any:
+        value = self._left.pop(name, None)
+        if value is None and default is not ...:
+            return default
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(kind_.__name__ for kind_ in kinds)
+            raise InputError(f"{name}: {'is required' if value is None else f'is not {wanted}'}")
+        return value
+
+    def number(self, name: str, default: float | None) -> float | None:
+        """Return a number from a query, whose values are text."""
+        text = self._left.pop(name, None)
+        if text in (None, ""):
+            return default
+        try:
+            value = float(str(text))
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{name}: {str(text)[:80]!r} is not a number")
+        return value
+
+    def reject_unknown(self) -> None:
+        if self._left:
+            raise InputError(f"unknown parameter: {next(iter(self._left))}")
+
+
+def query_fields(request: Request) -> Fields:
+    return Fields(dict(request.query_params))
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    return JSONResponse(_clean(value), status)
+
+
+def _clean(value: Any) -> Any:
+    """Replace NaN, which JSON lacks, and lone surrogates, which UTF-8 lacks."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError:
+        return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except ValueError:
+        return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
+def sse_event(name: str, value: Any) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(_clean(value), ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+
+
+def error_response(error: StropError, status: int | None = None) -> Response:
+    if status is None:
+        kinds = {Busy: 409, FolderError: 404, InputError: 400}
+        status = next((number for kind, number in kinds.items() if isinstance(error, kind)), 503)
+    return JSONResponse({"error": error.as_json()}, status)
+
+
+def handle_errors(endpoint: Endpoint) -> Endpoint:
+    """Turn strop's errors in an endpoint into error responses."""
+
+    async def run(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except StropError as error:
+            return error_response(error)
+
+    return run
+
+
+Events = AsyncIterator[bytes]
+
+
+def event_response(events: AsyncIterator[bytes]) -> Response:
+    return StreamingResponse(events, media_type="text/event-stream")
 
 
 def read_routes(services: Services) -> list[BaseRoute]:

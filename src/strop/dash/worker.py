@@ -40,10 +40,10 @@ def main() -> None:
 
 def _methods(kind: str) -> dict[str, Callable[..., Any]]:
     if kind == "data":
-        from strop.dash.data_reader import DataReader
+        from strop.dash.previews import DataReader
 
         return {"rows": DataReader().rows}
-    from strop.dash.planner import Planner, schema
+    from strop.dash.previews import Planner, schema
 
     return {"plan": Planner().plan, "schema": schema}
 
