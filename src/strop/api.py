@@ -78,16 +78,9 @@ def plan(
     if gpu is not None and device.partition(":")[0] != place.device:  # the recipe was written for another machine
         resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
     return make_plan(
-        resolved,
-        place.machine,
-        model,
-        place.rate_of,
-        device=place.device,
-        dtype=place.dtype,
-        rows=row_sizes(resolved.recipe),
-        adapter=start_adapter(resolved.recipe),
-        devices=cluster,
-    )
+        resolved, place.machine, model, place.rate_of, device=place.device, dtype=place.dtype,
+        rows=row_sizes(resolved.recipe), adapter=start_adapter(resolved.recipe), devices=cluster,
+    )  # fmt: skip
 
 
 def compare_methods(
@@ -274,23 +267,12 @@ def evaluate(
 
         with own_torch():
             results = evaluate_models(
-                names,
-                _data_files(data, "data"),
-                metric=metric,
-                max_new_tokens=max_new_tokens,
-                advance=progress if devices.is_main else None,
-                quantization=quantization,
-                force=force,
-                general=general,
-                regression_data=_data_files(regression_data, "regression_data"),
-                regression_metric=regression_metric,
-                tasks=tasks,
-                task_limit=task_limit,
-                devices=devices,
-                judge=judge,
-                judge_model=judge_model,
+                names, _data_files(data, "data"), metric=metric, max_new_tokens=max_new_tokens,
+                advance=progress if devices.is_main else None, quantization=quantization, force=force, general=general,
+                regression_data=_data_files(regression_data, "regression_data"), regression_metric=regression_metric,
+                tasks=tasks, task_limit=task_limit, devices=devices, judge=judge, judge_model=judge_model,
                 options=options,
-            )
+            )  # fmt: skip
     if isinstance(run, str | os.PathLike):
         return results[0]
     return {"runs": results, "leaderboard": leaderboard(results)}

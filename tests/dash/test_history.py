@@ -25,7 +25,7 @@ def history(folder: Path, *events: dict[str, object]) -> History:
 def test_a_spike_of_one_step_is_drawn_however_long_the_run(tmp_path: Path) -> None:
     events = [step(number, 20_000, loss=2 + math.sin(number) / 10) for number in range(1, 20_001)]
     events[12_344]["loss"], events[7]["loss"] = 9.5, -3.0
-    drawn = history(tmp_path, *session(), *events).drawn(points=100)["series"]["loss"]
+    drawn = history(tmp_path, *session(), *events).curves(points=100)["series"]["loss"]
     assert len(drawn["x"]) <= 202
     points = dict(zip(drawn["x"], drawn["y"], strict=True))
     assert points[12_345] == 9.5 and points[8] == -3.0
@@ -44,9 +44,9 @@ def test_extremes_are_those_of_each_part() -> None:
 
 def test_a_zoom_shows_more(tmp_path: Path) -> None:
     found = history(tmp_path, *session(), *(step(number, 5000) for number in range(1, 5001)))
-    part = found.drawn("step", 100, 1000, 1100)["series"]["loss"]
+    part = found.curves("step", 100, 1000, 1100)["series"]["loss"]
     assert part["x"] == list(range(1000, 1101))
-    assert set(found.drawn(fields=("grad_norm",))["series"]) == {"grad_norm"}
+    assert set(found.curves(fields=("grad_norm",))["series"]) == {"grad_norm"}
 
 
 def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found.update() and list(found.steps) == [1, 2, 3, 4] and found.generation == 0
     whole = History(found.path)
     whole.update()
-    assert whole.drawn() == found.drawn()
+    assert whole.curves() == found.curves()
 
 
 def test_another_file_is_read_from_its_start(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_another_file_is_read_from_its_start(tmp_path: Path) -> None:
     other.replace(found.path)
     assert found.update() and len(found.steps) == 8 and found.generation == 1
     found.path.unlink()
-    assert found.update() and not found.steps and found.drawn()["rows"] == 0
+    assert found.update() and not found.steps and found.curves()["rows"] == 0
 
 
 def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
     back = {"event": "rollback", "time": 1011, "step": 10, "to": 6, "why": "loss 90 is far above", "rate_scale": 0.25}
     again = [step(number, time=1011.0 + number, loss=7.0) for number in range(7, 9)]
     found = history(tmp_path, *first, back, *again)
-    drawn = found.drawn()["series"]
+    drawn = found.curves()["series"]
     assert list(found.steps) == [1, 2, 3, 4, 5, 6, 7, 8] and drawn["loss"]["y"][-2:] == [7.0, 7.0]
     assert drawn["undone"]["x"] == [7, 8, 9, 10] and drawn["eval_loss"]["x"] == []
     assert found.generation == 1
@@ -99,15 +99,15 @@ def test_time_is_that_of_work(tmp_path: Path) -> None:
     evening = [*session(1000), *(step(number, time=1000.0 + number) for number in range(1, 6))]
     morning = [*session(50_000, start=4), *(step(number, time=50_000.0 + number - 4) for number in range(5, 8))]
     found = history(tmp_path, *evening, *morning, step(8, time=49_000.0), step(9, time=50_006.0))
-    x = found.drawn("time")["series"]["loss"]["x"]
+    x = found.curves("time")["series"]["loss"]["x"]
     assert x == [1, 2, 3, 4, 5, 6, 7, 7, 10]
-    assert found.drawn("tokens")["series"]["loss"]["x"] == [100.0 * number for number in range(1, 10)]
+    assert found.curves("tokens")["series"]["loss"]["x"] == [100.0 * number for number in range(1, 10)]
 
 
 def test_epochs(tmp_path: Path) -> None:
     found = history(tmp_path, *session(), *(step(number) for number in range(1, 101)))
     assert found.steps_per_epoch == 50
-    assert found.drawn("epoch")["series"]["loss"]["x"][49] == 1.0
+    assert found.curves("epoch")["series"]["loss"]["x"][49] == 1.0
 
 
 def test_smoothing_is_that_of_the_report() -> None:
@@ -127,8 +127,8 @@ def test_what_is_damaged_costs_itself_alone(tmp_path: Path) -> None:
     found = History(file)
     found.update()
     assert list(found.steps) == [1, 2]
-    assert json.dumps(found.drawn(), allow_nan=False)
-    assert found.drawn()["series"]["loss"]["x"] == [1]
+    assert json.dumps(found.curves(), allow_nan=False)
+    assert found.curves()["series"]["loss"]["x"] == [1]
 
 
 def test_marks_do_not_grow_without_end(tmp_path: Path) -> None:

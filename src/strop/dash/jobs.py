@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
-import json
 import os
 import re
 import secrets
@@ -99,7 +98,7 @@ class Jobs:
         folder = self.folder(name)
         known = read_json(folder / "job.json")
         alive = self._alive(name, known)
-        result = _result(folder)
+        result = read_json(folder / "out") or None
         error = (result or {}).get("error")
         if not alive and result is None:
             text = tail(folder / "log", 2000).strip().splitlines()
@@ -113,12 +112,11 @@ class Jobs:
             with contextlib.suppress(OSError):  # a full disk must not hide the state
                 write_json(folder / "job.json", known)
         last = next((line for line in reversed(tail(folder / "log", 4096).splitlines()) if line.strip()), "")
-        share = _SHARE.search(last)
         about = {
             "id": name, "kind": known.get("kind"), "run": known.get("run"), "state": state, "pid": known.get("pid"),
             "command": command(known.get("words") or []), "started": known.get("began"), "ended": known.get("ended"),
             "asked": known.get("asked"), "result": result if whole else None, "error": error,
-            "progress": {"text": last[-300:], "share": _ratio(share)},
+            "progress": _progress(last),
         }  # fmt: skip
         if not alive:
             self._over[name] = {**about, "result": None}
@@ -160,14 +158,11 @@ class Jobs:
 
     def _alive(self, name: str, known: dict[str, Any]) -> bool:
         child = self._children.get(name)
-        if child is not None:
-            if child.poll() is None:
-                return True
+        if child is None:
+            return "ended" not in known and alive(known.get("pid"), known.get("born"))
+        if child.poll() is not None:
             del self._children[name]
-            return False
-        if "ended" in known:
-            return False
-        return alive(known.get("pid"), known.get("born"))
+        return child.returncode is None
 
     def _prune(self) -> None:
         for name in sorted(self._names())[:-MOST_JOBS]:
@@ -187,24 +182,18 @@ def command(words: Sequence[str]) -> str:
 def option(field: str, value: Any) -> list[str]:
     """Return a recipe field and its value as command-line arguments. Raises InputError if impossible."""
     flag = f"--{field}"
-    if isinstance(value, bool):
-        return [f"{flag}={str(value).lower()}"]
-    if value is None:
-        return [f"{flag}=none"]
-    if isinstance(value, (int, float)):
-        return [f"{flag}={value!r}"]
     if isinstance(value, list):
-        texts = [str(one) for one in value]
+        texts = [str(item) for item in value]
         if field.startswith("data.") or field == "track":
             return [f"{flag}={text}" for text in texts]
         if any("," in text for text in texts):
             raise InputError(f"{flag}: a list value contains a comma", fix="use a recipe file")
-        return [f"{flag}={','.join(texts)}"] if texts else [f"{flag}=[]"]
+        return [f"{flag}={','.join(texts) or '[]'}"]
     if isinstance(value, dict):
-        if any("," in f"{key}{one}" or "=" in str(key) for key, one in value.items()):
+        if any("," in f"{key}{item}" or "=" in str(key) for key, item in value.items()):
             raise InputError(f"{flag}: a map value contains a comma", fix="use a recipe file")
-        return [f"{flag}={','.join(f'{key}={one}' for key, one in value.items())}"]
-    return [f"{flag}={value}"]
+        return [f"{flag}={','.join(f'{key}={item}' for key, item in value.items())}"]
+    return [f"{flag}={str(value).lower() if value is None or isinstance(value, bool) else value}"]
 
 
 def alive(pid: Any, born: Any) -> bool:
@@ -219,24 +208,13 @@ def alive(pid: Any, born: Any) -> bool:
 
 def send(pid: int, born: float | None, number: int) -> bool:
     """Send a signal to a process; born: its expected start time."""
+    if born is not None and not alive(pid, born):
+        return False
     try:
-        if born is not None and not alive(pid, born):
-            return False
         os.kill(pid, number)
-    except (OSError, psutil.Error):
+    except OSError:
         return False
     return True
-
-
-def _result(folder: Path) -> dict[str, Any] | None:
-    raw = read_bytes(folder / "out").strip()
-    if not raw:
-        return None
-    try:
-        found = json.loads(raw)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _changed(file: Path) -> float:
@@ -246,10 +224,11 @@ def _changed(file: Path) -> float:
         return 0.0
 
 
-def _ratio(found: re.Match[str] | None) -> float | None:
-    if found is None or not int(found[2]) or int(found[1]) > int(found[2]):
-        return None
-    return int(found[1]) / int(found[2])
+def _progress(line: str) -> dict[str, Any]:
+    """Return the last line of a log, and the share it reports as in "3 of 10"."""
+    match = _SHARE.search(line)
+    done, total = (int(match[1]), int(match[2])) if match else (0, 0)
+    return {"text": line[-300:], "share": done / total if total and done <= total else None}
 
 
 # --- chat ------------------------------------------------------------------------------------------

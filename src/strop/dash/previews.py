@@ -5,18 +5,22 @@ Runs in a worker process of the server. It imports tokenizers, but not torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 import time
 import typing
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from strop.config.load import SHORT_FORMS, Choice, Resolved, parse_option, resolve
+from strop.config.load import SHORT_FORMS, Choice, parse_option, resolve
 from strop.config.schema import Recipe, option_fields
+from strop.dash.files import limit_rows
 from strop.dash.jobs import command, option
 from strop.data.check import token_pieces
 from strop.data.prepare import Prepared, prepare
@@ -70,8 +74,9 @@ class Planner:
         )  # fmt: skip
         words = ["train", *words, *([f"--memory={memory}"] if memory else [])]
         planned = found.as_json()
+        choices = [asdict(choice) for choice in found.resolved.choices.values()]
         return {
-            **planned, "recipe": _choices(found.resolved), "argv": words,
+            **planned, "recipe": [choice for choice in choices if choice["value"] != NO_DATA], "argv": words,
             "command": command([*words, *([f"--out={out}"] if out else [])]),
             "rows": state, "downloads": _downloads(looked, planned["parameters"]),
             "writes": {"bytes": planned["disk_bytes"], "free_bytes": free_bytes(Path(out or "."))},
@@ -94,12 +99,11 @@ class Planner:
             return Rows(), {"known": False, "number": None, "measuring": False, "why": "no data is chosen"}
         key = json.dumps([recipe.data.model_dump(), recipe.model.name, recipe.train.objective, _file_stamps(recipe)])
         if key not in self._measured:
-            thread = self._measuring.get(key)
-            if thread is None:
-                thread = threading.Thread(target=self._measure, args=(key, recipe), daemon=True)
-                self._measuring[key] = thread
-                thread.start()
-            thread.join(ROWS_S)
+            if key not in self._measuring:
+                self._measuring[key] = threading.Thread(target=self._measure, args=(key, recipe), daemon=True)
+                self._measuring[key].start()
+            with contextlib.suppress(KeyError):  # the thread has ended
+                self._measuring[key].join(ROWS_S)
         found = self._measured.get(key)
         if found is None:
             return Rows(), {"known": False, "number": None, "measuring": True, "why": "the rows are being read"}
@@ -152,44 +156,31 @@ def schema() -> dict[str, Any]:
 
 
 def _kind(hint: Any) -> tuple[str, list[Any] | None]:
-    parts = [hint] if typing.get_origin(hint) in (Literal, list, dict, None) else list(typing.get_args(hint))
-    plain = {bool: "boolean", int: "integer", float: "number", str: "text"}
+    """Return the kind of a field and its choices."""
+    names = {bool: "boolean", int: "integer", float: "number", str: "text", list: "list", dict: "map"}
     choices: list[Any] = []
     kinds = []
-    for part in parts:
+    for part in [hint] if typing.get_origin(hint) in (Literal, list, dict, None) else typing.get_args(hint):
         while typing.get_origin(part) is typing.Annotated:
             part = typing.get_args(part)[0]
         origin = typing.get_origin(part)
         if origin is Literal:
             choices += typing.get_args(part)
-        elif origin in (list, dict):
-            kinds.append("list" if origin is list else "map")
-        elif part in plain:
-            kinds.append(plain[part])
+        elif (origin or part) in names:
+            kinds.append(names[origin or part])
     if choices:
-        return "choice", [*choices, *([] if not kinds else [f"<{kind}>" for kind in kinds])]
+        return "choice", [*choices, *(f"<{kind}>" for kind in kinds)]
     return (kinds[0] if kinds else "text"), None
-
-
-def _choices(resolved: Resolved) -> list[dict[str, Any]]:
-    return [
-        {"field": choice.field, "value": choice.value, "origin": choice.origin, "why": choice.why}
-        for choice in resolved.choices.values()
-        if choice.field != "data.train" or choice.value != "-"
-    ]
 
 
 def _file_stamps(recipe: Recipe) -> list[Any]:
     """Return path, time and size of data files; globs and Hub data sets are read once."""
-    names = [recipe.data.train, recipe.data.eval]
-    paths = [Path(one) for name in names for one in (name if isinstance(name, list) else [name] if name else [])]
     stamps = []
-    for path in paths:
-        try:
-            found = path.stat()
-        except OSError:
-            continue
-        stamps.append([str(path), found.st_mtime_ns, found.st_size])
+    for names in (recipe.data.train, recipe.data.eval or []):
+        for name in [names] if isinstance(names, str) else names:
+            with contextlib.suppress(OSError):
+                status = os.stat(name)
+                stamps.append([name, status.st_mtime_ns, status.st_size])
     return stamps
 
 
@@ -265,12 +256,8 @@ def _source_stamps(recipe: Recipe) -> list[Any]:
 
 
 def _about(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
-    report = prepared.report.as_json()
-    for one in (report, report["eval"] or {}):
-        for name in ("dropped", "cut"):
-            if len(one.get(name) or []) > MOST_LISTED:
-                one[f"{name}_left_out"] = len(one[name]) - MOST_LISTED
-                one[name] = one[name][:MOST_LISTED]
+    full = prepared.report.as_json()
+    report = {**(limit_rows(full, MOST_LISTED) or {}), "eval": limit_rows(full["eval"], MOST_LISTED)}
     about: dict[str, Any] = {
         "report": {"report": report, "objective": recipe.train.objective, "model": recipe.model.name}
     }
