@@ -31,7 +31,7 @@ def spoiled(value: Any, random_: random.Random, share: float) -> Any:
     return value
 
 
-def test_no_file_of_a_run_breaks_the_page(tmp_path: Path) -> None:
+def test_damaged_files_raise_run_errors_only(tmp_path: Path) -> None:
     rows = [sample(number, number % 2 == 0, number % 3 == 0) for number in range(6)]
     data = {"event": "data", "time": 1, "report": {"rows": {"used": 20}, "dropped": [{"file": "f", "line": 1}]}}
     others = [
