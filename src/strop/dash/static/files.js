@@ -26,7 +26,7 @@ export function fileField(label, kind, value, onChange, hint = null) {
   const line = h("div", { class: "choose" });
   input.replaceWith(line);
   line.append(input, choose);
-  return { element: element, input };
+  return { element, input };
 }
 
 async function browse(kind, onPick) {

@@ -67,7 +67,7 @@ export async function show(place, { run, query, signal, draw }) {
     group: run.name,
     log: true,
     height: 320,
-    onZoom: onZoom,
+    onZoom,
     series: [
       { name: "training, each step", colour: "base", opacity: 0.5, width: 1 },
       { name: "training, smoothed", colour: "base", width: 2.2 },
@@ -106,7 +106,7 @@ export async function show(place, { run, query, signal, draw }) {
           file: `${run.name} ${name}`,
           group: run.name,
           height: 170,
-          onZoom: onZoom,
+          onZoom,
           zero: Math.min(...series[name].y.slice(0, 50)) >= 0,
           log: name === "grad_norm",
           series: [{ name: TITLES[name] ?? name, colour: "tuned", width: 1.3 }],
