@@ -9,8 +9,8 @@ import pytest
 
 from strop.config.load import Resolved, resolve
 from strop.errors import RecipeError
-from strop.machine.memory import remember
-from strop.machine.probe import Machine, vector
+from strop.machine.memory import save_measured
+from strop.machine.probe import Machine, vector_extensions
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import choose, memory_key, usable_bytes
@@ -24,7 +24,7 @@ from strop.planning.time import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_b
 from strop.planning.workload import Setting
 
 GIB = 1 << 30
-LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
+LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
 
 
 def machine(free: float, gpus: tuple[str, ...] = ()) -> Machine:
@@ -122,20 +122,22 @@ def test_what_ran_out_of_memory_once_is_remembered() -> None:
     fresh = chosen()
     assert fresh.recipe.train.micro_batch_tokens == 2048
     key = memory_key(fresh.recipe, machine(60), LLAMA_8B)
-    remember(key, {"micro_batch_tokens": 512, "recompute": True})
+    save_measured(key, {"micro_batch_tokens": 512, "recompute": True})
     again = chosen()
     assert again.recipe.train.micro_batch_tokens == 512 and again.recipe.train.gradient_checkpointing == "on"
     assert "ran out of memory" in again.choices["train.micro_batch_tokens"].why
     assert chosen(**{"train.micro_batch_tokens": 1024}).recipe.train.micro_batch_tokens == 1024  # as a person asks
     assert chosen(**{"lora.r": 64}).recipe.train.micro_batch_tokens == 2048
-    remember(memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True})
+    save_measured(
+        memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True}
+    )
     assert plan(60, **{"model.quantization": "nf4"}).recipe.model.resident_layers == 0
 
 
 def test_the_memory_that_counts_is_that_of_the_device() -> None:
     with_card = machine(60, ("a card, 8192 MiB",))
     assert usable_bytes(with_card, "cuda") < 8 * GIB < usable_bytes(with_card, "cpu")
-    assert usable_bytes(replace(with_card, card_free_bytes=3 * GIB), "cuda:1") == int(0.95 * 3 * GIB)
+    assert usable_bytes(replace(with_card, gpu_free_bytes=3 * GIB), "cuda:1") == int(0.95 * 3 * GIB)
     recipe = resolve(None, {"model": "m", "data": "d"})
     assert choose(recipe, with_card, LLAMA_8B, "cuda", ("bf16", "")).recipe.model.quantization == "nf4"
 
@@ -163,7 +165,7 @@ def test_what_ran_out_while_others_had_the_memory_is_tried_again() -> None:
     chosen = choose(open_recipe, machine(60), LLAMA_8B, "cpu", ("bf16", "")).recipe
     for usable, expected in ((4, 2048), (54, 512)):
         shape = {"micro_batch_tokens": 512, "usable_bytes": usable * GIB}
-        remember(memory_key(chosen, machine(60), LLAMA_8B), shape)
+        save_measured(memory_key(chosen, machine(60), LLAMA_8B), shape)
         assert tokens() == expected
 
 
@@ -258,7 +260,7 @@ def test_drawn_answers_are_planned_at_their_longest() -> None:
 
 def on_card(gib: float, **options: Any) -> Resolved:
     recipe = resolve(None, {"model": "m", "data": "d", "model.quantization": "nf4", "lora.r": 16, **options})
-    small = replace(machine(64), gpus=("a card, 1 MiB",), card_free_bytes=int(gib * GIB))
+    small = replace(machine(64), gpus=("a card, 1 MiB",), gpu_free_bytes=int(gib * GIB))
     return choose(recipe, small, LLAMA_8B, "cuda", ("bf16", "the card computes in bf16"))
 
 
@@ -287,14 +289,14 @@ def test_inputs_wait_only_where_something_is_gained() -> None:
     with pytest.raises(RecipeError, match="the plain step cannot"):
         on_card(60, **{"train.gradient_checkpointing": "offload", "lora.modules_to_save": ["q_proj"]})
     key = memory_key(on_card(20).recipe, replace(machine(64), gpus=("a card, 1 MiB",)), LLAMA_8B)
-    remember(key, {"recompute": True, "offload": True})
+    save_measured(key, {"recompute": True, "offload": True})
     assert on_card(20).recipe.train.gradient_checkpointing == "offload"
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_fewer_tokens_at_once_where_that_is_faster_than_computing_again(quantization: str) -> None:
     """Of all numbers of tokens at once, each with as much kept as fits, a CPU's plan takes the fastest."""
-    shape, sizes = ModelShape.of(KNOWN["SmolLM2-135M"]), set()
+    shape, sizes = ModelShape.from_config(KNOWN["SmolLM2-135M"]), set()
     for free in (1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 8.0):
 
         def planned(free: float = free, **options: Any) -> Resolved:
@@ -315,7 +317,7 @@ def test_fewer_tokens_at_once_where_that_is_faster_than_computing_again(quantiza
         choice, size = found.choices["train.micro_batch_tokens"], found.recipe.train.micro_batch_tokens
         sizes.add(size)
         assert ("faster" in choice.why) == (size != 2048)
-    if quantization == "nf4" and "amx_bf16" in vector():  # the rates of this CPU enter; so at 078e0e2 too
+    if quantization == "nf4" and "amx_bf16" in vector_extensions():  # the rates of this CPU enter; so at 078e0e2 too
         assert sizes <= {1024, 2048}
     else:
         assert (

@@ -218,7 +218,7 @@ def test_the_base_is_sharded_where_it_does_not_fit_whole(tmp_path: Path) -> None
 
 def test_what_is_gathered_is_counted() -> None:
     """By hand, for a model of two layers: embedding, both layers, head, and the first layer again."""
-    setting = Setting(replace(ModelShape.of(KNOWN["Llama-3.1-8B"]), layers=2, tied=True), 10_000, shards=2)
+    setting = Setting(replace(ModelShape.from_config(KNOWN["Llama-3.1-8B"]), layers=2, tied=True), 10_000, shards=2)
     setting = replace(setting, shape=replace(setting.shape, vocabulary=10, hidden=100))
     layer = (2 * 10_000 - 2 * 1000) // 2
     assert base_layer_bytes(setting) == layer

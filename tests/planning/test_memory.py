@@ -20,10 +20,10 @@ from strop.config.load import resolve
 from strop.data.types import Example
 from strop.engine.step import step_for
 from strop.engine.train.fast import FastLoss
-from strop.models.families.layers import FAMILIES as TABLE
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import shape_of
-from strop.models.lora import add_lora, linear_kinds, num_trainable
+from strop.models.families.table import FAMILIES as TABLE
+from strop.models.introspect import linear_kinds, shape_from_model
+from strop.models.lora import add_lora, count_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.compare import KNOWN, compare, known_models, table
@@ -55,7 +55,7 @@ LLAMA_2_7B = {
 
 def setting(config: dict[str, Any] = KNOWN["SmolLM2-135M"], **options: Any) -> Setting:
     given = {"model.device": "cpu", "model.dtype": "bf16", **options}
-    return Setting.of(resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.of(config))
+    return Setting.of(resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.from_config(config))
 
 
 SETTINGS = st.builds(
@@ -163,9 +163,9 @@ def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: 
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from strop.models.families.shape import peek
+    from strop.models.families.shape import read_model_info
 
-    shape = peek(str(tmp_path / "config.json")).shape
+    shape = read_model_info(str(tmp_path / "config.json")).shape
     assert shape.known and shape.parameters == sum(weight.numel() for weight in model.parameters())
     key = repr
     assert sorted(shape.linear_kinds(), key=key) == sorted(linear_kinds(model), key=key)
@@ -173,7 +173,7 @@ def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: 
         recipe = resolve(None, {"model": "m", "data": "d", "lora.r": 3, "lora.target_modules": targets}).recipe
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(config)
-        assert Setting.of(recipe, shape).adapter_weights == num_trainable(bare, recipe.lora)
+        assert Setting.of(recipe, shape).adapter_weights == count_trainable(bare, recipe.lora)
 
 
 def kept(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
@@ -213,12 +213,12 @@ def test_saved_activations_are_those_of_the_engine(changes: dict[str, Any]) -> N
     given = {"model": "m", "data": "d", "model.device": "cpu", "lora.r": 4, "lora.alpha": 8}
     recipe = resolve(None, {**given, **changes}).recipe
     model = add_lora(tiny.model(), recipe.lora, tokenizer("chatml"))
-    fast, found = FastLoss(model), Setting.of(recipe, ModelShape.of(tiny.config().to_dict())).but(element=4)
+    fast, found = FastLoss(model), Setting.of(recipe, ModelShape.from_config(tiny.config().to_dict())).but(element=4)
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
     assert kept(fast, model, 10, 24) - kept(fast, model, 2, 24) == pytest.approx(more, rel=0.02)
 
 
-OWN = [name for name, row in TABLE.items() if not row.by_hand]
+OWN = [name for name, row in TABLE.items() if not row.fully_fused]
 DROPOUT, DORA = {"lora.dropout": 0.1}, {"lora.use_dora": True}
 
 
@@ -237,7 +237,7 @@ def test_a_family_keeps_what_the_formula_says(family: str, asked: dict[str, Any]
     lora = {names.get(name, name.partition(".")[2]): value for name, value in asked.items()}
     model = adapted(family, lora).train()
     chosen = step_for(model)
-    shape = ModelShape.of(model.get_base_model().config.to_dict())
+    shape = ModelShape.from_config(model.get_base_model().config.to_dict())
     options = {"lora.r": 3, **asked, "model.device": "cpu", "model.dtype": "fp32"}
     found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == chosen.name == "fast", chosen.why
@@ -258,7 +258,7 @@ def test_what_the_models_own_modules_keep_is_about_known(family: str) -> None:
     }  # fmt: skip
     config = tiny_of(family, **sizes).config.to_dict()
     model = adapted(family, **sizes).train()
-    chosen, shape = step_for(model), shape_of(config, config, tiny_of(family, **sizes))
+    chosen, shape = step_for(model), shape_from_model(config, config, tiny_of(family, **sizes))
     options = {"lora.r": 3, "model.device": "cpu", "model.dtype": "fp32"}
     found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == chosen.name == "fast", chosen.why
@@ -310,7 +310,7 @@ def test_published_peaks_are_met_or_the_reason_is_given() -> None:
 
 def test_which_experts_are_copied_is_what_transformers_does() -> None:
     for name, row in TABLE.items():
-        if row.mixture:
+        if row.moe:
             rules = get_checkpoint_conversion_mapping(name) or []
             copied = any(
                 type(step).__name__ == "MergeModulelist" for rule in rules for step in getattr(rule, "operations", [])
@@ -356,7 +356,7 @@ def _tables() -> dict[str, str]:
 
 def test_the_head_counts_and_supervised_rows_alone() -> None:
     """A vocabulary of 262,144 is felt, and a prompt that is not trained on is not."""
-    shape = ModelShape.of({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
+    shape = ModelShape.from_config({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
     found = replace(setting(), shape=shape, parameters=shape.parameters, step="plain")
     whole, half = MicroBatch.rows([1000]), MicroBatch(1000, 500, ((1, 1000, 1000),))
     assert at_peak(found, whole).head == 999 * 262144 * 4 and at_peak(found, half).head == 500 * 262144 * 4

@@ -18,7 +18,7 @@ from strop.config.schema import Recipe, option_fields
 from strop.dash.jobs import command, option
 from strop.errors import StropError
 from strop.machine.memory import limit_bytes
-from strop.models.families.shape import Peek
+from strop.models.families.shape import ModelInfo
 from strop.planning.inputs import NO_DATA, Place, look_at, place_for, row_sizes, start_adapter, without_data
 from strop.planning.microbatch import Rows
 from strop.planning.plan import make_plan
@@ -52,7 +52,7 @@ class Planner:
         place: Place = self._keep("place", where, PLACE_S, lambda: place_for(*where))
         if gpu is not None and model.device.partition(":")[0] != place.device:
             resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
-        looked: Peek = self._keep("look", [model.name, model.revision], LOOK_S, lambda: look_at(resolved.recipe))
+        looked: ModelInfo = self._keep("look", [model.name, model.revision], LOOK_S, lambda: look_at(resolved.recipe))
         rows, state = self._rows(resolved.recipe)
         found = make_plan(
             resolved, place.machine, looked, place.rate_of, device=place.device, dtype=place.dtype, rows=rows,
@@ -183,7 +183,7 @@ def _stamps(recipe: Recipe) -> list[Any]:
     return stamps
 
 
-def _downloads(looked: Peek, parameters: int) -> list[dict[str, Any]]:
+def _downloads(looked: ModelInfo, parameters: int) -> list[dict[str, Any]]:
     """Return what a run would download; a Hub model that is not cached counts two bytes per weight."""
     name = looked.name
     if name.startswith("demo") or name.endswith(".gguf") or Path(name).expanduser().exists():

@@ -8,8 +8,8 @@ from strop.data.types import Ids
 from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import Devices
 from strop.engine.decode.generate import Completion
+from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import ExpectedCompletion
-from strop.models.adapters import Model
 
 
 def answers(

@@ -20,6 +20,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Example, Ids
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.decode.generate import Completion
+from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
 from strop.errors import Where
@@ -27,7 +28,6 @@ from strop.evaluation.assign import answers as sequences_per_row
 from strop.evaluation.loss import summed_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson
-from strop.models.adapters import Model
 
 LOG = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from strop.data.types import Message
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model
 from strop.evaluation.assign import answers as sequences_per_row
 from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import paired_difference, wilson
-from strop.models.adapters import Model
 
 MOST_TOKENS = 48
 

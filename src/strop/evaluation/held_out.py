@@ -14,7 +14,7 @@ from strop.data.prepare import prepare
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.errors import InputError, RecipeError
-from strop.models.adapters import adapter_folder, base_source, with_tokenizer
+from strop.models.adapters import adapter_folder, base_source, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
@@ -51,7 +51,7 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
         start, source = recipe.model.adapter, base_source(run.adapter)
         before = [False] * len(rows) if start is None else trained_on(start, rows)
         folder = None if start is None else adapter_folder(start)
-        tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+        tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
         data_kind = data_kind_of(recipe.train)
         data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     except InputError:

@@ -16,12 +16,13 @@ from strop.data.rendering.pairs import render_pairs
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model
 from strop.engine.step import step_for
 from strop.errors import DataError, Where
 from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import Z_95, paired_difference, wilson
-from strop.models.adapters import Model, is_reward
-from strop.models.reward_head import head_of
+from strop.models.adapters import is_reward_adapter
+from strop.models.lora import find_score_head
 
 METRIC = "preference"
 TOKENS = 2048  # of a micro-batch
@@ -43,7 +44,7 @@ def compare_preferences(
     Raises DataError naming every pair that cannot be compared.
     """
     pairs = _rendered(model, conversations)
-    if model.adapter is not None and is_reward(model.adapter):
+    if model.adapter is not None and is_reward_adapter(model.adapter):
         return _scored(model, conversations, pairs, advance, devices)
     sides: dict[str, Found] = {}
     with model.base() if model.adapter else nullcontext():
@@ -86,7 +87,7 @@ def rewards(found: Found) -> dict[str, Any]:
 def _scored(
     model: Model, conversations: Sequence[Conversation], pairs: Pairs, advance: Advance | None, devices: Devices
 ) -> dict[str, Any]:
-    step, head = step_for(model.module), head_of(model.module)
+    step, head = step_for(model.module), find_score_head(model.module)
     assert head is not None
 
     def scores(examples: Sequence[Example]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import load, load_renderer
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
 from strop.evaluation.compare import FIGURES, Advance, Side, as_judged, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
@@ -27,7 +28,7 @@ from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import adapter_folder, is_reward, load, load_renderer, refuse_other_kind
+from strop.models.adapters import adapter_folder, check_adapter_kind, is_reward_adapter
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
 
@@ -163,9 +164,9 @@ def evaluate_models(
     for name in names:
         named = rows if paired else [question.conversation for question in questions(rows)]
         known = devices.run_on_main(partial(trained_on, name, named))
-        scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
+        scores = (folder := adapter_folder(name)) is not None and is_reward_adapter(folder)
         if scores and not paired:
-            refuse_other_kind(folder or Path(name), scores=False)
+            check_adapter_kind(folder or Path(name), scores=False)
         with devices.all_or_none():
             model = load(name, quantization=quantization, force=force, scores=scores)
         if paired:

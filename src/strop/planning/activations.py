@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from strop.machine.malloc import LARGE
-from strop.models.families.layers import Family
+from strop.machine.memory import HEAP_BLOCK_BYTES
 from strop.models.families.shape import LinearShape
+from strop.models.families.table import Family
 from strop.planning.workload import Setting
 
 BLOCK = 256  # queries a product, as in engine.attention
@@ -156,7 +156,7 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     if setting.step == "plain":
         return _plain_layer(setting, batch, rows)
     shape, b = setting.shape, setting.element
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     ranks = [-(-r // 16) * 16 for r in setting.ranks] if setting.tiled_lora else setting.ranks
     family, rank = setting.family, dict(zip(shape.linears, ranks, strict=True))
     usual = Family()  # the names of a shape that is known by its config alone
@@ -171,7 +171,7 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     after = (q + out if out else 0) + halves * inner + behind
     # The MLP's input, unless it is attention's as well, and those of the norms behind the blocks.
     after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
-    if family.per_layer:  # what it adds, the norm's, the sum; and the fp32 copy in front of its adapter
+    if family.per_layer_inputs:  # what it adds, the norm's, the sum; and the fp32 copy in front of its adapter
         after += 3 * h + 4 * h // b
     after += 2 * h if setting.dora and not setting.dropout else 0  # what the blocks add to the residual stream
     if setting.tiles or setting.flash:  # the output, which the next product keeps as well; a number a row and head
@@ -183,11 +183,11 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
         copies = 5 * q if setting.device == "cuda" else 2 * q + 2 * kv
         kept = batch.tokens * (copies * b + 4 * shape.heads)
     attended = batch.tokens * (before - h) * b + kept
-    if family.gated_heads:  # the gate, its sigmoid, and what was multiplied by it
+    if family.gated_output:  # the gate, its sigmoid, and what was multiplied by it
         attended += batch.tokens * 3 * q * b
     if family.mixer:
         attended = round(setting.attended * attended) + batch.tokens * _mixer_bytes(setting)
-    if family.mixture:
+    if family.moe:
         after = h + (q + out if out else 0)
         return batch.tokens * h * b + attended + rows * (after * b + _mixture_bytes(setting))
     return batch.tokens * h * b + attended + rows * after * b
@@ -204,11 +204,11 @@ def _mixer_bytes(setting: Setting) -> int:
 
 
 def torn_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """Of a CPU's heap, in holes between blocks of all sizes that come and go (from LARGE on they have pages of their
+    """Of a CPU's heap, in holes between blocks of all sizes that come and go (from 32 MiB on they have pages of their
     own); and between what transformers' own mixers keep, with what they need going back. Fitted (docs/log)."""
     if setting.device != "cpu" or setting.step != "fast":
         return 0
-    torn = HOLES * sum(block for block in _mlp_back_blocks(setting, batch.supervised) if block < LARGE)
+    torn = HOLES * sum(block for block in _mlp_back_blocks(setting, batch.supervised) if block < HEAP_BLOCK_BYTES)
     if setting.family.mixer:
         layers = setting.shape.layers - min(setting.checkpoint_layers, setting.shape.layers - 1)
         torn += TORN * layers * batch.tokens * _mixer_bytes(setting)
@@ -236,7 +236,7 @@ def _copies(setting: Setting, linears: Sequence[LinearShape]) -> int:
 def _plain_layer(setting: Setting, batch: MicroBatch, rows: int) -> int:
     """transformers' own layer with peft's adapters, op by op: fp32 copies in the norms and in front of each adapter."""
     shape, b = setting.shape, setting.element
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     wide = 8 * h if b < 4 else 4 * h  # of the two norms
     plain = b * (4 * h + 4 * q + 2 * kv + 4 * inner) + 4 * shape.heads
     return batch.tokens * (wide + _copies(setting, shape.linears) + plain)
@@ -249,7 +249,7 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
     """
     shape, b, tokens = setting.shape, setting.element, batch.tokens
     rows = tokens if rows is None else rows
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     mlp = sum(_mlp_back_blocks(setting, rows))
     if setting.step == "plain":
         return max(mlp + rows * EAGER_BYTES * inner, tokens * (5 * q + 6 * kv + h) * b)
@@ -288,7 +288,7 @@ def _tile_bytes(setting: Setting, batch: MicroBatch, *, backward: bool) -> int:
     one = longest * (TILE_ROWS * (4 + 4 + 2 + 2 + 2) + 16 * d) if backward else longest * (TILE_ROWS * 6 + 6 * d)
     prefix = max(keys - queries for _, queries, keys in batch.documents)
     documents = sum(number for number, _, _ in batch.documents)
-    return setting.threads * one + (8 * documents * setting.shape.key_value * prefix if backward else 0)
+    return setting.threads * one + (8 * documents * setting.shape.key_value_size * prefix if backward else 0)
 
 
 def _score_bytes(setting: Setting, batch: MicroBatch) -> int:
@@ -311,8 +311,8 @@ def _block_bytes(setting: Setting, batch: MicroBatch) -> int:
         for i, (_, seen) in enumerate(blocks):
             own = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
             found.append(own + terms)
-            terms += 2 * number * shape.key_value * seen * b
-        found.append(terms + 4 * number * shape.key_value * keys)
+            terms += 2 * number * shape.key_value_size * seen * b
+        found.append(terms + 4 * number * shape.key_value_size * keys)
     return max(found)
 
 

@@ -24,7 +24,7 @@ from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
 from strop.machine.probe import TILED_RANK
 from strop.models.families.shape import ModelShape
-from strop.models.quantize import pack, unpack
+from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.planning.activations import MicroBatch
 from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, work_of
 from strop.planning.workload import Setting
@@ -104,9 +104,9 @@ def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
 def unpacked_per_s(scheme: str) -> float:
     """Weights that are dequantized a second."""
     weight = torch.randn(UNPACKED)
-    packed = pack(weight, scheme)
+    packed = quantize_weight(weight, scheme)
     dtype = torch.bfloat16
-    return weight.numel() / fastest(lambda: unpack(packed, scheme, weight.shape, dtype), 8)
+    return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, dtype), 8)
 
 
 def fastest(work: Callable[[], object], rounds: int = 4) -> float:
@@ -119,7 +119,7 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 
 def _setting(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Setting:
-    shape = ModelShape.of({"model_type": "llama", **sizes})
+    shape = ModelShape.from_config({"model_type": "llama", **sizes})
     tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
     return Setting(shape, 0, ranks=(rank,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
 

@@ -11,9 +11,9 @@ from typing import Any
 from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
-from strop.machine.memory import recall
+from strop.machine.memory import load_measured
 from strop.machine.probe import Machine
-from strop.machine.rates import known_rates
+from strop.machine.rates import load_rates
 from strop.models.families.shape import ModelShape
 from strop.objectives.table import check_devices, default_options
 from strop.planning.largest import Room, fitted, fixed_tokens, placed
@@ -73,7 +73,7 @@ def choose(
     if resolved.recipe.train.int8_matmul and (why := why_no_integers(resolved.recipe, machine, shape)) is not None:
         raise RecipeError(f"--train.int8_matmul true: {why}", fix="leave train.int8_matmul out")
     model = resolved.recipe.model
-    rate_of = partial(Rate.of_cpu, machine, known_rates(machine, "cpu")) if model.device == "cpu" else None
+    rate_of = partial(Rate.of_cpu, machine, load_rates(machine, "cpu")) if model.device == "cpu" else None
     room = Room(shape, parameters or shape.parameters, usable_bytes(machine, model.device), devices, rate_of)
     decide, open_ = fitted if devices == 1 else placed, resolved.decide(fixed_tokens(resolved.recipe))
     resolved = decide(open_, room)
@@ -88,7 +88,7 @@ def choose(
             "--lora.init loftq: the base is in 16 bit, nothing was lost",
             fix="leave it out, or give --model.quantization nf4",
         )
-    known = recall(memory_key(resolved.recipe, machine, shape))
+    known = load_measured(memory_key(resolved.recipe, machine, shape))
     if room.usable > MORE * known.get("usable_bytes", room.usable):  # another program had some of it then
         known = {}
     if known.get("recompute") or known.get("streamed"):  # fewer tokens at once would not save what they are taken for
@@ -110,7 +110,7 @@ def why_no_integers(recipe: Recipe, machine: Machine, shape: ModelShape) -> str 
     why = why_plain(recipe, shape)
     reasons = {
         f"only on a CPU, and the run is on {recipe.model.device}": recipe.model.device != "cpu",
-        f"{machine.cpu} has no products of such integers (VNNI)": not machine.integers,
+        f"{machine.cpu} has no products of such integers (VNNI)": not machine.has_int8_dot,
         f"the plain step cannot, which trains this ({why})": why is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -123,8 +123,8 @@ def usable_bytes(machine: Machine, device: str) -> int:
     free = machine.free_bytes
     if kind == "cuda" and machine.gpus:
         free = card_bytes(machine.gpus[min(int(index or 0), len(machine.gpus) - 1)]) or free
-    if kind == "cuda" and machine.card_free_bytes is not None:
-        free = machine.card_free_bytes
+    if kind == "cuda" and machine.gpu_free_bytes is not None:
+        free = machine.gpu_free_bytes
     return int(USABLE[kind] * free)
 
 

@@ -91,7 +91,7 @@ def _rows(recipe: Recipe, models: Iterable[tuple[str, ModelShape, int]], usable:
 
 
 def known_models() -> list[tuple[str, ModelShape, int]]:
-    shapes = [(name, ModelShape.of(config)) for name, config in KNOWN.items()]
+    shapes = [(name, ModelShape.from_config(config)) for name, config in KNOWN.items()]
     return [(name, shape, shape.parameters) for name, shape in shapes]
 
 

@@ -14,12 +14,12 @@ from strop.config.schema import Recipe
 from strop.data.prepare import prepare
 from strop.data.reading.sources import needs_download
 from strop.errors import ModelError, RecipeError
-from strop.machine.doctor import installed
+from strop.machine.doctor import is_installed
 from strop.machine.probe import Machine, compute_capability, probe
-from strop.machine.rates import known_precision, known_rates
-from strop.models.adapter_config import adapter_config, as_start
-from strop.models.families.shape import Peek, peek
-from strop.models.source import headers, locate, quantized_by
+from strop.machine.rates import load_precision, load_rates
+from strop.models.adapter_config import expand_adapter_config, read_adapter_config
+from strop.models.families.shape import ModelInfo, read_model_info
+from strop.models.source import locate, quantization_method, read_headers
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of, sequences_per_row
 from strop.planning.gpus import Card, find_card, recognise
@@ -64,7 +64,7 @@ def place_for(device: str, memory: int | None = None, gpu: str | None = None) ->
         return _of_card(machine, card or ANY_CARD, memory, found=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
-    rates, precision = known_rates(machine, "cpu"), known_precision(machine) if installed("torch") else None
+    rates, precision = load_rates(machine, "cpu"), load_precision(machine) if is_installed("torch") else None
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU as the table has it")
         return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
@@ -86,26 +86,31 @@ def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str,
     return Place(machine, card.device, dtype, lambda _: rate)
 
 
-def look_at(recipe: Recipe) -> Peek:
+def look_at(recipe: Recipe) -> ModelInfo:
     """The model's sizes: by its config; of a family that is not in the table by the model itself, built without weights
     (where torch is not installed, by its config and its files' headers). Raises InputError for modules to train in full
     that it has not."""
-    found = _held_to_weights(peek(recipe.model.name, recipe.model.revision))
+    found = _held_to_weights(read_model_info(recipe.model.name, recipe.model.revision))
     whole = recipe.lora.modules_to_save
-    if (found.shape.known and not whole) or not installed("torch"):
+    if (found.shape.known and not whole) or not is_installed("torch"):
         return found
-    from strop.models.introspect import exactly
+    from strop.models.introspect import refine_with_model
 
     objective = objective_of(recipe.train)
-    return exactly(found, whole_modules=whole, predicts=objective is None or not objective.scored)
+    return refine_with_model(found, whole_modules=whole, predicts=objective is None or not objective.scored)
 
 
-def _held_to_weights(found: Peek) -> Peek:
+def _held_to_weights(found: ModelInfo) -> ModelInfo:
     """Refused, where the weight files of its folder hold less than its config describes, or further layers."""
     folder, shape = Path(found.name).expanduser(), found.shape
-    if found.config is None or not shape.known or quantized_by(found.config) or not any(folder.glob("*.safetensors")):
+    if (
+        found.config is None
+        or not shape.known
+        or quantization_method(found.config)
+        or not any(folder.glob("*.safetensors"))
+    ):
         return found
-    names = (name for _, header in headers(folder) for name in header)
+    names = (name for _, header in read_headers(folder) for name in header)
     layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
     if found.parameters >= shape.parameters and max(layers, default=0) < shape.layers:
         return found
@@ -122,14 +127,14 @@ def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[
 
 
 def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
-    """The adapter or run to start from, as saved.as_start gives it. Raises ModelError where there is none."""
+    """The adapter or run to start from, as expand_adapter_config returns it. Raises ModelError where there is none."""
     if recipe.model.adapter is None:
         return None
     path = Path(recipe.model.adapter).expanduser()
     file = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
     if file is None:
         raise ModelError(f"--model.adapter {path}: no adapter there", fix="give a run or adapter folder")
-    return as_start(file, adapter_config(file))
+    return expand_adapter_config(file, read_adapter_config(file))
 
 
 def row_sizes(recipe: Recipe) -> Rows:

@@ -95,7 +95,7 @@ def constant_bytes(setting: Setting) -> int:
     if not packed:
         return 0
     if setting.scheme == "int8":
-        rows = sum(x.rows for x in setting.shape.linears)
+        rows = sum(x.total_outputs for x in setting.shape.linears)
         return 4 * rows * (setting.shape.layers - setting.resident_layers)
     blocks = packed / BLOCK
     return int(blocks + 4 * blocks / NESTED if setting.double else 4 * blocks)
@@ -119,7 +119,7 @@ def integer_bytes(setting: Setting) -> int:
     if not setting.integers:
         return 0
     shape = setting.shape
-    layer = sum(x.weights for x in shape.linears if x not in shape.in_experts)
+    layer = sum(x.weights for x in shape.linears if x not in shape.expert_linears)
     layers = shape.layers if setting.scheme == "none" else setting.resident_layers
     return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
 
@@ -182,7 +182,7 @@ def _replaced_bytes(setting: Setting) -> int:
         return 0
     shape = setting.shape
     grown = shape.embedding * (1 if shape.tied else 2) if setting.more_tokens else 0
-    copied = [] if shape.family in EXPERTS_AS_ONE else [*shape.in_experts]
+    copied = [] if shape.family in EXPERTS_AS_ONE else [*shape.expert_linears]
     if setting.step == "fast":
         joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         copied += [x for x in shape.linears if x.name in joined]

@@ -7,15 +7,20 @@ from typing import Any
 
 from strop.config.load import resolve
 from strop.errors import ModelError
-from strop.machine.doctor import installed
-from strop.models.families.shape import header_kinds, peek
+from strop.machine.doctor import is_installed
+from strop.models.families.shape import (
+    LinearKind,
+    embedding_kind,
+    linear_kinds_from_headers,
+    read_model_info,
+    target_names,
+)
 from strop.models.source import locate
-from strop.models.targets import LinearKind, embedding_kind, target_names
 
 
 def found_in(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
     """The kinds of layers of a model, and of each its fields of `strop modules --json`."""
-    shape = peek(model).shape
+    shape = read_model_info(model).shape
     found = [*shape.linear_kinds(), embedding_kind("embed_tokens", shape.vocabulary, shape.hidden)]
     if not shape.known:
         found = _kinds_of_others(model)
@@ -41,12 +46,12 @@ def _kinds_of_others(model: str) -> list[LinearKind]:
     """Of a family whose config does not name its layers: by the model itself, without its weights; by the headers of
     its weight files where torch is not installed."""
     source = locate(model)
-    if not installed("torch"):
+    if not is_installed("torch"):
         if source.kind != "folder":
             raise ModelError(f"{model}: a family whose layers only torch can tell", fix="pip install torch")
-        return header_kinds(source.path)
-    from strop.models.load import skeleton
-    from strop.models.lora import embedding_kinds, linear_kinds
+        return linear_kinds_from_headers(source.path)
+    from strop.models.introspect import embedding_kinds, linear_kinds
+    from strop.models.load import load_without_weights
 
-    bare = skeleton(source)
+    bare = load_without_weights(source)
     return [*linear_kinds(bare), *embedding_kinds(bare)]

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from strop.engine.decode.cache import BLOCK_SIZE as A_BLOCK
 from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
-from strop.models.families.layers import FAMILIES
+from strop.models.families.table import FAMILIES
 from strop.planning.activations import MicroBatch
 from strop.planning.memory import (
     BLOCK,
@@ -155,7 +155,7 @@ def export(setting: Setting, longest: int, kind: str = "q8_0") -> Phase:
 def _compiled(setting: Setting) -> bool:
     """Whether strop's own engine answers."""
     family = FAMILIES.get(setting.shape.family)
-    return setting.device == "cpu" and family is not None and family.by_hand
+    return setting.device == "cpu" and family is not None and family.fully_fused
 
 
 def position_bytes(setting: Setting) -> int:
@@ -169,7 +169,7 @@ def serve(setting: Setting, context: int, *, texts: int = 1) -> Phase:
     """Base and adapter, and `texts` conversations of `context` tokens that are answered together."""
     held, shape, positions = held_parts(setting, trained=False), setting.shape, texts * context
     if not _compiled(setting):  # transformers' own forward
-        cache = 2 * shape.layers * shape.key_value * positions * setting.element
+        cache = 2 * shape.layers * shape.key_value_size * positions * setting.element
         live = MicroBatch.rows([context])
         return phase_of({**held, "saved_activations": cache, "live_layer": _prompt_bytes(setting, live)})
     constants = 4 * packed_weights(setting) // BLOCK if setting.scheme in ("nf4", "fp4") else 0
@@ -198,16 +198,16 @@ def _small_head(setting: Setting) -> int:
 def _laid_out(setting: Setting) -> int:
     """The adapter as the engine lays it out beside peft's: A in the type that is computed in, B in fp32."""
     pairs = zip(setting.shape.linears, setting.ranks, strict=True)
-    return setting.shape.layers * sum(rank * (setting.element * x.inputs + 4 * x.rows) for x, rank in pairs)
+    return setting.shape.layers * sum(rank * (setting.element * x.inputs + 4 * x.total_outputs) for x, rank in pairs)
 
 
 def _pass_bytes(setting: Setting, rows: int) -> int:
     """What engine.answers computes a pass over so many rows in: a product's input, queries, its output and the residual
     stream, the last two in fp32."""
     shape, b = setting.shape, setting.element
-    inner = max(shape.hidden, shape.query, shape.intermediate)
-    outputs = max(shape.query + 2 * shape.key_value, 2 * shape.intermediate, shape.hidden)
-    return rows * (b * (inner + shape.query + shape.hidden) + 4 * (outputs + shape.hidden))
+    inner = max(shape.hidden, shape.query_size, shape.intermediate)
+    outputs = max(shape.query_size + 2 * shape.key_value_size, 2 * shape.intermediate, shape.hidden)
+    return rows * (b * (inner + shape.query_size + shape.hidden) + 4 * (outputs + shape.hidden))
 
 
 def _prompt_bytes(setting: Setting, batch: MicroBatch) -> int:

@@ -10,7 +10,7 @@ from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
 from strop.machine.probe import Machine
-from strop.models.families.shape import ModelShape, Peek
+from strop.models.families.shape import ModelInfo, ModelShape
 from strop.objectives.table import data_kind_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
@@ -85,14 +85,14 @@ class Plan:
             "devices": self.spread.as_json(),
             "trainable_parameters": self.setting.adapter_weights,
             "parameters": self.setting.parameters,
-            "active_parameters": self.setting.parameters - self.setting.shape.idle,
+            "active_parameters": self.setting.parameters - self.setting.shape.idle_expert_weights,
         }
 
 
 def make_plan(
     resolved: Resolved,
     machine: Machine,
-    model: Peek,
+    model: ModelInfo,
     rate_of: Callable[[str], Rate],
     *,
     device: str,
@@ -197,7 +197,7 @@ def _told(rows: Sequence[tuple[int, int]], shape: ModelShape) -> dict[str, Any]:
         "longest": max(lengths, default=None),
         "unknown": about.unknown or None,
         "refused": about.refused or None,
-        "beyond": shape.beyond(lengths),
+        "beyond": shape.count_too_long(lengths),
     }
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from strop.machine.doctor import Examination
+    from strop.machine.doctor import DoctorReport
     from strop.planning.compare import Row
     from strop.planning.devices import Spread
     from strop.planning.plan import Plan
@@ -29,7 +29,7 @@ _PART_NAMES = {"quantization_constants": "constants", "saved_activations": "acti
 def print_plan(plan: Plan, out: Console) -> None:
     setting = plan.setting
     share = setting.adapter_weights / setting.parameters
-    idle, held = setting.shape.idle, setting.expert_adapter_weights
+    idle, held = setting.shape.idle_expert_weights, setting.expert_adapter_weights
     active = f" ({(setting.parameters - idle) / 1e6:,.0f} M for a token)" if idle else ""
     on_experts = f", {held / setting.adapter_weights:.0%} of them on experts" if held else ""
     trained = f"{setting.adapter_weights / 1e6:,.1f} M trainable ({share:.2%}{on_experts})"
@@ -126,7 +126,7 @@ def _cell(size: int, usable: int | None) -> str:
     return text if usable is None else f"[{'green' if size <= usable else 'red'}]{text}[/]"
 
 
-def print_findings(found: Examination, out: Console) -> None:
+def print_findings(found: DoctorReport, out: Console) -> None:
     for name, value in found.machine.items():
         is_bytes = name.endswith("_bytes")
         label = name.removesuffix("_bytes").replace("_", " ")

@@ -126,8 +126,10 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
         frozen += forward * (3 + again) * sum(x.active_weights for x, rank in linears if rank) / (front + behind)
     adapters = (6 + 2 * again) * (setting.active_adapter_weights - setting.whole) * batch.tokens
     long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
-    scored = 2.0 * layers * shape.query * pairs(setting, batch)  # of one product
-    attention = (7 + 2 * again) * scored if setting.tiles else (6 + 2 * again) * scored + layers * shape.query * long
+    scored = 2.0 * layers * shape.query_size * pairs(setting, batch)  # of one product
+    attention = (
+        (7 + 2 * again) * scored if setting.tiles else (6 + 2 * again) * scored + layers * shape.query_size * long
+    )
     head = (6.0 if setting.whole_head else 4.0) * shape.embedding + 6.0 * setting.head_rank * (
         shape.hidden + shape.vocabulary
     )
@@ -211,14 +213,14 @@ def repacked_bytes(rows: int, vocabulary: int, hidden: int, element: int, own: b
 def element_bytes(setting: Setting) -> int:
     """Read and written by the element-wise work of a layer and token, forward and backward."""
     shape, b = setting.shape, setting.element
-    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query + 2 * shape.key_value))
+    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size))
 
 
 def thin_bytes(setting: Setting) -> int:
     """Read and written by LoRA's narrow products of a layer and token: all of an input or output for each, four times
     either, where a rank of 16 computes little on it."""
     linears = zip(setting.shape.linears, setting.ranks, strict=True)
-    return setting.element * sum(round(4 * linear.active * linear.ends) for linear, rank in linears if rank)
+    return setting.element * sum(round(4 * linear.active * linear.adapter_size) for linear, rank in linears if rank)
 
 
 def step_seconds(setting: Setting, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
@@ -242,7 +244,7 @@ def drawing_seconds(setting: Setting, drawn: Drawn, rate: Rate) -> float:
     together."""
     tokens = drawn.texts * drawn.answer + drawn.texts // drawn.group * drawn.prompt
     passes = drawn.answer * -(-drawn.texts // MAX_SEQUENCES)
-    weights = setting.parameters - setting.shape.idle + setting.active_adapter_weights
+    weights = setting.parameters - setting.shape.idle_expert_weights + setting.active_adapter_weights
     share = GPU_SHARE if rate.peak else ANSWERING
     moved = passes * (weight_bytes(setting) + constant_bytes(setting)) / rate.bandwidth
     return 2.0 * weights * tokens / (share * rate.flops) + moved

@@ -15,10 +15,10 @@ from strop.engine.kernels.dispatch import frozen_flops, integer_flops, kernels_l
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.errors import QuantizerError
-from strop.machine.doctor import Finding, crashed, installed, pip
+from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command
 from strop.machine.probe import Machine, probe
-from strop.machine.rates import Rates, keep_rates
-from strop.models.quantize import QuantizedLinear, pack, unpack
+from strop.machine.rates import Rates, save_rates
+from strop.models.quantize import QuantizedLinear, dequantize_weight, quantize_weight
 from strop.planning.calibrate import WIDE_RANK, fastest, step_costs, unpacked_per_s
 from strop.planning.time import Rate, repacked_bytes
 
@@ -32,7 +32,7 @@ def try_out(machine: Machine) -> tuple[list[Finding], Rates]:
     """What was found, and the CPU's rates, which are kept for `strop plan`."""
     others = _others(machine)
     rates = measure_rates()
-    keep_rates(machine, "cpu", rates)
+    save_rates(machine, "cpu", rates)
     said = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
     said += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"
     found = [Finding("ok", said)]
@@ -57,7 +57,7 @@ def cards(machine: Machine) -> Iterator[Finding]:
     """A card that the driver lists and torch cannot use, a bitsandbytes for another CUDA, a card without bf16."""
     if not machine.gpus:
         return
-    fix = f"{pip()} install --force-reinstall torch"
+    fix = f"{pip_command()} install --force-reinstall torch"
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
         what = f"{machine.gpus[0]} is there, and torch {torch.__version__} (built for {built}) cannot use it"
@@ -74,7 +74,9 @@ def cards(machine: Machine) -> Iterator[Finding]:
     else:
         why = "training uses PyTorch's own operations, more slowly; see docs/troubleshooting.md#triton"
         missing = "imported" in lacking
-        yield Finding("warning", lacking, why, f"{pip()} install triton" if missing else "apt install gcc python3-dev")
+        yield Finding(
+            "warning", lacking, why, f"{pip_command()} install triton" if missing else "apt install gcc python3-dev"
+        )
 
 
 def measure_rates() -> Rates:
@@ -91,7 +93,7 @@ def measure_rates() -> Rates:
         LOG.info("measuring steps of small models in %s", name)
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
         costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
-    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
+    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if is_installed("bitsandbytes") else {}
     integers = integer_flops() if found.dtype == "fp32" else {}
     return Rates(bf16, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
 
@@ -104,7 +106,7 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     processor = processor_for(torch.device("cpu"), dtype)
     output = OutputHead(weight, 0.0, processor.ops, matmul=processor.product(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
-    own = dtype == torch.bfloat16 and probe().has_products(weight.shape)
+    own = dtype == torch.bfloat16 and probe().has_bf16_matmul(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 
@@ -112,7 +114,7 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
 def four_bit_step() -> Finding:
     """One step through a weight in nf4, on the device that a run would take: the adapter must move, and to where
     autograd in fp32 takes it."""
-    device, mend = "cuda" if torch.cuda.is_available() else "cpu", f"{pip()} install -U bitsandbytes"
+    device, mend = "cuda" if torch.cuda.is_available() else "cpu", f"{pip_command()} install -U bitsandbytes"
     LOG.info("one training step in 4 bit")
     torch.manual_seed(0)
     try:
@@ -121,7 +123,7 @@ def four_bit_step() -> Finding:
         why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
         return Finding("error", error.what, why, mend)
     except Exception as error:  # a check that crashes has found something
-        return crashed("a training step in 4 bit", error, mend)
+        return crash_finding("a training step in 4 bit", error, mend)
     if not moved or not off <= 1e-3 * moved:  # NaN is neither
         what = f"a step in 4 bit moves a weight by {moved:.2g}, and {off:.2g} from where it belongs"
         return Finding("error", what, "a 4-bit run would train wrongly", mend)
@@ -131,10 +133,10 @@ def four_bit_step() -> Finding:
 def _moved(device: str) -> tuple[float, float]:
     """How far the optimizer moves an adapter's weight, and how far from where it does through the weight in fp32."""
     weight = torch.randn(128, 128, device=device)
-    packed = pack(weight, "nf4")
+    packed = quantize_weight(weight, "nf4")
     layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)
-    layer.fill(packed)
-    whole = unpack(packed, "nf4", weight.shape, torch.float32)
+    layer.load_packed(packed)
+    whole = dequantize_weight(packed, "nf4", weight.shape, torch.float32)
     x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
     results: list[Tensor] = []
     products: list[Callable[[Tensor], Tensor]] = [layer, lambda z: z @ whole.t()]

@@ -9,9 +9,8 @@ from strop.config.schema import LoraSection, Recipe
 from strop.engine.eligibility import why_config_not_fast
 from strop.errors import ModelError, nearest
 from strop.machine.probe import TILED_RANK, probe
-from strop.models.families.layers import FAMILIES, Family
-from strop.models.families.shape import LinearShape, ModelShape
-from strop.models.targets import EMBEDDINGS, matches, target_names
+from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
+from strop.models.families.table import FAMILIES, Family
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # of EMBEDDINGS
@@ -72,10 +71,10 @@ class Setting:
         head_rank = _rank("lm_head", lora.r, lora.rank_pattern) if "lm_head" in names else 0
         whole = trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
         for x, rank, own in zip(shape.linears, ranks, by_layer, strict=True):
-            whole -= x.ends * (shape.layers * rank - sum(own))  # what the mean was rounded up by
+            whole -= x.adapter_size * (shape.layers * rank - sum(own))  # what the mean was rounded up by
         whole += len(lora.new_tokens) * shape.hidden
         if lora.use_dora:
-            whole += sum(x.rows * sum(map(bool, own)) for x, own in zip(shape.linears, by_layer, strict=True))
+            whole += sum(x.total_outputs * sum(map(bool, own)) for x, own in zip(shape.linears, by_layer, strict=True))
             whole += shape.vocabulary if head_rank else 0
         whole += shape.hidden if train.objective == "reward" else 0  # its head
         whole += trained_biases(lora, shape)
@@ -94,8 +93,8 @@ class Setting:
             num_checkpointed(train.gradient_checkpointing, shape.layers, whole=plain),
             "plain" if plain else "fast",
             threads,
-            device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size),
-            device == "cpu" and model.dtype == "bf16" and probe().has_products((shape.hidden, shape.vocabulary)),
+            device == "cpu" and model.dtype == "bf16" and probe().has_tiled_attention(shape.head_size),
+            device == "cpu" and model.dtype == "bf16" and probe().has_bf16_matmul((shape.hidden, shape.vocabulary)),
             lora.dropout > 0,
             lora.use_dora,
             devices if model.placement == "sharded" else 1,
@@ -111,19 +110,21 @@ class Setting:
     @property
     def adapter_weights(self) -> int:
         """Trainable numbers: A (r, in) and B (out, r) of each adapted layer, and what is trained in full."""
-        layer = sum(rank * x.ends for x, rank in zip(self.shape.linears, self.ranks, strict=True))
+        layer = sum(rank * x.adapter_size for x, rank in zip(self.shape.linears, self.ranks, strict=True))
         return self.shape.layers * layer + self.whole
 
     @property
     def active_adapter_weights(self) -> int:
         """Those of them that a token goes through: adapters of experts that it does not choose are left out."""
         linears = zip(self.shape.linears, self.ranks, strict=True)
-        return self.adapter_weights - self.shape.layers * round(sum((1 - x.active) * x.ends * r for x, r in linears))
+        return self.adapter_weights - self.shape.layers * round(
+            sum((1 - x.active) * x.adapter_size * r for x, r in linears)
+        )
 
     @property
     def expert_adapter_weights(self) -> int:
         linears = zip(self.shape.linears, self.ranks, strict=True)
-        return self.shape.layers * sum(r * x.ends for x, r in linears if x in self.shape.in_experts)
+        return self.shape.layers * sum(r * x.adapter_size for x, r in linears if x in self.shape.expert_linears)
 
     @property
     def tiled_lora(self) -> bool:
@@ -145,7 +146,7 @@ class Setting:
             found = [of.pop(name) for name in group if name in of]
             total += sum(rank * x.inputs for rank, x in found)
             total += sum(rank for rank, _ in found) * sum(x.outputs for _, x in found)
-        return self.shape.layers * (total + sum(rank * x.ends for rank, x in of.values()))
+        return self.shape.layers * (total + sum(rank * x.adapter_size for rank, x in of.values()))
 
     @property
     def family(self) -> Family:
@@ -154,7 +155,7 @@ class Setting:
     @property
     def behind(self) -> tuple[LinearShape, ...]:
         """The linear layers of the MLP, and experts."""
-        row, experts = self.family, self.shape.in_experts
+        row, experts = self.family, self.shape.expert_linears
         return tuple(x for x in self.shape.linears if x.leaf in (*row.gate_up, row.down) or x in experts)
 
     @property
@@ -173,7 +174,7 @@ class Setting:
     @property
     def by_model(self) -> str:
         """What the model's own modules compute in the fast step."""
-        return self.family.by_model
+        return self.family.model_parts
 
     @property
     def shares(self) -> bool:
@@ -183,7 +184,7 @@ class Setting:
     @property
     def weights_by_model(self) -> float:
         """Share of the active weights that the model's own modules compute in the fast step."""
-        own = (*self.mixed, *(self.behind if self.family.mixture else ()))
+        own = (*self.mixed, *(self.behind if self.family.moe else ()))
         return sum(x.active_weights for x in own) / max(1, sum(x.active_weights for x in self.shape.linears))
 
     @property
@@ -218,7 +219,7 @@ def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
     if lora.bias != "lora_only":
         return shape.biases if lora.bias == "all" else 0
     names = _targets(shape, lora.target_modules)
-    return shape.layers * sum(x.rows for x in shape.linears if x.bias and x.name in names)
+    return shape.layers * sum(x.total_outputs for x in shape.linears if x.bias and x.name in names)
 
 
 def trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
@@ -229,7 +230,7 @@ def trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
         return 0
     row = FAMILIES.get(shape.family, Family())
     norm = shape.hidden * (2 if row.norm_biases else 1)
-    layer = {x.path: x.weights + x.rows * x.bias for x in shape.linears} | dict.fromkeys(row.norms, norm)
+    layer = {x.path: x.weights + x.total_outputs * x.bias for x in shape.linears} | dict.fromkeys(row.norms, norm)
     if shape.head_norms:
         layer |= {f"{row.attention}.{name}": shape.head_size for name in (row.q_norm, row.k_norm)}
     modules = [(f"model.layers.{n}.{path}", size) for n in range(shape.layers) for path, size in layer.items()]
@@ -277,7 +278,7 @@ def _ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
 
 def _rank(path: str, rank: int, patterns: dict[str, int]) -> int:
     """As peft picks it: by a suffix of the module's path, or a regular expression for one."""
-    return next((other for pattern, other in patterns.items() if matches(pattern, path)), rank)
+    return next((other for pattern, other in patterns.items() if matches_pattern(pattern, path)), rank)
 
 
 def check_names(lora: LoraSection, shape: ModelShape) -> None:
@@ -288,6 +289,6 @@ def check_names(lora: LoraSection, shape: ModelShape) -> None:
     paths += [name for name in HEADS if name in names]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns if shape.known else ():
-            if not any(matches(pattern, path) for path in paths):
+            if not any(matches_pattern(pattern, path) for path in paths):
                 what = f"lora.{field}: {pattern} matches no layer with an adapter{nearest(pattern, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")

@@ -25,7 +25,8 @@ from strop.engine.train.linear import (
 )
 from strop.engine.train.norms import LayerNorm, Norm, normalize
 from strop.engine.train.packing import PackedBatch
-from strop.models.families.layers import ACTIVATIONS, Family
+from strop.models.families.layers import ACTIVATIONS
+from strop.models.families.table import Family
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class AttentionBlock:
         qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
         if family.fused_heads:  # a copy
             qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
-        if family.gated_heads:  # copies
+        if family.gated_output:  # copies
             q, gates = (x.flatten(1) for x in qkv[:, : 2 * query].view(len(qkv), heads.query, 2, heads.size).unbind(2))
             qkv = torch.cat([q, qkv[:, 2 * query :]], 1)
         if shared_kv is not None:
@@ -77,7 +78,7 @@ class AttentionBlock:
         cos, sin = context.angles[self.rope]
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.apply_rope is not None:
-            qkv = apply(self.apply_rope, qkv, heads, cos, sin, family.pairs == "neighbours", scale)
+            qkv = apply(self.apply_rope, qkv, heads, cos, sin, family.rope_pairs == "interleaved", scale)
             cos, sin = context.angles[NO_ROPE]
         qkv, heads = apply_trained_head_norms(qkv, heads)
         mixed = self.attend(qkv, heads, cos, sin, batch.documents)
@@ -266,7 +267,9 @@ class Blocks:
         )
         outputs = sum(module.out_features for module in spec.qkv)
         concatenated = outputs != (spec.query + 2 * spec.key_value) * spec.size
-        copied = family.fused_heads or concatenated or family.aside  # then the copy is saved, not the layer's output
+        copied = (
+            family.fused_heads or concatenated or family.separate_rope
+        )  # then the copy is saved, not the layer's output
         return AttentionBlock(
             family,
             self._model.config,
@@ -275,7 +278,7 @@ class Blocks:
             self._processor.attention(spec.size),
             spec.rope,
             self._fused(spec.o, None, workspace),
-            self._processor.aside() if family.aside else None,
+            self._processor.aside() if family.separate_rope else None,
             spec.kind,
             spec.keeps,
             spec.takes,

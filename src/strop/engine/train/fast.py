@@ -79,7 +79,7 @@ class FastLoss:
         self._model, self.checkpoint_layers = DecoderLayers(model), checkpoint_layers
         self._family, self._head = self._model.family, self._model.head
         self.prefix_sharing = prefix_sharing and not self._family.mixer
-        self.why = self._family.by_model
+        self.why = self._family.model_parts
         self._device: torch.device = self._head.weight.device
         self.masks = install_dropout(model, drops_for)
         loops = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
