@@ -11,7 +11,6 @@ from strop.cli.options import Force, Json, Quantization
 from strop.cli.progress import status_line
 from strop.cli.tables import console, print_json, print_notes
 from strop.engine.kernels import warmup
-from strop.models.load import check_device_and_dtype
 
 
 def serve(
@@ -52,6 +51,7 @@ def serve(
 ) -> None:
     """Serve models with an OpenAI-compatible API and a page that compares base and tuned answers."""
     from strop.errors import RecipeError, nearest
+    from strop.models.load import check_device_and_dtype
     from strop.serve.address import exit_code, open_address
 
     if engine not in ("strop", "vllm"):
