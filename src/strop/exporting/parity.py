@@ -25,7 +25,7 @@ from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
 from strop.machine.memory import trim_heap
 from strop.models.adapters import adapter_disabled
-from strop.planning.phases import POSITIONS
+from strop.planning.memory import POSITIONS
 
 LOG = logging.getLogger(__name__)
 MEASURING = "measuring, row by row"

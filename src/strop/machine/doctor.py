@@ -61,7 +61,7 @@ def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
     """Examine this machine.
 
     Args:
-        try_out: checks that need torch; run where it is installed (planning.trial).
+        try_out: checks that need torch; run where it is installed (planning.calibrate).
         folder: where runs will be written; default: the current directory.
     """
     machine, folder = probe(), folder or Path.cwd()

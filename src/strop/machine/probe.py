@@ -20,9 +20,9 @@ _VECTOR = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnn
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine as this process may use it.
+    """The machine as this process may use it; the field names are those of `machine` in lock.json.
 
-    vector: the CPU's instruction sets, by Linux's names. memory_bytes: RAM or the cgroup's limit. gpu_free_bytes: of
+    vector: the CPU's instruction sets, by Linux's names. memory_bytes: RAM or the cgroup's limit. card_free_bytes: of
     the GPU that a run uses, where the run has measured it.
     """
 
@@ -34,7 +34,7 @@ class Machine:
     memory_bytes: int
     free_bytes: int
     gpus: tuple[str, ...]
-    gpu_free_bytes: int | None = None
+    card_free_bytes: int | None = None
 
     @property
     def has_avx512_bf16(self) -> bool:

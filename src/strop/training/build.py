@@ -15,7 +15,7 @@ from strop.distributed.sharded import Sharded
 from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.step import step_for
 from strop.errors import RunError
-from strop.evaluation.rewards import rewards_of
+from strop.evaluation.metrics import parse_rewards
 from strop.models.adapters import attach_adapter
 from strop.models.load import DTYPES, load_base, restore_packed_weights
 from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_dropout, trainable_parameters
@@ -111,10 +111,18 @@ def build_job(
     objective = objective_of(recipe.train)
     if isinstance(objective, PolicyLoss):
         disable_model_dropout(model)
-        stop_ids = (*data.renderer.end_ids, *generation_stop_ids(model.generation_config))
-        rewards = rewards_of(recipe.train.rewards)
-        decoding = setup.tokenizer, stop_ids, rewards, weights, log
-        criterion = PolicyCriterion(objective, recipe.train, recipe.seed, model, *decoding, sampler=sampler)
+        criterion = PolicyCriterion(
+            objective,
+            recipe.train,
+            recipe.seed,
+            model,
+            setup.tokenizer,
+            (*data.renderer.end_ids, *generation_stop_ids(model.generation_config)),
+            parse_rewards(recipe.train.rewards),
+            weights,
+            log,
+            sampler=sampler,
+        )
     else:
         criterion = criterion_for(recipe.train, model, devices)
     usable = usable_bytes(setup.machine, section.device)
