@@ -60,9 +60,8 @@ class DoctorReport:
 def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
     """Examine this machine.
 
-    Args:
-        try_out: checks that need torch; run where it is installed (planning.calibrate).
-        folder: where runs will be written; default: the current directory.
+    try_out: checks that need torch (planning.calibrate), run where it is installed. folder: where runs will be written;
+    default: the current directory.
     """
     machine, folder = probe(), folder or Path.cwd()
     findings = [*_versions(), *_resources(machine, folder), _hub(), _disk(folder)]

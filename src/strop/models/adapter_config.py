@@ -19,11 +19,7 @@ CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # of adapters 
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json of an adapter folder.
-
-    Raises ModelError where the file is damaged, is not of a LoRA adapter that strop supports, or has no safetensors
-    file next to it.
-    """
+    """Return adapter_config.json of a folder. Raises ModelError without safetensors, or if strop cannot use it."""
     file = folder / "adapter_config.json"
     if not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder}: no {WEIGHTS_FILE}", fix="give an adapter saved as safetensors, never pickle")
@@ -75,16 +71,10 @@ def peft_load_errors(folder: Path, base: str) -> Iterator[None]:
 def check_adapter_fits(
     shapes: Mapping[str, Sequence[int]], folder: Path, base: str, *, lora_only: bool = False
 ) -> None:
-    """Check that the names and shapes of an adapter file are those of a model; PEFT only warns.
+    """Raise ModelError where an adapter file has other tensors or shapes than the model; PEFT only warns.
 
-    Args:
-        shapes: the model's adapter tensors, by the name under which PEFT saves them.
-        folder: the adapter folder.
-        base: the base's name, for messages.
-        lora_only: compare LoRA's own matrices alone; the caller checks the others.
-
-    Raises:
-        ModelError: if a tensor is missing, has no place in the model, or has another shape.
+    shapes: of the model's adapter tensors, by the name under which PEFT saves them. base: its name, for messages.
+    lora_only: compare LoRA's own matrices alone; the caller checks the others.
     """
     saved = {name: entry["shape"] for name, entry in read_safetensors_header(folder / WEIGHTS_FILE).items()}
     expected = {name: list(shape) for name, shape in shapes.items() if not lora_only or ".lora_" in name}

@@ -40,13 +40,8 @@ STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, temp
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
     """Write a PEFT adapter folder, complete or not at all: weights, config, tokenizer, template, strop.json.
 
-    Args:
-        model: the model with the adapter.
-        tokenizer: saved with the adapter.
-        folder: the adapter folder to create.
-        identity: {base: {name, fingerprint}, template, data, system, reasoning}. The base is checked on loading;
-            system (the prompt that every training row had, or None) is what `chat` starts with; reasoning says how
-            training treated it.
+    identity: {base: {name, fingerprint}, template, data, system, reasoning}. The base is checked on loading; `chat`
+    starts with `system`, the prompt that every training row had, or None.
     """
     with new_folder(folder) as temp:
         # PEFT would look up the base on the Hub to see whether embeddings were resized; trained rows are saved anyway.
@@ -123,7 +118,7 @@ def attach_adapter(
     name: str = "default",
     scores: bool = False,
 ) -> tuple[peft.PeftModel, list[str]]:
-    """Load an adapter onto its base.
+    """Load an adapter onto its base, and return the model and notes on what `force` accepted.
 
     Args:
         base: a model without adapters, or one with adapters of other names.
@@ -133,9 +128,6 @@ def attach_adapter(
         force: accept another base than the one it was trained on, if names and shapes fit.
         name: of the adapter in the model.
         scores: load a reward model.
-
-    Returns:
-        The model, and notes on what `force` accepted.
 
     Raises:
         ModelError: if the adapter was trained on another base (unless forced), does not fit this one, was changed

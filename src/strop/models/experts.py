@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.models.quantize import QuantizedLinear, layer_index, quantizable_linears, quantize_weight
+from strop.models.quantize import QuantizedLinear, dequantize_weight, layer_index, quantizable_linears, quantize_weight
 
 OFFSET = "nested_offset"
 EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -95,11 +95,7 @@ class PackedExperts:
             if name.startswith("quant_state.") and OFFSET in self.packed:
                 state = json.loads(bytes(part.tolist())) | {OFFSET: float(self.packed[OFFSET][expert])}
                 parts[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        with torch.device("meta"):
-            like = nn.Linear(self.shape[2], self.shape[1], bias=False)
-        layer = QuantizedLinear(like, self.scheme, self.dtype)
-        layer.load_packed(parts)
-        return layer.dequantize()
+        return dequantize_weight(parts, self.scheme, self.shape[1:], self.dtype)
 
     def dequantize_all(self) -> Tensor:
         return torch.stack([self.dequantize(expert) for expert in range(self.shape[0])])

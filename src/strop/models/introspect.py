@@ -63,20 +63,20 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
     for (leaf, type_name, inputs, outputs, sets), members in groups.items():
         path, module = members[0]
         is_ambiguous = len(sets_of_leaf[leaf]) > 1 or leaf.isdigit()
-        kept: str | None = "Conv1D"
+        why_16_bit: str | None = "Conv1D"
         if leaf in parameter_leaves and leaf != "lm_head":
-            kept = "adapted by its weight"
+            why_16_bit = "adapted by its weight"
         elif isinstance(module, nn.Linear):
-            kept = why_kept_16_bit(path, module, head, read_directly)
+            why_16_bit = why_kept_16_bit(path, module, head, read_directly)
         name = _distinct_suffix(path) if is_ambiguous else leaf
-        kinds.append(LinearKind(name, type_name, inputs, outputs, len(members), sets, kept))
+        kinds.append(LinearKind(name, type_name, inputs, outputs, len(members), sets, why_16_bit))
     return [*kinds, *_expert_kinds(model, is_text)]
 
 
 def _distinct_suffix(path: str) -> str:
-    """Return the end of a path that tells apart layers with the same leaf name.
+    """Return the path after its last number or, for one that ends with numbers, from the word before them.
 
-    This is the part after the last number or, for a path that ends with numbers, from the word before them.
+    Layers with the same leaf name differ in it.
     """
     parts = path.split(".")
     last_word = max(n for n, part in enumerate(parts) if not part.isdigit())
@@ -101,16 +101,17 @@ def _expert_kinds(model: nn.Module, is_text: Callable[[str], bool]) -> list[Line
 
 def embedding_kinds(model: nn.Module) -> list[LinearKind]:
     is_text = in_text(model)
-    modules = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Embedding) and is_text(path)]
-    return [embedding_kind(path.rpartition(".")[2], m.num_embeddings, m.embedding_dim) for path, m in modules]
+    return [
+        embedding_kind(path.rpartition(".")[2], module.num_embeddings, module.embedding_dim)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and is_text(path)
+    ]
 
 
 def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
-    """Check that the modules in `lora.modules_to_save` can be trained in full.
+    """Check `lora.modules_to_save`.
 
-    Raises:
-        ModelError: if a name matches no module, or a module with tied weights.
-        RecipeError: if a name matches a module without weights.
+    Raises ModelError where a name matches no module or tied weights, RecipeError where a module has no weights.
     """
     for name in names:
         modules = find_modules_to_save(model, name)
@@ -176,10 +177,7 @@ def in_text(model: nn.Module) -> Callable[[str], bool]:
 def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
     """Return a model's shape; for a family that is not in the table, its linear layers come from the model.
 
-    Args:
-        config: the config with transformers' defaults filled in.
-        stored: config.json as it is on disk.
-        bare: the model on meta tensors.
+    config: with transformers' defaults filled in. stored: config.json. bare: the model on meta tensors.
     """
     whole: Any = bare
     embedding, lists = whole.get_input_embeddings(), [m for m in bare.modules() if isinstance(m, nn.ModuleList)]
@@ -221,13 +219,8 @@ def why_not_causal(config: Any) -> str | None:
 def refine_with_model(info: ModelInfo, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> ModelInfo:
     """Return the info with exact sizes, taken from the model that transformers builds from its config.
 
-    Args:
-        info: the model as read from its files.
-        whole_modules: modules to be trained in full; they are checked.
-        predicts: whether the objective trains next-token prediction.
-
-    Raises:
-        ModelError, RecipeError: if one of `whole_modules` cannot be trained in full.
+    predicts: whether the objective trains next-token prediction. Raises ModelError or RecipeError where one of
+    `whole_modules` cannot be trained in full.
     """
     config = info.config
     if config is None:

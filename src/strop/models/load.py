@@ -96,7 +96,7 @@ def load_base(
     double: bool = True,
     resident_layers: int | None = 0,
 ) -> nn.Module:
-    """Load the frozen model in eval mode, with every weight read from the file.
+    """Load the frozen model in eval mode.
 
     Args:
         source: the model's files.

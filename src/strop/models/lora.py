@@ -48,10 +48,8 @@ LOFTQ_ITERATIONS, LOFTQ_OVERSAMPLING = 8, 8
 def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     """Check a LoRA section against a model, which needs no weights, and return the leaf names to adapt.
 
-    Raises:
-        ModelError: if targets match nothing, patterns match no target, or tied embeddings would be trained as two
-            copies, one of which is lost on reload (peft#2018, transformers#45127).
-        RecipeError: if a module to train in full has no weights, or nothing is left to adapt.
+    Raises ModelError where targets or patterns match nothing, or tied embeddings would be trained as two copies, one of
+    which is lost on reload (peft#2018, transformers#45127), and RecipeError where nothing is left to adapt.
     """
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
@@ -246,11 +244,8 @@ def count_trainable(bare: nn.Module, section: LoraSection, *, scored: bool = Fal
 def weight_change(parts: Iterable[nn.Module]) -> float | None:
     """Return the median over layers of |s B A| / |W| (Frobenius norms): how far the adapters move the weights.
 
-    Args:
-        parts: parts of the model; each is processed before the next is requested.
-
-    Returns:
-        None where no plain LoRA layer sits on a floating-point weight.
+    parts: of the model; each is processed before the next is requested. Returns None without plain LoRA on
+    floating-point weights.
     """
     ratios = []
     for module in (module for part in parts for module in part.modules()):

@@ -112,14 +112,10 @@ class QuantizedLinear(nn.Linear):
         self._offset = torch.empty(0)  # kept on the device: each transfer of a number to a GPU blocks the host
 
     def load_packed(self, packed: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> None:
-        """Take over the tensors of a quantized weight.
+        """Take over the tensors of a quantized weight. Raises KeyError or ValueError if they are incomplete.
 
-        Args:
-            packed: as `quantize_weight` returns it.
-            sizes: bytes of the weight and elements of each constant, for tensors that are filled in later.
-
-        Raises:
-            KeyError, ValueError: if the tensors are incomplete.
+        packed: as `quantize_weight` returns it. sizes: bytes of the weight and elements of each constant, for tensors
+        that are filled in later.
         """
         weight = packed["weight"]
         if weight.is_floating_point():  # bitsandbytes can store the bytes as a float dtype, for FSDP
@@ -268,11 +264,7 @@ def addmm_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def quantize_weight(weight: Tensor, scheme: str, *, double: bool = True, device: str = "cpu") -> dict[str, Tensor]:
     """Quantize a weight (out, in) and return `weight` and its constants by bitsandbytes' names.
 
-    Args:
-        weight: in any floating-point dtype.
-        scheme: nf4, fp4 or int8.
-        double: quantize the constants too.
-        device: a GPU is faster where it has room for the weight in fp32; the bits are those of the CPU.
+    double: quantize the constants too. device: a GPU is faster if it has room for the weight in fp32; same bits.
     """
     bnb = _bitsandbytes()
     if device.startswith("cuda") and (scheme == "int8" or weight.numel() % BLOCK == 0):
@@ -321,9 +313,7 @@ def _quantize_by_torch(weight: Tensor, scheme: str, double: bool, device: str) -
 
 def dequantize_weight(packed: dict[str, Tensor], scheme: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return a quantized weight as a model of this dtype computes with it."""
-    with torch.device("meta"):
-        like = nn.Linear(shape[1], shape[0], bias=False)
-    layer = QuantizedLinear(like, scheme, dtype)
+    layer = QuantizedLinear(nn.Linear(shape[1], shape[0], bias=False, device="meta"), scheme, dtype)
     layer.load_packed(packed)
     return layer.dequantize()
 
@@ -383,7 +373,7 @@ def replace_linears(
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     layers = {name: QuantizedLinear(module, scheme, dtype) for name, module in linears if chosen(name)}
     for name, layer in layers.items():
-        set_module(model, name, layer)
+        set_attribute(model, name, layer)
     return layers
 
 
@@ -392,11 +382,10 @@ def dequantize_layers(model: nn.Module, layers: int) -> None:
     for name, module in list(model.named_modules()):
         index = layer_index(name)
         if isinstance(module, QuantizedLinear) and (index is None or index < layers):
-            with torch.device("meta"):
-                plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
             plain.bias = module.bias
-            set_module(model, name, plain)
+            set_attribute(model, name, plain)
 
 
 def layer_index(name: str) -> int | None:
@@ -404,9 +393,10 @@ def layer_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".")[1:] if part.isdigit()), None)
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_attribute(model: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Set a module, parameter or buffer by its path."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    setattr(model.get_submodule(parent), leaf, value)
 
 
 def cache_name(scheme: str, double: bool, dtype: str) -> str:

@@ -38,9 +38,16 @@ from strop.models.load import (
     quantized_folder,
     weights_folder,
 )
-from strop.models.quantize import QuantizedLinear, layer_index, replace_linears, set_module
+from strop.models.quantize import QuantizedLinear, dequantize_weight, layer_index, replace_linears, set_attribute
 from strop.models.source import DTYPE_BITS, Source
-from strop.models.tensor_files import CheckpointLayout, CheckpointTensors, TensorGroup, dtype_caster, is_finite
+from strop.models.tensor_files import (
+    CheckpointLayout,
+    CheckpointTensors,
+    TensorGroup,
+    dtype_caster,
+    is_finite,
+    load_packed,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -170,14 +177,9 @@ def shard_model(
     world: int,
     device: str,
 ) -> ModelShards:
-    """Shard a model on meta tensors.
+    """Shard a model on meta tensors over `world` processes.
 
-    Args:
-        model: the model.
-        tensors_of: returns how to read the tensors of a parameter, given by name; None if it is loaded whole.
-        rank: of this process.
-        world: number of processes.
-        device: of the shares.
+    tensors_of: returns how to read the tensors of a parameter, given by name; None if it is loaded whole.
     """
     modules, paths = _sharded_modules(model), {id(module): path for path, module in model.named_modules()}
     units: dict[Where, ShardedUnit] = {}
@@ -244,12 +246,10 @@ def load_sharded(
     shards = shard_model(model, reader.sharded_tensors, rank, world, device)
     for key, weight in list(model.named_parameters()):
         if weight.device.type == "meta" and (small := reader.read_small(key)) is not None:
-            owner, _, leaf = key.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(small, requires_grad=False))
+            set_attribute(model, key, nn.Parameter(small, requires_grad=False))
     for key, buffer in list(model.named_buffers()):
-        owner, _, leaf = key.rpartition(".")
         value = reader.tensors.get(key).to(buffer.dtype) if key in reader.tensors else buffer
-        model.get_submodule(owner)._buffers[leaf] = value.to(device)
+        set_attribute(model, key, value.to(device))
     model.tie_weights()
     lost = [key for key, weight in model.named_parameters() if weight.device.type == "meta"]
     if lost:
@@ -288,8 +288,7 @@ class _ShardReader:
         if weight.dim() < 2 or not self._is_stored(key, weight.shape):
             return None
         dtype = self._cast(key, torch.empty(0, dtype=self.dtype)).dtype
-        owner = self.model.get_submodule(path)
-        return [_parameter_tensor(key, owner, leaf, dtype, weight.shape, self._read_function(key, dtype))]
+        return [self._parameter_tensor(key, dtype, weight.shape, self._read_function(key, dtype))]
 
     def read_small(self, key: str) -> Tensor | None:
         weight = self.model.get_parameter(key)
@@ -330,18 +329,19 @@ class _ShardReader:
     def _linear_tensors(self, key: str, path: str, layer: QuantizedLinear) -> list[ShardedTensor]:
         index = layer_index(path)
         if index is None or index < self.resident:
-            with torch.device("meta"):
-                plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             plain.bias = layer.bias
-            set_module(self.model, path, plain)
-            shape, read = (layer.out_features, layer.in_features), partial(self._dequantize, key, plain)
-            return [_parameter_tensor(key, plain, "weight", self.dtype, shape, _slice_of_whole(read))]
+            set_attribute(self.model, path, plain)
+            shape = plain.weight.shape
+
+            def dequantize() -> Tensor:
+                return dequantize_weight(self.tensors.get_packed(key), self.scheme, shape, self.dtype)
+
+            return [self._parameter_tensor(key, self.dtype, shape, _slice_of_whole(dequantize))]
         names = {"weight": key, **self.tensors.constant_names(key)}
         small = {short: self.tensors.get(name) for short, name in names.items() if short not in LARGE}
-        try:
-            layer.load_packed({"weight": torch.empty(0, dtype=torch.uint8), **small}, self._sizes(names))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{key}: not a {self.scheme} weight ({error})", fix="quantize it again") from None
+        packed = {"weight": torch.empty(0, dtype=torch.uint8), **small}
+        load_packed(layer, packed, f"{self.source.name}: {key}", self._sizes(names))
         layer.constants = {short: tensor.to(self.device) for short, tensor in layer.constants.items()}
 
         def put(short: str, view: Tensor) -> None:
@@ -357,26 +357,27 @@ class _ShardReader:
         sizes = {short: math.prod(self.tensors.shape(name)) for short, name in names.items()}
         return {**sizes, "weight": sizes["weight"] * DTYPE_BITS[self.tensors.stored_dtype(names["weight"])] // 8}
 
-    def _dequantize(self, key: str, like: nn.Linear) -> Tensor:
-        layer = QuantizedLinear(like, self.scheme, self.dtype)
-        layer.load_packed(self.tensors.get_packed(key))
-        return layer.dequantize()
-
     def _experts_tensors(self, key: str, path: str, leaf: str, shape: torch.Size) -> list[ShardedTensor]:
         names, index = {"weight": key, **self.tensors.constant_names(key)}, layer_index(path)
-        owner = self.model.get_submodule(path)
         if index is None or index < self.resident:
 
             def read_whole() -> Tensor:
-                packed = {short: self.tensors.get(name) for short, name in names.items()}
-                return PackedExperts(packed, shape, self.scheme, self.dtype).dequantize_all()
+                return PackedExperts(self.tensors.get_packed(key), shape, self.scheme, self.dtype).dequantize_all()
 
-            return [_parameter_tensor(key, owner, leaf, self.dtype, shape, _slice_of_whole(read_whole))]
+            return [self._parameter_tensor(key, self.dtype, shape, _slice_of_whole(read_whole))]
         empty = torch.empty(0, dtype=torch.uint8)
         small = {short: empty if short in LARGE else self.tensors.get(name) for short, name in names.items()}
         packed_experts = PackedExperts(small, shape, self.scheme, self.dtype).to(torch.device(self.device))
-        make_quantized(owner).set_packed(leaf, packed_experts)
+        make_quantized(self.model.get_submodule(path)).set_packed(leaf, packed_experts)
         return self._packed_tensors(names, packed_experts.packed.__setitem__)
+
+    def _parameter_tensor(
+        self, key: str, dtype: torch.dtype, shape: Sequence[int], read: Callable[[int, int], Tensor]
+    ) -> ShardedTensor:
+        def put(view: Tensor) -> None:
+            set_attribute(self.model, key, nn.Parameter(view, requires_grad=False))
+
+        return ShardedTensor(key, shape, dtype, put, read)
 
     def _packed_tensors(self, names: dict[str, str], put: Callable[[str, Tensor], None]) -> list[ShardedTensor]:
         """Return the large tensors of a quantized weight."""
@@ -388,22 +389,6 @@ class _ShardReader:
                 read = partial(self.tensors.read_bytes, name)
                 tensors.append(ShardedTensor(name, self.tensors.shape(name), dtype, partial(put, short), read))
         return tensors
-
-
-def _parameter_tensor(
-    name: str,
-    owner: nn.Module,
-    leaf: str,
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    read: Callable[[int, int], Tensor],
-) -> ShardedTensor:
-    """Return a tensor that becomes a module's parameter."""
-
-    def put(view: Tensor) -> None:
-        setattr(owner, leaf, nn.Parameter(view, requires_grad=False))
-
-    return ShardedTensor(name, shape, dtype, put, read)
 
 
 def _slice_of_whole(make: Callable[[], Tensor]) -> Callable[[int, int], Tensor]:

@@ -34,7 +34,7 @@ from transformers.core_model_loading import (
 
 from strop.errors import ModelError
 from strop.models.experts import PackedExperts, is_experts, make_quantized, pack_experts, quantizable_names
-from strop.models.quantize import QuantizedLinear, quantize_weight, replace_linears, set_module
+from strop.models.quantize import QuantizedLinear, quantize_weight, replace_linears, set_attribute
 from strop.models.source import DTYPE_BITS, Source, check_not_widened, read_headers
 from strop.runs.folder import new_folder
 
@@ -178,14 +178,9 @@ class CheckpointLayout:
         return None, None
 
     def check(self, name: str, tensors: CheckpointTensors) -> CheckpointLayout:
-        """Return the layout after checking it.
+        """Raise ModelError where the tensors would make another model than they were saved from; return the layout.
 
-        Args:
-            name: of the model, for messages.
-            tensors: of the checkpoint.
-
-        Raises:
-            ModelError: if the tensors would make another model than the one they were saved from.
+        name: of the model, for messages.
         """
         if all(group.parameter is None for group in self.groups):
             model_type, first = self._model.config.model_type, next(iter(self.unused), "it has none")
@@ -305,28 +300,15 @@ def _without_numbers(parameter: str) -> str:
 
 
 def quantize_folder(
-    source: Source,
-    skeleton: nn.Module,
-    folder: Path,
-    scheme: str,
-    double: bool,
-    dtype: torch.dtype,
-    device: str = "cpu",
+    source: Source, bare: nn.Module, folder: Path, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
-    """Quantize a 16-bit folder into another one, in small shards, under the model's own tensor names.
+    """Quantize a 16-bit source into a new folder, in small shards, under the model's own tensor names.
 
-    Args:
-        source: the 16-bit folder.
-        skeleton: its model on meta tensors.
-        folder: to be created.
-        scheme: nf4, fp4 or int8.
-        double: quantize the constants of 4-bit weights too.
-        dtype: of the weights before quantization, and of those that stay in 16 bit.
-        device: where to quantize.
+    bare: the model on meta tensors. dtype: of the weights before quantization, and of those that stay in 16 bit.
     """
-    quantizable, cast = quantizable_names(skeleton), dtype_caster(skeleton, dtype)
+    quantizable, cast = quantizable_names(bare), dtype_caster(bare, dtype)
     tensors = CheckpointTensors(source.path)
-    layout = CheckpointLayout(skeleton, tensors).check(source.name, tensors)
+    layout = CheckpointLayout(bare, tensors).check(source.name, tensors)
 
     def convert_group(group: TensorGroup) -> dict[str, Tensor]:
         parameters = layout.read(group, tensors.get)
@@ -390,15 +372,8 @@ def has_all_weights(folder: Path) -> bool:
 def build_quantized(make: Callable[[], Any], folder: Path, name: str, scheme: str, dtype: torch.dtype) -> nn.Module:
     """Build a model whose linear weights are quantized where those of the folder are, tensor by tensor.
 
-    Args:
-        make: builds the model; its weights are never allocated, its buffers are.
-        folder: the weights.
-        name: of the model, for messages.
-        scheme: of the folder's quantized weights.
-        dtype: of the other weights.
-
-    Raises:
-        ModelError: if a weight is missing or does not fit.
+    make: builds the model; its weights are never allocated, its buffers are. dtype: of the weights that are not
+    quantized. Raises ModelError where a weight is missing or does not fit.
     """
     with init_empty_weights(include_buffers=False):
         model: Any = make()
@@ -410,7 +385,7 @@ def build_quantized(make: Callable[[], Any], folder: Path, name: str, scheme: st
         if key not in tensors:
             missing.append(key)
         elif leaf == "weight" and owner in layers:
-            _load_packed(layers[owner], tensors.get_packed(key), f"{name}: {key}")
+            load_packed(layers[owner], tensors.get_packed(key), f"{name}: {key}")
         elif parameter.dim() == 3 and tensors.is_packed(key):
             packed = PackedExperts(tensors.get_packed(key), parameter.shape, scheme, dtype)
             make_quantized(model.get_submodule(owner)).set_packed(leaf, packed)
@@ -418,16 +393,15 @@ def build_quantized(make: Callable[[], Any], folder: Path, name: str, scheme: st
             tensor = tensors.get(key)
             if tensor.shape != parameter.shape:
                 raise ModelError(f"{name}: {key} has shape {tuple(tensor.shape)}, {tuple(parameter.shape)} expected")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(cast(key, tensor), requires_grad=False))
+            set_attribute(model, key, nn.Parameter(cast(key, tensor), requires_grad=False))
     for key, buffer in list(model.named_buffers()):
         if key in tensors:  # trained buffers, such as a router's bias correction
-            owner, _, leaf = key.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = tensors.get(key).to(buffer.dtype)
+            set_attribute(model, key, tensors.get(key).to(buffer.dtype))
     model.tie_weights()
     layer_of_weight = {id(layer.weight): layer for layer in layers.values()}
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and id(layer.weight) in layer_of_weight:  # tied to a quantized layer's weight
-            set_module(model, path, layer_of_weight[id(layer.weight)])
+            set_attribute(model, path, layer_of_weight[id(layer.weight)])
     lost = [key for key in missing if model.get_parameter(key).device.type == "meta"]
     if lost:
         what = f"{name}: {len(lost)} weights are missing or under other names, first {lost[0]}"
@@ -460,8 +434,8 @@ def repack_layers(model: nn.Module, folder: Path, name: str, scheme: str, dtype:
         constants = tensors.constants(key) if type(module) is nn.Linear and key in tensors else {}
         if constants:
             layer = QuantizedLinear(module, scheme, dtype)
-            _load_packed(layer, {"weight": tensors.get(key), **constants}, f"{name}: {key}")
-            set_module(model, path, layer.to(module.weight.device))
+            load_packed(layer, {"weight": tensors.get(key), **constants}, f"{name}: {key}")
+            set_attribute(model, path, layer.to(module.weight.device))
         for leaf, weight in list(module.named_parameters(recurse=False)) if is_experts(module) else []:
             key = f"{path.replace('.base_layer', '')}.{leaf}"
             if weight.dim() == 3 and key in tensors and tensors.is_packed(key):
@@ -469,12 +443,15 @@ def repack_layers(model: nn.Module, folder: Path, name: str, scheme: str, dtype:
                 make_quantized(module).set_packed(leaf, packed.to(weight.device))
 
 
-def _load_packed(layer: QuantizedLinear, packed: dict[str, Tensor], place: str) -> None:
+def load_packed(
+    layer: QuantizedLinear, packed: dict[str, Tensor], place: str, sizes: Mapping[str, int] | None = None
+) -> None:
+    """Call `layer.load_packed`, and raise ModelError where it fails or a constant is not finite."""
     constants = (tensor for name, tensor in packed.items() if name != "weight" and tensor.is_floating_point())
     if not all(map(is_finite, constants)):
         raise ModelError(f"{place} holds NaN or infinity", fix="download the model again")
     try:
-        layer.load_packed(packed)
+        layer.load_packed(packed, sizes)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{place}: not a {layer.scheme} weight ({error})", fix="quantize it again") from None
 

@@ -49,9 +49,7 @@ class Model:
     quantization: str = "none"  # of the base
     history: list[Message] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)  # further adapters: name -> name in the module
-    _settings: dict[str, tuple[Renderer, str | None]] = field(
-        default_factory=dict
-    )  # (renderer, default_system) by name
+    _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
     @property

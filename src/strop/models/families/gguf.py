@@ -22,16 +22,8 @@ from strop.models.families.table import FAMILIES, Family, GgufFormat, find_gguf_
 def read_gguf_tensors(file: Path, bare: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
     """Return an iterator over (parameter name, fp32 tensor), dequantized one at a time by the gguf package.
 
-    Args:
-        file: the GGUF file.
-        bare: the model without weights.
-        config: its config.
-
-    Returns:
-        None for a family that this function does not read, or where a parameter is not in the file.
-
-    Raises:
-        ModelError: if a layer in the file has a tensor that the model does not have.
+    Returns None for a family that this function does not read, or where a parameter of `bare` (the model without
+    weights) is not in the file. Raises ModelError where a layer in the file has a tensor that the model does not have.
     """
     reader = gguf.GGUFReader(file)
     entry = find_gguf_family(str(reader.fields["general.architecture"].contents()))

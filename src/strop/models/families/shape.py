@@ -192,7 +192,7 @@ class ModelShape:
     @property
     def head_norms(self) -> bool:
         """True if q and k have norms over each head (Qwen 3, Gemma 3)."""
-        return _defaults_of(_family_with_sizes(self.family)).head_norms
+        return (_config_defaults(self.family) or ConfigDefaults()).head_norms
 
     @property
     def embedding(self) -> int:
@@ -218,17 +218,15 @@ class ModelShape:
         """Elements of all biases."""
         return self.layers * sum(linear.total_outputs for linear in self.linears if linear.bias) + self.other_biases
 
-    def count_too_long(self, lengths: Sequence[int] | npt.NDArray[np.int64], drawn: int = 0) -> str | None:
+    def count_too_long(self, lengths: Sequence[int] | npt.NDArray[np.int64], completion_tokens: int = 0) -> str | None:
         """Return a message on how many rows exceed the model's maximum length, or None.
 
-        Args:
-            lengths: of the rows, in tokens.
-            drawn: maximum tokens of a completion that is sampled for each row.
+        lengths: of the rows, in tokens. completion_tokens: the most that are sampled for each row.
         """
         if self.positions is None:
             return None
-        too_long = int((np.asarray(lengths) + drawn > self.positions).sum())
-        rows = f"rows, with a completion of {drawn:,} tokens," if drawn else "rows"
+        too_long = int((np.asarray(lengths) + completion_tokens > self.positions).sum())
+        rows = f"rows, with a completion of {completion_tokens:,} tokens," if completion_tokens else "rows"
         message = f"{too_long:,} of {len(lengths):,} {rows} are longer than the {self.positions:,} tokens"
         return f"{message} that the model was made for" if too_long else None
 
@@ -242,9 +240,9 @@ class ModelShape:
         """Return the shape by config.json. Raises ModelError where it lacks a size that every decoder has."""
         text = next((config[part] for part in ("text_config", "decoder_config", "decoder") if config.get(part)), config)
         name = str(text.get("model_type") or config.get("model_type") or "")
-        entry = _family_with_sizes(name)
-        known = entry is not None and text is config
-        family, defaults = entry or Family(), _defaults_of(entry)
+        listed = _config_defaults(name)
+        known, defaults = listed is not None and text is config, listed or ConfigDefaults()
+        family = FAMILIES[name] if listed else Family()
         get = _size_getter(text, name)
         hidden = get("hidden_size", "n_embd", "d_model", "dim", "emb_dim")
         heads = get("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", default=1)
@@ -258,10 +256,10 @@ class ModelShape:
         if experts > 1:
             linears = (*linears[:-3], *_expert_linears(hidden, expert_inner, experts, chosen))
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-        listed = len(next((text[field] for field in LAYER_LISTS if text.get(field)), ()))
+        list_length = len(next((text[field] for field in LAYER_LISTS if text.get(field)), ()))
         return ModelShape(
             family=name,
-            layers=get(*LAYER_COUNTS, default=listed or None),
+            layers=get(*LAYER_COUNTS, default=list_length or None),
             hidden=hidden,
             heads=heads,
             key_value_heads=key_value_heads,
@@ -294,25 +292,14 @@ class ModelShape:
         return [*kinds, LinearKind("lm_head", "Linear", self.hidden, self.vocabulary, 1, (), "output head")]
 
 
-def _family_with_sizes(name: str) -> Family | None:
-    """Return the table's entry if it has the family's sizes."""
-    family = FAMILIES.get(name)
-    return family if family is not None and family.sizes is not None else None
-
-
-def _defaults_of(family: Family | None) -> ConfigDefaults:
-    return family.sizes if family is not None and family.sizes is not None else ConfigDefaults()
+def _config_defaults(family: str) -> ConfigDefaults | None:
+    return FAMILIES[family].sizes if family in FAMILIES else None
 
 
 def _dense_linears(
-    family: Family,
-    defaults: ConfigDefaults,
-    config: Mapping[str, Any],
-    hidden: int,
-    query: int,
-    key_value: int,
-    inner: int,
-) -> tuple[LinearShape, ...]:
+    family: Family, defaults: ConfigDefaults, config: Mapping[str, Any],
+    hidden: int, query: int, key_value: int, inner: int,
+) -> tuple[LinearShape, ...]:  # fmt: skip
     if len(family.qkv) == 1:
         return (
             LinearShape("self_attn.o_proj", query, hidden),
@@ -394,8 +381,8 @@ def linear_kinds_from_headers(folder: Path) -> list[LinearKind]:
         if leaf != "lm_head" and (leaf in EMBEDDINGS or "emb" in leaf or leaf == "wpe"):
             kinds.append(embedding_kind(leaf, outputs, inputs, count))
             continue
-        kept = "output head" if leaf == "lm_head" else "small" if inputs * outputs < SMALLEST else None
-        kinds.append(LinearKind(leaf, "Linear", inputs, outputs, count, target_sets(path), kept))
+        why_16_bit = "output head" if leaf == "lm_head" else "small" if inputs * outputs < SMALLEST else None
+        kinds.append(LinearKind(leaf, "Linear", inputs, outputs, count, target_sets(path), why_16_bit))
     return kinds
 
 
@@ -445,7 +432,7 @@ def _shape_with_defaults(config: Mapping[str, Any]) -> ModelShape:
         from transformers import CONFIG_MAPPING, AutoConfig
 
         model_type = str(config.get("model_type"))
-        if _family_with_sizes(model_type) or model_type not in CONFIG_MAPPING:
+        if _config_defaults(model_type) or model_type not in CONFIG_MAPPING:
             raise
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
