@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.engine.kernels.dispatch import unpacking
+from strop.engine.kernels.dispatch import dequantize_kernels
 from strop.engine.train.linear import PackedWeight, Quantized
 from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
@@ -119,7 +119,7 @@ class QuantizedLinear(nn.Linear, Quantized):
         """The weight (out, in) in `dtype`; in `out`, where it is given and of this type."""
         if out is not None and (out.dtype != self.dtype or not out.is_contiguous()):
             return out.copy_(self.dequantized())
-        if (kernels := unpacking(self.weight.device, self.dtype)) is not None:
+        if (kernels := dequantize_kernels(self.weight.device, self.dtype)) is not None:
             return self._unpacked(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
@@ -140,7 +140,7 @@ class QuantizedLinear(nn.Linear, Quantized):
         return weight if out is None or into is not None else out.copy_(weight)
 
     def _unpacked(self, kernels: Any, out: Tensor | None) -> Tensor:
-        """The same by a card's own kernels (engine.card.unpack)."""
+        """The same by a card's own kernels (engine.kernels.cuda.dequantize)."""
         known = self.constants
         out = self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype) if out is None else out
         if self.scheme == "int8":

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.data.types import Example
-from strop.engine.kernels.dispatch import processor_for
+from strop.engine.kernels.dispatch import backend_for
 from strop.engine.step import step_for
 from strop.engine.train.plain import PlainLoss
 from strop.machine.probe import TILED_RANK
@@ -120,7 +120,7 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 def _setting(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Setting:
     shape = ModelShape.of({"model_type": "llama", **sizes})
-    tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
+    tiles = backend_for(torch.device("cpu"), dtype).has_tiled_attention(shape.head_size)
     return Setting(shape, 0, ranks=(rank,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.engine.device import measure, pick_dtype, prepare_process
-from strop.engine.kernels.dispatch import frozen_flops, integer_flops, kernels_lack, processor_for
+from strop.engine.kernels.dispatch import backend_for, frozen_flops, int8_flops, why_no_triton
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.errors import QuantizerError
@@ -68,13 +68,13 @@ def cards(machine: Machine) -> Iterator[Finding]:
         yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is held in fp32: twice the memory")
     else:
         yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
-    lacking = kernels_lack(torch.device("cuda"))
-    if lacking is None:
+    reason = why_no_triton(torch.device("cuda"))
+    if reason is None:
         yield Finding("ok", "strop's own kernels work on the card")
     else:
         why = "training uses PyTorch's own operations, more slowly; see docs/troubleshooting.md#triton"
-        missing = "imported" in lacking
-        yield Finding("warning", lacking, why, f"{pip()} install triton" if missing else "apt install gcc python3-dev")
+        missing = "imported" in reason
+        yield Finding("warning", reason, why, f"{pip()} install triton" if missing else "apt install gcc python3-dev")
 
 
 def measure_rates() -> Rates:
@@ -92,7 +92,7 @@ def measure_rates() -> Rates:
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
         costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
     unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
-    integers = integer_flops() if found.dtype == "fp32" else {}
+    integers = int8_flops() if found.dtype == "fp32" else {}
     return Rates(bf16, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
 
 
@@ -101,8 +101,8 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     rows, hidden, vocabulary = 512, 576, 49152
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
-    processor = processor_for(torch.device("cpu"), dtype)
-    output = OutputHead(weight, 0.0, processor.ops, matmul=processor.product(weight.shape))
+    backend = backend_for(torch.device("cpu"), dtype)
+    output = OutputHead(weight, 0.0, backend.ops, matmul=backend.matmul(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
     own = dtype == torch.bfloat16 and probe().has_products(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own) / bandwidth
