@@ -99,7 +99,7 @@ def serve(
                 ready=ready,
             )
         else:
-            warmup.load(warmup.ANSWERS)
+            warmup.load(warmup.DECODE)
             from strop.serve.run import serve as run_server
 
             ended = run_server(
