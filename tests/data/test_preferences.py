@@ -342,8 +342,7 @@ JUDGED = [{"prompt": f"q{n % 15}", "completion": f"yo {n}", "label": n < 15} for
 
 
 @pytest.mark.parametrize(
-    ("rows", "data_kind"),
-    [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")],
+    ("rows", "data_kind"), [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")]
 )
 def test_held_out_rows_share_no_prompt_with_training(rows: list[Any], data_kind: DataKind, tmp_path: Path) -> None:
     def held_out_prompts(name: str, given: list[Any]) -> set[str]:

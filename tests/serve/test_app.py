@@ -267,16 +267,8 @@ MESSAGES = [
     (CHATTED, {"tool_choice": {"type": "function"}}, 'tool_choice: only "auto" and "none" are supported'),
     (CHATTED, {"tools": [TOOL]}, "tools: not supported"),
     (CHATTED, {"tools": [{}]}, "a tool needs a name"),
-    (
-        CHATTED,
-        {"chat_template_kwargs": {"thinking": 1}},
-        "chat_template_kwargs",
-    ),
-    (
-        CHATTED,
-        {"chat_template_kwargs": {"x": "<|im_end|>"}},
-        "chat_template_kwargs: a value contains a control token",
-    ),
+    (CHATTED, {"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs"),
+    (CHATTED, {"chat_template_kwargs": {"x": "<|im_end|>"}}, "chat_template_kwargs: a value contains a control token"),
 ]
 
 
