@@ -19,8 +19,8 @@ import requests
 
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
-from strop.serve.guard import ApiError
 from strop.serve.models import ServedModel
+from strop.serve.server import ApiError
 from tests.support import templates
 from tests.support.families import tokenizer
 from tests.support.serving import CHAT, SYSTEM, Server, save_adapters, serving

@@ -18,7 +18,7 @@ from strop.errors import InputError, ModelError, RunError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.models.vllm import about_vllm, find_python, lora_rank
-from strop.serve.address import Address
+from strop.serve.server import Address
 from strop.serve.vllm import ParityResult, _request, _tokenizer_source, _wait_for_signal, lora_module_argument
 from tests.support.serving import CHAT, save_adapters, serving
 

@@ -17,8 +17,7 @@ from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.prepare import Judgements, Prepared, decide_outcome, find_contradiction, renderer_for, split_pair
 from strop.data.reading import sources
-from strop.data.rendering.pairs import render_pairs, render_prompts
-from strop.data.rendering.render import Renderer
+from strop.data.rendering.render import Renderer, render_pairs, render_prompts
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
 from strop.data.types import JUDGED, Conversation, DataKind, Example, Message, Row

@@ -28,8 +28,8 @@ from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.accounting import DataReport, Selection, build_report, ends_with_stop, find_row_warnings
 from strop.data.reading import sources
-from strop.data.rendering import overlong, pairs
-from strop.data.rendering.render import Renderer
+from strop.data.rendering import overlong
+from strop.data.rendering.render import Renderer, render_pairs, render_prompts
 from strop.data.row_errors import RENDERING_REASONS, TOO_LONG, RenderError, RowError
 from strop.data.store import (
     Conversations,
@@ -295,7 +295,7 @@ def _write_rows(
     judgements: Judgements = {}
     render = renderer.render_many
     if data_kind in ("pairs", "prompts"):
-        render = partial(pairs.render_pairs if data_kind == "pairs" else pairs.render_prompts, renderer)
+        render = partial(render_pairs if data_kind == "pairs" else render_prompts, renderer)
     for _, row in groupby(render(reader), lambda _: reader.row_numbers.popleft()):
         kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
         row_notes: dict[str, str] = {}
@@ -368,7 +368,7 @@ def decide_outcome(
     shorter: list[Example] | None = None
     try:
         if data.overlong == "truncate-start" and data_kind == "pairs":
-            shorter = pairs.truncate_pair(renderer, conversation, limit)
+            shorter = overlong.truncate_pair(renderer, conversation, limit)
         elif data.overlong == "truncate-start":
             shorter = overlong.truncate_start(renderer, conversation, rendered, limit)
         elif data.overlong == "split":

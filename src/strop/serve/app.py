@@ -24,10 +24,9 @@ from strop.data.types import Ids
 from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest
 from strop.serve.engine import Engine, Job, Metrics, Piece, QueueFull, deliver_each
-from strop.serve.grammar import Grammars
-from strop.serve.guard import AccessRules, ApiError, Guard, error_body
-from strop.serve.models import ServedModel
+from strop.serve.models import Grammars, ServedModel
 from strop.serve.protocol import ChatRequest, CommonRequest, CompletionRequest, ResponseWriter, usage
+from strop.serve.server import AccessRules, ApiError, Guard, error_body
 
 DEFAULT_COMPLETION_TOKENS = 16  # of a plain completion without max_tokens, as for OpenAI
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -17,12 +17,10 @@ from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
 from strop.models.introspect import made_for
-from strop.serve.address import Address, Server
 from strop.serve.app import OPEN_PATHS, ServerState, create_app
 from strop.serve.engine import Engine, Metrics, engine_thread
-from strop.serve.grammar import Grammars
-from strop.serve.guard import AccessRules
-from strop.serve.models import LoadedModels, load_models
+from strop.serve.models import Grammars, LoadedModels, load_models
+from strop.serve.server import AccessRules, Address, Server
 
 LONGEST_CONTEXT = 4096  # by default: the memory of a slot grows with its context
 CLOSING_SECONDS = 5  # that running requests have after Ctrl-C

@@ -50,9 +50,9 @@ from strop.models.tokenizer import head_folder, load_tokenizer
 from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
 from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
-from strop.serve.address import KEY_VARIABLE, Address
 from strop.serve.models import BASE, check_names
 from strop.serve.run import LONGEST_CONTEXT
+from strop.serve.server import KEY_VARIABLE, Address
 
 GENERATION_CONFIG = "generation_config.json"
 START_SECONDS = 900.0  # compiling for a GPU takes minutes

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from strop.data.rendering.render import Renderer
+from strop.data.rendering.render import Renderer, check_pair
 from strop.data.row_errors import RenderError
 from strop.data.types import JUDGED, Conversation, DataKind, Example, Message
 
@@ -81,6 +81,21 @@ def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int
         else:
             kept, high = shorter, middle - 1
     return kept if kept and all(kept) else None
+
+
+def truncate_pair(renderer: Renderer, conversation: Conversation, limit: int) -> list[Example] | None:
+    """Truncate the start of the prompt on both sides alike, so that both fit in `limit` tokens.
+
+    Returns None if the longer answer leaves no room for a prompt. Raises RenderError.
+    """
+    sides = truncate_sides(renderer, conversation.sides, limit)
+    if sides is None:
+        return None
+    examples = check_pair(conversation, sides)
+    if isinstance(examples, RenderError):
+        raise examples
+    assert not is_too_long(examples, limit)
+    return examples
 
 
 def split(renderer: Renderer, conversation: Conversation, examples: list[Example], limit: int) -> list[Example] | None:

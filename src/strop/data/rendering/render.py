@@ -7,6 +7,7 @@ the prompt must end where a token ends, and each supervised turn must end with i
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -331,3 +332,63 @@ class Renderer:
         if not weights.any():
             raise RenderError("nothing-supervised")
         return Example(ids, weights, conversation.file, conversation.line, separately)
+
+
+# --- pairs and prompts ---------------------------------------------------------------------------------------------
+
+
+def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
+    """Yield each conversation with its chosen and rejected example, or with why it has none, in order.
+
+    A conversation without a rejected side is rendered as usual.
+    """
+    pending: deque[Conversation] = deque()
+
+    def sides() -> Iterator[Conversation]:
+        for conversation in conversations:
+            pending.append(conversation)
+            yield from conversation.sides
+
+    results = renderer.render_many(sides())
+    for _, rendered in results:
+        conversation = pending.popleft()
+        if conversation.rejected:
+            rendered = check_pair(conversation, [rendered, next(results)[1]])
+        yield conversation, rendered
+
+
+def render_prompts(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
+    """Yield each conversation with one unsupervised example of its prompt, or with why it has none, in order.
+
+    The prompt has the same tokens as in fine-tuning and at inference. An answer at the end is left out.
+    """
+    for conversation in conversations:
+        messages = conversation.messages if conversation.answer is None else conversation.messages[:-1]
+        try:
+            ids = renderer.prompt(messages, conversation.tools, options=renderer.options_for(conversation.messages))
+        except RenderError as error:
+            yield conversation, error.at(conversation.file, conversation.line)
+            continue
+        yield conversation, [Example(ids, np.zeros(len(ids), np.float32), conversation.file, conversation.line)]
+
+
+def check_pair(conversation: Conversation, sides: Sequence[list[Example] | RenderError]) -> list[Example] | RenderError:
+    """Return both sides, or what is wrong with the pair."""
+    examples: list[Example] = []
+    for side in sides:
+        if isinstance(side, RenderError):
+            return side
+        if len(side) != 1:
+            return _pair_error("answer-in-parts", conversation)
+        examples += side
+    chosen, rejected = examples
+    if not np.array_equal(chosen.ids[: chosen.prompt_length], rejected.ids[: rejected.prompt_length]):
+        return _pair_error("prompt-tokens-differ", conversation)
+    if np.array_equal(chosen.ids, rejected.ids):
+        return _pair_error("same-tokens", conversation)
+    separately = chosen.encoded_separately or rejected.encoded_separately
+    return [replace(example, encoded_separately=separately) for example in examples]
+
+
+def _pair_error(code: str, conversation: Conversation) -> RenderError:
+    return RenderError(code, file=conversation.file, line=conversation.line)

@@ -1,7 +1,7 @@
 """Render chat templates: prompts and training texts, and the spans of assistant turns in them.
 
 What a template does is measured by rendering (prober.py), so any Jinja template works. Templates come from model files,
-which are not trusted: they run in a sandbox with bounds (sandbox.py).
+which are not trusted: they run in a sandbox with bounds (`BoundedTemplate`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from strop.data.rendering.encoder import ControlText
-from strop.data.rendering.prober import Prober
-from strop.data.rendering.sandbox import TEMPLATE_ERRORS, BoundedTemplate
+from strop.data.rendering.prober import Join, Mode, Prober
 from strop.data.rendering.template_source import (
     CLOCK,
+    TEMPLATE_ERRORS,
+    BoundedTemplate,
     check_options,
     day_formats,
     fixed_day,
@@ -25,7 +26,6 @@ from strop.data.rendering.template_source import (
     read_variables,
     write_options,
 )
-from strop.data.rendering.traits import Join, Mode
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Message
 from strop.errors import ModelError
