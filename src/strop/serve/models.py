@@ -29,29 +29,23 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by the id that clients use.
-
-    adapter: PEFT's name of the adapter; None for the base. system: the system prompt of all training rows, which a chat
-    without a system prompt gets. generation_stop_ids: from the model's generation config.
-    """
+    """A model by the id that clients use."""
 
     id: str
-    adapter: str | None
+    adapter: str | None  # PEFT's name of the adapter; None for the base
     tokenizer: Any
     renderer: Renderer
-    system: str | None
-    generation_stop_ids: tuple[int, ...] = ()
+    system: str | None  # of all training rows; a chat without a system prompt gets it
+    generation_stop_ids: tuple[int, ...] = ()  # from the model's generation config
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return (*self.renderer.end_ids, *self.generation_stop_ids)
 
     def prompt(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None,
         template_options: dict[str, Any] | None = None,
-    ) -> Ids:
+    ) -> Ids:  # fmt: skip
         """Return the token ids of a chat with the generation prompt, as in training. Raises ApiError if invalid."""
         if self.renderer.template is None:
             raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
@@ -60,7 +54,7 @@ class ServedModel:
             raise ApiError(400, message, param="chat_template_kwargs")
         try:
             conversation = parse_request({"messages": messages, "tools": tools})
-            if conversation.tools and not self.renderer.chat.supports_tools:
+            if conversation.tools and not self.renderer.chat.traits.tools:
                 message = "tools: not supported by the model's chat template; remove tools, or use another model"
                 raise ApiError(400, message, param="tools")
             turns = conversation.messages
@@ -82,11 +76,9 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """module: the transformers or PEFT model. models: by id, in the order of the names. notes: to show at start."""
-
-    module: Any
-    models: dict[str, ServedModel]
-    notes: Sequence[str]
+    module: Any  # the transformers or PEFT model
+    models: dict[str, ServedModel]  # by id, in the order of the names
+    notes: Sequence[str]  # to show at start
 
 
 def served_name(name: str) -> str:
@@ -136,14 +128,10 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on another quantization of the base than {names[0]}, which is used here")
         renderer = renderer_of(tokenizer, identity)
-        models[model_id] = ServedModel(
-            model_id, first.others[name], tokenizer, renderer, identity.get("system"), stop_ids
-        )
+        adapter, system = first.others[name], identity.get("system")
+        models[model_id] = ServedModel(model_id, adapter, tokenizer, renderer, system, stop_ids)
     models[BASE] = served(BASE, None, None)
     return LoadedModels(first.module, models, [*first.notes, *notes])
-
-
-# --- constrained decoding ------------------------------------------------------------------------------------------
 
 
 class Grammars:

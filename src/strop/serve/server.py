@@ -40,6 +40,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
+ENCODED_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -47,14 +48,9 @@ class ApiError(Exception):
     """Raised for a request that gets an error response in OpenAI's format."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None,
         headers: dict[str, str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         self.body = error_body(status, message, code=code, param=param)
@@ -68,13 +64,10 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
 
 @dataclass(frozen=True)
 class AccessRules:
-    """hosts: exact values of the Host header, with port. key: the API key; None if none is needed. open: paths that
-    need no key, because they reveal nothing."""
-
-    hosts: Collection[str]
-    key: str | None
+    hosts: Collection[str]  # exact values of the Host header, with port
+    key: str | None  # the API key; None if none is needed
     max_body_bytes: int
-    open: Collection[str] = ()
+    open: Collection[str] = ()  # paths that need no key, because they reveal nothing
 
 
 class HeaderTimeoutProtocol(H11Protocol):
@@ -115,6 +108,7 @@ class Guard:
 
     def __init__(self, app: Any, rules: AccessRules, on_response: Callable[[str, int], None] | None = None) -> None:
         self._app, self._rules, self._on_response = app, rules, on_response
+        self._too_large = f"the body is larger than {rules.max_body_bytes} bytes"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -123,18 +117,15 @@ class Guard:
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"], *((name.encode(), value.encode()) for name, value in HEADERS.items())
-                ]  # fmt: skip
+                message["headers"] = [*message["headers"], *ENCODED_HEADERS]
                 if self._on_response is not None:
                     self._on_response(scope["path"], message["status"])
             await send(message)
 
-        error = self._check(scope)
-        if error is not None:
+        if error := self._check(scope):
             await _send_error(send_with_headers, *error)
-            return
-        await self._app(scope, self._limit(receive), send_with_headers)
+        else:
+            await self._app(scope, self._limit(receive), send_with_headers)
 
     def _check(self, scope: Any) -> tuple[int, str] | None:
         """Return (status, message) of an error; None if the request is allowed."""
@@ -157,7 +148,7 @@ class Guard:
                 return 415, "the content type must be application/json"
             length = headers.get("content-length", "0")
             if length.isdigit() and int(length[:20]) > self._rules.max_body_bytes:
-                return 413, _too_large(self._rules)
+                return 413, self._too_large
         return None
 
     def _limit(self, receive: Any) -> Any:
@@ -176,14 +167,10 @@ class Guard:
                 num_bytes += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
                 if num_bytes > self._rules.max_body_bytes:
-                    raise HTTPException(413, _too_large(self._rules))
+                    raise HTTPException(413, self._too_large)
             return message
 
         return limited
-
-
-def _too_large(rules: AccessRules) -> str:
-    return f"the body is larger than {rules.max_body_bytes} bytes"
 
 
 async def _send_error(send: Any, status: int, message: str) -> None:
@@ -219,13 +206,7 @@ class Address:
 
 
 def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str]) -> Address:
-    """Bind a port.
-
-    Args:
-        host: address to listen on.
-        port: 0 for any free port.
-        key: API key; None for the value of STROP_API_KEY.
-        more_hosts: further host names that clients may use.
+    """Bind a port; 0 for any free one. key: API key; None for STROP_API_KEY. more_hosts: further names of this host.
 
     Raises InputError if the port cannot be bound, the key is invalid, or other machines could connect without a key.
     """
@@ -245,9 +226,8 @@ def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str
         bound.listen()  # with SO_REUSEADDR, a second server could bind until this one listens
     except (OSError, OverflowError) as error:
         bound.close()
-        raise InputError(
-            f"--host {host} --port {port}: cannot be bound: {error}", fix="choose another --port"
-        ) from None
+        what = f"--host {host} --port {port}: cannot be bound: {error}"
+        raise InputError(what, fix="choose another --port") from None
     port = bound.getsockname()[1]
     names = {*LOOPBACK, host, *more_hosts}
     if host in ("0.0.0.0", "::"):
@@ -266,23 +246,13 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, ready: Callable[[], None], *, closing_s: int) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=HeaderTimeoutProtocol,
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=15,
-                timeout_graceful_shutdown=closing_s,
-                limit_concurrency=512,
-            )
-        )
-        self._ready = ready
-        self.signal = 0
+        config = uvicorn.Config(
+            app, http=HeaderTimeoutProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=closing_s,
+            limit_concurrency=512,
+        )  # fmt: skip
+        super().__init__(config)
+        self._ready, self.signal = ready, 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
