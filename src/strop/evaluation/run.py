@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.config.schema import DataSection
-from strop.data.formats import DOCUMENT, PAIRED, conversations
+from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
@@ -48,7 +48,7 @@ def read_conversations(
     """
     bad: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
-    reader = conversations(rows, format=format, columns=columns, bad=bad)
+    reader = ConversationReader(rows, format=format, columns=columns, bad=bad)
     found = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "labelled" in kinds:

@@ -29,14 +29,11 @@ _MAX_WEIGHT = 1000.0
 
 @dataclass(frozen=True)
 class Source:
-    """Files that are read as one. path: as shown to the user. files: to open; several are parallel files.
+    """Files that are read as one."""
 
-    weight: how often each row is read; a fraction selects a share of the rows.
-    """
-
-    path: str
-    files: tuple[str, ...]
-    weight: float = 1.0
+    path: str  # as shown to the user
+    files: tuple[str, ...]  # several are parallel files
+    weight: float = 1.0  # how often each row is read; a fraction selects a share of the rows
 
 
 # --- which files -------------------------------------------------------------------------------------------------
@@ -135,15 +132,10 @@ def is_dataset(spec: str) -> bool:
 
 
 def download(spec: str) -> list[tuple[str, str]]:
-    """Download the data files of `owner/name[@revision][/path or glob]` into the Hub's cache.
+    """Download the data files of `owner/name[@revision][/path or glob]`: return the name and local path of each.
 
     Without a path, the files of the train split are chosen if that is unambiguous. Offline, cached files are used.
-
-    Returns:
-        (name to show, local path) of each file.
-
-    Raises:
-        DataError: no such data set or file, an ambiguous choice, or the Hub cannot be reached.
+    Raises DataError for no such data set or file, an ambiguous choice, or if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -182,11 +174,10 @@ def download(spec: str) -> list[tuple[str, str]]:
 
 def _local_files(name: str, folder: str, chosen: list[str]) -> list[tuple[str, str]]:
     """Return the names and paths of files of a snapshot. Raises DataError if one is missing."""
-    local = [os.path.join(folder, file) for file in chosen]
-    missing = [file for file, path in zip(chosen, local, strict=True) if not os.path.isfile(path)]
-    if missing:
+    local = {file: os.path.join(folder, file) for file in chosen}
+    if missing := [file for file, path in local.items() if not os.path.isfile(path)]:
         raise DataError(f"{name}: {missing[0]} was not downloaded", fix="try again")
-    return [(f"{name}/{file}", path) for file, path in zip(chosen, local, strict=True)]
+    return [(f"{name}/{file}", path) for file, path in local.items()]
 
 
 def _cached_files(name: str, revision: str | None, inside: str | None, cause: Exception) -> list[tuple[str, str]]:
@@ -228,9 +219,8 @@ def choose_files(name: str, names: list[str], inside: str | None) -> list[str]:
             raise DataError(f"{name} has no file {inside}", fix=f"it has: {shown or 'no data files'}")
         return chosen
     if not data:
-        raise DataError(
-            f"{name} has no file of a known type ({', '.join(TYPES)})", fix="scripts and archives are not run"
-        )
+        what = f"{name} has no file of a known type ({', '.join(TYPES)})"
+        raise DataError(what, fix="scripts and archives are not run")
     train = [file for file in data if _TRAIN.search(file)]
     chosen = train or [file for file in data if not _EVAL.search(file)]
     if len({_SHARD.sub("", file) for file in chosen}) != 1:
@@ -249,17 +239,10 @@ def _is_data_file(file: str) -> bool:
 def explain_hub_error(
     error: BaseException, name: str, page: str, error_class: type[InputError], access_class: type[InputError]
 ) -> InputError | None:
-    """Convert an error of the Hub's client to an InputError with a fix.
+    """Convert an error of the Hub's client to an error of `error_class`, or `access_class` without access.
 
-    Args:
-        error: raised while something was fetched from the repository `name`.
-        name: the repository.
-        page: path of the repository's page, without the Hub's address.
-        error_class: class of the result.
-        access_class: class of the result if the account has no access.
-
-    Returns:
-        The error, or None if the Hub cannot be reached at all, and for errors of other origin.
+    page: path of the repository's page, without the Hub's address. Returns None if the Hub cannot be reached at all,
+    and for errors of other origin.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
@@ -298,31 +281,19 @@ def explain_hub_error(
 
 
 def read_rows(
-    spec: str | Sequence[str],
-    *,
-    encoding: str = "utf-8",
-    columns: Mapping[str, str] | None = None,
-    bad: list[RowError],
-    left_out: Counter[str] | None = None,
-    documents: bool = False,
-) -> Iterator[Row]:
+    spec: str | Sequence[str], *, encoding: str = "utf-8", columns: Mapping[str, str] | None = None,
+    bad: list[RowError], left_out: Counter[str] | None = None, documents: bool = False,
+) -> Iterator[Row]:  # fmt: skip
     """Yield the rows of all sources, in order. Memory does not grow with the file, except for JSON arrays.
 
-    Args:
-        spec: see `resolve`.
-        encoding: encoding of text files.
-        columns: names of columns. Used here only for files without names: values that are numbers count the cells of
-            CSV, TSV and parallel files from 1.
-        bad: receives the errors of rows.
-        left_out: receives, by path, the number of rows that a fractional weight left out.
-        documents: read a plain text file as one row, instead of one row a paragraph.
+    spec: see `resolve`. columns: used here only for files without names: values that are numbers count the cells of
+    CSV, TSV and parallel files from 1. bad: receives the errors of rows. left_out: receives, by path, the number of
+    rows that a fractional weight left out. documents: read a plain text file as one row, not one row a paragraph.
 
-    Raises:
-        DataError: a whole file cannot be read; possibly after some rows.
+    Raises DataError if a whole file cannot be read, possibly after some rows.
     """
     for source in resolve(spec):
-        before = len(bad)
-        empty = True
+        before, empty = len(bad), True
         for row in _read(source, encoding, columns or {}, bad, documents):
             empty = False
             yield from _repeat(row, source, left_out)

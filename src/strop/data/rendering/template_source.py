@@ -47,7 +47,6 @@ _STANDARD_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_f
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer begins a plain text with its bos token."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -59,18 +58,15 @@ def template_source(tokenizer: Any, choice: str | None) -> str | None:
     if choice in NAMED:
         stop = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
         if stop is None:
-            raise ModelError(
-                "the tokenizer has neither <|im_end|> nor an eos token", fix="choose another data.template"
-            )
+            what = "the tokenizer has neither <|im_end|> nor an eos token"
+            raise ModelError(what, fix="choose another data.template")
         start = "{{ bos_token }}" if adds_bos(tokenizer) else ""
         return NAMED[choice].replace("BOS", start).replace("STOP", stop)
     if choice is not None:
         path = Path(choice).expanduser()
         if not path.is_file():
-            raise ModelError(
-                f"data.template: no such template or file: {choice}{nearest(choice, NAMED)}",
-                fix=f"give {' or '.join(NAMED)}, or the path of a Jinja file",
-            )
+            what = f"data.template: no such template or file: {choice}{nearest(choice, NAMED)}"
+            raise ModelError(what, fix=f"give {' or '.join(NAMED)}, or the path of a Jinja file")
         return path.read_text(encoding="utf-8")
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -110,7 +106,6 @@ def _descendants(side: nodes.Node) -> list[nodes.Node]:
 
 
 def day_formats(tree: nodes.Template) -> list[str]:
-    """Return the formats in which a template reads the date."""
     calls = [(call.node, call.args[0]) for call in tree.find_all(nodes.Call) if call.args]
     formats = [argument for node, argument in calls if isinstance(node, nodes.Name) and node.name == CLOCK]
     return sorted({node.value for node in formats if isinstance(node, nodes.Const)})
@@ -127,9 +122,8 @@ def check_options(options: Mapping[str, Any], variables: frozenset[str], where: 
     for name in options:
         if name not in variables:
             known = ", ".join(sorted(variables)) or "no option"
-            raise ModelError(
-                f"{where}: the chat template reads no {name}{nearest(name, sorted(variables))}", fix=f"it reads {known}"
-            )
+            what = f"{where}: the chat template reads no {name}{nearest(name, sorted(variables))}"
+            raise ModelError(what, fix=f"it reads {known}")
 
 
 def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -> str:
@@ -147,9 +141,8 @@ def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -
         try:
             day = date.fromisoformat(str(requested))
         except ValueError:
-            raise ModelError(
-                f"data.template_options: {CLOCK}: {requested} is not a date", fix="write it as 2026-01-31"
-            ) from None
+            what = f"data.template_options: {CLOCK}: {requested} is not a date"
+            raise ModelError(what, fix="write it as 2026-01-31") from None
         days = ", ".join(f"{jinja_literal(form)}: {jinja_literal(day.strftime(form))}" for form in formats)
         head = f'{{%- macro {CLOCK}(form, day="{day}") -%}}'
         source = _FIXED_DAY.sub("", source)
@@ -159,7 +152,6 @@ def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -
 
 
 def jinja_literal(value: Any) -> str:
-    """Return a value as a Jinja literal."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -204,12 +196,10 @@ def _reads_content(test: nodes.Node) -> bool:
     """Return whether a comparison, or a call such as content.startswith(...), reads the text of a message."""
     if isinstance(test, nodes.Call) and not (isinstance(test.node, nodes.Getattr) and test.node.attr in _STRING_TESTS):
         return False
-    is_name = any(name.name == "content" for name in test.find_all(nodes.Name))
-    is_attribute = any(item.attr == "content" for item in test.find_all(nodes.Getattr))
-    is_key = any(
-        isinstance(item.arg, nodes.Const) and item.arg.value == "content" for item in test.find_all(nodes.Getitem)
-    )
-    return is_name or is_attribute or is_key
+    names = [name.name for name in test.find_all(nodes.Name)]
+    names += [item.attr for item in test.find_all(nodes.Getattr)]
+    names += [item.arg.value for item in test.find_all(nodes.Getitem) if isinstance(item.arg, nodes.Const)]
+    return "content" in names
 
 
 # --- rendering within bounds ---------------------------------------------------------------------------------------
@@ -222,22 +212,13 @@ MAX_BITS = 10_000  # of a power
 
 # What a template may raise for an input that it was not written for.
 TEMPLATE_ERRORS: tuple[type[Exception], ...] = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
 )
 
 
 class BoundedTemplate:
-    """A template, compiled as transformers compiles it.
-
-    Raises jinja2.TemplateError if it does not compile, and TEMPLATE_ERRORS when it is rendered.
-    """
+    """A template, compiled as transformers does: raises jinja2.TemplateError, and TEMPLATE_ERRORS when rendered."""
 
     def __init__(self, source: str) -> None:
         # The environment of an empty template: compiling evaluates constants such as 'x' * 10**10, which must be
@@ -260,7 +241,6 @@ class BoundedTemplate:
         self._template = self.environment.from_string(tree)
 
     def render(self, **variables: Any) -> str:
-        """Render the template. Raises jinja2.TemplateRuntimeError beyond MAX_CHARS or MAX_ITERATIONS."""
         self._iterations = 0
         parts, size = [], 0
         for part in self._template.generate(**variables):
