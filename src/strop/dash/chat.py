@@ -16,7 +16,7 @@ from strop.dash.files import join_names, read_bytes, split_names
 from strop.dash.http import Busy
 from strop.dash.jobs import Jobs
 from strop.errors import RunError
-from strop.serve.address import KEY_VARIABLE
+from strop.serve.server import KEY_VARIABLE
 
 TIMEOUT_S = 600.0  # seconds; a long answer on a slow CPU
 GONE = {

@@ -52,7 +52,7 @@ def serve(
     """Serve models with an OpenAI-compatible API and a page that compares base and tuned answers."""
     from strop.errors import RecipeError, nearest
     from strop.models.load import check_device_and_dtype
-    from strop.serve.address import exit_code, open_address
+    from strop.serve.server import exit_code, open_address
 
     if engine not in ("strop", "vllm"):
         raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
