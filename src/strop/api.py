@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from strop.config.schema import Recipe
     from strop.data.prepare import Prepared
     from strop.data.types import DataKind
+    from strop.engine.decode.model import Model
     from strop.exporting.gguf import Exported
     from strop.exporting.hub import Pushed
     from strop.exporting.merge import Merged
     from strop.exporting.ollama import Prepared as PreparedOllama
-    from strop.models.adapters import Model
-    from strop.planning.compare import Row
     from strop.planning.plan import Plan
+    from strop.planning.tables import Row
     from strop.runs.events import Event
     from strop.training.run import Run
 
@@ -66,21 +66,28 @@ def plan(
     """
     from strop.config.load import Choice, resolve
     from strop.machine.memory import limit_bytes
-    from strop.planning.devices import Devices, share
-    from strop.planning.inputs import look_at, place_for, row_sizes, start_adapter, without_data
+    from strop.planning.machines import target_for
+    from strop.planning.microbatch import plan_options, row_sizes
+    from strop.planning.model_facts import read_model_facts, start_adapter
+    from strop.planning.multi_device import Devices, target_share
     from strop.planning.plan import make_plan
 
-    resolved = resolve(_path(recipe), without_data(_flatten(options), recipe is not None))
+    resolved = resolve(_path(recipe), plan_options(_flatten(options), recipe is not None))
     device = resolved.recipe.model.device
     cluster = Devices(devices, nodes)
-    place = share(place_for(device, limit_bytes(memory), gpu), cluster, here=memory is None and gpu is None)
-    model = look_at(resolved.recipe)
-    if gpu is not None and device.partition(":")[0] != place.device:  # the recipe was written for another machine
-        resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
+    target = target_for(device, limit_bytes(memory), gpu)
+    target = target_share(target, cluster, local=memory is None and gpu is None)
+    model = read_model_facts(resolved.recipe)
+    if gpu is not None and device.partition(":")[0] != target.device:  # the recipe was written for another machine
+        resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
     return make_plan(
-        resolved, place.machine, model, place.rate_of, device=place.device, dtype=place.dtype,
-        rows=row_sizes(resolved.recipe), adapter=start_adapter(resolved.recipe), devices=cluster,
-    )  # fmt: skip
+        resolved,
+        model,
+        target,
+        rows=row_sizes(resolved.recipe),
+        adapter=start_adapter(resolved.recipe),
+        devices=cluster,
+    )
 
 
 def compare_methods(
@@ -103,23 +110,26 @@ def compare_methods(
     from strop.config.load import resolve
     from strop.machine.memory import limit_bytes
     from strop.planning.choose import usable_bytes
-    from strop.planning.compare import compare, known_models
-    from strop.planning.inputs import look_at, place_for, without_data
+    from strop.planning.machines import target_for
+    from strop.planning.microbatch import plan_options
+    from strop.planning.model_facts import read_model_facts
+    from strop.planning.tables import compare_methods as compare
+    from strop.planning.tables import known_models
 
-    values = without_data(_flatten(options), recipe is not None)
+    values = plan_options(_flatten(options), recipe is not None)
     has_model = "model.name" in values or recipe is not None
     if not has_model:
         values["model.name"] = "-"
     resolved = resolve(_path(recipe), values).recipe
     machine_given = memory is not None or gpu is not None or resolved.model.device != "auto"
-    place = place_for(resolved.model.device, limit_bytes(memory), gpu) if machine_given else None
-    device, dtype = ("cuda", "bf16") if place is None else (place.device, place.dtype[0])
+    target = target_for(resolved.model.device, limit_bytes(memory), gpu) if machine_given else None
+    device, dtype = ("cuda", "bf16") if target is None else (target.device, target.dtype[0])
     section = resolved.model.model_copy(update={"device": device, "dtype": dtype})
     models = known_models()
     if has_model:
-        model = look_at(resolved)
+        model = read_model_facts(resolved)
         models = sorted([*models, (model.name, model.shape, model.parameters)], key=lambda entry: entry[2])
-    usable = usable_bytes(place.machine, device) if place is not None else None
+    usable = usable_bytes(target.machine, device) if target is not None else None
     return compare(resolved.model_copy(update={"model": section}), models, usable)
 
 
@@ -157,11 +167,11 @@ def train(
     resolved = resolve(_path(recipe), _flatten(options))
     with join_devices() as devices:
         from strop.machine.memory import limit_bytes
-        from strop.machine.torch_state import own_torch
+        from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import train as run_training
 
         limit = limit_bytes(memory)
-        with own_torch():
+        with isolated_torch_state():
             return run_training(
                 resolved, [callback] if callback else [], memory=limit, devices=devices, resume_existing=resume_existing
             )
@@ -197,12 +207,12 @@ def resume(
 
     with join_devices() as devices:
         from strop.machine.memory import limit_bytes
-        from strop.machine.torch_state import own_torch
+        from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import resume as resume_training
 
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
         limit = limit_bytes(memory)
-        with own_torch():
+        with isolated_torch_state():
             return resume_training(
                 Path(run),
                 [callback] if callback else [],
@@ -262,17 +272,26 @@ def evaluate(
 
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
     with join_devices() as devices:
-        from strop.evaluation.run import evaluate_models, leaderboard
-        from strop.machine.torch_state import own_torch
+        from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard
+        from strop.machine.torch_state import isolated_torch_state
 
-        with own_torch():
-            results = evaluate_models(
-                names, _data_files(data, "data"), metric=metric, max_new_tokens=max_new_tokens,
-                advance=progress if devices.is_main else None, quantization=quantization, force=force, general=general,
-                regression_data=_data_files(regression_data, "regression_data"), regression_metric=regression_metric,
-                tasks=tasks, task_limit=task_limit, devices=devices, judge=judge, judge_model=judge_model,
-                options=options,
-            )  # fmt: skip
+        with isolated_torch_state():
+            chosen = EvalOptions(
+                metric=metric,
+                max_new_tokens=max_new_tokens,
+                quantization=quantization,
+                force=force,
+                general=general,
+                regression_data=_data_files(regression_data, "regression_data"),
+                regression_metric=regression_metric,
+                tasks=tasks,
+                task_limit=task_limit,
+                judge=judge,
+                judge_model=judge_model,
+                read=options,
+            )
+            advance = progress if devices.is_main else None
+            results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)
     if isinstance(run, str | os.PathLike):
         return results[0]
     return {"runs": results, "leaderboard": leaderboard(results)}
@@ -344,10 +363,10 @@ def load(
         InputError: If the model, the device or an option is invalid.
         RunError: If this process was forked from one that used strop.
     """
-    from strop.machine.torch_state import own_torch
-    from strop.models.adapters import load as load_model
+    from strop.engine.decode.model import load as load_model
+    from strop.machine.torch_state import isolated_torch_state
 
-    with own_torch():
+    with isolated_torch_state():
         return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
 
 
@@ -378,10 +397,10 @@ def merge(
         ParityError: If the merged model differs from the tuned one beyond the limit.
     """
     from strop.exporting.merge import merge as merge_adapter
-    from strop.machine.torch_state import own_torch
+    from strop.machine.torch_state import isolated_torch_state
 
     rows = _data_file(data)
-    with own_torch():
+    with isolated_torch_state():
         return merge_adapter(
             os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, say=progress or _ignore
         )
@@ -447,14 +466,14 @@ def export(
     """
     from strop.exporting.gguf import export_gguf
     from strop.exporting.ollama import export_ollama
-    from strop.machine.torch_state import own_torch
+    from strop.machine.torch_state import isolated_torch_state
 
     if target not in ("gguf", "ollama"):
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="leave out adapter, or give gguf")
     name, rows, say = os.fspath(run), _data_file(data), progress or _ignore
-    with own_torch():
+    with isolated_torch_state():
         if target == "gguf":
             return export_gguf(name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, say=say)
         return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, say=say)

@@ -97,7 +97,9 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.wait_for_selector("text=The export matches the tuned model.")
         assert list((tmp_path / "runs" / "second" / "merged").glob("*.safetensors"))
         press("Export: GGUF file")
-        measured = ":is(.verdict, .soft):text-matches('^(The export matches the tuned model|Parity was not measured: .)')"
+        measured = (
+            ":is(.verdict, .soft):text-matches('^(The export matches the tuned model|Parity was not measured: .)')"
+        )
         page.wait_for_selector(f"{measured} >> nth=1")  # not measured where llama.cpp is not installed
         press("Export: Ollama")
         page.wait_for_selector(f"{measured} >> nth=2")

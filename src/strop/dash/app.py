@@ -20,8 +20,7 @@ from strop.dash.jobs import TOKEN_VARIABLE
 from strop.dash.routes import action_routes, read_routes
 from strop.errors import FolderError, InputError
 from strop.runs.folder import is_run
-from strop.serve.address import Server, open_address
-from strop.serve.guard import AccessRules, Guard
+from strop.serve.server import AccessRules, Guard, Server, open_address
 
 MAX_BODY_BYTES = 1 << 20
 CLOSING_SECONDS = 1  # event streams never end by themselves

@@ -28,7 +28,7 @@ from strop.dash.files import join_names, read_bytes, read_json, split_names, tai
 from strop.errors import FolderError, InputError, RunError
 from strop.runs.child_env import safe_path_env
 from strop.runs.folder import write_json
-from strop.serve.address import KEY_VARIABLE
+from strop.serve.server import KEY_VARIABLE
 
 FOLDER = ".dash"  # in the folder of runs
 TOKEN_VARIABLE = "STROP_DASH_TOKEN"

@@ -29,23 +29,24 @@ from strop.data.store import Conversations, Examples, digest, dump_conversation
 from strop.data.types import Indices
 from strop.errors import InputError, StropError
 from strop.machine.memory import limit_bytes
-from strop.models.families.shape import Peek
+from strop.models.families.shape import ModelInfo
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
-from strop.planning.inputs import NO_DATA, Place, look_at, place_for, row_sizes, start_adapter, without_data
-from strop.planning.microbatch import Rows
+from strop.planning.machines import Target, target_for
+from strop.planning.microbatch import NO_DATA, Rows, plan_options, row_sizes
+from strop.planning.model_facts import read_model_facts, start_adapter
 from strop.planning.plan import make_plan
 from strop.runs.folder import free_bytes
 
-PLACE_S = 10.0  # seconds to cache machine facts; free memory changes
-LOOK_S = 60.0
+TARGET_S = 10.0  # seconds to cache machine facts; free memory changes
+MODEL_S = 60.0
 ROWS_S = 1.5  # seconds to wait for row lengths; until then the plan assumes rows of maximum length
 
 
 class Planner:
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], tuple[float, Any]] = {}
+        self._cache: dict[tuple[str, str], tuple[float, Any]] = {}
         self._measured: dict[str, Rows | StropError] = {}
         self._measuring: dict[str, threading.Thread] = {}
 
@@ -59,38 +60,36 @@ class Planner:
         started = time.perf_counter()
         words = [word for field, value in options.items() for word in option(field, value)]
         given = typed_options(options)
-        resolved = resolve(None, without_data(given, False))
-        limit = limit_bytes(memory)
+        resolved = resolve(None, plan_options(given, False))
         model = resolved.recipe.model
-        where = (model.device, limit, gpu)
-        place: Place = self._keep("place", where, PLACE_S, lambda: place_for(*where))
-        if gpu is not None and model.device.partition(":")[0] != place.device:
-            resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
-        looked: Peek = self._keep("look", [model.name, model.revision], LOOK_S, lambda: look_at(resolved.recipe))
+        machine = (model.device, limit_bytes(memory), gpu)
+        target: Target = self._cached("target", machine, TARGET_S, lambda: target_for(*machine))
+        if gpu is not None and model.device.partition(":")[0] != target.device:
+            resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
+        source = [model.name, model.revision]
+        facts: ModelInfo = self._cached("model", source, MODEL_S, lambda: read_model_facts(resolved.recipe))
         rows, state = self._rows(resolved.recipe)
-        found = make_plan(
-            resolved, place.machine, looked, place.rate_of, device=place.device, dtype=place.dtype, rows=rows,
-            adapter=start_adapter(resolved.recipe), thorough=thorough,
-        )  # fmt: skip
+        adapter = start_adapter(resolved.recipe)
+        found = make_plan(resolved, facts, target, rows=rows, adapter=adapter, thorough=thorough)
         words = ["train", *words, *([f"--memory={memory}"] if memory else [])]
         planned = found.as_json()
         choices = [asdict(choice) for choice in found.resolved.choices.values()]
         return {
             **planned, "recipe": [choice for choice in choices if choice["value"] != NO_DATA], "argv": words,
             "command": command([*words, *([f"--out={out}"] if out else [])]),
-            "rows": state, "downloads": _downloads(looked, planned["parameters"]),
+            "rows": state, "downloads": _downloads(facts, planned["parameters"]),
             "writes": {"bytes": planned["disk_bytes"], "free_bytes": free_bytes(Path(out or "."))},
             "here": gpu is None, "took_ms": round(1000 * (time.perf_counter() - started), 1),
         }  # fmt: skip
 
-    def _keep(self, kind: str, key: Any, seconds: float, make: Callable[[], Any]) -> Any:
+    def _cached(self, kind: str, key: Any, seconds: float, make: Callable[[], Any]) -> Any:
         name = (kind, json.dumps(key))
-        known = self._kept.get(name)
+        known = self._cache.get(name)
         if known is None or time.monotonic() - known[0] > seconds:
-            if len(self._kept) > 64:
-                self._kept.clear()
+            if len(self._cache) > 64:
+                self._cache.clear()
             known = (time.monotonic(), make())
-            self._kept[name] = known
+            self._cache[name] = known
         return known[1]
 
     def _rows(self, recipe: Recipe) -> tuple[Rows, dict[str, Any]]:
@@ -184,9 +183,9 @@ def _file_stamps(recipe: Recipe) -> list[Any]:
     return stamps
 
 
-def _downloads(looked: Peek, parameters: int) -> list[dict[str, Any]]:
+def _downloads(facts: ModelInfo, parameters: int) -> list[dict[str, Any]]:
     """Return what a run would download; a Hub model that is not cached counts two bytes per weight."""
-    name = looked.name
+    name = facts.name
     if name.startswith("demo") or name.endswith(".gguf") or Path(name).expanduser().exists():
         return []
     from huggingface_hub import try_to_load_from_cache
@@ -323,15 +322,15 @@ def _sharing(examples: Examples, batch: int, *, pairs: bool) -> dict[str, Any]:
 
     prefix_saves: lower bound of the share of tokens saved; rows within a batch may share more.
     """
-    looked = [examples[number] for number in range(min(len(examples), 2000))]
-    total = sum(map(len, looked))
-    if len(looked) < 2 or not total:
+    facts = [examples[number] for number in range(min(len(examples), 2000))]
+    total = sum(map(len, facts))
+    if len(facts) < 2 or not total:
         return {"prefix_tokens": 0, "prefix_saves": 0.0}
     if pairs:
-        both = [_common([first.ids, second.ids]) for first, second in zip(looked[0::2], looked[1::2], strict=False)]
+        both = [_common([first.ids, second.ids]) for first, second in zip(facts[0::2], facts[1::2], strict=False)]
         return {"prefix_tokens": int(np.mean(both)), "prefix_saves": sum(both) / total}
-    common = _common([example.ids for example in looked])
-    return {"prefix_tokens": common, "prefix_saves": common * len(looked) * (1 - 1 / max(1, batch)) / total}
+    common = _common([example.ids for example in facts])
+    return {"prefix_tokens": common, "prefix_saves": common * len(facts) * (1 - 1 / max(1, batch)) / total}
 
 
 def _common(rows: list[Any]) -> int:

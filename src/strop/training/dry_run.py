@@ -22,17 +22,16 @@ from strop.engine.device import pick_dtype
 from strop.engine.step import Step, step_for
 from strop.engine.train.packing import pack, pack_separately
 from strop.errors import ModelError, RunError
-from strop.machine.memory import MemoryMark, MemoryWatch
+from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
-from strop.machine.rates import known_precision
-from strop.models.introspect import AHEAD, sees_ahead
+from strop.machine.rates import load_precision
+from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.objectives.table import max_completion_tokens
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.choose import usable_bytes
-from strop.planning.memory import Drawn, Phase
-from strop.planning.phases import Asked, phases
+from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
 from strop.planning.time import has_bf16
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.training.criteria import is_scored
 from strop.training.oom import apply_memory_settings, micro_batches, within_memory
 from strop.training.state import Job, batch_stream, random_states, set_random_states
@@ -65,7 +64,7 @@ class Forecast:
     error_bytes: int | None = None
 
     def peak_bytes(self, device: str) -> int:
-        """Predict MemoryMark.peak_bytes at the end of the run (on CUDA: of the allocator, without the context)."""
+        """Predict PeakTracker.peak_bytes at the end of the run (on CUDA: of the allocator, without the context)."""
         used = [self.phases[name] for name in ("load", "draw", "train") if name in self.phases]
         has_context = device.startswith("cuda")
         return max(phase.peak_bytes - (phase.parts["framework"] if has_context else 0) for phase in used)
@@ -95,17 +94,18 @@ def watch_memory(job: Job, machine: Machine) -> int:
     return usable_bytes(machine, device)
 
 
-def forecast(job: Job, setting: Setting, usable: int) -> Forecast:
+def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
     """Predict the run's memory from its rows: their micro-batches, shared prefixes and supervised tokens."""
-    setting = setting.but(step=job.step.name)
+    setting = setting.replace(step=job.step.name)
     if job.state.progress.recompute:
-        setting = setting.but(checkpoint_layers=setting.shape.layers)
+        setting = setting.replace(checkpointed_layers=setting.shape.layers)
     if job.state.progress.offload:
-        setting = setting.but(offload=True)
+        setting = setting.replace(offload=True)
     if job.state.progress.streamed:
-        setting = setting.but(resident_layers=0)
+        setting = setting.replace(resident_layers=0)
     candidates = [
-        (items, describe_batch(job, items, more, setting.tiles)) for items, more in _largest_batches(job, setting)
+        (items, describe_batch(job, items, more, setting.compute.attention_tiles))
+        for items, more in _largest_batches(job, setting)
     ]
     items, batch = max(candidates, key=lambda pair: at_peak(setting, pair[1]).total)
     dtype = _decode_dtype(job.recipe.model.device)
@@ -116,22 +116,22 @@ def _decode_dtype(device: str) -> str:
     """Return the dtype that decoding uses. On a CPU whose precision is unknown it is guessed, not measured."""
     if device != "cpu":
         return pick_dtype(device)[0]
-    known = known_precision(probe(), torch.get_num_threads())
+    known = load_precision(probe(), torch.get_num_threads())
     return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
-def _evaluation(job: Job) -> Asked:
+def _evaluation(job: Job) -> EvaluationLoad:
     """Return the size of an evaluation on rows like these."""
     rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
     examples = (example for row in rows for example in row.examples)
-    return Asked.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
+    return EvaluationLoad.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
 
 
-def _sampling(job: Job) -> Drawn | None:
+def _sampling(job: Job) -> RolloutLoad | None:
     """Return what a step samples after the longest prompt, or None."""
     if not max_completion_tokens(job.recipe.train):
         return None
-    return Drawn.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
+    return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
 
 
 def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
@@ -148,7 +148,7 @@ def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> 
     return MicroBatch(len(packed.ids), num_outputs, documents, more)
 
 
-def _largest_batches(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
+def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
     """Return the micro-batches that need most by their rows' lengths, and whether others share their step.
 
     What a shared prefix saves is known only after packing.
@@ -169,7 +169,7 @@ def _largest_batches(job: Job, setting: Setting) -> list[tuple[list[Item], bool]
     return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
-def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
+def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTracker) -> Forecast:
     """Run forward and backward of the largest micro-batch, and return the forecast with the measured error.
 
     Skipped if the forecast fits easily. Micro-batches shrink as they would in a step. Raises MemoryLimitError if no
@@ -264,7 +264,7 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
         return
     config = cast(Any, job.model).config
     fix = "use a decoder-only language model; BERT-like models need is_decoder in their config"
-    if why := sees_ahead(config):
+    if why := why_not_causal(config):
         raise ModelError(why, fix=fix)
     rows = _changed_rows(items)
     job.model.eval()
@@ -275,7 +275,7 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
     job.step.release_buffers()
     by_later, by_earlier = (float((changed - original).abs().median()) for changed in (changed_later, changed_earlier))
     if by_later > max(CAUSAL_MAX_CHANGE, CAUSAL_MAX_SHARE * by_earlier):
-        raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)
+        raise ModelError(f"{config.model_type}: {NOT_CAUSAL}", fix=fix)
 
 
 def _changed_rows(items: Sequence[Item]) -> list[Example]:

@@ -18,10 +18,9 @@ from strop.distributed.environment import may_restart, was_restarted
 from strop.engine.device import repeatable
 from strop.errors import InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
-from strop.machine.malloc import give_back
-from strop.machine.memory import is_out_of_memory, mark
-from strop.models.upstream_errors import blaming
-from strop.planning.workload import Setting
+from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
+from strop.models.upstream_errors import attribute_errors
+from strop.planning.workload import Workload
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
@@ -215,30 +214,33 @@ def _execute(
         log = EventLog(folder.events if devices.is_main else None, [*listeners, *trackers])
         job: Job | None = None
         try:
-            log.emit("machine", lines=setup.machine.lines())
+            log.emit("machine", lines=setup.machine.describe())
             choices = [asdict(choice) for choice in setup.resolved.choices.values()]
             log.emit("recipe", choices=choices, resuming=resumed is not None)
             log.emit("data", report=setup.data.report.as_json())
             for text in startup_notes(setup):
                 log.emit("note", text=text)
-            memory = mark(recipe.model.device)
+            memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
                 stack.enter_context(repeatable())
-            stack.enter_context(blaming(setup.shape.family))
+            stack.enter_context(attribute_errors(setup.shape.family))
             model = build_model(setup, resumed is not None, devices)
             check_base_digests(folder, devices)
             use_vllm = recipe.train.vllm_python is not None
             sampler = stack.enter_context(vllm_sampler(recipe, setup.source, model)) if use_vllm else None
             job = build_job(folder, setup, model, log, devices, sampler)
-            give_back()  # memory that reading and converting the weights has freed
+            trim_heap()  # memory that reading and converting the weights has freed
             if resumed is not None and devices.run_on_main(folder.checkpoints):
                 _restore(job, resumed)
             broadcast_weights(job)
             describe_start(job, setup)
             ended, key = "steps", reference_key(setup)
             usable = watch_memory(job, setup.machine)
-            setting = Setting.of(recipe, setup.shape, setup.parameters, torch.get_num_threads(), devices.world_size)
-            expected = forecast(job, setting, usable)
+            threads, world = torch.get_num_threads(), devices.world_size
+            workload = Workload.from_recipe(
+                recipe, setup.shape, parameters=setup.parameters, threads=threads, devices=world
+            )
+            expected = forecast(job, workload, usable)
             if job.state.progress.step < batch_stream(recipe, len(job.train)).total_steps:
                 if recipe.train.int8_matmul:
                     check_int8(job, expected.items)

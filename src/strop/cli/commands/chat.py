@@ -37,7 +37,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or through a pipe with one line per turn."""
     with status_line("loading the libraries"):
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         from strop.cli.chat import chat_in_terminal
 
     chat_in_terminal(

@@ -58,7 +58,7 @@ def evaluate(
         return
     main = is_main_process()
     with generation_progress(console_for(main)) as advance:
-        warmup.load(warmup.ANSWERS if main else None)
+        warmup.load(warmup.DECODE if main else None)
         result = api.evaluate(
             names if len(names) > 1 else names[0], data, metric=metric, max_new_tokens=max_new_tokens, general=general,
             regression_data=regression_data or (), regression_metric=regression_metric, tasks=tasks or (),
