@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from strop.errors import RecipeError
 from strop.runs.folder import cache_folder, read_json, write_json
@@ -109,6 +108,8 @@ def _peak_resident_bytes() -> int:
 
 def parse_bytes(text: str | int) -> int:
     """Parse a size: 8GB, 512MiB, or plain bytes. Raises RecipeError."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError  # which the page's server does not load
+
     try:
         size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
