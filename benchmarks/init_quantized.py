@@ -30,7 +30,7 @@ from strop.models.lora import as_fp32, trainable
 from strop.models.quantize import pack, quantizable, unpack
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.planning.learning_rate import objective_base_rate
+from strop.planning.choose import objective_base_rate
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.training.loop import fit

@@ -32,9 +32,8 @@ from strop.evaluation.compare import (
     rows_with_calls,
     side_of,
 )
-from strop.evaluation.general import compare_general
+from strop.evaluation.general import check_tasks, compare_general, run_tasks
 from strop.evaluation.judge import Judge, compare_by_judge, judge_for
-from strop.evaluation.lm_eval import check_tasks, run_tasks
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.model_card import write_card

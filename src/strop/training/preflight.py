@@ -36,8 +36,7 @@ from strop.models.reward_head import check_head
 from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
-from strop.planning.choose import choose, memory_key, why_no_integers
-from strop.planning.learning_rate import kept_values
+from strop.planning.choose import choose, kept_values, memory_key, why_no_integers
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
