@@ -1,8 +1,9 @@
-"""Measure what training broke: base and tuned model on a small general set, with the change and its interval.
+"""Measure what training broke: base and tuned model on a small general set and on tasks of lm-evaluation-harness.
 
 general.jsonl has 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
-asked for, memory of earlier turns), each with a regular expression that a good answer matches. The set is small: it
-shows a model that has lost an ability, not one that has become two points worse.
+questions for, memory of earlier turns), each with a regular expression that a good answer matches. The set is small: it
+shows a model that has lost an ability, not one that has become two points worse. Prompts and scores of the harness are
+its own, so that they compare with published ones.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def rows() -> list[Row]:
     text = (files(__package__) / "general.jsonl").read_text(encoding="utf-8")
     parsed = [json.loads(line) for line in text.splitlines()]
     return [
-        Row(row["kind"], tuple(Message(turn["role"], turn["content"]) for turn in row["messages"]), row["pattern"])
+        Row(row["kind"], tuple(Message(x["role"], x["content"]) for x in row["messages"]), row["pattern"])
         for row in parsed
     ]
 
@@ -53,50 +54,43 @@ def rows() -> list[Row]:
 def compare_general(model: Model, advance: Advance | None = None, devices: Devices = ALONE) -> dict[str, Any]:
     """Return the shares of good answers of base and tuned model, over all rows and by kind.
 
-    The model must have an adapter. The result is {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base,
-    tuned, difference}}, lost: [{prompt, base, tuned}]}.
+    Returns {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base, tuned, difference}}, lost: [{prompt,
+    base, tuned}]}.
     """
-    asked = rows()
-    prompts = [model.renderer.prompt(list(row.messages)) for row in asked]
+    questions = rows()
+    prompts = [model.renderer.prompt(list(row.messages)) for row in questions]
     answers = generate_answers(
         model, prompts, devices, max_new_tokens=MAX_NEW_TOKENS, both=True,
-        advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(asked))),
+        advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(questions))),
     )  # fmt: skip
     texts = [answer.text for answer in answers]
-    texts_by_side = {"base": texts[: len(asked)], "tuned": texts[len(asked) :]}
+    texts_by_side = {"base": texts[: len(questions)], "tuned": texts[len(questions) :]}
     hits = {
-        side: [bool(re.search(row.pattern, text)) for row, text in zip(asked, side_texts, strict=True)]
+        side: [bool(re.search(row.pattern, text)) for row, text in zip(questions, side_texts, strict=True)]
         for side, side_texts in texts_by_side.items()
     }
     kinds = {}
-    for kind in dict.fromkeys(row.kind for row in asked):
-        places = [place for place, row in enumerate(asked) if row.kind == kind]
+    for kind in dict.fromkeys(row.kind for row in questions):
+        places = [place for place, row in enumerate(questions) if row.kind == kind]
         shares = {side: sum(hits[side][place] for place in places) / len(places) for side in hits}
         change = paired_difference(*([hits[side][place] for place in places] for side in ("base", "tuned")))
         kinds[kind] = {"rows": len(places), **shares, "difference": asdict(change)}
-    lost = [place for place in range(len(asked)) if hits["base"][place] and not hits["tuned"][place]]
+    lost = [place for place in range(len(questions)) if hits["base"][place] and not hits["tuned"][place]]
     return {
-        "rows": len(asked),
-        **{side: sum(side_hits) / len(asked) for side, side_hits in hits.items()},
-        "intervals": {side: list(wilson(sum(side_hits), len(asked))) for side, side_hits in hits.items()},
+        "rows": len(questions),
+        **{side: sum(side_hits) / len(questions) for side, side_hits in hits.items()},
+        "intervals": {side: list(wilson(sum(side_hits), len(questions))) for side, side_hits in hits.items()},
         "difference": asdict(paired_difference(hits["base"], hits["tuned"])),
         "kinds": kinds,
         "lost": [
-            {"prompt": asked[place].messages[-1].content, **{side: texts_by_side[side][place] for side in hits}}
+            {"prompt": questions[place].messages[-1].content, **{side: texts_by_side[side][place] for side in hits}}
             for place in lost
         ],
     }
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
-    """Return the names of the tasks, and the harness's task manager.
-
-    Args:
-        tasks: names, or .yaml files that define a task.
-
-    Raises:
-        RecipeError: the package is not installed, or a task does not exist.
-    """
+    """Return the names of tasks given by name or .yaml file, and the harness's task manager."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -117,17 +111,10 @@ def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
 
 
 def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | None = None) -> dict[str, Any]:
-    """Run tasks on base and tuned model; without an adapter, on the base only.
+    """Run tasks on base and tuned model (without an adapter, the base only), on `limit` documents of each.
 
-    Args:
-        model: the model.
-        names: names of the tasks.
-        manager: the harness's task manager.
-        limit: number of documents of each task.
-
-    Returns:
-        {task: {metric: {base, tuned, difference: {value, low, high} | None, documents}}}. The interval is the normal
-        one of the mean of paired differences.
+    Returns {task: {metric: {base, tuned, difference: {value, low, high} | None, documents}}}. The interval is the
+    normal one of the mean of paired differences.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
