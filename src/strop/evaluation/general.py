@@ -24,10 +24,10 @@ import yaml
 
 from strop.data.types import Message
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model
 from strop.errors import RecipeError, nearest
 from strop.evaluation.compare import Advance, generate_answers
 from strop.evaluation.metrics import Z_95, Difference, paired_difference, wilson
-from strop.models.adapters import Model
 
 MAX_NEW_TOKENS = 48
 

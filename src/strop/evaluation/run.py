@@ -13,13 +13,14 @@ import numpy as np
 
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection, Recipe
-from strop.data.formats import DOCUMENT, PAIRED, conversations
+from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
 from strop.data.prepare import prepare
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model, load, load_renderer
 from strop.errors import DataError, InputError, RecipeError, RunError, Where, nearest
 from strop.evaluation.compare import (
     FIGURES,
@@ -39,16 +40,7 @@ from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import (
-    Model,
-    adapter_folder,
-    base_source,
-    is_reward,
-    load,
-    load_renderer,
-    refuse_other_kind,
-    with_tokenizer,
-)
+from strop.models.adapters import adapter_folder, base_source, check_adapter_kind, is_reward_adapter, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
@@ -156,7 +148,7 @@ def _check_request(
 def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
     train_rows = request.devices.run_on_main(partial(trained_on, name, request.rows))
     folder = adapter_folder(name)
-    model = _load(name, request, scores=folder is not None and is_reward(folder))
+    model = _load(name, request, scores=folder is not None and is_reward_adapter(folder))
     compared = compare_preferences(model, request.rows, request.advance, request.devices)
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
     count_train_rows(result, train_rows)
@@ -171,8 +163,8 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     rows = [question.conversation for question in make_questions(request.rows)]
     train_rows = devices.run_on_main(partial(trained_on, name, rows))
     folder = adapter_folder(name)
-    if folder is not None and is_reward(folder):
-        refuse_other_kind(folder, scores=False)
+    if folder is not None and is_reward_adapter(folder):
+        check_adapter_kind(folder, scores=False)
     model = _load(name, request)
     base_key = (str(model.source), model.quantization, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
@@ -266,7 +258,7 @@ def read_conversations(
     """Read all rows of the data as conversations: either all are pairs, or none."""
     bad: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
-    reader = conversations(rows, format=format, columns=columns, bad=bad)
+    reader = ConversationReader(rows, format=format, columns=columns, bad=bad)
     parsed = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "labelled" in kinds:
@@ -378,7 +370,7 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
         start, source = recipe.model.adapter, base_source(run.adapter)
         before = [False] * len(rows) if start is None else trained_on(start, rows)
         folder = None if start is None else adapter_folder(start)
-        tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+        tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
         data_kind = data_kind_of(recipe.train)
         data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     except InputError:

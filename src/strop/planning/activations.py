@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from strop.machine.malloc import LARGE
-from strop.models.families.layers import Family
+from strop.machine.memory import HEAP_BLOCK_BYTES
 from strop.models.families.shape import LinearShape
+from strop.models.families.table import Family
 from strop.planning.workload import Workload
 
 BLOCK = 256  # queries per matmul, as in engine.train.attention
@@ -154,7 +154,7 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     if workload.compute.step == "plain":
         return _plain_layer_bytes(workload, batch)
     shape, b, device = workload.shape, workload.compute.dtype_bytes, workload.compute.device
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     family, rank_of = workload.family, dict(workload.ranked_linears())
     if workload.tiled_lora:
         rank_of = {x: -(-rank // 16) * 16 for x, rank in rank_of.items()}
@@ -171,7 +171,7 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     after = (q + o_ranks if o_ranks else 0) + halves * inner + mlp_ranks
     # The MLP's input, unless the attention has the same one, and the inputs of norms after the blocks.
     after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
-    if family.per_layer:  # the per-layer term, its norm's input, the sum, and the fp32 copy before its adapter
+    if family.per_layer_inputs:  # the per-layer term, its norm's input, the sum, and the fp32 copy before its adapter
         after += 3 * h + 4 * h // b
     after += 2 * h if workload.adapter.dora and not workload.adapter.dropout else 0  # outputs of both blocks
     if workload.compute.attention_tiles or workload.flash_attention:
@@ -184,11 +184,11 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
         copies = 5 * q if device == "cuda" else 2 * q + 2 * kv
         saved = batch.tokens * (copies * b + 4 * shape.heads)
     attention = batch.tokens * (before - h) * b + saved
-    if family.gated_heads:  # the gate, its sigmoid, and the gated output
+    if family.gated_output:  # the gate, its sigmoid, and the gated output
         attention += batch.tokens * 3 * q * b
     if family.mixer:
         attention = round(workload.attention_share * attention) + batch.tokens * _mixer_bytes(workload)
-    if family.mixture:
+    if family.moe:
         after = h + (q + o_ranks if o_ranks else 0)
         return batch.tokens * h * b + attention + rows * (after * b + _mixture_bytes(workload))
     return batch.tokens * h * b + attention + rows * after * b
@@ -208,8 +208,8 @@ def fragmentation_bytes(workload: Workload, batch: MicroBatch) -> int:
     """Return bytes of a CPU's heap that are lost between blocks of different sizes; fitted (docs/log)."""
     if workload.compute.device != "cpu" or workload.compute.step != "fast":
         return 0
-    # Blocks of LARGE bytes and more have their own pages and leave no holes.
-    lost = MLP_FRAGMENTATION * sum(x for x in _mlp_backward_blocks(workload, batch.supervised) if x < LARGE)
+    # Blocks of HEAP_BLOCK_BYTES bytes and more have their own pages and leave no holes.
+    lost = MLP_FRAGMENTATION * sum(x for x in _mlp_backward_blocks(workload, batch.supervised) if x < HEAP_BLOCK_BYTES)
     if workload.family.mixer:
         layers = workload.shape.layers - min(workload.compute.checkpointed_layers, workload.shape.layers - 1)
         lost += MIXER_FRAGMENTATION * layers * batch.tokens * _mixer_bytes(workload)
@@ -236,7 +236,7 @@ def _adapter_copies(workload: Workload, linears: Sequence[LinearShape]) -> int:
 def _plain_layer_bytes(workload: Workload, batch: MicroBatch) -> int:
     """Return bytes of a transformers layer with peft adapters: fp32 copies in the norms and before each adapter."""
     shape, b = workload.shape, workload.compute.dtype_bytes
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     norms = 8 * h if b < 4 else 4 * h
     plain = b * (4 * h + 4 * q + 2 * kv + 4 * inner) + 4 * shape.heads
     return batch.tokens * (norms + _adapter_copies(workload, shape.linears) + plain)
@@ -247,7 +247,7 @@ def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = Non
     shape, compute, tokens = workload.shape, workload.compute, batch.tokens
     b = compute.dtype_bytes
     rows = tokens if rows is None else rows  # computed after the attention
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     mlp = sum(_mlp_backward_blocks(workload, rows))
     if compute.step == "plain":
         return max(mlp + rows * EAGER_BYTES * inner, tokens * (5 * q + 6 * kv + h) * b)
@@ -290,7 +290,7 @@ def _tile_bytes(workload: Workload, batch: MicroBatch, *, backward: bool) -> int
     thread = longest * (TILE_ROWS * (4 + 4 + 2 + 2 + 2) + 16 * d) if backward else longest * (TILE_ROWS * 6 + 6 * d)
     prefix = max(keys - queries for _, queries, keys in batch.documents)
     documents = sum(number for number, _, _ in batch.documents)
-    gradients = 8 * documents * workload.shape.key_value * prefix if backward else 0
+    gradients = 8 * documents * workload.shape.key_value_size * prefix if backward else 0
     return workload.compute.threads * thread + gradients
 
 
@@ -311,8 +311,8 @@ def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
         for i, (_, block_keys) in enumerate(blocks):
             block = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
             sizes.append(block + gradients)
-            gradients += 2 * number * shape.key_value * block_keys * b
-        sizes.append(gradients + 4 * number * shape.key_value * keys)
+            gradients += 2 * number * shape.key_value_size * block_keys * b
+        sizes.append(gradients + 4 * number * shape.key_value_size * keys)
     return max(sizes)
 
 

@@ -16,11 +16,18 @@ from strop.config.load import Resolved, resolve
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
 from strop.errors import ModelError
-from strop.machine.doctor import installed
-from strop.models.adapter_config import adapter_config, as_start
-from strop.models.families.shape import ModelShape, Peek, header_kinds, peek
-from strop.models.source import headers, locate, quantized_by
-from strop.models.targets import LinearKind, embedding_kind, target_names
+from strop.machine.doctor import is_installed
+from strop.models.adapter_config import expand_adapter_config, read_adapter_config
+from strop.models.families.shape import (
+    LinearKind,
+    ModelInfo,
+    ModelShape,
+    embedding_kind,
+    linear_kinds_from_headers,
+    read_model_info,
+    target_names,
+)
+from strop.models.source import locate, quantization_method, read_headers
 from strop.objectives.table import data_kind_of, objective_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
@@ -78,13 +85,13 @@ class Plan:
             "data": self.data, "largest": self.largest, "disk_bytes": self.disk_bytes,
             "ladder": [rung.as_json() for rung in self.ladder], "gives_up": self.gives_up,
             "devices": self.multi_device.as_json(), "trainable_parameters": self.workload.adapter_weights,
-            "parameters": base.parameters, "active_parameters": base.parameters - base.shape.idle,
+            "parameters": base.parameters, "active_parameters": base.parameters - base.shape.idle_expert_weights,
         }  # fmt: skip
 
 
 def make_plan(
     resolved: Resolved,
-    model: Peek,
+    model: ModelInfo,
     target: Target,
     *,
     rows: Rows,
@@ -133,7 +140,7 @@ def make_plan(
         phases=run_phases,
         resolved=resolved,
         workload=workload,
-        engine=f"plain: {why}" if why else f"fast: {workload.family.by_model}".rstrip(": "),
+        engine=f"plain: {why}" if why else f"fast: {workload.family.model_parts}".rstrip(": "),
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
         seconds=_run_seconds(recipe, workload, usual, rate, rows, multi_device, steps),
         rate=rate,
@@ -186,7 +193,7 @@ def _data_facts(sizes: Rows, shape: ModelShape) -> dict[str, Any]:
         "longest": max(lengths, default=None),
         "unknown": sizes.unknown or None,
         "refused": sizes.refused or None,
-        "beyond": shape.beyond(lengths),
+        "beyond": shape.count_too_long(lengths),
     }
 
 
@@ -250,28 +257,33 @@ def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
     return [text for field, applies, text in sentences if applies and choices[field].origin == "plan"]
 
 
-def read_model_facts(recipe: Recipe) -> Peek:
+def read_model_facts(recipe: Recipe) -> ModelInfo:
     """Return the model's sizes, by its config.
 
     For a family that is not in the table, or modules trained in full, they come from the model itself, built without
     weights; without torch, from its config and the headers of its weight files.
     """
-    facts = _check_weight_files(peek(recipe.model.name, recipe.model.revision))
+    facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
     whole_modules = recipe.lora.modules_to_save
-    if (facts.shape.known and not whole_modules) or not installed("torch"):
+    if (facts.shape.known and not whole_modules) or not is_installed("torch"):
         return facts
-    from strop.models.introspect import exactly
+    from strop.models.introspect import refine_with_model
 
     objective = objective_of(recipe.train)
-    return exactly(facts, whole_modules=whole_modules, predicts=objective is None or not objective.scored)
+    return refine_with_model(facts, whole_modules=whole_modules, predicts=objective is None or not objective.scored)
 
 
-def _check_weight_files(facts: Peek) -> Peek:
+def _check_weight_files(facts: ModelInfo) -> ModelInfo:
     """Set `refused` if the model's weight files have fewer weights than its config describes, or more layers."""
     folder, shape = Path(facts.name).expanduser(), facts.shape
-    if facts.config is None or not shape.known or quantized_by(facts.config) or not any(folder.glob("*.safetensors")):
+    if (
+        facts.config is None
+        or not shape.known
+        or quantization_method(facts.config)
+        or not any(folder.glob("*.safetensors"))
+    ):
         return facts
-    names = (name for _, header in headers(folder) for name in header)
+    names = (name for _, header in read_headers(folder) for name in header)
     layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
     if facts.parameters >= shape.parameters and max(layers, default=0) < shape.layers:
         return facts
@@ -281,19 +293,19 @@ def _check_weight_files(facts: Peek) -> Peek:
 
 
 def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
-    """Return the config of the adapter that training starts from, as `adapter_config.as_start` does, or None."""
+    """Return the config of the adapter that training starts from, as `expand_adapter_config` does, or None."""
     if recipe.model.adapter is None:
         return None
     path = Path(recipe.model.adapter).expanduser()
     folder = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
     if folder is None:
         raise ModelError(f"--model.adapter {path}: no adapter in this folder", fix="give a run or adapter folder")
-    return as_start(folder, adapter_config(folder))
+    return expand_adapter_config(folder, read_adapter_config(folder))
 
 
 def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
     """Return the kinds of layers of a model, and for each its fields in `strop modules --json`."""
-    shape = peek(model).shape
+    shape = read_model_info(model).shape
     if shape.known:
         kinds = [*shape.linear_kinds(), embedding_kind("embed_tokens", shape.vocabulary, shape.hidden)]
     else:
@@ -314,12 +326,12 @@ def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
 def _introspect_layers(model: str) -> list[LinearKind]:
     """Return the layers of a model built without weights; without torch, those in the headers of its weight files."""
     source = locate(model)
-    if not installed("torch"):
+    if not is_installed("torch"):
         if source.kind != "folder":
             raise ModelError(f"{model}: listing the layers of this family needs torch", fix="pip install torch")
-        return header_kinds(source.path)
-    from strop.models.load import skeleton
-    from strop.models.lora import embedding_kinds, linear_kinds
+        return linear_kinds_from_headers(source.path)
+    from strop.models.introspect import embedding_kinds, linear_kinds
+    from strop.models.load import load_without_weights
 
-    bare = skeleton(source)
+    bare = load_without_weights(source)
     return [*linear_kinds(bare), *embedding_kinds(bare)]

@@ -126,11 +126,11 @@ def flops(workload: Workload, batch: MicroBatch) -> Flops:
         frozen += forward * (3 + again) * adapted / (qkv + rest)
     adapters = (6 + 2 * again) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
     long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
-    matmul = 2.0 * layers * shape.query * pairs(workload, batch)  # one of the attention's
+    matmul = 2.0 * layers * shape.query_size * pairs(workload, batch)  # one of the attention's
     if workload.compute.attention_tiles:
         attention = (7 + 2 * again) * matmul
     else:
-        attention = (6 + 2 * again) * matmul + layers * shape.query * long
+        attention = (6 + 2 * again) * matmul + layers * shape.query_size * long
     head = (6.0 if adapter.full_head else 4.0) * shape.embedding + 6.0 * adapter.head_rank * (
         shape.hidden + shape.vocabulary
     )
@@ -215,12 +215,14 @@ def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, ow
 def elementwise_bytes(workload: Workload) -> int:
     """Return bytes read and written per layer and token by element-wise work, forward and backward."""
     shape, b = workload.shape, workload.compute.dtype_bytes
-    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query + 2 * shape.key_value))
+    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size))
 
 
 def lora_bytes(workload: Workload) -> int:
     """Return bytes moved per layer and token by LoRA's narrow matmuls: each whole input and output, four times."""
-    return workload.compute.dtype_bytes * sum(round(4 * x.active * x.ends) for x, r in workload.ranked_linears() if r)
+    return workload.compute.dtype_bytes * sum(
+        round(4 * x.active * x.adapter_size) for x, r in workload.ranked_linears() if r
+    )
 
 
 def step_seconds(workload: Workload, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
@@ -243,7 +245,7 @@ def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> fl
     """Return the seconds of sampling one step's completions, all of the maximum length."""
     tokens = rollouts.completions * rollouts.answer + rollouts.completions // rollouts.group * rollouts.prompt
     passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
-    weights = workload.base.parameters - workload.shape.idle + workload.active_adapter_weights
+    weights = workload.base.parameters - workload.shape.idle_expert_weights + workload.active_adapter_weights
     share = GPU_SHARE if rate.peak else DECODE_SHARE
     reading = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth  # once in each pass
     return 2.0 * weights * tokens / (share * rate.flops) + reading

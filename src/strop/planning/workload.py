@@ -11,9 +11,8 @@ from strop.config.schema import LoraSection, Recipe
 from strop.engine.eligibility import why_config_not_fast
 from strop.errors import ModelError, nearest
 from strop.machine.probe import TILED_RANK, probe
-from strop.models.families.layers import FAMILIES, Family
-from strop.models.families.shape import LinearShape, ModelShape
-from strop.models.targets import EMBEDDINGS, matches, target_names
+from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
+from strop.models.families.table import FAMILIES, Family
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
@@ -112,8 +111,8 @@ class Workload:
                 dtype_bytes=BYTES.get(model.dtype, 2),
                 step="plain" if plain else "fast",
                 threads=threads,
-                attention_tiles=bf16_cpu and probe().has_tiles(shape.head_size),
-                own_head_matmul=bf16_cpu and probe().has_products((shape.hidden, shape.vocabulary)),
+                attention_tiles=bf16_cpu and probe().has_tiled_attention(shape.head_size),
+                own_head_matmul=bf16_cpu and probe().has_bf16_matmul((shape.hidden, shape.vocabulary)),
                 int8_matmul=train.int8_matmul,
                 checkpointed_layers=num_checkpointed(train.gradient_checkpointing, shape.layers, all_or_none=plain),
                 offload=train.gradient_checkpointing == "offload",
@@ -128,20 +127,20 @@ class Workload:
     @property
     def adapter_weights(self) -> int:
         """Number of trainable weights: A (r, in) and B (out, r) of each adapted layer, and `extra_weights`."""
-        layer = sum(rank * x.ends for x, rank in self.ranked_linears())
+        layer = sum(rank * x.adapter_size for x, rank in self.ranked_linears())
         return self.shape.layers * layer + self.adapter.extra_weights
 
     @property
     def active_adapter_weights(self) -> int:
         """Number of trainable weights that one token uses: adapters of experts it does not choose are left out."""
-        inactive = round(sum((1 - x.active) * x.ends * rank for x, rank in self.ranked_linears()))
+        inactive = round(sum((1 - x.active) * x.adapter_size * rank for x, rank in self.ranked_linears()))
         return self.adapter_weights - self.shape.layers * inactive
 
     @property
     def expert_adapter_weights(self) -> int:
         """Number of trainable weights in adapters of experts."""
-        experts = self.shape.in_experts
-        return self.shape.layers * sum(rank * x.ends for x, rank in self.ranked_linears() if x in experts)
+        experts = self.shape.expert_linears
+        return self.shape.layers * sum(rank * x.adapter_size for x, rank in self.ranked_linears() if x in experts)
 
     @property
     def tiled_lora(self) -> bool:
@@ -163,7 +162,7 @@ class Workload:
             joined = [adapted.pop(name) for name in group if name in adapted]
             total += sum(rank * x.inputs for rank, x in joined)
             total += sum(rank for rank, _ in joined) * sum(x.outputs for _, x in joined)
-        return self.shape.layers * (total + sum(rank * x.ends for rank, x in adapted.values()))
+        return self.shape.layers * (total + sum(rank * x.adapter_size for rank, x in adapted.values()))
 
     @property
     def family(self) -> Family:
@@ -172,7 +171,7 @@ class Workload:
     @property
     def mlp_linears(self) -> tuple[LinearShape, ...]:
         """Linear layers of the MLP, experts included."""
-        family, experts = self.family, self.shape.in_experts
+        family, experts = self.family, self.shape.expert_linears
         return tuple(x for x in self.shape.linears if x.leaf in (*family.gate_up, family.down) or x in experts)
 
     @property
@@ -197,7 +196,7 @@ class Workload:
     @property
     def model_code_share(self) -> float:
         """Share of the active weights that the fast step leaves to the model's own modules."""
-        linears = (*self.mixer_linears, *(self.mlp_linears if self.family.mixture else ()))
+        linears = (*self.mixer_linears, *(self.mlp_linears if self.family.moe else ()))
         return sum(x.active_weights for x in linears) / max(1, sum(x.active_weights for x in self.shape.linears))
 
     @property
@@ -240,7 +239,7 @@ def _num_trained_biases(lora: LoraSection, shape: ModelShape) -> int:
     if lora.bias != "lora_only":
         return shape.biases if lora.bias == "all" else 0
     names = _targets(shape, lora.target_modules)
-    return shape.layers * sum(x.rows for x in shape.linears if x.bias and x.name in names)
+    return shape.layers * sum(x.total_outputs for x in shape.linears if x.bias and x.name in names)
 
 
 def _num_trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
@@ -250,7 +249,7 @@ def _num_trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
         return 0
     family = FAMILIES.get(shape.family, Family())
     norm = shape.hidden * (2 if family.norm_biases else 1)
-    layer = {x.path: x.weights + x.rows * x.bias for x in shape.linears} | dict.fromkeys(family.norms, norm)
+    layer = {x.path: x.weights + x.total_outputs * x.bias for x in shape.linears} | dict.fromkeys(family.norms, norm)
     if shape.head_norms:
         layer |= {f"{family.attention}.{name}": shape.head_size for name in (family.q_norm, family.k_norm)}
     modules = [(f"model.layers.{n}.{path}", size) for n in range(shape.layers) for path, size in layer.items()]
@@ -298,7 +297,7 @@ def _ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
 
 def _rank(path: str, lora: LoraSection) -> int:
     """Return the rank that peft chooses for a module path; a pattern is a path suffix or a regular expression."""
-    return next((rank for pattern, rank in lora.rank_pattern.items() if matches(pattern, path)), lora.r)
+    return next((rank for pattern, rank in lora.rank_pattern.items() if matches_pattern(pattern, path)), lora.r)
 
 
 def _mean_ranks(layer_ranks: list[list[int]], shape: ModelShape) -> tuple[int, ...]:
@@ -311,10 +310,12 @@ def _extra_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int
     lora = recipe.lora
     total = _num_trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
     for x, rank, ranks in zip(shape.linears, _mean_ranks(layer_ranks, shape), layer_ranks, strict=True):
-        total -= x.ends * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
+        total -= x.adapter_size * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
     total += len(lora.new_tokens) * shape.hidden
     if lora.use_dora:
-        total += sum(x.rows * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True))
+        total += sum(
+            x.total_outputs * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True)
+        )
         total += shape.vocabulary if head_rank else 0
     total += shape.hidden if recipe.train.objective == "reward" else 0  # the score head
     return total + _num_trained_biases(lora, shape)
@@ -327,6 +328,6 @@ def check_patterns(lora: LoraSection, shape: ModelShape) -> None:
     paths += [name for name in HEADS if name in names]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns if shape.known else ():
-            if not any(matches(pattern, path) for path in paths):
+            if not any(matches_pattern(pattern, path) for path in paths):
                 what = f"lora.{field}: {pattern} matches no layer with an adapter{nearest(pattern, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")

@@ -16,11 +16,10 @@ from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.step import step_for
 from strop.errors import RunError
 from strop.evaluation.metrics import parse_rewards
-from strop.models import loftq
-from strop.models.adapters import attach
-from strop.models.load import DTYPES, load_base, stream_weights
-from strop.models.load_shard import load_share
-from strop.models.lora import add_lora, as_fp32, set_dropout, trainable
+from strop.models.adapters import attach_adapter
+from strop.models.load import DTYPES, load_base, restore_packed_weights
+from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_dropout, trainable_parameters
+from strop.models.sharding import load_sharded
 from strop.models.source import Source
 from strop.objectives.policy import PolicyLoss
 from strop.objectives.table import objective_of
@@ -47,12 +46,12 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftMode
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
-        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=scored)[0])
+        model = cast_trainable_to_fp32(attach_adapter(base, start, setup.source, trainable=True, scores=scored)[0])
         set_dropout(model, recipe.lora.dropout)
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)
         if recipe.lora.init == "loftq" and not resuming:
-            loftq.fill_in(model, setup.source)
+            init_loftq(model, setup.source)
     return model.train()
 
 
@@ -66,7 +65,7 @@ def _load_base(source: Source, model: ModelSection, devices: Devices) -> nn.Modu
     if devices.world_size == 1 or model.placement != "sharded":
         return load_base(*where, **options)
     with devices.all_or_none():
-        base, parts = load_share(*where, devices.rank, devices.world_size, **options)
+        base, parts = load_sharded(*where, devices.rank, devices.world_size, **options)
     devices.base = Sharded(parts, devices)
     return base
 
@@ -98,7 +97,7 @@ def build_job(
     sampler: Sampler | None = None,
 ) -> Job:
     """Return the job that trains `model`. sampler: samples a policy objective's completions, if not strop's engine."""
-    recipe, data, weights = setup.resolved.recipe, setup.data, trainable(model)
+    recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
     step = step_for(model, integers=recipe.train.int8_matmul)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     set_memory_options(state.progress, recipe.train)
@@ -107,7 +106,7 @@ def build_job(
         step.set_weight_gatherer(devices.base)
     elif section.quantization != "none" and section.resident_layers:
         scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
-        stream = partial(stream_weights, base, setup.source, *scheme)
+        stream = partial(restore_packed_weights, base, setup.source, *scheme)
     criterion: Criterion
     objective = objective_of(recipe.train)
     if isinstance(objective, PolicyLoss):

@@ -15,8 +15,7 @@ import torch
 from strop.data.batching import group_by_length, pack
 from strop.data.types import Item
 from strop.errors import MemoryLimitError
-from strop.machine.malloc import give_back
-from strop.machine.memory import is_out_of_memory, remember
+from strop.machine.memory import is_out_of_memory, save_measured, trim_heap
 from strop.training.state import Job, random_states, set_random_states
 
 T = TypeVar("T")
@@ -72,7 +71,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         job.step.release_buffers()
-        give_back()
+        trim_heap()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         set_random_states(random, device)
@@ -103,7 +102,7 @@ def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
     elif job.stream is not None and not progress.streamed:
         progress.halvings, progress.streamed = halvings, True
         job.step.replace_weights(job.stream)
-        give_back()
+        trim_heap()
         to = "dequantizing weights when they are needed"
     else:
         fix = "shorten --data.max_length, train fewer --lora.target_modules, or use a smaller model"
@@ -114,7 +113,7 @@ def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
         budget = None if tokens is None else tokens >> progress.halvings
         options = {"recompute": progress.recompute, "offload": progress.offload, "streamed": progress.streamed}
         usable = {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
-        remember(job.memory_key, {"micro_batch_tokens": budget, **options, **usable})
+        save_measured(job.memory_key, {"micro_batch_tokens": budget, **options, **usable})
 
 
 def _micro_batch_size(job: Job) -> tuple[int, str]:

@@ -16,9 +16,9 @@ from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import TROUBLESHOOTING_PAGE
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
-from strop.machine.memory import MemoryMark
+from strop.machine.memory import PeakTracker
 from strop.models.adapters import save_adapter
-from strop.models.experts import in_experts
+from strop.models.experts import count_trained_in_experts
 from strop.models.lora import weight_change
 from strop.objectives.table import objective_of
 from strop.runs.events import read_events
@@ -35,8 +35,8 @@ def describe_start(job: Job, setup: Setup) -> None:
     """Log the "start" event, with notes on how the model is trained."""
     num_trained = sum(weight.numel() for weight in job.state.weights.values())
     parameters = {"trainable": num_trained, "all": setup.parameters}  # of the base, as `strop plan` counts
-    if num_expert_weights := in_experts(job.model):
-        parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle}
+    if num_expert_weights := count_trained_in_experts(job.model):
+        parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle_expert_weights}
     for text in _model_notes(job):
         job.log.emit("note", text=text)
     exact, multiple = job.recipe.train.exact, job.devices.world_size > 1
@@ -66,8 +66,8 @@ def _model_notes(job: Job) -> Iterator[str]:
         )
     if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
-    if job.step.lacking:
-        reason = f"{job.step.lacking}; see {TROUBLESHOOTING_PAGE}#triton"
+    if job.step.why_no_triton:
+        reason = f"{job.step.why_no_triton}; see {TROUBLESHOOTING_PAGE}#triton"
         yield f"PyTorch's own operations train this model, more slowly: {reason}"
 
 
@@ -91,7 +91,7 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
 
 
 def finish(
-    job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str, change: float | None
+    job: Job, setup: Setup, memory: PeakTracker, expected: Forecast, ended: str, change: float | None
 ) -> dict[str, Any]:
     """Save the weights as the run's adapter, write report.json and return it. change: see load_best."""
     progress, folder = job.state.progress, job.folder

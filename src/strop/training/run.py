@@ -18,9 +18,8 @@ from strop.distributed.environment import may_restart, was_restarted
 from strop.engine.device import repeatable
 from strop.errors import InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
-from strop.machine.malloc import give_back
-from strop.machine.memory import is_out_of_memory, mark
-from strop.models.upstream_errors import blaming
+from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
+from strop.models.upstream_errors import attribute_errors
 from strop.planning.workload import Workload
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
@@ -215,22 +214,22 @@ def _execute(
         log = EventLog(folder.events if devices.is_main else None, [*listeners, *trackers])
         job: Job | None = None
         try:
-            log.emit("machine", lines=setup.machine.lines())
+            log.emit("machine", lines=setup.machine.describe())
             choices = [asdict(choice) for choice in setup.resolved.choices.values()]
             log.emit("recipe", choices=choices, resuming=resumed is not None)
             log.emit("data", report=setup.data.report.as_json())
             for text in startup_notes(setup):
                 log.emit("note", text=text)
-            memory = mark(recipe.model.device)
+            memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
                 stack.enter_context(repeatable())
-            stack.enter_context(blaming(setup.shape.family))
+            stack.enter_context(attribute_errors(setup.shape.family))
             model = build_model(setup, resumed is not None, devices)
             check_base_digests(folder, devices)
             use_vllm = recipe.train.vllm_python is not None
             sampler = stack.enter_context(vllm_sampler(recipe, setup.source, model)) if use_vllm else None
             job = build_job(folder, setup, model, log, devices, sampler)
-            give_back()  # memory that reading and converting the weights has freed
+            trim_heap()  # memory that reading and converting the weights has freed
             if resumed is not None and devices.run_on_main(folder.checkpoints):
                 _restore(job, resumed)
             broadcast_weights(job)

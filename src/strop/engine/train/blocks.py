@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from strop.engine.kernels.dispatch import Attend, Processor
+from strop.engine.kernels.dispatch import AttentionFunction, Backend
 from strop.engine.kernels.protocols import apply
 from strop.engine.layers import NO_ROPE, Angles, DecoderLayers, LayerSpec, NormSpec, activation_parameters
 from strop.engine.train.attention import Heads, apply_trained_head_norms
@@ -25,7 +25,8 @@ from strop.engine.train.linear import (
 )
 from strop.engine.train.norms import LayerNorm, Norm, normalize
 from strop.engine.train.packing import PackedBatch
-from strop.models.families.layers import ACTIVATIONS, Family
+from strop.models.families.layers import ACTIVATIONS
+from strop.models.families.table import Family
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class AttentionBlock:
     config: Any
     qkv: FusedLinear
     heads: Heads
-    attend: Attend
+    attend: AttentionFunction
     rope: str | None
     o: FusedLinear
     apply_rope: Any
@@ -66,7 +67,7 @@ class AttentionBlock:
         qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
         if family.fused_heads:  # a copy
             qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
-        if family.gated_heads:  # copies
+        if family.gated_output:  # copies
             q, gates = (x.flatten(1) for x in qkv[:, : 2 * query].view(len(qkv), heads.query, 2, heads.size).unbind(2))
             qkv = torch.cat([q, qkv[:, 2 * query :]], 1)
         if shared_kv is not None:
@@ -77,7 +78,7 @@ class AttentionBlock:
         cos, sin = context.angles[self.rope]
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.apply_rope is not None:
-            qkv = apply(self.apply_rope, qkv, heads, cos, sin, family.pairs == "neighbours", scale)
+            qkv = apply(self.apply_rope, qkv, heads, cos, sin, family.rope_pairs == "interleaved", scale)
             cos, sin = context.angles[NO_ROPE]
         qkv, heads = apply_trained_head_norms(qkv, heads)
         mixed = self.attend(qkv, heads, cos, sin, batch.documents)
@@ -193,12 +194,12 @@ class Layer:
 
 
 class Blocks:
-    """Builds the layers of a model for a processor."""
+    """Builds the layers of a model for a backend."""
 
     def __init__(
-        self, model: DecoderLayers, processor: Processor, dropout_ops: DropoutOps, masks: Masks, arena: Arena | None
+        self, model: DecoderLayers, backend: Backend, dropout_ops: DropoutOps, masks: Masks, arena: Arena | None
     ) -> None:
-        self._model, self._processor, self._masks, self._arena = model, processor, masks, arena
+        self._model, self._backend, self._masks, self._arena = model, backend, masks, arena
         self._dropout_ops = dropout_ops
 
     def layers(self) -> list[Layer]:
@@ -209,8 +210,8 @@ class Blocks:
         if spec is None:
             return None
         now = None if spec.module is None else spec.now
-        arguments = self._processor.ops, spec.weight, spec.eps, spec.offset, spec.bias, now
-        return LayerNorm(*arguments, loops=self._processor.loops) if spec.centered else Norm(*arguments)
+        arguments = self._backend.ops, spec.weight, spec.eps, spec.offset, spec.bias, now
+        return LayerNorm(*arguments, loops=self._backend.cpu_ops) if spec.centered else Norm(*arguments)
 
     def _layer(self, spec: LayerSpec, number: int, workspace: Workspace) -> Layer:
         before_attention, before_mlp = self.norm(spec.before_attention), self.norm(spec.before_mlp)
@@ -232,18 +233,18 @@ class Blocks:
     def _fused(
         self, modules: list[Any], prologue: Prologue, workspace: Workspace, *, in_arena: bool = True
     ) -> FusedLinear:
-        arena, processor = self._arena if in_arena else None, self._processor
-        matmuls = processor.lora, processor.product, processor.held
-        return FusedLinear(modules, prologue, workspace, *matmuls, self._dropout_ops, processor.ops, arena)
+        arena, backend = self._arena if in_arena else None, self._backend
+        matmuls = backend.lora, backend.matmul, backend.weight_loader
+        return FusedLinear(modules, prologue, workspace, *matmuls, self._dropout_ops, backend.ops, arena)
 
     def _mlp(self, spec: LayerSpec, workspace: Workspace) -> Mlp:
         gate_up = self._fused(spec.gate_up, self.norm(spec.before_mlp), workspace)
         return Mlp(gate_up, self._fused(spec.down, self._activation(spec), workspace))
 
     def _activation(self, spec: LayerSpec) -> ActivationModule:
-        gated, loops, kind = self._model.family.gated, self._processor.loops, ACTIVATIONS.get(spec.activation)
+        gated, loops, kind = self._model.family.gated, self._backend.cpu_ops, ACTIVATIONS.get(spec.activation)
         if gated and spec.activation in ("silu", "gelu_pytorch_tanh"):
-            return Glu(self._processor.ops, spec.activation)
+            return Glu(self._backend.ops, spec.activation)
         if gated or loops is None or kind is None:
             return Activation(spec.act, gated)
         return CompiledActivation(loops, kind, activation_parameters(spec.act))
@@ -251,7 +252,7 @@ class Blocks:
     def _attention(self, spec: LayerSpec, workspace: Workspace) -> AttentionBlock:
         family = self._model.family
         heads = Heads(
-            self._processor.ops,
+            self._backend.ops,
             query=spec.query,
             key_value=spec.key_value,
             size=spec.size,
@@ -266,16 +267,18 @@ class Blocks:
         )
         outputs = sum(module.out_features for module in spec.qkv)
         concatenated = outputs != (spec.query + 2 * spec.key_value) * spec.size
-        copied = family.fused_heads or concatenated or family.aside  # then the copy is saved, not the layer's output
+        copied = (
+            family.fused_heads or concatenated or family.separate_rope
+        )  # then the copy is saved, not the layer's output
         return AttentionBlock(
             family,
             self._model.config,
             self._fused(spec.qkv, self.norm(spec.before_attention), workspace, in_arena=not copied),
             heads,
-            self._processor.attention(spec.size),
+            self._backend.attention(spec.size),
             spec.rope,
             self._fused(spec.o, None, workspace),
-            self._processor.aside() if family.aside else None,
+            self._backend.rope() if family.separate_rope else None,
             spec.kind,
             spec.keeps,
             spec.takes,

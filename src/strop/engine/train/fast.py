@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from strop.engine.kernels.dispatch import ALL, USUAL, drops_for, processor_for
-from strop.engine.kernels.protocols import Placed, apply
+from strop.engine.kernels.dispatch import ALL, USUAL, backend_for, dropout_ops_for
+from strop.engine.kernels.protocols import CopyToArena, apply
 from strop.engine.layers import DecoderLayers
 from strop.engine.train.blocks import AttentionBlock, BatchContext, Blocks, Layer
 from strop.engine.train.buffers import Arena
@@ -79,18 +79,18 @@ class FastLoss:
         self._model, self.checkpoint_layers = DecoderLayers(model), checkpoint_layers
         self._family, self._head = self._model.family, self._model.head
         self.prefix_sharing = prefix_sharing and not self._family.mixer
-        self.why = self._family.by_model
+        self.why = self._family.model_parts
         self._device: torch.device = self._head.weight.device
-        self.masks = install_dropout(model, drops_for)
+        self.masks = install_dropout(model, dropout_ops_for)
         loops = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
-        self._processor = processor_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
-        self._head_matmul = self._processor.head_product(self._head.weight)
-        self._ops, self.lacking = self._processor.ops, self._processor.lacking
-        self._dropout_ops = drops_for(self._head.weight)
+        self._backend = backend_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
+        self._head_matmul = self._backend.head_matmul(self._head.weight)
+        self._ops, self.why_no_triton = self._backend.ops, self._backend.why_no_triton
+        self._dropout_ops = dropout_ops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"
         self._arena = Arena() if on_cpu else None
         self._input_arena = Arena() if on_cpu else None  # for the inputs of recomputed layers
-        self._blocks = Blocks(self._model, self._processor, self._dropout_ops, self.masks, self._arena)
+        self._blocks = Blocks(self._model, self._backend, self._dropout_ops, self.masks, self._arena)
         self._norm = self._blocks.norm(self._model.norm)
         self.replace_weights(lambda: None)
 
@@ -130,7 +130,7 @@ class FastLoss:
     def offload(self) -> None:
         """Recompute all layers in the backward and keep their inputs in the host's memory. For GPUs only."""
         self.checkpoint_layers = len(self._layers)
-        self.host_memory = self.host_memory or self._processor.host_memory(self._device)
+        self.host_memory = self.host_memory or self._backend.host_memory(self._device)
 
     def replace_weights(self, replace: Callable[[], None]) -> None:
         """Drop the layers' weights, call `replace`, which replaces them in the model, and use the new ones."""
@@ -192,7 +192,7 @@ class FastLoss:
         if self.memory_watch is not None:
             self.memory_watch.begin()
         linears = [linear for layer in self._layers for linear in layer.linears]
-        self._processor.lay_out(linears, self._head.weight.dtype)
+        self._backend.prepare_adapters(linears, self._head.weight.dtype)
         self._gather("embedding")
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
@@ -217,7 +217,7 @@ class FastLoss:
                         context_fn=self._checkpoint_contexts,
                     )
                 if self._input_arena is not None and self.host_memory is None:
-                    hidden = apply(Placed, hidden, self._input_arena)
+                    hidden = apply(CopyToArena, hidden, self._input_arena)
             else:
                 hidden, stored_kv = self._compute_layer(*arguments)
             if attention is not None and stored_kv is not None:
