@@ -71,8 +71,8 @@ def test_communication_seconds_equal_a_calculation_by_hand() -> None:
     link = Link("test", bytes_per_s=1e9, hop_s=1e-3, start_s=1e-2)
     assert ring_seconds(10**9, Devices(4), link) == pytest.approx(1e-2 + 6e-3 + 1.5)
     network = replace(link, inside_s=1e-4)
-    assert ring_seconds(0, Devices(each=2, nodes=3), network) == pytest.approx(1e-2 + 4e-3 + 6e-4)
-    assert tree_seconds(10**9, Devices(each=2, nodes=4), network) == pytest.approx(1e-2 + 2e-4 + 4e-3 + 2)
+    assert ring_seconds(0, Devices(per_node=2, nodes=3), network) == pytest.approx(1e-2 + 4e-3 + 6e-4)
+    assert tree_seconds(10**9, Devices(per_node=2, nodes=4), network) == pytest.approx(1e-2 + 2e-4 + 4e-3 + 2)
     thousand = Devices(nodes=1024)
     assert sum_seconds(10**6, thousand, network, "cuda") < sum_seconds(10**6, thousand, network, "cpu")
 

@@ -40,8 +40,7 @@ from strop.models.lora import check_lora, check_score_head, count_trainable
 from strop.models.source import Source, check_not_widened, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
-from strop.planning.choose import choose, memory_key, why_no_integers
-from strop.planning.learning_rate import kept_values
+from strop.planning.choose import choose, memory_key, stale_values, why_no_integers
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -320,7 +319,7 @@ def device_count(lock: Mapping[str, Any]) -> int:
 def startup_notes(setup: Setup) -> list[str]:
     """Return what to log before training: unused options and hardware, and unusual models, data and schedules."""
     notes = (
-        *kept_values(setup.resolved, setup.shape),
+        *stale_values(setup.resolved, setup.shape),
         *(_unused_gpu_note(setup), _int8_note(setup), *_unused_option_notes(setup), _warmup_note(setup)),
         *(_other_quantization_note(setup), *_expert_notes(setup), _multimodal_note(setup)),
         *(*_modules_to_save_notes(setup), _long_rows_note(setup)),
