@@ -363,13 +363,7 @@ def _count_device_times(job: Job, result: StepResult, communication_s: float, wa
 
 
 def _log_step(
-    job: Job,
-    batch: Batch,
-    result: StepResult,
-    rate: float,
-    seconds: float,
-    total: int,
-    device_times: dict[str, float],
+    job: Job, batch: Batch, result: StepResult, rate: float, seconds: float, total: int, device_times: dict[str, float]
 ) -> None:
     progress, number = job.state.progress, batch.index + 1
     if progress.first_loss is None:

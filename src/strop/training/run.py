@@ -201,11 +201,7 @@ def _numbered_folder(recipe: Recipe) -> Path:
 
 
 def _execute(
-    folder: RunFolder,
-    setup: Setup,
-    listeners: Sequence[Listener],
-    devices: Devices,
-    resumed: Resumed | None = None,
+    folder: RunFolder, setup: Setup, listeners: Sequence[Listener], devices: Devices, resumed: Resumed | None = None
 ) -> Run:
     recipe = setup.resolved.recipe
     devices.set_timeout(parse_seconds(recipe.train.timeout))

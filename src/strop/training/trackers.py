@@ -17,10 +17,7 @@ from strop.runs.events import Event, Listener, rewound_to
 LOG = logging.getLogger(__name__)
 
 _FIGURES = ("accuracy", "margin", "chosen_change", "rejected_change", "desirable_change", "undesirable_change", "kl")
-_TRACKED = {
-    "step": ("loss", "learning_rate", "grad_norm", "tokens_per_s", *_FIGURES),
-    "eval": ("loss", *_FIGURES),
-}
+_TRACKED = {"step": ("loss", "learning_rate", "grad_norm", "tokens_per_s", *_FIGURES), "eval": ("loss", *_FIGURES)}
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -42,12 +42,7 @@ class Batch:
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        max_sequences: int,
-        *,
-        prefill_rows: int = PREFILL_ROWS,
-        speculative: bool = True,
+        self, decoder: Decoder, max_sequences: int, *, prefill_rows: int = PREFILL_ROWS, speculative: bool = True
     ) -> None:
         self._decoder, self._max_sequences = decoder, max_sequences
         self._speculative, self._prefill_rows = speculative, prefill_rows

@@ -155,12 +155,7 @@ class PlainLoss:
 
         # A hook on the output head avoids logits for padding, prompts and other unsupervised tokens.
         with self._head.register_forward_pre_hook(pick_inputs), self._head.register_forward_hook(restore_keys):
-            return self.model(
-                input_ids=ids,
-                attention_mask=attended,
-                use_cache=False,
-                return_dict=True,
-            )
+            return self.model(input_ids=ids, attention_mask=attended, use_cache=False, return_dict=True)
 
 
 def call_before_gradient(output: Tensor, function: Callable[[], None]) -> None:
