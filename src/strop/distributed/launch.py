@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from strop.distributed.devices import ALONE, Devices
-from strop.distributed.environment import AGENT_PREFIX, find_place
+from strop.distributed.devices import AGENT_PREFIX, ALONE, Devices, find_place
 from strop.errors import PeerFailed, RecipeError, RunError, Stopped
 from strop.machine.probe import affinity
 from strop.runs.child_env import safe_path_env

@@ -23,8 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from strop.distributed.assign import assign_balanced
-from strop.distributed.devices import Devices
-from strop.distributed.environment import AGENT_PREFIX, DEFAULT_PORT, Place, default_threads
+from strop.distributed.devices import AGENT_PREFIX, DEFAULT_PORT, Devices, Place, default_threads
 from strop.errors import PeerFailed, RunError, StropError
 from strop.machine.memory import is_out_of_memory
 

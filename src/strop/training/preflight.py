@@ -17,8 +17,7 @@ from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.overlong import allowed_overlong
-from strop.distributed.devices import ALONE, Devices
-from strop.distributed.environment import threads_requested
+from strop.distributed.devices import ALONE, Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import TROUBLESHOOTING_PAGE, DataError, DeviceError, FolderError, InputError, ModelError, Where
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of

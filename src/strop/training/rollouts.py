@@ -37,7 +37,7 @@ from strop.evaluation.rewards import Reward
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
-from strop.objectives.objective import require
+from strop.objectives import require
 from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.runs.events import EventLog

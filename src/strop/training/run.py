@@ -13,8 +13,7 @@ import torch
 
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe, option_fields
-from strop.distributed.devices import ALONE, Devices
-from strop.distributed.environment import may_restart, was_restarted
+from strop.distributed.devices import ALONE, Devices, may_restart, was_restarted
 from strop.engine.device import repeatable
 from strop.errors import InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
