@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.overlong import allowed_overlong
 from strop.distributed.devices import ALONE, Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import TROUBLESHOOTING_PAGE, DataError, DeviceError, FolderError, InputError, ModelError, Where
+from strop.errors import (
+    TROUBLESHOOTING_PAGE,
+    DataError,
+    DeviceError,
+    FolderError,
+    InputError,
+    ModelError,
+    RecipeError,
+    Where,
+)
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import adapter_config, as_start
@@ -43,7 +53,6 @@ from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training.rollouts import check_vllm
 from strop.training.state import batch_stream, checkpoint_bytes
-from strop.training.trackers import check_trackers
 
 LOG = logging.getLogger(__name__)
 
@@ -163,6 +172,15 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
         "devices": {"count": devices.world_size, "nodes": devices.nodes},
     }
     return Setup(**vars(planned), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise RecipeError for a tracker whose package is not installed."""
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # no origin: a folder of that name, which wandb creates
+            what = f"--track {name}: the package {name} is not installed"
+            raise RecipeError(what, fix=f"pip install {name}, or remove it from `track`")
 
 
 def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devices: int = 1) -> Planned:

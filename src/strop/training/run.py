@@ -39,10 +39,9 @@ from strop.training.dry_run import check_causal, check_int8, forecast, try_large
 from strop.training.loop import fit, parse_seconds, restore_newest, save
 from strop.training.preflight import Setup, device_count, refuse_changed_recipe, set_up_on_all, startup_notes
 from strop.training.reference import check_reference, with_reference
-from strop.training.report import describe_start, finish, load_best, progress_figures
+from strop.training.report import describe_start, finish, load_best, progress_figures, tracking
 from strop.training.rollouts import vllm_sampler
 from strop.training.state import Job, batch_stream, set_memory_options
-from strop.training.trackers import tracking
 
 
 @dataclass(frozen=True)
