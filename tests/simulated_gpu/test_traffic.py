@@ -36,7 +36,7 @@ def test_bytes_and_flops_of_known_operations_and_of_a_step(card: Play, monkeypat
     from strop.models.families.shape import ModelShape
     from strop.planning.activations import MicroBatch
     from strop.planning.time import flops
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     wanted = [*KNOWN, "flash"]
     steps: list[dict[str, Any]] = [
@@ -60,7 +60,7 @@ def test_bytes_and_flops_of_known_operations_and_of_a_step(card: Play, monkeypat
     }  # fmt: skip
     given = {"model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16}
     recipe = resolve(None, {**given, "train.gradient_checkpointing": "off"}).recipe
-    told = flops(Setting.of(recipe, ModelShape.of(config)), MicroBatch.rows([512], more=False))
+    told = flops(Workload.from_recipe(recipe, ModelShape.of(config)), MicroBatch.rows([512], more=False))
     by_part: Counter[str] = Counter()
     for one in whole:
         by_part[one["part"]] += one["flops"] * one["launches"]
