@@ -3,8 +3,7 @@
 On one device, micro-batches accumulate into the weights' gradients. On several, each device is assigned rows by token
 count, and puts its gradients and loss into one flat buffer that is all-reduced. With `train.exact` the micro-batches do
 not depend on the number of devices, each has its own buffer, and the buffers are added in a fixed order
-(distributed/assign.py), so that the sum is equal to the bit. With a sharded base, all devices run the same number of
-forward passes (distributed/sharded.py).
+(distributed/assign.py), so that the sum is equal to the bit.
 """
 
 from __future__ import annotations
@@ -41,10 +40,8 @@ class LocalGradient:
 
 @dataclass(frozen=True)
 class TotalGradient:
-    """The result of the effective batch, the same on every device.
-
-    bad_ranks: ranks whose own part was not finite. seconds: computing time of each rank.
-    """
+    """The result of the effective batch, equal on all devices. bad_ranks: whose part is not finite. seconds: of each
+    rank's computation."""
 
     loss: Tensor
     figures: dict[str, Tensor]
