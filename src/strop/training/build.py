@@ -90,12 +90,7 @@ def check_base_digests(folder: RunFolder, devices: Devices) -> None:
 
 
 def build_job(
-    folder: RunFolder,
-    setup: Setup,
-    model: peft.PeftModel,
-    log: EventLog,
-    devices: Devices,
-    sampler: Sampler | None = None,
+    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, sampler: Sampler | None
 ) -> Job:
     """Return the job that trains `model`. sampler: samples a policy objective's completions, if not strop's engine."""
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable(model)
@@ -112,18 +107,11 @@ def build_job(
     objective = objective_of(recipe.train)
     if isinstance(objective, PolicyLoss):
         disable_model_dropout(model)
+        stop_ids = (*data.renderer.end_ids, *generation_stop_ids(model.generation_config))
         criterion = PolicyCriterion(
-            objective,
-            recipe.train,
-            recipe.seed,
-            model,
-            setup.tokenizer,
-            (*data.renderer.end_ids, *generation_stop_ids(model.generation_config)),
-            parse_rewards(recipe.train.rewards),
-            weights,
-            log,
-            sampler=sampler,
-        )
+            objective, recipe.train, recipe.seed, model, setup.tokenizer, stop_ids, parse_rewards(recipe.train.rewards),
+            weights, log, sampler=sampler,
+        )  # fmt: skip
     else:
         criterion = criterion_for(recipe.train, model, devices)
     usable = usable_bytes(setup.machine, section.device)

@@ -194,10 +194,10 @@ def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: MemoryM
         loss, _ = job.criterion.loss(job.step, [expected.items[row] for row in group], 0.0)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def compute_all() -> None:
-        job.devices.run_passes(lambda rank: micro_batches(job, expected.items), compute, backward=True)
+    def split(rank: int) -> list[list[int]]:
+        return micro_batches(job, expected.items)
 
-    within_memory(job, expected.items, compute_all)
+    within_memory(job, expected.items, lambda: job.devices.run_passes(split, compute, backward=True))
     job.state.optimizer.zero_grad(set_to_none=True)
     set_random_states(random, device)
     measured = memory.peak_bytes()
@@ -225,9 +225,8 @@ def check_int8(job: Job, items: Sequence[Item]) -> None:
         loss, gradient = _loss_and_gradient(job, job.step, rows)
         true_loss, true_gradient = _loss_and_gradient(job, step_for(job.model), rows)
         loss_error = abs(loss - true_loss) / max(abs(true_loss), 1e-12)
-        gradient_error = float(
-            torch.linalg.vector_norm(gradient - true_gradient) / torch.linalg.vector_norm(true_gradient)
-        )
+        norm = torch.linalg.vector_norm
+        gradient_error = float(norm(gradient - true_gradient) / norm(true_gradient))
         errors = f"relative error {loss_error:.1e} of the loss and {gradient_error:.1e} of the gradient against fp32"
         if not (loss_error <= INT8_MAX_LOSS_ERROR and gradient_error <= INT8_MAX_GRADIENT_ERROR):  # true for NaN
             limits = f"{INT8_MAX_LOSS_ERROR:.0e} and {INT8_MAX_GRADIENT_ERROR:.0e}"

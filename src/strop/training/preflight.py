@@ -83,7 +83,7 @@ class Setup(Planned):
 
 
 def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) -> Resolved:
-    """Return the complete recipe that `train` would use on this machine; reads no weights and no data."""
+    """Return the complete recipe that `train` would use on this machine. Reads no weights and no data."""
     prepare_process()
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     return _complete_recipe(resolved, source, _probe_machine(resolved.recipe, memory, devices), devices).resolved
@@ -123,8 +123,8 @@ def set_up_on_all(
 
 
 def _identity(setup: Setup) -> dict[str, str]:
+    """Return what must be equal on all ranks: base, rows, template, and versions without the patch number."""
     lock = setup.lock
-    # without the patch version
     releases = {name: text.rpartition(".")[0] for name, text in lock["versions"].items() if name in ("torch", "strop")}
     hashes = {name: str(lock[name]) for name in ("data", "template")}
     return {"base": lock["base"]["fingerprint"], **hashes, **releases}
@@ -214,9 +214,8 @@ def find_start_adapter(recipe: Recipe) -> Path | None:
         return None
     folder = adapter_folder(recipe.model.adapter)
     if folder is None:
-        raise ModelError(
-            f"--model.adapter {recipe.model.adapter}: no adapter there", fix="give a run or adapter folder"
-        )
+        what = f"--model.adapter {recipe.model.adapter}: no adapter there"
+        raise ModelError(what, fix="give a run or adapter folder")
     return folder
 
 
@@ -257,20 +256,19 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
     for row in (row for rows in (data.train, data.eval or ()) for row in rows):
         if (unknown := row.ids[row.ids >= num_embeddings]).size:
             token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
-            what = (
-                f"{row.file}:{row.line}: {source.name} has {num_embeddings:,} embeddings, "
-                f"none for token {unknown[0]} ({token})"
+            what = f"{source.name} has {num_embeddings:,} embeddings, none for token {unknown[0]} ({token})"
+            raise ModelError(
+                f"{row.file}:{row.line}: {what}",
+                fix="use the model's own tokenizer, or resize the model's embeddings and save it",
             )
-            raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
 
 
 def _check_rewards(recipe: Recipe, data: Prepared) -> None:
     """Raise RecipeError or DataError if the rewards do not fit these rows."""
     rewards = parse_rewards(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
-        check_rewards(
-            rewards, [data.renderer.reference_answer(row) for row in rows], [(row.file, row.line) for row in rows]
-        )
+        answers = [data.renderer.reference_answer(row) for row in rows]
+        check_rewards(rewards, answers, [(row.file, row.line) for row in rows])
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:
@@ -283,19 +281,15 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
     if copies and free_bytes(cache_folder()) < copies:
         free = free_bytes(cache_folder()) / 1e6
         what = f"{cache_folder()}: copies of the base need {copies / 1e6:,.0f} MB of disk, {free:,.0f} MB are free"
-        raise FolderError(
-            what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLESHOOTING_PAGE}#disk"
-        )
+        fix = f"free some space, or set STROP_CACHE to another disk; see {TROUBLESHOOTING_PAGE}#disk"
+        raise FolderError(what, fix=fix)
     checkpoint = checkpoint_bytes(setup.num_weights)
     needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
     free = free_bytes(folder.path)
     if free < needed:
         what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
-        raise FolderError(
-            what,
-            fix="free some space, give --out another disk, or lower --train.keep_checkpoints; "
-            f"see {TROUBLESHOOTING_PAGE}#disk",
-        )
+        fix = "free some space, give --out another disk, or lower --train.keep_checkpoints"
+        raise FolderError(what, fix=f"{fix}; see {TROUBLESHOOTING_PAGE}#disk")
 
 
 def _copies_bytes(setup: Setup) -> int:
@@ -311,18 +305,15 @@ def _copies_bytes(setup: Setup) -> int:
 def refuse_changed_recipe(resolved: Resolved, folder: Path) -> None:
     """Raise InputError if a given value differs from that of the run in this folder."""
     before = read_resolved(folder / "recipe.yaml").choices
-    where = [
-        Where(str(folder), None, f"{field} was {before[field].value} when this run was started, and is {choice.value}")
-        for field, choice in resolved.choices.items()
-        if choice.origin in ("recipe", "option") and field != "out" and _differs(choice.value, before[field].value)
-    ]
+    where = []
+    for field, choice in resolved.choices.items():
+        given = choice.origin in ("recipe", "option") and field != "out" and choice.value not in (None, "auto")
+        if given and choice.value != (value := before[field].value):
+            text = f"{field} was {value} when this run was started, and is {choice.value}"
+            where.append(Where(str(folder), None, text))
     if where:
         what = f"{folder}: this folder has a run with other settings"
         raise InputError(what, fix="restore the settings, or see `strop resume --help`", where=where)
-
-
-def _differs(value: Any, before: Any) -> bool:
-    return bool(value not in (None, "auto") and value != before)
 
 
 def device_count(lock: Mapping[str, Any]) -> int:
@@ -405,10 +396,8 @@ def _unused_gpu_note(setup: Setup) -> str | None:
     if not gpus or device.origin != "plan" or device.value != "cpu":
         return None
     built = torch.version.cuda or "no CUDA"
-    return (
-        f"torch {torch.__version__} (built for {built}) cannot use {gpus[0]}: "
-        f"training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
-    )
+    what = f"torch {torch.__version__} (built for {built}) cannot use {gpus[0]}"
+    return f"{what}: training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
 
 
 def _expert_notes(setup: Setup) -> list[str]:

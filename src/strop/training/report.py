@@ -18,7 +18,6 @@ import torch
 
 from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.data.types import Conversation
-from strop.distributed.devices import Devices
 from strop.engine.decode.decoder import why_not_decoder
 from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import TROUBLESHOOTING_PAGE, RecipeError, first_line
@@ -52,17 +51,11 @@ def describe_start(job: Job, setup: Setup) -> None:
         parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle}
     for text in _model_notes(job):
         job.log.emit("note", text=text)
-    exact, multiple = job.recipe.train.exact, job.devices.world_size > 1
-    devices = {"devices": describe_devices(job.devices, exact)} if multiple else {}
+    devices = {"devices": _describe_devices(job)} if job.devices.world_size > 1 else {}
     job.log.emit(
-        "start",
-        steps=batch_stream(job.recipe, len(job.train)).total_steps,
-        step=job.state.progress.step,
-        engine=job.step.name,
-        why=job.step.why,
-        parameters=parameters,
-        **devices,
-    )
+        "start", steps=batch_stream(job.recipe, len(job.train)).total_steps, step=job.state.progress.step,
+        engine=job.step.name, why=job.step.why, parameters=parameters, **devices,
+    )  # fmt: skip
 
 
 def _model_notes(job: Job) -> Iterator[str]:
@@ -110,11 +103,7 @@ def finish(
     progress, folder = job.state.progress, job.folder
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
     model = setup.resolved.recipe.model
-    identity |= {
-        "quantization": model.quantization,
-        "double_quantization": model.double_quantization,
-        "dtype": model.dtype,
-    }
+    identity |= {name: getattr(model, name) for name in ("quantization", "double_quantization", "dtype")}
     identity["system"] = _shared_system(setup.data.train_conversations)
     identity["reasoning"] = setup.data.renderer.reasoning
     folder.answers.unlink(missing_ok=True)  # of an earlier session's adapter
@@ -183,17 +172,13 @@ def progress_figures(progress: Progress) -> dict[str, Any]:
     }
 
 
-def describe_devices(devices: Devices, exact: bool) -> dict[str, Any]:
+def _describe_devices(job: Job) -> dict[str, Any]:
     """Return the number of devices, nodes and threads, and how the base is placed."""
+    devices = job.devices
     mode = "one" if devices.world_size == 1 else "replicated" if devices.base is None else "sharded"
-    return {
-        "count": devices.world_size,
-        "nodes": devices.nodes,
-        "mode": mode,
-        "exact": exact,
-        "threads": torch.get_num_threads(),
-        **({} if devices.base is None else {"base": devices.base.sizes()}),
-    }
+    counts = {"count": devices.world_size, "nodes": devices.nodes, "mode": mode}
+    base = {} if devices.base is None else {"base": devices.base.sizes()}
+    return {**counts, "exact": job.recipe.train.exact, "threads": torch.get_num_threads(), **base}
 
 
 def _device_figures(job: Job) -> dict[str, Any]:
@@ -203,7 +188,7 @@ def _device_figures(job: Job) -> dict[str, Any]:
     """
     progress = job.state.progress
     return {
-        **describe_devices(job.devices, job.recipe.train.exact),
+        **_describe_devices(job),
         "communication_s": progress.communication_s,
         "waiting_s": progress.waiting_s,
         "balance": progress.computing_s / progress.slowest_s if progress.slowest_s else 1.0,
@@ -213,13 +198,12 @@ def _device_figures(job: Job) -> dict[str, Any]:
 
 def _shared_system(conversations: Iterable[Conversation]) -> str | None:
     """Return the system prompt that every conversation starts with, or None."""
+    openings = (conversation.messages[0] if conversation.messages else None for conversation in conversations)
     shared: str | None = None
-    for number, conversation in enumerate(conversations):
-        first = conversation.messages[0] if conversation.messages else None
-        system = first.content if first is not None and first.role == "system" else None
-        if system is None or (number > 0 and system != shared):
+    for first in openings:
+        if first is None or first.role != "system" or (shared is not None and first.content != shared):
             return None
-        shared = system
+        shared = first.content
     return shared
 
 
@@ -237,7 +221,7 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
 
     names = sorted(names, key=lambda name: name == "tensorboard")  # last, because it writes into the folder
     accelerator = Accelerator(log_with=names, project_dir=str(folder), cpu=config["model.device"] == "cpu")
-    plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+    plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in config.items()}
     project, init_kwargs = _project(names, folder.resolve().name)
     with redirect_stdout(sys.stderr), _starting(names):
         accelerator.init_trackers(project, config=plain, init_kwargs=init_kwargs)

@@ -58,10 +58,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The differences between a run and its resume.
-
-    changes: from its lock. devices: numbers before and now, if they differ.
-    """
+    """The differences between a run and its resume. devices: numbers before and now, if they differ."""
 
     changes: Sequence[Difference]
     devices: tuple[int, int] | None
@@ -98,7 +95,7 @@ def train(
     if out is not None and devices.run_on_main(lambda: (resume_existing or was_restarted()) and is_run(out)):
         refuse_changed_recipe(resolved, out)
         return resume(out, listeners, memory=memory, devices=devices)
-    folder = devices.run_on_main(lambda: create(out or _numbered_folder(resolved.recipe)))
+    folder = devices.run_on_main(lambda: create(out or next_numbered(Path("runs"), _run_name(resolved.recipe))))
     with disk_errors(folder.path), _claim(folder, devices):
         try:
             setup = set_up_on_all(resolved, memory, folder, devices)
@@ -148,12 +145,10 @@ def resume(
         same_threads = resolved.recipe.train.exact or devices.world_size == device_count(lock)
         setup = set_up_on_all(resolved, memory, folder, devices, lock["threads"] if same_threads else None)
         changes = compare_locks(lock, setup.lock)
-        refused = [change for change in changes if not is_allowed(change, allow_changed)]
-        if refused:
-            raise InputError("cannot resume", fix=_how_to_allow(refused), where=[
-                Where(str(folder.path), None, f"{change.name} has changed since the run was started: "
-                      f"{change.was} then, {change.now} now") for change in refused
-            ])  # fmt: skip
+        if refused := [change for change in changes if not is_allowed(change, allow_changed)]:
+            texts = [f"{x.name} has changed since the run was started: {x.was} then, {x.now} now" for x in refused]
+            where = [Where(str(folder.path), None, text) for text in texts]
+            raise InputError("cannot resume", fix=_how_to_allow(refused), where=where)
         moved = devices.world_size != device_count(lock)
         if devices.is_main and (changes or moved or options):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
@@ -192,10 +187,8 @@ def _how_to_allow(refused: Sequence[Difference]) -> str:
     return "restore it, or start a new run (from this adapter with --model.adapter)"
 
 
-def _numbered_folder(recipe: Recipe) -> Path:
-    """Return runs/<first data file>-N."""
-    first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
-    return next_numbered(Path("runs"), run_name(first))
+def _run_name(recipe: Recipe) -> str:
+    return run_name(recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0])
 
 
 def _execute(
@@ -242,7 +235,11 @@ def _execute(
                 check_causal(job, expected.items)
                 expected = try_largest_batch(job, expected, usable, memory)
                 job = with_reference(job, key)
-                ended = _fit(job)
+                try:
+                    ended = fit(job)
+                except StropError as error:
+                    error.partial_result = {"run": str(folder.path), **progress_figures(job.state.progress)}
+                    raise
                 check_reference(job, key)
         except KeyboardInterrupt:  # outside of the loop, which saves before it stops
             step = 0 if job is None else job.state.progress.step
@@ -259,14 +256,6 @@ def _execute(
     if devices.is_main:
         write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)
-
-
-def _fit(job: Job) -> str:
-    try:
-        return fit(job)
-    except StropError as error:
-        error.partial_result = {"run": str(job.folder.path), **progress_figures(job.state.progress)}
-        raise
 
 
 def _restore(job: Job, resumed: Resumed) -> None:
