@@ -155,8 +155,8 @@ class Layer:
     @property
     def linears(self) -> list[FusedLinear]:
         mixer, mlp = self.mixer, self.mlp
-        of_mixer = [] if isinstance(mixer, ModelModule) else [mixer.qkv, mixer.o]
-        return [*of_mixer, *([] if isinstance(mlp, ModelModule) else [mlp.gate_up, mlp.down])]
+        linears = [] if isinstance(mixer, ModelModule) else [mixer.qkv, mixer.o]
+        return linears if isinstance(mlp, ModelModule) else [*linears, mlp.gate_up, mlp.down]
 
     def __call__(
         self, hidden: Tensor, context: BatchContext, rows: Tensor | None, shared_kv: Tensor | None
@@ -214,20 +214,23 @@ class Blocks:
 
     def _layer(self, spec: LayerSpec, number: int, workspace: Workspace) -> Layer:
         before_attention, before_mlp = self.norm(spec.before_attention), self.norm(spec.before_mlp)
+        mixer: AttentionBlock | ModelModule
+        if spec.mixer is None:
+            mixer = self._attention(spec, workspace)
+        else:
+            mixer = ModelModule(spec.mixer, before_attention, self._masks)
+        mlp: Mlp | ModelModule
+        if spec.mixture is None:
+            gate_up = self._fused(spec.gate_up, before_mlp, workspace)
+            mlp = Mlp(gate_up, self._fused(spec.down, self._activation(spec), workspace))
+        else:
+            mlp = ModelModule(spec.mixture, before_mlp, self._masks)
         per_layer = None
         if spec.per_layer is not None:
             per_layer = PerLayerInput(spec.per_layer, number, self.norm(spec.per_layer_norm), self._masks)
-        return Layer(
-            self._attention(spec, workspace)
-            if spec.mixer is None
-            else ModelModule(spec.mixer, before_attention, self._masks),
-            self.norm(spec.after_attention),
-            self._mlp(spec, workspace) if spec.mixture is None else ModelModule(spec.mixture, before_mlp, self._masks),
-            self.norm(spec.after_mlp),
-            per_layer,
-            self._model.parallel,
-            self._model.residual_scale,
-        )
+        after_attention, after_mlp = self.norm(spec.after_attention), self.norm(spec.after_mlp)
+        parallel, residual_scale = self._model.parallel, self._model.residual_scale
+        return Layer(mixer, after_attention, mlp, after_mlp, per_layer, parallel, residual_scale)
 
     def _fused(
         self, modules: list[Any], prologue: Prologue, workspace: Workspace, *, in_arena: bool = True
@@ -235,10 +238,6 @@ class Blocks:
         arena, processor = self._arena if in_arena else None, self._processor
         matmuls = processor.lora, processor.product, processor.held
         return FusedLinear(modules, prologue, workspace, *matmuls, self._dropout_ops, processor.ops, arena)
-
-    def _mlp(self, spec: LayerSpec, workspace: Workspace) -> Mlp:
-        gate_up = self._fused(spec.gate_up, self.norm(spec.before_mlp), workspace)
-        return Mlp(gate_up, self._fused(spec.down, self._activation(spec), workspace))
 
     def _activation(self, spec: LayerSpec) -> ActivationModule:
         gated, loops, kind = self._model.family.gated, self._processor.loops, ACTIVATIONS.get(spec.activation)
@@ -252,18 +251,11 @@ class Blocks:
         family = self._model.family
         heads = Heads(
             self._processor.ops,
-            query=spec.query,
-            key_value=spec.key_value,
-            size=spec.size,
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            q_norm=self.norm(spec.q_norm),
-            k_norm=self.norm(spec.k_norm),
-            v_norm=self.norm(spec.v_norm),
+            spec.query, spec.key_value, spec.size, spec.scale, spec.window, spec.softcap,
+            self.norm(spec.q_norm), self.norm(spec.k_norm), self.norm(spec.v_norm),
             new=self._arena or heap_empty,
             sinks=None if spec.sinks is None else spec.sinks.detach().float(),
-        )
+        )  # fmt: skip
         outputs = sum(module.out_features for module in spec.qkv)
         concatenated = outputs != (spec.query + 2 * spec.key_value) * spec.size
         copied = family.fused_heads or concatenated or family.aside  # then the copy is saved, not the layer's output
@@ -276,7 +268,5 @@ class Blocks:
             spec.rope,
             self._fused(spec.o, None, workspace),
             self._processor.aside() if family.aside else None,
-            spec.kind,
-            spec.keeps,
-            spec.takes,
-        )
+            spec.kind, spec.keeps, spec.takes,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,8 @@ if TYPE_CHECKING:
     from strop.data.types import Example
 
 
-class HostOffload(Protocol):
-    """Keeps the inputs of recomputed layers in the host's memory (kernels.cuda.offload.HostMemory)."""
-
-    def begin(self) -> None: ...
-
-    def keeping(self, *, last: bool) -> Any: ...
-
-
 class FastLoss:
-    """Losses through the fast step, for models that `why_not_fast` does not rule out.
+    """The step (see engine.step.Step) of models that `why_not_fast` does not rule out.
 
     prefix_sharing: compute a prefix that all examples share once. Not done in families with a mixer other than
     attention, whose state passes from one token to the next. checkpoint_layers: this many layers, from the first, save
@@ -63,7 +55,7 @@ class FastLoss:
     packed = True
     memory_watch: LayerWatch | None = None
     weight_gatherer: WeightGatherer | None = None
-    host_memory: HostOffload | None = None
+    host_memory: Any = None  # kernels.cuda.offload.HostMemory, for the inputs of recomputed layers
 
     def __init__(
         self,
@@ -99,41 +91,31 @@ class FastLoss:
         return self._device.type == "cuda"
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
-        """Return the sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *self._output_head(batch))
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """Return the sum of weight * log-probability of each example (N,), fp64, differentiable.
-
-        Examples with the same prompt share it, whatever other prompts there are.
-        """
         log_probs, batch = self._label_log_probs(examples)
         assert batch.label_examples is not None
         return sum_by_example(log_probs, batch.weights, batch.label_examples, len(examples))
 
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """Return the log-probability of each supervised token, example after example (M,), fp32, differentiable."""
         log_probs, batch = self._label_log_probs(examples)
         assert batch.label_examples is not None
         return log_probs[order_by_example(batch.label_examples)]
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
-        """Return the normalized hidden state of the last token of each example (N, h), differentiable."""
         batch = pack_last_tokens(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         return self._hidden(batch, scaled=False)
 
     def checkpoint(self, layers: int | None = None) -> None:
-        """Save only the input of the first `layers` layers (None: all), and recompute these in the backward."""
         self.checkpoint_layers = len(self._layers) if layers is None else layers
 
     def offload(self) -> None:
-        """Recompute all layers in the backward and keep their inputs in the host's memory. For GPUs only."""
         self.checkpoint_layers = len(self._layers)
         self.host_memory = self.host_memory or self._processor.host_memory(self._device)
 
     def replace_weights(self, replace: Callable[[], None]) -> None:
-        """Drop the layers' weights, call `replace`, which replaces them in the model, and use the new ones."""
         self._layers: list[Layer] = []
         replace()
         self._layers = self._blocks.layers()
@@ -141,7 +123,6 @@ class FastLoss:
             torch.cuda.empty_cache()
 
     def release_buffers(self) -> None:
-        """Free the memory kept between micro-batches. It is allocated again when needed."""
         for arena in (self._arena, self._input_arena):
             if arena is not None:
                 arena.free()
@@ -149,11 +130,9 @@ class FastLoss:
             self.host_memory.begin()
 
     def set_memory_watch(self, watch: LayerWatch) -> None:
-        """Call `watch` before each layer."""
         self.memory_watch = watch
 
     def set_weight_gatherer(self, gather: WeightGatherer) -> None:
-        """Call `gather` before a module's weights are used."""
         self.weight_gatherer = gather
 
     def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, PackedBatch]:
