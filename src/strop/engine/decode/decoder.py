@@ -198,7 +198,7 @@ def active_adapter(model: nn.Module) -> str | None:
     """Return the adapter that is active; None if the base model is. The model has one active adapter at most."""
     adapters = _active_adapters(model)
     assert len(adapters) < 2, adapters
-    return adapters[0] if adapters else None
+    return next(iter(adapters), None)
 
 
 def _active_adapters(model: nn.Module) -> list[str]:

@@ -83,12 +83,8 @@ class Sampling:
 
     def override(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
         """Return a copy with the values of a request; None keeps the value (for the seed: no seed)."""
-        return replace(
-            self,
-            temperature=self.temperature if temperature is None else temperature,
-            top_p=self.top_p if top_p is None else top_p,
-            seed=seed,
-        )
+        given: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+        return replace(self, seed=seed, **{name: value for name, value in given.items() if value is not None})
 
     def describe(self) -> str:
         """Return the settings as text, for example "temperature 0.7, top_p 0.9"."""
