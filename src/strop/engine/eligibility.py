@@ -1,7 +1,7 @@
-"""Whether the fast step can train a model, or why not, as far as its config and the LoRA settings decide it.
+"""Find out from a model's config and the LoRA settings whether the fast step can train it, and why not.
 
-This is the answer of `strop plan`, and it needs neither torch nor weights. train/eligibility.py asks the same functions
-when a run starts, and then checks what only the model itself shows.
+This is the answer of `strop plan`, and it needs neither torch nor weights. train/eligibility.py calls the same
+functions when a run starts, and then checks the model itself.
 """
 
 from __future__ import annotations
@@ -48,20 +48,15 @@ def why_architecture_unsupported(config: Any, device: str) -> str | None:
     family = FAMILIES.get(name)
     if family is None:
         return f"model family {name} is not in the table of the fast step"
-    for field in (
-        "qk_layernorm",
-        "use_qk_norm",
-    ):  # LayerNorms with a weight for each head and feature (StableLM, Cohere)
+    for field in ("qk_layernorm", "use_qk_norm"):  # with a weight for each head and feature (StableLM, Cohere)
         if family.layer_norm and _get(config, field):
             return f"{field}: norms of q and k that are not RMSNorm"
     if _get(config, "use_bidirectional_attention") in (True, "all"):  # Gemma 4 says "vision": not for text
         return "use_bidirectional_attention"
     if _get(config, "clip_qkv"):
         return "clip_qkv"
-    has_experts = _get(config, "enable_moe_block") is not False and any(
-        (_get(config, field) or 1) > 1 for field in EXPERT_FIELDS
-    )
-    if has_experts and not family.mixture:
+    has_experts = any((_get(config, field) or 1) > 1 for field in EXPERT_FIELDS)
+    if has_experts and _get(config, "enable_moe_block") is not False and not family.mixture:
         return "experts next to the MLP"
     if device.partition(":")[0] != "cpu":  # PyTorch's attention supports none of these
         if _get(config, "attn_logit_softcapping"):
