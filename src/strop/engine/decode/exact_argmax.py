@@ -72,13 +72,11 @@ class ExactArgmax:
 
 
 def quantize_head(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
-    """Quantize a head (V, h) to int8, row by row, and bound the error of its logits.
+    """Quantize a head (V, h) to int8, row by row, and bound the error of its logits: (values, scales, bounds).
 
-    Returns:
-        values: int8, (N h,), where N is V rounded up to a multiple of `lanes`.
-        scales: fp32, (N,).
-        bounds: fp32, (V,): greatest error of a logit for a hidden state of norm 1, from quantization, from sums in
-            fp32 and from rounding the hidden state to 16 bits. NaN if a value is not finite.
+    values (N h,), int8, N: V rounded up to a multiple of `lanes`. scales (N,), fp32. bounds (V,), fp32: greatest error
+    of a logit for a hidden state of norm 1, from quantization, from sums in fp32 and from rounding the hidden state to
+    16 bits; NaN if a value is not finite.
     """
     n, k = weight.shape
     num_rows = -(-n // lanes) * lanes

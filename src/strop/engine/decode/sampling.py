@@ -143,21 +143,13 @@ class SequenceState:
     With an expected completion, that is processed together with the prompt (`needs_argmax_only` must be true). All its
     tokens are scored, and as much of it as the model would have generated itself becomes the completion.
 
-    Args:
-        prompt: token ids, at least one.
-        adapter: name of the LoRA adapter; None for the base model.
-        stop_ids: tokens that end the completion. They are part of it.
-        max_new_tokens: greatest length of the completion.
-        num_logprobs: how many alternatives to return with each token; 0: only the token's log-probability; None:
-            nothing.
-        mask: restricts the tokens that may follow, for a grammar.
-        expected: the reference completion.
+    prompt: token ids, at least one. adapter: name of the LoRA adapter; None for the base model. stop_ids: tokens that
+    end the completion, as a part of it. num_logprobs: alternatives to return with each token; 0: only the token's
+    log-probability; None: nothing. mask: restricts the tokens that may follow, for a grammar.
 
-    Attributes:
-        num_cached: number of positions whose keys and values are in the cache.
-        num_reused: number of positions of the prompt that were in the cache already.
-        finish_reason: "" while it is decoded; then "stop", "length", or the reason of a NoToken.
-        expected_logprobs: log-probabilities of the scored tokens, fp64.
+    num_cached: positions whose keys and values are in the cache. num_reused: those that were there already.
+    finish_reason: "" while it is decoded; then "stop", "length", or the reason of a NoToken. expected_logprobs: of the
+    scored tokens, fp64.
     """
 
     def __init__(

@@ -145,21 +145,12 @@ class FastLoss:
         head, new = base_of(current_module(model.output)), model.new_rows()
         active, keys = find_active_adapters([model.output], [self._head]), batch.keys[batch.rows]
         keys = keys if len(batch.label_rows) == len(batch.rows) else keys[batch.label_rows]
+        rows, ids = (None, None) if new is None else (new.rows, new.token_ids())
         output = OutputHead(
-            head.weight,
-            model.softcap,
-            self._ops,
-            head.bias,
-            None if new is None else new.rows,
-            None if new is None else new.token_ids(),
-            tuple(active.parts),
-            active.scales,
-            dropout_spec(active.dropouts, keys),
-            self._dropout_ops,
-            head.weight.requires_grad,
-            head.bias is not None and head.bias.requires_grad,
-            self._head_matmul,
-        )
+            head.weight, model.softcap, self._ops, head.bias, rows, ids, tuple(active.parts), active.scales,
+            dropout_spec(active.dropouts, keys), self._dropout_ops, head.weight.requires_grad,
+            head.bias is not None and head.bias.requires_grad, self._head_matmul,
+        )  # fmt: skip
         return output, *(output.trained if torch.is_grad_enabled() else [])
 
     def _hidden(self, batch: PackedBatch, *, scaled: bool = True) -> Tensor:
@@ -189,12 +180,9 @@ class FastLoss:
             if i < self.checkpoint_layers and trains:
                 with nullcontext() if self.host_memory is None else self.host_memory.keeping(last=i == last):
                     hidden, stored_kv = checkpoint(
-                        self._compute_layer,
-                        *arguments,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                        context_fn=self._checkpoint_contexts,
-                    )
+                        self._compute_layer, *arguments, use_reentrant=False, preserve_rng_state=False,
+                        context_fn=lambda: (nullcontext(), self._arena or nullcontext()),  # forward, recomputation
+                    )  # fmt: skip
                 if self._input_arena is not None and self.host_memory is None:
                     hidden = apply(Placed, hidden, self._input_arena)
             else:
@@ -210,10 +198,6 @@ class FastLoss:
         if len(batch.label_rows) != len(batch.rows):  # a row where several examples diverge has several labels
             hidden = hidden[batch.label_rows]
         return hidden
-
-    def _checkpoint_contexts(self) -> tuple[Any, Any]:
-        """Return the contexts of a layer's forward, which saves nothing, and of its recomputation."""
-        return nullcontext(), self._arena or nullcontext()
 
     def _gather(self, where: int | str) -> None:
         if self.weight_gatherer is not None:
