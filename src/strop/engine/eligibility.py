@@ -27,12 +27,8 @@ def why_config_not_fast(
 ) -> str | None:
     """Return why the fast step cannot train a model, or None if config and settings do not rule it out.
 
-    Args:
-        config: The model's text config, of transformers or as a mapping.
-        device: "cpu", "cuda", "cuda:0", "mps".
-        dtype: The dtype of the base weights as recipes name it.
-        lora: The LoRA settings; None skips their checks.
-        targets: The names of the modules that get adapters.
+    config: the model's text config, of transformers or as a mapping. dtype: of the base weights, as recipes name it.
+    lora: None skips its checks. targets: the names of the modules that get adapters.
     """
     why = why_architecture_unsupported(config, device) or _why_loss_unsupported(config)
     if why is None and dtype == "fp16":

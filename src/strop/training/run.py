@@ -72,19 +72,10 @@ def train(
     devices: Devices = ALONE,
     resume_existing: bool = False,
 ) -> Run:
-    """Fine-tune by a recipe into a new run folder.
+    """Fine-tune by a recipe into a new run folder; see strop.api.train for the errors raised.
 
-    Args:
-        resolved: The recipe.
-        listeners: Called with every event that is written to events.jsonl.
-        memory: Limit of memory in bytes, less than the machine has.
-        devices: The processes that train together.
-        resume_existing: Resume the run in the folder `out`, if there is one.
-
-    Raises:
-        InputError: Before any weights are read.
-        RunError: While training.
-        Stopped: After Ctrl-C or SIGTERM.
+    listeners: called with every event that is written to events.jsonl. memory: a limit in bytes, less than the machine
+    has. resume_existing: resume the run in the folder `out`, if there is one.
     """
     settings = {field: choice.value for field, choice in resolved.choices.items()}
     devices.require_same(settings | {"--resume": resume_existing})
@@ -118,19 +109,10 @@ def resume(
     memory: int | None = None,
     devices: Devices = ALONE,
 ) -> Run:
-    """Resume a run from its newest intact checkpoint; a finished run is returned unchanged.
+    """Resume a run from its newest intact checkpoint, on any number of devices; a finished run is returned unchanged.
 
-    Args:
-        path: The run folder.
-        listeners: See `train`.
-        options: Recipe fields with new values.
-        allow_changed: What may differ from the start of the run: recipe fields (or their last part), base, data,
-            template, versions, and the groups lr and schedule.
-        memory: See `train`.
-        devices: The processes that train together, of any number.
-
-    Raises:
-        InputError: If anything else that affects the numbers differs, or for an unknown name in allow_changed.
+    options: recipe fields with new values. allow_changed: what may differ from the start of the run: recipe fields (or
+    their last part), base, data, template, versions, and the groups lr and schedule. Raises InputError for others.
     """
     devices.require_same({"the run": path, **(options or {}), "--allow-changed": list(allow_changed)})
     devices.run_on_main(lambda: check_allowed_names(allow_changed, dict(option_fields())))

@@ -76,26 +76,17 @@ def generate(
     partial: bool = False,
     expected: Sequence[ExpectedCompletion | None] = (),
 ) -> list[Completion]:
-    """Generate one completion for each prompt, in order, with the adapter that is active.
+    """Generate one completion for each prompt of token ids, in order, with the adapter that is active.
 
-    Args:
-        model: a causal language model, with or without PEFT adapters.
-        tokenizer: decodes the completions.
-        prompts: token ids.
-        stop_ids: tokens that end a completion, in addition to those of the model's generation config.
-        max_new_tokens: greatest length of a completion.
-        sampling: None for greedy decoding.
-        on_text: called with the text of the completion piece by piece, for a single prompt.
-        advance: called with the number of completions that are finished.
-        both: return the completions of the base model for all prompts, then those with the adapter.
-        partial: on Ctrl-C, return the completions of the first prompts, as far as they are finished, instead of
-            raising KeyboardInterrupt.
-        expected: reference completions, whose tokens are scored. They do not change the output, and make it faster
-            where they are right. Ignored by transformers' generate.
+    stop_ids: tokens that end a completion, in addition to those of the model's generation config. sampling: None for
+    greedy decoding. on_text: called with the text of a single prompt's completion piece by piece. advance: called with
+    the number of finished completions. both: return the completions of the base model for all prompts, then those with
+    the adapter. partial: on Ctrl-C, return the completions of the first prompts, as far as they are finished. expected:
+    reference completions, whose tokens are scored; they do not change the output, and make it faster where they are
+    right (ignored by transformers' generate).
 
-    Raises:
-        InputError: if max_new_tokens is below 1, or a prompt is too long for a model with learned positions.
-        ModelError: if a token is not in the model's vocabulary, or the logits are not finite.
+    Raises InputError if max_new_tokens is below 1 or a prompt is too long for a model with learned positions, and
+    ModelError if a token is not in the model's vocabulary or the logits are not finite.
     """
     stop_ids = (*stop_ids, *generation_stop_ids(cast(Any, model).generation_config))
     if max_new_tokens < 1:

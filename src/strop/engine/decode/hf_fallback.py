@@ -68,9 +68,7 @@ def hf_generate(
 ) -> tuple[list[list[int]], LogProbs | None]:
     """Complete a batch of prompts with transformers' generate. The caller sets the seed.
 
-    Returns:
-        The new tokens of each prompt, padded to one length, and the log-probabilities of the sampled tokens (prompts,
-        tokens), or None.
+    Returns the new tokens of each prompt, padded to one length, and their log-probabilities (prompts, tokens) or None.
     """
     options: dict[str, Any] = {}
     if sampling.temperature != 0:
