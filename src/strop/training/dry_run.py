@@ -121,14 +121,12 @@ def _decode_dtype(device: str) -> str:
 
 
 def _evaluation(job: Job) -> EvaluationLoad:
-    """Return the size of an evaluation on rows like these."""
     rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
     examples = (example for row in rows for example in row.examples)
     return EvaluationLoad.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
 
 
 def _sampling(job: Job) -> RolloutLoad | None:
-    """Return what a step samples after the longest prompt, or None."""
     if not max_completion_tokens(job.recipe.train):
         return None
     return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))

@@ -141,7 +141,6 @@ def _groups_of_rank(job: Job, items: Sequence[Item], rank: int) -> list[tuple[in
 
 
 def _group_seed(job: Job, index: int) -> int:
-    """Return the seed of a micro-batch, which does not depend on the device."""
     return int(sha256_text(f"{job.recipe.seed} {job.state.progress.step} {index}")[:15], 16)
 
 
@@ -163,7 +162,6 @@ def _take_gradients(weights: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
 
 
 def _sum_in_order(job: Job, items: Sequence[Item], buffers: Sequence[Tensor], size: int) -> Tensor:
-    """Return the sum of the buffers of all micro-batches, in the order of the tree."""
     groups, own, devices = micro_batches(job, items), iter(buffers), job.devices
     tree: SumTree[Tensor] = SumTree(len(groups))
     device = job.state.device

@@ -238,7 +238,6 @@ def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Ma
 
 
 def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
-    """Raise DataError for rows that are longer than a model's learned position embeddings."""
     completion_tokens = max_completion_tokens(recipe.train)
     if not shape.learned or not (text := shape.beyond(_row_lengths(data), completion_tokens)):
         return
@@ -264,7 +263,6 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
 
 
 def _check_rewards(recipe: Recipe, data: Prepared) -> None:
-    """Raise RecipeError or DataError if the rewards do not fit these rows."""
     rewards = parse_rewards(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
         answers = [data.renderer.reference_answer(row) for row in rows]
@@ -337,7 +335,6 @@ def _long_rows_note(setup: Setup) -> str | None:
 
 
 def _row_lengths(data: Prepared) -> npt.NDArray[np.int64]:
-    """Return the tokens of all rows (n,), those of the evaluation included."""
     return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])
 
 
@@ -379,7 +376,6 @@ def _warmup_note(setup: Setup) -> str | None:
 
 
 def _other_quantization_note(setup: Setup) -> str | None:
-    """Warn if the adapter to start from was trained on a base with another quantization."""
     start, now = find_start_adapter(setup.resolved.recipe), setup.resolved.recipe.model.quantization
     before = now if start is None else read_identity(start).get("quantization", now)
     if before == now:

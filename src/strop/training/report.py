@@ -173,7 +173,6 @@ def progress_figures(progress: Progress) -> dict[str, Any]:
 
 
 def _describe_devices(job: Job) -> dict[str, Any]:
-    """Return the number of devices, nodes and threads, and how the base is placed."""
     devices = job.devices
     mode = "one" if devices.world_size == 1 else "replicated" if devices.base is None else "sharded"
     counts = {"count": devices.world_size, "nodes": devices.nodes, "mode": mode}

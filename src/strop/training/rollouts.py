@@ -230,7 +230,6 @@ def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> 
 
 
 def _group_figures(groups: Sequence[RolloutGroup], like: Tensor) -> Figures:
-    """Return figures of each completion and each group."""
     completions = [
         (float(example.supervised), float(stopped))
         for group in groups

@@ -154,7 +154,6 @@ def _finished_run(folder: RunFolder, options: Mapping[str, Any] | None, devices:
 
 @contextmanager
 def _claim(folder: RunFolder, devices: Devices) -> Iterator[None]:
-    """Claim the folder for all ranks on rank 0."""
     with ExitStack() as stack:
         with devices.all_or_none():
             if devices.is_main:

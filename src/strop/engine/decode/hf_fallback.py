@@ -309,7 +309,6 @@ class HfDecoder:
 
     @contextmanager
     def _use_adapters(self, adapters: Sequence[str | None]) -> Iterator[None]:
-        """Activate the adapter of each token of the batch."""
         if self._mixed_lora is not None:
             self._mixed_lora.set_adapters(adapters, self.device)
             yield

@@ -140,7 +140,6 @@ class FastLoss:
         return apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output_head(batch)), batch
 
     def _output_head(self, batch: PackedBatch) -> tuple[Any, ...]:
-        """Return the current OutputHead and its trained tensors."""
         model = self._model
         head, new = base_of(current_module(model.output)), model.new_rows()
         active, keys = find_active_adapters([model.output], [self._head]), batch.keys[batch.rows]
