@@ -33,7 +33,7 @@ from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
 from strop.planning.time import has_bf16
 from strop.planning.workload import Workload
 from strop.training.criteria import is_scored
-from strop.training.oom import apply_memory_settings, micro_batches, within_memory
+from strop.training.gradients import apply_memory_settings, micro_batches, within_memory
 from strop.training.state import Job, batch_stream, random_states, set_random_states
 
 LOG = logging.getLogger(__name__)

@@ -21,9 +21,17 @@ from strop.data.batching import Batch, BatchStream
 from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.training import guard
-from strop.training.gradients import LocalGradient, TotalGradient, compute_gradients, rows_of_rank, sum_gradients
+from strop.training.gradients import (
+    LocalGradient,
+    TotalGradient,
+    apply_memory_settings,
+    compute_gradients,
+    micro_batches,
+    rows_of_rank,
+    sum_gradients,
+    within_memory,
+)
 from strop.training.guard import Diverged, Verdict
-from strop.training.oom import apply_memory_settings, micro_batches, within_memory
 from strop.training.optim import allocate_state, rate_factor, set_rate, warmup_steps
 from strop.training.state import (
     Job,

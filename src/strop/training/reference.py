@@ -36,7 +36,7 @@ from strop.training.criteria import (
     micro_batches_of,
     mismatched_logprobs,
 )
-from strop.training.oom import micro_batches, within_memory
+from strop.training.gradients import micro_batches, within_memory
 from strop.training.rollouts import PolicyCriterion
 from strop.training.state import Job, batch_stream, temporary_values
 
