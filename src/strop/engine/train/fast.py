@@ -64,21 +64,17 @@ class BatchContext:
 class AttentionBlock:
     """Attention, up to its output projection `o`, which the layer applies.
 
-    rope: the kind of rotary embedding in models with several, or NO_ROPE. apply_rope: the function that applies it
-    outside of attention, on a copy of q, k and v, where needed. kind, keeps, takes: as in LayerSpec.
+    apply_rope: the function that applies the rotary embedding outside of attention, on a copy of q, k and v, if needed.
     """
 
     family: Family
     config: Any
+    spec: LayerSpec
     qkv: FusedLinear
     heads: Heads
     attend: Attend
-    rope: str | None
     o: FusedLinear
     apply_rope: Any
-    kind: str
-    keeps: bool
-    takes: bool
 
     def __call__(self, hidden: Tensor, context: BatchContext, shared_kv: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the attention output (T, query size), and the keys and values that later layers reuse.
@@ -96,8 +92,8 @@ class AttentionBlock:
             qkv = torch.cat([qkv, shared_kv], 1)
         elif qkv.shape[1] == query + heads.key_value * heads.size:  # the values are the keys
             qkv = torch.cat([qkv, qkv[:, query:]], 1)
-        stored_kv = qkv[:, query:] if self.keeps else None
-        cos, sin = context.angles[self.rope]
+        stored_kv = qkv[:, query:] if self.spec.keeps else None
+        cos, sin = context.angles[self.spec.rope]
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.apply_rope is not None:
             qkv = apply(self.apply_rope, qkv, heads, cos, sin, family.pairs == "neighbours", scale)
@@ -282,17 +278,10 @@ class Blocks:
         outputs = sum(module.out_features for module in spec.qkv)
         concatenated = outputs != (spec.query + 2 * spec.key_value) * spec.size
         copied = family.fused_heads or concatenated or family.aside  # then the copy is saved, not the layer's output
-        return AttentionBlock(
-            family,
-            self._model.config,
-            self._fused(spec.qkv, self.norm(spec.before_attention), workspace, in_arena=not copied),
-            heads,
-            self._processor.attention(spec.size),
-            spec.rope,
-            self._fused(spec.o, None, workspace),
-            self._processor.aside() if family.aside else None,
-            spec.kind, spec.keeps, spec.takes,
-        )  # fmt: skip
+        qkv = self._fused(spec.qkv, self.norm(spec.before_attention), workspace, in_arena=not copied)
+        attend, o = self._processor.attention(spec.size), self._fused(spec.o, None, workspace)
+        apply_rope = self._processor.aside() if family.aside else None
+        return AttentionBlock(family, self._model.config, spec, qkv, heads, attend, o, apply_rope)
 
 
 class FastLoss:
@@ -427,8 +416,8 @@ class FastLoss:
             self.host_memory.begin()
         shared_kv: dict[str, Tensor] = {}  # keys and values that later layers reuse, by kind of attention
         for i, layer in enumerate(self._layers):
-            attention = layer.mixer if isinstance(layer.mixer, AttentionBlock) else None
-            reused = shared_kv[attention.kind] if attention and attention.takes else None
+            spec = layer.mixer.spec if isinstance(layer.mixer, AttentionBlock) else None
+            reused = shared_kv[spec.kind] if spec is not None and spec.takes else None
             arguments = layer, hidden, context, batch.rows if i == last else None, reused
             self._gather(i)
             if i < self.checkpoint_layers and trains:
@@ -441,8 +430,8 @@ class FastLoss:
                     hidden = apply(Placed, hidden, self._input_arena)
             else:
                 hidden, stored_kv = self._compute_layer(*arguments)
-            if attention is not None and stored_kv is not None:
-                shared_kv[attention.kind] = stored_kv
+            if spec is not None and stored_kv is not None:
+                shared_kv[spec.kind] = stored_kv
             if self.weight_gatherer is not None and hidden.requires_grad:
                 call_before_gradient(hidden, partial(self._gather, i))
         self._gather("head")
