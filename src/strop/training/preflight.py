@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -321,69 +321,8 @@ def device_count(lock: Mapping[str, Any]) -> int:
 
 def startup_notes(setup: Setup) -> list[str]:
     """Return what to log before training: unused options and hardware, and unusual models, data and schedules."""
-    notes = (
-        *kept_values(setup.resolved, setup.shape),
-        *(_unused_gpu_note(setup), _int8_note(setup), *_unused_option_notes(setup), _warmup_note(setup)),
-        *(_other_quantization_note(setup), *_expert_notes(setup), _multimodal_note(setup)),
-        *(*_modules_to_save_notes(setup), _long_rows_note(setup)),
-    )
-    return [text for text in notes if text]
-
-
-def _long_rows_note(setup: Setup) -> str | None:
-    return setup.shape.beyond(_row_lengths(setup.data), max_completion_tokens(setup.resolved.recipe.train))
-
-
-def _row_lengths(data: Prepared) -> npt.NDArray[np.int64]:
-    return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])
-
-
-def _int8_note(setup: Setup) -> str | None:
-    """Suggest int8 matmuls on a CPU without fast bf16."""
-    recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
-    if dtype.value != "fp32" or dtype.origin != "plan" or recipe.train.int8_matmul:
-        return None
-    if recipe.int8_matmul_conflict() or why_no_integers(recipe, setup.machine, setup.shape):
-        return None
-    return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
-
-
-def _unused_option_notes(setup: Setup) -> list[str]:
-    recipe, single = setup.resolved.recipe, setup.lock["devices"]["count"] == 1
-    model, train = recipe.model, recipe.train
-    notes = {
-        "model.double_quantization false has no effect: the base is not in 4 bit": (
-            not model.double_quantization and model.quantization not in ("nf4", "fp4")
-        ),
-        f"model.placement {model.placement} has no effect on a single device": model.placement != "auto" and single,
-        f"train.timeout {train.timeout} has no effect on a single device": train.timeout != "30m" and single,
-        "train.deterministic has no effect: a CPU computes the same bits each time without it": (
-            train.deterministic and recipe.model.device == "cpu"
-        ),
-        f"train.eval_steps {train.eval_steps} has no effect without data.eval": (
-            train.eval_steps is not None and recipe.data.eval is None
-        ),
-    }
-    return [text for text, applies in notes.items() if applies]
-
-
-def _warmup_note(setup: Setup) -> str | None:
-    train = setup.resolved.recipe.train
-    steps = batch_stream(setup.resolved.recipe, len(setup.data.train_items or setup.data.train)).total_steps
-    if train.warmup < max(1, steps):
-        return None
-    return f"train.warmup {train.warmup:g}: the run has {steps} steps, so its learning rate never reaches its peak"
-
-
-def _other_quantization_note(setup: Setup) -> str | None:
-    start, now = find_start_adapter(setup.resolved.recipe), setup.resolved.recipe.model.quantization
-    before = now if start is None else read_identity(start).get("quantization", now)
-    if before == now:
-        return None
-    was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (before, now))
-    loftq = "; adapters that began with lora.init loftq need it" if before != "none" else ""
-    what = f"the adapter to start from was trained on the base {was}, and here the base is {is_}: other weights"
-    return f"{what} (--model.quantization {before}: the same{loftq})"
+    hardware = filter(None, (_unused_gpu_note(setup), _int8_note(setup)))
+    return [*kept_values(setup.resolved, setup.shape), *hardware, *_option_notes(setup), *_model_notes(setup)]
 
 
 def _unused_gpu_note(setup: Setup) -> str | None:
@@ -396,41 +335,69 @@ def _unused_gpu_note(setup: Setup) -> str | None:
     return f"{what}: training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
 
 
-def _expert_notes(setup: Setup) -> list[str]:
-    """Describe a mixture of experts: active weights, adapters on the experts, and the load-balancing loss."""
-    shape, recipe = setup.shape, setup.resolved.recipe
-    expert_weights = shape.layers * sum(linear.weights for linear in shape.in_experts)
-    if not expert_weights:
-        return []
-    active = setup.parameters - shape.idle
-    notes = [f"a mixture of experts: {active:,} of {setup.parameters:,} weights are active per token"]
-    if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
-        share = expert_weights / setup.parameters
-        notes.append(f"its experts ({share:.0%} of the weights) have no adapters; target all-linear adds them")
-    loss, config = load_balancing(load_config(setup.source)), "its config"
-    if loss and recipe.train.objective != "sft":
-        return [*notes, f"load-balancing loss: not used by objective {recipe.train.objective}, though {config} sets it"]
-    state = f"on, at {loss:g}, as in {config}" if loss else f"off, as in {config} (output_router_logits)"
-    return [*notes, f"load-balancing loss: {state}"]
-
-
-def _multimodal_note(setup: Setup) -> str | None:
-    config = load_config(setup.source)
-    if setup.source.kind == "gguf" or not text_path(skeleton(setup.source)):
+def _int8_note(setup: Setup) -> str | None:
+    """Suggest int8 matmuls on a CPU without fast bf16."""
+    recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
+    if dtype.value != "fp32" or dtype.origin != "plan" or recipe.train.int8_matmul:
         return None
-    return f"{config.model_type}: its text model is trained; image and audio encoders are frozen"
+    if recipe.int8_matmul_conflict() or why_no_integers(recipe, setup.machine, setup.shape):
+        return None
+    return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
 
 
-def _modules_to_save_notes(setup: Setup) -> list[str]:
-    """List the modules of a lora.modules_to_save name that matches several kinds."""
-    names = setup.resolved.recipe.lora.modules_to_save
-    if not names:
-        return []
+def _option_notes(setup: Setup) -> Iterator[str]:
+    """Yield notes on options without effect, the schedule, and the quantization that a start adapter was trained on."""
+    recipe, single = setup.resolved.recipe, setup.lock["devices"]["count"] == 1
+    model, train = recipe.model, recipe.train
+    if not model.double_quantization and model.quantization not in ("nf4", "fp4"):
+        yield "model.double_quantization false has no effect: the base is not in 4 bit"
+    if model.placement != "auto" and single:
+        yield f"model.placement {model.placement} has no effect on a single device"
+    if train.timeout != "30m" and single:
+        yield f"train.timeout {train.timeout} has no effect on a single device"
+    if train.deterministic and model.device == "cpu":
+        yield "train.deterministic has no effect: a CPU computes the same bits each time without it"
+    if train.eval_steps is not None and recipe.data.eval is None:
+        yield f"train.eval_steps {train.eval_steps} has no effect without data.eval"
+    steps = batch_stream(recipe, len(setup.data.train_items or setup.data.train)).total_steps
+    if train.warmup >= max(1, steps):
+        yield f"train.warmup {train.warmup:g}: the run has {steps} steps, so its learning rate never reaches its peak"
+    start, now = find_start_adapter(recipe), model.quantization
+    before = now if start is None else read_identity(start).get("quantization", now)
+    if before != now:
+        was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (before, now))
+        loftq = "; adapters that began with lora.init loftq need it" if before != "none" else ""
+        what = f"the adapter to start from was trained on the base {was}, and here the base is {is_}: other weights"
+        yield f"{what} (--model.quantization {before}: the same{loftq})"
+
+
+def _model_notes(setup: Setup) -> Iterator[str]:
+    """Yield notes on a mixture of experts, a multimodal model, modules trained in full, and rows that are too long."""
+    shape, recipe, config = setup.shape, setup.resolved.recipe, load_config(setup.source)
+    if expert_weights := shape.layers * sum(linear.weights for linear in shape.in_experts):
+        active = setup.parameters - shape.idle
+        yield f"a mixture of experts: {active:,} of {setup.parameters:,} weights are active per token"
+        if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
+            share = expert_weights / setup.parameters
+            yield f"its experts ({share:.0%} of the weights) have no adapters; target all-linear adds them"
+        loss = load_balancing(config)
+        if loss and recipe.train.objective != "sft":
+            use = f"not used by objective {recipe.train.objective}, though its config sets it"
+        else:
+            use = f"on, at {loss:g}, as in its config" if loss else "off, as in its config (output_router_logits)"
+        yield f"load-balancing loss: {use}"
     bare = skeleton(setup.source)
-    kinds_by_name = {name: kinds_of(trained_whole(bare, name)) for name in names}
-    return [
-        f"lora.modules_to_save {name}: all {sum(kinds.values())} modules with this suffix are trained in full: "
-        + ", ".join(f"{path} ({count})" for path, count in kinds.items())
-        for name, kinds in kinds_by_name.items()
-        if len(kinds) > 1
-    ]
+    if setup.source.kind != "gguf" and text_path(bare):
+        yield f"{config.model_type}: its text model is trained; image and audio encoders are frozen"
+    for name in recipe.lora.modules_to_save:
+        kinds = kinds_of(trained_whole(bare, name))
+        if len(kinds) > 1:
+            listed = ", ".join(f"{path} ({count})" for path, count in kinds.items())
+            total = sum(kinds.values())
+            yield f"lora.modules_to_save {name}: all {total} modules with this suffix are trained in full: {listed}"
+    if text := shape.beyond(_row_lengths(setup.data), max_completion_tokens(recipe.train)):
+        yield text
+
+
+def _row_lengths(data: Prepared) -> npt.NDArray[np.int64]:
+    return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])
