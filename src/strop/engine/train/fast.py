@@ -43,7 +43,7 @@ from strop.engine.train.packing import (
     pack_separately,
     sum_by_example,
 )
-from strop.engine.train.peft_modules import base_of, current_module, dropout_spec, find_active_adapters
+from strop.engine.train.peft_modules import base_of, current_module, dropout_spec, find_active_adapters, new_rows
 from strop.engine.train.plain import LayerWatch, WeightGatherer, call_before_gradient
 from strop.models.families.layers import ACTIVATIONS, Family
 
@@ -385,7 +385,7 @@ class FastLoss:
 
     def _output_head(self, batch: PackedBatch) -> tuple[Any, ...]:
         model = self._model
-        head, new = base_of(current_module(model.output)), model.new_rows()
+        head, new = base_of(current_module(model.output)), new_rows(model.output)
         active, keys = find_active_adapters([model.output], [self._head]), batch.keys[batch.rows]
         keys = keys if len(batch.label_rows) == len(batch.rows) else keys[batch.label_rows]
         rows, ids = (None, None) if new is None else (new.rows, new.token_ids())
