@@ -159,9 +159,9 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     from strop.engine.device import pick_dtype, prepare_process
     from strop.engine.step import step_for
     from strop.machine.probe import probe
-    from strop.models.families.shape import peek
+    from strop.models.families.shape import read_model_info
     from strop.models.load import DTYPES, load_base
-    from strop.models.lora import add_lora, trainable
+    from strop.models.lora import add_lora, trainable_parameters
     from strop.models.source import locate
     from strop.planning.activations import MicroBatch
     from strop.planning.choose import choose
@@ -170,7 +170,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     from strop.planning.workload import Workload
 
     prepare_process()
-    shape = peek(str(options.folder)).shape
+    shape = read_model_info(str(options.folder)).shape
     given = {
         "model.name": "m", "data.train": "d", "model.device": options.device, "model.quantization": scheme,
         "lora.r": 16, "data.max_length": length, "train.micro_batch_tokens": length,
@@ -183,7 +183,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
         locate(str(options.folder)), DTYPES[dtype[0]], options.device, quantization=scheme, resident_layers=resident
     )
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
-    step, weights = step_for(model), list(trainable(model).values())
+    step, weights = step_for(model), list(trainable_parameters(model).values())
     workload, batch = Workload.from_recipe(recipe, shape), MicroBatch.rows([length], more=False)
     step.checkpoint(workload.compute.checkpointed_layers)
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)

@@ -62,7 +62,7 @@ def _step(folder: Path, device: str, scheme: str) -> Any:
     from strop.engine.device import prepare_process
     from strop.engine.step import step_for
     from strop.models.load import load_base
-    from strop.models.lora import add_lora, trainable
+    from strop.models.lora import add_lora, trainable_parameters
     from strop.models.source import locate
 
     prepare_process()
@@ -70,7 +70,7 @@ def _step(folder: Path, device: str, scheme: str) -> Any:
     base = load_base(locate(str(folder)), dtype, device, quantization=scheme)
     torch.manual_seed(0)
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
-    weights = list(trainable(model).values())
+    weights = list(trainable_parameters(model).values())
     random = np.random.default_rng(0)
     with torch.no_grad():  # B begins as zeros, and A then has no gradient
         for weight in weights:

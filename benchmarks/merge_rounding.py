@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from strop.exporting import merge
 from strop.exporting.merge import Trained
 from strop.exporting.parity import LIMITS, compare
-from strop.models.adapter_config import adapter_config
-from strop.models.adapters import attach
+from strop.models.adapter_config import read_adapter_config
+from strop.models.adapters import attach_adapter
 from strop.models.load import load_base, weights_folder
 from strop.models.source import Source, locate
 
@@ -52,7 +52,7 @@ def merged(source: Source, folder: Path, trained: Trained, way: Round) -> Any:
 
 def in_bf16(source: Source, folder: Path, trained: Trained) -> Any:
     how = {"quantization": trained.scheme, "double": trained.double, "resident_layers": 1 << 30}
-    return attach(load_base(source, torch.bfloat16, "cpu", **how), folder, source)[0].eval()
+    return attach_adapter(load_base(source, torch.bfloat16, "cpu", **how), folder, source)[0].eval()
 
 
 def into_4_bit(source: Source, folder: Path) -> Any:
@@ -66,7 +66,7 @@ def into_4_bit(source: Source, folder: Path) -> Any:
 
 def measure(run: str) -> dict[str, dict[str, Any]]:
     folder = Path(run) / "adapter"
-    source = locate(str(adapter_config(folder)["base_model_name_or_path"]))
+    source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
     trained, examples = Trained.read(folder), merge.rows_to_measure(run, folder, source, None)
 
     def against(other: Callable[[], Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import measured
 
 from strop.models.load import weights_folder
-from strop.models.source import locate, safetensors_header, weight_files
+from strop.models.source import locate, read_safetensors_header, weight_files
 
 METHODS = {
     "16 bit": ("none", 0),
@@ -38,7 +38,11 @@ from strop.model import load
 prepare_process()
 model, scheme, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 source = locate(model)
-folder = load.weights_folder(source) if scheme == "none" else load.packed_folder(source, scheme, True, torch.bfloat16)
+folder = (
+    load.weights_folder(source)
+    if scheme == "none"
+    else load.quantized_folder(source, scheme, True, torch.bfloat16)
+)
 import bitsandbytes, peft  # libraries are no part of the base
 torch.ones(8, 8).bfloat16() @ torch.ones(8, 8).bfloat16()
 before = mark("cpu")
@@ -67,7 +71,7 @@ def process(code: str, *words: Any) -> list[str]:
 def weights_bytes(folder: Path) -> tuple[int, int]:
     """(all weights of a folder, its largest file)."""
     files = weight_files(folder)
-    ends = [entry["data_offsets"] for file in files for entry in safetensors_header(file).values()]
+    ends = [entry["data_offsets"] for file in files for entry in read_safetensors_header(file).values()]
     return sum(end - start for start, end in ends), max(file.stat().st_size for file in files)
 
 

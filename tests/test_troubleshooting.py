@@ -32,7 +32,7 @@ from strop.errors import (
 from strop.evaluation.diagnosis import diagnose
 from strop.machine import doctor
 from strop.machine.probe import Machine
-from strop.models.quantize import pack, unpack
+from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.planning import calibrate
 from strop.planning.memory import CUDA_CONTEXT_BYTES
 from strop.runs.folder import disk_errors
@@ -80,7 +80,9 @@ def eight_bit() -> object:
     return make_optimizer({"w": nn.Parameter(torch.zeros(2))}, section)
 
 
-@pytest.mark.parametrize("use", [lambda: pack(torch.zeros(64, 64), "nf4"), eight_bit], ids=["4 bit", "8-bit optimizer"])
+@pytest.mark.parametrize(
+    "use", [lambda: quantize_weight(torch.zeros(64, 64), "nf4"), eight_bit], ids=["4 bit", "8-bit optimizer"]
+)
 def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     without_bitsandbytes(monkeypatch)
     with pytest.raises(QuantizerError, match="cannot be used here") as raised:
@@ -102,13 +104,13 @@ def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", other_cuda)
     with pytest.raises(QuantizerError, match="cannot be used here: CUDA SETUP ERROR") as raised:
-        unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
+        dequantize_weight(quantize_weight(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
     assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
     found = calibrate.check_four_bit_step()
     assert found.level == "error" and "#bitsandbytes" in found.why and "install" in found.fix
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
+        dequantize_weight(quantize_weight(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
 
 
 def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

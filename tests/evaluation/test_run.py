@@ -18,11 +18,11 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Message
 from strop.engine.decode.batch import Batch
 from strop.engine.decode.generate import Completion
+from strop.engine.decode.model import Model
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard, read_conversations, trained_on
-from strop.models.adapters import Model
 from tests.support.families import tokenizer
 from tests.support.runs import QUICK, run
 from tests.support.templates import tokenizer as of_trait
@@ -434,7 +434,8 @@ def test_judge_gets_answers_without_reasoning(thinker: Model, tmp_path: Path, mo
     }
     found = {"rows": 1, "base": {}, "tuned": {}, "samples": [sample | {"base_hit": False, "tuned_hit": True}]}
     for name, value in (
-        ("compare", found), ("load", thinker), ("adapter_folder", tmp_path), ("is_reward", False), ("trained_on", None)
+        ("compare", found), ("load", thinker), ("adapter_folder", tmp_path),
+        ("is_reward_adapter", False), ("trained_on", None)
     ):  # fmt: skip
         monkeypatch.setattr(evaluation, name, lambda *_, value=value, **__: value)
     (result,) = evaluate_models(["demo"], str(data), EvalOptions(judge=f"{file}:own"))

@@ -26,7 +26,8 @@ from strop.exporting.merge import merge
 from strop.exporting.template_strings import STRINGS
 from strop.exporting.tuned import Trained, Tuned
 from strop.exporting.verify_gguf import check_text
-from strop.models.families.gguf_export import FAMILIES, Layout, interleaved
+from strop.models.families.gguf import GgufLayout, interleave_heads
+from strop.models.families.table import FAMILIES
 from strop.models.load import load_config
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
@@ -117,14 +118,16 @@ def test_types(bases: Any, rows: str, tmp_path: Path, no_llama_cpp: None) -> Non
 
 def test_rows_of_q_and_k_lie_in_pairs() -> None:
     weight = torch.arange(8.0)[:, None].repeat(1, 3)  # two heads of four rows: halves (0, 1) and (2, 3)
-    assert interleaved(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert interleave_heads(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_what_llama_cpp_has_no_place_for_is_refused() -> None:
-    def layout(family: str, **changes: Any) -> Layout:
-        return Layout(gguf_models.config(family, 1000, **changes))
+    def layout(family: str, **changes: Any) -> GgufLayout:
+        return GgufLayout(gguf_models.config(family, 1000, **changes))
 
-    assert {layout(family).config.model_type for family in gguf_models.OPTIONS} == set(FAMILIES)
+    assert {layout(family).config.model_type for family in gguf_models.OPTIONS} == {
+        name for name, row in FAMILIES.items() if row.gguf
+    }
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     refused: list[tuple[str, dict[str, Any], str]] = [
         ("llama-2", {"rope_parameters": dynamic}, "rope scaling"),
@@ -137,7 +140,7 @@ def test_what_llama_cpp_has_no_place_for_is_refused() -> None:
         with pytest.raises(ModelError, match=what):
             layout(family, **changes)
     with pytest.raises(ModelError, match="no exporter for gpt2"):
-        Layout(gguf_models.transformers.GPT2Config())
+        GgufLayout(gguf_models.transformers.GPT2Config())
 
 
 def test_an_unknown_pre_tokenizer_is_refused(bases: Any, rows: str, tmp_path: Path) -> None:
@@ -248,7 +251,7 @@ def write_model(folder: Path, words: gguf_tokenizer.Vocabulary, file: Path) -> P
     source = locate(str(folder))
     tuned = Tuned(source, None, Trained("none", True, torch.float32), "original", {}, [])
     with ExitStack() as stack:
-        module._Model(tuned, Layout(load_config(source)), words, "m", stack).write(file, "f16")
+        module._Model(tuned, GgufLayout(load_config(source)), words, "m", stack).write(file, "f16")
     return file
 
 
@@ -260,7 +263,7 @@ FAULTS = ["eos", "permutation", "template", "adapter left out", "norms", "token 
 def test_a_file_that_is_another_model_is_refused(
     bases: Any, rows: str, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, describe = gguf_tokenizer.Vocabulary.write, Layout.arrange
+    write, describe = gguf_tokenizer.Vocabulary.write, GgufLayout.convert
 
     def wrong_words(self: gguf_tokenizer.Vocabulary, writer: Any) -> None:
         changed = dict(self.entries)
@@ -274,14 +277,14 @@ def test_a_file_that_is_another_model_is_refused(
             changed["tokenizer.ggml.token_type"] = ([1] * len(kinds[0]), *kinds[1:])
         write(gguf_tokenizer.Vocabulary(self.carried, changed, "", self.bos, self.eos, self.eot, self.add_bos), writer)
 
-    def wrong_rows(self: Layout, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def wrong_rows(self: GgufLayout, name: str, weight: torch.Tensor) -> torch.Tensor:
         if fault == "permutation":
             return weight
         arranged = describe(self, name, weight)
         return arranged + 1 if fault == "norms" and name.endswith("norm.weight") else arranged
 
     monkeypatch.setattr(gguf_tokenizer.Vocabulary, "write", wrong_words)
-    monkeypatch.setattr(Layout, "arrange", wrong_rows)
+    monkeypatch.setattr(GgufLayout, "convert", wrong_rows)
     if fault == "adapter left out":
         monkeypatch.setattr(module.Tuned, "merging", lambda self: lambda name, weight: (weight, weight))
     says = {

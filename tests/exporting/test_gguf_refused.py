@@ -24,7 +24,7 @@ from strop.exporting import gguf as module
 from strop.exporting import gguf_tokenizer, llama_cpp
 from strop.exporting.gguf import export_gguf
 from strop.exporting.tuned import Trained, Tuned
-from strop.models.families.gguf_export import Layout
+from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
@@ -51,10 +51,12 @@ def tuned(base: Path) -> Path:
 def test_yarn_rounds_its_range_in_llama_cpp() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256}
     for more in ({}, {"truncate": True}):
-        layout = Layout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, **more}))
-        layout.describe(Mock())
+        layout = GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, **more}))
+        layout.write_metadata(Mock())
     with pytest.raises(ModelError, match="truncate: false"):
-        Layout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).describe(Mock())
+        GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).write_metadata(
+            Mock()
+        )
 
 
 def test_a_sentencepiece_tokenizer_that_does_more_is_refused() -> None:
@@ -128,7 +130,7 @@ def test_the_base_that_an_adapter_is_proved_on_has_its_own_vocabulary(tmp_path: 
     own = Tuned(source, tuned, Trained("none", True, torch.float32), "original", {}, [])
     words = gguf_tokenizer.vocabulary(source, Renderer(own.tokenizer), len(tokenizer))
     with ExitStack() as stack:
-        model = module._Model(own, Layout(load_config(source)), words, "m", stack)
+        model = module._Model(own, GgufLayout(load_config(source)), words, "m", stack)
         model.write(tmp_path / "tuned.gguf", "f16")
         model.write(tmp_path / "base.gguf", "f16", base=True)
     files = [gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("tuned", "base")]

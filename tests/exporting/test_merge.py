@@ -131,14 +131,17 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "A without B": (lambda it: _matrices(it, lambda n, w: w if "lora_A" in n else None), "2 of its tensors are m"),
     "nothing": (lambda it: _matrices(it, lambda n, w: None), "4 of its tensors are missing"),
     "rows that are not there": (lambda it: _settings(it, trainable_token_indices=[3]), "embedding rows|does not fit"),
-    "whole numbers": (lambda it: _matrices(it, lambda n, w: (w * 99).int()), "stored as I32, which no adapter"),
-    "8 bit": (lambda it: _matrices(it, lambda n, w: w.to(torch.float8_e5m2)), "stored as F8_E5M2, which no adapter"),
+    "whole numbers": (lambda it: _matrices(it, lambda n, w: (w * 99).int()), "stored as I32, which is not a dtype"),
+    "8 bit": (
+        lambda it: _matrices(it, lambda n, w: w.to(torch.float8_e5m2)),
+        "stored as F8_E5M2, which is not a dtype",
+    ),
     "beyond fp32": (lambda it: _matrices(it, lambda n, w: w.double() * 1e200), "NaN or infinity"),
-    "alpha that is none": (lambda it: _settings(it, lora_alpha=float("nan")), "lora_alpha is nan, and no number"),
-    "rank 0": (lambda it: _settings(it, r=0), "r is 0, and no rank"),
+    "alpha that is none": (lambda it: _settings(it, lora_alpha=float("nan")), "lora_alpha is nan, not a number"),
+    "rank 0": (lambda it: _settings(it, r=0), "r is 0, not a rank"),
     "a pattern of words": (lambda it: _settings(it, alpha_pattern={"q_proj": "x"}), "alpha_pattern q_proj is 'x', and"),
     "no targets": (lambda it: _settings(it, target_modules=[]), "does not fit"),
-    "targets that are none": (lambda it: _settings(it, target_modules=3), "target_modules is 3, and no list"),
+    "targets that are none": (lambda it: _settings(it, target_modules=3), "target_modules is 3, not a list"),
     "another tool's": (lambda it: _settings(it, megatron_config={"a": 1}, megatron_core="nowhere"), "does not fit"),
 }
 

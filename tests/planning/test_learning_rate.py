@@ -15,7 +15,7 @@ from strop.planning.tables import KNOWN
 from tests import ROOT
 from tests.support.scripts import script
 
-LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
+LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
 
 
 def chosen(shape: ModelShape = LLAMA_8B, **options: Any) -> tuple[float, str]:

@@ -20,10 +20,10 @@ from strop.config.load import resolve
 from strop.data.types import Example
 from strop.engine.step import step_for
 from strop.engine.train.fast import FastLoss
-from strop.models.families.layers import FAMILIES as TABLE
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import shape_of
-from strop.models.lora import add_lora, linear_kinds, num_trainable
+from strop.models.families.table import FAMILIES as TABLE
+from strop.models.introspect import linear_kinds, shape_from_model
+from strop.models.lora import add_lora, count_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.memory import FUSED_EXPERTS, PARTS, EvaluationLoad, load_phase, phases, train_phase
@@ -54,7 +54,9 @@ LLAMA_2_7B = {
 
 def workload(config: dict[str, Any] = KNOWN["SmolLM2-135M"], **options: Any) -> Workload:
     given = {"model.device": "cpu", "model.dtype": "bf16", **options}
-    return Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.of(config))
+    return Workload.from_recipe(
+        resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.from_config(config)
+    )
 
 
 WORKLOADS = st.builds(
@@ -163,16 +165,16 @@ def test_shape_from_config_equals_the_model(family: str, tied: bool, tmp_path: P
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from strop.models.families.shape import peek
+    from strop.models.families.shape import read_model_info
 
-    shape = peek(str(tmp_path / "config.json")).shape
+    shape = read_model_info(str(tmp_path / "config.json")).shape
     assert shape.known and shape.parameters == sum(weight.numel() for weight in model.parameters())
     assert sorted(shape.linear_kinds(), key=repr) == sorted(linear_kinds(model), key=repr)
     for targets in ("all-linear", "attention"):
         recipe = resolve(None, {"model": "m", "data": "d", "lora.r": 3, "lora.target_modules": targets}).recipe
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(config)
-        assert Workload.from_recipe(recipe, shape).adapter_weights == num_trainable(bare, recipe.lora)
+        assert Workload.from_recipe(recipe, shape).adapter_weights == count_trainable(bare, recipe.lora)
 
 
 def saved_bytes(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
@@ -211,7 +213,7 @@ def test_predicted_saved_activations_equal_the_engine(changes: dict[str, Any]) -
     given = {"model": "m", "data": "d", "model.device": "cpu", "lora.r": 4, "lora.alpha": 8}
     recipe = resolve(None, {**given, **changes}).recipe
     model = add_lora(tiny.model(), recipe.lora, tokenizer("chatml"))
-    shape = ModelShape.of(tiny.config().to_dict())
+    shape = ModelShape.from_config(tiny.config().to_dict())
     fast, found = FastLoss(model), Workload.from_recipe(recipe, shape).replace(dtype_bytes=4)
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
     assert saved_bytes(fast, model, 10, 24) - saved_bytes(fast, model, 2, 24) == pytest.approx(more, rel=0.02)
@@ -235,7 +237,7 @@ def test_families_save_the_predicted_bytes_in_the_fast_step(family: str, lora_op
     lora = {names.get(name, name.partition(".")[2]): value for name, value in lora_options.items()}
     model = adapted(family, lora).train()
     chosen = step_for(model)
-    shape = ModelShape.of(model.get_base_model().config.to_dict())
+    shape = ModelShape.from_config(model.get_base_model().config.to_dict())
     options = {"lora.r": 3, **lora_options, "model.device": "cpu", "model.dtype": "fp32"}
     found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.compute.step == chosen.name == "fast", chosen.why
@@ -255,7 +257,7 @@ def test_families_with_model_code_save_about_the_predicted_bytes(family: str) ->
     }  # fmt: skip
     config = tiny_of(family, **sizes).config.to_dict()
     model = adapted(family, **sizes).train()
-    chosen, shape = step_for(model), shape_of(config, config, tiny_of(family, **sizes))
+    chosen, shape = step_for(model), shape_from_model(config, config, tiny_of(family, **sizes))
     options = {"lora.r": 3, "model.device": "cpu", "model.dtype": "fp32"}
     found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.compute.step == chosen.name == "fast", chosen.why
@@ -308,7 +310,7 @@ def test_published_peaks_are_predicted_within_15_percent_or_explained() -> None:
 
 def test_fused_experts_agree_with_transformers_conversions() -> None:
     for name, row in TABLE.items():
-        if row.mixture:
+        if row.moe:
             rules = get_checkpoint_conversion_mapping(name) or []
             copied = any(
                 type(step).__name__ == "MergeModulelist" for rule in rules for step in getattr(rule, "operations", [])
@@ -353,7 +355,7 @@ def _tables() -> dict[str, str]:
 
 
 def test_head_memory_depends_on_vocabulary_and_supervised_rows() -> None:
-    shape = ModelShape.of({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
+    shape = ModelShape.from_config({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
     found = workload().replace(shape=shape, parameters=shape.parameters, step="plain")
     whole, half = MicroBatch.rows([1000]), MicroBatch(1000, 500, ((1, 1000, 1000),))
     assert at_peak(found, whole).head == 999 * 262144 * 4 and at_peak(found, half).head == 500 * 262144 * 4

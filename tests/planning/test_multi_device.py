@@ -218,7 +218,7 @@ def test_base_is_sharded_if_it_does_not_fit_whole(tmp_path: Path) -> None:
 
 def test_gathered_bytes_equal_a_calculation_by_hand() -> None:
     """A model of two layers gathers the embedding, both layers, the head, and the first layer again."""
-    shape = replace(ModelShape.of(KNOWN["Llama-3.1-8B"]), layers=2, tied=True, vocabulary=10, hidden=100)
+    shape = replace(ModelShape.from_config(KNOWN["Llama-3.1-8B"]), layers=2, tied=True, vocabulary=10, hidden=100)
     workload = Workload(base=BaseWeights(shape=shape, parameters=10_000, shards=2))
     layer = (2 * 10_000 - 2 * 1000) // 2
     assert base_layer_bytes(workload) == layer

@@ -20,7 +20,7 @@ from strop.config.load import resolve
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
 from strop.models.families.shape import ModelShape
-from strop.models.lora import as_fp32
+from strop.models.lora import cast_trainable_to_fp32
 from strop.models.quantize import QuantizedLinear, replace_linears
 from strop.planning.activations import MicroBatch
 from strop.planning.memory import Phase, train_phase
@@ -65,7 +65,7 @@ class Case:
             "model.quantization": self.scheme, **more,
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
-        workload = Workload.from_recipe(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
+        workload = Workload.from_recipe(resolve(None, given).recipe, ModelShape.from_config(self.config.to_dict()))
         return train_phase(workload, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
 
 
@@ -78,7 +78,7 @@ def built(case: Case) -> torch.nn.Module:
             for layer in replace_linears(base, "nf4", torch.bfloat16, lambda name: "layers" in name).values():
                 fill(layer)
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-        return as_fp32(get_peft_model(base, lora)).train()
+        return cast_trainable_to_fp32(get_peft_model(base, lora)).train()
 
 
 def fill(layer: QuantizedLinear) -> None:
@@ -92,7 +92,7 @@ def fill(layer: QuantizedLinear) -> None:
     }  # fmt: skip
     layer._offset = torch.empty(())
     shape = [layer.out_features, layer.in_features]
-    layer._described = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
+    layer._state = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
 
 
 def step(card: fake.Card, case: Case) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_bytes_and_flops_of_known_operations_and_of_a_step(card: Play, monkeypat
     }  # fmt: skip
     given = {"model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16}
     recipe = resolve(None, {**given, "train.gradient_checkpointing": "off"}).recipe
-    told = flops(Workload.from_recipe(recipe, ModelShape.of(config)), MicroBatch.rows([512], more=False))
+    told = flops(Workload.from_recipe(recipe, ModelShape.from_config(config)), MicroBatch.rows([512], more=False))
     by_part: Counter[str] = Counter()
     for one in whole:
         by_part[one["part"]] += one["flops"] * one["launches"]

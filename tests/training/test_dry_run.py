@@ -13,7 +13,7 @@ import torch
 import strop
 from strop.data.batching import BatchStream
 from strop.errors import MemoryLimitError
-from strop.machine.memory import mark
+from strop.machine.memory import start_peak
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import at_peak
 from strop.planning.workload import Workload
@@ -28,7 +28,7 @@ from tests.support.failures import starved
 from tests.support.steps import changed_step
 
 QUICK = {"train.max_steps": 3, "train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32", "lora.dropout": 0.1}
-SHAPE = ModelShape.of(tiny.config().to_dict())
+SHAPE = ModelShape.from_config(tiny.config().to_dict())
 
 
 def setting(job: Job) -> Workload:
@@ -100,7 +100,7 @@ def test_dry_run_calibrates_the_forecast(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1})
     expected = forecast(job, setting(job), 8 << 30)
     assert expected.calibrated_bytes("cpu") is None
-    result = try_largest_batch(job, expected, 1, mark("cpu"))
+    result = try_largest_batch(job, expected, 1, start_peak("cpu"))
     (event,) = [e for e in read_events(job.folder.events) if e["event"] == "rehearsal"]
     off = event["measured_bytes"] - expected.dry_run_bytes("cpu")
     assert result.error_bytes == off and result.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
@@ -109,14 +109,14 @@ def test_dry_run_calibrates_the_forecast(tmp_path: Path) -> None:
 def test_dry_run_out_of_memory_shrinks_or_raises(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train.max_steps": 2}
     job = starved(tiny.job(tmp_path / "a", tiny.examples(8), **options), {1})
-    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
+    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, start_peak("cpu"))
     assert job.state.progress.halvings == 1 and all(w.grad is None for w in job.state.weights.values())
     fit(job)
     kinds = [event["event"] for event in read_events(job.folder.events)]
     assert kinds.index("shrink") < kinds.index("rehearsal") < kinds.index("step") and kinds.count("shrink") == 1
     hopeless = starved(tiny.job(tmp_path / "b", tiny.examples(8), **options), set(range(1, 99)))
     with pytest.raises(MemoryLimitError):
-        try_largest_batch(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, mark("cpu"))
+        try_largest_batch(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, start_peak("cpu"))
 
 
 def test_gradient_checkpointing_changes_only_memory(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_dry_run_applies_the_memory_options_of_the_run(tmp_path: Path) -> None:
     job.state.progress.recompute = True
     step = changed_step(job.step, checkpoint=lambda layers="all": asked.append(layers))
     job = replace(job, step=step)
-    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
+    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, start_peak("cpu"))
     assert asked == [1, "all"]
 
 

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from strop.data.formats import conversations
 from strop.data.reading.sources import read_rows
 from strop.data.types import ExampleGroup
+from strop.engine.decode.model import load
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
-from strop.models import adapters
-from strop.models.reward_head import head_of
+from strop.models.lora import find_score_head
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
@@ -339,8 +339,8 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     assert run(*words, capsys=capsys)[0] == 0
     base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
     plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
-    ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    ours = load(out, dtype="fp32", scores=True)
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, find_score_head(ours.module))
     built = pairs(3)
     with torch.no_grad():
         result = torch.stack(criterion.sums(step_for(ours.module), built), 1)
@@ -392,8 +392,8 @@ def test_model_card_snippet_of_a_reward_model_gives_the_trained_scores(
     card = (out / "adapter" / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
-    ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    ours = load(out, dtype="fp32", scores=True)
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, find_score_head(ours.module))
     for built in conversations(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in built.sides]
         with torch.no_grad():

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strop.dash.files import DAMAGED, open_file
-from strop.machine.malloc import give_back
+from strop.machine.memory import trim_heap
 from strop.runs.events import parse_event
 
 Event = dict[str, Any]
@@ -92,7 +92,7 @@ class History:
                     self._offset += whole
                     waiting = waiting[whole:]
             if self._offset - before > LARGE_BYTES:
-                give_back()
+                trim_heap()
             return self._offset != before
 
     def _take(self, lines: bytes) -> None:
@@ -266,7 +266,7 @@ class History:
         if smooth is not None:
             last["smoothed"] = smooth
         if self.num_bytes > LARGE_BYTES:
-            give_back()
+            trim_heap()
         return {
             "by": by, "range": reach, "rows": len(x), "decimated": len(x) > 2 * points, "series": series,
             "last": last, "generation": self.generation,

@@ -18,7 +18,7 @@ from strop.config.schema import Recipe, option_fields
 from strop.dash.jobs import command, option
 from strop.errors import StropError
 from strop.machine.memory import limit_bytes
-from strop.models.families.shape import Peek
+from strop.models.families.shape import ModelInfo
 from strop.planning.machines import Target, target_for
 from strop.planning.microbatch import NO_DATA, Rows, plan_options, row_sizes
 from strop.planning.model_facts import read_model_facts, start_adapter
@@ -53,7 +53,7 @@ class Planner:
         target: Target = self._keep("place", where, PLACE_S, lambda: target_for(*where))
         if gpu is not None and model.device.partition(":")[0] != target.device:
             resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
-        looked: Peek = self._keep(
+        looked: ModelInfo = self._keep(
             "look", [model.name, model.revision], LOOK_S, lambda: read_model_facts(resolved.recipe)
         )
         rows, state = self._rows(resolved.recipe)
@@ -185,7 +185,7 @@ def _stamps(recipe: Recipe) -> list[Any]:
     return stamps
 
 
-def _downloads(looked: Peek, parameters: int) -> list[dict[str, Any]]:
+def _downloads(looked: ModelInfo, parameters: int) -> list[dict[str, Any]]:
     """Return what a run would download; a Hub model that is not cached counts two bytes per weight."""
     name = looked.name
     if name.startswith("demo") or name.endswith(".gguf") or Path(name).expanduser().exists():

@@ -15,13 +15,13 @@ from torch import nn
 
 from strop.distributed.devices import Devices
 from strop.errors import RunError
-from strop.models.sharding import EMBEDDING, Parts, Unit, Where
+from strop.models.sharding import EMBEDDING, ModelShards, ShardedUnit, Where
 
 
 class Sharded:
     """The base of a model whose parts are on `devices`; see strop.distributed.devices.Base."""
 
-    def __init__(self, parts: Parts, devices: Devices) -> None:
+    def __init__(self, parts: ModelShards, devices: Devices) -> None:
         self.parts, self.modules, self._devices = parts, parts.modules, devices
         self._order: list[Where] = []  # of the current pass
         self._current = 0  # index into the order of the module whose weights are gathered
@@ -91,7 +91,7 @@ class Sharded:
         if unit is not None and not unit.there:
             self._wait_for_next = self._devices.start_all_gather(unit.take(), unit.own)
 
-    def _unit(self, index: int) -> Unit | None:
+    def _unit(self, index: int) -> ShardedUnit | None:
         return self.parts.units[self._order[index]] if 0 <= index < len(self._order) else None
 
 

@@ -14,9 +14,9 @@ from packaging.version import Version
 
 from strop.engine.kernels.cpu.precision import measure as measure
 from strop.errors import DeviceError
-from strop.machine.malloc import keep_pages
+from strop.machine.memory import keep_heap_pages
 from strop.machine.probe import TILED_RANK, probe
-from strop.machine.rates import keep_precision, known_precision
+from strop.machine.rates import load_precision, save_precision
 
 LOG = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     deterministic: also configure cuBLAS for `repeatable`; it reads its configuration when it starts. rank: of the
     adapters; up to 32, oneDNN does not compute their matmuls on CPUs with tiled kernels.
     """
-    keep_pages()
+    keep_heap_pages()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    capacity = PRIMITIVES if rank <= TILED_RANK and probe().tiles else PRIMITIVES_WITH_ADAPTERS
+    capacity = PRIMITIVES if rank <= TILED_RANK and probe().has_avx512_bf16 else PRIMITIVES_WITH_ADAPTERS
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(capacity))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -90,10 +90,10 @@ def pick_dtype(device: str) -> tuple[str, str]:
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"
     machine, threads = probe(), torch.get_num_threads()
-    known = known_precision(machine, threads)
+    known = load_precision(machine, threads)
     if known is not None:
         return known
     LOG.info("measuring whether bf16 or fp32 is faster on this CPU")
     measured = measure(device)
-    keep_precision(machine, threads, measured.dtype, measured.why)
+    save_precision(machine, threads, measured.dtype, measured.why)
     return measured.dtype, measured.why

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strop.config.schema import LoraSection
-from strop.models.families.layers import FAMILIES, Family
-from strop.models.targets import EMBEDDINGS
+from strop.models.families.shape import EMBEDDINGS
+from strop.models.families.table import FAMILIES, Family
 
 # Dropout of the model itself. Its masks depend on the micro-batch, unlike those of the adapters' dropout.
 DROPOUT_FIELDS = (
@@ -52,14 +52,14 @@ def why_architecture_unsupported(config: Any, device: str) -> str | None:
     if _get(config, "clip_qkv"):
         return "clip_qkv"
     has_experts = any((_get(config, field) or 1) > 1 for field in EXPERT_FIELDS)
-    if has_experts and _get(config, "enable_moe_block") is not False and not family.mixture:
+    if has_experts and _get(config, "enable_moe_block") is not False and not family.moe:
         return "experts next to the MLP"
     if device.partition(":")[0] != "cpu":  # PyTorch's attention supports none of these
         if _get(config, "attn_logit_softcapping"):
             return "attn_logit_softcapping outside of a CPU"
-        if family.sinks:
+        if family.attention_sinks:
             return "attention sinks outside of a CPU"
-        if family.per_layer:
+        if family.per_layer_inputs:
             return "norms of values outside of a CPU"
     for rope in rope_types(config):
         if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch

@@ -22,12 +22,12 @@ from strop.data.types import Conversation, Example, Ids
 from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.decode.generate import Completion
+from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
 from strop.errors import Where
 from strop.evaluation.metrics import changed_rows, options, paired_difference, score, wilson
 from strop.evaluation.metrics import metric as metric_named
-from strop.models.adapters import Model
 
 LOG = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from strop.data.types import Message
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model
 from strop.evaluation.compare import Advance, generate_answers
 from strop.evaluation.metrics import paired_difference, wilson
-from strop.models.adapters import Model
 
 MAX_NEW_TOKENS = 48
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
+from strop.engine.decode.model import Model
 from strop.errors import RecipeError, nearest
 from strop.evaluation.metrics import Z_95, Difference
-from strop.models.adapters import Model
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:

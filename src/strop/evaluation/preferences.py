@@ -16,12 +16,13 @@ from strop.data.rendering.pairs import render_pairs
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model
 from strop.engine.step import step_for
 from strop.errors import DataError, Where
 from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import Z_95, changed_rows, paired_difference, wilson
-from strop.models.adapters import Model, is_reward
-from strop.models.reward_head import head_of
+from strop.models.adapters import is_reward_adapter
+from strop.models.lora import find_score_head
 
 METRIC = "preference"
 MICRO_BATCH_TOKENS = 2048
@@ -46,7 +47,7 @@ def compare_preferences(
         DataError: some pairs cannot be compared; names each.
     """
     pairs = _rendered(model, conversations)
-    if model.adapter is not None and is_reward(model.adapter):
+    if model.adapter is not None and is_reward_adapter(model.adapter):
         return _compare_scores(model, conversations, pairs, advance, devices)
     sides: dict[str, PairValues] = {}
     with model.base() if model.adapter else nullcontext():
@@ -92,7 +93,7 @@ def reward_figures(rewards: PairValues) -> dict[str, Any]:
 def _compare_scores(
     model: Model, conversations: Sequence[Conversation], pairs: Pairs, advance: Advance | None, devices: Devices
 ) -> dict[str, Any]:
-    step, head = step_for(model.module), head_of(model.module)
+    step, head = step_for(model.module), find_score_head(model.module)
     assert head is not None
 
     def scores(examples: Sequence[Example]) -> torch.Tensor:

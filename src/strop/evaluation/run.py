@@ -20,6 +20,7 @@ from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model, load, load_renderer
 from strop.errors import DataError, InputError, RecipeError, RunError, Where, nearest
 from strop.evaluation.compare import (
     FIGURES,
@@ -40,16 +41,7 @@ from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import (
-    Model,
-    adapter_folder,
-    base_source,
-    is_reward,
-    load,
-    load_renderer,
-    refuse_other_kind,
-    with_tokenizer,
-)
+from strop.models.adapters import adapter_folder, base_source, check_adapter_kind, is_reward_adapter, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
@@ -208,7 +200,7 @@ def _evaluate_pairs(
 ) -> dict[str, Any]:
     train_rows = devices.run_on_main(partial(trained_on, name, request.rows))
     folder = adapter_folder(name)
-    model = _load(name, options, devices, scores=folder is not None and is_reward(folder))
+    model = _load(name, options, devices, scores=folder is not None and is_reward_adapter(folder))
     compared = compare_preferences(model, request.rows, advance, devices)
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
     count_train_rows(result, train_rows)
@@ -229,8 +221,8 @@ def _evaluate_answers(
     rows = [question.conversation for question in questions(request.rows)]
     train_rows = devices.run_on_main(partial(trained_on, name, rows))
     folder = adapter_folder(name)
-    if folder is not None and is_reward(folder):
-        refuse_other_kind(folder, scores=False)
+    if folder is not None and is_reward_adapter(folder):
+        check_adapter_kind(folder, scores=False)
     model = _load(name, options, devices)
     base_key = (str(model.source), model.quantization, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
@@ -468,7 +460,7 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
         start, source = recipe.model.adapter, base_source(run.adapter)
         before = [False] * len(rows) if start is None else trained_on(start, rows)
         folder = None if start is None else adapter_folder(start)
-        tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+        tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
         data_kind = data_kind_of(recipe.train)
         data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     except InputError:

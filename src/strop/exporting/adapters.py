@@ -14,19 +14,19 @@ from torch import Tensor
 
 from strop.errors import FolderError, ModelError, RecipeError
 from strop.exporting.weight_changes import beyond_lora, places_of, read_weights
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_config
+from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config
 from strop.models.adapters import (
     STROP_FILE,
     adapter_folder,
-    attach,
+    attach_adapter,
     base_source,
-    check_base,
-    check_weights,
+    check_adapter_base,
+    check_adapter_weights,
     read_identity,
 )
-from strop.models.experts import by_expert
+from strop.models.experts import split_by_expert
 from strop.models.load import load_base
-from strop.models.source import safetensors_header
+from strop.models.source import read_safetensors_header
 from strop.runs.folder import RunFolder, disk_errors, exclusive_output, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
@@ -57,8 +57,8 @@ class Facts:
 def facts(name: str) -> Facts:
     """Raises ModelError where there is no adapter."""
     folder = _folder(name)
-    config, identity = adapter_config(folder), read_identity(folder)
-    shapes = [entry["shape"] for entry in safetensors_header(folder / WEIGHTS_FILE).values()]
+    config, identity = read_adapter_config(folder), read_identity(folder)
+    shapes = [entry["shape"] for entry in read_safetensors_header(folder / WEIGHTS_FILE).values()]
     targets = config["target_modules"]
     parameters = list(config.get("target_parameters") or [])
     return Facts(
@@ -112,7 +112,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
     ModelError where one is missing.
     """
     folders = [_folder(name) for name in (first, second)]
-    configs, identities = [adapter_config(one) for one in folders], [read_identity(one) for one in folders]
+    configs, identities = [read_adapter_config(one) for one in folders], [read_identity(one) for one in folders]
     read = [_Delta.read(folder) for folder in folders]
     deltas = [delta for delta in read if delta is not None]
     both = len(deltas) == 2
@@ -157,7 +157,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
     model: Any = load_base(source, torch.float32, "cpu")
     inner = [f"part{number}" for number in range(len(folders))]
     for folder, name in zip(folders, inner, strict=True):
-        model, _ = attach(model, folder, source, name=name)
+        model, _ = attach_adapter(model, folder, source, name=name)
     model.peft_config[inner[0]].use_rslora = False  # the sum takes its config, and is scaled by 1
     model.add_weighted_adapter(inner, list(weights), "combined", combination_type="cat")
     with disk_errors(out.parent), exclusive_output(out), new_folder(out) as temp:
@@ -203,8 +203,8 @@ class _Delta:
     def read(folder: Path) -> _Delta | None:
         """None for an adapter that has more than such matrices."""
         source = base_source(folder)
-        check_base(folder, source)
-        check_weights(folder)
+        check_adapter_base(folder, source)
+        check_adapter_weights(folder)
         if beyond_lora(folder):
             return None
         plain = {name: tensor.float() for name, tensor in read_weights(folder).items()}
@@ -216,7 +216,7 @@ class _Delta:
                 scales[place.key] = place.scale
                 continue
             whole = [plain[f"{place.key}.lora_{part}.weight"] for part in "AB"]
-            a, b = by_expert(whole[0], whole[1], place.experts)
+            a, b = split_by_expert(whole[0], whole[1], place.experts)
             for expert in range(place.experts):
                 scales[f"{name}.{expert}"] = place.scale
                 plain |= {f"{name}.{expert}.lora_A.weight": a[expert], f"{name}.{expert}.lora_B.weight": b[expert]}
@@ -264,7 +264,7 @@ def _leaf(module: str) -> str:
 
 def _check_summable(folder: Path) -> None:
     """Of a mixture's experts peft's `cat` lays whole A and B side by side, where they belong together by expert."""
-    config = adapter_config(folder)
+    config = read_adapter_config(folder)
     if config.get("target_parameters"):
         what = f"{folder}: has adapters on a mixture's experts, which peft cannot add up"
         raise ModelError(what, fix="serve or merge each by itself")

@@ -29,9 +29,9 @@ from strop.exporting.merge import check_measured, check_memory, rounded
 from strop.exporting.tuned import Tuned
 from strop.exporting.verify_gguf import LIMITS, Findings, checking
 from strop.exporting.weight_changes import beyond_lora, module_scales, names_in, read_weights
-from strop.models.families.gguf_export import Layout
+from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config, weights_folder
-from strop.models.tensor_files import Tensors
+from strop.models.tensor_files import CheckpointTensors
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import disk_errors, exclusive_output, fsync_folder
 
@@ -107,12 +107,12 @@ def export_gguf(
         llama_cpp.check_loads()
     tuned = Tuned.read(name, data, base="original" if adapter else None, measure=measure)
     config = load_config(tuned.source)
-    layout, renderer = Layout(config), Renderer(tuned.tokenizer)
+    layout, renderer = GgufLayout(config), Renderer(tuned.tokenizer)
     words = vocabulary(tuned.source, renderer, config.vocab_size)
     if adapter:
         _check_adapter(tuned, renderer)
     if tuned.folder is not None:
-        _check_places(tuned.folder, layout, Tensors(weights_folder(tuned.source)))
+        _check_places(tuned.folder, layout, CheckpointTensors(weights_folder(tuned.source)))
     if unmeasured is None:
         check_memory(tuned.source, 4 if kind == "f32" and not adapter else 2, say)
     with disk_errors(out.parent), exclusive_output(out), ExitStack() as stack:
@@ -185,7 +185,7 @@ def _check_adapter(tuned: Tuned, renderer: Renderer) -> None:
         raise ModelError(what, fix="leave --adapter out: merge it")
 
 
-def _check_places(folder: Path, layout: Layout, tensors: Tensors) -> None:
+def _check_places(folder: Path, layout: GgufLayout, tensors: CheckpointTensors) -> None:
     """Raises ModelError for what is trained of a weight that is in no file of its own: a head that is tied to the
     embedding."""
     for key in names_in(folder):
@@ -200,11 +200,11 @@ def _check_places(folder: Path, layout: Layout, tensors: Tensors) -> None:
 class _Model:
     """What is written: the tuned model's tensors and settings, under llama.cpp's names."""
 
-    def __init__(self, tuned: Tuned, layout: Layout, words: Vocabulary, name: str, stack: ExitStack) -> None:
+    def __init__(self, tuned: Tuned, layout: GgufLayout, words: Vocabulary, name: str, stack: ExitStack) -> None:
         self.tuned, self.layout, self.words = tuned, layout, words
         self._name = name if layout.arch != "phi3" or "phi-3" in name.lower() else f"phi-3 {name}"  # llama.cpp looks
         self._stack = stack
-        self._tensors = Tensors(weights_folder(tuned.source))
+        self._tensors = CheckpointTensors(weights_folder(tuned.source))
         self._merged: Callable[[str, Tensor], tuple[Tensor, Tensor]] = tuned.merging()
 
     def temporary(self, out: Path, what: str) -> Path:
@@ -221,7 +221,7 @@ class _Model:
         writer.add_name(self._name)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        self.layout.describe(writer)
+        self.layout.write_metadata(writer)
         (_words_of_base(self.tuned) if base else self.words).write(writer)
         extra = dict(self.layout.extra_tensors())
         plan: list[tuple[str, str | None, Stored]] = []
@@ -247,13 +247,13 @@ class _Model:
         made, base = self._merged(source, base) if merged else (base, base)
         if stored == Stored.BF16:
             made = rounded(source, made, base, torch.bfloat16)
-            return self.layout.arrange(source, made).contiguous().view(torch.int16).numpy()
+            return self.layout.convert(source, made).contiguous().view(torch.int16).numpy()
         if stored == Stored.F16:
-            half = self.layout.arrange(source, rounded(source, made, base, torch.float16)).contiguous()
+            half = self.layout.convert(source, rounded(source, made, base, torch.float16)).contiguous()
             if not torch.isfinite(half).all():
                 raise ParityError(f"{source}: too large for f16", fix="choose --type bf16 or f32")
             return half.numpy()
-        made = self.layout.arrange(source, made).float().contiguous()
+        made = self.layout.convert(source, made).float().contiguous()
         data: np.ndarray[Any, Any] = gguf.quants.quantize(made.numpy(), stored)
         return data
 
@@ -271,7 +271,7 @@ class _Model:
         for module in sorted(scale, key=_in_order):
             name = self.layout.name(f"{module}.weight")
             a, b = (saved[f"{module}.lora_{side}.weight"].float() for side in "AB")
-            b = self.layout.arrange(f"{module}.weight", b * (scale[module] * len(a) / alpha)).contiguous()
+            b = self.layout.convert(f"{module}.weight", b * (scale[module] * len(a) / alpha)).contiguous()
             writer.add_tensor(f"{name}.lora_a", a.numpy())
             writer.add_tensor(f"{name}.lora_b", b.numpy())
         writer.write_header_to_file()

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.model_card import CARD_FILE, PLACE, card, find_report, hub_id
-from strop.models.adapter_config import adapter_config
-from strop.models.adapters import STROP_FILE, adapter_folder, check_weights, read_identity
-from strop.models.source import hub_config, locate, read_config, safetensors_header, weight_files
+from strop.models.adapter_config import read_adapter_config
+from strop.models.adapters import STROP_FILE, adapter_folder, check_adapter_weights, read_identity
+from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -100,8 +100,8 @@ def push(
 
 def _adapter(folder: Path, repo: str, base: str | None) -> tuple[list[tuple[str, bytes | Path]], list[str], str]:
     """(name there and content of each file, what is left out, the base's Hub id)."""
-    check_weights(folder)
-    config = adapter_config(folder)
+    check_adapter_weights(folder)
+    config = read_adapter_config(folder)
     if not (trained_on := str(config.get("base_model_name_or_path") or "")):
         what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
         raise ModelError(what, fix="write it into its adapter_config.json")
@@ -138,7 +138,7 @@ def _model(folder: Path, repo: str, base: str | None) -> tuple[list[tuple[str, b
         raise InputError("--base: is of an adapter, and this is a whole model", fix="leave --base out")
     read_config(folder)
     for file in weight_files(folder):
-        safetensors_header(file)
+        read_safetensors_header(file)
     contents, left_out = _files(folder)
     return _with_card(folder, contents, repo), left_out, None
 
@@ -199,7 +199,7 @@ def _check_alike(folder: Path, trained_on: str, base: str, revision: str | None)
     """Raises ModelError where the config of the Hub's model has other sizes than the base of an adapter."""
     from strop.models.load import load_config
 
-    here, there = load_config(locate(trained_on)).to_dict(), hub_config(base, revision)
+    here, there = load_config(locate(trained_on)).to_dict(), download_config(base, revision)
     wrong = [key for key in SIZES if key in here and key in there and here[key] != there[key]]
     if wrong:
         key = wrong[0]

@@ -29,26 +29,25 @@ from strop.evaluation.model_card import CARD_FILE, card, find_report
 from strop.exporting.parity import LIMITS, Parity, compare, freed, in_fp32
 from strop.exporting.weight_changes import changes
 from strop.machine.probe import probe
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_config
+from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config
 from strop.models.adapters import (
     adapter_folder,
-    attach,
+    attach_adapter,
     base_source,
-    check_base,
-    check_weights,
+    check_adapter_base,
+    check_adapter_kind,
+    check_adapter_weights,
+    make_renderer,
     read_identity,
-    refuse_other_kind,
-    renderer_of,
-    with_tokenizer,
+    tokenizer_source,
 )
-from strop.models.experts import PackedExperts, expert_parameters, pack_experts, packable
-from strop.models.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
-from strop.models.multimodal import in_text
-from strop.models.quantize import pack, unpack
-from strop.models.source import Source, fingerprint, quantized_by
-from strop.models.tensor_files import SHARD_BYTES, Tensors
-from strop.models.tensor_names import Group, Layout
-from strop.models.tokenizer import load_tokenizer, new_rows
+from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
+from strop.models.introspect import in_text
+from strop.models.load import DTYPES, load_base, load_config, load_without_weights, stored_dtype, weights_folder
+from strop.models.quantize import dequantize_weight, quantize_weight
+from strop.models.source import Source, fingerprint, quantization_method
+from strop.models.tensor_files import SHARD_BYTES, CheckpointLayout, CheckpointTensors, TensorGroup
+from strop.models.tokenizer import load_tokenizer, trained_token_rows
 from strop.objectives.table import data_kind_of
 from strop.planning.memory import PARITY_PROCESS_BYTES, parity_model_bytes
 from strop.runs.folder import (
@@ -110,11 +109,11 @@ def merge(
     if out.exists():
         raise FolderError(f"{out}: already exists", fix="give --out a new folder")
     source = base_source(folder)
-    if quantized_by(source.config()):
+    if quantization_method(source.config()):
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
-    refuse_other_kind(folder, scores=False)
-    check_base(folder, source)
-    check_weights(folder)
+    check_adapter_kind(folder, scores=False)
+    check_adapter_base(folder, source)
+    check_adapter_weights(folder)
     check_measured(data, measure)
     trained = Trained.read(folder)
     base, losses = "original" if trained.scheme == "none" else "dequantized", dict[str, float]()
@@ -162,7 +161,7 @@ class Trained:
 
     def rounding(self, source: Source) -> Callable[[str, Tensor], Tensor]:
         """Gives a base weight, by its name, as the adapter saw it: rounded to the type it was trained in, quantized."""
-        quantized = set[str]() if self.scheme == "none" else packable(skeleton(source))
+        quantized = set[str]() if self.scheme == "none" else quantizable_names(load_without_weights(source))
 
         def rounded(name: str, weight: Tensor) -> Tensor:
             if self.scheme == "none" or not weight.is_floating_point():
@@ -172,15 +171,17 @@ class Trained:
                 return weight
             if weight.dim() == 3:
                 packed = pack_experts(weight, self.scheme, double=self.double)
-                return PackedExperts(packed, weight.shape, self.scheme, self.dtype).whole()
-            return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
+                return PackedExperts(packed, weight.shape, self.scheme, self.dtype).dequantize_all()
+            return dequantize_weight(
+                quantize_weight(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype
+            )
 
         return rounded
 
 
 def check_memory(source: Source, element: int, say: Callable[[str], None]) -> None:
     """Raises MemoryLimitError where there is no memory to measure what is made, of `element` bytes a weight."""
-    bare, widest = skeleton(source), max(stored_dtype(source).itemsize, element)
+    bare, widest = load_without_weights(source), max(stored_dtype(source).itemsize, element)
     widest = widest if reads_no_weights(bare) else 4
     parameters = sum(weight.numel() for weight in bare.parameters())
     embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()  # type: ignore[operator]
@@ -196,7 +197,7 @@ def check_memory(source: Source, element: int, say: Callable[[str], None]) -> No
 def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
     """Held-out rows, or training rows where there are none, or `data`; with the tokenizer of `folder`. Of pairs the
     chosen answers, of judged ones the good: where two bases are compared, a lower loss on bad answers is no gain."""
-    tokenizer = load_tokenizer(with_tokenizer(folder, source))
+    tokenizer = load_tokenizer(tokenizer_source(folder, source))
     if data is None and not is_run(Path(name)):
         raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
     data_kind: DataKind = "turns"
@@ -246,7 +247,7 @@ def tuned_model(source: Source, folder: Path, trained: Trained) -> Any:
     """The adapter on its base, computing in fp32; quantized weights are rounded as they were in training."""
     dtype = stored_dtype(source) if trained.scheme == "none" else trained.dtype
     base = load_base(source, dtype, "cpu", quantization=trained.scheme, double=trained.double, resident_layers=None)
-    tuned = attach(base, folder, source)[0].eval()
+    tuned = attach_adapter(base, folder, source)[0].eval()
     return in_fp32(tuned if reads_no_weights(base) else tuned.float())
 
 
@@ -279,8 +280,8 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
         made.mkdir(parents=True)
         done = {"of": made_of, "shards": {}}
     index: dict[str, str] = {}
-    tensors, bare = Tensors(weights_folder(source)), skeleton(source)
-    layout, text = Layout(bare, tensors), in_text(bare)
+    tensors, bare = CheckpointTensors(weights_folder(source)), load_without_weights(source)
+    layout, text = CheckpointLayout(bare, tensors), in_text(bare)
     for number, groups in enumerate(_shards(tensors, layout)):
         file = f"model-{number + 1:05d}.safetensors"
         index |= {name: file for group in groups for name in group.names}
@@ -288,7 +289,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
             continue
         shard: dict[str, Tensor] = {}
         for group in groups:
-            outside, same, parts = not any(text(place) for place in layout.places(group)), True, {}
+            outside, same, parts = not any(text(place) for place in layout.parameters(group)), True, {}
             for name, weight in layout.read(group, tensors.get).items():
                 weight = weight if outside else as_trained(name, weight)
                 changed = change(name, weight)
@@ -339,9 +340,9 @@ def _in_fp16(x: Tensor, generator: torch.Generator) -> Tensor:
     return (whole / scale).half()
 
 
-def _shards(tensors: Tensors, layout: Layout) -> Iterator[list[Group]]:
+def _shards(tensors: CheckpointTensors, layout: CheckpointLayout) -> Iterator[list[TensorGroup]]:
     """What is written together: tensors that are parts of one parameter are never apart."""
-    groups: list[Group] = []
+    groups: list[TensorGroup] = []
     size = 0
     for group in layout.groups:
         more = sum(map(tensors.size_bytes, group.names))
@@ -356,22 +357,22 @@ def _shards(tensors: Tensors, layout: Layout) -> Iterator[list[Group]]:
 def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
     """Config, generation config, tokenizer and template, as they were trained with."""
     config = load_config(source)
-    rows = new_rows(adapter_config(folder))
+    rows = trained_token_rows(read_adapter_config(folder))
     text = config.get_text_config()
     text.vocab_size = max([text.vocab_size, *(1 + row for found in rows.values() for row in found)])
     config.dtype = DTYPES[dtype]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # A GGUF header names none, and servers look for their model class by it.
-    config.architectures = config.architectures or [type(skeleton(source)).__name__]
+    config.architectures = config.architectures or [type(load_without_weights(source)).__name__]
     config.save_pretrained(out)
-    tokenizer = load_tokenizer(with_tokenizer(folder, source))
+    tokenizer = load_tokenizer(tokenizer_source(folder, source))
     tokenizer.save_pretrained(out)
     for name in AS_THEY_ARE:
         file = weights_folder(source) / name
         if file.is_file():
             shutil.copy2(file, out / name)
-    _add_ends(out / DRAWING, config, renderer_of(tokenizer, read_identity(folder)).end_ids)
+    _add_ends(out / DRAWING, config, make_renderer(tokenizer, read_identity(folder)).end_ids)
 
 
 def _add_ends(file: Path, config: Any, ends: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from strop.errors import FolderError, ParityError
 from strop.exporting.gguf import Exported, export_gguf
 from strop.exporting.go_template import Pieces, go_is_installed, rendered_by_go, trims
 from strop.exporting.template_strings import conversations
-from strop.models.adapters import adapter_folder, base_source, read_identity, with_tokenizer
+from strop.models.adapters import adapter_folder, base_source, read_identity, tokenizer_source
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import exclusive_output, new_folder
@@ -72,7 +72,9 @@ def export_ollama(
     if out.exists():
         raise FolderError(f"{out}: already exists", fix="give --out a new folder")
     folder = adapter_folder(name)
-    renderer = Renderer(load_tokenizer(locate(name) if folder is None else with_tokenizer(folder, base_source(folder))))
+    renderer = Renderer(
+        load_tokenizer(locate(name) if folder is None else tokenizer_source(folder, base_source(folder)))
+    )
     pieces = Pieces.of(renderer)
     system = read_identity(folder).get("system") if folder is not None else None
     with exclusive_output(out), new_folder(out) as temp:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from strop.data.types import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
-from strop.machine.malloc import give_back
-from strop.models.biases import without_adapter
+from strop.machine.memory import trim_heap
+from strop.models.adapters import adapter_disabled
 from strop.planning.memory import POSITIONS
 
 LOG = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def freed() -> None:
     """Gives back what a model held that nobody names any more. Its modules and their forwards name each other, so that
     it would stay until Python looks for such circles: two models in memory in place of one."""
     gc.collect()
-    give_back()
+    trim_heap()
 
 
 class _Kept:
@@ -233,7 +233,7 @@ def _keep_effect(
     if not isinstance(model, peft.PeftModel):
         return None
     changed = _Kept(file)
-    with without_adapter(model):
+    with adapter_disabled(model):
         for example, start, end in zip(examples, starts, ends, strict=True):
             base = _log_probabilities(model, example)[start:]
             for at, part in _parts(base):

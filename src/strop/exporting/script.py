@@ -23,8 +23,8 @@ from strop.data.prepare import Prepared, prepare
 from strop.data.types import Conversation, Example, Message
 from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import InputError
-from strop.models.adapters import adapter_folder, with_tokenizer
-from strop.models.load import DTYPES, skeleton
+from strop.models.adapters import adapter_folder, tokenizer_source
+from strop.models.load import DTYPES, load_without_weights
 from strop.models.lora import add_lora
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
@@ -72,7 +72,7 @@ def export_script(run: Path, out: Path) -> Written:
     _refuse(recipe)
     source = locate(recipe.model.name, recipe.model.revision)
     start = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
-    tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
+    tokenizer = load_tokenizer(source if start is None else tokenizer_source(start, source))
     data_kind = data_kind_of(recipe.train)
     data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     then = folder.read_lock()["data"]
@@ -162,7 +162,7 @@ def _settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared
         "strop": __version__,
         "run": str(run),
         "versions": ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS),
-        "notes": _notes(recipe, find_model_dropout(skeleton(source))),
+        "notes": _notes(recipe, find_model_dropout(load_without_weights(source))),
         "pairs": pairs,
         "device": repr(recipe.model.device),
         "dtype": str(DTYPES[recipe.model.dtype]).removeprefix("torch."),
@@ -193,7 +193,7 @@ def _settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared
 
 def _lora(recipe: Recipe, source: Source) -> str:
     """peft's LoraConfig as strop makes it for this model, as the arguments of a call."""
-    made = add_lora(skeleton(source), recipe.lora, None).peft_config["default"]
+    made = add_lora(load_without_weights(source), recipe.lora, None).peft_config["default"]
     if getattr(made, "target_parameters", None):
         raise InputError("adapters on a mixture's experts: the script cannot do it", fix="export the adapter")
     names = sorted(made.target_modules) if isinstance(made.target_modules, set) else made.target_modules

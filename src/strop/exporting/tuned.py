@@ -14,18 +14,18 @@ from strop.data.types import Example
 from strop.errors import ModelError
 from strop.exporting.merge import Trained, better_base, rows_to_measure, tuned_model
 from strop.exporting.weight_changes import changes
-from strop.models.adapter_config import adapter_config
+from strop.models.adapter_config import read_adapter_config
 from strop.models.adapters import (
     adapter_folder,
     base_source,
-    check_base,
-    check_weights,
-    refuse_other_kind,
-    with_tokenizer,
+    check_adapter_base,
+    check_adapter_kind,
+    check_adapter_weights,
+    tokenizer_source,
 )
 from strop.models.load import load_base
-from strop.models.source import Source, locate, quantized_by
-from strop.models.tokenizer import head_folder, load_tokenizer, new_rows
+from strop.models.source import Source, locate, quantization_method
+from strop.models.tokenizer import config_folder, load_tokenizer, trained_token_rows
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Tuned:
         """
         folder = adapter_folder(name)
         source = locate(name) if folder is None else base_source(folder)
-        if quantized_by(source.config()):
+        if quantization_method(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
-            rows = rows_to_measure(name, head_folder(source), source, data) if measure else []
+            rows = rows_to_measure(name, config_folder(source), source, data) if measure else []
             return Tuned(source, None, Trained("none", True, torch.float32), "original", {}, rows)
-        if new_rows(adapter_config(folder)):
+        if trained_token_rows(read_adapter_config(folder)):
             what = f"{name}: brings tokens that its base does not have"
             raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
-        refuse_other_kind(folder, scores=False)
-        check_base(folder, source)
-        check_weights(folder)
+        check_adapter_kind(folder, scores=False)
+        check_adapter_base(folder, source)
+        check_adapter_weights(folder)
         trained, losses = Trained.read(folder), dict[str, float]()
         rows = rows_to_measure(name, folder, source, data) if measure else []
         if base is None and measure:
@@ -73,7 +73,7 @@ class Tuned:
     @property
     def tokenizer(self) -> Any:
         """The one that was trained with, its chat template included."""
-        return load_tokenizer(self.source if self.folder is None else with_tokenizer(self.folder, self.source))
+        return load_tokenizer(self.source if self.folder is None else tokenizer_source(self.folder, self.source))
 
     def model(self) -> Any:
         """The adapter on its base, computing in fp32."""

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from strop.errors import ModelError
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_config, check_fit, fitting
-from strop.models.experts import by_expert
-from strop.models.load import skeleton
-from strop.models.lora import embeddings, grown, unwarned
-from strop.models.source import Source, safetensors_header
-from strop.models.tokenizer import new_rows
+from strop.models.adapter_config import WEIGHTS_FILE, check_adapter_fits, peft_load_errors, read_adapter_config
+from strop.models.experts import split_by_expert
+from strop.models.load import load_without_weights
+from strop.models.lora import embedding_paths, extend_rows, ignore_peft_warnings
+from strop.models.source import Source, read_safetensors_header
+from strop.models.tokenizer import trained_token_rows
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
 PREFIX = "base_model.model."  # of the base's names in an adapter file
@@ -37,10 +37,10 @@ def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     embedding).
     """
     saved = read_weights(folder)
-    rows, bare = new_rows(adapter_config(folder)), skeleton(source)
+    rows, bare = trained_token_rows(read_adapter_config(folder)), load_without_weights(source)
     places_with = Counter(id(one) for _, one in bare.named_parameters(remove_duplicate=False))
     both = [name for name, one in bare.named_parameters() if name in saved and places_with[id(one)] > 1]
-    if both and not adapter_config(folder).get("ensure_weight_tying"):
+    if both and not read_adapter_config(folder).get("ensure_weight_tying"):
         what = f"{folder}: {both[0]} was trained in full, and another module's weight with it in {source.name} was not"
         raise ModelError(what, fix="serve the adapter on its base")
     places = places_of(source, folder)
@@ -56,12 +56,12 @@ def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     if rows and not any(name.endswith(NEW_ROWS) for name in saved):
         what = f"{folder}: its config names embedding rows that were trained, and its file holds none"
         raise ModelError(what, fix="take another adapter of the run")
-    with_rows, size = embeddings(bare), 1 + max((row for found in rows.values() for row in found), default=-1)
+    with_rows, size = embedding_paths(bare), 1 + max((row for found in rows.values() for row in found), default=-1)
 
     def change(name: str, weight: Tensor) -> Tensor:
         module = name.removesuffix(".weight")
         if module in with_rows and len(weight) < size:
-            weight = grown(weight, size)
+            weight = extend_rows(weight, size)
         if f"{module}.{NEW_ROWS}" in saved:
             weight = weight.float().clone()
             weight[rows[module.rpartition(".")[2]]] = saved[f"{module}.{NEW_ROWS}"].float()
@@ -90,7 +90,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def names_in(folder: Path) -> list[str]:
     """The names of what `read_weights` reads, from the header."""
-    return [under_base(key) for key in safetensors_header(folder / WEIGHTS_FILE)]
+    return [under_base(key) for key in read_safetensors_header(folder / WEIGHTS_FILE)]
 
 
 def beyond_lora(folder: Path) -> list[str]:
@@ -117,7 +117,7 @@ class Place:
 
     def onto_experts(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """weight (experts, .., ..); a, b: as peft saves them."""
-        a, b = by_expert(a, b, self.experts)
+        a, b = split_by_expert(a, b, self.experts)
         one, two = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
         return torch.baddbmm(weight, one, two, alpha=self.scale)
 
@@ -128,10 +128,10 @@ def places_of(source: Source, folder: Path) -> dict[str, Place]:
     config: Any = peft.LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
     config.trainable_token_indices = None  # of rows that the skeleton has not
-    with fitting(folder, source.name), unwarned():
-        adapted = peft.get_peft_model(skeleton(source), config)
+    with peft_load_errors(folder, source.name), ignore_peft_warnings():
+        adapted = peft.get_peft_model(load_without_weights(source), config)
     kept = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    check_fit({key: weight.shape for key, weight in kept.items()}, folder, source.name, matrices=True)
+    check_adapter_fits({key: weight.shape for key, weight in kept.items()}, folder, source.name, lora_only=True)
     found = {}
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:

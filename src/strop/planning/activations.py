@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from strop.machine.malloc import LARGE
-from strop.models.families.layers import Family
+from strop.machine.memory import HEAP_BLOCK_BYTES
 from strop.models.families.shape import LinearShape
+from strop.models.families.table import Family
 from strop.planning.workload import Workload
 
 BLOCK = 256  # queries per matmul, as in engine.train.attention
@@ -169,7 +169,7 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     if workload.compute.step == "plain":
         return _plain_layer_bytes(workload, batch, rows)
     shape, b, device = workload.shape, workload.compute.dtype_bytes, workload.compute.device
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     ranks = workload.adapter.ranks
     if workload.tiled_lora:
         ranks = tuple(-(-rank // 16) * 16 for rank in ranks)
@@ -187,7 +187,7 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     after = (q + o_ranks if o_ranks else 0) + halves * inner + mlp_ranks
     # The MLP's input, unless the attention has the same one, and the inputs of norms after the blocks.
     after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
-    if family.per_layer:  # the per-layer term, its norm's input, the sum, and the fp32 copy before its adapter
+    if family.per_layer_inputs:  # the per-layer term, its norm's input, the sum, and the fp32 copy before its adapter
         after += 3 * h + 4 * h // b
     after += 2 * h if workload.adapter.dora and not workload.adapter.dropout else 0  # outputs of both blocks
     if workload.compute.attention_tiles or workload.flash_attention:
@@ -200,11 +200,11 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
         copies = 5 * q if device == "cuda" else 2 * q + 2 * kv
         kept = batch.tokens * (copies * b + 4 * shape.heads)
     attention = batch.tokens * (before - h) * b + kept
-    if family.gated_heads:  # the gate, its sigmoid, and the gated output
+    if family.gated_output:  # the gate, its sigmoid, and the gated output
         attention += batch.tokens * 3 * q * b
     if family.mixer:
         attention = round(workload.attention_share * attention) + batch.tokens * _mixer_bytes(workload)
-    if family.mixture:
+    if family.moe:
         after = h + (q + o_ranks if o_ranks else 0)
         return batch.tokens * h * b + attention + rows * (after * b + _mixture_bytes(workload))
     return batch.tokens * h * b + attention + rows * after * b
@@ -225,11 +225,11 @@ def _mixer_bytes(workload: Workload) -> int:
 def fragmentation_bytes(workload: Workload, batch: MicroBatch) -> int:
     """Return bytes of a CPU's heap that are lost between blocks of different sizes; fitted (docs/log).
 
-    Blocks of LARGE bytes and more have their own pages and leave no holes.
+    Blocks of HEAP_BLOCK_BYTES bytes and more have their own pages and leave no holes.
     """
     if workload.compute.device != "cpu" or workload.compute.step != "fast":
         return 0
-    small = sum(block for block in _mlp_backward_blocks(workload, batch.supervised) if block < LARGE)
+    small = sum(block for block in _mlp_backward_blocks(workload, batch.supervised) if block < HEAP_BLOCK_BYTES)
     lost = MLP_FRAGMENTATION * small
     if workload.family.mixer:
         layers = workload.shape.layers - min(workload.compute.checkpointed_layers, workload.shape.layers - 1)
@@ -260,7 +260,7 @@ def _adapter_copies(workload: Workload, linears: Sequence[LinearShape]) -> int:
 def _plain_layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     """Return bytes of a transformers layer with peft adapters: fp32 copies in the norms and before each adapter."""
     shape, b = workload.shape, workload.compute.dtype_bytes
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     norms = 8 * h if b < 4 else 4 * h
     plain = b * (4 * h + 4 * q + 2 * kv + 4 * inner) + 4 * shape.heads
     return batch.tokens * (norms + _adapter_copies(workload, shape.linears) + plain)
@@ -274,7 +274,7 @@ def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = Non
     shape, compute, tokens = workload.shape, workload.compute, batch.tokens
     b = compute.dtype_bytes
     rows = tokens if rows is None else rows
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     mlp = sum(_mlp_backward_blocks(workload, rows))
     if compute.step == "plain":
         return max(mlp + rows * EAGER_BYTES * inner, tokens * (5 * q + 6 * kv + h) * b)
@@ -317,7 +317,7 @@ def _tile_bytes(workload: Workload, batch: MicroBatch, *, backward: bool) -> int
     thread = longest * (TILE_ROWS * (4 + 4 + 2 + 2 + 2) + 16 * d) if backward else longest * (TILE_ROWS * 6 + 6 * d)
     prefix = max(keys - queries for _, queries, keys in batch.documents)
     documents = sum(number for number, _, _ in batch.documents)
-    gradients = 8 * documents * workload.shape.key_value * prefix if backward else 0
+    gradients = 8 * documents * workload.shape.key_value_size * prefix if backward else 0
     return workload.compute.threads * thread + gradients
 
 
@@ -338,8 +338,8 @@ def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
         for i, (_, seen) in enumerate(blocks):
             block = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
             sizes.append(block + gradients)
-            gradients += 2 * number * shape.key_value * seen * b
-        sizes.append(gradients + 4 * number * shape.key_value * keys)
+            gradients += 2 * number * shape.key_value_size * seen * b
+        sizes.append(gradients + 4 * number * shape.key_value_size * keys)
     return max(sizes)
 
 

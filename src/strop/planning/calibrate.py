@@ -29,11 +29,11 @@ from strop.engine.step import step_for
 from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import QuantizerError
-from strop.machine.doctor import Finding, crashed, installed, pip
+from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command
 from strop.machine.probe import TILED_RANK, Machine, probe
-from strop.machine.rates import Rates, keep_rates
+from strop.machine.rates import Rates, save_rates
 from strop.models.families.shape import ModelShape
-from strop.models.quantize import QuantizedLinear, pack, unpack
+from strop.models.quantize import QuantizedLinear, dequantize_weight, quantize_weight
 from strop.planning.activations import MicroBatch
 from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, repacked_bytes, work_of
 from strop.planning.workload import AdapterWeights, BaseWeights, Compute, Workload
@@ -64,7 +64,7 @@ def examine(machine: Machine) -> tuple[list[Finding], Rates]:
     """Run all checks and measurements; return findings and the CPU's rates, which are stored for `strop plan`."""
     busy = _check_load(machine)
     rates = measure_rates()
-    keep_rates(machine, "cpu", rates)
+    save_rates(machine, "cpu", rates)
     what = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
     what += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"
     findings = [Finding("ok", what)]
@@ -89,7 +89,7 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     """Check that torch can use the GPU that the driver lists, that it has bf16, and that strop's kernels compile."""
     if not machine.gpus:
         return
-    fix = f"{pip()} install --force-reinstall torch"
+    fix = f"{pip_command()} install --force-reinstall torch"
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
         what = f"{machine.gpus[0]} is installed, but torch {torch.__version__} (built for {built}) cannot use it"
@@ -105,7 +105,7 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
         yield Finding("ok", "strop's own kernels work on the GPU")
     else:
         why = "training uses PyTorch operations, which are slower; see docs/troubleshooting.md#triton"
-        install = f"{pip()} install triton" if "imported" in missing else "apt install gcc python3-dev"
+        install = f"{pip_command()} install triton" if "imported" in missing else "apt install gcc python3-dev"
         yield Finding("warning", missing, why, install)
 
 
@@ -123,7 +123,7 @@ def measure_rates() -> Rates:
         LOG.info("measuring steps of small models in %s", name)
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
         costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
-    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
+    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if is_installed("bitsandbytes") else {}
     integers = integer_flops() if precision.dtype == "fp32" else {}
     return Rates(bf16, precision.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
 
@@ -136,7 +136,7 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     processor = processor_for(torch.device("cpu"), dtype)
     output = OutputHead(weight, 0.0, processor.ops, matmul=processor.product(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
-    own_matmul = dtype == torch.bfloat16 and probe().has_products(weight.shape)
+    own_matmul = dtype == torch.bfloat16 and probe().has_bf16_matmul(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own_matmul) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 
@@ -205,9 +205,9 @@ def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
 def unpacked_per_s(scheme: str) -> float:
     """Measure the weights dequantized per second."""
     weight = torch.randn(DEQUANTIZED_SHAPE)
-    packed = pack(weight, scheme)
+    packed = quantize_weight(weight, scheme)
     dtype = torch.bfloat16
-    return weight.numel() / fastest(lambda: unpack(packed, scheme, weight.shape, dtype), 8)
+    return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, dtype), 8)
 
 
 def fastest(work: Callable[[], object], rounds: int = 4) -> float:
@@ -221,7 +221,7 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 
 def _workload(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Workload:
-    shape = ModelShape.of({"model_type": "llama", **sizes})
+    shape = ModelShape.from_config({"model_type": "llama", **sizes})
     tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
     return Workload(
         base=BaseWeights(shape=shape, parameters=0),
@@ -268,7 +268,7 @@ def _least_squares(
 
 def check_four_bit_step() -> Finding:
     """Train one step through an nf4 weight, on the device of a run, and compare it with autograd in fp32."""
-    device, fix = "cuda" if torch.cuda.is_available() else "cpu", f"{pip()} install -U bitsandbytes"
+    device, fix = "cuda" if torch.cuda.is_available() else "cpu", f"{pip_command()} install -U bitsandbytes"
     LOG.info("one training step in 4 bit")
     torch.manual_seed(0)
     try:
@@ -277,7 +277,7 @@ def check_four_bit_step() -> Finding:
         why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
         return Finding("error", fault.what, why, fix)
     except Exception as fault:  # a check that crashes has found something
-        return crashed("a training step in 4 bit", fault, fix)
+        return crash_finding("a training step in 4 bit", fault, fix)
     if not moved or not error <= 1e-3 * moved:  # NaN fails too
         what = f"a 4-bit step moves a weight by {moved:.2g}, with an error of {error:.2g}"
         return Finding("error", what, "a 4-bit run would train wrongly", fix)
@@ -287,10 +287,10 @@ def check_four_bit_step() -> Finding:
 def _four_bit_update(device: str) -> tuple[float, float]:
     """Return the largest change of an adapter weight, and its largest difference from the fp32 update."""
     weight = torch.randn(128, 128, device=device)
-    packed = pack(weight, "nf4")
+    packed = quantize_weight(weight, "nf4")
     layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)
-    layer.fill(packed)
-    dequantized = unpack(packed, "nf4", weight.shape, torch.float32)
+    layer.load_packed(packed)
+    dequantized = dequantize_weight(packed, "nf4", weight.shape, torch.float32)
     x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
     results: list[Tensor] = []
     matmuls: list[Callable[[Tensor], Tensor]] = [layer, lambda z: z @ dequantized.t()]

@@ -11,9 +11,9 @@ from typing import Any
 from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
-from strop.machine.memory import recall
+from strop.machine.memory import load_measured
 from strop.machine.probe import Machine
-from strop.machine.rates import known_rates
+from strop.machine.rates import load_rates
 from strop.models.families.shape import ModelShape
 from strop.objectives.table import check_devices, default_options
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices
@@ -63,13 +63,13 @@ def choose(
     if recipe.train.int8_matmul and (why := why_no_integers(recipe, machine, shape)) is not None:
         raise RecipeError(f"--train.int8_matmul true: {why}", fix="leave train.int8_matmul out")
     model = recipe.model
-    rate_of = partial(Rate.of_cpu, machine, known_rates(machine, "cpu")) if model.device == "cpu" else None
+    rate_of = partial(Rate.of_cpu, machine, load_rates(machine, "cpu")) if model.device == "cpu" else None
     usable = usable_bytes(machine, model.device)
     budget = MemoryBudget(shape, parameters or shape.parameters, usable, devices, rate_of)
     fit_memory, unfitted = fit if devices == 1 else fit_devices, resolved.decide(default_micro_batch(recipe))
     resolved = fit_memory(unfitted, budget)
     _check_quantized_options(resolved.recipe)
-    limits = recall(memory_key(resolved.recipe, machine, shape))
+    limits = load_measured(memory_key(resolved.recipe, machine, shape))
     if usable > FREED_FACTOR * limits.get("usable_bytes", usable):  # another program used memory at the time
         limits = {}
     if limits.get("recompute") or limits.get("streamed"):  # a smaller micro-batch would not save recomputation
@@ -131,7 +131,7 @@ def why_no_integers(recipe: Recipe, machine: Machine, shape: ModelShape) -> str 
     why = why_plain(recipe, shape)
     reasons = {
         f"only on a CPU, and the run is on {recipe.model.device}": recipe.model.device != "cpu",
-        f"{machine.cpu} has no 8-bit integer dot products (VNNI)": not machine.integers,
+        f"{machine.cpu} has no 8-bit integer dot products (VNNI)": not machine.has_int8_dot,
         f"the plain step cannot, and it trains this recipe ({why})": why is not None,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)

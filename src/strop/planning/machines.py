@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from strop.errors import RecipeError
-from strop.machine.doctor import installed
+from strop.machine.doctor import is_installed
 from strop.machine.probe import Machine, compute_capability, probe
-from strop.machine.rates import known_precision, known_rates
+from strop.machine.rates import load_precision, load_rates
 from strop.planning.time import CORE_FP32, GUESS, Rate, has_bf16
 
 MIN_BF16_CAPABILITY = 8.0  # CUDA compute capability of the first GPUs with bf16 (Ampere)
@@ -225,7 +225,7 @@ def target_for(device: str, memory: int | None = None, gpu: str | None = None) -
         return _target_of_spec(machine, spec or UNKNOWN, memory, gpus=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
-    rates, precision = known_rates(machine, "cpu"), known_precision(machine) if installed("torch") else None
+    rates, precision = load_rates(machine, "cpu"), load_precision(machine) if is_installed("torch") else None
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU in the table")
         return Target(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)

@@ -15,7 +15,7 @@ from itertools import accumulate
 from strop.config.schema import Recipe
 from strop.engine.decode.cache import BLOCK_SIZE as CACHE_BLOCK
 from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
-from strop.models.families.layers import FAMILIES
+from strop.models.families.table import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
 from strop.planning.activations import LiveBytes, MicroBatch, at_peak
 from strop.planning.workload import BITS, BYTES, Workload
@@ -183,7 +183,7 @@ def constant_bytes(workload: Workload) -> int:
     if not packed:
         return 0
     if base.scheme == "int8":
-        return 4 * sum(x.rows for x in shape.linears) * (shape.layers - base.resident_layers)
+        return 4 * sum(x.total_outputs for x in shape.linears) * (shape.layers - base.resident_layers)
     blocks = packed / BLOCK
     return int(blocks + 4 * blocks / NESTED if base.double_quantization else 4 * blocks)
 
@@ -208,7 +208,7 @@ def integer_bytes(workload: Workload) -> int:
     if not workload.compute.int8_matmul:
         return 0
     shape, base = workload.shape, workload.base
-    layer = sum(x.weights for x in shape.linears if x not in shape.in_experts)
+    layer = sum(x.weights for x in shape.linears if x not in shape.expert_linears)
     layers = shape.layers if base.scheme == "none" else base.resident_layers
     return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
 
@@ -278,7 +278,7 @@ def _mapped_copies(workload: Workload) -> int:
     if base.shards > 1:  # a share is read into its own memory
         return 0
     embeddings = shape.embedding * (1 if shape.tied else 2) if workload.adapter.new_tokens else 0
-    copied = [] if shape.family in FUSED_EXPERTS else [*shape.in_experts]
+    copied = [] if shape.family in FUSED_EXPERTS else [*shape.expert_linears]
     if compute.step == "fast":
         joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         copied += [x for x in shape.linears if x.name in joined]
@@ -426,7 +426,7 @@ def export_phase(workload: Workload, longest: int, kind: str = "q8_0") -> Phase:
 def _has_decoder(workload: Workload) -> bool:
     """Return whether strop's decoder generates for this model; otherwise transformers does."""
     family = FAMILIES.get(workload.shape.family)
-    return workload.compute.device == "cpu" and family is not None and family.by_hand
+    return workload.compute.device == "cpu" and family is not None and family.fully_fused
 
 
 def position_bytes(workload: Workload) -> int:
@@ -440,7 +440,7 @@ def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Ph
     """Return the peak of serving base and adapter with `completions` of `context` tokens at once."""
     constant, shape, positions = constant_parts(workload, trained=False), workload.shape, completions * context
     if not _has_decoder(workload):
-        cache = 2 * shape.layers * shape.key_value * positions * workload.compute.dtype_bytes
+        cache = 2 * shape.layers * shape.key_value_size * positions * workload.compute.dtype_bytes
         live = _prompt_bytes(workload, MicroBatch.rows([context]))
         return phase_of({**constant, "saved_activations": cache, "live_layer": live})
     constants = 4 * packed_weights(workload) // BLOCK if workload.base.scheme in ("nf4", "fp4") else 0
@@ -470,7 +470,7 @@ def _decoder_adapter_bytes(workload: Workload) -> int:
     """Return bytes of the decoder's copy of the adapter, next to peft's: A in the compute dtype, B in fp32."""
     ranked = zip(workload.shape.linears, workload.adapter.ranks, strict=True)
     return workload.shape.layers * sum(
-        rank * (workload.compute.dtype_bytes * x.inputs + 4 * x.rows) for x, rank in ranked
+        rank * (workload.compute.dtype_bytes * x.inputs + 4 * x.total_outputs) for x, rank in ranked
     )
 
 
@@ -480,9 +480,9 @@ def _pass_bytes(workload: Workload, rows: int) -> int:
     They are a matmul's input and queries, and in fp32 its output and the residual stream.
     """
     shape, b = workload.shape, workload.compute.dtype_bytes
-    inputs = max(shape.hidden, shape.query, shape.intermediate)
-    outputs = max(shape.query + 2 * shape.key_value, 2 * shape.intermediate, shape.hidden)
-    return rows * (b * (inputs + shape.query + shape.hidden) + 4 * (outputs + shape.hidden))
+    inputs = max(shape.hidden, shape.query_size, shape.intermediate)
+    outputs = max(shape.query_size + 2 * shape.key_value_size, 2 * shape.intermediate, shape.hidden)
+    return rows * (b * (inputs + shape.query_size + shape.hidden) + 4 * (outputs + shape.hidden))
 
 
 def _prompt_bytes(workload: Workload, batch: MicroBatch) -> int:

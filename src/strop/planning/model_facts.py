@@ -11,15 +11,21 @@ from typing import Any
 from strop.config.load import resolve
 from strop.config.schema import Recipe
 from strop.errors import ModelError
-from strop.machine.doctor import installed
-from strop.models.adapter_config import adapter_config, as_start
-from strop.models.families.shape import Peek, header_kinds, peek
-from strop.models.source import headers, locate, quantized_by
-from strop.models.targets import LinearKind, embedding_kind, target_names
+from strop.machine.doctor import is_installed
+from strop.models.adapter_config import expand_adapter_config, read_adapter_config
+from strop.models.families.shape import (
+    LinearKind,
+    ModelInfo,
+    embedding_kind,
+    linear_kinds_from_headers,
+    read_model_info,
+    target_names,
+)
+from strop.models.source import locate, quantization_method, read_headers
 from strop.objectives.table import objective_of
 
 
-def read_model_facts(recipe: Recipe) -> Peek:
+def read_model_facts(recipe: Recipe) -> ModelInfo:
     """Return the model's sizes.
 
     They come from its config. For a family that is not in the table, or modules trained in full, they come from the
@@ -28,22 +34,27 @@ def read_model_facts(recipe: Recipe) -> Peek:
     Raises:
         InputError: the model lacks a module that the recipe trains in full.
     """
-    facts = _check_weight_files(peek(recipe.model.name, recipe.model.revision))
+    facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
     whole_modules = recipe.lora.modules_to_save
-    if (facts.shape.known and not whole_modules) or not installed("torch"):
+    if (facts.shape.known and not whole_modules) or not is_installed("torch"):
         return facts
-    from strop.models.introspect import exactly
+    from strop.models.introspect import refine_with_model
 
     objective = objective_of(recipe.train)
-    return exactly(facts, whole_modules=whole_modules, predicts=objective is None or not objective.scored)
+    return refine_with_model(facts, whole_modules=whole_modules, predicts=objective is None or not objective.scored)
 
 
-def _check_weight_files(facts: Peek) -> Peek:
+def _check_weight_files(facts: ModelInfo) -> ModelInfo:
     """Set `refused` if the model's weight files have fewer weights than its config describes, or more layers."""
     folder, shape = Path(facts.name).expanduser(), facts.shape
-    if facts.config is None or not shape.known or quantized_by(facts.config) or not any(folder.glob("*.safetensors")):
+    if (
+        facts.config is None
+        or not shape.known
+        or quantization_method(facts.config)
+        or not any(folder.glob("*.safetensors"))
+    ):
         return facts
-    names = (name for _, header in headers(folder) for name in header)
+    names = (name for _, header in read_headers(folder) for name in header)
     layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
     if facts.parameters >= shape.parameters and max(layers, default=0) < shape.layers:
         return facts
@@ -53,7 +64,7 @@ def _check_weight_files(facts: Peek) -> Peek:
 
 
 def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
-    """Return the config of the adapter that training starts from, as `adapter_config.as_start` does, or None.
+    """Return the config of the adapter that training starts from, as `expand_adapter_config` does, or None.
 
     Raises:
         ModelError: `model.adapter` is neither a run nor an adapter folder.
@@ -64,12 +75,12 @@ def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
     folder = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
     if folder is None:
         raise ModelError(f"--model.adapter {path}: no adapter in this folder", fix="give a run or adapter folder")
-    return as_start(folder, adapter_config(folder))
+    return expand_adapter_config(folder, read_adapter_config(folder))
 
 
 def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
     """Return the kinds of layers of a model, and for each its fields in `strop modules --json`."""
-    shape = peek(model).shape
+    shape = read_model_info(model).shape
     kinds: Sequence[LinearKind] = [
         *shape.linear_kinds(),
         embedding_kind("embed_tokens", shape.vocabulary, shape.hidden),
@@ -104,12 +115,12 @@ def _introspect_layers(model: str) -> list[LinearKind]:
     They come from the model, built without weights; without torch, from the headers of its weight files.
     """
     source = locate(model)
-    if not installed("torch"):
+    if not is_installed("torch"):
         if source.kind != "folder":
             raise ModelError(f"{model}: listing the layers of this family needs torch", fix="pip install torch")
-        return header_kinds(source.path)
-    from strop.models.load import skeleton
-    from strop.models.lora import embedding_kinds, linear_kinds
+        return linear_kinds_from_headers(source.path)
+    from strop.models.introspect import embedding_kinds, linear_kinds
+    from strop.models.load import load_without_weights
 
-    bare = skeleton(source)
+    bare = load_without_weights(source)
     return [*linear_kinds(bare), *embedding_kinds(bare)]

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
-from strop.models.families.shape import ModelShape, Peek
+from strop.models.families.shape import ModelInfo, ModelShape
 from strop.objectives.table import data_kind_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
@@ -103,13 +103,13 @@ class Plan:
             "devices": self.multi_device.as_json(),
             "trainable_parameters": self.workload.adapter_weights,
             "parameters": self.workload.base.parameters,
-            "active_parameters": self.workload.base.parameters - self.workload.shape.idle,
+            "active_parameters": self.workload.base.parameters - self.workload.shape.idle_expert_weights,
         }
 
 
 def make_plan(
     resolved: Resolved,
-    model: Peek,
+    model: ModelInfo,
     target: Target,
     *,
     rows: Sequence[tuple[int, int]] = (),
@@ -168,7 +168,7 @@ def make_plan(
         phases=run_phases,
         resolved=resolved,
         workload=workload,
-        engine=f"plain: {why}" if why else f"fast: {workload.family.by_model}".rstrip(": "),
+        engine=f"plain: {why}" if why else f"fast: {workload.family.model_parts}".rstrip(": "),
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
         seconds=seconds,
         rate=rate,
@@ -228,7 +228,7 @@ def _data_facts(rows: Sequence[tuple[int, int]], shape: ModelShape) -> dict[str,
         "longest": max(lengths, default=None),
         "unknown": sizes.unknown or None,
         "refused": sizes.refused or None,
-        "beyond": shape.beyond(lengths),
+        "beyond": shape.count_too_long(lengths),
     }
 
 

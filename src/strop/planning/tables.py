@@ -17,7 +17,7 @@ from strop.planning.memory import CUDA_CONTEXT_BYTES, framework_bytes, train_pha
 from strop.planning.workload import Workload
 
 if TYPE_CHECKING:
-    from strop.machine.doctor import Examination
+    from strop.machine.doctor import DoctorReport
     from strop.planning.multi_device import MultiDevicePlan
     from strop.planning.plan import Plan
 
@@ -74,7 +74,7 @@ def _model_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the label and text of the lines on the model and the machine."""
     workload, parameters = plan.workload, plan.workload.base.parameters
     trainable, on_experts = workload.adapter_weights, workload.expert_adapter_weights
-    idle = workload.shape.idle
+    idle = workload.shape.idle_expert_weights
     active = f" ({(parameters - idle) / 1e6:,.0f} M per token)" if idle else ""
     experts = f", {on_experts / trainable:.0%} of them on experts" if on_experts else ""
     trained = f"{trainable / 1e6:,.1f} M trainable ({trainable / parameters:.2%}{experts})"
@@ -126,7 +126,7 @@ def _phases(plan: Plan) -> Table:
     return table
 
 
-def print_findings(examination: Examination, out: Console) -> None:
+def print_findings(examination: DoctorReport, out: Console) -> None:
     for name, value in examination.machine.items():
         is_bytes = name.endswith("_bytes")
         label = name.removesuffix("_bytes").replace("_", " ")
@@ -227,7 +227,7 @@ def compare_methods(
 
 def known_models() -> list[tuple[str, ModelShape, int]]:
     """Return (name, shape, parameters) of well-known models."""
-    shapes = [(name, ModelShape.of(config)) for name, config in KNOWN.items()]
+    shapes = [(name, ModelShape.from_config(config)) for name, config in KNOWN.items()]
     return [(name, shape, shape.parameters) for name, shape in shapes]
 
 

@@ -143,11 +143,11 @@ def flops(workload: Workload, batch: MicroBatch) -> Flops:
         frozen += forward * (3 + again) * sum(x.active_weights for x, rank in ranked if rank) / (qkv + rest)
     adapters = (6 + 2 * again) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
     long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
-    matmul = 2.0 * layers * shape.query * pairs(workload, batch)  # one of the attention's
+    matmul = 2.0 * layers * shape.query_size * pairs(workload, batch)  # one of the attention's
     if workload.compute.attention_tiles:
         attention = (7 + 2 * again) * matmul
     else:
-        attention = (6 + 2 * again) * matmul + layers * shape.query * long
+        attention = (6 + 2 * again) * matmul + layers * shape.query_size * long
     head = (6.0 if adapter.full_head else 4.0) * shape.embedding + 6.0 * adapter.head_rank * (
         shape.hidden + shape.vocabulary
     )
@@ -245,7 +245,7 @@ def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, ow
 def elementwise_bytes(workload: Workload) -> int:
     """Return bytes read and written per layer and token by element-wise work, forward and backward."""
     shape, b = workload.shape, workload.compute.dtype_bytes
-    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query + 2 * shape.key_value))
+    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size))
 
 
 def lora_bytes(workload: Workload) -> int:
@@ -254,7 +254,7 @@ def lora_bytes(workload: Workload) -> int:
     Each reads or writes a whole input or output, four times each, and a rank of 16 computes little on it.
     """
     ranked = zip(workload.shape.linears, workload.adapter.ranks, strict=True)
-    values = sum(round(4 * linear.active * linear.ends) for linear, rank in ranked if rank)
+    values = sum(round(4 * linear.active * linear.adapter_size) for linear, rank in ranked if rank)
     return workload.compute.dtype_bytes * values
 
 
@@ -281,7 +281,7 @@ def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> fl
     """
     tokens = rollouts.completions * rollouts.answer + rollouts.completions // rollouts.group * rollouts.prompt
     passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
-    weights = workload.base.parameters - workload.shape.idle + workload.active_adapter_weights
+    weights = workload.base.parameters - workload.shape.idle_expert_weights + workload.active_adapter_weights
     share = GPU_SHARE if rate.peak else DECODE_SHARE
     moved = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth
     return 2.0 * weights * tokens / (share * rate.flops) + moved

@@ -10,9 +10,8 @@ from strop.config.schema import LoraSection, Recipe
 from strop.engine.eligibility import why_config_not_fast
 from strop.errors import ModelError, nearest
 from strop.machine.probe import TILED_RANK, probe
-from strop.models.families.layers import FAMILIES, Family
-from strop.models.families.shape import LinearShape, ModelShape
-from strop.models.targets import EMBEDDINGS, matches, target_names
+from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
+from strop.models.families.table import FAMILIES, Family
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
@@ -146,8 +145,8 @@ class Workload:
                 dtype_bytes=BYTES.get(model.dtype, 2),
                 step="plain" if plain else "fast",
                 threads=threads,
-                attention_tiles=bf16_cpu and probe().has_tiles(shape.head_size),
-                own_head_matmul=bf16_cpu and probe().has_products((shape.hidden, shape.vocabulary)),
+                attention_tiles=bf16_cpu and probe().has_tiled_attention(shape.head_size),
+                own_head_matmul=bf16_cpu and probe().has_bf16_matmul((shape.hidden, shape.vocabulary)),
                 int8_matmul=train.int8_matmul,
                 checkpointed_layers=num_checkpointed(train.gradient_checkpointing, shape.layers, all_or_none=plain),
                 offload=train.gradient_checkpointing == "offload",
@@ -162,20 +161,20 @@ class Workload:
     @property
     def adapter_weights(self) -> int:
         """Number of trainable weights: A (r, in) and B (out, r) of each adapted layer, and `extra_weights`."""
-        layer = sum(rank * x.ends for x, rank in self._ranked_linears())
+        layer = sum(rank * x.adapter_size for x, rank in self._ranked_linears())
         return self.shape.layers * layer + self.adapter.extra_weights
 
     @property
     def active_adapter_weights(self) -> int:
         """Number of trainable weights that one token uses: adapters of experts it does not choose are left out."""
-        inactive = round(sum((1 - x.active) * x.ends * rank for x, rank in self._ranked_linears()))
+        inactive = round(sum((1 - x.active) * x.adapter_size * rank for x, rank in self._ranked_linears()))
         return self.adapter_weights - self.shape.layers * inactive
 
     @property
     def expert_adapter_weights(self) -> int:
         """Number of trainable weights in adapters of experts."""
         return self.shape.layers * sum(
-            rank * x.ends for x, rank in self._ranked_linears() if x in self.shape.in_experts
+            rank * x.adapter_size for x, rank in self._ranked_linears() if x in self.shape.expert_linears
         )
 
     @property
@@ -201,7 +200,7 @@ class Workload:
             joined = [adapted.pop(name) for name in group if name in adapted]
             total += sum(rank * x.inputs for rank, x in joined)
             total += sum(rank for rank, _ in joined) * sum(x.outputs for _, x in joined)
-        return self.shape.layers * (total + sum(rank * x.ends for rank, x in adapted.values()))
+        return self.shape.layers * (total + sum(rank * x.adapter_size for rank, x in adapted.values()))
 
     @property
     def family(self) -> Family:
@@ -210,7 +209,7 @@ class Workload:
     @property
     def mlp_linears(self) -> tuple[LinearShape, ...]:
         """Linear layers of the MLP, experts included."""
-        family, experts = self.family, self.shape.in_experts
+        family, experts = self.family, self.shape.expert_linears
         return tuple(x for x in self.shape.linears if x.leaf in (*family.gate_up, family.down) or x in experts)
 
     @property
@@ -235,7 +234,7 @@ class Workload:
     @property
     def model_code_share(self) -> float:
         """Share of the active weights that the fast step leaves to the model's own modules."""
-        linears = (*self.mixer_linears, *(self.mlp_linears if self.family.mixture else ()))
+        linears = (*self.mixer_linears, *(self.mlp_linears if self.family.moe else ()))
         return sum(x.active_weights for x in linears) / max(1, sum(x.active_weights for x in self.shape.linears))
 
     @property
@@ -284,7 +283,7 @@ def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
     if lora.bias != "lora_only":
         return shape.biases if lora.bias == "all" else 0
     names = _targets(shape, lora.target_modules)
-    return shape.layers * sum(x.rows for x in shape.linears if x.bias and x.name in names)
+    return shape.layers * sum(x.total_outputs for x in shape.linears if x.bias and x.name in names)
 
 
 def trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
@@ -294,7 +293,7 @@ def trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
         return 0
     family = FAMILIES.get(shape.family, Family())
     norm = shape.hidden * (2 if family.norm_biases else 1)
-    layer = {x.path: x.weights + x.rows * x.bias for x in shape.linears} | dict.fromkeys(family.norms, norm)
+    layer = {x.path: x.weights + x.total_outputs * x.bias for x in shape.linears} | dict.fromkeys(family.norms, norm)
     if shape.head_norms:
         layer |= {f"{family.attention}.{name}": shape.head_size for name in (family.q_norm, family.k_norm)}
     modules = [(f"model.layers.{n}.{path}", size) for n in range(shape.layers) for path, size in layer.items()]
@@ -342,7 +341,7 @@ def _ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
 
 def _rank(path: str, rank: int, patterns: dict[str, int]) -> int:
     """Return the rank that peft chooses for a module path; a pattern is a path suffix or a regular expression."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, path)), rank)
+    return next((value for pattern, value in patterns.items() if matches_pattern(pattern, path)), rank)
 
 
 def _mean_ranks(layer_ranks: list[list[int]], shape: ModelShape) -> tuple[int, ...]:
@@ -355,10 +354,12 @@ def _extra_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int
     lora = recipe.lora
     total = trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
     for x, rank, ranks in zip(shape.linears, _mean_ranks(layer_ranks, shape), layer_ranks, strict=True):
-        total -= x.ends * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
+        total -= x.adapter_size * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
     total += len(lora.new_tokens) * shape.hidden
     if lora.use_dora:
-        total += sum(x.rows * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True))
+        total += sum(
+            x.total_outputs * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True)
+        )
         total += shape.vocabulary if head_rank else 0
     total += shape.hidden if recipe.train.objective == "reward" else 0  # the score head
     return total + trained_biases(lora, shape)
@@ -375,6 +376,6 @@ def check_patterns(lora: LoraSection, shape: ModelShape) -> None:
     paths += [name for name in HEADS if name in names]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns if shape.known else ():
-            if not any(matches(pattern, path) for path in paths):
+            if not any(matches_pattern(pattern, path) for path in paths):
                 what = f"lora.{field}: {pattern} matches no layer with an adapter{nearest(pattern, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")

@@ -19,7 +19,7 @@ from strop.engine.decode.batch import Batch, Progress
 from strop.engine.decode.decoder import Decoder
 from strop.engine.decode.sampling import Mask, Sampling, SequenceState, Token
 from strop.machine.memory import is_out_of_memory
-from strop.models.detokenizer import Words
+from strop.models.tokenizer import TextStream
 
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
 
@@ -107,7 +107,7 @@ class _ActiveJob:
     def __init__(self, job: Job) -> None:
         self.job = job
         prompt = job.ids.tolist() if job.continues_prompt else ()
-        self.detokenizer = Words(job.tokenizer, job.stop_strings, prompt)
+        self.detokenizer = TextStream(job.tokenizer, job.stop_strings, prompt)
         self.pending: list[Token] = []
         self.has_output = False
 

@@ -12,8 +12,9 @@ from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow, RenderError
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import generation_stop_ids
+from strop.engine.decode.model import load
 from strop.errors import ModelError
-from strop.models.adapters import adapter_folder, load, read_identity, renderer_of, with_tokenizer
+from strop.models.adapters import adapter_folder, make_renderer, read_identity, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
 from strop.serve.guard import ApiError
@@ -122,14 +123,14 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     for model_id, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)
         assert folder is not None and first.source is not None
-        tokenizer = load_tokenizer(with_tokenizer(folder, first.source))
+        tokenizer = load_tokenizer(tokenizer_source(folder, first.source))
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it alone, or name it first")
         first.add(name, force=force, own_template=True)
         identity = read_identity(folder)
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on another quantization of the base than {names[0]}, which is used here")
-        renderer = renderer_of(tokenizer, identity)
+        renderer = make_renderer(tokenizer, identity)
         models[model_id] = ServedModel(
             model_id, first.others[name], tokenizer, renderer, identity.get("system"), stop_ids
         )

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 from strop.engine.decode.sampling import Token
-from strop.models.detokenizer import TokenBytes, Words
+from strop.models.tokenizer import TextStream, TokenBytes
 
 
 def _error_message(message: str) -> WrapValidator:
@@ -132,7 +132,7 @@ class ResponseWriter:
         self._chat, self._logprobs = chat, logprobs
         self._bytes = TokenBytes(tokenizer)
         self._text_length = 0
-        self._detokenizer = Words(tokenizer, (), prompt)  # for the text offsets of a plain completion's tokens
+        self._detokenizer = TextStream(tokenizer, (), prompt)  # for the text offsets of a plain completion's tokens
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),

@@ -16,7 +16,7 @@ from strop.engine.decode.hf_fallback import HfDecoder, check_batching
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
-from strop.models.introspect import made_for
+from strop.models.introspect import max_positions
 from strop.serve.address import Address, Server
 from strop.serve.app import OPEN_PATHS, ServerState, create_app
 from strop.serve.engine import Engine, Metrics, engine_thread
@@ -101,7 +101,7 @@ def _prepare(names: Sequence[str], slots: int, context: int | None, **options: A
     loaded = load_models(names, **options)
     base = _base(loaded.module)
     notes = [*loaded.notes, *Sampling.notes_on_ignored_settings(base.generation_config)]
-    longest = made_for(base) or LONGEST_CONTEXT
+    longest = max_positions(base) or LONGEST_CONTEXT
     if context is not None and context > longest:
         raise InputError(f"--context {context}: the model supports {longest} tokens", fix="give less")
     context = context or min(longest, LONGEST_CONTEXT)

@@ -31,23 +31,23 @@ from strop.data.prepare import prepare
 from strop.data.rendering.render import Renderer
 from strop.data.types import Ids
 from strop.engine.decode.generate import generation_stop_ids
+from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import rows as general_rows
-from strop.models.adapter_config import adapter_config
+from strop.models.adapter_config import read_adapter_config
 from strop.models.adapters import (
     adapter_folder,
     base_source,
-    check_base,
-    check_weights,
-    load,
-    refuse_other_kind,
-    with_tokenizer,
+    check_adapter_base,
+    check_adapter_kind,
+    check_adapter_weights,
+    tokenizer_source,
 )
 from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
-from strop.models.tokenizer import head_folder, load_tokenizer
-from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
+from strop.models.tokenizer import config_folder, load_tokenizer
+from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
 from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.address import KEY_VARIABLE, Address
@@ -113,7 +113,7 @@ def serve_vllm(
     Raises InputError before anything is loaded, RunError if vLLM does not start, ParityError if its log-probabilities
     are not those of strop.
     """
-    program, ids = find_python(python), check_names(names)
+    program, ids = find_vllm_python(python), check_names(names)
     folders = [adapter_folder(name) for name in names]
     first = folders[0]
     source = locate(names[0]) if first is None else base_source(first)
@@ -128,7 +128,7 @@ def serve_vllm(
     config = read_config(weights)
     architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
     context = context or min(longest, LONGEST_CONTEXT)
-    vllm = about_vllm(program, architecture, lora=first is not None)
+    vllm = query_vllm(program, architecture, lora=first is not None)
     dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
     max_tokens = min(MAX_TEXT_TOKENS, context - 1)
     texts = {model: _texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
@@ -141,7 +141,7 @@ def serve_vllm(
         Path(scratch, GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stop_ids}), encoding="utf-8")
         command = [
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
-            "--tokenizer", str(head_folder(_tokenizer_source(names[0]))), "--generation-config", scratch,
+            "--tokenizer", str(config_folder(_tokenizer_source(names[0]))), "--generation-config", scratch,
             "--served-model-name", BASE if adapters else ids[0], "--host", address.host, "--port", str(address.port),
             "--dtype", DTYPE_NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
             "--max-model-len", str(context),
@@ -198,15 +198,15 @@ def _wait_for_signal(process: subprocess.Popen[Any], log: Any) -> int:
 
 def _tokenizer_source(name: str) -> Source:
     folder = adapter_folder(name)
-    return locate(name) if folder is None else with_tokenizer(folder, base_source(folder))
+    return locate(name) if folder is None else tokenizer_source(folder, base_source(folder))
 
 
 def _checked_rank(folder: Path, source: Source) -> int:
     """Check that vLLM can serve an adapter on the base, and return its rank."""
-    check_base(folder, source)
-    check_weights(folder)
-    refuse_other_kind(folder, scores=False)
-    return lora_rank(adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
+    check_adapter_base(folder, source)
+    check_adapter_weights(folder)
+    check_adapter_kind(folder, scores=False)
+    return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
 def _texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:

@@ -21,7 +21,7 @@ from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
-from strop.models.reward_head import head_of
+from strop.models.lora import find_score_head
 from strop.objectives.preferences import AnswerLogprobs, PreferenceBatch, PreferenceLoss, PreferenceResult
 from strop.objectives.table import objective_of
 
@@ -209,7 +209,7 @@ def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: 
     if objective is None:
         return SupervisedCriterion(devices)
     assert isinstance(objective, PreferenceLoss), "policy objectives: see rollouts.PolicyCriterion"
-    head = head_of(model) if objective.scored and model is not None else None
+    head = find_score_head(model) if objective.scored and model is not None else None
     return PreferenceCriterion(objective, train, head, devices)
 
 

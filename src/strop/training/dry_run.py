@@ -22,10 +22,10 @@ from strop.engine.device import pick_dtype
 from strop.engine.step import Step, step_for
 from strop.engine.train.packing import pack, pack_separately
 from strop.errors import ModelError, RunError
-from strop.machine.memory import MemoryMark, MemoryWatch
+from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
-from strop.machine.rates import known_precision
-from strop.models.introspect import AHEAD, sees_ahead
+from strop.machine.rates import load_precision
+from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.objectives.table import max_completion_tokens
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.choose import usable_bytes
@@ -64,7 +64,7 @@ class Forecast:
     error_bytes: int | None = None
 
     def peak_bytes(self, device: str) -> int:
-        """Predict MemoryMark.peak_bytes at the end of the run (on CUDA: of the allocator, without the context)."""
+        """Predict PeakTracker.peak_bytes at the end of the run (on CUDA: of the allocator, without the context)."""
         used = [self.phases[name] for name in ("load", "draw", "train") if name in self.phases]
         has_context = device.startswith("cuda")
         return max(phase.peak_bytes - (phase.parts["framework"] if has_context else 0) for phase in used)
@@ -116,7 +116,7 @@ def _decode_dtype(device: str) -> str:
     """Return the dtype that decoding uses. On a CPU whose precision is unknown it is guessed, not measured."""
     if device != "cpu":
         return pick_dtype(device)[0]
-    known = known_precision(probe(), torch.get_num_threads())
+    known = load_precision(probe(), torch.get_num_threads())
     return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
@@ -167,7 +167,7 @@ def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool
     return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
-def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
+def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTracker) -> Forecast:
     """Run forward and backward of the largest micro-batch, and return the forecast with the measured error.
 
     Skipped if the forecast fits easily. Micro-batches shrink as they would in a step. Raises MemoryLimitError if no
@@ -261,7 +261,7 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
         return
     config = cast(Any, job.model).config
     fix = "use a decoder-only language model; BERT-like models need is_decoder in their config"
-    if why := sees_ahead(config):
+    if why := why_not_causal(config):
         raise ModelError(why, fix=fix)
     rows = _changed_rows(items)
     job.model.eval()
@@ -272,7 +272,7 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
     job.step.release_buffers()
     by_later, by_earlier = (float((changed - original).abs().median()) for changed in (changed_later, changed_earlier))
     if by_later > max(CAUSAL_MAX_CHANGE, CAUSAL_MAX_SHARE * by_earlier):
-        raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)
+        raise ModelError(f"{config.model_type}: {NOT_CAUSAL}", fix=fix)
 
 
 def _changed_rows(items: Sequence[Item]) -> list[Example]:

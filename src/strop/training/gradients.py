@@ -25,8 +25,7 @@ from strop.data.batching import group_by_length, pack
 from strop.data.types import Item
 from strop.distributed.assign import SumTree, assign_balanced, assign_contiguous, nodes_to_send
 from strop.errors import MemoryLimitError
-from strop.machine.malloc import give_back
-from strop.machine.memory import is_out_of_memory, remember
+from strop.machine.memory import is_out_of_memory, save_measured, trim_heap
 from strop.runs.lock import sha256_text
 from strop.training.criteria import Figures
 from strop.training.state import Job, random_states, set_random_states
@@ -239,7 +238,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         job.step.release_buffers()
-        give_back()
+        trim_heap()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         set_random_states(random, device)
@@ -270,7 +269,7 @@ def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
     elif job.stream is not None and not progress.streamed:
         progress.halvings, progress.streamed = halvings, True
         job.step.replace_weights(job.stream)
-        give_back()
+        trim_heap()
         to = "dequantizing weights when they are needed"
     else:
         fix = "shorten --data.max_length, train fewer --lora.target_modules, or use a smaller model"
@@ -281,7 +280,7 @@ def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
         budget = None if tokens is None else tokens >> progress.halvings
         options = {"recompute": progress.recompute, "offload": progress.offload, "streamed": progress.streamed}
         usable = {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
-        remember(job.memory_key, {"micro_batch_tokens": budget, **options, **usable})
+        save_measured(job.memory_key, {"micro_batch_tokens": budget, **options, **usable})
 
 
 def _micro_batch_size(job: Job) -> tuple[int, str]:

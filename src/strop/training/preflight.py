@@ -32,17 +32,21 @@ from strop.errors import (
 )
 from strop.evaluation.metrics import check_rewards, parse_rewards, rewards_hash
 from strop.machine.probe import Machine, probe
-from strop.models.adapter_config import adapter_config, as_start
-from strop.models.adapters import adapter_folder, read_identity, refuse_other_kind, with_tokenizer
-from strop.models.experts import packable
+from strop.models.adapter_config import expand_adapter_config, read_adapter_config
+from strop.models.adapters import adapter_folder, check_adapter_kind, read_identity, tokenizer_source
+from strop.models.experts import quantizable_names
 from strop.models.families.layers import load_balancing
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import parameters_of, shape_of
-from strop.models.load import DTYPES, copies_to_make, load_config, skeleton
-from strop.models.lora import check_lora, kinds_of, num_trainable, trained_whole
-from strop.models.multimodal import text_path
-from strop.models.reward_head import check_head
-from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
+from strop.models.introspect import (
+    count_parameters,
+    count_path_kinds,
+    find_modules_to_save,
+    shape_from_model,
+    text_path,
+)
+from strop.models.load import DTYPES, copies_needed, load_config, load_without_weights
+from strop.models.lora import check_lora, check_score_head, count_trainable
+from strop.models.source import Source, check_not_widened, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
@@ -148,7 +152,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     check_vllm(recipe)
     start = find_start_adapter(recipe)
     # a start adapter may have its own tokens and chat template
-    tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
+    tokenizer = load_tokenizer(source if start is None else tokenizer_source(start, source))
     LOG.info("reading and checking the rows")
     data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind_of(recipe.train))
     _check_rewards(recipe, data)
@@ -189,23 +193,23 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
-        refuse_other_kind(start, scored)
-    bare = skeleton(source)
+        check_adapter_kind(start, scored)
+    bare = load_without_weights(source)
     if scored:
-        check_head(bare.config)
-    shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
-    adapter = None if start is None else as_start(start, adapter_config(start))
+        check_score_head(bare.config)
+    shape, parameters = shape_from_model(load_config(source).to_dict(), source.config(), bare), count_parameters(bare)
+    adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
     if scheme != "none":
-        refuse_widened(source.path if source.kind == "folder" else source.path.parent)
-    if scheme != "none" and prequantized(source.config()) is None and not packable(bare):
+        check_not_widened(source.path if source.kind == "folder" else source.path.parent)
+    if scheme != "none" and prequantized(source.config()) is None and not quantizable_names(bare):
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
-    return Planned(resolved, key, num_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters)
+    return Planned(resolved, key, count_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters)
 
 
 def find_start_adapter(recipe: Recipe) -> Path | None:
@@ -239,7 +243,7 @@ def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Ma
 
 def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
     completion_tokens = max_completion_tokens(recipe.train)
-    if not shape.learned or not (text := shape.beyond(_row_lengths(data), completion_tokens)):
+    if not shape.learned or not (text := shape.count_too_long(_row_lengths(data), completion_tokens)):
         return
     fix = f"--data.max_length {shape.positions}, with --data.overlong {allowed_overlong(data_kind_of(recipe.train))}"
     if completion_tokens:
@@ -251,7 +255,7 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
     """Raise ModelError for a row with a token that the model has no embedding for."""
     if len(tokenizer) <= shape.vocabulary:
         return
-    num_embeddings = int(skeleton(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    num_embeddings = int(load_without_weights(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
     for row in (row for rows in (data.train, data.eval or ()) for row in rows):
         if (unknown := row.ids[row.ids >= num_embeddings]).size:
             token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
@@ -293,7 +297,7 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
 def _copies_bytes(setup: Setup) -> int:
     model = setup.resolved.recipe.model
     scheme = (model.quantization, model.double_quantization, DTYPES[model.dtype])
-    half, packed = copies_to_make(setup.source, *scheme)
+    half, packed = copies_needed(setup.source, *scheme)
     setting = Workload.from_recipe(setup.resolved.recipe, setup.shape, parameters=setup.parameters).replace(
         resident_layers=0
     )
@@ -374,8 +378,8 @@ def _option_notes(setup: Setup) -> Iterator[str]:
 def _model_notes(setup: Setup) -> Iterator[str]:
     """Yield notes on a mixture of experts, a multimodal model, modules trained in full, and rows that are too long."""
     shape, recipe, config = setup.shape, setup.resolved.recipe, load_config(setup.source)
-    if expert_weights := shape.layers * sum(linear.weights for linear in shape.in_experts):
-        active = setup.parameters - shape.idle
+    if expert_weights := shape.layers * sum(linear.weights for linear in shape.expert_linears):
+        active = setup.parameters - shape.idle_expert_weights
         yield f"a mixture of experts: {active:,} of {setup.parameters:,} weights are active per token"
         if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
             share = expert_weights / setup.parameters
@@ -386,16 +390,16 @@ def _model_notes(setup: Setup) -> Iterator[str]:
         else:
             use = f"on, at {loss:g}, as in its config" if loss else "off, as in its config (output_router_logits)"
         yield f"load-balancing loss: {use}"
-    bare = skeleton(setup.source)
+    bare = load_without_weights(setup.source)
     if setup.source.kind != "gguf" and text_path(bare):
         yield f"{config.model_type}: its text model is trained; image and audio encoders are frozen"
     for name in recipe.lora.modules_to_save:
-        kinds = kinds_of(trained_whole(bare, name))
+        kinds = count_path_kinds(find_modules_to_save(bare, name))
         if len(kinds) > 1:
             listed = ", ".join(f"{path} ({count})" for path, count in kinds.items())
             total = sum(kinds.values())
             yield f"lora.modules_to_save {name}: all {total} modules with this suffix are trained in full: {listed}"
-    if text := shape.beyond(_row_lengths(setup.data), max_completion_tokens(recipe.train)):
+    if text := shape.count_too_long(_row_lengths(setup.data), max_completion_tokens(recipe.train)):
         yield text
 
 

@@ -23,9 +23,9 @@ from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import TROUBLESHOOTING_PAGE, RecipeError, first_line
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
-from strop.machine.memory import MemoryMark
+from strop.machine.memory import PeakTracker
 from strop.models.adapters import save_adapter
-from strop.models.experts import in_experts
+from strop.models.experts import count_trained_in_experts
 from strop.models.lora import weight_change
 from strop.objectives.table import objective_of
 from strop.runs.events import Event, Listener, read_events, rewound_to
@@ -47,8 +47,8 @@ def describe_start(job: Job, setup: Setup) -> None:
     """Log the "start" event, with notes on how the model is trained."""
     num_trained = sum(weight.numel() for weight in job.state.weights.values())
     parameters = {"trainable": num_trained, "all": setup.parameters}  # of the base, as `strop plan` counts
-    if num_expert_weights := in_experts(job.model):
-        parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle}
+    if num_expert_weights := count_trained_in_experts(job.model):
+        parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle_expert_weights}
     for text in _model_notes(job):
         job.log.emit("note", text=text)
     devices = {"devices": _describe_devices(job)} if job.devices.world_size > 1 else {}
@@ -97,7 +97,7 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
 
 
 def finish(
-    job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str, change: float | None
+    job: Job, setup: Setup, memory: PeakTracker, expected: Forecast, ended: str, change: float | None
 ) -> dict[str, Any]:
     """Save the weights as the run's adapter, write report.json and return it. change: see load_best."""
     progress, folder = job.state.progress, job.folder

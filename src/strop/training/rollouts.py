@@ -34,7 +34,7 @@ from strop.errors import RecipeError, RunError
 from strop.evaluation.metrics import Reward
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
-from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
+from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
 from strop.objectives import require
 from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
@@ -257,10 +257,10 @@ def check_vllm(recipe: Recipe) -> None:
     if recipe.model.quantization != "none":
         what = f"{OPTION}: vLLM would sample from the 16-bit base, not from {recipe.model.quantization}"
         raise RecipeError(what, fix="use --model.quantization none, or leave it out")
-    find_python(python, OPTION)
+    find_vllm_python(python, OPTION)
     config = {name: getattr(lora, name) for name in ("r", "rank_pattern", "use_dora", "bias")}
     config |= {"modules_to_save": lora.modules_to_save, "trainable_token_indices": lora.new_tokens}
-    lora_rank(config, OPTION, WITHOUT_VLLM)
+    max_lora_rank(config, OPTION, WITHOUT_VLLM)
 
 
 @dataclass(frozen=True)
@@ -301,16 +301,16 @@ def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Itera
     Raises InputError, ModelError or RunError if it does not start.
     """
     train, weights = recipe.train, weights_folder(source)
-    python = find_python(train.vllm_python, OPTION)
+    python = find_vllm_python(train.vllm_python, OPTION)
     config, longest = read_config(weights), recipe.data.max_length + max_completion_tokens(train)
-    facts = about_vllm(python, config["architectures"][0], lora=True)
+    facts = query_vllm(python, config["architectures"][0], lora=True)
     arguments: dict[str, Any] = {
         "model": str(weights), "skip_tokenizer_init": True, "dtype": DTYPE_NAMES[recipe.model.dtype],
         "max_model_len": min(longest, int(config.get("max_position_embeddings", longest))),
         "max_num_seqs": min(VLLM_MAX_SEQUENCES, train.batch_size * sequences_per_row(train)),
         "enforce_eager": not facts["cuda"], "seed": recipe.seed, "disable_log_stats": True,
         "enable_lora": True, "max_loras": 1, "max_cpu_loras": 1,
-        "max_lora_rank": lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT_VLLM),
+        "max_lora_rank": max_lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT_VLLM),
     }  # fmt: skip
     arguments |= {"gpu_memory_utilization": VLLM_GPU_SHARE} if facts["cuda"] else {}
     environment = {**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -24,15 +24,13 @@ from strop.engine.step import step_for
 from strop.errors import InputError, MemoryLimitError, RecipeError, RunError, StropError, Where
 from strop.evaluation.metrics import parse_rewards
 from strop.evaluation.report import write_report
-from strop.machine.malloc import give_back
-from strop.machine.memory import is_out_of_memory, mark
-from strop.models import loftq
-from strop.models.adapters import attach
-from strop.models.load import DTYPES, load_base, stream_weights
-from strop.models.load_shard import load_share
-from strop.models.lora import add_lora, as_fp32, set_dropout, trainable
+from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
+from strop.models.adapters import attach_adapter
+from strop.models.load import DTYPES, load_base, restore_packed_weights
+from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_dropout, trainable_parameters
+from strop.models.sharding import load_sharded
 from strop.models.source import Source
-from strop.models.upstream_errors import blaming
+from strop.models.upstream_errors import attribute_errors
 from strop.objectives.policy import PolicyLoss
 from strop.objectives.table import objective_of
 from strop.planning.choose import usable_bytes
@@ -207,22 +205,22 @@ def _execute(
         log = EventLog(folder.events if devices.is_main else None, [*listeners, *trackers])
         job: Job | None = None
         try:
-            log.emit("machine", lines=setup.machine.lines())
+            log.emit("machine", lines=setup.machine.describe())
             choices = [asdict(choice) for choice in setup.resolved.choices.values()]
             log.emit("recipe", choices=choices, resuming=resumed is not None)
             log.emit("data", report=setup.data.report.as_json())
             for text in startup_notes(setup):
                 log.emit("note", text=text)
-            memory = mark(recipe.model.device)
+            memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
                 stack.enter_context(repeatable())
-            stack.enter_context(blaming(setup.shape.family))
+            stack.enter_context(attribute_errors(setup.shape.family))
             model = build_model(setup, resumed is not None, devices)
             check_base_digests(folder, devices)
             use_vllm = recipe.train.vllm_python is not None
             sampler = stack.enter_context(vllm_sampler(recipe, setup.source, model)) if use_vllm else None
             job = build_job(folder, setup, model, log, devices, sampler)
-            give_back()  # memory that reading and converting the weights has freed
+            trim_heap()  # memory that reading and converting the weights has freed
             if resumed is not None and devices.run_on_main(folder.checkpoints):
                 _restore(job, resumed)
             broadcast_weights(job)
@@ -298,12 +296,12 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftMode
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
-        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=scored)[0])
+        model = cast_trainable_to_fp32(attach_adapter(base, start, setup.source, trainable=True, scores=scored)[0])
         set_dropout(model, recipe.lora.dropout)
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)
         if recipe.lora.init == "loftq" and not resuming:
-            loftq.fill_in(model, setup.source)
+            init_loftq(model, setup.source)
     return model.train()
 
 
@@ -317,7 +315,7 @@ def _load_base(source: Source, model: ModelSection, devices: Devices) -> nn.Modu
     if devices.world_size == 1 or model.placement != "sharded":
         return load_base(*where, **options)
     with devices.all_or_none():
-        base, parts = load_share(*where, devices.rank, devices.world_size, **options)
+        base, parts = load_sharded(*where, devices.rank, devices.world_size, **options)
     devices.base = Sharded(parts, devices)
     return base
 
@@ -344,7 +342,7 @@ def build_job(
     folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, sampler: Sampler | None
 ) -> Job:
     """Return the job that trains `model`. sampler: samples a policy objective's completions, if not strop's engine."""
-    recipe, data, weights = setup.resolved.recipe, setup.data, trainable(model)
+    recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
     step = step_for(model, integers=recipe.train.int8_matmul)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     set_memory_options(state.progress, recipe.train)
@@ -353,7 +351,7 @@ def build_job(
         step.set_weight_gatherer(devices.base)
     elif section.quantization != "none" and section.resident_layers:
         scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
-        stream = partial(stream_weights, base, setup.source, *scheme)
+        stream = partial(restore_packed_weights, base, setup.source, *scheme)
     criterion: Criterion
     objective = objective_of(recipe.train)
     if isinstance(objective, PolicyLoss):

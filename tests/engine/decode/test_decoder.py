@@ -18,8 +18,8 @@ from strop.engine.decode.decoder import Chunk, CompiledDecoder, why_not_decoder
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.engine.kernels.cpu import decode_layer as passes
 from strop.engine.kernels.cpu import decode_matmul
-from strop.models.families.layers import FAMILIES
-from strop.models.quantize import QuantizedLinear, make_resident, pack, replace_linears
+from strop.models.families.table import FAMILIES
+from strop.models.quantize import QuantizedLinear, dequantize_layers, quantize_weight, replace_linears
 from tests.support.random_models import adapted, tiny_of
 
 TOKENS = 12
@@ -61,7 +61,7 @@ def with_large_weights(model: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.by_hand])
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.fully_fused])
 def test_completions_equal_those_of_transformers(family: str) -> None:
     """Sequences join and leave, of the base and of the adapter; some reuse the prefix of others."""
     model = with_large_weights(adapted(family))
@@ -132,7 +132,7 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
     whole = {name: module.weight.data for name, module in model.named_modules() if hasattr(module, "weight")}
     layers = replace_linears(model, scheme, dtype, lambda name: "layers" in name)
     for name, module in layers.items():
-        module.fill(pack(whole[name], scheme))
+        module.load_packed(quantize_weight(whole[name], scheme))
     return model, layers
 
 
@@ -145,11 +145,11 @@ def test_quantized_weights_give_the_logits_of_dequantized_weights(scheme: str, d
         pytest.skip("this CPU multiplies int8 without dequantizing")
     for sizes in ({"hidden_size": 128, "intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 80}):
         model, layers = quantized(scheme, dtype, sizes)
-        packed = [module.packed() for module in layers.values()]
+        packed = [module.packed_weight() for module in layers.values()]
         assert all(packed) or (scheme != "int8" and sizes["hidden_size"] % 64)
         sequences = [SequenceState(ids, None) for ids in prompts()[:-1]]
         outputs = logits_of(CompiledDecoder(model, 2000), sequences)
-        make_resident(model, 99)
+        dequantize_layers(model, 99)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
         for quantized_logits, logits in zip(outputs, logits_of(CompiledDecoder(model, 2000), sequences), strict=True):
             if decode_matmul.TILES and dtype == torch.bfloat16:
@@ -170,7 +170,7 @@ def test_int8_matmul_is_closer_to_fp32_than_the_dequantized_weight() -> None:
         np.concatenate(logits_of(CompiledDecoder(model, 2000), [SequenceState(ids, None)])) for ids in prompts()[:-1]
     ]
     assert np.array_equal(np.concatenate(few), outputs)  # independent of the batch
-    make_resident(model, 99)
+    dequantize_layers(model, 99)
     whole = np.concatenate(logits_of(CompiledDecoder(model, 2000), sequences))
     assert np.square(outputs - true).mean() < np.square(whole - true).mean()
     assert np.square(outputs - true).mean() > 0

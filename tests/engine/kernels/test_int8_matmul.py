@@ -13,11 +13,11 @@ from transformers import LlamaConfig
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.peft_modules import base_of
 from strop.machine.probe import probe
-from strop.models.quantize import QuantizedLinear, pack
+from strop.models.quantize import QuantizedLinear, quantize_weight
 from tests.engine.train.test_fast import NEW_TOKENS, answers, some, step, with_new_tokens
 from tests.support.random_models import FAMILY_CONFIGS, adapted
 
-pytestmark = pytest.mark.skipif(not probe().integers, reason="this CPU has no VNNI")
+pytestmark = pytest.mark.skipif(not probe().has_int8_dot, reason="this CPU has no VNNI")
 LOSS, GRADIENT = 1e-5, 3e-3  # relative; the gradient of each weight by its norm
 
 
@@ -40,7 +40,7 @@ def quantized(model: PeftModel) -> PeftModel:
         base = base_of(module)
         if hasattr(module, "lora_A") and type(base) is nn.Linear:
             layer = QuantizedLinear(base, "int8", torch.float32)
-            layer.fill(pack(base.weight.data, "int8"))
+            layer.load_packed(quantize_weight(base.weight.data, "int8"))
             module.base_layer = layer
     return model
 

@@ -51,12 +51,12 @@ def serve(
 ) -> None:
     """Serve models with an OpenAI-compatible API and a page that compares base and tuned answers."""
     from strop.errors import RecipeError, nearest
-    from strop.models.load import check_place
+    from strop.models.load import check_device_and_dtype
     from strop.serve.address import exit_code, open_address
 
     if engine not in ("strop", "vllm"):
         raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
-    check_place(device, dtype)
+    check_device_and_dtype(device, dtype)
     strop_only = {
         "--queue": queue != 64,
         "--max-body": max_body != 4,

@@ -16,10 +16,10 @@ from strop.engine.decode.exact_argmax import ExactArgmax, exact_argmax_for
 from strop.engine.decode.sampling import PassOutput
 from strop.engine.kernels.dispatch import answering_loops
 from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
-from strop.engine.train.linear import Quantized
 from strop.engine.train.peft_modules import base_of
-from strop.machine.malloc import own_pages
+from strop.machine.memory import map_pages
 from strop.models.families.layers import ACTIVATIONS
+from strop.models.quantize import QuantizedLinear
 
 
 class CompiledModel:
@@ -162,8 +162,8 @@ class CompiledModel:
             k_at=size if fused else heads * size,
             v_at=2 * size if fused else (heads + part.key_value) * size,
             step=3 * size if fused else size,
-            neighbours=self._layers.family.pairs == "neighbours",
-            turned_first=self._layers.family.turned_first,
+            neighbours=self._layers.family.rope_pairs == "interleaved",
+            turned_first=self._layers.family.rope_before_norm,
             window=part.window, scale=np.float32(part.scale), softcap=np.float32(part.softcap),
         )  # fmt: skip
         inner, gated = base_of(part.down[0]).in_features, self._layers.family.gated
@@ -223,11 +223,11 @@ class CompiledModel:
         )
 
     def _build_weight(self, base: Any, *, dequantize: bool) -> Any:
-        if not isinstance(base, Quantized):
+        if not isinstance(base, QuantizedLinear):
             return self._loops.Dense(_array(base.weight.data))
-        packed = None if dequantize else base.packed()
+        packed = None if dequantize else base.packed_weight()
         if packed is None:
-            return self._loops.Dense(_array(base.dequantized()))
+            return self._loops.Dense(_array(base.dequantize()))
         weight, scale = _array(packed.weight.flatten()), _array(packed.scale)
         n = len(weight) * (1 if packed.code is None else 2) // base.in_features
         if packed.code is None:
@@ -248,7 +248,7 @@ def padded_head_size(size: int) -> int:
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return zeros that take no memory until they are written (torch.zeros writes them all)."""
-    return torch.frombuffer(own_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    return torch.frombuffer(map_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _array(x: Tensor) -> Any:
@@ -262,7 +262,7 @@ def _num_outputs(weight: Any) -> int:
 
 def _dora_gains(module: Any, name: str, base: Any) -> Any:
     """Return DoRA's m / |W + s B A| for each output."""
-    weight = (base.dequantized() if isinstance(base, Quantized) else base.weight).detach().float()
+    weight = (base.dequantize() if isinstance(base, QuantizedLinear) else base.weight).detach().float()
     down, up = module.lora_A[name].weight.detach().float(), module.lora_B[name].weight.detach().float()
     norm = torch.linalg.vector_norm(weight + float(module.scaling[name]) * (up @ down), dim=1)
     return (module.lora_magnitude_vector[name].weight.detach().float() / norm).numpy()

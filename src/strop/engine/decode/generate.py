@@ -22,9 +22,9 @@ from strop.engine.decode.decoder import active_adapter, why_not_decoder
 from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.errors import InputError, ModelError, NonFiniteError
-from strop.models.biases import without_adapter
-from strop.models.detokenizer import Words
+from strop.models.adapters import adapter_disabled
 from strop.models.introspect import learned_positions
+from strop.models.tokenizer import TextStream
 
 HF_BATCH_SIZE = 16  # prompts in a batch of transformers' generate
 
@@ -108,7 +108,7 @@ def generate(
         options = stop_ids, max_new_tokens, sampling or Sampling(), streamer
         if not both:
             return _generate_with_hf(model, tokenizer, prompts, *options, advance)
-        with without_adapter(cast(Any, model)):
+        with adapter_disabled(cast(Any, model)):
             base = _generate_with_hf(model, tokenizer, prompts, *options, advance)
         after = None if advance is None else lambda done: advance(len(prompts) + done)
         return base + _generate_with_hf(model, tokenizer, prompts, *options, after)
@@ -125,7 +125,7 @@ def generate(
         for row, (ids, reference) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
     ]  # fmt: skip
     sequences = [sequence for row in rows for sequence in row]
-    detokenizer = Words(tokenizer, ()) if on_text is not None else None
+    detokenizer = TextStream(tokenizer, ()) if on_text is not None else None
     num_finished = 0
     try:
         for progress in decode_all(batch_for(model, sequences), sequences):

@@ -37,9 +37,9 @@ from strop.engine.decode.hf_cache import (
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
 from strop.engine.train.buffers import copy_to_device
 from strop.errors import ModelError
-from strop.models.biases import has_own_biases, without_adapter
-from strop.models.lora import delta, onto
-from strop.models.upstream_errors import blaming
+from strop.models.adapters import adapter_disabled, has_trained_biases
+from strop.models.lora import adapter_delta, add_to_base
+from strop.models.upstream_errors import attribute_errors
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -89,7 +89,7 @@ def hf_generate(
     hook = nullcontext() if with_log_probs else model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     model.eval()
     try:
-        with blaming(str(model.config.model_type)), hook:
+        with attribute_errors(str(model.config.model_type)), hook:
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer,
                 logits_processor=LogitsProcessorList([recorder] if recorder else []),
@@ -160,7 +160,7 @@ class HfDecoder:
         self._peft = model if hasattr(model, "peft_config") else None
         self.model: Any = model.get_base_model() if self._peft is not None else model
         self.device: torch.device = next(self.model.parameters()).device
-        mixes = self._peft is not None and not has_own_biases(model) and can_mix_adapters(self.model)
+        mixes = self._peft is not None and not has_trained_biases(model) and can_mix_adapters(self.model)
         self._mixed_lora = MixedLora(self.model) if mixes else None
         config = self.model.config.get_text_config()
         self._layer_types = set(getattr(config, "layer_types", None) or ())
@@ -315,7 +315,7 @@ class HfDecoder:
         elif self._peft is None:
             yield
         elif adapters[0] is None:
-            with without_adapter(self._peft):
+            with adapter_disabled(self._peft):
                 yield
         else:
             self._peft.set_adapter(adapters[0])
@@ -375,13 +375,13 @@ class MixedLora:
             if name not in module.lora_A:
                 continue
             if tokens is None:
-                change = delta(module, name, x)
+                change = adapter_delta(module, name, x)
                 continue
-            part = delta(module, name, x.flatten(0, -2)[tokens])
+            part = adapter_delta(module, name, x.flatten(0, -2)[tokens])
             if change is None:
                 change = part.new_zeros(*x.shape[:-1], part.shape[-1])
             change.view(-1, part.shape[-1])[tokens] = part
-        result: Tensor = module.base_layer(x) if change is None else onto(module.base_layer, x, change)
+        result: Tensor = module.base_layer(x) if change is None else add_to_base(module.base_layer, x, change)
         return result
 
 
@@ -404,7 +404,7 @@ def check_batching(decoder: HfDecoder, module: Any) -> None:
         raise ModelError(what, fix=fix)
     try:
         tokens_of = _decode_test_sequences(decoder, base.get_input_embeddings().weight.shape[0])
-        with nullcontext() if module is base else without_adapter(module):
+        with nullcontext() if module is base else adapter_disabled(module):
             errors = [error for item in tokens_of.items() for error in _log_prob_errors(base, *item)]
     except Exception as error:  # the family's own code may raise anything, and then the model cannot be served
         message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

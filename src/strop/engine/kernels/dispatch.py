@@ -21,6 +21,7 @@ from strop.engine.train.dropout import DropoutOps
 from strop.engine.train.linear import FusedLinear
 from strop.engine.train.packing import Documents
 from strop.machine.probe import TILED_RANK, probe
+from strop.models.quantize import set_dequantize_kernels
 
 # Which loops of a CPU: those that most models need, every one, or those of products in integers.
 USUAL, ALL, INTEGERS = "usual", "all", "integers"
@@ -43,7 +44,7 @@ class Processor:
 
     def tiled(self, size: int) -> bool:
         """Attention of such heads runs in tiles."""
-        return self.tiles and probe().has_tiles(size)
+        return self.tiles and probe().has_tiled_attention(size)
 
     def attention(self, size: int) -> Attend:
         """Attention of heads of this size: qkv (T, all), heads, cos and sin (T, m), documents -> (T, query size)."""
@@ -87,7 +88,7 @@ class Processor:
         """The products of frozen linear layers with these inputs and outputs."""
         if self.integers is not None:
             return cast(FrozenProduct, self.integers.layer)
-        if not self.tiles or not probe().has_products(sizes):
+        if not self.tiles or not probe().has_bf16_matmul(sizes):
             return lora.frozen_matmul
         from strop.engine.kernels.cpu import bf16_matmul  # its import starts threads
 
@@ -150,14 +151,16 @@ def kernels_lack(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> s
     return why_not(torch.device("cuda", index))
 
 
-def unpacking(device: torch.device, dtype: torch.dtype) -> Any:
-    """engine.card.unpack: weights in 4 and 8 bit as numbers of this type, by a card's own kernels; None where there are
-    none."""
+def _dequantize_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """Return strop.engine.kernels.cuda.dequantize, or None where the GPU's kernels cannot be used."""
     if kernels_lack(device, dtype) is not None:
         return None
     from strop.engine.kernels.cuda import dequantize
 
     return dequantize
+
+
+set_dequantize_kernels(_dequantize_kernels)  # models are below the engine and do not import it
 
 
 def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, integers: bool = False) -> Processor:
@@ -180,7 +183,7 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
             from strop.engine.kernels.cpu.int8_matmul import Products
 
             products = Products()
-        tiles = dtype == torch.bfloat16 and probe().tiles
+        tiles = dtype == torch.bfloat16 and probe().has_avx512_bf16
         return Processor(cast(Ops, kernels), cast(Loops, norms), tiles=tiles, integers=products)
     if device.type == "cuda":
         from strop.engine.kernels.cuda import flash
@@ -212,7 +215,7 @@ def frozen_flops(dtype: torch.dtype) -> float:
 
 def integer_flops() -> dict[str, float]:
     """The same of products in 8-bit integers, by how the weight is held; nothing where the CPU has none."""
-    if not probe().integers:
+    if not probe().has_int8_dot:
         return {}
     from strop.engine.kernels.cpu.int8_matmul import Integers
     from strop.engine.kernels.cpu.precision import rate

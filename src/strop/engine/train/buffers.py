@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop.machine.malloc import give_back, own_pages
+from strop.machine.memory import map_pages, trim_heap
 
 CACHE_LINE = 64  # bytes; also the width of the widest vector instructions
 BUFFER_SIZES = 1 << 30, 64 << 20, 0  # minimum bytes of a new buffer, tried in this order
@@ -61,7 +61,7 @@ class Arena:
         """Return the buffers to the system. They are allocated again when needed."""
         if self._buffers:
             self._buffers = []
-            give_back()
+            trim_heap()
 
     def __call__(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """Return an uninitialized tensor (rows, columns) with the dtype of `like`."""
@@ -86,7 +86,7 @@ def _new_buffer(size: int) -> Tensor:
     """Return a buffer of at least `size` bytes. Raises MemoryError."""
     for least in BUFFER_SIZES:
         try:
-            return torch.frombuffer(own_pages(max(size, least)), dtype=torch.uint8)
+            return torch.frombuffer(map_pages(max(size, least)), dtype=torch.uint8)
         except OSError:
             continue
     raise MemoryError(f"cannot allocate {size >> 20} MiB for the activations of a micro-batch")

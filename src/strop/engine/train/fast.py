@@ -45,7 +45,8 @@ from strop.engine.train.packing import (
 )
 from strop.engine.train.peft_modules import base_of, current_module, dropout_spec, find_active_adapters, new_rows
 from strop.engine.train.plain import LayerWatch, WeightGatherer, call_before_gradient
-from strop.models.families.layers import ACTIVATIONS, Family
+from strop.models.families.layers import ACTIVATIONS
+from strop.models.families.table import Family
 
 if TYPE_CHECKING:
     from strop.data.types import Example
@@ -85,7 +86,7 @@ class AttentionBlock:
         qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
         if family.fused_heads:  # a copy
             qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
-        if family.gated_heads:  # copies
+        if family.gated_output:  # copies
             q, gates = (x.flatten(1) for x in qkv[:, : 2 * query].view(len(qkv), heads.query, 2, heads.size).unbind(2))
             qkv = torch.cat([q, qkv[:, 2 * query :]], 1)
         if shared_kv is not None:
@@ -96,7 +97,7 @@ class AttentionBlock:
         cos, sin = context.angles[self.spec.rope]
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.apply_rope is not None:
-            qkv = apply(self.apply_rope, qkv, heads, cos, sin, family.pairs == "neighbours", scale)
+            qkv = apply(self.apply_rope, qkv, heads, cos, sin, family.rope_pairs == "interleaved", scale)
             cos, sin = context.angles[NO_ROPE]
         qkv, heads = apply_trained_head_norms(qkv, heads)
         mixed = self.attend(qkv, heads, cos, sin, batch.documents)
@@ -277,10 +278,12 @@ class Blocks:
         )  # fmt: skip
         outputs = sum(module.out_features for module in spec.qkv)
         concatenated = outputs != (spec.query + 2 * spec.key_value) * spec.size
-        copied = family.fused_heads or concatenated or family.aside  # then the copy is saved, not the layer's output
+        copied = (
+            family.fused_heads or concatenated or family.separate_rope
+        )  # then the copy is saved, not the layer's output
         qkv = self._fused(spec.qkv, self.norm(spec.before_attention), workspace, in_arena=not copied)
         attend, o = self._processor.attention(spec.size), self._fused(spec.o, None, workspace)
-        apply_rope = self._processor.aside() if family.aside else None
+        apply_rope = self._processor.aside() if family.separate_rope else None
         return AttentionBlock(family, self._model.config, spec, qkv, heads, attend, o, apply_rope)
 
 
@@ -315,7 +318,7 @@ class FastLoss:
         self._model, self.checkpoint_layers = DecoderLayers(model), checkpoint_layers
         self._family, self._head = self._model.family, self._model.head
         self.prefix_sharing = prefix_sharing and not self._family.mixer
-        self.why = self._family.by_model
+        self.why = self._family.model_parts
         self._device: torch.device = self._head.weight.device
         self.masks = install_dropout(model, drops_for)
         loops = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""

@@ -12,7 +12,6 @@ y = z W^T + (g - 1) z' W^T + g s z' A^T B^T + bias.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,42 +29,10 @@ from strop.engine.train.dropout import DropoutOps, DropoutSpec, keep_scale
 from strop.engine.train.lora import Adapters, Addend, InPlace, frozen_matmul
 from strop.engine.train.norms import Norm
 from strop.engine.train.peft_modules import ActiveAdapters, base_of, dropout_spec, find_active_adapters
+from strop.models.quantize import QuantizedLinear
 
 LoraOpsFor = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]
 PrepareWeight = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
-
-
-class Quantized(ABC):
-    """A frozen linear layer that stores its weight in another form (models.quantize.QuantizedLinear).
-
-    Not a protocol: from Python 3.12 on, isinstance checks against a protocol do not see attributes that nn.Module keeps
-    in its own dictionaries, such as a weight.
-    """
-
-    dtype: torch.dtype
-    weight: Tensor
-    in_features: int
-
-    @abstractmethod
-    def dequantized(self, out: Tensor | None = None) -> Tensor: ...
-
-    @abstractmethod
-    def packed(self) -> PackedWeight | None: ...
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight (n, k) in 8 or 4 bits.
-
-    Without `code`: int8 (n, k), multiplied by scale (n,) fp32. With `code` (16,) fp32: bytes (n k / 2) that hold two
-    indices into it each, the first in the upper half. Each group of `share` values, which never crosses the end of a
-    row, is multiplied by one value of `scale`.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    code: Tensor | None = None
-    share: int = 0
 
 
 @dataclass(frozen=True)
@@ -366,12 +333,12 @@ class Workspace:
 
     def dequantize(self, bases: Sequence[Any]) -> Tensor:
         """Return the weights of linear layers with the same input, dequantized, as rows of one tensor (n, k)."""
-        like = next(base for base in bases if isinstance(base, Quantized))
+        like = next(base for base in bases if isinstance(base, QuantizedLinear))
         sizes = [base.out_features for base in bases]
         whole = self._weights(sum(sizes), like.in_features, like.weight.new_empty(0, dtype=like.dtype))
         for base, part in zip(bases, torch.split(whole, sizes), strict=True):  # two of an 8B model's take 235 MB
-            if isinstance(base, Quantized):
-                base.dequantized(part)
+            if isinstance(base, QuantizedLinear):
+                base.dequantize(part)
             else:
                 part.copy_(base.weight.detach())
         return whole
@@ -413,7 +380,7 @@ class FusedLinear:
         self._bias_trained = any(bias is not None and bias.requires_grad for bias in biases)
         self.bias = _fuse(biases) if biases[0] is not None and not self._bias_trained else None
         weights = [base.weight for base in self.bases]
-        if any(isinstance(base, Quantized) for base in self.bases):
+        if any(isinstance(base, QuantizedLinear) for base in self.bases):
             self.weight = prepare_weight(lambda: workspace.dequantize(self.bases), self._int8_weight)
         else:
             if not _are_contiguous(weights):
@@ -425,7 +392,7 @@ class FusedLinear:
 
     def _int8_weight(self) -> tuple[Tensor, Tensor] | None:
         """Return int8 (n, k) and scale (n,) of all modules, which become views; None unless all are in 8 bits."""
-        packed = [base.packed() if isinstance(base, Quantized) else None for base in self.bases]
+        packed = [base.packed_weight() if isinstance(base, QuantizedLinear) else None for base in self.bases]
         scales = [weight.scale for weight in packed if weight is not None and weight.code is None]
         if len(scales) < len(self.bases):
             return None

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from strop.engine.train.dropout import CounterDropout, DropoutSpec, keep_scale
 
@@ -66,14 +65,6 @@ def current_module(module: Any) -> Any:
     if module.disable_adapters or not active or active[0] not in module.modules_to_save:
         return module.original_module
     return module.modules_to_save[active[0]]
-
-
-def adapts_linear_weight(module: nn.Module) -> bool:
-    """Return whether PEFT adapts the weight of a linear layer as a parameter, as in a mixture's dense layers.
-
-    The forward is that of LoRA on the layer itself.
-    """
-    return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)
 
 
 def new_rows(module: Any) -> NewRows | None:

@@ -13,7 +13,7 @@ from strop.engine.train.lora import Adapters, InPlace
 from strop.machine.probe import probe
 from tests.support.attention import OPS
 
-pytestmark = pytest.mark.skipif(not probe().tiles, reason="this CPU has no AVX512-BF16")
+pytestmark = pytest.mark.skipif(not probe().has_avx512_bf16, reason="this CPU has no AVX512-BF16")
 ADAPTED = {
     "none": ((), ()),
     "q, k and v": (((0, 64), (64, 128), (128, 160)), (16, 5, 32)),

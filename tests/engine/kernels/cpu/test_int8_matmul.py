@@ -10,7 +10,7 @@ from torch import Tensor
 from strop.engine.train.lora import Product
 from strop.machine.probe import probe
 
-pytestmark = pytest.mark.skipif(not probe().integers, reason="this CPU has no VNNI")
+pytestmark = pytest.mark.skipif(not probe().has_int8_dot, reason="this CPU has no VNNI")
 NEAR = 2e-4  # of the norm: a row's largest number over 16,256, of rows whose numbers are alike
 
 
@@ -119,4 +119,7 @@ def test_products_of_this_cpu_are_exact() -> None:
     x = torch.full((8, 64), -128, dtype=torch.int8)
     x[::2] = 127
     assert torch.equal(torch._int_mm(x, x.t()).long(), x.long() @ x.long().t())
-    assert replace(probe(), vector=("avx2", "avx_vnni")).integers and not replace(probe(), vector=("avx2",)).integers
+    assert (
+        replace(probe(), vector=("avx2", "avx_vnni")).has_int8_dot
+        and not replace(probe(), vector=("avx2",)).has_int8_dot
+    )

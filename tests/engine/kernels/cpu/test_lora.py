@@ -14,7 +14,7 @@ from strop.engine.train import lora
 from strop.engine.train.lora import Adapters
 from strop.machine.probe import probe
 
-pytestmark = pytest.mark.skipif(not probe().tiles, reason="this CPU has no AVX512-BF16")
+pytestmark = pytest.mark.skipif(not probe().has_avx512_bf16, reason="this CPU has no AVX512-BF16")
 
 APART = "each adapter its own input"
 SHAPES: dict[str, tuple[int, tuple[tuple[int, int], ...], tuple[int, ...]]] = {  # width, columns, ranks

@@ -29,7 +29,7 @@ from strop.engine.train.attention import ApplyRope, Heads, as_norm_input
 from strop.engine.train.dropout import DropoutSpec
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.norms import Norm
-from strop.models.quantize import QuantizedLinear, pack
+from strop.models.quantize import QuantizedLinear, quantize_weight
 from tests.engine.train.test_fast import assert_same, some, step, with_prefix
 from tests.support.random_models import adapted, example
 
@@ -219,16 +219,16 @@ def test_unpacking_gives_the_bits_of_bitsandbytes(
 ) -> None:
     """In fp32 and fp16; bf16 to its last bit, by the interpreter. Numbers behind the place stay as they are."""
     torch.manual_seed(0)
-    packed = pack(torch.randn(shape), scheme, double=double)
+    packed = quantize_weight(torch.randn(shape), scheme, double=double)
     for dtype in KINDS:
         layer = QuantizedLinear(torch.nn.Linear(shape[1], shape[0], bias=False), scheme, dtype)
-        layer.fill(packed)
+        layer.load_packed(packed)
         place = torch.full((shape[0] + 1, shape[1]), 7.0, dtype=dtype)
-        expected = layer.dequantized()
+        expected = layer.dequantize()
         with monkeypatch.context() as patch:
-            patch.setattr("strop.models.quantize.unpacking", lambda device, dtype: dequantize)
-            found = layer.dequantized()
-            assert layer.dequantized(place[:-1]).data_ptr() == place.data_ptr()
+            patch.setattr("strop.models.quantize.dequantize_kernels", lambda device, dtype: dequantize)
+            found = layer.dequantize()
+            assert layer.dequantize(place[:-1]).data_ptr() == place.data_ptr()
         assert torch.equal(place[:-1], found) and (place[-1] == 7).all()
         if dtype == torch.bfloat16:
             close(found, expected.double())

@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from strop.engine.kernels.cpu.dots import prefetch
-from strop.machine.probe import vector
+from strop.machine.probe import vector_extensions
 
 ROWS = LANES = 16  # of a register, of 64 bytes each
 STEP = 16  # pairs at a time
@@ -30,7 +30,11 @@ _PLACE = _I8.as_pointer()
 
 def _allowed() -> bool:
     """The CPU has AMX for bf16, and Linux lets this process use it."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64" or not {"amx_bf16", "avx512f"} <= set(vector()):
+    if (
+        platform.system() != "Linux"
+        or platform.machine() != "x86_64"
+        or not {"amx_bf16", "avx512f"} <= set(vector_extensions())
+    ):
         return False
     return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA)) == 0
 

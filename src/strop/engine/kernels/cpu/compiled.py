@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from strop.machine.probe import vector
+from strop.machine.probe import vector_extensions
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
@@ -114,7 +114,7 @@ class BFloat(ir.Type):  # type: ignore[misc]
 F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 
 
-HAS_BF16 = "avx512_bf16" in vector()  # an instruction that rounds to it
+HAS_BF16 = "avx512_bf16" in vector_extensions()  # an instruction that rounds to it
 
 
 def _emit_from_bf16(b: Any, x: Any) -> Any:

@@ -15,9 +15,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from strop.engine.kernels.cpu.compiled import HAS_BF16, BFloat, inline
-from strop.machine.probe import vector
+from strop.machine.probe import vector_extensions
 
-LANES = 16 if "avx512f" in vector() else 8  # partial sums of a result, and results of a block
+LANES = 16 if "avx512f" in vector_extensions() else 8  # partial sums of a result, and results of a block
 AHEAD = 2 * LANES  # rows of weights that are asked for before they are needed
 LINE = 64  # bytes that memory gives at once
 DEEP = 1024  # numbers of a row up to which LANES of them stay in the first cache

@@ -18,9 +18,9 @@ from numba.extending import intrinsic
 from strop.engine.kernels.cpu.compiled import HAS_BF16, greater, inline, loop, wide
 from strop.engine.kernels.cpu.dots import LANES, LINE, call, location, prefetch, repeat, store_rows, sums_of
 from strop.engine.kernels.cpu.streaming_dots import in_order
-from strop.machine.probe import vector
+from strop.machine.probe import vector_extensions
 
-AS_HELD = HAS_BF16 and "avx512_vnni" in vector()
+AS_HELD = HAS_BF16 and "avx512_vnni" in vector_extensions()
 STEP = 2 * LANES  # numbers that an instruction multiplies
 MOST = 32_767
 STRETCH = 8192  # numbers of a row whose sum, of 127 MOST each, stays within 32 bit in each of LANES

@@ -1,4 +1,4 @@
-"""What a process keeps of freed memory: in processes of their own, whose heaps nobody else has used."""
+"""The C library's allocator, measured in fresh processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 BLOCKS = """
 import resource
-from strop.machine.malloc import keep_pages
+from strop.machine.memory import keep_heap_pages
 
 if {kept}:
-    keep_pages()
+    keep_heap_pages()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for size in range(4, 32, 4):
     bytearray(size << 20)
@@ -20,10 +20,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_blocks_find_the_pages_of_those_before() -> None:
-    found = [
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_freed_pages_are_reused() -> None:
+    faults = [
         int(subprocess.run([sys.executable, "-c", BLOCKS.format(kept=kept)], capture_output=True, check=True).stdout)
         for kept in (False, True)
     ]
-    assert found[1] < found[0] / 2
+    assert faults[1] < faults[0] / 2

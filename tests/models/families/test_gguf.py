@@ -1,4 +1,4 @@
-"""GGUF files as bases: their weights one at a time, the same as transformers reads all of them at once."""
+"""GGUF files as bases: reading tensor by tensor gives the weights that transformers reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from strop.errors import FolderError, ModelError
 from strop.exporting import llama_cpp
 from strop.exporting.gguf import export_gguf
 from strop.exporting.merge import merge
-from strop.models.load import copies_to_make, load_base
+from strop.models.load import copies_needed, load_base
 from strop.models.source import locate
 from tests.support import gguf_models
 from tests.support.tiny import write_rows
@@ -24,74 +24,81 @@ from tests.support.tiny import write_rows
 
 @pytest.mark.parametrize("family", ["llama", "llama-2", "smollm", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("kind", ["q8_0", "f32"])
-def test_a_gguf_file_is_read_tensor_by_tensor_as_transformers_reads_it(
+def test_tensors_equal_those_read_by_transformers(
     tmp_path: Path, family: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     rows = str(write_rows(tmp_path / "rows.jsonl", 24))
-    # a head of 128 is the one that transformers takes of a Qwen 3's file, and of a Llama's it leaves biases out
+    # transformers assumes a head size of 128 for Qwen 3, and ignores a Llama's biases
     sizes = {"qwen3": {"head_dim": 128}, "llama-2": {"attention_bias": False, "mlp_bias": False}}.get(family, {})
     base = gguf_models.save(family, tmp_path / "base", **sizes)
     export_gguf(str(gguf_models.adapt(base, tmp_path / "tuned")), tmp_path / "m.gguf", kind=kind, data=rows)
     source = locate(str(tmp_path / "m.gguf"))
-    found = []
-    for theirs in (False, True):
-        monkeypatch.setenv("STROP_CACHE", str(tmp_path / str(theirs)))
-        assert copies_to_make(source, "none", True, torch.bfloat16) == (True, False)
-        assert copies_to_make(source, "nf4", True, torch.bfloat16) == (True, True)
-        if theirs:
-            monkeypatch.setattr("strop.models.load.read_tensors", lambda *_: None)
+    loaded_weights = []
+    for by_transformers in (False, True):
+        monkeypatch.setenv("STROP_CACHE", str(tmp_path / str(by_transformers)))
+        assert copies_needed(source, "none", True, torch.bfloat16) == (True, False)
+        assert copies_needed(source, "nf4", True, torch.bfloat16) == (True, True)
+        if by_transformers:
+            monkeypatch.setattr("strop.models.load.read_gguf_tensors", lambda *_: None)
         loaded = load_base(source, torch.bfloat16, "cpu")
-        assert any((tmp_path / str(theirs)).rglob("bf16/model.safetensors")) == theirs  # in one piece
-        assert copies_to_make(source, "none", True, torch.bfloat16) == (False, False)
-        assert copies_to_make(source, "nf4", True, torch.bfloat16) == (False, True)
-        found.append(dict(loaded.named_parameters()))
-    assert list(found[0]) == list(found[1])
-    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+        assert any((tmp_path / str(by_transformers)).rglob("bf16/model.safetensors")) == by_transformers  # one shard
+        assert copies_needed(source, "none", True, torch.bfloat16) == (False, False)
+        assert copies_needed(source, "nf4", True, torch.bfloat16) == (False, True)
+        loaded_weights.append(dict(loaded.named_parameters()))
+    first, second = loaded_weights
+    assert list(first) == list(second)
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
-def _number(key: str, value: int) -> Callable[[bytes], bytes]:
-    """Another number in the header."""
+def _set_number(key: str, value: int) -> Callable[[bytes], bytes]:
+    """Change a number in the header."""
     name = struct.pack("<Q", len(key)) + key.encode()
     return lambda raw: re.sub(
         re.escape(name) + rb"(.{4}).{4}", name + rb"\1" + struct.pack("<I", value), raw, flags=re.S
     )
 
 
-def _renamed(name: str, other: str) -> Callable[[bytes], bytes]:
-    old, new = (struct.pack("<Q", len(one)) + one.encode() for one in (name, other))
+def _rename(name: str, new_name: str) -> Callable[[bytes], bytes]:
+    old, new = (struct.pack("<Q", len(text)) + text.encode() for text in (name, new_name))
     return lambda raw: raw.replace(old, new)
 
 
-def _typed(name: str, kind: int) -> Callable[[bytes], bytes]:
-    """A tensor of two dimensions said to be of another type."""
+def _set_type(name: str, type_id: int) -> Callable[[bytes], bytes]:
+    """Change the type of a two-dimensional tensor."""
     begin = re.escape(struct.pack("<Q", len(name)) + name.encode())
-    return lambda raw: re.sub(rb"(" + begin + rb".{20}).{4}", rb"\1" + struct.pack("<I", kind), raw, flags=re.S)
+    return lambda raw: re.sub(rb"(" + begin + rb".{20}).{4}", rb"\1" + struct.pack("<I", type_id), raw, flags=re.S)
 
 
 UP = "blk.0.ffn_up.weight"
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
-        (_number("llama.block_count", 1), "tensors of 2 layers, 1 expected"),
-        (_number("llama.block_count", 3), "tensors of 2 layers, 3 expected"),  # one part of several, for example
-        (_number("llama.attention.head_count", 8), "can be read|of another shape"),  # by transformers' version
-        (_renamed(UP, "blk.0.ffn_uq.weight"), "1 weights are missing, first model.layers.0.mlp.up_proj.weight"),
-        (_renamed(UP, "blk.1.ffn_up.weight"), "can be read"),
+        (_set_number("llama.block_count", 1), "tensors of 2 layers, 1 expected"),
         (
-            _renamed("rope_freqs.weight", "blk.0.attn_q.bias"),
+            _set_number("llama.block_count", 3),
+            "tensors of 2 layers, 3 expected",
+        ),  # for example one part of a split file
+        (
+            _set_number("llama.attention.head_count", 8),
+            "not a readable GGUF|of another shape",
+        ),  # depends on transformers' version
+        (_rename(UP, "blk.0.ffn_uq.weight"), "1 weights are missing, first model.layers.0.mlp.up_proj.weight"),
+        (_rename(UP, "blk.1.ffn_up.weight"), "not a readable GGUF"),
+        (
+            _rename("rope_freqs.weight", "blk.0.attn_q.bias"),
             "1 of its tensors have no place .*, first blk.0.attn_q.bias",
         ),
-        (_typed(UP, 99), "can be read"),
-        (_typed(UP, 26), "can be read"),
+        (_set_type(UP, 99), "not a readable GGUF"),
+        (_set_type(UP, 26), "not a readable GGUF"),
     ],
 )
-def test_a_gguf_file_that_would_make_another_model_is_refused(
-    damage: Callable[[bytes], bytes], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gguf_file_of_another_model_is_refused(
+    damage: Callable[[bytes], bytes], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers fills with random numbers what it does not find."""
+    """transformers would fill missing weights with random values."""
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
     rows = str(write_rows(tmp_path / "rows.jsonl", 4))
@@ -101,12 +108,12 @@ def test_a_gguf_file_that_would_make_another_model_is_refused(
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     assert file.read_bytes() != whole
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         load_base(locate(str(file)), torch.bfloat16, "cpu")
 
 
-def test_the_biases_of_a_llama_are_not_left_out_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its header does not tell of them, and transformers builds the model without."""
+def test_llama_biases_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header does not mention them, so transformers builds the model without biases."""
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     rows = str(write_rows(tmp_path / "rows.jsonl", 4))
     adapter = gguf_models.adapt(gguf_models.save("llama-2", tmp_path / "base", attention_bias=True), tmp_path / "tuned")
@@ -115,8 +122,8 @@ def test_the_biases_of_a_llama_are_not_left_out_without_a_word(tmp_path: Path, m
         load_base(locate(str(tmp_path / "m.gguf")), torch.bfloat16, "cpu")
 
 
-def test_a_merge_on_a_gguf_base_names_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which a GGUF header does not, and servers look for."""
+def test_merge_on_gguf_base_names_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A GGUF header does not name the class, which servers need.
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
     rows = str(write_rows(tmp_path / "rows.jsonl", 24))
@@ -128,7 +135,7 @@ def test_a_merge_on_a_gguf_base_names_its_architecture(tmp_path: Path, monkeypat
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_the_disk_of_the_cache_has_room_for_the_copies_of_the_base(
+def test_full_cache_disk_is_refused_before_training(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))

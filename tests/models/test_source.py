@@ -1,4 +1,4 @@
-"""Files of a model that lie or are cut short: named, and no fault of strop's."""
+"""Damaged model files raise ModelError with the name of the file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 from strop.errors import ModelError
 from strop.models.families.gguf_header import read_gguf_config
-from strop.models.families.shape import ModelShape, peek
-from strop.models.source import demo_file, locate, prequantized, read_config, safetensors_header, weight_files
+from strop.models.families.shape import ModelShape, read_model_info
+from strop.models.source import demo_file, locate, prequantized, read_config, read_safetensors_header, weight_files
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
-WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+VALID = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
 @pytest.mark.parametrize(
@@ -24,59 +24,59 @@ WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     [
         b"[]", b"1", b"[" * 100_000, b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}',
         *(
-            json.dumps({"a": {**WHOLE, **lie}}).encode()
-            for lie in (
+            json.dumps({"a": {**VALID, **change}}).encode()
+            for change in (
                 {"shape": [2]}, {"dtype": "F16"}, {"dtype": "F5"}, {"data_offsets": [-4, 4]},
                 {"data_offsets": ["0", "4"]}, {"shape": [-1]}, {"dtype": 3},
             )
         ),
     ],
 )  # fmt: skip
-def test_a_header_of_safetensors_that_lies(tmp_path: Path, header: bytes) -> None:
+def test_invalid_safetensors_header_is_refused(tmp_path: Path, header: bytes) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(ModelError, match=r"model.safetensors: damaged: its header"):
-        safetensors_header(file)
+        read_safetensors_header(file)
 
 
 @pytest.mark.parametrize("index", ["[]", "{", "{}", "[" * 100_000, '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
-def test_a_damaged_index_of_weights(tmp_path: Path, index: str) -> None:
+def test_damaged_index_is_refused(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError, match=r"index\.json: damaged"):
         weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"model_type": ["x"]}'])
-def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
+def test_invalid_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=r"config\.json"):
         read_config(tmp_path)
 
 
 @pytest.mark.parametrize("size", [{"num_hidden_layers": 2**62}, {"vocab_size": 2**62}, {"hidden_size": True}])
-def test_a_size_that_cannot_be(size: dict[str, Any]) -> None:
+def test_invalid_size_is_refused(size: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=next(iter(size))):
-        ModelShape.of({**CONFIG, **size})
+        ModelShape.from_config({**CONFIG, **size})
     assert prequantized({"quantization_config": "x"}) is None
 
 
 @pytest.mark.parametrize("lost", [1, 1000, 30_000_000])
-def test_a_gguf_file_that_is_cut_short(tmp_path: Path, lost: int) -> None:
+def test_truncated_gguf_file_is_refused(tmp_path: Path, lost: int) -> None:
     whole = demo_file().read_bytes()
     assert read_gguf_config(demo_file())["num_hidden_layers"] == 30
     file = tmp_path / "cut.gguf"
     file.write_bytes(whole[:-lost])
-    looks: tuple[Callable[[str], Any], ...] = (peek, locate)
-    for look in looks:
+    functions: tuple[Callable[[str], Any], ...] = (read_model_info, locate)
+    for read in functions:
         with pytest.raises(ModelError, match=f"cut short: {len(whole) - lost} bytes, {len(whole)} expected"):
-            look(str(file))
+            read(str(file))
 
 
 @pytest.mark.parametrize("recipe", [b"", b"[1, 2]", b"lora: {r: 8}", b"\xff\xfe\0", b"model: {name: [a]}"])
-def test_a_run_whose_recipe_is_damaged(tmp_path: Path, recipe: bytes) -> None:
+def test_run_with_damaged_recipe_is_refused(tmp_path: Path, recipe: bytes) -> None:
     (tmp_path / "recipe.yaml").write_bytes(recipe)
     (tmp_path / "lock.json").write_text("{}")
-    looks: tuple[Callable[[str], Any], ...] = (peek, locate)
-    for look in looks:
+    functions: tuple[Callable[[str], Any], ...] = (read_model_info, locate)
+    for read in functions:
         with pytest.raises(ModelError, match=r"recipe\.yaml: damaged"):
-            look(str(tmp_path))
+            read(str(tmp_path))

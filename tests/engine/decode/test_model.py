@@ -1,4 +1,4 @@
-"""An answer ends at the template's stop token, at the tokenizer's eos token, and where the model itself ends one."""
+"""Generation stops at the template's stop token, the tokenizer's EOS token and those of the generation config."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from strop.serve.models import load_models
 PROMPT = np.arange(7, 12, dtype=np.int32)
 
 
-@pytest.mark.parametrize("by", ["tokenizer", "generation config"])
-def test_an_answer_ends_with_either(by: str, tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["tokenizer", "generation config"])
+def test_generation_stops_at_eos_of_tokenizer_and_generation_config(
+    source: str, tiny_folder: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "own"
     shutil.copytree(tiny_folder, folder)
     free = strop.load(folder, dtype="fp32")
     ids = torch.from_numpy(PROMPT.astype(np.int64))[None]
     end = int(free.module(ids).logits[0, -1].argmax())  # what is written first
     assert end not in free.renderer.end_ids and free.answer([PROMPT], max_new_tokens=6)[0].tokens > 1
-    if by == "tokenizer":
+    if source == "tokenizer":
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         tokenizer.save_pretrained(folder)
@@ -40,7 +42,7 @@ def test_an_answer_ends_with_either(by: str, tiny_folder: Path, tmp_path: Path) 
     assert end in served.stop_ids and set(free.renderer.stop_ids) <= set(served.stop_ids)
 
 
-def test_a_config_that_transformers_made_up_ends_nothing() -> None:
+def test_generated_generation_config_adds_no_stop_tokens() -> None:
     assert generation_stop_ids(GenerationConfig(eos_token_id=[1, 2])) == (1, 2)
     assert generation_stop_ids(GenerationConfig(eos_token_id=1)) == (1,)
     assert (
