@@ -278,9 +278,8 @@ class Blocks:
         )  # fmt: skip
         outputs = sum(module.out_features for module in spec.qkv)
         concatenated = outputs != (spec.query + 2 * spec.key_value) * spec.size
-        copied = (
-            family.fused_heads or concatenated or family.separate_rope
-        )  # then the copy is saved, not the layer's output
+        # a copy of the layer's output is saved for the backward, not the output
+        copied = family.fused_heads or concatenated or family.separate_rope
         qkv = self._fused(spec.qkv, self.norm(spec.before_attention), workspace, in_arena=not copied)
         attend, o = self._processor.attention(spec.size), self._fused(spec.o, None, workspace)
         apply_rope = self._processor.aside() if family.separate_rope else None
