@@ -98,11 +98,11 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_s": rate(2 * x.numel(), lambda: y.copy_(x)),
     }
     if options.device == "cuda":
-        from strop.engine.kernels.cuda import flash
+        from strop.engine.kernels.cuda import attention
 
         about = torch.cuda.get_device_properties(0)
         of = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-        flash.why_not(torch.device("cuda"))  # as a run does it
+        attention.activate_flash3(torch.device("cuda"))  # as a run does it
         found |= {
             "flash_attention": of() or "FA2",
             "card": about.name,
@@ -199,9 +199,8 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     return {
         "tokens_per_s": length / seconds, **peaks(options.device),
         "planned_bytes": planned.peak_bytes - (planned.parts["framework"] if options.device == "cuda" else 0),
-        "flops_per_s": flops(workload, batch).total / seconds,
-        "checkpointed": workload.compute.checkpointed_layers,
-        "resident": resident, "step": step.name, "without_kernels": step.lacking,
+        "flops_per_s": flops(workload, batch).total / seconds, "checkpointed": workload.compute.checkpointed_layers,
+        "resident": resident, "step": step.name, "without_kernels": step.why_no_triton,
     }  # fmt: skip
 
 

@@ -102,9 +102,9 @@ def counted(cases: Sequence[Case]) -> list[list[dict[str, Any]]]:
     made = library(cache_folder() / "card")
     steps = {(case.shape, case.scheme, case.tokens, case.documents): case for case in cases}
     fields = ("shape", "scheme", "tokens", "documents")
-    plays = [{"play": "moved", **dict(zip(fields, key, strict=True))} for key in steps]
+    scenarios = [{"scenario": "moved", **dict(zip(fields, key, strict=True))} for key in steps]
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "tests.simulated_gpu.simulate", str(made), folder, json.dumps(plays)]
+        words = [sys.executable, "-m", "tests.simulated_gpu.simulate", str(made), folder, json.dumps(scenarios)]
         found = measured.child(words, {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "STROP_CACHE": folder})
     for one in found:
         if isinstance(one, dict):

@@ -153,8 +153,8 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
 
 def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
     """Serves as the command does, and asks over HTTP: the `texts` longest conversations (in characters) at once."""
-    from strop.serve.address import open_address
     from strop.serve.run import serve
+    from strop.serve.server import open_address
 
     lines = sorted(asked.read_text("utf-8").splitlines(), key=len, reverse=True)[:texts]
     rows = [json.loads(line) for line in lines]

@@ -34,7 +34,7 @@ import sys, torch
 from strop.engine.device import prepare_process
 from strop.machine.memory import mark
 from strop.models.source import locate
-from strop.model import load
+from strop.models import load
 prepare_process()
 model, scheme, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 source = locate(model)

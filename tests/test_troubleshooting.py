@@ -128,18 +128,20 @@ def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
-    for lacking, fix in (
+    for reason, fix in (
         ("Triton cannot make kernels: no C compiler", "gcc"),
         ("Triton cannot be imported: No module named 'triton'", "install triton"),
         (None, ""),
     ):
-        monkeypatch.setattr(calibrate, "kernels_lack", lambda device, lacking=lacking: lacking)
+        monkeypatch.setattr(calibrate, "why_no_triton", lambda device, reason=reason: reason)
         _, found = calibrate.check_gpus(machine)
-        assert (found.level, "#triton" in found.why) == (("warning", True) if lacking else ("ok", False))
+        assert (found.level, "#triton" in found.why) == (("warning", True) if reason else ("ok", False))
         assert fix in found.fix and bool(fix) == bool(found.fix)
     monkeypatch.undo()
-    chosen = fast.processor_for
-    monkeypatch.setattr(fast, "processor_for", lambda *of, **how: replace(chosen(*of, **how), lacking="no C compiler"))
+    chosen = fast.backend_for
+    monkeypatch.setattr(
+        fast, "backend_for", lambda *of, **how: replace(chosen(*of, **how), why_no_triton="no C compiler")
+    )
     events: list[dict[str, object]] = []
     options = {"train.max_steps": 1, "model.dtype": "fp32", "device": "cpu", "out": tmp_path / "run"}
     strop.train(model=str(tiny_folder), data=str(rows_file), callback=events.append, **options)

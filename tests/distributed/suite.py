@@ -104,14 +104,14 @@ def at_step(step: int, act: Callable[[Any], None]) -> Prepare:
     """Return a preparation that calls `act` on the job after this step, before evaluation and save."""
 
     def prepare() -> None:
-        take = loop._take
+        take = loop._step_and_log
 
         def taken(job: Any, batch: Any, stream: Any) -> None:
             take(job, batch, stream)
             if batch.index + 1 == step:
                 act(job)
 
-        mock.patch.object(loop, "_take", taken).start()
+        mock.patch.object(loop, "_step_and_log", taken).start()
 
     return prepare
 

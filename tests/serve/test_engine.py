@@ -21,8 +21,7 @@ from strop.engine.decode.model import load
 from strop.engine.decode.sampling import NoToken, Sampling, SequenceState
 from strop.models.tokenizer import TextStream
 from strop.serve.engine import Engine, Job, Metrics, Piece, QueueFull
-from strop.serve.grammar import _GrammarMask
-from strop.serve.models import load_models
+from strop.serve.models import _GrammarMask, load_models
 from tests.support.families import tokenizer
 from tests.support.random_models import tiny as random_model
 from tests.support.random_models import tiny_of

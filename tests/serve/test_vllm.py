@@ -18,14 +18,8 @@ from strop.errors import InputError, ModelError, RunError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.models.vllm import find_vllm_python, max_lora_rank, query_vllm
-from strop.serve.address import Address
-from strop.serve.vllm import (
-    ParityResult,
-    _request,
-    _tokenizer_source,
-    _wait_for_signal,
-    lora_module_argument,
-)
+from strop.serve.server import Address
+from strop.serve.vllm import ParityResult, _request, _tokenizer_source, _wait_for_signal, lora_module_argument
 from tests.support.serving import CHAT, save_adapters, serving
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from strop.data.formats import conversations
+from strop.data.formats import ConversationReader
 from strop.data.reading.sources import read_rows
 from strop.data.types import ExampleGroup
 from strop.engine.decode.model import load
@@ -394,7 +394,7 @@ def test_model_card_snippet_of_a_reward_model_gives_the_trained_scores(
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
     ours = load(out, dtype="fp32", scores=True)
     criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, find_score_head(ours.module))
-    for built in conversations(read_rows(str(rows), bad=[]), bad=[]):
+    for built in ConversationReader(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in built.sides]
         with torch.no_grad():
             expected = [float(one) for one in criterion.sums(step_for(ours.module), [ExampleGroup(tuple(sides))])]

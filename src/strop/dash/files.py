@@ -59,16 +59,16 @@ def read_bytes(path: Path, start: int = 0, most: int = MOST_BYTES) -> bytes:
 
 
 def read_places(path: Path, starts: list[int], most: int) -> list[bytes]:
-    """Return `most` bytes from each offset."""
+    """Return `most` bytes from each offset; empty if the file does not exist."""
+    parts = []
     try:
         with os.fdopen(open_file(path), "rb", buffering=0) as file:
-            parts = []
             for start in starts:
                 file.seek(start)
                 parts.append(file.read(most))
-            return parts
     except OSError:
         return []
+    return parts
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,6 +102,16 @@ def sizes(folder: Path) -> list[tuple[str, int]]:
             except OSError:  # deleted in the meantime
                 continue
     return sorted(found)
+
+
+def limit_rows(report: dict[str, Any] | None, most: int) -> dict[str, Any] | None:
+    """Return a data report with at most `most` dropped and truncated rows."""
+    result = dict(report or {})
+    for name in ("dropped", "cut"):
+        rows = result.get(name)
+        if isinstance(rows, list) and len(rows) > most:
+            result |= {name: rows[:most], f"{name}_left_out": len(rows) - most}
+    return result or report
 
 
 def browse(roots: list[Path], asked: str) -> dict[str, Any]:

@@ -64,26 +64,21 @@ class Writer:
         self._tokens = self._chars = self._rows = 0
 
     def add(self, conversation: Conversation, examples: Sequence[Example], prompt: int, group: int | None) -> int:
-        """Append a row with its examples and return the hash that decides whether it is held out.
-
-        prompt: hash of the prompt. group: the hash to return; None: the hash of the row's content.
-        """
+        """Append a row and return the hash that decides whether it is held out: `group`, or that of its content."""
         text = dump_conversation(conversation)
         file = self._files.setdefault(conversation.file, len(self._files))
         self._chars += len(text) + 1
         self._write("rows.jsonl", text + b"\n")
         judged = -1 if conversation.desirable is None else int(conversation.desirable)
-        answered = int(conversation.answer is not None)
-        content = digest(text)
+        answered, content = int(conversation.answer is not None), digest(text)
         group = content if group is None else group
-        record = _ROW.pack(self._chars, content, prompt, group, file, conversation.line, judged, answered)
-        self._write("rows.bin", record)
+        record = (self._chars, content, prompt, group, file, conversation.line, judged, answered)
+        self._write("rows.bin", _ROW.pack(*record))
         for example in examples:
             self._tokens += len(example)
             self._write("ids.bin", example.ids.astype("<i4", copy=False).tobytes())
             self._write("weights.bin", example.weights.astype("<f4", copy=False).tobytes())
-            record = _EXAMPLE.pack(self._tokens, len(example), example.supervised, self._rows)
-            self._write("examples.bin", record)
+            self._write("examples.bin", _EXAMPLE.pack(self._tokens, len(example), example.supervised, self._rows))
         self._rows += 1
         return group
 
@@ -112,7 +107,6 @@ class Writer:
         return store
 
     def discard(self) -> None:
-        """Remove what was not committed."""
         for out in self._out.values():
             out.close()
         self._unlock()
@@ -201,18 +195,14 @@ class LazySequence(Sequence[T]):
 
 
 class Examples(LazySequence[Example]):
-    """Examples of a store, read on access.
-
-    lengths, supervised: int64, shape (n,), in tokens. judged: int64, shape (n,): the label of the answer, 1 for good,
-    0 for bad, -1 without a label.
-    """
+    """Examples of a store, read on access. Attributes have shape (n,)."""
 
     def __init__(self, store: Store, indices: Indices) -> None:
-        self._store = store
-        self._indices = indices
+        self._store, self._indices = store, indices
         records = store.example_records[indices]
-        self.lengths: Indices = records["length"].astype(np.int64)
-        self.supervised: Indices = records["supervised"].astype(np.int64)
+        self.lengths: Indices = records["length"].astype(np.int64)  # in tokens
+        self.supervised: Indices = records["supervised"].astype(np.int64)  # in tokens
+        # label of the answer: 1 good, 0 bad, -1 none
         self.judged: Indices = store.row_records["judged"][records["row"]].astype(np.int64)
 
     def __len__(self) -> int:
@@ -226,8 +216,7 @@ class Conversations(LazySequence[Conversation]):
     """Rows of a store as conversations, read on access. digests: uint64, shape (n,), hashes of their content."""
 
     def __init__(self, store: Store, indices: Indices) -> None:
-        self._store = store
-        self._indices = indices
+        self._store, self._indices = store, indices
         self.digests: npt.NDArray[np.uint64] = store.row_records["digest"][indices]
 
     def __len__(self) -> int:
@@ -294,11 +283,11 @@ class Prompts(LazySequence[Prompt]):
 def dump_conversation(conversation: Conversation) -> bytes:
     """Return the content as JSON, without file and line: equal content gives equal bytes."""
     value: dict[str, Any] = {"text": conversation.text} if conversation.text is not None else {}
-    value["messages"] = [message_json(message) for message in conversation.messages]
+    value["messages"] = [*map(message_json, conversation.messages)]
     if conversation.tools:
         value["tools"] = conversation.tools
     if conversation.rejected:
-        value["rejected"] = [message_json(message) for message in conversation.rejected]
+        value["rejected"] = [*map(message_json, conversation.rejected)]
     if conversation.desirable is not None:
         value["desirable"] = conversation.desirable
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
@@ -306,22 +295,18 @@ def dump_conversation(conversation: Conversation) -> bytes:
 
 def message_json(message: Message) -> dict[str, Any]:
     """Return a message in the `messages` format."""
-    value: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning is not None:
-        value["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        value["tool_calls"] = message.tool_calls
-    if message.name is not None:
-        value["name"] = message.name
-    if message.call_id is not None:
-        value["tool_call_id"] = message.call_id
-    if message.weight != 1.0:
-        value["weight"] = message.weight
-    return value
+    fields = {
+        "reasoning_content": message.reasoning,
+        "tool_calls": list(message.tool_calls) or None,
+        "name": message.name,
+        "tool_call_id": message.call_id,
+        "weight": message.weight if message.weight != 1.0 else None,
+    }
+    present = {name: value for name, value in fields.items() if value is not None}
+    return {"role": message.role, "content": message.content, **present}
 
 
 def load_conversation(text: bytes, file: str, line: int) -> Conversation:
-    """Return the conversation that `dump_conversation` wrote."""
     value = json.loads(text)
     messages, rejected = _messages(value["messages"]), _messages(value.get("rejected", ()))
     tools, desirable = tuple(value.get("tools", ())), value.get("desirable")
@@ -331,16 +316,11 @@ def load_conversation(text: bytes, file: str, line: int) -> Conversation:
 def _messages(turns: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
     return tuple(
         Message(
-            turn["role"],
-            turn["content"],
-            turn.get("reasoning_content"),
-            tuple(turn.get("tool_calls", ())),
-            turn.get("name"),
-            turn.get("weight", 1.0),
-            turn.get("tool_call_id"),
+            turn["role"], turn["content"], turn.get("reasoning_content"), tuple(turn.get("tool_calls", ())),
+            turn.get("name"), turn.get("weight", 1.0), turn.get("tool_call_id"),
         )
         for turn in turns
-    )
+    )  # fmt: skip
 
 
 def digest(text: bytes) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from strop.data.batching import pack
-from strop.data.rendering.pairs import render_pairs
+from strop.data.rendering.render import render_pairs
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
 from strop.distributed.devices import ALONE, Devices

@@ -13,7 +13,7 @@ import numpy as np
 
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection, Recipe
-from strop.data.formats import DOCUMENT, PAIRED, conversations
+from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
 from strop.data.prepare import prepare
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
@@ -335,7 +335,7 @@ def read_conversations(
     """
     bad: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
-    reader = conversations(rows, format=format, columns=columns, bad=bad)
+    reader = ConversationReader(rows, format=format, columns=columns, bad=bad)
     parsed = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "labelled" in kinds:

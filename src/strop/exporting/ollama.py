@@ -86,7 +86,7 @@ def export_ollama(
     notes = list(exported.notes)
     if trims(renderer):
         notes.append("the trained template strips white space around a message, which Ollama's cannot: send none")
-    if renderer.chat.supports_tools:
+    if renderer.chat.traits.tools:
         notes.append("tools are not in Ollama's template; the GGUF file's own has them")
     if system is not None and '"""' in system:
         notes.append("the system prompt of the training rows holds three quotes, which a Modelfile cannot: send it")

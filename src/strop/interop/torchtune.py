@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import Draft, Keys, format_value, read_yaml
-from strop.interop.hf_arguments import (
+from strop.interop.draft import (
     NO_LIMIT_NOTE,
     TRUNCATION_NOTE,
     WARMUP_NOTE,
+    Draft,
+    Keys,
     as_int,
     as_number,
+    format_value,
     note_packing,
     put_batch_size,
+    read_yaml,
 )
 
 IGNORED_KEYS = (
@@ -37,25 +39,19 @@ BUILT_IN = {
     "grammar_dataset": "liweili/c4_200m", "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
     "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
 }  # fmt: skip
-ON_PROMPTS = (
-    "alpaca_dataset",
-    "alpaca_cleaned_dataset",
-    "grammar_dataset",
-    "samsum_dataset",
-)  # these train on the prompt by default
+# data sets that train on the prompt by default
+ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset")
 
 
-def read(path: Path) -> Draft:
+def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported loss."""
-    tree = read_yaml(path)
-    tree = _interpolate(tree, tree)
-    draft, keys = Draft("torchtune", path), Keys(tree)
+    tree = read_yaml(draft.file)
+    keys = Keys(_interpolate(tree, tree))
     _model(draft, keys)
     _loss(draft, keys)
     _data(draft, keys)
     _training(draft, keys)
     keys.report_rest(draft, IGNORED_KEYS)
-    return draft
 
 
 def _interpolate(value: Any, tree: dict[str, Any]) -> Any:
@@ -79,51 +75,43 @@ def _component(value: dict[str, Any]) -> str:
     return str(value.pop("_component_", "")).removeprefix("torchtune.")
 
 
+def _report_rest(draft: Draft, section: str, entry: dict[str, Any]) -> None:
+    for key, value in entry.items():
+        if value is not None:
+            draft.add_unsupported(f"{section}.{key}", format_value(value))
+
+
 def _model(draft: Draft, keys: Keys) -> None:
     model = dict(keys.take("model") or {})
     builder = _component(model).rpartition(".")[2]
     if not builder.startswith(("lora_", "qlora_")):
-        raise InputError(
-            f"{draft.file}: model._component_: {builder or '(none)'}: strop trains LoRA adapters only",
-            fix="give the config of a lora_ or qlora_ model",
-        )
+        what = f"{draft.file}: model._component_: {builder or '(none)'}: strop trains LoRA adapters only"
+        raise InputError(what, fix="give the config of a lora_ or qlora_ model")
     checkpointer = dict(keys.take("checkpointer") or {})
     if (folder := checkpointer.pop("checkpoint_dir", None)) is not None:
         draft.put("model.name", str(folder), "checkpointer.checkpoint_dir")
-    for key in (
-        "_component_",
-        "checkpoint_files",
-        "model_type",
-        "output_dir",
-        "safe_serialization",
-        "keep_last_n_checkpoints",
-    ):
-        if (value := checkpointer.pop(key, None)) is not None and key == "output_dir":
-            draft.put("out", str(value), "checkpointer.output_dir")
-    for key, value in checkpointer.items():
-        if value is not None:
-            draft.add_unsupported(f"checkpointer.{key}", format_value(value))
+    if (out := checkpointer.pop("output_dir", None)) is not None:
+        draft.put("out", str(out), "checkpointer.output_dir")
+    for key in ("_component_", "checkpoint_files", "model_type", "safe_serialization", "keep_last_n_checkpoints"):
+        checkpointer.pop(key, None)
+    _report_rest(draft, "checkpointer", checkpointer)
     if keys.take("resume_from_checkpoint"):
         draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`")
     four = bool(model.pop("quantize_base", builder.startswith("qlora_")))
     draft.put("model.quantization", "nf4" if four else "none", f"model._component_: {builder}")
     for key, name, default in (
-        ("lora_rank", "lora.r", 8),
-        ("lora_alpha", "lora.alpha", 16),
-        ("lora_dropout", "lora.dropout", 0.0),
+        ("lora_rank", "lora.r", 8), ("lora_alpha", "lora.alpha", 16), ("lora_dropout", "lora.dropout", 0.0),
         ("use_dora", "lora.use_dora", False),
-    ):
+    ):  # fmt: skip
         given = model.pop(key, None)
-        draft.put(
-            name, default if given is None else given, f"model.{key}" if given is not None else "torchtune's default"
-        )
+        value, source = (default, "torchtune's default") if given is None else (given, f"model.{key}")
+        draft.put(name, value, source)
     targets = [NAMES.get(name, name) for name in model.pop("lora_attn_modules", [])]
     targets += MLP if model.pop("apply_lora_to_mlp", False) else []
     targets += ["lm_head"] if model.pop("apply_lora_to_output", False) else []
     draft.put("lora.target_modules", targets, "model.lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output")
-    draft.add_difference(
-        "model.lora_attn_modules", "strop uses the layer names of transformers; `strop modules MODEL` lists them"
-    )
+    text = "strop uses the layer names of transformers; `strop modules MODEL` lists them"
+    draft.add_difference("model.lora_attn_modules", text)
     for key, value in model.items():
         draft.add_unsupported(f"model.{key}", format_value(value))
 
@@ -154,9 +142,8 @@ def _data(draft: Draft, keys: Keys) -> None:
         draft.add_difference("tokenizer.max_seq_len", NO_LIMIT_NOTE)
     for key, value in tokenizer.items():
         if value is not None:
-            draft.add_unsupported(
-                f"tokenizer.{key}", f"{format_value(value)}: strop uses the model's chat template (or data.template)"
-            )
+            text = f"{format_value(value)}: strop uses the model's chat template (or data.template)"
+            draft.add_unsupported(f"tokenizer.{key}", text)
     for key, name in (("dataset", "data.train"), ("dataset_val", "data.eval")):
         entry = keys.take(key)
         entries = entry if isinstance(entry, list) else [entry] if entry else []
@@ -179,9 +166,7 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> li
     style = entry.pop("conversation_style", None)
     if style not in (None, "sharegpt", "openai"):
         draft.add_unsupported(f"{key}.conversation_style", str(style))
-    for theirs, ours in (entry.pop("column_map", None) or {}).items():
-        names = {"input": "input", "output": "output", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-        columns[names.get(theirs, theirs)] = ours
+    columns |= entry.pop("column_map", None) or {}
     if (column := entry.pop("column", None)) is not None:
         columns = {"text": column} if column != "text" else {}
     if kind == "instruct_dataset" and set(columns) == {"input", "output"}:
@@ -195,9 +180,7 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> li
         draft.add_difference(f"{key}._component_", f"{kind}: adds its own prompt there instead of a chat template")
     if (system := entry.pop("new_system_prompt", None)) is not None:
         draft.add_unsupported(f"{key}.new_system_prompt", f"{format_value(system)}: add it to the rows")
-    for theirs, value in entry.items():
-        if value is not None:
-            draft.add_unsupported(f"{key}.{theirs}", format_value(value))
+    _report_rest(draft, key, entry)
     if trained and columns:
         draft.put("data.columns", columns, f"columns of {key}")
     if files is not None:
@@ -214,23 +197,17 @@ def _training(draft: Draft, keys: Keys) -> None:
     epochs, most = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
     draft.put("train.epochs", as_number(epochs), "epochs")
     if most is not None:
-        draft.put(
-            "train.max_steps",
-            as_int("max_steps_per_epoch", most) * as_int("epochs", epochs),
-            "max_steps_per_epoch x epochs",
-        )
-        draft.add_difference(
-            "max_steps_per_epoch",
-            "each epoch restarts at the first rows there; here the steps continue through the rows",
-        )
+        total = as_int("max_steps_per_epoch", most) * as_int("epochs", epochs)
+        draft.put("train.max_steps", total, "max_steps_per_epoch x epochs")
+        text = "each epoch restarts at the first rows there; here the steps continue through the rows"
+        draft.add_difference("max_steps_per_epoch", text)
     optimizer = dict(keys.take("optimizer") or {})
     name = str(optimizer.pop("_component_", "torch.optim.AdamW"))
     if name in OPTIMIZERS:
         draft.put("train.optimizer", OPTIMIZERS[name], "optimizer._component_")
     else:
-        draft.add_unsupported(
-            "optimizer._component_", f"{name}: not supported; strop uses adamw unless train.optimizer is set"
-        )
+        text = f"{name}: not supported; strop uses adamw unless train.optimizer is set"
+        draft.add_unsupported("optimizer._component_", text)
     if (rate := optimizer.pop("lr", None)) is not None:
         draft.put("train.learning_rate", as_number(rate), "optimizer.lr")
     decay = optimizer.pop("weight_decay", 0.01 if "Adam" in name else 0.0)
@@ -241,26 +218,18 @@ def _training(draft: Draft, keys: Keys) -> None:
     schedule = dict(keys.take("lr_scheduler") or {})
     kind = _component(schedule).rpartition(".")[2]
     if kind in ("get_cosine_schedule_with_warmup", ""):
-        draft.put(
-            "train.lr_scheduler", "cosine" if kind else "constant", "lr_scheduler._component_" if kind else "none there"
-        )
-        warm = schedule.pop("num_warmup_steps", 0)
-        draft.put(
-            "train.warmup",
-            as_int("lr_scheduler.num_warmup_steps", warm),
-            "lr_scheduler.num_warmup_steps" if kind else "none there",
-        )
+        source = "lr_scheduler._component_" if kind else "none there"
+        draft.put("train.lr_scheduler", "cosine" if kind else "constant", source)
+        warmup = as_int("lr_scheduler.num_warmup_steps", schedule.pop("num_warmup_steps", 0))
+        draft.put("train.warmup", warmup, "lr_scheduler.num_warmup_steps" if kind else "none there")
         draft.add_difference("lr_scheduler", WARMUP_NOTE)
     else:
-        draft.add_unsupported(
-            "lr_scheduler._component_", f"{kind}: strop has cosine, linear and constant; cosine is used"
-        )
+        text = f"{kind}: strop has cosine, linear and constant; cosine is used"
+        draft.add_unsupported("lr_scheduler._component_", text)
     for key, value in schedule.items():
         draft.add_unsupported(f"lr_scheduler.{key}", format_value(value))
     clip = keys.take("clip_grad_norm")
-    draft.put(
-        "train.max_grad_norm", as_number(clip) if clip else 0, "clip_grad_norm" if clip else "clip_grad_norm: null"
-    )
+    draft.put("train.max_grad_norm", as_number(clip or 0), "clip_grad_norm" if clip else "clip_grad_norm: null")
     if (seed := keys.take("seed")) is not None:
         draft.put("seed", as_int("seed", seed), "seed")
     if (dtype := keys.take("dtype")) is not None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
-from strop.data.reading.hub import explain_hub_error
+from strop.data.reading.sources import explain_hub_error
 from strop.errors import GatedError, ModelError, nearest
 from strop.models.families.gguf_header import read_gguf_config
 from strop.runs.folder import is_run

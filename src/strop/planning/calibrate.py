@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.data.types import Example
 from strop.engine.device import measure, pick_dtype, prepare_process
-from strop.engine.kernels.dispatch import frozen_flops, integer_flops, kernels_lack, processor_for
+from strop.engine.kernels.dispatch import backend_for, frozen_flops, int8_flops, why_no_triton
 from strop.engine.kernels.protocols import apply
 from strop.engine.step import step_for
 from strop.engine.train.head import OutputHead, SupervisedLoss
@@ -100,7 +100,7 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
         yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is stored in fp32, in twice the memory")
     else:
         yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
-    missing = kernels_lack(torch.device("cuda"))
+    missing = why_no_triton(torch.device("cuda"))
     if missing is None:
         yield Finding("ok", "strop's own kernels work on the GPU")
     else:
@@ -124,7 +124,7 @@ def measure_rates() -> Rates:
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
         costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
     unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if is_installed("bitsandbytes") else {}
-    integers = integer_flops() if precision.dtype == "fp32" else {}
+    integers = int8_flops() if precision.dtype == "fp32" else {}
     return Rates(bf16, precision.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
 
 
@@ -133,8 +133,8 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     rows, hidden, vocabulary = 512, 576, 49152
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
-    processor = processor_for(torch.device("cpu"), dtype)
-    output = OutputHead(weight, 0.0, processor.ops, matmul=processor.product(weight.shape))
+    backend = backend_for(torch.device("cpu"), dtype)
+    output = OutputHead(weight, 0.0, backend.ops, matmul=backend.matmul(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
     own_matmul = dtype == torch.bfloat16 and probe().has_bf16_matmul(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own_matmul) / bandwidth
@@ -222,7 +222,7 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 def _workload(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Workload:
     shape = ModelShape.from_config({"model_type": "llama", **sizes})
-    tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
+    tiles = backend_for(torch.device("cpu"), dtype).has_tiled_attention(shape.head_size)
     return Workload(
         base=BaseWeights(shape=shape, parameters=0),
         adapter=AdapterWeights(ranks=(rank,) * len(shape.linears)),

@@ -56,25 +56,16 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Piece:
-    """New output of a request.
-
-    finish_reason: None while it continues; "stop" or "length"; or an error: "failed", "format" (the grammar allows no
-    token), "memory" or "closed".
-    """
+    """New output of a request."""
 
     text: str
     tokens: tuple[Token, ...]
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # None while it continues; "stop" or "length"; or a key of app.FAILURES
 
 
 @dataclass
 class Job:
-    """A request to the engine.
-
-    on_piece: called with each piece, the last of which has a finish reason. continues_prompt: the text of the
-    completion continues that of the prompt, without a chat template between them. num_cached: prompt tokens that were
-    in the cache, set by the engine.
-    """
+    """A request to the engine."""
 
     model: str
     tokenizer: Any
@@ -83,12 +74,12 @@ class Job:
     adapter: str | None
     max_new_tokens: int
     sampling: Sampling
-    on_piece: Callable[[Piece], None]
+    on_piece: Callable[[Piece], None]  # called with each piece, the last of which has a finish reason
     stop_strings: Sequence[str] = ()
     num_logprobs: int | None = None
     mask: Mask | None = None
-    continues_prompt: bool = False
-    num_cached: int = 0
+    continues_prompt: bool = False  # the completion's text continues the prompt's, without a chat template between them
+    num_cached: int = 0  # prompt tokens that were in the cache, set by the engine
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -127,24 +118,15 @@ class Engine:
     in strop or in the model's code, after which the cache may be wrong: the thread ends, `failed` is set, and
     `on_failure` is called from that thread.
 
-    Args:
-        slots: requests in the batch.
-        queue: requests that may wait.
-        thread: an executor with one thread, the one that has computed with the model before. OpenMP keeps workers for
-            each thread that computes. With two sets of them on the same cores they sleep between two kernels, and a
-            step of a small model takes 2.5 times as long.
+    slots: requests in the batch. queue: requests that may wait. thread: an executor with one thread, the one that has
+    computed with the model before. OpenMP keeps workers for each thread that computes: with two sets of them on the
+    same cores they sleep between two kernels, and a step of a small model takes 2.5 times as long.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        slots: int,
-        queue: int,
-        metrics: Metrics,
-        thread: ThreadPoolExecutor | None = None,
+        self, decoder: Decoder, *, slots: int, queue: int, metrics: Metrics, thread: ThreadPoolExecutor | None = None,
         on_failure: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._batch, self._on_failure = Batch(decoder, slots), on_failure
         self._slots, self._queue, self._metrics = slots, queue, metrics
         self._changed = threading.Condition()
@@ -268,7 +250,6 @@ class Engine:
         return True
 
     def _step(self) -> None:
-        """Run a pass and deliver its output."""
         if self._batch.sequences:
             pieces: list[tuple[Job, Piece]] = []
             try:
@@ -279,7 +260,7 @@ class Engine:
                 self._deliver(pieces)
 
     def _piece(self, progress: Progress) -> tuple[Job, Piece] | None:
-        """Return the new output of a sequence, and remove it from the batch if a stop string was found."""
+        """Return the new output of a sequence, and remove it from the batch if it is finished."""
         sequence, active = progress.sequence, self._active[progress.sequence]
         detokenizer, text, reason = active.detokenizer, "", None
         if not active.has_output:

@@ -50,9 +50,9 @@ from strop.models.tokenizer import config_folder, load_tokenizer
 from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
 from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
-from strop.serve.address import KEY_VARIABLE, Address
 from strop.serve.models import BASE, check_names
 from strop.serve.run import LONGEST_CONTEXT
+from strop.serve.server import KEY_VARIABLE, Address
 
 GENERATION_CONFIG = "generation_config.json"
 START_SECONDS = 900.0  # compiling for a GPU takes minutes
@@ -62,16 +62,13 @@ LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # mean |difference| of a to
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Parity of one model between vLLM and strop.
-
-    mean, max: |difference| of a token's log-probability, in nats. control: the mean between vLLM's tuned model and
-    strop's base model, which must be larger if training changed anything; None for a base model.
-    """
+    """Parity of one model between vLLM and strop."""
 
     model: str
     tokens: int
-    mean: float
+    mean: float  # |difference| of a token's log-probability, in nats
     max: float
+    # the mean between vLLM's tuned model and strop's base model, larger if training changed anything; None for a base
     control: float | None
     limit: float
 
@@ -96,22 +93,13 @@ def lora_module_argument(name: str, folder: Path) -> str:
 
 
 def serve_vllm(
-    names: Sequence[str],
-    address: Address,
-    *,
-    python: str | None,
-    slots: int,
-    context: int | None,
-    device: str,
-    dtype: str,
-    ready: Callable[[dict[str, Any]], None],
-) -> int:
+    names: Sequence[str], address: Address, *, python: str | None, slots: int, context: int | None, device: str,
+    dtype: str, ready: Callable[[dict[str, Any]], None],
+) -> int:  # fmt: skip
     """Start vLLM, check its parity, run until a signal arrives, and return the signal's number.
 
-    ready: called with the fields of `strop serve --json` when requests are accepted.
-
-    Raises InputError before anything is loaded, RunError if vLLM does not start, ParityError if its log-probabilities
-    are not those of strop.
+    ready: called with the fields of `strop serve --json` when requests are accepted. Raises InputError before anything
+    is loaded, RunError if vLLM does not start, ParityError if its log-probabilities are not those of strop.
     """
     program, ids = find_vllm_python(python), check_names(names)
     folders = [adapter_folder(name) for name in names]
@@ -121,9 +109,8 @@ def serve_vllm(
     ranks = [_checked_rank(folder, source) for folder in adapters.values()]
     renderers = [Renderer(load_tokenizer(_tokenizer_source(name))) for name in names]
     if len({renderer.fingerprint for renderer in renderers}) > 1:
-        raise ModelError(
-            "the runs have different tokenizers or templates, and vLLM supports only one", fix="serve one of them"
-        )
+        what = "the runs have different tokenizers or templates, and vLLM supports only one"
+        raise ModelError(what, fix="serve one of them")
     weights = weights_folder(source)
     config = read_config(weights)
     architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
@@ -242,18 +229,12 @@ def _logprobs(module: Any, ids: Ids) -> list[float]:
 
 
 def _compare(
-    address: Address,
-    model: str,
-    texts: list[Ids],
-    tuned: list[list[float]],
-    base: list[list[float]] | None,
+    address: Address, model: str, texts: list[Ids], tuned: list[list[float]], base: list[list[float]] | None,
     limit: float,
-) -> ParityResult:
-    vllm = np.concatenate([np.array(_vllm_logprobs(address, model, ids)) for ids in texts])
-    difference = np.abs(vllm - np.concatenate([np.array(row) for row in tuned]))
-    control = None
-    if base is not None:
-        control = float(np.abs(vllm - np.concatenate([np.array(row) for row in base])).mean())
+) -> ParityResult:  # fmt: skip
+    vllm = np.concatenate([_vllm_logprobs(address, model, ids) for ids in texts])
+    difference = np.abs(vllm - np.concatenate(tuned))
+    control = None if base is None else float(np.abs(vllm - np.concatenate(base)).mean())
     mean = float(difference.mean())
     mean = mean if math.isfinite(mean) else math.inf
     return ParityResult(model, len(vllm), mean, float(difference.max()), control, limit)

@@ -72,8 +72,8 @@ def _model_notes(job: Job) -> Iterator[str]:
         )
     if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
-    if job.step.lacking:
-        reason = f"{job.step.lacking}; see {TROUBLESHOOTING_PAGE}#triton"
+    if job.step.why_no_triton:
+        reason = f"{job.step.why_no_triton}; see {TROUBLESHOOTING_PAGE}#triton"
         yield f"PyTorch's own operations train this model, more slowly: {reason}"
 
 

@@ -141,7 +141,7 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
 def test_quantized_weights_give_the_logits_of_dequantized_weights(scheme: str, dtype: torch.dtype) -> None:
     """To the bit; with AMX up to bf16 rounding. int8 weights with bf16 inputs are tested below."""
     pytest.importorskip("bitsandbytes")
-    if scheme == "int8" and dtype == torch.bfloat16 and passes.AS_HELD:
+    if scheme == "int8" and dtype == torch.bfloat16 and passes.INT8_DOTS:
         pytest.skip("this CPU multiplies int8 without dequantizing")
     for sizes in ({"hidden_size": 128, "intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 80}):
         model, layers = quantized(scheme, dtype, sizes)
@@ -152,13 +152,13 @@ def test_quantized_weights_give_the_logits_of_dequantized_weights(scheme: str, d
         dequantize_layers(model, 99)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
         for quantized_logits, logits in zip(outputs, logits_of(CompiledDecoder(model, 2000), sequences), strict=True):
-            if decode_matmul.TILES and dtype == torch.bfloat16:
+            if decode_matmul.USES_AMX and dtype == torch.bfloat16:
                 assert np.abs(quantized_logits - logits).max() < 0.02
             else:
                 assert np.array_equal(quantized_logits, logits)
 
 
-@pytest.mark.skipif(not passes.AS_HELD, reason="this CPU dequantizes int8 weights")
+@pytest.mark.skipif(not passes.INT8_DOTS, reason="this CPU dequantizes int8 weights")
 def test_int8_matmul_is_closer_to_fp32_than_the_dequantized_weight() -> None:
     model, layers = quantized("int8", torch.bfloat16, {"hidden_size": 128, "intermediate_size": 256})
     sequences = [SequenceState(ids, None) for ids in prompts()[:-1]]

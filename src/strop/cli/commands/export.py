@@ -36,7 +36,7 @@ def gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp, and compare its output there with the tuned model."""
     with status_line("loading the libraries") as status:
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         exported = api.export(
             "gguf", run, out, type=kind, adapter=adapter, data=data, measure=not no_parity, progress=status.print
         )
@@ -56,7 +56,7 @@ def ollama(
 ) -> None:
     """Write a folder for `ollama create` (GGUF and Modelfile), and compare its prompts with those of training."""
     with status_line("loading the libraries") as status:
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         prepared = api.export("ollama", run, out, type=kind, data=data, measure=not no_parity, progress=status.print)
     _print_exported(prepared.exported)
     if prepared.rendered_by is not None:

@@ -25,7 +25,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, and compare the merged model with the tuned one."""
     with status_line("loading the libraries") as status:
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
     print_base(merged.base, merged.base_losses)
     print_parity(merged.parity)

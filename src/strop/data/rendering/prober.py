@@ -5,15 +5,173 @@ No model family is known by name. A probe is a conversation of texts that no tem
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from strop.data.rendering.sandbox import TEMPLATE_ERRORS, BoundedTemplate
-from strop.data.rendering.template_source import DEFAULT_DAY, compared_values
-from strop.data.rendering.traits import InputFormat, Join, Mode, Traits, TurnEnding
+from strop.data.rendering.template_source import DEFAULT_DAY, TEMPLATE_ERRORS, BoundedTemplate, compared_values
 from strop.data.types import Message
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """The forms of input that a template accepts. Templates differ in tools, calls, ids, arguments and reasoning."""
+
+    tools: str = "tools"  # name of the variable with the tools
+    tools_as_text: bool = False  # tools are JSON in a string
+    no_tools: Any = None  # value of the variable without tools
+    arguments: Literal["object", "text"] = "object"  # of a call, an object or JSON in a string
+    # of calls: as the row has them, generated where it has none, or nine letters and digits as Mistral requires
+    ids: Literal["own", "made", "nine"] = "own"
+    reasoning: Literal["fields", "parts", "blocks"] = "fields"  # of the message, or parts or blocks of its content
+    required: dict[str, Any] = field(default_factory=dict)  # variables without which the template does not render
+
+    def variables(self, tools: Sequence[Any] | None) -> dict[str, Any]:
+        value = list(tools) if tools else self.required.get(self.tools, self.no_tools)
+        if tools and self.tools_as_text:
+            value = json.dumps(value, ensure_ascii=False)
+        return {"tools": self.no_tools, **self.required, self.tools: value}
+
+    def values(self, messages: Sequence[Message], *, reasoning: bool) -> list[dict[str, Any]]:
+        """Return messages as the template reads them, with or without reasoning."""
+        values = []
+        open_calls: list[tuple[str | None, str]] = []  # id and name of calls without a result
+        num_calls = 0
+        reasoning = reasoning and any(message.reasoning for message in messages)
+        for message in messages:
+            value: dict[str, Any] = {"role": message.role, "content": message.content}
+            if reasoning and message.role == "assistant" and (message.reasoning or self.reasoning == "blocks"):
+                value |= self._reasoning_fields(message)
+            if message.tool_calls:
+                calls = [self._call(call, num_calls + i) for i, call in enumerate(message.tool_calls)]
+                num_calls += len(calls)
+                value["tool_calls"] = calls
+                open_calls = [(call.get("id"), call["function"]["name"]) for call in calls]
+            name = message.name
+            if message.role == "tool":
+                id, call_name = self._match_result(message, open_calls)
+                name = name or call_name
+                if id is not None:
+                    value["tool_call_id"] = id
+            if name:
+                value["name"] = name
+            values.append(value)
+        return values
+
+    def _reasoning_fields(self, message: Message) -> dict[str, Any]:
+        if self.reasoning == "parts":
+            text = [{"type": "text", "text": message.content}] if message.content else []
+            return {"content": [{"type": "thinking", "thinking": message.reasoning}, *text]}
+        if self.reasoning == "blocks":
+            thoughts = [{"type": "thoughts", "text": message.reasoning}] if message.reasoning else []
+            response = [{"type": "response", "text": message.content}] if message.content else []
+            return {"content": {"blocks": [*thoughts, *response]}}
+        return dict.fromkeys(("reasoning_content", "thinking", "reasoning", "thought"), message.reasoning)
+
+    def _call(self, call: dict[str, Any], number: int) -> dict[str, Any]:
+        if self.arguments == "text":
+            function = call["function"]
+            arguments = json.dumps(function["arguments"], ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": arguments}}
+        id = call.get("id")
+        if id is None and self.ids != "own":
+            id = f"call{number:05}"
+        return call if id is None else {**call, "id": self._valid_id(id)}
+
+    def _match_result(
+        self, message: Message, open_calls: list[tuple[str | None, str]]
+    ) -> tuple[str | None, str | None]:
+        """Return id and name of the call of a result: by id, else by name, else the first without a result."""
+        wanted = None if message.call_id is None else self._valid_id(message.call_id)
+        index = next((i for i, (id, _) in enumerate(open_calls) if wanted is not None and id == wanted), None)
+        if index is None:
+            index = next((i for i, (_, name) in enumerate(open_calls) if message.name == name), None)
+        if index is None and wanted is None and message.name is None and open_calls:
+            index = 0
+        if index is None:
+            return wanted, None
+        id, name = open_calls.pop(index)
+        return wanted or id, name
+
+    def _valid_id(self, id: str) -> str:
+        if self.ids != "nine" or (len(id) == 9 and id.isalnum()):
+            return id
+        return hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+
+
+@dataclass(frozen=True)
+class TurnEnding:
+    """The ending of a turn: the text's suffix `cut` is replaced with `add`, whose last token is `stop`.
+
+    how: `written` by the template; `later`: written only before another turn; `role`: the token that begins the next
+    turn; `eos`: the tokenizer's end-of-sequence token.
+    """
+
+    cut: str
+    add: str
+    stop: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Join:
+    """A join of a prompt that is not a prefix of the training text with that text.
+
+    Where the prompt ends with `prompt`, the training text has `head` and then `drop`. The joined text is the prompt,
+    `insert`, and the rest of the training text after `drop`. by_place: the difference is in what the template writes
+    around turns, not in reasoning.
+    """
+
+    prompt: str
+    head: str
+    drop: str
+    insert: str
+    by_place: bool = False
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Settings to render a row."""
+
+    options: dict[str, Any]  # variables of the template
+    ending: TurnEnding
+    call_ending: TurnEnding | None  # of turns with calls; None: like others
+    plain: tuple[Join, ...] = ()  # joins of turns without reasoning
+    thinking: tuple[Join, ...] = ()  # joins of turns with reasoning
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The measured behaviour of a chat template."""
+
+    input_format: InputFormat
+    opening: str  # text of a prompt with one user turn
+    texts: tuple[str, ...]  # plain conversations as rendered, to find control tokens in
+    system: bool  # supports a system turn
+    tools: bool  # shows tools
+    calls: bool  # shows tool calls
+    call_error: str  # why calls are refused
+    parallel_calls: bool  # shows several calls in a turn
+    reasoning: bool  # shows reasoning
+    reasoning_with_calls: bool  # shows reasoning in turns with calls
+    reasoning_ends: tuple[str, ...]  # texts between reasoning and answer
+    reasoning_marks: tuple[tuple[str, str], ...]  # pairs around reasoning, such as <think> and </think>
+    # rows without reasoning need an empty block of it: the prompt opens or closes one that their text would not have
+    needs_empty: bool
+    bare: Mode  # of rows without reasoning
+    empty: Mode  # of rows without reasoning, with the block that the template writes when reasoning is off
+    thinking: Mode  # of rows with reasoning
+
+    @property
+    def endings(self) -> list[TurnEnding]:
+        endings = [(mode.ending, mode.call_ending) for mode in (self.bare, self.empty, self.thinking)]
+        return list(dict.fromkeys(ending for pair in endings for ending in pair if ending is not None))
+
+
+# --- probes --------------------------------------------------------------------------------------------------------
 
 USER, ANSWER, SYSTEM, TOOL = "Qzuserq", "Qzanswerq", "Qzsystemq", "qztoolq"
 NEXT, REASONING, VALUE, OTHER_VALUE = "Qznextq", "Qzthoughtq", "qzvalueq", "qzotherq"
@@ -43,13 +201,8 @@ CALLING_TWICE = Message("assistant", "", tool_calls=(_call(), _call(OTHER_VALUE,
 class Prober:
     """Probe one template.
 
-    Args:
-        jinja: the template.
-        source: its text.
-        read: the variables that it reads.
-        variables: values of the tokenizer's variables, such as bos_token.
-        added: the tokenizer's added tokens.
-        fixed: options set by the user, which are not probed.
+    read: the variables that it reads. variables: values of the tokenizer's, such as bos_token. added: the tokenizer's
+    added tokens. fixed: options set by the user, which are not probed.
     """
 
     def __init__(
@@ -58,16 +211,12 @@ class Prober:
     ) -> None:  # fmt: skip
         self._jinja, self._source, self._variables = jinja, source, variables
         self._added = [token for token in added if not token.isspace()]
-        self._read = read
+        self._read, self._fixed = read, fixed
         self._tree = jinja.environment.parse(source)
-        self._fixed = fixed
         self._input_format = InputFormat()
 
     def traits(self) -> Traits | None:
-        """Return the template's traits, or None if it shows no assistant turn or does not end it.
-
-        Raises TEMPLATE_ERRORS.
-        """
+        """Return the traits; None if the template shows no assistant turn or does not end it."""
         self._input_format = self._find_plain_format()
         conversation = self._render([QUESTION, PLAIN])
         if ANSWER not in conversation:
@@ -108,8 +257,6 @@ class Prober:
             thinking=self._thinking_mode(switches, replace(bare, plain=default_joins)),
         )
 
-    # --- rendering ---------------------------------------------------------------------------------------------------
-
     def _render(
         self, messages: Sequence[Message], *, tools: Sequence[Any] = (), generation: bool = False,
         options: Mapping[str, Any] | None = None,
@@ -135,8 +282,6 @@ class Prober:
         pattern = re.compile("|".join(map(re.escape, present)) or "(?!)")
         return [(match.start(), match.end(), match[0]) for match in pattern.finditer(text)]
 
-    # --- the forms of input ------------------------------------------------------------------------------------------
-
     def _find_plain_format(self) -> InputFormat:
         """Find the value for no tools, and the variables that the template requires."""
         required: dict[str, Any] = {}
@@ -152,10 +297,9 @@ class Prober:
                     first_error = first_error or error
             assert first_error is not None
             missing = re.match(r"'(\w+)' is undefined", str(first_error))  # Jinja's message
-            if missing is None or missing[1] in required or missing[1] not in self._read:
+            if missing is None or (name := missing[1]) in required or name not in self._read:
                 raise first_error
-            name = missing[1]
-            required[name] = _placeholder_value(name)
+            required[name] = f"{DEFAULT_DAY:%Y-%m-%d}" if "date" in name else "[]" if _is_tools_name(name) else ""
 
     def _find_tools(self) -> bool:
         """Set the name and form in which tools are shown. Return whether there is any."""
@@ -187,7 +331,6 @@ class Prober:
         return False
 
     def _call_error(self) -> str:
-        """Return the template's message for a call, if it refuses calls."""
         try:
             self._render([QUESTION, CALLING])
         except TEMPLATE_ERRORS as error:
@@ -207,7 +350,6 @@ class Prober:
         return text
 
     def _shows_results(self) -> bool:
-        """Return whether results are shown with the strictest form of ids."""
         before, self._input_format = self._input_format, replace(self._input_format, ids="nine")
         shown = bool(self._shown([QUESTION, CALLING, RESULT], NEXT))
         self._input_format = before
@@ -232,8 +374,6 @@ class Prober:
                 for value in dict.fromkeys([True, False, *compared_values(self._tree, name)]):
                     yield {name: value}
 
-    # --- where turns end ---------------------------------------------------------------------------------------------
-
     def _find_inner_tokens(self, switches: Sequence[dict[str, Any]]) -> set[str]:
         """Return the tokens within an assistant turn, after reasoning and between calls, which do not end it."""
         inner: set[str] = set()
@@ -250,17 +390,10 @@ class Prober:
         return inner
 
     def _ending(
-        self,
-        messages: list[Message],
-        mark: str,
-        next_message: Message,
-        options: dict[str, Any],
+        self, messages: list[Message], mark: str, next_message: Message, options: dict[str, Any],
         usual: TurnEnding | None = None,
-    ) -> TurnEnding | None:
-        """Find how the last turn ends.
-
-        mark: the end of the turn's text. next_message: a message that may follow. usual: how other turns end.
-        """
+    ) -> TurnEnding | None:  # fmt: skip
+        """Find how the last turn, whose text ends with `mark`, ends. usual: how other turns end."""
         alone = self._shown(messages, mark, options)
         followed = self._shown([*messages, next_message], NEXT, options)
         if not alone:
@@ -292,8 +425,7 @@ class Prober:
 
     def _ending_tokens(self, alone: str, tail: str, between: str) -> list[tuple[int, int, str]]:
         """Return the tokens that end a turn whatever follows, without those that begin the next turn."""
-        opener = self._first_token(alone)
-        shared = _shared_length(tail, between)
+        opener, shared = self._first_token(alone), _shared_length(tail, between)
         places = []
         for place in self._tokens(tail):
             if place[1] > shared or place[2] == opener:
@@ -306,8 +438,6 @@ class Prober:
         """Return the first added token besides bos."""
         bos = self._variables.get("bos_token")
         return next((token for *_, token in self._tokens(text) if token != bos), "")
-
-    # --- reasoning ---------------------------------------------------------------------------------------------------
 
     def _find_leads(self, switches: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         """Yield the texts before reasoning, and between reasoning and answer."""
@@ -335,29 +465,25 @@ class Prober:
         The relation is whole (the prompt is a prefix and opens no block), opened (it opens a reasoning block), closed
         (it writes a complete block) or apart (anything else).
         """
-        joins: dict[Join, None] = {}
-        states = []
-        header = ""
+        joins: list[Join] = []
+        states, header = [], ""
         call = replace(last, content="", tool_calls=(_call(),))
         for messages, mark in self._contexts():
             prompt = self._shown(messages, mark, options, generation=True)
             for turn, first in ((last, ANSWER), (call, TOOL)):
                 first = REASONING if turn.reasoning else first
                 text = self._shown([*messages, turn], first, options)
-                if not prompt or not text or text.rfind(mark) < 0 or first not in text[text.rindex(mark) :]:
+                if not prompt or mark not in text or first not in text[text.rindex(mark) :]:
                     continue
                 begin = text.rindex(mark) + len(mark)
                 written = text[begin : text.index(first, begin)]
-                if mark not in prompt:
-                    continue
                 prompt_end = prompt[prompt.rindex(mark) + len(mark) :]
                 join, state = self._join(prompt_end, written, bool(turn.reasoning), header)
                 states.append(state)
-                if join is not None:
-                    joins[join] = None
+                joins += [join] if join is not None else []
             if states[:1] == ["whole"]:
                 header = header or prompt[prompt.rfind(mark) + len(mark) :]
-        ordered = sorted(joins, key=lambda join: -len(join.prompt + join.drop))
+        ordered = sorted(dict.fromkeys(joins), key=lambda join: -len(join.prompt + join.drop))
         return tuple(ordered), states[0] if states else "apart"
 
     def _join(self, prompt: str, written: str, has_reasoning: bool, header: str) -> tuple[Join | None, str]:
@@ -419,16 +545,11 @@ class Prober:
         tokens = self._tokens(close)
         return tokens[0][2] if tokens else close.strip()
 
-    # --- modes -------------------------------------------------------------------------------------------------------
-
     def _mode(self, options: dict[str, Any], plain: tuple[Join, ...], thinking: tuple[Join, ...] = ()) -> Mode | None:
-        """Return the mode with these options, or None if turns have no ending with them."""
         ending = self._ending([QUESTION, PLAIN], ANSWER, NEXT_QUESTION, options)
         if ending is None:
             return None
-        call_ending = None
-        if self._calls:
-            call_ending = self._ending([QUESTION, CALLING], VALUE, RESULT, options, ending)
+        call_ending = self._ending([QUESTION, CALLING], VALUE, RESULT, options, ending) if self._calls else None
         return Mode(options, ending, call_ending, plain, thinking)
 
     def _empty_mode(self, switches: Sequence[dict[str, Any]], default: Mode, state: str) -> Mode:
@@ -453,15 +574,10 @@ class Prober:
         return default
 
 
-def _placeholder_value(name: str) -> str:
-    return f"{DEFAULT_DAY:%Y-%m-%d}" if "date" in name else "[]" if _is_tools_name(name) else ""
-
-
 def _is_tools_name(name: str) -> bool:
     return "tool" in name or "function" in name
 
 
 def _shared_length(left: str, right: str) -> int:
-    """Return the length of the shared prefix of two texts."""
     differing = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return next(differing, min(len(left), len(right)))

@@ -17,7 +17,7 @@ from strop.data.types import Ids
 from strop.engine.decode.cache import BLOCK_SIZE, MAX_SEQUENCES, PREFILL_ROWS, CacheFull, blocks_for
 from strop.engine.decode.decoder import Chunk, CompiledDecoder, Decoder, kv_bytes_per_position
 from strop.engine.decode.sampling import NoToken, PassOutput, SequenceState, Token
-from strop.engine.kernels.dispatch import logprobs_of
+from strop.engine.kernels.dispatch import token_logprobs
 from strop.errors import ModelError
 from strop.machine.probe import probe
 
@@ -152,7 +152,7 @@ def _score(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:
     # nothing follows the last position, so its score is not used
     expected = np.append(sequence.ids[start + 1 : sequence.num_cached + 1], 0)[: chunk.num_outputs]
     argmax = np.where(output.finite, output.argmax, -1)
-    return sequence.score_expected(start, argmax, logprobs_of(output.logits, expected))
+    return sequence.score_expected(start, argmax, token_logprobs(output.logits, expected))
 
 
 def _append_samples(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from strop.engine.decode.cache import BLOCK_SIZE
 from strop.engine.decode.exact_argmax import ExactArgmax, exact_argmax_for
 from strop.engine.decode.sampling import PassOutput
-from strop.engine.kernels.dispatch import answering_loops
+from strop.engine.kernels.dispatch import decode_kernels
 from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
 from strop.engine.train.peft_modules import base_of
 from strop.machine.memory import map_pages
@@ -30,20 +30,20 @@ class CompiledModel:
     """
 
     def __init__(self, layers: DecoderLayers, num_blocks: int, adapters: Sequence[str], *, warm: bool = True) -> None:
-        self._loops: Any = answering_loops(layers.head.weight.dtype if warm else None)
+        self._kernels: Any = decode_kernels(layers.head.weight.dtype if warm else None)
         self._layers = layers
         self._half = layers.head.weight.dtype == torch.bfloat16
         self._dtype = activation_dtype(layers.head.weight.dtype)
         self._num_threads = torch.get_num_threads()
         parts = [layers.part(number) for number in range(len(layers))]
         self._rope_kinds = [part.rope for part in parts]
-        self._act = getattr(self._loops, ACTIVATIONS[parts[0].activation])
+        self._act = getattr(self._kernels, ACTIVATIONS[parts[0].activation])
         width = padded_head_size(parts[0].size)
         shape = (num_blocks, parts[0].key_value, BLOCK_SIZE, width)
         self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in parts] for _ in range(2))
         self._cache = [(_array(k), _array(v)) for k, v in zip(self._keys, self._values, strict=True)]
         self._norm = self._build_norm(layers.norm)
-        self._head = self._loops.Dense(_array(layers.head.weight.data))
+        self._head = self._kernels.Dense(_array(layers.head.weight.data))
         self._logits = np.empty((0, 0), np.float32)
         self._query_width = parts[0].query * width
         self._adapters = list(adapters)
@@ -55,11 +55,11 @@ class CompiledModel:
         self._max_outputs = max(sum(_num_outputs(weight) for weight in linear.weights) for linear in linears)
         self._max_rank = max(int(linear.rows[:, 1].max(initial=0)) for linear in linears)
         packed = [weight for linear in linears for weight in linear.weights if hasattr(weight, "code")]
-        multiplies_int8 = self._loops.AS_HELD and self._dtype == torch.bfloat16
+        multiplies_int8 = self._kernels.INT8_DOTS and self._dtype == torch.bfloat16
         int8 = [weight for weight in packed if multiplies_int8 and weight.w.dtype == np.int8]
         self._quantizes_inputs = int(len(int8) > 0)
         self.unpacks_weights = len(int8) < len(packed)  # other quantized weights are dequantized for each product
-        self._num_rows, self._room, self._num_positions = 0, None, 0
+        self._num_rows, self._buffers, self._num_positions = 0, None, 0
         self._exact_argmax = self._make_exact_argmax(layers)
 
     def __call__(self, ids: Any, rows: tuple[Any, ...], num_positions: int, picked: Any, *, logits: bool) -> PassOutput:
@@ -72,24 +72,24 @@ class CompiledModel:
             picked: the rows that give outputs, (P,).
             logits: whether logits are needed; if not, the output may have the argmax only.
         """
-        loops, layers = self._loops, self._layers
+        kernels, layers = self._kernels, self._layers
         self._extend_rope(num_positions)
         self._reserve_rows(len(ids))
         hidden = layers.embedded(torch.from_numpy(ids)).float().contiguous().numpy()
         if layers.family.embedding_norm:
-            loops.leave(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
+            kernels.add_residual(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
         for layer in self._layers_with_cache:
-            loops.through(layer, self._room, hidden, *rows, self._num_threads)
+            kernels.layer_forward(layer, self._buffers, hidden, *rows, self._num_threads)
         if not len(picked):
             return PassOutput(np.empty(0, np.int64), np.empty(0, np.bool_))
         z = _array(torch.empty(len(picked), hidden.shape[1], dtype=self._dtype))
-        loops.enter(self._norm, hidden[picked], z)
+        kernels.norm_input(self._norm, hidden[picked], z)
         if not logits and self._exact_argmax is not None and (argmax := self._exact_argmax.argmax(z)) is not None:
             return PassOutput(argmax, np.ones(len(argmax), np.bool_))
         if len(picked) > len(self._logits):  # reused: fresh memory takes as long as computing the logits
             self._logits = np.empty((len(picked), len(self._head.w)), np.float32)
         all_logits = self._logits[: len(picked)]
-        loops.alone(self._head, z, all_logits, self._num_threads)
+        kernels.dense_matmul(self._head, z, all_logits, self._num_threads)
         return PassOutput.from_logits(self._transform_logits(all_logits))
 
     def copy_block(self, source: int, target: int) -> None:
@@ -118,7 +118,7 @@ class CompiledModel:
         """Allocate the buffers of a pass over `count` rows."""
         if count > self._num_rows:
             self._num_rows = count
-            room = self._loops.Room(
+            buffers = self._kernels.Buffers(
                 z=_array(torch.zeros(count * self._max_width, dtype=self._dtype)),
                 q=_array(torch.zeros(count * self._query_width, dtype=self._dtype)),
                 y=np.zeros(count * self._max_outputs, np.float32),
@@ -127,7 +127,7 @@ class CompiledModel:
                 x=torch.zeros(count * self._max_width * self._quantizes_inputs, dtype=torch.int16).numpy(),
                 scales=np.zeros(count * self._quantizes_inputs, np.float32),
             )
-            self._room = self._loops.HeldRoom(room)
+            self._buffers = self._kernels.BuffersRef(buffers)
 
     def _extend_rope(self, num_positions: int) -> None:
         """Make the tables of the rotary embedding cover `num_positions`."""
@@ -138,26 +138,26 @@ class CompiledModel:
         scale = self._layers.family.query_scale
         factor = torch.empty(0) if scale is None else scale(self._layers.config, at).float()
         tables = {
-            kind: self._loops.Turn(_array(cos.float()), _array(sin.float()), _array(factor))
+            kind: self._kernels.RopeTables(_array(cos.float()), _array(sin.float()), _array(factor))
             for kind, (cos, sin) in self._layers.angles(at).items()
         }
         self._layers_with_cache = [
-            self._loops.Held(layer._replace(turn=tables[kind]), *cache)
+            self._kernels.LayerRef(layer._replace(rope=tables[kind]), *cache)
             for layer, kind, cache in zip(self._built, self._rope_kinds, self._cache, strict=True)
         ]
 
     def _build_norm(self, part: NormSpec | None) -> Any:
         empty = np.empty(0, np.float32)
         if part is None:
-            return self._loops.Norm(0, empty, empty, np.float32(0.0))
+            return self._kernels.Norm(0, empty, empty, np.float32(0.0))
         weight = _array(part.weight.float() + part.offset)
         bias = empty if part.bias is None else _array(part.bias.float())
-        return self._loops.Norm(2 if part.centered else 1, weight, bias, np.float32(part.eps))
+        return self._kernels.Norm(2 if part.centered else 1, weight, bias, np.float32(part.eps))
 
     def _build_layer(self, part: Any) -> Any:
         fused = self._layers.family.fused_heads
         size, heads = part.size, part.query
-        shape = self._loops.Shape(
+        shape = self._kernels.Shape(
             query=heads, key_value=part.key_value, size=size,
             k_at=size if fused else heads * size,
             v_at=2 * size if fused else (heads + part.key_value) * size,
@@ -167,7 +167,7 @@ class CompiledModel:
             window=part.window, scale=np.float32(part.scale), softcap=np.float32(part.softcap),
         )  # fmt: skip
         inner, gated = base_of(part.down[0]).in_features, self._layers.family.gated
-        return self._loops.Layer(
+        return self._kernels.Layer(
             *(self._build_linear(modules) for modules in (part.qkv, part.o, part.gate_up, part.down)),
             before_attention=self._build_norm(part.before_attention),
             q_norm=self._build_norm(part.q_norm),
@@ -175,7 +175,7 @@ class CompiledModel:
             after_attention=self._build_norm(part.after_attention),
             before_mlp=self._build_norm(part.before_mlp),
             after_mlp=self._build_norm(part.after_mlp),
-            shape=shape, turn=None, inner=inner, gated=gated, act=self._act,
+            shape=shape, rope=None, inner=inner, gated=gated, act=self._act,
             about=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
             scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
@@ -190,7 +190,7 @@ class CompiledModel:
                 np.zeros(base.out_features, np.float32) if base.bias is None else base.bias.detach().float().numpy()
                 for base in bases
             ])  # fmt: skip
-        return self._loops.Linear(weights, bias, *self._build_adapters(modules, bases))
+        return self._kernels.Linear(weights, bias, *self._build_adapters(modules, bases))
 
     def _build_adapters(self, modules: list[Any], bases: list[Any]) -> tuple[Any, ...]:
         """Return the fields a, rows, b, spans and gains of a kernel's Linear: the adapters of fused linear layers."""
@@ -224,25 +224,25 @@ class CompiledModel:
 
     def _build_weight(self, base: Any, *, dequantize: bool) -> Any:
         if not isinstance(base, QuantizedLinear):
-            return self._loops.Dense(_array(base.weight.data))
+            return self._kernels.Dense(_array(base.weight.data))
         packed = None if dequantize else base.packed_weight()
         if packed is None:
-            return self._loops.Dense(_array(base.dequantize()))
+            return self._kernels.Dense(_array(base.dequantize()))
         weight, scale = _array(packed.weight.flatten()), _array(packed.scale)
         n = len(weight) * (1 if packed.code is None else 2) // base.in_features
         if packed.code is None:
-            return self._loops.Packed(weight, scale, np.empty(0, np.float32), base.in_features, n)
-        return self._loops.Packed(weight, scale, _array(packed.code), packed.share, n)
+            return self._kernels.Quantized(weight, scale, np.empty(0, np.float32), base.in_features, n)
+        return self._kernels.Quantized(weight, scale, _array(packed.code), packed.share, n)
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of matmul inputs and the cache: bf16 if the weights are and the CPU multiplies it, else fp32."""
-    return torch.bfloat16 if dtype == torch.bfloat16 and answering_loops().HAS_BF16 else torch.float32
+    return torch.bfloat16 if dtype == torch.bfloat16 and decode_kernels().HAS_BF16 else torch.float32
 
 
 def padded_head_size(size: int) -> int:
     """Return the values that a head takes in the cache: a multiple of the vector length."""
-    lanes: int = answering_loops().LANES
+    lanes: int = decode_kernels().LANES
     return -(-size // lanes) * lanes
 
 

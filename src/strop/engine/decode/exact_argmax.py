@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strop.engine.kernels.dispatch import screening_loops
+from strop.engine.kernels.dispatch import argmax_kernels
 
 MIN_HEAD_SHARE = 0.1  # of the bytes read a token; for a smaller head it is not worth it
 PAUSE_PASSES = 16  # skipped after a pass with too many candidates
@@ -25,7 +25,7 @@ class ExactArgmax:
     """
 
     def __init__(self, weight: Tensor, array: Any, scale: float) -> None:
-        self._loops: Any = screening_loops()
+        self._kernels: Any = argmax_kernels()
         self._weight, self._array, self._scale = weight.detach(), array, np.float32(scale)
         self._num_threads = torch.get_num_threads()
         self._quantized: tuple[Any, Any] | None = None
@@ -42,31 +42,31 @@ class ExactArgmax:
         return tokens
 
     def _argmax(self, z: Any) -> Any:
-        loops, num_threads, num_rows = self._loops, self._num_threads, len(z)
+        kernels, num_threads, num_rows = self._kernels, self._num_threads, len(z)
         if self._quantized is None:
-            values, scales, bounds = quantize_head(self._weight, loops.LANES)
+            values, scales, bounds = quantize_head(self._weight, kernels.LANES)
             self._quantized = (
-                loops.Packed(values, scales, np.empty(0, np.float32), z.shape[1], len(scales)), bounds,
+                kernels.Quantized(values, scales, np.empty(0, np.float32), z.shape[1], len(scales)), bounds,
             )  # fmt: skip
         head, bounds = self._quantized
         approximate = np.empty((num_rows, head.n), np.float32)
         if z.dtype == np.uint16:
             x, scales = np.empty(z.shape, np.int16), np.empty(num_rows, np.float32)
-            loops.in_whole(z, x, scales)
-            loops.integers(head, x, scales, approximate, 0, num_threads)
+            kernels.quantize_rows(z, x, scales)
+            kernels.int8_matmul(head, x, scales, approximate, 0, num_threads)
         else:
-            loops.packed(head, z[:0, 0], z, approximate, 0, num_threads)
+            kernels.quantized_matmul(head, z[:0, 0], z, approximate, 0, num_threads)
         norms, counts = np.empty(num_rows, np.float32), np.empty(num_rows, np.int64)
-        chosen = np.empty((num_rows, loops.MOST), np.int64)
-        loops.within_reach(approximate, bounds, z, norms, chosen, counts)
-        if not np.isfinite(norms).all() or not np.isfinite(bounds[0]) or counts.max() > loops.MOST:
+        chosen = np.empty((num_rows, kernels.MAX_CANDIDATES), np.int64)
+        kernels.find_candidates(approximate, bounds, z, norms, chosen, counts)
+        if not np.isfinite(norms).all() or not np.isfinite(bounds[0]) or counts.max() > kernels.MAX_CANDIDATES:
             return None
         tokens = np.unique(np.concatenate([row[:count] for row, count in zip(chosen, counts, strict=True)]))
-        if not 0 < len(tokens) <= loops.MOST:
+        if not 0 < len(tokens) <= kernels.MAX_CANDIDATES:
             return None
-        padded = np.append(tokens, np.repeat(tokens[-1:], -len(tokens) % loops.LANES))
+        padded = np.append(tokens, np.repeat(tokens[-1:], -len(tokens) % kernels.LANES))
         logits = np.empty((num_rows, len(padded)), np.float32)
-        loops.alone(loops.Dense(self._array[padded]), z, logits, num_threads)
+        kernels.dense_matmul(kernels.Dense(self._array[padded]), z, logits, num_threads)
         candidates = logits[:, : len(tokens)] * self._scale
         return tokens[candidates.argmax(1)] if np.isfinite(candidates).all() else None
 
@@ -103,8 +103,10 @@ def exact_argmax_for(
 
     z: an array of the type of the hidden states. other_bytes: size of all other weights.
     """
-    loops, (n, k) = screening_loops(), head.weight.shape
+    kernels, (n, k) = argmax_kernels(), head.weight.shape
     linear = head.bias is None and not softcap and scale > 0
-    exact = z.dtype == np.float32 or (loops.AS_HELD and loops.fits(k) and (not loops.TILES or n % loops.LANES == 0))
+    exact = z.dtype == np.float32 or (
+        kernels.INT8_DOTS and kernels.supports_width(k) and (not kernels.USES_AMX or n % kernels.LANES == 0)
+    )
     worth = head.weight.nbytes > MIN_HEAD_SHARE * (head.weight.nbytes + other_bytes)
     return ExactArgmax(head.weight, array, scale) if linear and exact and worth else None

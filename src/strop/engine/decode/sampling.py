@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from strop.data.types import Ids
-from strop.engine.kernels.dispatch import draw_token, likeliest, logprobs_of
+from strop.engine.kernels.dispatch import likeliest, sample_token, token_logprobs
 
 MIN_TEMPERATURE = 1e-4  # below it logits / temperature may overflow, and sampling is greedy in effect
 
@@ -271,11 +271,11 @@ class SequenceState:
         else:
             # one random number a position, from a counter-based generator (Philox, Salmon et al. 2011)
             generator = np.random.Generator(np.random.Philox(key=self._seed, counter=self.length))
-            token = draw_token(scores, sampling.temperature, sampling.top_k, sampling.top_p, generator.random())
+            token = sample_token(scores, sampling.temperature, sampling.top_k, sampling.top_p, generator.random())
         if self._num_logprobs is None:
             return Token(token)
         if not self._num_logprobs:
-            return Token(token, float(logprobs_of(logits[None], np.array([token]))[0]))
+            return Token(token, float(token_logprobs(logits[None], np.array([token]))[0]))
         wide = logits.astype(np.float64)
         logprobs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
         top = np.argsort(-logprobs, kind="stable")[: self._num_logprobs]

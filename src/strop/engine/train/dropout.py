@@ -56,12 +56,12 @@ class DropoutSpec:
 class Masks:
     """The state of a model's dropout.
 
-    tokens: the token keys (B, S) of the input that the model's own forward is computing. drops_for: returns the
+    tokens: the token keys (B, S) of the input that the model's own forward is computing. dropout_ops_for: returns the
     DropoutOps for a tensor.
     """
 
-    def __init__(self, drops_for: Callable[[Tensor], DropoutOps]) -> None:
-        self.drops_for = drops_for
+    def __init__(self, dropout_ops_for: Callable[[Tensor], DropoutOps]) -> None:
+        self.dropout_ops_for = dropout_ops_for
         self.seed, self.step = 0, 0
         self.tokens: Tensor | None = None
 
@@ -93,7 +93,7 @@ class CounterDropout(nn.Dropout):
         if tokens is None or not _are_token_rows(x.shape[:-1], tokens):
             return super().forward(x)
         dropped = DropoutSpec(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
-        ops = self.masks.drops_for(x)
+        ops = self.masks.dropout_ops_for(x)
         kept: Tensor = _MaskFunction.apply(x.reshape(-1, x.shape[-1]), dropped, ops)  # type: ignore[no-untyped-call]
         return kept.view(x.shape) * keep_scale(self.level)
 
@@ -115,12 +115,12 @@ def keep_scale(level: int) -> float:
     return LEVELS / (LEVELS - level)
 
 
-def install_dropout(model: nn.Module, drops_for: Callable[[Tensor], DropoutOps]) -> Masks:
+def install_dropout(model: nn.Module, dropout_ops_for: Callable[[Tensor], DropoutOps]) -> Masks:
     """Replace the dropout of all adapters with CounterDropout, where not done yet, and return their shared masks."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     entries = [(layer.lora_dropout, name, module) for layer in layers for name, module in layer.lora_dropout.items()]
     installed = [module.masks for _, _, module in entries if isinstance(module, CounterDropout)]
-    masks = installed[0] if installed else Masks(drops_for)
+    masks = installed[0] if installed else Masks(dropout_ops_for)
     for number, (container, name, module) in enumerate(entries):
         if type(module) is nn.Dropout:
             container[name] = CounterDropout(module.p, number, masks).train(module.training)

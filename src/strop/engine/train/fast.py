@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from strop.engine.kernels.dispatch import ALL, USUAL, Attend, Processor, drops_for, processor_for
-from strop.engine.kernels.protocols import Placed, apply
+from strop.engine.kernels.dispatch import ALL, USUAL, AttentionFunction, Backend, backend_for, dropout_ops_for
+from strop.engine.kernels.protocols import CopyToArena, apply
 from strop.engine.layers import NO_ROPE, Angles, DecoderLayers, LayerSpec, NormSpec, activation_parameters
 from strop.engine.train.attention import Heads, apply_trained_head_norms
 from strop.engine.train.buffers import Arena, heap_empty
@@ -73,7 +73,7 @@ class AttentionBlock:
     spec: LayerSpec
     qkv: FusedLinear
     heads: Heads
-    attend: Attend
+    attend: AttentionFunction
     o: FusedLinear
     apply_rope: Any
 
@@ -213,12 +213,12 @@ class Layer:
 
 
 class Blocks:
-    """Builds the layers of a model for a processor."""
+    """Builds the layers of a model for a backend."""
 
     def __init__(
-        self, model: DecoderLayers, processor: Processor, dropout_ops: DropoutOps, masks: Masks, arena: Arena | None
+        self, model: DecoderLayers, backend: Backend, dropout_ops: DropoutOps, masks: Masks, arena: Arena | None
     ) -> None:
-        self._model, self._processor, self._masks, self._arena = model, processor, masks, arena
+        self._model, self._backend, self._masks, self._arena = model, backend, masks, arena
         self._dropout_ops = dropout_ops
 
     def layers(self) -> list[Layer]:
@@ -229,8 +229,8 @@ class Blocks:
         if spec is None:
             return None
         now = None if spec.module is None else spec.now
-        arguments = self._processor.ops, spec.weight, spec.eps, spec.offset, spec.bias, now
-        return LayerNorm(*arguments, loops=self._processor.loops) if spec.centered else Norm(*arguments)
+        arguments = self._backend.ops, spec.weight, spec.eps, spec.offset, spec.bias, now
+        return LayerNorm(*arguments, loops=self._backend.cpu_ops) if spec.centered else Norm(*arguments)
 
     def _layer(self, spec: LayerSpec, number: int, workspace: Workspace) -> Layer:
         before_attention, before_mlp = self.norm(spec.before_attention), self.norm(spec.before_mlp)
@@ -255,14 +255,14 @@ class Blocks:
     def _fused(
         self, modules: list[Any], prologue: Prologue, workspace: Workspace, *, in_arena: bool = True
     ) -> FusedLinear:
-        arena, processor = self._arena if in_arena else None, self._processor
-        matmuls = processor.lora, processor.product, processor.held
-        return FusedLinear(modules, prologue, workspace, *matmuls, self._dropout_ops, processor.ops, arena)
+        arena, backend = self._arena if in_arena else None, self._backend
+        matmuls = backend.lora, backend.matmul, backend.weight_loader
+        return FusedLinear(modules, prologue, workspace, *matmuls, self._dropout_ops, backend.ops, arena)
 
     def _activation(self, spec: LayerSpec) -> ActivationModule:
-        gated, loops, kind = self._model.family.gated, self._processor.loops, ACTIVATIONS.get(spec.activation)
+        gated, loops, kind = self._model.family.gated, self._backend.cpu_ops, ACTIVATIONS.get(spec.activation)
         if gated and spec.activation in ("silu", "gelu_pytorch_tanh"):
-            return Glu(self._processor.ops, spec.activation)
+            return Glu(self._backend.ops, spec.activation)
         if gated or loops is None or kind is None:
             return Activation(spec.act, gated)
         return CompiledActivation(loops, kind, activation_parameters(spec.act))
@@ -270,7 +270,7 @@ class Blocks:
     def _attention(self, spec: LayerSpec, workspace: Workspace) -> AttentionBlock:
         family = self._model.family
         heads = Heads(
-            self._processor.ops,
+            self._backend.ops,
             spec.query, spec.key_value, spec.size, spec.scale, spec.window, spec.softcap,
             self.norm(spec.q_norm), self.norm(spec.k_norm), self.norm(spec.v_norm),
             new=self._arena or heap_empty,
@@ -281,8 +281,8 @@ class Blocks:
         # a copy of the layer's output is saved for the backward, not the output
         copied = family.fused_heads or concatenated or family.separate_rope
         qkv = self._fused(spec.qkv, self.norm(spec.before_attention), workspace, in_arena=not copied)
-        attend, o = self._processor.attention(spec.size), self._fused(spec.o, None, workspace)
-        apply_rope = self._processor.aside() if family.separate_rope else None
+        attend, o = self._backend.attention(spec.size), self._fused(spec.o, None, workspace)
+        apply_rope = self._backend.rope() if family.separate_rope else None
         return AttentionBlock(family, self._model.config, spec, qkv, heads, attend, o, apply_rope)
 
 
@@ -319,16 +319,16 @@ class FastLoss:
         self.prefix_sharing = prefix_sharing and not self._family.mixer
         self.why = self._family.model_parts
         self._device: torch.device = self._head.weight.device
-        self.masks = install_dropout(model, drops_for)
+        self.masks = install_dropout(model, dropout_ops_for)
         loops = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
-        self._processor = processor_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
-        self._head_matmul = self._processor.head_product(self._head.weight)
-        self._ops, self.lacking = self._processor.ops, self._processor.lacking
-        self._dropout_ops = drops_for(self._head.weight)
+        self._backend = backend_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
+        self._head_matmul = self._backend.head_matmul(self._head.weight)
+        self._ops, self.why_no_triton = self._backend.ops, self._backend.why_no_triton
+        self._dropout_ops = dropout_ops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"
         self._arena = Arena() if on_cpu else None
         self._input_arena = Arena() if on_cpu else None  # for the inputs of recomputed layers
-        self._blocks = Blocks(self._model, self._processor, self._dropout_ops, self.masks, self._arena)
+        self._blocks = Blocks(self._model, self._backend, self._dropout_ops, self.masks, self._arena)
         self._norm = self._blocks.norm(self._model.norm)
         self.replace_weights(lambda: None)
 
@@ -359,7 +359,7 @@ class FastLoss:
 
     def offload(self) -> None:
         self.checkpoint_layers = len(self._layers)
-        self.host_memory = self.host_memory or self._processor.host_memory(self._device)
+        self.host_memory = self.host_memory or self._backend.host_memory(self._device)
 
     def replace_weights(self, replace: Callable[[], None]) -> None:
         self._layers: list[Layer] = []
@@ -407,7 +407,7 @@ class FastLoss:
         if self.memory_watch is not None:
             self.memory_watch.begin()
         linears = [linear for layer in self._layers for linear in layer.linears]
-        self._processor.lay_out(linears, self._head.weight.dtype)
+        self._backend.prepare_adapters(linears, self._head.weight.dtype)
         self._gather("embedding")
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
@@ -429,7 +429,7 @@ class FastLoss:
                         context_fn=lambda: (nullcontext(), self._arena or nullcontext()),  # forward, recomputation
                     )  # fmt: skip
                 if self._input_arena is not None and self.host_memory is None:
-                    hidden = apply(Placed, hidden, self._input_arena)
+                    hidden = apply(CopyToArena, hidden, self._input_arena)
             else:
                 hidden, stored_kv = self._compute_layer(*arguments)
             if spec is not None and stored_kv is not None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import FrozenProduct, Ops
+from strop.engine.kernels.protocols import FrozenMatmul, Ops
 from strop.engine.train import lora
 from strop.engine.train.dropout import DropoutOps, DropoutSpec
 from strop.engine.train.lora import Adapters, Product
@@ -47,7 +47,7 @@ class OutputHead:
     dropout_ops: DropoutOps | None = None
     weight_trained: bool = False
     bias_trained: bool = False
-    matmul: FrozenProduct = lora.frozen_matmul
+    matmul: FrozenMatmul = lora.frozen_matmul
 
     @property
     def trained(self) -> list[Tensor]:

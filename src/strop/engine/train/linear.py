@@ -1,8 +1,8 @@
 """Frozen linear layers with LoRA or DoRA as one autograd function, with what precedes them fused in.
 
 The function has hand-derived gradients. It saves only what its backward needs and computes no gradient for frozen
-weights. Element-wise work is done by `Ops` (kernels/eager.py is the reference), the adapters' matmuls by `LoraProducts`
-(reference: lora.py), and the frozen ones by `FrozenProduct` (reference: lora.frozen_matmul).
+weights. Element-wise work is done by `Ops` (kernels/eager.py is the reference), the adapters' matmuls by `LoraOps`
+(reference: lora.py), and the frozen ones by `FrozenMatmul` (reference: lora.frozen_matmul).
 
 DoRA (Liu et al., arXiv:2402.09353) computes y = g (z W^T + s z A^T B^T) + bias with g = m / |W + s B A|, row by row.
 The norm is a constant in the gradient (section 4.3 of the paper). With dropout, which leaves z' of z for an adapter,
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import About, FrozenProduct, Loops, LoraProducts, Ops, ReusedBuffer, apply
+from strop.engine.kernels.protocols import ActivationParameters, CpuOps, FrozenMatmul, LoraOps, Ops, ReusedBuffer, apply
 from strop.engine.train import lora
 from strop.engine.train.buffers import Allocate, Arena, heap_empty
 from strop.engine.train.dropout import DropoutOps, DropoutSpec, keep_scale
@@ -31,7 +31,7 @@ from strop.engine.train.norms import Norm
 from strop.engine.train.peft_modules import ActiveAdapters, base_of, dropout_spec, find_active_adapters
 from strop.models.quantize import QuantizedLinear
 
-LoraOpsFor = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]
+LoraOpsFor = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraOps]]
 PrepareWeight = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
 
 
@@ -77,11 +77,11 @@ class Activation:
 
 @dataclass(frozen=True)
 class CompiledActivation:
-    """An ungated activation(x) in the same place, by compiled kernels. kind, about: as in Loops.activated."""
+    """An ungated activation(x) in the same place, by compiled kernels. kind, about: as in CpuOps.activated."""
 
-    loops: Loops
+    loops: CpuOps
     kind: str
-    about: About
+    about: ActivationParameters
 
     def forward(self, x: Tensor, buffer: ReusedBuffer | None = None) -> Tensor:
         out = None if buffer is None else buffer(len(x), x.shape[1], x)
@@ -180,7 +180,7 @@ class FrozenLinear:
 
     weight: Callable[[], Any]
     bias: Tensor | None
-    lora: LoraProducts
+    lora: LoraOps
     columns: tuple[tuple[int, int], ...]
     scales: tuple[float, ...]
     buffer: ReusedBuffer | None = None
@@ -189,7 +189,7 @@ class FrozenLinear:
     dropout_ops: DropoutOps | None = None
     dora: Dora | None = None
     trained_biases: tuple[tuple[int, int], ...] = ()
-    matmul: FrozenProduct = frozen_matmul
+    matmul: FrozenMatmul = frozen_matmul
 
     def adapter_inputs(self, z: Tensor) -> Tensor:
         """Return z, or with dropout a masked copy of it for each adapter."""
@@ -357,7 +357,7 @@ class FusedLinear:
         prologue: Prologue,
         workspace: Workspace,
         lora_ops_for: LoraOpsFor,
-        matmul_for: Callable[[Sequence[int]], FrozenProduct],
+        matmul_for: Callable[[Sequence[int]], FrozenMatmul],
         prepare_weight: PrepareWeight,
         dropout_ops: DropoutOps,
         ops: Ops,
@@ -365,9 +365,9 @@ class FusedLinear:
     ) -> None:
         """Fuse the modules' weights.
 
-        lora_ops_for, matmul_for: return the implementations for layers of these sizes (Processor.lora and .product).
-        prepare_weight: wraps the weight for the matmul (Processor.held). arena: for the output, which is saved for the
-        backward, on a CPU.
+        lora_ops_for, matmul_for: return the implementations for layers of these sizes (Backend.lora and .matmul).
+        prepare_weight: wraps the weight for the matmul (Backend.weight_loader). arena: for the output, which is saved
+        for the backward, on a CPU.
         """
         self.modules, self.prologue = modules, prologue
         self._dropout_ops, self._ops, self._arena = dropout_ops, ops, arena
@@ -388,7 +388,7 @@ class FusedLinear:
             # Evaluated when the weights are loaded; a view from then on.
             self.weight = prepare_weight(cache(lambda: _fuse(weights)), lambda: None)
         self._locations = [_location(base.weight) for base in self.bases]
-        self.operands: LoraProducts | None = None  # the adapters' matmuls, where kernels/cuda prepared them
+        self.operands: LoraOps | None = None  # the adapters' matmuls, where kernels/cuda prepared them
 
     def _int8_weight(self) -> tuple[Tensor, Tensor] | None:
         """Return int8 (n, k) and scale (n,) of all modules, which become views; None unless all are in 8 bits."""

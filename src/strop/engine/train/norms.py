@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import Loops, Ops, ReusedBuffer, apply
+from strop.engine.kernels.protocols import CpuOps, Ops, ReusedBuffer, apply
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Norm:
 class LayerNorm(Norm):
     """LayerNorm in the same place. loops: compiled CPU kernels, if there are any."""
 
-    loops: Loops | None = None
+    loops: CpuOps | None = None
 
     def forward(self, x: Tensor, buffer: ReusedBuffer | None = None) -> Tensor:
         if self.loops is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strop.engine.kernels.dispatch import drops_for
+from strop.engine.kernels.dispatch import dropout_ops_for
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import install_dropout, token_keys
@@ -52,12 +52,12 @@ class PlainLoss:
     name = "plain"
     packed = False
     prefix_sharing = False
-    lacking = ""
+    why_no_triton = ""
     can_offload = False
 
     def __init__(self, model: Any, why: str = "") -> None:
         self.model, self.why = model, why
-        self.masks = install_dropout(model, drops_for)
+        self.masks = install_dropout(model, dropout_ops_for)
         self._head: nn.Module = model.get_output_embeddings()
         self._balance = load_balancing(model.config)
 

@@ -1,4 +1,4 @@
-"""Attention in tiles, on CPUs with AVX512-BF16: no further from fp64 than the way around products in bf16 is."""
+"""Tiled attention on CPUs with AVX512-BF16: no further from fp64 than attention with bf16 matmuls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from strop.engine.kernels import eager
 from strop.engine.kernels.cpu import elementwise
-from strop.engine.kernels.cpu.attention import TileAttention
+from strop.engine.kernels.cpu.attention import TiledAttention
 from strop.engine.train.attention import Attention, Heads
 from strop.engine.train.norms import Norm
 from strop.engine.train.packing import Documents
@@ -23,15 +23,15 @@ SPANS = {
     "a prefix": [(13, 40, 13), (53, 1, 13), (54, 66, 13), (0, 13, 0)],
     "a long prefix": [(90, 3, 90), (93, 20, 90), (0, 90, 0)],
 }
-SHAPES = {  # heads, key-value heads, size, numbers that the rotary embedding turns
+SHAPES = {  # heads, key-value heads, size, elements that the rotary embedding rotates
     "grouped": (6, 2, 64, 64),
-    "one each, partly turned": (2, 2, 32, 16),
+    "one each, partly rotated": (2, 2, 32, 16),
     "one for all": (3, 1, 96, 96),
 }
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
+def error(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).norm() / truth.norm())
 
 
 @pytest.mark.parametrize(
@@ -40,38 +40,38 @@ def error(found: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("window", [0, 7, 40])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spans", SPANS)
-def test_tiles_are_as_near_to_fp64_as_products_are(
+def test_tiles_are_as_close_to_fp64_as_matmuls(
     spans: str, shape: str, window: int, norms: bool, softcap: float, sinks: float
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
-    heads, key_value, size, turned = SHAPES[shape]
-    tokens = max(start + own for start, own, _ in SPANS[spans])
+    heads, key_value, size, rotated = SHAPES[shape]
+    tokens = max(start + length for start, length, _ in SPANS[spans])
     documents = Documents(np.array(SPANS[spans]), tokens, torch.device("cpu"))
     weight = torch.rand(size) + 0.5
-    angles = torch.rand(tokens, turned // 2) * 6
+    angles = torch.rand(tokens, rotated // 2) * 6
     qkv, upstream = torch.randn(tokens, (heads + 2 * key_value) * size), torch.randn(tokens, heads * size)
 
-    def run(way: type[torch.autograd.Function], ops: object, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def run(attention: type[torch.autograd.Function], ops: object, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         norm = Norm(ops, weight.to(dtype), 1e-6, 0.0) if norms else None  # type: ignore[arg-type]
         extra = torch.linspace(-2, 3, heads) if sinks else None
-        numbers = heads, key_value, size, size**-0.5, window, softcap
-        shape = Heads(ops, *numbers, norm, norm, sinks=extra)  # type: ignore[arg-type]
+        options = heads, key_value, size, size**-0.5, window, softcap
+        shape = Heads(ops, *options, norm, norm, sinks=extra)  # type: ignore[arg-type]
         x = qkv.bfloat16().to(dtype).requires_grad_()
-        out = way.apply(x, shape, angles.cos(), angles.sin(), documents)
+        out = attention.apply(x, shape, angles.cos(), angles.sin(), documents)
         out.backward(upstream.bfloat16().to(dtype))
         assert x.grad is not None
         return out.detach(), x.grad
 
     truth = run(Attention, eager, torch.float64)
-    tiles, products = run(TileAttention, elementwise, torch.bfloat16), run(Attention, elementwise, torch.bfloat16)
-    for found, other, exact in zip(tiles, products, truth, strict=True):
-        assert error(found, exact) <= error(other, exact) + 1e-3
-    again = run(TileAttention, elementwise, torch.bfloat16)
+    tiles, matmuls = run(TiledAttention, elementwise, torch.bfloat16), run(Attention, elementwise, torch.bfloat16)
+    for result, other, exact in zip(tiles, matmuls, truth, strict=True):
+        assert error(result, exact) <= error(other, exact) + 1e-3
+    again = run(TiledAttention, elementwise, torch.bfloat16)
     assert all(torch.equal(one, two) for one, two in zip(tiles, again, strict=True))
 
 
-def test_documents_do_not_see_each_other() -> None:
-    """Another document's numbers change nothing, to the last bit; and NaN stays in its document, where it is seen."""
+def test_documents_do_not_affect_each_other() -> None:
+    """Values of another document change no bit, and NaN stays within its document."""
     torch.manual_seed(0)
     shape = Heads(elementwise, 2, 1, 32, 0.2, 0, 0.0, None, None)  # type: ignore[arg-type]
     documents = Documents(np.array([(0, 40, 0), (40, 25, 0)]), 65, torch.device("cpu"))
@@ -80,7 +80,7 @@ def test_documents_do_not_see_each_other() -> None:
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
-        out = TileAttention.apply(x, shape, angles.cos(), angles.sin(), documents)
+        out = TiledAttention.apply(x, shape, angles.cos(), angles.sin(), documents)
         out.backward(upstream)
         assert x.grad is not None
         return out.detach(), x.grad
@@ -88,14 +88,14 @@ def test_documents_do_not_see_each_other() -> None:
     other, broken = qkv.clone(), qkv.clone()
     other[:40] = torch.randn(40, 128).bfloat16()
     broken[3, 5] = float("nan")
-    for found, changed, spoilt in zip(run(qkv), run(other), run(broken), strict=True):
-        assert torch.equal(found[40:], changed[40:]) and torch.equal(found[40:], spoilt[40:])
-        assert not torch.equal(found[:40], changed[:40])
-        assert not spoilt[3:40].isfinite().all() and spoilt[40:].isfinite().all()
+    for result, changed, with_nan in zip(run(qkv), run(other), run(broken), strict=True):
+        assert torch.equal(result[40:], changed[40:]) and torch.equal(result[40:], with_nan[40:])
+        assert not torch.equal(result[:40], changed[:40])
+        assert not with_nan[3:40].isfinite().all() and with_nan[40:].isfinite().all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_tasks_are_shared_out_once(threads: int) -> None:
+def test_each_task_is_assigned_to_one_thread(threads: int) -> None:
     documents = Documents(np.array([(0, 300, 0), (300, 20, 0), (320, 21, 0)]), 341, torch.device("cpu"))
     tasks, lanes = documents.thread_tasks(3, threads)
     assert sorted(tasks.tolist()) == list(range(9)) and lanes[0] == 0 and lanes[-1] == 9 and len(lanes) == threads + 1

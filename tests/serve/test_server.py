@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from strop.serve import guard
+from strop.serve import server as http_server
 
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
 
@@ -23,7 +23,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 def test_connection_without_complete_headers_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(http_server, "HEAD_SECONDS", 0.3)
 
     async def closed_after(*sent: bytes, read: bytes = b"") -> float:
         """Return the seconds from the last piece sent, one each 0.1 s, to the end of the connection."""
@@ -42,12 +42,12 @@ def test_connection_without_complete_headers_is_closed(monkeypatch: pytest.Monke
     async def measure() -> list[float]:
         nonlocal port
         config = uvicorn.Config(
-            app, http=guard.HeaderTimeoutProtocol, lifespan="off", log_config=None, timeout_keep_alive=5
+            app, http=http_server.HeaderTimeoutProtocol, lifespan="off", log_config=None, timeout_keep_alive=5
         )
         config.load()
         loop, state = asyncio.get_running_loop(), ServerState()
         server = await loop.create_server(
-            lambda: guard.HeaderTimeoutProtocol(config=config, server_state=state, app_state={}), "127.0.0.1"
+            lambda: http_server.HeaderTimeoutProtocol(config=config, server_state=state, app_state={}), "127.0.0.1"
         )
         port = server.sockets[0].getsockname()[1]
         seconds = await asyncio.gather(
