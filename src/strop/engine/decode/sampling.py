@@ -52,7 +52,7 @@ class PassOutput:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled. Greedy at temperature 0; top_k 0 keeps all tokens.
+    """Sampling settings. Greedy at temperature 0; top_k 0 keeps all tokens.
 
     A seed makes the output reproducible, whatever else is in the batch.
     """
@@ -203,7 +203,7 @@ class SequenceState:
 
     @property
     def needs_argmax_only(self) -> bool:
-        """Whether the most likely token is all that is needed of the logits."""
+        """True if only the most likely token is needed, and no other logits."""
         penalty = self._sampling.repetition_penalty
         return self.greedy and self._num_logprobs is None and self._mask is None and penalty == 1
 
