@@ -51,7 +51,7 @@ LOOPBACK = Link("gloo, one machine", 0.5e9, 120e-6)
 # Fields of Rate that processes on one CPU divide among them.
 SHARED_RATES = ("flops", "bandwidth", "head_flops", "attention_flops", "thin_flops", "moved", "frozen_flops")
 FLAG_SUMS, FLAG_BYTES = 2, 4  # sums of flags per step, before and after its computation; bytes per device
-SLOTS = 8  # minimum number of micro-batches in a step with train.exact (training.oom)
+SLOTS = 8  # minimum number of micro-batches in a step with train.exact (training.gradients)
 
 
 @dataclass(frozen=True)
