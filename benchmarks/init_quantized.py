@@ -30,7 +30,7 @@ from strop.models.lora import cast_trainable_to_fp32, trainable_parameters
 from strop.models.quantize import dequantize_weight, quantizable_linears, quantize_weight
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.planning.learning_rate import objective_base_rate
+from strop.planning.choose import objective_base_rate
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.training.loop import fit

@@ -15,7 +15,7 @@ from typing import Any
 import measured
 
 import strop
-from strop.evaluation.compare import questions
+from strop.evaluation.compare import make_questions
 from strop.evaluation.metrics import score
 from strop.evaluation.run import read_conversations
 from strop.exporting.gguf import export_gguf
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results as JSON")
     asked = parser.parse_args()
     model = strop.load(asked.run, dtype="fp32")
-    rows = questions(read_conversations(asked.data))
+    rows = make_questions(read_conversations(asked.data))
     prompts = [model.renderer.prompt(row.conversation.messages[:-1], row.conversation.tools) for row in rows]
     golds = [row.gold for row in rows]
     expected = [answer.text for answer in in_batches(model, prompts)]

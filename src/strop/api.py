@@ -68,9 +68,8 @@ def plan(
     from strop.machine.memory import limit_bytes
     from strop.planning.machines import target_for
     from strop.planning.microbatch import plan_options, row_sizes
-    from strop.planning.model_facts import read_model_facts, start_adapter
     from strop.planning.multi_device import Devices, target_share
-    from strop.planning.plan import make_plan
+    from strop.planning.plan import make_plan, read_model_facts, start_adapter
 
     resolved = resolve(_path(recipe), plan_options(_flatten(options), recipe is not None))
     device = resolved.recipe.model.device
@@ -112,7 +111,7 @@ def compare_methods(
     from strop.planning.choose import usable_bytes
     from strop.planning.machines import target_for
     from strop.planning.microbatch import plan_options
-    from strop.planning.model_facts import read_model_facts
+    from strop.planning.plan import read_model_facts
     from strop.planning.tables import compare_methods as compare
     from strop.planning.tables import known_models
 

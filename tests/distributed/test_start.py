@@ -17,7 +17,7 @@ import torch
 from torch.distributed.launcher import api
 
 import strop
-from strop.distributed.environment import Place, find_place
+from strop.distributed.devices import Place, find_place
 from strop.distributed.launch import count_processes, launch_processes
 from strop.errors import InputError, RecipeError
 from tests import ROOT

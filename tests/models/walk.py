@@ -27,7 +27,7 @@ from strop.errors import StropError
 from strop.exporting.merge import merge
 from strop.models.load import load_without_weights
 from strop.models.source import locate
-from strop.planning.model_facts import list_layers
+from strop.planning.plan import list_layers
 from strop.training import run as run_module
 from tests.support import tiny_families
 from tests.support.tiny import write_rows

@@ -13,9 +13,8 @@ from strop.machine.memory import save_measured
 from strop.machine.probe import Machine, vector_extensions
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
-from strop.planning.choose import choose, memory_key, usable_bytes
+from strop.planning.choose import choose, learning_rate, memory_key, objective_base_rate, usable_bytes
 from strop.planning.fit import MemoryBudget
-from strop.planning.learning_rate import learning_rate, objective_base_rate
 from strop.planning.memory import EvaluationLoad, RolloutLoad, phases
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.tables import KNOWN

@@ -10,7 +10,7 @@ import pytest
 
 from strop.config.load import resolve
 from strop.models.families.shape import ModelShape
-from strop.planning.learning_rate import learning_rate, objective_base_rate, open_rate, rule_evidence
+from strop.planning.choose import learning_rate, objective_base_rate, open_rate, rule_evidence
 from strop.planning.tables import KNOWN
 from tests import ROOT
 from tests.support.scripts import script

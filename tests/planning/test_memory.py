@@ -27,7 +27,7 @@ from strop.models.lora import add_lora, count_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.memory import FUSED_EXPERTS, PARTS, EvaluationLoad, load_phase, phases, train_phase
-from strop.planning.tables import KNOWN, compare_methods, known_models, markdown_table
+from strop.planning.tables import KNOWN, compare_methods, known_models
 from strop.planning.workload import Workload
 from tests import ROOT
 from tests.support import tiny
@@ -345,7 +345,10 @@ def _tables() -> dict[str, str]:
     given = {"model.device": "cuda", "model.dtype": "bf16", "data.max_length": 2048}
     recipe = resolve(None, {"model": "m", "data": "d", **given}).recipe
     runs = MEMORY.table(json.loads(RUNS.read_text("utf-8"))["results"])
-    models = markdown_table(compare_methods(recipe, known_models()))
+    models = "| model | parameters | full | 16-bit LoRA | QLoRA (nf4) |\n|---|---:|---:|---:|---:|\n"
+    for row in compare_methods(recipe, known_models()):
+        sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (row.full, row.lora, row.qlora))
+        models += f"| {row.model} | {row.parameters / 1e9:.2f} B | {sizes} |\n"
     after = AFTER.table(json.loads(PHASES.read_text("utf-8"))["results"])
     choices = CHOICE.table(json.loads(CHOICES.read_text("utf-8"))["results"])
     timed = {mark: TIME.table(results) for mark, results in TIMED.items()}

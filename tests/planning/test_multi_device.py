@@ -34,7 +34,7 @@ from strop.planning.multi_device import (
 from strop.planning.tables import KNOWN
 from strop.planning.time import Rate
 from strop.planning.workload import BaseWeights, Workload
-from strop.training import oom
+from strop.training import gradients
 from tests.support.runs import run
 
 RATE = Rate(1e12, 1e11, "test", head_flops=5e11, attention_flops=4e11)
@@ -71,8 +71,8 @@ def test_communication_seconds_equal_a_calculation_by_hand() -> None:
     link = Link("test", bytes_per_s=1e9, hop_s=1e-3, start_s=1e-2)
     assert ring_seconds(10**9, Devices(4), link) == pytest.approx(1e-2 + 6e-3 + 1.5)
     network = replace(link, inside_s=1e-4)
-    assert ring_seconds(0, Devices(each=2, nodes=3), network) == pytest.approx(1e-2 + 4e-3 + 6e-4)
-    assert tree_seconds(10**9, Devices(each=2, nodes=4), network) == pytest.approx(1e-2 + 2e-4 + 4e-3 + 2)
+    assert ring_seconds(0, Devices(per_node=2, nodes=3), network) == pytest.approx(1e-2 + 4e-3 + 6e-4)
+    assert tree_seconds(10**9, Devices(per_node=2, nodes=4), network) == pytest.approx(1e-2 + 2e-4 + 4e-3 + 2)
     thousand = Devices(nodes=1024)
     assert sum_seconds(10**6, thousand, network, "cuda") < sum_seconds(10**6, thousand, network, "cpu")
 
@@ -178,7 +178,7 @@ def test_sampling_on_several_devices_is_refused() -> None:
 
 def test_exact_training_sends_each_partial_sum_to_every_device() -> None:
     """Eight micro-batches make one buffer per device on two devices, and six buffers on three."""
-    assert SLOTS == oom.SLOTS
+    assert SLOTS == gradients.SLOTS
     options = {"train.batch_size": 8, "train.micro_batch": 8, "model.device": "cpu"}
     plain, two, three = (
         plan(model="demo", memory=32 << 30, devices=count, **options, **{"train.exact": exact}).multi_device

@@ -20,8 +20,8 @@ from strop.planning.workload import Workload
 from strop.runs.events import read_events
 from strop.training import dry_run
 from strop.training.dry_run import describe_batch, forecast, try_largest_batch
+from strop.training.gradients import micro_batches
 from strop.training.loop import fit
-from strop.training.oom import micro_batches
 from strop.training.state import Job, batch_stream
 from tests.support import tiny
 from tests.support.failures import starved

@@ -27,8 +27,8 @@ from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
 from strop.training.criteria import PreferenceCriterion, answer_logprobs
+from strop.training.gradients import micro_batches
 from strop.training.loop import fit
-from strop.training.oom import micro_batches
 from strop.training.reference import check_reference, with_reference
 from strop.training.state import Job, batch_stream
 from tests.support import preferences, tiny

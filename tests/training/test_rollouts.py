@@ -19,8 +19,8 @@ from strop.objectives.policy import GRPO
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
 from strop.training import rollouts as drawing
+from strop.training.gradients import micro_batches
 from strop.training.loop import fit
-from strop.training.oom import micro_batches
 from strop.training.rollouts import PolicyCriterion
 from strop.training.state import Job, batch_stream
 from tests.support.groups import make_job, make_reward, prompts, write_prompts, write_reward

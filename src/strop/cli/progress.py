@@ -307,7 +307,7 @@ def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, 
 
 def is_main_process() -> bool:
     """Return whether this process prints: it runs alone, or is rank 0 of those that a launcher started."""
-    from strop.distributed.environment import find_place
+    from strop.distributed.devices import find_place
 
     place = find_place()
     return place is None or place.rank == 0

@@ -35,8 +35,7 @@ from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.planning.machines import Target, target_for
 from strop.planning.microbatch import NO_DATA, Rows, plan_options, row_sizes
-from strop.planning.model_facts import read_model_facts, start_adapter
-from strop.planning.plan import make_plan
+from strop.planning.plan import make_plan, read_model_facts, start_adapter
 from strop.runs.folder import free_bytes
 
 TARGET_S = 10.0  # seconds to cache machine facts; free memory changes

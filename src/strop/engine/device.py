@@ -37,9 +37,8 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     PyTorch can reuse if its segments are expandable. GPUs are numbered in the driver's order, so that `strop plan`,
     which asks the driver, and CUDA mean the same one. Matmuls that a GPU splits are summed in fp32 and rounded once.
 
-    Args:
-        deterministic: Also configure cuBLAS for `repeatable`. It reads its configuration when it starts.
-        rank: Of the adapters. Up to 32, oneDNN does not compute their matmuls on CPUs with tiled kernels.
+    deterministic: also configure cuBLAS for `repeatable`; it reads its configuration when it starts. rank: of the
+    adapters; up to 32, oneDNN does not compute their matmuls on CPUs with tiled kernels.
     """
     keep_heap_pages()
     if deterministic:
@@ -72,20 +71,14 @@ def repeatable() -> Iterator[None]:
 
 
 def pick_device(asked: str) -> str:
-    """Return the device to use; `auto` is CUDA, then MPS, then the CPU.
-
-    Raises:
-        DeviceError: torch cannot use the device here.
-    """
+    """Return the device to use; `auto` is CUDA, then MPS, then the CPU. Raises DeviceError."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     kind, _, index = asked.partition(":")
     if not usable[kind] or (index and int(index) >= torch.cuda.device_count()):
-        raise DeviceError(
-            f"--model.device {asked}: torch {torch.__version__} cannot use it here",
-            fix="use cpu, or leave model.device at auto",
-        )
+        what = f"--model.device {asked}: torch {torch.__version__} cannot use it here"
+        raise DeviceError(what, fix="use cpu, or leave model.device at auto")
     return asked
 
 

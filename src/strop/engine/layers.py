@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.train.peft_modules import NewRows, base_of, current_module, embed, new_rows, unwrapped
+from strop.engine.train.peft_modules import base_of, current_module, embed, unwrapped
 from strop.models.families.layers import activation_name, find_rotary, linears, mixer_module, moe_module, text_decoder
 from strop.models.families.table import FAMILIES, Family
 
@@ -109,10 +109,6 @@ class DecoderLayers:
         """Return the scaled embeddings (T, hidden) of ids (T,), in the model's dtype."""
         x = embed(self.embedding, ids)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
-
-    def new_rows(self) -> NewRows | None:
-        """Return the trained and active rows of the head."""
-        return new_rows(self.output)
 
     def rope_kind(self, number: int) -> str | None:
         """Return the layer's kind of rotary embedding, as in LayerSpec."""

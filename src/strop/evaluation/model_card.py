@@ -17,8 +17,8 @@ CARD_FILE = "README.md"
 PLACE = "THIS_FOLDER"  # stands for the model's location until that is known
 # Recipe fields about paths on this machine and about logging, which do not decide the model.
 LOCAL_FIELDS = {
-    *("model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "model.device"),
-}
+    "model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "model.device",
+}  # fmt: skip
 
 REWARD = """It scores an answer with one number (higher is better) and does not generate text.
 
@@ -91,15 +91,14 @@ def hub_id(name: str) -> str | None:
 def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[str, Any] | None = None) -> str:
     """Return the card of a run's adapter, or of a model that it was merged into.
 
-    Args:
-        report: content of report.json.
-        base: Hub id of the base of an adapter that was trained on a folder or a GGUF file.
-        merged: for a merged model: dtype, and parity as in `strop merge --json` (None: not measured).
+    base: Hub id of the base of an adapter that was trained on a folder or a GGUF file. merged: dtype and parity of a
+    merged model, as in `strop merge --json` (parity None: not measured).
     """
     chosen = {choice["field"]: choice["value"] for choice in report["recipe"]}
     lock, name = report["lock"], Path(str(report["run"])).name
     base_id = base or hub_id(lock["base"]["name"])
-    base_text = f"`{base_id}`" if base_id else f"`{_file_name(lock['base']['name'])}` (not from the Hub)"
+    file_name = Path(lock["base"]["name"].partition("#")[0]).name  # a card has no paths of this machine
+    base_text = f"`{base_id}`" if base_id else f"`{file_name}` (not from the Hub)"
     data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
@@ -144,11 +143,6 @@ def _end(report: Mapping[str, Any]) -> str:
     return (f".removesuffix({cut})" if end["cut"] else "") + (f" + {add}" if end["add"] else "")
 
 
-def _file_name(name: str) -> str:
-    """Return the last part of a base's name, as a card has no paths of this machine."""
-    return Path(name.partition("#")[0]).name
-
-
 def _adapter(chosen: Mapping[str, Any]) -> str:
     targets = chosen["lora.target_modules"]
     on = ", ".join(targets) if isinstance(targets, (list, tuple)) else str(targets)
@@ -190,7 +184,7 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if result and _has_both_sides(result):
             metric = result["metric"]
             scores = f"{metric} {result['base'][metric]:.1%} before, {result['tuned'][metric]:.1%} after"
-            yield name, f"{rows_text(result)}: {scores} ({_verdict(result)})"
+            yield name, f"{rows_text(result)}: {scores} ({verdict(Difference(**result['difference']))[1]})"
     general = report.get("general")
     if general:
         scores = f"{general['base']:.1%} before, {general['tuned']:.1%} after"
@@ -199,10 +193,6 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _has_both_sides(result: Any) -> bool:
     return bool(result and result.get("tuned") and result.get("base"))
-
-
-def _verdict(result: Mapping[str, Any]) -> str:
-    return verdict(Difference(**result["difference"]))[1]
 
 
 def _limits(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str]:

@@ -55,7 +55,8 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
     template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     evaluation = report.get("evaluation") or {}
     samples = evaluation.get("samples") or report.get("samples") or []
-    recipe = report.get("recipe") or []
+    step = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced, so that no kind of row is favoured
+    recipe, regression = report.get("recipe") or [], _verdict(report.get("regression") or {})
     page = template.render(
         title=Path(str(report.get("run") or "run")).name,
         verdict=_verdict(evaluation),
@@ -66,7 +67,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         loss_plot=_loss_plot(events, 10.4),
         narrow_loss_plot=_loss_plot(events, 4.2),  # the text of a wide plot is unreadable on a phone
         plots=list(_small_plots(events)),
-        samples=[_sample(sample) for sample in _spread(samples)],
+        samples=[_sample(samples[int(place * step)]) for place in range(min(len(samples), MAX_SAMPLES))],
         num_samples=len(samples),
         data=list(_data(report.get("data") or {})),
         memory=list(_memory(report.get("memory") or {})),
@@ -76,7 +77,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         recoveries=_recoveries(events),
         general=_general(report.get("general") or {}),
         tasks=list(task_rows(report.get("tasks") or {})),
-        regression=_regression(report.get("regression") or {}),
+        regression=f"{regression[1]} (rows that should not get worse)" if regression else "",
         findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
     # JSON may contain a lone surrogate, which UTF-8 cannot encode.
@@ -99,16 +100,15 @@ def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the figures at the top: (name, value)."""
-    if isinstance(report.get("steps"), int):
-        yield "steps", f"{report['steps']:,}"
-    if _is_number(report.get("seconds")):
-        yield "training time", _duration(report["seconds"])
-    if _is_number(report.get("tokens")):
-        yield "tokens", f"{report['tokens']:,}"
-    if _is_number(report.get("supervised_tokens")):
-        yield "supervised tokens", f"{report['supervised_tokens']:,}"
-    if _is_number(report.get("tokens_per_s")):
-        yield "tokens/s", f"{report['tokens_per_s']:,.0f}"
+    for field, name, as_text in (
+        ("steps", "steps", "{:,}".format),
+        ("seconds", "training time", _duration),
+        ("tokens", "tokens", "{:,}".format),
+        ("supervised_tokens", "supervised tokens", "{:,}".format),
+        ("tokens_per_s", "tokens/s", "{:,.0f}".format),
+    ):
+        if _is_number(report.get(field)):
+            yield name, as_text(report[field])
     loss = report.get("loss") or {}
     if _is_number(loss.get("first")) and _is_number(loss.get("last")):
         yield "training loss", f"{loss['first']:.3f} → {loss['last']:.3f}"
@@ -136,12 +136,7 @@ def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iter
     sides = [side for side in ("base", "tuned") if evaluation.get(side)]
     names = dict.fromkeys(name for side in sides for name in evaluation[side] if _is_number(evaluation[side][name]))
     for name in sorted(names, key=lambda name: name != metric):
-        share = (
-            name == metric
-            or name in METRICS
-            or name in ("intent", "valid_json", "preference_sum")
-            or name.endswith("_rate")
-        )
+        share = name in (metric, *METRICS, "intent", "valid_json", "preference_sum") or name.endswith("_rate")
         cells = []
         for side in sides:
             value = evaluation[side].get(name)
@@ -170,39 +165,16 @@ def _capitalized(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 
 
-def _regression(regression: Mapping[str, Any]) -> str:
-    """Return a sentence on the user's rows that should not get worse."""
-    result = _verdict(regression)
-    return f"{result[1]} (rows that should not get worse)" if result else ""
-
-
-def _spread(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return at most MAX_SAMPLES samples, evenly spaced, so that no kind of row is favoured."""
-    step = max(1.0, len(samples) / MAX_SAMPLES)
-    return [samples[int(place * step)] for place in range(min(len(samples), MAX_SAMPLES))]
-
-
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return prompt, gold, and each answer in pieces."""
-    gold = sample.get("gold")
-    answers = [
-        {"side": side, "hit": sample.get(f"{side}_hit"), "parts": _marked(gold, str(sample[side]).strip())}
-        for side in ("base", "tuned")
-        if sample.get(side) is not None
-    ]
-    return {
-        "prompt": _cut(str(sample.get("prompt", ""))),
-        "gold": None if gold is None else _cut(str(gold)),
-        "answers": answers,
-    }
-
-
-def _marked(gold: Any, answer: str) -> list[tuple[str, str]]:
-    """Return the shown part of an answer in pieces (text, same | added | missing), compared with the gold."""
-    shown = _cut(answer)
-    if gold is None or not shown:
-        return [(shown or "(nothing)", "same")]
-    return mark_differences(_cut(str(gold)), shown)
+    gold = None if sample.get("gold") is None else _cut(str(sample["gold"]))
+    answers = []
+    for side in ("base", "tuned"):
+        if sample.get(side) is not None:
+            text = _cut(str(sample[side]).strip())
+            parts = mark_differences(gold, text) if text and gold is not None else [(text or "(nothing)", "same")]
+            answers.append({"side": side, "hit": sample.get(f"{side}_hit"), "parts": parts})
+    return {"prompt": _cut(str(sample.get("prompt", ""))), "gold": gold, "answers": answers}
 
 
 def _cut(text: str) -> str:
@@ -228,9 +200,7 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _choice(choice: Mapping[str, Any]) -> dict[str, str]:
     value = choice.get("value")
     shown = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return {"field": str(choice.get("field", "")), "value": shown} | {
-        name: str(choice.get(name) or "") for name in ("origin", "why")
-    }
+    return {name: str(choice.get(name) or "") for name in ("field", "origin", "why")} | {"value": shown}
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

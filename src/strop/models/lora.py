@@ -113,7 +113,7 @@ def ignore_peft_warnings(*messages: str) -> Iterator[None]:
 
 
 def _peft_placement(model: nn.Module, names: list[str]) -> dict[str, Any]:
-    """Return LoraConfig's fields for where adapters sit: linear layers, expert parameters, and only the text half."""
+    """Return LoraConfig's fields that select linear layers and expert parameters, of the text half alone."""
     kinds, parameter_leaves, prefix = linear_kinds(model), adapted_as_parameters(model), text_path(model)
     experts = {kind.name for kind in kinds if kind.type == EXPERTS}
     by_weight = [name for name in names if name not in experts and name.rpartition(".")[2] in parameter_leaves]
@@ -132,7 +132,7 @@ def _peft_placement(model: nn.Module, names: list[str]) -> dict[str, Any]:
 def _adapted_paths(model: nn.Module, names: list[str], modules_to_save: Sequence[str]) -> list[str]:
     """Return the paths of layers and expert parameters with adapters, as PEFT's patterns match them.
 
-    No adapter sits on or inside a module that is trained in full.
+    A module that is trained in full has none, on or inside it.
     """
     placement, is_text = _peft_placement(model, names), in_text(model)
     layers = [path for path, _ in model.named_modules() if has_suffix(path, placement["target_modules"])]
@@ -196,7 +196,7 @@ def add_to_base(base: nn.Linear, x: Tensor, delta: Tensor) -> Tensor:
 
 
 def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
-    """Keep trainable weights in fp32 whatever the base's dtype: in bf16 small updates round away (TRAPS 2, 16).
+    """Keep trainable weights in fp32 whatever the base's dtype: in bf16 small updates round away.
 
     A module trained in full still takes and returns the base's dtype.
     """

@@ -7,6 +7,7 @@ tensors that are alive then.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,41 +28,25 @@ MIXERS = {
     "jamba": (118, 0, "in_proj"),
 }  # fmt: skip
 # Heap fragmentation on a CPU, fitted (docs/log): a share of what mixers keep, and of the MLP's backward blocks.
-MIXER_FRAGMENTATION = 0.6
-MLP_FRAGMENTATION = 1.0
+MIXER_FRAGMENTATION, MLP_FRAGMENTATION = 0.6, 1.0
 HEAD_BYTES, GPU_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits computed at once, as in engine.train.head
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows that are computed at once.
+    """The rows that are computed at once."""
 
-    Args:
-        tokens: number of packed tokens; a shared prefix counts once.
-        supervised: number of rows of the output head.
-        documents: (number, queries, keys) of each bucket of documents.
-        more: the step has other micro-batches, whose gradients stay allocated while this one is computed.
-        shared: tokens saved by a shared prefix, less the tokens added by padding.
-    """
-
-    tokens: int
-    supervised: int
-    documents: tuple[tuple[int, int, int], ...]
-    more: bool = False
-    shared: int = 0
-
-    @staticmethod
-    def of(tokens: int, length: int, *, share: float = 1.0, more: bool = True) -> MicroBatch:
-        """Return as many rows of one length as fit a budget of tokens. share: supervised share of the tokens."""
-        length = max(2, min(length, tokens))
-        return MicroBatch.rows([length] * max(1, tokens // length), share=share, more=more)
+    tokens: int  # number of packed tokens; a shared prefix counts once
+    supervised: int  # number of rows of the output head
+    documents: tuple[tuple[int, int, int], ...]  # (number, queries, keys) of each bucket of documents
+    more: bool = False  # the step has other micro-batches, whose gradients stay allocated while this one is computed
+    shared: int = 0  # tokens saved by a shared prefix, less the tokens added by padding
 
     @staticmethod
     def rows(lengths: Sequence[int], *, share: float = 1.0, more: bool = True) -> MicroBatch:
         """Return documents of these lengths without a shared prefix. share: supervised share of the tokens."""
         tokens = sum(lengths)
-        counts = {length: list(lengths).count(length) for length in set(lengths)}
-        documents = tuple((number, length, length) for length, number in sorted(counts.items()))
+        documents = tuple((number, length, length) for length, number in sorted(Counter(lengths).items()))
         return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, more)
 
     @property
@@ -70,7 +55,7 @@ class MicroBatch:
         return sum(number for number, _, _ in self.documents) - (self.shared > 0)
 
     @property
-    def kept_pairs(self) -> int:
+    def saved_pairs(self) -> int:
         """Number of query-key pairs whose probabilities are kept for the backward pass (attention in buckets)."""
         return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= KEEP_PAIRS)
 
@@ -90,7 +75,7 @@ def _blocks(queries: int, keys: int, block: int = BLOCK) -> list[tuple[int, int]
 
 
 def _pairs(queries: int, keys: int, block: int = BLOCK) -> int:
-    return sum(rows * seen for rows, seen in _blocks(queries, keys, block))
+    return sum(rows * block_keys for rows, block_keys in _blocks(queries, keys, block))
 
 
 @dataclass(frozen=True)
@@ -143,8 +128,8 @@ def at_peak(workload: Workload, batch: MicroBatch) -> LiveBytes:
 def step_long_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
     """Return bytes of the fast step outside of its layers: those alive from forward to backward, and those at the head.
 
-    The first: per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and
-    the rotary angles in fp32. The second: on a CPU, one more copy of the supervised rows.
+    Per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and the rotary
+    angles in fp32; at the head, on a CPU, one more copy of the supervised rows.
     """
     if workload.compute.step == "plain":
         return 0, 0
@@ -167,13 +152,12 @@ def offloaded_bytes(workload: Workload, batch: MicroBatch) -> int:
 def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     """Return the mean bytes that one layer saves for its backward pass. rows: rows computed after the attention."""
     if workload.compute.step == "plain":
-        return _plain_layer_bytes(workload, batch, rows)
+        return _plain_layer_bytes(workload, batch)
     shape, b, device = workload.shape, workload.compute.dtype_bytes, workload.compute.device
     h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
-    ranks = workload.adapter.ranks
+    family, rank_of = workload.family, dict(workload.ranked_linears())
     if workload.tiled_lora:
-        ranks = tuple(-(-rank // 16) * 16 for rank in ranks)
-    family, rank_of = workload.family, dict(zip(shape.linears, ranks, strict=True))
+        rank_of = {x: -(-rank // 16) * 16 for x, rank in rank_of.items()}
     usual = Family()  # names of a model that is known only by its config
 
     def ranks_of(*names: str) -> int:
@@ -192,14 +176,14 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     after += 2 * h if workload.adapter.dora and not workload.adapter.dropout else 0  # outputs of both blocks
     if workload.compute.attention_tiles or workload.flash_attention:
         # The output, which the next matmul keeps too, and one fp32 value per row and head.
-        kept = batch.tokens * (q * b + 4 * shape.heads)
+        saved = batch.tokens * (q * b + 4 * shape.heads)
         after -= q if o_ranks and rows == batch.tokens else 0
     elif device == "cpu":
-        kept = shape.heads * batch.kept_pairs * b
+        saved = shape.heads * batch.saved_pairs * b
     else:  # PyTorch's attention keeps copies of q, k, v (on CUDA, one per query head), its output and its statistics
         copies = 5 * q if device == "cuda" else 2 * q + 2 * kv
-        kept = batch.tokens * (copies * b + 4 * shape.heads)
-    attention = batch.tokens * (before - h) * b + kept
+        saved = batch.tokens * (copies * b + 4 * shape.heads)
+    attention = batch.tokens * (before - h) * b + saved
     if family.gated_output:  # the gate, its sigmoid, and the gated output
         attention += batch.tokens * 3 * q * b
     if family.mixer:
@@ -214,23 +198,18 @@ def _mixer_bytes(workload: Workload) -> int:
     """Return bytes per token that the model's module in attention's place saves, with PyTorch operations."""
     family = workload.shape.family
     constant, per_byte, leaf = MIXERS[family if family == "jamba" else workload.family.mixer or ""]
-    widths = (
-        (x.share, x.inputs if leaf == "out_proj" else x.outputs) for x in workload.mixer_linears if x.leaf == leaf
-    )
-    width = sum(share * values for share, values in widths)
+    linears = [x for x in workload.mixer_linears if x.leaf == leaf]
+    width = sum(x.share * (x.inputs if leaf == "out_proj" else x.outputs) for x in linears)
     saved = round(width * (constant + per_byte * workload.compute.dtype_bytes))
     return saved + _adapter_copies(workload, workload.mixer_linears)
 
 
 def fragmentation_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return bytes of a CPU's heap that are lost between blocks of different sizes; fitted (docs/log).
-
-    Blocks of HEAP_BLOCK_BYTES bytes and more have their own pages and leave no holes.
-    """
+    """Return bytes of a CPU's heap that are lost between blocks of different sizes; fitted (docs/log)."""
     if workload.compute.device != "cpu" or workload.compute.step != "fast":
         return 0
-    small = sum(block for block in _mlp_backward_blocks(workload, batch.supervised) if block < HEAP_BLOCK_BYTES)
-    lost = MLP_FRAGMENTATION * small
+    # Blocks of HEAP_BLOCK_BYTES bytes and more have their own pages and leave no holes.
+    lost = MLP_FRAGMENTATION * sum(x for x in _mlp_backward_blocks(workload, batch.supervised) if x < HEAP_BLOCK_BYTES)
     if workload.family.mixer:
         layers = workload.shape.layers - min(workload.compute.checkpointed_layers, workload.shape.layers - 1)
         lost += MIXER_FRAGMENTATION * layers * batch.tokens * _mixer_bytes(workload)
@@ -238,10 +217,7 @@ def fragmentation_bytes(workload: Workload, batch: MicroBatch) -> int:
 
 
 def _mixture_bytes(workload: Workload) -> int:
-    """Return bytes per token that a mixture of experts, computed by the model's own modules, saves.
-
-    Each chosen expert saves its input, its output and the activations between them.
-    """
+    """Return bytes per token of a mixture computed by the model's modules: what each chosen expert saves."""
     shape, b, family = workload.shape, workload.compute.dtype_bytes, workload.family
     down = [(x.share * x.active, x.inputs) for x in workload.mlp_linears if x.leaf in ("down_proj", family.down)]
     copies = 1 if b < 4 else 2  # in fp32 no copy is made before an adapter, so the input itself is kept
@@ -252,12 +228,12 @@ def _mixture_bytes(workload: Workload) -> int:
 
 def _adapter_copies(workload: Workload, linears: Sequence[LinearShape]) -> int:
     """Return bytes per token of fp32 copies that peft keeps: the input of each adapter, and the output of its A."""
-    ranks = dict(zip(workload.shape.linears, workload.adapter.ranks, strict=True))
+    ranks = dict(workload.ranked_linears())
     low = workload.compute.dtype_bytes < 4
     return sum(round(x.share * x.active * 4 * ((x.inputs if low else 0) + ranks[x])) for x in linears if ranks[x])
 
 
-def _plain_layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
+def _plain_layer_bytes(workload: Workload, batch: MicroBatch) -> int:
     """Return bytes of a transformers layer with peft adapters: fp32 copies in the norms and before each adapter."""
     shape, b = workload.shape, workload.compute.dtype_bytes
     h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
@@ -267,13 +243,10 @@ def _plain_layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
 
 
 def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = None) -> int:
-    """Return bytes that one layer's backward pass needs on top of what was saved: the larger of MLP and attention.
-
-    rows: rows computed after the attention; default: all tokens.
-    """
+    """Return bytes that one layer's backward pass needs on top of what was saved: the larger of MLP and attention."""
     shape, compute, tokens = workload.shape, workload.compute, batch.tokens
     b = compute.dtype_bytes
-    rows = tokens if rows is None else rows
+    rows = tokens if rows is None else rows  # computed after the attention
     h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     mlp = sum(_mlp_backward_blocks(workload, rows))
     if compute.step == "plain":
@@ -330,15 +303,15 @@ def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
     shape, b, sizes = workload.shape, workload.compute.dtype_bytes, [0]
     for number, queries, keys in batch.documents:
         blocks = list(reversed(_blocks(queries, keys)))
-        scores = [number * shape.heads * rows * seen * b for rows, seen in blocks]
+        scores = [number * shape.heads * rows * block_keys * b for rows, block_keys in blocks]
         if len(blocks) == 1:
             sizes.append((1 if keys <= KEEP_PAIRS else 2) * scores[0])
             continue
         gradients = 0
-        for i, (_, seen) in enumerate(blocks):
+        for i, (_, block_keys) in enumerate(blocks):
             block = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
             sizes.append(block + gradients)
-            gradients += 2 * number * shape.key_value_size * seen * b
+            gradients += 2 * number * shape.key_value_size * block_keys * b
         sizes.append(gradients + 4 * number * shape.key_value_size * keys)
     return max(sizes)
 

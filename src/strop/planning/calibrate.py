@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from strop.machine.rates import Rates, save_rates
 from strop.models.families.shape import ModelShape
 from strop.models.quantize import QuantizedLinear, dequantize_weight, quantize_weight
 from strop.planning.activations import MicroBatch
-from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, repacked_bytes, work_of
+from strop.planning.time import KINDS_HIDDEN, Rate, matmul_seconds, repacked_bytes, work_of
 from strop.planning.workload import AdapterWeights, BaseWeights, Compute, Workload
 
 LOG = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ def measure_rates() -> Rates:
     for name, dtype, rate in (("bf16", torch.bfloat16, bf16), ("fp32", torch.float32, precision.fp32_flops)):
         LOG.info("measuring steps of small models in %s", name)
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
-        costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
+        costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **step}
     unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if is_installed("bitsandbytes") else {}
     integers = int8_flops() if precision.dtype == "fp32" else {}
     return Rates(bf16, precision.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
@@ -141,29 +140,8 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Costs of a step in one dtype. The names are those of `planning.time.Rate`.
-
-    Args:
-        layer_s: constant seconds per layer.
-        moved: bytes/s of element-wise work.
-        attention_flops: FLOP/s of attention.
-        kinds_s: seconds to compile the matmuls of a new row length, at hidden size KINDS_HIDDEN.
-        plain: time of the plain step, relative to the fast step.
-        thin_flops: FLOP/s of LoRA matmuls with a rank that is too large for strop's tiles.
-    """
-
-    layer_s: float
-    moved: float
-    attention_flops: float
-    kinds_s: float
-    plain: float
-    thin_flops: float
-
-
-def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
-    """Fit the costs of a step. rate: measured rates of large matmuls and of memory."""
+def step_costs(dtype: torch.dtype, rate: Rate) -> dict[str, float]:
+    """Fit the costs of a step, by their names in `planning.time.Rate`. rate: measured for large matmuls and memory."""
     models = {sizes["hidden_size"]: _model(sizes, dtype) for sizes in (SMALL, LARGE)}
     steps = {hidden: step_for(model).token_loss for hidden, model in models.items()}
     residuals, totals, compiling = list[float](), list[float](), list[float]()
@@ -172,7 +150,7 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
         first, repeated = _seconds(steps[sizes["hidden_size"]], number, length)
         work = work_of(_workload(sizes, dtype), MicroBatch.rows([length] * number))
         terms.append((sizes["num_hidden_layers"], work.moved, work.attention))
-        residuals.append(repeated - known_seconds(work, rate))
+        residuals.append(repeated - matmul_seconds(work, rate))
         totals.append(repeated)
         compiling += [max(0.0, first - repeated)] if sizes is SMALL else []
     layer, moved, attention = _least_squares(terms, residuals, totals)
@@ -180,7 +158,10 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
     fast = _seconds(steps[SMALL["hidden_size"]], *TRIALS[2][1])[1]
     wide = step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss
     thin = _thin_flops(dtype, rate, _seconds(wide, *TRIALS[2][1])[1] - fast)
-    return Costs(layer, 1 / moved, 1 / attention, float(np.mean(compiling)), plain / fast, thin)
+    return {
+        "layer_s": layer, "moved": 1 / moved, "attention_flops": 1 / attention, "kinds_s": float(np.mean(compiling)),
+        "plain": plain / fast, "thin_flops": thin,
+    }  # fmt: skip
 
 
 def _thin_flops(dtype: torch.dtype, rate: Rate, more_s: float) -> float:
@@ -206,8 +187,7 @@ def unpacked_per_s(scheme: str) -> float:
     """Measure the weights dequantized per second."""
     weight = torch.randn(DEQUANTIZED_SHAPE)
     packed = quantize_weight(weight, scheme)
-    dtype = torch.bfloat16
-    return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, dtype), 8)
+    return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, torch.bfloat16), 8)
 
 
 def fastest(work: Callable[[], object], rounds: int = 4) -> float:
@@ -232,19 +212,18 @@ def _workload(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Wo
 
 def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: int) -> tuple[float, float]:
     """Return the fastest seconds of a step on (a new row length, a repeated one)."""
-    first = repeated = math.inf
+    fastest_seconds = [math.inf, math.inf]
     begun = time.perf_counter()
-    for turn in range(ROUNDS):
-        if turn and time.perf_counter() - begun > BUDGET_S:
+    for shorter in range(ROUNDS):
+        if shorter and time.perf_counter() - begun > BUDGET_S:
             break
-        at = np.arange(length - turn, dtype=np.int32)
+        at = np.arange(length - shorter, dtype=np.int32)
         rows = [Example((at + row) % SIZES["vocab_size"], (at > 0).astype(np.float32), "", 0) for row in range(number)]
-        for attempt in range(2):
+        for repeated in (0, 1):
             started = time.perf_counter()
             loss(rows).backward()  # type: ignore[no-untyped-call]
-            took = time.perf_counter() - started
-            first, repeated = (min(first, took), repeated) if attempt == 0 else (first, min(repeated, took))
-    return first, repeated
+            fastest_seconds[repeated] = min(fastest_seconds[repeated], time.perf_counter() - started)
+    return fastest_seconds[0], fastest_seconds[1]
 
 
 def _least_squares(
@@ -267,7 +246,7 @@ def _least_squares(
 
 
 def check_four_bit_step() -> Finding:
-    """Train one step through an nf4 weight, on the device of a run, and compare it with autograd in fp32."""
+    """Train one step through an nf4 weight and compare it with autograd in fp32."""
     device, fix = "cuda" if torch.cuda.is_available() else "cpu", f"{pip_command()} install -U bitsandbytes"
     LOG.info("one training step in 4 bit")
     torch.manual_seed(0)
@@ -292,12 +271,12 @@ def _four_bit_update(device: str) -> tuple[float, float]:
     layer.load_packed(packed)
     dequantized = dequantize_weight(packed, "nf4", weight.shape, torch.float32)
     x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
-    results: list[Tensor] = []
-    matmuls: list[Callable[[Tensor], Tensor]] = [layer, lambda z: z @ dequantized.t()]
-    for matmul in matmuls:
+
+    def trained(matmul: Callable[[Tensor], Tensor]) -> Tensor:
         b = nn.Parameter(torch.zeros(128, 4, device=device))
-        optimizer = torch.optim.SGD([b], lr=0.1)
         matmul(x + (x @ a.t()) @ b.t()).square().mean().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        results.append(b.detach())
-    return float(results[0].abs().max()), float((results[0] - results[1]).abs().max())
+        torch.optim.SGD([b], lr=0.1).step()
+        return b.detach()
+
+    b, exact = trained(layer), trained(lambda z: z @ dequantized.t())
+    return float(b.abs().max()), float((b - exact).abs().max())

@@ -33,7 +33,7 @@ from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
 from strop.planning.time import has_bf16
 from strop.planning.workload import Workload
 from strop.training.criteria import is_scored
-from strop.training.oom import apply_memory_settings, micro_batches, within_memory
+from strop.training.gradients import apply_memory_settings, micro_batches, within_memory
 from strop.training.state import Job, batch_stream, random_states, set_random_states
 
 LOG = logging.getLogger(__name__)
@@ -121,14 +121,12 @@ def _decode_dtype(device: str) -> str:
 
 
 def _evaluation(job: Job) -> EvaluationLoad:
-    """Return the size of an evaluation on rows like these."""
     rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
     examples = (example for row in rows for example in row.examples)
     return EvaluationLoad.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
 
 
 def _sampling(job: Job) -> RolloutLoad | None:
-    """Return what a step samples after the longest prompt, or None."""
     if not max_completion_tokens(job.recipe.train):
         return None
     return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
@@ -194,10 +192,10 @@ def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTra
         loss, _ = job.criterion.loss(job.step, [expected.items[row] for row in group], 0.0)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def compute_all() -> None:
-        job.devices.run_passes(lambda rank: micro_batches(job, expected.items), compute, backward=True)
+    def split(rank: int) -> list[list[int]]:
+        return micro_batches(job, expected.items)
 
-    within_memory(job, expected.items, compute_all)
+    within_memory(job, expected.items, lambda: job.devices.run_passes(split, compute, backward=True))
     job.state.optimizer.zero_grad(set_to_none=True)
     set_random_states(random, device)
     measured = memory.peak_bytes()
@@ -225,9 +223,8 @@ def check_int8(job: Job, items: Sequence[Item]) -> None:
         loss, gradient = _loss_and_gradient(job, job.step, rows)
         true_loss, true_gradient = _loss_and_gradient(job, step_for(job.model), rows)
         loss_error = abs(loss - true_loss) / max(abs(true_loss), 1e-12)
-        gradient_error = float(
-            torch.linalg.vector_norm(gradient - true_gradient) / torch.linalg.vector_norm(true_gradient)
-        )
+        norm = torch.linalg.vector_norm
+        gradient_error = float(norm(gradient - true_gradient) / norm(true_gradient))
         errors = f"relative error {loss_error:.1e} of the loss and {gradient_error:.1e} of the gradient against fp32"
         if not (loss_error <= INT8_MAX_LOSS_ERROR and gradient_error <= INT8_MAX_GRADIENT_ERROR):  # true for NaN
             limits = f"{INT8_MAX_LOSS_ERROR:.0e} and {INT8_MAX_GRADIENT_ERROR:.0e}"

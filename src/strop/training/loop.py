@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import signal
 import statistics
 import threading
@@ -22,9 +21,17 @@ from strop.data.batching import Batch, BatchStream
 from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.training import guard
-from strop.training.gradients import LocalGradient, TotalGradient, compute_gradients, rows_of_rank, sum_gradients
+from strop.training.gradients import (
+    LocalGradient,
+    TotalGradient,
+    apply_memory_settings,
+    compute_gradients,
+    micro_batches,
+    rows_of_rank,
+    sum_gradients,
+    within_memory,
+)
 from strop.training.guard import Diverged, Verdict
-from strop.training.oom import apply_memory_settings, micro_batches, within_memory
 from strop.training.optim import allocate_state, rate_factor, set_rate, warmup_steps
 from strop.training.state import (
     Job,
@@ -44,16 +51,15 @@ COMPARE_EVERY = 50  # steps between comparisons of the devices' weights; also co
 SAVE_EVERY_S = 600.0  # longest time between checkpoints, whatever train.save_steps is
 # Progress that a rollback does not undo: memory settings, warnings, and the work done so far.
 KEPT_BY_ROLLBACK = (
-    *("halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens"),
-    *("seconds", "eval_seconds", "save_seconds", "budget_from"),
-    *("communication_s", "waiting_s", "computing_s", "slowest_s"),
-)
+    "halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens", "seconds",
+    "eval_seconds", "save_seconds", "budget_from", "communication_s", "waiting_s", "computing_s", "slowest_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the supervised tokens (or rows) of the effective batch. grad_norm: before clipping. figures:
-    means of a preference or policy objective's figures."""
+    """The result of a step. loss: mean over the supervised tokens (or rows) of the effective batch. grad_norm: before
+    clipping. figures: means of a preference or policy objective's figures."""
 
     loss: float
     grad_norm: float
@@ -86,7 +92,7 @@ def fit(job: Job) -> str:
     training diverges again after a rollback; MemoryLimitError; DiskError.
     """
     apply_memory_settings(job)
-    if _out_of_patience(job):  # the process was killed between its last save and its report
+    if _is_out_of_patience(job):  # the process was killed between its last save and its report
         return "patience"
     if job.devices.run_on_main(lambda: not job.folder.checkpoints()):
         save(job)  # a rollback needs a checkpoint
@@ -115,7 +121,7 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         ended = "steps" if progress.step == stream.total_steps else "time" if out_of_time else ""
         if job.eval and (ended or (progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends)):
             evaluate(job)
-            ended = ended or ("patience" if _out_of_patience(job) else "")
+            ended = ended or ("patience" if _is_out_of_patience(job) else "")
             (stopping,) = job.devices.any_rank(stop_requested())
         stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
@@ -148,9 +154,8 @@ def _step_and_log(job: Job, batch: Batch, stream: BatchStream) -> None:
     progress.tokens += result.tokens
     progress.supervised_tokens += result.supervised_tokens
     progress.seconds += seconds
-    device_times = _count_device_times(
-        job, result, job.devices.communication_s - communication_s, job.devices.waiting_s - waiting_s
-    )
+    sending, waiting = job.devices.communication_s - communication_s, job.devices.waiting_s - waiting_s
+    device_times = _count_device_times(job, result, sending, waiting)
     if result.applied:
         progress.moved = True
         _log_step(job, batch, result, rate, seconds, stream.total_steps, device_times)
@@ -298,8 +303,7 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
 
     Raises DivergedError if the run was rolled back before.
     """
-    before = job.state.progress
-    stream = batch_stream(job.recipe, len(job.train))
+    before, stream = job.state.progress, batch_stream(job.recipe, len(job.train))
     if before.rollbacks:
         raise _divergence_error(job, trouble, stream)
     checkpoint = restore_newest(job, prefer_good=True)
@@ -309,15 +313,11 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     progress.rate_scale = before.rate_scale * guard.RATE_CUT
     for name in KEPT_BY_ROLLBACK:
         setattr(progress, name, getattr(before, name))
+    passed = [{"step": index + 1, "rows": _places(job, stream.rows(index))} for index in progress.passed]
     job.log.emit(
-        "rollback",
-        step=before.step,
-        to=progress.step,
-        checkpoint=checkpoint.name,
-        why=trouble.why,
-        passed=[{"step": index + 1, "rows": _places(job, stream.rows(index))} for index in progress.passed],
+        "rollback", step=before.step, to=progress.step, checkpoint=checkpoint.name, why=trouble.why, passed=passed,
         rate_scale=progress.rate_scale,
-    )
+    )  # fmt: skip
 
 
 def _divergence_error(job: Job, trouble: Diverged, stream: BatchStream) -> DivergedError:
@@ -327,15 +327,12 @@ def _divergence_error(job: Job, trouble: Diverged, stream: BatchStream) -> Diver
     newest = job.folder.checkpoints()[-1][1]
     rows = [place for index in progress.streak for place in _places(job, stream.rows(index))]
     job.log.emit("stop", step=progress.step, why=trouble.why, rows=rows, advice=advice)
+    what = f"step {progress.step + 1}: {trouble.why}, again after a rollback with a lower learning rate"
     error_class = DivergedError if trouble.finite else NonFiniteError
-    what = (
-        f"step {progress.step + 1}: {trouble.why}, again after a rollback with a lower learning rate; "
-        f"the last good state is {newest}"
-    )
-    return error_class(what, fix="; ".join(advice))
+    return error_class(f"{what}; the last good state is {newest}", fix="; ".join(advice))
 
 
-def _out_of_patience(job: Job) -> bool:
+def _is_out_of_patience(job: Job) -> bool:
     patience = job.recipe.train.early_stopping
     return patience is not None and job.state.progress.evals_without_better >= patience
 
@@ -363,13 +360,7 @@ def _count_device_times(job: Job, result: StepResult, communication_s: float, wa
 
 
 def _log_step(
-    job: Job,
-    batch: Batch,
-    result: StepResult,
-    rate: float,
-    seconds: float,
-    total: int,
-    device_times: dict[str, float],
+    job: Job, batch: Batch, result: StepResult, rate: float, seconds: float, total: int, device_times: dict[str, float]
 ) -> None:
     progress, number = job.state.progress, batch.index + 1
     if progress.first_loss is None:
@@ -381,19 +372,10 @@ def _log_step(
     if number % job.recipe.train.log_steps and number != total:
         return
     job.log.emit(
-        "step",
-        step=number,
-        steps=total,
-        epoch=batch.epoch,
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        learning_rate=rate,
-        tokens=progress.tokens,
-        tokens_per_s=round(result.tokens / seconds, 1),
-        seconds_left=round((total - number) * progress.seconds / number, 1),
-        **result.figures,
-        **device_times,
-    )
+        "step", step=number, steps=total, epoch=batch.epoch, loss=result.loss, grad_norm=result.grad_norm,
+        learning_rate=rate, tokens=progress.tokens, tokens_per_s=round(result.tokens / seconds, 1),
+        seconds_left=round((total - number) * progress.seconds / number, 1), **result.figures, **device_times,
+    )  # fmt: skip
 
 
 def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
@@ -415,9 +397,8 @@ def _places(job: Job, rows: Sequence[int]) -> list[str]:
 
 def parse_seconds(text: str) -> float:
     """Parse a duration that the schema has checked: 90s, 30m, 2h, 1d or plain seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    assert match is not None
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    factor = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1])
+    return float(text) if factor is None else float(text[:-1]) * factor
 
 
 @contextmanager

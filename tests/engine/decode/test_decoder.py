@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from strop.data.types import Ids
-from strop.engine.decode import exact_argmax
+from strop.engine.decode import compiled_model
 from strop.engine.decode.batch import Batch, batch_for, decode_all, decode_groups
 from strop.engine.decode.cache import BLOCK_SIZE, BlockPool
 from strop.engine.decode.decoder import Chunk, CompiledDecoder, why_not_decoder
@@ -28,7 +28,7 @@ TOKENS = 12
 @pytest.fixture(autouse=True)
 def _use_exact_argmax_for_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for models whose head is a larger part of the weights."""
-    monkeypatch.setattr(exact_argmax, "MIN_HEAD_SHARE", 0.0)
+    monkeypatch.setattr(compiled_model, "MIN_HEAD_SHARE", 0.0)
 
 
 def prompts(count: int = 8) -> list[Ids]:
@@ -297,14 +297,14 @@ def test_greedy_decoding_uses_exact_argmax(dtype: torch.dtype, monkeypatch: pyte
     """The output is that of the full head. With a sampled sequence in the batch, the full head is used."""
     model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(dtype).eval()
     calls: list[bool] = []
-    argmax = exact_argmax.ExactArgmax.argmax
+    argmax = compiled_model.ExactArgmax.argmax
 
     def greedy(*others: SequenceState, full_head: bool = False) -> list[list[int]]:
-        def counted(screen: exact_argmax.ExactArgmax, z: Any) -> Any:
+        def counted(screen: compiled_model.ExactArgmax, z: Any) -> Any:
             calls.append(True)
             return None if full_head else argmax(screen, z)
 
-        monkeypatch.setattr(exact_argmax.ExactArgmax, "argmax", counted)
+        monkeypatch.setattr(compiled_model.ExactArgmax, "argmax", counted)
         calls.clear()
         sequences = [SequenceState(ids, name, max_new_tokens=TOKENS) for ids in prompts() for name in ("default", None)]
         return completions(CompiledDecoder(model, 4000), [*others, *sequences], 5)[len(others) :]
@@ -323,8 +323,8 @@ def test_passes_without_outputs_skip_the_head(monkeypatch: pytest.MonkeyPatch) -
     """All passes over a long prompt but the last one. The int8 kernel once treated zero rows as two."""
     model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(torch.bfloat16).eval()
     calls: list[int] = []
-    argmax = exact_argmax.ExactArgmax.argmax
-    monkeypatch.setattr(exact_argmax.ExactArgmax, "argmax", lambda self, z: calls.append(len(z)) or argmax(self, z))
+    argmax = compiled_model.ExactArgmax.argmax
+    monkeypatch.setattr(compiled_model.ExactArgmax, "argmax", lambda self, z: calls.append(len(z)) or argmax(self, z))
     sequences = [SequenceState(ids, "default", max_new_tokens=3) for ids in prompts()]
     whole = completions(CompiledDecoder(model, 2000), sequences, 2)
     begun = len(calls)

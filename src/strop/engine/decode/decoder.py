@@ -32,7 +32,7 @@ MAX_QUERY_HEADS = 48  # of one sequence that share a read of the keys; more woul
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a pass processes of a sequence: the next `count` uncached positions, then the tokens of a draft.
+    """The part of a sequence that a pass processes: the next `count` uncached positions, then the tokens of a draft.
 
     num_outputs: the last so many positions give outputs.
     """
@@ -44,7 +44,7 @@ class Chunk:
 
 
 class Decoder(Protocol):
-    """What Batch needs of a decoder.
+    """The interface of a decoder that Batch uses.
 
     num_cheap_rows: a pass over this many rows takes hardly longer than over one.
     """
@@ -199,7 +199,7 @@ def active_adapter(model: nn.Module) -> str | None:
     """Return the adapter that is active; None if the base model is. The model has one active adapter at most."""
     adapters = _active_adapters(model)
     assert len(adapters) < 2, adapters
-    return adapters[0] if adapters else None
+    return next(iter(adapters), None)
 
 
 def _active_adapters(model: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from strop.data.rendering.render import Renderer
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import Completion, generate
-from strop.engine.decode.sampling import ExpectedCompletion, Sampling
+from strop.engine.decode.sampling import Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
 from strop.machine.torch_state import default_torch_state, isolated_torch_state
@@ -97,24 +97,10 @@ class Model:
         with self._lock, adapter_disabled(self.module):
             yield
 
-    def answer(
-        self,
-        prompts: Sequence[Ids],
-        *,
-        max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
-        on_text: Callable[[str], None] | None = None,
-        advance: Callable[[int], None] | None = None,
-        both: bool = False,
-        partial: bool = False,
-        expected: Sequence[ExpectedCompletion | None] = (),
-    ) -> list[Completion]:
-        """Return one completion for each prompt of token ids; arguments as of `generate`."""
+    def answer(self, prompts: Sequence[Ids], **options: Any) -> list[Completion]:
+        """Return one completion for each prompt of token ids. options: keyword arguments of `generate`."""
         with self._lock, default_torch_state():
-            return generate(
-                self.module, self.tokenizer, prompts, stop_ids=self.renderer.end_ids, max_new_tokens=max_new_tokens,
-                sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
-            )  # fmt: skip
+            return generate(self.module, self.tokenizer, prompts, stop_ids=self.renderer.end_ids, **options)
 
     def generate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -100,10 +101,8 @@ def copy_to_device(arrays: Sequence[Any], device: torch.device) -> list[Tensor]:
     arrays = [np.ascontiguousarray(array) for array in arrays]
     if device.type != "cuda":
         return [torch.from_numpy(array).to(device) for array in arrays]
-    offsets, end = [], 0
-    for array in arrays:
-        offsets.append(end)
-        end += -(-array.nbytes // COPY_ALIGNMENT) * COPY_ALIGNMENT
+    sizes = [-(-array.nbytes // COPY_ALIGNMENT) * COPY_ALIGNMENT for array in arrays]
+    *offsets, end = accumulate(sizes, initial=0)
     host = torch.empty(end, dtype=torch.uint8, pin_memory=True)
     host_bytes = host.numpy()
     for array, offset in zip(arrays, offsets, strict=True):

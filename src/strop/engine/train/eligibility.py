@@ -1,4 +1,4 @@
-"""Whether the fast step can train a model as it is in memory, or why not."""
+"""Find out from a model in memory whether the fast step can train it, and why not."""
 
 from __future__ import annotations
 
@@ -62,9 +62,8 @@ def why_not_fast(model: nn.Module) -> str | None:
         return why
     decoder, config = text_decoder(base)
     family = FAMILIES[config.model_type]
-    return why_base_unsupported(base, decoder, config, family) or _why_adapters_unsupported(
-        model, base, decoder, family
-    )
+    why = why_base_unsupported(base, decoder, config, family)
+    return why or _why_adapters_unsupported(model, base, decoder, family)
 
 
 def why_adapter_unsupported(name: str, module: LoraLayer, known: set[int]) -> str | None:
@@ -105,9 +104,8 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
         return f"base weights in {weights[0].dtype}"
     if (why := why_architecture_unsupported(config, weights[0].device.type)) is not None:
         return why
-    if any(
-        getattr(layer, name, None) is not None for layer in decoder.layers for name in ("experts", "block_sparse_moe")
-    ):
+    experts = ("experts", "block_sparse_moe")
+    if any(getattr(layer, name, None) is not None for layer in decoder.layers for name in experts):
         return "experts next to the MLP"
     if config.model_type.startswith("gemma") and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"

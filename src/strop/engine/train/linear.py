@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -333,15 +334,13 @@ class Workspace:
     def dequantize(self, bases: Sequence[Any]) -> Tensor:
         """Return the weights of linear layers with the same input, dequantized, as rows of one tensor (n, k)."""
         like = next(base for base in bases if isinstance(base, QuantizedLinear))
-        rows = sum(base.out_features for base in bases)
-        whole, at = self._weights(rows, like.in_features, like.weight.new_empty(0, dtype=like.dtype)), 0
-        for base in bases:  # one at a time: two of an 8B model's are 235 MB
-            part = whole[at : at + base.out_features]
+        sizes = [base.out_features for base in bases]
+        whole = self._weights(sum(sizes), like.in_features, like.weight.new_empty(0, dtype=like.dtype))
+        for base, part in zip(bases, torch.split(whole, sizes), strict=True):  # two of an 8B model's take 235 MB
             if isinstance(base, QuantizedLinear):
                 base.dequantize(part)
             else:
                 part.copy_(base.weight.detach())
-            at += base.out_features
         return whole
 
 
@@ -416,32 +415,20 @@ class FusedLinear:
         lora_ops, dropped = self.operands or self._lora_ops(active.parts), dropout_spec(active.dropouts, keys)
         bias, trained_ranges, trained_biases = self._biases(x) if self._bias_trained else (self.bias, (), [])
         frozen = FrozenLinear(
-            self.weight,
-            bias,
-            lora_ops,
-            active.columns,
-            active.scales,
-            self._buffer,
-            self._arena,
-            dropped,
-            self._dropout_ops,
-            self._dora_for(active.magnitudes),
-            trained_ranges,
-            self._matmul,
-        )
+            self.weight, bias, lora_ops, active.columns, active.scales, self._buffer, self._arena, dropped,
+            self._dropout_ops, self._dora_for(active.magnitudes), trained_ranges, self._matmul,
+        )  # fmt: skip
         of_norm = prologue.trained if isinstance(prologue, Norm) else ()
         parts = (*active.parts, *active.magnitudes, *trained_biases, *of_norm)
         return apply(LoraLinear, x, frozen, prologue, residual, *parts)
 
     def _biases(self, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...], list[Tensor]]:
         """Return the current biases as one tensor in the dtype of x, the ranges of the trained ones, and these."""
-        biases, at, columns, trained = [base.bias for base in self.bases], 0, [], []
-        for bias in biases:
-            if bias.requires_grad:
-                columns.append((at, at + len(bias)))
-                trained.append(bias)
-            at += len(bias)
-        return torch.cat([bias.detach().to(x.dtype) for bias in biases]), tuple(columns), trained
+        biases = [base.bias for base in self.bases]
+        ends = accumulate(map(len, biases))
+        ranges = tuple((end - len(b), end) for b, end in zip(biases, ends, strict=True) if b.requires_grad)
+        trained = [bias for bias in biases if bias.requires_grad]
+        return torch.cat([bias.detach().to(x.dtype) for bias in biases]), ranges, trained
 
     def _dora_for(self, magnitudes: list[Tensor]) -> Dora | None:
         """Return DoRA's part if there are magnitudes. The squared norms of the frozen rows are computed once."""

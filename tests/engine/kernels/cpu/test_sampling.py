@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from strop.engine.decode.compiled_model import activation_dtype
-from strop.engine.decode.exact_argmax import PAUSE_PASSES, ExactArgmax, exact_argmax_for, quantize_head
+from strop.engine.decode.compiled_model import (
+    PAUSE_PASSES,
+    ExactArgmax,
+    activation_dtype,
+    exact_argmax_for,
+    quantize_head,
+)
 from strop.engine.kernels.cpu import sampling
 from strop.engine.kernels.cpu.compiled import array
 from strop.engine.kernels.cpu.decode_matmul import Dense, dense_matmul
