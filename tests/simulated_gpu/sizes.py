@@ -60,12 +60,12 @@ class Case:
 
     def planned(self) -> Phase:
         more = {} if self.scheme == "none" else {"model.resident_layers": 0}
-        given = {
+        options = {
             "model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16,
             "model.quantization": self.scheme, **more,
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
-        setting = Setting.of(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
+        setting = Setting.of(resolve(None, options).recipe, ModelShape.of(self.config.to_dict()))
         return train(setting, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
 
 

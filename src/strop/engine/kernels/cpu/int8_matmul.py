@@ -169,7 +169,7 @@ class Int8Matmul:
         """
         quantized = cache(lambda: Int8Weight.of(weight.detach()))
 
-        def head_product(
+        def head_matmul(
             x: Tensor, w: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
             residual: Tensor | None = None,
         ) -> Tensor:  # fmt: skip
@@ -182,7 +182,7 @@ class Int8Matmul:
             multiply_outliers(array(x), array(quantized().scale), array(w), array(limits), array(y))
             return self._sum(x, quantized(), along, y, accumulate=True, limits=limits)
 
-        return cast(FrozenMatmul, head_product)
+        return cast(FrozenMatmul, head_matmul)
 
     def _sum(
         self, x: Tensor, weight: Int8Weight, along: bool, y: Tensor, *, accumulate: bool, bias: Tensor | None = None,
