@@ -165,9 +165,9 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     from strop.models.source import locate
     from strop.planning.activations import MicroBatch
     from strop.planning.choose import choose
-    from strop.planning.memory import train
+    from strop.planning.memory import train_phase
     from strop.planning.time import flops
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     prepare_process()
     shape = peek(str(options.folder)).shape
@@ -184,8 +184,8 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     )
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
     step, weights = step_for(model), list(trainable(model).values())
-    setting, batch = Setting.of(recipe, shape), MicroBatch.rows([length], more=False)
-    step.checkpoint(setting.checkpoint_layers)
+    workload, batch = Workload.from_recipe(recipe, shape), MicroBatch.rows([length], more=False)
+    step.checkpoint(workload.compute.checkpointed_layers)
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     ids = np.random.default_rng(0).integers(1, 49000, length).astype(np.int32)
     row = Example(ids, np.float32(np.arange(length) > 0), "", 0)
@@ -195,11 +195,12 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds, planned = timed(one, options.device), train(setting, batch)
+    seconds, planned = timed(one, options.device), train_phase(workload, batch)
     return {
         "tokens_per_s": length / seconds, **peaks(options.device),
         "planned_bytes": planned.peak_bytes - (planned.parts["framework"] if options.device == "cuda" else 0),
-        "flops_per_s": flops(setting, batch).total / seconds, "checkpointed": setting.checkpoint_layers,
+        "flops_per_s": flops(workload, batch).total / seconds,
+        "checkpointed": workload.compute.checkpointed_layers,
         "resident": resident, "step": step.name, "without_kernels": step.why_no_triton,
     }  # fmt: skip
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import measured
 
-from strop.planning.gpus import find_card
+from strop.planning.machines import find_spec
 from strop.runs.folder import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ class Usable:
 
     @property
     def bandwidth(self) -> float:
-        return find_card(self.card).bandwidth_gbs * 1e9
+        return find_spec(self.card).bandwidth_gbs * 1e9
 
 
 CARDS = {

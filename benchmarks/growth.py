@@ -83,12 +83,16 @@ def saved_bytes_per_token(size: str, length: int) -> float:
     from strop.machine.probe import probe
     from strop.models.families.shape import ModelShape
     from strop.planning.activations import MicroBatch, layer_bytes
-    from strop.planning.workload import Setting
+    from strop.planning.workload import AdapterWeights, BaseWeights, Compute, Workload
 
     shape = ModelShape.of(config_of(size).to_dict())
     tiles = probe().has_tiles(shape.head_size)
-    setting = Setting(shape, shape.parameters, ranks=(RANK,) * len(shape.linears), tiles=tiles)
-    return shape.layers * layer_bytes(setting, MicroBatch.rows([length]), length) / length
+    workload = Workload(
+        base=BaseWeights(shape=shape, parameters=shape.parameters),
+        adapter=AdapterWeights(ranks=(RANK,) * len(shape.linears)),
+        compute=Compute(attention_tiles=tiles),
+    )
+    return shape.layers * layer_bytes(workload, MicroBatch.rows([length]), length) / length
 
 
 def main() -> None:

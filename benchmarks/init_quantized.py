@@ -24,13 +24,13 @@ from strop.config.schema import DataSection
 from strop.data.prepare import prepare
 from strop.engine.device import prepare_process
 from strop.engine.step import step_for
-from strop.evaluation.loss import mean_loss
+from strop.evaluation.compare import mean_loss
 from strop.models.load import load_base
 from strop.models.lora import as_fp32, trainable
 from strop.models.quantize import pack, quantizable, unpack
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.planning.learning_rate import whole
+from strop.planning.learning_rate import objective_base_rate
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.training.loop import fit
@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, float]:
     data = prepare(DataSection(train=options.data, eval=options.eval), load_tokenizer(source))
     model, rows = build(options.model, way, options.rank, seed), data.eval
     assert rows is not None
-    rate = options.rate * whole(sum(weight.numel() for weight in model.get_base_model().parameters()))
+    rate = options.rate * objective_base_rate(sum(weight.numel() for weight in model.get_base_model().parameters()))
     given = {
         "model": options.model, "data": options.data, "seed": seed, "lora.r": options.rank,
         "train.max_steps": options.steps, "train.learning_rate": rate, "train.micro_batch_tokens": 2048,

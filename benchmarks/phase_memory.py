@@ -132,10 +132,10 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder) as temp:
         if case["phase"] == "evaluate":
-            from strop.evaluation.run import evaluate_models
+            from strop.evaluation.run import EvalOptions, evaluate_models
 
             metric = "exact" if case["data"].isdigit() else "exact_json"
-            evaluate_models([str(made)], str(asked), metric=metric)
+            evaluate_models([str(made)], str(asked), EvalOptions(metric=metric))
         elif case["phase"] == "merge":
             from strop.exporting.merge import merge
 
@@ -191,7 +191,7 @@ def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
 def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
     from strop.config.load import read_resolved, resolve
     from strop.engine.device import pick_dtype
-    from strop.planning.inputs import row_sizes
+    from strop.planning.microbatch import row_sizes
     from strop.runs.folder import RunFolder
 
     recipe = read_resolved(RunFolder(made).recipe).recipe
@@ -205,22 +205,32 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     """Of a case whose rows are known, as the formulas say now."""
     from strop.config.load import resolve
     from strop.models.families.shape import ModelShape, peek
-    from strop.planning.memory import load
-    from strop.planning.phases import Asked, answering, evaluate, export, merge, serve
-    from strop.planning.workload import Setting
+    from strop.planning.memory import (
+        EvaluationLoad,
+        decoding_workload,
+        evaluate_phase,
+        export_phase,
+        load_phase,
+        merge_phase,
+        serve_phase,
+    )
+    from strop.planning.workload import Workload
 
     phase, model = one["name"].partition(",")[0].split()
     shape = peek("demo").shape if model == "demo" else ModelShape.of(MODELS[model])
     recipe = resolve(None, {**one["recipe"], "model.name": "m", "data.train": "d"}).recipe
-    setting = Setting.of(recipe, shape, None, 1)
-    asked = Asked.of(one["rows"], recipe.data.max_length)
+    workload = Workload.from_recipe(recipe, shape, threads=1)
+    evaluation = EvaluationLoad.of(one["rows"], recipe.data.max_length)
     if phase == "export":
-        return export(setting, asked.measured, one["name"].rpartition(", ")[2]).peak_bytes
+        return export_phase(workload, evaluation.measured, one["name"].rpartition(", ")[2]).peak_bytes
     if phase == "merge":
-        return merge(setting, asked.measured).peak_bytes
-    served = answering(setting, one["answered_in"])
-    own = evaluate(served, asked, 16 << 30) if phase == "evaluate" else serve(served, asked.longest, texts=one["texts"])
-    return max(load(served).peak_bytes, own.peak_bytes)
+        return merge_phase(workload, evaluation.measured).peak_bytes
+    decoding = decoding_workload(workload, one["answered_in"])
+    if phase == "evaluate":
+        own = evaluate_phase(decoding, evaluation, 16 << 30)
+    else:
+        own = serve_phase(decoding, evaluation.longest, completions=one["texts"])
+    return max(load_phase(decoding).peak_bytes, own.peak_bytes)
 
 
 def error_of(one: dict[str, Any]) -> float:

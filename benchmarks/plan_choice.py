@@ -64,13 +64,12 @@ def recipe_of(chosen: dict[str, Any], options: dict[str, Any]) -> Any:
 
 def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
     """What the plan chooses, as options."""
-    from strop.planning.largest import Room, fitted, fixed_tokens
+    from strop.planning.fit import MemoryBudget, default_micro_batch, fit
 
     chosen = SETTINGS[number][0]
     shape, open_ = looked_at(chosen["model"]).shape, recipe_of(chosen, {})
-    recipe = fitted(
-        open_.decide(fixed_tokens(open_.recipe)), Room(shape, shape.parameters, limit, 1, lambda _: rate)
-    ).recipe
+    budget = MemoryBudget(shape, shape.parameters, limit, 1, lambda _: rate)
+    recipe = fit(open_.decide(default_micro_batch(open_.recipe)), budget).recipe
     options = {
         "train.micro_batch_tokens": recipe.train.micro_batch_tokens,
         "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
@@ -83,17 +82,18 @@ def planned(number: int, options: dict[str, Any], rate: Any) -> float:
     """Seconds a token."""
     from strop.planning.microbatch import usual_micro_batch
     from strop.planning.time import tokens_per_s
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     chosen = SETTINGS[number][0]
     recipe = recipe_of(chosen, options).recipe
-    return 1 / tokens_per_s(Setting.of(recipe, looked_at(chosen["model"]).shape), usual_micro_batch(recipe), rate)
+    workload = Workload.from_recipe(recipe, looked_at(chosen["model"]).shape)
+    return 1 / tokens_per_s(workload, usual_micro_batch(recipe), rate)
 
 
 def setting_at(number: int, rate: Any) -> dict[str, Any]:
     """A setting, its limit, and the ways that fit: the plan's choice, then all others."""
-    from strop.planning.largest import Room
-    from strop.planning.workload import Setting
+    from strop.planning.fit import MemoryBudget
+    from strop.planning.workload import Workload
 
     chosen, share = SETTINGS[number]
     shape, quantized = looked_at(chosen["model"]).shape, "model.quantization" in chosen["options"]
@@ -103,22 +103,22 @@ def setting_at(number: int, rate: Any) -> dict[str, Any]:
         return options if resident is None else {**options, "model.resident_layers": resident}
 
     def need(options: dict[str, Any]) -> int:
-        return Room(shape, shape.parameters, 1 << 50).need(recipe_of(chosen, options).recipe)
+        return MemoryBudget(shape, shape.parameters, 1 << 50).needed(recipe_of(chosen, options).recipe)
 
     most = need(way(SIZES[0], "off", shape.layers if quantized else None))
     least = need(way(max(SIZES[-1], chosen["longest"]), "on", 0 if quantized else None))
     limit = int(least + share * (most - least))
-    room, found = Room(shape, shape.parameters, limit), [choice(number, limit, rate)]
+    budget, found = MemoryBudget(shape, shape.parameters, limit), [choice(number, limit, rate)]
     for size in (size for size in SIZES if size >= chosen["longest"]):
         for resident in (0, shape.layers) if quantized else (None,):
-            layers = room.least_layers(recipe_of(chosen, way(size, "off", resident)).recipe)
+            layers = budget.min_checkpointed(recipe_of(chosen, way(size, "off", resident)).recipe)
             most_again = {shape.layers} if size == SIZES[0] else set()
             for again in sorted({layers, *most_again} if layers is not None else ()):
                 one = way(size, "off" if again == 0 else "on" if again == shape.layers else again, resident)
                 if need(one) <= limit and one not in found:
                     found.append(one)
-    setting = Setting.of(recipe_of(chosen, found[0]).recipe, shape)
-    about = {"tiles": setting.tiles, "own_products": setting.own_products}
+    compute = Workload.from_recipe(recipe_of(chosen, found[0]).recipe, shape).compute
+    about = {"tiles": compute.attention_tiles, "own_products": compute.own_head_matmul}
     return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), **about, "ways": found}
 
 

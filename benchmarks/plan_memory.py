@@ -227,7 +227,8 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         "name": name_of(case), "fitted": case["fitted"], "measured_bytes": memory["measured_peak_bytes"],
         "predicted_then": memory["predicted_peak_bytes"], "micro_batch": memory["micro_batch"],
         "recipe": {name: value for name, value in recipe.items() if name.startswith(kept) and name != "model.name"},
-        "tiles": setting_of(case["model"], recipe).tiles, "step": setting_of(case["model"], recipe).step,
+        "tiles": setting_of(case["model"], recipe).compute.attention_tiles,
+        "step": setting_of(case["model"], recipe).compute.step,
         "steps": report["steps"],
     }  # fmt: skip
 
@@ -245,23 +246,23 @@ def looked_at(model: str) -> Any:
 
 def setting_of(model: str, recipe: dict[str, Any]) -> Any:
     from strop.config.load import resolve
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     kept = {name: value for name, value in recipe.items() if name.startswith(("model.", "lora.", "train."))}
     found = looked_at(model)
     given = resolve(None, {**kept, "model.name": "m", "data.train": "d"}).recipe
-    return Setting.of(given, found.shape, found.parameters, 1)
+    return Workload.from_recipe(given, found.shape, parameters=found.parameters, threads=1)
 
 
 def predicted_bytes(one: dict[str, Any]) -> int:
     """Of a run whose micro-batch is known, as the formulas say now of the step that it was measured with."""
     from strop.planning.activations import MicroBatch
-    from strop.planning.memory import load, train
+    from strop.planning.memory import load_phase, train_phase
 
     setting = setting_of(one["name"].partition(",")[0], one["recipe"])
-    setting = setting.but(tiles=one["tiles"], step=one.get("step", setting.step))
+    setting = setting.replace(attention_tiles=one["tiles"], step=one.get("step", setting.compute.step))
     batch = MicroBatch(**{**one["micro_batch"], "documents": tuple(map(tuple, one["micro_batch"]["documents"]))})
-    return max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
+    return max(phase.peak_bytes for phase in (load_phase(setting), train_phase(setting, batch)))
 
 
 def error_of(one: dict[str, Any]) -> float:

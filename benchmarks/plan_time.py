@@ -83,7 +83,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
     import strop
     from strop.config.load import resolve
     from strop.demo import data_files
-    from strop.planning.inputs import row_sizes
+    from strop.planning.microbatch import row_sizes
 
     model = case["model"] if case["model"] == "demo" else str(make_model(folder, case["model"]))
     with tempfile.TemporaryDirectory() as temp:
@@ -107,9 +107,9 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         "recipe": {name: recipe[name] for name in recipe if name.startswith(("model.", "lora.", "train."))},
         "rows": list(sizes),
         "prefix": sizes.prefix,
-        "tiles": setting_of(case["model"], recipe).tiles,
-        "own_products": setting_of(case["model"], recipe).own_products,
-        "step": setting_of(case["model"], recipe).step,
+        "tiles": setting_of(case["model"], recipe).compute.attention_tiles,
+        "own_products": setting_of(case["model"], recipe).compute.own_head_matmul,
+        "step": setting_of(case["model"], recipe).compute.step,
         "seconds_a_step": statistics.fmean(took),
         "pace": (before + pace(case)) / 2,
     }
@@ -139,11 +139,12 @@ def predicted(found: dict[str, Any]) -> float:
 
     setting = setting_of(found["name"].partition(",")[0], found["recipe"])
     own = found.get("own_products", False)  # files of before have none
-    setting = setting.but(tiles=found["tiles"], step=found.get("step", setting.step), own_products=own)
+    step = found.get("step", setting.compute.step)
+    setting = setting.replace(attention_tiles=found["tiles"], step=step, own_head_matmul=own)
     rows = Rows(map(tuple, found["rows"]))
     rows.prefix = found["prefix"]
     recipe = resolve(None, {**found["recipe"], "model.name": "m", "data.train": "d"}).recipe
-    steps = first_steps(recipe, rows, setting.step == "fast")
+    steps = first_steps(recipe, rows, step == "fast")
     return found["pace"] / found["pace_then"] * steps_seconds(setting, steps, Rate(**found["rate"])) / len(steps)
 
 
@@ -219,7 +220,7 @@ def main() -> None:
             hide_instructions()
         if given.case < 0:
             from strop.machine.probe import probe
-            from strop.planning.trial import keep_rates, measure_rates
+            from strop.planning.calibrate import keep_rates, measure_rates
 
             if given.case == PACES:
                 found = {name: pace({"options": options}) for name, options in (("bf16", {}), ("fp32", FP32))}

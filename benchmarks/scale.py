@@ -27,7 +27,7 @@ import measured
 
 from strop import plan
 from strop.distributed.assign import assign_balanced
-from strop.planning.devices import (
+from strop.planning.multi_device import (
     LOOPBACK,
     NETWORKS,
     NVLINK,
@@ -131,11 +131,11 @@ def pair(rounds: int) -> dict[str, Any]:
             found["two"].append(two["tokens_per_s"])
             for part in ("communication_s", "waiting_s"):
                 found[part].append(two["devices"][part] / two["steps"])
-    expected = plan(model="demo", devices=2, **{**ASKED, "model.device": "cpu"}).spread
+    expected = plan(model="demo", devices=2, **{**ASKED, "model.device": "cpu"}).multi_device
     ratios = [two / one for one, two in zip(found["one"], found["two"], strict=True)]
     return {
         **found, "ratio": statistics.median(ratios), "ratios": ratios,
-        "planned_communication_s": expected.over[0].seconds, "planned_sent_bytes": expected.sent_bytes,
+        "planned_communication_s": expected.link_times[0].seconds, "planned_sent_bytes": expected.sent_bytes,
     }  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def simulate() -> str:
 
 
 def _llama_8b() -> Path:
-    from strop.planning.compare import KNOWN
+    from strop.planning.tables import KNOWN
 
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(KNOWN["Llama-3.1-8B"]), encoding="utf-8")
@@ -222,7 +222,7 @@ def _table(
     tokens. Efficiency: tokens/s a device against one device alone. Inside a node of cards: NVLink.
     measured_tokens_per_s: of one device, in place of the plan's."""
     single = plan(**asked, **{"train.batch_size": 4})
-    setting, tokens = single.setting, 4 * single.resolved.recipe.data.max_length
+    setting, tokens = single.workload, 4 * single.resolved.recipe.data.max_length
     compute = tokens / (measured_tokens_per_s or single.tokens_per_s)
     lines = [
         f"Simulated: {title}.", "",
@@ -235,8 +235,8 @@ def _table(
         link = network if devices.nodes > 1 or each == 1 else NVLINK
         dealing = (_imbalance(count) - 1) * compute
         size = gradient_bytes(setting, devices)
-        sent = sum_seconds(size, devices, link, setting.device) if count > 1 else 0.0
-        hops = sum_seconds(4, devices, link, setting.device) if count > 1 else 0.0
+        sent = sum_seconds(size, devices, link, setting.compute.device) if count > 1 else 0.0
+        hops = sum_seconds(4, devices, link, setting.compute.device) if count > 1 else 0.0
         flags = flags_seconds(devices, link) if count > 1 else 0.0
         step = compute + dealing + sent + flags
         first = first or step

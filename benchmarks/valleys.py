@@ -51,17 +51,18 @@ def loss_at(curve: dict[float, float], rate: float) -> float:
 
 def judged(valley: dict[str, Any]) -> dict[str, Any]:
     """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate and what it costs, what
-    the rule before it did (`whole`), and what the usual adapter's and batch's rate would, as shares of the best loss.
+    the rule before it did (`objective_base_rate`), and what the usual adapter's and batch's rate would, as shares of
+    the best loss.
     """
-    from strop.planning.learning_rate import factor, learning_rate, whole
+    from strop.planning.learning_rate import learning_rate, objective_base_rate, rate_factor
 
     curve, size = valley["curve"], parameters(valley["size"])
     best = min(curve, key=lambda rate: curve[rate])
     within = [rate for rate in curve if curve[rate] <= 1.05 * curve[best]]
     method = valley["method"]
     reach = REACHES.get(method, 2 * valley["rank"])
-    rule = learning_rate(size) * factor(reach, valley["batch"], 16 if method == "lora+" else 1)
-    before = whole(size)
+    rule = learning_rate(size) * rate_factor(reach, valley["batch"], 16 if method == "lora+" else 1)
+    before = objective_base_rate(size)
     cost, cost_before, cost_usual = (
         loss_at(curve, rate) / curve[best] - 1 for rate in (rule, before, learning_rate(size))
     )

@@ -33,7 +33,7 @@ from strop.evaluation.diagnosis import diagnose
 from strop.machine import doctor
 from strop.machine.probe import Machine
 from strop.models.quantize import pack, unpack
-from strop.planning import trial
+from strop.planning import calibrate
 from strop.planning.memory import CUDA_CONTEXT_BYTES
 from strop.runs.folder import disk_errors
 from strop.training.loop import fit
@@ -86,7 +86,7 @@ def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
     with pytest.raises(QuantizerError, match="cannot be used here") as raised:
         use()
     assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
-    found = trial.four_bit_step()
+    found = calibrate.check_four_bit_step()
     assert found.level == "error" and "bitsandbytes" in found.why and "install" in found.fix
 
 
@@ -104,7 +104,7 @@ def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.Monk
     with pytest.raises(QuantizerError, match="cannot be used here: CUDA SETUP ERROR") as raised:
         unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
     assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
-    found = trial.four_bit_step()
+    found = calibrate.check_four_bit_step()
     assert found.level == "error" and "#bitsandbytes" in found.why and "install" in found.fix
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
@@ -117,22 +117,22 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("cuda")
     assert f"{TROUBLESHOOTING_PAGE}#cuda" in raised.value.fix
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
-    (found,) = trial.cards(machine)
+    (found,) = calibrate.check_gpus(machine)
     assert found.level == "error" and "cannot use it" in found.what and "#cuda" in found.why and found.fix
 
 
 def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU for which no kernel can be compiled, the doctor and a run report it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(trial, "pick_dtype", lambda device: ("bf16", "a test"))
+    monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
     for reason, fix in (
         ("Triton cannot make kernels: no C compiler", "gcc"),
         ("Triton cannot be imported: No module named 'triton'", "install triton"),
         (None, ""),
     ):
-        monkeypatch.setattr(trial, "why_no_triton", lambda device, reason=reason: reason)
-        _, found = trial.cards(machine)
+        monkeypatch.setattr(calibrate, "why_no_triton", lambda device, reason=reason: reason)
+        _, found = calibrate.check_gpus(machine)
         assert (found.level, "#triton" in found.why) == (("warning", True) if reason else ("ok", False))
         assert fix in found.fix and bool(fix) == bool(found.fix)
     monkeypatch.undo()
@@ -202,14 +202,14 @@ def test_gated(tmp_path: Path, tiny_folder: Path) -> None:
 
 
 def test_doctor_reports_a_4_bit_step_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trial.four_bit_step().level == "ok"
-    monkeypatch.setattr(trial.QuantizedLinear, "forward", lambda self, x: x.detach() * 1 + 0 * x)
-    assert trial.four_bit_step().level == "error"
+    assert calibrate.check_four_bit_step().level == "ok"
+    monkeypatch.setattr(calibrate.QuantizedLinear, "forward", lambda self, x: x.detach() * 1 + 0 * x)
+    assert calibrate.check_four_bit_step().level == "error"
 
 
 def test_doctor_reports_a_4_bit_step_that_leaves_the_weight_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
-    assert trial.four_bit_step().level == "error"
+    assert calibrate.check_four_bit_step().level == "error"
 
 
 def test_doctor_reports_a_check_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +218,6 @@ def test_doctor_reports_a_check_that_crashes(tmp_path: Path, monkeypatch: pytest
 
     (found,) = [f for f in doctor.examine(crash, tmp_path).findings if "ends with" in f.what]  # type: ignore[arg-type]
     assert found.level == "error" and "no kernel image" in found.what and found.fix
-    monkeypatch.setattr(trial, "_moved", crash)
-    found = trial.four_bit_step()
+    monkeypatch.setattr(calibrate, "_four_bit_update", crash)
+    found = calibrate.check_four_bit_step()
     assert found.level == "error" and "no kernel image" in found.what

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from strop.exporting.merge import Merged
     from strop.exporting.ollama import Prepared as PreparedOllama
     from strop.models.adapters import Model
-    from strop.planning.compare import Row
     from strop.planning.plan import Plan
+    from strop.planning.tables import Row
     from strop.runs.events import Event
     from strop.training.run import Run
 
@@ -66,24 +66,24 @@ def plan(
     """
     from strop.config.load import Choice, resolve
     from strop.machine.memory import limit_bytes
-    from strop.planning.devices import Devices, share
-    from strop.planning.inputs import look_at, place_for, row_sizes, start_adapter, without_data
+    from strop.planning.machines import target_for
+    from strop.planning.microbatch import plan_options, row_sizes
+    from strop.planning.model_facts import read_model_facts, start_adapter
+    from strop.planning.multi_device import Devices, target_share
     from strop.planning.plan import make_plan
 
-    resolved = resolve(_path(recipe), without_data(_flatten(options), recipe is not None))
+    resolved = resolve(_path(recipe), plan_options(_flatten(options), recipe is not None))
     device = resolved.recipe.model.device
     cluster = Devices(devices, nodes)
-    place = share(place_for(device, limit_bytes(memory), gpu), cluster, here=memory is None and gpu is None)
-    model = look_at(resolved.recipe)
-    if gpu is not None and device.partition(":")[0] != place.device:  # the recipe was written for another machine
-        resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
+    target = target_for(device, limit_bytes(memory), gpu)
+    target = target_share(target, cluster, local=memory is None and gpu is None)
+    model = read_model_facts(resolved.recipe)
+    if gpu is not None and device.partition(":")[0] != target.device:  # the recipe was written for another machine
+        resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
     return make_plan(
         resolved,
-        place.machine,
         model,
-        place.rate_of,
-        device=place.device,
-        dtype=place.dtype,
+        target,
         rows=row_sizes(resolved.recipe),
         adapter=start_adapter(resolved.recipe),
         devices=cluster,
@@ -110,23 +110,26 @@ def compare_methods(
     from strop.config.load import resolve
     from strop.machine.memory import limit_bytes
     from strop.planning.choose import usable_bytes
-    from strop.planning.compare import compare, known_models
-    from strop.planning.inputs import look_at, place_for, without_data
+    from strop.planning.machines import target_for
+    from strop.planning.microbatch import plan_options
+    from strop.planning.model_facts import read_model_facts
+    from strop.planning.tables import compare_methods as compare
+    from strop.planning.tables import known_models
 
-    values = without_data(_flatten(options), recipe is not None)
+    values = plan_options(_flatten(options), recipe is not None)
     has_model = "model.name" in values or recipe is not None
     if not has_model:
         values["model.name"] = "-"
     resolved = resolve(_path(recipe), values).recipe
     machine_given = memory is not None or gpu is not None or resolved.model.device != "auto"
-    place = place_for(resolved.model.device, limit_bytes(memory), gpu) if machine_given else None
-    device, dtype = ("cuda", "bf16") if place is None else (place.device, place.dtype[0])
+    target = target_for(resolved.model.device, limit_bytes(memory), gpu) if machine_given else None
+    device, dtype = ("cuda", "bf16") if target is None else (target.device, target.dtype[0])
     section = resolved.model.model_copy(update={"device": device, "dtype": dtype})
     models = known_models()
     if has_model:
-        model = look_at(resolved)
+        model = read_model_facts(resolved)
         models = sorted([*models, (model.name, model.shape, model.parameters)], key=lambda entry: entry[2])
-    usable = usable_bytes(place.machine, device) if place is not None else None
+    usable = usable_bytes(target.machine, device) if target is not None else None
     return compare(resolved.model_copy(update={"model": section}), models, usable)
 
 
@@ -269,16 +272,13 @@ def evaluate(
 
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
     with join_devices() as devices:
-        from strop.evaluation.run import evaluate_models, leaderboard
+        from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard
         from strop.machine.torch_state import own_torch
 
         with own_torch():
-            results = evaluate_models(
-                names,
-                _data_files(data, "data"),
+            chosen = EvalOptions(
                 metric=metric,
                 max_new_tokens=max_new_tokens,
-                advance=progress if devices.is_main else None,
                 quantization=quantization,
                 force=force,
                 general=general,
@@ -286,11 +286,12 @@ def evaluate(
                 regression_metric=regression_metric,
                 tasks=tasks,
                 task_limit=task_limit,
-                devices=devices,
                 judge=judge,
                 judge_model=judge_model,
-                options=options,
+                read=options,
             )
+            advance = progress if devices.is_main else None
+            results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)
     if isinstance(run, str | os.PathLike):
         return results[0]
     return {"runs": results, "leaderboard": leaderboard(results)}

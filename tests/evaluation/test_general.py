@@ -1,4 +1,4 @@
-"""The general set: what its rows accept, and how the change is reported."""
+"""The general set: the answers its rows accept, and the reported change."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 
 import strop
 from strop.evaluation.general import compare_general, rows
-from strop.evaluation.metrics import judged_by_kind, paired_difference
+from strop.evaluation.metrics import general_verdict, paired_difference
 from tests.support import tiny
 from tests.support.runs import run
 
 
-def test_the_set_is_large_enough_and_each_row_is_a_question() -> None:
-    found = rows()
-    assert len(found) >= 120 and len({row.messages for row in found}) == len(found)
-    kinds = Counter(row.kind for row in found)
+def test_set_has_six_kinds_of_questions_with_valid_patterns() -> None:
+    general = rows()
+    assert len(general) >= 120 and len({row.messages for row in general}) == len(general)
+    kinds = Counter(row.kind for row in general)
     assert len(kinds) == 6 and min(kinds.values()) >= 20
-    for row in found:
+    for row in general:
         re.compile(row.pattern)
         assert row.messages[-1].role == "user" and not re.search(row.pattern, "")
 
@@ -38,13 +38,13 @@ GOOD_AND_BAD = {
 
 
 @pytest.mark.parametrize("question", GOOD_AND_BAD)
-def test_what_counts_as_a_good_answer(question: str) -> None:
+def test_patterns_accept_good_answers_and_reject_bad_ones(question: str) -> None:
     row = next(row for row in rows() if row.messages[-1].content == question)
     good, bad = GOOD_AND_BAD[question]
     assert re.search(row.pattern, good) and not re.search(row.pattern, bad)
 
 
-def test_copying_and_arithmetic_want_the_very_thing() -> None:
+def test_copying_and_arithmetic_accept_only_the_exact_answer() -> None:
     for row in rows():
         asked = row.messages[-1].content
         if row.kind == "copying":
@@ -56,31 +56,30 @@ def test_copying_and_arithmetic_want_the_very_thing() -> None:
             assert re.search(row.pattern, f"It is {value}.") and not re.search(row.pattern, f"It is {value}1.")
 
 
-def test_base_and_tuned_are_asked_and_the_report_shows_it(
+def test_general_set_is_compared_and_stored_in_the_report(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", train={"max_steps": 2})
+    trained = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", train={"max_steps": 2})
     held_out = tiny.write_rows(tmp_path / "held.jsonl", 3)
     words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
-    code, out, err = run("eval", made.folder, *words, capsys=capsys)
+    code, out, err = run("eval", trained.folder, *words, capsys=capsys)
     assert code == 0 and "on the general set: " in err
     found = json.loads(out)["general"]
     assert found["rows"] == len(rows()) == sum(kind["rows"] for kind in found["kinds"].values())
     assert found["difference"]["value"] == pytest.approx(found["tuned"] - found["base"])
-    assert json.loads((made.folder / "report.json").read_text())["general"] == found
-    assert "General abilities" in (made.folder / "report.html").read_text()
+    assert json.loads((trained.folder / "report.json").read_text())["general"] == found
+    assert "General abilities" in (trained.folder / "report.html").read_text()
     code, _, err = run("eval", tiny_folder, "--data", held_out, "--general", capsys=capsys)
     assert code == 2 and "nothing to compare" in err
 
 
-def test_a_model_that_answers_in_json_only_is_caught() -> None:
-    """The tuned side answers every row with an object; the base with the right words for plain text."""
+def test_model_that_answers_only_in_json_loses_plain_text() -> None:
     from types import SimpleNamespace
 
     class Fake:
         renderer = SimpleNamespace(prompt=lambda messages: messages)
 
-        def answer(self, prompts: Any, *, both: bool, **how: Any) -> Any:
+        def answer(self, prompts: Any, *, both: bool, **options: Any) -> Any:
             assert both
             texts = ["This is plain text, said well."] * len(prompts) + ['{"intent": "x"}'] * len(prompts)
             return [SimpleNamespace(text=text) for text in texts]
@@ -91,13 +90,13 @@ def test_a_model_that_answers_in_json_only_is_caught() -> None:
     assert found["difference"]["high"] < 0 and len(found["lost"]) >= 20
 
 
-def test_a_loss_that_a_gain_hides_is_told() -> None:
+def test_verdict_lists_kinds_when_a_gain_hides_a_loss() -> None:
     def kind(before: int, after: int) -> dict[str, Any]:
         pairs = [[number < hits for number in range(20)] for hits in (before, after)]
         return {"rows": 20, "difference": vars(paired_difference(*pairs))}
 
     hidden = {"difference": vars(paired_difference([True, False], [False, True]))}
     kinds = {"facts": kind(15, 2), "memory": kind(3, 18), "copying": kind(10, 11)}
-    assert "no clear difference" in judged_by_kind({**hidden, "kinds": kinds})
-    assert judged_by_kind({**hidden, "kinds": kinds}).endswith("by kind: worse at facts; better at memory")
-    assert "by kind" not in judged_by_kind({**hidden, "kinds": {"copying": kind(10, 11)}})
+    assert "no clear difference" in general_verdict({**hidden, "kinds": kinds})
+    assert general_verdict({**hidden, "kinds": kinds}).endswith("by kind: worse at facts; better at memory")
+    assert "by kind" not in general_verdict({**hidden, "kinds": {"copying": kind(10, 11)}})

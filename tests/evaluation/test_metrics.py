@@ -1,4 +1,4 @@
-"""Metrics against hand-worked values, published tables and the reference scorer of the test data."""
+"""Metrics and rewards against values by hand, published tables and the reference scorer of the test data."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ from hypothesis import strategies as st
 
 from strop.errors import DataError, RecipeError, RunError
 from strop.evaluation import metrics
-from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, score, wilson
-from strop.evaluation.rewards import rewards_of
+from strop.evaluation.metrics import (
+    METRICS,
+    check_golds,
+    check_rewards,
+    metric,
+    paired_difference,
+    parse_rewards,
+    score,
+    wilson,
+)
 from tests.support.scripts import script
 from tests.support.shared_data import shared
 
@@ -53,32 +61,32 @@ GOLD = '{"intent": "Play", "artist": "Nina Simone"}'
         ("exact_json", GOLD, "[" * 100_000, False),
     ],
 )
-def test_one_pair(name: str, gold: str, answer: str, hit: bool) -> None:
+def test_metric_judges_an_answer(name: str, gold: str, answer: str, hit: bool) -> None:
     assert METRICS[name].judge(gold, answer)[name] is hit
     assert score(name, [gold], [answer]).hits == (hit,)
 
 
-def test_side_scores_of_exact_json() -> None:
+def test_exact_json_has_side_scores() -> None:
     answers = [GOLD, '{"intent": "play"}', '{"intent": "Stop"}', "no"]
     scores = score("exact_json", [GOLD] * 4, answers)
     assert scores.rates == {"exact_json": 0.25, "valid_json": 0.75, "intent": 0.5}
 
 
-def test_intent_is_scored_only_where_every_gold_has_one() -> None:
+def test_intent_is_scored_only_if_every_gold_has_one() -> None:
     assert set(score("exact_json", [GOLD, '{"a": 1}'], [GOLD, GOLD]).rates) == {"exact_json", "valid_json"}
 
 
-def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
+def test_unknown_metric_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(RecipeError, match="did you mean exact_json"):
         score("exactjson", ["a"], ["a"])
 
 
-def test_rows_that_do_not_match_are_not_scored() -> None:
+def test_different_numbers_of_golds_and_answers_raise() -> None:
     with pytest.raises(ValueError):
         score("exact", ["a", "b"], ["a"])
 
 
-def test_every_gold_that_cannot_be_scored_is_named() -> None:
+def test_golds_that_cannot_be_scored_are_listed() -> None:
     places = [("d.jsonl", line) for line in (1, 2, 5)]
     check_golds("exact", ["(", "[", "x"], places)
     with pytest.raises(DataError) as caught:
@@ -86,7 +94,7 @@ def test_every_gold_that_cannot_be_scored_is_named() -> None:
     assert [place.line for place in caught.value.where] == [2, 5]
     with pytest.raises(DataError, match="2 rows cannot be scored with regex"):
         check_golds("regex", ["(", "[", "x"], places)
-    for name in ("contains", "regex"):  # it would be in any answer
+    for name in ("contains", "regex"):  # an empty gold is in every answer
         with pytest.raises(DataError, match=f"2 rows cannot be scored with {name}"):
             check_golds(name, ["", "x", " \n"], places)
 
@@ -127,14 +135,14 @@ def test_exact_json_agrees_with_the_reference_on_real_golds(reference: ModuleTyp
         (1, 1, 1 / (1 + 1.96**2), 1.0),  # by hand: 1 / (1 + z^2)
     ],
 )
-def test_wilson(successes: int, n: int, low: float, high: float) -> None:
+def test_wilson_equals_published_intervals(successes: int, n: int, low: float, high: float) -> None:
     assert wilson(successes, n) == pytest.approx((low, high), abs=6e-5)
     mirrored = wilson(n - successes, n)
     assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=6e-5)
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_holds_the_rate_and_stays_a_share(counts: tuple[int, int]) -> None:
+def test_wilson_contains_the_rate_and_stays_within_0_and_1(counts: tuple[int, int]) -> None:
     low, high = wilson(*counts)
     assert 0 <= low <= counts[0] / counts[1] <= high <= 1 and low < high
 
@@ -142,97 +150,96 @@ def test_wilson_holds_the_rate_and_stays_a_share(counts: tuple[int, int]) -> Non
 def difference(both: int, gained: int, lost: int, neither: int) -> tuple[float, float, float]:
     base = [True] * both + [False] * gained + [True] * lost + [False] * neither
     tuned = [True] * (both + gained) + [False] * (lost + neither)
-    found = paired_difference(base, tuned)
-    return found.value, found.low, found.high
+    result = paired_difference(base, tuned)
+    return result.value, result.low, result.high
 
 
-def test_paired_difference_against_a_published_table() -> None:
+def test_paired_difference_equals_a_published_example() -> None:
     # Bentur et al. 2009 as worked by Fagerland, Lydersen, Laake, Statistics in Medicine 33 (2014), 2850-2875.
     assert difference(1, 1, 7, 12) == pytest.approx((-6 / 21, -0.507, -0.026), abs=6e-4)
 
 
-def test_paired_difference_with_correlated_rows() -> None:
-    # Worked apart from the package, the Wilson limits found by bisection; phi is -0.1147, then 0.7146.
+def test_paired_difference_of_correlated_rows_equals_values_by_hand() -> None:
+    # Computed without the package, with the Wilson limits by bisection; phi is -0.1147, then 0.7146.
     assert difference(36, 12, 2, 0) == pytest.approx((0.2, 0.056930, 0.340428), abs=1e-6)
     assert difference(80, 20, 5, 70) == pytest.approx((15 / 175, 0.029937, 0.140127), abs=1e-6)
 
 
-def test_paired_difference_by_hand() -> None:
+def test_paired_difference_of_extreme_counts_equals_values_by_hand() -> None:
     # All 10 gained: both margins are 0, so phi = 0, and the ends are those of the Wilson intervals 0/10 and 10/10.
     reach = 1.959964**2 / (10 + 1.959964**2)
     assert difference(0, 10, 0, 0) == pytest.approx((1, 1 - math.hypot(reach, reach), 1), abs=1e-6)
-    # One row: nothing can be claimed.
+    # One row: the interval contains zero.
     value, low, high = difference(0, 1, 0, 0)
     assert (value, high) == (1, 1) and -0.2 < low < 0
-    # All agree: no difference, and the more rows the narrower; perfect agreement on both kinds is narrower still.
+    # All agree: no difference, with a narrower interval for more rows.
     assert difference(0, 0, 0, 1)[1:] == pytest.approx((-0.7935, 0.7935), abs=1e-4)
     assert difference(0, 0, 0, 100)[2] < 0.05
     assert difference(50, 0, 0, 50)[2] < 0.05
 
 
-def test_a_clear_gain_is_claimed_and_mirrored() -> None:
+def test_clear_gain_excludes_zero_and_mirrors() -> None:
     value, low, high = difference(0, 148, 0, 28)
     assert 0.7 < low < value < high < 0.95
     assert difference(0, 0, 148, 28) == pytest.approx((-value, -high, -low))
 
 
 @given(st.tuples(*[st.integers(0, 30)] * 4).filter(any))
-def test_paired_difference_holds_its_value(counts: tuple[int, int, int, int]) -> None:
+def test_paired_difference_contains_its_value(counts: tuple[int, int, int, int]) -> None:
     value, low, high = difference(*counts)
     assert -1 <= low <= value <= high <= 1 and low < high
 
 
 @pytest.mark.parametrize("both, changed, neither", [(80, 40, 80), (10, 60, 140), (0, 30, 100)])
-def test_chance_is_rarely_called_a_difference(both: int, changed: int, neither: int) -> None:
+def test_chance_is_called_a_difference_in_about_5_percent(both: int, changed: int, neither: int) -> None:
     flip = random.Random(0)
-    claimed = 0
+    significant = 0
     for _ in range(1000):
         gained = sum(flip.random() < 0.5 for _ in range(changed))
         _, low, high = difference(both, gained, changed - gained, neither)
-        claimed += low > 0 or high < 0
-    assert 20 <= claimed <= 80
+        significant += low > 0 or high < 0
+    assert 20 <= significant <= 80
 
 
 @pytest.mark.parametrize(
-    ("parameters", "said"),
+    ("parameters", "message"),
     [
         ("gold", "too many positional arguments"),
         ("gold, answer, row", "missing a required argument: 'row'"),
         ("completions, **more", "too many positional arguments"),
-        ("prompt, answer", "prompt is not what it is given"),
-        ("answer, gold", "gold is not what it is given"),
-        ("prompts, completions", "prompts is not what it is given"),
+        ("prompt, answer", "prompt is not"),
+        ("answer, gold", "gold is not"),
+        ("prompts, completions", "prompts is not"),
     ],
 )
-def test_a_function_that_wants_something_else_is_refused(parameters: str, said: str, tmp_path: Path) -> None:
-    """It gets (right answer, answer) by position: a right answer taken for a prompt would be judged without a word."""
+def test_function_with_other_parameters_is_refused(parameters: str, message: str, tmp_path: Path) -> None:
+    """Arguments are positional, so a function that expects a prompt would silently judge the right answer."""
     file = tmp_path / "own.py"
     file.write_text(f"def own({parameters}):\n    return True\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match=re.escape(f"own.py:own({parameters}): {said}")) as raised:
+    with pytest.raises(RecipeError, match=re.escape(f"own.py:own({parameters}): {message}")) as raised:
         metric(f"{file}:own")
-    assert "it gets (right answer, answer), in this order" in raised.value.fix
+    assert "(right answer, answer)" in raised.value.fix
 
 
-def test_a_function_in_place_of_its_name_is_refused() -> None:
-    with pytest.raises(RecipeError, match="a function is given by its name"):
-        metric(test_a_function_in_place_of_its_name_is_refused)  # type: ignore[arg-type]
+def test_function_object_is_refused() -> None:
+    with pytest.raises(RecipeError, match="by its name"):
+        metric(test_function_object_is_refused)  # type: ignore[arg-type]
 
 
-def test_a_metric_of_the_users_own(tmp_path: Path) -> None:
+def test_user_function_is_a_metric(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("def near(gold, answer):\n    return abs(float(gold) - float(answer or 0)) < 0.1\n")
-    found = score(f"{file}:near", ["1.0", "2.0"], ["1.05", "3"])
-    assert found.metric == "near" and found.hits == (True, False) and found.rates == {"near": 0.5}
-    for name, said in ((f"{file}:far", "no such function"), (f"{tmp_path}/none.py:x", "no such file")):
-        with pytest.raises(RecipeError, match=said):
+    scores = score(f"{file}:near", ["1.0", "2.0"], ["1.05", "3"])
+    assert scores.metric == "near" and scores.hits == (True, False) and scores.rates == {"near": 0.5}
+    for name, message in ((f"{file}:far", "no such function"), (f"{tmp_path}/none.py:x", "no such file")):
+        with pytest.raises(RecipeError, match=message):
             metric(name)
     file.write_text("1 / 0")
     with pytest.raises(RecipeError, match="ZeroDivisionError"):
         metric(f"{file}:near")
 
 
-def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
-    """It may load a model that judges."""
+def test_user_file_is_run_again_only_if_it_changes(tmp_path: Path) -> None:
     file, log = tmp_path / "own.py", tmp_path / "log"
     text = f"with open({str(log)!r}, 'a') as f:\n    f.write('x')\ndef own(gold, answer):\n    return gold == answer\n"
     file.write_text(text)
@@ -243,7 +250,7 @@ def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
     assert score(name, ["x"], ["x"]).hits == (False,) and log.read_text() == "xx"
 
 
-def test_a_file_of_the_users_own_finds_the_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_file_imports_modules_next_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "first_neighbour.py").write_text("WORD = 'yes'\n", encoding="utf-8")
     (tmp_path / "late_neighbour.py").write_text("def same(a, b):\n    return a == b\n", encoding="utf-8")
@@ -256,7 +263,7 @@ def test_a_file_of_the_users_own_finds_the_files_beside_it(tmp_path: Path, monke
     assert metric(f"{file}:own").judge("yes", "yes") == {"own": True}
 
 
-def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads(tmp_path: Path) -> None:
+def test_broken_user_function_is_found_by_the_golds(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("import json\ndef same(gold, answer):\n    return json.loads(gold) == json.loads(answer)\n"
                     "def broken(gold, answer):\n    return gold.strp() == answer\n")  # fmt: skip
@@ -271,8 +278,8 @@ def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads
     "how",
     ["ast.literal_eval(answer)", "ElementTree.fromstring(answer)", "yaml.safe_load(answer)", "exec('exit()')", "1 / 0"],
 )
-def test_what_an_answer_makes_of_a_function_is_a_miss(how: str, tmp_path: Path) -> None:
-    """The errors of parsers are no ValueErrors, and answers that are code may end the process."""
+def test_answer_that_makes_the_function_fail_is_a_miss(how: str, tmp_path: Path) -> None:
+    """Parsers raise other errors than ValueError, and an answer run as code may exit."""
     file = tmp_path / "own.py"
     file.write_text("import ast, yaml\nfrom xml.etree import ElementTree\n"
                     f"def own(gold, answer):\n    return gold == answer or bool({how})\n"
@@ -286,61 +293,80 @@ def test_what_an_answer_makes_of_a_function_is_a_miss(how: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     "line", ["import os; os.environ['NOT_SET_HERE']", "open('none.txt')", "assert False", "exit()"]
 )
-def test_a_file_that_does_not_run_is_named(line: str, tmp_path: Path) -> None:
+def test_user_file_that_fails_is_named(line: str, tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(f"{line}\ndef own(gold, answer):\n    return True\n")
     with pytest.raises(RecipeError, match=r"own\.py:own: [A-Z]\w+: "):
         metric(f"{file}:own")
 
 
-@pytest.mark.parametrize("said", ["0.5", "1.0", "'yes'", "None", "2", "[]"])
-def test_a_function_that_says_neither_hit_nor_miss_is_refused(said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["0.5", "1.0", "'yes'", "None", "2", "[]"])
+def test_function_that_returns_neither_hit_nor_miss_is_refused(value: str, tmp_path: Path) -> None:
     file = tmp_path / "own.py"
-    file.write_text(f"def k(gold, answer):\n    return {said}\n"
-                    f"def late(gold, answer):\n    return True if gold == answer else {said}\n")  # fmt: skip
+    file.write_text(f"def k(gold, answer):\n    return {value}\n"
+                    f"def late(gold, answer):\n    return True if gold == answer else {value}\n")  # fmt: skip
     with pytest.raises(RecipeError) as raised:
         check_golds(f"{file}:k", ["x"], [("rows.jsonl", 7)])
     assert "True or False" in raised.value.fix
-    assert f"k returns {ast.literal_eval(said)!r}" in raised.value.what and "rows.jsonl:7" in raised.value.what
+    assert f"k returns {ast.literal_eval(value)!r}" in raised.value.what and "rows.jsonl:7" in raised.value.what
     check_golds(f"{file}:k", ["x"], [("rows.jsonl", 7)], any_number=True)  # a reward
     check_golds(f"{file}:late", ["x"], [("rows.jsonl", 7)])
     with pytest.raises(RunError, match="for the answer 'y'"):
         score(f"{file}:late", ["x", "x"], ["x", "y"])
 
 
-@pytest.mark.parametrize("said", ["True", "1", "np.bool_(True)", "np.int64(1)"])
-def test_what_a_function_may_say(said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["True", "1", "np.bool_(True)", "np.int64(1)"])
+def test_booleans_0_and_1_are_hits_and_misses(value: str, tmp_path: Path) -> None:
     file = tmp_path / "own.py"
-    file.write_text(f"import numpy as np\ndef k(gold, answer):\n    return {said}\n")
+    file.write_text(f"import numpy as np\ndef k(gold, answer):\n    return {value}\n")
     check_golds(f"{file}:k", ["x"], [("rows.jsonl", 7)])
     assert score(f"{file}:k", ["x"], ["y"]).hits == (True,)
 
 
-def test_a_function_of_the_users_own_that_ends_python_or_raises_what_it_likes(tmp_path: Path) -> None:
+def test_user_function_may_exit_or_raise_any_error(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("import sys\nclass Odd(Exception): pass\n"
                     "def ends(gold, answer):\n    if gold != answer: sys.exit(0)\n    return True\n"
                     "def odd(gold, answer):\n    if gold != answer: raise Odd('no')\n    return True\n"
                     "def worse(gold, answer):\n    raise Odd('no')\n")  # fmt: skip
-    for name in ("ends", "odd"):  # an answer that it cannot read is a miss
+    for name in ("ends", "odd"):  # an answer that it fails on is a miss
         assert score(f"{file}:{name}", ["x", "x"], ["x", "y"]).hits == (True, False)
     with pytest.raises(RunError, match=r"rows\.jsonl:7: .*Odd: no"):
-        rewards_of(f"{file}:odd")[0]("x", "y", ("rows.jsonl", 7))
+        parse_rewards(f"{file}:odd")[0]("x", "y", ("rows.jsonl", 7))
     with pytest.raises(DataError, match="cannot be scored"):
         check_golds(f"{file}:worse", ["x"], [("rows.jsonl", 7)])
-    for text, said in (("import sys; sys.exit(7)", "SystemExit: 7"), ("open('/none/there')", "FileNotFoundError")):
+    for text, message in (("import sys; sys.exit(7)", "SystemExit: 7"), ("open('/none/there')", "FileNotFoundError")):
         file.write_text(text)
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             metric(f"{file}:ends")
 
 
-def test_a_pattern_that_never_ends_is_a_miss_that_is_told(
+def test_pattern_that_takes_too_long_is_a_miss_and_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(metrics, "LONGEST_SEARCH_S", 0.1)
+    monkeypatch.setattr(metrics, "MAX_SEARCH_S", 0.1)
     before = signal.getsignal(signal.SIGVTALRM)
-    found = score("regex", ["(a+)+b", "a+"], ["a" * 29, "a" * 29])
-    assert found.hits == (False, True)
+    scores = score("regex", ["(a+)+b", "a+"], ["a" * 29, "a" * 29])
+    assert scores.hits == (False, True)
     (record,) = caplog.records
-    assert "'(a+)+b' is still searched for after 0.1 s" in record.getMessage()
+    assert "'(a+)+b' takes more than 0.1 s" in record.getMessage()
     assert signal.getsignal(signal.SIGVTALRM) is before
+
+
+@pytest.mark.parametrize("given", ["exact_json, contains=0.2", ["exact_json", "contains=0.2"]])
+def test_rewards_are_parsed_from_a_list_or_from_commas(given: str | list[str]) -> None:
+    assert [(reward.name, reward.weight) for reward in parse_rewards(given)] == [("exact_json", 1), ("contains", 0.2)]
+
+
+@pytest.mark.parametrize("given", ["exact=x", "exact,exact", "choice", "exact,"])
+def test_invalid_rewards_are_refused(given: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_rewards(given)
+
+
+def test_fix_names_the_function_that_fails_on_right_answers(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def own(gold, answer): return {}[gold]", encoding="utf-8")
+    with pytest.raises(DataError, match="1 rows") as raised:
+        check_rewards(parse_rewards(f"{file}:own"), ["yes", None], [("rows.jsonl", 1), ("rows.jsonl", 2)])
+    assert "fix own" in raised.value.fix and "(right answer, answer)" in raised.value.fix

@@ -1,4 +1,4 @@
-"""Pairs in `strop eval`: which answer base and tuned prefer, with intervals; reward models by their scores."""
+"""Evaluation on pairs: preferences of base and tuned model, scores of reward models, and diagnoses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.engine.train.plain import PlainLoss
 from strop.evaluation.diagnosis import diagnose
-from strop.evaluation.preferences import compare_preferences, rewards
+from strop.evaluation.preferences import compare_preferences, reward_figures
 from tests.support import preferences, tiny
 from tests.support.runs import QUICK, run
 
@@ -28,24 +28,26 @@ def trained(objective: str, model: Path, folder: Path, capsys: pytest.CaptureFix
     return out
 
 
-def test_base_and_tuned_on_pairs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, held = trained("dpo", tiny_folder, tmp_path, capsys), preferences.write_pairs(tmp_path / "held.jsonl", 12)
-    code, said, err = run("eval", out, "--data", held, "--json", capsys=capsys)
+def test_base_and_tuned_are_compared_on_pairs(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, held_out = trained("dpo", tiny_folder, tmp_path, capsys), preferences.write_pairs(tmp_path / "held.jsonl", 12)
+    code, printed, err = run("eval", out, "--data", held_out, "--json", capsys=capsys)
     assert code == 0, err
-    found = json.loads(said)
+    found = json.loads(printed)
     assert found["rows"] == 12 and found["metric"] == "preference"
     assert found["tuned"]["preference"] == 1.0 and found["rewards"]["accuracy"] == 1.0
     low, high = found["rewards"]["margin_interval"]
     assert low <= found["rewards"]["margin"] <= high and low > 0
     gained, lost = (len(found["changed"][name]) for name in ("gained", "lost"))
     assert gained - lost == round(12 * found["difference"]["value"])
-    assert "ranked right" in err and "margin" in err
+    assert "ranked" in err and "margin" in err
     report = json.loads((out / "report.json").read_text())
     assert report["evaluation"]["tuned"] == found["tuned"] and "preference" in (out / "report.html").read_text()
     assert "preference" in (out / "adapter" / "README.md").read_text()
 
 
-def test_log_probabilities_are_the_models_own(tiny_folder: Path, tmp_path: Path) -> None:
+def test_log_probabilities_equal_the_plain_step(tiny_folder: Path, tmp_path: Path) -> None:
     bad: list[RowError] = []
     rows = list(conversations(read_rows(str(preferences.write_pairs(tmp_path / "a.jsonl", 5)), bad=bad), bad=bad))
     model = strop.load(tiny_folder, dtype="fp32")
@@ -53,51 +55,55 @@ def test_log_probabilities_are_the_models_own(tiny_folder: Path, tmp_path: Path)
     plain, hits, total, tokens = PlainLoss(model.module), 0, 0.0, 0
     with torch.no_grad():
         for row in rows:
-            (better,), (worse,) = (model.renderer.render(side) for side in row.sides)
-            losses = [float(plain.token_loss([example])) for example in (better, worse)]
-            hits += losses[0] / better.supervised < losses[1] / worse.supervised
-            total, tokens = total + losses[0], tokens + better.supervised
+            (chosen,), (rejected,) = (model.renderer.render(side) for side in row.sides)
+            losses = [float(plain.token_loss([example])) for example in (chosen, rejected)]
+            hits += losses[0] / chosen.supervised < losses[1] / rejected.supervised
+            total, tokens = total + losses[0], tokens + chosen.supervised
     assert found["base"]["preference"] == hits / 5 and "tuned" not in found
     assert found["base"]["loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_a_reward_model_is_scored(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, held = trained("reward", tiny_folder, tmp_path, capsys), preferences.write_pairs(tmp_path / "held.jsonl", 12)
-    code, said, err = run("eval", out, "--data", held, "--json", capsys=capsys)
+def test_reward_model_is_evaluated_by_its_scores(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, held_out = (
+        trained("reward", tiny_folder, tmp_path, capsys),
+        preferences.write_pairs(tmp_path / "held.jsonl", 12),
+    )
+    code, printed, err = run("eval", out, "--data", held_out, "--json", capsys=capsys)
     assert code == 0, err
-    found = json.loads(said)
+    found = json.loads(printed)
     assert found["tuned"]["preference"] == 1.0 and "base" not in found and found["rewards"]["margin"] > 0
     assert "AutoModelForSequenceClassification" in (out / "adapter" / "README.md").read_text()
-    code, said, err = run("eval", out, out, "--data", held, "--json", capsys=capsys)
+    code, printed, err = run("eval", out, out, "--data", held_out, "--json", capsys=capsys)
     assert code == 0, err
-    assert [(line["score"], line["loss"]) for line in json.loads(said)["leaderboard"]] == [(1.0, None)] * 2
+    assert [(line["score"], line["loss"]) for line in json.loads(printed)["leaderboard"]] == [(1.0, None)] * 2
 
 
-def test_what_pairs_cannot_answer_is_refused(
+def test_options_that_pairs_do_not_allow_are_refused(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs, turns = preferences.write_pairs(tmp_path / "a.jsonl", 4), tiny.write_rows(tmp_path / "b.jsonl", 4)
-    judged = preferences.write_labelled(tmp_path / "c.jsonl", 4)
-    for words, said in (
+    labelled = preferences.write_judged(tmp_path / "c.jsonl", 4)
+    for words, message in (
         ([pairs, "--metric", "contains"], "--metric preference"),
-        ([turns, "--metric", "preference"], "no pairs"),
-        ([judged], "judged good or bad"),
+        ([turns, "--metric", "preference"], "not pairs"),
+        ([labelled], "labelled good or bad"),
         ([pairs, "--data", turns], "pairs and other rows"),
         ([pairs, "--general"], "--general"),
     ):
         code, _, err = run("eval", tiny_folder, "--data", *words, capsys=capsys)
-        assert code == 2 and said in err, err
+        assert code == 2 and message in err, err
 
 
 def test_rewards_have_intervals() -> None:
-    found = rewards([(1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (2.0, 0.0)])
+    found = reward_figures([(1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (2.0, 0.0)])
     assert found["accuracy"] == 0.75 and found["margin"] == 1.25
     assert found["accuracy_interval"][0] < 0.75 < found["accuracy_interval"][1]
-    assert rewards([(1.0, 0.0)])["margin_interval"] is None
+    assert reward_figures([(1.0, 0.0)])["margin_interval"] is None
 
 
-def test_both_sides_falling_is_a_finding() -> None:
-    """On record, 16: both rewards fall while the margin grows, told nowhere."""
+def test_chosen_answers_that_become_less_likely_are_reported() -> None:
     events = [
         {"event": "step", "step": n, "loss": 0.69 - 0.01 * n, "chosen_change": -0.01 * n, "rejected_change": -0.03 * n}
         for n in range(1, 41)
@@ -108,8 +114,8 @@ def test_both_sides_falling_is_a_finding() -> None:
     assert not any("less likely" in finding for finding in diagnose(events, 0.1))
 
 
-def test_a_policy_is_diagnosed_by_its_rewards() -> None:
-    def told(**figures: Any) -> list[str]:
+def test_policy_is_diagnosed_by_its_rewards() -> None:
+    def findings(**figures: Any) -> list[str]:
         steps = [
             {
                 "event": "step",
@@ -124,7 +130,7 @@ def test_a_policy_is_diagnosed_by_its_rewards() -> None:
         ]
         return diagnose(steps, 0.1)
 
-    assert told(reward=lambda n: 0.1 + 0.01 * n) == []
-    assert "its noise" in told()[0]
-    assert "equal rewards" in told(equal_groups=lambda n: 1.0)[0]
-    assert "answer_tokens" in told(stop_rate=lambda n: 0.0)[0]
+    assert findings(reward=lambda n: 0.1 + 0.01 * n) == []
+    assert "its noise" in findings()[0]
+    assert "equal rewards" in findings(equal_groups=lambda n: 1.0)[0]
+    assert "answer_tokens" in findings(stop_rate=lambda n: 0.0)[0]

@@ -1,4 +1,4 @@
-"""The report page: complete where there are figures, silent where there are none, harmless whatever the samples say."""
+"""The report page: it shows every figure, leaves out missing ones, and is safe with any sample text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from strop.evaluation.report import render, write_report
 
-EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)><svg onload=alert(3)>&{{ 7 * 7 }}\ud800"
+ATTACK = "</pre><script>alert(1)</script><img src=x onerror=alert(2)><svg onload=alert(3)>&{{ 7 * 7 }}\ud800"
 
 
 def steps(number: int) -> list[dict[str, Any]]:
@@ -88,13 +88,13 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_full_report_shows_every_figure(tmp_path: Path) -> None:
+def test_full_report_shows_every_figure(tmp_path: Path) -> None:
     events = [*steps(60), {"event": "eval", "step": 30, "loss": 0.3}, {"event": "eval", "step": 60, "loss": 0.2}]
     path = write_report(tmp_path, full(), [{"event": "rehearsal"}, *events, {"event": "skip", "step": 3}])
     assert path == tmp_path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
-    said = "Better: +87.5 points, 95 % interval +81.0 to +91.6: exact_json went from 0.0 % to 87.5 % on 176 rows."
-    assert said in page.text
+    verdict = "Better: +87.5 points, 95 % interval +81.0 to +91.6: exact_json went from 0.0 % to 87.5 % on 176 rows."
+    assert verdict in page.text
     for figure in (
         "297",
         "4 min 58 s",
@@ -117,27 +117,27 @@ def test_a_full_report_shows_every_figure(tmp_path: Path) -> None:
     ):
         assert word in page.text, word
     assert "1 x skip" in page.text and "rehearsal" not in page.text
-    assert page.tags.count("svg") == 5  # loss for desk and phone, learning rate, gradient norm, tokens/s
+    assert page.tags.count("svg") == 5  # loss for wide and narrow screens, learning rate, gradient norm, tokens/s
     assert "evaluation" in page.text and "1 fields at their defaults" in page.text
 
 
 @pytest.mark.parametrize(
     "word, low, high", [("Better", 0.01, 0.2), ("Worse", -0.2, -0.01), ("No clear difference", -0.2, 0.05)]
 )
-def test_the_verdict_follows_the_interval(word: str, low: float, high: float) -> None:
+def test_verdict_follows_the_interval(word: str, low: float, high: float) -> None:
     report = full()
     report["evaluation"]["difference"] = {"value": (low + high) / 2, "low": low, "high": high}
     assert f"{word}: {100 * (low + high) / 2:+.1f} points" in Page(render(report, [])).text
 
 
-def test_without_an_interval_no_verdict_is_made_up() -> None:
+def test_without_an_interval_there_is_no_verdict() -> None:
     report = full()
     del report["evaluation"]["difference"]
     text = Page(render(report, [])).text
     assert "exact_json went from 0.0 % to 87.5 % on 176 rows." in text and "Better" not in text
 
 
-def test_what_is_absent_is_left_out() -> None:
+def test_sections_without_figures_are_left_out() -> None:
     page = Page(render({"run": "runs/x"}, []))
     assert "svg" not in page.tags and "table" not in page.tags
     for heading in (
@@ -155,14 +155,14 @@ def test_what_is_absent_is_left_out() -> None:
         assert heading not in page.text.split("}")[-1], heading  # after the style sheet
 
 
-def test_a_base_alone_is_scored_without_a_verdict() -> None:
+def test_base_without_tuned_is_scored_without_a_verdict() -> None:
     report = full()
     del report["evaluation"]["tuned"], report["evaluation"]["difference"]
     page = Page(render(report, []))
     assert "0.0 to 2.1 %" in page.text and "went from" not in page.text
 
 
-def test_figures_that_are_not_numbers_are_neither_drawn_nor_shown() -> None:
+def test_figures_that_are_not_finite_numbers_are_left_out() -> None:
     events = [
         {"event": "step", "step": n, "loss": value}
         for n, value in enumerate([math.nan, math.inf, None, "x", True, 0.5])
@@ -178,31 +178,31 @@ def test_figures_that_are_not_numbers_are_neither_drawn_nor_shown() -> None:
     assert "svg" not in page.tags and "nan" not in page.text and "GiB" not in page.text and "None" not in page.text
 
 
-def test_a_step_done_again_counts_as_it_was_done_last() -> None:
+def test_repeated_step_counts_as_computed_last() -> None:
     once = [{"event": "step", "step": n, "loss": 1.0 / n} for n in range(1, 30)]
-    again = [{"event": "step", "step": n, "loss": 9.0} for n in range(10, 30)] + once[9:]
-    assert drawings(render({"run": "x"}, once)) == drawings(render({"run": "x"}, once + again))
+    repeated = [{"event": "step", "step": n, "loss": 9.0} for n in range(10, 30)] + once[9:]
+    assert drawings(render({"run": "x"}, once)) == drawings(render({"run": "x"}, once + repeated))
 
 
 def drawings(html: str) -> list[str]:
     return re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
 
 
-def test_the_page_is_the_same_every_time() -> None:
+def test_page_is_deterministic() -> None:
     assert render(full(), steps(60)) == render(full(), steps(60))
 
 
 def test_sample_text_cannot_become_markup(tmp_path: Path) -> None:
     report = full()
-    report["run"] = EVIL
-    report["data"]["by_reason"] = {EVIL: 1}
-    report["evaluation"]["base"][EVIL] = report["evaluation"]["tuned"][EVIL] = 0.5
+    report["run"] = ATTACK
+    report["data"]["by_reason"] = {ATTACK: 1}
+    report["evaluation"]["base"][ATTACK] = report["evaluation"]["tuned"][ATTACK] = 0.5
     report["samples"] = [
-        {"prompt": EVIL, "gold": EVIL, "base": EVIL, "tuned": EVIL + "!", "base_hit": True, "tuned_hit": False}
+        {"prompt": ATTACK, "gold": ATTACK, "base": ATTACK, "tuned": ATTACK + "!", "base_hit": True, "tuned_hit": False}
     ]
-    report["recipe"] += [{"field": EVIL, "value": EVIL, "origin": EVIL, "why": EVIL}]
-    report["lock"][EVIL] = {EVIL: EVIL}
-    html = write_report(tmp_path, report, [*steps(60), {"event": EVIL}]).read_text(encoding="utf-8")
+    report["recipe"] += [{"field": ATTACK, "value": ATTACK, "origin": ATTACK, "why": ATTACK}]
+    report["lock"][ATTACK] = {ATTACK: ATTACK}
+    html = write_report(tmp_path, report, [*steps(60), {"event": ATTACK}]).read_text(encoding="utf-8")
     page = Page(html)
     assert not {"script", "img", "iframe", "object", "link", "a", "form"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
@@ -210,7 +210,7 @@ def test_sample_text_cannot_become_markup(tmp_path: Path) -> None:
     assert "&{{ 7 * 7 }}?" in page.text and "49" not in html.split("Before and after")[1].split("<h2>")[0]
 
 
-def test_the_page_loads_nothing() -> None:
+def test_page_loads_nothing() -> None:
     html = render(full(), steps(60))
     page = Page(html)
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
@@ -218,17 +218,17 @@ def test_the_page_loads_nothing() -> None:
     assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
     assert not re.findall(r"url\((?!['\"]?#)", html) and "@import" not in html
     links = set(re.findall(r"https?://[^\"' <]+", html))
-    assert links <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of languages, not fetched
+    assert links <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # XML namespaces, not fetched
 
 
-def test_drawings_take_the_colours_of_the_page() -> None:
+def test_plots_use_the_colours_of_the_page() -> None:
     for drawing in drawings(render(full(), steps(60))):
         assert "currentColor" in drawing and "var(--base)" in drawing and "#0102" not in drawing
         assert "#000000" not in drawing and "#ffffff" not in drawing and "<metadata" not in drawing
-        assert "<text" in drawing  # letters are text, not paths: they can be searched and read aloud
+        assert "<text" in drawing  # text elements can be searched and read aloud
 
 
-def test_no_pyplot_and_the_users_settings_stay() -> None:
+def test_rendering_does_not_import_pyplot_or_change_matplotlib_settings() -> None:
     code = """
 import sys
 import matplotlib
@@ -242,13 +242,13 @@ assert "matplotlib.pyplot" not in sys.modules and "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_differences_are_marked_and_strangers_are_not() -> None:
+def test_differences_are_marked_only_in_similar_answers() -> None:
     html = render(full(), [])
     assert "a b <del>c</del><ins>q</ins> d" in html
     assert "<pre>x</pre>" in html
 
 
-def test_long_samples_are_cut_and_said_to_be() -> None:
+def test_long_samples_are_truncated_with_a_note() -> None:
     report = full()
     report["samples"] = [{"prompt": "p", "gold": "g", "base": "y" * 5000, "tuned": ""}] * 40
     text = Page(render(report, [])).text

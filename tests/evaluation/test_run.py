@@ -1,9 +1,10 @@
-"""Several models on the same rows, choice by likelihood, rows that should not get worse, and the card."""
+"""`strop eval`: several models, metrics, regression rows, interruption, training rows, and the model card."""
 
 from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from strop.engine.decode.generate import Completion
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
-from strop.evaluation.run import evaluate_models, leaderboard, read_conversations
+from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard, read_conversations, trained_on
 from strop.models.adapters import Model
 from tests.support.families import tokenizer
 from tests.support.runs import QUICK, run
@@ -38,32 +39,34 @@ COLOURS = [(f"what is {n}", ("green", "green", "red", "blue")[n % 4]) for n in r
 
 @pytest.fixture
 def runs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[Path]:
-    data, found = rows(tmp_path / "colours.jsonl", COLOURS), []
+    data, folders = rows(tmp_path / "colours.jsonl", COLOURS), []
     for name, steps in (("short", "1"), ("long", "40")):
         out = tmp_path / "runs" / name
         words = ["train", "--model", tiny_folder, "--data", data, "--out", out, *QUICK, "--train.max_steps", steps]
         code, _, err = run(*words, "--train.learning_rate", "0.02", capsys=capsys)
         assert code == 0, err
-        found.append(out)
-    return found
+        folders.append(out)
+    return folders
 
 
-def test_check_from_python(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_from_python_equals_the_command(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = rows(tmp_path / "colours.jsonl", COLOURS)
     _, out, _ = run("check", "--model", tiny_folder, "--data", data, "--json", capsys=capsys)
     found = strop.check(model=str(tiny_folder), data=str(data))
     assert found == json.loads(out) and found["rows"]["used"] == 12
 
 
-def test_choice_takes_the_likeliest_answer(runs: list[Path], tmp_path: Path) -> None:
-    """Against the likelihoods of the model's own forward, token by token."""
+def test_choice_takes_the_answer_with_the_highest_likelihood(runs: list[Path], tmp_path: Path) -> None:
+    """The likelihoods are those of the model's own forward pass."""
     result = strop.evaluate(runs[1], str(tmp_path / "colours.jsonl"), metric="choice")
     model = strop.load(runs[1])
     for sample in result["samples"]:
         likely = {}
         for answer in ("red", "green", "blue"):
-            told = Message("user", sample["prompt"]), Message("assistant", answer)
-            example = model.renderer.render(Conversation("f", 1, told))[0]
+            turns = Message("user", sample["prompt"]), Message("assistant", answer)
+            example = model.renderer.render(Conversation("f", 1, turns))[0]
             ids = torch.tensor(example.ids.tolist())
             with torch.no_grad():
                 logs = model.module(ids[None]).logits[0, :-1].float().log_softmax(-1)
@@ -75,25 +78,27 @@ def test_choice_takes_the_likeliest_answer(runs: list[Path], tmp_path: Path) -> 
         strop.evaluate(runs[1], str(rows(tmp_path / "one.jsonl", COLOURS[:1])), metric="choice")
 
 
-def test_the_loss_comes_with_the_answers(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reading of prompt and right answer gives the loss of the training step, of rows of several turns too."""
+def test_loss_from_generation_equals_the_training_step(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows have one to three turns."""
     turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": answer}] for text, answer in COLOURS]
     data = tmp_path / "turns.jsonl"
     lines = [json.dumps({"messages": [turn for both in turns[:n] for turn in both]}) for n in (1, 2, 3)]
     data.write_text("\n".join(lines), encoding="utf-8")
     model = strop.load(runs[1])
-    wanted = comparing._loss(model, comparing.questions(read_conversations(str(data))), [])
-    monkeypatch.setattr(comparing, "summed_loss", None)  # the step is not asked
+    expected = comparing._loss(model, comparing.questions(read_conversations(str(data))), [])
+    monkeypatch.setattr(comparing, "summed_loss", None)  # the training step is not used
     found = strop.evaluate(runs[1], str(data))
-    assert found["tuned"]["loss"] == pytest.approx(wanted, rel=0.02)
+    assert found["tuned"]["loss"] == pytest.approx(expected, rel=0.02)
     assert found["base"]["loss"] > found["tuned"]["loss"] + 1
 
 
-def test_rows_without_an_answer_at_their_end_count_nowhere_and_are_named(
+def test_rows_without_a_right_answer_are_left_out_and_listed(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked, said, more = ({"role": role, "content": role} for role in ("user", "assistant", "user"))
-    rest = [[asked, said, more], [asked, said, more, {**said, "weight": 0}]]
+    question, answer, follow_up = ({"role": role, "content": role} for role in ("user", "assistant", "user"))
+    rest = [[question, answer, follow_up], [question, answer, follow_up, {**answer, "weight": 0}]]
     data, both = tmp_path / "colours.jsonl", tmp_path / "both.jsonl"
     words = ["--max-new-tokens", "2", "--json"]
     both.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rest))
@@ -112,7 +117,7 @@ def test_rows_without_an_answer_at_their_end_count_nowhere_and_are_named(
     assert code == 2 and err.count("poem.txt") == 1 and "the loss on text is in the report" in err, err
 
 
-def test_rows_are_read_as_those_of_the_run(
+def test_rows_are_read_with_the_options_of_the_run(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, usual = tmp_path / "table.csv", rows(tmp_path / "usual.jsonl", COLOURS)
@@ -138,11 +143,11 @@ def test_rows_are_read_as_those_of_the_run(
     assert code == 2 and "different data.columns: completion=Antwort,prompt=Frage, none" in err
     given = {"data.columns": {"prompt": "Frage", "completion": "Antwort"}, "data.encoding": "cp1252"}
     assert strop.evaluate(made[1], str(table), max_new_tokens=2, **given)["rows"] == 4
-    with pytest.raises(RecipeError, match=r"data\.column: no option of eval \(did you mean data\.columns"):
+    with pytest.raises(RecipeError, match=r"--data\.column: .*did you mean data\.columns"):
         strop.evaluate(made[1], str(table), **{"data.column": {}})
 
 
-def test_several_models_make_a_leaderboard(
+def test_several_models_are_ranked_and_share_their_base(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -155,13 +160,13 @@ def test_several_models_make_a_leaderboard(
     best, last = found["leaderboard"]
     assert best["behind"]["value"] == 0 and last["behind"]["value"] == pytest.approx(last["score"] - best["score"])
     assert last["low"] <= last["score"] <= last["high"] and "behind the best" in err
-    assert asked == ["True", "False"]  # the base was asked once
+    assert asked == ["True", "False"]  # the base is evaluated once
     single = strop.evaluate(runs[0], str(data), metric="choice")
     assert found["runs"][0]["base"] == single["base"] and found["runs"][0]["tuned"] == single["tuned"]
 
 
 @pytest.mark.parametrize("flag", ["--general", "--judge"])
-def test_what_is_answered_is_kept_when_what_is_asked_besides_is_stopped(
+def test_answers_are_stored_before_the_general_set_and_the_judge(
     runs: list[Path], tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: Any) -> Any:
@@ -171,34 +176,36 @@ def test_what_is_answered_is_kept_when_what_is_asked_besides_is_stopped(
     monkeypatch.setattr(evaluation, "compare_by_judge", stopped)
     file = tmp_path / "own.py"
     file.write_text("def own(asked, gold, first, second):\n    return 0\n")
-    options: dict[str, Any] = {"general": True} if flag == "--general" else {"judge": f"{file}:own"}
+    judge = None if flag == "--general" else f"{file}:own"
+    options = EvalOptions(max_new_tokens=2, general=flag == "--general", judge=judge)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_models([str(runs[0])], str(tmp_path / "colours.jsonl"), max_new_tokens=2, **options)
+        evaluate_models([str(runs[0])], str(tmp_path / "colours.jsonl"), options)
     report = json.loads((runs[0] / "report.json").read_text())
     assert report["evaluation"]["rows"] == 12 and "judge" not in report["evaluation"]
 
 
 @pytest.mark.parametrize("metric", ["exact", "choice"])
-def test_a_base_behind_its_own_runs_is_not_asked_again(
+def test_base_after_its_runs_is_not_evaluated_again(
     runs: list[Path], tiny_folder: Path, tmp_path: Path, metric: str
 ) -> None:
     names, data = [str(runs[0]), str(tiny_folder)], str(tmp_path / "colours.jsonl")
-    first, last = evaluate_models(names, data, metric=metric, max_new_tokens=4)
+    first, last = evaluate_models(names, data, EvalOptions(metric=metric, max_new_tokens=4))
     assert last["base"] == first["base"] and "tuned" not in last
     assert {line["run"] for line in leaderboard([first, last])} == set(names)
 
 
-def test_a_tie_is_no_difference(runs: list[Path], tmp_path: Path) -> None:
-    results = evaluate_models([str(runs[1]), str(runs[1])], str(tmp_path / "colours.jsonl"), metric="choice")
+def test_equal_models_have_no_clear_difference(runs: list[Path], tmp_path: Path) -> None:
+    names, options = [str(runs[1])] * 2, EvalOptions(metric="choice")
+    results = evaluate_models(names, str(tmp_path / "colours.jsonl"), options)
     assert [line["verdict"] for line in leaderboard(results)] == ["unclear", "unclear"]
 
 
-def ctrl_c_in_a_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict[str, Any]], bool]) -> None:
-    """In the fourth pass of those with such options, of few rows each."""
-    step, compare, taken = Batch.step, evaluation.compare, iter(range(99))
+def interrupt_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict[str, Any]], bool]) -> None:
+    """Interrupt the fourth decoder pass of comparisons with certain options."""
+    step, compare, passes = Batch.step, evaluation.compare, iter(range(99))
 
     def interrupted(self: Batch) -> Any:
-        if next(taken) == 3:
+        if next(passes) == 3:
             raise KeyboardInterrupt
         return step(self)
 
@@ -211,11 +218,10 @@ def ctrl_c_in_a_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict
     monkeypatch.setattr("strop.engine.decode.batch.MAX_SEQUENCES", 4)
 
 
-def test_an_interrupted_run_is_not_on_the_leaderboard(
+def test_interrupted_run_is_not_ranked(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has answered fewer rows than the others."""
-    ctrl_c_in_a_comparison(monkeypatch, lambda options: options["base"] is not None)  # the second run
+    interrupt_comparison(monkeypatch, lambda options: options["base"] is not None)  # the second run
     words = ["--data", tmp_path / "colours.jsonl", "--max-new-tokens", "2", "--json"]
     code, out, err = run("eval", *runs, *words, capsys=capsys)
     assert code == 130, err
@@ -225,21 +231,21 @@ def test_an_interrupted_run_is_not_on_the_leaderboard(
 
 
 @pytest.mark.parametrize("name", ["loss", "stop_rate"])
-def test_a_function_with_the_name_of_another_figure_is_refused(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_metric_with_the_name_of_another_figure_is_refused(name: str, tiny_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(f"def {name}(gold, answer):\n    return True\n")
     with pytest.raises(RecipeError, match="another figure"):
         strop.evaluate(tiny_folder, str(rows(tmp_path / "rows.jsonl", COLOURS)), metric=f"{file}:{name}")
 
 
-def test_rows_that_should_not_get_worse_and_the_card(
+def test_regression_rows_and_general_set_are_in_report_and_card(
     runs: list[Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = runs[1] / "adapter" / "README.md"
     before = card.read_text()
     assert "| chat template | an answer ends with <\\|im_end\\|> |" in before
     assert "fingerprint" in before and "vllm serve" in before and "| held-out rows |" not in before
-    assert "was asked no held-out rows" in before
+    assert "was not evaluated on held-out rows" in before
     other = rows(tmp_path / "other.jsonl", [("say a", "a"), ("say b", "b")])
     data = tmp_path / "colours.jsonl"
     words = ["eval", runs[1], "--data", data, "--metric", "choice", "--regression-data", other, "--json"]
@@ -250,7 +256,7 @@ def test_rows_that_should_not_get_worse_and_the_card(
     report = json.loads((runs[1] / "report.json").read_text())
     assert report["regression"]["difference"] == found["regression"]["difference"]
     after = card.read_text()
-    assert "was asked no held-out rows" not in after and "was not measured" not in after
+    assert "was not evaluated on held-out rows" not in after and "was not measured" not in after
     assert "12 rows: choice" in after and "2 rows: contains" in after and "126 rows" in after
     assert "should not get worse" in (runs[1] / "report.html").read_text()
     code, _, err = run("eval", tiny_folder, "--data", data, "--regression-data", other, capsys=capsys)
@@ -270,7 +276,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
-def test_tasks_of_the_harness(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_harness_tasks_are_compared(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
     data = tmp_path / "colours.jsonl"
     (tmp_path / "task.yaml").write_text(TASK.format(file=data), encoding="utf-8")
@@ -283,7 +289,7 @@ def test_tasks_of_the_harness(runs: list[Path], tmp_path: Path, capsys: pytest.C
     assert code == 2 and "no such task" in err
 
 
-def test_without_the_harness_it_says_what_to_install(
+def test_missing_harness_is_an_error_with_its_install_command(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
@@ -291,13 +297,13 @@ def test_without_the_harness_it_says_what_to_install(
     assert code == 2 and "pip install lm-eval" in err
 
 
-def test_ctrl_c_leaves_the_rows_that_are_answered(
+def test_ctrl_c_keeps_the_answered_rows(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, taken = Batch.step, iter(range(99))
+    step, passes = Batch.step, iter(range(99))
 
     def interrupted(self: Batch) -> Any:
-        if next(taken) == 5:
+        if next(passes) == 5:
             raise KeyboardInterrupt
         return step(self)
 
@@ -313,38 +319,34 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
     assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == found["rows"]
 
 
-def test_an_interrupted_evaluation_takes_the_place_of_no_whole_one(
+def test_interrupted_evaluation_does_not_replace_a_complete_one(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "colours.jsonl"
     words = ["eval", runs[0], "--data", data, "--regression-data", data, "--max-new-tokens", "2", "--json"]
     page, card, report = runs[0] / "report.html", runs[0] / "adapter" / "README.md", runs[0] / "report.json"
     with monkeypatch.context() as partly:
-        ctrl_c_in_a_comparison(partly, lambda _: True)
-        said = json.loads(run(*words, capsys=capsys)[1])["interrupted"]
-    assert f"rows (interrupted {said})" in page.read_text() and f"rows (interrupted {said})" in card.read_text()
-    assert run(*words, capsys=capsys)[0] == 0  # a whole one does
+        interrupt_comparison(partly, lambda _: True)
+        when = json.loads(run(*words, capsys=capsys)[1])["interrupted"]
+    assert f"rows (interrupted {when})" in page.read_text() and f"rows (interrupted {when})" in card.read_text()
+    assert run(*words, capsys=capsys)[0] == 0  # a complete one replaces it
     whole = [file.read_bytes() for file in (page, report, runs[0] / "answers.json")]
     assert b'"interrupted"' not in whole[1]
     with monkeypatch.context() as partly:
-        ctrl_c_in_a_comparison(partly, lambda _: True)
+        interrupt_comparison(partly, lambda _: True)
         code, out, err = run(*words, capsys=capsys)
-    assert (
-        code == 130 and f"{report.parent} keeps the evaluation from before, of 12 rows" in json.loads(out)["notes"][-1]
-    )
-    assert "keeps the evaluation from before" in err
+    assert code == 130 and f"{report.parent} keeps the earlier evaluation, of 12 rows" in json.loads(out)["notes"][-1]
+    assert "keeps the earlier evaluation" in err
     assert [file.read_bytes() for file in (page, report, runs[0] / "answers.json")] == whole
-    with monkeypatch.context() as partly:  # nor one of the rows that should not get worse
-        ctrl_c_in_a_comparison(partly, lambda options: "base" not in options)
+    with monkeypatch.context() as partly:  # the same for regression rows
+        interrupt_comparison(partly, lambda options: "base" not in options)
         assert run(*words, capsys=capsys)[0] == 130
     assert json.loads(report.read_text())["regression"]["rows"] == 12
 
 
-def test_a_run_that_cannot_be_written_is_evaluated(
+def test_evaluation_of_a_read_only_run_is_printed(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another's, on a disk that is read-only here: what took long to find is printed."""
-
     def read_only(path: Path, value: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
@@ -353,14 +355,14 @@ def test_a_run_that_cannot_be_written_is_evaluated(
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
     found = json.loads(out)
     assert code == 0 and found["rows"] == 12
-    assert found["notes"][-1] == f"not put into the report of {runs[0]}: read-only file system"
-    assert "not put into the report" in err
+    assert found["notes"][-1] == f"not stored in the report of {runs[0]}: read-only file system"
+    assert "not stored in the report" in err
 
 
-def test_ctrl_c_among_the_rows_that_should_not_get_worse_is_told(
+def test_ctrl_c_in_the_regression_rows_is_reported(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ctrl_c_in_a_comparison(monkeypatch, lambda options: "base" not in options)  # the second evaluation
+    interrupt_comparison(monkeypatch, lambda options: "base" not in options)  # the second evaluation
     data, kept = tmp_path / "colours.jsonl", rows(tmp_path / "kept.jsonl", COLOURS)
     words = ["--data", data, "--regression-data", kept, "--max-new-tokens", "2", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
@@ -388,8 +390,8 @@ def ending(content: str, *, calls: bool = False, reasoning: str | None = None, n
     return Conversation("rows.jsonl", 1, (ASKED, last), (TOOL,) if calls else ())
 
 
-def written(model: Model, row: Conversation) -> str:
-    """What a model writes that has learned a row by heart."""
+def generated_text(model: Model, row: Conversation) -> str:
+    """Return the text of a model that has memorized a row."""
     [example], turns = model.renderer.render(row), row.messages
     start = len(model.renderer.prompt(turns[:-1], row.tools, options=model.renderer.options_for(turns)))
     return str(model.tokenizer.decode(example.ids[start:-1], skip_special_tokens=True))
@@ -398,60 +400,63 @@ def written(model: Model, row: Conversation) -> str:
 def scored(
     model: Model, rows: list[Conversation], texts: list[str], metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> float:
-    monkeypatch.setattr(comparing, "sequences_per_row", lambda *_, **__: [Completion(text, 1, True) for text in texts])
+    monkeypatch.setattr(comparing, "generate_answers", lambda *_, **__: [Completion(text, 1, True) for text in texts])
     return float(comparing.compare(model, rows, metric=metric)["base"][metric])
 
 
-def test_calls_and_reasoning_are_judged_as_the_model_writes_them(
-    thinker: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_and_reasoning_are_judged_as_generated(thinker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         ending("3"), ending("", calls=True), ending("so:", calls=True),
         ending("3", reasoning="one more"), ending("", calls=True, reasoning="one more"),
     ]  # fmt: skip
-    texts = [written(thinker, row) for row in rows]
+    texts = [generated_text(thinker, row) for row in rows]
     assert texts[1].startswith("<tool_call>") and texts[3] == "<think>\none more\n</think>\n\n3"
     assert scored(thinker, rows, texts, "exact", monkeypatch) == 1
     assert scored(thinker, rows, texts, "contains", monkeypatch) == 1
-    others = [ending("3", reasoning="by heart"), ending("", calls=True)]  # in other words, or none
+    others = [ending("3", reasoning="by heart"), ending("", calls=True)]  # other reasoning, or none
     for row, other in zip(rows[3:], others, strict=True):
-        assert scored(thinker, [row], [written(thinker, other)], "exact", monkeypatch) == 1
+        assert scored(thinker, [row], [generated_text(thinker, other)], "exact", monkeypatch) == 1
     wrong = [ending("", calls=True, number=4), ending("4", reasoning="3")]
     for row, other in zip([rows[1], rows[3]], wrong, strict=True):
-        assert scored(thinker, [row], [written(thinker, other)], "contains", monkeypatch) == 0
+        assert scored(thinker, [row], [generated_text(thinker, other)], "contains", monkeypatch) == 0
 
 
-def test_a_judge_sees_what_a_metric_sees(thinker: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judge_gets_answers_without_reasoning(thinker: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"role": "assistant", "content": "3", "reasoning_content": "one more"}
     data, file = tmp_path / "rows.jsonl", tmp_path / "own.py"
     data.write_text(json.dumps({"messages": [{"role": "user", "content": "three?"}, row]}), encoding="utf-8")
     file.write_text("def own(asked, gold, first, second):\n    return (first == gold) - (second == gold)\n")
-    said = {"prompt": "three?", "gold": "3", "base": "<think>\nso\n</think>\n\n4", "tuned": "<think>\n1\n</think>\n\n3"}
-    found = {"rows": 1, "base": {}, "tuned": {}, "samples": [said | {"base_hit": False, "tuned_hit": True}]}
+    sample = {
+        "prompt": "three?",
+        "gold": "3",
+        "base": "<think>\nso\n</think>\n\n4",
+        "tuned": "<think>\n1\n</think>\n\n3",
+    }
+    found = {"rows": 1, "base": {}, "tuned": {}, "samples": [sample | {"base_hit": False, "tuned_hit": True}]}
     for name, value in (
         ("compare", found), ("load", thinker), ("adapter_folder", tmp_path), ("is_reward", False), ("trained_on", None)
     ):  # fmt: skip
         monkeypatch.setattr(evaluation, name, lambda *_, value=value, **__: value)
-    (result,) = evaluate_models(["demo"], str(data), judge=f"{file}:own")
+    (result,) = evaluate_models(["demo"], str(data), EvalOptions(judge=f"{file}:own"))
     assert (result["judge"]["wins"], result["judge"]["ties"]) == (1, 0)
 
 
-def test_ordinary_rows_are_judged_by_their_text(thinker: Model) -> None:
+def test_rows_without_reasoning_are_judged_by_their_text(thinker: Model) -> None:
     row = ending(" <think>as a text</think> three  ")
-    assert [one.gold for one in comparing.questions([row], thinker.renderer)] == [row.answer]
-    text = "<think>\nanswers are not touched\n</think>\n\n3"
+    assert [question.gold for question in comparing.questions([row], thinker.renderer)] == [row.answer]
+    text = "<think>\nanswers are not changed\n</think>\n\n3"
     assert thinker.renderer.without_reasoning(text, row.messages[-1]) == text
 
 
 @pytest.mark.parametrize(
-    ("made", "reasoning_ends"),
+    ("chat_tokenizer", "reasoning_ends"),
     [(tokenizer("qwen3"), ["</think>"]), (of_trait("opens-with-switch"), []), (tokenizer("chatml"), [])],
 )
-def test_what_ends_reasoning_is_found_unless_it_is_a_special_token(made: Any, reasoning_ends: list[str]) -> None:
-    assert Renderer(made).reasoning_ends == reasoning_ends
+def test_end_of_reasoning_is_found_unless_it_is_a_special_token(chat_tokenizer: Any, reasoning_ends: list[str]) -> None:
+    assert Renderer(chat_tokenizer).reasoning_ends == reasoning_ends
 
 
-def test_a_choice_is_not_given_away_by_the_right_reasoning(thinker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_does_not_see_the_right_reasoning(thinker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, asked, render = [ending(word, reasoning=f"it is {word}") for word in ("red", "blue")], [], Renderer.render
     monkeypatch.setattr(Renderer, "render", lambda self, row: asked.append(row.messages[-1]) or render(self, row))
     comparing.compare(thinker, rows, metric="choice")
@@ -459,12 +464,94 @@ def test_a_choice_is_not_given_away_by_the_right_reasoning(thinker: Model, monke
     assert [turn.content for turn in options] == ["red", "blue"] * 2 and not any(turn.reasoning for turn in options)
 
 
-def test_calls_are_no_choice_and_no_pattern(thinker: Model, tmp_path: Path) -> None:
+def test_calls_are_refused_by_choice_and_exact_json(thinker: Model, tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": [3]}}}
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     data = tmp_path / "calls.jsonl"
     data.write_text(json.dumps({"tools": [TOOL], "messages": turns}), encoding="utf-8")
-    for metric, said in (("choice", "calls are no answers to choose among"), ("exact_json", "cannot be scored")):
-        with pytest.raises(DataError, match=said) as raised:
-            evaluate_models([thinker.name], str(data), metric=metric)
+    for metric, message in (("choice", "choice: tool calls"), ("exact_json", "cannot be scored")):
+        with pytest.raises(DataError, match=message) as raised:
+            evaluate_models([thinker.name], str(data), EvalOptions(metric=metric))
         assert raised.value.where[0].line == 1
+
+
+ROWS = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(8)]
+NEW = {"prompt": "what is nine", "completion": "it is 9"}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def train(folder: Path, data: Path, out: str, **options: Any) -> str:
+    small = {"train.max_steps": 1, "train.batch_size": 4, "lora.r": 2, "model.dtype": "fp32"}
+    strop.train(model=str(folder), data=str(data), out=str(data.parent / out), **{**small, **options})
+    return str(data.parent / out)
+
+
+@pytest.fixture
+def trained(tiny_folder: Path, tmp_path: Path) -> str:
+    return train(tiny_folder, write(tmp_path / "train.jsonl", ROWS), "trained")
+
+
+def known(name: str, path: Path, rows: list[dict[str, Any]]) -> list[bool] | None:
+    return trained_on(name, read_conversations(str(write(path, rows))))
+
+
+def test_train_rows_are_recognized_in_any_format(trained: str, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": ROWS[3]["prompt"]}, {"role": "assistant", "content": ROWS[3]["completion"]}]
+    assert known(trained, tmp_path / "a.jsonl", [ROWS[0], NEW]) == [True, False]
+    assert known(f"{trained}/adapter", tmp_path / "b.jsonl", [{"messages": turns}]) == [True]
+
+
+def test_unknown_training_rows_return_none(trained: str, tiny_folder: Path, tmp_path: Path) -> None:
+    train_file, elsewhere = tmp_path / "train.jsonl", tmp_path / "elsewhere"
+    shutil.copytree(Path(trained) / "adapter", elsewhere)
+    for name in (str(elsewhere), str(tiny_folder)):
+        assert known(name, tmp_path / "a.jsonl", [NEW]) is None
+    write(train_file, ROWS[1:])  # the training data has changed
+    assert known(trained, tmp_path / "a.jsonl", ROWS[:1]) is None
+    train_file.unlink()
+    assert known(trained, tmp_path / "a.jsonl", [NEW]) is None
+
+
+def test_held_out_share_is_not_trained_on(tiny_folder: Path, tmp_path: Path) -> None:
+    name = train(tiny_folder, write(tmp_path / "train.jsonl", ROWS), "trained", eval="50%")
+    found = known(name, tmp_path / "a.jsonl", ROWS)
+    number = json.loads((Path(name) / "report.json").read_text())["data_report"]["held_out"]
+    assert found is not None and 0 < number == found.count(False) < len(ROWS)
+
+
+def test_rows_of_the_run_it_started_from_count(trained: str, tiny_folder: Path, tmp_path: Path) -> None:
+    pair = {"prompt": NEW["prompt"], "chosen": NEW["completion"], "rejected": "no"}
+    options = {"model.adapter": trained, "train.objective": "dpo"}
+    further = train(tiny_folder, write(tmp_path / "pairs.jsonl", [pair]), "further", **options)
+    other = {"prompt": "what is ten", "completion": "it is 10"}
+    assert known(further, tmp_path / "a.jsonl", [ROWS[0], NEW, other]) == [True, True, False]
+
+
+def test_train_rows_are_counted_in_result_report_card_and_page(
+    trained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card, page = Path(trained) / "adapter" / "README.md", Path(trained) / "report.html"
+
+    def evaluated(rows: list[dict[str, Any]]) -> tuple[Any, str]:
+        data = write(tmp_path / "asked.jsonl", rows)
+        code, out, err = run("eval", trained, "--data", data, "--max-new-tokens", "2", "--json", capsys=capsys)
+        assert code == 0, err
+        count = json.loads(out)["train_rows"]
+        assert json.loads((Path(trained) / "report.json").read_text())["evaluation"]["train_rows"] == count
+        return count, err
+
+    count, err = evaluated([*ROWS[:3], NEW])
+    assert count == 3 and "3 of 4 rows are also train rows" in err and "held-out" not in err
+    assert "3 of the 4 rows that it was evaluated on are also train rows" in card.read_text()
+    assert "| held-out rows |" not in card.read_text() and "3 of them also train rows" in page.read_text()
+    count, err = evaluated([NEW])
+    assert count == 0 and "1 held-out rows" in err and "| held-out rows | 1 rows: " in card.read_text()
+    assert "train rows" not in card.read_text() + page.read_text()
+    (tmp_path / "train.jsonl").unlink()
+    count, err = evaluated([NEW])
+    assert count is None and "1 rows" in err and "held-out" not in err
+    assert "| rows | 1 rows: " in card.read_text() and "is unknown" in card.read_text()

@@ -27,7 +27,7 @@ from strop.errors import StropError
 from strop.exporting.merge import merge
 from strop.models.load import skeleton
 from strop.models.source import locate
-from strop.planning.model_docs import found_in
+from strop.planning.model_facts import list_layers
 from strop.training import run
 from tests.support import tiny_families
 from tests.support.tiny import write_rows
@@ -86,7 +86,7 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
         return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
 
     def modules() -> str:
-        return f"ok {len(found_in(str(base))[0])}"
+        return f"ok {len(list_layers(str(base))[0])}"
 
     def answer() -> str:
         text = strop.load(folder / "run", dtype="fp32").generate(["what is 3"], max_new_tokens=4)

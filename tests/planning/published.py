@@ -1,4 +1,4 @@
-"""Sizes from the public config.json files of models, as far as they decide a plan, and what their pages say of them.
+"""Sizes from the public config.json files of models, as far as they decide a plan.
 
 Qwen/Qwen3-30B-A3B, openai/gpt-oss-20b (its experts in 16 bit), google/gemma-3-4b-it, Qwen/Qwen3.5-4B.
 """

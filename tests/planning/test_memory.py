@@ -1,4 +1,4 @@
-"""The memory model: sums, what never needs less, the engine it describes, and figures that others have published."""
+"""The memory model: sums, monotonicity, agreement with the engine, and published measurements."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ from strop.models.introspect import shape_of
 from strop.models.lora import add_lora, linear_kinds, num_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
-from strop.planning.compare import KNOWN, compare, known_models, table
-from strop.planning.memory import EXPERTS_AS_ONE, PARTS, load, train
-from strop.planning.phases import Asked, phases
-from strop.planning.workload import Setting
+from strop.planning.memory import FUSED_EXPERTS, PARTS, EvaluationLoad, load_phase, phases, train_phase
+from strop.planning.tables import KNOWN, compare_methods, known_models, markdown_table
+from strop.planning.workload import Workload
 from tests import ROOT
 from tests.support import tiny
 from tests.support.families import tokenizer
@@ -38,7 +37,7 @@ from tests.support.scripts import script
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, RUNS = ROOT / "docs" / "plan.md", RESULTS / "plan_memory.json"
-TIMED = {  # by the mark of their table in the page: a Xeon with AMX, and a Zen 5
+TIMED = {  # by the marker of their table on the page: a Xeon with AMX, and a Zen 5
     "time": json.loads((RESULTS / "plan_time.json").read_text("utf-8"))["results"],
     "time on a Zen 5": json.loads((RESULTS / "plan_time_zen5.json").read_text("utf-8"))["results"],
 }
@@ -53,13 +52,13 @@ LLAMA_2_7B = {
 }  # fmt: skip
 
 
-def setting(config: dict[str, Any] = KNOWN["SmolLM2-135M"], **options: Any) -> Setting:
+def workload(config: dict[str, Any] = KNOWN["SmolLM2-135M"], **options: Any) -> Workload:
     given = {"model.device": "cpu", "model.dtype": "bf16", **options}
-    return Setting.of(resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.of(config))
+    return Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.of(config))
 
 
-SETTINGS = st.builds(
-    lambda name, rank, targets, scheme, again, device, optimizer, dtype: setting(
+WORKLOADS = st.builds(
+    lambda name, rank, targets, scheme, again, device, optimizer, dtype: workload(
         KNOWN[name],
         **{
             "lora.r": rank, "lora.target_modules": targets, "model.quantization": scheme, "model.device": device,
@@ -79,69 +78,70 @@ ROWS = st.integers(1, 12)
 LENGTHS = st.integers(2, 4096)
 
 
-def peak(found: Setting, rows: int, length: int) -> int:
-    return train(found, MicroBatch.rows([length] * rows)).peak_bytes
+def peak(found: Workload, rows: int, length: int) -> int:
+    return train_phase(found, MicroBatch.rows([length] * rows)).peak_bytes
 
 
-def torn(found: Setting, rows: int, length: int) -> int:
-    return activations.torn_bytes(found, MicroBatch.rows([length] * rows))
+def fragmentation(found: Workload, rows: int, length: int) -> int:
+    return activations.fragmentation_bytes(found, MicroBatch.rows([length] * rows))
 
 
-@given(SETTINGS, ROWS, LENGTHS)
+@given(WORKLOADS, ROWS, LENGTHS)
 @settings(max_examples=150, deadline=None)
-def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Setting, rows: int, length: int) -> None:
-    asked = Asked.of([], length)
-    for phase in phases(found, MicroBatch.rows([length] * rows), asked, 8 << 30, dtype="bf16").values():
+def test_parts_sum_to_the_peak_and_are_not_negative(found: Workload, rows: int, length: int) -> None:
+    evaluation = EvaluationLoad.of([], length)
+    for phase in phases(found, MicroBatch.rows([length] * rows), evaluation, 8 << 30, dtype="bf16").values():
         assert list(phase.parts) == list(PARTS) and min(phase.parts.values()) >= 0
         assert phase.peak_bytes == sum(phase.parts.values()) >= phase.needed_bytes > 0
 
 
-@given(SETTINGS, ROWS, LENGTHS, st.integers(1, 64))
+@given(WORKLOADS, ROWS, LENGTHS, st.integers(1, 64))
 @settings(max_examples=150, deadline=None)
-def test_more_rank_rows_or_layers_never_need_less(found: Setting, rows: int, length: int, more: int) -> None:
-    """But for holes in the heap: a block that grows to LARGE has pages of its own and leaves none."""
+def test_more_rank_rows_or_layers_do_not_lower_the_peak(found: Workload, rows: int, length: int, more: int) -> None:
+    """Apart from fragmentation: a block that grows to LARGE bytes has its own pages and leaves no holes."""
     here = peak(found, rows, length)
-    higher = replace(found, ranks=tuple(rank + more if rank else 0 for rank in found.ranks))
+    higher = found.replace(ranks=tuple(rank + more if rank else 0 for rank in found.adapter.ranks))
     assert peak(higher, rows, length) >= here
-    assert peak(found, rows + more, length) >= here - torn(found, rows, length)
+    assert peak(found, rows + more, length) >= here - fragmentation(found, rows, length)
     deeper = replace(found.shape, layers=found.shape.layers + more)
-    again = found.checkpoint_layers + (more if found.checkpoint_layers == found.shape.layers else 0)
-    grown = replace(found, shape=deeper, parameters=deeper.parameters, checkpoint_layers=again)
+    checkpointed = found.compute.checkpointed_layers
+    checkpointed += more if checkpointed == found.shape.layers else 0
+    grown = found.replace(shape=deeper, parameters=deeper.parameters, checkpointed_layers=checkpointed)
     assert peak(grown, rows, length) >= here
 
 
-@given(SETTINGS, ROWS, LENGTHS, st.integers(1, 512))
+@given(WORKLOADS, ROWS, LENGTHS, st.integers(1, 512))
 @settings(max_examples=150, deadline=None)
-def test_longer_rows_never_need_less(found: Setting, rows: int, length: int, more: int) -> None:
-    """But for holes in the heap (see above), and where they pass the length up to which the engine keeps probabilities:
-    it then computes them again."""
-    if found.device != "cpu" or (length > activations.KEEP_PAIRS) == (length + more > activations.KEEP_PAIRS):
-        assert peak(found, rows, length + more) >= peak(found, rows, length) - torn(found, rows, length)
+def test_longer_rows_do_not_lower_the_peak(found: Workload, rows: int, length: int, more: int) -> None:
+    """Apart from fragmentation, and from the length up to which the engine keeps attention probabilities."""
+    if found.compute.device != "cpu" or (length > activations.KEEP_PAIRS) == (length + more > activations.KEEP_PAIRS):
+        assert peak(found, rows, length + more) >= peak(found, rows, length) - fragmentation(found, rows, length)
 
 
-@given(SETTINGS, ROWS, LENGTHS)
+@given(WORKLOADS, ROWS, LENGTHS)
 @settings(max_examples=100, deadline=None)
-def test_resident_needs_more_than_streamed_and_16_bit_most(found: Setting, rows: int, length: int) -> None:
-    streamed = replace(found, scheme="nf4", resident_layers=0)
-    half = replace(streamed, resident_layers=found.shape.layers // 2)
-    resident = replace(streamed, resident_layers=found.shape.layers)
-    held = [train(one, MicroBatch.rows([length] * rows)).parts["weights"] for one in (streamed, half, resident)]
-    assert held == sorted(held) and held[0] < held[-1]
-    peaks = [peak(one, rows, length) for one in (streamed, half)]
-    workspace = train(streamed, MicroBatch.rows([2])).parts["workspace"]
+def test_resident_layers_need_more_memory_than_streamed_ones(found: Workload, rows: int, length: int) -> None:
+    streamed = found.replace(scheme="nf4", resident_layers=0)
+    half = streamed.replace(resident_layers=found.shape.layers // 2)
+    resident = streamed.replace(resident_layers=found.shape.layers)
+    batch = MicroBatch.rows([length] * rows)
+    weights = [train_phase(stored, batch).parts["weights"] for stored in (streamed, half, resident)]
+    assert weights == sorted(weights) and weights[0] < weights[-1]
+    peaks = [peak(stored, rows, length) for stored in (streamed, half)]
+    workspace = train_phase(streamed, MicroBatch.rows([2])).parts["workspace"]
     assert peaks == sorted(peaks)
-    if held[-1] - held[0] > workspace:  # a model so small that one dequantized weight is most of it
+    if weights[-1] - weights[0] > workspace:  # not in a model where one dequantized weight is most of it
         assert peaks[0] < peak(resident, rows, length)
-    assert peak(replace(streamed, checkpoint_layers=found.shape.layers), rows, length) <= peak(streamed, rows, length)
+    checkpointed = streamed.replace(checkpointed_layers=found.shape.layers)
+    assert peak(checkpointed, rows, length) <= peak(streamed, rows, length)
 
 
-def test_files_count_where_their_pages_lie_in_the_memory_that_is_planned() -> None:
-    """Of a card never; on a CPU where 16-bit weights are copied into fp32, not where each is quantized as it comes."""
+def test_mapped_files_count_only_for_fp32_on_a_cpu() -> None:
     for changes, mapped in (
         ({"model.dtype": "fp32"}, True), ({}, False), ({"model.quantization": "nf4"}, False),
         ({"model.device": "cuda"}, False), ({"model.device": "cuda", "model.quantization": "int8"}, False),
     ):  # fmt: skip
-        found = load(setting(**changes))
+        found = load_phase(workload(**changes))
         assert (found.parts["mapped_files"] > 0) == mapped, changes
         assert found.parts["weights"] > 0
 
@@ -154,7 +154,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: Path) -> None:
+def test_shape_from_config_equals_the_model(family: str, tied: bool, tmp_path: Path) -> None:
     sizes = {
         "vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "tie_word_embeddings": tied, **FAMILIES[family],
@@ -167,40 +167,38 @@ def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: 
 
     shape = peek(str(tmp_path / "config.json")).shape
     assert shape.known and shape.parameters == sum(weight.numel() for weight in model.parameters())
-    key = repr
-    assert sorted(shape.linear_kinds(), key=key) == sorted(linear_kinds(model), key=key)
+    assert sorted(shape.linear_kinds(), key=repr) == sorted(linear_kinds(model), key=repr)
     for targets in ("all-linear", "attention"):
         recipe = resolve(None, {"model": "m", "data": "d", "lora.r": 3, "lora.target_modules": targets}).recipe
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(config)
-        assert Setting.of(recipe, shape).adapter_weights == num_trainable(bare, recipe.lora)
+        assert Workload.from_recipe(recipe, shape).adapter_weights == num_trainable(bare, recipe.lora)
 
 
-def kept(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
-    """Bytes that autograd keeps of documents of this length, counted by hooks: what several tensors see, once."""
+def saved_bytes(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
+    """Count the bytes that autograd saves for rows of this length, shared storage once."""
     weights, places = {p.data_ptr() for p in model.parameters()}, set[tuple[int, int]]()
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
+    def record(x: torch.Tensor) -> torch.Tensor:
         if x.is_floating_point() and x.numel() and x.data_ptr() not in weights:
             last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
             places.add((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
         return x
 
     ids = [np.random.default_rng(row).integers(5, 60, length).astype(np.int32) for row in range(rows)]
-    examples = [Example(one, np.float32(np.arange(length) > 0), "", 0) for one in ids]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    examples = [Example(row, np.float32(np.arange(length) > 0), "", 0) for row in ids]
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
         value = loss.token_loss(examples)
     del value
     total, end = 0, 0
-    for begin, behind in sorted(places):
-        total += max(0, behind - max(begin, end))
-        end = max(end, behind)
+    for begin, stop in sorted(places):
+        total += max(0, stop - max(begin, end))
+        end = max(end, stop)
     return total
 
 
-def by_formula(found: Setting, rows: int, length: int) -> int:
-    """The same: the last layer computes supervised rows alone behind its attention; the head keeps its input and its
-    gradient."""
+def by_formula(found: Workload, rows: int, length: int) -> int:
+    """Return the predicted saved bytes, with the head's input and its gradient."""
     batch, shape = MicroBatch.rows([length] * rows), found.shape
     layers = (shape.layers - 1) * layer_bytes(found, batch, batch.tokens) + layer_bytes(found, batch, batch.supervised)
     return layers + 2 * batch.supervised * shape.hidden * 4
@@ -209,47 +207,46 @@ def by_formula(found: Setting, rows: int, length: int) -> int:
 @pytest.mark.parametrize(
     "changes", [{}, {"lora.target_modules": "attention"}, {"lora.target_modules": ["q_proj", "down_proj"]}]
 )
-def test_saved_activations_are_those_of_the_engine(changes: dict[str, Any]) -> None:
+def test_predicted_saved_activations_equal_the_engine(changes: dict[str, Any]) -> None:
     given = {"model": "m", "data": "d", "model.device": "cpu", "lora.r": 4, "lora.alpha": 8}
     recipe = resolve(None, {**given, **changes}).recipe
     model = add_lora(tiny.model(), recipe.lora, tokenizer("chatml"))
-    fast, found = FastLoss(model), Setting.of(recipe, ModelShape.of(tiny.config().to_dict())).but(element=4)
+    shape = ModelShape.of(tiny.config().to_dict())
+    fast, found = FastLoss(model), Workload.from_recipe(recipe, shape).replace(dtype_bytes=4)
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
-    assert kept(fast, model, 10, 24) - kept(fast, model, 2, 24) == pytest.approx(more, rel=0.02)
+    assert saved_bytes(fast, model, 10, 24) - saved_bytes(fast, model, 2, 24) == pytest.approx(more, rel=0.02)
 
 
-OWN = [name for name, row in TABLE.items() if not row.by_hand]
+MODEL_CODE = [name for name, row in TABLE.items() if not row.by_hand]
 DROPOUT, DORA = {"lora.dropout": 0.1}, {"lora.use_dora": True}
 
 
 @pytest.mark.parametrize(
-    ("family", "asked"),
+    ("family", "lora_options"),
     [
-        *((family, DROPOUT) for family in FAMILY_CONFIGS if family not in OWN),
+        *((family, DROPOUT) for family in FAMILY_CONFIGS if family not in MODEL_CODE),
         ("llama", DORA),
         ("llama", DORA | DROPOUT),
         ("qwen3", {"lora.modules_to_save": ["input_layernorm", "norm"]}),
     ],
 )
-def test_a_family_keeps_what_the_formula_says(family: str, asked: dict[str, Any]) -> None:
-    """And the plan knows that the fast step trains it, with dropout, DoRA or norms that are trained in full."""
+def test_families_save_the_predicted_bytes_in_the_fast_step(family: str, lora_options: dict[str, Any]) -> None:
     names = {"lora.dropout": "lora_dropout"}
-    lora = {names.get(name, name.partition(".")[2]): value for name, value in asked.items()}
+    lora = {names.get(name, name.partition(".")[2]): value for name, value in lora_options.items()}
     model = adapted(family, lora).train()
     chosen = step_for(model)
     shape = ModelShape.of(model.get_base_model().config.to_dict())
-    options = {"lora.r": 3, **asked, "model.device": "cpu", "model.dtype": "fp32"}
-    found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
-    assert found.step == chosen.name == "fast", chosen.why
+    options = {"lora.r": 3, **lora_options, "model.device": "cpu", "model.dtype": "fp32"}
+    found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+    assert found.compute.step == chosen.name == "fast", chosen.why
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
-    assert kept(chosen.token_loss, model, 10, 24) - kept(chosen.token_loss, model, 2, 24) == pytest.approx(
-        more, rel=0.05
-    )
+    loss = chosen
+    assert saved_bytes(loss, model, 10, 24) - saved_bytes(loss, model, 2, 24) == pytest.approx(more, rel=0.05)
 
 
-@pytest.mark.parametrize("family", OWN)
-def test_what_the_models_own_modules_keep_is_about_known(family: str) -> None:
-    """In sizes where nothing is small, and in whole chunks of 64 tokens."""
+@pytest.mark.parametrize("family", MODEL_CODE)
+def test_families_with_model_code_save_about_the_predicted_bytes(family: str) -> None:
+    """Sizes are large enough for the formula, and lengths are multiples of the chunks of 64 tokens."""
     sizes = {
         "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 192, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
@@ -260,17 +257,16 @@ def test_what_the_models_own_modules_keep_is_about_known(family: str) -> None:
     model = adapted(family, **sizes).train()
     chosen, shape = step_for(model), shape_of(config, config, tiny_of(family, **sizes))
     options = {"lora.r": 3, "model.device": "cpu", "model.dtype": "fp32"}
-    found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
-    assert found.step == chosen.name == "fast", chosen.why
+    found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+    assert found.compute.step == chosen.name == "fast", chosen.why
     more = by_formula(found, 4, 128) - by_formula(found, 2, 128)
-    assert kept(chosen.token_loss, model, 4, 128) - kept(chosen.token_loss, model, 2, 128) == pytest.approx(
-        more, rel=0.15
-    )
+    loss = chosen
+    assert saved_bytes(loss, model, 4, 128) - saved_bytes(loss, model, 2, 128) == pytest.approx(more, rel=0.15)
 
 
-# Published peaks: engine and rows; bytes; why it is further off. torchtune: README of its repository. LLaMA-Factory:
-# wiki, "Performance comparison". Both compute the element-wise part in one pass (torch.compile, Unsloth's kernels), as
-# strop does on a card.
+# Published peaks: name, config, scheme, row lengths, bytes, reason of a larger error. torchtune: README of its
+# repository. LLaMA-Factory: wiki, "Performance comparison". Both fuse element-wise work (torch.compile, Unsloth's
+# kernels), as strop does on a GPU.
 OFFLOAD = "inputs of its layers wait in host memory there"
 HEAD = "inputs of its layers wait in host memory there, and its head makes more logits at once: the two cancel"
 PUBLIC: list[tuple[str, dict[str, Any], str, list[int], float, str]] = [
@@ -286,14 +282,16 @@ PUBLIC: list[tuple[str, dict[str, Any], str, list[int], float, str]] = [
 
 
 def published() -> tuple[str, list[tuple[float, str]]]:
-    """The table of docs/plan.md, and (error, reason) of each row. Rank 8, all linear layers, all computed again; and
-    with the inputs of layers in the host's memory."""
+    """Return the table of docs/plan.md, and (error, reason) of each row.
+
+    Rank 8, all linear layers, all checkpointed; and with the inputs of layers in host memory.
+    """
     lines = ["| run | predicted | published | error | why | with `offload` |", "|---|---:|---:|---:|---|---:|"]
     errors = []
     for name, config, scheme, lengths, measured, why in PUBLIC:
         options = {"lora.r": 8, "model.device": "cuda", "model.quantization": scheme}
         phases = (
-            train(setting(config, **options, **{"train.gradient_checkpointing": way}), MicroBatch.rows(lengths))
+            train_phase(workload(config, **options, **{"train.gradient_checkpointing": way}), MicroBatch.rows(lengths))
             for way in ("on", "offload")
         )
         predicted, offloaded = (phase.peak_bytes - phase.parts["framework"] for phase in phases)
@@ -303,29 +301,28 @@ def published() -> tuple[str, list[tuple[float, str]]]:
     return "\n".join(lines) + "\n", errors
 
 
-def test_published_peaks_are_met_or_the_reason_is_given() -> None:
+def test_published_peaks_are_predicted_within_15_percent_or_explained() -> None:
     for error, why in published()[1]:
         assert abs(error) <= 0.15 or why, error
 
 
-def test_which_experts_are_copied_is_what_transformers_does() -> None:
+def test_fused_experts_agree_with_transformers_conversions() -> None:
     for name, row in TABLE.items():
         if row.mixture:
             rules = get_checkpoint_conversion_mapping(name) or []
             copied = any(
                 type(step).__name__ == "MergeModulelist" for rule in rules for step in getattr(rule, "operations", [])
             )
-            assert copied == (name not in EXPERTS_AS_ONE), name
+            assert copied == (name not in FUSED_EXPERTS), name
 
 
 @pytest.mark.parametrize("mark", ["models", "published", "runs", "phases", "time"])
-def test_the_tables_of_the_page_are_computed(mark: str) -> None:
-    """Run `python -m tests.planning.test_memory` to write them anew."""
+def test_page_has_the_current_tables(mark: str) -> None:
+    """Run `python -m tests.planning.test_memory` to update the page."""
     assert f"<!-- {mark} -->\n{_tables()[mark]}<!-- end -->" in PAGE.read_text(encoding="utf-8")
 
 
-def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
-    """Measured figures are kept; what was predicted is computed here, with the formulas of today."""
+def test_current_formulas_reach_the_accuracy_stated_on_the_page() -> None:
     for file, most in ((RUNS, 60), (RUNS.with_name("plan_memory_zen5.json"), 53)):
         runs = [run for run in json.loads(file.read_text("utf-8"))["results"] if not run["fitted"]]
         memory = [abs(MEMORY.error_of(run)) for run in runs]
@@ -335,9 +332,10 @@ def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
         assert len(time) >= 18 and statistics.median(time.values()) <= 0.10, mark
         assert max(time.values()) <= 0.25, mark
         assert all(abs(TIME.later_error(run)) <= 0.05 for run in results if "rest" in run)
-    after = [abs(AFTER.error_of(one)) for one in json.loads(PHASES.read_text("utf-8"))["results"] if not one["fitted"]]
+    runs = json.loads(PHASES.read_text("utf-8"))["results"]
+    after = [abs(AFTER.error_of(run)) for run in runs if not run["fitted"]]
     assert len(after) >= 25 and max(after) <= 0.15
-    choices = [CHOICE.loss_of(one) for one in json.loads(CHOICES.read_text("utf-8"))["results"]]
+    choices = [CHOICE.loss_of(run) for run in json.loads(CHOICES.read_text("utf-8"))["results"]]
     assert len(choices) == len(CHOICE.SETTINGS) and sum(loss <= 0.05 for loss in choices) >= 8 and max(choices) <= 0.16
 
 
@@ -345,7 +343,7 @@ def _tables() -> dict[str, str]:
     given = {"model.device": "cuda", "model.dtype": "bf16", "data.max_length": 2048}
     recipe = resolve(None, {"model": "m", "data": "d", **given}).recipe
     runs = MEMORY.table(json.loads(RUNS.read_text("utf-8"))["results"])
-    models = table(compare(recipe, known_models()))
+    models = markdown_table(compare_methods(recipe, known_models()))
     after = AFTER.table(json.loads(PHASES.read_text("utf-8"))["results"])
     choices = CHOICE.table(json.loads(CHOICES.read_text("utf-8"))["results"])
     timed = {mark: TIME.table(results) for mark, results in TIMED.items()}
@@ -354,10 +352,9 @@ def _tables() -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_the_head_counts_and_supervised_rows_alone() -> None:
-    """A vocabulary of 262,144 is felt, and a prompt that is not trained on is not."""
+def test_head_memory_depends_on_vocabulary_and_supervised_rows() -> None:
     shape = ModelShape.of({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
-    found = replace(setting(), shape=shape, parameters=shape.parameters, step="plain")
+    found = workload().replace(shape=shape, parameters=shape.parameters, step="plain")
     whole, half = MicroBatch.rows([1000]), MicroBatch(1000, 500, ((1, 1000, 1000),))
     assert at_peak(found, whole).head == 999 * 262144 * 4 and at_peak(found, half).head == 500 * 262144 * 4
 

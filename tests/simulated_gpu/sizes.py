@@ -23,8 +23,8 @@ from strop.models.families.shape import ModelShape
 from strop.models.lora import as_fp32
 from strop.models.quantize import QuantizedLinear, replace_linears
 from strop.planning.activations import MicroBatch
-from strop.planning.memory import Phase, train
-from strop.planning.workload import Setting
+from strop.planning.memory import Phase, train_phase
+from strop.planning.workload import Workload
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "8b": (4096, 14336, 32, 32, 8, 128256),
@@ -65,8 +65,8 @@ class Case:
             "model.quantization": self.scheme, **more,
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
-        setting = Setting.of(resolve(None, options).recipe, ModelShape.of(self.config.to_dict()))
-        return train(setting, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
+        workload = Workload.from_recipe(resolve(None, options).recipe, ModelShape.of(self.config.to_dict()))
+        return train_phase(workload, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
 
 
 def build_model(case: Case) -> torch.nn.Module:

@@ -36,7 +36,7 @@ def test_bytes_and_flops_match_formulas(simulate: Simulate, monkeypatch: pytest.
     from strop.models.families.shape import ModelShape
     from strop.planning.activations import MicroBatch
     from strop.planning.time import flops
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     names = [*KNOWN, "flash"]
     steps: list[dict[str, Any]] = [
@@ -63,7 +63,7 @@ def test_bytes_and_flops_match_formulas(simulate: Simulate, monkeypatch: pytest.
     }  # fmt: skip
     options = {"model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16}
     recipe = resolve(None, {**options, "train.gradient_checkpointing": "off"}).recipe
-    planned = flops(Setting.of(recipe, ModelShape.of(config)), MicroBatch.rows([512], more=False))
+    planned = flops(Workload.from_recipe(recipe, ModelShape.of(config)), MicroBatch.rows([512], more=False))
     by_part: Counter[str] = Counter()
     for operation in whole:
         by_part[operation["part"]] += operation["flops"] * operation["launches"]

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from strop.data.types import Example, Prompt
-from strop.evaluation.metrics import Metric
-from strop.evaluation.rewards import Reward
+from strop.evaluation.metrics import Metric, Reward
 from strop.objectives.policy import GRPO
 from strop.training.reference import with_reference
 from strop.training.rollouts import PolicyCriterion

@@ -17,11 +17,11 @@ from strop.errors import RecipeError, RunError
 from strop.machine.probe import Machine, probe
 from strop.models.families.shape import ModelShape
 from strop.planning.choose import choose
-from strop.planning.compare import KNOWN
 from strop.planning.memory import integer_bytes
 from strop.planning.microbatch import usual_micro_batch
+from strop.planning.tables import KNOWN
 from strop.planning.time import Rate, micro_batch_seconds
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.runs.events import read_events
 from strop.training import dry_run
 from strop.training.preflight import _int8_note as int8_note
@@ -173,13 +173,14 @@ def test_plan_counts_int8_memory_and_time() -> None:
     )
     rate = Rate(1e11, 2e10, "a test", integers={"none": 2e11, "int8": 3e11})
     seconds = [
-        micro_batch_seconds(Setting.of(recipe, LLAMA_8B), usual_micro_batch(recipe), rate)
+        micro_batch_seconds(Workload.from_recipe(recipe, LLAMA_8B), usual_micro_batch(recipe), rate)
         for recipe in (whole, plain, eight)
     ]
     assert seconds[2] < seconds[0] < seconds[1]
-    sums = integer_bytes(Setting.of(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
+    sums = integer_bytes(Workload.from_recipe(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
     from strop.engine.kernels.cpu.int8_matmul import SUMS_BYTES  # its import starts threads
 
     assert sums == SUMS_BYTES
-    assert integer_bytes(Setting.of(whole, LLAMA_8B)) - sums == pytest.approx(2 * LLAMA_8B.parameters, rel=0.1)
-    assert integer_bytes(Setting.of(plain, LLAMA_8B)) == 0 < sums
+    int8_bytes = integer_bytes(Workload.from_recipe(whole, LLAMA_8B)) - sums
+    assert int8_bytes == pytest.approx(2 * LLAMA_8B.parameters, rel=0.1)
+    assert integer_bytes(Workload.from_recipe(plain, LLAMA_8B)) == 0 < sums

@@ -16,7 +16,7 @@ from strop.errors import MemoryLimitError
 from strop.machine.memory import mark
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import at_peak
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.runs.events import read_events
 from strop.training import dry_run
 from strop.training.dry_run import describe_batch, forecast, try_largest_batch
@@ -31,9 +31,9 @@ QUICK = {"train.max_steps": 3, "train.batch_size": 4, "lora.r": 4, "model.dtype"
 SHAPE = ModelShape.of(tiny.config().to_dict())
 
 
-def setting(job: Job) -> Setting:
+def setting(job: Job) -> Workload:
     recipe = job.recipe.model_copy(update={"model": job.recipe.model.model_copy(update={"device": "cpu"})})
-    return Setting.of(recipe, SHAPE)
+    return Workload.from_recipe(recipe, SHAPE)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -87,11 +87,11 @@ def test_forecast_searches_all_epochs_for_the_largest_micro_batch(
         rows = [examples[row] for row in step.rows]
         for group in micro_batches(job, rows):
             batch = describe_batch(job, [rows[row] for row in group], True, False)
-            sizes.append((at_peak(setting(job).but(step=job.step.name), batch).total, step.epoch))
+            sizes.append((at_peak(setting(job).replace(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
-    result = forecast(job, setting(job), 8 << 30)
-    assert at_peak(setting(job).but(step=job.step.name), result.batch).total == max(sizes)[0]
+    found = forecast(job, setting(job), 8 << 30)
+    assert at_peak(setting(job).replace(step=job.step.name), found.batch).total == max(sizes)[0]
     assert max(size for size, epoch in sizes if epoch == 0) < max(sizes)[0], "a later epoch has the largest"
     assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
 

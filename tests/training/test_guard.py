@@ -217,7 +217,7 @@ def test_diagnosis_reports_a_flat_loss_with_its_cause() -> None:
 
 def test_diagnosis_reports_out_of_memory() -> None:
     events = [{"event": "shrink", "step": 3, "to": "micro-batches of 512 tokens, 2 in place of 1", "why": "x"}]
-    assert "out of memory: went on with micro-batches of 512 tokens" in diagnose(events, None)[0]
+    assert "out of memory: continued with micro-batches of 512 tokens" in diagnose(events, None)[0]
 
 
 def test_skipped_steps_do_not_count_against_patience(tmp_path: Path) -> None:

@@ -153,9 +153,9 @@ def print_evaluation(result: dict[str, Any], samples: int) -> None:
 
 def print_scores(result: dict[str, Any], out: Console = console, title: str | None = None) -> None:
     """Print the scores of base and tuned model side by side, with 95 % intervals. title: describes the rows."""
-    from strop.evaluation.metrics import Difference, rows_asked, verdict
+    from strop.evaluation.metrics import Difference, rows_label, verdict
 
-    title = title or rows_asked(result)
+    title = title or rows_label(result)
     sides = [side for side in ("base", "tuned") if side in result]
     heading = escape(f"{result.get('run', '')}  {result['rows']} {title}".strip())
     table = Table(title=heading, title_justify="left")
@@ -211,14 +211,14 @@ def print_judge(verdicts: Mapping[str, Any], out: Console = console) -> None:
 
 def print_general(result: dict[str, Any], out: Console = console) -> None:
     """Print the scores on the general set by kind, and whether training made them worse."""
-    from strop.evaluation.metrics import in_points, judged_by_kind
+    from strop.evaluation.metrics import general_verdict, in_points
 
     table = Table("general set", "rows", "base", "tuned", "change in points")
     for kind, scores in [*result["kinds"].items(), ("all", result)]:
         rates = (f"{scores['base']:.1%}", f"{scores['tuned']:.1%}")
         table.add_row(kind, str(scores["rows"]), *rates, in_points(scores["difference"]))
     out.print(table)
-    out.print(f"tuned minus base on the general set: {judged_by_kind(result)}")
+    out.print(f"tuned minus base on the general set: {general_verdict(result)}")
 
 
 def print_tasks(tasks: dict[str, Any], out: Console = console) -> None:

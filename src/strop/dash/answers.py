@@ -16,8 +16,7 @@ from strop.dash.files import read_bytes, read_json
 from strop.dash.http import Busy
 from strop.dash.runs import evaluation_score
 from strop.errors import DiskError, InputError
-from strop.evaluation.metrics import Difference, paired_difference, verdict, wilson
-from strop.evaluation.scoring import pieces
+from strop.evaluation.metrics import Difference, mark_differences, paired_difference, verdict, wilson
 from strop.runs.folder import RunFolder
 
 FILTERS = ("all", "gained", "lost", "changed", "both", "neither", "wrong", "right")
@@ -82,7 +81,7 @@ def _with_marked_answers(row: dict[str, Any]) -> dict[str, Any]:
     marked = {}
     for side in sides:
         if isinstance(gold, str) and len(gold) + len(row[side]) <= MOST_MARKED:
-            marked[side] = pieces(gold, row[side])
+            marked[side] = mark_differences(gold, row[side])
         else:
             marked[side] = [(row[side], "same")]
     return {**row, "marked": marked}

@@ -19,8 +19,9 @@ from strop.dash.jobs import command, option
 from strop.errors import StropError
 from strop.machine.memory import limit_bytes
 from strop.models.families.shape import Peek
-from strop.planning.inputs import NO_DATA, Place, look_at, place_for, row_sizes, start_adapter, without_data
-from strop.planning.microbatch import Rows
+from strop.planning.machines import Target, target_for
+from strop.planning.microbatch import NO_DATA, Rows, plan_options, row_sizes
+from strop.planning.model_facts import read_model_facts, start_adapter
 from strop.planning.plan import make_plan
 from strop.runs.folder import free_bytes
 
@@ -45,19 +46,20 @@ class Planner:
         started = time.perf_counter()
         words = [word for field, value in options.items() for word in option(field, value)]
         given = typed_options(options)
-        resolved = resolve(None, without_data(given, False))
+        resolved = resolve(None, plan_options(given, False))
         limit = limit_bytes(memory)
         model = resolved.recipe.model
         where = (model.device, limit, gpu)
-        place: Place = self._keep("place", where, PLACE_S, lambda: place_for(*where))
-        if gpu is not None and model.device.partition(":")[0] != place.device:
-            resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
-        looked: Peek = self._keep("look", [model.name, model.revision], LOOK_S, lambda: look_at(resolved.recipe))
+        target: Target = self._keep("place", where, PLACE_S, lambda: target_for(*where))
+        if gpu is not None and model.device.partition(":")[0] != target.device:
+            resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
+        looked: Peek = self._keep(
+            "look", [model.name, model.revision], LOOK_S, lambda: read_model_facts(resolved.recipe)
+        )
         rows, state = self._rows(resolved.recipe)
         found = make_plan(
-            resolved, place.machine, looked, place.rate_of, device=place.device, dtype=place.dtype, rows=rows,
-            adapter=start_adapter(resolved.recipe), thorough=thorough,
-        )  # fmt: skip
+            resolved, looked, target, rows=rows, adapter=start_adapter(resolved.recipe), thorough=thorough
+        )
         words = ["train", *words, *([f"--memory={memory}"] if memory else [])]
         planned = found.as_json()
         return {

@@ -22,7 +22,7 @@ import psutil
 
 from strop.dash.files import DAMAGED, read_bytes, read_json, read_places, run_path, sizes
 from strop.dash.history import History, short
-from strop.evaluation.metrics import Difference, rows_counted, verdict
+from strop.evaluation.metrics import Difference, rows_text, verdict
 from strop.runs.folder import RunFolder, is_run
 
 END_BYTES = 16 << 10
@@ -199,7 +199,7 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         change = Difference(*(found["difference"][name] for name in ("value", "low", "high")))
         kind, words = verdict(change)
-        text = f"{metric} went from {base[metric]:.1%} to {tuned[metric]:.1%} on {rows_counted(found)}"
+        text = f"{metric} went from {base[metric]:.1%} to {tuned[metric]:.1%} on {rows_text(found)}"
         score |= {"verdict": kind, "words": f"{words[0].upper()}{words[1:]}: {text}."}
     except (KeyError, TypeError, ValueError):
         pass

@@ -1,4 +1,4 @@
-"""Base and tuned on the same rows: loss over supervised tokens and greedy answers, from one loaded model."""
+"""Compare base and tuned model on the same rows: loss over supervised tokens, and greedy answers."""
 
 from __future__ import annotations
 
@@ -14,70 +14,81 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from strop.data.batching import group_by_length
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Example, Ids
+from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.decode.generate import Completion
 from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
 from strop.errors import Where
-from strop.evaluation.assign import answers as sequences_per_row
-from strop.evaluation.loss import summed_loss
+from strop.evaluation.metrics import changed_rows, options, paired_difference, score, wilson
 from strop.evaluation.metrics import metric as metric_named
-from strop.evaluation.metrics import options, paired_difference, score, wilson
 from strop.models.adapters import Model
 
 LOG = logging.getLogger(__name__)
 
-FIGURES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # besides a metric's own
+LOSS_TOKENS = 2048  # per micro-batch
+FIGURES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # scores besides the metric's
 Advance = Callable[[str, int, int], None]
-"""Called as (what, done, total) while rows are answered."""
+"""Progress callback (what, done, total)."""
+TokenLoss = Callable[[Sequence[Example]], Tensor]
+"""Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar."""
+Cut = Callable[[Sequence[Example]], list[list[int]]]
+"""Examples -> micro-batches, as lists of indices."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation up to its last assistant turn, and that turn."""
+    """A conversation to answer.
 
-    prompt: str  # the last user text, for people
+    Args:
+        prompt: the last user text, for people.
+        gold: the right answer.
+        conversation: the row, whose last turn is the right answer.
+    """
+
+    prompt: str
     gold: str
     conversation: Conversation
 
 
 def questions(conversations: Sequence[Conversation], renderer: Renderer | None = None) -> list[Question]:
-    """One question a conversation, but for those that left_out names: they have no answer to compare with.
+    """Return a question for each conversation that has a right answer (the others are those of `left_out`).
 
-    renderer: of the model that is asked; only where no right answer has calls it may be left out (see calling).
+    renderer: of the model. It may be left out if no right answer has tool calls (see `rows_with_calls`).
     """
-    found = []
+    asked = []
     for conversation in conversations:
         gold = conversation.answer if renderer is None else renderer.reference_answer(conversation)
         if gold is not None and conversation.messages[-1].weight:
-            asked = [message.content for message in conversation.messages[:-1] if message.role == "user"]
-            found.append(Question(asked[-1] if asked else "", gold, conversation))
-    return found
+            user_texts = [message.content for message in conversation.messages[:-1] if message.role == "user"]
+            asked.append(Question(user_texts[-1] if user_texts else "", gold, conversation))
+    return asked
 
 
 def left_out(conversations: Sequence[Conversation]) -> list[Where]:
-    """The rows that nothing is asked of, and why: neither score nor loss counts them."""
-    found = []
+    """Return the rows without a right answer, and why. They count in neither score nor loss."""
+    places = []
     for row in conversations:
         if row.answer is None:
-            found.append(Where(row.file, row.line, "does not end with an answer"))
+            places.append(Where(row.file, row.line, "does not end with an answer"))
         elif not row.messages[-1].weight:
-            found.append(Where(row.file, row.line, "its answer has weight 0"))
-    return found
+            places.append(Where(row.file, row.line, "its answer has weight 0"))
+    return places
 
 
-def calling(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Those whose right answers have calls, which each chat template writes in its own way."""
-    return [found for found in conversations if found.answer is not None and found.messages[-1].tool_calls]
+def rows_with_calls(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Return the rows whose right answers have tool calls, whose text depends on the chat template."""
+    return [row for row in conversations if row.answer is not None and row.messages[-1].tool_calls]
 
 
 @dataclass(frozen=True)
 class Side:
-    """What a model made of the rows, with its adapter or without: scores by name; hits and answers by row."""
+    """Results of the base or the tuned model: scores by name; hits and answers by row."""
 
     scores: dict[str, float]
     hits: list[bool]
@@ -94,68 +105,70 @@ def compare(
     base: Side | None = None,
     devices: Devices = ALONE,
 ) -> dict[str, Any]:
-    """Scores of base and tuned with 95 % intervals, and each row's answers.
+    """Score base and tuned model, with 95 % intervals.
 
-    base: what the same base said to the same rows before, so that it need not be asked again.
-    Returns {rows, left_out, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and
-    `changed` (the rows that only one of them gets right) are absent where the model has no adapter. left_out: {file,
-    line, what} of each row that has no answer to compare with. Each of base and tuned:
-    {<metric's scores>, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; nothing is written where the
-    metric is `choice`, and so the last three are absent then. Ctrl-C leaves the rows that are answered, and
-    `interrupted` says so. Both are asked in one batch: its
-    tokens_per_s.
+    Ctrl-C keeps the rows that are answered, and `interrupted` reports it. Both models answer in one batch, and share
+    its tokens_per_s.
+
+    Args:
+        model: the model, with or without an adapter.
+        conversations: the rows.
+        metric: name of the metric.
+        max_new_tokens: longest answer.
+        advance: progress callback.
+        base: earlier results of the same base on the same rows, which are not computed again.
+        devices: devices that share the rows.
+
+    Returns:
+        {rows, left_out, metric, base, tuned, intervals, difference, changed, samples}. `tuned`, `difference` and
+        `changed` (the rows that only one of them gets right) are absent for a model without an adapter. `left_out`:
+        {file, line, what} of each row without a right answer. `base` and `tuned`: {the metric's scores, loss,
+        perplexity, stop_rate, tokens_per_answer, tokens_per_s}; the last three are absent for the metric `choice`,
+        which generates nothing.
     """
     asked = questions(conversations, model.renderer)
     rows = len(asked)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
-    writes = names and metric != "choice"
-    written = _write_all(model, asked, names, max_new_tokens, advance, devices) if writes else {}
-    if written and len(written[names[0]][0]) < rows:  # Ctrl-C: what is there is told
-        asked = asked[: len(written[names[0]][0])]
+    generates = names and metric != "choice"
+    generated = _generate_all(model, asked, names, max_new_tokens, advance, devices) if generates else {}
+    if generated and len(generated[names[0]][0]) < rows:  # Ctrl-C: score the rows that are answered
+        asked = asked[: len(generated[names[0]][0])]
         base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
 
-    def ask(side: str) -> Side:
+    def score_side(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        loss = _loss(model, asked, written[side][0] if written else [], devices)
+        loss = _loss(model, asked, generated[side][0] if generated else [], devices)
         if metric == "choice":
-            texts, more = _choose_all(model, asked, side, advance, devices), {}
+            texts, figures = _choose_all(model, asked, side, advance, devices), {}
         else:
-            answers, rate = written[side]
-            texts, more = [answer.text for answer in answers], {
+            answers, rate = generated[side]
+            texts, figures = [answer.text for answer in answers], {
                 "stop_rate": sum(answer.stopped for answer in answers) / len(asked),
                 "tokens_per_answer": sum(answer.tokens for answer in answers) / len(asked),
                 "tokens_per_s": rate,
             }  # fmt: skip
-        found = score(metric, [question.gold for question in asked], as_judged(model.renderer, asked, texts))
-        return Side(
-            {**found.rates, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), **more}, [*found.hits], texts
-        )
+        judged = score(metric, [question.gold for question in asked], judged_texts(model.renderer, asked, texts))
+        losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return Side({**judged.rates, **losses, **figures}, [*judged.hits], texts)
 
     sides = {}
     with model.base() if model.adapter else nullcontext():
-        sides["base"] = base or ask("base")
+        sides["base"] = base or score_side("base")
     if model.adapter:
-        sides["tuned"] = ask("tuned")
-    without = [asdict(place) for place in left_out(conversations)]
-    result: dict[str, Any] = {"rows": len(asked), "left_out": without, "metric": metric_named(metric).name}
+        sides["tuned"] = score_side("tuned")
+    places = [f"{question.conversation.file}:{question.conversation.line}" for question in asked]
+    without_answer = [asdict(place) for place in left_out(conversations)]
+    result: dict[str, Any] = {"rows": len(asked), "left_out": without_answer, "metric": metric_named(metric).name}
     if len(asked) < rows:
         result["interrupted"] = f"after {len(asked)} of {rows} rows"
     result |= {name: side.scores for name, side in sides.items()}
     result["intervals"] = {name: list(wilson(sum(side.hits), len(asked))) for name, side in sides.items()}
     if model.adapter:
         before, after = sides["base"].hits, sides["tuned"].hits
-        places = [f"{question.conversation.file}:{question.conversation.line}" for question in asked]
         result["difference"] = asdict(paired_difference(before, after))
-        result["changed"] = {
-            "gained": [place for place, was, now in zip(places, before, after, strict=True) if now and not was],
-            "lost": [place for place, was, now in zip(places, before, after, strict=True) if was and not now],
-        }
+        result["changed"] = changed_rows(places, before, after)
     result["samples"] = [
-        {
-            "place": f"{question.conversation.file}:{question.conversation.line}",
-            "prompt": question.prompt,
-            "gold": question.gold,
-        }
+        {"place": places[row], "prompt": question.prompt, "gold": question.gold}
         | {name: side.texts[row] for name, side in sides.items()}
         | {f"{name}_hit": side.hits[row] for name, side in sides.items()}
         for row, question in enumerate(asked)
@@ -163,61 +176,124 @@ def compare(
     return result
 
 
-def as_judged(renderer: Renderer, asked: Sequence[Question], texts: Sequence[str]) -> list[str]:
-    """What of each answer is compared with the right one: it begins behind its reasoning where that has some."""
+def judged_texts(renderer: Renderer, asked: Sequence[Question], texts: Sequence[str]) -> list[str]:
+    """Return the part of each answer that is compared with the right one: without its reasoning."""
     rights = [question.conversation.messages[-1] for question in asked]
     return [renderer.without_reasoning(text, right) for right, text in zip(rights, texts, strict=True)]
 
 
 def side_of(result: dict[str, Any], name: str) -> Side:
-    """base or tuned out of what `compare` returned."""
+    """Return base or tuned from a result of `compare`."""
     samples = result["samples"]
     return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
 def _loss(model: Model, asked: Sequence[Question], answers: Sequence[Completion], devices: Devices = ALONE) -> float:
-    """The mean loss of what is asked. Where an answer came with the right one's log-probabilities, these are taken;
-    the others go through the training step. answers: one to each question, or none."""
+    """Return the mean loss of the right answers.
+
+    answers: one per question, or none. Log-probabilities of a right answer that came with its generation are used; the
+    other rows go through the training step.
+    """
     total = weight = 0.0
-    others = []
+    remaining = []
     for question, answer in zip_longest(asked, answers):
         examples = model.renderer.render(question.conversation)
         logprobs = None if answer is None else answer.logprobs
         if logprobs is None:
-            others += examples
+            remaining += examples
             continue
         [example] = examples
-        end = _last(example) + 1
+        end = _last_supervised(example) + 1
         weights = example.weights[end - len(logprobs) : end].astype(np.float64)
         total -= float(weights @ logprobs)
         weight += float(weights.sum())
-    if others:
+    if remaining:
         token_loss = step_for(model.module).token_loss
-        cut = partial(group_by_length, tokens=2048)
-        more = summed_loss(token_loss, others, lambda some: cut([len(example) for example in some]), devices=devices)
+        group = partial(group_by_length, tokens=LOSS_TOKENS)
+        more = summed_loss(
+            token_loss, remaining, lambda examples: group([len(example) for example in examples]), devices=devices
+        )
         total, weight = total + more[0], weight + more[1]
     assert weight > 0
     return total / weight
 
 
-def _last(example: Example) -> int:
-    """The place of the last supervised token."""
-    return int(np.flatnonzero(example.weights)[-1])
+def mean_loss(
+    token_loss: TokenLoss, examples: Sequence[Example], cut: Cut, rows: int = 64, devices: Devices = ALONE
+) -> float:
+    """Return the mean cross entropy over all supervised tokens: one sum over all rows, divided once.
+
+    Args:
+        token_loss: summed loss of a micro-batch.
+        examples: the rows.
+        cut: makes micro-batches of `rows` examples.
+        rows: number of examples that are cut at once.
+        devices: devices that share the micro-batches.
+    """
+    total, weight = summed_loss(token_loss, examples, cut, rows, devices)
+    assert weight > 0
+    return total / weight
 
 
-def _expected(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | None:
-    """What is supervised behind a prompt, and in it, where the row is one example that begins with the prompt."""
-    n = len(prompt)
-    if len(examples) != 1 or not examples[0].supervised:
-        return None
-    [example] = examples
-    end = _last(example) + 1
-    if end <= n or not np.array_equal(example.ids[:n], prompt):
-        return None
-    return ExpectedCompletion(example.ids[n:end], min(example.prompt_length, n) - 1)
+def summed_loss(
+    token_loss: TokenLoss, examples: Sequence[Example], cut: Cut, rows: int = 64, devices: Devices = ALONE
+) -> tuple[float, float]:
+    """Return the sum of weight * cross entropy over supervised tokens, and the sum of their weights; see mean_loss."""
+    groups: list[list[int]] = []
+    total = weight = 0.0
+    for start in range(0, len(examples), rows):
+        block = [examples[row] for row in range(start, min(start + rows, len(examples)))]
+        groups += [[start + row for row in group] for group in cut(block)]
+        weight += sum(float(example.weights.sum()) for example in block)
+
+    def loss(group: list[int]) -> float:
+        return float(token_loss([examples[row] for row in group]))
+
+    with torch.no_grad():
+        for part in devices.map(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
+            total += part
+    return total, weight
 
 
-def _write_all(
+def generate_answers(
+    model: Model,
+    prompts: Sequence[Ids],
+    devices: Devices,
+    *,
+    max_new_tokens: int,
+    both: bool = False,
+    expected: Sequence[ExpectedCompletion | None] = (),
+    advance: Callable[[int], None] | None = None,
+    partial: bool = False,
+) -> list[Completion]:
+    """Generate as `Model.answer` does, with the prompts shared by several devices.
+
+    partial: return what was generated before Ctrl-C. Several devices return nothing when one is interrupted.
+    """
+    if devices.world_size == 1:
+        return model.answer(
+            prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
+        )
+    own, sides = assign_balanced([float(len(prompt)) for prompt in prompts], devices.world_size)[devices.rank], 1 + both
+    answers: list[Completion] = []
+    with devices.all_or_none():
+        if own:
+            answers = model.answer(
+                [prompts[place] for place in own],
+                max_new_tokens=max_new_tokens,
+                both=both,
+                advance=(lambda done: advance(done * devices.world_size)) if advance and devices.is_main else None,
+                expected=[expected[place] for place in own] if expected else [],
+            )
+    whole: list[Completion | None] = [None] * (sides * len(prompts))
+    for places, device_answers in devices.gather((own, answers)):
+        for number, answer in enumerate(device_answers):
+            side, place = divmod(number, len(places))
+            whole[side * len(prompts) + places[place]] = answer
+    return [answer for answer in whole if answer is not None]
+
+
+def _generate_all(
     model: Model,
     asked: Sequence[Question],
     sides: Sequence[str],
@@ -225,45 +301,63 @@ def _write_all(
     advance: Advance | None,
     devices: Devices,
 ) -> dict[str, tuple[list[Completion], float]]:
-    """The answers of base, tuned or both, in one batch, and its tokens/s."""
+    """Return the answers of base, tuned or both, generated in one batch, and the batch's tokens/s."""
     prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
-    right = [
+    expected = [
         _expected(prompt, model.renderer.render(question.conversation))
         for prompt, question in zip(prompts, asked, strict=True)
     ]
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
-        answers = sequences_per_row(
-            model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True, expected=right,
+        answers = generate_answers(
+            model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
+            expected=expected,
             advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(asked))),
         )  # fmt: skip
     rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
-    each = len(answers) // len(sides)
-    if not each:
+    rows = len(answers) // len(sides)
+    if not rows:
         raise KeyboardInterrupt
-    return {side: (answers[place * each :][:each], rate) for place, side in enumerate(sides)}
+    return {side: (answers[place * rows :][:rows], rate) for place, side in enumerate(sides)}
+
+
+def _last_supervised(example: Example) -> int:
+    """Return the index of the last supervised token."""
+    return int(np.flatnonzero(example.weights)[-1])
+
+
+def _expected(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | None:
+    """Return the supervised continuation of a prompt, if the row is one example that begins with the prompt."""
+    n = len(prompt)
+    if len(examples) != 1 or not examples[0].supervised:
+        return None
+    [example] = examples
+    end = _last_supervised(example) + 1
+    if end <= n or not np.array_equal(example.ids[:n], prompt):
+        return None
+    return ExpectedCompletion(example.ids[n:end], min(example.prompt_length, n) - 1)
 
 
 def _prompt(model: Model, conversation: Conversation) -> Ids:
-    """The row up to its last turn, with the template's options for a row that thinks, or for one that does not."""
-    options = model.renderer.options_for(conversation.messages)
-    return model.renderer.prompt(conversation.messages[:-1], conversation.tools, options=options)
+    """Return the row up to its last turn, rendered with the template's options for a row with or without reasoning."""
+    template_options = model.renderer.options_for(conversation.messages)
+    return model.renderer.prompt(conversation.messages[:-1], conversation.tools, options=template_options)
 
 
 def _choose_all(
     model: Model, asked: Sequence[Question], side: str, advance: Advance | None, devices: Devices
 ) -> list[str]:
-    """The likeliest answer to each question among the right answers to all of them, the stop token included."""
+    """Return for each question the right answer of any row with the lowest loss, the stop token included."""
     token_loss = step_for(model.module).token_loss
-    among, done = options([question.gold for question in asked]), count(devices.world_size, devices.world_size)
+    candidates, done = options([question.gold for question in asked]), count(devices.world_size, devices.world_size)
 
     def choose(question: Question) -> str:
         *before, last = question.conversation.messages
-        turns = [replace(last, content=one, reasoning=None) for one in among]  # reasoning would give it away
-        said = [replace(question.conversation, messages=(*before, turn)) for turn in turns]
+        turns = [replace(last, content=text, reasoning=None) for text in candidates]  # reasoning would reveal the gold
+        conversations = [replace(question.conversation, messages=(*before, turn)) for turn in turns]
         with torch.no_grad():
-            losses = [float(token_loss(model.renderer.render(conversation))) for conversation in said]
+            losses = [float(token_loss(model.renderer.render(conversation))) for conversation in conversations]
         if advance is not None:
             advance(side, min(next(done), len(asked)), len(asked))
-        return among[losses.index(min(losses))]
+        return candidates[losses.index(min(losses))]
 
     return devices.map(asked, choose, lambda question: 1.0)

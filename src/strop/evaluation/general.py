@@ -1,8 +1,8 @@
-"""What training broke: a small general set, asked of base and tuned, with the change and its interval.
+"""Measure what training broke: base and tuned model on a small general set, with the change and its interval.
 
-general.jsonl holds 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
-asked for, memory of earlier turns), each with a regular expression that a good answer matches. It is small on purpose:
-it shows a model that has forgotten how to talk, not one that has become two points worse.
+general.jsonl has 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
+asked for, memory of earlier turns), each with a regular expression that a good answer matches. The set is small: it
+shows a model that has lost an ability, not one that has become two points worse.
 """
 
 from __future__ import annotations
@@ -15,44 +15,49 @@ from typing import Any
 
 from strop.data.types import Message
 from strop.distributed.devices import ALONE, Devices
-from strop.evaluation.assign import answers as sequences_per_row
-from strop.evaluation.compare import Advance
+from strop.evaluation.compare import Advance, generate_answers
 from strop.evaluation.metrics import paired_difference, wilson
 from strop.models.adapters import Model
 
-MOST_TOKENS = 48
+MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Row:
+    """A question of the general set. pattern: a regular expression that a good answer matches."""
+
     kind: str
     messages: tuple[Message, ...]
     pattern: str
 
 
 def rows() -> list[Row]:
+    """Return the general set."""
     text = (files(__package__) / "general.jsonl").read_text(encoding="utf-8")
-    found = [json.loads(line) for line in text.splitlines()]
+    parsed = [json.loads(line) for line in text.splitlines()]
     return [
         Row(row["kind"], tuple(Message(turn["role"], turn["content"]) for turn in row["messages"]), row["pattern"])
-        for row in found
+        for row in parsed
     ]
 
 
 def compare_general(model: Model, advance: Advance | None = None, devices: Devices = ALONE) -> dict[str, Any]:
-    """Shares of good answers of base and tuned, over all rows and by kind: {rows, base, tuned, intervals, difference,
-    kinds: {kind: {rows, base, tuned, difference}}, lost: [{prompt, base, tuned}]}. The model must have an adapter."""
+    """Return the shares of good answers of base and tuned model, over all rows and by kind.
+
+    The model must have an adapter. The result is {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base,
+    tuned, difference}}, lost: [{prompt, base, tuned}]}.
+    """
     asked = rows()
     prompts = [model.renderer.prompt(list(row.messages)) for row in asked]
-    found = sequences_per_row(
-        model, prompts, devices, max_new_tokens=MOST_TOKENS, both=True,
+    answers = generate_answers(
+        model, prompts, devices, max_new_tokens=MAX_NEW_TOKENS, both=True,
         advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(asked))),
     )  # fmt: skip
-    texts = [answer.text for answer in found]
-    answers = {"base": texts[: len(asked)], "tuned": texts[len(asked) :]}
+    texts = [answer.text for answer in answers]
+    texts_by_side = {"base": texts[: len(asked)], "tuned": texts[len(asked) :]}
     hits = {
-        side: [bool(re.search(row.pattern, text)) for row, text in zip(asked, said, strict=True)]
-        for side, said in answers.items()
+        side: [bool(re.search(row.pattern, text)) for row, text in zip(asked, side_texts, strict=True)]
+        for side, side_texts in texts_by_side.items()
     }
     kinds = {}
     for kind in dict.fromkeys(row.kind for row in asked):
@@ -63,12 +68,12 @@ def compare_general(model: Model, advance: Advance | None = None, devices: Devic
     lost = [place for place in range(len(asked)) if hits["base"][place] and not hits["tuned"][place]]
     return {
         "rows": len(asked),
-        **{side: sum(found) / len(asked) for side, found in hits.items()},
-        "intervals": {side: list(wilson(sum(found), len(asked))) for side, found in hits.items()},
+        **{side: sum(side_hits) / len(asked) for side, side_hits in hits.items()},
+        "intervals": {side: list(wilson(sum(side_hits), len(asked))) for side, side_hits in hits.items()},
         "difference": asdict(paired_difference(hits["base"], hits["tuned"])),
         "kinds": kinds,
         "lost": [
-            {"prompt": asked[place].messages[-1].content, **{side: answers[side][place] for side in hits}}
+            {"prompt": asked[place].messages[-1].content, **{side: texts_by_side[side][place] for side in hits}}
             for place in lost
         ],
     }

@@ -1,6 +1,7 @@
-"""Tasks of lm-evaluation-harness, through its own package where it is installed, asked of base and tuned.
+"""Run tasks of lm-evaluation-harness on base and tuned model, if the harness is installed.
 
-Its numbers are the field's, so nothing is changed about how it asks. What is added is the change with its interval.
+Prompts and scores are the harness's own, so that they compare with published ones. strop adds the change with its
+interval.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from strop.models.adapters import Model
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
-    """(names, the harness's task manager). A task is a name of its own, or a .yaml file that describes one.
+    """Return the names of the tasks, and the harness's task manager.
 
-    Raises RecipeError where the package is not installed or there is no such task.
+    Args:
+        tasks: names, or .yaml files that define a task.
+
+    Raises:
+        RecipeError: the package is not installed, or a task does not exist.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -32,10 +37,10 @@ def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
     files = [Path(task) for task in tasks if task.endswith(".yaml")]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise RecipeError(f"--tasks {missing[0]}: no such file", fix="give a file that describes a task of lm-eval")
+        raise RecipeError(f"--tasks {missing[0]}: no such file", fix="give a file that defines a task of lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=[str(file.parent.resolve()) for file in files] or None)
-    names = [_name(Path(task)) if task.endswith(".yaml") else task for task in tasks]
+    names = [_task_name(Path(task)) if task.endswith(".yaml") else task for task in tasks]
     for name in names:
         if name not in manager.all_tasks:
             raise RecipeError(
@@ -45,38 +50,49 @@ def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
 
 
 def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | None = None) -> dict[str, Any]:
-    """{task: {metric: {base, tuned, difference: {value, low, high} | None, documents}}}; base alone without an adapter.
+    """Run tasks on base and tuned model; without an adapter, on the base only.
 
-    limit: this many documents of each task. The interval is that of the mean of paired differences (normal).
+    Args:
+        model: the model.
+        names: names of the tasks.
+        manager: the harness's task manager.
+        limit: number of documents of each task.
+
+    Returns:
+        {task: {metric: {base, tuned, difference: {value, low, high} | None, documents}}}. The interval is the normal
+        one of the mean of paired differences.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    found: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     for side in ("base", "tuned") if model.adapter else ("base",):
         with model.base() if model.adapter and side == "base" else nullcontext():
-            asked = HFLM(pretrained=model.module, tokenizer=model.tokenizer, batch_size=8)
-            found[side] = simple_evaluate(
-                asked, tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+            wrapped = HFLM(pretrained=model.module, tokenizer=model.tokenizer, batch_size=8)
+            outputs[side] = simple_evaluate(
+                wrapped, tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
             )
     result: dict[str, Any] = {}
-    for task, scores in found["base"]["results"].items():
+    for task, scores in outputs["base"]["results"].items():
         result[task] = {}
         for key, value in scores.items():
             if not isinstance(value, (int, float)) or "_stderr" in key or "," not in key:
                 continue
             metric = key.partition(",")[0]
-            rows = {side: _by_document(found[side]["samples"].get(task, []), key) for side in found}
-            one = {side: found[side]["results"][task][key] for side in found}
+            rows = {side: _by_document(outputs[side]["samples"].get(task, []), key) for side in outputs}
+            values = {side: outputs[side]["results"][task][key] for side in outputs}
             pairs = [(rows["base"][doc], rows["tuned"][doc]) for doc in rows["base"]] if "tuned" in rows else []
-            result[task][metric] = {**one, "documents": len(rows["base"]), "difference": _difference(pairs)}
+            result[task][metric] = {**values, "documents": len(rows["base"]), "difference": _difference(pairs)}
     return result
 
 
 def _by_document(samples: Sequence[dict[str, Any]], key: str) -> dict[Any, float]:
+    """Return the value of a metric (`metric,filter`) for each document."""
     metric, _, chosen = key.partition(",")
-    kept = [sample for sample in samples if sample.get("filter", "none") == chosen]
-    return {sample["doc_id"]: float(sample[metric]) for sample in kept if isinstance(sample.get(metric), (int, float))}
+    filtered = [sample for sample in samples if sample.get("filter", "none") == chosen]
+    return {
+        sample["doc_id"]: float(sample[metric]) for sample in filtered if isinstance(sample.get(metric), (int, float))
+    }
 
 
 def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float] | None:
@@ -87,8 +103,8 @@ def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float] | None
     return vars(Difference(value, value - reach, value + reach))
 
 
-def _name(file: Path) -> str:
-    """A task's name out of its file, whose tags (!function) mean something to the harness alone."""
+def _task_name(file: Path) -> str:
+    """Return the name of the task that a file defines. Only its line is parsed, as its tags are the harness's own."""
     line = next((line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")), "")
     name = yaml.safe_load(line or "{}").get("task")
     if not isinstance(name, str):

@@ -1,7 +1,8 @@
-"""How an answer is judged: one (gold, answer) pair is a hit or a miss, and the rates carry their intervals."""
+"""Metrics and rewards: judge an answer as a hit or a miss, aggregate hits with intervals, weight rewards for RL."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import logging
@@ -22,33 +23,43 @@ from typing import Any
 import numpy as np
 
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
-from strop.runs.lock import sha256_file
+from strop.runs.lock import sha256_file, sha256_text
 
 LOG = logging.getLogger(__name__)
-FAULTS = (Exception, SystemExit)  # of a function of the user's: a parser's own errors, or an answer that says exit()
-_SAY = "let it return True or False, for example `return ... >= 0.8`"
-LONGEST_SEARCH_S = 5.0  # of a pattern in one answer, in computing time: (a+)+b takes for ever on aaaa...
-GETS = ("right answer", "answer")  # of a function of the user's, by position
-_NO_GOLD = {"prompt", "prompts", "question", "questions", "messages", "completions"}
-_NO_ANSWER = _NO_GOLD | {"gold", "right_answer", "reference", "target", "expected", "truth", "ground_truth", "y_true"}
-MOST_OPTIONS = 50  # of choice: each is computed for each row
-Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
-Judgement = dict[str, bool]  # the hit first, under the metric's own name; then the side scores
+# Errors of a user-defined function: a parser's own error classes, or exit() in an answer that is evaluated as code.
+FAULTS = (Exception, SystemExit)
+_RETURN_FIX = "return True or False, for example `return ... >= 0.8`"
+MAX_SEARCH_S = 5.0  # CPU time for a pattern in one answer: (a+)+b takes exponential time on aaaa...
+METRIC_ARGUMENTS = ("right answer", "answer")  # of a user-defined function, by position
+_NOT_THE_GOLD = {"prompt", "prompts", "question", "questions", "messages", "completions"}
+_NOT_THE_ANSWER = _NOT_THE_GOLD | {
+    *("gold", "right_answer", "reference", "target", "expected", "truth", "ground_truth", "y_true"),
+}  # parameter names that show that a function expects other arguments
+MAX_OPTIONS = 50  # for the metric choice, which computes the loss of each option for each row
+SIMILAR = 0.6  # differences between less similar answers are not marked
+Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+Judgement = dict[str, bool]  # the hit under the metric's name first, then side scores
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`judge(gold, answer)` raises ValueError where the gold is not what the metric needs. own: a user's function."""
+    """A metric by name.
+
+    Args:
+        name: the key of its score.
+        judge: (gold, answer) -> judgement; raises ValueError for a gold answer that the metric cannot use.
+        function: the user's function, for a metric of `file.py:function`.
+    """
 
     name: str
     judge: Callable[[str, str], Judgement]
-    own: Callable[[str, str], Any] | None = None
+    function: Callable[[str, str], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Judgements of n answers. `hits`: of the metric itself, by row. `rates`: name -> share from 0 to 1."""
+    """Judgements of answers. hits: the metric's own, by row. rates: share from 0 to 1, by name."""
 
     metric: str
     hits: tuple[bool, ...]
@@ -57,53 +68,52 @@ class Scores:
 
 @dataclass(frozen=True)
 class Difference:
-    """Tuned rate less base rate, with its 95 % interval; each from -1 to 1."""
+    """Tuned rate minus base rate, with its 95 % interval; each from -1 to 1."""
 
     value: float
     low: float
     high: float
 
 
-def _blanks(text: str) -> str:
+def _normalize_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
 def _exact(gold: str, answer: str) -> Judgement:
-    return {"exact": _blanks(gold) == _blanks(answer)}
+    return {"exact": _normalize_spaces(gold) == _normalize_spaces(answer)}
 
 
 def _contains(gold: str, answer: str) -> Judgement:
-    return {"contains": _blanks(gold).casefold() in _blanks(answer).casefold()}
+    return {"contains": _normalize_spaces(gold).casefold() in _normalize_spaces(answer).casefold()}
 
 
 def _choice(gold: str, answer: str) -> Judgement:
-    return {"choice": _blanks(gold) == _blanks(answer)}
+    return {"choice": _normalize_spaces(gold) == _normalize_spaces(answer)}
 
 
 def _regex(gold: str, answer: str) -> Judgement:
     try:
-        with _limited(LONGEST_SEARCH_S):
+        with _time_limit(MAX_SEARCH_S):
             return {"regex": re.search(gold, answer) is not None}
     except re.error as error:
         raise ValueError(f"not a regular expression ({error})") from error
     except TimeoutError:
-        what = "the pattern %.80r is still searched for after %g s in the answer %.80r: counted as a miss"
-        LOG.warning(what, gold, LONGEST_SEARCH_S, answer)
+        what = "searching the pattern %.80r takes more than %g s in the answer %.80r: counted as a miss"
+        LOG.warning(what, gold, MAX_SEARCH_S, answer)
         return {"regex": False}
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in a block that computes for longer. Only where the system can: in a thread, or on Windows,
-    there is no limit."""
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block that uses more CPU time. There is no limit in a thread, nor on Windows."""
 
-    def end(*_: object) -> None:
+    def stop(*_: object) -> None:
         raise TimeoutError
 
     if not hasattr(signal, "SIGVTALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, end)
+    before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
@@ -112,26 +122,28 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _object(text: str) -> dict[str, Any] | None:
-    """The JSON object that `text` is, keys and values as text without case and extra blanks, in whatever lies in it
-    too; None if it is not one."""
+def _json_object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object that a text is, or None.
+
+    Keys and values become text without case and extra spaces, at every depth.
+    """
     try:
-        found = json.loads(text)
-        return _as_text(found) if isinstance(found, dict) else None
-    except (ValueError, RecursionError):  # RecursionError: a model may answer with thousands of brackets
+        value = json.loads(text)
+        return _as_text(value) if isinstance(value, dict) else None
+    except (ValueError, RecursionError):  # RecursionError: thousands of brackets
         return None
 
 
 def _as_text(value: Any) -> Any:
     if isinstance(value, dict):
-        return {_blanks(key).casefold(): _as_text(one) for key, one in value.items()}
+        return {_normalize_spaces(key).casefold(): _as_text(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_as_text(one) for one in value]
-    return _blanks(str(value)).casefold()
+        return [_as_text(inner) for inner in value]
+    return _normalize_spaces(str(value)).casefold()
 
 
 def _exact_json(gold: str, answer: str) -> Judgement:
-    wanted, given = _object(gold), _object(answer)
+    wanted, given = _json_object(gold), _json_object(answer)
     if wanted is None:
         raise ValueError("the gold answer is not a JSON object")
     judgement = {"exact_json": wanted == given, "valid_json": given is not None}
@@ -141,27 +153,32 @@ def _exact_json(gold: str, answer: str) -> Judgement:
 
 
 METRICS: dict[str, Metric] = {
-    "exact": Metric("exact", _exact),  # equal up to blanks
-    "exact_json": Metric("exact_json", _exact_json),  # the same object; text around it is a miss
-    "contains": Metric("contains", _contains),  # the gold stands in the answer, case and blanks aside
-    "regex": Metric("regex", _regex),  # the gold is a pattern that is found in the answer
-    "choice": Metric(
-        "choice", _choice
-    ),  # the gold is the likeliest of all rows' golds: classification, nothing written
+    "exact": Metric("exact", _exact),  # equal up to white space
+    "exact_json": Metric("exact_json", _exact_json),  # the same JSON object; text around it is a miss
+    "contains": Metric("contains", _contains),  # the answer contains the gold, ignoring case and white space
+    "regex": Metric("regex", _regex),  # the gold is a pattern, which is found in the answer
+    # Classification: among the golds of all rows, the gold has the lowest loss. Nothing is generated.
+    "choice": Metric("choice", _choice),
 }
 
 
-def metric(name: str, gets: Sequence[str] = GETS) -> Metric:
-    """The metric of that name, or the function of `file.py:function`, which gets (gold, answer) and returns True or
-    False. gets: what a function is given where it is no metric.
+def metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
+    """Return a metric by name, or one of the user's function `file.py:function`.
 
-    Raises RecipeError.
+    The function gets (gold, answer) and returns True or False.
+
+    Args:
+        name: the name.
+        arguments: what a user's function gets, if it is not used as a metric.
+
+    Raises:
+        RecipeError: the metric or function does not exist, or has other parameters.
     """
     if not isinstance(name, str):
-        raise RecipeError("metric: a function is given by its name", fix="give 'file.py:function'")
+        raise RecipeError("metric: give a function by its name", fix="give 'file.py:function'")
     if ".py:" in name:
         file, _, function = name.rpartition(":")
-        return _own_metric(file, function, gets)
+        return _user_metric(file, function, arguments)
     if name not in METRICS:
         known = f"use one of {', '.join(METRICS)}, or file.py:function"
         raise RecipeError(f"metric {name} is not known{nearest(name, METRICS)}", fix=known)
@@ -169,100 +186,117 @@ def metric(name: str, gets: Sequence[str] = GETS) -> Metric:
 
 
 @lru_cache(maxsize=8)
-def _names_in(file: str, content: str) -> Mapping[str, Any]:
-    """What a file of the user's defines. It is run once, as long as its content (by hash) is the same: it may load a
-    model that judges. It finds the files beside it, behind all other modules: also those that it imports later."""
+def _run_file(file: str, content_hash: str) -> Mapping[str, Any]:
+    """Run the user's file and return what it defines. It is run once per content, since it may load a model.
+
+    Its folder is appended to sys.path, so that it can import modules next to it, now and later.
+    """
     if (folder := os.path.dirname(file)) not in sys.path:
         sys.path.append(folder)
     return runpy.run_path(file)
 
 
-def _check_parameters(own: Callable[..., Any], said: str, gets: Sequence[str]) -> None:
-    """Raises RecipeError for a function that cannot be called so, or whose parameters are named as something else."""
-    wanted = f"it gets ({', '.join(gets)}), in this order"
+def _check_parameters(function: Callable[..., Any], name: str, arguments: Sequence[str]) -> None:
+    """Check that the function can be called with these arguments, and that no parameter is named as another one.
+
+    Raises:
+        RecipeError: it cannot, or one is.
+    """
+    fix = f"it gets ({', '.join(arguments)}), in this order"
     try:
-        signature = inspect.signature(own)
-    except (TypeError, ValueError):  # some functions of C have none
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some C functions have no signature
         return
     try:
-        named = list(signature.bind(*gets).arguments)
-    except TypeError as fault:
-        raise RecipeError(f"{said}{signature}: {fault}", fix=wanted) from None
-    if gets is GETS:
-        other = [name for name, known in zip(named, (_NO_GOLD, _NO_ANSWER), strict=False) if name.lower() in known]
-        if other:
-            raise RecipeError(f"{said}{signature}: {other[0]} is not what it is given", fix=wanted)
+        parameters = list(signature.bind(*arguments).arguments)
+    except TypeError as error:
+        raise RecipeError(f"{name}{signature}: {error}", fix=fix) from None
+    if arguments is METRIC_ARGUMENTS:
+        names = zip(parameters, (_NOT_THE_GOLD, _NOT_THE_ANSWER), strict=False)
+        wrong = [parameter for parameter, excluded in names if parameter.lower() in excluded]
+        if wrong:
+            raise RecipeError(f"{name}{signature}: {wrong[0]} is not an argument it gets", fix=fix)
 
 
-def _own_metric(file: str, function: str, gets: Sequence[str]) -> Metric:
-    """A function of the user's own file, which is run: it is theirs, named on their command line."""
+def _user_metric(file: str, name: str, arguments: Sequence[str]) -> Metric:
+    """Return the metric of a function in the user's file. The file is run, as it is named on the command line."""
     if not Path(file).is_file():
-        raise RecipeError(f"metric {file}:{function}: no such file", fix="write it as file.py:function")
+        raise RecipeError(f"metric {file}:{name}: no such file", fix="write it as file.py:function")
     try:
-        found = _names_in(str(Path(file).resolve()), sha256_file(Path(file))).get(function)
+        function = _run_file(str(Path(file).resolve()), sha256_file(Path(file))).get(name)
     except FAULTS as error:
-        raise RecipeError(f"metric {file}:{function}: {type(error).__name__}: {error}", fix="mend the file") from None
-    if not callable(found):
-        raise RecipeError(f"metric {file}:{function}: no such function in it", fix="write it as file.py:function")
-    _check_parameters(found, f"{file}:{function}", gets)
+        raise RecipeError(f"metric {file}:{name}: {type(error).__name__}: {error}", fix="fix the file") from None
+    if not callable(function):
+        raise RecipeError(f"metric {file}:{name}: no such function in the file", fix="write it as file.py:function")
+    _check_parameters(function, f"{file}:{name}", arguments)
 
     def judge(gold: str, answer: str) -> Judgement:
         try:
-            said = found(gold, answer)
-        except FAULTS:  # it could read the gold itself (check_golds): an answer that it cannot read is a miss
-            return {function: False}
-        if not _is_verdict(said):
-            raise RunError(f"{function} returns {said!r:.80} (for the answer {answer[:80]!r})", fix=_SAY)
-        return {function: bool(said)}
+            result = function(gold, answer)
+        except FAULTS:  # check_golds has shown that it can read the gold, so it cannot read this answer
+            return {name: False}
+        if not _is_hit_or_miss(result):
+            raise RunError(f"{name} returns {result!r:.80} (for the answer {answer[:80]!r})", fix=_RETURN_FIX)
+        return {name: bool(result)}
 
-    return Metric(function, judge, found)
+    return Metric(name, judge, function)
 
 
-def _is_verdict(said: Any) -> bool:
-    """Is it hit or miss? A score is neither: what is not zero would all be a hit."""
-    return isinstance(said, (int, np.integer, np.bool_)) and said in (0, 1)
+def _is_hit_or_miss(result: Any) -> bool:
+    """Return whether a result is True, False, 0 or 1. A score is not: every score but zero would count as a hit."""
+    return isinstance(result, (int, np.integer, np.bool_)) and result in (0, 1)
 
 
 def check_golds(
     name: str, golds: Sequence[str], places: Sequence[tuple[str, int]], *, any_number: bool = False
 ) -> None:
-    """Raises DataError with file:line of every gold answer that the metric cannot use, RecipeError for a function that
-    says neither hit nor miss (any_number: a reward, which may be worth anything); needs no model."""
+    """Check that a metric can use these gold answers. Needs no model.
+
+    Args:
+        name: the metric.
+        golds: gold answers.
+        places: (file, line) of each.
+        any_number: the metric is a reward, which may return any number.
+
+    Raises:
+        DataError: the metric cannot use some golds; names file and line of each.
+        RecipeError: the user's function returns neither hit nor miss.
+    """
     known, wrong = metric(name), []
-    if name == "choice" and not 2 <= len(options(golds)) <= MOST_OPTIONS:
-        what = f"choice: {len(options(golds))} different right answers to choose among, not 2 to {MOST_OPTIONS}"
+    if name == "choice" and not 2 <= len(options(golds)) <= MAX_OPTIONS:
+        what = f"choice: {len(options(golds))} different right answers to choose from, not 2 to {MAX_OPTIONS}"
         raise DataError(what, fix="use another metric, such as exact")
     for gold, (file, line) in zip(golds, places, strict=True):
-        said: Any = True
+        result: Any = True
         try:
-            if known.own is None:
-                if name in ("contains", "regex") and not _blanks(gold):
-                    raise ValueError("the right answer is empty, and so in any answer")
+            if known.function is None:
+                if name in ("contains", "regex") and not _normalize_spaces(gold):
+                    raise ValueError("the right answer is empty, so every answer contains it")
                 known.judge(gold, "")
             else:
-                said = known.own(gold, gold)
+                result = known.function(gold, gold)
         except FAULTS as error:
-            if known.own is None and not isinstance(error, ValueError):
+            if known.function is None and not isinstance(error, ValueError):
                 raise
-            what = str(error) if known.own is None else f"{known.name} fails on the right answer itself: {error!r}"
-            wrong.append(Where(file, line, what))
-        if not (any_number or _is_verdict(said)):
-            what = f"metric {name}: {known.name} returns {said!r:.80} for the right answer of {file}:{line}"
-            raise RecipeError(what, fix=_SAY)
+            failed = f"{known.name} fails on the right answer itself: {error!r}"
+            wrong.append(Where(file, line, str(error) if known.function is None else failed))
+        if not (any_number or _is_hit_or_miss(result)):
+            what = f"metric {name}: {known.name} returns {result!r:.80} for the right answer of {file}:{line}"
+            raise RecipeError(what, fix=_RETURN_FIX)
     if wrong:
         fix = "correct these rows or choose another metric"
-        if known.own is not None:
-            fix = f"mend {known.name}, which gets (right answer, answer), or correct these rows"
+        if known.function is not None:
+            fix = f"fix {known.name}, which gets (right answer, answer), or correct these rows"
         raise DataError(f"{len(wrong)} rows cannot be scored with {name}", fix=fix, where=wrong)
 
 
 def options(golds: Sequence[str]) -> list[str]:
-    """What `choice` chooses among: the right answers to all rows, each once."""
-    return list({_blanks(gold): gold for gold in reversed(golds)}.values())[::-1]
+    """Return what the metric `choice` chooses from: the distinct golds of all rows."""
+    return list({_normalize_spaces(gold): gold for gold in reversed(golds)}.values())[::-1]
 
 
 def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:
-    """Judges answers, at least one, against golds row by row. A side score is kept where every row has it."""
+    """Judge answers, at least one, against golds row by row. A side score is kept if every row has it."""
     known = metric(name)
     rows = [known.judge(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
     assert rows, "nothing to score"
@@ -272,52 +306,54 @@ def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:
 
 
 def verdict(difference: Difference) -> tuple[str, str]:
-    """(better | worse | unclear, sentence): a difference is claimed where its interval leaves zero out."""
+    """Return (better | worse | unclear, sentence). The difference is clear if its interval does not contain zero."""
     value, low, high = (100 * end for end in (difference.value, difference.low, difference.high))
     kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
     word = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[kind]
     return kind, f"{word}: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
-def rows_asked(result: Mapping[str, Any]) -> str:
-    """What the rows of an evaluation are called: they are held out only where it is known that none was trained on."""
+def rows_label(result: Mapping[str, Any]) -> str:
+    """Return "held-out rows" if it is known that the run was trained on none of them, else "rows"."""
     return "held-out rows" if result.get("train_rows") == 0 else "rows"
 
 
-def rows_counted(result: Mapping[str, Any]) -> str:
-    """How many rows an evaluation has, and whether there were to be more."""
-    said = f"{result['rows']:,} rows"
-    return f"{said} (interrupted {result['interrupted']})" if "interrupted" in result else said
+def rows_text(result: Mapping[str, Any]) -> str:
+    """Return the number of an evaluation's rows, and whether it was interrupted."""
+    text = f"{result['rows']:,} rows"
+    return f"{text} (interrupted {result['interrupted']})" if "interrupted" in result else text
 
 
 def in_points(difference: Mapping[str, float]) -> str:
-    """A difference of rates with its interval, in points: +12 (+3 to +21)."""
+    """Return a difference of rates with its interval, in points: +12 (+3 to +21)."""
     value, low, high = (100 * difference[end] for end in ("value", "low", "high"))
     return f"{value:+.0f} ({low:+.0f} to {high:+.0f})"
 
 
 def task_rows(tasks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str, str]]:
-    """(task, metric, documents, base, tuned, change) of the harness's tasks, as text."""
+    """Yield (task, metric, documents, base, tuned, change) of tasks of lm-evaluation-harness, as text."""
     for task, metrics in tasks.items():
-        for name, found in metrics.items():
-            change, tuned = found.get("difference"), found.get("tuned")
-            said = f"{change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})" if change else ""
-            shown = "" if tuned is None else f"{tuned:.4f}"
-            yield task, name, f"{found['documents']:,}", f"{found['base']:.4f}", shown, said
+        for name, values in metrics.items():
+            difference, tuned = values.get("difference"), values.get("tuned")
+            change = ""
+            if difference:
+                change = f"{difference['value']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
+            tuned_text = "" if tuned is None else f"{tuned:.4f}"
+            yield task, name, f"{values['documents']:,}", f"{values['base']:.4f}", tuned_text, change
 
 
-def judged_by_kind(result: Mapping[str, Any]) -> str:
-    """Of the general set: the change over all rows, and the kinds that have clearly changed: a gain may hide a loss."""
-    said = verdict(Difference(**result["difference"]))[1]
+def general_verdict(result: Mapping[str, Any]) -> str:
+    """Return the verdict on the general set, and the kinds that clearly changed, as a gain may hide a loss."""
+    text = verdict(Difference(**result["difference"]))[1]
     clear: dict[str, list[str]] = {}
-    for kind, found in result["kinds"].items():
-        clear.setdefault(verdict(Difference(**found["difference"]))[0], []).append(kind)
+    for kind, values in result["kinds"].items():
+        clear.setdefault(verdict(Difference(**values["difference"]))[0], []).append(kind)
     parts = [f"{word} at {', '.join(clear[word])}" for word in ("worse", "better") if word in clear]
-    return f"{said}; by kind: {'; '.join(parts)}" if parts else said
+    return f"{text}; by kind: {'; '.join(parts)}" if parts else text
 
 
 def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
-    """Score interval of a proportion of `successes` in `n` >= 1 trials.
+    """Return the score interval of a proportion of `successes` in `n` >= 1 trials.
 
     E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927), 209-212.
     """
@@ -326,19 +362,19 @@ def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
     middle = rate + z * z / (2 * n)
     reach = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # The ends are exact at 0 and n; rounding must not put them a hair inside or outside.
+    # The ends are exact at 0 and n; rounding must not move them.
     low = 0.0 if successes == 0 else (middle - reach) / scale
     high = 1.0 if successes == n else (middle + reach) / scale
     return low, high
 
 
 def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> Difference:
-    """Tuned rate less base rate on the same rows, at least one, with a 95 % interval.
+    """Return tuned rate minus base rate on the same rows, at least one, with a 95 % interval.
 
     R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on paired
     data, Statistics in Medicine 17 (1998), 2635-2650, method 10: the Wilson intervals of both rates, combined with
-    their correlation phi (lowered by a continuity correction where it is positive). Stays within -1 to 1, and has
-    a width where all rows agree or there is only one.
+    their correlation phi (lowered by a continuity correction where it is positive). The interval is within -1 to 1, and
+    has a width even if all rows agree or there is only one.
     """
     pairs = [(bool(tuned), bool(base)) for base, tuned in zip(base_hits, tuned_hits, strict=True)]
     n = len(pairs)
@@ -358,3 +394,124 @@ def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> 
     low = value - math.sqrt(max(0.0, tuned_low**2 - 2 * phi * tuned_low * base_high + base_high**2))
     high = value + math.sqrt(max(0.0, tuned_high**2 - 2 * phi * tuned_high * base_low + base_low**2))
     return Difference(value, max(low, -1.0), min(high, 1.0))
+
+
+def changed_rows(places: Sequence[str], before: Sequence[bool], after: Sequence[bool]) -> dict[str, list[str]]:
+    """Return the places of rows that became hits (gained) and of rows that became misses (lost)."""
+    rows = list(zip(places, before, after, strict=True))
+    return {
+        "gained": [place for place, was, now in rows if now and not was],
+        "lost": [place for place, was, now in rows if was and not now],
+    }
+
+
+def mark_differences(gold: str, answer: str) -> list[tuple[str, str]]:
+    """Return the answer in pieces (text, same | added | missing) compared with the gold, word by word.
+
+    An answer that has little in common with the gold is one piece.
+    """
+    wanted, given = _words(gold), _words(answer)
+    matcher = difflib.SequenceMatcher(None, wanted, given, autojunk=False)
+    if matcher.ratio() < SIMILAR:
+        return [(answer, "same")]
+    parts = []
+    for tag, a1, a2, b1, b2 in matcher.get_opcodes():
+        if tag in ("delete", "replace"):
+            parts.append(("".join(wanted[a1:a2]), "missing"))
+        if b2 > b1:
+            parts.append(("".join(given[b1:b2]), "same" if tag == "equal" else "added"))
+    return parts
+
+
+def _words(text: str) -> list[str]:
+    """Split a text into words and the single characters between them."""
+    words: list[str] = []
+    for character in text:
+        if words and character.isalnum() and words[-1][-1].isalnum():
+            words[-1] += character
+        else:
+            words.append(character)
+    return words
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A metric or function as a reward. A metric gives 1 for a hit and 0 for a miss, a function what it returns.
+
+    Args:
+        given: name in the recipe.
+        weight: weight in the sum of rewards.
+        metric: the metric.
+    """
+
+    given: str
+    weight: float
+    metric: Metric
+
+    @property
+    def name(self) -> str:
+        return self.metric.name
+
+    def __call__(self, gold: str | None, answer: str, place: tuple[str, int]) -> float:
+        """Return the reward of an answer.
+
+        Raises:
+            RunError: the user's function fails or returns no finite number; names the row.
+        """
+        if self.metric.function is None:
+            return float(self.metric.judge(gold or "", answer)[self.name])
+        prefix = f"reward {self.given}: row {place[0]}:{place[1]}"
+        try:
+            value = float(self.metric.function(gold or "", answer))
+        except FAULTS as fault:
+            what = f"{prefix}: {type(fault).__name__}: {fault} (for the answer {answer[:80]!r})"
+            raise RunError(what, fix="a reward function must return a number for any answer") from None
+        if not math.isfinite(value):
+            raise RunError(f"{prefix}: returns {value}", fix="return a finite number for any answer")
+        return value
+
+
+def parse_rewards(given: str | Sequence[str] | None) -> list[Reward]:
+    """Return the rewards of a recipe: NAME or NAME=WEIGHT each, in a list or separated by commas.
+
+    Raises:
+        RecipeError: a weight is not a number, a reward does not exist, or two have the same name.
+    """
+    rewards = []
+    for text in given.split(",") if isinstance(given, str) else given or []:
+        name, _, weight = text.strip().partition("=")
+        try:
+            number = float(weight or 1)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise RecipeError(f"--train.rewards {text}: no number after =", fix="write it as exact_json=1")
+        if name == "choice":
+            raise RecipeError("--train.rewards choice: it does not judge generated answers", fix="use exact")
+        rewards.append(Reward(name, number, metric(name)))
+    names = [reward.name for reward in rewards]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        fix = "give each once, and functions of two files different names"
+        raise RecipeError(f"--train.rewards: {twice} is given twice", fix=fix)
+    return rewards
+
+
+def rewards_hash(rewards: Sequence[Reward]) -> str | None:
+    """Return the SHA-256 of the files of user-defined rewards, which decide what is learned; None without any."""
+    files = [reward.given.rsplit(":", 1)[0] for reward in rewards if reward.metric.function is not None]
+    return sha256_text("".join(sha256_file(Path(file)) for file in files)) if files else None
+
+
+def check_rewards(rewards: Sequence[Reward], golds: Sequence[str | None], places: Sequence[tuple[str, int]]) -> None:
+    """Check that each row has the right answer that a metric needs, and that the metric can use it. Needs no model.
+
+    Raises:
+        DataError: names file and line of every row that does not.
+    """
+    answered = [(gold, place) for gold, place in zip(golds, places, strict=True) if gold is not None]
+    missing = [Where(*place, "no right answer") for gold, place in zip(golds, places, strict=True) if gold is None]
+    for reward in rewards:
+        if reward.metric.function is None and missing:
+            fix = "give rows with right answers, or a reward function: file.py:function"
+            raise DataError(f"{len(missing)} rows have no answer for reward {reward.name}", fix=fix, where=missing)
+        check_golds(reward.given, [gold for gold, _ in answered], [place for _, place in answered], any_number=True)

@@ -1,4 +1,4 @@
-"""README.md of an adapter or of a merged model: what it is, how good it is, its limits, how it was made and loads."""
+"""Write the model card (README.md) of an adapter or merged model: what it is, its scores, limits, recipe, and use."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 import yaml
 
-from strop.evaluation.metrics import Difference, judged_by_kind, rows_asked, rows_counted, verdict
+from strop.evaluation.metrics import Difference, general_verdict, rows_label, rows_text, verdict
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
-PLACE = "THIS_FOLDER"  # where what the card is about will be, as long as that is not known
-# A recipe's fields that say where things are on this machine, or how it is watched: no part of how a model was made.
-PLACES = {"model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "model.device"}
+PLACE = "THIS_FOLDER"  # stands for the model's location until that is known
+# Recipe fields about paths on this machine and about logging, which do not decide the model.
+LOCAL_FIELDS = {
+    *("model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "model.device"),
+}
 
-REWARD = """It scores an answer by one number, the larger, the better; it writes none.
+REWARD = """It scores an answer with one number (higher is better) and does not generate text.
 
 ```python
 from peft import PeftModel
@@ -26,12 +28,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template it was trained with
 base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1)
-base.config.get_text_config().pad_token_id = None  # else a last token that is also the padding is passed over
+base.config.get_text_config().pad_token_id = None  # otherwise a last token equal to the padding is skipped
 model = PeftModel.from_pretrained(base, "{place}").eval()
 text = tokenizer.apply_chat_template(messages, tokenize=False){end}  # the score is at the answer's last token
 print(model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits)  # one text at a time
 ```"""
-CHATML_END = {"cut": "\n", "add": ""}  # of a report that does not tell how an answer ends
+CHATML_END = {"cut": "\n", "add": ""}  # for a report that does not have the end of an answer
 
 ADAPTER = """```python
 import strop
@@ -40,7 +42,7 @@ print(strop.load("{place}").chat("..."))
 ```
 
 ```python
-from peft import AutoPeftModelForCausalLM  # where the base is a folder or on the Hub
+from peft import AutoPeftModelForCausalLM  # if the base is a folder or on the Hub
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{place}")
@@ -49,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template i
 
 ```sh
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={place}
-strop merge RUN --out MERGED             # one model of its own, for everything that takes no adapters
+strop merge RUN --out MERGED             # a full model, for tools that do not load adapters
 strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
 ```"""
 
@@ -66,13 +68,13 @@ vllm serve {place}
 
 
 def write_card(adapter: Path, report: Mapping[str, Any]) -> None:
-    """Writes the card of a run's adapter from what report.json holds; again after each evaluation."""
-    if adapter.is_dir():  # a report may be there before the adapter is
+    """Write the card of a run's adapter from its report.json; called again after each evaluation."""
+    if adapter.is_dir():  # a report may exist before the adapter
         write_atomic(adapter / CARD_FILE, card(report))
 
 
-def report_of(adapter: Path) -> dict[str, Any] | None:
-    """The report of the run that an adapter folder is part of; None where there is no such run, or it did not end."""
+def find_report(adapter: Path) -> dict[str, Any] | None:
+    """Return the report of the run that an adapter folder is part of; None without a run, or if it did not end."""
     run = RunFolder(adapter.parent)
     if not is_run(run.path) or run.adapter != adapter:
         return None
@@ -81,36 +83,40 @@ def report_of(adapter: Path) -> dict[str, Any] | None:
 
 
 def hub_id(name: str) -> str | None:
-    """The Hub id in the name of a base, without its revision; None for a folder, a GGUF file and the demo's model."""
-    elsewhere = name.startswith(("demo:", "gguf:", ".", "~")) or os.path.isabs(name) or name.count("/") > 1
-    return None if elsewhere else name.partition("@")[0]
+    """Return the Hub id of a base's name, without its revision; None for a folder, a GGUF file and the demo's model."""
+    local = name.startswith(("demo:", "gguf:", ".", "~")) or os.path.isabs(name) or name.count("/") > 1
+    return None if local else name.partition("@")[0]
 
 
 def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[str, Any] | None = None) -> str:
-    """The card of a run's adapter, or of a model that it was merged into.
+    """Return the card of a run's adapter, or of a model that it was merged into.
 
-    report: as in report.json. base: a Hub id that holds the base of an adapter that was
-    trained on a folder or a GGUF file. merged: dtype, and parity as `strop merge --json` gives it (None: not measured).
+    Args:
+        report: content of report.json.
+        base: Hub id of the base of an adapter that was trained on a folder or a GGUF file.
+        merged: for a merged model: dtype, and parity as in `strop merge --json` (None: not measured).
     """
     chosen = {choice["field"]: choice["value"] for choice in report["recipe"]}
     lock, name = report["lock"], Path(str(report["run"])).name
-    known = base or hub_id(lock["base"]["name"])
-    shown = f"`{known}`" if known else f"`{_file(lock['base']['name'])}` (not from the Hub)"
-    prints = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
+    base_id = base or hub_id(lock["base"]["name"])
+    base_text = f"`{base_id}`" if base_id else f"`{_file_name(lock['base']['name'])}` (not from the Hub)"
+    data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
-    related = {"base_model": known, "base_model_relation": relation} if known else {}
-    head = {"library_name": library, **related, "tags": ["lora", "strop"]}
+    base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
+    head = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
     rows = [
-        ("base", f"{shown}, fingerprint `{lock['base']['fingerprint'][:16]}`, {_stored(chosen)}"),
+        ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {_storage(chosen)}"),
         ("adapter", _adapter(chosen)),
         *([("merged", _merged(merged))] if merged is not None else []),
         ("training", _training(report, chosen)),
-        ("data", f"{report['data']['used']:,} rows, hash `{prints[:16]}`"),
+        ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`"),
         *_template(report),
         *_scores(report),
     ]
-    what = f"{shown} with a LoRA adapter merged into it" if merged is not None else f"A LoRA adapter for {shown}"
-    loading = MERGED if merged is not None else REWARD if chosen.get("train.objective") == "reward" else ADAPTER
+    what = f"A LoRA adapter for {base_text}"
+    if merged is not None:
+        what = f"{base_text} with a LoRA adapter merged into it"
+    usage = MERGED if merged is not None else REWARD if chosen.get("train.objective") == "reward" else ADAPTER
     return "\n".join(
         [
             "---",
@@ -119,27 +125,27 @@ def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[
             f"# {name}\n",
             f"{what}, trained with strop.\n",
             "| | |\n|---|---|",
-            *(f"| {key} | {said} |" for key, said in rows),
+            *(f"| {key} | {text} |" for key, text in rows),
             "\n## Limits\n",
             *(f"- {limit}" for limit in _limits(report, chosen)),
             "\n## How to load it\n",
-            loading.format(place=PLACE, base=known or "BASE", rank=chosen["lora.r"], name=name, end=_end(report)),
+            usage.format(place=PLACE, base=base_id or "BASE", rank=chosen["lora.r"], name=name, end=_end(report)),
             "\n## How it was made\n",
-            _made(report, lock["versions"]),
+            _recipe(report, lock["versions"]),
             "",
         ]
     )
 
 
 def _end(report: Mapping[str, Any]) -> str:
-    """What makes a rendered conversation end with its answer's last token, as Python."""
+    """Return Python code that makes a rendered conversation end with its answer's last token."""
     end = (report.get("objective") or {}).get("answer_end") or CHATML_END
     cut, add = (json.dumps(end[name], ensure_ascii=False) for name in ("cut", "add"))
     return (f".removesuffix({cut})" if end["cut"] else "") + (f" + {add}" if end["add"] else "")
 
 
-def _file(name: str) -> str:
-    """The last part of a base's name: a card tells nobody where things are on a machine."""
+def _file_name(name: str) -> str:
+    """Return the last part of a base's name, as a card has no paths of this machine."""
     return Path(name.partition("#")[0]).name
 
 
@@ -153,18 +159,17 @@ def _merged(merged: Mapping[str, Any]) -> str:
     parity = merged["parity"]
     if parity is None:
         return f"in {merged['dtype']}; not measured against the adapter"
-    figures = (
-        f"mean KL {parity['kl_mean']:.2g}, top-1 agreement {parity['top1_agreement']:.2%}, {parity['positions']:,}"
-    )
-    return f"in {merged['dtype']}; measured against the adapter on its base: {figures} positions"
+    figures = f"mean KL {parity['kl_mean']:.2g}, top-1 agreement {parity['top1_agreement']:.2%}"
+    measured = f"{figures}, {parity['positions']:,} positions"
+    return f"in {merged['dtype']}; measured against the adapter on its base: {measured}"
 
 
 def _template(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    told = report.get("data_report", {}).get("template", [])
-    return [("chat template", "; ".join(told).replace("|", "\\|"))] if told else []
+    notes = report.get("data_report", {}).get("template", [])
+    return [("chat template", "; ".join(notes).replace("|", "\\|"))] if notes else []
 
 
-def _stored(chosen: Mapping[str, Any]) -> str:
+def _storage(chosen: Mapping[str, Any]) -> str:
     scheme = chosen.get("model.quantization", "none")
     return str(chosen["model.dtype"]) if scheme == "none" else f"{scheme}, computed in {chosen['model.dtype']}"
 
@@ -180,59 +185,59 @@ def _training(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if report.get("eval_loss") is not None:
         yield "evaluation loss", f"{report['eval_loss']:.4f}"
-    asked, kept = report.get("evaluation"), report.get("regression")
-    for name, found in ((rows_asked(asked or {}), asked), ("rows to keep", kept)):
-        if found and _both(found):
-            metric = found["metric"]
-            said = f"{metric} {found['base'][metric]:.1%} before, {found['tuned'][metric]:.1%} after"
-            yield name, f"{rows_counted(found)}: {said} ({_judged(found)})"
+    evaluation, regression = report.get("evaluation"), report.get("regression")
+    for name, result in ((rows_label(evaluation or {}), evaluation), ("regression rows", regression)):
+        if result and _has_both_sides(result):
+            metric = result["metric"]
+            scores = f"{metric} {result['base'][metric]:.1%} before, {result['tuned'][metric]:.1%} after"
+            yield name, f"{rows_text(result)}: {scores} ({_verdict(result)})"
     general = report.get("general")
     if general:
-        said = f"{general['base']:.1%} before, {general['tuned']:.1%} after"
-        yield "general set", f"{general['rows']} rows: {said} ({judged_by_kind(general)})"
+        scores = f"{general['base']:.1%} before, {general['tuned']:.1%} after"
+        yield "general set", f"{general['rows']} rows: {scores} ({general_verdict(general)})"
 
 
-def _both(found: Any) -> bool:
-    return bool(found and found.get("tuned") and found.get("base"))
+def _has_both_sides(result: Any) -> bool:
+    return bool(result and result.get("tuned") and result.get("base"))
 
 
-def _judged(found: Mapping[str, Any]) -> str:
-    return verdict(Difference(**found["difference"]))[1]
+def _verdict(result: Mapping[str, Any]) -> str:
+    return verdict(Difference(**result["difference"]))[1]
 
 
 def _limits(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str]:
-    """What is not known of a model, from what was not measured; and what no run of strop measures."""
-    if not _both(report.get("evaluation")):
-        yield "It was asked no held-out rows: how good it is at its task is not known."
-    elif (known := report["evaluation"].get("train_rows")) is None:
-        yield "Whether it was trained on the rows that it was asked is not known."
-    elif known:
-        yield f"{known} of the {report['evaluation']['rows']} rows that it was asked are also train rows."
-    if not report.get("general") and not _both(report.get("regression")):
-        yield "Whether it got worse at other things than its rows are about was not measured."
+    """Yield sentences on what was not measured for this model, and on what strop never measures."""
+    if not _has_both_sides(report.get("evaluation")):
+        yield "It was not evaluated on held-out rows, so its quality at its task is unknown."
+    elif (train_rows := report["evaluation"].get("train_rows")) is None:
+        yield "It is unknown whether it was trained on the rows that it was evaluated on."
+    elif train_rows:
+        yield f"{train_rows} of the {report['evaluation']['rows']} rows that it was evaluated on are also train rows."
+    if not report.get("general") and not _has_both_sides(report.get("regression")):
+        yield "It was not measured whether it got worse at other tasks."
     longest = report.get("data_report", {}).get("tokens", {}).get("max")
     if longest:
         yield f"No row that it was trained on is longer than {longest:,} tokens."
     if chosen.get("train.objective") != "reward":
-        yield "It answers prompts in the chat template that is saved with it; in another it was not tried."
-    yield "Nothing here was checked for safety, bias or truth."
-    yield "The licence and the terms of the base hold for it too."
+        yield "It answers prompts in the chat template saved with it; other templates were not tried."
+    yield "It was not checked for safety, bias or truth."
+    yield "The license and the terms of the base apply to it too."
 
 
-def _made(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """The settings that were chosen, as a recipe, and the versions; of a path, the file's name alone."""
+def _recipe(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """Return the chosen settings as a recipe, and the versions. A path is reduced to its file name."""
     tree: dict[str, Any] = {}
     for choice in report["recipe"]:
         section, _, field = choice["field"].rpartition(".")
-        if choice["origin"] == "default" or choice["field"] in PLACES or choice["value"] is None:
+        if choice["origin"] == "default" or choice["field"] in LOCAL_FIELDS or choice["value"] is None:
             continue
-        (tree.setdefault(section, {}) if section else tree)[field] = _named(choice["value"])
+        (tree.setdefault(section, {}) if section else tree)[field] = _without_paths(choice["value"])
     lines = ", ".join(f"{name} {number}" for name, number in versions.items())
     return f"```yaml\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()}\n```\n\nWith {lines}."
 
 
-def _named(value: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_named(one) for one in value]
-    path = isinstance(value, str) and (os.path.isabs(value) or value.startswith((".", "~")))
-    return Path(value).name if path else value
+        return [_without_paths(inner) for inner in value]
+    is_path = isinstance(value, str) and (os.path.isabs(value) or value.startswith((".", "~")))
+    return Path(value).name if is_path else value

@@ -1,10 +1,10 @@
-"""Pairs that were held out: which answer a model finds likelier, or scores higher, base and tuned side by side."""
+"""Compare base and tuned model on held-out pairs: which answer is more likely, or gets the higher score."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -19,61 +19,67 @@ from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import step_for
 from strop.errors import DataError, Where
 from strop.evaluation.compare import Advance
-from strop.evaluation.metrics import Z_95, paired_difference, wilson
+from strop.evaluation.metrics import Z_95, changed_rows, paired_difference, wilson
 from strop.models.adapters import Model, is_reward
 from strop.models.reward_head import head_of
 
 METRIC = "preference"
-TOKENS = 2048  # of a micro-batch
-SHOWN = 400  # characters of an answer in a sample
+MICRO_BATCH_TOKENS = 2048
+SAMPLE_CHARACTERS = 400  # of an answer
 
 Pairs = Sequence[tuple[Example, Example]]
-Found = list[tuple[float, float]]  # of the chosen and the rejected answer
+PairValues = list[tuple[float, float]]  # of the chosen and the rejected answer of each pair
 
 
 def compare_preferences(
     model: Model, conversations: Sequence[Conversation], advance: Advance | None = None, devices: Devices = ALONE
 ) -> dict[str, Any]:
-    """How often the chosen answer is the likelier one a token, without the adapter and with it, with 95 % intervals.
+    """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals.
 
-    Returns {rows, metric, base, tuned, intervals, difference, changed, samples} as compare.compare does; each of base
-    and tuned: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}. rewards, where
-    there is an adapter: {accuracy, accuracy_interval, margin, margin_interval}, of log pi - log base summed over an
-    answer, in nats. Of a reward model there is no base, preference is by its scores, and rewards holds their margin.
-    Raises DataError naming every pair that cannot be compared.
+    Returns:
+        {rows, metric, base, tuned, intervals, difference, changed, samples}, as compare.compare does. `base` and
+        `tuned`: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}. With an
+        adapter also `rewards`: {accuracy, accuracy_interval, margin, margin_interval} of log pi - log base summed over
+        an answer, in nats. A reward model has no base: preference is by its scores, and `rewards` has their margin.
+
+    Raises:
+        DataError: some pairs cannot be compared; names each.
     """
     pairs = _rendered(model, conversations)
     if model.adapter is not None and is_reward(model.adapter):
-        return _scored(model, conversations, pairs, advance, devices)
-    sides: dict[str, Found] = {}
+        return _compare_scores(model, conversations, pairs, advance, devices)
+    sides: dict[str, PairValues] = {}
     with model.base() if model.adapter else nullcontext():
         sides["base"] = _log_probs(model, pairs, "base", advance, devices)
     if model.adapter:
         sides["tuned"] = _log_probs(model, pairs, "tuned", advance, devices)
-    counts = [(float(better.weights.sum()), float(worse.weights.sum())) for better, worse in pairs]
+    counts = [(float(chosen.weights.sum()), float(rejected.weights.sum())) for chosen, rejected in pairs]
     result: dict[str, Any] = {"rows": len(pairs), "metric": METRIC}
     hits: dict[str, list[bool]] = {}
-    for name, found in sides.items():
-        hits[name] = [a / n > b / m for (a, b), (n, m) in zip(found, counts, strict=True)]
+    for name, values in sides.items():
+        hits[name] = [a / n > b / m for (a, b), (n, m) in zip(values, counts, strict=True)]
         result[name] = {
             METRIC: statistics.fmean(hits[name]),
-            "preference_sum": statistics.fmean(a > b for a, b in found),
-            "loss": -sum(a for a, _ in found) / sum(n for n, _ in counts),
+            "preference_sum": statistics.fmean(a > b for a, b in values),
+            "loss": -sum(a for a, _ in values) / sum(n for n, _ in counts),
         }
     result["intervals"] = {name: list(wilson(sum(hit), len(hit))) for name, hit in hits.items()}
     if model.adapter:
         moved = [(a - c, b - d) for (a, b), (c, d) in zip(sides["tuned"], sides["base"], strict=True)]
+        places = [f"{conversation.file}:{conversation.line}" for conversation in conversations]
         result["difference"] = asdict(paired_difference(hits["base"], hits["tuned"]))
-        result["changed"] = _changed(conversations, hits["base"], hits["tuned"])
-        result["rewards"] = rewards(moved)
+        result["changed"] = changed_rows(places, hits["base"], hits["tuned"])
+        result["rewards"] = reward_figures(moved)
     result["samples"] = _samples(conversations, hits)
     return result
 
 
-def rewards(found: Found) -> dict[str, Any]:
-    """Accuracy and mean margin of what the chosen and the rejected answer of each pair are given, with 95 % intervals
-    (of a proportion by Wilson's, of a mean by the normal distribution)."""
-    margins, hits = [a - b for a, b in found], [a > b for a, b in found]
+def reward_figures(rewards: PairValues) -> dict[str, Any]:
+    """Return accuracy and mean margin of the rewards of pairs, with 95 % intervals.
+
+    The interval is Wilson's for the accuracy, and normal for the mean margin (None for a single pair).
+    """
+    margins, hits = [a - b for a, b in rewards], [a > b for a, b in rewards]
     mean, n = statistics.fmean(margins), len(margins)
     reach = Z_95 * statistics.stdev(margins) / math.sqrt(n) if n > 1 else math.inf
     interval = [mean - reach, mean + reach] if n > 1 else None
@@ -83,51 +89,57 @@ def rewards(found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _scored(
+def _compare_scores(
     model: Model, conversations: Sequence[Conversation], pairs: Pairs, advance: Advance | None, devices: Devices
 ) -> dict[str, Any]:
     step, head = step_for(model.module), head_of(model.module)
     assert head is not None
 
     def scores(examples: Sequence[Example]) -> torch.Tensor:
-        found: torch.Tensor = head(step.last_hidden(examples).float())
-        return found.flatten()
+        values: torch.Tensor = head(step.last_hidden(examples).float())
+        return values.flatten()
 
-    found = _by_micro_batch(scores, pairs, "tuned", advance, devices)
-    hits = {"tuned": [a > b for a, b in found]}
-    told = rewards(found)
+    values = _by_micro_batch(scores, pairs, "tuned", advance, devices)
+    hits = {"tuned": [a > b for a, b in values]}
+    figures = reward_figures(values)
     return {
         "rows": len(pairs),
         "metric": METRIC,
-        "tuned": {METRIC: told["accuracy"]},
-        "intervals": {"tuned": told["accuracy_interval"]},
-        "rewards": told,
+        "tuned": {METRIC: figures["accuracy"]},
+        "intervals": {"tuned": figures["accuracy_interval"]},
+        "rewards": figures,
         "samples": _samples(conversations, hits),
     }
 
 
 def _rendered(model: Model, conversations: Sequence[Conversation]) -> Pairs:
-    found, bad = [], []
+    pairs, bad = [], []
     for conversation, rendered in render_pairs(model.renderer, conversations):
         if isinstance(rendered, RenderError):
             bad.append(Where(conversation.file, conversation.line, rendered.what))
         else:
-            found.append((rendered[0], rendered[1]))
+            pairs.append((rendered[0], rendered[1]))
     if bad:
-        raise DataError(f"{len(bad)} pairs cannot be compared", fix="mend or remove them", where=bad)
-    return found
+        raise DataError(f"{len(bad)} pairs cannot be compared", fix="fix or remove them", where=bad)
+    return pairs
 
 
-def _log_probs(model: Model, pairs: Pairs, side: str, advance: Advance | None, devices: Devices) -> Found:
+def _log_probs(model: Model, pairs: Pairs, side: str, advance: Advance | None, devices: Devices) -> PairValues:
     return _by_micro_batch(step_for(model.module).log_probs, pairs, side, advance, devices)
 
 
-def _by_micro_batch(compute: Any, pairs: Pairs, side: str, advance: Advance | None, devices: Devices) -> Found:
-    """What `compute` gives for both answers of each pair; a pair is never parted."""
-    lengths = [len(better) + len(worse) for better, worse in pairs]
+def _by_micro_batch(
+    compute: Callable[[Sequence[Example]], torch.Tensor],
+    pairs: Pairs,
+    side: str,
+    advance: Advance | None,
+    devices: Devices,
+) -> PairValues:
+    """Compute a value of both answers of each pair. A pair is always in one micro-batch."""
+    lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs]
     done = 0
 
-    def look(group: list[int]) -> list[float]:
+    def compute_group(group: list[int]) -> list[float]:
         nonlocal done
         done += len(group) * devices.world_size
         values: list[float] = compute([example for row in group for example in pairs[row]]).tolist()
@@ -135,32 +147,24 @@ def _by_micro_batch(compute: Any, pairs: Pairs, side: str, advance: Advance | No
             advance(side, min(done, len(pairs)), len(pairs))
         return values
 
-    groups = pack(lengths, max(TOKENS, *lengths))
-    found: Found = [(0.0, 0.0)] * len(pairs)
+    groups = pack(lengths, max(MICRO_BATCH_TOKENS, *lengths))
+    pair_values: PairValues = [(0.0, 0.0)] * len(pairs)
     with torch.no_grad():
-        looked = devices.map(groups, look, lambda group: sum(lengths[row] for row in group))
-    for group, values in zip(groups, looked, strict=True):
+        group_values = devices.map(groups, compute_group, lambda group: sum(lengths[row] for row in group))
+    for group, values in zip(groups, group_values, strict=True):
         for place, row in enumerate(group):
-            found[row] = (values[2 * place], values[2 * place + 1])
-    return found
-
-
-def _changed(conversations: Sequence[Conversation], before: list[bool], after: list[bool]) -> dict[str, list[str]]:
-    places = [f"{conversation.file}:{conversation.line}" for conversation in conversations]
-    return {
-        "gained": [place for place, was, now in zip(places, before, after, strict=True) if now and not was],
-        "lost": [place for place, was, now in zip(places, before, after, strict=True) if was and not now],
-    }
+            pair_values[row] = (values[2 * place], values[2 * place + 1])
+    return pair_values
 
 
 def _samples(conversations: Sequence[Conversation], hits: dict[str, list[bool]]) -> list[dict[str, Any]]:
-    """The answer that each side prefers, beside the chosen one."""
-    found = []
+    """Return the answer that each side prefers, next to the chosen one."""
+    samples = []
     for row, conversation in enumerate(conversations):
-        better, worse = (side.messages[-1].content[:SHOWN] for side in conversation.sides)
-        asked = next((turn.content for turn in reversed(conversation.messages) if turn.role == "user"), "")
-        sample: dict[str, Any] = {"prompt": asked, "gold": better}
+        chosen, rejected = (side.messages[-1].content[:SAMPLE_CHARACTERS] for side in conversation.sides)
+        prompt = next((turn.content for turn in reversed(conversation.messages) if turn.role == "user"), "")
+        sample: dict[str, Any] = {"prompt": prompt, "gold": chosen}
         for name, hit in hits.items():
-            sample |= {name: better if hit[row] else worse, f"{name}_hit": hit[row]}
-        found.append(sample)
-    return found
+            sample |= {name: chosen if hit[row] else rejected, f"{name}_hit": hit[row]}
+        samples.append(sample)
+    return samples

@@ -1,7 +1,7 @@
-"""report.html: what report.json and the events hold, as one page that opens anywhere, now and in ten years.
+"""Write report.html: report.json and the events of a run as one page.
 
-The page has no script and loads nothing. Sample text is an attacker's to choose, so everything is escaped. A part
-whose figures are absent is left out.
+The page has no script and loads nothing, so it opens anywhere and keeps working. Everything is escaped, because an
+attacker may choose the text of samples. A section without figures is left out.
 """
 
 from __future__ import annotations
@@ -20,29 +20,37 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from strop.evaluation.metrics import METRICS, Difference, in_points, judged_by_kind, rows_counted, task_rows, verdict
-from strop.evaluation.scoring import pieces
+from strop.evaluation.metrics import (
+    METRICS,
+    Difference,
+    general_verdict,
+    in_points,
+    mark_differences,
+    rows_text,
+    task_rows,
+    verdict,
+)
 from strop.runs.folder import write_atomic
 
 Series = dict[float, float]  # step -> value
-LONGEST_TEXT = 600  # characters of a sample that are shown
-MOST_SAMPLES = 12
-SMOOTH_STEPS = 10  # to each side, in the smoothed training loss; at most a twentieth of the run
-# matplotlib knows no CSS: these stand in the drawing and become the page's own colours, light or dark.
+MAX_CHARACTERS = 600  # shown of a sample
+MAX_SAMPLES = 12
+SMOOTH_STEPS = 10  # on each side, in the smoothed training loss; at most a twentieth of the run
+# matplotlib has no CSS: these placeholders are replaced by the page's colours, light or dark.
 INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
 COLOURS = {INK: "currentColor", BEFORE: "var(--base)", AFTER: "var(--tuned)"}
 PLOT_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "strop", "font.size": 9.0, "path.simplify": True}
 
 
 def write_report(folder: Path, report: dict[str, Any], events: Iterable[dict[str, Any]]) -> Path:
-    """Writes `folder`/report.html from what report.json holds and from the run's events; gives its path."""
+    """Write `folder`/report.html from the content of report.json and the run's events; return its path."""
     path = folder / "report.html"
     write_atomic(path, render(report, list(events)))
     return path
 
 
 def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
-    """The page as text."""
+    """Return the page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     evaluation = report.get("evaluation") or {}
@@ -56,7 +64,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         rows=evaluation.get("rows"),
         train_rows=evaluation.get("train_rows"),
         loss_plot=_loss_plot(events, 10.4),
-        narrow_loss_plot=_loss_plot(events, 4.2),  # letters of a plot made for a desk are unreadable on a phone
+        narrow_loss_plot=_loss_plot(events, 4.2),  # the text of a wide plot is unreadable on a phone
         plots=list(_small_plots(events)),
         samples=[_sample(sample) for sample in _spread(samples)],
         num_samples=len(samples),
@@ -65,32 +73,32 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         chosen=[_choice(choice) for choice in recipe if choice.get("origin") != "default"],
         defaults=[_choice(choice) for choice in recipe if choice.get("origin") == "default"],
         origins=[(name, list(_flat(report[name]))) for name in ("lock", "machine") if report.get(name)],
-        happened=_happened(events),
+        recoveries=_recoveries(events),
         general=_general(report.get("general") or {}),
         tasks=list(task_rows(report.get("tasks") or {})),
-        kept=_kept(report.get("regression") or {}),
+        regression=_regression(report.get("regression") or {}),
         findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
-    # A lone surrogate, which JSON can hold and UTF-8 cannot, must not cost the report.
+    # JSON may contain a lone surrogate, which UTF-8 cannot encode.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(better | worse | unclear | plain, sentence), where base and tuned are there to be compared."""
+    """Return (better | worse | unclear | plain, sentence), or None without both base and tuned."""
     base, tuned, metric = evaluation.get("base"), evaluation.get("tuned"), evaluation.get("metric")
     if not base or not tuned or metric not in base or metric not in tuned:
         return None
-    rows = f" on {rows_counted(evaluation)}" if evaluation.get("rows") else ""
-    said = f"{metric} went from {_percent(base[metric])} to {_percent(tuned[metric])}{rows}"
+    rows = f" on {rows_text(evaluation)}" if evaluation.get("rows") else ""
+    change = f"{metric} went from {_percent(base[metric])} to {_percent(tuned[metric])}{rows}"
     difference = evaluation.get("difference")
     if not difference:
-        return "plain", f"{said}."
-    kind, judged = verdict(Difference(*(difference[name] for name in ("value", "low", "high"))))
-    return kind, f"{judged[0].upper()}{judged[1:]}: {said}."
+        return "plain", f"{change}."
+    kind, text = verdict(Difference(*(difference[name] for name in ("value", "low", "high"))))
+    return kind, f"{_capitalized(text)}: {change}."
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The figures at the top: (what, how much)."""
+    """Yield the figures at the top: (name, value)."""
     if isinstance(report.get("steps"), int):
         yield "steps", f"{report['steps']:,}"
     if _is_number(report.get("seconds")):
@@ -106,24 +114,24 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "training loss", f"{loss['first']:.3f} → {loss['last']:.3f}"
     if _is_number(report.get("eval_loss")):
         yield "evaluation loss", f"{report['eval_loss']:.3f}"
-    held_out = (report.get("objective") or {}).get("held_out") or {}
-    if _is_number(held_out.get("accuracy")):
-        low, high = (_percent(end) for end in held_out["accuracy_interval"])
-        yield "ranked right, held out", f"{_percent(held_out['accuracy'])} ({low} to {high})"
-    if _is_number(held_out.get("reward")):
-        low, high = held_out.get("reward_interval") or (held_out["reward"],) * 2
-        yield "reward, held out", f"{held_out['reward']:.3f} ({low:.3f} to {high:.3f})"
-    judged = (report.get("evaluation") or {}).get("judge") or {}
-    if _is_number(judged.get("win_rate")):
-        low, high = (_percent(end) for end in judged["interval"])
-        yield f"wins over its base, by {judged['name']}", f"{_percent(judged['win_rate'])} ({low} to {high})"
+    ranking = (report.get("objective") or {}).get("held_out") or {}
+    if _is_number(ranking.get("accuracy")):
+        low, high = (_percent(end) for end in ranking["accuracy_interval"])
+        yield "ranked correctly, held out", f"{_percent(ranking['accuracy'])} ({low} to {high})"
+    if _is_number(ranking.get("reward")):
+        low, high = ranking.get("reward_interval") or (ranking["reward"],) * 2
+        yield "reward, held out", f"{ranking['reward']:.3f} ({low:.3f} to {high:.3f})"
+    judge = (report.get("evaluation") or {}).get("judge") or {}
+    if _is_number(judge.get("win_rate")):
+        low, high = (_percent(end) for end in judge["interval"])
+        yield f"wins over its base, judged by {judge['name']}", f"{_percent(judge['win_rate'])} ({low} to {high})"
     memory = report.get("memory") or {}
     if _is_number(memory.get("measured_peak_bytes")):
         yield "peak memory", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
 
 
 def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A line a score, the metric's own first: {name, sides: [{side, text, share, interval}]}."""
+    """Yield each score, the metric's own first: {name, sides: [{side, text, share, interval}]}."""
     metric = evaluation.get("metric")
     sides = [side for side in ("base", "tuned") if evaluation.get(side)]
     names = dict.fromkeys(name for side in sides for name in evaluation[side] if _is_number(evaluation[side][name]))
@@ -148,30 +156,34 @@ def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iter
 
 
 def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The general set: what became of it in a sentence, and (kind, rows, base, tuned, change) for each kind."""
+    """Return the verdict on the general set, and (kind, rows, base, tuned, change) for each kind."""
     if not general:
         return None
-    said, rows = judged_by_kind(general), []
-    for kind, one in [*general["kinds"].items(), ("all", general)]:
-        rates = (_percent(one["base"]), _percent(one["tuned"]))
-        rows.append((kind, f"{one['rows']}", *rates, in_points(one["difference"])))
-    return {"verdict": f"{said[0].upper()}{said[1:]}.", "rows": rows}
+    rows = []
+    for kind, values in [*general["kinds"].items(), ("all", general)]:
+        rates = (_percent(values["base"]), _percent(values["tuned"]))
+        rows.append((kind, f"{values['rows']}", *rates, in_points(values["difference"])))
+    return {"verdict": f"{_capitalized(general_verdict(general))}.", "rows": rows}
 
 
-def _kept(regression: Mapping[str, Any]) -> str:
-    """What became of the user's own rows that should not get worse, in a sentence."""
-    found = _verdict(regression)
-    return f"{found[1]} (rows that should not get worse)" if found else ""
+def _capitalized(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
+
+
+def _regression(regression: Mapping[str, Any]) -> str:
+    """Return a sentence on the user's rows that should not get worse."""
+    result = _verdict(regression)
+    return f"{result[1]} (rows that should not get worse)" if result else ""
 
 
 def _spread(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """At most MOST_SAMPLES of them, evenly spaced, so that no kind of row is favoured."""
-    step = max(1.0, len(samples) / MOST_SAMPLES)
-    return [samples[int(place * step)] for place in range(min(len(samples), MOST_SAMPLES))]
+    """Return at most MAX_SAMPLES samples, evenly spaced, so that no kind of row is favoured."""
+    step = max(1.0, len(samples) / MAX_SAMPLES)
+    return [samples[int(place * step)] for place in range(min(len(samples), MAX_SAMPLES))]
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompt, gold, and each answer in pieces."""
+    """Return prompt, gold, and each answer in pieces."""
     gold = sample.get("gold")
     answers = [
         {"side": side, "hit": sample.get(f"{side}_hit"), "parts": _marked(gold, str(sample[side]).strip())}
@@ -186,20 +198,20 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _marked(gold: Any, answer: str) -> list[tuple[str, str]]:
-    """The answer in pieces (text, same | added | missing) against the gold; in one where they have little in common."""
+    """Return the shown part of an answer in pieces (text, same | added | missing), compared with the gold."""
     shown = _cut(answer)
     if gold is None or not shown:
         return [(shown or "(nothing)", "same")]
-    return pieces(_cut(str(gold)), shown)
+    return mark_differences(_cut(str(gold)), shown)
 
 
 def _cut(text: str) -> str:
-    more = len(text) - LONGEST_TEXT
-    return text if more <= 0 else f"{text[:LONGEST_TEXT]} … ({more:,} more characters)"
+    more = len(text) - MAX_CHARACTERS
+    return text if more <= 0 else f"{text[:MAX_CHARACTERS]} … ({more:,} more characters)"
 
 
 def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """(what, rows, is a reason): the accounting, then the reasons."""
+    """Yield (name, rows, whether it is a reason): the accounting, then the reasons."""
     for name in ("read", "used", "truncated", "split", "dropped"):
         if _is_number(data.get(name)):
             yield name, f"{data[name]:,}", False
@@ -222,7 +234,7 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as (dotted name, text)."""
+    """Yield nested values as (dotted name, text)."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
@@ -234,11 +246,11 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, "-" if value is None else str(value)
 
 
-def _happened(events: Sequence[Mapping[str, Any]]) -> str:
-    """What interrupted the run, counted: '2 x skip, 1 x resume'."""
-    quiet = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
+def _recoveries(events: Sequence[Mapping[str, Any]]) -> str:
+    """Return what interrupted the run, counted: '2 x skip, 1 x resume'."""
+    usual = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
     kinds = Counter(str(event.get("event")) for event in events)
-    return ", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in quiet)
+    return ", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in usual)
 
 
 def _is_number(value: Any) -> bool:
@@ -256,17 +268,17 @@ def _duration(seconds: float) -> str:
 
 
 def _series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Series:
-    """Values by step. A step that was done again (resume, rollback) counts as it was done last."""
-    found = {
+    """Return values by step. A step that was repeated (resume, rollback) counts as computed last."""
+    values = {
         event["step"]: event[field]
         for event in events
         if event.get("event") == kind and _is_number(event.get("step")) and _is_number(event.get(field))
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(values.items()))
 
 
 def _smoothed(series: Series) -> Series:
-    """Mean over the steps around each, as many to the left as to the right, so that the curve does not lag."""
+    """Return a centred moving mean, with as many steps on the left as on the right, so that the curve does not lag."""
     values, most = list(series.values()), min(SMOOTH_STEPS, len(series) // 20)
     means = []
     for place in range(len(values)):
@@ -286,7 +298,7 @@ def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | No
         axes.plot(*_xy(_smoothed(train)), color=BEFORE, linewidth=1.8, label="train, smoothed")
     if evaluated:
         axes.plot(*_xy(evaluated), color=AFTER, linewidth=1.8, marker="o", markersize=4.5, label="evaluation")
-    axes.set_ylim(bottom=min(0, *train.values(), *evaluated.values()))  # of a policy it may be below
+    axes.set_ylim(bottom=min(0, *train.values(), *evaluated.values()))  # the loss of a policy may be negative
     axes.set_xlabel("step")
     axes.legend(frameon=False, labelcolor=INK, loc="upper right")
     return _svg(figure, "Loss by step")
@@ -294,10 +306,11 @@ def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | No
 
 def _small_plots(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     names = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
-    names |= {"accuracy": "answers ranked right", "margin": "margin of rewards"}
-    names |= {"reward": "reward of drawn answers", "kl": "divergence from the start"}
-    names |= {"answer_length": "tokens of drawn answers", "equal_groups": "groups with equal rewards"}
-    names |= {"chosen_nats": "chosen, log-probability a token", "rejected_nats": "rejected, log-probability a token"}
+    names |= {"accuracy": "answers ranked correctly", "margin": "margin of rewards"}
+    names |= {"reward": "reward of completions", "kl": "KL divergence from the start"}
+    names |= {"answer_length": "tokens per completion", "equal_groups": "groups with equal rewards"}
+    names |= {"chosen_nats": "chosen, log-probability per token"}
+    names |= {"rejected_nats": "rejected, log-probability per token"}
     for field, title in names.items():
         series = _series(events, "step", field)
         if len(series) > 1:
@@ -315,7 +328,7 @@ def _xy(series: Series) -> tuple[list[float], list[float]]:
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
-    """A bare figure (inches) in the page's colours; no pyplot, which keeps figures in global state."""
+    """Return a figure (size in inches) in the page's colours, without pyplot, which keeps figures in global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -332,13 +345,13 @@ def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, label: str) -> Markup:
-    """The figure as an inline element: text as text, no prolog, no metadata, as wide as its place."""
+    """Return the figure as an inline SVG element, as wide as its container, with text as text and no metadata."""
     buffer = io.StringIO()
     with matplotlib.rc_context(PLOT_STYLE):
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for stand_in, colour in COLOURS.items():
-        text = text.replace(stand_in, colour)
-    # Only labels written above are in the drawing, and figures: nothing of the user's.
+    for placeholder, colour in COLOURS.items():
+        text = text.replace(placeholder, colour)
+    # The drawing has only figures and labels from this file, and no text of the user.
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))

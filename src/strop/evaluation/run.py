@@ -1,242 +1,312 @@
-"""`strop eval`: a model by name, rows by name; the result also goes into the run's report."""
+"""`strop eval`: evaluate models by name on data by name, and store the result in the run's report."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.config.schema import DataSection
+import numpy as np
+
+from strop.config.load import read_resolved
+from strop.config.schema import DataSection, Recipe
 from strop.data.formats import DOCUMENT, PAIRED, conversations
+from strop.data.prepare import prepare
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
-from strop.data.types import Conversation
+from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import ALONE, Devices
-from strop.errors import DataError, RecipeError, RunError, Where, nearest
-from strop.evaluation.compare import FIGURES, Advance, Side, as_judged, calling, compare, left_out, questions, side_of
+from strop.errors import DataError, InputError, RecipeError, RunError, Where, nearest
+from strop.evaluation.compare import (
+    FIGURES,
+    Advance,
+    Side,
+    compare,
+    judged_texts,
+    left_out,
+    questions,
+    rows_with_calls,
+    side_of,
+)
 from strop.evaluation.general import compare_general
-from strop.evaluation.held_out import count_train_rows, recipe_of, trained_on
 from strop.evaluation.judge import Judge, compare_by_judge, judge_for
 from strop.evaluation.lm_eval import check_tasks, run_tasks
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
-from strop.evaluation.metrics import metric as known_metric
+from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import adapter_folder, is_reward, load, load_renderer, refuse_other_kind
+from strop.models.adapters import (
+    Model,
+    adapter_folder,
+    base_source,
+    is_reward,
+    load,
+    load_renderer,
+    refuse_other_kind,
+    with_tokenizer,
+)
+from strop.models.tokenizer import load_tokenizer
+from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
-from strop.runs.folder import RunFolder, is_run, write_json
+from strop.runs.folder import RunFolder, cache_folder, is_run, write_json
 
 SAMPLES_IN_REPORT = 20
-READ_BY = ("data.format", "data.columns", "data.encoding")  # the fields of a recipe that eval takes too
+READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields that are options of eval too
 
 
-def read_conversations(
-    data: str | Sequence[str],
-    *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    encoding: str = "utf-8",
-) -> list[Conversation]:
-    """All rows of the data as conversations: all of them pairs, or none. format, columns, encoding: as in a recipe.
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of `strop eval`.
 
-    Raises DataError naming every row that is wrong.
+    Args:
+        metric: name of the metric, or file.py:function.
+        max_new_tokens: longest answer.
+        quantization: how the base is stored.
+        force: load a model that does not match its adapter.
+        general: also ask the built-in general set, to see what training broke (`general` in the result).
+        regression_data: rows of the user that should not get worse (`regression` in the result).
+        regression_metric: their metric; default: `metric`.
+        tasks: tasks of lm-evaluation-harness, if it is installed (`tasks` in the result).
+        task_limit: number of documents of each task.
+        judge: decides which of base's and tuned's answers is better (`judge` in the result): file.py:function, or the
+            address of a server.
+        judge_model: which of the server's models.
+        read: how rows are read: values of READ_FIELDS.
     """
-    bad: list[RowError] = []
-    rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
-    reader = conversations(rows, format=format, columns=columns, bad=bad)
-    found = list(reader)
-    kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
-    if "labelled" in kinds:
-        fix = "give rows with right answers, or pairs"
-        raise DataError("answers that were judged good or bad are not all right answers", fix=fix)
-    if bad:
-        raise DataError(f"{len(bad)} rows are wrong", fix="mend or remove them", where=[fault.where for fault in bad])
-    if "pairs" in kinds and len(kinds) > 1:
-        raise DataError("pairs and other rows in one evaluation", fix="give them in two commands")
-    return found
 
-
-def reading(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(how rows are read: format, columns, encoding; notes on what is taken from a run). options: data.format and such,
-    as given; what is not given is as in the recipes of the runs.
-
-    Raises RecipeError for another option, and where the runs differ in one that is not given.
-    """
-    if unknown := sorted(set(options) - set(READ_BY)):
-        raise RecipeError(f"--{unknown[0]}: no option of eval{nearest(unknown[0], READ_BY)}", fix=", ".join(READ_BY))
-    how, notes = {name.removeprefix("data."): value for name, value in options.items()}, []
-    sections = [recipe.data for recipe in map(recipe_of, names) if recipe is not None]
-    for field in (name.removeprefix("data.") for name in READ_BY if name not in options):
-        found = [getattr(section, field) for section in sections]
-        if any(value != found[0] for value in found):
-            what = f"the runs were trained with different data.{field}: {', '.join(map(_as_option, found))}"
-            raise RecipeError(what, fix=f"say how the rows are to be read: --data.{field}")
-        usual = DataSection.model_fields[field].default
-        if found and found[0] != usual:
-            how[field] = found[0]
-            said = f"rows are read with the run's data.{field}, {_as_option(found[0])}"
-            notes.append(f"{said}; for others give --data.{field} {_as_option(usual)}")
-    return how, notes
-
-
-def _as_option(value: str | Mapping[str, str] | None) -> str:
-    """A recipe's value as the command line takes it."""
-    pairs = value.items() if isinstance(value, Mapping) else ()
-    return ",".join(f"{name}={column}" for name, column in pairs) or str(value or "none")
+    metric: str = "exact"
+    max_new_tokens: int = 80
+    quantization: str = "auto"
+    force: bool = False
+    general: bool = False
+    regression_data: str | Sequence[str] = ()
+    regression_metric: str | None = None
+    tasks: Sequence[str] = ()
+    task_limit: int | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    read: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate_models(
     names: Sequence[str],
     data: str | Sequence[str],
+    options: EvalOptions | None = None,
     *,
-    metric: str = "exact",
-    max_new_tokens: int = 80,
     advance: Advance | None = None,
-    quantization: str = "auto",
-    force: bool = False,
-    general: bool = False,
-    regression_data: str | Sequence[str] = (),
-    regression_metric: str | None = None,
-    tasks: Sequence[str] = (),
-    task_limit: int | None = None,
     devices: Devices = ALONE,
-    judge: str | None = None,
-    judge_model: str | None = None,
-    options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Base and tuned on the rows of `data` (base alone where there is no adapter), for each model in turn; what
-    compare.compare returns (of pairs, preferences.compare_preferences), `run`, `notes` (sentences), and `train_rows`:
-    how many of the rows the run was trained on, None where that is not known. A base that several have in common is
-    asked once.
+    """Evaluate base and tuned model on the rows of `data`, for each model in turn; without an adapter, the base only.
 
-    general: ask the built-in general set too, to see what training broke (`general` in the result).
-    regression_data: rows of the user's own for the same purpose (`regression`); regression_metric: theirs, or metric.
-    tasks: of lm-evaluation-harness (`tasks`), where it is installed; task_limit: documents of each.
-    devices: those that the rows are dealt out to.
-    judge: which of base's and tuned's answers is better (`judge` in the result): file.py:function, or a server's
-    address; judge_model: which of the server's models.
-    options: how rows are read (see reading).
+    A base that several models share is evaluated once.
 
-    Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
-    ModelError for the model; all but the last before the model loads. RunError where the judge fails: what was
-    answered is in the report, and in its so_far.
+    Args:
+        names: runs, adapters or models.
+        data: rows to answer.
+        options: what else to evaluate, and how.
+        advance: progress callback.
+        devices: devices that share the rows.
+
+    Returns:
+        For each model, what compare.compare returns (for pairs, preferences.compare_preferences), with `run`, `notes`
+        (sentences), and `train_rows`: how many of the rows the run was trained on, None if that is unknown.
+
+    Raises:
+        RecipeError: the metric does not exist, or options conflict.
+        DataError: rows are wrong or cannot be scored.
+        ModelError: a model cannot be loaded. All other input errors are raised before a model loads.
+        RunError: the judge fails. The answers are in the report, and in `partial_result` of the error.
     """
-    if regression_metric and not regression_data:
-        raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
-    if tasks and devices.world_size > 1:
-        raise RecipeError("--tasks: the harness runs on one device", fix="ask for tasks in a command of their own")
-    if task_limit and not tasks:
-        raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
-    judging = _judging(judge, judge_model, metric)
-    how, notes = reading(names, options or {})
-    scorable = partial(_scorable, names, how, notes)
-    rows = scorable(data, metric)
-    kept = scorable(regression_data, regression_metric or metric) if regression_data else []
-    said = digest(b"\n".join(map(dump_conversation, [*rows, *kept])))
-    given = {
-        "the models": list(names),
-        "metric": metric,
-        "max_new_tokens": max_new_tokens,
-        "quantization": quantization,
-    }
-    given |= {"general": general, "regression_metric": regression_metric, "judge": judge, "judge_model": judge_model}
-    devices.require_same({**given, "what the rows say": said})
-    if _is_paired(rows) and (general or kept or tasks or judging):
-        raise RecipeError(
-            "pairs: nothing is written, so there is nothing else to ask", fix="leave --general and such out"
-        )
-    if _is_paired(kept):
-        raise RecipeError("--regression-data: pairs", fix="evaluate them in a command of their own: --data")
-    for name in names:
-        if (general or kept or judging) and adapter_folder(name) is None:
-            flag = "--general" if general else "--regression-data" if kept else "--judge"
-            raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
-    paired = _is_paired(rows)
-    names_of_tasks, manager = check_tasks(tasks) if tasks else ([], None)
+    options = options or EvalOptions()
+    request = _check_request(names, data, options, devices)
     bases: dict[tuple[str, str, str], Side] = {}
     results = []
     for name in names:
-        named = rows if paired else [question.conversation for question in questions(rows)]
-        known = devices.run_on_main(partial(trained_on, name, named))
-        scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
-        if scores and not paired:
-            refuse_other_kind(folder or Path(name), scores=False)
-        with devices.all_or_none():
-            model = load(name, quantization=quantization, force=force, scores=scores)
-        if paired:
-            result = {
-                "run": name,
-                **compare_preferences(model, rows, advance, devices),
-                "notes": [*model.notes, *notes],
-            }
-            count_train_rows(result, known)
-            del model
-            if devices.is_main and is_run(Path(name)):
-                _keep(RunFolder(Path(name)), result)
-            results.append(result)
+        if _is_paired(request.rows):
+            results.append(_evaluate_pairs(name, request, options, advance, devices))
             continue
-        same = (str(model.source), model.quantization, model.renderer.fingerprint)
-        asking = partial(compare, model, max_new_tokens=max_new_tokens, advance=advance, devices=devices)
-        found = asking(rows, metric=metric, base=bases.get(same))
-        bases[same] = side_of(found, "base")
-        result = {"run": name, **found, "notes": [*model.notes, *notes]}
-        count_train_rows(result, known)
-        if "interrupted" in found:
-            general, kept, tasks, judging = False, [], (), None
-        in_report = devices.is_main and is_run(Path(name))
-        if in_report and (general or kept or tasks or judging is not None):  # which may fail, or be stopped
-            _keep(RunFolder(Path(name)), result)
-        if general:
-            result["general"] = compare_general(model, advance, devices)
-        if kept:
-            result["regression"] = asking(kept, metric=regression_metric or metric)
-            if "interrupted" in result["regression"]:
-                tasks, judging = (), None
-        if tasks:
-            result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
-        asked = questions(rows, model.renderer) if judging is not None else []
-        told = partial(as_judged, model.renderer, asked)
-        if not model.renderer.reasoning_ends and any(
-            model.renderer.shows_reasoning(row.messages[-1]) for row in rows if row.messages
-        ):
-            result["notes"] += ["where reasoning ends is not to be seen in an answer's text: all of it is judged"]
-        del model, asking
-        if judging is not None:
-            texts = [told(side_of(found, side).texts) for side in ("base", "tuned")]
-            ask = partial(compare_by_judge, judging, str(judge), asked, texts[0], texts[1], advance)
-            try:
-                result["judge"] = devices.run_on_main(ask)
-            except RunError as fault:
-                fault.partial_result = result
-                raise
-        if in_report:
-            _keep(RunFolder(Path(name)), result)
-        results.append(result)
-        if "interrupted" in found or "interrupted" in result.get("regression", {}):
+        results.append(_evaluate_answers(name, request, options, bases, advance, devices))
+        if "interrupted" in results[-1] or "interrupted" in results[-1].get("regression", {}):
             break
     return results
 
 
-def _judging(judge: str | None, model: str | None, metric: str) -> Judge | None:
-    if judge is None:
-        if model is not None:
+@dataclass(frozen=True)
+class _Request:
+    """A checked evaluation.
+
+    Args:
+        rows: rows to answer.
+        regression: rows that should not get worse.
+        notes: how the rows are read.
+        judge: compares answers, or None.
+        tasks: names of tasks of lm-evaluation-harness.
+        manager: the harness's task manager.
+    """
+
+    rows: list[Conversation]
+    regression: list[Conversation]
+    notes: list[str]
+    judge: Judge | None
+    tasks: list[str]
+    manager: Any
+
+
+def _check_request(names: Sequence[str], data: str | Sequence[str], options: EvalOptions, devices: Devices) -> _Request:
+    """Check all options and rows, before a model loads."""
+    if options.regression_metric and not options.regression_data:
+        raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
+    if options.tasks and devices.world_size > 1:
+        raise RecipeError("--tasks: the harness runs on one device", fix="run tasks in a separate command")
+    if options.task_limit and not options.tasks:
+        raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
+    judge = _judge(options)
+    read, notes = read_options(names, options.read)
+    regression_metric = options.regression_metric or options.metric
+    rows = _scorable_rows(names, read, notes, data, options.metric)
+    regression: list[Conversation] = []
+    if options.regression_data:
+        regression = _scorable_rows(names, read, notes, options.regression_data, regression_metric)
+    _check_equal_ranks(names, options, [*rows, *regression], devices)
+    if _is_paired(rows) and (options.general or regression or options.tasks or judge):
+        fix = "leave --general, --regression-data, --tasks and --judge out"
+        raise RecipeError("pairs: nothing is generated, so nothing else can be evaluated", fix=fix)
+    if _is_paired(regression):
+        raise RecipeError("--regression-data: pairs", fix="evaluate them in a separate command: --data")
+    for name in names:
+        if (options.general or regression or judge) and adapter_folder(name) is None:
+            flag = "--general" if options.general else "--regression-data" if regression else "--judge"
+            raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
+    tasks, manager = check_tasks(options.tasks) if options.tasks else ([], None)
+    return _Request(rows, regression, notes, judge, tasks, manager)
+
+
+def _check_equal_ranks(
+    names: Sequence[str], options: EvalOptions, rows: Sequence[Conversation], devices: Devices
+) -> None:
+    """Refuse to run if the processes have different options or rows."""
+    devices.require_same({
+        "the models": list(names),
+        "metric": options.metric,
+        "max_new_tokens": options.max_new_tokens,
+        "quantization": options.quantization,
+        "general": options.general,
+        "regression_metric": options.regression_metric,
+        "judge": options.judge,
+        "judge_model": options.judge_model,
+        "the content of the rows": digest(b"\n".join(map(dump_conversation, rows))),
+    })  # fmt: skip
+
+
+def _evaluate_pairs(
+    name: str, request: _Request, options: EvalOptions, advance: Advance | None, devices: Devices
+) -> dict[str, Any]:
+    train_rows = devices.run_on_main(partial(trained_on, name, request.rows))
+    folder = adapter_folder(name)
+    model = _load(name, options, devices, scores=folder is not None and is_reward(folder))
+    compared = compare_preferences(model, request.rows, advance, devices)
+    result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
+    count_train_rows(result, train_rows)
+    if devices.is_main and is_run(Path(name)):
+        _store(RunFolder(Path(name)), result)
+    return result
+
+
+def _evaluate_answers(
+    name: str,
+    request: _Request,
+    options: EvalOptions,
+    bases: dict[tuple[str, str, str], Side],
+    advance: Advance | None,
+    devices: Devices,
+) -> dict[str, Any]:
+    """Evaluate one model. bases: results of the bases that were evaluated before, which are used and extended."""
+    rows = [question.conversation for question in questions(request.rows)]
+    train_rows = devices.run_on_main(partial(trained_on, name, rows))
+    folder = adapter_folder(name)
+    if folder is not None and is_reward(folder):
+        refuse_other_kind(folder, scores=False)
+    model = _load(name, options, devices)
+    base_key = (str(model.source), model.quantization, model.renderer.fingerprint)
+    compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
+    compared = compare_rows(request.rows, metric=options.metric, base=bases.get(base_key))
+    bases[base_key] = side_of(compared, "base")
+    result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
+    count_train_rows(result, train_rows)
+    store = devices.is_main and is_run(Path(name))
+    judge = None
+    if "interrupted" not in compared:
+        judge = request.judge
+        if store and (options.general or request.regression or request.tasks or judge is not None):
+            _store(RunFolder(Path(name)), result)  # the following may fail, or be stopped
+        if options.general:
+            result["general"] = compare_general(model, advance, devices)
+        if request.regression:
+            regression_metric = options.regression_metric or options.metric
+            result["regression"] = compare_rows(request.regression, metric=regression_metric)
+        if "interrupted" in result.get("regression", {}):
+            judge = None
+        elif request.tasks:
+            result["tasks"] = run_tasks(model, request.tasks, request.manager, options.task_limit)
+    renderer = model.renderer
+    answers = [row.messages[-1] for row in request.rows if row.messages]
+    if not renderer.reasoning_ends and any(renderer.shows_reasoning(answer) for answer in answers):
+        result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
+    del model, compare_rows  # frees the memory, as the judge may be another model
+    if judge is not None:
+        _add_judgement(result, judge, str(options.judge), request.rows, renderer, advance, devices)
+    if store:
+        _store(RunFolder(Path(name)), result)
+    return result
+
+
+def _load(name: str, options: EvalOptions, devices: Devices, *, scores: bool = False) -> Model:
+    with devices.all_or_none():
+        return load(name, quantization=options.quantization, force=options.force, scores=scores)
+
+
+def _add_judgement(
+    result: dict[str, Any],
+    judge: Judge,
+    name: str,
+    rows: Sequence[Conversation],
+    renderer: Any,
+    advance: Advance | None,
+    devices: Devices,
+) -> None:
+    """Add the judge's verdicts to the result. A RunError gets the result as `partial_result`."""
+    asked = questions(rows, renderer)
+    texts = [judged_texts(renderer, asked, side_of(result, side).texts) for side in ("base", "tuned")]
+    try:
+        result["judge"] = devices.run_on_main(
+            partial(compare_by_judge, judge, name, asked, texts[0], texts[1], advance)
+        )
+    except RunError as fault:
+        fault.partial_result = result
+        raise
+
+
+def _judge(options: EvalOptions) -> Judge | None:
+    if options.judge is None:
+        if options.judge_model is not None:
             raise RecipeError("--judge-model: there is no judge", fix="give --judge")
         return None
-    if metric == "choice":
-        raise RecipeError("--judge: nothing is written with --metric choice", fix="use another metric")
-    return judge_for(judge, model)
+    if options.metric == "choice":
+        raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
+    return judge_for(options.judge, options.judge_model)
 
 
 def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}; one
-    that was interrupted has not answered the same rows, and is left out. loss: None of a reward model.
+    """Rank models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
 
-    behind: the score less the best one's, on the same rows, with its interval; the verdict is on that difference.
+    A model whose evaluation was interrupted is left out, as it has not answered the same rows. `loss` is None for a
+    reward model. `behind` is the score minus the best score on the same rows, with its interval; the verdict is on that
+    difference.
     """
     sides = [(result, "tuned" if "tuned" in result else "base") for result in results if "interrupted" not in result]
     ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]].get("loss", 0.0)))
@@ -253,33 +323,104 @@ def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return board
 
 
+def read_conversations(
+    data: str | Sequence[str],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    encoding: str = "utf-8",
+) -> list[Conversation]:
+    """Read all rows of the data as conversations: either all are pairs, or none.
+
+    Args:
+        data: files or data sets.
+        format: as `data.format` in a recipe.
+        columns: as `data.columns`.
+        encoding: as `data.encoding`.
+
+    Raises:
+        DataError: names every row that is wrong.
+    """
+    bad: list[RowError] = []
+    rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
+    reader = conversations(rows, format=format, columns=columns, bad=bad)
+    parsed = list(reader)
+    kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
+    if "labelled" in kinds:
+        fix = "give rows with right answers, or pairs"
+        raise DataError("answers labelled good or bad are not all right answers", fix=fix)
+    if bad:
+        raise DataError(f"{len(bad)} rows are wrong", fix="fix or remove them", where=[fault.where for fault in bad])
+    if "pairs" in kinds and len(kinds) > 1:
+        raise DataError("pairs and other rows in one evaluation", fix="evaluate them in two commands")
+    return parsed
+
+
+def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return how rows are read (format, columns, encoding), and notes on options that come from a run's recipe.
+
+    Args:
+        names: the models. Options that are not given are those of the runs' recipes.
+        options: given values of READ_FIELDS.
+
+    Raises:
+        RecipeError: an option is unknown, or the runs have different values of an option that is not given.
+    """
+    if unknown := sorted(set(options) - set(READ_FIELDS)):
+        raise RecipeError(
+            f"--{unknown[0]}: not an option of eval{nearest(unknown[0], READ_FIELDS)}", fix=", ".join(READ_FIELDS)
+        )
+    read, notes = {name.removeprefix("data."): value for name, value in options.items()}, []
+    sections = [recipe.data for recipe in map(recipe_of, names) if recipe is not None]
+    for name in (name.removeprefix("data.") for name in READ_FIELDS if name not in options):
+        values = [getattr(section, name) for section in sections]
+        if any(value != values[0] for value in values):
+            what = f"the runs were trained with different data.{name}: {', '.join(map(_as_option, values))}"
+            raise RecipeError(what, fix=f"choose how to read the rows: --data.{name}")
+        default = DataSection.model_fields[name].default
+        if values and values[0] != default:
+            read[name] = values[0]
+            note = f"rows are read with the run's data.{name}, {_as_option(values[0])}"
+            notes.append(f"{note}; for others give --data.{name} {_as_option(default)}")
+    return read, notes
+
+
+def _as_option(value: str | Mapping[str, str] | None) -> str:
+    """Return a recipe's value as written on the command line."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    return ",".join(f"{name}={column}" for name, column in pairs) or str(value or "none")
+
+
 def _is_paired(rows: Sequence[Conversation]) -> bool:
     return bool(rows and rows[0].rejected)
 
 
-def _scorable(
-    names: Sequence[str], how: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
+def _scorable_rows(
+    names: Sequence[str], read: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
 ) -> list[Conversation]:
-    """The rows of the data, read as `how` and `notes` say, to be scored for these models. Raises DataError where they
-    cannot be."""
-    if metric != METRIC and (own := known_metric(metric).name) in FIGURES:
-        what = f"metric {metric}: {own} is what another figure of an evaluation is called"
+    """Read the rows of the data and check that these models' answers can be scored.
+
+    Raises:
+        DataError: they cannot. Its fix includes the notes.
+    """
+    if metric != METRIC and (name := metric_named(metric).name) in FIGURES:
+        what = f"metric {metric}: {name} is the name of another figure of an evaluation"
         raise RecipeError(what, fix="give the function another name")
     try:
-        rows = read_conversations(data, **how)
+        rows = read_conversations(data, **read)
     except DataError as fault:
         fault.fix = "; ".join(filter(None, [fault.fix, *notes]))
         raise
     if _is_paired(rows):
-        if metric not in ("exact", METRIC):  # exact: nobody asked for another
+        if metric not in ("exact", METRIC):  # exact is the default
             raise RecipeError(f"--metric {metric}: pairs have no single right answer", fix=f"--metric {METRIC}")
         return rows
     if metric == METRIC:
-        raise RecipeError(f"--metric {METRIC}: the rows are no pairs", fix="give rows with chosen and rejected")
-    called = [Where(row.file, row.line, "the right answer is a call") for row in calling(rows)]
-    if called and metric == "choice":
-        raise DataError("choice: calls are no answers to choose among", fix="use another metric", where=called)
-    for renderer in map(load_renderer, names) if called else [None]:
+        raise RecipeError(f"--metric {METRIC}: the rows are not pairs", fix="give rows with chosen and rejected")
+    calls = [Where(row.file, row.line, "the right answer is a call") for row in rows_with_calls(rows)]
+    if calls and metric == "choice":
+        raise DataError("choice: tool calls cannot be chosen from", fix="use another metric", where=calls)
+    for renderer in map(load_renderer, names) if calls else [None]:
         asked = questions(rows, renderer)
         if not asked:
             what = f"{data if isinstance(data, str) else ', '.join(data)}: no row ends with an answer to score"
@@ -292,26 +433,93 @@ def _scorable(
     return rows
 
 
-def _keep(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Puts a result into the run's report; where that cannot be written, says so in its notes: it took long to find. An
-    evaluation that was interrupted is not put in the place of a whole one."""
+def run_of(name: str) -> RunFolder | None:
+    """Return the run of a run folder or of its adapter folder; None for anything else.
+
+    Raises:
+        ModelError: as `adapter_folder`.
+    """
+    adapter = adapter_folder(name)
+    if adapter is None:
+        return None
+    run = RunFolder(adapter.parent)
+    return run if is_run(run.path) and run.adapter == adapter else None
+
+
+def recipe_of(name: str) -> Recipe | None:
+    """Return the recipe of a run; None for anything else, and for a recipe of an older version."""
+    run = run_of(name)
+    try:
+        return None if run is None else read_resolved(run.recipe).recipe
+    except RecipeError:
+        return None
+
+
+def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
+    """Return for each row whether a run, or a run it started from, was trained on it, by content.
+
+    None if that is unknown: there is no run, or its data can no longer be read or has changed. Needs no weights. Rows
+    that are in the cache of their run are not tokenized again.
+    """
+    try:
+        run, recipe = run_of(name), recipe_of(name)
+        if run is None or recipe is None:
+            return None
+        start, source = recipe.model.adapter, base_source(run.adapter)
+        before = [False] * len(rows) if start is None else trained_on(start, rows)
+        folder = None if start is None else adapter_folder(start)
+        tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+        data_kind = data_kind_of(recipe.train)
+        data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
+    except InputError:
+        return None
+    if before is None or data.hash != run.read_lock()["data"]:
+        return None
+    train_rows = data.train_conversations
+    digests = train_rows.digests if data_kind == "turns" else [_digest(row, data_kind) for row in train_rows]
+    own = np.isin([_digest(row, data_kind) for row in rows], digests)
+    return [bool(was or now) for was, now in zip(before, own, strict=True)]
+
+
+def _digest(row: Conversation, data_kind: DataKind) -> int:
+    """Return the digest of what is learned from a row: its right answer, or only its prompt. Labels do not count."""
+    turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
+    return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
+
+
+def count_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) -> None:
+    """Add to a result how many of its rows are also training rows (`train_rows`), and a note if there are any.
+
+    train_rows: as `trained_on` returns it. An interrupted evaluation has answered the first of them.
+    """
+    result["train_rows"] = None if train_rows is None else sum(train_rows[: result["rows"]])
+    if result["train_rows"]:
+        what = f"{result['train_rows']} of {result['rows']} rows are also train rows: the run may have memorized them"
+        result.setdefault("notes", []).append(what)
+
+
+def _store(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Store a result in the run's report, or add a note to it if that cannot be written.
+
+    An interrupted evaluation does not replace a complete one.
+    """
     before = folder.read_report().get("evaluation") or {}
     if "interrupted" in result and before and "interrupted" not in before:
-        kept = f"the report of {folder.path} keeps the evaluation from before, of {before.get('rows')} rows"
-        result["notes"].append(f"interrupted: {kept}")
+        note = f"the report of {folder.path} keeps the earlier evaluation, of {before.get('rows')} rows"
+        result["notes"].append(f"interrupted: {note}")
         return
     try:
         add_to_report(folder, result)
     except OSError as error:
-        note = f"not put into the report of {folder.path}: {os.strerror(error.errno or 0).lower()}"
+        note = f"not stored in the report of {folder.path}: {os.strerror(error.errno or 0).lower()}"
         if note not in result["notes"]:
             result["notes"].append(note)
 
 
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Puts scores, intervals and some samples into report.json and report.html of a run; all samples: answers.json."""
+    """Store scores, intervals and some samples in report.json and report.html of a run; all samples in answers.json."""
     report = folder.read_report() or {"run": str(folder.path)}
-    every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # spread over the rows, misses as they come
+    every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # evenly spaced, whether hit or miss
     report["evaluation"] = {
         key: value
         for key, value in result.items()
@@ -319,8 +527,8 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     }
     report["intervals"] = result["intervals"]
     report |= {key: result[key] for key in ("general", "tasks") if key in result}
-    whole = "regression" in report and "interrupted" not in report["regression"]
-    if "regression" in result and not (whole and "interrupted" in result["regression"]):
+    complete = "regression" in report and "interrupted" not in report["regression"]
+    if "regression" in result and not (complete and "interrupted" in result["regression"]):
         report["regression"] = {key: value for key, value in result["regression"].items() if key != "samples"}
     report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]
     write_json(folder.answers, {"metric": result["metric"], "samples": result["samples"]})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strop.errors import InputError, ModelError, RunError
-from strop.evaluation.model_card import CARD_FILE, PLACE, card, hub_id, report_of
+from strop.evaluation.model_card import CARD_FILE, PLACE, card, find_report, hub_id
 from strop.models.adapter_config import adapter_config
 from strop.models.adapters import STROP_FILE, adapter_folder, check_weights, read_identity
 from strop.models.source import hub_config, locate, read_config, safetensors_header, weight_files
@@ -116,7 +116,7 @@ def _adapter(folder: Path, repo: str, base: str | None) -> tuple[list[tuple[str,
         _check_alike(folder, trained_on, str(base), at or None)
     shown = known or str(base)
     revision = (trained_on.partition("@")[2] if known else at) or config.get("revision")
-    report = report_of(folder)
+    report = find_report(folder)
     contents, left_out = _files(folder)
     made: dict[str, bytes] = {
         "adapter_config.json": _json({**config, "base_model_name_or_path": shown, "revision": revision})

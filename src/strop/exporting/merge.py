@@ -24,8 +24,8 @@ from strop.data.prepare import prepare
 from strop.data.types import DataKind, Example
 from strop.engine.step import step_for
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
-from strop.evaluation.loss import mean_loss
-from strop.evaluation.model_card import CARD_FILE, card, report_of
+from strop.evaluation.compare import mean_loss
+from strop.evaluation.model_card import CARD_FILE, card, find_report
 from strop.exporting.parity import LIMITS, Parity, compare, freed, in_fp32
 from strop.exporting.weight_changes import changes
 from strop.machine.probe import probe
@@ -50,7 +50,7 @@ from strop.models.tensor_files import SHARD_BYTES, Tensors
 from strop.models.tensor_names import Group, Layout
 from strop.models.tokenizer import load_tokenizer, new_rows
 from strop.objectives.table import data_kind_of
-from strop.planning.phases import MEASURING_BYTES, measuring_bytes
+from strop.planning.memory import PARITY_PROCESS_BYTES, parity_model_bytes
 from strop.runs.folder import (
     RunFolder,
     cache_folder,
@@ -134,7 +134,7 @@ def merge(
             if not parity.passed:
                 shutil.rmtree(made)
             parity.check(str(out))
-        if report := report_of(folder):
+        if report := find_report(folder):
             merged_as = {"dtype": dtype, "parity": None if parity is None else parity.as_json()}
             (made / CARD_FILE).write_text(card(report, merged=merged_as), encoding="utf-8")
         publish(made, out)
@@ -185,8 +185,8 @@ def check_memory(source: Source, element: int, say: Callable[[str], None]) -> No
     parameters = sum(weight.numel() for weight in bare.parameters())
     embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()  # type: ignore[operator]
     tied = head is None or head.weight is embedding.weight
-    parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, tied, element=widest)
-    needed, free = sum(parts) + MEASURING_BYTES, probe().free_bytes
+    parts = parity_model_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, tied, dtype_bytes=widest)
+    needed, free = sum(parts) + PARITY_PROCESS_BYTES, probe().free_bytes
     say(f"measuring takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
     if needed > free:
         what = f"measuring takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"

@@ -25,7 +25,7 @@ from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
 from strop.machine.malloc import give_back
 from strop.models.biases import without_adapter
-from strop.planning.phases import POSITIONS
+from strop.planning.memory import POSITIONS
 
 LOG = logging.getLogger(__name__)
 MEASURING = "measuring, row by row"

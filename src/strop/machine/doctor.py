@@ -58,7 +58,7 @@ class Examination:
 
 
 def examine(try_out: TryOut, folder: Path | None = None) -> Examination:
-    """try_out: what is done with torch, where it is installed (planning.trial). folder: where runs will be written;
+    """try_out: what is done with torch, where it is installed (planning.calibrate). folder: where runs will be written;
     default: the current one."""
     machine, folder = probe(), folder or Path.cwd()
     findings = [*_versions(), *_resources(machine, folder), _hub(), _disk(folder)]

@@ -1,7 +1,8 @@
-"""What one micro-batch keeps and holds while it is computed, by the engine's own arithmetic (no torch).
+"""Memory that the activations of one micro-batch take, from the engine's own arithmetic. Imports no torch.
 
-Symbols as in the engine: T tokens, N supervised rows, h hidden, q and kv query and key-value width, I intermediate, b
-bytes a number. The peak of a step is at one of a few moments; each is a sum of what is alive then.
+Symbols are those of the engine: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
+values, I intermediate size, b bytes per value. A step has its peak at one of a few moments. Each moment is a sum of the
+tensors that are alive then.
 """
 
 from __future__ import annotations
@@ -12,31 +13,35 @@ from dataclasses import dataclass, replace
 from strop.machine.malloc import LARGE
 from strop.models.families.layers import Family
 from strop.models.families.shape import LinearShape
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 
-BLOCK = 256  # queries a product, as in engine.attention
-KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attention
-LEAST_PREFIX = 8  # tokens that are shared, as in engine.packed
-TILE_ROWS, GAP = 64, 256  # rows that pass over the keys together, and numbers behind a buffer (engine.cpu)
-EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through PyTorch's own operations
-# Bytes that a mixer keeps for each number that one of its layers takes or gives (in part times b), counted by hooks on
-# what autograd keeps of transformers' own code.
+BLOCK = 256  # queries per matmul, as in engine.train.attention
+KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.train.attention
+MIN_PREFIX = 8  # tokens of a prefix that is worth sharing, as in engine.train.packing
+TILE_ROWS, GAP = 64, 256  # rows of an attention tile, and padding values after a buffer, as in engine.kernels.cpu
+EAGER_BYTES = 40  # fp32 copies per value of the MLP in the backward pass, with PyTorch operations
+# Bytes that a mixer keeps per input or output value of one of its layers: (constant, times b, layer). Counted with
+# saved-tensor hooks on transformers' code.
 MIXERS = {
     "linear_attn": (54, 17, "out_proj"), "conv": (0, 1.7, "in_proj"), "mamba": (68, 1, "in_proj"),
     "jamba": (118, 0, "in_proj"),
 }  # fmt: skip
-TORN = 0.6
-HOLES = 1.0  # of what a layer's MLP needs going back, as much again in holes between blocks of all sizes (docs/log)
-HEAD_BYTES, CARD_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits at once, as in engine.head
+# Heap fragmentation on a CPU, fitted (docs/log): a share of what mixers keep, and of the MLP's backward blocks.
+MIXER_FRAGMENTATION = 0.6
+MLP_FRAGMENTATION = 1.0
+HEAD_BYTES, GPU_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits computed at once, as in engine.train.head
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is computed at once. tokens: packed rows, a shared prefix once. supervised: rows of the head.
+    """The rows that are computed at once.
 
-    documents: (number, queries, keys) of each bucket of documents. more: other micro-batches belong to the same step,
-    so that gradients wait while this one is computed. shared: tokens of rows that a common prefix
-    saves, less those that padding adds.
+    Args:
+        tokens: number of packed tokens; a shared prefix counts once.
+        supervised: number of rows of the output head.
+        documents: (number, queries, keys) of each bucket of documents.
+        more: the step has other micro-batches, whose gradients stay allocated while this one is computed.
+        shared: tokens saved by a shared prefix, less the tokens added by padding.
     """
 
     tokens: int
@@ -47,37 +52,39 @@ class MicroBatch:
 
     @staticmethod
     def of(tokens: int, length: int, *, share: float = 1.0, more: bool = True) -> MicroBatch:
-        """The largest that a budget of tokens allows, of rows of one length; share: of the tokens, supervised."""
+        """Return as many rows of one length as fit a budget of tokens. share: supervised share of the tokens."""
         length = max(2, min(length, tokens))
         return MicroBatch.rows([length] * max(1, tokens // length), share=share, more=more)
 
     @staticmethod
     def rows(lengths: Sequence[int], *, share: float = 1.0, more: bool = True) -> MicroBatch:
-        """Documents of these lengths without a common prefix."""
+        """Return documents of these lengths without a shared prefix. share: supervised share of the tokens."""
         tokens = sum(lengths)
-        counted = {length: list(lengths).count(length) for length in set(lengths)}
-        documents = tuple((number, length, length) for length, number in sorted(counted.items()))
+        counts = {length: list(lengths).count(length) for length in set(lengths)}
+        documents = tuple((number, length, length) for length, number in sorted(counts.items()))
         return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, more)
 
     @property
     def number(self) -> int:
-        """Of rows: a prefix that they share is a document too."""
+        """Number of rows. A shared prefix is a document, but not a row."""
         return sum(number for number, _, _ in self.documents) - (self.shared > 0)
 
     @property
     def kept_pairs(self) -> int:
-        """Pairs whose probabilities wait for the backward, where attention runs in buckets."""
+        """Number of query-key pairs whose probabilities are kept for the backward pass (attention in buckets)."""
         return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= KEEP_PAIRS)
 
 
-def pairs(setting: Setting, batch: MicroBatch) -> int:
-    """Query-key pairs that are computed (block by block, the keys behind a block skipped)."""
-    block = max(1, TILE_ROWS * setting.shape.key_value_heads // setting.shape.heads) if setting.tiles else BLOCK
+def pairs(workload: Workload, batch: MicroBatch) -> int:
+    """Return the number of query-key pairs that are computed, block by block; keys after a block are skipped."""
+    shape = workload.shape
+    tiled = workload.compute.attention_tiles
+    block = max(1, TILE_ROWS * shape.key_value_heads // shape.heads) if tiled else BLOCK
     return sum(number * _pairs(queries, keys, block) for number, queries, keys in batch.documents)
 
 
 def _blocks(queries: int, keys: int, block: int = BLOCK) -> list[tuple[int, int]]:
-    """(queries, keys) of each block of a document."""
+    """Return (queries, keys) of each block of a document."""
     prefix = keys - queries
     return [(min(block, queries - at), prefix + min(at + block, queries)) for at in range(0, queries, block)]
 
@@ -87,7 +94,7 @@ def _pairs(queries: int, keys: int, block: int = BLOCK) -> int:
 
 
 @dataclass(frozen=True)
-class Alive:
+class LiveBytes:
     """Bytes alive at one moment of a step, by part."""
 
     saved_activations: int = 0
@@ -99,248 +106,270 @@ class Alive:
         return self.saved_activations + self.live_layer + self.head
 
 
-def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
-    """The moment of forward and backward at which most is alive."""
-    layers, checkpointed = setting.shape.layers, setting.checkpoint_layers
-    block = layer_bytes(setting, batch, batch.tokens)
-    last = layer_bytes(setting, batch, batch.supervised)
-    inputs = batch.tokens * setting.shape.hidden * setting.element
-    kept = min(checkpointed, layers)
-    # Those that wait in the host's memory: the last layer's stays, and one is there beside the one that is used.
-    here, used = (1, min(kept, 2)) if setting.offload else (kept, kept)
-    # The last layer computes only the supervised rows behind its attention.
-    whole = here * inputs + (layers - kept) * block - (0 if kept == layers else block - last)
-    # What the head's own gradient takes while a layer goes back, where it does not wait with those of earlier ones.
-    beside = 0 if batch.more or setting.device == "cpu" else head_gradient_bytes(setting)
-    lasting, rows = lasting_bytes(setting, batch)
-    whole += lasting
-    moments = [Alive(whole, rows, head_bytes(setting, batch))]
-    if setting.whole_embedding and batch.more:  # its gradient, the last of all, beside that of earlier micro-batches
-        gradient = batch.tokens * setting.shape.hidden * (4 + setting.element)
-        buffer = whole if setting.device == "cpu" and setting.step == "fast" and not kept else 0  # engine.arena's stays
-        moments.append(Alive(buffer, gradient + 4 * setting.shape.embedding))
-    # Going back: the last layer, the one before it, and the last of those that are computed again.
-    again = block if kept else 0
-    if kept < layers:
-        moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised) + rows, beside))
-        behind = whole - last + (again if kept == layers - 1 else 0)
-        moments.append(Alive(behind, backward_bytes(setting, batch), beside))
-    if kept:
-        moments.append(Alive(lasting + used * inputs + again - inputs, backward_bytes(setting, batch), beside))
+def at_peak(workload: Workload, batch: MicroBatch) -> LiveBytes:
+    """Return the bytes alive at the moment of forward and backward with the highest total."""
+    compute, layers = workload.compute, workload.shape.layers
+    block = layer_bytes(workload, batch, batch.tokens)
+    last = layer_bytes(workload, batch, batch.supervised)
+    inputs = batch.tokens * workload.shape.hidden * compute.dtype_bytes
+    recomputed = min(compute.checkpointed_layers, layers)
+    # With offloading, only the last layer's input stays on the device; in the backward pass there are two.
+    on_device, in_backward = (1, min(recomputed, 2)) if compute.offload else (recomputed, recomputed)
+    # After its attention, the last layer computes only the supervised rows.
+    saved = on_device * inputs + (layers - recomputed) * block - (0 if recomputed == layers else block - last)
+    # The head's gradient during a layer's backward pass, unless it is allocated already by earlier micro-batches.
+    head_gradient = 0 if batch.more or compute.device == "cpu" else head_gradient_bytes(workload)
+    step_long, head_rows = step_long_bytes(workload, batch)
+    saved += step_long
+    moments = [LiveBytes(saved, head_rows, head_bytes(workload, batch))]
+    if workload.adapter.full_embedding and batch.more:
+        # The embedding's gradient comes last, next to that of earlier micro-batches. engine's arena stays allocated.
+        gradient = batch.tokens * workload.shape.hidden * (4 + compute.dtype_bytes)
+        arena = saved if compute.device == "cpu" and compute.step == "fast" and not recomputed else 0
+        moments.append(LiveBytes(arena, gradient + 4 * workload.shape.embedding))
+    # The backward pass: the last layer, the layer before it, and the last of the recomputed layers.
+    recomputed_block = block if recomputed else 0
+    if recomputed < layers:
+        moments.append(LiveBytes(saved, backward_bytes(workload, batch, batch.supervised) + head_rows, head_gradient))
+        before_last = saved - last + (recomputed_block if recomputed == layers - 1 else 0)
+        moments.append(LiveBytes(before_last, backward_bytes(workload, batch), head_gradient))
+    if recomputed:
+        saved = step_long + in_backward * inputs + recomputed_block - inputs
+        moments.append(LiveBytes(saved, backward_bytes(workload, batch), head_gradient))
     peak = max(moments, key=lambda moment: moment.total)
-    return replace(peak, live_layer=peak.live_layer + torn_bytes(setting, batch))
+    return replace(peak, live_layer=peak.live_layer + fragmentation_bytes(workload, batch))
 
 
-def lasting_bytes(setting: Setting, batch: MicroBatch) -> tuple[int, int]:
-    """What the fast step holds and no layer keeps. From the first layer's forward to its backward: what tokens have for
-    each layer (Gemma 4: counted by hooks, as MIXERS), and on a CPU what the embedding gave and the angles in fp32;
-    about the head, on a CPU: one more of the supervised rows."""
-    if setting.step == "plain":
+def step_long_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
+    """Return bytes of the fast step outside of its layers: those alive from forward to backward, and those at the head.
+
+    The first: per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and
+    the rotary angles in fp32. The second: on a CPU, one more copy of the supervised rows.
+    """
+    if workload.compute.step == "plain":
         return 0, 0
-    shape, b = setting.shape, setting.element
-    own = sum(x.outputs for x in shape.linears if x.leaf == "per_layer_input_gate")
-    lasting = batch.tokens * shape.layers * own * (2 * b + 24)
-    if setting.device != "cpu":  # the others are a thousandth there, and nobody measured them
-        return lasting, 0
-    return lasting + batch.tokens * (shape.hidden * b + 4 * shape.head_size), batch.supervised * shape.hidden * b
+    shape, b = workload.shape, workload.compute.dtype_bytes
+    per_layer = sum(x.outputs for x in shape.linears if x.leaf == "per_layer_input_gate")
+    per_layer_bytes = batch.tokens * shape.layers * per_layer * (2 * b + 24)
+    if workload.compute.device != "cpu":  # the other terms are about 0.1 % on a GPU, and not measured
+        return per_layer_bytes, 0
+    embedded = batch.tokens * (shape.hidden * b + 4 * shape.head_size)
+    return per_layer_bytes + embedded, batch.supervised * shape.hidden * b
 
 
-def offloaded_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """Inputs of layers that wait in the host's memory: all but the last one's (engine.card.offload)."""
-    layers = max(0, min(setting.checkpoint_layers, setting.shape.layers) - 1) if setting.offload else 0
-    return layers * batch.tokens * setting.shape.hidden * setting.element
+def offloaded_bytes(workload: Workload, batch: MicroBatch) -> int:
+    """Return bytes of layer inputs in host memory: those of all layers but the last."""
+    compute = workload.compute
+    layers = max(0, min(compute.checkpointed_layers, workload.shape.layers) - 1) if compute.offload else 0
+    return layers * batch.tokens * workload.shape.hidden * compute.dtype_bytes
 
 
-def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
-    """What one layer keeps for its backward, in the mean; rows: computed behind the attention."""
-    if setting.step == "plain":
-        return _plain_layer(setting, batch, rows)
-    shape, b = setting.shape, setting.element
+def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
+    """Return the mean bytes that one layer saves for its backward pass. rows: rows computed after the attention."""
+    if workload.compute.step == "plain":
+        return _plain_layer_bytes(workload, batch, rows)
+    shape, b, device = workload.shape, workload.compute.dtype_bytes, workload.compute.device
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
-    ranks = [-(-r // 16) * 16 for r in setting.ranks] if setting.tiled_lora else setting.ranks
-    family, rank = setting.family, dict(zip(shape.linears, ranks, strict=True))
-    usual = Family()  # the names of a shape that is known by its config alone
+    ranks = workload.adapter.ranks
+    if workload.tiled_lora:
+        ranks = tuple(-(-rank // 16) * 16 for rank in ranks)
+    family, rank_of = workload.family, dict(zip(shape.linears, ranks, strict=True))
+    usual = Family()  # names of a model that is known only by its config
 
     def ranks_of(*names: str) -> int:
-        return sum(number for x, number in rank.items() if x.leaf in names)
+        return sum(rank for x, rank in rank_of.items() if x.leaf in names)
 
-    front, out = ranks_of(*family.qkv, *usual.qkv, "qkv_proj"), ranks_of(family.o, usual.o)
-    behind = ranks_of(*family.gate_up, family.down, *usual.gate_up, "gate_up_proj", usual.down)
-    before = h + front + (q + 2 * kv) * (2 if setting.whole_head_norms else 1)  # residual in, z A, qkv (before norms)
+    qkv_ranks, o_ranks = ranks_of(*family.qkv, *usual.qkv, "qkv_proj"), ranks_of(family.o, usual.o)
+    mlp_ranks = ranks_of(*family.gate_up, family.down, *usual.gate_up, "gate_up_proj", usual.down)
+    # Values per token up to the attention: residual input, z A, and qkv (twice if kept before its norms).
+    before = h + qkv_ranks + (q + 2 * kv) * (2 if workload.adapter.full_head_norms else 1)
     halves = 2 if family.gated else 1
-    after = (q + out if out else 0) + halves * inner + behind
-    # The MLP's input, unless it is attention's as well, and those of the norms behind the blocks.
+    after = (q + o_ranks if o_ranks else 0) + halves * inner + mlp_ranks
+    # The MLP's input, unless the attention has the same one, and the inputs of norms after the blocks.
     after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
-    if family.per_layer:  # what it adds, the norm's, the sum; and the fp32 copy in front of its adapter
+    if family.per_layer:  # the per-layer term, its norm's input, the sum, and the fp32 copy before its adapter
         after += 3 * h + 4 * h // b
-    after += 2 * h if setting.dora and not setting.dropout else 0  # what the blocks add to the residual stream
-    if setting.tiles or setting.flash:  # the output, which the next product keeps as well; a number a row and head
+    after += 2 * h if workload.adapter.dora and not workload.adapter.dropout else 0  # outputs of both blocks
+    if workload.compute.attention_tiles or workload.flash_attention:
+        # The output, which the next matmul keeps too, and one fp32 value per row and head.
         kept = batch.tokens * (q * b + 4 * shape.heads)
-        after -= q if out and rows == batch.tokens else 0
-    elif setting.device == "cpu":
+        after -= q if o_ranks and rows == batch.tokens else 0
+    elif device == "cpu":
         kept = shape.heads * batch.kept_pairs * b
-    else:  # PyTorch's own attention keeps copies of q, k, v (on a card for each head of q), its output, and its place
-        copies = 5 * q if setting.device == "cuda" else 2 * q + 2 * kv
+    else:  # PyTorch's attention keeps copies of q, k, v (on CUDA, one per query head), its output and its statistics
+        copies = 5 * q if device == "cuda" else 2 * q + 2 * kv
         kept = batch.tokens * (copies * b + 4 * shape.heads)
-    attended = batch.tokens * (before - h) * b + kept
-    if family.gated_heads:  # the gate, its sigmoid, and what was multiplied by it
-        attended += batch.tokens * 3 * q * b
+    attention = batch.tokens * (before - h) * b + kept
+    if family.gated_heads:  # the gate, its sigmoid, and the gated output
+        attention += batch.tokens * 3 * q * b
     if family.mixer:
-        attended = round(setting.attended * attended) + batch.tokens * _mixer_bytes(setting)
+        attention = round(workload.attention_share * attention) + batch.tokens * _mixer_bytes(workload)
     if family.mixture:
-        after = h + (q + out if out else 0)
-        return batch.tokens * h * b + attended + rows * (after * b + _mixture_bytes(setting))
-    return batch.tokens * h * b + attended + rows * after * b
+        after = h + (q + o_ranks if o_ranks else 0)
+        return batch.tokens * h * b + attention + rows * (after * b + _mixture_bytes(workload))
+    return batch.tokens * h * b + attention + rows * after * b
 
 
-def _mixer_bytes(setting: Setting) -> int:
-    """A token, of the model's own module in attention's place, in PyTorch's operations."""
-    fixed, by_type, leaf = MIXERS[
-        setting.shape.family if setting.shape.family == "jamba" else setting.family.mixer or ""
-    ]
-    ends = ((x.share, x.inputs if leaf == "out_proj" else x.outputs) for x in setting.mixed if x.leaf == leaf)
-    wide = sum(share * numbers for share, numbers in ends)
-    return round(wide * (fixed + by_type * setting.element)) + _copies(setting, setting.mixed)
+def _mixer_bytes(workload: Workload) -> int:
+    """Return bytes per token that the model's module in attention's place saves, with PyTorch operations."""
+    family = workload.shape.family
+    constant, per_byte, leaf = MIXERS[family if family == "jamba" else workload.family.mixer or ""]
+    widths = (
+        (x.share, x.inputs if leaf == "out_proj" else x.outputs) for x in workload.mixer_linears if x.leaf == leaf
+    )
+    width = sum(share * values for share, values in widths)
+    saved = round(width * (constant + per_byte * workload.compute.dtype_bytes))
+    return saved + _adapter_copies(workload, workload.mixer_linears)
 
 
-def torn_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """Of a CPU's heap, in holes between blocks of all sizes that come and go (from LARGE on they have pages of their
-    own); and between what transformers' own mixers keep, with what they need going back. Fitted (docs/log)."""
-    if setting.device != "cpu" or setting.step != "fast":
+def fragmentation_bytes(workload: Workload, batch: MicroBatch) -> int:
+    """Return bytes of a CPU's heap that are lost between blocks of different sizes; fitted (docs/log).
+
+    Blocks of LARGE bytes and more have their own pages and leave no holes.
+    """
+    if workload.compute.device != "cpu" or workload.compute.step != "fast":
         return 0
-    torn = HOLES * sum(block for block in _mlp_back_blocks(setting, batch.supervised) if block < LARGE)
-    if setting.family.mixer:
-        layers = setting.shape.layers - min(setting.checkpoint_layers, setting.shape.layers - 1)
-        torn += TORN * layers * batch.tokens * _mixer_bytes(setting)
-    return round(torn)
+    small = sum(block for block in _mlp_backward_blocks(workload, batch.supervised) if block < LARGE)
+    lost = MLP_FRAGMENTATION * small
+    if workload.family.mixer:
+        layers = workload.shape.layers - min(workload.compute.checkpointed_layers, workload.shape.layers - 1)
+        lost += MIXER_FRAGMENTATION * layers * batch.tokens * _mixer_bytes(workload)
+    return round(lost)
 
 
-def _mixture_bytes(setting: Setting) -> int:
-    """A token, of MLPs that the model's own modules compute: what each chosen expert takes and gives, and the
-    activation between."""
-    shape, b = setting.shape, setting.element
-    down = [(x.share * x.active, x.inputs) for x in setting.behind if x.leaf in ("down_proj", setting.family.down)]
-    kept = 1 if b < 4 else 2  # without a copy in fp32 in front of an adapter, what it takes is kept as it is
-    wide = kept + (5 if shape.family == "gpt_oss" else 2)  # whose halves are clamped
-    counted = sum(number * (wide * inner + kept * shape.hidden) for number, inner in down)
-    return round(b * counted) + _copies(setting, setting.behind)
+def _mixture_bytes(workload: Workload) -> int:
+    """Return bytes per token that a mixture of experts, computed by the model's own modules, saves.
+
+    Each chosen expert saves its input, its output and the activations between them.
+    """
+    shape, b, family = workload.shape, workload.compute.dtype_bytes, workload.family
+    down = [(x.share * x.active, x.inputs) for x in workload.mlp_linears if x.leaf in ("down_proj", family.down)]
+    copies = 1 if b < 4 else 2  # in fp32 no copy is made before an adapter, so the input itself is kept
+    width = copies + (5 if shape.family == "gpt_oss" else 2)  # gpt-oss clamps both halves
+    values = sum(number * (width * inner + copies * shape.hidden) for number, inner in down)
+    return round(b * values) + _adapter_copies(workload, workload.mlp_linears)
 
 
-def _copies(setting: Setting, linears: Sequence[LinearShape]) -> int:
-    """A token, in front of peft's adapters on these and behind their A: in fp32."""
-    ranks = dict(zip(setting.shape.linears, setting.ranks, strict=True))
-    low = setting.element < 4
+def _adapter_copies(workload: Workload, linears: Sequence[LinearShape]) -> int:
+    """Return bytes per token of fp32 copies that peft keeps: the input of each adapter, and the output of its A."""
+    ranks = dict(zip(workload.shape.linears, workload.adapter.ranks, strict=True))
+    low = workload.compute.dtype_bytes < 4
     return sum(round(x.share * x.active * 4 * ((x.inputs if low else 0) + ranks[x])) for x in linears if ranks[x])
 
 
-def _plain_layer(setting: Setting, batch: MicroBatch, rows: int) -> int:
-    """transformers' own layer with peft's adapters, op by op: fp32 copies in the norms and in front of each adapter."""
-    shape, b = setting.shape, setting.element
+def _plain_layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
+    """Return bytes of a transformers layer with peft adapters: fp32 copies in the norms and before each adapter."""
+    shape, b = workload.shape, workload.compute.dtype_bytes
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
-    wide = 8 * h if b < 4 else 4 * h  # of the two norms
+    norms = 8 * h if b < 4 else 4 * h
     plain = b * (4 * h + 4 * q + 2 * kv + 4 * inner) + 4 * shape.heads
-    return batch.tokens * (wide + _copies(setting, shape.linears) + plain)
+    return batch.tokens * (norms + _adapter_copies(workload, shape.linears) + plain)
 
 
-def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None) -> int:
-    """What going back through one layer needs beside what was kept: the greater of its MLP and its attention.
+def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = None) -> int:
+    """Return bytes that one layer's backward pass needs on top of what was saved: the larger of MLP and attention.
 
-    rows: computed behind the attention; default: all tokens.
+    rows: rows computed after the attention; default: all tokens.
     """
-    shape, b, tokens = setting.shape, setting.element, batch.tokens
+    shape, compute, tokens = workload.shape, workload.compute, batch.tokens
+    b = compute.dtype_bytes
     rows = tokens if rows is None else rows
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
-    mlp = sum(_mlp_back_blocks(setting, rows))
-    if setting.step == "plain":
+    mlp = sum(_mlp_backward_blocks(workload, rows))
+    if compute.step == "plain":
         return max(mlp + rows * EAGER_BYTES * inner, tokens * (5 * q + 6 * kv + h) * b)
-    if setting.device != "cpu":
-        mlp += 0 if setting.device == "cuda" else rows * EAGER_BYTES * inner
-        # Gradients of the output, of q (in fp32 as well), and of k and v for each head; q and k again; the result; and
-        # what a shared prefix is copied into.
+    if compute.device != "cpu":
+        mlp += 0 if compute.device == "cuda" else rows * EAGER_BYTES * inner
+        # Gradients of the output, of q (in fp32 too), and of k and v for each head; q and k again; the result; and the
+        # copy of a shared prefix.
         copies = sum(number * keys for number, queries, keys in batch.documents if keys > queries)
         attention = tokens * (5 * q + kv + (q + 2 * kv)) * b + tokens * 4 * q + 4 * copies * kv * b
         freed = rows * (2 * inner + h) * b
         return max(mlp, attention - freed)
-    if setting.tiles:  # gradients of the residual and of the output, the result, q and k behind their norms
+    if compute.attention_tiles:  # gradients of the residual and of the output, the result, q and k after their norms
         normed = q + kv if shape.head_norms else 0
-        attention = tokens * (h + q + (q + 2 * kv) + normed) * b + _tile_bytes(setting, batch, backward=True)
-    else:  # gradients of the residual and of the output; q, k, v and their gradients spread by document; the result
+        attention = tokens * (h + q + (q + 2 * kv) + normed) * b + _tile_bytes(workload, batch, backward=True)
+    else:  # gradients of the residual and of the output; q, k, v and their gradients by document; the result
         attention = tokens * (h + 3 * q + 4 * kv + q) * b
-        attention += max(_block_bytes(setting, batch), tokens * (q + 2 * kv) * b)
-    freed = rows * (2 * inner + h + q) * b  # of what this layer had kept, by the time its attention is reached
+        attention += max(_block_bytes(workload, batch), tokens * (q + 2 * kv) * b)
+    freed = rows * (2 * inner + h + q) * b  # what this layer had saved after its attention
     return max(mlp, attention - freed)
 
 
-def _mlp_back_blocks(setting: Setting, rows: int) -> list[int]:
-    """d(gate, up) (2 I), dz (I), z (I), and the gradient of the residual; what dropout leaves of z (I); and with DoRA
-    as well, of gate and up each: z, what is left, two gradients."""
-    h, inner = setting.shape.hidden, setting.shape.intermediate
-    sizes = [2 * inner, inner, inner, h] + ([inner] if setting.dropout else [])
-    if setting.dora and setting.dropout and setting.step == "fast":
+def _mlp_backward_blocks(workload: Workload, rows: int) -> list[int]:
+    """Return the sizes of the buffers of the MLP's backward pass.
+
+    d(gate, up) (2 I), dz (I), z (I), and the gradient of the residual (h). With dropout also the kept part of z (I).
+    With DoRA and dropout also, for gate and up: z, its kept part and two gradients.
+    """
+    h, inner, adapter = workload.shape.hidden, workload.shape.intermediate, workload.adapter
+    sizes = [2 * inner, inner, inner, h] + ([inner] if adapter.dropout else [])
+    if adapter.dora and adapter.dropout and workload.compute.step == "fast":
         sizes += [h] * 4
-    return [rows * size * setting.element for size in sizes]
+    return [rows * size * workload.compute.dtype_bytes for size in sizes]
 
 
-def _tile_bytes(setting: Setting, batch: MicroBatch, *, backward: bool) -> int:
-    """A thread's keys and values, scores and sums, for the longest document; gradients of a shared prefix."""
-    d, longest = setting.shape.head_size, max(keys for _, _, keys in batch.documents) + GAP
-    # In the backward: scores and slopes in fp32, slopes in bf16 and pairs of either; keys twice, values, rows, sums.
-    one = longest * (TILE_ROWS * (4 + 4 + 2 + 2 + 2) + 16 * d) if backward else longest * (TILE_ROWS * 6 + 6 * d)
+def _tile_bytes(workload: Workload, batch: MicroBatch, *, backward: bool) -> int:
+    """Return bytes of each thread's buffers for the longest document, and of gradients of a shared prefix."""
+    d, longest = workload.shape.head_size, max(keys for _, _, keys in batch.documents) + GAP
+    # Forward: keys, values, scores, sums. Backward: scores and slopes in fp32, slopes in bf16 and pairs of both; keys
+    # twice, values, rows, sums.
+    thread = longest * (TILE_ROWS * (4 + 4 + 2 + 2 + 2) + 16 * d) if backward else longest * (TILE_ROWS * 6 + 6 * d)
     prefix = max(keys - queries for _, queries, keys in batch.documents)
     documents = sum(number for number, _, _ in batch.documents)
-    return setting.threads * one + (8 * documents * setting.shape.key_value * prefix if backward else 0)
+    gradients = 8 * documents * workload.shape.key_value * prefix if backward else 0
+    return workload.compute.threads * thread + gradients
 
 
-def _score_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """Scores of the largest block of a forward."""
-    blocks = [(number, _blocks(queries, keys)[-1]) for number, queries, keys in batch.documents]
-    return max(number * setting.shape.heads * rows * seen * setting.element for number, (rows, seen) in blocks)
+def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
+    """Return the peak bytes of the backward pass through the attention blocks of a bucket, largest block first.
 
-
-def _block_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """Going back through the blocks of a bucket, the largest first: probabilities and their gradient, the old until
-    the new are made, and what each block adds to the gradients of keys and values, which are summed in fp32."""
-    shape, b, found = setting.shape, setting.element, [0]
+    Each block has probabilities and their gradient (the old ones until the new ones are computed), and adds to the
+    gradients of keys and values, which are summed in fp32.
+    """
+    shape, b, sizes = workload.shape, workload.compute.dtype_bytes, [0]
     for number, queries, keys in batch.documents:
         blocks = list(reversed(_blocks(queries, keys)))
         scores = [number * shape.heads * rows * seen * b for rows, seen in blocks]
         if len(blocks) == 1:
-            found.append((1 if keys <= KEEP_PAIRS else 2) * scores[0])
+            sizes.append((1 if keys <= KEEP_PAIRS else 2) * scores[0])
             continue
-        terms = 0
+        gradients = 0
         for i, (_, seen) in enumerate(blocks):
-            own = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
-            found.append(own + terms)
-            terms += 2 * number * shape.key_value * seen * b
-        found.append(terms + 4 * number * shape.key_value * keys)
-    return max(found)
+            block = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
+            sizes.append(block + gradients)
+            gradients += 2 * number * shape.key_value * seen * b
+        sizes.append(gradients + 4 * number * shape.key_value * keys)
+    return max(sizes)
 
 
-def head_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """The last norm's output and the gradient of its rows, and a chunk of logits; the plain step has them all. And what
-    a head that is trained takes: its gradient, beside that of earlier micro-batches, and its weight in the type that is
-    computed in."""
-    shape, b = setting.shape, setting.element
-    own = head_gradient_bytes(setting) if batch.more or setting.device != "cpu" else 0
-    if setting.step == "plain":
-        return batch.supervised * shape.vocabulary * 2 * b + own  # and their gradient
-    own += b * (shape.embedding if setting.whole_head and b < 4 else 0) + b * setting.head_rank * shape.vocabulary
-    rows = min(batch.supervised, head_rows(setting))
-    chunk = rows * shape.vocabulary * (b + 3 * 4 if setting.device == "mps" else b)
-    if setting.device == "cpu":
-        chunk += setting.threads * 4 * shape.vocabulary
-    return batch.supervised * 2 * shape.hidden * b + chunk + own
+def head_bytes(workload: Workload, batch: MicroBatch) -> int:
+    """Return bytes of the output head: the last norm's output, its gradient, and a chunk of logits.
+
+    The plain step has all logits at once. A trained head adds its gradient, next to that of earlier micro-batches, and
+    its weight in the compute dtype.
+    """
+    shape, adapter, compute = workload.shape, workload.adapter, workload.compute
+    b = compute.dtype_bytes
+    trained = head_gradient_bytes(workload) if batch.more or compute.device != "cpu" else 0
+    if compute.step == "plain":
+        return batch.supervised * shape.vocabulary * 2 * b + trained  # logits and their gradient
+    trained += b * (shape.embedding if adapter.full_head and b < 4 else 0) + b * adapter.head_rank * shape.vocabulary
+    rows = min(batch.supervised, head_rows(workload))
+    chunk = rows * shape.vocabulary * (b + 3 * 4 if compute.device == "mps" else b)
+    if compute.device == "cpu":
+        chunk += compute.threads * 4 * shape.vocabulary
+    return batch.supervised * 2 * shape.hidden * b + chunk + trained
 
 
-def head_gradient_bytes(setting: Setting) -> int:
-    """In fp32, of a head that is trained in full or by an adapter."""
-    shape = setting.shape
-    return 4 * (shape.embedding if setting.whole_head else 0) + 4 * setting.head_rank * (
-        shape.hidden + shape.vocabulary
-    )
+def head_gradient_bytes(workload: Workload) -> int:
+    """Return bytes of the fp32 gradient of a head that is trained in full or by an adapter."""
+    shape, adapter = workload.shape, workload.adapter
+    full = 4 * (shape.embedding if adapter.full_head else 0)
+    return full + 4 * adapter.head_rank * (shape.hidden + shape.vocabulary)
 
 
-def head_rows(setting: Setting) -> int:
-    """Rows of logits at once."""
-    room = CARD_HEAD_BYTES if setting.device == "cuda" else HEAD_BYTES
-    return max(16, room // (setting.shape.vocabulary * setting.element))
+def head_rows(workload: Workload) -> int:
+    """Return how many rows of logits are computed at once."""
+    budget = GPU_HEAD_BYTES if workload.compute.device == "cuda" else HEAD_BYTES
+    return max(16, budget // (workload.shape.vocabulary * workload.compute.dtype_bytes))

@@ -1,39 +1,53 @@
-"""What a training step costs on this CPU beside its large products, by steps of small models of random weights.
+"""Measurements of `strop doctor` with torch: the GPU, matmul and memory rates, the cost of a step, one 4-bit step.
 
-A step's time is a sum: products of frozen weights and of adapters by their FLOPs, the weights read once each way, and
-three costs that are fitted here: of a layer, of what its element-wise work moves, and of attention.
+A step's time is a sum: matmuls of frozen weights and of adapters by their FLOPs, reading the weights once in each
+direction, and three costs that are fitted here on small models with random weights: of a layer, of the bytes its
+element-wise work moves, and of attention.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import peft
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.data.types import Example
-from strop.engine.kernels.dispatch import backend_for
+from strop.engine.device import measure, pick_dtype, prepare_process
+from strop.engine.kernels.dispatch import backend_for, frozen_flops, int8_flops, why_no_triton
+from strop.engine.kernels.protocols import apply
 from strop.engine.step import step_for
+from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.engine.train.plain import PlainLoss
-from strop.machine.probe import TILED_RANK
+from strop.errors import QuantizerError
+from strop.machine.doctor import Finding, crashed, installed, pip
+from strop.machine.probe import TILED_RANK, Machine, probe
+from strop.machine.rates import Rates, keep_rates
 from strop.models.families.shape import ModelShape
-from strop.models.quantize import pack, unpack
+from strop.models.quantize import QuantizedLinear, pack, unpack
 from strop.planning.activations import MicroBatch
-from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, work_of
-from strop.planning.workload import Setting
+from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, repacked_bytes, work_of
+from strop.planning.workload import AdapterWeights, BaseWeights, Compute, Workload
+
+LOG = logging.getLogger(__name__)
+
+COPY_BYTES = 256 << 20
+BUSY_SHARE = 0.4  # of the cores, in the last minute
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "head_dim": 64, "max_position_embeddings": 4096}
 SMALL = {**SIZES, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 LARGE = {**SIZES, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
 RANK, WIDE_RANK, ROUNDS, BUDGET_S = 16, 96, 3, 0.6
-TRIED = (
+TRIALS = (  # model sizes, (rows, tokens per row)
     (SMALL, (1, 72)),
     (SMALL, (1, 300)),
     (SMALL, (2, 512)),
@@ -41,16 +55,104 @@ TRIED = (
     (LARGE, (1, 72)),
     (LARGE, (2, 512)),
 )
-UNPACKED = (1536, 576)  # a weight that is dequantized
+DEQUANTIZED_SHAPE = (1536, 576)
 
 assert SMALL["hidden_size"] == KINDS_HIDDEN and RANK <= TILED_RANK < WIDE_RANK
 
 
+def examine(machine: Machine) -> tuple[list[Finding], Rates]:
+    """Run all checks and measurements; return findings and the CPU's rates, which are stored for `strop plan`."""
+    busy = _check_load(machine)
+    rates = measure_rates()
+    keep_rates(machine, "cpu", rates)
+    what = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
+    what += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"
+    findings = [Finding("ok", what)]
+    if rates.integers:
+        both = " and ".join(f"{rates.integers[name] / 1e9:,.0f}" for name in ("none", "int8"))
+        what = f"8-bit integers {both} GFLOP/s on a base in 16 bit and in int8: --train.int8_matmul true"
+        findings.append(Finding("ok", what))
+    return [*check_gpus(machine), *busy, *findings, check_four_bit_step()], rates
+
+
+def _check_load(machine: Machine) -> list[Finding]:
+    """Warn if other programs use the CPU while it is measured."""
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy < BUSY_SHARE * machine.cores:
+        return []
+    what = f"other programs are using {busy:.1f} of {machine.cores} cores, so the measured rates are too low"
+    why = "`strop plan` predicts the time of runs from these rates"
+    return [Finding("warning", what, why, "# run strop doctor again when the machine is idle")]
+
+
+def check_gpus(machine: Machine) -> Iterator[Finding]:
+    """Check that torch can use the GPU that the driver lists, that it has bf16, and that strop's kernels compile."""
+    if not machine.gpus:
+        return
+    fix = f"{pip()} install --force-reinstall torch"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        what = f"{machine.gpus[0]} is installed, but torch {torch.__version__} (built for {built}) cannot use it"
+        why = "training would run on the CPU; see docs/troubleshooting.md#cuda"
+        yield Finding("error", what, why, fix if torch.version.cuda is None else "# update the NVIDIA driver")
+        return
+    if pick_dtype("cuda")[0] != "bf16":
+        yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is stored in fp32, in twice the memory")
+    else:
+        yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
+    missing = why_no_triton(torch.device("cuda"))
+    if missing is None:
+        yield Finding("ok", "strop's own kernels work on the GPU")
+    else:
+        why = "training uses PyTorch operations, which are slower; see docs/troubleshooting.md#triton"
+        install = f"{pip()} install triton" if "imported" in missing else "apt install gcc python3-dev"
+        yield Finding("warning", missing, why, install)
+
+
+def measure_rates() -> Rates:
+    """Measure matmuls in both dtypes, memory bandwidth, the output head, and the costs of a step, on the CPU."""
+    prepare_process(rank=WIDE_RANK)  # caches as many matmul shapes as any run does
+    LOG.info("measuring matmuls and memory of this CPU")
+    precision = measure("cpu")
+    x = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
+    y = torch.empty_like(x)
+    bandwidth = 2 * COPY_BYTES / fastest(lambda: y.copy_(x))
+    costs: dict[str, dict[str, float]] = {}
+    bf16 = frozen_flops(torch.bfloat16)
+    for name, dtype, rate in (("bf16", torch.bfloat16, bf16), ("fp32", torch.float32, precision.fp32_flops)):
+        LOG.info("measuring steps of small models in %s", name)
+        step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
+        costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
+    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
+    integers = int8_flops() if precision.dtype == "fp32" else {}
+    return Rates(bf16, precision.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
+
+
+def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
+    """Measure the output head on 512 rows, vocabulary 49,152, hidden size 576, without the time to move its weight."""
+    rows, hidden, vocabulary = 512, 576, 49152
+    x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
+    labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
+    backend = backend_for(torch.device("cpu"), dtype)
+    output = OutputHead(weight, 0.0, backend.ops, matmul=backend.matmul(weight.shape))
+    seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
+    own_matmul = dtype == torch.bfloat16 and probe().has_products(weight.shape)
+    moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own_matmul) / bandwidth
+    return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
+
+
 @dataclass(frozen=True)
 class Costs:
-    """In one type. layer_s: of a layer, whatever the rows. moved: bytes/s of element-wise work. attention_flops: in
-    FLOP/s. kinds_s: to make the products of a length that was not met before, at KINDS_HIDDEN. plain: times the fast
-    step's time. thin_flops: of products with a rank that is too large for tiles, in FLOP/s."""
+    """Costs of a step in one dtype. The names are those of `planning.time.Rate`.
+
+    Args:
+        layer_s: constant seconds per layer.
+        moved: bytes/s of element-wise work.
+        attention_flops: FLOP/s of attention.
+        kinds_s: seconds to compile the matmuls of a new row length, at hidden size KINDS_HIDDEN.
+        plain: time of the plain step, relative to the fast step.
+        thin_flops: FLOP/s of LoRA matmuls with a rank that is too large for strop's tiles.
+    """
 
     layer_s: float
     moved: float
@@ -61,38 +163,37 @@ class Costs:
 
 
 def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
-    """rate: of the large products and of memory, as measured."""
+    """Fit the costs of a step. rate: measured rates of large matmuls and of memory."""
     models = {sizes["hidden_size"]: _model(sizes, dtype) for sizes in (SMALL, LARGE)}
     steps = {hidden: step_for(model).token_loss for hidden, model in models.items()}
-    found, whole, making = list[float](), list[float](), list[float]()
+    residuals, totals, compiling = list[float](), list[float](), list[float]()
     terms: list[Sequence[float]] = []
-    for sizes, (number, length) in TRIED:
-        new, again = _seconds(steps[sizes["hidden_size"]], number, length)
-        setting, batch = _setting(sizes, dtype), MicroBatch.rows([length] * number)
-        work = work_of(setting, batch)
+    for sizes, (number, length) in TRIALS:
+        first, repeated = _seconds(steps[sizes["hidden_size"]], number, length)
+        work = work_of(_workload(sizes, dtype), MicroBatch.rows([length] * number))
         terms.append((sizes["num_hidden_layers"], work.moved, work.attention))
-        found.append(again - known_seconds(work, rate))
-        whole.append(again)
-        making += [max(0.0, new - again)] if sizes is SMALL else []
-    layer, moved, attention = _least_squares(terms, found, whole)
-    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]).token_loss, *TRIED[2][1])[1]
-    fast = _seconds(steps[SMALL["hidden_size"]], *TRIED[2][1])[1]
-    ranked = step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss
-    thin = _thin_flops(dtype, rate, _seconds(ranked, *TRIED[2][1])[1] - fast)
-    return Costs(layer, 1 / moved, 1 / attention, float(np.mean(making)), plain / fast, thin)
+        residuals.append(repeated - known_seconds(work, rate))
+        totals.append(repeated)
+        compiling += [max(0.0, first - repeated)] if sizes is SMALL else []
+    layer, moved, attention = _least_squares(terms, residuals, totals)
+    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]).token_loss, *TRIALS[2][1])[1]
+    fast = _seconds(steps[SMALL["hidden_size"]], *TRIALS[2][1])[1]
+    wide = step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss
+    thin = _thin_flops(dtype, rate, _seconds(wide, *TRIALS[2][1])[1] - fast)
+    return Costs(layer, 1 / moved, 1 / attention, float(np.mean(compiling)), plain / fast, thin)
 
 
 def _thin_flops(dtype: torch.dtype, rate: Rate, more_s: float) -> float:
-    """By what a step takes more with WIDE_RANK than with RANK, whose adapters take what the plan says."""
-    number, length = TRIED[2][1]
+    """Return FLOP/s at WIDE_RANK, from the extra seconds of a step compared with RANK."""
+    number, length = TRIALS[2][1]
     batch = MicroBatch.rows([length] * number)
-    low, high = (work_of(_setting(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
+    low, high = (work_of(_workload(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
     return high.thin / max(more_s + low.adapters / rate.flops, high.thin / rate.flops)
 
 
 def pace(dtype: torch.dtype) -> float:
-    """Seconds of one of these steps: how fast this CPU is now, as others leave it."""
-    return _seconds(step_for(_model(SMALL, dtype)).token_loss, *TRIED[2][1])[1]
+    """Return the seconds of one calibration step: how fast this CPU is now, with other programs running."""
+    return _seconds(step_for(_model(SMALL, dtype)).token_loss, *TRIALS[2][1])[1]
 
 
 def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
@@ -102,14 +203,15 @@ def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
 
 
 def unpacked_per_s(scheme: str) -> float:
-    """Weights that are dequantized a second."""
-    weight = torch.randn(UNPACKED)
+    """Measure the weights dequantized per second."""
+    weight = torch.randn(DEQUANTIZED_SHAPE)
     packed = pack(weight, scheme)
     dtype = torch.bfloat16
     return weight.numel() / fastest(lambda: unpack(packed, scheme, weight.shape, dtype), 8)
 
 
 def fastest(work: Callable[[], object], rounds: int = 4) -> float:
+    """Return the seconds of the fastest of several calls."""
     best = math.inf
     for _ in range(rounds):
         started = time.perf_counter()
@@ -118,36 +220,40 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
     return best
 
 
-def _setting(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Setting:
+def _workload(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Workload:
     shape = ModelShape.of({"model_type": "llama", **sizes})
     tiles = backend_for(torch.device("cpu"), dtype).has_tiled_attention(shape.head_size)
-    return Setting(shape, 0, ranks=(rank,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
+    return Workload(
+        base=BaseWeights(shape=shape, parameters=0),
+        adapter=AdapterWeights(ranks=(rank,) * len(shape.linears)),
+        compute=Compute(dtype_bytes=dtype.itemsize, attention_tiles=tiles),
+    )
 
 
 def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: int) -> tuple[float, float]:
-    """(of a length that was not met before, of one that was), each the fastest of some."""
-    new = again = math.inf
+    """Return the fastest seconds of a step on (a new row length, a repeated one)."""
+    first = repeated = math.inf
     begun = time.perf_counter()
     for turn in range(ROUNDS):
         if turn and time.perf_counter() - begun > BUDGET_S:
             break
         at = np.arange(length - turn, dtype=np.int32)
         rows = [Example((at + row) % SIZES["vocab_size"], (at > 0).astype(np.float32), "", 0) for row in range(number)]
-        for once in range(2):
+        for attempt in range(2):
             started = time.perf_counter()
             loss(rows).backward()  # type: ignore[no-untyped-call]
             took = time.perf_counter() - started
-            new, again = (min(new, took), again) if once == 0 else (new, min(again, took))
-    return new, again
+            first, repeated = (min(first, took), repeated) if attempt == 0 else (first, min(repeated, took))
+    return first, repeated
 
 
 def _least_squares(
-    terms: Sequence[Sequence[float]], found: Sequence[float], whole: Sequence[float]
+    terms: Sequence[Sequence[float]], residuals: Sequence[float], totals: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Costs that are not below a floor, from what is left of each step's whole time; errors count as shares of that."""
-    weights = 1 / np.array(whole)
-    a, y = np.array(terms) * weights[:, None], np.array(found) * weights
-    least = np.array([1e-6, 1e-13, 1e-14])  # s a layer; 10 TB/s; 100 TFLOP/s
+    """Fit costs at or above a floor to the residual seconds of each step, with errors relative to its total seconds."""
+    weights = 1 / np.array(totals)
+    a, y = np.array(terms) * weights[:, None], np.array(residuals) * weights
+    least = np.array([1e-6, 1e-13, 1e-14])  # s per layer; 10 TB/s; 100 TFLOP/s
     free = np.ones(3, bool)
     cost = least.copy()
     for _ in range(3):
@@ -158,3 +264,40 @@ def _least_squares(
         free &= ~low
         cost[low] = least[low]
     return float(cost[0]), float(cost[1]), float(cost[2])
+
+
+def check_four_bit_step() -> Finding:
+    """Train one step through an nf4 weight, on the device of a run, and compare it with autograd in fp32."""
+    device, fix = "cuda" if torch.cuda.is_available() else "cpu", f"{pip()} install -U bitsandbytes"
+    LOG.info("one training step in 4 bit")
+    torch.manual_seed(0)
+    try:
+        moved, error = _four_bit_update(device)
+    except QuantizerError as fault:
+        why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
+        return Finding("error", fault.what, why, fix)
+    except Exception as fault:  # a check that crashes has found something
+        return crashed("a training step in 4 bit", fault, fix)
+    if not moved or not error <= 1e-3 * moved:  # NaN fails too
+        what = f"a 4-bit step moves a weight by {moved:.2g}, with an error of {error:.2g}"
+        return Finding("error", what, "a 4-bit run would train wrongly", fix)
+    return Finding("ok", f"a training step in 4 bit on {device}: the weight moves as it should")
+
+
+def _four_bit_update(device: str) -> tuple[float, float]:
+    """Return the largest change of an adapter weight, and its largest difference from the fp32 update."""
+    weight = torch.randn(128, 128, device=device)
+    packed = pack(weight, "nf4")
+    layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)
+    layer.fill(packed)
+    dequantized = unpack(packed, "nf4", weight.shape, torch.float32)
+    x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
+    results: list[Tensor] = []
+    matmuls: list[Callable[[Tensor], Tensor]] = [layer, lambda z: z @ dequantized.t()]
+    for matmul in matmuls:
+        b = nn.Parameter(torch.zeros(128, 4, device=device))
+        optimizer = torch.optim.SGD([b], lr=0.1)
+        matmul(x + (x @ a.t()) @ b.t()).square().mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        results.append(b.detach())
+    return float(results[0].abs().max()), float((results[0] - results[1]).abs().max())

@@ -1,44 +1,64 @@
-"""Peak memory by part, and that of loading and training: arithmetic on a model's sizes, no torch, no weights.
+"""Peak memory of every phase of a run and of the commands after it, by part. Imports no torch and reads no weights.
 
-Every term has a cause that was measured alone; docs/plan.md has the measurements and how far the sums are off. Memory
-on a CPU is resident memory of the process above what it is before the model loads; on CUDA what the card must have,
-its context included.
+Each term has a cause that was measured alone; docs/plan.md has the measurements and the errors of the sums. On a CPU,
+memory is resident memory of the process above its value before the model loads. On CUDA, it is what the GPU must have,
+its context included. Evaluating, merging, exporting and serving read the base first, so their peak is the larger of
+`load_phase` and their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from strop.config.schema import Recipe
+from strop.engine.decode.cache import BLOCK_SIZE as CACHE_BLOCK
+from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
+from strop.models.families.layers import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
-from strop.planning.activations import Alive, MicroBatch, at_peak
-from strop.planning.workload import BITS, Setting
+from strop.planning.activations import LiveBytes, MicroBatch, at_peak
+from strop.planning.workload import BITS, BYTES, Workload
 
 MIB = 1 << 20
 PARTS = (
     "weights", "quantization_constants", "adapters", "gradients", "optimizer", "saved_activations", "live_layer",
     "head", "workspace", "mapped_files", "framework",
 )  # fmt: skip
-# What a CPU process grows by on its way through one step of a tiny model (docs/plan.md, "What does not depend on the
-# model"): transformers' and peft's code for the model; numba and LLVM with the compiled loops; PyTorch's own code, and
-# oneDNN's kernels of as many kinds of product as are kept (engine.device), which computes in bf16.
+# Growth of a CPU process in one step of a tiny model (docs/plan.md, "What does not depend on the model"): code of
+# transformers and peft for the model; numba and LLVM with the compiled kernels; PyTorch and the oneDNN kernels of as
+# many matmul shapes as are cached (engine.device).
 CODE_BYTES = 20 * MIB
-LOOPS_BYTES = 85 * MIB
-PRODUCTS_BYTES = 47 * MIB
-MORE_PRODUCTS_BYTES, FP32_PRODUCTS_BYTES = 87 * MIB, 5 * MIB
-SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak; the fast step's are in activations.HOLES
-INTEGER_SUMS_BYTES = 72 * MIB  # engine.cpu.integers.SUMS_BYTES
-CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
-EXPERTS_AS_ONE = ("gpt_oss", "gemma4_text", "llama4_text")  # in their files, as transformers holds them
-BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
+KERNELS_BYTES = 85 * MIB
+MATMULS_BYTES = 47 * MIB
+MORE_MATMULS_BYTES, FP32_MATMULS_BYTES = 87 * MIB, 5 * MIB
+SCRATCH_BYTES = 14 * MIB  # oneDNN scratch and small blocks; for the fast step see activations.MLP_FRAGMENTATION
+INTEGER_SUMS_BYTES = 72 * MIB  # engine.kernels.cpu.int8_matmul.SUMS_BYTES
+CUDA_CONTEXT_BYTES = 450 * MIB  # driver context, with cuBLAS's workspace
+FUSED_EXPERTS = ("gpt_oss", "gemma4_text", "llama4_text")  # families whose files store experts as transformers does
+BLOCK, NESTED = 64, 256  # weights per quantization constant, constants per nested constant
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
+
+DECODE_KERNELS_BYTES = 25 * MIB  # decode kernels, on top of those for training (a server of SmolLM2, with a margin)
+LANES = 16  # values per vector (engine.kernels.cpu.dots)
+ANSWER_TOKENS = 80  # default of `strop eval --max-new-tokens`
+SCORED_AT_ONCE = 128  # positions, as in engine.decode.batch
+SCREENED_SHARE = 0.1  # a head below this share of the weights read per token has no 8-bit copy (engine.decode)
+HF_BATCH_ROWS = 16  # rows in a batch of transformers' generate, as in engine.decode.hf_fallback
+CACHE_SHARE = 0.5  # largest share of free memory for keys and values, as in engine.decode.decoder_cache
+PARITY_PROCESS_BYTES = 170 * MIB  # library pages for fp32, and memory that the heap keeps (two merges of the demo)
+WRITING_BYTES = {"q8_0": 5.7, "f16": 11.6, "bf16": 11.6, "f32": 4.6}  # per value of a tensor (exports of the demo)
+POSITIONS = 2048  # positions that a merge is measured on
+PARITY_BYTES = 32 * MIB  # temporaries of log-probabilities, computed a few positions at a time (export.parity)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by part at the phase's peak. mapped_files: pages of the weight files, which the system takes back where
-    memory is short: they are resident, but nothing fails for want of them."""
+    """Bytes by part at a phase's peak.
+
+    The part `mapped_files` is pages of the weight files. They are resident, but the system reclaims them when memory is
+    short.
+    """
 
     parts: Mapping[str, int] = field(default_factory=dict)
 
@@ -48,6 +68,7 @@ class Phase:
 
     @property
     def needed_bytes(self) -> int:
+        """Peak without mapped files."""
         return self.peak_bytes - self.parts.get("mapped_files", 0)
 
     def as_json(self) -> dict[str, object]:
@@ -55,183 +76,416 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What a step draws: `texts` answers of at most `answer` tokens, `group` to each prompt of `prompt` tokens."""
+class RolloutLoad:
+    """Completions sampled for a step: `completions` of up to `answer` tokens, `group` per prompt of `prompt` tokens."""
 
-    texts: int
+    completions: int
     group: int
     prompt: int
     answer: int
 
     @staticmethod
-    def of(recipe: Recipe, prompt: int | None = None) -> Drawn | None:
-        """prompt: tokens, where they are known; else as long as they may be. None where nothing is drawn."""
+    def of(recipe: Recipe, prompt: int | None = None) -> RolloutLoad | None:
+        """Return the load of a recipe, or None without sampling. prompt: tokens; default: the maximum length."""
         train, answer = recipe.train, max_completion_tokens(recipe.train)
         if not answer:
             return None
         group = sequences_per_row(train)
-        return Drawn(train.batch_size * group, group, prompt or recipe.data.max_length, answer)
+        return RolloutLoad(train.batch_size * group, group, prompt or recipe.data.max_length, answer)
 
 
-def dense_weights(setting: Setting) -> int:
-    """Numbers of the base that are held in the type that is computed in."""
-    shape = setting.shape
-    packed = 0 if setting.scheme == "none" else shape.quantizable * (shape.layers - setting.resident_layers)
-    return setting.parameters - packed // shape.layers
+@dataclass(frozen=True)
+class EvaluationLoad:
+    """Completions that `strop eval` generates at once.
+
+    Args:
+        completions: number of completions.
+        positions: cache positions of all of them.
+        longest: tokens of the longest row.
+        measured: tokens of the longest row that a merge is measured on.
+    """
+
+    completions: int
+    positions: int
+    longest: int
+    measured: int
+
+    @staticmethod
+    def of(rows: Sequence[tuple[int, int]], longest: int) -> EvaluationLoad:
+        """Return the load of rows given as (tokens, supervised tokens), each answered by base and tuned model.
+
+        Without rows: a full batch of rows of `longest` tokens, the answer included.
+        """
+        rows = rows or [(longest, min(ANSWER_TOKENS, longest - 1))] * MAX_SEQUENCES
+        lengths = [tokens - answer + max(ANSWER_TOKENS, answer) for tokens, answer in rows] * 2
+        blocks = sorted(map(blocks_for, lengths), reverse=True)[:MAX_SEQUENCES]
+        sizes, answers = zip(*rows, strict=True)
+        positions_before = accumulate(answers, initial=0)  # a shared prefix counts once
+        measured = max(size for size, before in zip(sizes, positions_before, strict=False) if before < POSITIONS)
+        return EvaluationLoad(len(blocks), CACHE_BLOCK * sum(blocks), max(sizes), measured)
 
 
-def packed_weights(setting: Setting) -> int:
-    return setting.parameters - dense_weights(setting)
+def phases(
+    workload: Workload,
+    batch: MicroBatch,
+    evaluation: EvaluationLoad,
+    usable: int,
+    rollouts: RolloutLoad | None = None,
+    *,
+    dtype: str,
+) -> dict[str, Phase]:
+    """Return every phase by name.
 
-
-def weight_bytes(setting: Setting) -> int:
-    return int(dense_weights(setting) * setting.element + packed_weights(setting) * BITS.get(setting.scheme, 0) / 8)
-
-
-def constant_bytes(setting: Setting) -> int:
-    """4 bit: a number a block of 64, in fp32 or (double) in 8 bit with one fp32 for 256 of them, which makes 4.127 bits
-    a weight (QLoRA, arXiv:2305.14314, 3). int8: an fp32 number a row."""
-    packed = packed_weights(setting)
-    if not packed:
-        return 0
-    if setting.scheme == "int8":
-        rows = sum(x.rows for x in setting.shape.linears)
-        return 4 * rows * (setting.shape.layers - setting.resident_layers)
-    blocks = packed / BLOCK
-    return int(blocks + 4 * blocks / NESTED if setting.double else 4 * blocks)
-
-
-def optimizer_bytes(setting: Setting) -> int:
-    return int(STATE_BYTES[setting.optimizer] * setting.adapter_weights)
-
-
-def workspace_bytes(setting: Setting) -> int:
-    """One dequantized weight as the products see it, with the parts it is laid together from, what is gathered of a
-    sharded base, and small scratch."""
-    scratch = 32 * MIB if setting.device != "cpu" else SCRATCH_BYTES if setting.step == "plain" else 0
-    dequantized = _largest_dequantized(setting) if setting.streamed else 0
-    return scratch + dequantized + gathered_bytes(setting) + integer_bytes(setting)
-
-
-def integer_bytes(setting: Setting) -> int:
-    """Two parts in 8 bit of each weight that is in fp32, of the head's too, and sums in 32 bit (engine.cpu.integers).
-    What is held in 8 bit is multiplied as it is."""
-    if not setting.integers:
-        return 0
-    shape = setting.shape
-    layer = sum(x.weights for x in shape.linears if x not in shape.in_experts)
-    layers = shape.layers if setting.scheme == "none" else setting.resident_layers
-    return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
-
-
-def gathered_bytes(setting: Setting) -> int:
-    """Of a sharded base, what is there at a time: a layer and the next one, or the embedding or the head beside one."""
-    if setting.shards == 1:
-        return 0
-    layer = base_layer_bytes(setting)
-    return layer + max(layer, setting.element * setting.shape.embedding)
-
-
-def base_layer_bytes(setting: Setting) -> int:
-    """Of one decoder layer: weights and their constants."""
-    outside = setting.element * setting.shape.embedding * (1 if setting.shape.tied else 2)
-    return (weight_bytes(setting) + constant_bytes(setting) - outside) // setting.shape.layers
-
-
-def _largest_dequantized(setting: Setting) -> int:
-    """Layers that share an input are one product (gate and up): the whole, and the part that is copied into it."""
-    shape = setting.shape
-    whole = {x.name: x.inputs * x.outputs for x in shape.linears}
-    single, joined = max(whole.values()), 0
-    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        parts = [whole.get(name, 0) for name in group]
-        joined = max(joined, sum(parts) + max(parts) if setting.step == "fast" else 0)
-    return setting.element * max(single, joined)
-
-
-def framework_bytes(setting: Setting) -> int:
-    if setting.device != "cpu":
-        return CUDA_CONTEXT_BYTES
-    loops = LOOPS_BYTES if setting.step == "fast" else 0
-    few = setting.tiled_lora or setting.step == "plain"  # peft computes its adapters in fp32
-    products = FP32_PRODUCTS_BYTES if setting.element == 4 else PRODUCTS_BYTES if few else MORE_PRODUCTS_BYTES
-    return CODE_BYTES + products + loops
-
-
-def held_parts(setting: Setting, *, trained: bool) -> dict[str, int]:
-    """What is there through a whole phase."""
-    adapters = 4 * setting.adapter_weights
+    Args:
+        workload: the training run.
+        batch: its largest micro-batch.
+        evaluation: an evaluation of its rows; its longest row is served, and a merge is measured on its first rows.
+        usable: bytes of memory that may be used.
+        rollouts: completions that are sampled before each step.
+        dtype: compute dtype of commands that generate on this machine, which need not be the run's.
+    """
+    decoding = decoding_workload(workload, dtype)
     return {
-        "weights": weight_bytes(setting) // setting.shards,
-        "quantization_constants": constant_bytes(setting) // setting.shards,
-        "adapters": adapters,
-        "optimizer": optimizer_bytes(setting) if trained else 0,
-        "workspace": workspace_bytes(setting),
-        "mapped_files": _replaced_bytes(setting),
-        "framework": framework_bytes(setting),
+        "load": load_phase(workload),
+        **({} if rollouts is None else {"draw": rollout_phase(workload, rollouts)}),
+        "train": train_phase(workload, batch),
+        "evaluate": evaluate_phase(decoding, evaluation, usable),
+        "merge": merge_phase(workload, evaluation.measured),
+        "export": export_phase(workload, evaluation.measured),
+        "serve": serve_phase(decoding, evaluation.longest),
     }
 
 
-def _replaced_bytes(setting: Setting) -> int:
-    """16-bit weights are used where their file is mapped. The fast step lays those that share an input side by side in
-    memory of its own, transformers the experts that a file has one by one, and an embedding that gets new tokens is
-    copied; the file's pages of the same weights stay mapped as long as any other weight of the file is."""
-    if setting.device != "cpu" or setting.scheme != "none" or setting.element != 2:
+def dense_weights(workload: Workload) -> int:
+    """Return the number of base weights stored in the compute dtype."""
+    shape, base = workload.shape, workload.base
+    packed = 0 if base.scheme == "none" else shape.quantizable * (shape.layers - base.resident_layers)
+    return base.parameters - packed // shape.layers
+
+
+def packed_weights(workload: Workload) -> int:
+    """Return the number of base weights stored quantized."""
+    return workload.base.parameters - dense_weights(workload)
+
+
+def weight_bytes(workload: Workload) -> int:
+    dense = dense_weights(workload) * workload.compute.dtype_bytes
+    return int(dense + packed_weights(workload) * BITS.get(workload.base.scheme, 0) / 8)
+
+
+def constant_bytes(workload: Workload) -> int:
+    """Return bytes of the quantization constants.
+
+    4 bit: one constant per block of 64, in fp32, or with double quantization in 8 bit with one fp32 constant for 256 of
+    them, which makes 4.127 bits per weight (QLoRA, arXiv:2305.14314, section 3). int8: one fp32 constant per row.
+    """
+    packed, base, shape = packed_weights(workload), workload.base, workload.shape
+    if not packed:
         return 0
-    if setting.shards > 1:  # a share is in memory of its own as it is read
+    if base.scheme == "int8":
+        return 4 * sum(x.rows for x in shape.linears) * (shape.layers - base.resident_layers)
+    blocks = packed / BLOCK
+    return int(blocks + 4 * blocks / NESTED if base.double_quantization else 4 * blocks)
+
+
+def optimizer_bytes(workload: Workload) -> int:
+    return int(STATE_BYTES[workload.compute.optimizer] * workload.adapter_weights)
+
+
+def workspace_bytes(workload: Workload) -> int:
+    """Return bytes of the largest dequantized weight, gathered shards, 8-bit integer copies, and small scratch."""
+    compute = workload.compute
+    scratch = 32 * MIB if compute.device != "cpu" else SCRATCH_BYTES if compute.step == "plain" else 0
+    dequantized = _largest_dequantized(workload) if workload.dequantizes else 0
+    return scratch + dequantized + gathered_bytes(workload) + integer_bytes(workload)
+
+
+def integer_bytes(workload: Workload) -> int:
+    """Return bytes that int8 matmuls need: two 8-bit parts of each fp32 weight, head included, and 32-bit sums.
+
+    Weights stored in 8 bit are multiplied without a copy.
+    """
+    if not workload.compute.int8_matmul:
         return 0
-    shape = setting.shape
-    grown = shape.embedding * (1 if shape.tied else 2) if setting.more_tokens else 0
-    copied = [] if shape.family in EXPERTS_AS_ONE else [*shape.in_experts]
-    if setting.step == "fast":
+    shape, base = workload.shape, workload.base
+    layer = sum(x.weights for x in shape.linears if x not in shape.in_experts)
+    layers = shape.layers if base.scheme == "none" else base.resident_layers
+    return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
+
+
+def gathered_bytes(workload: Workload) -> int:
+    """Return bytes of a sharded base that are gathered at once: two layers, or a layer and the embedding or head."""
+    if workload.base.shards == 1:
+        return 0
+    layer = base_layer_bytes(workload)
+    return layer + max(layer, workload.compute.dtype_bytes * workload.shape.embedding)
+
+
+def base_layer_bytes(workload: Workload) -> int:
+    """Return bytes of one decoder layer's weights and quantization constants."""
+    outside = workload.compute.dtype_bytes * workload.shape.embedding * (1 if workload.shape.tied else 2)
+    return (weight_bytes(workload) + constant_bytes(workload) - outside) // workload.shape.layers
+
+
+def _largest_dequantized(workload: Workload) -> int:
+    """Return bytes of the largest dequantized weight.
+
+    The fast step multiplies by layers on the same input at once (gate and up): the joined weight, and the part that is
+    copied into it.
+    """
+    sizes = {x.name: x.inputs * x.outputs for x in workload.shape.linears}
+    single, joined = max(sizes.values()), 0
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        parts = [sizes.get(name, 0) for name in group]
+        joined = max(joined, sum(parts) + max(parts) if workload.compute.step == "fast" else 0)
+    return workload.compute.dtype_bytes * max(single, joined)
+
+
+def framework_bytes(workload: Workload) -> int:
+    """Return bytes of code: libraries, compiled kernels, and the CUDA context."""
+    compute = workload.compute
+    if compute.device != "cpu":
+        return CUDA_CONTEXT_BYTES
+    kernels = KERNELS_BYTES if compute.step == "fast" else 0
+    few = workload.tiled_lora or compute.step == "plain"  # peft computes its adapters in fp32
+    matmuls = FP32_MATMULS_BYTES if compute.dtype_bytes == 4 else MATMULS_BYTES if few else MORE_MATMULS_BYTES
+    return CODE_BYTES + matmuls + kernels
+
+
+def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
+    """Return the parts that do not change during a phase. trained: with the optimizer's state."""
+    return {
+        "weights": weight_bytes(workload) // workload.base.shards,
+        "quantization_constants": constant_bytes(workload) // workload.base.shards,
+        "adapters": 4 * workload.adapter_weights,
+        "optimizer": optimizer_bytes(workload) if trained else 0,
+        "workspace": workspace_bytes(workload),
+        "mapped_files": _mapped_copies(workload),
+        "framework": framework_bytes(workload),
+    }
+
+
+def _mapped_copies(workload: Workload) -> int:
+    """Return bytes of mapped weight files whose weights were copied.
+
+    On a CPU, 16-bit weights are used in the mapped file. The fast step joins those on the same input in its own memory,
+    transformers joins experts that a file stores one by one, and an embedding with new tokens is copied. The file's
+    pages of these weights stay mapped while any other weight of the file is in use.
+    """
+    shape, compute, base = workload.shape, workload.compute, workload.base
+    if compute.device != "cpu" or base.scheme != "none" or compute.dtype_bytes != 2:
+        return 0
+    if base.shards > 1:  # a share is read into its own memory
+        return 0
+    embeddings = shape.embedding * (1 if shape.tied else 2) if workload.adapter.new_tokens else 0
+    copied = [] if shape.family in FUSED_EXPERTS else [*shape.in_experts]
+    if compute.step == "fast":
         joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         copied += [x for x in shape.linears if x.name in joined]
-    return setting.element * (shape.layers * sum(x.weights for x in copied) + grown)
+    return compute.dtype_bytes * (shape.layers * sum(x.weights for x in copied) + embeddings)
 
 
-def train(setting: Setting, batch: MicroBatch) -> Phase:
-    """From the second step on: the first has no optimizer state yet.
+def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
+    """Return the peak of training from the second step on; the first step has no optimizer state yet.
 
-    The gradients are fp32 and as many as the adapter's weights. They grow while activations go, so that on a card they
-    count at the peak only where an earlier micro-batch of the step has left some. On a CPU they are small blocks, whose
-    memory the C library keeps from step to step.
+    Gradients are fp32, one per trainable weight. They grow while activations are freed. On a GPU they count at the peak
+    only if an earlier micro-batch of the step has left some. On a CPU they are small blocks, whose memory the C library
+    keeps from step to step.
     """
-    held = held_parts(setting, trained=True)
-    trainable = 4 * setting.adapter_weights
-    if setting.step == "fast" and setting.device == "cuda":
-        held["adapters"] += setting.element * setting.operand_weights
-    elif setting.step == "fast" and not setting.tiled_lora:
-        # The adapter in the type that is computed in is kept for the backward, of each layer that keeps anything.
-        share = 1 - setting.checkpoint_layers / setting.shape.layers if setting.element < 4 else 0.5
-        held["adapters"] += int(setting.element * (setting.adapter_weights - setting.whole) * share)
-    alive = at_peak(setting, batch)
-    waiting = trainable if batch.more or setting.device == "cpu" else 0
-    moments = [(alive, waiting), (Alive(), trainable)]  # the second: the optimizer's own step
-    alive, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
+    adapter, compute = workload.adapter, workload.compute
+    parts = constant_parts(workload, trained=True)
+    trainable = 4 * workload.adapter_weights
+    if compute.step == "fast" and compute.device == "cuda":
+        parts["adapters"] += compute.dtype_bytes * workload.gpu_operand_weights
+    elif compute.step == "fast" and not workload.tiled_lora:
+        # Each layer that saves activations keeps the adapter in the compute dtype for its backward pass.
+        share = 1 - compute.checkpointed_layers / workload.shape.layers if compute.dtype_bytes < 4 else 0.5
+        parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.extra_weights) * share)
+    kept_gradients = trainable if batch.more or compute.device == "cpu" else 0
+    moments = [(at_peak(workload, batch), kept_gradients), (LiveBytes(), trainable)]  # the second: the optimizer step
+    live, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
     return phase_of(
         {
-            **held,
+            **parts,
             "gradients": gradients,
-            "saved_activations": alive.saved_activations,
-            "live_layer": alive.live_layer,
-            "head": alive.head,
+            "saved_activations": live.saved_activations,
+            "live_layer": live.live_layer,
+            "head": live.head,
         }
     )
 
 
-def load(setting: Setting) -> Phase:
-    """Reading the base. On a CPU 16-bit weights stay where their files are mapped; for fp32 they are copied out, and
-    the files' pages count until the last is. A quantized base is read tensor by tensor, each with its file opened anew;
-    of a card the files' pages lie in the host's memory. Of a sharded base a device reads its share."""
-    held = held_parts(setting, trained=False)
-    copied = setting.device == "cpu" and setting.scheme == "none" and setting.element != 2
-    mapped = weight_bytes(setting.but(element=2)) if copied else 0
-    parts = {"weights": held["weights"], "quantization_constants": held["quantization_constants"]}
-    if setting.shards > 1 and copied:  # tensor by tensor: the largest as it is read, and as it is wanted
-        mapped, parts["workspace"] = 0, (2 + setting.element) * setting.shape.embedding
-    framework = CODE_BYTES if setting.device == "cpu" else CUDA_CONTEXT_BYTES
+def load_phase(workload: Workload) -> Phase:
+    """Return the peak of reading the base.
+
+    On a CPU, 16-bit weights stay in their mapped files; for fp32 they are copied, and the files' pages count until the
+    last copy. A quantized base is read tensor by tensor, and its file is opened for each. For a GPU, the files' pages
+    are in host memory. Each device reads its share of a sharded base.
+    """
+    constant = constant_parts(workload, trained=False)
+    compute = workload.compute
+    copied = compute.device == "cpu" and workload.base.scheme == "none" and compute.dtype_bytes != 2
+    mapped = weight_bytes(workload.replace(dtype_bytes=2)) if copied else 0
+    parts = {"weights": constant["weights"], "quantization_constants": constant["quantization_constants"]}
+    if workload.base.shards > 1 and copied:  # tensor by tensor: the largest as stored and converted
+        mapped, parts["workspace"] = 0, (2 + compute.dtype_bytes) * workload.shape.embedding
+    framework = CODE_BYTES if compute.device == "cpu" else CUDA_CONTEXT_BYTES
     return phase_of({**parts, "mapped_files": mapped, "framework": framework})
 
 
 def phase_of(parts: Mapping[str, int]) -> Phase:
+    """Return the phase with these parts, in the order of PARTS."""
     return Phase({name: int(parts.get(name, 0)) for name in PARTS})
+
+
+def decoding_workload(workload: Workload, dtype: str) -> Workload:
+    """Return the workload with its model loaded to generate: on one device; on a CPU, dequantized once."""
+    layers = workload.shape.layers if workload.compute.device == "cpu" else workload.base.resident_layers
+    return workload.replace(shards=1, resident_layers=layers, dtype_bytes=BYTES[dtype])
+
+
+def evaluate_phase(workload: Workload, evaluation: EvaluationLoad, usable: int) -> Phase:
+    """Return the peak of `strop eval` with base and tuned model in one batch, for a `decoding_workload`.
+
+    Fewer completions are generated at once when memory is short.
+    """
+    if not _has_decoder(workload):
+        live = _prompt_bytes(workload, MicroBatch.rows([evaluation.longest] * HF_BATCH_ROWS))
+        parts = serve_phase(workload, evaluation.longest, completions=HF_BATCH_ROWS).parts
+        return phase_of({**parts, "live_layer": live})
+    free = max(0, usable - serve_phase(workload, 0).peak_bytes)
+    positions = int(CACHE_SHARE * free) // position_bytes(workload)
+    parts = serve_phase(workload, min(evaluation.positions, positions)).parts
+    rows = min(PREFILL_ROWS + evaluation.completions, evaluation.positions)
+    logits = 4 * min(SCORED_AT_ONCE, evaluation.positions) * workload.shape.vocabulary
+    head = logits + _screening_head_bytes(workload)
+    return phase_of({**parts, "live_layer": _pass_bytes(workload, rows), "head": head})
+
+
+def rollout_phase(workload: Workload, rollouts: RolloutLoad) -> Phase:
+    """Return the peak of sampling before a step: as serving, plus the optimizer's state.
+
+    Completions that do not fit are sampled later.
+    """
+    context, rows = rollouts.prompt + rollouts.answer, min(rollouts.completions, MAX_SEQUENCES)
+    parts = serve_phase(workload, context, completions=rows).parts
+    return phase_of({**parts, "optimizer": optimizer_bytes(workload)})
+
+
+def merge_phase(workload: Workload, longest: int) -> Phase:
+    """Return the peak of merging, on a CPU.
+
+    Two models are measured one after the other, in fp32 on 16-bit weights, on rows of `longest` tokens. The first
+    model's distributions are kept in a file.
+    """
+    shape = workload.shape
+    weights, head = parity_model_bytes(
+        workload.base.parameters, shape.vocabulary, shape.hidden, shape.tied, longest=longest
+    )
+    return phase_of({
+        "weights": weights,
+        "adapters": 4 * workload.adapter_weights,
+        "head": head,
+        "workspace": SCRATCH_BYTES,
+        "framework": CODE_BYTES + FP32_MATMULS_BYTES + PARITY_PROCESS_BYTES,
+    })  # fmt: skip
+
+
+def parity_model_bytes(
+    parameters: int, vocabulary: int, hidden: int, tied: bool, *, dtype_bytes: int = 2, longest: int = 1024
+) -> tuple[int, int]:
+    """Return bytes of (weights, head) of a model that computes in fp32 on weights of `dtype_bytes` each.
+
+    Each weight is converted for its matmul. The embedding is in fp32 too, an untied head is the largest converted
+    weight, and a row of `longest` tokens has a matrix of logits.
+    """
+    embedding = 4 * vocabulary * hidden
+    head = (0 if tied else embedding) + 4 * vocabulary * longest + PARITY_BYTES
+    return dtype_bytes * parameters + embedding, head
+
+
+def export_phase(workload: Workload, longest: int, kind: str = "q8_0") -> Phase:
+    """Return the peak of writing a GGUF file of this type, without a measurement by llama.cpp.
+
+    Tensors are written one by one: the largest as stored, in fp32, and as written. An adapter trained on quantized
+    weights is first measured on both possible bases, on rows of `longest` tokens.
+    """
+    largest = max(workload.shape.embedding, *(x.inputs * x.outputs for x in workload.shape.linears))
+    written = phase_of({
+        "adapters": 4 * workload.adapter_weights,
+        "workspace": int(WRITING_BYTES.get(kind, WRITING_BYTES["f16"]) * largest),
+        "framework": CODE_BYTES,
+    })  # fmt: skip
+    if workload.base.scheme == "none":
+        return written
+    parts = merge_phase(workload, longest).parts
+    measured = phase_of({**parts, "framework": parts["framework"] - PARITY_PROCESS_BYTES})
+    return max(written, measured, key=lambda phase: phase.peak_bytes)
+
+
+def _has_decoder(workload: Workload) -> bool:
+    """Return whether strop's decoder generates for this model; otherwise transformers does."""
+    family = FAMILIES.get(workload.shape.family)
+    return workload.compute.device == "cpu" and family is not None and family.by_hand
+
+
+def position_bytes(workload: Workload) -> int:
+    """Return bytes of one position in the KV cache."""
+    shape = workload.shape
+    width = -(-shape.head_size // LANES) * LANES
+    return 2 * shape.layers * shape.key_value_heads * width * workload.compute.dtype_bytes
+
+
+def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Phase:
+    """Return the peak of serving base and adapter with `completions` of `context` tokens at once."""
+    constant, shape, positions = constant_parts(workload, trained=False), workload.shape, completions * context
+    if not _has_decoder(workload):
+        cache = 2 * shape.layers * shape.key_value * positions * workload.compute.dtype_bytes
+        live = _prompt_bytes(workload, MicroBatch.rows([context]))
+        return phase_of({**constant, "saved_activations": cache, "live_layer": live})
+    constants = 4 * packed_weights(workload) // BLOCK if workload.base.scheme in ("nf4", "fp4") else 0
+    return phase_of({
+        **constant,
+        "quantization_constants": constant["quantization_constants"] + constants,
+        "adapters": constant["adapters"] + _decoder_adapter_bytes(workload),
+        "mapped_files": 0,
+        "workspace": SCRATCH_BYTES,
+        "saved_activations": positions * position_bytes(workload),
+        "live_layer": _pass_bytes(workload, min(PREFILL_ROWS, positions)),
+        # logits of each row, and once more in one matrix
+        "head": 2 * 4 * completions * shape.vocabulary + _screening_head_bytes(workload),
+        "framework": CODE_BYTES + KERNELS_BYTES + DECODE_KERNELS_BYTES,
+    })  # fmt: skip
+
+
+def _screening_head_bytes(workload: Workload) -> int:
+    """Return bytes of the head's 8-bit copy for exact argmax, with two values per row."""
+    shape = workload.shape
+    head = workload.compute.dtype_bytes * shape.vocabulary * shape.hidden
+    read = weight_bytes(workload) - (0 if shape.tied else head)
+    return 0 if shape.softcap or head <= SCREENED_SHARE * read else shape.vocabulary * (shape.hidden + 8)
+
+
+def _decoder_adapter_bytes(workload: Workload) -> int:
+    """Return bytes of the decoder's copy of the adapter, next to peft's: A in the compute dtype, B in fp32."""
+    ranked = zip(workload.shape.linears, workload.adapter.ranks, strict=True)
+    return workload.shape.layers * sum(
+        rank * (workload.compute.dtype_bytes * x.inputs + 4 * x.rows) for x, rank in ranked
+    )
+
+
+def _pass_bytes(workload: Workload, rows: int) -> int:
+    """Return bytes of the buffers of one decoder pass.
+
+    They are a matmul's input and queries, and in fp32 its output and the residual stream.
+    """
+    shape, b = workload.shape, workload.compute.dtype_bytes
+    inputs = max(shape.hidden, shape.query, shape.intermediate)
+    outputs = max(shape.query + 2 * shape.key_value, 2 * shape.intermediate, shape.hidden)
+    return rows * (b * (inputs + shape.query + shape.hidden) + 4 * (outputs + shape.hidden))
+
+
+def _prompt_bytes(workload: Workload, batch: MicroBatch) -> int:
+    """Return bytes of transformers' forward pass over a prompt; the head computes its last row only."""
+    shape, b = workload.shape, workload.compute.dtype_bytes
+    return batch.tokens * (3 * shape.hidden + 3 * shape.intermediate) * b + 4 * shape.vocabulary

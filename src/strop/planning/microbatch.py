@@ -1,79 +1,156 @@
-"""The micro-batches that a recipe makes: the largest there can be, and the usual one."""
+"""The rows of a recipe and the micro-batches that training makes of them: the largest, the typical, the first ones."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
+from strop.config.load import SHORT_FORMS
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream, group_by_length, pack
-from strop.objectives.table import max_completion_tokens, sequences_per_row
-from strop.planning.activations import KEEP_PAIRS, LEAST_PREFIX, MicroBatch, at_peak
-from strop.planning.workload import Setting
+from strop.data.prepare import prepare
+from strop.data.reading.sources import needs_download
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
+from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
+from strop.planning.activations import KEEP_PAIRS, MIN_PREFIX, MicroBatch, at_peak
+from strop.planning.workload import Workload
+from strop.runs.folder import is_run
 
 MICRO_BATCH_TOKENS = 2048
-LOOKED_AT = 32  # steps, whose time stands for the run's
+TIMED_STEPS = 32  # steps whose predicted time is extrapolated to the run
+NO_DATA = "-"  # data.train of a plan without data
 
 
 class Rows(list[tuple[int, int]]):
-    """Tokens and supervised tokens of each answer. prefix: the tokens that all of them begin with. unknown: why there
-    are none; refused: why a run would not start on them."""
+    """(tokens, supervised tokens) of each answer.
+
+    prefix: number of tokens that all rows begin with. unknown: why the rows are unknown. refused: why a run would
+    refuse them.
+    """
 
     prefix = 0
     unknown = ""
     refused = ""
 
 
-def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = None) -> MicroBatch:
-    """The micro-batch of a recipe that needs most: rows as long as they may be (or as the longest there is) and a
-    shorter one that fills it, or rows short enough for their probabilities to be kept."""
-    most = recipe.data.max_length + max_completion_tokens(recipe.train)
-    longest = min(longest or most, most)
-    found = [_filled(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
-    return max(found, key=lambda batch: at_peak(setting, batch).total)
+def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
+    """Return options with full field names; without a recipe and data, the plan assumes rows of the longest length."""
+    full = {SHORT_FORMS.get(name, name): value for name, value in (options or {}).items()}
+    if not recipe_given:
+        full.setdefault("data.train", NO_DATA)
+    return full
 
 
-def _filled(recipe: Recipe, length: int) -> MicroBatch:
-    train_, answers = recipe.train, sequences_per_row(recipe.train)
-    most = answers * train_.batch_size
-    if train_.micro_batch is not None:
-        lengths = [length] * answers * min(train_.micro_batch, train_.batch_size)
+def row_sizes(recipe: Recipe) -> Rows:
+    """Return the size of each row, if the rows and the model's tokenizer are on this machine.
+
+    For pairs, each answer counts. For prompts, each sampled answer counts at its longest length.
+
+    Raises:
+        DataError: a data file is missing.
+    """
+    sizes, model = Rows(), Path(recipe.model.name).expanduser()
+    names = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
+    if names == [NO_DATA]:
+        sizes.unknown = "no data is given"
+    elif any(needs_download(name) for name in names):
+        sizes.unknown = "the data is on the Hub"
+    elif not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
+        sizes.unknown = "the model's tokenizer is not on this machine"
+    if sizes.unknown:
+        return sizes
+    source = locate(recipe.model.name, recipe.model.revision)
+    if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
+        sizes.unknown = "the model's folder has no tokenizer"
+        return sizes
+    data_kind = data_kind_of(recipe.train)
+    prepared = prepare(recipe.data, load_tokenizer(source), strict=False, data_kind=data_kind)
+    rows, refusal, prefix = prepared.train, prepared.report.refusal, None
+    sizes.refused = "" if refusal is None else str(refusal)
+    if sampled := max_completion_tokens(recipe.train):
+        sizes += [
+            (int(length) + sampled, sampled) for length in rows.lengths for _ in range(sequences_per_row(recipe.train))
+        ]
+        return sizes
+    for number in range(len(rows)):
+        example = rows[number]
+        sizes.append((len(example), example.supervised))
+        prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None
+    sizes.prefix = 0 if prefix is None else len(prefix)
+    return sizes
+
+
+def _shared_prefix(prefix: Any, ids: Any) -> Any:
+    """Return the token ids that both begin with. prefix: None before the first row."""
+    if prefix is None:
+        return ids
+    size = min(len(prefix), len(ids))
+    differs = (prefix[:size] != ids[:size]).nonzero()[0]
+    return prefix[: differs[0] if len(differs) else size]
+
+
+def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None = None) -> MicroBatch:
+    """Return the micro-batch of a recipe that needs the most memory.
+
+    Its rows have the maximum length (or `longest` tokens), with a shorter row that fills the budget; or they are short
+    enough that attention probabilities are kept for the backward pass.
+    """
+    limit = recipe.data.max_length + max_completion_tokens(recipe.train)
+    longest = min(longest or limit, limit)
+    candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
+    return max(candidates, key=lambda batch: at_peak(workload, batch).total)
+
+
+def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
+    train, answers = recipe.train, sequences_per_row(recipe.train)
+    answers_per_step = answers * train.batch_size
+    if train.micro_batch is not None:
+        lengths = [length] * answers * min(train.micro_batch, train.batch_size)
     else:
-        budget = max(train_.micro_batch_tokens or MICRO_BATCH_TOKENS, length * answers)
-        lengths = [length] * answers * min(budget // (length * answers), train_.batch_size)
+        budget = max(train.micro_batch_tokens or MICRO_BATCH_TOKENS, length * answers)
+        lengths = [length] * answers * min(budget // (length * answers), train.batch_size)
         rest = (budget - sum(lengths)) // answers
-        lengths += [rest] * answers if len(lengths) < most and rest > 1 else []
-    return MicroBatch.rows(lengths, more=len(lengths) < most)
+        lengths += [rest] * answers if len(lengths) < answers_per_step and rest > 1 else []
+    return MicroBatch.rows(lengths, more=len(lengths) < answers_per_step)
 
 
 def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
-    """The one whose time stands for the run's: of rows of the mean length. rows: (tokens, supervised) of each answer,
-    where they are known; else they are as long as they may be, and supervised. What all of them begin with is computed
-    once."""
+    """Return a typical micro-batch, of rows of the mean length, from which the run's time is predicted.
+
+    rows: (tokens, supervised tokens) of each answer. Unknown rows count as rows of the maximum length with every token
+    supervised. A prefix that all rows share is computed once.
+    """
     prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
     answers = sequences_per_row(recipe.train)
     if not rows:
-        drawn = max_completion_tokens(recipe.train)
-        length = recipe.data.max_length + drawn
-        rows = [(length, drawn or length - 1)] * recipe.train.batch_size * answers
-    train_, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))
-    number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
-    number = answers * min(number, train_.batch_size, len(rows) // answers)
+        sampled = max_completion_tokens(recipe.train)
+        length = recipe.data.max_length + sampled
+        rows = [(length, sampled or length - 1)] * recipe.train.batch_size * answers
+    train, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))
+    number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
+    number = answers * min(number, train.batch_size, len(rows) // answers)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    batch = MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train_.batch_size, len(rows)))
-    return _sharing(batch, [mean] * number, prefix)
+    batch = MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train.batch_size, len(rows)))
+    return _with_shared_prefix(batch, [mean] * number, prefix)
 
 
 def first_steps(recipe: Recipe, rows: Rows, packed: bool) -> list[list[MicroBatch]]:
-    """The micro-batches of the run's first steps, as training cuts them. rows: one answer each. packed: no padding is
-    computed, and what the rows begin with once."""
+    """Return the micro-batches of the run's first steps, cut as training cuts them.
+
+    rows: one answer each. packed: rows are packed without padding, and their shared prefix is computed once.
+    """
     train = recipe.train
     steps = BatchStream(
         len(rows), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
     )
-    return [_cut(recipe, [rows[row] for row in batch.rows], rows.prefix, packed) for batch in islice(steps, LOOKED_AT)]
+    return [
+        _cut(recipe, [rows[row] for row in batch.rows], rows.prefix, packed) for batch in islice(steps, TIMED_STEPS)
+    ]
 
 
 def _cut(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: bool) -> list[MicroBatch]:
@@ -83,23 +160,23 @@ def _cut(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: b
         groups = group_by_length(lengths, rows=train.micro_batch)
     else:
         groups = pack(lengths, max(budget, *lengths)) if packed else group_by_length(lengths, tokens=budget)
-    return [_together([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
+    return [_micro_batch([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
 
 
-def _together(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
+def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
     supervised, longest = sum(count for _, count in rows), max(tokens for tokens, _ in rows)
     if not packed:
         batch = MicroBatch.rows([longest] * len(rows), more=more)
         return replace(batch, supervised=supervised, shared=sum(tokens for tokens, _ in rows) - batch.tokens)
     batch = MicroBatch.rows([tokens for tokens, _ in rows], more=more)
-    return _sharing(replace(batch, supervised=supervised), [tokens for tokens, _ in rows], prefix)
+    return _with_shared_prefix(replace(batch, supervised=supervised), [tokens for tokens, _ in rows], prefix)
 
 
-def _sharing(batch: MicroBatch, lengths: Sequence[int], prefix: int) -> MicroBatch:
-    """Rows of these lengths that begin with `prefix` tokens in common, where that is worth sharing."""
+def _with_shared_prefix(batch: MicroBatch, lengths: Sequence[int], prefix: int) -> MicroBatch:
+    """Return the batch with a prefix of its rows computed once, if the prefix is long enough to be shared."""
     prefix = min(prefix, min(lengths) - 1) if len(lengths) > 1 else 0
-    if prefix < LEAST_PREFIX:
+    if prefix < MIN_PREFIX:
         return batch
     shared = (len(lengths) - 1) * prefix
-    own = tuple((number, tokens - prefix, tokens) for tokens, number in sorted(Counter(lengths).items()))
-    return replace(batch, tokens=batch.tokens - shared, documents=((1, prefix, prefix), *own), shared=shared)
+    documents = tuple((number, tokens - prefix, tokens) for tokens, number in sorted(Counter(lengths).items()))
+    return replace(batch, tokens=batch.tokens - shared, documents=((1, prefix, prefix), *documents), shared=shared)

@@ -1,8 +1,7 @@
-"""How long a step takes: its FLOPs by kind, each at the rate that kind of product reaches, the bytes it moves, and what
-each layer and each micro-batch costs whatever their size.
+"""Predicted time of a training step: FLOPs by kind, each at the rate of that kind of matmul, and bytes moved.
 
-On a CPU the rates and costs are those that `strop doctor` has measured (planning.calibrate); a card's are of its data
-sheet.
+Each layer and each micro-batch also has a constant cost. On a CPU, rates and costs are those that `strop doctor` has
+measured (planning.calibrate). A GPU's come from its data sheet.
 """
 
 from __future__ import annotations
@@ -15,39 +14,56 @@ from strop.engine.decode.cache import MAX_SEQUENCES
 from strop.machine.probe import TILED_RANK, Machine
 from strop.machine.rates import Rates
 from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
-from strop.planning.gpus import Card
-from strop.planning.memory import Drawn, constant_bytes, packed_weights, weight_bytes
-from strop.planning.workload import Setting
+from strop.planning.memory import RolloutLoad, constant_bytes, packed_weights, weight_bytes
+from strop.planning.workload import Workload
 
-THIN, THIN_APART = 0.5, 0.25  # of the large products' rate, by products with a rank; by oneDNN's, with larger ones
-# Where `strop doctor` has not measured: as it found them on two cores of a Xeon with AMX (docs/log).
-ATTENTION, HEAD, MOVED = 0.2, 0.8, 0.5  # shares of the large products' rate, twice, and of memory's
+# LoRA matmuls, as a share of the rate of large matmuls: in strop's tiles, and with oneDNN at larger ranks.
+LORA_SHARE, WIDE_LORA_SHARE = 0.5, 0.25
+# Defaults where `strop doctor` has not measured, from two cores of a Xeon with AMX (docs/log). Shares of the rate of
+# large matmuls (attention, head) and of memory bandwidth (element-wise work).
+ATTENTION_SHARE, HEAD_SHARE, MOVED_SHARE = 0.2, 0.8, 0.5
 LAYER_S, KINDS_S, PLAIN, UNPACKED_PER_S = 5e-3, 0.03, 1.8, 1e9
-INTEGERS = {"none": 2.4, "int8": 3.5}  # frozen products in 8-bit integers, times those in fp32 (docs/log)
-KINDS_HIDDEN, KINDS_POWER = 576, 0.75  # kinds of product are made in 0.57 and 1.5 times as long at 256 and 1,024
-UPDATE_BYTES = 40  # of a number: read and written by the norm of its gradient, by clipping, and by AdamW
-UPDATE_S = 1e-5  # of a weight: three calls, on a CPU
-FORWARD = 0.35  # of a step's element-wise work: a forward that is done again; and the forward pass of the reference
-ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
-# DoRA: times a layer's own cost, and times the plain step's time, where peft computes it (each by one run of SmolLM2).
+INTEGER_SPEEDUP = {"none": 2.4, "int8": 3.5}  # int8 matmuls of frozen weights, relative to fp32 (docs/log)
+KINDS_HIDDEN, KINDS_POWER = 576, 0.75  # matmul shapes compile in 0.57 and 1.5 times as long at 256 and 1,024
+UPDATE_BYTES = 40  # per trainable weight: read and written by the gradient norm, by clipping, and by AdamW
+UPDATE_S = 1e-5  # per trainable tensor: three calls, on a CPU
+FORWARD = 0.35  # share of a step's time in the forward pass: for recomputed layers, and for the reference model
+DECODE_SHARE = 0.25  # of the matmul rate, when many completions are sampled at once
+# DoRA: factor on a layer's constant cost, and on the plain step's time (peft). One run of SmolLM2 each.
 DORA_LAYERS, PLAIN_DORA = 2.0, 2.3
-LOGIT_BYTES = 48  # of a number of the plain step's logits, moved, some rows at a time: in fp32, softmax, there and back
-HOST_BYTES_PER_S = 20e9  # between a card and the host, each way: of 32 GB/s of PCIe 4.0 with 16 lanes; not measured
-# FLOP/s a core and bytes/s of such a machine: of wide vector units at 3 GHz, 60 % of their peak.
-CORE_BF16, CORE_FP32, CORE_PLAIN, HERE_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
-GUESS = "its instructions; `strop doctor` measures"
-GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
+LOGIT_BYTES = 48  # bytes moved per logit of the plain step: to fp32, softmax, forward and backward
+HOST_BYTES_PER_S = 20e9  # between GPU and host, each way, of 32 GB/s of PCIe 4.0 x16; not measured
+# A CPU that was not measured: FLOP/s per core and bytes/s, with wide vector units at 3 GHz and 60 % of their peak.
+CORE_BF16, CORE_FP32, CORE_NARROW, CPU_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
+GUESS = "the CPU's instructions; `strop doctor` measures"
+GPU_SHARE = 0.45  # of a GPU's dense rate: 43 % at 8B LoRA on an H100 (published by NVIDIA NeMo AutoModel)
 
 
 def has_bf16(machine: Machine) -> bool:
-    """Whether its CPU multiplies bf16."""
+    """Return whether the machine's CPU multiplies bf16."""
     return "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Products in FLOP/s and memory in bytes/s; source: measured here, or whose table. peak: the first is a data
-    sheet's, of which a real step reaches a part. The others as planning.calibrate finds them; 0: not measured."""
+    """Speed of a device in one dtype. `planning.calibrate` measures the fields after `peak`; 0 means not measured.
+
+    Args:
+        flops: FLOP/s of large matmuls.
+        bandwidth: bytes/s of memory.
+        source: where the figures come from.
+        peak: `flops` is a data sheet's peak, of which a training step reaches a share.
+        head_flops: FLOP/s of the output head.
+        attention_flops: FLOP/s of attention.
+        layer_s: constant seconds per layer.
+        moved: bytes/s of element-wise work.
+        kinds_s: seconds to compile the matmuls of a new row length; None: not measured.
+        plain: time of the plain step, relative to the fast step.
+        thin_flops: FLOP/s of LoRA matmuls with a rank above TILED_RANK.
+        unpacked_per_s: weights dequantized per second, by quantization scheme.
+        integers: FLOP/s of frozen weights in int8 matmuls, by quantization scheme.
+        frozen_flops: FLOP/s of frozen weights; 0: as `flops`.
+    """
 
     flops: float
     bandwidth: float
@@ -56,17 +72,17 @@ class Rate:
     head_flops: float = 0.0
     attention_flops: float = 0.0
     layer_s: float = 0.0
-    moved: float = 0.0  # bytes/s of element-wise work
-    kinds_s: float | None = None  # None: not measured
-    plain: float = 0.0  # times the fast step's time
-    thin_flops: float = 0.0  # of products with a rank above TILED_RANK
-    unpacked_per_s: Mapping[str, float] = field(default_factory=dict)  # weights, by scheme
-    integers: Mapping[str, float] = field(default_factory=dict)  # FLOP/s of frozen products in them, by scheme
-    frozen_flops: float = 0.0  # 0: as flops
+    moved: float = 0.0
+    kinds_s: float | None = None
+    plain: float = 0.0
+    thin_flops: float = 0.0
+    unpacked_per_s: Mapping[str, float] = field(default_factory=dict)
+    integers: Mapping[str, float] = field(default_factory=dict)
+    frozen_flops: float = 0.0
 
     @staticmethod
     def measured(rates: Rates, dtype: str) -> Rate:
-        """Of this machine's CPU in one type, as `strop doctor` has found it."""
+        """Return the rate of this machine's CPU that `strop doctor` has measured."""
         flops = rates.bf16_flops if dtype == "bf16" else rates.fp32_flops
         costs = rates.costs[dtype if dtype in rates.costs else "fp32"]
         rate = Rate(flops, rates.bandwidth, "strop doctor", unpacked_per_s=rates.unpacked_per_s)
@@ -74,29 +90,27 @@ class Rate:
 
     @staticmethod
     def of_cpu(machine: Machine, rates: Rates | None, dtype: str) -> Rate:
-        """As `strop doctor` has measured it; where it has not, by its instructions."""
+        """Return the measured rate of a CPU, or without one a guess from its vector instructions."""
         if rates is not None:
             return Rate.measured(rates, dtype)
-        wide = CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
+        wide = CORE_FP32 if "avx512f" in machine.vector else CORE_NARROW
         core = CORE_BF16 if has_bf16(machine) and dtype == "bf16" else wide
-        return Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {GUESS}")
+        return Rate(core * machine.cores, CPU_BANDWIDTH, f"a guess from {GUESS}")
 
-    def as_set(self, setting: Setting) -> Rate:
-        """With products in 8-bit integers, where they are: the layers', and the head's, which is in 16 bit always."""
-        if not setting.integers:
+    def for_workload(self, workload: Workload) -> Rate:
+        """Return the rate with int8 matmuls, if the workload has them. The head's weight is always in 16 bit."""
+        if not workload.compute.int8_matmul:
             return self
-        layers, head = (self.integers.get(name, INTEGERS[name] * self.flops) for name in (setting.scheme, "none"))
-        faster = head / self.flops
-        return replace(self, frozen_flops=layers, head_flops=faster * (self.head_flops or HEAD * self.flops))
-
-    @staticmethod
-    def of(card: Card) -> Rate:
-        return Rate(card.tflops * 1e12, card.bandwidth_gbs * 1e9, f"data sheet of {card.name}", peak=True)
+        schemes = (workload.base.scheme, "none")
+        layers, head = (self.integers.get(name, INTEGER_SPEEDUP[name] * self.flops) for name in schemes)
+        speedup = head / self.flops
+        head_flops = speedup * (self.head_flops or HEAD_SHARE * self.flops)
+        return replace(self, frozen_flops=layers, head_flops=head_flops)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one micro-batch, forward and backward."""
+    """FLOPs of one micro-batch, forward and backward."""
 
     frozen: float
     adapters: float
@@ -108,27 +122,33 @@ class Flops:
         return self.frozen + self.adapters + self.attention + self.head
 
 
-def flops(setting: Setting, batch: MicroBatch) -> Flops:
-    """Exact for the fast step: no dW for frozen weights, no dX in front of the first layer, the head and the last
-    layer behind its attention on supervised rows alone; a layer that is checkpointed does its forward twice. DoRA with
-    dropout has a frozen product more in the forward and two in the backward. The plain step computes all rows of every
-    layer."""
-    shape, layers = setting.shape, setting.shape.layers
-    front = sum(x.active_weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-    behind = sum(x.active_weights for x in shape.linears) - front
-    last = batch.tokens if setting.step == "plain" else batch.supervised
-    rows = layers * batch.tokens * front + ((layers - 1) * batch.tokens + last) * behind
-    forward = 2.0 * rows
-    again = setting.checkpoint_layers / layers
-    frozen = forward * (2 + again) - 2.0 * front * batch.tokens
-    if setting.dora and setting.dropout and setting.step == "fast":
-        linears = zip(shape.linears, setting.ranks, strict=True)
-        frozen += forward * (3 + again) * sum(x.active_weights for x, rank in linears if rank) / (front + behind)
-    adapters = (6 + 2 * again) * (setting.active_adapter_weights - setting.whole) * batch.tokens
+def flops(workload: Workload, batch: MicroBatch) -> Flops:
+    """Count the FLOPs of a micro-batch.
+
+    Exact for the fast step: no dW for frozen weights, no dX before the first layer, and only supervised rows in the
+    head and after the last layer's attention. A checkpointed layer computes its forward pass twice. DoRA with dropout
+    has one more frozen matmul in the forward pass and two in the backward pass. The plain step computes all rows of
+    every layer.
+    """
+    shape, layers, adapter = workload.shape, workload.shape.layers, workload.adapter
+    qkv = sum(x.active_weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
+    rest = sum(x.active_weights for x in shape.linears) - qkv
+    last = batch.tokens if workload.compute.step == "plain" else batch.supervised
+    multiplied = layers * batch.tokens * qkv + ((layers - 1) * batch.tokens + last) * rest
+    forward = 2.0 * multiplied
+    again = workload.compute.checkpointed_layers / layers
+    frozen = forward * (2 + again) - 2.0 * qkv * batch.tokens
+    if adapter.dora and adapter.dropout and workload.compute.step == "fast":
+        ranked = zip(shape.linears, adapter.ranks, strict=True)
+        frozen += forward * (3 + again) * sum(x.active_weights for x, rank in ranked if rank) / (qkv + rest)
+    adapters = (6 + 2 * again) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
     long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
-    scored = 2.0 * layers * shape.query * pairs(setting, batch)  # of one product
-    attention = (7 + 2 * again) * scored if setting.tiles else (6 + 2 * again) * scored + layers * shape.query * long
-    head = (6.0 if setting.whole_head else 4.0) * shape.embedding + 6.0 * setting.head_rank * (
+    matmul = 2.0 * layers * shape.query * pairs(workload, batch)  # one of the attention's
+    if workload.compute.attention_tiles:
+        attention = (7 + 2 * again) * matmul
+    else:
+        attention = (6 + 2 * again) * matmul + layers * shape.query * long
+    head = (6.0 if adapter.full_head else 4.0) * shape.embedding + 6.0 * adapter.head_rank * (
         shape.hidden + shape.vocabulary
     )
     return Flops(frozen, adapters, attention, head * batch.supervised)
@@ -136,9 +156,18 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one micro-batch on a CPU. frozen, attention, head: FLOPs; adapters: those that large products would do in the
-    same time; thin: of adapters whose rank is too large for tiles; weights: bytes of frozen weights that are read;
-    moved: bytes of element-wise work and of LoRA's narrow products; layers: how often one begins."""
+    """Work of one micro-batch on a CPU, in the terms that have a rate.
+
+    Args:
+        frozen: FLOPs of frozen weights.
+        adapters: FLOPs that large matmuls would do in the time of the adapters' matmuls.
+        thin: FLOPs of adapters whose rank is too large for strop's tiles.
+        attention: FLOPs of attention.
+        head: FLOPs of the output head.
+        weights: bytes of frozen weights that are read.
+        moved: bytes of element-wise work and of LoRA's narrow matmuls.
+        layers: number of layer passes.
+    """
 
     frozen: float
     adapters: float
@@ -150,104 +179,114 @@ class Work:
     layers: float
 
 
-def work_of(setting: Setting, batch: MicroBatch) -> Work:
-    found, shape = flops(setting, batch), setting.shape
-    again = 1 + FORWARD * setting.checkpoint_layers / shape.layers
+def work_of(workload: Workload, batch: MicroBatch) -> Work:
+    count, shape, compute = flops(workload, batch), workload.shape, workload.compute
+    again = 1 + FORWARD * compute.checkpointed_layers / shape.layers
     weights = shape.layers * sum(linear.active_weights for linear in shape.linears)
-    passes = 2 + setting.checkpoint_layers / shape.layers
-    moved = batch.tokens * shape.layers * (element_bytes(setting) + thin_bytes(setting))
-    apart = max(setting.ranks, default=0) > TILED_RANK
-    element = setting.element if not setting.integers else 1 if setting.scheme == "int8" else 2
-    adapters, thin = (0.0, found.adapters) if apart else (found.adapters / THIN, 0.0)
+    passes = 2 + compute.checkpointed_layers / shape.layers
+    moved = batch.tokens * shape.layers * (elementwise_bytes(workload) + lora_bytes(workload))
+    untiled = max(workload.adapter.ranks, default=0) > TILED_RANK
+    weight = compute.dtype_bytes if not compute.int8_matmul else 1 if workload.base.scheme == "int8" else 2
+    adapters, thin = (0.0, count.adapters) if untiled else (count.adapters / LORA_SHARE, 0.0)
     return Work(
-        found.frozen, adapters, thin, found.attention, found.head, passes * weights * element, again * moved,
-        again * shape.layers * (DORA_LAYERS if setting.dora else 1),
+        count.frozen, adapters, thin, count.attention, count.head, passes * weights * weight, again * moved,
+        again * shape.layers * (DORA_LAYERS if workload.adapter.dora else 1),
     )  # fmt: skip
 
 
 def known_seconds(work: Work, rate: Rate) -> float:
-    """Of products, by their rate."""
+    """Return the seconds of the work whose rate is known without fitting: matmuls, and reading the weights."""
     frozen = work.frozen / (rate.frozen_flops or rate.flops)
     return frozen + work.adapters / rate.flops + work.weights / rate.bandwidth
 
 
-def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> float:
+def micro_batch_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
+    """Return the seconds of forward and backward of one micro-batch."""
+    shape, compute = workload.shape, workload.compute
     unpacked = (
-        0.0 if setting.integers else packed_weights(setting) * (2 + setting.checkpoint_layers / setting.shape.layers)
+        0.0 if compute.int8_matmul else packed_weights(workload) * (2 + compute.checkpointed_layers / shape.layers)
     )
     if rate.peak:
-        computing = flops(setting, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
-        return max(computing, 2 * offloaded_bytes(setting, batch) / HOST_BYTES_PER_S)  # beside each other
-    work, plain, rate = work_of(setting, batch), setting.step == "plain", rate.as_set(setting)
+        computing = flops(workload, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
+        return max(computing, 2 * offloaded_bytes(workload, batch) / HOST_BYTES_PER_S)  # they overlap
+    work, plain, rate = work_of(workload, batch), compute.step == "plain", rate.for_workload(workload)
     layers = (
         known_seconds(work, rate)
-        + work.thin / (rate.thin_flops or THIN_APART * rate.flops)
+        + work.thin / (rate.thin_flops or WIDE_LORA_SHARE * rate.flops)
         + work.layers * (rate.layer_s or LAYER_S)
-        + work.moved / (rate.moved or MOVED * rate.bandwidth)
-        + work.attention / (rate.attention_flops or ATTENTION * rate.flops)
+        + work.moved / (rate.moved or MOVED_SHARE * rate.bandwidth)
+        + work.attention / (rate.attention_flops or ATTENTION_SHARE * rate.flops)
     )
-    once = unpacked / rate.unpacked_per_s.get(setting.scheme, UNPACKED_PER_S)
-    own = setting.own_products and not plain
-    kinds_s = (0.0 if own else KINDS_S) if rate.kinds_s is None else rate.kinds_s
-    once += kinds_s * math.pow(setting.shape.hidden / KINDS_HIDDEN, KINDS_POWER)
-    once += work.head / (rate.head_flops or HEAD * rate.flops)
-    shape = setting.shape
-    once += repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, setting.element, own) / rate.bandwidth
+    once = unpacked / rate.unpacked_per_s.get(workload.base.scheme, UNPACKED_PER_S)
+    own_matmul = compute.own_head_matmul and not plain
+    kinds_s = (0.0 if own_matmul else KINDS_S) if rate.kinds_s is None else rate.kinds_s
+    once += kinds_s * math.pow(shape.hidden / KINDS_HIDDEN, KINDS_POWER)
+    once += work.head / (rate.head_flops or HEAD_SHARE * rate.flops)
+    repacked = repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, compute.dtype_bytes, own_matmul)
+    once += repacked / rate.bandwidth
     if plain:
-        once += LOGIT_BYTES * batch.supervised * shape.vocabulary / (rate.moved or MOVED * rate.bandwidth)
-        layers *= (rate.plain or PLAIN) * (PLAIN_DORA if setting.dora else 1)
-    else:  # what the model's own modules compute takes as long as in the plain step
-        layers *= 1 + setting.weights_by_model * ((rate.plain or PLAIN) - 1)
+        once += LOGIT_BYTES * batch.supervised * shape.vocabulary / (rate.moved or MOVED_SHARE * rate.bandwidth)
+        layers *= (rate.plain or PLAIN) * (PLAIN_DORA if workload.adapter.dora else 1)
+    else:  # the model's own modules take as long as in the plain step
+        layers *= 1 + workload.model_code_share * ((rate.plain or PLAIN) - 1)
     return layers + once
 
 
-def repacked_bytes(rows: int, vocabulary: int, hidden: int, element: int, own: bool) -> int:
-    """Each chunk of the head's rows lays its weight out anew for either product, read and written (own: in the cache,
-    so that it is read alone): 12 times a thousand rows where the vocabulary has 151,936 tokens."""
-    chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * element)))
-    return chunks * 2 * (1 if own else 2) * vocabulary * hidden * element
+def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, own_matmul: bool) -> int:
+    """Return the bytes moved to repack the head's weight, which happens for both matmuls of each chunk of rows.
+
+    own_matmul: strop's kernel repacks in the cache, so the weight is only read. A thousand rows of a vocabulary of
+    151,936 tokens make 12 chunks.
+    """
+    chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * dtype_bytes)))
+    return chunks * 2 * (1 if own_matmul else 2) * vocabulary * hidden * dtype_bytes
 
 
-def element_bytes(setting: Setting) -> int:
-    """Read and written by the element-wise work of a layer and token, forward and backward."""
-    shape, b = setting.shape, setting.element
+def elementwise_bytes(workload: Workload) -> int:
+    """Return bytes read and written per layer and token by element-wise work, forward and backward."""
+    shape, b = workload.shape, workload.compute.dtype_bytes
     return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query + 2 * shape.key_value))
 
 
-def thin_bytes(setting: Setting) -> int:
-    """Read and written by LoRA's narrow products of a layer and token: all of an input or output for each, four times
-    either, where a rank of 16 computes little on it."""
-    linears = zip(setting.shape.linears, setting.ranks, strict=True)
-    return setting.element * sum(round(4 * linear.active * linear.ends) for linear, rank in linears if rank)
+def lora_bytes(workload: Workload) -> int:
+    """Return bytes read and written per layer and token by LoRA's narrow matmuls.
+
+    Each reads or writes a whole input or output, four times each, and a rank of 16 computes little on it.
+    """
+    ranked = zip(workload.shape.linears, workload.adapter.ranks, strict=True)
+    values = sum(round(4 * linear.active * linear.ends) for linear, rank in ranked if rank)
+    return workload.compute.dtype_bytes * values
 
 
-def step_seconds(setting: Setting, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
-    """A step of so many micro-batches like this one, and the optimizer's pass over the adapter."""
-    return micro_batches * micro_batch_seconds(setting, batch, rate) + _update_seconds(setting, rate)
+def step_seconds(workload: Workload, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
+    """Return the seconds of a step of this many micro-batches like `batch`, with the optimizer's update."""
+    return micro_batches * micro_batch_seconds(workload, batch, rate) + _update_seconds(workload, rate)
 
 
-def steps_seconds(setting: Setting, steps: Sequence[Sequence[MicroBatch]], rate: Rate) -> float:
-    """Of all of these steps."""
-    batches = sum(micro_batch_seconds(setting, batch, rate) for step in steps for batch in step)
-    return batches + len(steps) * _update_seconds(setting, rate)
+def steps_seconds(workload: Workload, steps: Sequence[Sequence[MicroBatch]], rate: Rate) -> float:
+    """Return the seconds of all these steps."""
+    batches = sum(micro_batch_seconds(workload, batch, rate) for step in steps for batch in step)
+    return batches + len(steps) * _update_seconds(workload, rate)
 
 
-def _update_seconds(setting: Setting, rate: Rate) -> float:
-    weights = 2 * setting.shape.layers * sum(map(bool, setting.ranks))
-    return UPDATE_BYTES * setting.adapter_weights / rate.bandwidth + (0 if rate.peak else UPDATE_S * weights)
+def _update_seconds(workload: Workload, rate: Rate) -> float:
+    tensors = 2 * workload.shape.layers * sum(map(bool, workload.adapter.ranks))
+    return UPDATE_BYTES * workload.adapter_weights / rate.bandwidth + (0 if rate.peak else UPDATE_S * tensors)
 
 
-def drawing_seconds(setting: Setting, drawn: Drawn, rate: Rate) -> float:
-    """Of the answers of one step, all as long as they may be: each pass reads the weights once for as many as go
-    together."""
-    tokens = drawn.texts * drawn.answer + drawn.texts // drawn.group * drawn.prompt
-    passes = drawn.answer * -(-drawn.texts // MAX_SEQUENCES)
-    weights = setting.parameters - setting.shape.idle + setting.active_adapter_weights
-    share = GPU_SHARE if rate.peak else ANSWERING
-    moved = passes * (weight_bytes(setting) + constant_bytes(setting)) / rate.bandwidth
+def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> float:
+    """Return the seconds of sampling one step's completions, all of the maximum length.
+
+    Each pass reads the weights once for as many completions as are sampled at once.
+    """
+    tokens = rollouts.completions * rollouts.answer + rollouts.completions // rollouts.group * rollouts.prompt
+    passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
+    weights = workload.base.parameters - workload.shape.idle + workload.active_adapter_weights
+    share = GPU_SHARE if rate.peak else DECODE_SHARE
+    moved = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth
     return 2.0 * weights * tokens / (share * rate.flops) + moved
 
 
-def tokens_per_s(setting: Setting, batch: MicroBatch, rate: Rate) -> float:
-    """Of the rows: what they share is computed once, and counted in each."""
-    return (batch.tokens + batch.shared) / micro_batch_seconds(setting, batch, rate)
+def tokens_per_s(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
+    """Return tokens of rows per second. A shared prefix is computed once and counts in each row."""
+    return (batch.tokens + batch.shared) / micro_batch_seconds(workload, batch, rate)

@@ -1,8 +1,9 @@
-"""What memory and time depend on besides the rows: the model's shape and how it is stored, adapted and computed."""
+"""The facts about a fine-tuning run that decide its memory and time: model sizes, storage, adapters, computation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass, fields
 from itertools import accumulate
 
 from strop.config.schema import LoraSection, Recipe
@@ -14,207 +15,272 @@ from strop.models.families.shape import LinearShape, ModelShape
 from strop.models.targets import EMBEDDINGS, matches, target_names
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-HEADS = ("lm_head", "embed_out")  # of EMBEDDINGS
+HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
 BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One way to train a model. ranks: of the adapter on each of shape.linears, 0 where there is none.
+@dataclass(frozen=True, kw_only=True)
+class BaseWeights:
+    """The frozen base model and how it is stored.
 
-    element: bytes of a number in the type that is computed in. whole: weights that are trained and are not of these
-    adapters: in full, biases, DoRA's magnitudes, an adapter on the head (its rank: head_rank). whole_head,
-    whole_embedding, whole_head_norms (of q and k): these are trained in full. more_tokens: the embedding grows. step:
-    fast or plain, as engine.step decides. tiles: the fast step's attention runs in tiles; own_products: it multiplies
-    by the head's weight itself. shards: devices that hold a share of the base each; 1: each holds all of it. offload:
-    inputs of layers that are computed again wait in the host's memory. integers: frozen weights are multiplied in 8-bit
-    integers.
+    Args:
+        shape: sizes of the model.
+        parameters: number of weights.
+        scheme: quantization scheme, or "none".
+        double_quantization: quantization constants are quantized too (4-bit schemes).
+        resident_layers: quantized layers that are dequantized once instead of for each matmul.
+        shards: number of devices that hold one share of the base each; 1 if each device holds all of it.
     """
 
     shape: ModelShape
     parameters: int
-    device: str = "cpu"
-    element: int = 2
     scheme: str = "none"
-    double: bool = True
+    double_quantization: bool = True
     resident_layers: int = 0
+    shards: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterWeights:
+    """The trainable weights.
+
+    Args:
+        ranks: LoRA rank on each of `shape.linears`; 0 for a layer without an adapter.
+        extra_weights: number of trainable weights outside these adapters: modules trained in full, biases, DoRA
+            magnitudes, and an adapter on the output head.
+        head_rank: LoRA rank on the output head; 0 without an adapter.
+        dropout: LoRA dropout is above 0.
+        dora: the adapters are DoRA adapters.
+        full_head: the output head is trained in full.
+        full_embedding: the input embedding is trained in full.
+        full_head_norms: norms of queries or keys are trained in full.
+        new_tokens: the embedding gets new rows.
+    """
+
     ranks: tuple[int, ...] = ()
-    whole: int = 0
-    optimizer: str = "adamw"
-    checkpoint_layers: int = 0
-    step: str = "fast"
-    threads: int = 2
-    tiles: bool = False
-    own_products: bool = False
+    extra_weights: int = 0
+    head_rank: int = 0
     dropout: bool = False
     dora: bool = False
-    shards: int = 1
+    full_head: bool = False
+    full_embedding: bool = False
+    full_head_norms: bool = False
+    new_tokens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Settings of the computation of a step.
+
+    Args:
+        device: cpu, cuda or mps.
+        dtype_bytes: bytes per value of the compute dtype.
+        step: fast or plain, as `strop.engine.step` chooses it.
+        threads: CPU threads.
+        attention_tiles: the fast step computes attention in tiles (CPU, bf16).
+        own_head_matmul: the fast step multiplies by the head's weight with strop's kernel (CPU, bf16).
+        int8_matmul: frozen weights are multiplied in 8-bit integers.
+        checkpointed_layers: number of layers that are recomputed in the backward pass.
+        offload: inputs of recomputed layers are kept in host memory.
+        optimizer: name of the optimizer.
+    """
+
+    device: str = "cpu"
+    dtype_bytes: int = 2
+    step: str = "fast"
+    threads: int = 2
+    attention_tiles: bool = False
+    own_head_matmul: bool = False
+    int8_matmul: bool = False
+    checkpointed_layers: int = 0
     offload: bool = False
-    head_rank: int = 0
-    whole_head: bool = False
-    whole_embedding: bool = False
-    whole_head_norms: bool = False
-    more_tokens: bool = False
-    integers: bool = False
+    optimizer: str = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One way to train a model: its base, its trainable weights, and how a step is computed."""
+
+    base: BaseWeights
+    adapter: AdapterWeights = AdapterWeights()
+    compute: Compute = Compute()
 
     @staticmethod
-    def of(
-        recipe: Recipe, shape: ModelShape, parameters: int | None = None, threads: int = 2, devices: int = 1
-    ) -> Setting:
-        """From a recipe whose device and type are chosen; what else is open counts as what needs least."""
+    def from_recipe(
+        recipe: Recipe, shape: ModelShape, *, parameters: int | None = None, threads: int = 2, devices: int = 1
+    ) -> Workload:
+        """Return the workload of a recipe whose device and dtype are chosen.
+
+        Other open options count as the value that needs the least memory. parameters: default `shape.parameters`.
+        """
         model, lora, train = recipe.model, recipe.lora, recipe.train
         names = _targets(shape, lora.target_modules)
-        by_layer = [_ranks(x.path, lora, shape.layers) if x.name in names else [] for x in shape.linears]
-        ranks = tuple(-(-sum(own) // shape.layers) for own in by_layer)  # the mean, where layers differ
+        layer_ranks = [_ranks(x.path, lora, shape.layers) if x.name in names else [] for x in shape.linears]
         device = model.device.partition(":")[0]
         scheme = model.quantization if model.quantization != "auto" else "none"
-        resident = 0 if scheme == "none" else min(shape.layers, model.resident_layers or 0)
-        head_rank = _rank("lm_head", lora.r, lora.rank_pattern) if "lm_head" in names else 0
-        whole = trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
-        for x, rank, own in zip(shape.linears, ranks, by_layer, strict=True):
-            whole -= x.ends * (shape.layers * rank - sum(own))  # what the mean was rounded up by
-        whole += len(lora.new_tokens) * shape.hidden
-        if lora.use_dora:
-            whole += sum(x.rows * sum(map(bool, own)) for x, own in zip(shape.linears, by_layer, strict=True))
-            whole += shape.vocabulary if head_rank else 0
-        whole += shape.hidden if train.objective == "reward" else 0  # its head
-        whole += trained_biases(lora, shape)
         plain = why_plain(recipe, shape) is not None
-        return Setting(
-            shape,
-            parameters or shape.parameters,
-            device,
-            BYTES.get(model.dtype, 2),
-            scheme,
-            model.double_quantization,
-            resident,
-            ranks,
-            whole,
-            train.optimizer,
-            num_checkpointed(train.gradient_checkpointing, shape.layers, whole=plain),
-            "plain" if plain else "fast",
-            threads,
-            device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size),
-            device == "cpu" and model.dtype == "bf16" and probe().has_products((shape.hidden, shape.vocabulary)),
-            lora.dropout > 0,
-            lora.use_dora,
-            devices if model.placement == "sharded" else 1,
-            train.gradient_checkpointing == "offload",
-            head_rank,
-            any(name in HEADS for name in lora.modules_to_save),
-            any(name in EMBEDDINGS and name not in HEADS for name in lora.modules_to_save),
-            _head_norms_in_full(lora, shape),
-            bool(lora.new_tokens),
-            train.int8_matmul,
+        bf16_cpu = device == "cpu" and model.dtype == "bf16"
+        head_rank = _rank("lm_head", lora.r, lora.rank_pattern) if "lm_head" in names else 0
+        return Workload(
+            base=BaseWeights(
+                shape=shape,
+                parameters=parameters or shape.parameters,
+                scheme=scheme,
+                double_quantization=model.double_quantization,
+                resident_layers=0 if scheme == "none" else min(shape.layers, model.resident_layers or 0),
+                shards=devices if model.placement == "sharded" else 1,
+            ),
+            adapter=AdapterWeights(
+                ranks=_mean_ranks(layer_ranks, shape),
+                extra_weights=_extra_weights(recipe, shape, layer_ranks, head_rank),
+                head_rank=head_rank,
+                dropout=lora.dropout > 0,
+                dora=lora.use_dora,
+                full_head=any(name in HEADS for name in lora.modules_to_save),
+                full_embedding=any(name in EMBEDDINGS and name not in HEADS for name in lora.modules_to_save),
+                full_head_norms=_trains_head_norms(lora, shape),
+                new_tokens=bool(lora.new_tokens),
+            ),
+            compute=Compute(
+                device=device,
+                dtype_bytes=BYTES.get(model.dtype, 2),
+                step="plain" if plain else "fast",
+                threads=threads,
+                attention_tiles=bf16_cpu and probe().has_tiles(shape.head_size),
+                own_head_matmul=bf16_cpu and probe().has_products((shape.hidden, shape.vocabulary)),
+                int8_matmul=train.int8_matmul,
+                checkpointed_layers=num_checkpointed(train.gradient_checkpointing, shape.layers, all_or_none=plain),
+                offload=train.gradient_checkpointing == "offload",
+                optimizer=train.optimizer,
+            ),
         )
 
     @property
+    def shape(self) -> ModelShape:
+        return self.base.shape
+
+    @property
     def adapter_weights(self) -> int:
-        """Trainable numbers: A (r, in) and B (out, r) of each adapted layer, and what is trained in full."""
-        layer = sum(rank * x.ends for x, rank in zip(self.shape.linears, self.ranks, strict=True))
-        return self.shape.layers * layer + self.whole
+        """Number of trainable weights: A (r, in) and B (out, r) of each adapted layer, and `extra_weights`."""
+        layer = sum(rank * x.ends for x, rank in self._ranked_linears())
+        return self.shape.layers * layer + self.adapter.extra_weights
 
     @property
     def active_adapter_weights(self) -> int:
-        """Those of them that a token goes through: adapters of experts that it does not choose are left out."""
-        linears = zip(self.shape.linears, self.ranks, strict=True)
-        return self.adapter_weights - self.shape.layers * round(sum((1 - x.active) * x.ends * r for x, r in linears))
+        """Number of trainable weights that one token uses: adapters of experts it does not choose are left out."""
+        inactive = round(sum((1 - x.active) * x.ends * rank for x, rank in self._ranked_linears()))
+        return self.adapter_weights - self.shape.layers * inactive
 
     @property
     def expert_adapter_weights(self) -> int:
-        linears = zip(self.shape.linears, self.ranks, strict=True)
-        return self.shape.layers * sum(r * x.ends for x, r in linears if x in self.shape.in_experts)
+        """Number of trainable weights in adapters of experts."""
+        return self.shape.layers * sum(
+            rank * x.ends for x, rank in self._ranked_linears() if x in self.shape.in_experts
+        )
 
     @property
     def tiled_lora(self) -> bool:
-        """The fast step computes the adapters' products itself (engine.cpu.lora_tiles)."""
-        return self.step == "fast" and self.tiles and max(self.ranks, default=0) <= TILED_RANK
+        """True if the fast step computes the adapters' matmuls with strop's CPU kernels."""
+        compute = self.compute
+        return compute.step == "fast" and compute.attention_tiles and max(self.adapter.ranks, default=0) <= TILED_RANK
 
     @property
-    def flash(self) -> bool:
-        """Flash attention on a card keeps its output alone (engine.card.attention); cards without bf16 have none."""
-        return self.device == "cuda" and self.element == 2
+    def flash_attention(self) -> bool:
+        """True if attention keeps only its output: flash attention on a GPU, in 16 bit."""
+        return self.compute.device == "cuda" and self.compute.dtype_bytes == 2
 
     @property
-    def operand_weights(self) -> int:
-        """Numbers of the adapters as a card lays them out in the type that is computed in, zeros included: those on one
-        input stand beside each other for all of its outputs (engine.card.lora)."""
-        of = {x.name: (rank, x) for x, rank in zip(self.shape.linears, self.ranks, strict=True) if rank}
-        total, groups = 0, (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-        for group in groups:
-            found = [of.pop(name) for name in group if name in of]
-            total += sum(rank * x.inputs for rank, x in found)
-            total += sum(rank for rank, _ in found) * sum(x.outputs for _, x in found)
-        return self.shape.layers * (total + sum(rank * x.ends for rank, x in of.values()))
+    def gpu_operand_weights(self) -> int:
+        """Number of adapter values in the compute dtype on a GPU, zeros included.
+
+        Adapters on the same input are stored next to each other, across the outputs of all of them.
+        """
+        adapted = {x.name: (rank, x) for x, rank in self._ranked_linears() if rank}
+        total = 0
+        for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            joined = [adapted.pop(name) for name in group if name in adapted]
+            total += sum(rank * x.inputs for rank, x in joined)
+            total += sum(rank for rank, _ in joined) * sum(x.outputs for _, x in joined)
+        return self.shape.layers * (total + sum(rank * x.ends for rank, x in adapted.values()))
 
     @property
     def family(self) -> Family:
         return FAMILIES.get(self.shape.family, Family())
 
     @property
-    def behind(self) -> tuple[LinearShape, ...]:
-        """The linear layers of the MLP, and experts."""
-        row, experts = self.family, self.shape.in_experts
-        return tuple(x for x in self.shape.linears if x.leaf in (*row.gate_up, row.down) or x in experts)
+    def mlp_linears(self) -> tuple[LinearShape, ...]:
+        """Linear layers of the MLP, experts included."""
+        family, experts = self.family, self.shape.in_experts
+        return tuple(x for x in self.shape.linears if x.leaf in (*family.gate_up, family.down) or x in experts)
 
     @property
-    def mixed(self) -> tuple[LinearShape, ...]:
-        """Those of what stands in attention's place in some layers."""
-        row, behind = self.family, self.behind
-        others = (x for x in self.shape.linears if x not in behind) if row.mixer else ()
-        return tuple(x for x in others if x.leaf not in (*row.qkv, row.o) or x.path.startswith(f"{row.mixer}."))
+    def mixer_linears(self) -> tuple[LinearShape, ...]:
+        """Linear layers of the module that takes attention's place in some layers (linear attention, Mamba, ...)."""
+        family, mlp = self.family, self.mlp_linears
+        others = (x for x in self.shape.linears if x not in mlp) if family.mixer else ()
+        attention, prefix = (*family.qkv, family.o), f"{family.mixer}."
+        return tuple(x for x in others if x.leaf not in attention or x.path.startswith(prefix))
 
     @property
-    def attended(self) -> float:
+    def attention_share(self) -> float:
         """Share of the layers that have attention."""
         keys = self.family.qkv[-1]
         return min(1.0, sum(x.share for x in self.shape.linears if x.leaf == keys)) if self.family.mixer else 1.0
 
     @property
-    def by_model(self) -> str:
-        """What the model's own modules compute in the fast step."""
-        return self.family.by_model
-
-    @property
-    def shares(self) -> bool:
-        """The fast step computes once what rows begin with in common."""
+    def shares_prefix(self) -> bool:
+        """True if the fast step computes a prefix that rows share only once."""
         return self.family.mixer is None
 
     @property
-    def weights_by_model(self) -> float:
-        """Share of the active weights that the model's own modules compute in the fast step."""
-        own = (*self.mixed, *(self.behind if self.family.mixture else ()))
-        return sum(x.active_weights for x in own) / max(1, sum(x.active_weights for x in self.shape.linears))
+    def model_code_share(self) -> float:
+        """Share of the active weights that the fast step leaves to the model's own modules."""
+        linears = (*self.mixer_linears, *(self.mlp_linears if self.family.mixture else ()))
+        return sum(x.active_weights for x in linears) / max(1, sum(x.active_weights for x in self.shape.linears))
 
     @property
-    def streamed(self) -> bool:
-        """Some weights are dequantized for each product."""
-        return self.scheme != "none" and self.resident_layers < self.shape.layers
+    def dequantizes(self) -> bool:
+        """True if some weights are dequantized for each matmul."""
+        return self.base.scheme != "none" and self.base.resident_layers < self.shape.layers
 
-    def but(self, **changes: object) -> Setting:
-        return replace(self, **changes)  # type: ignore[arg-type]
+    def replace(self, **changes: object) -> Workload:
+        """Return a copy with these fields of `base`, `adapter` or `compute` changed."""
+        groups: dict[str, BaseWeights | AdapterWeights | Compute] = {}
+        for name in ("base", "adapter", "compute"):
+            group = getattr(self, name)
+            own = {field.name: changes.pop(field.name) for field in fields(group) if field.name in changes}
+            groups[name] = dataclasses.replace(group, **own)
+        if changes:
+            raise TypeError(f"Workload has no {', '.join(changes)}")
+        return Workload(**groups)  # type: ignore[arg-type]  # each group keeps its class
+
+    def _ranked_linears(self) -> zip[tuple[LinearShape, int]]:
+        return zip(self.shape.linears, self.adapter.ranks, strict=True)
 
 
-def num_checkpointed(asked: str | int, layers: int, *, whole: bool = False) -> int:
-    """Layers that are computed again in the backward: on or offload (all), off or auto (none), or a number of them.
+def num_checkpointed(setting: str | int, layers: int, *, all_or_none: bool = False) -> int:
+    """Return how many layers are recomputed in the backward pass.
 
-    whole: all or none, as transformers does it.
+    Args:
+        setting: `train.gradient_checkpointing`: on or offload (all layers), off or auto (none), or a number of layers.
+        layers: number of layers of the model.
+        all_or_none: a number means all layers, as in transformers.
     """
-    if isinstance(asked, int):
-        return layers if whole else min(asked, layers)
-    return layers if asked in ("on", "offload") else 0
+    if isinstance(setting, int):
+        return layers if all_or_none else min(setting, layers)
+    return layers if setting in ("on", "offload") else 0
 
 
 def why_not_offloaded(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Why inputs of layers cannot wait in the host's memory; recipe: with its device chosen."""
+    """Return why inputs of layers cannot be kept in host memory, or None. The recipe's device is chosen."""
     if not recipe.model.device.startswith("cuda"):
-        return f"nothing is gained on {recipe.model.device}, whose memory is the host's"
+        return f"offloading gains nothing on {recipe.model.device}, which uses host memory"
     plain = why_plain(recipe, shape)
-    return None if plain is None else f"the plain step cannot, which trains this ({plain})"
+    return None if plain is None else f"the plain step does not offload, and it trains this recipe ({plain})"
 
 
 def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
-    """Numbers of the biases that are trained, as peft picks them: all that there are, or those of adapted layers."""
+    """Return the number of trained bias values, chosen as peft does: all biases, or those of adapted layers."""
     if lora.bias != "lora_only":
         return shape.biases if lora.bias == "all" else 0
     names = _targets(shape, lora.target_modules)
@@ -222,32 +288,31 @@ def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
 
 
 def trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
-    """Numbers of the modules that are trained in full, as peft picks them: by the end of their path; with all that is
-    in them."""
+    """Return the number of weights in modules trained in full, matched as peft does: by the end of the module path."""
     names = tuple(lora.modules_to_save)
     if not names:
         return 0
-    row = FAMILIES.get(shape.family, Family())
-    norm = shape.hidden * (2 if row.norm_biases else 1)
-    layer = {x.path: x.weights + x.rows * x.bias for x in shape.linears} | dict.fromkeys(row.norms, norm)
+    family = FAMILIES.get(shape.family, Family())
+    norm = shape.hidden * (2 if family.norm_biases else 1)
+    layer = {x.path: x.weights + x.rows * x.bias for x in shape.linears} | dict.fromkeys(family.norms, norm)
     if shape.head_norms:
-        layer |= {f"{row.attention}.{name}": shape.head_size for name in (row.q_norm, row.k_norm)}
+        layer |= {f"{family.attention}.{name}": shape.head_size for name in (family.q_norm, family.k_norm)}
     modules = [(f"model.layers.{n}.{path}", size) for n in range(shape.layers) for path, size in layer.items()]
-    modules += [(f"model.{row.final_norm}", norm), *((name, shape.embedding) for name in EMBEDDINGS)]
+    modules += [(f"model.{family.final_norm}", norm), *((name, shape.embedding) for name in EMBEDDINGS)]
     return sum(size for path, size in modules if _is_in_full(path, names))
 
 
 def _is_in_full(path: str, names: tuple[str, ...]) -> bool:
-    """Whether a module, or one that it is in, is trained in full."""
+    """Return whether a module, or a module that contains it, is trained in full."""
     return any(part.endswith(names) for part in accumulate(path.split("."), "{}.{}".format))
 
 
-def _head_norms_in_full(lora: LoraSection, shape: ModelShape) -> bool:
-    """Whether norms of q or k are among them: named so, or by what their names end with."""
-    row, names = FAMILIES.get(shape.family, Family()), tuple(lora.modules_to_save)
-    own = (f"{row.attention}.{row.q_norm}", f"{row.attention}.{row.k_norm}")
-    asked = any(name.rpartition(".")[2] in (row.q_norm, row.k_norm) for name in names)
-    return asked or (shape.head_norms and any(path.endswith(names) for path in own if names))
+def _trains_head_norms(lora: LoraSection, shape: ModelShape) -> bool:
+    """Return whether norms of queries or keys are trained in full, matched as peft does."""
+    family, names = FAMILIES.get(shape.family, Family()), tuple(lora.modules_to_save)
+    paths = (f"{family.attention}.{family.q_norm}", f"{family.attention}.{family.k_norm}")
+    named = any(name.rpartition(".")[2] in (family.q_norm, family.k_norm) for name in names)
+    return named or (shape.head_norms and any(path.endswith(names) for path in paths if names))
 
 
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
@@ -258,7 +323,7 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
 
 
 def _targets(shape: ModelShape, targets: str | list[str]) -> list[str]:
-    """Leaf names; all of a model whose family is not in the table, where its config does not name them."""
+    """Return the leaf names of the target modules; of an unknown family whose config does not name them, all."""
     try:
         return target_names(shape.linear_kinds(), targets)
     except ModelError:
@@ -268,21 +333,43 @@ def _targets(shape: ModelShape, targets: str | list[str]) -> list[str]:
 
 
 def _ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
-    """Of the adapter on a layer's module in each layer; 0 where it is trained in full."""
+    """Return the adapter's rank on this module in each layer; 0 where the module is trained in full."""
     if not lora.rank_pattern and not lora.modules_to_save:
         return [lora.r] * layers
     paths, names = [f"model.layers.{n}.{path}" for n in range(layers)], tuple(lora.modules_to_save)
-    return [0 if _is_in_full(one, names) else _rank(one, lora.r, lora.rank_pattern) for one in paths]
+    return [0 if _is_in_full(full, names) else _rank(full, lora.r, lora.rank_pattern) for full in paths]
 
 
 def _rank(path: str, rank: int, patterns: dict[str, int]) -> int:
-    """As peft picks it: by a suffix of the module's path, or a regular expression for one."""
-    return next((other for pattern, other in patterns.items() if matches(pattern, path)), rank)
+    """Return the rank that peft chooses for a module path; a pattern is a path suffix or a regular expression."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), rank)
 
 
-def check_names(lora: LoraSection, shape: ModelShape) -> None:
-    """Raises ModelError for a rank or an alpha of no layer that has an adapter, as a run does; of families in the
-    table, whose paths are known."""
+def _mean_ranks(layer_ranks: list[list[int]], shape: ModelShape) -> tuple[int, ...]:
+    """Return the mean rank on each linear, rounded up, where layers have different ranks."""
+    return tuple(-(-sum(ranks) // shape.layers) for ranks in layer_ranks)
+
+
+def _extra_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int]], head_rank: int) -> int:
+    """Return the number of trainable weights that are not in adapters on `shape.linears`."""
+    lora = recipe.lora
+    total = trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
+    for x, rank, ranks in zip(shape.linears, _mean_ranks(layer_ranks, shape), layer_ranks, strict=True):
+        total -= x.ends * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
+    total += len(lora.new_tokens) * shape.hidden
+    if lora.use_dora:
+        total += sum(x.rows * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True))
+        total += shape.vocabulary if head_rank else 0
+    total += shape.hidden if recipe.train.objective == "reward" else 0  # the score head
+    return total + trained_biases(lora, shape)
+
+
+def check_patterns(lora: LoraSection, shape: ModelShape) -> None:
+    """Check that each rank and alpha pattern matches a layer with an adapter, for families with known module paths.
+
+    Raises:
+        ModelError: a pattern matches no layer with an adapter.
+    """
     names = _targets(shape, lora.target_modules)
     paths = [f"model.layers.{n}.{x.path}" for n in range(shape.layers) for x in shape.linears if x.name in names]
     paths += [name for name in HEADS if name in names]

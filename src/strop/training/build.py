@@ -15,7 +15,7 @@ from strop.distributed.sharded import Sharded
 from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.step import step_for
 from strop.errors import RunError
-from strop.evaluation.rewards import rewards_of
+from strop.evaluation.metrics import parse_rewards
 from strop.models import loftq
 from strop.models.adapters import attach
 from strop.models.load import DTYPES, load_base, stream_weights
@@ -112,10 +112,18 @@ def build_job(
     objective = objective_of(recipe.train)
     if isinstance(objective, PolicyLoss):
         disable_model_dropout(model)
-        stop_ids = (*data.renderer.end_ids, *generation_stop_ids(model.generation_config))
-        rewards = rewards_of(recipe.train.rewards)
-        decoding = setup.tokenizer, stop_ids, rewards, weights, log
-        criterion = PolicyCriterion(objective, recipe.train, recipe.seed, model, *decoding, sampler=sampler)
+        criterion = PolicyCriterion(
+            objective,
+            recipe.train,
+            recipe.seed,
+            model,
+            setup.tokenizer,
+            (*data.renderer.end_ids, *generation_stop_ids(model.generation_config)),
+            parse_rewards(recipe.train.rewards),
+            weights,
+            log,
+            sampler=sampler,
+        )
     else:
         criterion = criterion_for(recipe.train, model, devices)
     usable = usable_bytes(setup.machine, section.device)

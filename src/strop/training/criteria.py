@@ -18,7 +18,7 @@ from strop.config.schema import TrainSection
 from strop.data.types import Example, ExampleGroup, Item
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
-from strop.evaluation.loss import mean_loss
+from strop.evaluation.compare import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
 from strop.models.reward_head import head_of
 from strop.objectives.preferences import AnswerLogprobs, PreferenceBatch, PreferenceLoss, PreferenceResult

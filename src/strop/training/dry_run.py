@@ -29,10 +29,9 @@ from strop.models.introspect import AHEAD, sees_ahead
 from strop.objectives.table import max_completion_tokens
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.choose import usable_bytes
-from strop.planning.memory import Drawn, Phase
-from strop.planning.phases import Asked, phases
+from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
 from strop.planning.time import has_bf16
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.training.criteria import is_scored
 from strop.training.oom import apply_memory_settings, micro_batches, within_memory
 from strop.training.state import Job, batch_stream, random_states, set_random_states
@@ -95,17 +94,18 @@ def watch_memory(job: Job, machine: Machine) -> int:
     return usable_bytes(machine, device)
 
 
-def forecast(job: Job, setting: Setting, usable: int) -> Forecast:
+def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
     """Predict the run's memory from its rows: their micro-batches, shared prefixes and supervised tokens."""
-    setting = setting.but(step=job.step.name)
+    setting = setting.replace(step=job.step.name)
     if job.state.progress.recompute:
-        setting = setting.but(checkpoint_layers=setting.shape.layers)
+        setting = setting.replace(checkpointed_layers=setting.shape.layers)
     if job.state.progress.offload:
-        setting = setting.but(offload=True)
+        setting = setting.replace(offload=True)
     if job.state.progress.streamed:
-        setting = setting.but(resident_layers=0)
+        setting = setting.replace(resident_layers=0)
     candidates = [
-        (items, describe_batch(job, items, more, setting.tiles)) for items, more in _largest_batches(job, setting)
+        (items, describe_batch(job, items, more, setting.compute.attention_tiles))
+        for items, more in _largest_batches(job, setting)
     ]
     items, batch = max(candidates, key=lambda pair: at_peak(setting, pair[1]).total)
     dtype = _decode_dtype(job.recipe.model.device)
@@ -120,18 +120,18 @@ def _decode_dtype(device: str) -> str:
     return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
-def _evaluation(job: Job) -> Asked:
+def _evaluation(job: Job) -> EvaluationLoad:
     """Return the size of an evaluation on rows like these."""
     rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
     examples = (example for row in rows for example in row.examples)
-    return Asked.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
+    return EvaluationLoad.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
 
 
-def _sampling(job: Job) -> Drawn | None:
+def _sampling(job: Job) -> RolloutLoad | None:
     """Return what a step samples after the longest prompt, or None."""
     if not max_completion_tokens(job.recipe.train):
         return None
-    return Drawn.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
+    return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
 
 
 def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
@@ -148,7 +148,7 @@ def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> 
     return MicroBatch(len(packed.ids), num_outputs, documents, more)
 
 
-def _largest_batches(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
+def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
     """Return the micro-batches that need most by their rows' lengths, and whether others share their step.
 
     What a shared prefix saves is known only after packing.

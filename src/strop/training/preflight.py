@@ -21,7 +21,7 @@ from strop.distributed.devices import ALONE, Devices
 from strop.distributed.environment import threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import TROUBLESHOOTING_PAGE, DataError, DeviceError, FolderError, InputError, ModelError, Where
-from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
+from strop.evaluation.metrics import check_rewards, parse_rewards, rewards_hash
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import adapter_config, as_start
 from strop.models.adapters import adapter_folder, read_identity, refuse_other_kind, with_tokenizer
@@ -37,9 +37,9 @@ from strop.models.source import Source, fingerprint, locate, prequantized, refus
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
-from strop.planning.learning_rate import kept
+from strop.planning.learning_rate import kept_values
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training.rollouts import check_vllm
@@ -153,7 +153,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
         "template": data.renderer.template_hash,
-        "rewards": files_hash(rewards_of(recipe.train.rewards)),
+        "rewards": rewards_hash(parse_rewards(recipe.train.rewards)),
         "recipe": sha256_text(json.dumps(recipe.model_dump(exclude={"out"}), sort_keys=True)),
         "values": _chosen_values(resolved),
         "seed": recipe.seed,
@@ -249,7 +249,7 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
 
 def _check_rewards(recipe: Recipe, data: Prepared) -> None:
     """Raise RecipeError or DataError if the rewards do not fit these rows."""
-    rewards = rewards_of(recipe.train.rewards)
+    rewards = parse_rewards(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
         check_rewards(
             rewards, [data.renderer.reference_answer(row) for row in rows], [(row.file, row.line) for row in rows]
@@ -285,7 +285,9 @@ def _copies_bytes(setup: Setup) -> int:
     model = setup.resolved.recipe.model
     scheme = (model.quantization, model.double_quantization, DTYPES[model.dtype])
     half, packed = copies_to_make(setup.source, *scheme)
-    setting = Setting.of(setup.resolved.recipe, setup.shape, setup.parameters).but(resident_layers=0)
+    setting = Workload.from_recipe(setup.resolved.recipe, setup.shape, parameters=setup.parameters).replace(
+        resident_layers=0
+    )
     return 2 * setup.parameters * half + (weight_bytes(setting) + constant_bytes(setting)) * packed
 
 
@@ -314,7 +316,7 @@ def device_count(lock: Mapping[str, Any]) -> int:
 def startup_notes(setup: Setup) -> list[str]:
     """Return what to log before training: unused options and hardware, and unusual models, data and schedules."""
     notes = (
-        *kept(setup.resolved, setup.shape),
+        *kept_values(setup.resolved, setup.shape),
         *(_unused_gpu_note(setup), _int8_note(setup), *_unused_option_notes(setup), _warmup_note(setup)),
         *(_other_quantization_note(setup), *_expert_notes(setup), _multimodal_note(setup)),
         *(*_modules_to_save_notes(setup), _long_rows_note(setup)),
@@ -400,7 +402,7 @@ def _expert_notes(setup: Setup) -> list[str]:
         return []
     active = setup.parameters - shape.idle
     notes = [f"a mixture of experts: {active:,} of {setup.parameters:,} weights are active per token"]
-    if not Setting.of(recipe, shape, setup.parameters).expert_adapter_weights:
+    if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
         share = expert_weights / setup.parameters
         notes.append(f"its experts ({share:.0%} of the weights) have no adapters; target all-linear adds them")
     loss, config = load_balancing(load_config(setup.source)), "its config"

@@ -32,8 +32,7 @@ from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
 from strop.errors import RecipeError, RunError
-from strop.evaluation.metrics import Z_95
-from strop.evaluation.rewards import Reward
+from strop.evaluation.metrics import Z_95, Reward
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment

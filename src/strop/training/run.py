@@ -21,7 +21,7 @@ from strop.evaluation.report import write_report
 from strop.machine.malloc import give_back
 from strop.machine.memory import is_out_of_memory, mark
 from strop.models.upstream_errors import blaming
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
@@ -237,8 +237,11 @@ def _execute(
             describe_start(job, setup)
             ended, key = "steps", reference_key(setup)
             usable = watch_memory(job, setup.machine)
-            setting = Setting.of(recipe, setup.shape, setup.parameters, torch.get_num_threads(), devices.world_size)
-            expected = forecast(job, setting, usable)
+            threads, world = torch.get_num_threads(), devices.world_size
+            workload = Workload.from_recipe(
+                recipe, setup.shape, parameters=setup.parameters, threads=threads, devices=world
+            )
+            expected = forecast(job, workload, usable)
             if job.state.progress.step < batch_stream(recipe, len(job.train)).total_steps:
                 if recipe.train.int8_matmul:
                     check_int8(job, expected.items)

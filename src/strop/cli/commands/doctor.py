@@ -18,13 +18,13 @@ def doctor(
 ) -> None:
     """Check this machine: hardware, libraries, matmul rates, one 4-bit training step, and a write to the disk."""
     from strop.machine.doctor import examine
-    from strop.planning.render import print_findings
+    from strop.planning.tables import print_findings
 
     def try_out(machine: Any) -> Any:
         warmup.load()
-        from strop.planning import trial
+        from strop.planning import calibrate
 
-        return trial.try_out(machine)
+        return calibrate.examine(machine)
 
     with status_line("loading the libraries"):
         examination = examine(try_out)

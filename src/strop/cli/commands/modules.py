@@ -19,9 +19,9 @@ def modules(
     from rich.table import Table
 
     with status_line("reading the model's config"):
-        from strop.planning.model_docs import found_in
+        from strop.planning.model_facts import list_layers
 
-        kinds, rows = found_in(model)
+        kinds, rows = list_layers(model)
     table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
     for kind, row in zip(kinds, rows, strict=True):
         sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))

@@ -27,7 +27,7 @@ def plan(
     options: dict[str, Any] | None = None,
 ) -> None:
     """Predict whether training fits, how long it takes, and which settings to use, without weights or a GPU."""
-    from strop.planning.render import print_comparison, print_plan
+    from strop.planning.tables import print_comparison, print_plan
 
     if compare and devices * nodes > 1:
         raise RecipeError("--compare: works for one device only", fix="leave out --devices and --nodes")

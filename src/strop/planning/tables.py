@@ -1,0 +1,256 @@
+"""Output of `strop plan` and `strop doctor`, and the comparison of training methods across model sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from strop.config.schema import Recipe
+from strop.models.families.shape import ModelShape
+from strop.planning.activations import MicroBatch, at_peak
+from strop.planning.memory import CUDA_CONTEXT_BYTES, framework_bytes, train_phase
+from strop.planning.workload import Workload
+
+if TYPE_CHECKING:
+    from strop.machine.doctor import Examination
+    from strop.planning.multi_device import MultiDevicePlan
+    from strop.planning.plan import Plan
+
+GIB = 1 << 30
+_ALTERNATIVES = {
+    "evaluate": "use shorter rows, or a machine with more memory",
+    "serve": "use a machine with more memory",
+    "merge": "use a machine with more memory, or --no-parity, which measures nothing",
+    "export": "use a machine with more memory, or --no-parity, which measures nothing",
+}
+_PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations", "mapped_files": "files"}
+# Bytes per parameter of full mixed-precision training with AdamW: 16-bit weights and gradients, fp32 weights, and two
+# moments (arXiv:1910.02054, section 3.1).
+FULL_BYTES = 16
+
+
+def print_plan(plan: Plan, out: Console) -> None:
+    for label, text in _model_lines(plan):
+        out.print(f"[bold]{label:<8}[/] {text}")
+    for choice in plan.resolved.choices.values():
+        if choice.origin == "plan":
+            out.print(f"[bold]chosen[/]   {choice.field} = {escape(str(choice.value))}  [dim]{escape(choice.why)}[/]")
+    out.print(_phases(plan))
+    if plan.multi_device.link_times:
+        print_devices(plan.multi_device, out)
+    for text in plan.gives_up:
+        out.print(f"[yellow]given up[/] {escape(text)}")
+    out.print(f"[bold]rows[/]     {_rows(plan)}")
+    for text in filter(None, (plan.data["refused"], plan.data["beyond"])):
+        out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
+    speed = f"{plan.tokens_per_s:,.0f} tokens/s" + (f", {_duration(plan.seconds)} in all" if plan.seconds else "")
+    out.print(f"[bold]time[/]     {speed}  [dim]from {plan.rate.source}[/]")
+    length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
+    largest = f"rows of {length:,} tokens" + (f", or {tokens:,} tokens of rows of this length" if tokens else "")
+    out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
+    out.print(f"[bold]disk[/]     {plan.disk_bytes / 1e6:,.0f} MB")
+    if plan.refused or plan.data["refused"]:
+        out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
+    if plan.fits:
+        out.print("[green]it fits[/]")
+        for name in plan.beyond:
+            out.print(f"[yellow]but not[/]  {name}: {_ALTERNATIVES[name]}", highlight=False)
+        return
+    out.print("[red]it does not fit[/]; the cheapest changes that would help:")
+    for rung in plan.ladder:
+        flags = " ".join(f"--{field} {value}" for field, value in rung.options.items())
+        fits = "[green]fits[/]" if rung.fits else f"{_gib(rung.peak_bytes)} GiB"
+        out.print(f"  {rung.what}: {fits}, {rung.time:.2f} times the time; gives up: {rung.gives_up}")
+    if plan.ladder[-1].fits:
+        out.print(f"  {flags}", markup=False)
+
+
+def _model_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield the label and text of the lines on the model and the machine."""
+    workload, parameters = plan.workload, plan.workload.base.parameters
+    trainable, on_experts = workload.adapter_weights, workload.expert_adapter_weights
+    idle = workload.shape.idle
+    active = f" ({(parameters - idle) / 1e6:,.0f} M per token)" if idle else ""
+    experts = f", {on_experts / trainable:.0%} of them on experts" if on_experts else ""
+    trained = f"{trainable / 1e6:,.1f} M trainable ({trainable / parameters:.2%}{experts})"
+    engine, _, why = plan.engine.partition(": ")
+    step = f"{engine} step ({why})" if why else f"{engine} step"
+    yield "model", f"{parameters / 1e6:,.0f} M parameters{active}, {trained}; {step}"
+    yield "machine", f"{plan.device}, {_gib(plan.memory_bytes)} GiB, {_gib(plan.usable_bytes)} usable"
+
+
+def _rows(plan: Plan) -> str:
+    number = plan.data["rows"]
+    if number:
+        return f"{number:,}, the longest of {plan.data['longest']:,} tokens"
+    unknown = escape(plan.data["unknown"] or "none are given")
+    return f"of {plan.resolved.recipe.data.max_length:,} tokens each: {unknown}"
+
+
+def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:
+    """Print each link with a step's communication on it. The predicted time of the run is for the first link."""
+    devices = multi_device.devices
+    out.print(
+        f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.each}), base {multi_device.mode}, "
+        "memory above is per device; "
+        f"per step: {multi_device.compute_s:.3g} s of computation, {multi_device.sent_bytes / 1e6:,.1f} MB sent by each"
+    )
+    table = Table()
+    for head in ("link", "communication", "share of step", "tokens/s in all"):
+        table.add_column(head, justify="left" if head == "link" else "right")
+    for time in multi_device.link_times:
+        share = time.seconds / (multi_device.compute_s + time.seconds)
+        table.add_row(time.link.name, f"{1e3 * time.seconds:,.2f} ms", f"{share:.1%}", f"{time.tokens_per_s:,.0f}")
+    out.print(table)
+    for text in multi_device.notes:
+        out.print(f"[bold]note[/]     {escape(text)}")
+
+
+def _phases(plan: Plan) -> Table:
+    parts = next(iter(plan.phases.values())).parts
+    used = [part for part in parts if any(phase.parts[part] for phase in plan.phases.values())]
+    table = Table(title="peak memory in MiB", title_justify="left")
+    table.add_column("")
+    for name in plan.phases:
+        table.add_column(name, justify="right")
+    for part in used:
+        sizes = [f"{phase.parts[part] / 2**20:,.0f}" if phase.parts[part] else "" for phase in plan.phases.values()]
+        table.add_row(_PART_NAMES.get(part, part.replace("_", " ")), *sizes)
+    table.add_section()
+    table.add_row("in all", *(f"{phase.peak_bytes / 2**20:,.0f}" for phase in plan.phases.values()), style="bold")
+    return table
+
+
+def print_findings(examination: Examination, out: Console) -> None:
+    for name, value in examination.machine.items():
+        is_bytes = name.endswith("_bytes")
+        label = name.removesuffix("_bytes").replace("_", " ")
+        out.print(f"[bold]{label:<12}[/] {f'{_gib(value)} GiB' if is_bytes else escape(_fact(value))}")
+    colour = {"error": "red", "warning": "yellow", "ok": "green"}
+    for finding in examination.findings:
+        out.print(f"[{colour[finding.level]}]{finding.level:<8}[/] {escape(finding.what)}")
+        if finding.level != "ok":
+            out.print(f"         {finding.why}", markup=False, style="dim")
+            out.print(f"         {finding.fix}" if finding.fix else "", markup=False)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+def _llama(hidden: int, layers: int, heads: int, key_value_heads: int, inner: int, tied: bool) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads, "intermediate_size": inner, "vocab_size": 128256,
+        "tie_word_embeddings": tied, "head_dim": 64 if hidden == 2048 else 128,
+    }  # fmt: skip
+
+
+def _qwen(hidden: int, layers: int, heads: int, inner: int, tied: bool) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": inner, "vocab_size": 151936,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+# Configs of well-known models, from their config.json files.
+KNOWN = {
+    "SmolLM2-135M": {
+        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "Qwen3-0.6B": _qwen(1024, 28, 16, 3072, True),
+    "Llama-3.2-1B": _llama(2048, 16, 32, 8, 8192, True),
+    "Llama-3.2-3B": _llama(3072, 28, 24, 8, 8192, True),
+    "Qwen3-4B": _qwen(2560, 36, 32, 9728, True),
+    "Llama-3.1-8B": _llama(4096, 32, 32, 8, 14336, False),
+    "Qwen3-14B": _qwen(5120, 40, 40, 17408, False),
+    "Llama-3.1-70B": _llama(8192, 80, 64, 8, 28672, False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """Peak bytes of training one model with each method. usable: usable bytes of the machine, or None."""
+
+    model: str
+    parameters: int
+    tokens: int
+    full: int
+    lora: int
+    qlora: int
+    usable: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_methods(
+    recipe: Recipe, models: Iterable[tuple[str, ModelShape, int]], usable: int | None = None
+) -> list[Row]:
+    """Compare full fine-tuning, 16-bit LoRA and QLoRA by their peak memory.
+
+    Each trains on one row of `data.max_length` tokens at a time, with all layers checkpointed; other options are the
+    recipe's.
+    """
+    tokens = recipe.data.max_length
+    batch = MicroBatch.rows([tokens])
+    rows = []
+    for name, shape, parameters in models:
+        workload = Workload.from_recipe(recipe, shape, parameters=parameters)
+        workload = workload.replace(scheme="none", resident_layers=0, checkpointed_layers=shape.layers)
+        framework = framework_bytes(workload) if workload.compute.device == "cpu" else CUDA_CONTEXT_BYTES
+        full = FULL_BYTES * parameters + at_peak(workload, batch).total + framework
+        lora, qlora = (train_phase(workload.replace(scheme=scheme), batch).peak_bytes for scheme in ("none", "nf4"))
+        rows.append(Row(name, parameters, tokens, full, lora, qlora, usable))
+    return rows
+
+
+def known_models() -> list[tuple[str, ModelShape, int]]:
+    """Return (name, shape, parameters) of well-known models."""
+    shapes = [(name, ModelShape.of(config)) for name, config in KNOWN.items()]
+    return [(name, shape, shape.parameters) for name, shape in shapes]
+
+
+def markdown_table(rows: Iterable[Row]) -> str:
+    """Return the comparison in Markdown, in GB of 10^9 bytes."""
+    lines = ["| model | parameters | full | 16-bit LoRA | QLoRA (nf4) |", "|---|---:|---:|---:|---:|"]
+    for row in rows:
+        sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (row.full, row.lora, row.qlora))
+        lines.append(f"| {row.model} | {row.parameters / 1e9:.2f} B | {sizes} |")
+    return "\n".join(lines) + "\n"
+
+
+def print_comparison(rows: Sequence[Row], out: Console) -> None:
+    tokens = rows[0].tokens
+    table = Table(title=f"peak of training on rows of {tokens:,} tokens, one at a time, all layers checkpointed, in GB")
+    for head in ("model", "parameters", "full", "16-bit LoRA", "QLoRA (nf4)"):
+        table.add_column(head, justify="left" if head == "model" else "right")
+    for row in rows:
+        cells = [_cell(size, row.usable) for size in (row.full, row.lora, row.qlora)]
+        table.add_row(escape(row.model), f"{row.parameters / 1e9:.2f} B", *cells)
+    out.print(table)
+
+
+def _cell(size: int, usable: int | None) -> str:
+    text = f"{size / 1e9:.1f}"
+    return text if usable is None else f"[{'green' if size <= usable else 'red'}]{text}[/]"
