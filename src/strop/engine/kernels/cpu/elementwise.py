@@ -401,9 +401,9 @@ def scale_row(row: Any, values: Any, scale: Any) -> None:
 
 
 @subroutine
-def _visible(i: Any, queries: Any, group: Any, first: Any, window: Any) -> Any:
-    """Return the range of keys, [first, end), that the query of row i of the scores sees."""
-    end = first + (i % queries) // group + 1
+def visible(i: Any, group: Any, first: Any, window: Any) -> Any:
+    """Return the range of keys, [begin, end), that row i of a document's scores sees; first: position of row 0."""
+    end = first + i // group + 1
     return (max(end - window, 0) if window else 0), end
 
 
@@ -413,7 +413,7 @@ def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any, sin
     for task in prange(TASKS):
         buffer = np.empty(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            begin, end = _visible(i, queries, group, first, window)
+            begin, end = visible(i % queries, group, first, window)
             row = scores[i, begin:end]
             highest = row_max(row)
             total = exp_row(row, highest, buffer)
@@ -438,7 +438,7 @@ def _softmax_backward_row(grad: Any, probs: Any) -> None:
 def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, _ = probs.shape
     for i in prange(rows):
-        begin, end = _visible(i, queries, group, first, window)
+        begin, end = visible(i % queries, group, first, window)
         _softmax_backward_row(grad[i, begin:end], probs[i, begin:end])
         grad[i, :begin] = 0
         grad[i, end:] = 0
