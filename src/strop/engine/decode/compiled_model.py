@@ -44,7 +44,7 @@ class CompiledModel:
         self._num_threads = torch.get_num_threads()
         parts = [layers.part(number) for number in range(len(layers))]
         self._rope_kinds = [part.rope for part in parts]
-        self._act = getattr(self._kernels, ACTIVATIONS[parts[0].activation])
+        self._act = self._kernels.KINDS[ACTIVATIONS[parts[0].activation]]
         width = padded_head_size(parts[0].size)
         shape = (num_blocks, parts[0].key_value, BLOCK_SIZE, width)
         self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in parts] for _ in range(2))

@@ -15,22 +15,16 @@ from numba import prange, types
 from numba.experimental import structref
 
 from strop.engine.kernels.cpu.cached_attention import BLOCK, attend, key_at
-from strop.engine.kernels.cpu.compiled import HAS_BF16 as HAS_BF16
-from strop.engine.kernels.cpu.compiled import from_fp32, kernel, sequence, sigmoid, subroutine
-from strop.engine.kernels.cpu.decode_matmul import Dense as Dense
-from strop.engine.kernels.cpu.decode_matmul import Linear as Linear
-from strop.engine.kernels.cpu.decode_matmul import Quantized as Quantized
-from strop.engine.kernels.cpu.decode_matmul import columns_of, linear_forward
-from strop.engine.kernels.cpu.decode_matmul import dense_matmul as dense_matmul
-from strop.engine.kernels.cpu.dots import LANES as LANES
-from strop.engine.kernels.cpu.elementwise import CUBIC, TWO_ROOT, gelu
-from strop.engine.kernels.cpu.elementwise import GELU as GELU
-from strop.engine.kernels.cpu.elementwise import GELU_TANH as GELU_TANH
-from strop.engine.kernels.cpu.elementwise import RELU as RELU
-from strop.engine.kernels.cpu.elementwise import RELU2 as RELU2
-from strop.engine.kernels.cpu.elementwise import SILU as SILU
-from strop.engine.kernels.cpu.elementwise import XIELU as XIELU
-from strop.engine.kernels.cpu.int8_dots import INT8_DOTS as INT8_DOTS
+from strop.engine.kernels.cpu.compiled import HAS_BF16, from_fp32, kernel, sequence, sigmoid, subroutine
+from strop.engine.kernels.cpu.decode_matmul import Dense, Linear, Quantized, columns_of, dense_matmul, linear_forward
+from strop.engine.kernels.cpu.dots import LANES
+from strop.engine.kernels.cpu.elementwise import CUBIC, GELU, GELU_TANH, KINDS, RELU, RELU2, SILU, TWO_ROOT, gelu
+from strop.engine.kernels.cpu.int8_dots import INT8_DOTS
+
+__all__ = [
+    "HAS_BF16", "INT8_DOTS", "KINDS", "LANES", "Buffers", "BuffersRef", "Dense", "Layer", "LayerRef", "Linear", "Norm",
+    "Quantized", "RopeTables", "Rows", "Shape", "add_residual", "dense_matmul", "layer_forward", "norm_input",
+]  # fmt: skip
 
 
 class Norm(NamedTuple):
