@@ -29,7 +29,7 @@ import sys
 import numba.core.event as events, numpy as np, peft, torch
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
-from strop.models.families.layers import FAMILIES
+from strop.models.families.table import FAMILIES
 from strop.engine.train.eligibility import why_not_fast, uses_llama_kernels
 from tests.support import tiny_families
 for sizes, size in {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}.items():  # sizes that tiles support

@@ -225,12 +225,12 @@ import hashlib, torch
 torch.set_num_threads(1)
 from strop.engine.train.fast import FastLoss
 from strop.config.schema import LoraSection
-from strop.models.lora import add_lora, trainable
+from strop.models.lora import add_lora, trainable_parameters
 from tests.support import tiny
 torch.manual_seed(0)
 model = add_lora(tiny.model(), LoraSection(r=2, alpha=4), None)
 FastLoss(model).token_loss(tiny.examples(6)).backward()
-grads = b"".join(weight.grad.numpy().tobytes() for weight in trainable(model).values())
+grads = b"".join(weight.grad.numpy().tobytes() for weight in trainable_parameters(model).values())
 print(hashlib.sha256(grads).hexdigest())
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
