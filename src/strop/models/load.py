@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from strop.config.schema import DEVICES
+from strop.config.schema import DEVICE_PATTERN
 from strop.errors import ModelError, RecipeError, first_line
 from strop.models.experts import dequantize_experts, dequantized_growth
 from strop.models.families.gguf import read_gguf_tensors
@@ -54,7 +54,7 @@ transformers.utils.logging.disable_progress_bar()  # strop shows its own
 
 def check_device_and_dtype(device: str, dtype: str) -> None:
     """Raise RecipeError for an unknown device or dtype."""
-    if not re.fullmatch(DEVICES, device):
+    if not re.fullmatch(DEVICE_PATTERN, device):
         raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
     if dtype not in ("auto", *DTYPES):
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
