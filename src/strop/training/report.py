@@ -28,7 +28,7 @@ from strop.models.adapters import save_adapter
 from strop.models.experts import count_trained_in_experts
 from strop.models.lora import weight_change
 from strop.objectives.table import objective_of
-from strop.runs.events import Event, Listener, read_events, rewound_to
+from strop.runs.events import Event, Listener, find_rewind_step, read_events
 from strop.runs.folder import write_json
 from strop.training.dry_run import Forecast
 from strop.training.loop import evaluate, reset_lost_best
@@ -232,7 +232,7 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
         kind = event["event"]
         values = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _TRACKED.get(kind, ())}
         metrics = {key: value for key, value in values.items() if value is not None}
-        if working and (step := rewound_to(event)) is not None:
+        if working and (step := find_rewind_step(event)) is not None:
             working = _try(names, lambda: _undo(accelerator.trackers, step))
         if working and metrics:
             working = _try(names, lambda: accelerator.log(metrics, step=event["step"]))
