@@ -207,15 +207,15 @@ def _cast_weight(folder: Path, kind: torch.dtype) -> None:
 DAMAGE = {
     "more layers than the config says": (
         lambda folder: save_changed(folder, num_hidden_layers=1),
-        "9 of its tensors have no place in the model .*, first model.layers.1.input_layernorm.weight",
+        "9 tensors are not part of the model .*, first model.layers.1.input_layernorm.weight",
     ),
     "an unknown bias": (
         lambda folder: _add_tensors(folder, **{"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
-        "no place in the model .*, first model.layers.0.self_attn.q_proj.bias",
+        "not part of the model .*, first model.layers.0.self_attn.q_proj.bias",
     ),
     "an unknown norm": (
         lambda folder: _add_tensors(folder, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
-        "no place in the model .*, first model.layers.0.self_attn.q_norm.weight",
+        "not part of the model .*, first model.layers.0.self_attn.q_norm.weight",
     ),
     "one weight under two names": (
         lambda folder: _add_tensors(folder, **{"layers.0.mlp.up_proj.weight": torch.ones(64, 32)}),

@@ -222,7 +222,7 @@ def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -
         raise
     held_out = prepared.eval if prepared.eval is not None else prepared.train
     step = 2 if data_kind == "pairs" else 1
-    good = [row for row in range(0, len(held_out), step) if held_out.judged[row] != 0]
+    good = [row for row in range(0, len(held_out), step) if held_out.labels[row] != 0]
     return [held_out[row] for row in good[:MOST_ROWS]]
 
 

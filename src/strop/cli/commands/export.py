@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import Data, Json, NoParity, Tuned
+from strop.cli.options import AdapterName, Data, Json, NoParity
 from strop.cli.progress import status_line
 from strop.cli.tables import console, print_base, print_json, print_notes, print_parity
 from strop.engine.kernels import warmup
@@ -24,7 +24,7 @@ Type = Annotated[
 
 
 def gguf(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="File to write.")],
     kind: Type = None,
     adapter: Annotated[
@@ -47,7 +47,7 @@ def gguf(
 
 
 def ollama(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     kind: Type = None,
     data: Data = None,
