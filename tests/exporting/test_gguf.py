@@ -286,7 +286,7 @@ def test_wrong_file_is_refused_and_removed(
         elif fault == "token types":
             kinds = changed["tokenizer.ggml.token_type"]
             changed["tokenizer.ggml.token_type"] = ([1] * len(kinds[0]), *kinds[1:])
-        write(gguf_tokenizer.Vocabulary(self.copied, changed, self.bos, self.eos, self.add_bos), writer)
+        write(gguf_tokenizer.Vocabulary(self.exact, changed, self.bos, self.eos, self.add_bos), writer)
 
     def arrange_wrong(self: GgufLayout, name: str, weight: torch.Tensor) -> torch.Tensor:
         if fault == "permutation":

@@ -45,22 +45,17 @@ APPROXIMATE = ("tekken", "gpt-4o")
 class Vocabulary:
     """The tokenizer's entries in a GGUF file.
 
-    copied: taken from the base's GGUF file. bos, eos: token ids. add_bos: llama.cpp puts bos before a text. plain_text:
-    text outside chat prompts is tokenized exactly.
+    exact: llama.cpp must tokenize every string as the tokenizer does. bos, eos: token ids. add_bos: llama.cpp puts bos
+    before a text. plain_text: text outside chat prompts is tokenized exactly.
     """
 
-    copied: bool
+    exact: bool
     entries: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
     bos: int | None
     eos: int
     add_bos: bool
     plain_text: bool = True
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def exact(self) -> bool:
-        """Whether llama.cpp must tokenize every string as the tokenizer does; a copied vocabulary may differ."""
-        return not self.copied and self.entries["tokenizer.ggml.pre"][0] not in APPROXIMATE
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         for key, (value, kind, inner) in self.entries.items():
@@ -97,7 +92,8 @@ def build_vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabular
         # a chat prompt has one bos token: the one its template writes
         add_bos = add_bos and renderer.chat.opening.startswith(tokenizer.bos_token)
     entries["tokenizer.ggml.add_bos_token"] = (add_bos, gguf.GGUFValueType.BOOL, None)
-    return Vocabulary(copied, entries, ids["bos"], eos, add_bos, plain_text, notes)
+    exact = not copied and entries["tokenizer.ggml.pre"][0] not in APPROXIMATE  # a copied vocabulary may be inexact
+    return Vocabulary(exact, entries, ids["bos"], eos, add_bos, plain_text, notes)
 
 
 def _copy_entries(source: Source) -> dict[str, Any]:
@@ -164,8 +160,8 @@ def find_pre_tokenizer(state: dict[str, Any]) -> str:
     level = steps[-1]
     ignore_merges = bool(state["model"].get("ignore_merges", False))
     key = (tuple(map(_describe_step, steps[:-1])), bool(level.get("use_regex", True)), ignore_merges)
-    known = level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and key in PRE_TOKENIZERS
-    if not known or (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
+    supported = level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and key in PRE_TOKENIZERS
+    if not supported or (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         raise _unknown_pre_tokenizer(state["normalizer"], pre_tokenizer)
     return PRE_TOKENIZERS[key]
 
@@ -180,11 +176,11 @@ def _check_sentencepiece(state: dict[str, Any]) -> None:
     replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     if replace_spaces in steps:  # a later split at spaces has no effect
         further = [step for step in steps if step != replace_spaces]
-        known = not pre or (pre["type"] == "Split" and pre["pattern"] == {"String": " "} and not pre["invert"])
-        known = known and further in ([], [{"type": "Prepend", "prepend": "▁"}])
+        supported = not pre or (pre["type"] == "Split" and pre["pattern"] == {"String": " "} and not pre["invert"])
+        supported = supported and further in ([], [{"type": "Prepend", "prepend": "▁"}])
     else:
-        known = not steps and pre.get("type") == "Metaspace" and pre["replacement"] == "▁" and not pre["split"]
-    if not known:
+        supported = not steps and pre.get("type") == "Metaspace" and pre["replacement"] == "▁" and not pre["split"]
+    if not supported:
         raise _unknown_pre_tokenizer(normalizer, pre)
 
 

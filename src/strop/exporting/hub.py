@@ -110,16 +110,16 @@ def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Pat
     if not (trained_on := str(config.get("base_model_name_or_path") or "")):
         what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
         raise ModelError(what, fix="write it into its adapter_config.json")
-    known, (base, _, base_revision) = hub_id(trained_on), (base or "").partition("@")
-    if known is None and not base:
+    base_id, (base, _, base_revision) = hub_id(trained_on), (base or "").partition("@")
+    if base_id is None and not base:
         what = f"{folder}: its base is {trained_on}, which nobody else can load"
         raise ModelError(what, fix="give the same model's Hub id (--base OWNER/NAME), or push a merged model")
-    if known is not None and base not in ("", known):
-        raise ModelError(f"--base {base}: the adapter was trained on {known}", fix="leave --base out")
-    if known is None:
+    if base_id is not None and base not in ("", base_id):
+        raise ModelError(f"--base {base}: the adapter was trained on {base_id}", fix="leave --base out")
+    if base_id is None:
         _check_sizes(folder, trained_on, base, base_revision or None)
-    shown = known or base
-    revision = (trained_on.partition("@")[2] if known else base_revision) or config.get("revision")
+    shown = base_id or base
+    revision = (trained_on.partition("@")[2] if base_id else base_revision) or config.get("revision")
     contents, left_out = _read_folder(folder)
     contents["adapter_config.json"] = _to_json({**config, "base_model_name_or_path": shown, "revision": revision})
     if identity := read_identity(folder):

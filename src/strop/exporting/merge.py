@@ -435,7 +435,7 @@ def _add_end_tokens(file: Path, config: Any, end_ids: Sequence[int]) -> None:
     """Add the tokens that end trained answers to a generation config: a custom template may end turns differently."""
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     eos = settings.get("eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
-    known = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not set(end_ids) <= set(known):
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not set(end_ids) <= set(eos_ids):
         settings.pop("_from_model_config", None)  # else transformers would derive the file from config.json again
-        write_json(file, {**settings, "eos_token_id": list(dict.fromkeys([*end_ids, *known]))})
+        write_json(file, {**settings, "eos_token_id": list(dict.fromkeys([*end_ids, *eos_ids]))})
