@@ -56,7 +56,7 @@ $(VENV)-litellm/installed:
 scale: $(VENV)-ray/installed $(VENV)-kubeflow/installed $(VENV)-skypilot/installed
 	STROP_SCALE=1 STROP_KUBEFLOW_PYTHON=$(abspath $(VENV)-kubeflow/bin/python) \
 	STROP_SKYPILOT_PYTHON=$(abspath $(VENV)-skypilot/bin/python) \
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-ray/bin/pytest -rs tests/devices tests/launching
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-ray/bin/pytest -rs tests/distributed tests/interop
 
 $(VENV)-ray/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-ray

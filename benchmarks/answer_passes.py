@@ -13,8 +13,8 @@ import numpy as np
 
 from strop.engine.decode.batch import Batch
 from strop.engine.decode.decoder import CompiledDecoder
+from strop.engine.decode.model import load
 from strop.engine.decode.sampling import SequenceState
-from strop.models.adapters import load
 
 
 def main() -> None:

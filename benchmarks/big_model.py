@@ -22,9 +22,9 @@ from strop.config.schema import LoraSection
 from strop.data.types import Example
 from strop.engine.device import prepare_process
 from strop.engine.step import step_for
-from strop.machine.memory import mark
+from strop.machine.memory import start_peak
 from strop.models.load import load_base
-from strop.models.lora import add_lora, trainable
+from strop.models.lora import add_lora, trainable_parameters
 from strop.models.source import Source
 
 
@@ -90,14 +90,14 @@ def main() -> None:
         write_model(options.folder, config)
     prepare_process()
     source = Source(str(options.folder), "folder", options.folder)
-    memory, started = mark("cpu"), time.perf_counter()
+    memory, started = start_peak("cpu"), time.perf_counter()
     more = {} if options.scheme == "none" else {"resident_layers": options.resident_layers}
     model = load_base(source, torch.bfloat16, "cpu", quantization=options.scheme, **more)
     result = {"load": {"seconds": time.perf_counter() - started, "peak_bytes": memory.peak_bytes()}}
     held = sum(p.nbytes for p in model.parameters())
     adapted = add_lora(model, LoraSection(r=16, alpha=32.0), None).train()
     step = step_for(adapted)
-    optimizer = torch.optim.AdamW(list(trainable(adapted).values()), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(list(trainable_parameters(adapted).values()), lr=1e-4, fused=True)
     ids = np.random.default_rng(0).integers(1, options.vocabulary, options.tokens).astype(np.int32)
     example = Example(ids, np.float32(np.arange(options.tokens) > 0), "", 0)
     for number in (1, 2):

@@ -98,11 +98,11 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_s": rate(2 * x.numel(), lambda: y.copy_(x)),
     }
     if options.device == "cuda":
-        from strop.engine.kernels.cuda import flash
+        from strop.engine.kernels.cuda import attention
 
         about = torch.cuda.get_device_properties(0)
         of = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-        flash.why_not(torch.device("cuda"))  # as a run does it
+        attention.activate_flash3(torch.device("cuda"))  # as a run does it
         found |= {
             "flash_attention": of() or "FA2",
             "card": about.name,
@@ -159,9 +159,9 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     from strop.engine.device import pick_dtype, prepare_process
     from strop.engine.step import step_for
     from strop.machine.probe import probe
-    from strop.models.families.shape import peek
+    from strop.models.families.shape import read_model_info
     from strop.models.load import DTYPES, load_base
-    from strop.models.lora import add_lora, trainable
+    from strop.models.lora import add_lora, trainable_parameters
     from strop.models.source import locate
     from strop.planning.activations import MicroBatch
     from strop.planning.choose import choose
@@ -170,7 +170,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     from strop.planning.workload import Workload
 
     prepare_process()
-    shape = peek(str(options.folder)).shape
+    shape = read_model_info(str(options.folder)).shape
     given = {
         "model.name": "m", "data.train": "d", "model.device": options.device, "model.quantization": scheme,
         "lora.r": 16, "data.max_length": length, "train.micro_batch_tokens": length,
@@ -183,8 +183,8 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
         locate(str(options.folder)), DTYPES[dtype[0]], options.device, quantization=scheme, resident_layers=resident
     )
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
-    step, weights = step_for(model), list(trainable(model).values())
-    workload, batch = Workload.from_recipe(recipe, shape), MicroBatch.rows([length], more=False)
+    step, weights = step_for(model), list(trainable_parameters(model).values())
+    workload, batch = Workload.from_recipe(recipe, shape), MicroBatch.rows([length], accumulates=False)
     step.checkpoint(workload.compute.checkpointed_layers)
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     ids = np.random.default_rng(0).integers(1, 49000, length).astype(np.int32)
@@ -199,9 +199,8 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     return {
         "tokens_per_s": length / seconds, **peaks(options.device),
         "planned_bytes": planned.peak_bytes - (planned.parts["framework"] if options.device == "cuda" else 0),
-        "flops_per_s": flops(workload, batch).total / seconds,
-        "checkpointed": workload.compute.checkpointed_layers,
-        "resident": resident, "step": step.name, "without_kernels": step.lacking,
+        "flops_per_s": flops(workload, batch).total / seconds, "checkpointed": workload.compute.checkpointed_layers,
+        "resident": resident, "step": step.name, "without_kernels": step.why_no_triton,
     }  # fmt: skip
 
 

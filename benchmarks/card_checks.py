@@ -27,9 +27,9 @@ SCHEMES = ("none", "nf4", "int8")
 def agree(folder: Path, device: str) -> dict[str, Any]:
     import torch
 
-    from strop.engine.kernels.dispatch import kernels_lack
+    from strop.engine.kernels.dispatch import why_no_triton
 
-    lacking = kernels_lack(torch.device("cuda")) if device == "cuda" else "no card"
+    reason = why_no_triton(torch.device("cuda")) if device == "cuda" else "no card"
     off: dict[str, dict[str, float]] = {}
     for scheme in SCHEMES:
         on_cpu = _gradients(folder, "cpu", scheme)
@@ -39,14 +39,14 @@ def agree(folder: Path, device: str) -> dict[str, Any]:
             name = f"{scheme}, by {'strop' if kernels else 'PyTorch'}"
             off[name] = {"loss": abs(loss / on_cpu[0] - 1), "gradient": 1 - float(cosine)}
     right = all(one["loss"] <= MOST_LOSS and one["gradient"] <= MOST_GRADIENT for one in off.values())
-    return {"passed": right and (lacking is None or device != "cuda"), "off": off, "kernels_lack": lacking}
+    return {"passed": right and (reason is None or device != "cuda"), "off": off, "kernels_lack": reason}
 
 
 def _gradients(folder: Path, device: str, scheme: str, *, kernels: bool = True) -> Any:
     """(loss, the adapter's gradients in one row, on the host) of one step on rows of several lengths."""
     import torch
 
-    left_out = patch("strop.engine.kernels.cuda.available.why_not", lambda device: "left out")
+    left_out = patch("strop.engine.kernels.cuda.available.triton_error", lambda device: "left out")
     with nullcontext() if kernels else left_out:
         step, weights = _step(folder, device, scheme)
         rows = _rows((37, 64, 5, 300))
@@ -62,7 +62,7 @@ def _step(folder: Path, device: str, scheme: str) -> Any:
     from strop.engine.device import prepare_process
     from strop.engine.step import step_for
     from strop.models.load import load_base
-    from strop.models.lora import add_lora, trainable
+    from strop.models.lora import add_lora, trainable_parameters
     from strop.models.source import locate
 
     prepare_process()
@@ -70,7 +70,7 @@ def _step(folder: Path, device: str, scheme: str) -> Any:
     base = load_base(locate(str(folder)), dtype, device, quantization=scheme)
     torch.manual_seed(0)
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
-    weights = list(trainable(model).values())
+    weights = list(trainable_parameters(model).values())
     random = np.random.default_rng(0)
     with torch.no_grad():  # B begins as zeros, and A then has no gradient
         for weight in weights:

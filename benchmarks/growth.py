@@ -55,7 +55,7 @@ def point(size: str, tokens: int, length: int) -> dict[str, Any]:
 
     from strop.data.types import Example
     from strop.engine.train.fast import FastLoss
-    from strop.machine.memory import mark
+    from strop.machine.memory import start_peak
 
     base = transformers.AutoModelForCausalLM.from_config(config_of(size), dtype=torch.bfloat16)
     loss = FastLoss(get_peft_model(base, LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear")))
@@ -64,7 +64,7 @@ def point(size: str, tokens: int, length: int) -> dict[str, Any]:
     weights[0] = 0
     rows = [Example(rng.integers(1, 49152, length, dtype=np.int32), weights, "", i) for i in range(tokens // length)]
     loss.token_loss(rows[:1]).backward()
-    before, seconds = mark("cpu"), []
+    before, seconds = start_peak("cpu"), []
     for _ in range(4):
         started = time.perf_counter()
         (loss.token_loss(rows) / tokens).backward()
@@ -85,7 +85,7 @@ def saved_bytes_per_token(size: str, length: int) -> float:
     from strop.planning.activations import MicroBatch, layer_bytes
     from strop.planning.workload import AdapterWeights, BaseWeights, Compute, Workload
 
-    shape = ModelShape.of(config_of(size).to_dict())
+    shape = ModelShape.from_config(config_of(size).to_dict())
     tiles = probe().has_tiles(shape.head_size)
     workload = Workload(
         base=BaseWeights(shape=shape, parameters=shape.parameters),

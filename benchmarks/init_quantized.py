@@ -26,11 +26,11 @@ from strop.engine.device import prepare_process
 from strop.engine.step import step_for
 from strop.evaluation.compare import mean_loss
 from strop.models.load import load_base
-from strop.models.lora import as_fp32, trainable
-from strop.models.quantize import pack, quantizable, unpack
+from strop.models.lora import cast_trainable_to_fp32, trainable_parameters
+from strop.models.quantize import dequantize_weight, quantizable_linears, quantize_weight
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.planning.learning_rate import objective_base_rate
+from strop.planning.choose import objective_base_rate
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.training.loop import fit
@@ -47,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def quantized(weight: torch.Tensor) -> torch.Tensor:
-    return unpack(pack(weight, "nf4"), "nf4", weight.shape, weight.dtype)
+    return dequantize_weight(quantize_weight(weight, "nf4"), "nf4", weight.shape, weight.dtype)
 
 
 def loftq(weight: torch.Tensor, rank: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,12 +63,12 @@ def loftq(weight: torch.Tensor, rank: int, rounds: int) -> tuple[torch.Tensor, t
 
 def build(model: str, way: str, rank: int, seed: int) -> peft.PeftModel:
     base = load_base(locate(model), torch.bfloat16, "cpu")
-    chosen = quantizable(base)
+    chosen = quantizable_linears(base)
     names = [name for name, _ in base.named_modules() if f"{name}.weight" in chosen]
     torch.manual_seed(seed)
     leaves = sorted({name.rpartition(".")[2] for name in names})
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=leaves, task_type="CAUSAL_LM", **WAYS[way])
-    adapted = as_fp32(peft.get_peft_model(base, config))
+    adapted = cast_trainable_to_fp32(peft.get_peft_model(base, config))
     for name in names if way != "16 bit" else []:
         module = adapted.get_base_model().get_submodule(name)
         weight = module.base_layer.weight
@@ -91,7 +91,7 @@ def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, float]:
         "model": options.model, "data": options.data, "seed": seed, "lora.r": options.rank,
         "train.max_steps": options.steps, "train.learning_rate": rate, "train.micro_batch_tokens": 2048,
     }  # fmt: skip
-    recipe, step, weights = resolve(None, given).recipe, step_for(model), trainable(model)
+    recipe, step, weights = resolve(None, given).recipe, step_for(model), trainable_parameters(model)
 
     def loss() -> float:
         return mean_loss(step.token_loss, rows, lambda some: [[number] for number in range(len(some))])

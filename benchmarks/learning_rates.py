@@ -109,7 +109,7 @@ def around(rate: float, *steps: int) -> list[float]:
 
 def stages(sweep: Sweep) -> Iterator[str]:
     """Runs a stage between one name and the next; what tells most comes first."""
-    from strop.planning.learning_rate import learning_rate
+    from strop.planning.choose import learning_rate
 
     best: dict[tuple[str, str], float] = {}
     for size in reversed(SIZES):

@@ -15,12 +15,12 @@ from typing import Any
 import measured
 
 import strop
-from strop.evaluation.compare import questions
+from strop.evaluation.compare import make_questions
 from strop.evaluation.metrics import score
 from strop.evaluation.run import read_conversations
 from strop.exporting.gguf import export_gguf
 from strop.exporting.llama_cpp import LlamaCpp
-from strop.models.adapter_config import adapter_config
+from strop.models.adapter_config import read_adapter_config
 from strop.models.source import locate
 
 NEW_TOKENS = 80
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results as JSON")
     asked = parser.parse_args()
     model = strop.load(asked.run, dtype="fp32")
-    rows = questions(read_conversations(asked.data))
+    rows = make_questions(read_conversations(asked.data))
     prompts = [model.renderer.prompt(row.conversation.messages[:-1], row.conversation.tools) for row in rows]
     golds = [row.gold for row in rows]
     expected = [answer.text for answer in in_batches(model, prompts)]
@@ -56,7 +56,7 @@ def main() -> None:
             lora = kind == "lora"
             exported = export_gguf(asked.run, file, kind=None if lora else kind, adapter=lora)
             took, parity = time.perf_counter() - started, exported.as_json()["parity"]
-            base = locate(str(adapter_config(model.adapter or Path())["base_model_name_or_path"])).path
+            base = locate(str(read_adapter_config(model.adapter or Path())["base_model_name_or_path"])).path
             size = max(map(len, prompts)) + NEW_TOKENS
             with LlamaCpp(base if lora else file, adapter=file if lora else None, context=size) as llama:
                 ids = [llama.generate(prompt.tolist(), NEW_TOKENS) for prompt in prompts]

@@ -31,8 +31,8 @@ MERGE = """
 import json, sys
 from pathlib import Path
 from strop.exporting.merge import merge
-from strop.machine.memory import mark
-before = mark("cpu")
+from strop.machine.memory import start_peak
+before = start_peak("cpu")
 merge(sys.argv[1], Path(sys.argv[2]), dtype=sys.argv[3], measure=False)
 print(json.dumps(before.peak_bytes()))
 """

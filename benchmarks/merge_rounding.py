@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from strop.exporting import merge
 from strop.exporting.merge import TunedModel
 from strop.exporting.parity import LIMITS, compare
-from strop.models.adapters import attach
+from strop.models.adapters import attach_adapter
 from strop.models.load import load_base, weights_folder
 from strop.models.source import Source
 
@@ -51,7 +51,7 @@ def load_merged(tuned: TunedModel, way: Round) -> Any:
 def load_bf16(tuned: TunedModel, folder: Path) -> Any:
     options = {"quantization": tuned.storage.scheme, "double": tuned.storage.double, "resident_layers": 1 << 30}
     base = load_base(tuned.source, torch.bfloat16, "cpu", **options)
-    return attach(base, folder, tuned.source)[0].eval()
+    return attach_adapter(base, folder, tuned.source)[0].eval()
 
 
 def merge_into_4bit(source: Source, folder: Path) -> Any:

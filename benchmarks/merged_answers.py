@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strop
-from strop.evaluation.compare import questions
+from strop.evaluation.compare import make_questions
 from strop.evaluation.run import read_conversations
 from strop.models.load import DTYPES
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--compute", default="fp32,bf16", help="types to answer in; empty: no answers")
     parser.add_argument("--out")
     options = parser.parse_args()
-    rows = questions(read_conversations(options.data))
+    rows = make_questions(read_conversations(options.data))
     chats = [[vars_of(message) for message in row.conversation.messages[:-1]] for row in rows]
     results = []
     for run, dtype in product(options.runs, options.dtypes.split(",")):

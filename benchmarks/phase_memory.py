@@ -113,10 +113,10 @@ class Mark(logging.Handler):
         self.since: Any = None
 
     def hear(self, text: str) -> None:
-        from strop.machine.memory import mark
+        from strop.machine.memory import start_peak
 
         if self.since is None and text.startswith(("loading the weights", "merging into", "writing")):
-            self.since = mark("cpu")
+            self.since = start_peak("cpu")
 
     def emit(self, record: logging.LogRecord) -> None:
         self.hear(record.getMessage())
@@ -125,9 +125,9 @@ class Mark(logging.Handler):
 def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
     child([sys.executable, __file__, *sys.argv[1:], "--train"])
     made, asked = make_run(folder, case, snips), rows_of(folder, case, snips)[1]
-    mark = Mark()
+    peak = Mark()
     loading = logging.getLogger("strop.models.load")
-    loading.addHandler(mark)
+    loading.addHandler(peak)
     loading.setLevel(logging.INFO)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder) as temp:
@@ -139,22 +139,22 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         elif case["phase"] == "merge":
             from strop.exporting.merge import merge
 
-            merge(str(made), Path(temp) / "merged", progress=mark.hear)
+            merge(str(made), Path(temp) / "merged", progress=peak.hear)
         elif case["phase"] == "export":
             from strop.exporting.gguf import export_gguf
 
-            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], progress=mark.hear)
+            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], progress=peak.hear)
         else:
             found = _serve(made, asked, case["texts"])
-        found["measured_bytes"] = mark.since.peak_bytes()
+        found["measured_bytes"] = peak.since.peak_bytes()
     name = name_of(case)
     return {"name": name, "fitted": name in FITTED, "texts": case["texts"], **found, **_about(case, made, asked)}
 
 
 def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
     """Serves as the command does, and asks over HTTP: the `texts` longest conversations (in characters) at once."""
-    from strop.serve.address import open_address
     from strop.serve.run import serve
+    from strop.serve.server import open_address
 
     lines = sorted(asked.read_text("utf-8").splitlines(), key=len, reverse=True)[:texts]
     rows = [json.loads(line) for line in lines]
@@ -204,7 +204,7 @@ def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
 def predicted_bytes(one: dict[str, Any]) -> int:
     """Of a case whose rows are known, as the formulas say now."""
     from strop.config.load import resolve
-    from strop.models.families.shape import ModelShape, peek
+    from strop.models.families.shape import ModelShape, read_model_info
     from strop.planning.memory import (
         EvaluationLoad,
         decoding_workload,
@@ -217,7 +217,7 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     from strop.planning.workload import Workload
 
     phase, model = one["name"].partition(",")[0].split()
-    shape = peek("demo").shape if model == "demo" else ModelShape.of(MODELS[model])
+    shape = read_model_info("demo").shape if model == "demo" else ModelShape.from_config(MODELS[model])
     recipe = resolve(None, {**one["recipe"], "model.name": "m", "data.train": "d"}).recipe
     workload = Workload.from_recipe(recipe, shape, threads=1)
     evaluation = EvaluationLoad.of(one["rows"], recipe.data.max_length)

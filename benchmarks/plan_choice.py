@@ -212,10 +212,10 @@ def main() -> None:
         print(json.dumps(run(given.folder, *given.case)))
         return
     from strop.machine.probe import probe
-    from strop.machine.rates import known_rates
+    from strop.machine.rates import load_rates
     from strop.planning.time import Rate
 
-    rate = Rate.of_cpu(probe(), known_rates(probe(), "cpu"), "bf16")
+    rate = Rate.of_cpu(probe(), load_rates(probe(), "cpu"), "bf16")
     kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
     found = {one["name"]: one for one in kept}
     for number in range(len(SETTINGS)):

@@ -235,13 +235,13 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
 
 @cache
 def looked_at(model: str) -> Any:
-    from strop.models.families.shape import ModelShape, Peek, peek
-    from strop.models.introspect import exactly
+    from strop.models.families.shape import ModelInfo, ModelShape, read_model_info
+    from strop.models.introspect import refine_with_model
 
     if model == "demo":
-        return peek("demo")
-    shape = ModelShape.of(MODELS[model])
-    return exactly(Peek(model, shape, shape.parameters, MODELS[model]))
+        return read_model_info("demo")
+    shape = ModelShape.from_config(MODELS[model])
+    return refine_with_model(ModelInfo(model, shape, shape.parameters, MODELS[model]))
 
 
 def setting_of(model: str, recipe: dict[str, Any]) -> Any:

@@ -220,13 +220,13 @@ def main() -> None:
             hide_instructions()
         if given.case < 0:
             from strop.machine.probe import probe
-            from strop.planning.calibrate import keep_rates, measure_rates
+            from strop.planning.calibrate import measure_rates, save_rates
 
             if given.case == PACES:
                 found = {name: pace({"options": options}) for name, options in (("bf16", {}), ("fp32", FP32))}
             else:
                 rates = measure_rates()
-                keep_rates(probe(), "cpu", rates)  # runs choose by them
+                save_rates(probe(), "cpu", rates)  # runs choose by them
                 found = asdict(rates)
             print(json.dumps(found))
             return

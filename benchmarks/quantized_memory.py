@@ -21,7 +21,7 @@ from typing import Any
 import measured
 
 from strop.models.load import weights_folder
-from strop.models.source import locate, safetensors_header, weight_files
+from strop.models.source import locate, read_safetensors_header, weight_files
 
 METHODS = {
     "16 bit": ("none", 0),
@@ -32,16 +32,20 @@ METHODS = {
 LOAD = """
 import sys, torch
 from strop.engine.device import prepare_process
-from strop.machine.memory import mark
+from strop.machine.memory import start_peak
 from strop.models.source import locate
-from strop.model import load
+from strop.models import load
 prepare_process()
 model, scheme, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 source = locate(model)
-folder = load.weights_folder(source) if scheme == "none" else load.packed_folder(source, scheme, True, torch.bfloat16)
+folder = (
+    load.weights_folder(source)
+    if scheme == "none"
+    else load.quantized_folder(source, scheme, True, torch.bfloat16)
+)
 import bitsandbytes, peft  # libraries are no part of the base
 torch.ones(8, 8).bfloat16() @ torch.ones(8, 8).bfloat16()
-before = mark("cpu")
+before = start_peak("cpu")
 base = load.load_base(source, torch.bfloat16, "cpu", quantization=scheme, resident_layers=layers)
 print(before.peak_bytes(), folder)
 """
@@ -67,7 +71,7 @@ def process(code: str, *words: Any) -> list[str]:
 def weights_bytes(folder: Path) -> tuple[int, int]:
     """(all weights of a folder, its largest file)."""
     files = weight_files(folder)
-    ends = [entry["data_offsets"] for file in files for entry in safetensors_header(file).values()]
+    ends = [entry["data_offsets"] for file in files for entry in read_safetensors_header(file).values()]
     return sum(end - start for start, end in ends), max(file.stat().st_size for file in files)
 
 

@@ -21,7 +21,7 @@ import psutil
 import requests
 from gguf import GGUFReader
 
-from strop.models.source import safetensors_header, weight_files
+from strop.models.source import read_safetensors_header, weight_files
 from strop.planning.memory import BLOCK, NESTED
 
 HERE = Path(__file__).parent
@@ -153,7 +153,9 @@ def vllms(python: str, model: str) -> list[Server]:
 
 def weight_bytes(folder: Path, dtype: str, scheme: str) -> int:
     """What is read for a token of a model folder's weights: all, but an embedding table that is not the head too."""
-    shapes = {name: entry["shape"] for file in weight_files(folder) for name, entry in safetensors_header(file).items()}
+    shapes = {
+        name: entry["shape"] for file in weight_files(folder) for name, entry in read_safetensors_header(file).items()
+    }
     element, total = 4 if dtype == "fp32" else 2, 0.0
     for name, shape in shapes.items():
         weights = shape[0] * (shape[1] if len(shape) == 2 else 1)

@@ -54,7 +54,7 @@ def judged(valley: dict[str, Any]) -> dict[str, Any]:
     the rule before it did (`objective_base_rate`), and what the usual adapter's and batch's rate would, as shares of
     the best loss.
     """
-    from strop.planning.learning_rate import learning_rate, objective_base_rate, rate_factor
+    from strop.planning.choose import learning_rate, objective_base_rate, rate_factor
 
     curve, size = valley["curve"], parameters(valley["size"])
     best = min(curve, key=lambda rate: curve[rate])

@@ -21,7 +21,7 @@ import pyarrow
 import zstandard
 from pyarrow import parquet
 
-from strop.data.formats import FORMATS, conversations
+from strop.data.formats import FORMATS, ConversationReader
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import READING_REASONS, RowError
 from strop.errors import DataError
@@ -118,7 +118,7 @@ def try_file(chance: random.Random, folder: Path) -> str:
     spec = str(path) + chance.choice(["", "", "@0.5", "@2"])
     bad: list[RowError] = []
     try:
-        reader = conversations(
+        reader = ConversationReader(
             read_rows(spec, bad=bad, **options),
             format=chance.choice([*["auto"] * 30, *FORMATS]),
             columns=columns,

@@ -20,9 +20,9 @@ from transformers import GenerationConfig
 
 import strop
 from strop.cli.chat import Session
+from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError
-from strop.models.adapters import Model
 from tests.support.runs import run
 from tests.support.tiny import write_rows
 

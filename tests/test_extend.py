@@ -40,8 +40,8 @@ CHECKS = {
         result = objective_of(recipe.train).compute(PreferenceBatch((chosen, rejected), one > 0), options)
         assert result.losses.tolist() == [0.5, 0.0], result
     """,
-    "src/strop/models/families/layers.py": """
-        from strop.models.families.layers import FAMILIES
+    "src/strop/models/families/table.py": """
+        from strop.models.families.table import FAMILIES
         from strop.engine.step import step_for
         from tests.support.random_models import adapted
         assert step_for(adapted("helium")).name == "fast"
@@ -78,9 +78,9 @@ def changed_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "fixtures")
         )
-    layers = root / "src/strop/models/families/layers.py"
-    without = re.sub(r'^    "helium": .*\n', "", layers.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    layers.write_text(without, encoding="utf-8")
+    table = root / "src/strop/models/families/table.py"
+    without = re.sub(r'^    "helium": .*\n', "", table.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    table.write_text(without, encoding="utf-8")
     for edit in edits():
         apply(root, *edit)
     return root

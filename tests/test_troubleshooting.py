@@ -32,7 +32,7 @@ from strop.errors import (
 from strop.evaluation.diagnosis import diagnose
 from strop.machine import doctor
 from strop.machine.probe import Machine
-from strop.models.quantize import pack, unpack
+from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.planning import calibrate
 from strop.planning.memory import CUDA_CONTEXT_BYTES
 from strop.runs.folder import disk_errors
@@ -80,7 +80,9 @@ def eight_bit() -> object:
     return make_optimizer({"w": nn.Parameter(torch.zeros(2))}, section)
 
 
-@pytest.mark.parametrize("use", [lambda: pack(torch.zeros(64, 64), "nf4"), eight_bit], ids=["4 bit", "8-bit optimizer"])
+@pytest.mark.parametrize(
+    "use", [lambda: quantize_weight(torch.zeros(64, 64), "nf4"), eight_bit], ids=["4 bit", "8-bit optimizer"]
+)
 def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     without_bitsandbytes(monkeypatch)
     with pytest.raises(QuantizerError, match="cannot be used here") as raised:
@@ -102,13 +104,13 @@ def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", other_cuda)
     with pytest.raises(QuantizerError, match="cannot be used here: CUDA SETUP ERROR") as raised:
-        unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
+        dequantize_weight(quantize_weight(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
     assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
     found = calibrate.check_four_bit_step()
     assert found.level == "error" and "#bitsandbytes" in found.why and "install" in found.fix
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
+        dequantize_weight(quantize_weight(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
 
 
 def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,18 +128,20 @@ def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
-    for lacking, fix in (
+    for reason, fix in (
         ("Triton cannot make kernels: no C compiler", "gcc"),
         ("Triton cannot be imported: No module named 'triton'", "install triton"),
         (None, ""),
     ):
-        monkeypatch.setattr(calibrate, "kernels_lack", lambda device, lacking=lacking: lacking)
+        monkeypatch.setattr(calibrate, "why_no_triton", lambda device, reason=reason: reason)
         _, found = calibrate.check_gpus(machine)
-        assert (found.level, "#triton" in found.why) == (("warning", True) if lacking else ("ok", False))
+        assert (found.level, "#triton" in found.why) == (("warning", True) if reason else ("ok", False))
         assert fix in found.fix and bool(fix) == bool(found.fix)
     monkeypatch.undo()
-    chosen = fast.processor_for
-    monkeypatch.setattr(fast, "processor_for", lambda *of, **how: replace(chosen(*of, **how), lacking="no C compiler"))
+    chosen = fast.backend_for
+    monkeypatch.setattr(
+        fast, "backend_for", lambda *of, **how: replace(chosen(*of, **how), why_no_triton="no C compiler")
+    )
     events: list[dict[str, object]] = []
     options = {"train.max_steps": 1, "model.dtype": "fp32", "device": "cpu", "out": tmp_path / "run"}
     strop.train(model=str(tiny_folder), data=str(rows_file), callback=events.append, **options)

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from strop.config.schema import Recipe
     from strop.data.prepare import Prepared
     from strop.data.types import DataKind
+    from strop.engine.decode.model import Model
     from strop.exporting.gguf import Exported
     from strop.exporting.hub import Pushed
     from strop.exporting.merge import Merged
     from strop.exporting.ollama import Prepared as PreparedOllama
-    from strop.models.adapters import Model
     from strop.planning.plan import Plan
     from strop.planning.tables import Row
     from strop.runs.events import Event
@@ -68,9 +68,8 @@ def plan(
     from strop.machine.memory import limit_bytes
     from strop.planning.machines import target_for
     from strop.planning.microbatch import plan_options, row_sizes
-    from strop.planning.model_facts import read_model_facts, start_adapter
     from strop.planning.multi_device import Devices, target_share
-    from strop.planning.plan import make_plan
+    from strop.planning.plan import make_plan, read_model_facts, start_adapter
 
     resolved = resolve(_path(recipe), plan_options(_flatten(options), recipe is not None))
     device = resolved.recipe.model.device
@@ -112,7 +111,7 @@ def compare_methods(
     from strop.planning.choose import usable_bytes
     from strop.planning.machines import target_for
     from strop.planning.microbatch import plan_options
-    from strop.planning.model_facts import read_model_facts
+    from strop.planning.plan import read_model_facts
     from strop.planning.tables import compare_methods as compare
     from strop.planning.tables import known_models
 
@@ -167,11 +166,11 @@ def train(
     resolved = resolve(_path(recipe), _flatten(options))
     with join_devices() as devices:
         from strop.machine.memory import limit_bytes
-        from strop.machine.torch_state import own_torch
+        from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import train as run_training
 
         limit = limit_bytes(memory)
-        with own_torch():
+        with isolated_torch_state():
             return run_training(
                 resolved, [callback] if callback else [], memory=limit, devices=devices, resume_existing=resume_existing
             )
@@ -207,12 +206,12 @@ def resume(
 
     with join_devices() as devices:
         from strop.machine.memory import limit_bytes
-        from strop.machine.torch_state import own_torch
+        from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import resume as resume_training
 
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
         limit = limit_bytes(memory)
-        with own_torch():
+        with isolated_torch_state():
             return resume_training(
                 Path(run),
                 [callback] if callback else [],
@@ -273,9 +272,9 @@ def evaluate(
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
     with join_devices() as devices:
         from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard
-        from strop.machine.torch_state import own_torch
+        from strop.machine.torch_state import isolated_torch_state
 
-        with own_torch():
+        with isolated_torch_state():
             chosen = EvalOptions(
                 metric=metric,
                 max_new_tokens=max_new_tokens,
@@ -363,10 +362,10 @@ def load(
         InputError: If the model, the device or an option is invalid.
         RunError: If this process was forked from one that used strop.
     """
-    from strop.machine.torch_state import own_torch
-    from strop.models.adapters import load as load_model
+    from strop.engine.decode.model import load as load_model
+    from strop.machine.torch_state import isolated_torch_state
 
-    with own_torch():
+    with isolated_torch_state():
         return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
 
 
@@ -397,10 +396,10 @@ def merge(
         ParityError: If the merged model differs from the tuned one beyond the limit.
     """
     from strop.exporting.merge import merge as merge_adapter
-    from strop.machine.torch_state import own_torch
+    from strop.machine.torch_state import isolated_torch_state
 
     rows = _data_file(data)
-    with own_torch():
+    with isolated_torch_state():
         return merge_adapter(
             os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, progress=progress or _ignore
         )
@@ -466,14 +465,14 @@ def export(
     """
     from strop.exporting.gguf import export_gguf
     from strop.exporting.ollama import export_ollama
-    from strop.machine.torch_state import own_torch
+    from strop.machine.torch_state import isolated_torch_state
 
     if target not in ("gguf", "ollama"):
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="leave out adapter, or give gguf")
     name, rows, progress = os.fspath(run), _data_file(data), progress or _ignore
-    with own_torch():
+    with isolated_torch_state():
         if target == "gguf":
             return export_gguf(
                 name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, progress=progress

@@ -61,7 +61,7 @@ def test_status_line_shows_log_messages_until_it_ends(monkeypatch: pytest.Monkey
     out = io.StringIO()
     with status_line("loading the libraries", Console(file=out)):
         assert wait_for_lines(out, 1) == ["still    loading the libraries (0 s)"]
-        logging.getLogger("strop.engine.kernels.cpu.warmup").info("compiling %s", "kernels")
+        logging.getLogger("strop.engine.kernels.warmup").info("compiling %s", "kernels")
         before = len(out.getvalue().splitlines())
         assert "still    compiling kernels (0 s)" in wait_for_lines(out, before + 3)
     text = out.getvalue()

@@ -22,9 +22,9 @@ HOSTILE_NAME = '<img src=x onerror=document.title=1> & "quotes" \'n %2f #x?y'
 def dashboard(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A folder to work in, as a person has it: a model, rows, rows held out, and runs/ with three runs."""
     from strop import train
+    from strop.engine.decode.model import load
     from strop.evaluation.compare import compare
     from strop.evaluation.run import add_to_report, read_conversations
-    from strop.models.adapters import load
     from strop.runs.folder import RunFolder
     from tests.support.tiny import write_rows
 

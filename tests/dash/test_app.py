@@ -56,7 +56,7 @@ def tree(root: Path) -> dict[str, Any]:
     return {str(file): file.read_bytes() for file in root.rglob("*") if file.is_file() and not file.is_symlink()}
 
 
-def test_another_user_can_neither_change_nor_read_anything(dash: Dash, root: Path) -> None:
+def test_requests_without_the_token_are_refused(dash: Dash, root: Path) -> None:
     before, all_ = tree(root), addresses(root)
     assert len(all_) > 30
     for method, path in all_:
@@ -90,7 +90,7 @@ def test_pages_of_other_sites_are_refused(dash: Dash) -> None:
     assert dash.get("/api/runs/two/delete").status_code == 405  # no change by a link or a picture
 
 
-def test_names_stay_inside_the_folder(dash: Dash) -> None:
+def test_paths_outside_the_folder_are_refused(dash: Dash) -> None:
     names = [
         "..",
         "%2e%2e",
@@ -120,7 +120,7 @@ def test_names_stay_inside_the_folder(dash: Dash) -> None:
         assert dash.get(path).status_code == 404
 
 
-def test_a_link_inside_a_run_shows_nothing(dash: Dash, root: Path) -> None:
+def test_links_inside_a_run_are_not_followed(dash: Dash, root: Path) -> None:
     folder = make_run(root, "trap", [])
     secret = root.parent / "secret.jsonl"
     for name in ("events.jsonl", "report.json", "answers.json", "votes.jsonl"):
@@ -133,7 +133,7 @@ def test_a_link_inside_a_run_shows_nothing(dash: Dash, root: Path) -> None:
     assert len(dash.get("/api/runs/trap/contents").json()["files"]) == 6
 
 
-def test_bodies(dash: Dash) -> None:
+def test_invalid_bodies_are_refused(dash: Dash) -> None:
     assert dash.post("/api/plan", {"options": {"x": "y" * (MAX_BODY_BYTES + 1)}}).status_code == 413
 
     def chunks() -> Iterator[bytes]:
@@ -152,7 +152,7 @@ def test_bodies(dash: Dash) -> None:
             assert answer.status_code == 400 and answer.json()["error"]["message"], raw
 
 
-def test_queries(dash: Dash) -> None:
+def test_invalid_queries_are_refused(dash: Dash) -> None:
     for wrong in ("by=colour", "points=7", "points=x", "from=y", "more=1", "points=1e9", "points=nan", "to=inf"):
         assert dash.get(f"/api/runs/one/history?{wrong}").status_code == 400
     for wrong in ("filter=best", "order=x", "offset=x", "offset=nan", "more=1"):
@@ -163,13 +163,13 @@ def test_queries(dash: Dash) -> None:
     assert dash.get("/api/jobs/..%2f..").status_code == 404
 
 
-def test_what_a_run_is_called() -> None:
+def test_run_name_comes_from_the_data() -> None:
     for name, called in {"a/b.jsonl": "b", "日本.jsonl": "run", "日本-v2.csv": "v2", "données.json": "donn-es"}.items():
         assert stem({"data.train": name}) == stem({"data": [name, "x"]}) == called
     assert stem({}) == "run"
 
 
-def test_what_the_page_gets(dash: Dash, root: Path) -> None:
+def test_read_routes_return_the_run(dash: Dash, root: Path) -> None:
     listed = {row["name"]: row for row in dash.get("/api/runs").json()["runs"]}
     assert {"one", "two", "a run & 100%"} <= set(listed) and "linked" not in listed
     assert dash.get("/api/runs").json()["ignored"] == ["linked: a link"]
@@ -197,7 +197,7 @@ def test_what_the_page_gets(dash: Dash, root: Path) -> None:
     assert dash.post("/api/talk/v1/chat/completions", {"model": "x"}).status_code == 409
 
 
-def test_what_is_added_is_told(dash: Dash, root: Path) -> None:
+def test_stream_sends_appended_events(dash: Dash, root: Path) -> None:
     folder = make_run(root, "growing", [*session(), *(step(number) for number in range(1, 5))])
     stream = dash.events("/api/runs/growing/stream")
     assert next(stream)[0] == "run"
@@ -233,7 +233,7 @@ def test_what_is_added_is_told(dash: Dash, root: Path) -> None:
     table.close()
 
 
-def test_deleting_names_what_goes(dash: Dash, root: Path) -> None:
+def test_deletion_lists_files_and_needs_the_name(dash: Dash, root: Path) -> None:
     make_run(root, "old", [*session(), step(1)])
     contents = dash.get("/api/runs/old/contents").json()
     assert [file["path"] for file in contents["files"]] == ["events.jsonl", "lock.json", "recipe.yaml"]
@@ -265,7 +265,7 @@ def test_help_does_not_load_a_server() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_port_that_is_taken_and_a_file(tmp_path: Path) -> None:
+def test_used_port_and_file_instead_of_folder_are_refused(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -31,7 +31,7 @@ def spoiled(value: Any, random_: random.Random, share: float) -> Any:
     return value
 
 
-def test_no_file_of_a_run_breaks_the_page(tmp_path: Path) -> None:
+def test_damaged_files_raise_run_errors_only(tmp_path: Path) -> None:
     rows = [sample(number, number % 2 == 0, number % 3 == 0) for number in range(6)]
     data = {"event": "data", "time": 1, "report": {"rows": {"used": 20}, "dropped": [{"file": "f", "line": 1}]}}
     others = [
@@ -59,10 +59,10 @@ def test_no_file_of_a_run_breaks_the_page(tmp_path: Path) -> None:
     for seed in range(120):
         name = f"run-{seed}"
         asks = [
-            partial(dashboard.detail, name), partial(dashboard.drawn, name, "epoch", 50, None, None, ()),
+            partial(dashboard.detail, name), partial(dashboard.curves, name, "epoch", 50, None, None, ()),
             partial(dashboard.duplicate, name), partial(dashboard.answers, name, "all", "worst", "x", 0, 9),
             partial(dashboard.ballot, name), partial(dashboard.log, name), partial(dashboard.compare, [name, "good"]),
-            partial(dashboard.news, name, "time", 50, None),
+            partial(dashboard.updates, name, "time", 50, None),
         ]  # fmt: skip
         for ask in asks:
             try:

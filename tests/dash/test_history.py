@@ -22,17 +22,17 @@ def history(folder: Path, *events: dict[str, object]) -> History:
     return found
 
 
-def test_a_spike_of_one_step_is_drawn_however_long_the_run(tmp_path: Path) -> None:
+def test_single_step_spike_survives_decimation(tmp_path: Path) -> None:
     events = [step(number, 20_000, loss=2 + math.sin(number) / 10) for number in range(1, 20_001)]
     events[12_344]["loss"], events[7]["loss"] = 9.5, -3.0
-    drawn = history(tmp_path, *session(), *events).drawn(points=100)["series"]["loss"]
+    drawn = history(tmp_path, *session(), *events).curves(points=100)["series"]["loss"]
     assert len(drawn["x"]) <= 202
     points = dict(zip(drawn["x"], drawn["y"], strict=True))
     assert points[12_345] == 9.5 and points[8] == -3.0
     assert drawn["x"][0] == 1 and drawn["x"][-1] == 20_000 and drawn["x"] == sorted(drawn["x"])
 
 
-def test_extremes_are_those_of_each_part() -> None:
+def test_extremes_include_minimum_and_maximum_of_each_part() -> None:
     random = np.random.default_rng(0)
     x, y = np.sort(random.random(5000)), random.normal(size=5000)
     chosen = extremes(x, y, 50)
@@ -42,14 +42,14 @@ def test_extremes_are_those_of_each_part() -> None:
         assert {inside[y[inside].argmin()], inside[y[inside].argmax()]} <= set(chosen.tolist())
 
 
-def test_a_zoom_shows_more(tmp_path: Path) -> None:
+def test_zoom_returns_more_points(tmp_path: Path) -> None:
     found = history(tmp_path, *session(), *(step(number, 5000) for number in range(1, 5001)))
-    part = found.drawn("step", 100, 1000, 1100)["series"]["loss"]
+    part = found.curves("step", 100, 1000, 1100)["series"]["loss"]
     assert part["x"] == list(range(1000, 1101))
-    assert set(found.drawn(fields=("grad_norm",))["series"]) == {"grad_norm"}
+    assert set(found.curves(fields=("grad_norm",))["series"]) == {"grad_norm"}
 
 
-def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_reads_appended_bytes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = history(tmp_path, *session(), step(1), step(2))
     read: list[int] = []
     taken = found._take
@@ -64,20 +64,20 @@ def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found.update() and list(found.steps) == [1, 2, 3, 4] and found.generation == 0
     whole = History(found.path)
     whole.update()
-    assert whole.drawn() == found.drawn()
+    assert whole.curves() == found.curves()
 
 
-def test_another_file_is_read_from_its_start(tmp_path: Path) -> None:
+def test_replaced_file_is_read_from_the_start(tmp_path: Path) -> None:
     found = history(tmp_path, *session(), step(1), step(2))
     other = tmp_path / "other"
     other.write_text(lines([*session(), *(step(number, loss=1.0) for number in range(1, 9))]))
     other.replace(found.path)
     assert found.update() and len(found.steps) == 8 and found.generation == 1
     found.path.unlink()
-    assert found.update() and not found.steps and found.drawn()["rows"] == 0
+    assert found.update() and not found.steps and found.curves()["rows"] == 0
 
 
-def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
+def test_repeated_steps_count_once(tmp_path: Path) -> None:
     first = [
         *session(),
         *(step(number) for number in range(1, 11)),
@@ -86,7 +86,7 @@ def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
     back = {"event": "rollback", "time": 1011, "step": 10, "to": 6, "why": "loss 90 is far above", "rate_scale": 0.25}
     again = [step(number, time=1011.0 + number, loss=7.0) for number in range(7, 9)]
     found = history(tmp_path, *first, back, *again)
-    drawn = found.drawn()["series"]
+    drawn = found.curves()["series"]
     assert list(found.steps) == [1, 2, 3, 4, 5, 6, 7, 8] and drawn["loss"]["y"][-2:] == [7.0, 7.0]
     assert drawn["undone"]["x"] == [7, 8, 9, 10] and drawn["eval_loss"]["x"] == []
     assert found.generation == 1
@@ -94,29 +94,29 @@ def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
     assert mark["text"] == "rolled back from step 10 to 6: loss 90 is far above; learning rate times 0.25"
 
 
-def test_time_is_that_of_work(tmp_path: Path) -> None:
+def test_time_axis_excludes_pauses(tmp_path: Path) -> None:
     """A night between two sessions is not drawn, and a clock that is set back does not turn the curve back."""
     evening = [*session(1000), *(step(number, time=1000.0 + number) for number in range(1, 6))]
     morning = [*session(50_000, start=4), *(step(number, time=50_000.0 + number - 4) for number in range(5, 8))]
     found = history(tmp_path, *evening, *morning, step(8, time=49_000.0), step(9, time=50_006.0))
-    x = found.drawn("time")["series"]["loss"]["x"]
+    x = found.curves("time")["series"]["loss"]["x"]
     assert x == [1, 2, 3, 4, 5, 6, 7, 7, 10]
-    assert found.drawn("tokens")["series"]["loss"]["x"] == [100.0 * number for number in range(1, 10)]
+    assert found.curves("tokens")["series"]["loss"]["x"] == [100.0 * number for number in range(1, 10)]
 
 
 def test_epochs(tmp_path: Path) -> None:
     found = history(tmp_path, *session(), *(step(number) for number in range(1, 101)))
     assert found.steps_per_epoch == 50
-    assert found.drawn("epoch")["series"]["loss"]["x"][49] == 1.0
+    assert found.curves("epoch")["series"]["loss"]["x"][49] == 1.0
 
 
-def test_smoothing_is_that_of_the_report() -> None:
+def test_smoothing_equals_the_report() -> None:
     values = np.random.default_rng(1).normal(size=700)
     report = _smoothed(dict(enumerate(values.tolist())))
     assert np.allclose(smoothed(values), list(report.values()))
 
 
-def test_what_is_damaged_costs_itself_alone(tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     odd = [
         "not json", "[1, 2]", "null", '{"event": "step"}', '{"event": "step", "step": "7", "loss": 1}', "\ufffd",
@@ -127,11 +127,11 @@ def test_what_is_damaged_costs_itself_alone(tmp_path: Path) -> None:
     found = History(file)
     found.update()
     assert list(found.steps) == [1, 2]
-    assert json.dumps(found.drawn(), allow_nan=False)
-    assert found.drawn()["series"]["loss"]["x"] == [1]
+    assert json.dumps(found.curves(), allow_nan=False)
+    assert found.curves()["series"]["loss"]["x"] == [1]
 
 
-def test_marks_do_not_grow_without_end(tmp_path: Path) -> None:
+def test_number_of_marks_is_limited(tmp_path: Path) -> None:
     saves = [{"event": "save", "time": 1, "step": number, "checkpoint": f"step-{number:06d}"} for number in range(400)]
     notes = [{"event": "note", "time": 1, "text": "x"} for _ in range(6000)]
     found = history(tmp_path, *session(), *saves, *notes)
@@ -139,7 +139,7 @@ def test_marks_do_not_grow_without_end(tmp_path: Path) -> None:
     assert kinds.count("save") == 200 and len(kinds) == 5000 and found.marks_left_out == 6000 + 201 - 5000
 
 
-def test_the_origin_of_a_value_outlives_a_resume(tmp_path: Path) -> None:
+def test_value_origin_survives_a_resume(tmp_path: Path) -> None:
     taken_over = session(2000, start=1)
     for choice in taken_over[1]["choices"]:
         choice["origin"] = "recipe"
@@ -150,7 +150,7 @@ def test_the_origin_of_a_value_outlives_a_resume(tmp_path: Path) -> None:
     assert found["lora.r"]["origin"] == "option" and (found["seed"]["value"], found["seed"]["origin"]) == (9, "recipe")
 
 
-def test_memory_is_told_in_words() -> None:
+def test_memory_mark_text() -> None:
     tried = {"event": "rehearsal", "predicted_bytes": 3 << 29, "usable_bytes": 4 << 30, "done": True, "tokens": 9}
     assert _result(tried) == "1.50 GiB predicted, 4.0 usable: dry run of the largest micro-batch"
     assert "skipped" in _result({**tried, "done": False})

@@ -28,7 +28,7 @@ def ended(jobs: Jobs, name: str) -> dict[str, Any]:
     raise AssertionError(about)
 
 
-def test_a_job_and_what_it_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_returns_result_and_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STROP_DASH_TOKEN", "secret")
     make_run(tmp_path, "one", [*session(), step(1)])
     jobs = Jobs(tmp_path)
@@ -44,7 +44,7 @@ def test_a_job_and_what_it_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert stat.S_IMODE((tmp_path / ".dash").stat().st_mode) == 0o700
 
 
-def test_errors_and_kills(tmp_path: Path) -> None:
+def test_failed_and_killed_jobs_report_an_error(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     wrong = ended(jobs, jobs.start("merge", ["merge", "no-such-run", "--out=x"])["id"])
     assert wrong["state"] == "failed" and "no-such-run" in wrong["error"]["message"]
@@ -79,18 +79,18 @@ def test_errors_and_kills(tmp_path: Path) -> None:
         ("data.train", "--help; rm -rf $HOME", ["--data.train=--help; rm -rf $HOME"]),
     ],
 )
-def test_fields_as_words(field: str, value: Any, words: list[str]) -> None:
+def test_fields_become_arguments(field: str, value: Any, words: list[str]) -> None:
     assert option(field, value) == words
     assert shlex.split(command(words)) == ["strop", *words]
 
 
-def test_what_no_word_can_say() -> None:
+def test_values_with_commas_are_refused() -> None:
     for value in (["a,b"], {"a": "b,c"}, {"a=b": "c"}):
         with pytest.raises(InputError, match="contains a comma"):
             option("lora.modules_to_save", value)
 
 
-def test_old_jobs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_jobs_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from strop.dash import jobs as module
 
     monkeypatch.setattr(module, "MOST_JOBS", 2)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from strop.dash.answers import Votes, answers, compare, tally
-from strop.dash.http import Busy
+from strop.dash.jobs import Busy
 from strop.dash.runs import RunTable
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import paired_difference, wilson
@@ -68,14 +68,14 @@ def test_a_blind_vote(run: RunFolder) -> None:
         votes.vote(run, votes.ballot(run)["ballot"], "left")
 
 
-def test_sides_change(run: RunFolder) -> None:
+def test_sides_are_shuffled(run: RunFolder) -> None:
     votes = Votes()
     evaluated(run.path, [sample(number, False, True) for number in range(60)])
     first = {votes.vote(run, votes.ballot(run)["ballot"], "tie")["was"]["a"] for _ in range(60)}
     assert first == {"base", "tuned"}  # by chance: one side alone would come up once in 2^59
 
 
-def test_votes_never_go_through_a_link(run: RunFolder, tmp_path: Path) -> None:
+def test_votes_are_not_written_through_a_link(run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (run.path / "votes.jsonl").symlink_to(tmp_path / "precious")
     votes = Votes()
@@ -84,7 +84,7 @@ def test_votes_never_go_through_a_link(run: RunFolder, tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_runs_beside_each_other(tmp_path: Path) -> None:
+def test_compare_two_runs(tmp_path: Path) -> None:
     for name, good in (("low", 20), ("high", 55), ("other", 30)):
         folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
         rows = [sample(number, False, number < good) for number in range(60)]
@@ -107,7 +107,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
+def test_compare_names_runs_without_evaluation(tmp_path: Path) -> None:
     for name in ("scored", "bare"):
         folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
         if name == "scored":
@@ -128,7 +128,7 @@ def rows_of(start: int, stop: int, right: int) -> list[dict[str, Any]]:
     return [sample(number, False, number < start + right) for number in range(start, stop)]
 
 
-def test_the_best_is_one_of_the_runs_that_can_be_compared(tmp_path: Path) -> None:
+def test_best_run_is_comparable(tmp_path: Path) -> None:
     two = {"A": rows_of(0, 100, 50), "B": rows_of(0, 100, 20)}
     said = verdict_of(tmp_path / "1", **two, C=rows_of(200, 210, 9))
     assert said == "A scores highest (exact 50.0%): clearly above B; not comparable with C."
@@ -141,14 +141,14 @@ def test_the_best_is_one_of_the_runs_that_can_be_compared(tmp_path: Path) -> Non
     assert easy == "A scores highest on the rows in common: clearly above B."
 
 
-def test_runs_that_are_equal(tmp_path: Path) -> None:
+def test_equal_runs_share_the_best_score(tmp_path: Path) -> None:
     none = rows_of(0, 20, 0)
     assert verdict_of(tmp_path / "1", a=none, b=none) == "a and b score equal (exact 0.0%)."
     said = verdict_of(tmp_path / "2", a=rows_of(0, 20, 15), b=none, c=rows_of(0, 20, 15))
     assert said == "a and c score equal (exact 75.0%): clearly above b."
 
 
-def test_losses_on_other_rows_say_nothing() -> None:
+def test_losses_on_different_rows_are_not_compared() -> None:
     rows = [
         {"name": name, "path": "nowhere", "score": None, "eval_loss": loss} for name, loss in (("a", 1.0), ("b", 2.0))
     ]

@@ -59,7 +59,7 @@ def test_runs_without_a_process(tmp_path: Path, last: list[Any], report: Any, ex
     assert ("resume" in row["can"]) == (expected != "finished") and "delete" in row["can"]
 
 
-def test_a_live_run_and_one_that_was_killed(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_live_run_is_running_and_killed_run_is_crashed(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     folder = make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 6))])
     claim(folder, sleeper)
     runs = RunTable(tmp_path)
@@ -71,7 +71,7 @@ def test_a_live_run_and_one_that_was_killed(tmp_path: Path, sleeper: subprocess.
     assert (row["state"], row["pid"]) == ("crashed", None)
 
 
-def test_a_zombie_and_a_stranger_hold_nothing(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_zombie_and_reused_pid_do_not_claim_a_run(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     folder = make_run(tmp_path, "one", [*session(), step(1)])
     sleeper.kill()  # and not waited for
     time.sleep(0.2)
@@ -89,7 +89,7 @@ def test_a_suspended_run_is_stalled(tmp_path: Path, sleeper: subprocess.Popen[by
     assert (row["state"], row["why"]) == ("stalled", "the process is suspended")
 
 
-def test_a_run_that_says_nothing_is_stalled(
+def test_run_without_events_is_stalled(
     tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 9))])  # one a second
@@ -107,7 +107,7 @@ def test_a_run_that_says_nothing_is_stalled(
     assert only(tmp_path / "slow")["state"] == "running"
 
 
-def test_a_run_that_loads_may_take_long(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_loading_run_is_not_stalled_early(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     folder = make_run(tmp_path, "one", session()[:2])
     claim(folder, sleeper)
     os.utime(folder / "events.jsonl", (time.time() - 900,) * 2)
@@ -131,7 +131,7 @@ def test_five_hundred_runs_are_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert read == ["run-7"]
 
 
-def test_a_line_of_the_table(tmp_path: Path) -> None:
+def test_row_of_the_table(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "one", [*session(), *(step(number, 2000) for number in range(1, 2001))], DONE)
     evaluated(folder, [sample(number, number < 2, number < 9) for number in range(10)])
     row = only(tmp_path)
@@ -143,7 +143,7 @@ def test_a_line_of_the_table(tmp_path: Path) -> None:
     assert row["bytes"] == sum(file.stat().st_size for file in folder.rglob("*"))
 
 
-def test_a_small_curve_keeps_a_spike(tmp_path: Path) -> None:
+def test_sparkline_keeps_a_spike(tmp_path: Path) -> None:
     events = [step(number, loss=50.0 if number == 77 else 1.0) for number in range(1, 101)]
     make_run(tmp_path, "one", [*session(), *events])
     assert [77, 50.0] in [list(point) for point in only(tmp_path)["sparkline"]]

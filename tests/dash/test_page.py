@@ -69,7 +69,7 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(
 
 
 @pytest.mark.parametrize("part", ["", "/answers", "/answers?blind=1", "/settings", "/take", "/log"])
-def test_words_of_a_hostile_run_stay_words(browser: Any, dash: Dash, part: str) -> None:
+def test_markup_in_a_run_stays_text(browser: Any, dash: Dash, part: str) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, f"/run/{STRANGE}{part}", "h1")
         if part != "/answers?blind=1" and part != "/take":
@@ -81,7 +81,7 @@ def test_words_of_a_hostile_run_stay_words(browser: Any, dash: Dash, part: str) 
         tab.check(part)
 
 
-def test_hostile_words_in_lists(browser: Any, dash: Dash) -> None:
+def test_markup_in_lists_stays_text(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/runs", f"text={HOSTILE_NAME[:20]}")
         assert tab.page.locator("main img").count() == 0
@@ -138,7 +138,7 @@ def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: P
         tab.check("commas")
 
 
-def test_a_finished_run_has_the_epochs_and_the_rate_of_all_of_it(browser: Any, dash: Dash, dashboard: Path) -> None:
+def test_finished_run_shows_total_epochs_and_mean_rate(browser: Any, dash: Dash, dashboard: Path) -> None:
     report = json.loads((dashboard / "runs" / "one" / "report.json").read_text(encoding="utf-8"))
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
@@ -150,7 +150,7 @@ def test_a_finished_run_has_the_epochs_and_the_rate_of_all_of_it(browser: Any, d
         assert facts["tokens/s"].replace(",", "") == str(round(report["tokens_per_s"]))
 
 
-def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> None:
+def test_plot_keyboard_zoom_and_save(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
         plot = tab.page.locator(".plot").first
@@ -184,7 +184,7 @@ def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> No
         tab.check("plots")
 
 
-def test_a_run_that_goes_on_is_followed_and_a_lost_server_is_said(browser: Any, dashboard: Path) -> None:
+def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: Path) -> None:
     events = dashboard / "runs" / "broken" / "events.jsonl"
     old = events.read_text(encoding="utf-8")
     last = [json.loads(line) for line in old.splitlines() if '"event": "step"' in line][-1]
@@ -218,7 +218,7 @@ def test_without_the_token_nothing_is_shown(browser: Any, dash: Dash) -> None:
         assert [fault for fault in tab.faults if "401" not in fault] == []
 
 
-def test_the_policy_holds(browser: Any, dash: Dash) -> None:
+def test_content_security_policy_blocks_inline_code(browser: Any, dash: Dash) -> None:
     """A script and a style that stand in the markup do nothing."""
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/runs", "table .spark")
@@ -236,7 +236,7 @@ def test_the_policy_holds(browser: Any, dash: Dash) -> None:
         assert any("Content Security Policy" in fault for fault in tab.faults)
 
 
-def test_each_side_of_a_talk_is_asked_with_its_own_system_prompt(browser: Any, dash: Dash) -> None:
+def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) -> None:
     now: dict[str, Any] = {"state": "ready", "names": ["sysrun"], "error": None}
     tuned: dict[str, Any] = {"id": "sysrun", "system": "be bold"}
     asked: dict[str, Any] = {}
@@ -261,7 +261,7 @@ def test_each_side_of_a_talk_is_asked_with_its_own_system_prompt(browser: Any, d
         open_at(tab, dash, "/talk", ".chat >> nth=1")
         user = ("user", "hi")
         assert ask() == ({"base": [("system", "be bold"), user], "sysrun": [user]}, "be bold")
-        now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Start this one instead"
+        now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Switch to this run"
         tab.page.wait_for_selector("[aria-label='Answers of plain']")
         assert ask() == ({"base": [user], "plain": [user]}, "none")
         tab.page.locator("details > summary").click()
@@ -271,14 +271,14 @@ def test_each_side_of_a_talk_is_asked_with_its_own_system_prompt(browser: Any, d
         tab.check("talk")
 
 
-def test_uplot_is_as_it_was_published() -> None:
+def test_uplot_checksums() -> None:
     folder = STATIC / "uplot"
     sums = re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", (folder / "NOTE.md").read_text(encoding="utf-8"), re.M)
     assert {name for name, _ in sums} == {file.name for file in folder.iterdir()} - {"NOTE.md", "LICENSE"}
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == wanted for name, wanted in sums)
 
 
-def test_our_scripts_make_no_markup() -> None:
+def test_scripts_do_not_parse_markup() -> None:
     """Text of rows and answers is an attacker's to choose: it becomes text nodes (`dom.js`), nothing else."""
     ways = r"(inner|outer|insertAdjacent)HTML|document\.write|parseFromString|ContextualFragment|\beval\(|Function\("
     scripts = [file for file in STATIC.rglob("*.js") if file.parent.name != "uplot"]
@@ -287,10 +287,10 @@ def test_our_scripts_make_no_markup() -> None:
     assert not re.search(r" style=|<style|<script>| on\w+=", (STATIC / "index.html").read_text(encoding="utf-8"))
 
 
-def test_what_can_be_made_is_what_the_commands_make() -> None:
+def test_export_types_equal_those_of_the_commands() -> None:
     from strop.exporting import llama_cpp, parity
 
-    text = (STATIC / "screens" / "take.js").read_text(encoding="utf-8")
+    text = (STATIC / "screens" / "export.js").read_text(encoding="utf-8")
     types = re.search(r"GGUF_TYPES = (\[.*?\]);", text)
     assert types and json.loads(types[1]) == list(llama_cpp.LIMITS)
     assert set(re.findall(r'"([bf]p?f?\d+)"', text.replace(types[1], ""))) == set(parity.LIMITS)

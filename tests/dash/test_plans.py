@@ -13,8 +13,7 @@ import pytest
 
 import strop
 from strop.config.schema import option_fields
-from strop.dash.data_reader import DataReader
-from strop.dash.planner import Planner, schema, typed_options
+from strop.dash.previews import DataReader, Planner, schema, typed_options
 from strop.errors import InputError, RecipeError
 from tests.support.tiny import write_rows
 
@@ -34,7 +33,7 @@ def without_free_memory(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", [{}, {"gpu": "RTX 4090"}, {"memory": "600MB"}])
-def test_the_plan_is_that_of_the_command(planner: Planner, tiny_folder: Path, rows_file: Path, how: Any) -> None:
+def test_plan_equals_the_command(planner: Planner, tiny_folder: Path, rows_file: Path, how: Any) -> None:
     options = {"model": str(tiny_folder), "data": str(rows_file), "lora.r": "8", "train.max_steps": 5}
     found = asked(planner, options, **how)
     from strop.machine.memory import parse_bytes
@@ -55,7 +54,7 @@ def test_the_plan_is_that_of_the_command(planner: Planner, tiny_folder: Path, ro
     assert again["phases"] == found["phases"] and again["largest"] == {} and found["largest"]
 
 
-def test_the_command_is_taken_as_it_was_planned(
+def test_planned_command_is_accepted(
     planner: Planner, tiny_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     more = write_rows(tmp_path / "more.jsonl", 3)
@@ -74,7 +73,7 @@ def test_the_command_is_taken_as_it_was_planned(
     } == {}
 
 
-def test_what_is_wrong_is_said_as_the_command_says_it(planner: Planner, tiny_folder: Path) -> None:
+def test_errors_equal_those_of_the_command(planner: Planner, tiny_folder: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         asked(planner, {"model.name": str(tiny_folder), "lora.rank": 3})
     assert "unknown key lora.rank" in caught.value.where[0].what
@@ -106,7 +105,7 @@ def test_the_form_has_every_option() -> None:
     assert json.dumps(schema())
 
 
-def test_text_is_taken_as_the_command_line_takes_it() -> None:
+def test_text_is_parsed_as_on_the_command_line() -> None:
     found = typed_options(
         {"model": "demo", "lora.target_modules": "q_proj,v_proj", "train.max_steps": "none", "data.train": ["a", "b"]}
     )
@@ -152,7 +151,7 @@ def test_rows_as_tokens(tiny_folder: Path, tmp_path: Path) -> None:
     assert 0 < found["sharing"]["prefix_saves"] < 1 and found["sharing"]["prefix_tokens"] >= 4
 
 
-def test_rows_that_were_cut_are_named(tiny_folder: Path, tmp_path: Path) -> None:
+def test_truncated_rows_are_listed(tiny_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     said = [{"role": role, "content": f"{role} says {n} and more"} for n in range(8) for role in ("user", "assistant")]
     file.write_text(json.dumps({"messages": said}) + "\n")
@@ -166,13 +165,13 @@ def test_rows_that_were_cut_are_named(tiny_folder: Path, tmp_path: Path) -> None
 
 
 def test_the_workers_need_no_torch() -> None:
-    code = "import sys, strop.dash.planner, strop.dash.data_reader; print('torch' in sys.modules)"
+    code = "import sys, strop.dash.previews; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_rows_that_end_at_once_are_told_as_the_command_tells_them(planner: Planner, tiny_folder: Path) -> None:
-    """The thread that reads them may be gone before it is waited for."""
+def test_unreadable_rows_are_reported_at_once(planner: Planner, tiny_folder: Path) -> None:
+    """The reading thread may end before it is joined."""
     for number in range(20):
         with pytest.raises(InputError, match="no such file"):
             asked(planner, {"model": str(tiny_folder), "data": f"nothing{number}.jsonl"})

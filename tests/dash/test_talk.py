@@ -12,14 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from strop.dash.chat import ChatServer, forward
-from strop.dash.jobs import Jobs
+from strop.dash.jobs import ChatServer, Jobs, forward
 from strop.errors import RunError
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
-def test_an_answer_that_nobody_reads_is_ended() -> None:
+def test_disconnect_stops_the_generation() -> None:
     asked: list[bytes] = []
     gone = asyncio.Event()
 
@@ -49,7 +48,7 @@ def test_an_answer_that_nobody_reads_is_ended() -> None:
 
 
 @pytest.mark.parametrize("killed", [True, False])
-def test_a_server_that_ends_by_itself_has_failed(killed: bool, tmp_path: Path) -> None:
+def test_server_that_ends_by_itself_has_failed(killed: bool, tmp_path: Path) -> None:
     folder = tmp_path / ".dash" / "jobs" / "20260101-000000-serve-abcdef"
     folder.mkdir(parents=True)
     (folder / "out").write_text('{"url": "http://127.0.0.1:9", "models": ["one", "base"]}')
@@ -65,6 +64,6 @@ def test_a_server_that_ends_by_itself_has_failed(killed: bool, tmp_path: Path) -
     assert not killed or "without being stopped" in found["error"]["message"]
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_unreachable_server_raises() -> None:
     with pytest.raises(RunError, match="does not respond"):
         asyncio.run(forward(("127.0.0.1", 9, "key"), "GET", "/v1/models", b""))

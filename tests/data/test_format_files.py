@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from strop.data.formats import ConversationReader, conversations, find_placeholders
+from strop.data.formats import ConversationReader, find_placeholders
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.errors import DataError
@@ -46,7 +46,7 @@ def load(
     path = shared(f"formats/{name}")
     spec = f"{path}+{shared('formats/parallel.cm')}" if name == "parallel.nl" else path
     bad: list[RowError] = []
-    return conversations(read_rows(spec, columns=columns, bad=bad), format=format, columns=columns, bad=bad), bad
+    return ConversationReader(read_rows(spec, columns=columns, bad=bad), format=format, columns=columns, bad=bad), bad
 
 
 @pytest.mark.parametrize(("name", "options", "format", "rows", "num_conversations"), USED)

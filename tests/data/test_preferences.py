@@ -11,7 +11,7 @@ import pytest
 
 from strop.config.schema import DataSection
 from strop.data import check
-from strop.data.formats import conversations, detect_format
+from strop.data.formats import ConversationReader, detect_format
 from strop.data.prepare import Prepared, prepare
 from strop.data.row_errors import REASONS, RowError
 from strop.data.types import Conversation, DataKind, Prompt, Row
@@ -27,7 +27,7 @@ PAIR = {"prompt": "hi", "chosen": "yo", "rejected": "no"}
 
 def convert(value: dict[str, Any]) -> tuple[list[Conversation], list[RowError]]:
     bad: list[RowError] = []
-    return list(conversations([Row("d", 1, value)], bad=bad)), bad
+    return list(ConversationReader([Row("d", 1, value)], bad=bad)), bad
 
 
 def texts(conversation: Conversation) -> list[list[tuple[str, float]]]:
@@ -156,7 +156,7 @@ def test_answer_turns_may_have_weight_0_and_prompt_weights_are_ignored() -> None
 def test_invalid_row_has_its_reason_code(value: dict[str, Any], code: str, tmp_path: Path) -> None:
     bad: list[RowError] = []
     format = "preference" if "rejected" in value else "labelled" if code == "bad-label" else "auto"
-    assert not list(conversations([Row("d", 1, value)], format=format, bad=bad))
+    assert not list(ConversationReader([Row("d", 1, value)], format=format, bad=bad))
     assert [error.code for error in bad] == [code] and code in REASONS
     data_kind: DataKind = "pairs" if "rejected" in value or "scores" in value else "turns"
     data_kind = "labels" if {"kto_tag", "label"} & set(value) else data_kind
@@ -342,8 +342,7 @@ JUDGED = [{"prompt": f"q{n % 15}", "completion": f"yo {n}", "label": n < 15} for
 
 
 @pytest.mark.parametrize(
-    ("rows", "data_kind"),
-    [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")],
+    ("rows", "data_kind"), [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")]
 )
 def test_held_out_rows_share_no_prompt_with_training(rows: list[Any], data_kind: DataKind, tmp_path: Path) -> None:
     def held_out_prompts(name: str, given: list[Any]) -> set[str]:

@@ -17,6 +17,7 @@ from strop.distributed.launch import join_devices
 from tests.faults.harness import Ended, start, wait
 
 Prepare = Callable[[], None]
+AFTER_FAILURE = 30.0  # seconds in which the other ranks must end by themselves
 
 
 @dataclass
@@ -28,13 +29,19 @@ class Crew:
     started: float
 
     def end(self, within: float = 300.0) -> list[Ended]:
-        """Return how each rank ended; ranks that run longer than `within` seconds are killed."""
-        deadline = time.monotonic() + within
-        for pid in self.pids:
-            while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                if time.monotonic() > deadline:
+        """Return how each rank ended. Ranks are killed that run longer than `within` seconds, or much longer than a
+        rank that failed."""
+        deadline, running = time.monotonic() + within, set(self.pids)
+        while running:
+            for pid in sorted(running):
+                status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if status is not None:
+                    running.remove(pid)
+                    if status.si_status:  # an exit code or a signal
+                        deadline = min(deadline, time.monotonic() + AFTER_FAILURE)
+                elif time.monotonic() > deadline:
                     os.kill(pid, signal.SIGKILL)
-                time.sleep(0.005)
+            time.sleep(0.005)
         return [wait(pid, log, self.started) for pid, log in zip(self.pids, self.logs, strict=True)]
 
 

@@ -16,8 +16,8 @@ from strop.distributed.devices import Devices
 from strop.distributed.sharded import Sharded
 from strop.engine.train.fast import FastLoss
 from strop.errors import RunError
-from strop.models import load_shard
-from strop.models.sharding import GRAIN, Parts, Slot, Unit
+from strop.models import sharding
+from strop.models.sharding import GRAIN, ModelShards, ShardedTensor, ShardedUnit
 from tests.distributed.crew import Prepare, crew, inside
 from tests.distributed.suite import NEAR, Lab, apart, at_step, codes, events, outputs, write_pairs
 from tests.support import tiny_families
@@ -58,8 +58,8 @@ def check_shares(world: int) -> dict[int, Prepare]:
         mine = {unit.whole.untyped_storage().data_ptr() for unit in parts.distinct()}
         large = [p for p in job.model.parameters() if not p.requires_grad and p.dim() > 1]
         assert {p.untyped_storage().data_ptr() for p in large} <= mine
-        assert not any(unit.there for unit in parts.distinct())
-        kept = sum(unit.own.untyped_storage().nbytes() for unit in parts.distinct())
+        assert not any(unit.is_gathered for unit in parts.distinct())
+        kept = sum(unit.shard.untyped_storage().nbytes() for unit in parts.distinct())
         assert kept == parts.held_bytes
 
     return {rank: at_step(3, look) for rank in range(world)}
@@ -97,23 +97,23 @@ def gathered_bytes_are_exact(lab: Lab) -> None:
         sent = {"bytes": values, "bf16": nans.view(torch.uint8), "fp32": wide.view(torch.uint8)}
         held_out: dict[str, torch.Tensor] = {}
         slots = [
-            Slot(name, data.shape, torch.uint8, lambda view, name=name: held_out.update({name: view}),
+            ShardedTensor(name, data.shape, torch.uint8, lambda view, name=name: held_out.update({name: view}),
                  lambda low, high, data=data: data[low:high])
             for name, data in sent.items()
         ]  # fmt: skip
-        unit = Unit("layer 0", slots, devices.rank, world, "cpu")
-        assert unit.own.numel() * world >= unit.size and not unit.there
-        base = Sharded(Parts({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
+        unit = ShardedUnit("layer 0", slots, devices.rank, world, "cpu")
+        assert unit.shard.numel() * world >= unit.size and not unit.is_gathered
+        base = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.shard.numel()), devices)
         for _ in range(2):
             base.begin(backward=False)
             base(0)
             for name, data in sent.items():
                 assert torch.equal(held_out[name], data), name
             base.end()
-            assert not unit.there
-        spoiled = Sharded(Parts({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
+            assert not unit.is_gathered
+        spoiled = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.shard.numel()), devices)
         if devices.rank == 1:
-            unit.own[5] ^= 1  # corrupted after it was read
+            unit.shard[5] ^= 1  # corrupted after it was read
         spoiled.begin(backward=False)
         with pytest.raises(RunError, match="layer 0 of the base was corrupted"):
             spoiled(0)
@@ -175,7 +175,7 @@ def sharded_resume(lab: Lab) -> None:
     assert codes(ended) == [2, 2] and "not with lora.use_dora" in outputs(ended), outputs(ended)
 
     def poison() -> None:
-        read = load_shard.Tensors.part
+        read = sharding.CheckpointTensors.read_bytes
 
         def poisoned(self: Any, name: str, low: int, high: int) -> torch.Tensor:
             result = read(self, name, low, high)
@@ -183,7 +183,7 @@ def sharded_resume(lab: Lab) -> None:
                 result[:4] = torch.tensor([0, 0, 0xC0, 0x7F], dtype=torch.uint8)
             return result
 
-        mock.patch.object(load_shard.Tensors, "part", poisoned).start()
+        mock.patch.object(sharding.CheckpointTensors, "read_bytes", poisoned).start()
 
     _, ended = lab.train(2, *SHARDED, prepare={1: poison})
     assert codes(ended) == [2, 2] and "holds NaN or infinity" in ended[1].output, outputs(ended)

@@ -23,8 +23,8 @@ from strop.cli import app
 from strop.data.types import Example
 from strop.distributed.devices import Devices
 from strop.runs.events import read_events
-from strop.training import build, loop
 from strop.training import gradients as parts
+from strop.training import loop, run
 from strop.training import state as checkpoints
 from strop.training.criteria import criterion_for
 from tests import ROOT
@@ -104,14 +104,14 @@ def at_step(step: int, act: Callable[[Any], None]) -> Prepare:
     """Return a preparation that calls `act` on the job after this step, before evaluation and save."""
 
     def prepare() -> None:
-        take = loop._take
+        take = loop._step_and_log
 
         def taken(job: Any, batch: Any, stream: Any) -> None:
             take(job, batch, stream)
             if batch.index + 1 == step:
                 act(job)
 
-        mock.patch.object(loop, "_take", taken).start()
+        mock.patch.object(loop, "_step_and_log", taken).start()
 
     return prepare
 
@@ -479,7 +479,7 @@ def out_of_memory_inside_nested_blocks(lab: Lab) -> None:
     more = ["--data", str(judged), "--train.objective", "kto"]
     one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "allocate_state", 3)})
     assert len(events(out, "shrink")) == 1 and apart(one, out) < NEAR
-    _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(build, "load_share", 1)})
+    _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(run, "load_sharded", 1)})
     assert codes(ended) == [1] * 3
     lines = [line for one in ended for line in one.output.splitlines()]
     assert sum("error:" in line for line in lines) == 1, outputs(ended)

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.launcher import api
 
 import strop
-from strop.distributed.environment import Place, find_place
+from strop.distributed.devices import Place, find_place
 from strop.distributed.launch import count_processes, launch_processes
 from strop.errors import InputError, RecipeError
 from tests import ROOT
@@ -53,7 +53,8 @@ def reached(running: subprocess.Popen[str], state: Callable[[], bool]) -> None:
 def test_exact_run_uses_one_thread_per_rank(tmp_path: Path, tiny_folder: Path) -> None:
     """A single process has one too; a matmul is split by thread, which changes its last bits."""
     asked = words(tmp_path, tiny_folder, "two", "--train.max_steps", "1", "--train.exact", "true")
-    code = f"import strop.distributed.launch as join; join.affinity = lambda: 8; join.launch_processes(2, {asked!r})"
+    code = "import strop.distributed.launch as join; join.available_cores = lambda: 8; "
+    code += f"join.launch_processes(2, {asked!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_threads(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads((tmp_path / "two" / "report.json").read_text())["devices"]
@@ -108,7 +109,7 @@ def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tin
     assert running.returncode == 130, stdout
     (line,) = out.splitlines()
     assert json.loads(line)["error"]["kind"] == "Stopped"
-    assert stdout.count("error:") == 1 and "stopped at once" in stdout, stdout
+    assert stdout.count("error:") == 1 and "everything saved before is intact" in stdout, stdout
 
 
 def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path) -> None:

@@ -12,7 +12,7 @@ from strop.config.load import resolve
 from strop.engine.eligibility import DROPOUT_FIELDS, rope_types, why_config_not_fast
 from strop.engine.step import step_for
 from strop.engine.train.eligibility import why_not_fast
-from strop.models.introspect import shape_of
+from strop.models.introspect import shape_from_model
 from strop.models.lora import add_lora
 from strop.planning.workload import why_plain
 from tests.support.families import tokenizer
@@ -34,7 +34,7 @@ def planned_and_actual(family: str, options: dict[str, Any], **changes: Any) -> 
     config = model.config.to_dict()
     given = {"model": "m", "data": "d", "lora.r": 2, "lora.alpha": 4, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {**given, **options}).recipe
-    planned = why_plain(recipe, shape_of(config, config, model))
+    planned = why_plain(recipe, shape_from_model(config, config, model))
     vocabulary = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
     return planned, why_not_fast(add_lora(model.requires_grad_(False), recipe.lora, vocabulary).train())
 

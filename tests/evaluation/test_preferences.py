@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import strop
-from strop.data.formats import conversations
+from strop.data.formats import ConversationReader
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.engine.train.plain import PlainLoss
@@ -49,7 +49,7 @@ def test_base_and_tuned_are_compared_on_pairs(
 
 def test_log_probabilities_equal_the_plain_step(tiny_folder: Path, tmp_path: Path) -> None:
     bad: list[RowError] = []
-    rows = list(conversations(read_rows(str(preferences.write_pairs(tmp_path / "a.jsonl", 5)), bad=bad), bad=bad))
+    rows = list(ConversationReader(read_rows(str(preferences.write_pairs(tmp_path / "a.jsonl", 5)), bad=bad), bad=bad))
     model = strop.load(tiny_folder, dtype="fp32")
     found = compare_preferences(model, rows)
     plain, hits, total, tokens = PlainLoss(model.module), 0, 0.0, 0
@@ -84,7 +84,7 @@ def test_options_that_pairs_do_not_allow_are_refused(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs, turns = preferences.write_pairs(tmp_path / "a.jsonl", 4), tiny.write_rows(tmp_path / "b.jsonl", 4)
-    labelled = preferences.write_judged(tmp_path / "c.jsonl", 4)
+    labelled = preferences.write_labelled(tmp_path / "c.jsonl", 4)
     for words, message in (
         ([pairs, "--metric", "contains"], "--metric preference"),
         ([turns, "--metric", "preference"], "not pairs"),

@@ -18,11 +18,11 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Message
 from strop.engine.decode.batch import Batch
 from strop.engine.decode.generate import Completion
+from strop.engine.decode.model import Model
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard, read_conversations, trained_on
-from strop.models.adapters import Model
 from tests.support.families import tokenizer
 from tests.support.runs import QUICK, run
 from tests.support.templates import tokenizer as of_trait
@@ -87,7 +87,7 @@ def test_loss_from_generation_equals_the_training_step(
     lines = [json.dumps({"messages": [turn for both in turns[:n] for turn in both]}) for n in (1, 2, 3)]
     data.write_text("\n".join(lines), encoding="utf-8")
     model = strop.load(runs[1])
-    expected = comparing._loss(model, comparing.questions(read_conversations(str(data))), [])
+    expected = comparing._loss(model, comparing.make_questions(read_conversations(str(data))), [])
     monkeypatch.setattr(comparing, "summed_loss", None)  # the training step is not used
     found = strop.evaluate(runs[1], str(data))
     assert found["tuned"]["loss"] == pytest.approx(expected, rel=0.02)
@@ -434,7 +434,8 @@ def test_judge_gets_answers_without_reasoning(thinker: Model, tmp_path: Path, mo
     }
     found = {"rows": 1, "base": {}, "tuned": {}, "samples": [sample | {"base_hit": False, "tuned_hit": True}]}
     for name, value in (
-        ("compare", found), ("load", thinker), ("adapter_folder", tmp_path), ("is_reward", False), ("trained_on", None)
+        ("compare", found), ("load", thinker), ("adapter_folder", tmp_path),
+        ("is_reward_adapter", False), ("trained_on", None)
     ):  # fmt: skip
         monkeypatch.setattr(evaluation, name, lambda *_, value=value, **__: value)
     (result,) = evaluate_models(["demo"], str(data), EvalOptions(judge=f"{file}:own"))
@@ -443,7 +444,7 @@ def test_judge_gets_answers_without_reasoning(thinker: Model, tmp_path: Path, mo
 
 def test_rows_without_reasoning_are_judged_by_their_text(thinker: Model) -> None:
     row = ending(" <think>as a text</think> three  ")
-    assert [question.gold for question in comparing.questions([row], thinker.renderer)] == [row.answer]
+    assert [question.gold for question in comparing.make_questions([row], thinker.renderer)] == [row.answer]
     text = "<think>\nanswers are not changed\n</think>\n\n3"
     assert thinker.renderer.without_reasoning(text, row.messages[-1]) == text
 

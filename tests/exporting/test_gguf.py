@@ -29,7 +29,8 @@ from strop.exporting import gguf_tokenizer, llama_cpp
 from strop.exporting.gguf import export_gguf
 from strop.exporting.llama_cpp import SAMPLE_STRINGS, check_text
 from strop.exporting.merge import TunedModel, merge
-from strop.models.families.gguf_export import FAMILIES, Layout, interleaved
+from strop.models.families.gguf import GgufLayout, interleave_heads
+from strop.models.families.table import FAMILIES
 from strop.models.load import load_config
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
@@ -121,14 +122,16 @@ def test_types_store_the_same_values(bases: Any, rows: str, tmp_path: Path, no_l
 
 def test_rows_of_q_and_k_are_interleaved() -> None:
     weight = torch.arange(8.0)[:, None].repeat(1, 3)  # two heads of four rows: halves (0, 1) and (2, 3)
-    assert interleaved(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert interleave_heads(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_settings_that_gguf_cannot_store_are_refused() -> None:
-    def layout(family: str, **changes: Any) -> Layout:
-        return Layout(gguf_models.config(family, 1000, **changes))
+    def layout(family: str, **changes: Any) -> GgufLayout:
+        return GgufLayout(gguf_models.config(family, 1000, **changes))
 
-    assert {layout(family).config.model_type for family in gguf_models.OPTIONS} == set(FAMILIES)
+    assert {layout(family).config.model_type for family in gguf_models.OPTIONS} == {
+        name for name, row in FAMILIES.items() if row.gguf
+    }
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     refused: list[tuple[str, dict[str, Any], str]] = [
         ("llama-2", {"rope_parameters": dynamic}, "rope scaling"),
@@ -141,7 +144,7 @@ def test_settings_that_gguf_cannot_store_are_refused() -> None:
         with pytest.raises(ModelError, match=setting):
             layout(family, **changes)
     with pytest.raises(ModelError, match="no exporter for gpt2"):
-        Layout(gguf_models.transformers.GPT2Config())
+        GgufLayout(gguf_models.transformers.GPT2Config())
 
 
 def test_an_unknown_pre_tokenizer_is_refused(bases: Any, rows: str, tmp_path: Path) -> None:
@@ -257,7 +260,7 @@ def write_model(folder: Path, vocabulary: gguf_tokenizer.Vocabulary, file: Path)
     source = locate(str(folder))
     with ExitStack() as stack:
         writer = module._ModelWriter(
-            TunedModel(str(folder), source), Layout(load_config(source)), vocabulary, "m", stack
+            TunedModel(str(folder), source), GgufLayout(load_config(source)), vocabulary, "m", stack
         )
         writer.write_model(file, "f16")
     return file
@@ -271,7 +274,7 @@ FAULTS = ["eos", "permutation", "template", "no adapter", "norms", "token types"
 def test_wrong_file_is_refused_and_removed(
     bases: Any, rows: str, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, arrange = gguf_tokenizer.Vocabulary.write, Layout.arrange
+    write, arrange = gguf_tokenizer.Vocabulary.write, GgufLayout.convert
 
     def write_wrong(self: gguf_tokenizer.Vocabulary, writer: Any) -> None:
         changed = dict(self.entries)
@@ -285,14 +288,14 @@ def test_wrong_file_is_refused_and_removed(
             changed["tokenizer.ggml.token_type"] = ([1] * len(kinds[0]), *kinds[1:])
         write(gguf_tokenizer.Vocabulary(self.exact, changed, self.bos, self.eos, self.add_bos), writer)
 
-    def arrange_wrong(self: Layout, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def arrange_wrong(self: GgufLayout, name: str, weight: torch.Tensor) -> torch.Tensor:
         if fault == "permutation":
             return weight
         arranged = arrange(self, name, weight)
         return arranged + 1 if fault == "norms" and name.endswith("norm.weight") else arranged
 
     monkeypatch.setattr(gguf_tokenizer.Vocabulary, "write", write_wrong)
-    monkeypatch.setattr(Layout, "arrange", arrange_wrong)
+    monkeypatch.setattr(GgufLayout, "convert", arrange_wrong)
     if fault == "no adapter":
         monkeypatch.setattr(TunedModel, "load_merger", lambda self: lambda name, weight: (weight, weight))
     errors = {
@@ -431,10 +434,10 @@ def tuned(base: Path) -> Path:
 def test_yarn_without_truncation_is_refused() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256}
     for options in ({}, {"truncate": True}):  # llama.cpp always truncates
-        layout = Layout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, **options}))
+        layout = GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, **options}))
         layout.describe(Mock())
     with pytest.raises(ModelError, match="truncate: false"):
-        Layout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).describe(Mock())
+        GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).describe(Mock())
 
 
 def test_unknown_sentencepiece_steps_are_refused() -> None:
@@ -508,7 +511,7 @@ def test_base_written_for_an_adapter_check_has_the_bases_vocabulary(tmp_path: Pa
     model = TunedModel("tuned", source, tuned)
     vocabulary = gguf_tokenizer.build_vocabulary(source, Renderer(model.load_tokenizer()), len(tokenizer))
     with ExitStack() as stack:
-        writer = module._ModelWriter(model, Layout(load_config(source)), vocabulary, "m", stack)
+        writer = module._ModelWriter(model, GgufLayout(load_config(source)), vocabulary, "m", stack)
         writer.write_model(tmp_path / "tuned.gguf", "f16")
         writer.write_model(tmp_path / "base.gguf", "f16", base_only=True)
     files = [gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("tuned", "base")]

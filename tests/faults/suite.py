@@ -376,7 +376,7 @@ def _at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
             if batch.index + 1 == step:
                 act()
 
-        mock.patch.object(loop, "_take", taken).start()
+        mock.patch.object(loop, "_step_and_log", taken).start()
 
     return prepare
 
@@ -404,9 +404,9 @@ def _poison(where: str, steps: set[int]) -> Callable[[], None]:
                 target.view(-1)[0] = math.nan
 
         if where in ("loss", "gradient"):
-            mock.patch.object(loop, "gradients", poisoned).start()
+            mock.patch.object(loop, "compute_gradients", poisoned).start()
         else:
-            mock.patch.object(loop, "_take", taken).start()
+            mock.patch.object(loop, "_step_and_log", taken).start()
 
     return prepare
 

@@ -11,9 +11,7 @@ import yaml
 import strop
 from strop.config.load import resolve
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import Imported
-from strop.interop.hf_arguments import NO_LIMIT_NOTE, TRUNCATION_NOTE
-from strop.interop.importers import IMPORTERS, import_config
+from strop.interop.draft import IMPORTERS, NO_LIMIT_NOTE, TRUNCATION_NOTE, Imported, import_config
 from strop.interop.script_parser import UNREADABLE, Script
 from tests.support.runs import run
 

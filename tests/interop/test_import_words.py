@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import Draft
-from strop.interop.importers import import_config
+from strop.interop.draft import Draft, import_config
 
 AXOLOTL = "base_model: demo\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
 ROWS = "datasets: [{path: a.jsonl, type: chat_template}]\n"

@@ -1,17 +1,17 @@
-"""Which cards a plan counts: those that CUDA may use."""
+"""GPUs are those that CUDA may use."""
 
 from __future__ import annotations
 
 import pytest
 
 from strop.machine import probe
-from strop.machine.probe import visible
+from strop.machine.probe import visible_gpus
 
 UUIDS = ("GPU-aa1", "GPU-ab2", "GPU-b3")
 
 
 @pytest.mark.parametrize(
-    "asked, found",
+    "selection, indices",
     [
         ("", []),
         ("-1", []),
@@ -25,19 +25,19 @@ UUIDS = ("GPU-aa1", "GPU-ab2", "GPU-b3")
         ("none", []),
     ],
 )
-def test_cards_as_cuda_reads_them(asked: str, found: list[int]) -> None:
-    assert visible(asked, UUIDS) == found
+def test_visible_gpus_follow_cuda(selection: str, indices: list[int]) -> None:
+    assert visible_gpus(selection, UUIDS) == indices
 
 
-def test_a_plan_takes_the_cards_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"uuid": UUIDS, "name,memory.total": ("A, 24564 MiB", "B, 8192 MiB", "C, 81559 MiB")}
-    told["compute_cap"] = ("8.9", "7.5", "9.0")
-    monkeypatch.setattr(probe, "_asked", lambda fields: told[fields])
+def test_probe_lists_only_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"uuid": UUIDS, "name,memory.total": ("A, 24564 MiB", "B, 8192 MiB", "C, 81559 MiB")}
+    answers["compute_cap"] = ("8.9", "7.5", "9.0")
+    monkeypatch.setattr(probe, "nvidia_smi", lambda fields: answers[fields])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert probe.probe().gpus == told["name,memory.total"]
+    assert probe.probe().gpus == answers["name,memory.total"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
     assert probe.probe().gpus == ("B, 8192 MiB", "C, 81559 MiB") and probe.compute_capability(0) == 7.5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert probe.probe().gpus == ()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1f")  # a part of a card: CUDA alone knows of which
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1f")  # a MIG part: only CUDA knows of which GPU
     assert len(probe.probe().gpus) == 3

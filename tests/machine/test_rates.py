@@ -1,4 +1,4 @@
-"""What was measured on this machine, where its file in the cache is damaged."""
+"""Stored measurements, and damaged cache files."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 
 from strop.machine import rates
-from strop.machine.memory import recall, remember
+from strop.machine.memory import load_measured, save_measured
 from strop.machine.probe import probe
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_damaged_measurements_are_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_damaged_measurements_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))
     machine = probe()
-    numbers = {one.name: {} if "dict" in str(one.type) else 1 for one in fields(rates.Rates)}
-    kept = rates.Rates(**numbers)  # type: ignore[arg-type]
-    rates.keep_rates(machine, "cpu", kept)
-    rates.keep_precision(machine, 2, "bf16", "measured")
-    remember("shape", {"recompute": True})
-    assert rates.known_rates(machine, "cpu") == kept and rates.known_precision(machine, 2) == ("bf16", "measured")
-    assert recall("shape") == {"recompute": True}
+    values = {field.name: {} if "dict" in str(field.type) else 1 for field in fields(rates.Rates)}
+    stored = rates.Rates(**values)  # type: ignore[arg-type]
+    rates.save_rates(machine, "cpu", stored)
+    rates.save_precision(machine, 2, "bf16", "measured")
+    save_measured("shape", {"recompute": True})
+    assert rates.load_rates(machine, "cpu") == stored and rates.load_precision(machine, 2) == ("bf16", "measured")
+    assert load_measured("shape") == {"recompute": True}
     files = list(tmp_path.rglob("*.json"))
     assert len(files) == 3
     for file in files:
         file.write_text(text)
-    assert rates.known_rates(machine, "cpu") is None and rates.known_precision(machine, 2) is None
-    assert recall("shape") == {}
+    assert rates.load_rates(machine, "cpu") is None and rates.load_precision(machine, 2) is None
+    assert load_measured("shape") == {}

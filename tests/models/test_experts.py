@@ -1,4 +1,4 @@
-"""Adapters on a mixture's experts: peft's numbers and format, every chosen expert, 4 and 8 bit, and what is refused."""
+"""Adapters on a mixture's experts: PEFT's values and format, gradients of chosen experts, 4 and 8 bit, refusals."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from strop.errors import ModelError
 from strop.exporting.adapters import combine, compare, compute_norm
 from strop.exporting.merge import merge
 from strop.models.experts import QuantizedExperts
-from strop.models.load import load_base, skeleton, stream_weights
-from strop.models.lora import add_lora, check_lora, linear_kinds, trainable
+from strop.models.introspect import linear_kinds
+from strop.models.load import load_base, load_without_weights, restore_packed_weights
+from strop.models.lora import add_lora, check_lora, trainable_parameters
 from strop.models.source import locate
-from strop.models.tensor_files import Tensors
-from strop.models.tensor_names import Layout
+from strop.models.tensor_files import CheckpointLayout, CheckpointTensors
 from tests.support import tiny_families
 from tests.support.tiny import examples, write_rows
 
@@ -32,21 +32,21 @@ IDS = torch.randint(5, 500, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 def tuned(kind: str, folder: Path | None = None, **load: Any) -> Any:
-    """A mixture with adapters on everything, their B not zero."""
+    """Return a mixture with adapters on all targets and nonzero B."""
     if folder is not None:
         base: Any = load_base(locate(str(folder)), torch.float32, "cpu", **load)
     else:
         base = tiny_families.build(kind)
     torch.manual_seed(1)
     model = add_lora(base, LoraSection(r=2, alpha=4), None)
-    for name, weight in trainable(model).items():
+    for name, weight in trainable_parameters(model).items():
         if "lora_B" in name:
             weight.data.normal_(0, 0.05)
     return model.eval()
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_the_sum_is_pefts_and_each_chosen_expert_has_a_gradient(kind: str) -> None:
+def test_output_equals_peft_and_chosen_experts_get_gradients(kind: str) -> None:
     model = tuned(kind)
     ours = model(input_ids=IDS).logits
     ours.square().mean().backward()
@@ -54,7 +54,7 @@ def test_the_sum_is_pefts_and_each_chosen_expert_has_a_gradient(kind: str) -> No
     assert len(wrappers) == 4
     moved = torch.stack([w.lora_A["default"].weight.grad.view(w.num_experts, -1).abs().sum(1) > 0 for w in wrappers])
     for module in wrappers:
-        module.__dict__.pop("forward", None)  # peft's own, which adds B A to the whole parameter
+        module.__dict__.pop("forward", None)  # back to PEFT's own, which adds B A to the whole parameter
     theirs = model(input_ids=IDS).logits
     assert torch.allclose(ours, theirs, atol=2e-5) and not torch.equal(ours, theirs)
     model.zero_grad()
@@ -63,8 +63,8 @@ def test_the_sum_is_pefts_and_each_chosen_expert_has_a_gradient(kind: str) -> No
     assert torch.equal(moved, chosen) and moved.any(0).all()
 
 
-def test_a_young_adapter_is_not_rounded_away_in_bf16() -> None:
-    """B so small that nearly all of W + B A is W again in bf16: peft's own sum has little of it, ours has its mean."""
+def test_small_lora_updates_survive_bf16() -> None:
+    """B is so small that W + B A rounds to W in bf16 almost everywhere; two separate matmuls keep the update."""
     model = tuned("mixtral")
     wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper) and module.num_experts > 1)
     experts: Any = wrapper.get_base_layer()
@@ -75,19 +75,19 @@ def test_a_young_adapter_is_not_rounded_away_in_bf16() -> None:
     index, share = torch.stack([torch.arange(4000) % 4, (torch.arange(4000) + 1) % 4], 1), torch.full((4000, 2), 0.5)
     x = torch.randn(4000, 32).bfloat16()
     experts.bfloat16()
-    experts.float()  # the same numbers in fp32
+    experts.float()  # the same values in fp32
     with torch.no_grad():
-        wanted = wrapper(x.float(), index, share) - experts(x.float(), index, share)
+        expected = wrapper(x.float(), index, share) - experts(x.float(), index, share)
         experts.bfloat16()
-        was = experts.down_proj.clone()
-        assert (was + wrapper.get_delta_weight("default") == was).float().mean() > 0.9
+        before = experts.down_proj.clone()
+        assert (before + wrapper.get_delta_weight("default") == before).float().mean() > 0.9
         change = (wrapper(x, index, share.bfloat16()) - experts(x, index, share.bfloat16())).float()
-    kept = float((change * wanted).sum() / wanted.square().sum())
+    kept = float((change * expected).sum() / expected.square().sum())
     assert 0.7 < kept < 1.3
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_a_run_trains_saves_loads_in_plain_peft_and_merges(kind: str, tmp_path: Path) -> None:
+def test_run_trains_loads_in_peft_and_merges(kind: str, tmp_path: Path) -> None:
     base, rows = tmp_path / "base", write_rows(tmp_path / "rows.jsonl", 6)
     tiny_families.save(kind, base)
     run = strop.train(
@@ -102,41 +102,41 @@ def test_a_run_trains_saves_loads_in_plain_peft_and_merges(kind: str, tmp_path: 
     theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "run/adapter")).eval()
     with torch.no_grad():
         assert torch.allclose(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, atol=2e-5)
-    made = merge(str(tmp_path / "run"), tmp_path / "merged", dtype="fp32")
-    assert made.parity is not None and made.parity.passed
+    merged = merge(str(tmp_path / "run"), tmp_path / "merged", dtype="fp32")
+    assert merged.parity is not None and merged.parity.passed
     assert run.report["steps"] == 2
-    same = compare(str(run.folder), str(run.folder))
-    assert same["cosine"] == pytest.approx(1) and {"gate_up_proj", "down_proj"} <= set(same["modules"])
+    comparison = compare(str(run.folder), str(run.folder))
+    assert comparison["cosine"] == pytest.approx(1) and {"gate_up_proj", "down_proj"} <= set(comparison["modules"])
     changes = [m.get_delta_weight("default") for m in theirs.modules() if isinstance(m, LoraLayer)]
-    whole = sum(float(change.detach().square().sum()) for change in changes) ** 0.5
-    assert compute_norm(str(run.folder)) == pytest.approx(whole, rel=1e-4)
+    expected_norm = sum(float(change.detach().square().sum()) for change in changes) ** 0.5
+    assert compute_norm(str(run.folder)) == pytest.approx(expected_norm, rel=1e-4)
     with pytest.raises(ModelError, match="mixture's experts"):
         combine([str(run.folder)] * 2, [1, 1], tmp_path / "sum")
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_packed_experts_are_the_same_streamed_and_dequantized_once(kind: str, scheme: str, tmp_path: Path) -> None:
+def test_packed_and_dequantized_experts_agree(kind: str, scheme: str, tmp_path: Path) -> None:
     tiny_families.save(kind, tmp_path / "base")
     streamed, resident = (tuned(kind, tmp_path / "base", quantization=scheme, resident_layers=n) for n in (0, 2))
-    held = [module for module in streamed.modules() if isinstance(module, QuantizedExperts)]
-    assert len(held) == 2 and not any(isinstance(module, QuantizedExperts) for module in resident.modules())
+    packed = [module for module in streamed.modules() if isinstance(module, QuantizedExperts)]
+    assert len(packed) == 2 and not any(isinstance(module, QuantizedExperts) for module in resident.modules())
     results = []
     for model in (streamed, resident):
         logits = model(input_ids=IDS).logits
         logits.square().mean().backward()
-        results.append((logits.detach(), {name: weight.grad for name, weight in trainable(model).items()}))
+        results.append((logits.detach(), {name: weight.grad for name, weight in trainable_parameters(model).items()}))
     assert torch.allclose(results[0][0], results[1][0], atol=2e-5)
     assert all(torch.allclose(grad, results[1][1][name], atol=1e-5) for name, grad in results[0][1].items())
     with torch.no_grad():
-        stream_weights(resident.get_base_model(), locate(str(tmp_path / "base")), scheme, True, torch.float32)
+        restore_packed_weights(resident.get_base_model(), locate(str(tmp_path / "base")), scheme, True, torch.float32)
         assert any(isinstance(module, QuantizedExperts) for module in resident.modules())
         assert torch.allclose(resident(input_ids=IDS).logits, results[0][0], atol=2e-5)
     full = tuned(kind, tmp_path / "base")(input_ids=IDS).logits
-    assert not torch.allclose(results[0][0], full, atol=1e-4)  # it was quantized
+    assert not torch.allclose(results[0][0], full, atol=1e-4)  # quantization changed the weights
 
 
-def test_kinds_of_a_mixture_and_what_is_refused() -> None:
+def test_target_sets_of_mixture_and_unsupported_options() -> None:
     model = tiny_families.build("qwen3_moe")
     kinds = {kind.name: kind for kind in linear_kinds(model)}
     assert kinds["experts.gate_up_proj"].type == "Experts" and kinds["experts.down_proj"].count == 8
@@ -149,11 +149,11 @@ def test_kinds_of_a_mixture_and_what_is_refused() -> None:
     check_lora(model, LoraSection(target_modules="attention", dropout=0.05))
 
 
-def test_what_is_said_before_training(tmp_path: Path) -> None:
+def test_training_notes_and_counts_expert_parameters(tmp_path: Path) -> None:
     tiny_families.save("qwen3_moe", tmp_path / "base")
     rows = write_rows(tmp_path / "rows.jsonl", 6)
 
-    def said(name: str, targets: str) -> tuple[list[str], dict[str, int]]:
+    def train(name: str, targets: str) -> tuple[list[str], dict[str, int]]:
         events: list[dict[str, Any]] = []
         strop.train(
             model=tmp_path / "base", data=rows, out=tmp_path / name, train={"max_steps": 1}, callback=events.append,
@@ -162,15 +162,15 @@ def test_what_is_said_before_training(tmp_path: Path) -> None:
         notes = [event["text"] for event in events if event["event"] == "note"]
         return notes, next(event["parameters"] for event in events if event["event"] == "start")
 
-    notes, numbers = said("attention", "attention")
-    assert any("have no adapters" in note for note in notes) and "experts" not in numbers
+    notes, parameters = train("attention", "attention")
+    assert any("have no adapters" in note for note in notes) and "experts" not in parameters
     assert any("load-balancing loss: off" in note for note in notes)
-    notes, numbers = said("all", "all-linear")
+    notes, parameters = train("all", "all-linear")
     assert not any("have no adapters" in note for note in notes)
-    assert 0 < numbers["experts"] < numbers["trainable"] and numbers["active"] < numbers["all"]
+    assert 0 < parameters["experts"] < parameters["trainable"] and parameters["active"] < parameters["all"]
 
 
-def test_the_load_balancing_loss_is_on_where_the_config_says_so() -> None:
+def test_load_balancing_loss_follows_config() -> None:
     rows = examples(4)
     model = tiny_families.build("mixtral")
     model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.5
@@ -192,7 +192,7 @@ def test_the_load_balancing_loss_is_on_where_the_config_says_so() -> None:
     )
 
 
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+def test_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     tiny_families.save("gpt_oss", tmp_path / "base")
     rows = write_rows(tmp_path / "rows.jsonl", 12)
     common = {"model.dtype": "fp32", "lora.r": 2, "train.batch_size": 2, "train.lr_scheduler": "constant"}
@@ -209,15 +209,15 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(weight, saved[1][name]) for name, weight in saved[0].items())
 
 
-def test_names_on_disk_and_in_the_model(tmp_path: Path) -> None:
+def test_expert_tensors_round_trip_between_checkpoint_and_model(tmp_path: Path) -> None:
     tiny_families.save("mixtral", tmp_path)
-    tensors = Tensors(tmp_path)
-    layout = Layout(skeleton(locate(str(tmp_path))), tensors)
+    tensors = CheckpointTensors(tmp_path)
+    layout = CheckpointLayout(load_without_weights(locate(str(tmp_path))), tensors)
     group = layout.group_of("model.layers.0.mlp.experts.gate_up_proj")
     assert len(group.names) == 8 and "model.layers.0.block_sparse_moe.experts.3.w1.weight" in group.names
     read = layout.read(group, tensors.get)
     assert read["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 96, 32)
-    back = layout.write(group, read)
-    assert all(torch.equal(tensors.get(name), tensor) for name, tensor in back.items())
+    written = layout.write(group, read)
+    assert all(torch.equal(tensors.get(name), tensor) for name, tensor in written.items())
     with pytest.raises(KeyError):
         layout.group_of("model.layers.9.mlp.experts.gate_up_proj")

@@ -1,4 +1,4 @@
-"""Which layers LoRA sits on, what it refuses, and starting from an adapter."""
+"""LoRA targets, refused settings, new tokens, dtypes and rounding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from strop.config.schema import LoraSection
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import InputError, ModelError
+from strop.models.families.shape import target_names
+from strop.models.introspect import count_path_kinds, find_modules_to_save, linear_kinds
 from strop.models.load import load_base
-from strop.models.lora import add_lora, check_lora, kinds_of, linear_kinds, trainable, trained_whole
-from strop.models.quantize import QuantizedLinear, quantizable
+from strop.models.lora import add_lora, check_lora, trainable_parameters
+from strop.models.quantize import QuantizedLinear, quantizable_linears
 from strop.models.source import locate
-from strop.models.targets import target_names
 from tests.engine.train.test_fast import assert_same, step
 from tests.support import tiny
 from tests.support.families import tokenizer
@@ -45,22 +46,22 @@ def section(**options: Any) -> LoraSection:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_named_sets_in_each_family(family: str) -> None:
+def test_target_sets_in_each_family(family: str) -> None:
     config, linears = FAMILIES[family]
     with torch.device("meta"):
         kinds = linear_kinds(AutoModelForCausalLM.from_config(config))
-    picked = target_names(kinds, "all-linear")
-    assert len(picked) == linears and "lm_head" not in picked
+    selected = target_names(kinds, "all-linear")
+    assert len(selected) == linears and "lm_head" not in selected
     attention = target_names(kinds, "attention")
-    assert set(attention) < set(picked) and "o_proj" in attention
+    assert set(attention) < set(selected) and "o_proj" in attention
     assert target_names(kinds, ["attention", "gate"]) == [
         *attention,
         "gate_up_proj" if family == "phi3" else "gate_proj",
     ]
-    assert all(kind.count == 2 for kind in kinds if kind.name in picked)
+    assert all(kind.count == 2 for kind in kinds if kind.name in selected)
 
 
-def test_a_target_that_matches_nothing_names_those_there_are() -> None:
+def test_unknown_target_suggests_names() -> None:
     with pytest.raises(ModelError) as refused:
         check_lora(tiny.model(), section(target_modules=["q_prj"]))
     line = refused.value.lines()[0]
@@ -68,33 +69,33 @@ def test_a_target_that_matches_nothing_names_those_there_are() -> None:
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_matches_nothing_is_refused(field: str) -> None:
+def test_pattern_without_match_is_refused(field: str) -> None:
     with pytest.raises(ModelError, match=f"lora.{field}: c_attn"):
         check_lora(tiny.model(), section(**{field: {"c_attn": 2}}))
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_matches_a_layer_without_an_adapter_is_refused(field: str) -> None:
+def test_pattern_for_layer_without_adapter_is_refused(field: str) -> None:
     with pytest.raises(ModelError, match=f"lora.{field}: k_proj matches no layer with an adapter"):
         check_lora(tiny.model(), section(target_modules=["q_proj"], **{field: {"k_proj": 2}}))
 
 
-def test_adapters_are_fp32_on_a_bf16_base_and_the_base_is_frozen() -> None:
+def test_adapters_are_fp32_on_frozen_bf16_base() -> None:
     model = add_lora(tiny.model().to(torch.bfloat16), section(), tokenizer("chatml"))
-    weights = trainable(model)
+    weights = trainable_parameters(model)
     assert weights and all(weight.dtype == torch.float32 and "lora_" in name for name, weight in weights.items())
 
 
 def test_rank_pattern_and_rslora_take_effect() -> None:
     model = add_lora(tiny.model(), section(rank_pattern={"q_proj": 2}, use_rslora=True), tokenizer("chatml"))
-    shapes = {name: weight.shape[0] for name, weight in trainable(model).items() if "lora_A" in name}
+    shapes = {name: weight.shape[0] for name, weight in trainable_parameters(model).items() if "lora_A" in name}
     assert {shapes[name] for name in shapes if "q_proj" in name} == {2}
     assert {shapes[name] for name in shapes if "v_proj" in name} == {4}
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
     assert layer.scaling["default"] == pytest.approx(8 / 4**0.5)
 
 
-def test_alpha_pattern_takes_effect_and_may_be_a_fraction() -> None:
+def test_alpha_pattern_accepts_fractions() -> None:
     model = add_lora(tiny.model(), section(alpha_pattern={"v_proj": 1.5}), tokenizer("chatml"))
     attention = model.base_model.model.model.layers[0].self_attn
     assert (attention.v_proj.scaling["default"], attention.q_proj.scaling["default"]) == (1.5 / 4, 8 / 4)
@@ -102,90 +103,90 @@ def test_alpha_pattern_takes_effect_and_may_be_a_fraction() -> None:
 
 def test_dora_has_magnitudes() -> None:
     model = add_lora(tiny.model(), section(use_dora=True), tokenizer("chatml"))
-    assert any("lora_magnitude_vector" in name for name in trainable(model))
+    assert any("lora_magnitude_vector" in name for name in trainable_parameters(model))
 
 
 def test_bias_all_trains_biases() -> None:
     with torch.device("cpu"):
         base = AutoModelForCausalLM.from_config(FAMILIES["qwen2"][0]).requires_grad_(False)
     model = add_lora(base, section(bias="all"), tokenizer("chatml"))
-    assert any(name.endswith(("q_proj.base_layer.bias", "q_proj.bias")) for name in trainable(model))
+    assert any(name.endswith(("q_proj.base_layer.bias", "q_proj.bias")) for name in trainable_parameters(model))
 
 
-def test_tied_embeddings_are_not_trained_as_two_copies() -> None:
+def test_training_tied_embeddings_in_full_is_refused() -> None:
     with pytest.raises(ModelError, match="shares its weights"):
         check_lora(tiny.model(), section(modules_to_save=["lm_head"]))
     check_lora(tiny.model(tie_word_embeddings=False), section(modules_to_save=["lm_head"]))
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "said"),
+    ("family", "name", "message"),
     [
         ("llama", "rotary_emb", "model.rotary_emb has no weights"),
         ("llama", "model", "model leaves no layer for an adapter"),
         ("llama", "", "no module"),
         ("llama", "orm", "no module orm"),
-        ("gemma4_text", "norm", "v_norm has no weights: give more of the path, of .*, model.norm"),
+        ("gemma4_text", "norm", "v_norm has no weights: give a longer path, such as .*, model.norm"),
         ("gemma4_text", "model.embed_tokens", "shares its weights"),
     ],
 )
-def test_what_cannot_be_trained_in_full_is_refused(family: str, name: str, said: str) -> None:
+def test_untrainable_modules_to_save_are_refused(family: str, name: str, message: str) -> None:
     with pytest.raises(InputError) as refused:
         check_lora(tiny_of(family), section(modules_to_save=[name]))
-    assert re.search(said, refused.value.lines()[0])
+    assert re.search(message, refused.value.lines()[0])
 
 
-def test_modules_are_taken_by_the_end_of_their_name_as_peft_takes_them() -> None:
-    """A name is none of a whole part of the path: `norm` takes every norm."""
+def test_modules_to_save_match_by_suffix_like_peft() -> None:
+    """A suffix may begin within a path component: `norm` matches every norm."""
     skeleton = tiny.model()
-    found = kinds_of(trained_whole(skeleton, "norm"))
+    counts = count_path_kinds(find_modules_to_save(skeleton, "norm"))
     many = ("model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm")
-    assert found == {**dict.fromkeys(many, 2), "model.norm": 1}
-    assert list(kinds_of(trained_whole(skeleton, "model.norm"))) == ["model.norm"]
+    assert counts == {**dict.fromkeys(many, 2), "model.norm": 1}
+    assert list(count_path_kinds(find_modules_to_save(skeleton, "model.norm"))) == ["model.norm"]
     model = add_lora(skeleton, section(modules_to_save=["norm"]), tokenizer("chatml"))
-    assert sum("modules_to_save" in name for name in trainable(model)) == sum(found.values())
+    assert sum("modules_to_save" in name for name in trainable_parameters(model)) == sum(counts.values())
 
 
-def test_a_pattern_for_layers_that_are_trained_in_full_is_refused() -> None:
+def test_pattern_for_modules_to_save_is_refused() -> None:
     with pytest.raises(ModelError, match="v_proj matches no layer with an adapter"):
         check_lora(tiny.model(), section(modules_to_save=["v_proj"], rank_pattern={"v_proj": 2}))
 
 
 @pytest.mark.parametrize("name", ["norm", "input_layernorm", "embed_tokens", "lm_head"])
-def test_modules_trained_in_full_take_and_give_the_type_of_a_base_in_bf16(name: str) -> None:
+def test_modules_to_save_keep_the_base_dtype_at_their_boundary(name: str) -> None:
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         base = tiny.model(tie_word_embeddings=False).to(dtype)
         model = add_lora(base, section(modules_to_save=[name]), tokenizer("chatml"))
         loss = PlainLoss(model).token_loss(tiny.examples(4))
         loss.backward()  # type: ignore[no-untyped-call]
-        whole = {key: weight for key, weight in trainable(model).items() if "modules_to_save" in key}
+        whole = {key: weight for key, weight in trainable_parameters(model).items() if "modules_to_save" in key}
         assert whole and all(w.dtype == torch.float32 and w.grad is not None and w.grad.any() for w in whole.values())
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
-def test_new_tokens_train_their_rows_only_and_are_saved() -> None:
+def test_new_tokens_train_only_their_rows() -> None:
     words = copy.deepcopy(tokenizer("chatml"))
     before = len(words)
     model = add_lora(tiny.model(), section(new_tokens=["<call>", "<done>"]), words)
-    rows = [weight for name, weight in trainable(model).items() if "trainable_tokens" in name]
+    rows = [weight for name, weight in trainable_parameters(model).items() if "trainable_tokens" in name]
     assert len(words) == before + 2
     assert rows and all(row.shape[0] == 2 for row in rows)
     assert words("<call>", add_special_tokens=False)["input_ids"] == [before]
     ids = torch.tensor([[5, before, 6]])
     model(ids, labels=ids).loss.backward()
     assert all(row.grad is not None and row.grad.abs().sum() > 0 for row in rows)
-    assert all("lora_" in name or "trainable_tokens_delta" in name for name in trainable(model))
+    assert all("lora_" in name or "trainable_tokens_delta" in name for name in trainable_parameters(model))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("shape", [(600, 32), (20, 30, 32)])
-def test_a_young_adapter_is_not_rounded_away(tiny_folder: Path, quantization: str, shape: tuple[int, ...]) -> None:
-    """In bf16, what it adds (0.1 % here) is below half of the last bit of what it is added to."""
+def test_small_lora_updates_survive_bf16(tiny_folder: Path, quantization: str, shape: tuple[int, ...]) -> None:
+    """The update (0.1 % here) is below half of the last bit of the base's output in bf16."""
     base = load_base(locate(str(tiny_folder)), torch.bfloat16, "cpu", quantization=quantization)
     model = add_lora(base, LoraSection(r=8, alpha=8.0, dropout=0.5), None).eval()
-    kept, lost, wanted = 0.0, 0.0, 0.0
+    ours, peft, expected = 0.0, 0.0, 0.0
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, PeftLinear) and module.in_features == 32:
@@ -193,20 +194,20 @@ def test_a_young_adapter_is_not_rounded_away(tiny_folder: Path, quantization: st
             x.requires_grad_()
             without = module(x).detach().float()
             torch.nn.init.normal_(b, std=5e-5)
-            mine, peft_s = module(x), PeftLinear.forward(module, x)
+            our_output, peft_output = module(x), PeftLinear.forward(module, x)
             change = (module.get_delta_weight("default").float() @ x[..., None].float())[..., 0].detach()
-            kept += float(((mine.detach().float() - without) * change).sum())
-            lost += float(((peft_s.detach().float() - without) * change).sum())
-            wanted += float(change.square().sum())
-            upstream = torch.randn_like(mine)
-            torch.testing.assert_close(*(torch.autograd.grad(y, (x, b), upstream) for y in (mine, peft_s)))
-    assert kept / wanted == pytest.approx(1.0, abs=0.15) and lost / wanted < 0.5
+            ours += float(((our_output.detach().float() - without) * change).sum())
+            peft += float(((peft_output.detach().float() - without) * change).sum())
+            expected += float(change.square().sum())
+            upstream = torch.randn_like(our_output)
+            torch.testing.assert_close(*(torch.autograd.grad(y, (x, b), upstream) for y in (our_output, peft_output)))
+    assert ours / expected == pytest.approx(1.0, abs=0.15) and peft / expected < 0.5
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
-def test_dora_on_a_quantized_base_starts_as_the_base(tiny_folder: Path, scheme: str, dropout: float) -> None:
-    """Its magnitudes are those of the weights that the model computes with, and both steps agree on what follows."""
+def test_dora_starts_as_its_quantized_base(tiny_folder: Path, scheme: str, dropout: float) -> None:
+    """Magnitudes come from the dequantized weights, and the fast and the plain step agree afterwards."""
     base = load_base(locate(str(tiny_folder)), torch.float32, "cpu", quantization=scheme)
     examples = tiny.examples(4)
     untouched = PlainLoss(base).token_loss(examples).detach()
@@ -226,10 +227,10 @@ def test_dora_on_a_quantized_base_starts_as_the_base(tiny_folder: Path, scheme: 
 @pytest.mark.parametrize(
     ("family", "leaf"), [("jamba", "dt_proj"), ("bamba", "out_proj"), ("granitemoehybrid", "out_proj")]
 )
-def test_what_the_model_reads_itself_has_no_adapter_and_stays_in_16_bit(family: str, leaf: str) -> None:
-    """An adapter there would be passed by: in Jamba's own loop, in the others' fused kernels."""
+def test_directly_read_layers_get_no_adapter_and_stay_in_16_bit(family: str, leaf: str) -> None:
+    """Jamba's own loop and the others' fused kernels would ignore an adapter there."""
     model = tiny_of(family)
     paths = [path for path, _ in model.named_modules() if path.endswith(f"mamba.{leaf}")]
-    assert paths and not any(f"{path}.weight" in quantizable(model) for path in paths)
+    assert paths and not any(f"{path}.weight" in quantizable_linears(model) for path in paths)
     (kind,) = (kind for kind in linear_kinds(model) if kind.name.endswith(leaf))
     assert not kind.sets and kind.kept_16_bit == "read by the model itself"

@@ -1,4 +1,4 @@
-"""Quantized bases: the same numbers as dequantized weights in plain PyTorch, before and after an evaluation."""
+"""Quantized bases compute what plain PyTorch computes with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ from strop.engine.step import step_for
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import ModelError
-from strop.models.families.shape import peek
-from strop.models.load import load_base, packed_folder, skeleton
-from strop.models.load_shard import load_share
-from strop.models.lora import add_lora, trainable
-from strop.models.quantize import QuantizedLinear, _packed_by_operations, make_resident, pack, quantizable
+from strop.models.families.shape import read_model_info
+from strop.models.load import load_base, load_without_weights, quantized_folder
+from strop.models.lora import add_lora, trainable_parameters
+from strop.models.quantize import (
+    QuantizedLinear,
+    _quantize_by_torch,
+    dequantize_layers,
+    quantizable_linears,
+    quantize_weight,
+)
+from strop.models.sharding import load_sharded
 from strop.models.source import locate, prequantized
-from strop.models.tensor_files import is_whole, quantize_folder
+from strop.models.tensor_files import has_all_weights, quantize_folder
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder
 from strop.training import state as checkpoints
@@ -41,18 +47,18 @@ SCHEMES = ("nf4", "fp4", "int8")
 ALL = 1 << 20
 
 
-def layer(
+def make_layer(
     scheme: str, out: int = 96, into: int = 64, *, double: bool = True, dtype: torch.dtype = torch.float32
 ) -> Any:
     torch.manual_seed(0)
     like = nn.Linear(into, out)
-    made = QuantizedLinear(like, scheme, dtype)
-    made.fill(pack(like.weight.detach().to(dtype), scheme, double=double))
-    return made, like.weight.detach()
+    layer = QuantizedLinear(like, scheme, dtype)
+    layer.load_packed(quantize_weight(like.weight.detach().to(dtype), scheme, double=double))
+    return layer, like.weight.detach()
 
 
 def nf4_reference(weight: Tensor, codes: Tensor) -> Tensor:
-    """Blockwise absmax quantization to the nearest code (QLoRA, arXiv:2305.14314), constants in full precision."""
+    """Quantize blockwise by absmax to the nearest code (QLoRA, arXiv:2305.14314), with fp32 constants."""
     blocks = weight.reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks / scale)[..., None].sub(codes).abs().argmin(-1)
@@ -60,57 +66,57 @@ def nf4_reference(weight: Tensor, codes: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("into", [64, 32, 80, 96])
-def test_nf4_is_the_definition(into: int) -> None:
-    made, weight = layer("nf4", into=into, double=False)
-    codes = made.constants["quant_map"]
-    torch.testing.assert_close(made.dequantized(), nf4_reference(weight, codes), rtol=1e-5, atol=1e-6)
+def test_nf4_equals_reference(into: int) -> None:
+    quantized_layer, weight = make_layer("nf4", into=into, double=False)
+    codes = quantized_layer.constants["quant_map"]
+    torch.testing.assert_close(quantized_layer.dequantize(), nf4_reference(weight, codes), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(("out", "into"), [(96, 32), (96, 80), (96, 96), (64, 128), (33, 100), (130, 65)])
-def test_4_bit_weights_are_codes_times_the_constants_of_their_blocks(
-    scheme: str, double: bool, out: int, into: int
-) -> None:
-    """Looked up here from the packed bytes, in rows that are whole blocks and in others."""
-    made, _ = layer(scheme, out, into, double=double)
-    known = made.constants
+def test_4_bit_weights_equal_codes_times_block_constants(scheme: str, double: bool, out: int, into: int) -> None:
+    """Decoded here from the packed bytes, for rows that are whole blocks and others."""
+    quantized_layer, _ = make_layer(scheme, out, into, double=double)
+    known = quantized_layer.constants
     scale = known["absmax"]
     if double:
         scale = known["nested_quant_map"][scale.long()] * known["nested_absmax"].repeat_interleave(256)[: len(scale)]
-        scale = scale + made._described["nested_offset"]
-    packed = made.weight.flatten()
+        scale = scale + quantized_layer._state["nested_offset"]
+    packed = quantized_layer.weight.flatten()
     codes = known["quant_map"][torch.stack([packed >> 4, packed & 15], 1).flatten().long()][: out * into]
     expected = (codes * scale.repeat_interleave(64)[: out * into]).view(out, into)
-    torch.testing.assert_close(made.dequantized(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(quantized_layer.dequantize(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_int8_is_the_definition() -> None:
-    made, weight = layer("int8")
+def test_int8_equals_reference() -> None:
+    quantized_layer, weight = make_layer("int8")
     scale = weight.abs().amax(1, keepdim=True)
-    torch.testing.assert_close(made.dequantized(), (weight / scale * 127).round() * scale / 127, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        quantized_layer.dequantize(), (weight / scale * 127).round() * scale / 127, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_double_quantization_costs_little(double: bool) -> None:
-    made, weight = layer("nf4", 512, 512, double=double)
-    assert made.constants["absmax"].dtype == (torch.uint8 if double else torch.float32)
-    error = (made.dequantized() - weight).norm() / weight.norm()
+def test_double_quantization_error_is_small(double: bool) -> None:
+    quantized_layer, weight = make_layer("nf4", 512, 512, double=double)
+    assert quantized_layer.constants["absmax"].dtype == (torch.uint8 if double else torch.float32)
+    error = (quantized_layer.dequantize() - weight).norm() / weight.norm()
     assert 0.08 < error < 0.11  # 4 bits on uniform weights
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("out", "into"), [(96, 64), (33, 100), (7, 640), (130, 65)])  # not only multiples of 64
-def test_product_and_gradient_equal_the_dequantized_weight(scheme: str, out: int, into: int) -> None:
-    made, _ = layer(scheme, out, into)
-    weight = made.dequantized()
+def test_matmul_and_gradient_equal_dequantized_weight(scheme: str, out: int, into: int) -> None:
+    quantized_layer, _ = make_layer(scheme, out, into)
+    weight = quantized_layer.dequantize()
     x = torch.randn(5, into, requires_grad=True)
-    other = x.detach().clone().requires_grad_()
+    x_copy = x.detach().clone().requires_grad_()
     grad = torch.randn(5, out)
-    (made(x) * grad).sum().backward()
-    (F.linear(other, weight, made.bias) * grad).sum().backward()
-    torch.testing.assert_close(made(x), F.linear(other, weight, made.bias), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(x.grad, other.grad, rtol=1e-5, atol=1e-5)
+    (quantized_layer(x) * grad).sum().backward()
+    (F.linear(x_copy, weight, quantized_layer.bias) * grad).sum().backward()
+    torch.testing.assert_close(quantized_layer(x), F.linear(x_copy, weight, quantized_layer.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, x_copy.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
@@ -119,7 +125,7 @@ def quantized(tiny_folder: Path) -> Callable[..., nn.Module]:
         base = load_base(locate(str(tiny_folder)), dtype, "cpu", quantization=scheme, resident_layers=resident)
         torch.manual_seed(1)
         model = add_lora(base, LoraSection(r=4, alpha=8, **lora), None)
-        for name, weight in trainable(model).items():
+        for name, weight in trainable_parameters(model).items():
             if "lora_B" in name:
                 nn.init.normal_(weight, 0, 0.05)
         return model
@@ -132,40 +138,38 @@ def gradients(model: nn.Module, loss: Callable[[Any], Tensor], seed: int = 0) ->
     value = loss(tiny.examples(6, seed=seed))
     value.backward()
     return value.item(), {
-        name: weight.grad.clone() for name, weight in trainable(model).items() if weight.grad is not None
+        name: weight.grad.clone() for name, weight in trainable_parameters(model).items() if weight.grad is not None
     }
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_fast_and_plain_step_equal_a_plain_model_with_dequantized_weights(
-    quantized: Callable[..., nn.Module], scheme: str
-) -> None:
-    """fp32: loss and gradients to 1e-5; streamed and resident bit for bit."""
+def test_fast_and_plain_step_equal_dequantized_model(quantized: Callable[..., nn.Module], scheme: str) -> None:
+    """In fp32 loss and gradients agree to 1e-5; streamed and resident layers agree to the bit."""
     truth_model = quantized(scheme)
-    make_resident(truth_model, ALL)
+    dequantize_layers(truth_model, ALL)
     assert not any(isinstance(module, QuantizedLinear) for module in truth_model.modules())
     loss, truth = gradients(truth_model, PlainLoss(truth_model).token_loss)
-    found = {}
+    results = {}
     for resident in (0, 1, ALL):
         model = quantized(scheme, resident)
-        held = sum(isinstance(module, QuantizedLinear) for module in model.modules())
-        assert held == 7 * {0: 2, 1: 1, ALL: 0}[resident]
+        quantized_count = sum(isinstance(module, QuantizedLinear) for module in model.modules())
+        assert quantized_count == 7 * {0: 2, 1: 1, ALL: 0}[resident]
         step = step_for(model)
         assert step.name == "fast", step.why
-        found[resident] = gradients(model, step.token_loss)
+        results[resident] = gradients(model, step.token_loss)
     model = quantized(scheme)
     plain_loss, plain = gradients(model, PlainLoss(model).token_loss)
-    assert found[0][0] == pytest.approx(loss, rel=1e-5) and plain_loss == pytest.approx(loss, rel=1e-5)
+    assert results[0][0] == pytest.approx(loss, rel=1e-5) and plain_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in truth.items():
-        for other in (found[0][1][name], plain[name]):
-            assert (other - gradient).norm() <= 1e-5 * gradient.norm(), name
+        for other_gradient in (results[0][1][name], plain[name]):
+            assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm(), name
         for resident in (1, ALL):
-            assert torch.equal(found[0][1][name], found[resident][1][name])
+            assert torch.equal(results[0][1][name], results[resident][1][name])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_bf16_is_as_near_to_the_truth_as_eager_bf16(quantized: Callable[..., nn.Module], scheme: str) -> None:
-    """The truth: fp32 on the weights that bf16 gives. Errors of single batches differ by chance; of 12 they do not."""
+def test_bf16_error_is_that_of_eager_bf16(quantized: Callable[..., nn.Module], scheme: str) -> None:
+    """The reference is fp32 on the bf16 weights. Errors are summed over 12 batches, since single ones vary."""
     eager, whole = quantized(scheme, ALL, torch.bfloat16), quantized(scheme, ALL, torch.bfloat16).float()
     models = {resident: quantized(scheme, resident, torch.bfloat16) for resident in (0, ALL)}
     losses: dict[Any, tuple[nn.Module, Any]] = {"eager": (eager, PlainLoss(eager).token_loss)}
@@ -181,7 +185,7 @@ def test_bf16_is_as_near_to_the_truth_as_eager_bf16(quantized: Callable[..., nn.
 
 @pytest.mark.parametrize("resident", [0, ALL])
 @pytest.mark.parametrize("path", ["fast", "plain"])
-def test_an_evaluation_and_a_save_leave_the_gradient_as_it_was(
+def test_evaluation_and_save_do_not_change_gradients(
     quantized: Callable[..., nn.Module], path: str, resident: int, tmp_path: Path
 ) -> None:
     model: Any = quantized("nf4", resident, torch.bfloat16)
@@ -192,7 +196,7 @@ def test_an_evaluation_and_a_save_leave_the_gradient_as_it_was(
         loss.token_loss(tiny.examples(3))
         model.generate(torch.arange(5, 12)[None], max_new_tokens=3, do_sample=False)
     model.save_pretrained(tmp_path)
-    weights = trainable(model)
+    weights = trainable_parameters(model)
     state = TrainState(
         weights, make_optimizer(weights, resolve(None, {"model": "m", "data": "d"}).recipe.train), Progress()
     )
@@ -203,10 +207,10 @@ def test_an_evaluation_and_a_save_leave_the_gradient_as_it_was(
 
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit")
-def test_that_test_fails_with_linear4bit_of_bitsandbytes() -> None:
-    """On a CPU with AVX512-BF16 bitsandbytes' own layer loses its gradient after one forward in eval mode."""
+def test_linear4bit_of_bitsandbytes_loses_its_gradient() -> None:
+    """Show why strop has its own layer: on AVX512-BF16, Linear4bit loses its gradient after a forward in eval mode."""
     if not bitsandbytes.functional.has_avx512bf16():
-        pytest.skip("the trap needs a CPU with AVX512-BF16")
+        pytest.skip("needs a CPU with AVX512-BF16")
     theirs = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     theirs.to("cpu")
 
@@ -226,82 +230,82 @@ def test_that_test_fails_with_linear4bit_of_bitsandbytes() -> None:
     assert after is None or not torch.equal(before, after)
 
 
-def test_what_stays_in_16_bit(tiny_folder: Path) -> None:
-    names = quantizable(skeleton(locate(str(tiny_folder))))
+def test_head_and_embedding_stay_in_16_bit(tiny_folder: Path) -> None:
+    names = quantizable_linears(load_without_weights(locate(str(tiny_folder))))
     assert len(names) == 14 and not any("lm_head" in name or "embed" in name for name in names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_card_quantizes_to_the_bits_of_a_cpu(scheme: str, double: bool, dtype: torch.dtype) -> None:
-    """Its operations, played on a CPU: numbers of all kinds, those between two codes, and zeros alone."""
+def test_torch_quantization_equals_bitsandbytes_on_cpu(scheme: str, double: bool, dtype: torch.dtype) -> None:
+    """Covers random values, codes, midpoints between codes, and blocks of zeros."""
     torch.manual_seed(0)
     weight = torch.randn(130, 128)
     code = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
     weight[0, :16], weight[1, :15], weight[2] = code, (code[1:] + code[:-1]) / 2, 0
     weight[0, 16:], weight[1, 15:] = 1, 1
     given = weight.to(dtype)
-    expected, found = pack(given, scheme, double=double), _packed_by_operations(given, scheme, double, "cpu")
+    expected, found = quantize_weight(given, scheme, double=double), _quantize_by_torch(given, scheme, double, "cpu")
     assert expected.keys() == found.keys()
     for name, part in expected.items():
         assert torch.equal(part, found[name]) and part.dtype == found[name].dtype, name
 
 
-def test_what_a_card_has_no_room_for_is_quantized_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_falls_back_to_cpu_without_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def full(weight: Tensor, scheme: str, double: bool, device: str) -> Any:
         asked.append(device)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("strop.models.quantize._packed_by_operations", full)
+    monkeypatch.setattr("strop.models.quantize._quantize_by_torch", full)
     weight, odd = torch.randn(3, 64), torch.randn(3, 65)
-    for given in (weight, odd):  # the second ends in the middle of a block
-        found = pack(given, "nf4", device="cuda:1")
-        assert all(torch.equal(part, found[name]) for name, part in pack(given, "nf4").items())
+    for given in (weight, odd):  # the second ends within a block
+        found = quantize_weight(given, "nf4", device="cuda:1")
+        assert all(torch.equal(part, found[name]) for name, part in quantize_weight(given, "nf4").items())
     assert asked == ["cuda:1"]
-    monkeypatch.setattr("strop.models.quantize._packed_by_operations", lambda *_: 1 / 0)
+    monkeypatch.setattr("strop.models.quantize._quantize_by_torch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        pack(weight, "int8", device="cuda")
+        quantize_weight(weight, "int8", device="cuda")
 
 
-def test_starts_at_once_make_one_copy(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks of one machine, and runs side by side, share the cache: one writes while the others wait for it."""
+def test_concurrent_loads_quantize_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes share the cache: one writes while the others wait."""
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
     source = locate(str(tiny_folder))
     written = []
 
-    def slowly(*given: Any) -> None:
-        written.append(given[2])
+    def quantize_slowly(*args: Any) -> None:
+        written.append(args[2])
         time.sleep(0.2)
-        quantize_folder(*given)
+        quantize_folder(*args)
 
-    monkeypatch.setattr("strop.models.load.quantize_folder", slowly)
+    monkeypatch.setattr("strop.models.load.quantize_folder", quantize_slowly)
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(packed_folder, source, "nf4", True, torch.float32) for _ in range(3)]
-        folders = {done.result() for done in asked}
-    assert written == list(folders) and is_whole(written[0])
+        futures = [pool.submit(quantized_folder, source, "nf4", True, torch.float32) for _ in range(3)]
+        folders = {future.result() for future in futures}
+    assert written == list(folders) and has_all_weights(written[0])
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "index"])
-def test_a_damaged_copy_in_the_cache_is_made_again(
+def test_damaged_cache_is_rebuilt(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
     given = (locate(str(tiny_folder)), "nf4", True, torch.float32)
-    folder = packed_folder(*given)
+    folder = quantized_folder(*given)
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     file = folder / ("model.safetensors.index.json" if damage == "index" else "model-00001.safetensors")
     file.write_bytes(b"" if damage in ("empty", "index") else whole[file.name][:-100])
     if damage == "gone":
         file.unlink()
-    assert packed_folder(*given) == folder
+    assert quantized_folder(*given) == folder
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_second_start_reads_the_cache(
+def test_second_load_reads_the_cache(
     tiny_folder: Path, scheme: str, monkeypatch: pytest.MonkeyPatch, own_cache: None
 ) -> None:
     source = locate(str(tiny_folder))
@@ -317,9 +321,7 @@ def test_the_second_start_reads_the_cache(
 
 @pytest.mark.parametrize("skipped", [[], ["lm_head", "q_proj"]])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_checkpoint_that_bitsandbytes_quantized_loads(
-    tiny_folder: Path, tmp_path: Path, scheme: str, skipped: list[str]
-) -> None:
+def test_bitsandbytes_checkpoint_loads(tiny_folder: Path, tmp_path: Path, scheme: str, skipped: list[str]) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     kind: dict[str, Any] = {"load_in_8bit": True}
@@ -334,21 +336,21 @@ def test_a_checkpoint_that_bitsandbytes_quantized_loads(
     loaded: Any = load_base(source, torch.bfloat16, "cpu", quantization=scheme)
     ours: Any = load_base(locate(str(tiny_folder)), torch.bfloat16, "cpu", quantization=scheme)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
-        found, same = loaded.get_submodule(name), ours.get_submodule(name).dequantized()
+        found, same = loaded.get_submodule(name), ours.get_submodule(name).dequantize()
         if name.rpartition(".")[2] in skipped:
             assert type(found) is nn.Linear and found.weight.dtype == torch.bfloat16
             assert 0 < (found.weight - same).abs().max() < 0.2
             continue
         # bitsandbytes rounds to 8 bit from fp16, strop from fp32
-        assert torch.allclose(found.dequantized(), same, atol=0.02 if scheme == "int8" else 0)
+        assert torch.allclose(found.dequantize(), same, atol=0.02 if scheme == "int8" else 0)
     with pytest.raises(ModelError, match="already"):
         load_base(source, torch.bfloat16, "cpu")
     assert strop.load(source.name, device="cpu").quantization == scheme
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float32"])
-def test_bytes_that_are_stored_as_other_numbers_are_bytes(tiny_folder: Path, tmp_path: Path, storage: str) -> None:
-    """As FSDP wants them (bnb_4bit_quant_storage)."""
+def test_packed_bytes_stored_as_floats_load(tiny_folder: Path, tmp_path: Path, storage: str) -> None:
+    # FSDP needs this storage (bnb_4bit_quant_storage).
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage)
@@ -358,45 +360,47 @@ def test_bytes_that_are_stored_as_other_numbers_are_bytes(tiny_folder: Path, tmp
     loaded = load_base(locate(str(tmp_path)), torch.bfloat16, "cpu", **how)
     ours = load_base(locate(str(tiny_folder)), torch.bfloat16, "cpu", **how)
     name = "model.layers.1.mlp.down_proj"
-    assert torch.equal(*(cast(Any, one).get_submodule(name).dequantized() for one in (loaded, ours)))
+    assert torch.equal(*(cast(Any, model).get_submodule(name).dequantize() for model in (loaded, ours)))
 
 
-def _described_as(old: bytes, new: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
+def _edit_state(old: bytes, new: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda state: torch.tensor(list(bytes(state.tolist()).replace(old, new)), dtype=torch.uint8)
 
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
-LIES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "half of its layers": ("nf4", {"config": {"num_hidden_layers": 1}}, "have no place in the model"),
+DAMAGE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "half of its layers": ("nf4", {"config": {"num_hidden_layers": 1}}, "not part of the model"),
     "a bias too many": ("nf4", {"model.layers.0.mlp.up_proj.bias": lambda _: torch.ones(64)}, "have no place in the"),
-    "nothing quantized": ("nf4", {"plain": True}, "its weights are quantized, and none of them is"),
+    "nothing quantized": ("nf4", {"plain": True}, "its weights are quantized, but none is"),
     "NaN": ("nf4", {f"{WEIGHT}.nested_absmax": lambda it: it * torch.nan}, "holds NaN"),
-    "few constants": ("nf4", {f"{WEIGHT}.absmax": lambda it: it[:-4].clone()}, "absmax has 28 numbers, 32 expected"),
-    "no constants": ("nf4", {f"{WEIGHT}.absmax": None}, "absmax has 0 numbers, 32 expected"),
-    "no constants of constants": ("nf4", {f"{WEIGHT}.nested_absmax": None}, "nested_absmax has 0 numbers"),
-    "few bytes": ("nf4", {WEIGHT: lambda it: it[:-8].clone()}, "weight has 1016 numbers, 1024 expected"),
-    "other blocks": ("nf4", {STATE: _described_as(b": 64,", b": 128,")}, "absmax has 32 numbers, 16 expected"),
-    "no blocks": ("nf4", {STATE: _described_as(b": 64,", b": 0,")}, "blocks of 0"),
-    "a description that is none": ("nf4", {STATE: lambda _: torch.tensor([91, 93]).byte()}, "is no object"),
+    "few constants": ("nf4", {f"{WEIGHT}.absmax": lambda it: it[:-4].clone()}, "absmax has 28 elements, 32 expected"),
+    "no constants": ("nf4", {f"{WEIGHT}.absmax": None}, "absmax has 0 elements, 32 expected"),
+    "no constants of constants": ("nf4", {f"{WEIGHT}.nested_absmax": None}, "nested_absmax has 0 elements"),
+    "few bytes": ("nf4", {WEIGHT: lambda it: it[:-8].clone()}, "weight has 1016 elements, 1024 expected"),
+    "other blocks": ("nf4", {STATE: _edit_state(b": 64,", b": 128,")}, "absmax has 32 elements, 16 expected"),
+    "no blocks": ("nf4", {STATE: _edit_state(b": 64,", b": 0,")}, "blocks of 0"),
+    "an invalid state": ("nf4", {STATE: lambda _: torch.tensor([91, 93]).byte()}, "is not an object"),
     "int8, NaN": ("int8", {"model.layers.0.mlp.up_proj.SCB": lambda it: it * torch.nan}, "holds NaN"),
-    "int8, one scale": ("int8", {"model.layers.0.mlp.up_proj.SCB": lambda it: it[:1].clone()}, "SCB has 1 numbers, 64"),
+    "int8, one scale": (
+        "int8",
+        {"model.layers.0.mlp.up_proj.SCB": lambda it: it[:1].clone()},
+        "SCB has 1 elements, 64",
+    ),
     "int8, no scale": ("int8", {"model.layers.0.mlp.up_proj.SCB": None}, "is stored as I8"),
     "int8, on its side": ("int8", {WEIGHT: lambda it: it.t().contiguous()}, "of another shape, first model.layers.0"),
-    "int8, an old layout": ("int8", {f"{WEIGHT}_format": lambda _: torch.tensor(2).byte()}, "of an old layout"),
+    "int8, an old layout": ("int8", {f"{WEIGHT}_format": lambda _: torch.tensor(2).byte()}, "in an old 8-bit layout"),
 }
 
 
 @pytest.mark.parametrize("way", ["streamed", "share"])
-@pytest.mark.parametrize("kind", LIES)
+@pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_a_quantized_checkpoint_that_is_not_what_it_says_is_refused(
-    kind: str, way: str, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_damaged_quantized_checkpoint_is_refused(kind: str, way: str, tiny_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    scheme, changes, said = LIES[kind]
+    scheme, changes, message = DAMAGE[kind]
     how: dict[str, Any] = {"load_in_8bit": True}
     if scheme == "nf4":
         how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -409,18 +413,18 @@ def test_a_quantized_checkpoint_that_is_not_what_it_says_is_refused(
     about.write_text(json.dumps({**json.loads(about.read_text()), **changes.get("config", {})}))
     for name, change in changes.items():
         if name.startswith("model."):
-            made = None if change is None else change(weights.get(name))
+            changed = None if change is None else change(weights.get(name))
             weights = {key: tensor for key, tensor in weights.items() if key != name}
-            weights |= {} if made is None else {name: made}
+            weights |= {} if changed is None else {name: changed}
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         if way == "share":
-            load_share(locate(str(tmp_path)), torch.float32, "cpu", 0, 1, quantization=scheme)
+            load_sharded(locate(str(tmp_path)), torch.float32, "cpu", 0, 1, quantization=scheme)
         else:
             load_base(locate(str(tmp_path)), torch.float32, "cpu", quantization=scheme)
 
 
-def test_a_weight_that_is_missing_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+def test_missing_weight_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     folder = tmp_path / "m"
@@ -433,9 +437,7 @@ def test_a_weight_that_is_missing_is_named(tiny_folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_run_on_a_quantized_base_and_its_answers(
-    tiny_folder: Path, rows_file: Path, tmp_path: Path, scheme: str
-) -> None:
+def test_streamed_and_resident_runs_agree(tiny_folder: Path, rows_file: Path, tmp_path: Path, scheme: str) -> None:
     losses = {}
     for resident in (0, 2):
         out = tmp_path / str(resident)
@@ -444,7 +446,7 @@ def test_a_run_on_a_quantized_base_and_its_answers(
             **{"model.quantization": scheme, "model.resident_layers": resident, "model.dtype": "fp32"},
         )  # fmt: skip
         (start,) = [e for e in read_events(out / "events.jsonl") if e["event"] == "start"]
-        assert start["parameters"]["all"] == peek(str(tiny_folder)).parameters  # numbers, not bytes they are packed in
+        assert start["parameters"]["all"] == read_model_info(str(tiny_folder)).parameters  # elements, not packed bytes
         losses[resident] = [e["loss"] for e in read_events(out / "events.jsonl") if e["event"] == "step"]
     assert losses[0] == losses[2] and losses[0][-1] < losses[0][0]
     prompt = torch.arange(5, 25)[None]
@@ -453,14 +455,13 @@ def test_a_run_on_a_quantized_base_and_its_answers(
         streamed = strop.load(out, dtype="fp32", quantization=scheme).module(prompt).logits
         other = strop.load(out, dtype="fp32", quantization="none").module(prompt).logits
     torch.testing.assert_close(same, streamed, rtol=1e-5, atol=1e-5)
-    assert (same - other).abs().max() > 1e-4  # in 16 bit the base is not the one that was trained on
+    assert (same - other).abs().max() > 1e-4  # the 16-bit base differs from the one trained on
 
 
-def test_the_last_rung_without_memory_is_streaming(
+def test_out_of_memory_falls_back_to_streaming(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory that is never enough for weights that lie there dequantized: same numbers without them, and after a
-    resume."""
+    """Without memory for dequantized weights the run streams them, with the same losses, and after a resume."""
     options: dict[str, Any] = {
         "model": str(tiny_folder), "data": str(rows_file), "lora": {"r": 4}, "model.quantization": "nf4",
         "model.resident_layers": 2, "model.dtype": "fp32", "train": {"max_steps": 4, "save_steps": 1, "micro_batch": 1},
@@ -493,16 +494,16 @@ def test_the_last_rung_without_memory_is_streaming(
     assert losses("cut") == losses("whole") and True not in tight
 
 
-def test_without_bitsandbytes_it_says_what_to_do(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_names_a_fix(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ModelError, match="bitsandbytes") as raised:
-        pack(torch.randn(64, 64), "nf4")
+        quantize_weight(torch.randn(64, 64), "nf4")
     assert "--model.quantization none" in raised.value.fix
 
 
-def test_an_adapter_remembers_how_its_base_was_quantized(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_adapter_loads_with_its_quantization_settings(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     strop.train(
         model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", train={"max_steps": 1},
         **{"model.quantization": "nf4", "model.double_quantization": False, "model.dtype": "fp32"},
@@ -511,7 +512,7 @@ def test_an_adapter_remembers_how_its_base_was_quantized(tiny_folder: Path, rows
     weights = {
         double: load_base(locate(str(tiny_folder)), torch.float32, "cpu", quantization="nf4", double=double)
         .get_submodule("model.layers.0.mlp.down_proj")
-        .dequantized()
+        .dequantize()
         for double in (False, True)
     }
     assert torch.equal(loaded.weight, weights[False]) and not torch.equal(loaded.weight, weights[True])

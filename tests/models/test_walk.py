@@ -1,4 +1,4 @@
-"""A dozen families of the walk (tests/models/walk.py), and that its page is about every class there is."""
+"""A dozen families of tests/models/walk.py, and that docs/models.md lists every class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import transformers
 
 import strop
 from strop.errors import ModelError, RunError
-from strop.models.upstream_errors import blaming
+from strop.models.upstream_errors import attribute_errors
 from tests.models.walk import PAGE, QUICK, walk
 from tests.support import tiny_families
 from tests.support.tiny import write_rows
@@ -21,27 +21,27 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_family_is_planned_trained_merged_and_trained_in_4_bit(kind: str, tmp_path: Path) -> None:
+def test_family_is_planned_trained_merged_and_trained_in_4_bit(kind: str, tmp_path: Path) -> None:
     if kind not in tiny_families.text_types():
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    found = walk(kind, tmp_path)
+    results = walk(kind, tmp_path)
     if kind == "gpt2":  # its layers are Conv1D, which stay in 16 bit
-        assert found.pop("nf4").endswith("has no linear weights to quantize")
-    assert {name: result for name, result in found.items() if not result.startswith("ok")} == {}
-    assert {"plan", "train", "answer", "merge bf16", "merge fp32"} <= set(found)
+        assert results.pop("nf4").endswith("has no linear weights to quantize")
+    assert {name: result for name, result in results.items() if not result.startswith("ok")} == {}
+    assert {"plan", "train", "answer", "merge bf16", "merge fp32"} <= set(results)
 
 
-def test_a_fault_of_transformers_is_named_as_its_own(tmp_path: Path) -> None:
-    """X-MOD wants to be told its language; an error of ours is left as it is."""
+def test_transformers_error_is_attributed_to_transformers(tmp_path: Path) -> None:
+    """X-MOD fails without a language id. Errors from strop's code pass unchanged."""
     tiny_families.save("xmod", tmp_path / "base")
     rows = write_rows(tmp_path / "rows.jsonl", 4)
     with pytest.raises(RunError, match=r"transformers \S+ fails on a model of type xmod: .*modeling_xmod.py"):
         strop.train(model=tmp_path / "base", data=rows, out=tmp_path / "run", **QUICK)
-    with pytest.raises(ValueError, match="ours"), blaming("xmod"):
+    with pytest.raises(ValueError, match="ours"), attribute_errors("xmod"):
         raise ValueError("ours")
 
 
-def test_a_base_without_linear_weights_is_not_quantized(tmp_path: Path) -> None:
+def test_base_without_linear_weights_is_not_quantized(tmp_path: Path) -> None:
     tiny_families.save("gpt2", tmp_path / "base")
     rows = write_rows(tmp_path / "rows.jsonl", 4)
     with pytest.raises(ModelError, match="no linear weights to quantize"):
@@ -50,7 +50,7 @@ def test_a_base_without_linear_weights_is_not_quantized(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_the_page_names_every_class_or_the_version_it_was_made_with() -> None:
+def test_page_lists_every_class_of_its_transformers_version() -> None:
     text = PAGE.read_text(encoding="utf-8")
     made_with = text.partition("transformers ")[2].partition(" ")[0]
     assert made_with

@@ -1,7 +1,7 @@
-"""The walk over every causal language model class that transformers maps: what strop does with a tiny random one.
+"""Try strop on a tiny random model of every causal language model class of transformers.
 
-python -m tests.models.walk                 all of them, and writes docs/models.md
-python -m tests.models.walk mixtral gemma3! some of them (!: the multimodal class of the type)
+python -m tests.models.walk                  all classes; writes docs/models.md
+python -m tests.models.walk mixtral gemma3!  some of them (!: the multimodal class of the type)
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import transformers
 import strop
 from strop.errors import StropError
 from strop.exporting.merge import merge
-from strop.models.load import skeleton
+from strop.models.load import load_without_weights
 from strop.models.source import locate
-from strop.planning.model_facts import list_layers
-from strop.training import run
+from strop.planning.plan import list_layers
+from strop.training import run as run_module
 from tests.support import tiny_families
 from tests.support.tiny import write_rows
 
@@ -39,27 +39,27 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tried(work: Callable[[], str]) -> str:
-    """What came of it: `ok ...`, `refused: reason` (one of strop's errors), or `FAULT: ...` (anything else)."""
+def attempt(work: Callable[[], str]) -> str:
+    """Return `ok ...`, `refused: reason` for one of strop's errors, or `FAULT: ...` for any other error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return work()
     except StropError as error:
         return f"refused: {error.what}"
-    except Exception as error:  # the walk is here to find these
+    except Exception as error:  # finding these is the purpose
         at = traceback.extract_tb(error.__traceback__)[-1]
-        said = str(error).strip().splitlines() or [""]
-        return f"FAULT: {type(error).__name__}: {said[0][:160]} ({Path(at.filename).name}:{at.lineno})"
+        lines = str(error).strip().splitlines() or [""]
+        return f"FAULT: {type(error).__name__}: {lines[0][:160]} ({Path(at.filename).name}:{at.lineno})"
 
 
 def walk(kind: str, folder: Path) -> dict[str, str]:
-    """Each column's result for a model type; a type ending with ! is its multimodal class."""
+    """Return each column's result for a model type; a type ending with ! means its multimodal class."""
     multimodal, name = kind.endswith("!"), kind.rstrip("!")
     base, rows = folder / "base", write_rows(folder / "rows.jsonl", 6)
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
 
-    def made() -> str:
+    def build() -> str:
         tiny_families.save(name, base, multimodal=multimodal)
         return "ok"
 
@@ -71,18 +71,18 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
         return "ok"
 
     def train(out: str, **more: Any) -> str:
-        made = strop.train(model=base, data=rows, out=folder / out, **{**QUICK, **more})
+        run = strop.train(model=base, data=rows, out=folder / out, **{**QUICK, **more})
         events = [json.loads(line) for line in (folder / out / "events.jsonl").read_text().splitlines()]
         start = next(event for event in events if event["event"] == "start")
-        weights = sum(weight.numel() for weight in skeleton(locate(str(base))).parameters())
+        weights = sum(weight.numel() for weight in load_without_weights(locate(str(base))).parameters())
         assert start["parameters"]["all"] == weights, (start["parameters"], weights)
-        assert made.report["loss"]["last"] == made.report["loss"]["last"]
+        assert run.report["loss"]["last"] == run.report["loss"]["last"]
         return f"ok {start['engine']}"
 
     def plan() -> str:
         shown = strop.plan(model=base, data=rows, memory=8 << 30, **QUICK)
-        weights = sum(weight.numel() for weight in skeleton(locate(str(base))).parameters())
-        off = shown.setting.parameters / weights - 1
+        weights = sum(weight.numel() for weight in load_without_weights(locate(str(base))).parameters())
+        off = shown.workload.base.parameters / weights - 1
         return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
 
     def modules() -> str:
@@ -97,40 +97,40 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
         assert out.parity is not None
         return f"ok {out.parity.kl_mean:.1g}"
 
-    found["made"] = tried(made)
-    if not found["made"].startswith("ok"):
-        return found
-    found["own"] = tried(trainable_by_transformers)
-    found["modules"] = tried(modules)
-    found["plan"] = tried(plan)
-    found["train"] = tried(lambda: train("run"))
-    if found["train"].startswith("ok"):
-        found["answer"] = tried(answer)
-        found["merge bf16"] = tried(lambda: merged("bf16"))
-        found["merge fp32"] = tried(lambda: merged("fp32"))
-    found["nf4"] = tried(lambda: train("run4", **{"model.quantization": "nf4"}))
-    return found
+    results["made"] = attempt(build)
+    if not results["made"].startswith("ok"):
+        return results
+    results["own"] = attempt(trainable_by_transformers)
+    results["modules"] = attempt(modules)
+    results["plan"] = attempt(plan)
+    results["train"] = attempt(lambda: train("run"))
+    if results["train"].startswith("ok"):
+        results["answer"] = attempt(answer)
+        results["merge bf16"] = attempt(lambda: merged("bf16"))
+        results["merge fp32"] = attempt(lambda: merged("fp32"))
+    results["nf4"] = attempt(lambda: train("run4", **{"model.quantization": "nf4"}))
+    return results
 
 
 def main(kinds: Sequence[str], processes: int) -> dict[str, dict[str, str]]:
     with ProcessPoolExecutor(processes, initializer=_quiet) as pool:
-        return dict(zip(kinds, pool.map(_told, kinds), strict=True))
+        return dict(zip(kinds, pool.map(_walk_one, kinds), strict=True))
 
 
 def _quiet() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    run.write_report = lambda *_: None  # pages with plots, which take a third of the time
+    run_module.write_report = lambda *_: None  # pages with plots, which take a third of the time
 
 
-def _told(kind: str) -> dict[str, str]:
+def _walk_one(kind: str) -> dict[str, str]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        found = walk(kind, Path(folder))
-    said = "; ".join(f"{name}: {result}" for name, result in found.items())
-    print(f"{kind} ({time.monotonic() - started:.1f} s) {said}", flush=True)
-    return found
+        results = walk(kind, Path(folder))
+    summary = "; ".join(f"{name}: {result}" for name, result in results.items())
+    print(f"{kind} ({time.monotonic() - started:.1f} s) {summary}", flush=True)
+    return results
 
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
@@ -160,19 +160,19 @@ The table shows that the code is correct for the class, not how good a model bec
 
 
 def page(results: Mapping[str, Mapping[str, str]]) -> str:
-    """docs/models.md of the walk's results, by model type."""
+    """Return docs/models.md from the results by model type."""
     classes = {**tiny_families.text_types(), **{f"{k}!": c for k, c in tiny_families.multimodal_types().items()}}
     rows = []
-    for kind, found in results.items():
-        made = found.get("made", "")
-        train = found.get("train", made) if made.startswith("ok") else f"no tiny one: {made.partition(': ')[2]}"
-        cells = [found.get(name, "") for name in ("plan", "answer", "merge bf16", "merge fp32", "nf4")]
+    for kind, row in results.items():
+        made = row.get("made", "")
+        train = row.get("train", made) if made.startswith("ok") else f"no tiny one: {made.partition(': ')[2]}"
+        cells = [row.get(name, "") for name in ("plan", "answer", "merge bf16", "merge fp32", "nf4")]
         name = kind.rstrip("!") + (" (sees)" if kind.endswith("!") else "")
         rows.append(f"| {name} | {classes[kind]} | {_cell(train)} | {' | '.join(map(_cell, cells))} |\n")
     counts = [f"{len(results)} classes"]
     for name in ("plan", "train", "answer", "merge bf16", "merge fp32", "nf4"):
-        tried_ = [found[name] for found in results.values() if name in found]
-        counts.append(f"{name}: {sum(one.startswith('ok') for one in tried_)} of {len(tried_)}")
+        attempts = [row[name] for row in results.values() if name in row]
+        counts.append(f"{name}: {sum(result.startswith('ok') for result in attempts)} of {len(attempts)}")
     return HEAD.format(version=transformers.__version__, counts="; ".join(counts) + ".") + "".join(rows)
 
 
@@ -184,7 +184,9 @@ def _cell(result: str) -> str:
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:]
-    found = main(asked or [*tiny_families.text_types(), *tiny_families.SEEING], processes=os.cpu_count() or 1)
-    if not asked:
-        PAGE.write_text(page(found), encoding="utf-8")
+    selected = sys.argv[1:]
+    all_results = main(
+        selected or [*tiny_families.text_types(), *tiny_families.MULTIMODAL], processes=os.cpu_count() or 1
+    )
+    if not selected:
+        PAGE.write_text(page(all_results), encoding="utf-8")

@@ -18,7 +18,7 @@ from peft import PeftModel
 from strop.config.schema import TrainSection
 from strop.data.types import Example, ExampleGroup, RolloutGroup
 from strop.engine.step import Step, step_for
-from strop.models.reward_head import head_of
+from strop.models.lora import find_score_head
 from strop.objectives.policy import GRPO, group_advantages
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import EventLog
@@ -207,7 +207,7 @@ def compare(
     ours, theirs = (model(criterion.objective.scored) for _ in range(2))
     loss = make(folder, theirs, **options)
     theirs = getattr(theirs, "stand_in", theirs)
-    step, criterion = step_for(ours), replace(criterion, head=head_of(ours))
+    step, criterion = step_for(ours), replace(criterion, head=find_score_head(ours))
     if criterion.objective.reference:
         with torch.no_grad():
             sides = answer_logprobs(step, built)

@@ -9,13 +9,12 @@ import pytest
 
 from strop.config.load import Resolved, resolve
 from strop.errors import RecipeError
-from strop.machine.memory import remember
-from strop.machine.probe import Machine, vector
+from strop.machine.memory import save_measured
+from strop.machine.probe import Machine, vector_extensions
 from strop.models.families.shape import ModelShape
-from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
-from strop.planning.choose import choose, memory_key, usable_bytes
+from strop.planning.activations import MAX_SAVED_KEYS, offloaded_bytes, peak_live_bytes
+from strop.planning.choose import choose, learning_rate, memory_key, objective_base_rate, usable_bytes
 from strop.planning.fit import MemoryBudget
-from strop.planning.learning_rate import learning_rate, objective_base_rate
 from strop.planning.memory import EvaluationLoad, RolloutLoad, phases
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.tables import KNOWN
@@ -23,7 +22,7 @@ from strop.planning.time import HOST_BYTES_PER_S, Rate, micro_batch_seconds, rol
 from strop.planning.workload import Workload
 
 GIB = 1 << 30
-LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
+LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
 
 
 def machine(free: float, gpus: tuple[str, ...] = ()) -> Machine:
@@ -83,9 +82,9 @@ def test_largest_micro_batch_is_full_and_needs_the_most_memory() -> None:
     workload = Workload.from_recipe(recipe, LLAMA_8B)
     largest = largest_micro_batch(recipe, workload)
     assert largest.tokens == 2048
-    for length in (2, 100, KEEP_PAIRS, 700, 1000, 1100):
+    for length in (2, 100, MAX_SAVED_KEYS, 700, 1000, 1100):
         rows = usual_micro_batch(recipe, [(length, length - 1)] * 8)
-        assert at_peak(workload, rows).total <= at_peak(workload, largest).total, length
+        assert peak_live_bytes(workload, rows).total <= peak_live_bytes(workload, largest).total, length
     alone = plan(60, **{"train.batch_size": 1, "data.max_length": 1100}).recipe
     assert largest_micro_batch(alone, workload).tokens <= 1100
 
@@ -120,13 +119,15 @@ def test_limits_of_an_earlier_out_of_memory_error_are_applied() -> None:
     fresh = chosen()
     assert fresh.recipe.train.micro_batch_tokens == 2048
     key = memory_key(fresh.recipe, machine(60), LLAMA_8B)
-    remember(key, {"micro_batch_tokens": 512, "recompute": True})
+    save_measured(key, {"micro_batch_tokens": 512, "recompute": True})
     again = chosen()
     assert again.recipe.train.micro_batch_tokens == 512 and again.recipe.train.gradient_checkpointing == "on"
     assert "ran out of memory" in again.choices["train.micro_batch_tokens"].why
     assert chosen(**{"train.micro_batch_tokens": 1024}).recipe.train.micro_batch_tokens == 1024  # given by the user
     assert chosen(**{"lora.r": 64}).recipe.train.micro_batch_tokens == 2048
-    remember(memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True})
+    save_measured(
+        memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True}
+    )
     assert plan(60, **{"model.quantization": "nf4"}).recipe.model.resident_layers == 0
 
 
@@ -160,7 +161,7 @@ def test_limit_is_ignored_if_other_programs_used_the_memory() -> None:
     chosen = choose(open_recipe, machine(60), LLAMA_8B, "cpu", ("bf16", "")).recipe
     for usable, expected in ((4, 2048), (54, 512)):
         shape = {"micro_batch_tokens": 512, "usable_bytes": usable * GIB}
-        remember(memory_key(chosen, machine(60), LLAMA_8B), shape)
+        save_measured(memory_key(chosen, machine(60), LLAMA_8B), shape)
         assert tokens() == expected
 
 
@@ -273,7 +274,7 @@ def test_inputs_of_long_rows_are_offloaded_if_they_do_not_fit_on_the_gpu() -> No
     batch = largest_micro_batch(on_gpu(60, **long).recipe, checkpointed)
     inputs = batch.tokens * 4096 * 2
     assert offloaded_bytes(offloaded, batch) == 31 * inputs and offloaded_bytes(checkpointed, batch) == 0
-    assert at_peak(checkpointed, batch).total - at_peak(offloaded, batch).total >= 30 * inputs
+    assert peak_live_bytes(checkpointed, batch).total - peak_live_bytes(offloaded, batch).total >= 30 * inputs
     slow_bus = Rate(1e18, 1e18, "none", peak=True)  # only the transfer takes time
     assert micro_batch_seconds(offloaded, batch, slow_bus) == pytest.approx(2 * 31 * inputs / HOST_BYTES_PER_S)
 
@@ -284,13 +285,13 @@ def test_offloading_is_refused_on_a_cpu_and_in_the_plain_step() -> None:
     with pytest.raises(RecipeError, match="offload: the plain step"):
         on_gpu(60, **{"train.gradient_checkpointing": "offload", "lora.modules_to_save": ["q_proj"]})
     key = memory_key(on_gpu(20).recipe, replace(machine(64), gpus=("a GPU, 1 MiB",)), LLAMA_8B)
-    remember(key, {"recompute": True, "offload": True})
+    save_measured(key, {"recompute": True, "offload": True})
     assert on_gpu(20).recipe.train.gradient_checkpointing == "offload"
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_cpu_plan_takes_the_fastest_micro_batch_size(quantization: str) -> None:
-    shape, sizes = ModelShape.of(KNOWN["SmolLM2-135M"]), set()
+    shape, sizes = ModelShape.from_config(KNOWN["SmolLM2-135M"]), set()
     for free in (1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 8.0):
 
         def planned(free: float = free, **options: Any) -> Resolved:
@@ -313,7 +314,7 @@ def test_cpu_plan_takes_the_fastest_micro_batch_size(quantization: str) -> None:
         sizes.add(size)
         assert ("faster" in choice.why) == (size != 2048)
     if quantization == "nf4":  # each micro-batch dequantizes all weights, so small ones do not pay
-        assert sizes <= {1024, 2048} if "amx_bf16" in vector() else sizes == {1024, 2048}
+        assert sizes <= {1024, 2048} if "amx_bf16" in vector_extensions() else sizes == {1024, 2048}
     else:
         assert len(sizes) > 1
 

@@ -10,12 +10,12 @@ import pytest
 
 from strop.config.load import resolve
 from strop.models.families.shape import ModelShape
-from strop.planning.learning_rate import learning_rate, objective_base_rate, open_rate, rule_evidence
+from strop.planning.choose import learning_rate, objective_base_rate, open_rate, rule_evidence
 from strop.planning.tables import KNOWN
 from tests import ROOT
 from tests.support.scripts import script
 
-LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
+LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
 
 
 def chosen(shape: ModelShape = LLAMA_8B, **options: Any) -> tuple[float, str]:

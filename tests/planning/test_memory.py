@@ -20,14 +20,14 @@ from strop.config.load import resolve
 from strop.data.types import Example
 from strop.engine.step import step_for
 from strop.engine.train.fast import FastLoss
-from strop.models.families.layers import FAMILIES as TABLE
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import shape_of
-from strop.models.lora import add_lora, linear_kinds, num_trainable
+from strop.models.families.table import FAMILIES as TABLE
+from strop.models.introspect import linear_kinds, shape_from_model
+from strop.models.lora import add_lora, count_trainable
 from strop.planning import activations
-from strop.planning.activations import MicroBatch, at_peak, layer_bytes
+from strop.planning.activations import MicroBatch, layer_bytes, peak_live_bytes
 from strop.planning.memory import FUSED_EXPERTS, PARTS, EvaluationLoad, load_phase, phases, train_phase
-from strop.planning.tables import KNOWN, compare_methods, known_models, markdown_table
+from strop.planning.tables import KNOWN, compare_methods, known_models
 from strop.planning.workload import Workload
 from tests import ROOT
 from tests.support import tiny
@@ -54,7 +54,9 @@ LLAMA_2_7B = {
 
 def workload(config: dict[str, Any] = KNOWN["SmolLM2-135M"], **options: Any) -> Workload:
     given = {"model.device": "cpu", "model.dtype": "bf16", **options}
-    return Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.of(config))
+    return Workload.from_recipe(
+        resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.from_config(config)
+    )
 
 
 WORKLOADS = st.builds(
@@ -114,7 +116,9 @@ def test_more_rank_rows_or_layers_do_not_lower_the_peak(found: Workload, rows: i
 @settings(max_examples=150, deadline=None)
 def test_longer_rows_do_not_lower_the_peak(found: Workload, rows: int, length: int, more: int) -> None:
     """Apart from fragmentation, and from the length up to which the engine keeps attention probabilities."""
-    if found.compute.device != "cpu" or (length > activations.KEEP_PAIRS) == (length + more > activations.KEEP_PAIRS):
+    if found.compute.device != "cpu" or (length > activations.MAX_SAVED_KEYS) == (
+        length + more > activations.MAX_SAVED_KEYS
+    ):
         assert peak(found, rows, length + more) >= peak(found, rows, length) - fragmentation(found, rows, length)
 
 
@@ -163,16 +167,16 @@ def test_shape_from_config_equals_the_model(family: str, tied: bool, tmp_path: P
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from strop.models.families.shape import peek
+    from strop.models.families.shape import read_model_info
 
-    shape = peek(str(tmp_path / "config.json")).shape
+    shape = read_model_info(str(tmp_path / "config.json")).shape
     assert shape.known and shape.parameters == sum(weight.numel() for weight in model.parameters())
     assert sorted(shape.linear_kinds(), key=repr) == sorted(linear_kinds(model), key=repr)
     for targets in ("all-linear", "attention"):
         recipe = resolve(None, {"model": "m", "data": "d", "lora.r": 3, "lora.target_modules": targets}).recipe
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(config)
-        assert Workload.from_recipe(recipe, shape).adapter_weights == num_trainable(bare, recipe.lora)
+        assert Workload.from_recipe(recipe, shape).adapter_weights == count_trainable(bare, recipe.lora)
 
 
 def saved_bytes(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
@@ -211,13 +215,13 @@ def test_predicted_saved_activations_equal_the_engine(changes: dict[str, Any]) -
     given = {"model": "m", "data": "d", "model.device": "cpu", "lora.r": 4, "lora.alpha": 8}
     recipe = resolve(None, {**given, **changes}).recipe
     model = add_lora(tiny.model(), recipe.lora, tokenizer("chatml"))
-    shape = ModelShape.of(tiny.config().to_dict())
+    shape = ModelShape.from_config(tiny.config().to_dict())
     fast, found = FastLoss(model), Workload.from_recipe(recipe, shape).replace(dtype_bytes=4)
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
     assert saved_bytes(fast, model, 10, 24) - saved_bytes(fast, model, 2, 24) == pytest.approx(more, rel=0.02)
 
 
-MODEL_CODE = [name for name, row in TABLE.items() if not row.by_hand]
+MODEL_CODE = [name for name, row in TABLE.items() if not row.fully_fused]
 DROPOUT, DORA = {"lora.dropout": 0.1}, {"lora.use_dora": True}
 
 
@@ -235,7 +239,7 @@ def test_families_save_the_predicted_bytes_in_the_fast_step(family: str, lora_op
     lora = {names.get(name, name.partition(".")[2]): value for name, value in lora_options.items()}
     model = adapted(family, lora).train()
     chosen = step_for(model)
-    shape = ModelShape.of(model.get_base_model().config.to_dict())
+    shape = ModelShape.from_config(model.get_base_model().config.to_dict())
     options = {"lora.r": 3, **lora_options, "model.device": "cpu", "model.dtype": "fp32"}
     found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.compute.step == chosen.name == "fast", chosen.why
@@ -255,7 +259,7 @@ def test_families_with_model_code_save_about_the_predicted_bytes(family: str) ->
     }  # fmt: skip
     config = tiny_of(family, **sizes).config.to_dict()
     model = adapted(family, **sizes).train()
-    chosen, shape = step_for(model), shape_of(config, config, tiny_of(family, **sizes))
+    chosen, shape = step_for(model), shape_from_model(config, config, tiny_of(family, **sizes))
     options = {"lora.r": 3, "model.device": "cpu", "model.dtype": "fp32"}
     found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.compute.step == chosen.name == "fast", chosen.why
@@ -308,7 +312,7 @@ def test_published_peaks_are_predicted_within_15_percent_or_explained() -> None:
 
 def test_fused_experts_agree_with_transformers_conversions() -> None:
     for name, row in TABLE.items():
-        if row.mixture:
+        if row.moe:
             rules = get_checkpoint_conversion_mapping(name) or []
             copied = any(
                 type(step).__name__ == "MergeModulelist" for rule in rules for step in getattr(rule, "operations", [])
@@ -343,7 +347,10 @@ def _tables() -> dict[str, str]:
     given = {"model.device": "cuda", "model.dtype": "bf16", "data.max_length": 2048}
     recipe = resolve(None, {"model": "m", "data": "d", **given}).recipe
     runs = MEMORY.table(json.loads(RUNS.read_text("utf-8"))["results"])
-    models = markdown_table(compare_methods(recipe, known_models()))
+    models = "| model | parameters | full | 16-bit LoRA | QLoRA (nf4) |\n|---|---:|---:|---:|---:|\n"
+    for row in compare_methods(recipe, known_models()):
+        sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (row.full, row.lora, row.qlora))
+        models += f"| {row.model} | {row.parameters / 1e9:.2f} B | {sizes} |\n"
     after = AFTER.table(json.loads(PHASES.read_text("utf-8"))["results"])
     choices = CHOICE.table(json.loads(CHOICES.read_text("utf-8"))["results"])
     timed = {mark: TIME.table(results) for mark, results in TIMED.items()}
@@ -353,10 +360,12 @@ def _tables() -> dict[str, str]:
 
 
 def test_head_memory_depends_on_vocabulary_and_supervised_rows() -> None:
-    shape = ModelShape.of({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
+    shape = ModelShape.from_config({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
     found = workload().replace(shape=shape, parameters=shape.parameters, step="plain")
     whole, half = MicroBatch.rows([1000]), MicroBatch(1000, 500, ((1, 1000, 1000),))
-    assert at_peak(found, whole).head == 999 * 262144 * 4 and at_peak(found, half).head == 500 * 262144 * 4
+    assert (
+        peak_live_bytes(found, whole).head == 999 * 262144 * 4 and peak_live_bytes(found, half).head == 500 * 262144 * 4
+    )
 
 
 if __name__ == "__main__":

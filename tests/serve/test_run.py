@@ -9,8 +9,8 @@ import pytest
 
 from strop.cli.app import build
 from strop.errors import InputError, ModelError, RecipeError
-from strop.serve.address import exit_code, open_address
 from strop.serve.models import check_names, load_models
+from strop.serve.server import exit_code, open_address
 from tests.support.serving import save_adapters
 from tests.support.tiny import save_tiny
 

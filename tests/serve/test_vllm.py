@@ -17,37 +17,31 @@ import requests
 from strop.errors import InputError, ModelError, RunError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.models.vllm import about_vllm, find_python, lora_rank
-from strop.serve.address import Address
-from strop.serve.vllm import (
-    ParityResult,
-    _request,
-    _tokenizer_source,
-    _wait_for_signal,
-    lora_module_argument,
-)
+from strop.models.vllm import find_vllm_python, max_lora_rank, query_vllm
+from strop.serve.server import Address
+from strop.serve.vllm import ParityResult, _request, _tokenizer_source, _wait_for_signal, lora_module_argument
 from tests.support.serving import CHAT, save_adapters, serving
 
 
 def test_rank_is_rounded_up_to_one_that_vllm_supports() -> None:
     def rank(**config: object) -> int:
-        return lora_rank({"peft_type": "LORA", "r": 4, **config}, "an adapter", "merge it")
+        return max_lora_rank({"peft_type": "LORA", "r": 4, **config}, "an adapter", "merge it")
 
     assert [rank(), rank(r=8), rank(r=9), rank(rank_pattern={"q_proj": 40})] == [8, 8, 16, 64]
     for odd in ({"r": 600}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
-        with pytest.raises(ModelError, match="vLLM does not take"):
+        with pytest.raises(ModelError, match="vLLM does not support"):
             rank(**odd)
 
 
 def test_python_without_vllm_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such program"):
-        find_python("/no/such/python")
+        find_vllm_python("/no/such/python")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="no vllm on the PATH"):
-        find_python(None)
+        find_vllm_python(None)
     if os.environ.get("STROP_VLLM_PYTHON") != sys.executable:
         with pytest.raises(InputError, match="vLLM does not start there"):
-            about_vllm(sys.executable, "LlamaForCausalLM", lora=True)
+            query_vllm(sys.executable, "LlamaForCausalLM", lora=True)
 
 
 def test_parity_needs_a_small_difference_and_a_larger_control() -> None:

@@ -1,4 +1,4 @@
-"""A card that is not there, for each test in a process of its own."""
+"""A simulated GPU, for each test in a separate process."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.simulated_gpu.build import Missing, library
+from tests.simulated_gpu.build import Unavailable, library
 
-Play = Callable[..., list[dict[str, Any]]]
+Simulate = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def card(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
-    """card(*plays, capability=(9, 0)): what came of each, one after the other on one card; a play is
-    {"play": its name in tests/simulated_gpu/simulate.py, ...its arguments}. Fails where one of them does."""
+def simulate(request: pytest.FixtureRequest, tmp_path: Path) -> Simulate:
+    """Return a function that runs scenarios, one after another on one GPU, and returns the outcome of each.
+
+    A scenario is {"scenario": its name in tests/simulated_gpu/simulate.py, ...its arguments}. The test fails if one of
+    them fails.
+    """
     try:
-        made = library(request.config.cache.mkdir("card"))
-    except Missing as why:
-        pytest.skip(str(why))
+        path = library(request.config.cache.mkdir("simulated_gpu"))
+    except Unavailable as error:
+        pytest.skip(str(error))
 
-    def play(*plays: dict[str, Any], capability: tuple[int, int] = (9, 0)) -> list[dict[str, Any]]:
-        command = [sys.executable, "-m", "tests.simulated_gpu.simulate", str(made), str(tmp_path), json.dumps(plays)]
-        # a card without numbers quantizes a base into nothing: its copies are for nobody else
-        own = {"STROP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-        env = {**os.environ, "STROP_CARD": json.dumps(capability), **own}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    def run(*scenarios: dict[str, Any]) -> list[dict[str, Any]]:
+        module = "tests.simulated_gpu.simulate"
+        command = [sys.executable, "-m", module, str(path), str(tmp_path), json.dumps(scenarios)]
+        # The simulated GPU has no values, so its quantized copies of a base are for nobody else.
+        env = {**os.environ, "STROP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
-        found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-        failed = [f"{asked}\n{one['trace']}" for asked, one in zip(plays, found, strict=True) if "failed" in one]
+        outcomes: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        pairs = zip(scenarios, outcomes, strict=True)
+        failed = [f"{scenario}\n{outcome['trace']}" for scenario, outcome in pairs if "failed" in outcome]
         assert not failed, "\n\n".join(failed)
-        return found
+        return outcomes
 
-    return play
+    return run

@@ -1,5 +1,5 @@
 // A CUDA device that computes nothing, for a PyTorch without CUDA: autograd asks it for streams and threads, and fake
-// tensors on `cuda` go through forward and backward as they would on a card.
+// tensors on `cuda` go through forward and backward as they would on a GPU.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

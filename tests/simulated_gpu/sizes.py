@@ -1,4 +1,4 @@
-"""One step of a model of any size on the card that is not there: its kernels by operation, its peak beside the plan."""
+"""One step of a model of any size on the simulated GPU: its kernels by operation, and its peak next to the plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from strop.config.load import resolve
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
 from strop.models.families.shape import ModelShape
-from strop.models.lora import as_fp32
+from strop.models.lora import cast_trainable_to_fp32
 from strop.models.quantize import QuantizedLinear, replace_linears
 from strop.planning.activations import MicroBatch
 from strop.planning.memory import Phase, train_phase
@@ -41,7 +41,7 @@ class Case:
     checkpointed: int = 0
     offload: bool = False
     layers: int | None = None
-    documents: int = 1  # of one length
+    documents: int = 1  # of equal length
 
     @property
     def config(self) -> LlamaConfig:
@@ -53,24 +53,26 @@ class Case:
         )  # fmt: skip
 
     def rows(self) -> list[Example]:
-        """All of a row is supervised; no two begin alike, or they would share a prefix."""
+        """Return rows whose tokens are all supervised, and that share no prefix."""
         length = self.tokens // self.documents
         weights = np.float32(np.arange(length) > 0)
         return [Example((np.arange(length, dtype=np.int32) + n) % 500, weights, "", n) for n in range(self.documents)]
 
     def planned(self) -> Phase:
         more = {} if self.scheme == "none" else {"model.resident_layers": 0}
-        given = {
+        options = {
             "model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16,
             "model.quantization": self.scheme, **more,
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
-        workload = Workload.from_recipe(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
-        return train_phase(workload, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
+        workload = Workload.from_recipe(resolve(None, options).recipe, ModelShape.from_config(self.config.to_dict()))
+        return train_phase(
+            workload, MicroBatch.rows([self.tokens // self.documents] * self.documents, accumulates=False)
+        )
 
 
-def built(case: Case) -> torch.nn.Module:
-    """The model with adapters of rank 16 on all linear layers, on the card."""
+def build_model(case: Case) -> torch.nn.Module:
+    """Return the model on the GPU, with adapters of rank 16 on all linear layers."""
     with torch.device("cuda"):
         base = AutoModelForCausalLM.from_config(case.config, dtype=torch.bfloat16)
         base = base.eval().requires_grad_(False)
@@ -78,58 +80,58 @@ def built(case: Case) -> torch.nn.Module:
             for layer in replace_linears(base, "nf4", torch.bfloat16, lambda name: "layers" in name).values():
                 fill(layer)
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-        return as_fp32(get_peft_model(base, lora)).train()
+        return cast_trainable_to_fp32(get_peft_model(base, lora)).train()
 
 
 def fill(layer: QuantizedLinear) -> None:
-    """What bitsandbytes would have packed, without its numbers."""
-    numbers = layer.in_features * layer.out_features
-    blocks = numbers // 64
-    layer.weight = torch.nn.Parameter(torch.empty(numbers // 2, 1, dtype=torch.uint8), False)
+    """Give a layer the tensors of a quantized weight, without values."""
+    elements = layer.in_features * layer.out_features
+    blocks = elements // 64
+    layer.weight = torch.nn.Parameter(torch.empty(elements // 2, 1, dtype=torch.uint8), False)
     layer.constants = {
         "absmax": torch.empty(blocks, dtype=torch.uint8), "quant_map": torch.empty(16),
         "nested_absmax": torch.empty(-(-blocks // 256)), "nested_quant_map": torch.empty(256),
     }  # fmt: skip
     layer._offset = torch.empty(())
     shape = [layer.out_features, layer.in_features]
-    layer._described = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
+    layer._state = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
 
 
-def step(card: fake.Card, case: Case) -> dict[str, Any]:
-    """Kernels of forward and backward; bytes of the base, and of the step's peak over it; the same as planned."""
+def step(gpu: fake.SimulatedGpu, case: Case) -> dict[str, Any]:
+    """Return the kernels of forward and backward, and the bytes of the base and of the step's peak, with the plan's."""
     meter = fake.Meter()
 
     def started(kernel: Any, *_: Any) -> None:
         meter.kernels[kernel.__name__] += 1
 
     with ExitStack() as stack:
-        stack.enter_context(patch("strop.engine.kernels.cuda.available.why_not", lambda device: None))
-        stack.enter_context(patch("strop.engine.kernels.cuda.launch.launch", started))
-        stack.enter_context(card.present())
-        model = built(case)
+        stack.enter_context(patch("strop.engine.kernels.cuda.available.triton_error", lambda device: None))
+        stack.enter_context(patch("strop.engine.kernels.cuda.launch.enqueue", started))
+        stack.enter_context(gpu.present())
+        model = build_model(case)
         loss = FastLoss(model, checkpoint_layers=case.checkpointed)
         if case.offload:
             loss.offload()
-        held = weigh(model, meter)
+        allocated = allocated_bytes(model, meter)
         rows = case.rows()
         with meter:
             (loss.token_loss(rows) / case.tokens).backward()
     parts, adapters = case.planned().parts, sum(x.nbytes for x in model.parameters() if x.requires_grad)
     base = parts["weights"] + parts["quantization_constants"]
-    beside = ("adapters", "saved_activations", "live_layer", "head", "gradients", "workspace")
+    parts_over_base = ("adapters", "saved_activations", "live_layer", "head", "gradients", "workspace")
     return {
         "kernels": dict(meter.kernels), "launches": sum(meter.kernels.values()),
-        "base": held - adapters, "planned_base": base,
-        "over_base": meter.peak + adapters, "planned_over_base": sum(parts[name] for name in beside),
+        "base": allocated - adapters, "planned_base": base,
+        "over_base": meter.peak + adapters, "planned_over_base": sum(parts[name] for name in parts_over_base),
         "peak_at": meter.peak_at, "parts": dict(parts),
     }  # fmt: skip
 
 
-def weigh(model: torch.nn.Module, meter: fake.Meter) -> int:
-    """Bytes of all that is there before the step, which the meter leaves out from here on."""
+def allocated_bytes(model: torch.nn.Module, meter: fake.Meter) -> int:
+    """Return the bytes allocated before the step, and exclude them from the meter."""
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     constants = [tensor for module in quantized for tensor in module.constants.values()]
-    held = {x.untyped_storage()._cdata: x for x in [*model.parameters(), *model.buffers(), *constants]}
-    for x in held.values():
-        meter.known(x)
-    return sum(x.untyped_storage().nbytes() for x in held.values())
+    tensors = {x.untyped_storage()._cdata: x for x in [*model.parameters(), *model.buffers(), *constants]}
+    for x in tensors.values():
+        meter.exclude(x)
+    return sum(x.untyped_storage().nbytes() for x in tensors.values())

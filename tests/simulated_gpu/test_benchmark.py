@@ -1,4 +1,4 @@
-"""benchmarks/card.py, which is for the day on which a card comes: what it runs, runs on the card that is not there."""
+"""benchmarks/card.py, for a real GPU: all its items run on the simulated one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.simulated_gpu.conftest import Play
+from tests.simulated_gpu.conftest import Simulate
 from tests.support.scripts import script
 
 CHECKS = [["check", "agree"], ["check", "waits"], ["check", "resumes"], ["rates"]]
 TOOLS = [["tool", "strop", scheme, "64"] for scheme in ("none", "nf4", "int8")]
 TOOLS += [["tool", "strop, packed", scheme, "64"] for scheme in ("nf4", "int8")]
-# A process that does as its last word says; one that it starts holds its pipes open.
+# A process that does what its last argument says; one that it starts keeps its pipes open.
 PROCESS = """
 import json, subprocess, sys, time
 word = sys.argv[-1]
@@ -40,21 +40,21 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_every_item_runs_on_a_card(card: Play, kernels: bool) -> None:
+def test_every_item_runs_on_a_gpu(simulate: Simulate, kernels: bool) -> None:
     if kernels and find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     items = [*CHECKS, *TOOLS] if kernels else [CHECKS[1], TOOLS[0]]
-    (found,) = card({"play": "benchmark", "kernels": kernels, "items": items})
+    (results,) = simulate({"scenario": "benchmark", "kernels": kernels, "items": items})
     of: dict[tuple[str, ...], dict[str, Any]] = {
-        tuple(item): one for item, one in zip(items, found, strict=True)  # type: ignore[dict-item]
+        tuple(item): one for item, one in zip(items, results, strict=True)  # type: ignore[dict-item]
     }  # fmt: skip
     assert of["check", "waits"] == {"passed": True, "waits": {}}
     for item in items:
         if item[0] == "tool":
-            told = of[tuple(item)]
-            assert told["tokens_per_s"] > 0 and told["planned_bytes"] > 0 and told["flops_per_s"] > 0
-            assert told["step"] == "fast" and told["peak_bytes"] == 1 << 30
-            assert told["resident"] == (2 if item[1:3] in (["strop", "nf4"], ["strop", "int8"]) else 0)
+            result = of[tuple(item)]
+            assert result["tokens_per_s"] > 0 and result["planned_bytes"] > 0 and result["flops_per_s"] > 0
+            assert result["step"] == "fast" and result["peak_bytes"] == 1 << 30
+            assert result["resident"] == (2 if item[1:3] in (["strop", "nf4"], ["strop", "int8"]) else 0)
     if kernels:
         assert of["check", "agree"]["off"].keys() == {
             f"{scheme}, by {way}" for scheme in ("none", "nf4", "int8") for way in ("strop", "PyTorch")
@@ -63,13 +63,13 @@ def test_every_item_runs_on_a_card(card: Play, kernels: bool) -> None:
         assert of["rates",]["card"] == "Fake" and of["rates",]["matmul_flops"] > 0
 
 
-def test_on_a_cpu_the_check_of_numbers_passes(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_check_of_values_passes_on_a_cpu(benchmark: ModuleType, tmp_path: Path) -> None:
     options = Namespace(folder=tmp_path / "tiny", device="cpu")
-    found = benchmark.run(options, "check", "agree")
-    assert found["passed"] and len(found["off"]) == 3
+    results = benchmark.run(options, "check", "agree")
+    assert results["passed"] and len(results["off"]) == 3
 
 
-def test_a_process_that_fails_hangs_or_says_nothing_is_listed(
+def test_failed_hanging_and_silent_processes_are_listed(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = tmp_path / "process.py"
@@ -83,15 +83,15 @@ def test_a_process_that_fails_hangs_or_says_nothing_is_listed(
     assert benchmark.child(["works"], 0) == {"failed": "there was no time left for it"}
 
 
-def test_it_goes_on_past_a_failure(
+def test_failure_does_not_stop_the_others(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And lists it; all else is in the table and in the file."""
-    asked: list[list[str]] = []
+    """The failure is listed; all other results are in the table and in the file."""
+    commands: list[list[str]] = []
 
     def child(words: list[str], seconds: float) -> dict[str, Any]:
         assert words[0].startswith(str(tmp_path)) and 0 < seconds <= benchmark.MOST_S
-        asked.append(words[4:])
+        commands.append(words[4:])
         if words[4:] in (["check", "waits"], ["tool", "strop", "nf4", "4096"]):
             return {"failed": "ValueError: planted"}
         if words[4] != "tool":
@@ -106,20 +106,22 @@ def test_it_goes_on_past_a_failure(
     out = tmp_path / "found.json"
     benchmark.main([str(tmp_path), "--shapes", "8b", "--schemes", "none,nf4", "--out", str(out)])
     others = [tool for tool in benchmark.NEEDS if all(map(find_spec, benchmark.NEEDS[tool]))]
-    a_length = [("none", "strop"), ("nf4", "strop"), ("nf4", "strop, packed")]
-    tools = [(tool, scheme, length) for length in ("4096", "1024", "16384") for scheme, tool in a_length]
-    assert [words for words in asked if words[0] != "tool"] == [["check", "agree"], ["check", "waits"], ["rates"]]
-    assert [tuple(words[1:]) for words in asked if words[0] == "tool" and words[1] not in others] == tools
-    said = capsys.readouterr().out
-    assert "agree: right" in said and "waits: WRONG" in said
-    assert "failed: waits: ValueError: planted" in said and "failed: 8b, strop, nf4, 4096: ValueError: planted" in said
-    assert "| 8b | none | 4,096 | strop | 1,234 | 50% | 3.0 GB | 2.5 GB |" in said
-    kept = json.loads(out.read_text(encoding="utf-8"))["results"]
-    assert len(kept) == len(asked) and sum("failed" in one for one in kept) == 2
+    tools_of_length = [("none", "strop"), ("nf4", "strop"), ("nf4", "strop, packed")]
+    tools = [(tool, scheme, length) for length in ("4096", "1024", "16384") for scheme, tool in tools_of_length]
+    assert [words for words in commands if words[0] != "tool"] == [["check", "agree"], ["check", "waits"], ["rates"]]
+    assert [tuple(words[1:]) for words in commands if words[0] == "tool" and words[1] not in others] == tools
+    output = capsys.readouterr().out
+    assert "agree: right" in output and "waits: WRONG" in output
+    assert (
+        "failed: waits: ValueError: planted" in output and "failed: 8b, strop, nf4, 4096: ValueError: planted" in output
+    )
+    assert "| 8b | none | 4,096 | strop | 1,234 | 50% | 3.0 GB | 2.5 GB |" in output
+    saved = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert len(saved) == len(commands) and sum("failed" in one for one in saved) == 2
 
 
-def test_the_peer_trains_through_its_own_trainer(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_trl_trains_with_its_trainer(benchmark: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     options = Namespace(folder=tmp_path / "tiny", device="cpu")
-    found = benchmark.run(options, "tool", "trl", "none", "32")
-    assert found["tokens_per_s"] > 0 and found["peak_bytes"] > 0
+    results = benchmark.run(options, "tool", "trl", "none", "32")
+    assert results["tokens_per_s"] > 0 and results["peak_bytes"] > 0

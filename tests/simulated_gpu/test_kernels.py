@@ -1,4 +1,4 @@
-"""Whole runs on a card that is not there, whose kernels work: each starts where it belongs, on the card's tensors."""
+"""Whole runs on a simulated GPU whose Triton kernels work: each is launched where it belongs, on tensors of the GPU."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.simulated_gpu.conftest import Play
+from tests.simulated_gpu.conftest import Simulate
 from tests.simulated_gpu.test_runs import NF4, QUICK, STREAMED, assert_one_wait
 
-STEP = {"_norm", "_norm_backward", "_glu", "_glu_backward", "_turn", "_turn_backward", "_cross_entropy"}
+STEP = {"_norm", "_norm_backward", "_glu", "_glu_backward", "_rope", "_rope_backward", "_cross_entropy"}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_runs_through_the_kernels(card: Play) -> None:
+def test_runs_launch_the_kernels_of_their_options(simulate: Simulate) -> None:
     kinds: list[tuple[dict[str, Any], set[str]]] = [
         (STREAMED, {"_four_bit"}),
         ({**NF4, "model.resident_layers": 1, "model.double_quantization": False}, {"_four_bit"}),
@@ -26,7 +26,7 @@ def test_runs_through_the_kernels(card: Play) -> None:
         ({"lora.target_modules": ["all-linear", "lm_head"], "lora.dropout": 0.1}, {"_spread", "_fold"}),
         ({"capability": [7, 5]}, set()),
     ]
-    runs = card(*({"play": "train", "kernels": True, **QUICK, **kind} for kind, _ in kinds))
+    runs = simulate(*({"scenario": "train", "kernels": True, **QUICK, **kind} for kind, _ in kinds))
     for run, (kind, more) in zip(runs, kinds, strict=True):
         assert run["steps"] == 2
         assert run["kernels"].keys() == STEP | more, kind
@@ -35,15 +35,17 @@ def test_runs_through_the_kernels(card: Play) -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_runs_of_other_families(card: Play) -> None:
-    """Norms of heads, windows, GELU, neighbours that turn; a model that takes the plain step; and a mixture, whose two
-    layers of experts, by the model's own modules, ask for how many tokens each expert has."""
-    asks = {"models/experts.py"}
+def test_runs_of_other_families_launch_their_kernels(simulate: Simulate) -> None:
+    """Norms of heads, windows, GELU, an interleaved rotary embedding; a model with the plain step; and a mixture.
+
+    The mixture's two layers of experts, the model's modules, read how many tokens each expert has.
+    """
+    reads = {"models/experts.py"}
     kinds: dict[str, tuple[set[str], set[str]]] = {
-        "qwen3": (STEP, set()), "gemma3_text": (STEP, set()), "glm": (STEP | {"_turn_aside"}, set()),
-        "gpt2": (set(), set()), "qwen3_moe": (STEP - {"_glu", "_glu_backward"}, asks),
+        "qwen3": (STEP, set()), "gemma3_text": (STEP, set()), "glm": (STEP | {"_separate_rope"}, set()),
+        "gpt2": (set(), set()), "qwen3_moe": (STEP - {"_glu", "_glu_backward"}, reads),
     }  # fmt: skip
-    runs = card(*({"play": "train", "kernels": True, "model": kind, **QUICK} for kind in kinds))
+    runs = simulate(*({"scenario": "train", "kernels": True, "model": kind, **QUICK} for kind in kinds))
     for run, (kind, (kernels, waits)) in zip(runs, kinds.items(), strict=True):
         assert run["steps"] == 2, kind
         assert run["kernels"].keys() == kernels, kind

@@ -1,7 +1,8 @@
-"""What a step on the card that is not there computes and moves: FLOPs, bytes and launches of each operation.
+"""FLOPs, bytes and launches of each operation of a step on the simulated GPU.
 
-Bytes are those of an operation's inputs and outputs, and of a Triton kernel's arguments, each as often as it is read or
-written, as if nothing stayed in the card's caches. What cuBLAS and flash attention move inside a call is not seen.
+The bytes are those of an operation's inputs and outputs, or of a Triton kernel's arguments, counted as often as they
+are read or written, as if nothing stayed in the GPU's caches. What cuBLAS and flash attention move internally is not
+counted.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from torch.utils._pytree import tree_leaves
 from strop.config.schema import TrainSection
 from strop.engine.train.fast import FastLoss
 from strop.training.optim import make_optimizer
-from tests.simulated_gpu.sizes import Case, built
+from tests.simulated_gpu.sizes import Case, build_model
 
-PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # where the first matrix stands
-NARROW = 64  # a product with a side this short is an adapter's
-PICKING = {"embedding", "index", "index_select", "gather"}  # they read of a table what they give
-ADDING = {"index_add_": 3, "index_put_": 2, "scatter_add_": 3}  # they change as much of a table as this argument has
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # position of the first matrix
+NARROW = 64  # a matmul with a side this short belongs to an adapter
+PICKING = {"embedding", "index", "index_select", "gather"}  # they read as much of a table as they return
+ADDING = {"index_add_": 3, "index_put_": 2, "scatter_add_": 3}  # they change as much of a table as this argument
 OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 DEQUANTIZING = {"_four_bit", "_eight_bit"}
-UNREAD = {"_turn": ("q_weight", "k_weight"), "_turn_backward": ("x", "q_weight", "k_weight")}  # without norms
+UNREAD = {"_rope": ("q_weight", "k_weight"), "_rope_backward": ("x", "q_weight", "k_weight")}  # without norms
 Entry = tuple[str, str, float, float]  # part, operation, FLOPs and bytes of one launch
 
 
 def size(x: Any) -> int:
-    """Bytes of a tensor on the card that are looked at: what is repeated by a stride of 0 is there once."""
+    """Return the bytes of a tensor on the GPU; elements repeated by a stride of 0 count once."""
     if not fake.is_fake(x):
         return 0
     numbers = 1
@@ -52,7 +53,7 @@ def sizes_of(x: Any) -> int:
 
 
 def moved_bytes(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
-    """Of one of PyTorch's operations: what it reads, what it writes, and what it changes twice."""
+    """Return the bytes of a PyTorch operation: reads plus writes; what it changes counts twice."""
     total = 0
     for place, argument in enumerate(func._schema.arguments):
         value = args[place] if place < len(args) else kwargs.get(argument.name)
@@ -79,7 +80,7 @@ def product_flops(name: str, args: Sequence[Any]) -> float:
 
 
 def flash_flops(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """Two products of the pairs that are seen, and five back (arXiv:2307.08691); all documents are of one length."""
+    """Return the FLOPs of two matmuls over the visible pairs, or five for the backward (arXiv:2307.08691)."""
     q, longest = (args[0], args[5]) if name == "_flash_attention_forward" else (args[1], args[8])
     assert len(q) % longest == 0 and kwargs["window_size_left"] == -1, "equal documents without a window"
     pairs = len(q) * (longest + 1) / 2
@@ -87,10 +88,10 @@ def flash_flops(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fl
 
 
 def passes(name: str, argument: str, constants: Mapping[str, Any]) -> float:
-    """How often a kernel of strop's reads or writes an argument, the parts of it that it knows."""
+    """Return how often a Triton kernel reads or writes an argument."""
     if name in UNREAD and not constants["NORMED"] and argument in UNREAD[name]:
         return 0
-    if name in ("_turn", "_turn_backward") and argument == "x":  # q and k of a row, v's not
+    if name in ("_rope", "_rope_backward") and argument == "x":  # q and k of a row, v's not
         return constants["HEADS"] / (2 * constants["HEADS"] - constants["QUERY"])
     if name == "_four_bit" and argument in ("levels", "scale"):
         return float(constants["NESTED"])
@@ -104,8 +105,8 @@ def kernel_bytes(kernel: Any, arguments: Sequence[Any], constants: Mapping[str, 
     return sum(passes(kernel.__name__, name, constants) * size(x) for name, x in named)
 
 
-def in_head() -> bool:
-    """The output embedding and its loss are being computed."""
+def is_in_head() -> bool:
+    """Return whether the output embedding or its loss is being computed."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.startswith(fake.SOURCE) and Path(frame.f_code.co_filename).name == "head.py":
@@ -120,7 +121,7 @@ class Ledger(fake.Meter):
     def __init__(self) -> None:
         super().__init__()
         self.entries: Counter[Entry] = Counter()
-        self.all_of = ""  # the part to which everything belongs now
+        self.all_of = ""  # the part that all entries belong to now
 
     def ran(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         if "flash_attention" in name:
@@ -132,68 +133,68 @@ class Ledger(fake.Meter):
                 a, b = args[PRODUCTS[name] :][:2]
                 part = "adapters" if min(*a.shape[-2:], b.shape[-1]) <= NARROW else "products"
         number = fake.launches(name, args)
-        self._note(part, name, flops, moved_bytes(func, name, args, kwargs, out) / number, number)
+        self._add(part, name, flops, moved_bytes(func, name, args, kwargs, out) / number, number)
 
-    def started(self, kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
+    def launched(self, kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
         name = kernel.__name__
         part = "dequantization" if name in DEQUANTIZING else "element-wise"
-        self._note(part, name, 0.0, kernel_bytes(kernel, arguments, constants))
+        self._add(part, name, 0.0, kernel_bytes(kernel, arguments, constants))
 
-    def _note(self, part: str, name: str, flops: float, bytes: float, number: int = 1) -> None:
-        part = self.all_of or ("head" if in_head() else part)
+    def _add(self, part: str, name: str, flops: float, bytes: float, number: int = 1) -> None:
+        part = self.all_of or ("head" if is_in_head() else part)
         self.entries[part, name, flops, bytes] += number
 
-    def told(self) -> list[dict[str, Any]]:
+    def report(self) -> list[dict[str, Any]]:
         keys = ("part", "operation", "flops", "bytes")
         return [{**dict(zip(keys, entry, strict=True)), "launches": n} for entry, n in self.entries.items()]
 
 
-def counted(card: fake.Card, work: Callable[[], Callable[[Ledger], None]]) -> list[dict[str, Any]]:
-    """What is counted of what `work` gives back, on the card with strop's own kernels."""
+def counted(gpu: fake.SimulatedGpu, work: Callable[[], Callable[[Ledger], None]]) -> list[dict[str, Any]]:
+    """Return the entries of the function that `work` returns, run on the GPU with Triton kernels."""
     ledger = Ledger()
     with ExitStack() as stack:
-        stack.enter_context(patch("strop.engine.kernels.cuda.available.why_not", lambda device: None))
-        stack.enter_context(patch("strop.engine.kernels.cuda.launch.launch", ledger.started))
-        stack.enter_context(card.present())
+        stack.enter_context(patch("strop.engine.kernels.cuda.available.triton_error", lambda device: None))
+        stack.enter_context(patch("strop.engine.kernels.cuda.launch.enqueue", ledger.launched))
+        stack.enter_context(gpu.present())
         run = work()
         with ledger:
             run(ledger)
-    return ledger.told()
+    return ledger.report()
 
 
-def step(card: fake.Card, case: Case) -> list[dict[str, Any]]:
-    """Forward, backward, clipping and AdamW on one micro-batch, which is not the first."""
+def step(gpu: fake.SimulatedGpu, case: Case) -> list[dict[str, Any]]:
+    """Count forward, backward, clipping and AdamW on one micro-batch after the first."""
 
     def work() -> Callable[[Ledger], None]:
-        model = built(case)
+        model = build_model(case)
         loss, rows = FastLoss(model, checkpoint_layers=case.checkpointed), case.rows()
         weights = {name: x for name, x in model.named_parameters() if x.requires_grad}
         optimizer = make_optimizer(weights, TrainSection())
         for x in weights.values():
             x.grad = torch.zeros_like(x)
-        optimizer.step()  # its moments are there from here on
+        optimizer.step()  # creates its moments
         optimizer.zero_grad()
 
         def run(ledger: Ledger) -> None:
             (loss.token_loss(rows) / case.tokens).backward()
             ledger.all_of = "optimizer"
-            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0, foreach=True)  # not its choice for fake tensors
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0, foreach=True)  # not the default for fake tensors
             optimizer.step()
             optimizer.zero_grad()
 
         return run
 
-    return counted(card, work)
+    return counted(gpu, work)
 
 
-def known(card: fake.Card, operation: str) -> list[dict[str, Any]]:
-    """One operation on x (8, 16) in bf16, 256 bytes, or on what else it takes."""
+def run_known(gpu: fake.SimulatedGpu, operation: str) -> list[dict[str, Any]]:
+    """Count one operation on x (8, 16) in bf16, 256 bytes."""
 
     def work() -> Callable[[Ledger], None]:
         x = torch.zeros(8, 16, dtype=torch.bfloat16, device="cuda")
         return lambda ledger: KNOWN[operation](x)
 
-    return counted(card, work)
+    return counted(gpu, work)
 
 
 def _flash(x: Tensor) -> None:
@@ -205,14 +206,14 @@ def _flash(x: Tensor) -> None:
 
 
 def _norm(x: Tensor) -> None:
-    from strop.engine.kernels.cuda.norms import rms_norm, rms_norm_backward
+    from strop.engine.kernels.cuda.elementwise import rms_norm, rms_norm_backward
 
     rms_norm(x, x[0], 1e-6, 0.0)
     rms_norm_backward(x, x, x[0], 1e-6, 0.0, x)
 
 
 def _loss(x: Tensor) -> None:
-    from strop.engine.kernels.cuda.loss import cross_entropy_
+    from strop.engine.kernels.cuda.elementwise import cross_entropy_
 
     labels = torch.zeros(8, dtype=torch.int64, device="cuda")
     cross_entropy_(x, labels, torch.zeros(8, device="cuda"), 0.0, True)

@@ -1,6 +1,6 @@
-"""Tiny tokenizers in the manner of five model families, built in code: special tokens, BOS, pre-tokens, templates.
+"""Tiny tokenizers in the style of model families: special tokens, BOS, pre-tokenization and chat templates.
 
-The templates are written for these tests in each family's style; SUPPORTS says what each can do.
+The templates are written for these tests in each family's style.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ TEMPLATES = {
     "qwen3": QWEN3,
 }
 SYSTEM = {"chatml": True, "llama3": True, "gemma": False, "mistral": True, "phi": True, "qwen3": True}
-# (what the template writes before an answer, the stop token)
+# (text that the template writes before an answer, stop token)
 ANSWER = {
     "chatml": ("", "<|im_end|>"),
     "llama3": ("", "<|eot_id|>"),
@@ -95,12 +95,12 @@ ANSWER = {
     "qwen3": ("", "<|im_end|>"),
 }
 STRIPS = {"llama3", "gemma", "mistral"}
-LSTRIPS = {"phi"}  # not the template but the tokenizer: its control tokens swallow white space after them
+LSTRIPS = {"phi"}  # by the tokenizer: its control tokens absorb following white space
 
 
 @cache
 def tokenizer(family: str) -> Any:
-    """A fast tokenizer of about 600 tokens with the family's special tokens and a chat template."""
+    """Return a fast tokenizer of about 600 tokens with the family's special tokens and a chat template."""
     special, bos, eos = {
         "chatml": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|endoftext|>"),
         "qwen3": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|endoftext|>"),
@@ -117,11 +117,11 @@ def tokenizer(family: str) -> Any:
             "<|endoftext|>",
         ),
     }[family]
-    # the tokens that Phi 3 adds take the white space that follows them
+    # the added tokens of Phi 3 absorb the white space after them
     tokens = [AddedToken(t, special=True, normalized=False, rstrip=family == "phi") for t in special]
     backend = _sentencepiece_like() if family == "mistral" else byte_level(family)
     backend.add_special_tokens(tokens)
-    if family == "qwen3":  # known to the tokenizer, but not special
+    if family == "qwen3":  # added, but not special
         backend.add_tokens(
             [AddedToken(t, special=False) for t in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
         )
@@ -150,7 +150,7 @@ def byte_level(family: str) -> Tokenizer:
 
 
 def _sentencepiece_like() -> Tokenizer:
-    """Blanks as ▁, one before the first word, bytes for what is not in the vocabulary: as Llama 2 and Mistral."""
+    """Encode blanks as ▁, one before the first word, with byte fallback, like Llama 2 and Mistral."""
     words = sorted({f"▁{word}" for line in CORPUS for word in line.split() if word.isalpha()})
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz.,?", *words]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}

@@ -1,9 +1,9 @@
-"""The kernels for cards as Triton compiles them for an architecture, without a card: what each reads, writes and needs.
+"""Compile the Triton kernels for an architecture, without a GPU, and report what each reads, writes and needs.
 
     python -m tests.support.ptx 90 120        prints JSON: {"90": {kernel: {...}}, ...}, with variants for the first
 
-Each operation is called on tensors that are not there (`meta`), in the shapes of an 8B Llama or as `SHAPES` says, so
-that Triton sees the types and divisors that it sees in a run.
+Each operation is called on tensors without memory (`meta`), with the shapes of an 8B Llama or as given below, so that
+Triton sees the types and divisors of a real run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from strop.engine.kernels import eager
-from strop.engine.kernels.cuda import dequantize, dropout, heads, loss, norms, rope
+from strop.engine.kernels.cuda import dequantize, dropout, elementwise, rope
 from strop.engine.train.attention import Heads
 from strop.engine.train.dropout import DropoutSpec
 from strop.engine.train.norms import Norm
@@ -36,7 +36,7 @@ H, INNER, V, DTYPE = 4096, 14336, 128256, torch.bfloat16
 
 
 class Driver:
-    """A card of an architecture that nothing is started on."""
+    """A GPU of an architecture, on which nothing is launched."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -51,86 +51,84 @@ class Driver:
         return 0
 
 
-def nothing(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+def meta(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def turned(normed: bool) -> tuple[Heads, Tensor, Tensor, Tensor]:
-    norm = Norm(OPS, nothing(128), 1e-6, 0.0) if normed else None
+def heads_and_inputs(normed: bool) -> tuple[Heads, Tensor, Tensor, Tensor]:
+    norm = Norm(OPS, meta(128), 1e-6, 0.0) if normed else None
     shape = Heads(OPS, 32, 8, 128, 1.0, 0, 0.0, norm, norm)
-    return shape, nothing(T, 48 * 128), nothing(T, 64, dtype=torch.float32), nothing(T, 64, dtype=torch.float32)
+    return shape, meta(T, 48 * 128), meta(T, 64, dtype=torch.float32), meta(T, 64, dtype=torch.float32)
 
 
-def turn(normed: bool) -> None:
-    shape, qkv, cos, sin = turned(normed)
-    heads.turn(qkv, shape, cos, sin)
+def rotate(normed: bool) -> None:
+    shape, qkv, cos, sin = heads_and_inputs(normed)
+    rope.rotate_qk(qkv, shape, cos, sin)
 
 
-def turn_backward(normed: bool) -> None:
-    shape, qkv, cos, sin = turned(normed)
-    grads = nothing(T, 32, 128), nothing(T, 8, 128), nothing(T, 8, 128)
-    heads.turn_backward(grads, qkv, shape, cos, sin)
+def rotate_backward(normed: bool) -> None:
+    shape, qkv, cos, sin = heads_and_inputs(normed)
+    grads = meta(T, 32, 128), meta(T, 8, 128), meta(T, 8, 128)
+    rope.rotate_qk_backward(grads, qkv, shape, cos, sin)
 
 
-def turn_aside(back: bool) -> None:
-    shape, qkv, cos, sin = turned(False)
-    rope.turned(back, qkv, shape, cos, sin, True, None)
+def separate_rope(backward: bool) -> None:
+    shape, qkv, cos, sin = heads_and_inputs(False)
+    rope.apply_rope(backward, qkv, shape, cos, sin, True, None)
 
 
 def four_bit() -> None:
-    constants, levels, scale = (nothing(n, dtype=kind) for n, kind in (
+    constants, levels, scale = (meta(n, dtype=kind) for n, kind in (
         (H * H // 64, torch.uint8), (256, torch.float32), (H * H // 64 // 256, torch.float32)))  # fmt: skip
     nested = dequantize.Nested(levels, scale, 256, 0.1)
-    code = nothing(16, dtype=torch.float32)
-    dequantize.four_bit(nothing(H * H // 2, dtype=torch.uint8), code, constants, 64, nested, nothing(H, H))
+    code = meta(16, dtype=torch.float32)
+    dequantize.four_bit(meta(H * H // 2, dtype=torch.uint8), code, constants, 64, nested, meta(H, H))
 
 
-def dropped() -> DropoutSpec:
-    return DropoutSpec(1, 2**32 - T, nothing(T, dtype=torch.int64), (1, T, 3), (6554, 6554, 6554))
+def dropout_masks() -> DropoutSpec:
+    return DropoutSpec(1, 2**32 - T, meta(T, dtype=torch.int64), (1, T, 3), (6554, 6554, 6554))
 
 
 OPERATIONS: dict[str, Callable[[], object]] = {
-    "norm": lambda: norms.rms_norm(nothing(T, H), nothing(H), 1e-5, 0.0),
-    "norm, of 576": lambda: norms.rms_norm(nothing(T, 576), nothing(576), 1e-5, 0.0),
-    "norm backward": lambda: norms.rms_norm_backward(nothing(T, H), nothing(T, H), nothing(H), 1e-5, 0.0),
-    "glu": lambda: norms.glu(nothing(T, 2 * INNER), "silu"),
-    "glu backward": lambda: norms.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "silu"),
-    "glu backward, gelu": lambda: norms.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "gelu_pytorch_tanh"),
-    "gains": lambda: norms.scale_columns_(nothing(T, H), nothing(H, dtype=torch.float32)),
-    "gains, back": lambda: norms.scale_columns_backward(nothing(T, H), nothing(T, H), nothing(H, dtype=torch.float32)),
-    "cross entropy": lambda: loss.cross_entropy_(
-        nothing(T, V), nothing(T, dtype=torch.int64), nothing(T, dtype=torch.float32), 0.0, True
+    "norm": lambda: elementwise.rms_norm(meta(T, H), meta(H), 1e-5, 0.0),
+    "norm, of 576": lambda: elementwise.rms_norm(meta(T, 576), meta(576), 1e-5, 0.0),
+    "norm backward": lambda: elementwise.rms_norm_backward(meta(T, H), meta(T, H), meta(H), 1e-5, 0.0),
+    "glu": lambda: elementwise.glu(meta(T, 2 * INNER), "silu"),
+    "glu backward": lambda: elementwise.glu_backward(meta(T, INNER), meta(T, 2 * INNER), "silu"),
+    "glu backward, gelu": lambda: elementwise.glu_backward(meta(T, INNER), meta(T, 2 * INNER), "gelu_pytorch_tanh"),
+    "scale": lambda: elementwise.scale_columns_(meta(T, H), meta(H, dtype=torch.float32)),
+    "scale, backward": lambda: elementwise.scale_columns_backward(meta(T, H), meta(T, H), meta(H, dtype=torch.float32)),
+    "cross entropy": lambda: elementwise.cross_entropy_(
+        meta(T, V), meta(T, dtype=torch.int64), meta(T, dtype=torch.float32), 0.0, True
     ),
-    "turn": lambda: turn(True),
-    "turn, no norms": lambda: turn(False),
-    "turn backward": lambda: turn_backward(True),
-    "turn backward, no norms": lambda: turn_backward(False),
-    "turn aside": lambda: turn_aside(False),
-    "turn aside, back": lambda: turn_aside(True),
-    "apply_masks": lambda: dropout.apply_masks(nothing(T, H), dropped()),
-    "apply_masks_backward": lambda: dropout.apply_masks_backward(nothing(T, 3 * H), dropped()),
+    "rotate": lambda: rotate(True),
+    "rotate, no norms": lambda: rotate(False),
+    "rotate backward": lambda: rotate_backward(True),
+    "rotate backward, no norms": lambda: rotate_backward(False),
+    "separate rope": lambda: separate_rope(False),
+    "separate rope, backward": lambda: separate_rope(True),
+    "apply_masks": lambda: dropout.apply_masks(meta(T, H), dropout_masks()),
+    "apply_masks_backward": lambda: dropout.apply_masks_backward(meta(T, 3 * H), dropout_masks()),
     "four bit": four_bit,
-    "eight bit": lambda: dequantize.eight_bit(
-        nothing(H, H, dtype=torch.int8), nothing(H, dtype=torch.float32), nothing(H, H)
-    ),
+    "eight bit": lambda: dequantize.eight_bit(meta(H, H, dtype=torch.int8), meta(H, dtype=torch.float32), meta(H, H)),
 }
 
 
 def compiled(arch: int, operation: Callable[[], object]) -> list[Any]:
-    """The kernels that an operation starts."""
-    found: list[Any] = []
+    """Return the kernels that an operation launches."""
+    kernels: list[Any] = []
     run = JITFunction.run
     triton.runtime.driver.set_active(Driver(arch))
-    JITFunction.run = lambda self, *args, **known: found.append(run(self, *args, **{**known, "warmup": True}))
+    JITFunction.run = lambda self, *args, **known: kernels.append(run(self, *args, **{**known, "warmup": True}))
     try:
         operation()
     finally:
         JITFunction.run = run
-    return found
+    return kernels
 
 
-def about(kernel: Any) -> dict[str, Any]:
-    """Accesses of global memory by kind, and registers, stack (what is spilled lies there), shared memory in bytes."""
+def stats(kernel: Any) -> dict[str, Any]:
+    """Return accesses of global memory by kind; registers; stack (for spilled registers) and shared memory in bytes."""
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -148,24 +146,26 @@ def about(kernel: Any) -> dict[str, Any]:
 
 
 def variants(arch: int, operation: Callable[[], object]) -> int:
-    """How often an operation is compiled for one row, for 7 and for 2,048."""
+    """Return the number of variants that are compiled for 1, 7 and 2,048 rows."""
     global T
-    made = set()
+    hashes = set()
     for rows_at_once in (1, 7, 2048):
         T = rows_at_once
-        made |= {kernel.hash for kernel in compiled(arch, operation)}
-    return len(made)
+        hashes |= {kernel.hash for kernel in compiled(arch, operation)}
+    return len(hashes)
 
 
 def main() -> None:
-    found: dict[str, dict[str, Any]] = {}
+    report: dict[str, dict[str, Any]] = {}
     for arch in sys.argv[1:]:
-        asked = {name: operation for name, operation in OPERATIONS.items() if arch == sys.argv[1] or "," not in name}
-        kernels = {name: compiled(int(arch), operation) for name, operation in asked.items()}
-        found[arch] = {name: about(kernel) for name, (kernel,) in kernels.items()}
-    for name, known in found[sys.argv[1]].items():
+        operations = {
+            name: operation for name, operation in OPERATIONS.items() if arch == sys.argv[1] or "," not in name
+        }
+        kernels = {name: compiled(int(arch), operation) for name, operation in operations.items()}
+        report[arch] = {name: stats(kernel) for name, (kernel,) in kernels.items()}
+    for name, known in report[sys.argv[1]].items():
         known["variants"] = variants(int(sys.argv[1]), OPERATIONS[name])
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Tiny random models of each family, and rows for them: no tokenizer, nothing on disk."""
+"""Tiny random models of each family in the table, and rows for them, without tokenizer or files.
+
+A new family needs one entry in FAMILY_CONFIGS: the config fields that its tiny model needs.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from strop.config.schema import LoraSection
 from strop.data.types import Example
 from strop.models.experts import expert_parameters
-from strop.models.load import keep_soft_caps
+from strop.models.load import keep_attention_softcap
 from strop.models.lora import add_lora
-from strop.models.quantize import passed_by
+from strop.models.quantize import directly_read_leaves
 
 GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-SAME = {"num_key_value_heads": 2}  # as many as query heads: in Phi, and where the config knows no others
+SAME = {"num_key_value_heads": 2}  # as many as query heads
 EXPERTS = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "attention_dropout": 0.0, "pad_token_id": 0,
@@ -103,7 +106,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_of(family: str, **changes: object) -> PreTrainedModel:
-    """A tiny model of a family of the table."""
+    """Return a tiny model of a family in the table."""
     return tiny(type(AutoConfig.for_model(family)), **{**FAMILY_CONFIGS[family], **changes})
 
 
@@ -112,22 +115,22 @@ def tiny(config: type = LlamaConfig, **changes: object) -> PreTrainedModel:
     shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
     model = AutoModelForCausalLM.from_config(config(**{**shape, **heads, **changes}))
-    keep_soft_caps(model)
+    keep_attention_softcap(model)
     return model
 
 
 def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None, **changes: Any) -> PeftModel:
-    """A tiny model, of a config or of a family of the table, with adapters whose two factors are not zero."""
+    """Return a tiny model of a config class or family, with adapters whose two factors are not zero."""
     base = tiny_of(config, **changes) if isinstance(config, str) else tiny(config, **changes)
     for name, parameter in base.named_parameters():
         if "bias" in name or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
-    if next(expert_parameters(base), None) or passed_by(base):  # peft's all-linear leaves experts out, and takes more
+    if next(expert_parameters(base), None) or directly_read_leaves(base):  # PEFT's all-linear selects other layers here
         model = add_lora(base, LoraSection(r=3, alpha=5, **(lora or {})), None)
     else:
         model = get_peft_model(base, LoraConfig(**options))
-    std = 0.3 if base.config.get_text_config().num_hidden_layers == 2 else 0.1  # more layers make rounding grow
+    std = 0.3 if base.config.get_text_config().num_hidden_layers == 2 else 0.1  # rounding grows with depth
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=std)

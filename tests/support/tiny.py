@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from strop.config.load import Resolved, resolve
 from strop.data.types import Example
 from strop.engine.train.plain import PlainLoss
-from strop.models.lora import add_lora, trainable
+from strop.models.lora import add_lora, trainable_parameters
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.testing import tiny_rows as write_rows
@@ -75,7 +75,7 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     base = model()
     torch.manual_seed(chosen.seed)
     tuned = add_lora(base, chosen.lora, copy.deepcopy(tokenizer("chatml")), scored=chosen.train.objective == "reward")
-    weights = trainable(tuned)
+    weights = trainable_parameters(tuned)
     with torch.no_grad():
         for name, weight in weights.items():
             if "lora_B" in name:

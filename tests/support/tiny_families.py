@@ -1,6 +1,6 @@
-"""A tiny random checkpoint of any causal language model class of transformers: its config, shrunk by field names.
+"""Build a tiny random checkpoint of any causal language model class of transformers by shrinking its config.
 
-EXCEPTIONS says what the rules do not know. `python -m tests.models.walk` walks over all of them.
+Sizes are reduced by field name; EXCEPTIONS overrides them by type. `python -m tests.models.walk` uses all classes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SMALL: dict[str, int] = {
     **dict.fromkeys(("index_n_heads",), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 256),
     **dict.fromkeys(("sliding_window", "attention_window_size", "local_attention"), 16),
-    **dict.fromkeys(("image_size", "patch_size", "temporal_patch_size"), 0),  # see _sizes
+    **dict.fromkeys(("image_size", "patch_size", "temporal_patch_size"), 0),
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "d_state"), 8),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
     **dict.fromkeys(("vocab_size_per_layer_input",), 640),
@@ -50,7 +50,7 @@ SMALL: dict[str, int] = {
     **dict.fromkeys(("num_kv_shared_layers",), 0),
 }  # fmt: skip
 KEPT = ("image_size", "patch_size", "temporal_patch_size")
-# What the rules do not know: of a type (or of a part of one), fields as they must be.
+# Config fields that must differ from the rules above, by model type or part of one.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 2},
     "bamba": {"attn_layer_indices": [1]},
@@ -92,14 +92,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
-    "xlnet": {"initializer_range": 0.2},  # large enough that tokens behind a token matter
+    "xlnet": {"initializer_range": 0.2},  # large enough that earlier tokens matter
     "xlm": {"n_words": 640, "emb_dim": 32, "causal": True},
     "zamba": {
         "num_hidden_layers": 6, "layer_types": ["mamba", "hybrid"] * 3, "attn_layer_period": 2, "attn_layer_offset": 1
     },
 }  # fmt: skip
-# Multimodal classes whose text halves people train, as the walk names them.
-SEEING = (
+# Multimodal classes whose text half is often trained, with the suffix of tests.models.walk.
+MULTIMODAL = (
     "gemma3!", "gemma4!", "qwen3_5!", "qwen3_5_moe!", "mistral3!", "llama4!", "qwen3_vl!", "qwen3_vl_moe!",
     "qwen2_5_vl!",
     "qwen2_vl!", "llava!", "llava_next!", "paligemma!", "internvl!", "aya_vision!", "idefics3!", "smolvlm!", "glm4v!",
@@ -108,31 +108,31 @@ SEEING = (
 
 
 def text_types() -> dict[str, str]:
-    """The model types that transformers maps to a causal language model, and the class of each."""
+    """Return {model type: class name} of transformers' causal language models."""
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def config_of(kind: str) -> Any:
-    """A tiny config of a model type."""
-    return _shrunk(CONFIG_MAPPING[kind], kind)
+    """Return a tiny config of a model type."""
+    return _shrink(CONFIG_MAPPING[kind], kind)
 
 
-def _shrunk(kind: Any, name: str) -> Any:
-    """A config of a class with small sizes, its parts too."""
+def _shrink(kind: Any, name: str) -> Any:
+    """Return a config of a class with small sizes, in its parts too."""
     whole = kind()
     fields: dict[str, Any] = {}
-    latent = hasattr(whole, "qk_rope_head_dim")  # DeepSeek's attention: its heads have sizes of their own
+    latent = hasattr(whole, "qk_rope_head_dim")  # DeepSeek's latent attention has other head sizes
     for field, value in whole.to_dict().items():
         if field in SMALL and field not in KEPT and isinstance(value, int) and not isinstance(value, bool) and value:
             fields[field] = min(value, SMALL[field])
         if field in ("num_key_value_heads", "head_dim") and value is None and not latent:
             fields[field] = SMALL[field]
-        if field == "is_decoder" and value is False:  # BERT's kind: a causal language model only so
+        if field == "is_decoder" and value is False:  # makes BERT-like models causal
             fields[field] = True
     for part, _ in (getattr(kind, "sub_configs", None) or {}).items():
-        held = getattr(whole, part, None)
-        if held is not None and hasattr(held, "to_dict"):
-            fields[part] = _shrunk(type(held), f"{name}.{part}").to_dict()
+        section = getattr(whole, part, None)
+        if section is not None and hasattr(section, "to_dict"):
+            fields[part] = _shrink(type(section), f"{name}.{part}").to_dict()
     for ids in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         value = getattr(whole, ids, None)
         if (isinstance(value, int) and value >= 600) or isinstance(value, list):
@@ -153,19 +153,19 @@ def _shrunk(kind: Any, name: str) -> Any:
 
 
 def _layer_lists(whole: Any) -> dict[str, Any]:
-    """Lists with an entry a layer: their last kinds, so that each kind that there is has a layer."""
-    found: dict[str, Any] = {}
+    """Shorten lists with one entry a layer so that each kind of entry still has a layer."""
+    lists: dict[str, Any] = {}
     layers = getattr(whole, "num_hidden_layers", None)
     for field, value in whole.to_dict().items():
         if isinstance(value, list) and isinstance(layers, int) and len(value) == layers and field != "architectures":
             kinds = list(dict.fromkeys(map(str, value)))
-            picked = [value[[str(one) for one in value].index(kind)] for kind in kinds][-LAYERS:]
-            found[field] = (picked * LAYERS)[:LAYERS]
-    return found
+            chosen = [value[list(map(str, value)).index(kind)] for kind in kinds][-LAYERS:]
+            lists[field] = (chosen * LAYERS)[:LAYERS]
+    return lists
 
 
 def build(kind: str, *, multimodal: bool = False) -> Any:
-    """A tiny random model of a model type, its larger weights large enough for predictions to differ."""
+    """Build a tiny random model of a type, with weights large enough that predictions differ."""
     torch.manual_seed(0)
     auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     model = auto.from_config(config_of(kind)).eval().requires_grad_(False)
@@ -176,7 +176,7 @@ def build(kind: str, *, multimodal: bool = False) -> Any:
 
 
 def save(kind: str, folder: Path, *, multimodal: bool = False) -> int:
-    """Saves a tiny model with a ChatML tokenizer; gives its number of parameters."""
+    """Save a tiny model with a ChatML tokenizer and return its number of parameters."""
     model = build(kind, multimodal=multimodal)
     model.save_pretrained(folder)
     tokenizer("chatml").save_pretrained(folder)

@@ -12,7 +12,7 @@ import yaml
 
 import strop
 from strop.errors import RecipeError
-from strop.planning.model_facts import start_adapter
+from strop.planning.plan import start_adapter
 from strop.runs.events import read_events
 from tests.support import tiny
 

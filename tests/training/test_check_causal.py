@@ -31,7 +31,7 @@ def bert(folder: Path, **changes: bool) -> Path:
 def test_bert_is_refused_unless_it_is_a_decoder(tmp_path: Path) -> None:
     """BERT's usual config has no is_decoder: each token sees the one it is to predict."""
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
-    with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
+    with pytest.raises(ModelError, match="bert: its tokens attend to later tokens"):
         strop.train(model=bert(tmp_path / "both", is_decoder=False), data=rows, out=tmp_path / "a", **QUICK)
     built = strop.train(model=bert(tmp_path / "one", is_decoder=True), data=rows, out=tmp_path / "b", **QUICK)
     assert built.report["loss"]["last"] > 0

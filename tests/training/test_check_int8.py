@@ -27,7 +27,7 @@ from strop.training import dry_run
 from strop.training.preflight import _int8_note as int8_note
 from tests.support import tiny
 
-needs = pytest.mark.skipif(not probe().integers, reason="this CPU has no VNNI")
+needs = pytest.mark.skipif(not probe().has_int8_dot, reason="this CPU has no VNNI")
 QUICK = {
     "train.int8_matmul": True, "lora.r": 4, "train.max_steps": 6, "train.batch_size": 4, "train.save_steps": 2,
     "lora.dropout": 0.1,
@@ -98,7 +98,7 @@ def test_int8_with_the_plain_step_is_refused(tmp_path: Path) -> None:
         dry_run.check_int8(job, tiny.examples(4))
 
 
-LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
+LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
 LAPTOP = Machine("Linux", "3.11", "a CPU", ("avx2", "avx_vnni"), 8, 64 << 30, 60 << 30, ())
 
 

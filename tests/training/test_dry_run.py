@@ -13,22 +13,22 @@ import torch
 import strop
 from strop.data.batching import BatchStream
 from strop.errors import MemoryLimitError
-from strop.machine.memory import mark
+from strop.machine.memory import start_peak
 from strop.models.families.shape import ModelShape
-from strop.planning.activations import at_peak
+from strop.planning.activations import peak_live_bytes
 from strop.planning.workload import Workload
 from strop.runs.events import read_events
 from strop.training import dry_run
 from strop.training.dry_run import describe_batch, forecast, try_largest_batch
+from strop.training.gradients import micro_batches
 from strop.training.loop import fit
-from strop.training.oom import micro_batches
 from strop.training.state import Job, batch_stream
 from tests.support import tiny
 from tests.support.failures import starved
 from tests.support.steps import changed_step
 
 QUICK = {"train.max_steps": 3, "train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32", "lora.dropout": 0.1}
-SHAPE = ModelShape.of(tiny.config().to_dict())
+SHAPE = ModelShape.from_config(tiny.config().to_dict())
 
 
 def setting(job: Job) -> Workload:
@@ -72,7 +72,7 @@ def test_forecast_uses_the_largest_micro_batch(tmp_path: Path) -> None:
     examples[13] = replace(examples[13], ids=examples[0].ids.repeat(9), weights=examples[0].weights.repeat(9))
     job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 2})
     expected = forecast(job, setting(job), 8 << 30)
-    assert examples[13] in [*expected.items] and expected.batch.more
+    assert examples[13] in [*expected.items] and expected.batch.accumulates
     assert expected.batch.tokens == len(expected.items) * len(examples[13])  # the plain step pads
 
 
@@ -87,11 +87,11 @@ def test_forecast_searches_all_epochs_for_the_largest_micro_batch(
         rows = [examples[row] for row in step.rows]
         for group in micro_batches(job, rows):
             batch = describe_batch(job, [rows[row] for row in group], True, False)
-            sizes.append((at_peak(setting(job).replace(step=job.step.name), batch).total, step.epoch))
+            sizes.append((peak_live_bytes(setting(job).replace(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
     found = forecast(job, setting(job), 8 << 30)
-    assert at_peak(setting(job).replace(step=job.step.name), found.batch).total == max(sizes)[0]
+    assert peak_live_bytes(setting(job).replace(step=job.step.name), found.batch).total == max(sizes)[0]
     assert max(size for size, epoch in sizes if epoch == 0) < max(sizes)[0], "a later epoch has the largest"
     assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
 
@@ -100,7 +100,7 @@ def test_dry_run_calibrates_the_forecast(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1})
     expected = forecast(job, setting(job), 8 << 30)
     assert expected.calibrated_bytes("cpu") is None
-    result = try_largest_batch(job, expected, 1, mark("cpu"))
+    result = try_largest_batch(job, expected, 1, start_peak("cpu"))
     (event,) = [e for e in read_events(job.folder.events) if e["event"] == "rehearsal"]
     off = event["measured_bytes"] - expected.dry_run_bytes("cpu")
     assert result.error_bytes == off and result.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
@@ -109,14 +109,14 @@ def test_dry_run_calibrates_the_forecast(tmp_path: Path) -> None:
 def test_dry_run_out_of_memory_shrinks_or_raises(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train.max_steps": 2}
     job = starved(tiny.job(tmp_path / "a", tiny.examples(8), **options), {1})
-    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
+    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, start_peak("cpu"))
     assert job.state.progress.halvings == 1 and all(w.grad is None for w in job.state.weights.values())
     fit(job)
     kinds = [event["event"] for event in read_events(job.folder.events)]
     assert kinds.index("shrink") < kinds.index("rehearsal") < kinds.index("step") and kinds.count("shrink") == 1
     hopeless = starved(tiny.job(tmp_path / "b", tiny.examples(8), **options), set(range(1, 99)))
     with pytest.raises(MemoryLimitError):
-        try_largest_batch(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, mark("cpu"))
+        try_largest_batch(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, start_peak("cpu"))
 
 
 def test_gradient_checkpointing_changes_only_memory(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_dry_run_applies_the_memory_options_of_the_run(tmp_path: Path) -> None:
     job.state.progress.recompute = True
     step = changed_step(job.step, checkpoint=lambda layers="all": asked.append(layers))
     job = replace(job, step=step)
-    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
+    try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, start_peak("cpu"))
     assert asked == [1, "all"]
 
 

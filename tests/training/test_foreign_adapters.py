@@ -70,9 +70,9 @@ def test_adapter_on_experts_can_be_trained(targets: Any, tmp_path: Path) -> None
     ("fields", "message"),
     [
         ({"base_model_name_or_path": None}, "does not say which model it was trained on"),
-        ({"r": None}, "r is None, and no number"),
+        ({"r": None}, "r is None, not a number"),
         ({"r": 9}, r"does not fit .*size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A"),
-        ({"lora_alpha": "8"}, "lora_alpha is '8', and no number"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8', not a number"),
         ({"alora_invocation_tokens": [5, 6]}, "does not act on every token"),
         ({"arrow_config": {"top_k": 1}}, "does not act on every token"),
     ],

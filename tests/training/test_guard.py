@@ -13,7 +13,7 @@ import torch
 
 from strop.errors import DivergedError, MemoryLimitError, NonFiniteError
 from strop.evaluation.diagnosis import diagnose
-from strop.machine.memory import MemoryWatch, is_out_of_memory, parse_bytes, recall
+from strop.machine.memory import MemoryWatch, is_out_of_memory, load_measured, parse_bytes
 from strop.runs.events import read_events
 from strop.training import guard
 from strop.training.guard import Verdict, judge_step
@@ -147,7 +147,7 @@ def test_out_of_memory_ends_with_checkpointing_then_an_error(tmp_path: Path) -> 
     with pytest.raises(MemoryLimitError, match="smallest micro-batches") as raised:
         fit(starved(replace(job, memory_key="test"), set(range(1, 100)), asked))
     assert asked == ["recompute"] and raised.value.exit_code == 1
-    assert recall("test") == {
+    assert load_measured("test") == {
         "micro_batch_tokens": None, "recompute": True, "offload": False, "streamed": False
     }  # fmt: skip
 

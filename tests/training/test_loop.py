@@ -19,8 +19,8 @@ from strop.data.types import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
+from strop.training.gradients import micro_batches
 from strop.training.loop import fit, parse_seconds
-from strop.training.oom import micro_batches
 from strop.training.optim import rate_factor, warmup_steps
 from strop.training.state import Job, batch_stream
 from tests.support import tiny

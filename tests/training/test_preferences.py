@@ -16,19 +16,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from strop.data.formats import conversations
+from strop.data.formats import ConversationReader
 from strop.data.reading.sources import read_rows
 from strop.data.types import ExampleGroup
+from strop.engine.decode.model import load
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
-from strop.models import adapters
-from strop.models.reward_head import head_of
+from strop.models.lora import find_score_head
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
 from strop.training.criteria import PreferenceCriterion, answer_logprobs
+from strop.training.gradients import micro_batches
 from strop.training.loop import fit
-from strop.training.oom import micro_batches
 from strop.training.reference import check_reference, with_reference
 from strop.training.state import Job, batch_stream
 from tests.support import preferences, tiny
@@ -273,10 +273,10 @@ def test_first_step_without_gradient_or_update_stops_the_run(tmp_path: Path) -> 
 def test_falling_chosen_answers_are_noted_once() -> None:
     """on record, 16: both rewards fall while the margin grows."""
     progress = state.Progress()
-    assert guard.falling_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
-    text = guard.falling_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
+    assert guard.likelihood_drop_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
+    text = guard.likelihood_drop_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
     assert text is not None and "1.2 nats per token less likely" in text and "--train.sft_weight" in text
-    assert guard.falling_warning(progress, {"chosen_change": -1.5}) is None
+    assert guard.likelihood_drop_warning(progress, {"chosen_change": -1.5}) is None
 
 
 def test_figures_report_both_sides(tmp_path: Path) -> None:
@@ -339,8 +339,8 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     assert run(*words, capsys=capsys)[0] == 0
     base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
     plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
-    ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    ours = load(out, dtype="fp32", scores=True)
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, find_score_head(ours.module))
     built = pairs(3)
     with torch.no_grad():
         result = torch.stack(criterion.sums(step_for(ours.module), built), 1)
@@ -392,9 +392,9 @@ def test_model_card_snippet_of_a_reward_model_gives_the_trained_scores(
     card = (out / "adapter" / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
-    ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
-    for built in conversations(read_rows(str(rows), bad=[]), bad=[]):
+    ours = load(out, dtype="fp32", scores=True)
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, find_score_head(ours.module))
+    for built in ConversationReader(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in built.sides]
         with torch.no_grad():
             expected = [float(one) for one in criterion.sums(step_for(ours.module), [ExampleGroup(tuple(sides))])]

@@ -19,8 +19,8 @@ from strop.objectives.policy import GRPO
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
 from strop.training import rollouts as drawing
+from strop.training.gradients import micro_batches
 from strop.training.loop import fit
-from strop.training.oom import micro_batches
 from strop.training.rollouts import PolicyCriterion
 from strop.training.state import Job, batch_stream
 from tests.support.groups import make_job, make_reward, prompts, write_prompts, write_reward
@@ -248,7 +248,7 @@ def test_kl_before_the_first_step_stops_the_run() -> None:
 def test_failing_reward_names_row_and_function(tmp_path: Path) -> None:
     for function, text in (
         (lambda gold, answer: answer[10**6], "IndexError"),
-        (lambda gold, answer: math.nan, "gives nan"),
+        (lambda gold, answer: math.nan, "returns nan"),
         (lambda gold, answer: eval("["), "SyntaxError"),
         (lambda gold, answer: sys.exit(0), "SystemExit"),  # code that the model wrote may do this
     ):

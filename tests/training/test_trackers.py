@@ -11,7 +11,8 @@ import pytest
 
 from strop import testing
 from strop.errors import RecipeError
-from strop.training.trackers import check_trackers, tracking
+from strop.training.preflight import check_trackers
+from strop.training.report import tracking
 
 
 class Recorder:

@@ -46,25 +46,10 @@ from strop.cli.tables import console, print_json
 from strop.errors import DiskError, FolderError, PeerFailed, StropError
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
-    "doctor": doctor,
-    "plan": plan,
-    "check": check,
-    "train": train,
-    "resume": resume,
-    "eval": evaluate,
-    "chat": chat,
-    "adapters": adapters,
-    "merge": merge,
-    "serve": serve,
-    "modules": modules,
-    "runs": runs,
-    "dash": dash,
-    "import": import_,
-    "export-script": export_script,
-    "push": push,
-    "schema": schema,
-    "demo": demo,
-}
+    "doctor": doctor, "plan": plan, "check": check, "train": train, "resume": resume, "eval": evaluate, "chat": chat,
+    "adapters": adapters, "merge": merge, "serve": serve, "modules": modules, "runs": runs, "dash": dash,
+    "import": import_, "export-script": export_script, "push": push, "schema": schema, "demo": demo,
+}  # fmt: skip
 GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
     "export": ("Export a run to llama.cpp or Ollama, and measure the result.", {"gguf": gguf, "ollama": ollama}),
     "launch": (
@@ -96,10 +81,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "modules": ("strop modules demo", "strop modules Qwen/Qwen3-8B"),
     "runs": ("strop runs", "strop runs other-folder --json"),
     "dash": ("strop dash", "strop dash other-folder --port 9001"),
-    "import": (
-        "strop import axolotl config.yml --out recipe.yaml",
-        "strop import trl train.py --out recipe.yaml",
-    ),
+    "import": ("strop import axolotl config.yml --out recipe.yaml", "strop import trl train.py --out recipe.yaml"),
     "export-script": (
         "strop export-script runs/mine --out mine-script",
         "strop export-script runs/mine --out mine-script --json",
@@ -131,7 +113,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "strop export ollama runs/mine --out mine-ollama",
         "strop export ollama runs/mine --out mine-ollama --type q4_k_m",
     ),
-}
+}  # fmt: skip
 
 
 def main() -> None:
@@ -266,8 +248,8 @@ def _convert_os_error(error: Exception) -> StropError | None:
 
 
 def _exit_interrupted() -> None:
-    error = {"kind": "Stopped", "message": "interrupted"}
-    _exit_with_error(["stopped; everything saved before is intact"], error, 130)
+    lines = ["stopped; everything saved before is intact"]
+    _exit_with_error(lines, {"kind": "Stopped", "message": "interrupted"}, 130)
 
 
 def _exit_with_error(

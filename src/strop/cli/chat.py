@@ -13,9 +13,9 @@ from rich.table import Table
 from strop import api
 from strop.cli.progress import status_line
 from strop.cli.tables import SafeConsole, console, escape_control, print_notes
+from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, StropError, nearest
-from strop.models.adapters import Model
 
 HELP = {
     "/base": "answer without the adapter",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -170,10 +170,13 @@ class RunProgress:
 
     def _on_start(self, event: Event) -> None:
         parameters = event["parameters"]
-        share = parameters["trainable"] / parameters["all"]
+        share = f"{parameters['trainable'] / parameters['all']:.2%}"
+        if experts := parameters.get("experts"):
+            share += f"; {experts / parameters['trainable']:.0%} of them on experts"
+        why = f": {escape(event['why'])}" if event["why"] else ""
         self._out.print(
-            f"[bold]train[/]    {event['steps']} steps, {parameters['trainable']:,} trainable parameters ({share:.2%}"
-            f"{_expert_share(parameters)}), {event['engine']} step{': ' + escape(event['why']) if event['why'] else ''}"
+            f"[bold]train[/]    {event['steps']} steps, {parameters['trainable']:,} trainable parameters ({share}), "
+            f"{event['engine']} step{why}"
         )
         if (devices := event.get("devices")) is not None:
             exact = ", exact sums" if devices["exact"] else ""
@@ -304,17 +307,12 @@ def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, 
 
 def is_main_process() -> bool:
     """Return whether this process prints: it runs alone, or is rank 0 of those that a launcher started."""
-    from strop.distributed.environment import find_place
+    from strop.distributed.devices import find_place
 
     place = find_place()
     return place is None or place.rank == 0
 
 
 def console_for(main: bool) -> Console:
-    """Return the console of a process: the main one prints, the others print nothing."""
+    """Return the console of a process: only the main one prints."""
     return console if main else Console(quiet=True)
-
-
-def _expert_share(parameters: Mapping[str, int]) -> str:
-    experts = parameters.get("experts", 0)
-    return f"; {experts / parameters['trainable']:.0%} of them on experts" if experts else ""

@@ -98,7 +98,6 @@ def print_adapters(adapters: Sequence[dict[str, Any]], out: Console = console) -
 
 
 def print_fields(values: dict[str, Any], out: Console = console) -> None:
-    """Print one line a field: name and value."""
     for name, value in values.items():
         out.print(f"{name.removesuffix('_bytes'):14} {_format_value(name, value)}", markup=False)
 
@@ -114,7 +113,6 @@ def _format_value(name: str, value: Any) -> str:
 
 
 def print_base(base: str, losses: dict[str, float]) -> None:
-    """Print the base models that were tried for an adapter, and which one is used."""
     for candidate, loss in losses.items():
         console.print(f"[bold]base[/]     {candidate}: loss {loss:.4f}{' (used)' if base == candidate else ''}")
 
@@ -139,12 +137,9 @@ def print_evaluation(result: dict[str, Any], samples: int) -> None:
     """Print all parts of one model's evaluation, with up to `samples` answers."""
     print_notes(result["notes"])
     print_scores(result)
-    if "rewards" in result:
-        print_rewards(result["rewards"])
-    if "judge" in result:
-        print_judge(result["judge"])
-    if "general" in result:
-        print_general(result["general"])
+    for part, show in (("rewards", print_rewards), ("judge", print_judge), ("general", print_general)):
+        if part in result:
+            show(result[part])
     if "regression" in result:
         print_scores(result["regression"], title="rows that should not get worse")
     print_tasks(result.get("tasks", {}))
@@ -196,7 +191,6 @@ def print_rewards(rewards: Mapping[str, Any], out: Console = console) -> None:
 
 
 def print_judge(verdicts: Mapping[str, Any], out: Console = console) -> None:
-    """Print how often a judge prefers the tuned model's answer."""
     low, high = verdicts["interval"]
     out.print(
         f"judge {verdicts['name']}: tuned wins {verdicts['win_rate']:.1%} ({low:.1%} to {high:.1%}) of "
@@ -222,7 +216,6 @@ def print_general(result: dict[str, Any], out: Console = console) -> None:
 
 
 def print_tasks(tasks: dict[str, Any], out: Console = console) -> None:
-    """Print each metric of the lm-eval tasks, for base and tuned model."""
     from strop.evaluation.metrics import task_rows
 
     table = Table("task", "metric", "documents", "base", "tuned", "change")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.dash.files import read_bytes, read_json
-from strop.dash.http import Busy
+from strop.dash.jobs import Busy
 from strop.dash.runs import evaluation_score
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import Difference, mark_differences, paired_difference, verdict, wilson

@@ -20,9 +20,10 @@ from strop.dash.jobs import TOKEN_VARIABLE
 from strop.dash.routes import action_routes, read_routes
 from strop.errors import FolderError, InputError
 from strop.runs.folder import is_run
-from strop.serve.address import Server, open_address
-from strop.serve.guard import AccessRules, Guard
+from strop.serve.server import AccessRules, Guard, Server, open_address
 
+MAX_BODY_BYTES = 1 << 20
+CLOSING_SECONDS = 1  # event streams never end by themselves
 RELOAD_VARIABLE = "STROP_DASH_RELOAD"  # read the page's files at each request, for development
 TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
@@ -53,13 +54,8 @@ def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str
 def _assets() -> dict[str, Path]:
     """Return the files of the page by URL path."""
     root = Path(__file__).with_name("static")
-    found: dict[str, Path] = {}
-    for place in root.rglob("*"):
-        if place.suffix in TYPES and place.is_file():
-            found[f"/{place.relative_to(root).as_posix()}"] = place
-    if "/index.html" in found:
-        found["/"] = found["/index.html"]
-    return found
+    files = [file for file in root.rglob("*") if file.suffix in TYPES and file.is_file()]
+    return {"/": root / "index.html", **{f"/{file.relative_to(root).as_posix()}": file for file in files}}
 
 
 def _asset(place: Path) -> Callable[[Request], Any]:
@@ -76,10 +72,6 @@ async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     result = {"kind": "HTTPError", "message": str(error.detail), "fix": "", "where": []}
     return JSONResponse({"error": result}, error.status_code)
-
-
-MAX_BODY_BYTES = 1 << 20
-CLOSING_SECONDS = 1  # event streams never end by themselves
 
 
 def dash(

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from strop.dash import answers
-from strop.dash.chat import ChatServer
-from strop.dash.files import DAMAGED, read_json, run_path, tail
-from strop.dash.history import AXES, History, short
-from strop.dash.http import Busy
-from strop.dash.jobs import LOG_BYTES, Jobs, send
+from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path
+from strop.dash.history import AXES, History, StreamPosition, short
+from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, send
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
-from strop.dash.system import System
 from strop.dash.worker import Worker
 from strop.errors import FolderError, InputError, RunError
 from strop.machine.probe import probe
 from strop.runs.folder import RunFolder
 
-MOST_BYTES = 24 << 20  # of cached histories; the one in use is always kept
+HISTORY_BYTES = 24 << 20  # maximum size of cached histories; the one in use is always kept
 MOST_ROWS = 2000  # sent one by one in a stream; beyond that the whole curve is sent
 
 
@@ -48,7 +50,7 @@ class Dashboard:
         return [*coming, *rows]
 
     def _starting_row(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Return the row of a run whose process has not created its folder yet."""
+        """Return the row of a run whose process has not created its folder."""
         return {
             **EMPTY, "name": job["run"], "path": str(self.root / job["run"]), "state": "running", "why": "",
             "phase": "preparing", "pid": job["pid"], "started": job["began"], "updated": job["began"],
@@ -70,16 +72,23 @@ class Dashboard:
         history = self._histories.pop(name, None) or History(RunFolder(run_path(self.root, name)).events)
         self._histories[name] = history  # most recently used last
         history.update()
-        while len(self._histories) > 1 and sum(cached.num_bytes for cached in self._histories.values()) > MOST_BYTES:
+        while len(self._histories) > 1 and sum(cached.num_bytes for cached in self._histories.values()) > HISTORY_BYTES:
             del self._histories[next(iter(self._histories))]
         return history
+
+    @contextmanager
+    def _run(self, name: str) -> Iterator[RunFolder]:
+        """Yield the folder of a run. Raises FolderError if there is none, RunError if its files are damaged."""
+        self.row(name)
+        with damaged_files_as_run_error(name):
+            yield RunFolder(run_path(self.root, name))
 
     def detail(self, name: str) -> dict[str, Any]:
         row = self.row(name)
         with damaged_files_as_run_error(name):
             return {**detail(with_heartbeat_age(row), self.history(name)), "jobs": self.jobs_of(name)}
 
-    def drawn(
+    def curves(
         self, name: str, by: str, points: int, start: float | None, end: float | None, fields: tuple[str, ...]
     ) -> dict[str, Any]:
         """Return the curves of a run. Raises InputError for an unknown axis."""
@@ -87,35 +96,31 @@ class Dashboard:
             raise InputError(f"by: {by}: unknown axis", fix=", ".join(AXES))
         if not 50 <= points <= 5000:
             raise InputError(f"points: {points}", fix="give 50 to 5000")
-        self.row(name)
-        with damaged_files_as_run_error(name):
-            return self.history(name).drawn(by, points, start, end, fields)
+        with self._run(name):
+            return self.history(name).curves(by, points, start, end, fields)
 
-    def news(
+    def updates(
         self, name: str, by: str, points: int, seen: StreamPosition | None
     ) -> tuple[str, dict[str, Any] | None, StreamPosition]:
         """Return what a stream sends after `seen`: the whole history, the new steps, or nothing."""
         with damaged_files_as_run_error(name):
-            return self._news(self.history(name), by, points, seen)
-
-    def _news(
-        self, history: History, by: str, points: int, seen: StreamPosition | None
-    ) -> tuple[str, dict[str, Any] | None, StreamPosition]:
-        now = StreamPosition(history)
-        if seen is None or seen.generation != now.generation or now.steps - seen.steps > MOST_ROWS:
-            return "history", history.drawn(by, points), now
-        if now == seen:
-            return "steps", None, now
-        at = history.axis(by, list(history.eval_steps[seen.evals :]))
-        evaluated = [
-            {"step": step, "x": float(x), "loss": short(loss)}
-            for step, x, loss in zip(history.eval_steps[seen.evals :], at, history.evals[seen.evals :], strict=True)
-        ]
-        new = history.marks[-(now.marks - seen.marks) :] if now.marks > seen.marks else []
-        rows = self._rows(history, by, seen.steps)
-        last = dict(history.newest.get("step") or {})
-        result = {"rows": rows, "evals": evaluated, "marks": with_axis_positions(history, new), "last": last, "x": by}
-        return "steps", result, now
+            history = self.history(name)
+            now = history.position
+            if seen is None or seen.generation != now.generation or now.steps - seen.steps > MOST_ROWS:
+                return "history", history.curves(by, points), now
+            if now == seen:
+                return "steps", None, now
+            steps, losses = history.eval_steps[seen.evals :], history.evals[seen.evals :]
+            evals = [
+                {"step": step, "x": float(x), "loss": short(loss)}
+                for step, x, loss in zip(steps, history.axis(by, list(steps)), losses, strict=True)
+            ]
+            marks = history.marks[-(now.marks - seen.marks) :] if now.marks > seen.marks else []
+            result = {
+                "rows": self._rows(history, by, seen.steps), "evals": evals,
+                "marks": with_axis_positions(history, marks), "last": dict(history.newest.get("step") or {}), "x": by,
+            }  # fmt: skip
+            return "steps", result, now
 
     def _rows(self, history: History, by: str, start: int) -> list[dict[str, Any]]:
         places = history.axis(by, list(history.steps[start:]))
@@ -146,13 +151,12 @@ class Dashboard:
         return {
             "text": "\n".join(parts)[-LOG_BYTES:],
             "sources": [{"job": job["id"], "command": job["command"], "state": job["state"]} for job in jobs],
-            "events": tail(RunFolder(Path(row["path"])).events, LOG_BYTES),
+            "events": read_tail(RunFolder(Path(row["path"])).events, LOG_BYTES),
         }
 
     def duplicate(self, name: str) -> dict[str, Any]:
         """Return the options that were set for a run, to start another like it."""
-        self.row(name)
-        with damaged_files_as_run_error(name):
+        with self._run(name):
             asked = {
                 choice["field"]: choice["value"]
                 for choice in self.history(name).choices
@@ -161,18 +165,16 @@ class Dashboard:
             return {"options": asked, "name": name}
 
     def answers(self, name: str, *how: Any) -> dict[str, Any]:
-        self.row(name)
-        with damaged_files_as_run_error(name):
-            return answers.answers(RunFolder(run_path(self.root, name)), *how)
+        with self._run(name) as folder:
+            return answers.answers(folder, *how)
 
     def ballot(self, name: str) -> dict[str, Any]:
-        self.row(name)
-        with damaged_files_as_run_error(name):
-            return self._votes.ballot(RunFolder(run_path(self.root, name)))
+        with self._run(name) as folder:
+            return self._votes.ballot(folder)
 
     def vote(self, name: str, ballot: str, choice: str) -> dict[str, Any]:
-        self.row(name)
-        return self._votes.vote(RunFolder(run_path(self.root, name)), ballot, choice)
+        with self._run(name) as folder:
+            return self._votes.vote(folder, ballot, choice)
 
     def compare(self, names: list[str]) -> dict[str, Any]:
         if not 1 < len(set(names)) <= 12:
@@ -235,11 +237,11 @@ class Dashboard:
             raise Busy("strop doctor is running", fix="wait for it")
         return self.jobs.start("doctor", ["doctor"])
 
-    def start_chat(self, talk: ChatServer, names: list[Any], model: str | None) -> dict[str, Any]:
+    def start_chat(self, chat: ChatServer, names: list[Any], model: str | None) -> dict[str, Any]:
         """Serve runs by name, or one model."""
         if bool(names) == bool(model) or any(not isinstance(name, str) for name in names):
             raise InputError("give names of runs, or a model")
-        return talk.start([str(run_path(self.root, name)) for name in names] if names else [str(model)])
+        return chat.start([str(run_path(self.root, name)) for name in names] if names else [str(model)])
 
     def unused_run_name(self, stem: str) -> str:
         """Return the first of stem-1, stem-2, ... that no run or job uses."""
@@ -261,7 +263,7 @@ class Services:
         self.dashboard = Dashboard(root)
         self.opened = opened
         self.planner, self.data = Worker("plan"), Worker("data")
-        self.talk = ChatServer(self.dashboard.jobs)
+        self.chat = ChatServer(self.dashboard.jobs)
         self._reader = ThreadPoolExecutor(1, "strop-dash-reader")
 
     async def ask(self, make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -272,7 +274,7 @@ class Services:
         """Stop the workers and the chat server; runs and exports continue."""
         self.planner.end()
         self.data.end()
-        self.talk.close()
+        self.chat.close()
         self._reader.shutdown(cancel_futures=True)
 
 
@@ -281,23 +283,9 @@ def damaged_files_as_run_error(name: str) -> Iterator[None]:
     """Raise RunError if files of a run have unexpected content."""
     try:
         yield
-    except DAMAGED as error:
+    except CONTENT_ERRORS as error:
         what = f"{name}: its files are damaged: {type(error).__name__}: {error}"
         raise RunError(what, fix="restore the folder from a copy, or delete the run") from error
-
-
-@dataclass
-class StreamPosition:
-    """How much of a history a stream has sent."""
-
-    generation: int
-    steps: int
-    evals: int
-    marks: int
-
-    def __init__(self, history: History) -> None:
-        self.generation, self.steps = history.generation, len(history.steps)
-        self.evals, self.marks = len(history.eval_steps), history.num_marks
 
 
 def _values(folder: RunFolder) -> dict[str, Any]:
@@ -305,3 +293,79 @@ def _values(folder: RunFolder) -> dict[str, Any]:
     lock = read_json(folder.lock)
     base = lock.get("base") or {}
     return {**(lock.get("values") or {}), "base": base.get("fingerprint"), "rows": lock.get("data")}
+
+
+# --- the machine ------------------------------------------------------------------------------------------
+
+GPU_QUERY_S = 4.0  # seconds between queries of the driver
+
+
+class System:
+    """System figures since the last call. Not thread-safe."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        psutil.cpu_percent()
+        self._gpus: tuple[float, list[dict[str, Any]]] = (0.0, [])
+        self._nvidia_smi = shutil.which("nvidia-smi")
+
+    def look(self, pid: int | None, busy: Callable[[int], float | None]) -> dict[str, Any]:
+        """Return the figures. pid: process of a run. busy: returns the cores a process uses."""
+        machine, memory = probe(), psutil.virtual_memory()
+        try:
+            free = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd())
+            disk: dict[str, int | None] = {"free": free.free, "total": free.total}
+        except OSError:
+            disk = {"free": None, "total": None}
+        return {
+            "time": time.time(), "cpu": psutil.cpu_percent() / 100, "cores": machine.cores,
+            "load": [round(load, 2) for load in psutil.getloadavg()],
+            "memory": {
+                "total": machine.memory_bytes, "used": machine.memory_bytes - machine.free_bytes,
+                "available": machine.free_bytes, "whole_machine": memory.total,
+            },
+            "process": _process(pid, busy), "cards": self._gpu_figures(), "disk": disk,
+            "dash": {"rss": psutil.Process().memory_info().rss},
+        }  # fmt: skip
+
+    def _gpu_figures(self) -> list[dict[str, Any]]:
+        if self._nvidia_smi is None:
+            return []
+        asked, known = self._gpus
+        if time.monotonic() - asked < GPU_QUERY_S:
+            return known
+        fields = "name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
+        command = [self._nvidia_smi, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        try:
+            text = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
+        except (OSError, subprocess.TimeoutExpired):  # do not query a hanging driver again
+            self._nvidia_smi, text = None, ""
+        gpus = [_gpu(line.split(", ")) for line in text.splitlines() if line.count(", ") == 5]
+        self._gpus = (time.monotonic(), gpus)
+        return gpus
+
+
+def _gpu(parts: list[str]) -> dict[str, Any]:
+    share, used, total, heat, power = (_number(part) for part in parts[1:])
+    mib = 1 << 20
+    return {
+        "name": parts[0], "utilization": None if share is None else share / 100,
+        "memory_used": None if used is None else int(used * mib),
+        "memory_total": None if total is None else int(total * mib), "celsius": heat, "watts": power,
+    }  # fmt: skip
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # [N/A]
+        return None
+
+
+def _process(pid: int | None, busy: Callable[[int], float | None]) -> dict[str, Any] | None:
+    if pid is None:
+        return None
+    try:
+        return {"pid": pid, "rss": psutil.Process(pid).memory_info().rss, "cpu": busy(pid)}
+    except psutil.Error:
+        return None

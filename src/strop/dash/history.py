@@ -14,13 +14,13 @@ from array import array
 from bisect import bisect_left, bisect_right
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from strop.dash.files import DAMAGED, open_file
-from strop.machine.malloc import give_back
+from strop.dash.files import CONTENT_ERRORS, open_file
+from strop.machine.memory import trim_heap
 from strop.runs.events import parse_event
 
 Event = dict[str, Any]
@@ -31,8 +31,21 @@ LARGE_BYTES = 4 << 20  # bytes read or drawn after which freed memory is returne
 MOST_STEPS = 1 << 40
 SMOOTHED_SHARE = 200  # a smoothed point averages this fraction of the run on each side, at least 10 steps
 MOST_MARKS, MOST_SAVES, MOST_UNDONE = 5000, 200, 5000
+LEVELS = {
+    **dict.fromkeys(("skip", "doubt", "shrink", "stop", "note"), "warning"), "rollback": "bad", "end": "good",
+}  # fmt: skip
+_WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval")
 _PLAIN = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
 _KEPT = ("machine", "recipe", "data", "start", "rehearsal")
+
+
+class StreamPosition(NamedTuple):
+    """How much of a history a stream has sent."""
+
+    generation: int
+    steps: int
+    evals: int
+    marks: int
 
 
 class History:
@@ -65,6 +78,10 @@ class History:
         """Approximate size in memory."""
         return len(self.steps) * (24 + 4 * len(self.columns)) + 400 * len(self.marks) + 64 * len(self.undone)
 
+    @property
+    def position(self) -> StreamPosition:
+        return StreamPosition(self.generation, len(self.steps), len(self.eval_steps), self.num_marks)
+
     def update(self) -> bool:
         """Read appended events; return whether there were any."""
         try:
@@ -92,7 +109,7 @@ class History:
                     self._offset += whole
                     waiting = waiting[whole:]
             if self._offset - before > LARGE_BYTES:
-                give_back()
+                trim_heap()
             return self._offset != before
 
     def _take(self, lines: bytes) -> None:
@@ -108,13 +125,13 @@ class History:
             if event.get("event") == "step":
                 run.append(event)
                 continue
-            self._steps(run)
+            self._add_steps(run)
             run = []
-            with contextlib.suppress(*DAMAGED):
-                self._other(event)
-        self._steps(run)
+            with contextlib.suppress(*CONTENT_ERRORS):
+                self._add_event(event)
+        self._add_steps(run)
 
-    def _steps(self, events: list[Event]) -> None:
+    def _add_steps(self, events: list[Event]) -> None:
         events = [event for event in events if isinstance(event.get("step"), int) and 0 <= event["step"] < MOST_STEPS]
         if not events:
             return
@@ -130,7 +147,7 @@ class History:
         numbers = [event["step"] for event in events]
         if any(later <= number for number, later in pairwise(numbers)):
             for event in events:  # not written by one session: process one by one
-                self._steps([event])
+                self._add_steps([event])
             return
         epoch = None
         for number, event in zip(numbers, events, strict=True):
@@ -146,7 +163,7 @@ class History:
         for name, column in self.columns.items():
             column.extend(_numbers(events, name))
 
-    def _other(self, event: Event) -> None:
+    def _add_event(self, event: Event) -> None:
         kind, step = str(event.get("event")), event.get("step")
         self.last = event
         time = _number(event.get("time"))
@@ -237,7 +254,7 @@ class History:
         places: Values = np.interp(asked, np.array(self.steps, np.float64), np.array(column, np.float64))
         return places
 
-    def drawn(
+    def curves(
         self, by: str = "step", points: int = 800, start: float | None = None, end: float | None = None,
         fields: tuple[str, ...] = (),
     ) -> dict[str, Any]:  # fmt: skip
@@ -266,7 +283,7 @@ class History:
         if smooth is not None:
             last["smoothed"] = smooth
         if self.num_bytes > LARGE_BYTES:
-            give_back()
+            trim_heap()
         return {
             "by": by, "range": reach, "rows": len(x), "decimated": len(x) > 2 * points, "series": series,
             "last": last, "generation": self.generation,
@@ -325,7 +342,7 @@ def _number(value: Any) -> float:
 
 
 def _numbers(events: list[Event], name: str) -> list[float]:
-    """The same field of all; most events have it, so that need not be asked of each."""
+    """Return a field of all events; fast if every event has it."""
     try:
         values = [event[name] for event in events]
         array("d", values)
@@ -334,34 +351,24 @@ def _numbers(events: list[Event], name: str) -> list[float]:
         return [_number(event.get(name)) for event in events]
 
 
-LEVELS = {
-    "skip": "warning", "doubt": "warning", "rollback": "bad", "shrink": "warning", "stop": "warning", "note": "warning",
-    "end": "good",
-}  # fmt: skip
-_SILENT = ("machine", "recipe", "data", "step", "eval")
-
-
 def mark_for(event: dict[str, Any]) -> dict[str, Any] | None:
     """Return a mark for a curve (kind, step, time, text, level, event), or None for other events."""
     kind = str(event.get("event"))
-    if kind in _SILENT:
+    if kind in _WITHOUT_MARK:
         return None
-    level = LEVELS.get(kind, "info")
-    if kind == "stop" and event.get("advice") is not None:
-        level = "bad"
-    step = event.get("step")
-    whole = isinstance(step, int) and not isinstance(step, bool)
+    stopped_with_advice = kind == "stop" and event.get("advice") is not None
     return {
-        "kind": kind, "step": step if whole else None, "time": event.get("time"), "text": _words(kind, event),
-        "level": level, "event": event,
+        "kind": kind, "step": event.get("step") if _is_int(event.get("step")) else None, "time": event.get("time"),
+        "text": _describe(kind, event), "level": "bad" if stopped_with_advice else LEVELS.get(kind, "info"),
+        "event": event,
     }  # fmt: skip
 
 
-def _words(kind: str, event: dict[str, Any]) -> str:
+def _describe(kind: str, event: dict[str, Any]) -> str:
     step, why = event.get("step"), str(event.get("why") or "")
     if kind == "start":
         parameters = event.get("parameters") or {}
-        trained = f", {parameters['trainable']:,} trainable parameters" if _whole(parameters.get("trainable")) else ""
+        trained = f", {parameters['trainable']:,} trainable parameters" if _is_int(parameters.get("trainable")) else ""
         return f"starts at step {step} of {event.get('steps')} with the {event.get('engine')} step{trained}"
     if kind == "resume":
         return f"resumed from step {step} ({event.get('checkpoint')})"
@@ -381,7 +388,7 @@ def _words(kind: str, event: dict[str, Any]) -> str:
         advice = [str(one) for one in event.get("advice") or []]
         text = "stopped by a signal, after saving" if why == "signal" else f"stopped: {why}"
         return "; ".join([text, *advice])
-    if kind == "rehearsal" and _whole(event.get("predicted_bytes")) and _whole(event.get("usable_bytes")):
+    if kind == "rehearsal" and _is_int(event.get("predicted_bytes")) and _is_int(event.get("usable_bytes")):
         need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
         tried = "dry run of the largest micro-batch" if event.get("done") else "fits easily, dry run skipped"
         return f"{need:.2f} GiB predicted, {usable:.1f} usable: {tried}"
@@ -392,7 +399,7 @@ def _words(kind: str, event: dict[str, Any]) -> str:
     if kind == "note":
         return str(event.get("text", ""))
     rest = {key: value for key, value in event.items() if key not in ("event", "time", "step", "rows")}
-    text = ", ".join(f"{key} {_plain(value)}" for key, value in rest.items() if value is not None)
+    text = ", ".join(f"{key} {_format(value)}" for key, value in rest.items() if value is not None)
     return f"{kind}: {text}" if text else kind
 
 
@@ -401,11 +408,11 @@ def _rows(event: dict[str, Any]) -> str:
     return f" (rows {', '.join(rows[:4])}{', ...' if len(rows) > 4 else ''})" if rows else ""
 
 
-def _plain(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.6g}"
-    return f"{value:,}" if _whole(value) else str(value)[:200]
+    return f"{value:,}" if _is_int(value) else str(value)[:200]
 
 
-def _whole(value: Any) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

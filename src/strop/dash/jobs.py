@@ -5,26 +5,30 @@ Jobs outlive the page and the server. Their state is read from their folders and
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import json
+import http.client
 import os
 import re
 import secrets
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
-from strop.dash.files import read_bytes, read_json, tail
-from strop.errors import FolderError, InputError
+from strop.dash.files import join_names, read_bytes, read_json, read_tail, split_names
+from strop.errors import FolderError, InputError, RunError
 from strop.runs.child_env import safe_path_env
 from strop.runs.folder import write_json
+from strop.serve.server import KEY_VARIABLE
 
 FOLDER = ".dash"  # in the folder of runs
 TOKEN_VARIABLE = "STROP_DASH_TOKEN"
@@ -32,6 +36,10 @@ MOST_JOBS = 200  # older ones are deleted
 LOG_BYTES = 64 << 10
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[a-z]+-[0-9a-f]{6}")
 _SHARE = re.compile(r"(\d+)\s*(?:of|/)\s*(\d+)")
+
+
+class Busy(InputError):
+    """Raised when an action does not fit the current state, such as resuming a running run."""
 
 
 class Jobs:
@@ -90,10 +98,10 @@ class Jobs:
         folder = self.folder(name)
         known = read_json(folder / "job.json")
         alive = self._alive(name, known)
-        result = _result(folder)
+        result = read_json(folder / "out") or None
         error = (result or {}).get("error")
         if not alive and result is None:
-            text = tail(folder / "log", 2000).strip().splitlines()
+            text = read_tail(folder / "log", 2000).strip().splitlines()
             what = "the process ended without a result" + (f"; its last line: {text[-1]}" if text else "")
             fix = "it was killed, ran out of memory, or the machine went down; `strop resume` continues a run"
             error = {"kind": "Killed", "message": what, "fix": fix, "where": []}
@@ -103,13 +111,12 @@ class Jobs:
             known["ended"] = max(_changed(folder / "out"), _changed(folder / "log"))
             with contextlib.suppress(OSError):  # a full disk must not hide the state
                 write_json(folder / "job.json", known)
-        last = next((line for line in reversed(tail(folder / "log", 4096).splitlines()) if line.strip()), "")
-        share = _SHARE.search(last)
+        last = next((line for line in reversed(read_tail(folder / "log", 4096).splitlines()) if line.strip()), "")
         about = {
             "id": name, "kind": known.get("kind"), "run": known.get("run"), "state": state, "pid": known.get("pid"),
             "command": command(known.get("words") or []), "started": known.get("began"), "ended": known.get("ended"),
             "asked": known.get("asked"), "result": result if whole else None, "error": error,
-            "progress": {"text": last[-300:], "share": _ratio(share)},
+            "progress": _progress(last),
         }  # fmt: skip
         if not alive:
             self._over[name] = {**about, "result": None}
@@ -151,14 +158,11 @@ class Jobs:
 
     def _alive(self, name: str, known: dict[str, Any]) -> bool:
         child = self._children.get(name)
-        if child is not None:
-            if child.poll() is None:
-                return True
+        if child is None:
+            return "ended" not in known and alive(known.get("pid"), known.get("born"))
+        if child.poll() is not None:
             del self._children[name]
-            return False
-        if "ended" in known:
-            return False
-        return alive(known.get("pid"), known.get("born"))
+        return child.returncode is None
 
     def _prune(self) -> None:
         for name in sorted(self._names())[:-MOST_JOBS]:
@@ -178,24 +182,18 @@ def command(words: Sequence[str]) -> str:
 def option(field: str, value: Any) -> list[str]:
     """Return a recipe field and its value as command-line arguments. Raises InputError if impossible."""
     flag = f"--{field}"
-    if isinstance(value, bool):
-        return [f"{flag}={str(value).lower()}"]
-    if value is None:
-        return [f"{flag}=none"]
-    if isinstance(value, (int, float)):
-        return [f"{flag}={value!r}"]
     if isinstance(value, list):
-        texts = [str(one) for one in value]
+        texts = [str(item) for item in value]
         if field.startswith("data.") or field == "track":
             return [f"{flag}={text}" for text in texts]
         if any("," in text for text in texts):
             raise InputError(f"{flag}: a list value contains a comma", fix="use a recipe file")
-        return [f"{flag}={','.join(texts)}"] if texts else [f"{flag}=[]"]
+        return [f"{flag}={','.join(texts) or '[]'}"]
     if isinstance(value, dict):
-        if any("," in f"{key}{one}" or "=" in str(key) for key, one in value.items()):
+        if any("," in f"{key}{item}" or "=" in str(key) for key, item in value.items()):
             raise InputError(f"{flag}: a map value contains a comma", fix="use a recipe file")
-        return [f"{flag}={','.join(f'{key}={one}' for key, one in value.items())}"]
-    return [f"{flag}={value}"]
+        return [f"{flag}={','.join(f'{key}={item}' for key, item in value.items())}"]
+    return [f"{flag}={str(value).lower() if value is None or isinstance(value, bool) else value}"]
 
 
 def alive(pid: Any, born: Any) -> bool:
@@ -210,24 +208,13 @@ def alive(pid: Any, born: Any) -> bool:
 
 def send(pid: int, born: float | None, number: int) -> bool:
     """Send a signal to a process; born: its expected start time."""
+    if born is not None and not alive(pid, born):
+        return False
     try:
-        if born is not None and not alive(pid, born):
-            return False
         os.kill(pid, number)
-    except (OSError, psutil.Error):
+    except OSError:
         return False
     return True
-
-
-def _result(folder: Path) -> dict[str, Any] | None:
-    raw = read_bytes(folder / "out").strip()
-    if not raw:
-        return None
-    try:
-        found = json.loads(raw)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _changed(file: Path) -> float:
@@ -237,7 +224,104 @@ def _changed(file: Path) -> float:
         return 0.0
 
 
-def _ratio(found: re.Match[str] | None) -> float | None:
-    if found is None or not int(found[2]) or int(found[1]) > int(found[2]):
-        return None
-    return int(found[1]) / int(found[2])
+def _progress(line: str) -> dict[str, Any]:
+    """Return the last line of a log, and the share it reports as in "3 of 10"."""
+    match = _SHARE.search(line)
+    done, total = (int(match[1]), int(match[2])) if match else (0, 0)
+    return {"text": line[-300:], "share": done / total if total and done <= total else None}
+
+
+# --- chat ------------------------------------------------------------------------------------------
+
+TIMEOUT_S = 600.0  # seconds; a long answer on a slow CPU
+GONE = {
+    "kind": "Killed", "message": "the chat server ended without being stopped from here",
+    "fix": "start it again; if memory ran out, close other programs first", "where": [],
+}  # fmt: skip
+
+
+class ChatServer:
+    """At most one `strop serve`, because models take much memory. Its state is that of its job."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._own: str | None = None
+
+    def start(self, names: list[str]) -> dict[str, Any]:
+        """Start `strop serve` with these names, and stop the previous server."""
+        self.stop()
+        key = secrets.token_urlsafe(24)
+        job = self._jobs.start("serve", ["serve", *names, "--port=0"], join_names(names), {KEY_VARIABLE: key})
+        self._own = job["id"]
+        file = self._jobs.folder(job["id"]) / "key"
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+            out.write(key)
+        return self.about()
+
+    def stop(self) -> dict[str, Any]:
+        for job in self._jobs.running("serve"):
+            self._jobs.stop(job["id"])
+        return self.about()
+
+    def close(self) -> None:
+        """Stop the server if this process started it."""
+        if self._own is not None:
+            self._jobs.stop(self._own)
+
+    def about(self) -> dict[str, Any]:
+        """Return the state (off, starting, ready, failed) and the models."""
+        last = next((job for job in self._jobs.all() if job["kind"] == "serve"), None)
+        result: dict[str, Any] = {"state": "off", "models": [], "names": [], "error": None, "log": "", "job": None}
+        if last is None:
+            return result
+        about = self._jobs.about(last["id"])
+        ready = about["result"] if about["error"] is None else None
+        result |= {
+            "job": last["id"],
+            "names": split_names(str(about["run"] or "")),
+            "log": self._jobs.log(last["id"])[0][-4000:],
+        }
+        if about["state"] == "running":
+            about_models = {"models": ready["models"], "context": ready.get("context")} if ready else {}
+            return {**result, "state": "ready" if ready else "starting", **about_models}
+        if about["asked"] is None:
+            return {**result, "state": "failed", "error": about["error"] or GONE}
+        return result
+
+    def where(self) -> tuple[str, int, str]:
+        """Return host, port and key of the server. Raises Busy if none is ready."""
+        about = self.about()
+        if about["state"] != "ready":
+            raise Busy(f"no model is being served: {about['state']}", fix="start one first")
+        url = urlsplit(str(self._jobs.about(about["job"])["result"]["url"]))
+        key = read_bytes(self._jobs.folder(about["job"]) / "key", 0, 200).decode()
+        return str(url.hostname), int(url.port or 80), key
+
+
+async def forward(
+    where: tuple[str, int, str], method: str, path: str, body: bytes
+) -> tuple[int, str, AsyncIterator[bytes]]:
+    """Forward a request; return status, content type and body. Raises RunError if the server does not respond."""
+    host, port, key = where
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    try:
+        await asyncio.to_thread(connection.request, method, path, body or None, headers)
+        response = await asyncio.to_thread(connection.getresponse)
+    except OSError as error:
+        connection.close()
+        raise RunError(f"the chat server does not respond: {error}", fix="see its log") from None
+
+    async def parts() -> AsyncIterator[bytes]:
+        try:
+            while part := await asyncio.to_thread(response.read1, 1 << 16):
+                yield part
+        except (OSError, http.client.HTTPException):  # the response was cut off; the reader sees it end early
+            return
+        finally:  # stops generation when the reader disconnects
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+    return response.status, response.getheader("content-type") or "application/json", parts()

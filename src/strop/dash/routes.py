@@ -6,6 +6,8 @@ Actions that change a run start the CLI as a child process, with the arguments a
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import os
 import re
 import sys
@@ -14,250 +16,304 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from strop import __version__
-from strop.dash.chat import forward
-from strop.dash.dashboard import Dashboard, Services, StreamPosition
+from strop.dash.dashboard import Dashboard, Services
 from strop.dash.files import browse, run_path, split_names
-from strop.dash.http import Fields, event_response, handle_errors, json_response, query_fields, read_body, sse_event
-from strop.dash.jobs import option
+from strop.dash.history import StreamPosition
+from strop.dash.jobs import Busy, forward, option
 from strop.dash.runs import with_heartbeat_age
-from strop.errors import InputError, StropError
+from strop.data.reading.json_reader import JsonError, loads
+from strop.errors import FolderError, InputError, StropError
 from strop.evaluation.metrics import METRICS
 from strop.runs.folder import run_name
+
+Endpoint = Callable[[Request], Awaitable[Any]]  # returns a response or a JSON value
+Ask = Callable[..., Awaitable[Any]]
+FLAG = re.compile(r"[a-z_-]+(\.[a-z_0-9]+)?")
+STATUS = {Busy: 409, FolderError: 404, InputError: 400}
+LOOK_S = 1.0
+TABLE_S = 3.0
+SYSTEM_S = 2.0
+QUIET_S = 15.0  # seconds between keep-alive comments, which reveal lost connections
+KEEP_ALIVE = b": .\n\n"
+CHANGING = (  # fields of a row that change at every step
+    "heartbeat", "updated", "step", "loss", "eval_loss", "tokens", "tokens_per_s", "seconds_left", "sparkline", "epoch",
+    "bytes",
+)  # fmt: skip
+
+
+# --- requests and responses -------------------------------------------------------------------------------------
+
+
+async def read_fields(request: Request, **fields: Any) -> list[Any]:
+    """Return fields of the query, or of the JSON body of a POST.
+
+    fields: the type by name, or (type, default). Raises InputError for missing, invalid and unknown fields.
+    """
+    post = request.method == "POST"
+    given = await _read_body(request) if post else dict(request.query_params)
+    values = []
+    for name, wanted in fields.items():
+        kind, *default = wanted if isinstance(wanted, tuple) else (wanted,)
+        value = given.pop(name, None)
+        if kind is float and not post:
+            value = _parse_number(name, value)
+        if value is None and default:
+            value = default[0]
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{name}: {'is required' if value is None else f'is not {kind.__name__}'}")
+        values.append(value)
+    if given:
+        raise InputError(f"unknown parameter: {next(iter(given))}")
+    return values
+
+
+async def _read_body(request: Request) -> dict[str, Any]:
+    try:
+        body = loads((await request.body()).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"the body is not UTF-8: {error.reason}") from None
+    except JsonError as error:
+        raise InputError(f"the body is not JSON: {error.what}") from None
+    except RecursionError:
+        raise InputError("the body is nested too deeply") from None
+    if not isinstance(body, dict):
+        raise InputError("the body is not a JSON object")
+    return body
+
+
+def _parse_number(name: str, text: str | None) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{name}: {text[:80]!r} is not a number")
+    return value
+
+
+def _clean(value: Any) -> Any:
+    """Replace NaN, which JSON lacks, and lone surrogates, which UTF-8 lacks."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError:
+        return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except ValueError:
+        return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
+def _sse_event(name: str, value: Any) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(_clean(value), ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+
+
+def _event_response(events: AsyncIterator[bytes]) -> Response:
+    return StreamingResponse(events, media_type="text/event-stream")
+
+
+def _routes(method: str, endpoints: dict[str, Endpoint]) -> list[BaseRoute]:
+    """Return the routes of endpoints by path below /api; errors of strop become error responses."""
+
+    def wrap(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+        async def respond(request: Request) -> Response:
+            try:
+                result = await endpoint(request)
+            except StropError as error:
+                status = next((number for kind, number in STATUS.items() if isinstance(error, kind)), 503)
+                return JSONResponse({"error": error.as_json()}, status)
+            return result if isinstance(result, Response) else JSONResponse(_clean(result))
+
+        return respond
+
+    return [Route(f"/api/{path}", wrap(endpoint), methods=[method]) for path, endpoint in endpoints.items()]
+
+
+# --- routes -----------------------------------------------------------------------------------------------------
 
 
 def read_routes(services: Services) -> list[BaseRoute]:
     dashboard, ask = services.dashboard, services.ask
 
-    async def hello(_: Request) -> Response:
-        about: dict[str, Any] = {
-            "version": __version__,
-            "folder": str(dashboard.root.absolute()),
-            "shown": str(dashboard.root),
-        }
-        about |= {"open": services.opened, "python": sys.executable, "pid": os.getpid(), "cwd": str(Path.cwd())}
-        about["metrics"] = list(METRICS)
-        return json_response(about)
+    def read(function: Callable[..., Any]) -> Endpoint:
+        """Return the endpoint that calls a function with the names in the path."""
 
-    async def runs(_: Request) -> Response:
-        rows = await ask(dashboard.runs)
-        return json_response(
-            {"runs": [with_heartbeat_age(row) for row in rows], "ignored": (await ask(dashboard.listing.names))[1]}
-        )
+        async def endpoint(request: Request) -> Any:
+            return await ask(function, *request.path_params.values())
+
+        return endpoint
+
+    async def hello(_: Request) -> Any:
+        return {
+            "version": __version__, "folder": str(dashboard.root.absolute()), "shown": str(dashboard.root),
+            "open": services.opened, "python": sys.executable, "pid": os.getpid(), "cwd": str(Path.cwd()),
+            "metrics": list(METRICS),
+        }  # fmt: skip
+
+    async def runs(_: Request) -> Any:
+        rows = [with_heartbeat_age(row) for row in await ask(dashboard.runs)]
+        return {"runs": rows, "ignored": (await ask(dashboard.listing.names))[1]}
 
     async def runs_stream(_: Request) -> Response:
-        return event_response(stream_table(dashboard, ask))
+        return _event_response(stream_table(dashboard, ask))
 
-    async def one(request: Request) -> Response:
-        return json_response(await ask(dashboard.detail, request.path_params["name"]))
-
-    async def history(request: Request) -> Response:
-        fields = query_fields(request)
-        by, points = fields.take("by", str, "step"), fields.number("points", 800)
-        start, end = fields.number("from", None), fields.number("to", None)
-        series = tuple(filter(None, fields.take("fields", str, "").split(",")))
-        fields.reject_unknown()
-        name = request.path_params["name"]
-        return json_response(await ask(dashboard.drawn, name, by, int(points or 0), start, end, series))
+    async def history(request: Request) -> Any:
+        by, points, start, end, names = await read_fields(
+            request, by=(str, "step"), points=(float, 800), **{"from": (float, None)}, to=(float, None),
+            fields=(str, ""),
+        )  # fmt: skip
+        series = tuple(filter(None, names.split(",")))
+        return await ask(dashboard.curves, request.path_params["name"], by, int(points), start, end, series)
 
     async def run_stream(request: Request) -> Response:
-        fields, name = query_fields(request), request.path_params["name"]
-        by, points = fields.take("by", str, "step"), int(fields.number("points", 800) or 0)
-        fields.reject_unknown()
-        await ask(dashboard.drawn, name, by, points, None, None, ())  # raise errors before the stream starts
-        return event_response(stream_run(dashboard, ask, name, by, points))
+        by, points = await read_fields(request, by=(str, "step"), points=(float, 800))
+        how = (request.path_params["name"], by, int(points))
+        await ask(dashboard.curves, *how, None, None, ())  # raise errors before the stream starts
+        return _event_response(stream_run(dashboard, ask, *how))
 
-    async def log(request: Request) -> Response:
-        return json_response(await ask(dashboard.log, request.path_params["name"]))
+    async def system(request: Request) -> Any:
+        return await ask(dashboard.look, request.query_params.get("run"))
 
-    async def system(request: Request) -> Response:
-        return json_response(await ask(dashboard.look, query_fields(request).take("run", str, None)))
-
-    async def run_contents(request: Request) -> Response:
-        return json_response(await ask(dashboard.contents, request.path_params["name"]))
-
-    async def duplicate(request: Request) -> Response:
-        return json_response(await ask(dashboard.duplicate, request.path_params["name"]))
-
-    async def answers(request: Request) -> Response:
-        fields = query_fields(request)
-        wanted, order = fields.take("filter", str, "all"), fields.take("order", str, "row")
-        search = fields.take("search", str, "")
-        offset, count = int(fields.number("offset", 0) or 0), int(fields.number("count", 50) or 0)
-        fields.reject_unknown()
-        name, page = request.path_params["name"], (max(0, offset), min(max(0, count), 500))
-        return json_response(await ask(dashboard.answers, name, wanted, order, search, *page))
-
-    async def ballot(request: Request) -> Response:
-        return json_response(await ask(dashboard.ballot, request.path_params["name"]))
-
-    async def compare(request: Request) -> Response:
-        fields = query_fields(request)
-        names = split_names(fields.take("runs", str))
-        fields.reject_unknown()
-        return json_response(await ask(dashboard.compare, names))
-
-    async def schema(_: Request) -> Response:
-        return json_response(await services.planner.ask("schema"))
-
-    async def jobs(request: Request) -> Response:
-        fields = query_fields(request)
-        wanted = {name: fields.take(name, str, None) for name in ("run", "kind")}
-        fields.reject_unknown()
-        found = await ask(dashboard.jobs.all)
-        return json_response(
-            {"jobs": [job for job in found if all(v is None or job[k] == v for k, v in wanted.items())]}
+    async def answers(request: Request) -> Any:
+        wanted, order, search, offset, count = await read_fields(
+            request, filter=(str, "all"), order=(str, "row"), search=(str, ""), offset=(float, 0), count=(float, 50)
         )
+        page = max(0, int(offset)), min(max(0, int(count)), 500)
+        return await ask(dashboard.answers, request.path_params["name"], wanted, order, search, *page)
 
-    async def job(request: Request) -> Response:
+    async def compare(request: Request) -> Any:
+        (names,) = await read_fields(request, runs=str)
+        return await ask(dashboard.compare, split_names(names))
+
+    async def schema(_: Request) -> Any:
+        return await services.planner.ask("schema")
+
+    async def jobs(request: Request) -> Any:
+        run, kind = await read_fields(request, run=(str, None), kind=(str, None))
+        known = await ask(dashboard.jobs.all)
+        return {"jobs": [job for job in known if run in (None, job["run"]) and kind in (None, job["kind"])]}
+
+    async def job(request: Request) -> Any:
         name = request.path_params["id"]
-        about = await ask(dashboard.jobs.about, name)
-        return json_response({**about, "log": (await ask(dashboard.jobs.log, name))[0]})
+        return {**await ask(dashboard.jobs.about, name), "log": (await ask(dashboard.jobs.log, name))[0]}
 
     async def job_stream(request: Request) -> Response:
         name = request.path_params["id"]
         await ask(dashboard.jobs.folder, name)
-        return event_response(stream_job(dashboard, ask, name))
+        return _event_response(stream_job(dashboard, ask, name))
 
-    async def listed(request: Request) -> Response:
-        fields = query_fields(request)
-        path = fields.take("path", str, "")
-        fields.reject_unknown()
-        return json_response(await ask(browse, [Path.cwd(), dashboard.root.absolute()], path))
+    async def files(request: Request) -> Any:
+        (path,) = await read_fields(request, path=(str, ""))
+        return await ask(browse, [Path.cwd(), dashboard.root.absolute()], path)
 
-    async def machine(_: Request) -> Response:
-        return json_response(await ask(dashboard.machine))
-
-    async def talk(_: Request) -> Response:
-        return json_response(await ask(services.talk.about))
-
-    found: list[tuple[str, Any]] = [
-        ("hello", hello), ("runs", runs), ("stream", runs_stream), ("runs/stream", runs_stream), ("runs/{name}", one),
-        ("runs/{name}/history", history), ("runs/{name}/stream", run_stream), ("runs/{name}/log", log),
-        ("runs/{name}/contents", run_contents), ("runs/{name}/duplicate", duplicate),
-        ("runs/{name}/answers", answers), ("runs/{name}/ballot", ballot), ("compare", compare), ("schema", schema),
-        ("system", system), ("jobs", jobs), ("jobs/{id}", job), ("jobs/{id}/stream", job_stream), ("files", listed),
-        ("machine", machine), ("talk", talk),
-    ]  # fmt: skip
-    return [Route(f"/api/{path}", handle_errors(endpoint), methods=["GET"]) for path, endpoint in found]
-
-
-FLAG = re.compile(r"[a-z_-]+(\.[a-z_0-9]+)?")
+    endpoints: dict[str, Endpoint] = {
+        "hello": hello, "runs": runs, "stream": runs_stream, "runs/stream": runs_stream,
+        "runs/{name}": read(dashboard.detail), "runs/{name}/history": history, "runs/{name}/stream": run_stream,
+        "runs/{name}/log": read(dashboard.log), "runs/{name}/contents": read(dashboard.contents),
+        "runs/{name}/duplicate": read(dashboard.duplicate), "runs/{name}/answers": answers,
+        "runs/{name}/ballot": read(dashboard.ballot), "compare": compare, "schema": schema, "system": system,
+        "jobs": jobs, "jobs/{id}": job, "jobs/{id}/stream": job_stream, "files": files,
+        "machine": read(dashboard.machine), "talk": read(services.chat.about),
+    }  # fmt: skip
+    return _routes("GET", endpoints)
 
 
 def action_routes(services: Services) -> list[BaseRoute]:
     dashboard, ask = services.dashboard, services.ask
 
-    async def plan(request: Request) -> Response:
-        fields = Fields(await read_body(request))
-        options, out = fields.take("options", dict), fields.take("name", str, None)
-        memory, gpu = fields.take("memory", str, None), fields.take("gpu", str, None)
-        thorough = fields.take("thorough", bool, False)
-        fields.reject_unknown()
+    async def plan(request: Request) -> Any:
+        options, out, memory, gpu, thorough = await read_fields(
+            request, options=dict, name=(str, None), memory=(str, None), gpu=(str, None), thorough=(bool, False)
+        )
         option_arguments(options)
         name = run_path(dashboard.root, out).name if out else await ask(dashboard.unused_run_name, stem(options))
-        found = await services.planner.ask(
-            "plan", options=options, memory=memory, gpu=gpu, out=str(dashboard.root / name), thorough=thorough
-        )
-        return json_response({**found, "name": name, "out": str(dashboard.root / name)})
+        folder = str(dashboard.root / name)
+        how = {"options": options, "memory": memory, "gpu": gpu, "out": folder, "thorough": thorough}
+        return {**await services.planner.ask("plan", **how), "name": name, "out": folder}
 
-    async def data(request: Request) -> Response:
-        fields = Fields(await read_body(request))
-        options, part = fields.take("options", dict), fields.take("part", str, "train")
-        order, ids = fields.take("order", str, "file"), fields.take("ids", bool, False)
-        offset, count = fields.take("offset", int, 0), fields.take("count", int, 20)
-        fields.reject_unknown()
+    async def data(request: Request) -> Any:
+        options, part, order, ids, offset, count = await read_fields(
+            request, options=dict, part=(str, "train"), order=(str, "file"), ids=(bool, False), offset=(int, 0),
+            count=(int, 20),
+        )  # fmt: skip
         option_arguments(options)
         page = {"part": part, "order": order, "offset": max(0, offset), "count": max(0, count), "ids": ids}
-        return json_response(await services.data.ask("rows", options=options, **page))
+        return await services.data.ask("rows", options=options, **page)
 
-    async def start(request: Request) -> Response:
-        fields = Fields(await read_body(request))
-        options, name = fields.take("options", dict), fields.take("name", str, None)
-        memory = fields.take("memory", str, None)
-        fields.reject_unknown()
+    async def start(request: Request) -> Any:
+        options, name, memory = await read_fields(request, options=dict, name=(str, None), memory=(str, None))
         words = option_arguments(options) + ([f"--memory={memory}"] if memory else [])
         name = name or await ask(dashboard.unused_run_name, stem(options))
-        job = await ask(dashboard.train, name, words)
-        return json_response({"job": job, "run": name})
+        return {"job": await ask(dashboard.train, name, words), "run": name}
 
-    async def stop(request: Request) -> Response:
-        fields = Fields(await read_body(request))
-        force = fields.take("force", bool, False)
-        fields.reject_unknown()
-        return json_response(await ask(dashboard.stop, request.path_params["name"], force=force))
+    async def stop(request: Request) -> Any:
+        (force,) = await read_fields(request, force=(bool, False))
+        return await ask(dashboard.stop, request.path_params["name"], force=force)
 
-    async def resume(request: Request) -> Response:
-        fields = Fields(await read_body(request))
-        allowed, options = fields.take("allow_changed", list, []), fields.take("options", dict, {})
-        fields.reject_unknown()
+    async def resume(request: Request) -> Any:
+        allowed, options = await read_fields(request, allow_changed=(list, []), options=(dict, {}))
         words = [f"--allow-changed={text}" for text in allowed] + option_arguments(options)
-        return json_response(await ask(dashboard.resume, request.path_params["name"], words))
+        return await ask(dashboard.resume, request.path_params["name"], words)
 
-    async def delete(request: Request) -> Response:
-        fields = Fields(await read_body(request))
-        confirmed = fields.take("confirm", str)
-        fields.reject_unknown()
-        return json_response(await ask(dashboard.delete, request.path_params["name"], confirmed))
+    async def delete(request: Request) -> Any:
+        (confirmed,) = await read_fields(request, confirm=str)
+        return await ask(dashboard.delete, request.path_params["name"], confirmed)
 
-    async def evaluate(request: Request) -> Response:
-        fields, name = Fields(await read_body(request)), request.path_params["name"]
-        data, metric = fields.take("data", str), fields.take("metric", str, "exact")
-        longest, general = fields.take("max_new_tokens", int, 80), fields.take("general", bool, False)
-        fields.reject_unknown()
-        words = [
-            "eval",
-            str(dashboard.root / name),
-            f"--data={data}",
-            f"--metric={metric}",
-            f"--max-new-tokens={longest}",
-        ]
-        return json_response(await ask(dashboard.act, "evaluate", name, [*words, *(["--general"] if general else [])]))
+    async def evaluate(request: Request) -> Any:
+        data, metric, most, general = await read_fields(
+            request, data=str, metric=(str, "exact"), max_new_tokens=(int, 80), general=(bool, False)
+        )
+        name = request.path_params["name"]
+        words = ["eval", str(dashboard.root / name), f"--data={data}", f"--metric={metric}", f"--max-new-tokens={most}"]
+        return await ask(dashboard.act, "evaluate", name, words + ["--general"] * general)
 
-    async def export(request: Request) -> Response:
-        fields, name = Fields(await read_body(request)), request.path_params["name"]
-        return json_response(await ask(dashboard.act, *_export(fields, name, str(dashboard.root / name))))
+    async def export(request: Request) -> Any:
+        kind, out, dtype, type_, data, unmeasured = await read_fields(
+            request, kind=str, out=str, dtype=(str, None), type=(str, None), data=(str, None), no_parity=(bool, False)
+        )
+        if kind not in ("merge", "gguf", "ollama"):
+            raise InputError(f"kind: {kind}: unknown export", fix="merge, gguf or ollama")
+        name = request.path_params["name"]
+        words = [*(["merge"] if kind == "merge" else ["export", kind]), str(dashboard.root / name), f"--out={out}"]
+        words += [f"--{key}={value}" for key, value in (("dtype", dtype), ("type", type_), ("data", data)) if value]
+        return await ask(dashboard.act, kind, name, words + ["--no-parity"] * unmeasured)
 
-    async def job_stop(request: Request) -> Response:
-        Fields(await read_body(request)).reject_unknown()
-        return json_response({"fields": await ask(dashboard.jobs.stop, request.path_params["id"])})
+    async def job_stop(request: Request) -> Any:
+        await read_fields(request)
+        return {"fields": await ask(dashboard.jobs.stop, request.path_params["id"])}
 
-    async def vote(request: Request) -> Response:
-        fields = Fields(await read_body(request))
-        ballot, choice = fields.take("ballot", str), fields.take("choice", str)
-        fields.reject_unknown()
-        return json_response(await ask(dashboard.vote, request.path_params["name"], ballot, choice))
+    async def vote(request: Request) -> Any:
+        ballot, choice = await read_fields(request, ballot=str, choice=str)
+        return await ask(dashboard.vote, request.path_params["name"], ballot, choice)
 
-    async def doctor(request: Request) -> Response:
-        Fields(await read_body(request)).reject_unknown()
-        return json_response(await ask(dashboard.doctor))
+    async def doctor(request: Request) -> Any:
+        await read_fields(request)
+        return await ask(dashboard.doctor)
 
-    async def start_chat(request: Request) -> Response:
-        fields = Fields(await read_body(request))
-        names, model = fields.take("names", list, []), fields.take("model", str, None)
-        fields.reject_unknown()
-        return json_response(await ask(dashboard.start_chat, services.talk, names, model))
+    async def chat_start(request: Request) -> Any:
+        names, model = await read_fields(request, names=(list, []), model=(str, None))
+        return await ask(dashboard.start_chat, services.chat, names, model)
 
-    async def talk_stop(request: Request) -> Response:
-        Fields(await read_body(request)).reject_unknown()
-        return json_response(await ask(services.talk.stop))
+    async def chat_stop(request: Request) -> Any:
+        await read_fields(request)
+        return await ask(services.chat.stop)
 
-    async def talked(request: Request) -> Response:
-        where, body = await ask(services.talk.where), await request.body()
+    async def chat_forward(request: Request) -> Response:
+        where, body = await ask(services.chat.where), await request.body()
         status, kind, parts = await forward(where, request.method, request.url.path.removeprefix("/api/talk"), body)
         return StreamingResponse(parts, status, media_type=kind)
 
-    found: list[tuple[str, Any]] = [
-        ("plan", plan), ("data", data), ("start", start), ("runs/{name}/stop", stop), ("runs/{name}/resume", resume),
-        ("runs/{name}/delete", delete), ("runs/{name}/evaluate", evaluate), ("runs/{name}/export", export),
-        ("runs/{name}/vote", vote), ("jobs/{id}/stop", job_stop), ("machine/doctor", doctor),
-        ("talk/start", start_chat), ("talk/stop", talk_stop), ("talk/v1/chat/completions", talked),
-    ]  # fmt: skip
-    changing = [Route(f"/api/{path}", handle_errors(endpoint), methods=["POST"]) for path, endpoint in found]
-    return [*changing, Route("/api/talk/v1/models", handle_errors(talked), methods=["GET"])]
+    endpoints: dict[str, Endpoint] = {
+        "plan": plan, "data": data, "start": start, "runs/{name}/stop": stop, "runs/{name}/resume": resume,
+        "runs/{name}/delete": delete, "runs/{name}/evaluate": evaluate, "runs/{name}/export": export,
+        "runs/{name}/vote": vote, "jobs/{id}/stop": job_stop, "machine/doctor": doctor, "talk/start": chat_start,
+        "talk/stop": chat_stop, "talk/v1/chat/completions": chat_forward,
+    }  # fmt: skip
+    return [*_routes("POST", endpoints), *_routes("GET", {"talk/v1/models": chat_forward})]
 
 
 def stem(options: dict[str, Any]) -> str:
@@ -275,29 +331,7 @@ def option_arguments(options: dict[str, Any]) -> list[str]:
     return [word for field, value in options.items() for word in option(field, value)]
 
 
-def _export(fields: Fields, name: str, run: str) -> tuple[str, str, list[str]]:
-    kind, out = fields.take("kind", str), fields.take("out", str)
-    dtype, type_ = fields.take("dtype", str, None), fields.take("type", str, None)
-    data, unmeasured = fields.take("data", str, None), fields.take("no_parity", bool, False)
-    fields.reject_unknown()
-    if kind not in ("merge", "gguf", "ollama"):
-        raise InputError(f"kind: {kind}: unknown export", fix="merge, gguf or ollama")
-    words = ["merge", run] if kind == "merge" else ["export", kind, run]
-    words += [f"--out={out}"] + ([f"--dtype={dtype}"] if dtype else []) + ([f"--type={type_}"] if type_ else [])
-    words += ([f"--data={data}"] if data else []) + (["--no-parity"] if unmeasured else [])
-    return kind, name, words
-
-
-LOOK_S = 1.0
-TABLE_S = 3.0
-SYSTEM_S = 2.0
-QUIET_S = 15.0  # seconds between keep-alive comments, which reveal lost connections
-MOVING = (
-    "heartbeat", "updated", "step", "loss", "eval_loss", "tokens", "tokens_per_s", "seconds_left", "sparkline", "epoch",
-    "bytes",
-)  # fmt: skip
-
-Ask = Callable[..., Awaitable[Any]]
+# --- streams ----------------------------------------------------------------------------------------------------
 
 
 async def stream_table(dashboard: Dashboard, ask: Ask) -> AsyncIterator[bytes]:
@@ -308,17 +342,17 @@ async def stream_table(dashboard: Dashboard, ask: Ask) -> AsyncIterator[bytes]:
         rows = await ask(dashboard.runs)  # reads only file times if nothing changed
         now = {row["name"]: row for row in rows}
         if not sent and quiet == 0.0:
-            yield sse_event("runs", {"runs": [with_heartbeat_age(row) for row in rows]})
+            yield _sse_event("runs", {"runs": [with_heartbeat_age(row) for row in rows]})
         else:
             changed = [with_heartbeat_age(row) for name, row in now.items() if sent.get(name) != row]
             gone = [name for name in sent if name not in now]
             if changed or gone:
-                yield sse_event("changed", {"runs": changed, "gone": gone})
+                yield _sse_event("changed", {"runs": changed, "gone": gone})
                 quiet = 0.0
         sent = now
         quiet += TABLE_S
         if quiet > QUIET_S:
-            yield b": .\n\n"
+            yield KEEP_ALIVE
             quiet = TABLE_S
         await asyncio.sleep(TABLE_S)
 
@@ -332,17 +366,17 @@ async def stream_run(dashboard: Dashboard, ask: Ask, name: str, by: str, points:
         try:
             now = await ask(_about, dashboard, name)
             if now != before:
-                yield sse_event("run", await ask(dashboard.detail, name))
+                yield _sse_event("run", await ask(dashboard.detail, name))
                 before = now
-            kind, news, seen = await ask(dashboard.news, name, by, points, seen)
-            if news is not None:
-                yield sse_event(kind, news)
+            kind, update, seen = await ask(dashboard.updates, name, by, points, seen)
+            if update is not None:
+                yield _sse_event(kind, update)
             looked += LOOK_S
             if looked >= SYSTEM_S:
-                yield sse_event("system", await ask(dashboard.look, name))
+                yield _sse_event("system", await ask(dashboard.look, name))
                 looked = 0.0
         except StropError as error:
-            yield sse_event("gone", {"error": error.as_json()})
+            yield _sse_event("gone", {"error": error.as_json()})
             return
         await asyncio.sleep(LOOK_S)
 
@@ -352,7 +386,7 @@ def _about(dashboard: Dashboard, name: str) -> Any:
     row = dashboard.row(name)
     jobs = [(job["id"], job["state"]) for job in dashboard.jobs_of(name)]
     saves = dashboard.history(name).num_saves
-    return {key: value for key, value in row.items() if key not in MOVING}, saves, jobs
+    return {key: value for key, value in row.items() if key not in CHANGING}, saves, jobs
 
 
 async def stream_job(dashboard: Dashboard, ask: Ask, name: str) -> AsyncIterator[bytes]:
@@ -364,12 +398,12 @@ async def stream_job(dashboard: Dashboard, ask: Ask, name: str) -> AsyncIterator
         text, place = await ask(dashboard.jobs.log, name, place)
         quiet = 0.0 if text or about != before else quiet + LOOK_S
         if text:
-            yield sse_event("log", {"text": text})
+            yield _sse_event("log", {"text": text})
         if about != before:
-            yield sse_event("job", about)
+            yield _sse_event("job", about)
             before = about
         if quiet >= QUIET_S:
-            yield b": .\n\n"
+            yield KEEP_ALIVE
             quiet = 0.0
         if about["state"] != "running":
             return

@@ -11,6 +11,7 @@ import os
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from strop.dash.files import DAMAGED, read_bytes, read_json, read_places, run_path, sizes
+from strop.dash.files import CONTENT_ERRORS, file_sizes, limit_rows, read_bytes, read_chunks, read_json, run_path
 from strop.dash.history import History, short
 from strop.evaluation.metrics import Difference, rows_text, verdict
+from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
 
 END_BYTES = 16 << 10
@@ -43,7 +45,8 @@ EMPTY: Mapping[str, Any] = {
     **dict.fromkeys(("started", "updated")),
     "sparkline": [], "bytes": 0, "has_adapter": False,
 }  # fmt: skip
-Signature = tuple[tuple[int, int] | None, ...]
+Signature = tuple[tuple[int, int] | None, ...]  # time and size of each of these files
+SIGNATURE_FILES = ("events.jsonl", "report.json", "lock.json", "claim.json")
 
 
 class RunTable:
@@ -80,32 +83,33 @@ class RunTable:
 
     def row(self, name: str) -> dict[str, Any] | None:
         """Return the row of a run; None for a folder that is not a run."""
-        seen = _signature(os.path.join(self.root, name))
+        seen = tuple(_stamp(f"{self.root}/{name}/{file}") for file in SIGNATURE_FILES)
         known = self._known.get(name)
         if known is None or known.seen != seen:
             known = self._known[name] = _Known(seen, _read_facts(RunFolder(run_path(self.root, name))))
         claimed = seen[3] is not None  # claim.json exists while a process owns the folder, or after it was killed
         if known.row is not None and not (claimed and known.live):
             return known.row
-        made, folder = known.facts, RunFolder(Path(self.root, name))
-        holder = folder.holder if claimed else None
+        facts = known.facts
+        holder = RunFolder(Path(self.root, name)).holder if claimed else None
         known.live = holder is not None
-        if not made["is_run"] and holder is None:
+        if not facts["is_run"] and holder is None:
             return None
-        where = run_status(made["events"], made["ended"], holder, made["heartbeat"], self.watch)
-        if made["damaged"] and holder is None:
-            where = replace(where, why=made["damaged"])
-        row = {key: value for key, value in made.items() if key not in ("events", "ended", "is_run", "damaged")}
-        over = where.state in ("finished", "stopped", "crashed")
-        row |= {"state": where.state, "why": where.why, "phase": where.phase, "pid": holder}
-        row |= {"seconds_left": None if over else made["seconds_left"], "can": _can(where.state, made["has_adapter"])}
+        status = run_status(facts["events"], facts["ended"], holder, facts["heartbeat"], self.watch)
+        if facts["damaged"] and holder is None:
+            status = replace(status, why=facts["damaged"])
+        row = {key: value for key, value in facts.items() if key not in ("events", "ended", "is_run", "damaged")}
+        row |= {"state": status.state, "why": status.why, "phase": status.phase, "pid": holder}
+        if status.state in ("finished", "stopped", "crashed"):
+            row["seconds_left"] = None
+        row["can"] = _possible_actions(status.state, facts["has_adapter"])
         known.row = row
         return row
 
 
 @dataclass
 class _Known:
-    """Cached facts of a run for a file signature. live: a process owned the folder at that time."""
+    """Cached facts of a run. seen: signature of its files. live: a process owned the folder at that time."""
 
     seen: Signature
     facts: dict[str, Any]
@@ -118,15 +122,11 @@ def with_heartbeat_age(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "heartbeat_age": short(max(0.0, time.time() - row["heartbeat"]))}
 
 
-def _can(state: str, adapter: bool) -> list[str]:
+def _possible_actions(state: str, adapter: bool) -> list[str]:
     if state in ("running", "stalled"):
         return ["stop"]
     after = ["evaluate", "export", "talk"] if adapter else []
     return [*(["resume"] if state != "finished" else []), "duplicate", "delete", *after]
-
-
-def _signature(folder: str) -> Signature:
-    return tuple(_stamp(f"{folder}/{name}") for name in ("events.jsonl", "report.json", "lock.json", "claim.json"))
 
 
 def _stamp(file: str | Path) -> tuple[int, int] | None:
@@ -142,14 +142,11 @@ def _read_facts(folder: RunFolder) -> dict[str, Any]:
         facts = _facts(folder)
         json.dumps(facts)
         return facts
-    except DAMAGED as error:
-        damaged = {
-            "is_run": is_run(folder.path),
-            "events": [],
-            "ended": {},
-            "damaged": f"its files are damaged: {error}",
-        }
-        return {**EMPTY, "name": folder.path.name, "path": str(folder.path), "heartbeat": 0.0, **damaged}
+    except CONTENT_ERRORS as error:
+        return {
+            **EMPTY, "name": folder.path.name, "path": str(folder.path), "is_run": is_run(folder.path), "events": [],
+            "ended": {}, "heartbeat": 0.0, "damaged": f"its files are damaged: {error}",
+        }  # fmt: skip
 
 
 def _facts(folder: RunFolder) -> dict[str, Any]:
@@ -167,7 +164,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     loss = step.get("loss") if step else curve[-1][1] if curve else None
     return {
         "name": folder.path.name, "path": str(folder.path), "is_run": is_run(folder.path), "damaged": "",
-        "events": [_brief(event) for event in end], "heartbeat": heartbeat,
+        "events": [{key: event.get(key) for key in ("event", "time", "why")} for event in end], "heartbeat": heartbeat,
         "ended": {name: report.get(name) for name in ("exit", "ended")},
         "started": float(first[1]) if first else None, "updated": heartbeat or None,
         "model": values.get("model.name"), "data": _text(values.get("data.train")),
@@ -178,7 +175,8 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "seconds": report.get("seconds"), "loss": loss, "eval_loss": report.get("eval_loss", evaluated.get("loss")),
         "tokens": report.get("tokens", step.get("tokens")),
         "tokens_per_s": report.get("tokens_per_s", step.get("tokens_per_s")),
-        "score": evaluation_score(report), "sparkline": curve, "bytes": sum(size for _, size in sizes(folder.path)),
+        "score": evaluation_score(report), "sparkline": curve,
+        "bytes": sum(size for _, size in file_sizes(folder.path)),
         "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
     }  # fmt: skip
 
@@ -206,22 +204,6 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     return score
 
 
-def _brief(event: dict[str, Any]) -> dict[str, Any]:
-    return {name: event.get(name) for name in ("event", "time", "why")}
-
-
-def _events(lines: list[bytes]) -> list[dict[str, Any]]:
-    events = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
-
-
 def _end(file: Path, size: int, *, live: bool) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Return the last step, the last evaluation and the last events (more for a live run, to see its pace).
 
@@ -233,8 +215,11 @@ def _end(file: Path, size: int, *, live: bool) -> tuple[dict[str, Any], dict[str
         steps, evaluated = ([line for line in lines if line.startswith(kind)][-1:] for kind in (_OF_STEP, _OF_EVAL))
         if start == 0 or steps:
             break
-    step, score = (next(iter(_events(found)), {}) for found in (steps, evaluated))
-    return step, score, _events(lines[-MOST_EVENTS if live else -1 :])
+    step, score, last = (
+        [event for line in part if (event := parse_event(line)) is not None]
+        for part in (steps, evaluated, lines[-MOST_EVENTS if live else -1 :])
+    )
+    return step[0] if step else {}, score[0] if score else {}, last
 
 
 def _curve(file: Path, size: int) -> list[tuple[int, float]]:
@@ -243,7 +228,7 @@ def _curve(file: Path, size: int) -> list[tuple[int, float]]:
         found = _STEP.findall(read_bytes(file, 0, WHOLE_BYTES))
     else:
         starts = [place * (size - PLACE_BYTES) // (PLACES - 1) for place in range(PLACES)]
-        found = [match.groups() for part in read_places(file, starts, PLACE_BYTES) if (match := _STEP.search(part))]
+        found = [match.groups() for part in read_chunks(file, starts, PLACE_BYTES) if (match := _STEP.search(part))]
     points = sorted({int(step): float(loss) for step, loss in found}.items())
     if len(points) > 2 * PARTS:
         low, high = points[0][0], points[-1][0]
@@ -264,7 +249,7 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
     folder = RunFolder(Path(row["path"]))
     report, lock, newest = read_json(folder.report), read_json(folder.lock), history.newest
     data, start = newest.get("data") or {}, newest.get("start") or {}
-    files = sizes(folder.path)
+    files = file_sizes(folder.path)
     adapter = [size for name, size in files if name.startswith("adapter/")]
     return {
         **row,
@@ -272,7 +257,7 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
         "machine": (newest.get("machine") or {}).get("lines") or [],
         "engine": {"name": start.get("engine"), "why": start.get("why")} if start else None,
         "parameters": start.get("parameters"),
-        "data_report": _shortened_data_report(data.get("report") or report.get("data_report")),
+        "data_report": limit_rows(data.get("report") or report.get("data_report"), MOST_PLACES),
         "notes": history.notes,
         "memory": _memory(report, newest.get("rehearsal") or {}),
         "checkpoints": _checkpoints(files, report),
@@ -306,18 +291,6 @@ def with_axis_positions(history: History, marks: list[dict[str, Any]]) -> list[d
     ]
 
 
-def _shortened_data_report(report: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the data report with bounded lists."""
-    if report is None:
-        return None
-    result = dict(report)
-    for name in ("dropped", "cut"):
-        rows = result.get(name)
-        if isinstance(rows, list) and len(rows) > MOST_PLACES:
-            result |= {name: rows[:MOST_PLACES], f"{name}_left_out": len(rows) - MOST_PLACES}
-    return result
-
-
 def _memory(report: dict[str, Any], dry_run: dict[str, Any]) -> dict[str, Any]:
     """Return predicted and measured memory; before a run ends, from the dry run."""
     result = report.get("memory") or {}
@@ -331,20 +304,17 @@ def _memory(report: dict[str, Any], dry_run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoints(files: list[tuple[str, int]], report: dict[str, Any]) -> list[dict[str, Any]]:
-    found: dict[int, int] = {}
+    totals: Counter[int] = Counter()
     for name, size in files:
-        parts = Path(name).parts
-        if len(parts) > 2 and parts[0] == "checkpoints" and parts[1].startswith("step-") and parts[1][5:].isdigit():
-            found[int(parts[1][5:])] = found.get(int(parts[1][5:]), 0) + size
-    return [
-        {"step": step, "bytes": size, "best": step == report.get("adapter_step")}
-        for step, size in sorted(found.items())
-    ]
+        if match := re.match(r"checkpoints/step-(\d+)/", name):
+            totals[int(match[1])] += size
+    best = report.get("adapter_step")
+    return [{"step": step, "bytes": size, "best": step == best} for step, size in sorted(totals.items())]
 
 
 def contents(folder: Path) -> dict[str, Any]:
     """Return the files that deleting a run removes."""
-    files = sizes(folder)
+    files = file_sizes(folder)
     return {
         "name": folder.name, "path": str(folder), "bytes": sum(size for _, size in files), "num_files": len(files),
         "files": [{"path": name, "bytes": size} for name, size in files[:MOST_FILES]],
@@ -352,9 +322,8 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 State = Literal["running", "stalled", "stopped", "crashed", "finished"]
-LEAST_STALLED_S = (
-    120.0  # seconds without events, and GAPS times the usual interval, after which a run counts as stalled
-)
+# seconds without events, and GAPS times the usual interval, after which a run counts as stalled
+LEAST_STALLED_S = 120.0
 LOADING_STALLED_S = 1800.0  # before the first step, when a model may be downloading
 BUSY_STALLED_S = 1800.0  # while the process is busy: an evaluation is one event
 GAPS, LONGEST_GAPS = 20, 5
@@ -397,9 +366,8 @@ def run_status(
 
     events: the last events. holder: id of the live process that owns the folder. heartbeat: Unix time in seconds.
     """
-    kinds = [str(event.get("event")) for event in events]
     if holder is not None:
-        return _live(events, kinds, holder, heartbeat, watch)
+        return _live_status(events, holder, heartbeat, watch)
     if report.get("exit") == 0 and report.get("ended") != "time":
         ended = {"patience": "early stopping"}.get(str(report.get("ended")), "")
         return RunStatus("finished", ended, None)
@@ -412,7 +380,8 @@ def run_status(
     return RunStatus("crashed", "the process ended without a reason", None)
 
 
-def _live(events: list[dict[str, Any]], kinds: list[str], holder: int, heartbeat: float, watch: CpuUsage) -> RunStatus:
+def _live_status(events: list[dict[str, Any]], holder: int, heartbeat: float, watch: CpuUsage) -> RunStatus:
+    kinds = [event.get("event") for event in events]
     began = max((place for place, kind in enumerate(kinds) if kind == "machine"), default=-1)
     here = kinds[began + 1 :]
     phase = "training" if "step" in here or "start" in here else "loading" if kinds else "preparing"
@@ -432,8 +401,5 @@ def _live(events: list[dict[str, Any]], kinds: list[str], holder: int, heartbeat
     if age <= limit:
         return RunStatus("running", "", phase)
     busy = "" if share is None else f"; the process uses {share:.0%} of a core"
-    return RunStatus("stalled", f"no event for {_length(age)}{busy}", phase)
-
-
-def _length(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    length = f"{age:.0f} s" if age < 120 else f"{age / 60:.0f} min"
+    return RunStatus("stalled", f"no event for {length}{busy}", phase)

@@ -17,6 +17,9 @@ from strop.dash.jobs import TOKEN_VARIABLE
 from strop.errors import InputError, RunError, StropError, Where
 from strop.runs.child_env import safe_path_env
 
+IDLE_S = 600.0
+LONGEST_LINE = 256 << 20
+
 
 def main() -> None:
     """Serve the methods of `plan` or `data`, as given on the command line."""
@@ -24,10 +27,10 @@ def main() -> None:
     os.dup2(2, 1)  # keep output printed by libraries out of the protocol
     methods = _methods(sys.argv[1])
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         result: dict[str, Any]
         try:
-            result = {"result": methods[asked["method"]](**asked["parameters"])}
+            result = {"result": methods[request["method"]](**request["parameters"])}
         except StropError as error:
             result = {"error": error.as_json(), "exit": error.exit_code}
         except Exception as error:  # a bug in strop or a library must not end the worker
@@ -40,20 +43,12 @@ def main() -> None:
 
 def _methods(kind: str) -> dict[str, Callable[..., Any]]:
     if kind == "data":
-        from strop.dash.data_reader import DataReader
+        from strop.dash.previews import DataReader
 
         return {"rows": DataReader().rows}
-    from strop.dash.planner import Planner, schema
+    from strop.dash.previews import Planner, schema
 
     return {"plan": Planner().plan, "schema": schema}
-
-
-if __name__ == "__main__":
-    main()
-
-
-IDLE_S = 600.0
-LONGEST_LINE = 256 << 20
 
 
 class Worker:
@@ -61,13 +56,13 @@ class Worker:
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._idle: asyncio.TimerHandle | None = None
 
     async def ask(self, method: str, **parameters: Any) -> Any:
         """Return the result of a method. Raises InputError as the CLI does, RunError if the worker failed."""
-        async with self._turn:
+        async with self._lock:
             if self._idle is not None:
                 self._idle.cancel()
             process = self._process
@@ -75,13 +70,12 @@ class Worker:
                 process = self._process = await self._start()
             assert process.stdin is not None and process.stdout is not None
             line = json.dumps({"method": method, "parameters": parameters}) + "\n"
-            answer = b""
             try:
                 process.stdin.write(line.encode())
                 await process.stdin.drain()
                 answer = await process.stdout.readline()
             except (ConnectionError, ValueError):  # it has ended, or its answer is too long
-                pass
+                answer = b""
             except asyncio.CancelledError:  # otherwise the next request would read this answer
                 self.end()
                 raise
@@ -112,3 +106,7 @@ def _error(result: dict[str, Any]) -> StropError:
     error = result["error"]
     kind: type[StropError] = InputError if result["exit"] == InputError.exit_code else RunError
     return kind(error["message"], fix=error["fix"], where=[Where(**place) for place in error["where"]])
+
+
+if __name__ == "__main__":
+    main()

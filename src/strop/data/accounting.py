@@ -45,44 +45,28 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The account of a data set.
+    """The account of a data set."""
 
-    Attributes:
-        rows: counts of rows read, used, truncated, split, dropped; read is the sum of the other four.
-        by_reason: number of dropped rows by reason code.
-        dropped: {file, line, reason, what} of each dropped row.
-        tokens: tokens of the examples.
-        stop_token: rows whose last supervised token is a stop token, and their share of the rows not dropped.
-        duplicates: within (rows beyond the first with equal content), across (evaluation rows that are also training
-            rows), prompts (evaluation rows whose prompt is also in training rows).
-        padding: shares of padding in batches of 8 rows in file order, and in packs of max_length tokens.
-        formats: format by file.
-        warnings: sentences on unusual rows.
-        template: sentences on how the chat template is used.
-        held_out: rows used for evaluation instead of training.
-        refusal: why a run would refuse the data.
-        eval: the account of the evaluation rows.
-        answers: for pairs {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy}, where the last is
-            the accuracy of the better rule of "longer is better" and "shorter is better"; for judged answers
-            {desirable, undesirable, and their mean tokens}; for prompts {prompts, right_answers}.
-        cut: {how, file, line, what} of each row that was truncated or split.
-    """
-
-    rows: dict[str, int]
-    by_reason: dict[str, int]
-    dropped: list[dict[str, Any]]
+    rows: dict[str, int]  # read, used, truncated, split, dropped; read is the sum of the other four
+    by_reason: dict[str, int]  # number of dropped rows by reason code
+    dropped: list[dict[str, Any]]  # {file, line, reason, what} of each dropped row
     tokens: TokenCounts
-    stop_token: dict[str, float]
+    stop_token: dict[str, float]  # rows whose last supervised token is a stop token; share of the rows not dropped
+    # within: rows beyond the first with equal content; across: evaluation rows that are also training rows; prompts:
+    # evaluation rows whose prompt is also in training rows
     duplicates: dict[str, int]
-    padding: dict[str, float]
-    formats: dict[str, str]
-    warnings: list[str]
-    template: list[str]
-    held_out: int = 0
-    refusal: DataError | None = None
-    eval: DataReport | None = None
+    padding: dict[str, float]  # shares in batches of 8 rows in file order, and in packs of max_length tokens
+    formats: dict[str, str]  # by file
+    warnings: list[str]  # sentences on unusual rows
+    template: list[str]  # sentences on how the chat template is used
+    held_out: int = 0  # rows used for evaluation instead of training
+    refusal: DataError | None = None  # why a run would refuse the data
+    eval: DataReport | None = None  # the account of the evaluation rows
+    # pairs: {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy (of the better rule of "longer is
+    # better" and "shorter is better")}; labels: {desirable, undesirable, and their mean tokens}; prompts: {prompts,
+    # right_answers}
     answers: dict[str, Any] = field(default_factory=dict)
-    cut: list[dict[str, Any]] = field(default_factory=list)
+    cut: list[dict[str, Any]] = field(default_factory=list)  # {how, file, line, what} of rows truncated or split
 
     @property
     def would_refuse(self) -> bool:
@@ -101,17 +85,14 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of a store that are used for `role` by an objective of `data_kind`, and their examples.
-
-    shared: the rows that were not used are reported with another selection of the same store.
-    """
+    """The rows of a store that are used for `role` by an objective of `data_kind`, and their examples."""
 
     store: Store
     examples: Examples
     rows: Indices
     role: Literal["training", "evaluation"]
     data_kind: DataKind = "turns"
-    shared: bool = False
+    shared: bool = False  # the rows that were not used are reported with another selection of the same store
 
 
 def build_report(data: DataSection, renderer: Renderer, selection: Selection) -> DataReport:
@@ -119,9 +100,8 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
     store, examples, rows, role = selection.store, selection.examples, selection.rows, selection.role
     facts = store.facts
     if selection.shared:
-        errors = []
         counts = {"read": len(rows), "used": len(rows), "truncated": 0, "split": 0, "dropped": 0}
-        num_kept, num_stops, warnings, cut = len(rows), _count_stops(selection, renderer), [], []
+        num_kept, num_stops, errors, warnings, cut = len(rows), _count_stops(selection, renderer), [], [], []
     else:
         errors = [RowError(code, Where(*where)) for code, *where in facts["faults"]]
         outcomes = {name: int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split", "dropped")}
@@ -143,8 +123,8 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         rows=counts,
         by_reason=dict(Counter(error.code for error in errors).most_common()),
         dropped=[
-            {"file": where.file, "line": where.line, "reason": code, "what": where.what}
-            for code, where in ((error.code, error.where) for error in errors)
+            {"file": error.where.file, "line": error.where.line, "reason": error.code, "what": error.where.what}
+            for error in errors
         ],
         cut=cut,
         tokens=TokenCounts.of(examples.lengths, examples.supervised),
@@ -153,7 +133,7 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         padding=_padding(examples.lengths, data.max_length),
         formats=facts["formats"],
         warnings=warnings,
-        template=renderer.describe_template(facts["thinking"], facts["chats"]) if facts["chats"] else [],
+        template=[*renderer.chat.describe(facts["thinking"], facts["chats"])] if facts["chats"] else [],
         refusal=refusal,
         answers=_answer_statistics(selection) if refusal is None and selection.data_kind != "turns" else {},
     )
@@ -179,17 +159,16 @@ def _count_stops(selection: Selection, renderer: Renderer) -> int:
 
 
 def _answer_statistics(selection: Selection) -> dict[str, Any]:
-    """Return DataReport.answers."""
-    supervised, judged = selection.examples.supervised, selection.examples.judged
+    supervised, labels = selection.examples.supervised, selection.examples.labels
     if selection.data_kind == "prompts":
-        answered = selection.store.row_records["answered"][selection.rows]
-        return {"prompts": len(selection.rows), "right_answers": int(answered.sum())}
+        has_answer = selection.store.row_records["has_answer"][selection.rows]
+        return {"prompts": len(selection.rows), "right_answers": int(has_answer.sum())}
     if selection.data_kind == "labels":
         return {
-            "desirable": int((judged == 1).sum()),
-            "undesirable": int((judged == 0).sum()),
-            "desirable_tokens": _mean(supervised[judged == 1]),
-            "undesirable_tokens": _mean(supervised[judged == 0]),
+            "desirable": int((labels == 1).sum()),
+            "undesirable": int((labels == 0).sum()),
+            "desirable_tokens": _mean(supervised[labels == 1]),
+            "undesirable_tokens": _mean(supervised[labels == 0]),
         }
     chosen, rejected = supervised[0::2], supervised[1::2]
     longer, equal = float((chosen > rejected).mean()), float((chosen == rejected).mean())
@@ -221,9 +200,6 @@ def _padding(lengths: Indices, max_length: int) -> dict[str, float]:
     packs = pack(lengths.tolist(), max(max_length, int(lengths.max())))
     packed = 1 - tokens / (len(packs) * max(int(lengths[group].sum()) for group in packs))
     return {"batched": batched, "packed": packed, "saved": max(0.0, batched - packed)}
-
-
-# --- warnings ------------------------------------------------------------------------------------------------------
 
 
 def find_row_warnings(
@@ -282,13 +258,10 @@ def _label_warnings(selection: Selection) -> list[str]:
 
 def _single_label(selection: Selection) -> str | None:
     """Return a sentence if all answers have the same label."""
-    labels = set(selection.examples.judged.tolist())
+    labels = set(selection.examples.labels.tolist())
     if selection.data_kind != "labels" or labels not in ({0}, {1}):
         return None
     return f"all {selection.role} rows are labelled {'good' if labels == {1} else 'bad'}"
-
-
-# --- refusals ------------------------------------------------------------------------------------------------------
 
 
 def _refusal(
@@ -298,13 +271,11 @@ def _refusal(
     facts, role, num_read = selection.store.facts, selection.role, counts["read"]
     if wrong_kind := _wrong_kind(facts, selection.data_kind):
         return wrong_kind
-    too_long = [error for error in errors if error.code == TOO_LONG]
+    too_long = [error.where for error in errors if error.code == TOO_LONG]
     invalid = [error for error in errors if error.code != TOO_LONG]
-    long_places = [error.where for error in too_long]
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
-    long_fix = (
-        f"--data.max_length {facts['longest']}, or choose --data.overlong {allowed_overlong(selection.data_kind)}"
-    )
+    choices = allowed_overlong(selection.data_kind)
+    long_fix = f"--data.max_length {facts['longest']}, or choose --data.overlong {choices}"
     refuse_long = bool(too_long) and data.overlong == "refuse"
     if invalid and data.bad_rows == "refuse":
         codes = {error.code for error in invalid}
@@ -316,13 +287,13 @@ def _refusal(
             where=[error.where for error in (errors if refuse_long else invalid)],
         )
     if refuse_long:
-        return DataError(long_message, fix=long_fix, where=long_places)
+        return DataError(long_message, fix=long_fix, where=too_long)
     too_many_lost = len(too_long) > MAX_LOST_SHARE * num_read
     if too_long and data.overlong != "drop" and too_many_lost and data.bad_rows == "refuse":
         return DataError(
             f"{len(too_long)} of {num_read} {role} rows cannot be shortened to data.max_length {data.max_length}",
             fix="raise --data.max_length, or leave such rows out with --data.overlong drop",
-            where=long_places,
+            where=too_long,
         )
     if not len(selection.rows):
         where, fix = [error.where for error in errors], "give more rows"

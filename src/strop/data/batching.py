@@ -12,43 +12,26 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one optimizer step.
+    """The rows of one optimizer step."""
 
-    rows: indices of rows. epoch: from 0. index: the step, from 0, over all epochs. position: the state of the stream
-    after this batch (`BatchStream.position`).
-    """
-
-    rows: tuple[int, ...]
+    rows: tuple[int, ...]  # indices
     epoch: int
-    index: int
-    position: dict[str, int]
+    index: int  # the step, from 0, over all epochs
+    position: dict[str, int]  # of the stream after this batch
 
 
 class BatchStream:
     """Batches of row indices, each row once an epoch, in an order that depends only on (seed, epoch).
 
     The stream ends after `max_steps`, or else after `epochs`. A fraction of an epoch, such as 0.5, counts in whole
-    batches, rounded up. The last batch of an epoch may be smaller; it is never dropped.
-
-    Args:
-        num_rows: number of rows.
-        batch_size: rows in a batch.
-        seed: seed of the order.
-        epochs: number of epochs.
-        max_steps: number of batches, instead of `epochs`.
-        position: `position` of a batch of a stream with the same arguments; the stream continues after that batch.
+    batches, rounded up. The last batch of an epoch may be smaller; it is never dropped. With the `position` of a batch
+    of a stream with the same arguments, the stream continues after that batch.
     """
 
     def __init__(
-        self,
-        num_rows: int,
-        *,
-        batch_size: int,
-        seed: int,
-        epochs: float = 1.0,
-        max_steps: int | None = None,
+        self, num_rows: int, *, batch_size: int, seed: int, epochs: float = 1.0, max_steps: int | None = None,
         position: Mapping[str, int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         assert num_rows > 0 and batch_size > 0, "a stream needs rows"
         self.num_rows = num_rows
         self.batch_size = batch_size
@@ -64,7 +47,6 @@ class BatchStream:
 
     @property
     def position(self) -> dict[str, int]:
-        """The state of the stream, as JSON values."""
         return self.position_of(self._next)
 
     def order(self, epoch: int) -> list[int]:
@@ -89,7 +71,6 @@ class BatchStream:
             yield Batch(self._rows(order, step), epoch, step, self.position)
 
     def rows(self, step: int) -> tuple[int, ...]:
-        """Return the rows of any step."""
         return self._rows(self.order(step // self.steps_per_epoch), step)
 
     def position_of(self, step: int) -> dict[str, int]:

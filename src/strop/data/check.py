@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,18 @@ from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.prepare import Judgements, Prepared, decide_outcome, find_contradiction, renderer_for, split_pair
 from strop.data.reading import sources
-from strop.data.rendering.pairs import render_pairs, render_prompts
-from strop.data.rendering.render import Renderer
+from strop.data.rendering.render import Renderer, render_pairs, render_prompts
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
-from strop.data.types import JUDGED, Conversation, DataKind, Example, Message, Row
+from strop.data.types import JUDGED, Conversation, DataKind, Example, Row
 from strop.errors import MAX_SHOWN_PLACES, DataError, FolderError
 
 SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
 
 
-# --- the report --------------------------------------------------------------------------------------------------
-
-
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """Print the account of the data. report: DataReport.as_json()."""
+    """Print DataReport.as_json()."""
     _print_part("train", report, console)
     if report["eval"] is not None:
         _print_part("eval", report["eval"], console)
@@ -68,13 +65,11 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
         console.print(f"  ... and {len(report['dropped']) - MAX_SHOWN_PLACES:,} more", style="red", highlight=False)
     for warning in report["warnings"]:
         console.print(Text(f"warning: {_escape(warning)}", style="yellow"))
-    if report["refusal"] is not None:
-        refusal = report["refusal"]
+    if refusal := report["refusal"]:
         console.print(Text(f"a run would refuse this: {refusal['message']}: {refusal['fix']}", style="bold red"))
 
 
 def _answers_sentence(answers: Mapping[str, Any]) -> str:
-    """Summarize DataReport.answers in a sentence."""
     if "prompts" in answers:
         return f"{answers['prompts']:,} prompts, {answers['right_answers']:,} of them with a reference answer"
     if "pairs" not in answers:
@@ -94,11 +89,8 @@ def _answers_sentence(answers: Mapping[str, Any]) -> str:
 
 def print_examples(prepared: Prepared, num_rows: int, console: Console, *, ids: bool = False) -> None:
     """Print the first rows as tokens: supervised ones green in ⟦ ⟧, stop tokens reversed, white space visible."""
-    console.print(
-        Text.assemble(
-            ("context", CONTEXT), "  ", ("⟦supervised⟧", SUPERVISED), "  ", ("stop token", STOP), "  · blank  ↵ newline"
-        )
-    )
+    marks = ("⟦supervised⟧", SUPERVISED), "  ", ("stop token", STOP), "  · blank  ↵ newline"
+    console.print(Text.assemble(("context", CONTEXT), "  ", *marks))
     for example in prepared.train[:num_rows]:
         counts = f"{len(example):,} tokens, {example.supervised:,} supervised"
         console.rule(Text(f"{example.file}:{example.line}  {counts}"), align="left")
@@ -152,8 +144,6 @@ def _escape(text: str) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """A change that `write_cleaned_copy` made to a row."""
-
     file: str
     line: int | None
     change: str
@@ -164,20 +154,8 @@ def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: 
 
     Rows are written as `messages`, `text`, `chosen` and `rejected`, or `prompt`, with `label` for judged answers, and
     with the standard names of roles and columns. Rows that are invalid, repeated, or too long for data.overlong are
-    dropped.
-
-    Args:
-        data: the data section.
-        tokenizer: as for `prepare`.
-        out: a new file.
-        data_kind: as for `prepare`.
-
-    Returns:
-        The changes, in order of file and line.
-
-    Raises:
-        FolderError: `out` exists or cannot be written.
-        DataError, ModelError: as for `prepare`; DataError also if the files have rows of several formats.
+    dropped. Returns the changes, in order of file and line. Raises the errors of `prepare`, DataError also for rows of
+    several formats, and FolderError if `out` exists or cannot be written.
     """
     log = out.parent / f"{out.name}.changes.jsonl"
     for path in (out, log):
@@ -201,25 +179,22 @@ def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: 
 
 
 def _cleaned_lines(data: DataSection, renderer: Renderer, changes: list[Change], data_kind: DataKind) -> Iterator[str]:
-    """Yield the lines of the cleaned copy, and append to `changes`."""
     bad: list[RowError] = []
     current: list[Row] = []
 
-    def rows() -> Iterator[Row]:
-        documents = data.format == formats.DOCUMENT
-        for row in sources.read_rows(
-            data.train, encoding=data.encoding, columns=data.columns, bad=bad, documents=documents
-        ):
-            current[:] = [row]
-            yield row
+    def remember(row: Row) -> Row:
+        current[:] = [row]
+        return row
 
-    reader = formats.conversations(
-        rows(), format=data.format, columns=data.columns, bad=bad, answerless=data_kind == "prompts"
+    documents, columns = data.format == formats.DOCUMENT, data.columns
+    rows = sources.read_rows(data.train, encoding=data.encoding, columns=columns, bad=bad, documents=documents)
+    reader = formats.ConversationReader(
+        map(remember, rows), format=data.format, columns=columns, bad=bad, answerless=data_kind == "prompts"
     )
     render = render_prompts if data_kind == "prompts" else render_pairs
     judgements: Judgements = {}
     seen: dict[int, str] = {}  # hash of a conversation -> its place
-    columns: set[str] = set()  # of each row of the copy
+    names: set[str] = set()  # the columns of the copy
     for conversation in map(renderer.separate_reasoning, reader):
         file, line = conversation.file, conversation.line
         [(_, rendered)] = render(renderer, [conversation])
@@ -231,7 +206,7 @@ def _cleaned_lines(data: DataSection, renderer: Renderer, changes: list[Change],
         if data_kind in JUDGED:
             parts = split_pair(conversation) if data_kind == "labels" else (conversation,)
             part_examples = [examples] if len(parts) == 1 else [[example] for example in examples]
-            checks = (find_contradiction(*part, judgements) for part in zip(parts, part_examples, strict=True))
+            checks = map(find_contradiction, parts, part_examples, repeat(judgements))
             if contradicted := next(filter(None, checks), None):
                 changes.append(Change(file, line, f"dropped: contradicts {contradicted[0]}:{contradicted[1]}"))
                 continue
@@ -241,37 +216,29 @@ def _cleaned_lines(data: DataSection, renderer: Renderer, changes: list[Change],
             continue
         seen[key] = f"{file}:{line}"
         value = _cleaned_row(conversation, as_prompt=data_kind == "prompts" and reader.formats[file] == "prompt")
-        names = {*value} - {"tools"}
-        if names != (columns := columns or names):
+        row_names = {*value} - {"tools"}
+        if row_names != (names := names or row_names):
             raise DataError(
-                f"{file}:{line} is written with {', '.join(sorted(names))}, rows before it with "
-                f"{', '.join(sorted(columns))}: a file must have rows of one format",
+                f"{file}:{line} is written with {', '.join(sorted(row_names))}, rows before it with "
+                f"{', '.join(sorted(names))}: a file must have rows of one format",
                 fix="clean each file separately, into a separate copy",
             )
         if value != current[0].value:
             changes.append(Change(file, line, _describe_change(current[0].value, conversation, reader.formats[file])))
         yield json.dumps(value, ensure_ascii=False)
-    changes += [Change(where.file, where.line, f"dropped: {where.what}") for where in (error.where for error in bad)]
+    changes += [Change(error.where.file, error.where.line, f"dropped: {error.where.what}") for error in bad]
 
 
 def _cleaned_row(conversation: Conversation, *, as_prompt: bool) -> dict[str, Any]:
     if conversation.text is not None:
         return {"text": conversation.text}
     name = "prompt" if as_prompt else "chosen" if conversation.rejected else "messages"
-    value: dict[str, Any] = {name: _turns(conversation.messages)}
+    value: dict[str, Any] = {name: [*map(message_json, conversation.messages)]}
     if conversation.rejected:
-        value["rejected"] = _turns(conversation.rejected)
+        value["rejected"] = [*map(message_json, conversation.rejected)]
     if conversation.desirable is not None:
         value["label"] = conversation.desirable
     return {**value, "tools": list(conversation.tools)} if conversation.tools else value
-
-
-def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    turns = [message_json(message) for message in messages]
-    for turn in turns:
-        if "tool_calls" in turn:
-            turn["tool_calls"] = list(turn["tool_calls"])
-    return turns
 
 
 def _describe_change(value: dict[str, Any], conversation: Conversation, format: str) -> str:

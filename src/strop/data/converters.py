@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 from strop.data.reading.json_reader import JsonError, loads
@@ -28,7 +28,7 @@ METADATA = frozenset(
     {
         *("id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name"),
         *("date", "timestamp", "created", "lang", "language", "license", "meta", "metadata", "model", "author"),
-        *("version",),
+        "version",
     }
 )
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and keys of a message
@@ -60,10 +60,7 @@ def messages(value: Value, keys: Keys) -> list[ParsedRow]:
 
 
 def _exchange_turns(exchange: dict[str, Any], at: str) -> list[dict[str, Any]]:
-    """Return the turns of {"human": ..., "assistant": ...}, the system's first.
-
-    Raises InvalidRow for other content, which would be lost.
-    """
+    """Return the turns of {"human": ..., "assistant": ...}, the system's first. Other content is an error."""
     turns = []
     for key, content in exchange.items():
         if key.lower() in ROLES:
@@ -231,7 +228,6 @@ def _tools(value: Value) -> tuple[dict[str, Any], ...]:
 
 
 def _parse_json(raw: Any, code: str, at: str) -> Any:
-    """Parse a string as JSON; return other values unchanged."""
     if not isinstance(raw, str):
         return raw
     try:
@@ -258,7 +254,6 @@ def columns(value: Value, keys: Keys) -> list[ParsedRow]:
 
 
 def _as_context(turns: list[Message]) -> list[Message]:
-    """Exclude assistant turns from the loss."""
     return [replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in turns]
 
 
@@ -276,7 +271,6 @@ def alpaca(value: Value, keys: Keys) -> list[ParsedRow]:
 
 
 def _history(value: Value) -> list[Message]:
-    """Return the turns of `history`, a list of [prompt, answer]."""
     turns: list[Message] = []
     history = value.get("history") or []
     if not isinstance(history, list):
@@ -319,12 +313,11 @@ def prompt_alone(value: Value, keys: Keys) -> list[ParsedRow]:
 
 
 def is_prompt_alone(value: Value, keys: Keys) -> bool:
-    """Return whether a row has no answer on purpose: a null column may be a missing answer."""
+    """Return whether a row has no answer on purpose; a null column may be a missing answer."""
     return all(item is not None for item in value.values())
 
 
 def text(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert raw text."""
     content = _text(value, "text")
     if not content.strip():
         raise InvalidRow("empty-text", "the text is empty")
@@ -345,7 +338,6 @@ def _optional_text(value: Value, key: str) -> str:
 
 
 def type_name(value: Any) -> str:
-    """Return the type of a value, as messages name it."""
     if value is None:
         return "null"
     number = "a number"
@@ -358,11 +350,7 @@ def type_name(value: Any) -> str:
 # Values of a label, case-insensitive. Numbers count only in a column that can have no other meaning.
 GOOD = frozenset({"true", "up", "thumbs_up", "good", "desirable", "chosen", "\N{THUMBS UP SIGN}", "+1"})
 BAD = frozenset({"false", "down", "thumbs_down", "bad", "undesirable", "rejected", "\N{THUMBS DOWN SIGN}", "-1"})
-RANKED: tuple[Keys, ...] = tuple(
-    (prompt, answers, "scores")
-    for prompt in ("prompt", "question")
-    for answers in ("answers", "responses", "completions")
-)
+RANKED: tuple[Keys, ...] = tuple(product(("prompt", "question"), ("answers", "responses", "completions"), ("scores",)))
 LABELS = ("label", "kto_tag", "thumbs")
 _CONTEXT_KEYS = ("messages", "conversation")  # the prompt only if the answers do not include it
 _PROMPT_KEYS = ("conversations", "prompt", "question", "instruction", *_CONTEXT_KEYS)
@@ -457,10 +445,7 @@ def _is_whole_conversation(answer: Any) -> bool:
 
 
 def _with_prompt(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """Prepend the prompt, unless the side repeats it, as in many data sets (maybe after a system text).
-
-    Raises InvalidRow if the side has another prompt.
-    """
+    """Prepend the prompt, unless the side repeats it, as in many data sets (maybe after a system text)."""
     num_system = 1 if side and side[0].role == "system" and (not prompt or prompt[0].role != "system") else 0
     dialogue = side[num_system:]
     if _stripped(dialogue[: len(prompt)]) == _stripped(prompt):
@@ -484,7 +469,6 @@ def _pair(chosen: list[Message], rejected: list[Message], value: Value) -> Parse
 
 
 def _answered_prompt(side: Sequence[Message], num_prompt: int, value: Value) -> ParsedRow:
-    """Return one side, whose first `num_prompt` turns are the prompt."""
     if len(side) == num_prompt or side[num_prompt].role != "assistant":
         raise InvalidRow("prompts-differ", "chosen and rejected do not answer the same prompt")
     return parsed_row([*_as_context([*side[:num_prompt]]), *_check_weights(side[num_prompt:])], value)

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from strop.data import converters
@@ -22,27 +23,16 @@ from strop.errors import DataError, Where, nearest
 
 @dataclass(frozen=True)
 class Format:
-    """A shape of rows.
+    """A shape of rows."""
 
-    Attributes:
-        name: value of data.format.
-        keys: alternatives; a row has all columns of one of them.
-        optional: further columns that `convert` reads.
-        convert: converts a row.
-        what: description for the documentation.
-        example: a row, for the documentation and a test.
-        exact: whether other columns that may have content make the format unclear (`text` next to `summary`).
-        fits: whether the values fit the format, if column names alone do not decide.
-    """
-
-    name: str
-    keys: tuple[Keys, ...]
-    optional: Keys
+    name: str  # value of data.format
+    keys: tuple[Keys, ...]  # alternatives; a row has all columns of one of them
+    optional: Keys  # further columns that `convert` reads
     convert: Callable[[Value, Keys], list[ParsedRow]]
-    what: str
-    example: dict[str, Any]
-    exact: bool = False
-    fits: Callable[[Value, Keys], bool] | None = None
+    what: str  # description for the documentation
+    example: dict[str, Any]  # a row, for the documentation and a test
+    exact: bool = False  # other columns that may have content make the format unclear (`text` next to `summary`)
+    fits: Callable[[Value, Keys], bool] | None = None  # if column names alone do not decide
 
     def matching_keys(self, columns: Iterable[str]) -> Keys | None:
         """Return the first of `keys` whose columns are all in `columns`."""
@@ -60,10 +50,8 @@ FORMATS: dict[str, Format] = {
         Format(
             "preference",
             (
-                ("chosen", "rejected"),
-                ("chosen_messages", "rejected_messages"),
-                ("messages", "rejected_messages"),
-                ("messages", "rejected_response"),
+                *(("chosen", "rejected"), ("chosen_messages", "rejected_messages")),
+                *(("messages", "rejected_messages"), ("messages", "rejected_response")),
             ),
             (
                 *("prompt", "question", "instruction", "input", "messages", "conversation", "conversations"),
@@ -176,9 +164,8 @@ _TOPICS = frozenset({"category", "subject", "topic", "domain", "difficulty", "le
 
 def detect_format(value: Value) -> str | None:
     """Return the name of the format that a row has, or None. A null column counts as absent."""
-    present = _present_columns(value)
     for entry in FORMATS.values():
-        keys = entry.matching_keys(present)
+        keys = entry.matching_keys(_present_columns(value))
         fits = keys is not None and (entry.fits is None or entry.fits(value, keys))
         if fits and not (entry.exact and _ambiguous_columns(value, entry)):
             return entry.name
@@ -193,38 +180,27 @@ def _ambiguous_columns(value: Value, entry: Format) -> list[str]:
     """Return the columns that may have content and that the format would leave out."""
     used = {*(entry.matching_keys(value) or ()), *entry.optional} | METADATA
     used |= _TOPICS if entry.name != "text" else set()
-    return [
-        key
-        for key, item in value.items()
-        if key.lower() not in used
-        and not key.lower().endswith("_id")
-        and isinstance(item, bool | str | list | dict)
-        and item != ""
-    ]
+    columns = [key for key, item in value.items() if isinstance(item, bool | str | list | dict) and item != ""]
+    return [key for key in columns if key.lower() not in used and not key.lower().endswith("_id")]
 
 
 class ConversationReader(Iterator[Conversation]):
-    """An iterator over the conversations of rows, with counts of what was read so far.
+    """An iterator over the conversations of rows, in order. A self-instruct or ranking row may give several.
 
-    Attributes:
-        formats: the format of each file.
-        unused: for each column that is not read, the number of rows with it.
-        num_rows: rows read.
-        num_used: rows that gave conversations; the others are in `bad`.
+    format: name of a format, or `auto`. columns: names of a format's columns -> names in the file; no other column is
+    then read. bad: receives the errors of rows. answerless: treat conversations without an answer as prompts.
+
+    Raises DataError for an unknown format or column name, two formats in one file, or a file without a row of known
+    format.
     """
 
     def __init__(
-        self,
-        rows: Iterable[Row],
-        format: str,
-        columns: Mapping[str, str] | None,
-        bad: list[RowError],
-        answerless: bool = False,
-    ) -> None:
-        self.formats: dict[str, str] = {}
-        self.unused: Counter[str] = Counter()
-        self.num_rows = 0
-        self.num_used = 0
+        self, rows: Iterable[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None,
+        bad: list[RowError], answerless: bool = False,
+    ) -> None:  # fmt: skip
+        self.formats: dict[str, str] = {}  # by file
+        self.unused: Counter[str] = Counter()  # for each column that is not read, the number of rows with it
+        self.num_rows = self.num_used = 0  # rows read, and rows that gave conversations; the others are in `bad`
         self._bad = bad
         self._answerless = answerless
         self._columns = columns or {}
@@ -237,28 +213,21 @@ class ConversationReader(Iterator[Conversation]):
         return next(self._conversations)
 
     def _convert_all(self, rows: Iterable[Row]) -> Iterator[Conversation]:
-        file: str | None = None
-        for row in rows:
-            if row.file != file:
-                self._end_file()
-                file = row.file
-            self.num_rows += 1
-            try:
-                parsed_rows = self._convert(row)
-            except InvalidRow as error:
-                self._bad.append(RowError(error.code, Where(row.file, row.line, error.what)))
-                continue
-            self.num_used += 1
-            for parsed in parsed_rows:
-                judged = (parsed.rejected, parsed.desirable)
-                yield Conversation(row.file, row.line, parsed.messages, parsed.tools, parsed.text, *judged)
-        self._end_file()
-
-    def _end_file(self) -> None:
-        if self._first_unknown and not self._first_known:  # no row has a format: an error of the file
-            row = self._first_unknown
-            raise file_error(row.file, f"no format has the columns {_listed(row.value)}", _hint(row.value), row.line)
-        self._first_known = self._first_unknown = None
+        for _, rows_of_file in groupby(rows, lambda row: row.file):
+            self._first_known = self._first_unknown = None
+            for row in rows_of_file:
+                self.num_rows += 1
+                try:
+                    parsed_rows = self._convert(row)
+                except InvalidRow as error:
+                    self._bad.append(RowError(error.code, Where(row.file, row.line, error.what)))
+                    continue
+                self.num_used += 1
+                for parsed in parsed_rows:
+                    yield Conversation(row.file, row.line, **vars(parsed))
+            if (unknown := self._first_unknown) and not self._first_known:  # no row has a format: an error of the file
+                what = f"no format has the columns {_listed(unknown.value)}"
+                raise file_error(unknown.file, what, _hint(unknown.value), unknown.line)
 
     def _convert(self, row: Row) -> list[ParsedRow]:
         value = self._renamed(row.value)
@@ -272,19 +241,16 @@ class ConversationReader(Iterator[Conversation]):
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
             raise InvalidRow("media", what)
-        parsed_rows = self._parse(entry, value, keys)
+        try:
+            parsed_rows = entry.convert(value, keys)
+        except InvalidRow as error:
+            if not self._answerless or error.code != "no-assistant" or entry.convert is not converters.messages:
+                raise
+            parsed_rows = converters.prompt_alone(value, keys)
         turns = (turn for parsed in parsed_rows for turn in (*parsed.messages, *parsed.rejected))
         if any(IMAGE_PLACEHOLDER in turn.content for turn in turns):
             raise InvalidRow("media", f"the text contains {IMAGE_PLACEHOLDER}, but images are not supported")
         return parsed_rows
-
-    def _parse(self, entry: Format, value: Value, keys: Keys) -> list[ParsedRow]:
-        try:
-            return entry.convert(value, keys)
-        except InvalidRow as error:
-            if not self._answerless or error.code != "no-assistant" or entry.convert is not converters.messages:
-                raise
-        return converters.prompt_alone(value, keys)
 
     def _renamed(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
@@ -315,29 +281,6 @@ class ConversationReader(Iterator[Conversation]):
                 where=[Where(row.file, line, f"a row of format {name}") for line, name in places],
             )
         return expected
-
-
-def conversations(
-    rows: Iterable[Row],
-    *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    bad: list[RowError],
-    answerless: bool = False,
-) -> ConversationReader:
-    """Convert rows to conversations, in order. A self-instruct or ranking row may give several.
-
-    Args:
-        rows: rows of one or more files.
-        format: name of a format, or `auto`.
-        columns: names of a format's columns -> names in the file; no other column is then read.
-        bad: receives the errors of rows.
-        answerless: treat conversations without an answer as prompts.
-
-    Raises:
-        DataError: an unknown format or column name, two formats in one file, or a file without a row of known format.
-    """
-    return ConversationReader(rows, format, columns, bad, answerless)
 
 
 def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
@@ -392,15 +335,13 @@ def find_placeholders(text: str) -> list[str]:
 
 def tables() -> str:
     """Return the Markdown tables of docs/data.md: formats, file types, reasons, roles."""
-    roles = [
-        *converters.ROLES.items(),
-        *((name, "assistant; its content is the call, as JSON") for name in converters.CALL_ROLES),
-    ]
+    call = "assistant; its content is the call, as JSON"
+    roles = {**converters.ROLES, **dict.fromkeys(converters.CALL_ROLES, call)}
     blocks: list[tuple[str, list[tuple[str, ...]]]] = [
         ("| format | columns | what | example |", [_table_row(entry) for entry in FORMATS.values()]),
         ("| file type | what |", [(f"`{suffix}`", what) for suffix, (_, what) in TYPES.items()]),
         ("| reason | why the row is not used |", [(f"`{code}`", what) for code, what in REASONS.items()]),
-        ("| role in the file | role |", [(f"`{name}`", role) for name, role in roles]),
+        ("| role in the file | role |", [(f"`{name}`", role) for name, role in roles.items()]),
     ]
     return "\n\n".join(
         "\n".join([head, "|" + "---|" * (head.count("|") - 1), *("| " + " | ".join(cells) + " |" for cells in rows)])

@@ -28,9 +28,9 @@ from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.accounting import DataReport, Selection, build_report, ends_with_stop, find_row_warnings
 from strop.data.reading import sources
-from strop.data.rendering import overlong, pairs
-from strop.data.rendering.render import Renderer
-from strop.data.row_errors import RENDERING_REASONS, TOO_LONG, RenderError, RowError
+from strop.data.rendering import overlong
+from strop.data.rendering.render import Renderer, render_pairs, render_prompts
+from strop.data.row_errors import TOO_LONG, RenderError, RowError
 from strop.data.store import (
     Conversations,
     ExampleGroups,
@@ -53,53 +53,37 @@ Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready to train on. Examples and conversations are read from disk on access.
-
-    Attributes:
-        train, eval: examples, in the order of the files.
-        train_conversations, eval_conversations: the rows they come from.
-        report: the account of the rows.
-        hash: changes with the template, the order of rows, the rows used and their tokens.
-        renderer: renders prompts for inference after training on these rows.
-        train_units, eval_units: the training items of an objective that does not learn from turns; otherwise None.
-    """
+    """Data ready to train on. Examples and conversations are read from disk on access, in the order of the files."""
 
     train: Examples
     train_conversations: Conversations
     eval: Examples | None
     eval_conversations: Conversations | None
     report: DataReport
-    hash: str
-    renderer: Renderer
-    train_items: ExampleGroups | Prompts | None = None
+    hash: str  # changes with the template, the order of rows, the rows used and their tokens
+    renderer: Renderer  # renders prompts for inference after training on these rows
+    train_items: ExampleGroups | Prompts | None = None  # None if the objective learns from turns
     eval_items: ExampleGroups | Prompts | None = None
 
 
 def prepare(
     data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True, data_kind: DataKind = "turns"
 ) -> Prepared:
-    """Read, check, render and store the rows that a recipe names.
+    """Read, check, render and store the rows that a recipe names. tokenizer: a fast transformers tokenizer.
 
-    Args:
-        data: the data section.
-        tokenizer: a fast transformers tokenizer.
-        cache: a folder that keeps tokenized rows by content; None: a temporary folder, deleted with the result.
-        strict: raise the refusal of the report instead of only reporting it.
-        data_kind: what the recipe's objective learns from.
-
-    Raises:
-        DataError: wrong files or options, or rows that `strict` refuses.
-        ModelError: an unusable tokenizer or template.
+    cache: a folder that keeps tokenized rows by content; None: a temporary folder, deleted with the result. strict:
+    raise the refusal of the report instead of only reporting it. Raises DataError, and ModelError for an unusable
+    tokenizer or template.
     """
     renderer = renderer_for(data, tokenizer)
     share = _eval_share(data.eval)
     temporary = None if cache else tempfile.mkdtemp(prefix="strop-data-")
     folder = cache or Path(str(temporary))
     try:
-        train = _build_store(data.train, data, renderer, folder, data_kind, keyed=cache is not None)
-        eval_store = train if share else None
-        if data.eval is not None and not share:
-            eval_store = _build_store(data.eval, data, renderer, folder, data_kind, keyed=cache is not None)
+        keyed = cache is not None
+        build = partial(_build_store, data=data, renderer=renderer, folder=folder, data_kind=data_kind, keyed=keyed)
+        train = build(data.train)
+        eval_store = train if share else build(data.eval) if data.eval is not None else None
         prepared = _assemble(data, renderer, train, eval_store, share, data_kind)
     except BaseException:
         if temporary:
@@ -115,20 +99,15 @@ def prepare(
 
 
 def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
-    """Return the renderer of a recipe's rows. Raises ModelError."""
     return Renderer(
         tokenizer, template=data.template, loss=data.loss, options=data.template_options, reasoning=data.reasoning
     )
 
 
 def _assemble(
-    data: DataSection,
-    renderer: Renderer,
-    train: Store,
-    eval_store: Store | None,
-    share: float | None,
+    data: DataSection, renderer: Renderer, train: Store, eval_store: Store | None, share: float | None,
     data_kind: DataKind,
-) -> Prepared:
+) -> Prepared:  # fmt: skip
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
     eval_rows: Indices = np.zeros(0, np.int64)
     if share:
@@ -137,13 +116,16 @@ def _assemble(
     elif eval_store is not None:
         eval_rows = np.arange(len(eval_store.row_records), dtype=np.int64)
     train_set, conversations = _select(train, rows)
-    eval_set, eval_conversations = _select(eval_store, eval_rows) if eval_store is not None else (None, None)
-    eval_report = None
+    eval_set = eval_conversations = eval_report = None
     report = build_report(data, renderer, Selection(train, train_set, rows, "training", data_kind))
-    if eval_store is not None and eval_set is not None:
+    if eval_store is not None:
+        eval_set, eval_conversations = _select(eval_store, eval_rows)
         selection = Selection(eval_store, eval_set, eval_rows, "evaluation", data_kind, shared=bool(share))
         eval_report = build_report(data, renderer, selection)
-        overlap = _count_overlap(train.row_records[rows], eval_store.row_records[eval_rows])
+        overlap = {  # evaluation rows that are also training rows, and those that share a prompt with one
+            name: int(np.isin(eval_store.row_records[field][eval_rows], train.row_records[field][rows]).sum())
+            for name, field in (("across", "digest"), ("prompts", "prompt"))
+        }
         eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, **overlap})
         across, prompts = overlap["across"], overlap["prompts"]
         warnings = [f"{across} evaluation rows are also training rows"] if across else []
@@ -163,31 +145,22 @@ def _assemble(
             checksum.update(examples.lengths.tobytes() + examples.supervised.tobytes())
     serving_renderer = renderer.for_serving(thinking=train.facts["thinking"], rows=train.facts["chats"])
     checksum.update(serving_renderer.template_hash.encode())
-    units: list[ExampleGroups | Prompts | None] = [None, None]
+    items: list[ExampleGroups | Prompts | None] = [None, None]
     if data_kind != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
         for i, (part, rows_of_part) in enumerate(((train_set, conversations), (eval_set, eval_conversations))):
             if part is not None and rows_of_part is not None and data_kind == "prompts":
-                units[i] = Prompts(part, rows_of_part, serving_renderer)
+                items[i] = Prompts(part, rows_of_part, serving_renderer)
             elif part is not None:
-                units[i] = ExampleGroups(part, data_kind, data.max_length)
-        checksum.update(train_set.judged.tobytes())
+                items[i] = ExampleGroups(part, data_kind, data.max_length)
+        checksum.update(train_set.labels.tobytes())
     return Prepared(
-        train_set, conversations, eval_set, eval_conversations, report, checksum.hexdigest(), serving_renderer, *units
+        train_set, conversations, eval_set, eval_conversations, report, checksum.hexdigest(), serving_renderer, *items
     )
-
-
-def _count_overlap(train: npt.NDArray[Any], evaluation: npt.NDArray[Any]) -> dict[str, int]:
-    """Count the evaluation rows that are also training rows, and those that share a prompt with one."""
-    fields = {"across": "digest", "prompts": "prompt"}
-    return {name: int(np.isin(evaluation[field], train[field]).sum()) for name, field in fields.items()}
 
 
 def _select(store: Store, rows: Indices) -> tuple[Examples, Conversations]:
     indices = np.isin(store.example_records["row"], rows).nonzero()[0]
     return Examples(store, indices), Conversations(store, rows)
-
-
-# --- held-out rows -------------------------------------------------------------------------------------------------
 
 
 def _eval_share(spec: str | list[str] | None) -> float | None:
@@ -201,20 +174,10 @@ def _eval_share(spec: str | list[str] | None) -> float | None:
     return share
 
 
-def _holdout_group(prompt: int, data_kind: DataKind, first: int | None) -> int | None:
-    """Return the hash that decides whether a conversation is held out.
-
-    For pairs and judged answers this is the prompt's; otherwise that of the first conversation of the same row (None:
-    this is the first).
-    """
-    return prompt if data_kind in JUDGED else first
-
-
 def _choose_held_out(records: npt.NDArray[Any], share: float) -> Mask:
     """Choose the held-out rows of a store as a mask of shape (n,): whole groups, at least one.
 
-    Rows are chosen by hash, so that adding rows moves none. If no row would be left to train on, because all are in one
-    group, rows are chosen by their content.
+    Rows are chosen by hash, so that adding rows moves none. If all are in one group, they are chosen by their content.
     """
     chosen: Mask = np.zeros(len(records), np.bool_)
     for name in ("group", "digest") if len(records) else ():
@@ -233,8 +196,7 @@ def _choose_held_out(records: npt.NDArray[Any], share: float) -> Mask:
 class _Reader:
     """The conversations of a spec, and the row of each: a row may give several.
 
-    For an objective that learns from labels, a pair is two judged answers; for one that learns from prompts, rows need
-    no answer.
+    For an objective that learns from labels, a pair is two judged answers.
     """
 
     def __init__(self, spec: str | Sequence[str], data: DataSection, data_kind: DataKind, renderer: Renderer) -> None:
@@ -244,14 +206,10 @@ class _Reader:
         self.invalid: list[RowError] = []
         self.left_out: Counter[str] = Counter()
         rows = sources.read_rows(
-            spec,
-            encoding=data.encoding,
-            columns=data.columns,
-            bad=self.unreadable,
-            left_out=self.left_out,
+            spec, encoding=data.encoding, columns=data.columns, bad=self.unreadable, left_out=self.left_out,
             documents=data.format == formats.DOCUMENT,
-        )
-        self.conversations = formats.conversations(
+        )  # fmt: skip
+        self.conversations = formats.ConversationReader(
             rows, format=data.format, columns=data.columns, bad=self.invalid, answerless=data_kind == "prompts"
         )
         self.row_numbers: deque[int] = deque()  # of the conversations that the renderer has read ahead
@@ -262,13 +220,9 @@ class _Reader:
                 self.row_numbers.append(self.conversations.num_used)
                 yield part
 
-    @property
-    def num_rows(self) -> int:
-        return self.conversations.num_rows + len(self.unreadable)
-
 
 def _build_store(
-    spec: str | Sequence[str], data: DataSection, renderer: Renderer, folder: Path, data_kind: DataKind, *, keyed: bool
+    spec: str | Sequence[str], *, data: DataSection, renderer: Renderer, folder: Path, data_kind: DataKind, keyed: bool
 ) -> Store:
     """Read and render the rows of `spec` into a store in `folder`. keyed: use a store that is already there."""
     place = folder / (_cache_key(spec, data, renderer, data_kind) if keyed else f"rows-{len(list(folder.iterdir()))}")
@@ -295,7 +249,7 @@ def _write_rows(
     judgements: Judgements = {}
     render = renderer.render_many
     if data_kind in ("pairs", "prompts"):
-        render = partial(pairs.render_pairs if data_kind == "pairs" else pairs.render_prompts, renderer)
+        render = partial(render_pairs if data_kind == "pairs" else render_prompts, renderer)
     for _, row in groupby(render(reader), lambda _: reader.row_numbers.popleft()):
         kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
         row_notes: dict[str, str] = {}
@@ -318,14 +272,14 @@ def _write_rows(
             errors.append(row_error)
             continue
         outcomes[max((outcome for outcome, *_ in kept), key=OUTCOMES.index)] += 1
-        group: int | None = None  # see _holdout_group
+        group: int | None = None  # decides whether the row is held out: a hash of its prompt or its first conversation
         for outcome, conversation, examples, rendered in kept:
             if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
                 lengths = " + ".join(str(len(example)) for example in examples)
                 what = f"{sum(map(len, rendered))} tokens, now {lengths}"
                 cut.append((outcome, conversation.file, conversation.line, what))
             prompt = digest(dump_conversation(conversation.prompt))
-            group = writer.add(conversation, examples, prompt, _holdout_group(prompt, data_kind, group))
+            group = writer.add(conversation, examples, prompt, prompt if data_kind in JUDGED else group)
             chats += conversation.text is None
             thinking += conversation.text is None and renderer.chat.shows_reasoning(conversation.messages)
             final = examples if data_kind == "pairs" else examples[-1:]
@@ -335,7 +289,7 @@ def _write_rows(
     file_order = {name: i for i, name in enumerate(dict.fromkeys(error.where.file for error in errors))}
     errors.sort(key=lambda error: (file_order[error.where.file], error.where.line or 0))
     return {
-        "read": reader.num_rows,
+        "read": reader.conversations.num_rows + len(reader.unreadable),
         "outcomes": dict(outcomes),
         "faults": [(error.code, error.where.file, error.where.line, error.where.what) for error in errors],
         "cut": cut,
@@ -351,24 +305,21 @@ def _write_rows(
 
 
 def decide_outcome(
-    conversation: Conversation,
-    rendered: list[Example] | RenderError,
-    data: DataSection,
-    renderer: Renderer,
+    conversation: Conversation, rendered: list[Example] | RenderError, data: DataSection, renderer: Renderer,
     data_kind: DataKind,
-) -> tuple[str, list[Example], RowError | None]:
+) -> tuple[str, list[Example], RowError | None]:  # fmt: skip
     """Apply data.overlong: return the outcome of one conversation, its examples, and why it has none."""
+    if data_kind == "labels" and not isinstance(rendered, RenderError) and len(rendered) != 1:
+        rendered = RenderError("answer-in-parts")
     if isinstance(rendered, RenderError):
         return "dropped", [], _row_error(conversation, rendered.code, rendered.what)
-    if data_kind == "labels" and len(rendered) != 1:
-        return "dropped", [], _row_error(conversation, "answer-in-parts", RENDERING_REASONS["answer-in-parts"])
     limit = data.max_length
     if not overlong.is_too_long(rendered, limit):
         return "used", rendered, None
     shorter: list[Example] | None = None
     try:
         if data.overlong == "truncate-start" and data_kind == "pairs":
-            shorter = pairs.truncate_pair(renderer, conversation, limit)
+            shorter = overlong.truncate_pair(renderer, conversation, limit)
         elif data.overlong == "truncate-start":
             shorter = overlong.truncate_start(renderer, conversation, rendered, limit)
         elif data.overlong == "split":
@@ -384,10 +335,7 @@ def decide_outcome(
 def find_contradiction(
     conversation: Conversation, examples: Sequence[Example], judgements: Judgements
 ) -> tuple[str, int] | None:
-    """Return the place of the opposite judgement of the same answers to the same prompt.
-
-    If there is none, record this judgement.
-    """
+    """Return the place of the opposite judgement of the same answers; if there is none, record this judgement."""
     ids = [example.ids.tobytes() for example in examples]
     if conversation.rejected:
         prompt = examples[0].prompt_length.to_bytes(8, "little")
@@ -402,7 +350,7 @@ def find_contradiction(
 
 
 def split_pair(conversation: Conversation) -> tuple[Conversation, ...]:
-    """Return a pair as two labelled answers; otherwise the conversation itself."""
+    """Return a pair as two labelled answers."""
     if not conversation.rejected:
         return (conversation,)
     chosen, rejected = conversation.sides

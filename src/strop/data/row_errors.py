@@ -88,7 +88,7 @@ FIXES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class RowError:
-    """Record that one row cannot be used. code: a key of REASONS."""
+    """One row that cannot be used. code: a key of REASONS."""
 
     code: str
     where: Where
@@ -114,10 +114,8 @@ class RenderError(DataError):
         self.detail = detail
 
     def at(self, file: str, line: int | None) -> RenderError:
-        """Return the same error with its place."""
         return RenderError(self.code, self.detail, file=file, line=line)
 
 
 def file_error(path: str, what: str, fix: str = "", line: int | None = None) -> DataError:
-    """Return a DataError about one place of one file."""
     return DataError(f"{path}: {what}", fix=fix, where=[Where(path, line, what)])

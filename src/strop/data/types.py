@@ -36,37 +36,28 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation.
-
-    weight: weight of the message's tokens in the loss; 0 excludes them. call_id: for a tool turn, the id of the call
-    that it answers.
-    """
+    """One turn of a conversation."""
 
     role: Role
     content: str
     reasoning: str | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     name: str | None = None
-    weight: float = 1.0
-    call_id: str | None = None
+    weight: float = 1.0  # of the message's tokens in the loss; 0 excludes them
+    call_id: str | None = None  # for a tool turn, the id of the call that it answers
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The content of one row.
-
-    text: raw text for continued pretraining; `messages` is then empty. rejected: for a preference pair, the
-    conversation with the worse answer; `messages` then has the better one. desirable: the label of a judged answer,
-    None without a label.
-    """
+    """The content of one row."""
 
     file: str
     line: int
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
-    text: str | None = None
-    rejected: tuple[Message, ...] = ()
-    desirable: bool | None = None
+    text: str | None = None  # raw text for continued pretraining; `messages` is then empty
+    rejected: tuple[Message, ...] = ()  # of a preference pair: the worse answer; `messages` has the better one
+    desirable: bool | None = None  # the label of a judged answer
 
     @property
     def answer(self) -> str | None:
@@ -94,9 +85,9 @@ class Conversation:
 class Example:
     """One training sequence.
 
-    ids: token ids, shape (n,). weights: float32, shape (n,), the weight of each token as a *label* (0: not
-    supervised). Position 0 is never supervised, because no token predicts it. encoded_separately: the prompt and the
-    answer were tokenized separately, because one token would have covered the end of one and the start of the other.
+    ids: token ids, shape (n,). weights: shape (n,), the weight of each token as a *label* (0: not supervised). Position
+    0 is never supervised, because no token predicts it. encoded_separately: the prompt and the answer were tokenized
+    separately, because one token would have covered the end of one and the start of the other.
     """
 
     ids: Ids
@@ -124,7 +115,6 @@ class Example:
         return (self,)
 
     def computed_tokens(self, packed: bool, shares: bool = True) -> int:
-        """Return the number of tokens that a micro-batch computes for this example."""
         return len(self)
 
 
@@ -132,15 +122,13 @@ class Example:
 class ExampleGroup:
     """Answers to one prompt that one step needs together: one row of the effective batch, never split.
 
-    examples: the trained answers: chosen and rejected, or one judged answer. kl_examples: this prompt with another
-    row's answer, for the KL estimate of KTO. desirable: the label of a judged answer. reference_logprobs: the
-    log-probability of each of `examples` and `kl_examples` under the model as it was when training began; empty until
-    it is computed.
+    reference_logprobs: the log-probability of each of `examples` and `kl_examples` under the model as it was when
+    training began; empty until it is computed.
     """
 
-    examples: tuple[Example, ...]
-    kl_examples: tuple[Example, ...] = ()
-    desirable: bool = True
+    examples: tuple[Example, ...]  # the trained answers: chosen and rejected, or one judged answer
+    kl_examples: tuple[Example, ...] = ()  # this prompt with another row's answer, for the KL estimate of KTO
+    desirable: bool = True  # the label of a judged answer
     reference_logprobs: tuple[float, ...] = ()
 
     @property
@@ -153,18 +141,13 @@ class ExampleGroup:
 
     @property
     def supervised(self) -> int:
-        """Number of supervised tokens."""
         return sum(example.supervised for example in self.examples)
 
     def __len__(self) -> int:
         return sum(map(len, self.examples))
 
     def computed_tokens(self, packed: bool, shares: bool = True) -> int:
-        """Return the number of tokens that a micro-batch computes for this group.
-
-        packed: rows are packed; otherwise they are padded to one length. shares: packed rows compute a shared prompt
-        once.
-        """
+        """Return the tokens that a micro-batch computes: padded, or packed with a prompt once if `shares`."""
         if packed:
             return len(self) - ((len(self.examples) - 1) * self.examples[0].prompt_length if shares else 0)
         return len(self.examples) * max(map(len, self.examples))
@@ -174,14 +157,12 @@ class ExampleGroup:
 class Prompt(ExampleGroup):
     """A prompt for which the model samples completions.
 
-    examples: one example with the prompt's tokens, none of them supervised. gold: the reference answer, if the row has
-    one. row: index of the row. reasoning_ends: texts that end the reasoning of a completion; empty if the reference
-    answer has no reasoning.
+    examples: one example with the prompt's tokens, none of them supervised.
     """
 
-    gold: str | None = None
+    gold: str | None = None  # the reference answer
     row: int = 0
-    reasoning_ends: tuple[str, ...] = ()
+    reasoning_ends: tuple[str, ...] = ()  # end the reasoning of a completion; empty if the gold answer has none
 
     def computed_tokens(self, packed: bool, shares: bool = True) -> int:
         return len(self)
@@ -191,21 +172,19 @@ class Prompt(ExampleGroup):
 class RolloutGroup(ExampleGroup):
     """Completions that were sampled for one prompt, and their rewards. Equal completions are stored once.
 
-    examples: the weight of a completion's tokens is the number of times it was sampled. advantages, stopped (ended by
-    a stop token): one entry an example. rewards: one entry a sampled completion. sampling_logprobs,
-    reference_token_logprobs: fp64, log-probabilities of all supervised tokens, completion after completion, when
-    sampled and under the reference model; the latter is empty without a reference model.
+    examples: the weight of a completion's tokens is the number of times it was sampled. sampling_logprobs,
+    reference_token_logprobs: of all supervised tokens, completion after completion, when sampled and under the
+    reference model (empty without one).
     """
 
-    advantages: tuple[float, ...] = ()
-    stopped: tuple[bool, ...] = ()
-    rewards: tuple[float, ...] = ()
+    advantages: tuple[float, ...] = ()  # one entry an example, like `stopped`
+    stopped: tuple[bool, ...] = ()  # ended by a stop token
+    rewards: tuple[float, ...] = ()  # one entry a sampled completion
     sampling_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
     reference_token_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
 
     @property
     def counts(self) -> list[int]:
-        """The number of times each example was sampled."""
         return [int(example.weights[-1]) for example in self.examples]
 
 

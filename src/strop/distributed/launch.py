@@ -7,46 +7,38 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from strop.distributed.devices import ALONE, Devices
-from strop.distributed.environment import AGENT_PREFIX, find_place
+from strop.distributed.devices import AGENT_PREFIX, ALONE, Devices, find_place
 from strop.errors import PeerFailed, RecipeError, RunError, Stopped
-from strop.machine.probe import affinity
+from strop.machine.probe import available_cores
 from strop.runs.child_env import safe_path_env
-
-if TYPE_CHECKING:
-    from strop.distributed.process_group import Group
 
 SHUTDOWN_TIMEOUT_S = "3600"  # for ranks that were asked to stop, to finish their step and save (torch's default: 30)
 
 
-class join_devices:
-    """Context manager that joins the processes a launcher started and returns the Devices; ALONE without a launcher.
+@contextmanager
+def join_devices() -> Iterator[Devices]:
+    """Join the processes that a launcher started, and yield the Devices; ALONE without a launcher.
 
     All ranks leave the block without an error, or all with one, which one of them prints.
     """
+    place = find_place()
+    if place is None:
+        yield ALONE
+        return
+    from strop.distributed.process_group import Group
 
-    def __init__(self) -> None:
-        self._group: Group | None = None
-
-    def __enter__(self) -> Devices:
-        place = find_place()
-        if place is None:
-            return ALONE
-        from strop.distributed.process_group import Group
-
-        self._group = Group(place)
-        return self._group
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        replacement = self._group.finish(error) if self._group is not None else None
-        if replacement is not None:
+    group = Group(place)
+    try:
+        yield group
+    except BaseException as error:
+        if (replacement := group.finish(error)) is not None:
             raise replacement from None
+        raise
+    if (failure := group.finish(None)) is not None:
+        raise failure
 
 
 def count_processes(requested: str | None, device: str = "auto") -> int:
@@ -65,7 +57,7 @@ def count_processes(requested: str | None, device: str = "auto") -> int:
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if requested != "all" and (not requested.isdecimal() or int(requested) < 1):
         raise RecipeError(f"--devices {requested}: not a number of devices", fix="give a number, or all")
-    count = (gpus or affinity()) if requested == "all" else int(requested)
+    count = (gpus or available_cores()) if requested == "all" else int(requested)
     if gpus and count > gpus:
         raise RecipeError(f"--devices {requested}: this machine has {gpus} GPUs", fix="give at most as many, or all")
     return 0 if count == 1 else count

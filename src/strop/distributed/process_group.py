@@ -11,9 +11,8 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -23,8 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from strop.distributed.assign import assign_balanced
-from strop.distributed.devices import Devices
-from strop.distributed.environment import AGENT_PREFIX, DEFAULT_PORT, Place, default_threads
+from strop.distributed.devices import AGENT_PREFIX, DEFAULT_PORT, Devices, Place, default_threads
 from strop.errors import PeerFailed, RunError, StropError
 from strop.machine.memory import is_out_of_memory
 
@@ -67,12 +65,9 @@ class Group(Devices):
             shared, _, _ = next(rendezvous("env://", self.rank, self.world_size, timeout=RENDEZVOUS_TIMEOUT))
             store = _fresh_store(shared, self.rank, self.world_size)
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
-                store=store,
-                rank=self.rank,
-                world_size=self.world_size,
+                "cpu:gloo,cuda:nccl" if has_gpus else "gloo", store=store, rank=self.rank, world_size=self.world_size,
                 timeout=RENDEZVOUS_TIMEOUT,
-            )
+            )  # fmt: skip
             self._waiting_store = PrefixStore("strop", store)
             self._group = dist.new_group(timeout=PREPARE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
@@ -86,8 +81,15 @@ class Group(Devices):
         with self._communicating():
             self._group = dist.new_group(timeout=timedelta(seconds=seconds))
 
-    def all_or_none(self) -> AbstractContextManager[None]:
-        return _AllOrNone(self)
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not getattr(error, SHARED, False):
+                self._exchange_status(error)
+            raise
+        self._exchange_status(None)
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         table = self._exchange_status(None, flags)
@@ -216,7 +218,8 @@ class Group(Devices):
         worst = int(table[:, 0].max())
         if worst == OK:
             return table
-        reports = self._gather_objects((status, _exit_code(error), _describe(error)))
+        description = "" if error is None else f"{type(error).__name__}: {_first_line(error)}"
+        reports = self._gather_objects((status, _exit_code(error), description))
         culprit = next(rank for rank, (peer_status, _, _) in enumerate(reports) if peer_status == worst)
         _, exit_code, description = reports[culprit]
         if worst == NO_MEMORY:
@@ -268,33 +271,15 @@ class Group(Devices):
         if thread.is_alive():
             missing = [0]
         timed_out = waited > 0.9 * self._timeout_s
-        names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing)) or '0'}"
-        have = "have" if len(missing) > 1 else "has"
-        what = (
-            f"{names} {have} not answered for {waited:.0f} s (train.timeout)" if timed_out else f"{names} {have} ended"
-        )
+        several = len(missing) > 1
+        names = f"rank{'s' * several} {', '.join(map(str, missing)) or '0'} {'have' if several else 'has'}"
+        what = f"{names} not answered for {waited:.0f} s (train.timeout)" if timed_out else f"{names} ended"
         reporter = min(set(range(self.world_size)) - set(missing), default=self.rank)
         own_agent = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(AGENT_PREFIX)
         if self.rank != reporter or (not timed_out and own_agent):  # strop's agent reports how a process ended
             return PeerFailed(1)
         fix = "find out what that process was doing, then continue with `strop resume`"
         return RunError(f"{what}: {_first_line(error)}", fix=fix)
-
-
-class _AllOrNone:
-    """See Devices.all_or_none."""
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not getattr(error, SHARED, False):
-            self._group._exchange_status(error)
 
 
 def tensor_digests(tensors: Iterable[Tensor]) -> Tensor:
@@ -350,10 +335,6 @@ def _exit_code(error: BaseException | None) -> int:
     if isinstance(error, StropError):
         return error.exit_code
     return 130 if isinstance(error, KeyboardInterrupt) else 0 if error is None else 1
-
-
-def _describe(error: BaseException | None) -> str:
-    return "" if error is None else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,9 +14,9 @@ from packaging.version import Version
 
 from strop.engine.kernels.cpu.precision import measure as measure
 from strop.errors import DeviceError
-from strop.machine.malloc import keep_pages
+from strop.machine.memory import keep_heap_pages
 from strop.machine.probe import TILED_RANK, probe
-from strop.machine.rates import keep_precision, known_precision
+from strop.machine.rates import load_precision, save_precision
 
 LOG = logging.getLogger(__name__)
 
@@ -37,15 +37,14 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     PyTorch can reuse if its segments are expandable. GPUs are numbered in the driver's order, so that `strop plan`,
     which asks the driver, and CUDA mean the same one. Matmuls that a GPU splits are summed in fp32 and rounded once.
 
-    Args:
-        deterministic: Also configure cuBLAS for `repeatable`. It reads its configuration when it starts.
-        rank: Of the adapters. Up to 32, oneDNN does not compute their matmuls on CPUs with tiled kernels.
+    deterministic: also configure cuBLAS for `repeatable`; it reads its configuration when it starts. rank: of the
+    adapters; up to 32, oneDNN does not compute their matmuls on CPUs with tiled kernels.
     """
-    keep_pages()
+    keep_heap_pages()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    capacity = PRIMITIVES if rank <= TILED_RANK and probe().tiles else PRIMITIVES_WITH_ADAPTERS
+    capacity = PRIMITIVES if rank <= TILED_RANK and probe().has_avx512_bf16 else PRIMITIVES_WITH_ADAPTERS
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(capacity))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -72,20 +71,14 @@ def repeatable() -> Iterator[None]:
 
 
 def pick_device(asked: str) -> str:
-    """Return the device to use; `auto` is CUDA, then MPS, then the CPU.
-
-    Raises:
-        DeviceError: torch cannot use the device here.
-    """
+    """Return the device to use; `auto` is CUDA, then MPS, then the CPU. Raises DeviceError."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     kind, _, index = asked.partition(":")
     if not usable[kind] or (index and int(index) >= torch.cuda.device_count()):
-        raise DeviceError(
-            f"--model.device {asked}: torch {torch.__version__} cannot use it here",
-            fix="use cpu, or leave model.device at auto",
-        )
+        what = f"--model.device {asked}: torch {torch.__version__} cannot use it here"
+        raise DeviceError(what, fix="use cpu, or leave model.device at auto")
     return asked
 
 
@@ -97,10 +90,10 @@ def pick_dtype(device: str) -> tuple[str, str]:
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"
     machine, threads = probe(), torch.get_num_threads()
-    known = known_precision(machine, threads)
+    known = load_precision(machine, threads)
     if known is not None:
         return known
     LOG.info("measuring whether bf16 or fp32 is faster on this CPU")
     measured = measure(device)
-    keep_precision(machine, threads, measured.dtype, measured.why)
+    save_precision(machine, threads, measured.dtype, measured.why)
     return measured.dtype, measured.why

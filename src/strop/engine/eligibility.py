@@ -1,7 +1,7 @@
-"""Whether the fast step can train a model, or why not, as far as its config and the LoRA settings decide it.
+"""Find out from a model's config and the LoRA settings whether the fast step can train it, and why not.
 
-This is the answer of `strop plan`, and it needs neither torch nor weights. train/eligibility.py asks the same functions
-when a run starts, and then checks what only the model itself shows.
+This is the answer of `strop plan`, and it needs neither torch nor weights. train/eligibility.py calls the same
+functions when a run starts, and then checks the model itself.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strop.config.schema import LoraSection
-from strop.models.families.layers import FAMILIES, Family
-from strop.models.targets import EMBEDDINGS
+from strop.models.families.shape import EMBEDDINGS
+from strop.models.families.table import FAMILIES, Family
 
 # Dropout of the model itself. Its masks depend on the micro-batch, unlike those of the adapters' dropout.
 DROPOUT_FIELDS = (
@@ -27,12 +27,8 @@ def why_config_not_fast(
 ) -> str | None:
     """Return why the fast step cannot train a model, or None if config and settings do not rule it out.
 
-    Args:
-        config: The model's text config, of transformers or as a mapping.
-        device: "cpu", "cuda", "cuda:0", "mps".
-        dtype: The dtype of the base weights as recipes name it.
-        lora: The LoRA settings; None skips their checks.
-        targets: The names of the modules that get adapters.
+    config: the model's text config, of transformers or as a mapping. dtype: of the base weights, as recipes name it.
+    lora: None skips its checks. targets: the names of the modules that get adapters.
     """
     why = why_architecture_unsupported(config, device) or _why_loss_unsupported(config)
     if why is None and dtype == "fp16":
@@ -48,27 +44,22 @@ def why_architecture_unsupported(config: Any, device: str) -> str | None:
     family = FAMILIES.get(name)
     if family is None:
         return f"model family {name} is not in the table of the fast step"
-    for field in (
-        "qk_layernorm",
-        "use_qk_norm",
-    ):  # LayerNorms with a weight for each head and feature (StableLM, Cohere)
+    for field in ("qk_layernorm", "use_qk_norm"):  # with a weight for each head and feature (StableLM, Cohere)
         if family.layer_norm and _get(config, field):
             return f"{field}: norms of q and k that are not RMSNorm"
     if _get(config, "use_bidirectional_attention") in (True, "all"):  # Gemma 4 says "vision": not for text
         return "use_bidirectional_attention"
     if _get(config, "clip_qkv"):
         return "clip_qkv"
-    has_experts = _get(config, "enable_moe_block") is not False and any(
-        (_get(config, field) or 1) > 1 for field in EXPERT_FIELDS
-    )
-    if has_experts and not family.mixture:
+    has_experts = any((_get(config, field) or 1) > 1 for field in EXPERT_FIELDS)
+    if has_experts and _get(config, "enable_moe_block") is not False and not family.moe:
         return "experts next to the MLP"
     if device.partition(":")[0] != "cpu":  # PyTorch's attention supports none of these
         if _get(config, "attn_logit_softcapping"):
             return "attn_logit_softcapping outside of a CPU"
-        if family.sinks:
+        if family.attention_sinks:
             return "attention sinks outside of a CPU"
-        if family.per_layer:
+        if family.per_layer_inputs:
             return "norms of values outside of a CPU"
     for rope in rope_types(config):
         if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch

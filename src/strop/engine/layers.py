@@ -12,17 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.train.peft_modules import NewRows, base_of, current_module, embed, new_rows, unwrapped
-from strop.models.families.layers import (
-    FAMILIES,
-    Family,
-    activation_of,
-    linears,
-    own_mixer,
-    own_mixture,
-    rotary_of,
-    text_of,
-)
+from strop.engine.train.peft_modules import base_of, current_module, embed, unwrapped
+from strop.models.families.layers import activation_name, find_rotary, linears, mixer_module, moe_module, text_decoder
+from strop.models.families.table import FAMILIES, Family
 
 NO_ROPE = "nowhere"
 Angles = dict[str | None, tuple[Tensor, Tensor]]
@@ -96,7 +88,7 @@ class DecoderLayers:
 
     def __init__(self, model: Any) -> None:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder, self.config = text_of(base)
+        self.decoder, self.config = text_decoder(base)
         self.family: Family = FAMILIES[self.config.model_type]
         self.output = base.get_output_embeddings()
         self.head = base_of(self.output)
@@ -104,7 +96,7 @@ class DecoderLayers:
         self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0)
         family = self.family
         self.embedding_scale, self.residual_scale, self.logits_scale = (
-            scale(self.config) for scale in (family.embedding, family.residual, family.logits)
+            scale(self.config) for scale in (family.embedding_scale, family.residual_scale, family.logit_scale)
         )
         parallel = family.parallel
         self.parallel = bool(getattr(self.config, parallel)) if isinstance(parallel, str) else parallel
@@ -118,38 +110,34 @@ class DecoderLayers:
         x = embed(self.embedding, ids)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
-    def new_rows(self) -> NewRows | None:
-        """Return the trained and active rows of the head."""
-        return new_rows(self.output)
-
     def rope_kind(self, number: int) -> str | None:
         """Return the layer's kind of rotary embedding, as in LayerSpec."""
         attention = getattr(self.decoder.layers[number], self.family.attention, None)
-        if attention is None or not self.family.turned(attention):
+        if attention is None or not self.family.uses_rope(attention):
             return NO_ROPE
         kinds = getattr(self.config, "layer_types", None)
-        by_type = isinstance(getattr(rotary_of(self.decoder), "rope_type", None), dict)
+        by_type = isinstance(getattr(find_rotary(self.decoder), "rope_type", None), dict)
         return kinds[number] if by_type and kinds else None
 
     def angles(self, positions: Tensor) -> Angles:
         """Return cos and sin (T, m) of positions (T,) for each kind of rotary embedding among the layers."""
         empty = torch.empty(len(positions), 0, device=positions.device)
         angles: Angles = {NO_ROPE: (empty, empty)}
-        rotary: Any = rotary_of(self.decoder)
+        rotary: Any = find_rotary(self.decoder)
         for kind in {self.rope_kind(number) for number in range(len(self))} - {NO_ROPE}:
             like = torch.empty(0, device=positions.device)
             cos, sin = rotary(like, positions[None], *([] if kind is None else [kind]))
             unique = {  # most families return each angle twice
-                "halves": slice(cos.shape[-1] // 2), "neighbours": slice(None, None, 2), "once": slice(None),
-            }[self.family.angles]  # fmt: skip
-            sin = -sin if self.family.backwards else sin
+                "halves": slice(cos.shape[-1] // 2), "interleaved": slice(None, None, 2), "once": slice(None),
+            }[self.family.rope_angles]  # fmt: skip
+            sin = -sin if self.family.rope_reversed else sin
             angles[kind] = cos[0, :, unique].contiguous(), sin[0, :, unique].contiguous()
         return angles
 
     def part(self, number: int) -> LayerSpec:
         """Return the specification of a layer."""
         family, config, layer = self.family, self.config, self.decoder.layers[number]
-        attention, mixture = getattr(layer, family.attention, None), own_mixture(layer, family)
+        attention, mixture = getattr(layer, family.attention, None), moe_module(layer, family)
         kv_attention = self._kv_attention(number, attention)
         size = 0 if attention is None else int(getattr(attention, "head_dim", None) or attention.head_size)
         qkv, o, gate_up, down = linears(layer, family)
@@ -168,7 +156,7 @@ class DecoderLayers:
             softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
             rope=self.rope_kind(number),
             sinks=getattr(attention, "sinks", None),
-            mixer=own_mixer(layer, family),
+            mixer=mixer_module(layer, family),
             mixture=mixture,
             q_norm=self._norm_named(attention, family.q_norm, size),
             k_norm=self._norm_named(kv_attention, family.k_norm, size),
@@ -177,12 +165,12 @@ class DecoderLayers:
             after_attention=self._norm_named(layer, family.after_attention, config.hidden_size),
             before_mlp=before if before_mlp is None and self.parallel else before_mlp,
             after_mlp=self._norm_named(layer, family.after_mlp, config.hidden_size),
-            per_layer=layer if family.per_layer else None,
+            per_layer=layer if family.per_layer_inputs else None,
             per_layer_norm=self._norm_named(layer, "post_per_layer_input_norm", config.hidden_size),
             kind=str(getattr(attention, "layer_type", "")),
             keeps=bool(getattr(attention, "store_full_length_kv", False)),
             takes=kv_attention is not attention,
-            activation=activation_of(config),
+            activation=activation_name(config),
             act=torch.nn.functional.silu if mixture is not None else _activation_module(getattr(layer, family.mlp)),
         )
 
@@ -196,21 +184,21 @@ class DecoderLayers:
 
     def _window(self, number: int, attention: Any) -> int:
         """Return the layer's attention window, 0 for none. A config may name a window that its family does not use."""
-        if self.family.one_window:
+        if self.family.window_in_all_layers:
             return int(getattr(self.config, "sliding_window", None) or 0)
         kinds = getattr(self.config, "layer_types", None)
         full = kinds and kinds[number] == "full_attention"
         return 0 if full else int(getattr(attention, "sliding_window", None) or 0)
 
     def _key_value_heads(self, attention: Any, size: int) -> int:
-        if self.family.per_layer:  # the number differs between layers
+        if self.family.per_layer_inputs:  # the number differs between layers
             return int(base_of(attention.k_proj).out_features // size)
         count = None if self.family.fused_heads else getattr(self.config, "num_key_value_heads", None)
         return int(count or self.config.num_attention_heads)
 
     def per_layer(self, ids: Tensor, embedded: Tensor) -> Tensor | None:
         """Return the per-layer inputs (T, layers, p) of tokens (T,) in models that have them."""
-        if not (self.family.per_layer and self.config.hidden_size_per_layer_input):
+        if not (self.family.per_layer_inputs and self.config.hidden_size_per_layer_input):
             return None
         of_tokens = self.decoder.get_per_layer_inputs(ids[None], None)
         inputs: Tensor = self.decoder.project_per_layer_inputs(embedded[None], of_tokens)[0]

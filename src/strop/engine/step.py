@@ -40,7 +40,7 @@ class Step(Protocol):
         """Whether a prefix that rows share is computed once."""
 
     @property
-    def lacking(self) -> str:
+    def why_no_triton(self) -> str:
         """Why a GPU runs PyTorch's operations instead of strop's kernels; empty if it does not."""
 
     @property

@@ -22,12 +22,12 @@ from strop.data.types import Conversation, Example, Ids
 from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.decode.generate import Completion
+from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
 from strop.errors import Where
 from strop.evaluation.metrics import changed_rows, options, paired_difference, score, wilson
 from strop.evaluation.metrics import metric as metric_named
-from strop.models.adapters import Model
 
 LOG = logging.getLogger(__name__)
 
@@ -43,31 +43,22 @@ Cut = Callable[[Sequence[Example]], list[list[int]]]
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation to answer.
+    """A conversation to answer."""
 
-    Args:
-        prompt: the last user text, for people.
-        gold: the right answer.
-        conversation: the row, whose last turn is the right answer.
-    """
-
-    prompt: str
-    gold: str
-    conversation: Conversation
+    prompt: str  # the last user text, for people
+    gold: str  # the right answer
+    conversation: Conversation  # the row, whose last turn is the right answer
 
 
-def questions(conversations: Sequence[Conversation], renderer: Renderer | None = None) -> list[Question]:
-    """Return a question for each conversation that has a right answer (the others are those of `left_out`).
-
-    renderer: of the model. It may be left out if no right answer has tool calls (see `rows_with_calls`).
-    """
-    asked = []
+def make_questions(conversations: Sequence[Conversation], renderer: Renderer | None = None) -> list[Question]:
+    """Return a question for each conversation with a right answer. renderer: for right answers with tool calls."""
+    questions = []
     for conversation in conversations:
         gold = conversation.answer if renderer is None else renderer.reference_answer(conversation)
         if gold is not None and conversation.messages[-1].weight:
             user_texts = [message.content for message in conversation.messages[:-1] if message.role == "user"]
-            asked.append(Question(user_texts[-1] if user_texts else "", gold, conversation))
-    return asked
+            questions.append(Question(user_texts[-1] if user_texts else "", gold, conversation))
+    return questions
 
 
 def left_out(conversations: Sequence[Conversation]) -> list[Where]:
@@ -105,49 +96,40 @@ def compare(
     base: Side | None = None,
     devices: Devices = ALONE,
 ) -> dict[str, Any]:
-    """Score base and tuned model, with 95 % intervals.
+    """Score base and tuned model in one batch, with 95 % intervals.
 
-    Ctrl-C keeps the rows that are answered, and `interrupted` reports it. Both models answer in one batch, and share
-    its tokens_per_s.
+    base: earlier results of the same base on the same rows, which are not computed again. Ctrl-C keeps the rows that
+    are answered, and `interrupted` reports it.
 
-    Args:
-        model: the model, with or without an adapter.
-        conversations: the rows.
-        metric: name of the metric.
-        max_new_tokens: longest answer.
-        advance: progress callback.
-        base: earlier results of the same base on the same rows, which are not computed again.
-        devices: devices that share the rows.
-
-    Returns:
-        {rows, left_out, metric, base, tuned, intervals, difference, changed, samples}. `tuned`, `difference` and
-        `changed` (the rows that only one of them gets right) are absent for a model without an adapter. `left_out`:
-        {file, line, what} of each row without a right answer. `base` and `tuned`: {the metric's scores, loss,
-        perplexity, stop_rate, tokens_per_answer, tokens_per_s}; the last three are absent for the metric `choice`,
-        which generates nothing.
+    Returns {rows, left_out, metric, base, tuned, intervals, difference, changed, samples}. `base` and `tuned`: {the
+    metric's scores, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; the last three are absent for the
+    metric `choice`, which generates nothing. `left_out`: {file, line, what} of each row without a right answer.
+    `tuned`, `difference` and `changed` (rows that only one gets right) are absent for a model without an adapter.
     """
-    asked = questions(conversations, model.renderer)
-    rows = len(asked)
+    questions = make_questions(conversations, model.renderer)
+    rows = len(questions)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
     generates = names and metric != "choice"
-    generated = _generate_all(model, asked, names, max_new_tokens, advance, devices) if generates else {}
+    generated = _generate_all(model, questions, names, max_new_tokens, advance, devices) if generates else {}
     if generated and len(generated[names[0]][0]) < rows:  # Ctrl-C: score the rows that are answered
-        asked = asked[: len(generated[names[0]][0])]
-        base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
+        questions = questions[: len(generated[names[0]][0])]
+        base = base and Side(base.scores, base.hits[: len(questions)], base.texts[: len(questions)])
 
     def score_side(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        loss = _loss(model, asked, generated[side][0] if generated else [], devices)
+        loss = _loss(model, questions, generated[side][0] if generated else [], devices)
         if metric == "choice":
-            texts, figures = _choose_all(model, asked, side, advance, devices), {}
+            texts, figures = _choose_all(model, questions, side, advance, devices), {}
         else:
             answers, rate = generated[side]
             texts, figures = [answer.text for answer in answers], {
-                "stop_rate": sum(answer.stopped for answer in answers) / len(asked),
-                "tokens_per_answer": sum(answer.tokens for answer in answers) / len(asked),
+                "stop_rate": sum(answer.stopped for answer in answers) / len(questions),
+                "tokens_per_answer": sum(answer.tokens for answer in answers) / len(questions),
                 "tokens_per_s": rate,
             }  # fmt: skip
-        judged = score(metric, [question.gold for question in asked], judged_texts(model.renderer, asked, texts))
+        judged = score(
+            metric, [question.gold for question in questions], judged_texts(model.renderer, questions, texts)
+        )
         losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         return Side({**judged.rates, **losses, **figures}, [*judged.hits], texts)
 
@@ -156,13 +138,13 @@ def compare(
         sides["base"] = base or score_side("base")
     if model.adapter:
         sides["tuned"] = score_side("tuned")
-    places = [f"{question.conversation.file}:{question.conversation.line}" for question in asked]
+    places = [f"{question.conversation.file}:{question.conversation.line}" for question in questions]
     without_answer = [asdict(place) for place in left_out(conversations)]
-    result: dict[str, Any] = {"rows": len(asked), "left_out": without_answer, "metric": metric_named(metric).name}
-    if len(asked) < rows:
-        result["interrupted"] = f"after {len(asked)} of {rows} rows"
+    result: dict[str, Any] = {"rows": len(questions), "left_out": without_answer, "metric": metric_named(metric).name}
+    if len(questions) < rows:
+        result["interrupted"] = f"after {len(questions)} of {rows} rows"
     result |= {name: side.scores for name, side in sides.items()}
-    result["intervals"] = {name: list(wilson(sum(side.hits), len(asked))) for name, side in sides.items()}
+    result["intervals"] = {name: list(wilson(sum(side.hits), len(questions))) for name, side in sides.items()}
     if model.adapter:
         before, after = sides["base"].hits, sides["tuned"].hits
         result["difference"] = asdict(paired_difference(before, after))
@@ -171,14 +153,14 @@ def compare(
         {"place": places[row], "prompt": question.prompt, "gold": question.gold}
         | {name: side.texts[row] for name, side in sides.items()}
         | {f"{name}_hit": side.hits[row] for name, side in sides.items()}
-        for row, question in enumerate(asked)
+        for row, question in enumerate(questions)
     ]
     return result
 
 
-def judged_texts(renderer: Renderer, asked: Sequence[Question], texts: Sequence[str]) -> list[str]:
+def judged_texts(renderer: Renderer, questions: Sequence[Question], texts: Sequence[str]) -> list[str]:
     """Return the part of each answer that is compared with the right one: without its reasoning."""
-    rights = [question.conversation.messages[-1] for question in asked]
+    rights = [question.conversation.messages[-1] for question in questions]
     return [renderer.without_reasoning(text, right) for right, text in zip(rights, texts, strict=True)]
 
 
@@ -188,15 +170,16 @@ def side_of(result: dict[str, Any], name: str) -> Side:
     return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
-def _loss(model: Model, asked: Sequence[Question], answers: Sequence[Completion], devices: Devices = ALONE) -> float:
-    """Return the mean loss of the right answers.
+def _loss(
+    model: Model, questions: Sequence[Question], answers: Sequence[Completion], devices: Devices = ALONE
+) -> float:
+    """Return the mean loss of the right answers, by their log-probabilities where they came with the generation.
 
-    answers: one per question, or none. Log-probabilities of a right answer that came with its generation are used; the
-    other rows go through the training step.
+    The other rows go through the training step. answers: one per question, or none.
     """
     total = weight = 0.0
     remaining = []
-    for question, answer in zip_longest(asked, answers):
+    for question, answer in zip_longest(questions, answers):
         examples = model.renderer.render(question.conversation)
         logprobs = None if answer is None else answer.logprobs
         if logprobs is None:
@@ -221,15 +204,7 @@ def _loss(model: Model, asked: Sequence[Question], answers: Sequence[Completion]
 def mean_loss(
     token_loss: TokenLoss, examples: Sequence[Example], cut: Cut, rows: int = 64, devices: Devices = ALONE
 ) -> float:
-    """Return the mean cross entropy over all supervised tokens: one sum over all rows, divided once.
-
-    Args:
-        token_loss: summed loss of a micro-batch.
-        examples: the rows.
-        cut: makes micro-batches of `rows` examples.
-        rows: number of examples that are cut at once.
-        devices: devices that share the micro-batches.
-    """
+    """Return the mean cross entropy over all supervised tokens; see summed_loss."""
     total, weight = summed_loss(token_loss, examples, cut, rows, devices)
     assert weight > 0
     return total / weight
@@ -238,7 +213,7 @@ def mean_loss(
 def summed_loss(
     token_loss: TokenLoss, examples: Sequence[Example], cut: Cut, rows: int = 64, devices: Devices = ALONE
 ) -> tuple[float, float]:
-    """Return the sum of weight * cross entropy over supervised tokens, and the sum of their weights; see mean_loss."""
+    """Return the sum of weight * cross entropy over supervised tokens, and of their weights; `rows` are cut at once."""
     groups: list[list[int]] = []
     total = weight = 0.0
     for start in range(0, len(examples), rows):
@@ -266,15 +241,12 @@ def generate_answers(
     advance: Callable[[int], None] | None = None,
     partial: bool = False,
 ) -> list[Completion]:
-    """Generate as `Model.answer` does, with the prompts shared by several devices.
-
-    partial: return what was generated before Ctrl-C. Several devices return nothing when one is interrupted.
-    """
+    """Generate as `Model.answer` does, with the prompts shared by several devices. partial: on one device only."""
     if devices.world_size == 1:
         return model.answer(
             prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
         )
-    own, sides = assign_balanced([float(len(prompt)) for prompt in prompts], devices.world_size)[devices.rank], 1 + both
+    own = assign_balanced([float(len(prompt)) for prompt in prompts], devices.world_size)[devices.rank]
     answers: list[Completion] = []
     with devices.all_or_none():
         if own:
@@ -285,33 +257,33 @@ def generate_answers(
                 advance=(lambda done: advance(done * devices.world_size)) if advance and devices.is_main else None,
                 expected=[expected[place] for place in own] if expected else [],
             )
-    whole: list[Completion | None] = [None] * (sides * len(prompts))
+    by_place: dict[int, Completion] = {}
     for places, device_answers in devices.gather((own, answers)):
         for number, answer in enumerate(device_answers):
             side, place = divmod(number, len(places))
-            whole[side * len(prompts) + places[place]] = answer
-    return [answer for answer in whole if answer is not None]
+            by_place[side * len(prompts) + places[place]] = answer
+    return [by_place[place] for place in sorted(by_place)]
 
 
 def _generate_all(
     model: Model,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     sides: Sequence[str],
     max_new_tokens: int,
     advance: Advance | None,
     devices: Devices,
 ) -> dict[str, tuple[list[Completion], float]]:
     """Return the answers of base, tuned or both, generated in one batch, and the batch's tokens/s."""
-    prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
+    prompts, started = [_prompt(model, question.conversation) for question in questions], time.perf_counter()
     expected = [
         _expected(prompt, model.renderer.render(question.conversation))
-        for prompt, question in zip(prompts, asked, strict=True)
+        for prompt, question in zip(prompts, questions, strict=True)
     ]
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
         answers = generate_answers(
             model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
             expected=expected,
-            advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(asked))),
+            advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(questions))),
         )  # fmt: skip
     rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
     rows = len(answers) // len(sides)
@@ -344,20 +316,22 @@ def _prompt(model: Model, conversation: Conversation) -> Ids:
 
 
 def _choose_all(
-    model: Model, asked: Sequence[Question], side: str, advance: Advance | None, devices: Devices
+    model: Model, questions: Sequence[Question], side: str, advance: Advance | None, devices: Devices
 ) -> list[str]:
     """Return for each question the right answer of any row with the lowest loss, the stop token included."""
     token_loss = step_for(model.module).token_loss
-    candidates, done = options([question.gold for question in asked]), count(devices.world_size, devices.world_size)
+    candidates, done = options([question.gold for question in questions]), count(devices.world_size, devices.world_size)
 
     def choose(question: Question) -> str:
         *before, last = question.conversation.messages
-        turns = [replace(last, content=text, reasoning=None) for text in candidates]  # reasoning would reveal the gold
-        conversations = [replace(question.conversation, messages=(*before, turn)) for turn in turns]
+        messages = [
+            replace(last, content=text, reasoning=None) for text in candidates
+        ]  # reasoning would reveal the gold
+        conversations = [replace(question.conversation, messages=(*before, message)) for message in messages]
         with torch.no_grad():
             losses = [float(token_loss(model.renderer.render(conversation))) for conversation in conversations]
         if advance is not None:
-            advance(side, min(next(done), len(asked)), len(asked))
+            advance(side, min(next(done), len(questions)), len(questions))
         return candidates[losses.index(min(losses))]
 
-    return devices.map(asked, choose, lambda question: 1.0)
+    return devices.map(questions, choose, lambda question: 1.0)

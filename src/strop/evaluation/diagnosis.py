@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from strop.errors import TROUBLESHOOTING_PAGE
-from strop.runs.events import without_undone
+from strop.runs.events import drop_undone_events
 
 Series = dict[int, float]  # step -> value
 FLAT = f"see {TROUBLESHOOTING_PAGE}#flat"
@@ -19,13 +19,8 @@ MIN_CHANGE = 1e-4  # relative change of the weights below which no output change
 
 
 def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> list[str]:
-    """Return one sentence per finding; none for a run without problems.
-
-    Args:
-        events: events of the run.
-        weight_change: how far the adapters move their weights, relative to the weights (models.lora.weight_change).
-    """
-    events = without_undone(events)
+    """Return one sentence per finding; none for a run without problems."""
+    events = drop_undone_events(events)
     train, evaluated = _series(events, "step"), _series(events, "eval")
     # A resumed run repeats some events.
     recoveries = dict.fromkeys(_describe(event) for event in events if event["event"] in RECOVERIES)
@@ -61,13 +56,10 @@ def _check_learning(train: Series, weight_change: float | None) -> list[str]:
     losses = [loss for _, loss in sorted(train.items())]
     if len(losses) < MIN_STEPS:
         return []
-    part = max(5, len(losses) // 5)
-    first, last = losses[:part], losses[-part:]
-    fell = statistics.mean(first) - statistics.mean(last)
-    noise = ((statistics.variance(first) + statistics.variance(last)) / part) ** 0.5
-    if fell > 2 * noise and fell > 0.01 * abs(statistics.mean(first)):
+    first, last, noise = _trend(losses)
+    if first - last > 2 * noise and first - last > 0.01 * abs(first):
         return []
-    flat = f"not learning: the training loss went from {statistics.mean(first):.3f} to {statistics.mean(last):.3f}"
+    flat = f"not learning: the training loss went from {first:.3f} to {last:.3f}"
     if weight_change is not None and weight_change < MIN_CHANGE:
         moved = f"the adapters changed their weights by {weight_change:.1e} of their size"
         return [f"{flat}, and {moved}: the learning rate is too small, try 10 times as much ({FLAT})"]
@@ -87,16 +79,21 @@ def _check_rewards(steps: Sequence[dict[str, Any]]) -> list[str]:
         )
     if len(steps) < MIN_STEPS or findings:
         return findings
-    part = max(5, len(steps) // 5)
-    first, last = ([event["reward"] for event in events] for events in (steps[:part], steps[-part:]))
-    rose = statistics.mean(last) - statistics.mean(first)
-    noise = ((statistics.variance(first) + statistics.variance(last)) / part) ** 0.5
-    if rose > 2 * noise:
+    first, last, noise = _trend([event["reward"] for event in steps])
+    if last - first > 2 * noise:
         return []
     return [
-        f"the reward of completions went from {statistics.mean(first):.3f} to {statistics.mean(last):.3f}, within "
-        f"its noise: train longer, sample larger groups, or try another learning rate ({FLAT})"
+        f"the reward of completions went from {first:.3f} to {last:.3f}, within its noise: train longer, sample larger "
+        f"groups, or try another learning rate ({FLAT})"
     ]
+
+
+def _trend(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the means of the first and the last fifth, and the standard error of their difference."""
+    part = max(5, len(values) // 5)
+    first, last = values[:part], values[-part:]
+    noise = ((statistics.variance(first) + statistics.variance(last)) / part) ** 0.5
+    return statistics.mean(first), statistics.mean(last), noise
 
 
 def _check_chosen(events: Sequence[dict[str, Any]]) -> list[str]:

@@ -25,7 +25,7 @@ from strop.evaluation.metrics import FAULTS, metric, paired_difference
 PROMPT = """Two assistants have answered the same conversation. Which answer is better?
 
 [conversation]
-{asked}
+{conversation}
 
 [right answer]
 {gold}
@@ -51,13 +51,7 @@ None: no verdict."""
 def judge_for(name: str, model: str | None = None) -> Judge:
     """Return the judge of `file.py:function`, or of an OpenAI-compatible server (`http://.../v1`).
 
-    Args:
-        name: function or address.
-        model: which of the server's models; default: the first it lists.
-
-    Raises:
-        RecipeError: the name is neither.
-        RunError: the server does not answer.
+    model: one of the server's; default: the first that it lists.
     """
     if ".py:" in name:
         if model is not None:
@@ -77,24 +71,24 @@ def judge_for(name: str, model: str | None = None) -> Judge:
 def compare_by_judge(
     judge: Judge,
     name: str,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     base: Sequence[str],
     tuned: Sequence[str],
     advance: Advance | None,
 ) -> dict[str, Any]:
     """Measure how often the tuned answer beats the base's.
 
-    Returns:
-        {name, rows, wins, ties, losses, win_rate, interval, difference, order_decided, unsaid, lost}. win_rate: wins
-        and half of the ties. interval: its 95 % interval, from the paired difference of wins and losses. order_decided:
-        rows whose verdict changed with the order. unsaid: replies without a verdict, which count as ties. lost: places
-        of the rows that tuned lost.
+    Returns {name, rows, wins, ties, losses, win_rate, interval, difference, order_decided, unsaid, lost}. win_rate and
+    its 95 % interval: wins and half of the ties, from the paired difference of wins and losses. order_decided: rows
+    whose verdict changed with the order. unsaid: replies without a verdict, which count as ties. lost: places of the
+    rows that tuned lost.
     """
     outcomes, order_decided, unsaid = [], 0, 0
-    for number, (question, before, after) in enumerate(zip(asked, base, tuned, strict=True), 1):
+    for number, (question, before, after) in enumerate(zip(questions, base, tuned, strict=True), 1):
         verdicts = [0, 0]
         if before != after:
-            context = _conversation_text(question), question.gold
+            messages = question.conversation.messages[:-1]
+            context = "\n\n".join(f"{message.role}: {message.content}" for message in messages), question.gold
             replies = [judge(*context, after, before), judge(*context, before, after)]
             unsaid += replies.count(None)
             verdicts = [replies[0] or 0, -(replies[1] or 0)]
@@ -102,40 +96,33 @@ def compare_by_judge(
         total = sum(verdicts)
         outcomes.append((total > 0) - (total < 0))
         if advance is not None:
-            advance("judge", number, len(asked))
+            advance("judge", number, len(questions))
     difference = paired_difference([outcome < 0 for outcome in outcomes], [outcome > 0 for outcome in outcomes])
-    places = [f"{question.conversation.file}:{question.conversation.line}" for question in asked]
+    places = [f"{question.conversation.file}:{question.conversation.line}" for question in questions]
     return {
-        "name": name,
-        "rows": len(outcomes),
-        "wins": outcomes.count(1),
-        "ties": outcomes.count(0),
-        "losses": outcomes.count(-1),
+        "name": name, "rows": len(outcomes),
+        "wins": outcomes.count(1), "ties": outcomes.count(0), "losses": outcomes.count(-1),
         "win_rate": 0.5 + difference.value / 2,
         "interval": [0.5 + difference.low / 2, 0.5 + difference.high / 2],
-        "difference": asdict(difference),
-        "order_decided": order_decided,
-        "unsaid": unsaid,
+        "difference": asdict(difference), "order_decided": order_decided, "unsaid": unsaid,
         "lost": [place for place, outcome in zip(places, outcomes, strict=True) if outcome < 0],
-    }
-
-
-def _conversation_text(question: Question) -> str:
-    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in question.conversation.messages[:-1])
+    }  # fmt: skip
 
 
 def _function_judge(name: str) -> Judge:
     function = cast("Callable[[str, str, str, str], Any]", metric(name, ARGUMENTS).function)
 
-    def judge(asked: str, gold: str, first: str, second: str) -> int:
+    def judge(conversation: str, gold: str, first: str, second: str) -> int:
         try:
-            value = float(function(asked, gold, first, second))
+            value = float(function(conversation, gold, first, second))
         except FAULTS as fault:
-            what = f"judge {name}: {type(fault).__name__}: {fault} (for {asked[-80:]!r})"
+            what = f"judge {name}: {type(fault).__name__}: {fault} (for {conversation[-80:]!r})"
             fix = "it gets (conversation, right answer, first, second); above 0 the first is better, below 0 the second"
             raise RunError(what, fix=fix) from None
         if math.isnan(value):
-            raise RunError(f"judge {name}: returns nan (for {asked[-80:]!r})", fix="return a number for any answers")
+            raise RunError(
+                f"judge {name}: returns nan (for {conversation[-80:]!r})", fix="return a number for any answers"
+            )
         return (value > 0) - (value < 0)
 
     return judge
@@ -158,8 +145,8 @@ class _ServerJudge:
     url: str
     model: str | None
 
-    def __call__(self, asked: str, gold: str, first: str, second: str) -> int | None:
-        text = PROMPT.format(asked=asked, gold=gold, first=first, second=second)
+    def __call__(self, conversation: str, gold: str, first: str, second: str) -> int | None:
+        text = PROMPT.format(conversation=conversation, gold=gold, first=first, second=second)
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
         reply = self._request("/chat/completions", lambda data: data["choices"][0]["message"].get("content"), body)
         return verdict_in(reply if isinstance(reply, str) else "")
@@ -168,11 +155,7 @@ class _ServerJudge:
         return str(self._request("/models", lambda data: data["data"][0]["id"]))
 
     def _request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
-        """Return what `select` takes from the response.
-
-        Raises:
-            RunError: the server does not answer, or not as OpenAI's servers do.
-        """
+        """Return what `select` takes from the response."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"

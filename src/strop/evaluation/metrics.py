@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,12 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by name.
+    """A metric by name."""
 
-    Args:
-        name: the key of its score.
-        judge: (gold, answer) -> judgement; raises ValueError for a gold answer that the metric cannot use.
-        function: the user's function, for a metric of `file.py:function`.
-    """
-
-    name: str
+    name: str  # the key of its score
+    # (gold, answer) -> judgement; raises ValueError for a gold answer that the metric cannot use
     judge: Callable[[str, str], Judgement]
-    function: Callable[[str, str], Any] | None = None
+    function: Callable[[str, str], Any] | None = None  # the user's function, for a metric of `file.py:function`
 
 
 @dataclass(frozen=True)
@@ -79,16 +74,12 @@ def _normalize_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
-def _exact(gold: str, answer: str) -> Judgement:
-    return {"exact": _normalize_spaces(gold) == _normalize_spaces(answer)}
+def _equal(name: str, gold: str, answer: str) -> Judgement:
+    return {name: _normalize_spaces(gold) == _normalize_spaces(answer)}
 
 
 def _contains(gold: str, answer: str) -> Judgement:
     return {"contains": _normalize_spaces(gold).casefold() in _normalize_spaces(answer).casefold()}
-
-
-def _choice(gold: str, answer: str) -> Judgement:
-    return {"choice": _normalize_spaces(gold) == _normalize_spaces(answer)}
 
 
 def _regex(gold: str, answer: str) -> Judgement:
@@ -123,10 +114,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object that a text is, or None.
-
-    Keys and values become text without case and extra spaces, at every depth.
-    """
+    """Return a text's JSON object, or None. Keys and values become text without case and extra spaces."""
     try:
         value = json.loads(text)
         return _as_text(value) if isinstance(value, dict) else None
@@ -143,36 +131,29 @@ def _as_text(value: Any) -> Any:
 
 
 def _exact_json(gold: str, answer: str) -> Judgement:
-    wanted, given = _json_object(gold), _json_object(answer)
-    if wanted is None:
+    right, parsed = _json_object(gold), _json_object(answer)
+    if right is None:
         raise ValueError("the gold answer is not a JSON object")
-    judgement = {"exact_json": wanted == given, "valid_json": given is not None}
-    if "intent" in wanted:
-        judgement["intent"] = given is not None and given.get("intent") == wanted["intent"]
+    judgement = {"exact_json": right == parsed, "valid_json": parsed is not None}
+    if "intent" in right:
+        judgement["intent"] = parsed is not None and parsed.get("intent") == right["intent"]
     return judgement
 
 
 METRICS: dict[str, Metric] = {
-    "exact": Metric("exact", _exact),  # equal up to white space
+    "exact": Metric("exact", partial(_equal, "exact")),  # equal up to white space
     "exact_json": Metric("exact_json", _exact_json),  # the same JSON object; text around it is a miss
     "contains": Metric("contains", _contains),  # the answer contains the gold, ignoring case and white space
     "regex": Metric("regex", _regex),  # the gold is a pattern, which is found in the answer
     # Classification: among the golds of all rows, the gold has the lowest loss. Nothing is generated.
-    "choice": Metric("choice", _choice),
+    "choice": Metric("choice", partial(_equal, "choice")),
 }
 
 
 def metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
-    """Return a metric by name, or one of the user's function `file.py:function`.
+    """Return a metric by name, or of the user's function `file.py:function`, which returns True or False.
 
-    The function gets (gold, answer) and returns True or False.
-
-    Args:
-        name: the name.
-        arguments: what a user's function gets, if it is not used as a metric.
-
-    Raises:
-        RecipeError: the metric or function does not exist, or has other parameters.
+    arguments: what the function gets.
     """
     if not isinstance(name, str):
         raise RecipeError("metric: give a function by its name", fix="give 'file.py:function'")
@@ -187,21 +168,14 @@ def metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
 
 @lru_cache(maxsize=8)
 def _run_file(file: str, content_hash: str) -> Mapping[str, Any]:
-    """Run the user's file and return what it defines. It is run once per content, since it may load a model.
-
-    Its folder is appended to sys.path, so that it can import modules next to it, now and later.
-    """
-    if (folder := os.path.dirname(file)) not in sys.path:
+    """Run the user's file, which may load a model, once per content, and return what it defines."""
+    if (folder := os.path.dirname(file)) not in sys.path:  # it may import modules next to it, now and later
         sys.path.append(folder)
     return runpy.run_path(file)
 
 
 def _check_parameters(function: Callable[..., Any], name: str, arguments: Sequence[str]) -> None:
-    """Check that the function can be called with these arguments, and that no parameter is named as another one.
-
-    Raises:
-        RecipeError: it cannot, or one is.
-    """
+    """Check that the function can be called with these arguments, and that no parameter is named as another one."""
     fix = f"it gets ({', '.join(arguments)}), in this order"
     try:
         signature = inspect.signature(function)
@@ -250,43 +224,32 @@ def _is_hit_or_miss(result: Any) -> bool:
 def check_golds(
     name: str, golds: Sequence[str], places: Sequence[tuple[str, int]], *, any_number: bool = False
 ) -> None:
-    """Check that a metric can use these gold answers. Needs no model.
-
-    Args:
-        name: the metric.
-        golds: gold answers.
-        places: (file, line) of each.
-        any_number: the metric is a reward, which may return any number.
-
-    Raises:
-        DataError: the metric cannot use some golds; names file and line of each.
-        RecipeError: the user's function returns neither hit nor miss.
-    """
-    known, wrong = metric(name), []
+    """Raise DataError for rows (file, line) whose gold answers a metric cannot use. any_number: it is a reward."""
+    scorer, wrong = metric(name), []
     if name == "choice" and not 2 <= len(options(golds)) <= MAX_OPTIONS:
         what = f"choice: {len(options(golds))} different right answers to choose from, not 2 to {MAX_OPTIONS}"
         raise DataError(what, fix="use another metric, such as exact")
     for gold, (file, line) in zip(golds, places, strict=True):
         result: Any = True
         try:
-            if known.function is None:
+            if scorer.function is None:
                 if name in ("contains", "regex") and not _normalize_spaces(gold):
                     raise ValueError("the right answer is empty, so every answer contains it")
-                known.judge(gold, "")
+                scorer.judge(gold, "")
             else:
-                result = known.function(gold, gold)
+                result = scorer.function(gold, gold)
         except FAULTS as error:
-            if known.function is None and not isinstance(error, ValueError):
+            if scorer.function is None and not isinstance(error, ValueError):
                 raise
-            failed = f"{known.name} fails on the right answer itself: {error!r}"
-            wrong.append(Where(file, line, str(error) if known.function is None else failed))
+            failed = f"{scorer.name} fails on the right answer itself: {error!r}"
+            wrong.append(Where(file, line, str(error) if scorer.function is None else failed))
         if not (any_number or _is_hit_or_miss(result)):
-            what = f"metric {name}: {known.name} returns {result!r:.80} for the right answer of {file}:{line}"
+            what = f"metric {name}: {scorer.name} returns {result!r:.80} for the right answer of {file}:{line}"
             raise RecipeError(what, fix=_RETURN_FIX)
     if wrong:
         fix = "correct these rows or choose another metric"
-        if known.function is not None:
-            fix = f"fix {known.name}, which gets (right answer, answer), or correct these rows"
+        if scorer.function is not None:
+            fix = f"fix {scorer.name}, which gets (right answer, answer), or correct these rows"
         raise DataError(f"{len(wrong)} rows cannot be scored with {name}", fix=fix, where=wrong)
 
 
@@ -297,12 +260,12 @@ def options(golds: Sequence[str]) -> list[str]:
 
 def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:
     """Judge answers, at least one, against golds row by row. A side score is kept if every row has it."""
-    known = metric(name)
-    rows = [known.judge(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
+    scorer = metric(name)
+    rows = [scorer.judge(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
     assert rows, "nothing to score"
     common = [key for key in rows[0] if all(key in row for row in rows)]
     rates = {key: sum(row[key] for row in rows) / len(rows) for key in common}
-    return Scores(known.name, tuple(row[known.name] for row in rows), rates)
+    return Scores(scorer.name, tuple(row[scorer.name] for row in rows), rates)
 
 
 def verdict(difference: Difference) -> tuple[str, str]:
@@ -406,20 +369,17 @@ def changed_rows(places: Sequence[str], before: Sequence[bool], after: Sequence[
 
 
 def mark_differences(gold: str, answer: str) -> list[tuple[str, str]]:
-    """Return the answer in pieces (text, same | added | missing) compared with the gold, word by word.
-
-    An answer that has little in common with the gold is one piece.
-    """
-    wanted, given = _words(gold), _words(answer)
-    matcher = difflib.SequenceMatcher(None, wanted, given, autojunk=False)
+    """Return the answer in pieces (text, same | added | missing) compared with the gold, word by word."""
+    gold_words, answer_words = _words(gold), _words(answer)
+    matcher = difflib.SequenceMatcher(None, gold_words, answer_words, autojunk=False)
     if matcher.ratio() < SIMILAR:
         return [(answer, "same")]
     parts = []
     for tag, a1, a2, b1, b2 in matcher.get_opcodes():
         if tag in ("delete", "replace"):
-            parts.append(("".join(wanted[a1:a2]), "missing"))
+            parts.append(("".join(gold_words[a1:a2]), "missing"))
         if b2 > b1:
-            parts.append(("".join(given[b1:b2]), "same" if tag == "equal" else "added"))
+            parts.append(("".join(answer_words[b1:b2]), "same" if tag == "equal" else "added"))
     return parts
 
 
@@ -436,15 +396,9 @@ def _words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Reward:
-    """A metric or function as a reward. A metric gives 1 for a hit and 0 for a miss, a function what it returns.
+    """A metric or function as a reward. A metric gives 1 for a hit and 0 for a miss, a function what it returns."""
 
-    Args:
-        given: name in the recipe.
-        weight: weight in the sum of rewards.
-        metric: the metric.
-    """
-
-    given: str
+    spec: str  # as in the recipe
     weight: float
     metric: Metric
 
@@ -453,14 +407,10 @@ class Reward:
         return self.metric.name
 
     def __call__(self, gold: str | None, answer: str, place: tuple[str, int]) -> float:
-        """Return the reward of an answer.
-
-        Raises:
-            RunError: the user's function fails or returns no finite number; names the row.
-        """
+        """Return the reward of an answer."""
         if self.metric.function is None:
             return float(self.metric.judge(gold or "", answer)[self.name])
-        prefix = f"reward {self.given}: row {place[0]}:{place[1]}"
+        prefix = f"reward {self.spec}: row {place[0]}:{place[1]}"
         try:
             value = float(self.metric.function(gold or "", answer))
         except FAULTS as fault:
@@ -471,14 +421,10 @@ class Reward:
         return value
 
 
-def parse_rewards(given: str | Sequence[str] | None) -> list[Reward]:
-    """Return the rewards of a recipe: NAME or NAME=WEIGHT each, in a list or separated by commas.
-
-    Raises:
-        RecipeError: a weight is not a number, a reward does not exist, or two have the same name.
-    """
+def parse_rewards(setting: str | Sequence[str] | None) -> list[Reward]:
+    """Return the rewards of a recipe: NAME or NAME=WEIGHT each, in a list or separated by commas."""
     rewards = []
-    for text in given.split(",") if isinstance(given, str) else given or []:
+    for text in setting.split(",") if isinstance(setting, str) else setting or []:
         name, _, weight = text.strip().partition("=")
         try:
             number = float(weight or 1)
@@ -498,20 +444,16 @@ def parse_rewards(given: str | Sequence[str] | None) -> list[Reward]:
 
 def rewards_hash(rewards: Sequence[Reward]) -> str | None:
     """Return the SHA-256 of the files of user-defined rewards, which decide what is learned; None without any."""
-    files = [reward.given.rsplit(":", 1)[0] for reward in rewards if reward.metric.function is not None]
+    files = [reward.spec.rsplit(":", 1)[0] for reward in rewards if reward.metric.function is not None]
     return sha256_text("".join(sha256_file(Path(file)) for file in files)) if files else None
 
 
 def check_rewards(rewards: Sequence[Reward], golds: Sequence[str | None], places: Sequence[tuple[str, int]]) -> None:
-    """Check that each row has the right answer that a metric needs, and that the metric can use it. Needs no model.
-
-    Raises:
-        DataError: names file and line of every row that does not.
-    """
+    """Check that each row has the right answer that a metric needs, and that the metric can use it. Needs no model."""
     answered = [(gold, place) for gold, place in zip(golds, places, strict=True) if gold is not None]
     missing = [Where(*place, "no right answer") for gold, place in zip(golds, places, strict=True) if gold is None]
     for reward in rewards:
         if reward.metric.function is None and missing:
             fix = "give rows with right answers, or a reward function: file.py:function"
             raise DataError(f"{len(missing)} rows have no answer for reward {reward.name}", fix=fix, where=missing)
-        check_golds(reward.given, [gold for gold, _ in answered], [place for _, place in answered], any_number=True)
+        check_golds(reward.spec, [gold for gold, _ in answered], [place for _, place in answered], any_number=True)

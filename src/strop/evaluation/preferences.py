@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from strop.data.batching import pack
-from strop.data.rendering.pairs import render_pairs
+from strop.data.rendering.render import render_pairs
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model
 from strop.engine.step import step_for
 from strop.errors import DataError, Where
 from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import Z_95, changed_rows, paired_difference, wilson
-from strop.models.adapters import Model, is_reward
-from strop.models.reward_head import head_of
+from strop.models.adapters import is_reward_adapter
+from strop.models.lora import find_score_head
 
 METRIC = "preference"
 MICRO_BATCH_TOKENS = 2048
@@ -36,23 +37,19 @@ def compare_preferences(
 ) -> dict[str, Any]:
     """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals.
 
-    Returns:
-        {rows, metric, base, tuned, intervals, difference, changed, samples}, as compare.compare does. `base` and
-        `tuned`: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}. With an
-        adapter also `rewards`: {accuracy, accuracy_interval, margin, margin_interval} of log pi - log base summed over
-        an answer, in nats. A reward model has no base: preference is by its scores, and `rewards` has their margin.
-
-    Raises:
-        DataError: some pairs cannot be compared; names each.
+    Returns {rows, metric, base, tuned, intervals, difference, changed, samples}, as compare.compare does. `base` and
+    `tuned`: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}. With an adapter
+    also `rewards`: {accuracy, accuracy_interval, margin, margin_interval} of log pi - log base, summed over an answer,
+    in nats. A reward model has no base: preference is by its scores, and `rewards` has their margin.
     """
     pairs = _rendered(model, conversations)
-    if model.adapter is not None and is_reward(model.adapter):
+    if model.adapter is not None and is_reward_adapter(model.adapter):
         return _compare_scores(model, conversations, pairs, advance, devices)
     sides: dict[str, PairValues] = {}
     with model.base() if model.adapter else nullcontext():
-        sides["base"] = _log_probs(model, pairs, "base", advance, devices)
+        sides["base"] = _by_micro_batch(step_for(model.module).log_probs, pairs, "base", advance, devices)
     if model.adapter:
-        sides["tuned"] = _log_probs(model, pairs, "tuned", advance, devices)
+        sides["tuned"] = _by_micro_batch(step_for(model.module).log_probs, pairs, "tuned", advance, devices)
     counts = [(float(chosen.weights.sum()), float(rejected.weights.sum())) for chosen, rejected in pairs]
     result: dict[str, Any] = {"rows": len(pairs), "metric": METRIC}
     hits: dict[str, list[bool]] = {}
@@ -75,10 +72,7 @@ def compare_preferences(
 
 
 def reward_figures(rewards: PairValues) -> dict[str, Any]:
-    """Return accuracy and mean margin of the rewards of pairs, with 95 % intervals.
-
-    The interval is Wilson's for the accuracy, and normal for the mean margin (None for a single pair).
-    """
+    """Return accuracy and mean margin of pairs of rewards, with Wilson's and the normal 95 % interval."""
     margins, hits = [a - b for a, b in rewards], [a > b for a, b in rewards]
     mean, n = statistics.fmean(margins), len(margins)
     reach = Z_95 * statistics.stdev(margins) / math.sqrt(n) if n > 1 else math.inf
@@ -92,7 +86,7 @@ def reward_figures(rewards: PairValues) -> dict[str, Any]:
 def _compare_scores(
     model: Model, conversations: Sequence[Conversation], pairs: Pairs, advance: Advance | None, devices: Devices
 ) -> dict[str, Any]:
-    step, head = step_for(model.module), head_of(model.module)
+    step, head = step_for(model.module), find_score_head(model.module)
     assert head is not None
 
     def scores(examples: Sequence[Example]) -> torch.Tensor:
@@ -100,16 +94,12 @@ def _compare_scores(
         return values.flatten()
 
     values = _by_micro_batch(scores, pairs, "tuned", advance, devices)
-    hits = {"tuned": [a > b for a, b in values]}
-    figures = reward_figures(values)
+    hits, figures = {"tuned": [a > b for a, b in values]}, reward_figures(values)
     return {
-        "rows": len(pairs),
-        "metric": METRIC,
-        "tuned": {METRIC: figures["accuracy"]},
-        "intervals": {"tuned": figures["accuracy_interval"]},
-        "rewards": figures,
+        "rows": len(pairs), "metric": METRIC, "tuned": {METRIC: figures["accuracy"]},
+        "intervals": {"tuned": figures["accuracy_interval"]}, "rewards": figures,
         "samples": _samples(conversations, hits),
-    }
+    }  # fmt: skip
 
 
 def _rendered(model: Model, conversations: Sequence[Conversation]) -> Pairs:
@@ -122,10 +112,6 @@ def _rendered(model: Model, conversations: Sequence[Conversation]) -> Pairs:
     if bad:
         raise DataError(f"{len(bad)} pairs cannot be compared", fix="fix or remove them", where=bad)
     return pairs
-
-
-def _log_probs(model: Model, pairs: Pairs, side: str, advance: Advance | None, devices: Devices) -> PairValues:
-    return _by_micro_batch(step_for(model.module).log_probs, pairs, side, advance, devices)
 
 
 def _by_micro_batch(
@@ -162,7 +148,7 @@ def _samples(conversations: Sequence[Conversation], hits: dict[str, list[bool]])
     samples = []
     for row, conversation in enumerate(conversations):
         chosen, rejected = (side.messages[-1].content[:SAMPLE_CHARACTERS] for side in conversation.sides)
-        prompt = next((turn.content for turn in reversed(conversation.messages) if turn.role == "user"), "")
+        prompt = next((message.content for message in reversed(conversation.messages) if message.role == "user"), "")
         sample: dict[str, Any] = {"prompt": prompt, "gold": chosen}
         for name, hit in hits.items():
             sample |= {name: chosen if hit[row] else rejected, f"{name}_hit": hit[row]}

@@ -13,13 +13,14 @@ import numpy as np
 
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection, Recipe
-from strop.data.formats import DOCUMENT, PAIRED, conversations
+from strop.data.formats import DOCUMENT, PAIRED, ConversationReader
 from strop.data.prepare import prepare
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
 from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.model import Model, load, load_renderer
 from strop.errors import DataError, InputError, RecipeError, RunError, Where, nearest
 from strop.evaluation.compare import (
     FIGURES,
@@ -28,28 +29,18 @@ from strop.evaluation.compare import (
     compare,
     judged_texts,
     left_out,
-    questions,
+    make_questions,
     rows_with_calls,
     side_of,
 )
-from strop.evaluation.general import compare_general
+from strop.evaluation.general import check_tasks, compare_general, run_tasks
 from strop.evaluation.judge import Judge, compare_by_judge, judge_for
-from strop.evaluation.lm_eval import check_tasks, run_tasks
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import (
-    Model,
-    adapter_folder,
-    base_source,
-    is_reward,
-    load,
-    load_renderer,
-    refuse_other_kind,
-    with_tokenizer,
-)
+from strop.models.adapters import adapter_folder, base_source, check_adapter_kind, is_reward_adapter, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
@@ -61,36 +52,20 @@ READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Options of `strop eval`.
+    """Options of `strop eval`."""
 
-    Args:
-        metric: name of the metric, or file.py:function.
-        max_new_tokens: longest answer.
-        quantization: how the base is stored.
-        force: load a model that does not match its adapter.
-        general: also ask the built-in general set, to see what training broke (`general` in the result).
-        regression_data: rows of the user that should not get worse (`regression` in the result).
-        regression_metric: their metric; default: `metric`.
-        tasks: tasks of lm-evaluation-harness, if it is installed (`tasks` in the result).
-        task_limit: number of documents of each task.
-        judge: decides which of base's and tuned's answers is better (`judge` in the result): file.py:function, or the
-            address of a server.
-        judge_model: which of the server's models.
-        read: how rows are read: values of READ_FIELDS.
-    """
-
-    metric: str = "exact"
-    max_new_tokens: int = 80
-    quantization: str = "auto"
-    force: bool = False
-    general: bool = False
-    regression_data: str | Sequence[str] = ()
-    regression_metric: str | None = None
-    tasks: Sequence[str] = ()
-    task_limit: int | None = None
-    judge: str | None = None
-    judge_model: str | None = None
-    read: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = "exact"  # name of the metric, or file.py:function
+    max_new_tokens: int = 80  # longest answer
+    quantization: str = "auto"  # how the base is stored
+    force: bool = False  # load a model that does not match its adapter
+    general: bool = False  # also ask the built-in general set, to see what training broke (`general` in the result)
+    regression_data: str | Sequence[str] = ()  # rows of the user that should not get worse (`regression` in the result)
+    regression_metric: str | None = None  # their metric; default: `metric`
+    tasks: Sequence[str] = ()  # tasks of lm-evaluation-harness, if it is installed (`tasks` in the result)
+    task_limit: int | None = None  # number of documents of each task
+    judge: str | None = None  # compares base's and tuned's answers: file.py:function, or the address of a server
+    judge_model: str | None = None  # which of the server's models
+    read: Mapping[str, Any] = field(default_factory=dict)  # how rows are read: values of READ_FIELDS
 
 
 def evaluate_models(
@@ -103,34 +78,19 @@ def evaluate_models(
 ) -> list[dict[str, Any]]:
     """Evaluate base and tuned model on the rows of `data`, for each model in turn; without an adapter, the base only.
 
-    A base that several models share is evaluated once.
-
-    Args:
-        names: runs, adapters or models.
-        data: rows to answer.
-        options: what else to evaluate, and how.
-        advance: progress callback.
-        devices: devices that share the rows.
-
-    Returns:
-        For each model, what compare.compare returns (for pairs, preferences.compare_preferences), with `run`, `notes`
-        (sentences), and `train_rows`: how many of the rows the run was trained on, None if that is unknown.
-
-    Raises:
-        RecipeError: the metric does not exist, or options conflict.
-        DataError: rows are wrong or cannot be scored.
-        ModelError: a model cannot be loaded. All other input errors are raised before a model loads.
-        RunError: the judge fails. The answers are in the report, and in `partial_result` of the error.
+    Returns for each model what compare.compare returns (for pairs, preferences.compare_preferences), with `run`,
+    `notes`, and `train_rows`: how many of the rows the run was trained on, None if that is unknown. All input errors
+    but ModelError are raised before a model loads. A RunError of the judge has the answers as `partial_result`.
     """
     options = options or EvalOptions()
-    request = _check_request(names, data, options, devices)
+    request = _check_request(names, data, options, advance, devices)
     bases: dict[tuple[str, str, str], Side] = {}
     results = []
     for name in names:
         if _is_paired(request.rows):
-            results.append(_evaluate_pairs(name, request, options, advance, devices))
+            results.append(_evaluate_pairs(name, request))
             continue
-        results.append(_evaluate_answers(name, request, options, bases, advance, devices))
+        results.append(_evaluate_answers(name, request, bases))
         if "interrupted" in results[-1] or "interrupted" in results[-1].get("regression", {}):
             break
     return results
@@ -138,26 +98,22 @@ def evaluate_models(
 
 @dataclass(frozen=True)
 class _Request:
-    """A checked evaluation.
+    """A checked evaluation."""
 
-    Args:
-        rows: rows to answer.
-        regression: rows that should not get worse.
-        notes: how the rows are read.
-        judge: compares answers, or None.
-        tasks: names of tasks of lm-evaluation-harness.
-        manager: the harness's task manager.
-    """
-
+    options: EvalOptions
     rows: list[Conversation]
-    regression: list[Conversation]
-    notes: list[str]
+    regression: list[Conversation]  # rows that should not get worse
+    notes: list[str]  # how the rows are read
     judge: Judge | None
-    tasks: list[str]
-    manager: Any
+    tasks: list[str]  # of lm-evaluation-harness
+    manager: Any  # the harness's task manager
+    advance: Advance | None
+    devices: Devices
 
 
-def _check_request(names: Sequence[str], data: str | Sequence[str], options: EvalOptions, devices: Devices) -> _Request:
+def _check_request(
+    names: Sequence[str], data: str | Sequence[str], options: EvalOptions, advance: Advance | None, devices: Devices
+) -> _Request:
     """Check all options and rows, before a model loads."""
     if options.regression_metric and not options.regression_data:
         raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
@@ -167,12 +123,15 @@ def _check_request(names: Sequence[str], data: str | Sequence[str], options: Eva
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
     judge = _judge(options)
     read, notes = read_options(names, options.read)
-    regression_metric = options.regression_metric or options.metric
     rows = _scorable_rows(names, read, notes, data, options.metric)
     regression: list[Conversation] = []
     if options.regression_data:
+        regression_metric = options.regression_metric or options.metric
         regression = _scorable_rows(names, read, notes, options.regression_data, regression_metric)
-    _check_equal_ranks(names, options, [*rows, *regression], devices)
+    fields = "metric", "max_new_tokens", "quantization", "general", "regression_metric", "judge", "judge_model"
+    values = {name: getattr(options, name) for name in fields}
+    content = digest(b"\n".join(map(dump_conversation, [*rows, *regression])))
+    devices.require_same({"the models": list(names), **values, "the content of the rows": content})
     if _is_paired(rows) and (options.general or regression or options.tasks or judge):
         fix = "leave --general, --regression-data, --tasks and --judge out"
         raise RecipeError("pairs: nothing is generated, so nothing else can be evaluated", fix=fix)
@@ -183,55 +142,30 @@ def _check_request(names: Sequence[str], data: str | Sequence[str], options: Eva
             flag = "--general" if options.general else "--regression-data" if regression else "--judge"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
     tasks, manager = check_tasks(options.tasks) if options.tasks else ([], None)
-    return _Request(rows, regression, notes, judge, tasks, manager)
+    return _Request(options, rows, regression, notes, judge, tasks, manager, advance, devices)
 
 
-def _check_equal_ranks(
-    names: Sequence[str], options: EvalOptions, rows: Sequence[Conversation], devices: Devices
-) -> None:
-    """Refuse to run if the processes have different options or rows."""
-    devices.require_same({
-        "the models": list(names),
-        "metric": options.metric,
-        "max_new_tokens": options.max_new_tokens,
-        "quantization": options.quantization,
-        "general": options.general,
-        "regression_metric": options.regression_metric,
-        "judge": options.judge,
-        "judge_model": options.judge_model,
-        "the content of the rows": digest(b"\n".join(map(dump_conversation, rows))),
-    })  # fmt: skip
-
-
-def _evaluate_pairs(
-    name: str, request: _Request, options: EvalOptions, advance: Advance | None, devices: Devices
-) -> dict[str, Any]:
-    train_rows = devices.run_on_main(partial(trained_on, name, request.rows))
+def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
+    train_rows = request.devices.run_on_main(partial(trained_on, name, request.rows))
     folder = adapter_folder(name)
-    model = _load(name, options, devices, scores=folder is not None and is_reward(folder))
-    compared = compare_preferences(model, request.rows, advance, devices)
+    model = _load(name, request, scores=folder is not None and is_reward_adapter(folder))
+    compared = compare_preferences(model, request.rows, request.advance, request.devices)
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
     count_train_rows(result, train_rows)
-    if devices.is_main and is_run(Path(name)):
+    if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
 
 
-def _evaluate_answers(
-    name: str,
-    request: _Request,
-    options: EvalOptions,
-    bases: dict[tuple[str, str, str], Side],
-    advance: Advance | None,
-    devices: Devices,
-) -> dict[str, Any]:
+def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, str], Side]) -> dict[str, Any]:
     """Evaluate one model. bases: results of the bases that were evaluated before, which are used and extended."""
-    rows = [question.conversation for question in questions(request.rows)]
+    options, advance, devices = request.options, request.advance, request.devices
+    rows = [question.conversation for question in make_questions(request.rows)]
     train_rows = devices.run_on_main(partial(trained_on, name, rows))
     folder = adapter_folder(name)
-    if folder is not None and is_reward(folder):
-        refuse_other_kind(folder, scores=False)
-    model = _load(name, options, devices)
+    if folder is not None and is_reward_adapter(folder):
+        check_adapter_kind(folder, scores=False)
+    model = _load(name, request)
     base_key = (str(model.source), model.quantization, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
     compared = compare_rows(request.rows, metric=options.metric, base=bases.get(base_key))
@@ -259,33 +193,24 @@ def _evaluate_answers(
         result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
     del model, compare_rows  # frees the memory, as the judge may be another model
     if judge is not None:
-        _add_judgement(result, judge, str(options.judge), request.rows, renderer, advance, devices)
+        _add_judgement(result, judge, request, renderer)
     if store:
         _store(RunFolder(Path(name)), result)
     return result
 
 
-def _load(name: str, options: EvalOptions, devices: Devices, *, scores: bool = False) -> Model:
-    with devices.all_or_none():
-        return load(name, quantization=options.quantization, force=options.force, scores=scores)
+def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
+    with request.devices.all_or_none():
+        return load(name, quantization=request.options.quantization, force=request.options.force, scores=scores)
 
 
-def _add_judgement(
-    result: dict[str, Any],
-    judge: Judge,
-    name: str,
-    rows: Sequence[Conversation],
-    renderer: Any,
-    advance: Advance | None,
-    devices: Devices,
-) -> None:
+def _add_judgement(result: dict[str, Any], judge: Judge, request: _Request, renderer: Any) -> None:
     """Add the judge's verdicts to the result. A RunError gets the result as `partial_result`."""
-    asked = questions(rows, renderer)
-    texts = [judged_texts(renderer, asked, side_of(result, side).texts) for side in ("base", "tuned")]
+    questions = make_questions(request.rows, renderer)
+    base, tuned = (judged_texts(renderer, questions, side_of(result, side).texts) for side in ("base", "tuned"))
+    call = partial(compare_by_judge, judge, str(request.options.judge), questions, base, tuned, request.advance)
     try:
-        result["judge"] = devices.run_on_main(
-            partial(compare_by_judge, judge, name, asked, texts[0], texts[1], advance)
-        )
+        result["judge"] = request.devices.run_on_main(call)
     except RunError as fault:
         fault.partial_result = result
         raise
@@ -330,20 +255,10 @@ def read_conversations(
     columns: Mapping[str, str] | None = None,
     encoding: str = "utf-8",
 ) -> list[Conversation]:
-    """Read all rows of the data as conversations: either all are pairs, or none.
-
-    Args:
-        data: files or data sets.
-        format: as `data.format` in a recipe.
-        columns: as `data.columns`.
-        encoding: as `data.encoding`.
-
-    Raises:
-        DataError: names every row that is wrong.
-    """
+    """Read all rows of the data as conversations: either all are pairs, or none."""
     bad: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
-    reader = conversations(rows, format=format, columns=columns, bad=bad)
+    reader = ConversationReader(rows, format=format, columns=columns, bad=bad)
     parsed = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "labelled" in kinds:
@@ -359,12 +274,7 @@ def read_conversations(
 def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return how rows are read (format, columns, encoding), and notes on options that come from a run's recipe.
 
-    Args:
-        names: the models. Options that are not given are those of the runs' recipes.
-        options: given values of READ_FIELDS.
-
-    Raises:
-        RecipeError: an option is unknown, or the runs have different values of an option that is not given.
+    Options that are not given are those of the runs' recipes, which must agree.
     """
     if unknown := sorted(set(options) - set(READ_FIELDS)):
         raise RecipeError(
@@ -398,11 +308,7 @@ def _is_paired(rows: Sequence[Conversation]) -> bool:
 def _scorable_rows(
     names: Sequence[str], read: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
 ) -> list[Conversation]:
-    """Read the rows of the data and check that these models' answers can be scored.
-
-    Raises:
-        DataError: they cannot. Its fix includes the notes.
-    """
+    """Read the rows of the data and check that these models' answers can be scored."""
     if metric != METRIC and (name := metric_named(metric).name) in FIGURES:
         what = f"metric {metric}: {name} is the name of another figure of an evaluation"
         raise RecipeError(what, fix="give the function another name")
@@ -421,24 +327,20 @@ def _scorable_rows(
     if calls and metric == "choice":
         raise DataError("choice: tool calls cannot be chosen from", fix="use another metric", where=calls)
     for renderer in map(load_renderer, names) if calls else [None]:
-        asked = questions(rows, renderer)
-        if not asked:
+        questions = make_questions(rows, renderer)
+        if not questions:
             what = f"{data if isinstance(data, str) else ', '.join(data)}: no row ends with an answer to score"
             if all(row.text is not None for row in rows):
                 fix = "give rows with the right answers; the loss on text is in the report of a run with --data.eval"
                 raise DataError(f"{what}: it is plain text", fix=fix)
             raise DataError(what, fix="give rows with the right answers", where=left_out(rows))
-        places = [(question.conversation.file, question.conversation.line) for question in asked]
-        check_golds(metric, [question.gold for question in asked], places)
+        places = [(question.conversation.file, question.conversation.line) for question in questions]
+        check_golds(metric, [question.gold for question in questions], places)
     return rows
 
 
 def run_of(name: str) -> RunFolder | None:
-    """Return the run of a run folder or of its adapter folder; None for anything else.
-
-    Raises:
-        ModelError: as `adapter_folder`.
-    """
+    """Return the run of a run folder or of its adapter folder; None for anything else."""
     adapter = adapter_folder(name)
     if adapter is None:
         return None
@@ -468,7 +370,7 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
         start, source = recipe.model.adapter, base_source(run.adapter)
         before = [False] * len(rows) if start is None else trained_on(start, rows)
         folder = None if start is None else adapter_folder(start)
-        tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+        tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
         data_kind = data_kind_of(recipe.train)
         data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     except InputError:
@@ -488,10 +390,7 @@ def _digest(row: Conversation, data_kind: DataKind) -> int:
 
 
 def count_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) -> None:
-    """Add to a result how many of its rows are also training rows (`train_rows`), and a note if there are any.
-
-    train_rows: as `trained_on` returns it. An interrupted evaluation has answered the first of them.
-    """
+    """Add to a result how many of its rows are also training rows, by `trained_on`, and a note if there are any."""
     result["train_rows"] = None if train_rows is None else sum(train_rows[: result["rows"]])
     if result["train_rows"]:
         what = f"{result['train_rows']} of {result['rows']} rows are also train rows: the run may have memorized them"

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from strop.errors import ModelError
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_config, check_fit, fitting
-from strop.models.experts import by_expert
-from strop.models.load import skeleton
-from strop.models.lora import embeddings, grown, unwarned
-from strop.models.source import Source, safetensors_header
-from strop.models.tokenizer import new_rows
+from strop.models.adapter_config import WEIGHTS_FILE, check_adapter_fits, peft_load_errors, read_adapter_config
+from strop.models.experts import split_by_expert
+from strop.models.load import load_without_weights
+from strop.models.lora import embedding_paths, extend_rows, ignore_peft_warnings
+from strop.models.source import Source, read_safetensors_header
+from strop.models.tokenizer import trained_token_rows
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"  # trained embedding rows, stored as values rather than differences
 PREFIX = "base_model.model."  # before the base's names in an adapter file
@@ -37,10 +37,10 @@ def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]
             tensors, without a place in the base, or on a layer that shares its weight (a head tied to the embedding).
     """
     saved = read_weights(folder)
-    rows, bare = new_rows(adapter_config(folder)), skeleton(source)
+    rows, bare = trained_token_rows(read_adapter_config(folder)), load_without_weights(source)
     uses = Counter(id(parameter) for _, parameter in bare.named_parameters(remove_duplicate=False))
     shared = [name for name, parameter in bare.named_parameters() if name in saved and uses[id(parameter)] > 1]
-    if shared and not adapter_config(folder).get("ensure_weight_tying"):
+    if shared and not read_adapter_config(folder).get("ensure_weight_tying"):
         what = f"{folder}: {shared[0]} was trained in full, but another module of {source.name} shares its weight"
         raise ModelError(what, fix="serve the adapter on its base")
     targets = find_targets(source, folder)
@@ -56,13 +56,13 @@ def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]
     if rows and not any(name.endswith(NEW_ROWS) for name in saved):
         what = f"{folder}: its config lists trained embedding rows, but its file has none"
         raise ModelError(what, fix="use another adapter of the run")
-    embedding_names = embeddings(bare)
+    embedding_names = embedding_paths(bare)
     vocabulary = 1 + max((row for indices in rows.values() for row in indices), default=-1)
 
     def merge_tensor(name: str, weight: Tensor) -> Tensor:
         module = name.removesuffix(".weight")
         if module in embedding_names and len(weight) < vocabulary:
-            weight = grown(weight, vocabulary)
+            weight = extend_rows(weight, vocabulary)
         if f"{module}.{NEW_ROWS}" in saved:
             weight = weight.float().clone()
             weight[rows[module.rpartition(".")[2]]] = saved[f"{module}.{NEW_ROWS}"].float()
@@ -91,7 +91,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def read_names(folder: Path) -> list[str]:
     """Read the names that `read_weights` gives its tensors, without reading these."""
-    return [_base_name(key) for key in safetensors_header(folder / WEIGHTS_FILE)]
+    return [_base_name(key) for key in read_safetensors_header(folder / WEIGHTS_FILE)]
 
 
 def find_non_lora(folder: Path) -> list[str]:
@@ -121,7 +121,7 @@ class Target:
 
     def merge_experts(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Merge into weight (experts, .., ..). a, b: as saved by peft."""
-        a, b = by_expert(a, b, self.experts)
+        a, b = split_by_expert(a, b, self.experts)
         left, right = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
         return torch.baddbmm(weight, left, right, alpha=self.scale)
 
@@ -134,10 +134,10 @@ def find_targets(source: Source, folder: Path) -> dict[str, Target]:
     config: Any = peft.LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
     config.trainable_token_indices = None  # rows that the skeleton does not have
-    with fitting(folder, source.name), unwarned():
-        adapted = peft.get_peft_model(skeleton(source), config)
+    with peft_load_errors(folder, source.name), ignore_peft_warnings():
+        adapted = peft.get_peft_model(load_without_weights(source), config)
     state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    check_fit({key: weight.shape for key, weight in state.items()}, folder, source.name, matrices=True)
+    check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name, lora_only=True)
     targets = {}
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from strop.errors import FolderError, ModelError, RecipeError
 from strop.exporting.adapter_weights import find_non_lora, find_targets, read_weights
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_config
+from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config
 from strop.models.adapters import (
     STROP_FILE,
     adapter_folder,
-    attach,
+    attach_adapter,
     base_source,
-    check_base,
-    check_weights,
+    check_adapter_base,
+    check_adapter_weights,
     read_identity,
 )
-from strop.models.experts import by_expert
+from strop.models.experts import split_by_expert
 from strop.models.load import load_base
-from strop.models.source import safetensors_header
+from strop.models.source import read_safetensors_header
 from strop.runs.folder import RunFolder, disk_errors, exclusive_output, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
@@ -44,8 +44,8 @@ def read_info(name: str) -> dict[str, Any]:
     data and template are hashes, None for an adapter of another tool.
     """
     folder = _find_folder(name)
-    config, identity = adapter_config(folder), read_identity(folder)
-    shapes = [entry["shape"] for entry in safetensors_header(folder / WEIGHTS_FILE).values()]
+    config, identity = read_adapter_config(folder), read_identity(folder)
+    shapes = [entry["shape"] for entry in read_safetensors_header(folder / WEIGHTS_FILE).values()]
     targets, parameters = config["target_modules"], list(config.get("target_parameters") or [])
     evaluation = RunFolder(folder.parent).read_report().get("evaluation") or {}
     metric = evaluation.get("metric")
@@ -99,7 +99,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
     not_measured. Raises ModelError if an adapter is missing.
     """
     folders = [_find_folder(name) for name in (first, second)]
-    configs, identities = list(map(adapter_config, folders)), list(map(read_identity, folders))
+    configs, identities = list(map(read_adapter_config, folders)), list(map(read_identity, folders))
     a, b = map(_LoraDelta.read, folders)
     cosine, cosines = None, dict[str, float | None]()
     if a is not None and b is not None:
@@ -146,7 +146,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
     model: Any = load_base(source, torch.float32, "cpu")
     peft_names = [f"part{number}" for number in range(len(folders))]
     for folder, peft_name in zip(folders, peft_names, strict=True):
-        model, _ = attach(model, folder, source, name=peft_name)
+        model, _ = attach_adapter(model, folder, source, name=peft_name)
     model.peft_config[peft_names[0]].use_rslora = False  # the sum copies this config, and has a scale of 1
     model.add_weighted_adapter(peft_names, list(weights), "combined", combination_type="cat")
     with disk_errors(out.parent), exclusive_output(out), new_folder(out) as temp:
@@ -191,8 +191,8 @@ class _LoraDelta:
     def read(folder: Path) -> _LoraDelta | None:
         """Read an adapter. Returns None if it has other tensors than LoRA matrices."""
         source = base_source(folder)
-        check_base(folder, source)
-        check_weights(folder)
+        check_adapter_base(folder, source)
+        check_adapter_weights(folder)
         if find_non_lora(folder):
             return None
         weights = {name: tensor.float() for name, tensor in read_weights(folder).items()}
@@ -204,7 +204,7 @@ class _LoraDelta:
                 scales[target.key] = target.scale
                 continue
             packed = [weights[f"{target.key}.lora_{part}.weight"] for part in "AB"]
-            a, b = by_expert(packed[0], packed[1], target.experts)
+            a, b = split_by_expert(packed[0], packed[1], target.experts)
             for expert in range(target.experts):
                 module = f"{name}.{expert}"
                 scales[module] = target.scale
@@ -248,7 +248,7 @@ def _find_folder(name: str) -> Path:
 
 def _check_summable(folder: Path) -> None:
     """Raise ModelError for adapters that peft cannot add: its `cat` joins experts' A and B in the wrong order."""
-    config = adapter_config(folder)
+    config = read_adapter_config(folder)
     if config.get("target_parameters"):
         what = f"{folder}: has adapters on a mixture's experts, which peft cannot add up"
         raise ModelError(what, fix="serve or merge each adapter separately")

@@ -1,7 +1,7 @@
 """`strop export gguf`: write a tuned model or its adapter as a GGUF file, and check the file in llama.cpp.
 
-Tensors are written one by one, so the model is never in memory as a whole. A quantized type is written and checked in
-f16 first, where the limit is tight enough to see whether the adapter is in the file, and then in its own type.
+Tensors are written one by one, so the model is never in memory as a whole. A quantized type is written and checked
+in f16 first, where the limit is tight enough to see whether the adapter is in the file, and then in its own type.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from strop.exporting.adapter_weights import find_non_lora, read_names, read_scal
 from strop.exporting.gguf_tokenizer import Vocabulary, build_vocabulary
 from strop.exporting.llama_cpp import LIMITS, SAMPLE_STRINGS, FileCheck, open_checker
 from strop.exporting.merge import TunedModel, check_data_option, check_memory, round_weight
-from strop.models.adapter_config import adapter_config
-from strop.models.families.gguf_export import Layout
+from strop.models.adapter_config import read_adapter_config
+from strop.models.families.gguf import GgufLayout
 from strop.models.load import load_config, weights_folder
-from strop.models.tensor_files import Tensors
-from strop.models.tokenizer import load_tokenizer, new_rows
+from strop.models.tensor_files import CheckpointTensors
+from strop.models.tokenizer import load_tokenizer, trained_token_rows
 from strop.runs.folder import disk_errors, exclusive_output, fsync_folder
 
 # The types that strop writes; llama.cpp's quantizer makes the others.
@@ -103,19 +103,19 @@ def export_gguf(
     if unmeasured is None or kind not in FILE_TYPES:
         llama_cpp.check_import()
     tuned = TunedModel.open(name)
-    if tuned.folder is not None and new_rows(adapter_config(tuned.folder)):
+    if tuned.folder is not None and trained_token_rows(read_adapter_config(tuned.folder)):
         what = f"{name}: has tokens that its base does not have"
         raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
     if measure:
         tuned = tuned.load_rows(data, choose_base=not adapter)
     tuned = tuned.on_original_base() if adapter else tuned
     config = load_config(tuned.source)
-    layout, renderer = Layout(config), Renderer(tuned.load_tokenizer())
+    layout, renderer = GgufLayout(config), Renderer(tuned.load_tokenizer())
     vocabulary = build_vocabulary(tuned.source, renderer, config.vocab_size)
     if adapter:
         _check_adapter(tuned, renderer)
     if tuned.folder is not None:
-        _check_tensor_names(tuned.folder, layout, Tensors(weights_folder(tuned.source)))
+        _check_tensor_files(tuned.folder, layout, CheckpointTensors(weights_folder(tuned.source)))
     if unmeasured is None:
         check_memory(tuned.source, 4 if kind == "f32" and not adapter else 2, progress)
     with disk_errors(out.parent), exclusive_output(out), ExitStack() as stack:
@@ -187,7 +187,7 @@ def _check_adapter(tuned: TunedModel, renderer: Renderer) -> None:
         raise ModelError(what, fix="leave --adapter out: merge it")
 
 
-def _check_tensor_names(folder: Path, layout: Layout, tensors: Tensors) -> None:
+def _check_tensor_files(folder: Path, layout: GgufLayout, tensors: CheckpointTensors) -> None:
     """Raise ModelError if the adapter changes a weight that GGUF does not store: a head tied to the embedding."""
     for key in read_names(folder):
         module, lora, _ = key.partition(".lora_")
@@ -202,12 +202,14 @@ def _check_tensor_names(folder: Path, layout: Layout, tensors: Tensors) -> None:
 class _ModelWriter:
     """Write the tuned model's tensors and settings under llama.cpp's names."""
 
-    def __init__(self, tuned: TunedModel, layout: Layout, vocabulary: Vocabulary, name: str, stack: ExitStack) -> None:
+    def __init__(
+        self, tuned: TunedModel, layout: GgufLayout, vocabulary: Vocabulary, name: str, stack: ExitStack
+    ) -> None:
         self.tuned, self.layout, self.vocabulary = tuned, layout, vocabulary
         # llama.cpp recognizes Phi 3 by the model's name
         self._name = name if layout.arch != "phi3" or "phi-3" in name.lower() else f"phi-3 {name}"
         self._stack = stack
-        self._tensors = Tensors(weights_folder(tuned.source))
+        self._tensors = CheckpointTensors(weights_folder(tuned.source))
         self._merge = tuned.load_merger()
 
     def temporary_file(self, out: Path, suffix: str) -> Path:
@@ -224,7 +226,7 @@ class _ModelWriter:
         writer.add_name(self._name)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        self.layout.describe(writer)
+        self.layout.write_metadata(writer)
         (_base_vocabulary(self.tuned) if base_only else self.vocabulary).write(writer)
         extra = dict(self.layout.extra_tensors())
         for name, weight in extra.items():
@@ -249,13 +251,13 @@ class _ModelWriter:
         merged, base = self._merge(name, base) if merge else (base, base)
         if stored_type == TensorType.BF16:
             rounded = round_weight(name, merged, base, torch.bfloat16)
-            return self.layout.arrange(name, rounded).contiguous().view(torch.int16).numpy()
+            return self.layout.convert(name, rounded).contiguous().view(torch.int16).numpy()
         if stored_type == TensorType.F16:
-            half = self.layout.arrange(name, round_weight(name, merged, base, torch.float16)).contiguous()
+            half = self.layout.convert(name, round_weight(name, merged, base, torch.float16)).contiguous()
             if not torch.isfinite(half).all():
                 raise ParityError(f"{name}: too large for f16", fix="choose --type bf16 or f32")
             return half.numpy()
-        values = self.layout.arrange(name, merged).float().contiguous().numpy()
+        values = self.layout.convert(name, merged).float().contiguous().numpy()
         quantized: np.ndarray[Any, Any] = gguf.quants.quantize(values, stored_type)
         return quantized
 
@@ -273,7 +275,7 @@ class _ModelWriter:
         for module in sorted(scales, key=_layer_order):
             name = self.layout.name(f"{module}.weight")
             a, b = (saved[f"{module}.lora_{side}.weight"].float() for side in "AB")
-            b = self.layout.arrange(f"{module}.weight", b * (scales[module] * len(a) / alpha)).contiguous()
+            b = self.layout.convert(f"{module}.weight", b * (scales[module] * len(a) / alpha)).contiguous()
             writer.add_tensor(f"{name}.lora_a", a.numpy())
             writer.add_tensor(f"{name}.lora_b", b.numpy())
         writer.write_header_to_file()

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.model_card import CARD_FILE, PLACE, card, find_report, hub_id
-from strop.models.adapter_config import adapter_config
-from strop.models.adapters import STROP_FILE, adapter_folder, check_weights, read_identity
-from strop.models.source import hub_config, locate, read_config, safetensors_header, weight_files
+from strop.models.adapter_config import read_adapter_config
+from strop.models.adapters import STROP_FILE, adapter_folder, check_adapter_weights, read_identity
+from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -105,8 +105,8 @@ def push(
 
 def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path], list[str], str]:
     """Return (content by file name, files left out, the base's Hub id)."""
-    check_weights(folder)
-    config = adapter_config(folder)
+    check_adapter_weights(folder)
+    config = read_adapter_config(folder)
     if not (trained_on := str(config.get("base_model_name_or_path") or "")):
         what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
         raise ModelError(what, fix="write it into its adapter_config.json")
@@ -139,7 +139,7 @@ def _read_model(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path]
         raise InputError("--base: applies to adapters, and this is a whole model", fix="leave --base out")
     read_config(folder)
     for file in weight_files(folder):
-        safetensors_header(file)
+        read_safetensors_header(file)
     return *_read_folder(folder), None
 
 
@@ -197,7 +197,7 @@ def _check_sizes(folder: Path, trained_on: str, base: str, revision: str | None)
     """Raise ModelError if the model on the Hub has other sizes than the adapter's base."""
     from strop.models.load import load_config
 
-    expected, config = load_config(locate(trained_on)).to_dict(), hub_config(base, revision)
+    expected, config = load_config(locate(trained_on)).to_dict(), download_config(base, revision)
     for key in SIZES:
         if key in expected and key in config and expected[key] != config[key]:
             what = f"--base {base}: not the base of {folder}: its {key} is {config[key]}, {expected[key]} expected"

@@ -29,26 +29,25 @@ from strop.evaluation.model_card import CARD_FILE, card, find_report
 from strop.exporting.adapter_weights import load_merger
 from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32, free_memory
 from strop.machine.probe import probe
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_config
+from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config
 from strop.models.adapters import (
     adapter_folder,
-    attach,
+    attach_adapter,
     base_source,
-    check_base,
-    check_weights,
+    check_adapter_base,
+    check_adapter_kind,
+    check_adapter_weights,
+    make_renderer,
     read_identity,
-    refuse_other_kind,
-    renderer_of,
-    with_tokenizer,
+    tokenizer_source,
 )
-from strop.models.experts import PackedExperts, expert_parameters, pack_experts, packable
-from strop.models.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
-from strop.models.multimodal import in_text
-from strop.models.quantize import pack, unpack
-from strop.models.source import Source, fingerprint, locate, quantized_by
-from strop.models.tensor_files import SHARD_BYTES, Tensors
-from strop.models.tensor_names import Group, Layout
-from strop.models.tokenizer import load_tokenizer, new_rows
+from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
+from strop.models.introspect import in_text
+from strop.models.load import DTYPES, load_base, load_config, load_without_weights, stored_dtype, weights_folder
+from strop.models.quantize import dequantize_weight, quantize_weight
+from strop.models.source import Source, fingerprint, locate, quantization_method
+from strop.models.tensor_files import SHARD_BYTES, CheckpointLayout, CheckpointTensors, TensorGroup
+from strop.models.tokenizer import load_tokenizer, trained_token_rows
 from strop.objectives.table import data_kind_of
 from strop.planning.memory import PARITY_PROCESS_BYTES, parity_model_bytes
 from strop.runs.folder import (
@@ -141,7 +140,7 @@ def check_data_option(data: str | None, measure: bool) -> None:
 
 def check_memory(source: Source, element_bytes: int, progress: Callable[[str], None]) -> None:
     """Raise MemoryLimitError if there is no memory to measure a result that stores `element_bytes` per weight."""
-    bare, widest = skeleton(source), max(stored_dtype(source).itemsize, element_bytes)
+    bare, widest = load_without_weights(source), max(stored_dtype(source).itemsize, element_bytes)
     widest = widest if linears_may_stay_16bit(bare) else 4
     parameters = sum(weight.numel() for weight in bare.parameters())
     embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()  # type: ignore[operator]
@@ -172,7 +171,7 @@ class BaseStorage:
 
     def make_rounding(self, source: Source) -> Callable[[str, Tensor], Tensor]:
         """Return a function (name, base tensor) -> the tensor as in training: cast, quantized and dequantized."""
-        quantized = set[str]() if self.scheme == "none" else packable(skeleton(source))
+        quantized = set[str]() if self.scheme == "none" else quantizable_names(load_without_weights(source))
 
         def round_as_trained(name: str, weight: Tensor) -> Tensor:
             if self.scheme == "none" or not weight.is_floating_point():
@@ -182,8 +181,10 @@ class BaseStorage:
                 return weight
             if weight.dim() == 3:
                 packed = pack_experts(weight, self.scheme, double=self.double)
-                return PackedExperts(packed, weight.shape, self.scheme, self.dtype).whole()
-            return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
+                return PackedExperts(packed, weight.shape, self.scheme, self.dtype).dequantize_all()
+            return dequantize_weight(
+                quantize_weight(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype
+            )
 
         return round_as_trained
 
@@ -209,13 +210,13 @@ class TunedModel:
         """Open a run folder, an adapter folder or a model. Raises InputError if it cannot be merged."""
         folder = adapter_folder(name)
         source = locate(name) if folder is None else base_source(folder)
-        if quantized_by(source.config()):
+        if quantization_method(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
             return TunedModel(name, source)
-        refuse_other_kind(folder, scores=False)
-        check_base(folder, source)
-        check_weights(folder)
+        check_adapter_kind(folder, scores=False)
+        check_adapter_base(folder, source)
+        check_adapter_weights(folder)
         storage = BaseStorage.read(folder)
         return TunedModel(name, source, folder, storage, "original" if storage.scheme == "none" else "dequantized")
 
@@ -244,7 +245,7 @@ class TunedModel:
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer of training, with its chat template."""
-        return load_tokenizer(self.source if self.folder is None else with_tokenizer(self.folder, self.source))
+        return load_tokenizer(self.source if self.folder is None else tokenizer_source(self.folder, self.source))
 
     def load(self) -> Any:
         """Load the adapter on its base, computing in fp32, with the base's weights rounded as in training."""
@@ -255,7 +256,7 @@ class TunedModel:
         base = load_base(
             self.source, dtype, "cpu", quantization=storage.scheme, double=storage.double, resident_layers=None
         )
-        tuned = attach(base, self.folder, self.source)[0].eval()
+        tuned = attach_adapter(base, self.folder, self.source)[0].eval()
         return compute_in_fp32(tuned if linears_may_stay_16bit(base) else tuned.float())
 
     def load_merger(self) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
@@ -300,7 +301,7 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
         raise
     examples = prepared.eval if prepared.eval is not None else prepared.train
     step = 2 if data_kind == "pairs" else 1
-    good = [row for row in range(0, len(examples), step) if examples.judged[row] != 0]
+    good = [row for row in range(0, len(examples), step) if examples.labels[row] != 0]
     return [examples[row] for row in good[:MAX_ROWS]]
 
 
@@ -334,8 +335,8 @@ def _write(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Path:
         merged_folder.mkdir(parents=True)
         done = {"of": inputs, "shards": {}}
     index: dict[str, str] = {}
-    tensors, bare = Tensors(weights_folder(source)), skeleton(source)
-    layout, in_language_model = Layout(bare, tensors), in_text(bare)
+    tensors, bare = CheckpointTensors(weights_folder(source)), load_without_weights(source)
+    layout, in_language_model = CheckpointLayout(bare, tensors), in_text(bare)
     for number, groups in enumerate(_shards(tensors, layout), 1):
         shard_name = f"model-{number:05d}.safetensors"
         file = merged_folder / shard_name
@@ -344,7 +345,7 @@ def _write(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Path:
             continue
         shard: dict[str, Tensor] = {}
         for group in groups:
-            outside = not any(in_language_model(place) for place in layout.places(group))
+            outside = not any(in_language_model(place) for place in layout.parameters(group))
             unchanged, parts = True, {}
             for name, weight in layout.read(group, tensors.get).items():
                 base = weight if outside else round_as_trained(name, weight)
@@ -396,9 +397,9 @@ def _round_to_fp16(x: Tensor, generator: torch.Generator) -> Tensor:
     return (whole / scale).half()
 
 
-def _shards(tensors: Tensors, layout: Layout) -> Iterator[list[Group]]:
+def _shards(tensors: CheckpointTensors, layout: CheckpointLayout) -> Iterator[list[TensorGroup]]:
     """Yield the groups of each shard. Tensors that form one parameter stay together."""
-    groups: list[Group] = []
+    groups: list[TensorGroup] = []
     size = 0
     for group in layout.groups:
         group_size = sum(map(tensors.size_bytes, group.names))
@@ -413,21 +414,21 @@ def _shards(tensors: Tensors, layout: Layout) -> Iterator[list[Group]]:
 def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
     """Write config, generation config, tokenizer and chat template as in training."""
     config = load_config(source)
-    rows = new_rows(adapter_config(folder))
+    rows = trained_token_rows(read_adapter_config(folder))
     text = config.get_text_config()
     text.vocab_size = max([text.vocab_size, *(1 + row for indices in rows.values() for row in indices)])
     config.dtype = DTYPES[dtype]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # Servers choose the model class by this name, which a GGUF header does not have.
-    config.architectures = config.architectures or [type(skeleton(source)).__name__]
+    config.architectures = config.architectures or [type(load_without_weights(source)).__name__]
     config.save_pretrained(out)
-    tokenizer = load_tokenizer(with_tokenizer(folder, source))
+    tokenizer = load_tokenizer(tokenizer_source(folder, source))
     tokenizer.save_pretrained(out)
     for name in COPIED_FILES:
         if (file := weights_folder(source) / name).is_file():
             shutil.copy2(file, out / name)
-    _add_end_tokens(out / GENERATION_CONFIG, config, renderer_of(tokenizer, read_identity(folder)).end_ids)
+    _add_end_tokens(out / GENERATION_CONFIG, config, make_renderer(tokenizer, read_identity(folder)).end_ids)
 
 
 def _add_end_tokens(file: Path, config: Any, end_ids: Sequence[int]) -> None:

@@ -32,7 +32,7 @@ from strop.data.types import Message
 from strop.errors import FolderError, ModelError, ParityError
 from strop.exporting.gguf import Exported, export_gguf
 from strop.exporting.llama_cpp import sample_conversations
-from strop.models.adapters import adapter_folder, base_source, read_identity, with_tokenizer
+from strop.models.adapters import adapter_folder, base_source, read_identity, tokenizer_source
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import exclusive_output, new_folder
@@ -86,7 +86,9 @@ def export_ollama(
     if out.exists():
         raise FolderError(f"{out}: already exists", fix="give --out a new folder")
     folder = adapter_folder(name)
-    renderer = Renderer(load_tokenizer(locate(name) if folder is None else with_tokenizer(folder, base_source(folder))))
+    renderer = Renderer(
+        load_tokenizer(locate(name) if folder is None else tokenizer_source(folder, base_source(folder)))
+    )
     pieces = TemplatePieces.split(renderer)
     system = read_identity(folder).get("system") if folder is not None else None
     with exclusive_output(out), new_folder(out) as temp:
@@ -98,7 +100,7 @@ def export_ollama(
     notes = list(exported.notes)
     if strips_messages(renderer):
         notes.append("the chat template strips white space around messages, which Ollama's cannot: send none")
-    if renderer.chat.supports_tools:
+    if renderer.chat.traits.tools:
         notes.append("tools are not in Ollama's template; the template in the GGUF file has them")
     if system is not None and '"""' in system:
         notes.append('the system prompt of the training rows contains """, which a Modelfile cannot: send it yourself')

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from strop.data.types import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
-from strop.machine.malloc import give_back
-from strop.models.biases import without_adapter
+from strop.machine.memory import trim_heap
+from strop.models.adapters import adapter_disabled
 from strop.planning.memory import POSITIONS
 
 LOG = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def free_memory() -> None:
     """Free a model that is no longer referenced. Its modules and their forwards form reference cycles, so without a
     garbage collection two models would be in memory at once."""
     gc.collect()
-    give_back()
+    trim_heap()
 
 
 class _LogprobFile:
@@ -237,7 +237,7 @@ def _store_effect(
     if not isinstance(model, peft.PeftModel):
         return None
     effect = _LogprobFile(file)
-    with without_adapter(model):
+    with adapter_disabled(model):
         for example, start, end in zip(examples, starts, ends, strict=True):
             base = _log_probabilities(model, example)[start:]
             for offset, chunk in _chunks(base):

@@ -24,8 +24,8 @@ from strop.data.prepare import Prepared, prepare
 from strop.data.types import Conversation, Example, Message
 from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import InputError
-from strop.models.adapters import adapter_folder, with_tokenizer
-from strop.models.load import DTYPES, skeleton
+from strop.models.adapters import adapter_folder, tokenizer_source
+from strop.models.load import DTYPES, load_without_weights
 from strop.models.lora import add_lora
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
@@ -75,7 +75,7 @@ def export_script(run: Path, out: Path) -> Written:
     _check_supported(recipe)
     source = locate(recipe.model.name, recipe.model.revision)
     start = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
-    tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
+    tokenizer = load_tokenizer(source if start is None else tokenizer_source(start, source))
     data_kind = data_kind_of(recipe.train)
     data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     if data.hash != folder.read_lock()["data"]:
@@ -148,7 +148,7 @@ def _template_settings(recipe: Recipe, source: Source, start: Path | None, data:
         "strop": __version__,
         "run": str(run),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")),
-        "notes": _find_differences(recipe, find_model_dropout(skeleton(source))),
+        "notes": _find_differences(recipe, find_model_dropout(load_without_weights(source))),
         "dtype": str(DTYPES[recipe.model.dtype]).removeprefix("torch."),
         "rows_at_once": train.micro_batch
         or max(1, min(train.batch_size, (train.micro_batch_tokens or longest) // longest)),
@@ -166,7 +166,7 @@ def _template_settings(recipe: Recipe, source: Source, start: Path | None, data:
 
 def _lora_arguments(recipe: Recipe, source: Source) -> str:
     """Return the arguments of the LoraConfig that strop uses for this model, as Python."""
-    config = add_lora(skeleton(source), recipe.lora, None).peft_config["default"]
+    config = add_lora(load_without_weights(source), recipe.lora, None).peft_config["default"]
     if getattr(config, "target_parameters", None):
         raise InputError("adapters on experts: not supported in a script", fix="export the adapter")
     values = {name: getattr(config, name) for name in LORA_FIELDS}

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import Draft, Keys, format_value, read_yaml
-from strop.interop.hf_arguments import IGNORED_KEYS as _IGNORED_KEYS
-from strop.interop.hf_arguments import (
+from strop.interop.draft import (
+    IGNORED_KEYS,
+    INT8_NOTE,
     WARMUP_NOTE,
+    Draft,
+    Keys,
     as_float,
     as_int,
-    as_number,
     check_adam_betas,
     disable_dropout_for_preferences,
+    format_value,
     lora_init,
     note_packing,
     objective_for,
@@ -22,19 +23,19 @@ from strop.interop.hf_arguments import (
     put_checkpointing,
     put_dtype_flags,
     put_eval_share,
+    put_fields,
     put_lora,
     put_optimizer,
     put_schedule,
     put_simpo,
     put_tracker,
+    read_yaml,
     schedule_and_output,
 )
 
-OBJECTIVES = {
-    "dpo": "dpo", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo",
-}  # fmt: skip
-IGNORED_KEYS = (
-    *_IGNORED_KEYS, "auto_find_batch_size", "auto_resume_from_checkpoints", "batch_flattening", "chunked_cross_entropy",
+OBJECTIVES = {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")}
+MORE_IGNORED_KEYS = (
+    "auto_find_batch_size", "auto_resume_from_checkpoints", "batch_flattening", "chunked_cross_entropy",
     "cut_cross_entropy", "dataset_keep_in_memory", "dataset_prepared_path", "dataset_processes",
     "ddp", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "debug", "device_map",
     "do_bench_eval", "do_causal_lm_eval", "dpo_generate_during_eval", "dpo_padding_free", "dpo_use_liger_kernel",
@@ -63,29 +64,26 @@ _OWN_PROMPT_NOTE = (
 )
 
 
-def read(path: Path) -> Draft:
+def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported objective."""
-    draft, keys = Draft("axolotl", path), Keys(read_yaml(path))
+    keys = Keys(read_yaml(draft.file))
     _model(draft, keys)
     objective = keys.take("rl")
     if keys.take("reward_model"):
         objective = "reward"
     if objective is not None:
-        draft.put("train.objective", objective_for("rl", objective, {**OBJECTIVES, "reward": "reward"}), "rl")
+        draft.put("train.objective", objective_for("rl", objective, OBJECTIVES), "rl")
     _data(draft, keys)
     _training(draft, keys)
     _preferences(draft, keys)
-    keys.report_rest(draft, IGNORED_KEYS)
-    return draft
+    keys.report_rest(draft, (*IGNORED_KEYS, *MORE_IGNORED_KEYS))
 
 
 def _model(draft: Draft, keys: Keys) -> None:
     adapter = keys.take("adapter")
     if adapter not in ("lora", "qlora"):
-        raise InputError(
-            f"{draft.file}: adapter: {adapter}: strop trains LoRA adapters only",
-            fix="set adapter: lora or qlora in the file",
-        )
+        what = f"{draft.file}: adapter: {adapter}: strop trains LoRA adapters only"
+        raise InputError(what, fix="set adapter: lora or qlora in the file")
     if (base := keys.take("base_model")) is not None:
         draft.put("model.name", str(base), "base_model")
     for key, name in (("revision_of_model", "model.revision"), ("lora_model_dir", "model.adapter")):
@@ -94,8 +92,7 @@ def _model(draft: Draft, keys: Keys) -> None:
     for key in ("base_model_config", "tokenizer_config"):
         if keys.peek(key) == base:
             keys.take(key)
-    four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
-    put_quantization(draft, four, eight)
+    _quantization(draft, keys.take("load_in_4bit"), keys.take("load_in_8bit"))
     named = "lora_target_modules" in keys
     put_lora(
         draft, keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
@@ -106,17 +103,11 @@ def _model(draft: Draft, keys: Keys) -> None:
     elif not named:
         draft.add_difference("lora_target_modules", "not given: strop uses all linear layers")
     lora_init(draft, keys, "peft_init_lora_weights")
-    for key, name in (
-        ("peft_use_dora", "lora.use_dora"),
-        ("peft_use_rslora", "lora.use_rslora"),
-        ("lora_modules_to_save", "lora.modules_to_save"),
-        ("lora_rank_pattern", "lora.rank_pattern"),
-        ("lora_alpha_pattern", "lora.alpha_pattern"),
-        ("loraplus_lr_ratio", "train.lora_plus_ratio"),
-        ("tokens", "lora.new_tokens"),
-    ):
-        if (value := keys.take(key)) is not None:
-            draft.put(name, as_number(value), key)
+    put_fields(draft, keys, {
+        "peft_use_dora": "lora.use_dora", "peft_use_rslora": "lora.use_rslora", "tokens": "lora.new_tokens",
+        "lora_modules_to_save": "lora.modules_to_save", "lora_rank_pattern": "lora.rank_pattern",
+        "lora_alpha_pattern": "lora.alpha_pattern", "loraplus_lr_ratio": "train.lora_plus_ratio",
+    })  # fmt: skip
     loftq = keys.peek("peft")
     if isinstance(loftq, dict) and set(loftq) == {"loftq_config"}:
         keys.take("peft")
@@ -127,29 +118,26 @@ def _model(draft: Draft, keys: Keys) -> None:
         if key == "pad_token":
             draft.add_ignored(f"special_tokens.{key}", "no trained token is padded")
         else:
-            draft.add_unsupported(
-                f"special_tokens.{key}", f"{token}: strop uses the tokens of the tokenizer and the chat template"
-            )
+            text = f"{token}: strop uses the tokens of the tokenizer and the chat template"
+            draft.add_unsupported(f"special_tokens.{key}", text)
 
 
-def put_quantization(draft: Draft, four: Any, eight: Any) -> None:
+def _quantization(draft: Draft, four: Any, eight: Any) -> None:
     if four:
         draft.put("model.quantization", "nf4", "load_in_4bit")
     elif eight:
         draft.put("model.quantization", "int8", "load_in_8bit")
-        draft.add_difference(
-            "load_in_8bit", "each weight row is scaled by its largest value here; outliers stay in 16 bit there"
-        )
+        draft.add_difference("load_in_8bit", INT8_NOTE)
     else:
         draft.put("model.quantization", "none", "neither load_in_4bit nor load_in_8bit")
 
 
 def _data(draft: Draft, keys: Keys) -> None:
-    eval_sources, kept = [], [name for name in ("datasets", "pretraining_dataset") if name in keys]
+    eval_sources, given = [], [name for name in ("datasets", "pretraining_dataset") if name in keys]
     sources: list[str] = []
     column_maps: list[dict[str, str]] = []
     texts: list[bool] = []
-    for key in kept:
+    for key in given:
         entries = keys.take(key)
         for place, entry in enumerate(entries if isinstance(entries, list) else [entries]):
             entry = {"path": entry} if isinstance(entry, str) else dict(entry)
@@ -162,30 +150,25 @@ def _data(draft: Draft, keys: Keys) -> None:
         eval_sources += _sources(draft, f"test_datasets[{place}]", entry)
         column_maps.append(_columns(draft, f"test_datasets[{place}]", entry))
     if sources:
-        draft.put("data.train", sources[0] if len(sources) == 1 else sources, kept[0])
+        draft.put("data.train", sources[0] if len(sources) == 1 else sources, given[0])
     if texts and all(texts):  # in a mix of formats, strop detects text rows by their only column
-        draft.put("data.format", "text", f"{kept[0]}[0].type")
-        draft.put("data.loss", "all", f"{kept[0]}[0].type")
+        draft.put("data.format", "text", f"{given[0]}[0].type")
+        draft.put("data.loss", "all", f"{given[0]}[0].type")
     if eval_sources:
         draft.put("data.eval", eval_sources[0] if len(eval_sources) == 1 else eval_sources, "test_datasets")
     if any(column_maps) and all(columns == column_maps[0] for columns in column_maps):
         draft.put("data.columns", column_maps[0], "names of columns in datasets")
     elif any(column_maps):
-        named = " and ".join(
-            dict.fromkeys(format_value(columns) if columns else "the usual names" for columns in column_maps)
-        )
-        draft.add_unsupported(
-            "datasets", f"column names differ ({named}), and data.columns applies to all files: rename the columns"
-        )
+        maps = dict.fromkeys(format_value(columns) if columns else "the usual names" for columns in column_maps)
+        text = f"column names differ ({' and '.join(maps)}), and data.columns applies to all files: rename the columns"
+        draft.add_unsupported("datasets", text)
     length = keys.take("sequence_len")
-    draft.put(
-        "data.max_length", as_int("sequence_len", length or 512), "sequence_len" if length else "axolotl's default"
-    )
+    source = "sequence_len" if length else "axolotl's default"
+    draft.put("data.max_length", as_int("sequence_len", length or 512), source)
     strategy = keys.take("excess_length_strategy", "drop")
     if strategy == "truncate":
-        draft.add_unsupported(
-            "excess_length_strategy", "truncate: a truncated row loses its stop token; strop drops such rows"
-        )
+        text = "truncate: a truncated row loses its stop token; strop drops such rows"
+        draft.add_unsupported("excess_length_strategy", text)
     draft.put("data.overlong", "refuse" if strategy == "raise" else "drop", f"excess_length_strategy {strategy}")
     if keys.take("train_on_inputs"):
         draft.put("data.loss", "all", "train_on_inputs")
@@ -193,13 +176,10 @@ def _data(draft: Draft, keys: Keys) -> None:
     template = keys.take("chat_template")
     if template == "chatml":
         draft.put("data.template", "chatml", "chat_template")
-    elif template == "jinja" or str(template).startswith("tokenizer_default"):
-        pass
-    elif template is not None:
+    elif template not in (None, "jinja") and not str(template).startswith("tokenizer_default"):
         file = f"axolotl's is {template}.jinja in src/axolotl/utils/chat_templates/templates"
-        draft.add_difference(
-            "chat_template", f"{template}: strop uses the model's template; for another set data.template FILE ({file})"
-        )
+        text = f"{template}: strop uses the model's template; for another set data.template FILE ({file})"
+        draft.add_difference("chat_template", text)
     if (text := keys.take("chat_template_jinja")) is not None:
         if str(text).endswith((".jinja", ".j2")):
             draft.put("data.template", str(text), "chat_template_jinja")
@@ -208,9 +188,8 @@ def _data(draft: Draft, keys: Keys) -> None:
     if keys.take("sample_packing"):
         note_packing(draft, "sample_packing")
     if keys.take("shuffle_merged_datasets") is False:
-        draft.add_unsupported(
-            "shuffle_merged_datasets", "false: rows keep their order there; strop shuffles them with the seed"
-        )
+        text = "false: rows keep their order there; strop shuffles them with the seed"
+        draft.add_unsupported("shuffle_merged_datasets", text)
 
 
 def _sources(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
@@ -247,17 +226,13 @@ def _columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, str]:
             if theirs in columns_of:
                 columns[columns_of[theirs]] = str(column)
             elif column:
-                draft.add_unsupported(
-                    f"{key}.type.{theirs}", f"{format_value(column)}: strop uses the chat template instead"
-                )
-    elif kind in _TEXT:
-        pass
+                text = f"{format_value(column)}: strop uses the chat template instead"
+                draft.add_unsupported(f"{key}.type.{theirs}", text)
     elif kind and str(kind).startswith("alpaca"):
         draft.add_difference(f"{key}.type", f"{kind}: {_OWN_PROMPT_NOTE}")
-    elif kind and not str(kind).startswith("chat_template"):
-        draft.add_difference(
-            f"{key}.type", f"{kind}: strop detects the format from the rows and uses the model's chat template"
-        )
+    elif kind and kind not in _TEXT and not str(kind).startswith("chat_template"):
+        text = f"{kind}: strop detects the format from the rows and uses the model's chat template"
+        draft.add_difference(f"{key}.type", text)
     for theirs in ("roles", "message_property_mappings"):
         mapping = entry.pop(theirs, None)
         if mapping is not None and not _has_usual_names(mapping):
@@ -284,17 +259,11 @@ def _training(draft: Draft, keys: Keys) -> None:
     put_batch_size(draft, rows, steps, "micro_batch_size x gradient_accumulation_steps")
     if (total := keys.take("batch_size")) is not None:
         draft.put("train.batch_size", as_int("batch_size", total), "batch_size")
-    for key, name, default in (
-        ("num_epochs", "train.epochs", 1.0),
-        ("learning_rate", "train.learning_rate", None),
-        ("weight_decay", "train.weight_decay", 0.0),
-        ("max_grad_norm", "train.max_grad_norm", 1.0),
-        ("seed", "seed", 42),
-    ):
-        given = keys.take(key)
-        value, source = (given, key) if given is not None else (default, "axolotl's default")
-        if value is not None:
-            draft.put(name, as_number(value), source)
+    draft.put("train.epochs", 1.0, "axolotl's default")
+    put_fields(draft, keys, {"num_epochs": "train.epochs", "learning_rate": "train.learning_rate"})
+    for name, value in {"train.weight_decay": 0.0, "train.max_grad_norm": 1.0, "seed": 42}.items():
+        draft.put(name, value, "axolotl's default")
+        put_fields(draft, keys, {name.removeprefix("train."): name})
     _schedule(draft, keys)
     put_optimizer(draft, "optimizer", keys.take("optimizer", "adamw_torch_fused"))
     check_adam_betas(draft, keys)
@@ -337,10 +306,7 @@ def _tracking(draft: Draft, keys: Keys) -> None:
     for key, name in _WANDB.items():
         if (value := keys.take(key)) is not None:
             draft.add_unsupported(key, f"{value}: set {name}={value} in the environment")
-    for key, tracker in (("use_tensorboard", "tensorboard"), ("use_trackio", "trackio")):
-        if keys.take(key):
-            put_tracker(draft, key, tracker)
-    for key in ("use_mlflow", "use_comet"):
+    for key in ("use_tensorboard", "use_trackio", "use_mlflow", "use_comet"):
         if keys.take(key):
             put_tracker(draft, key, key.removeprefix("use_"))
 
@@ -363,15 +329,10 @@ def _preferences(draft: Draft, keys: Keys) -> None:
     if kinds in (["ipo"], ["sigmoid"]) and draft.get("train.objective") == "dpo":
         keys.take("dpo_loss_type")
         draft.put("train.objective", "ipo" if kinds == ["ipo"] else "dpo", "dpo_loss_type")
-    for key, name in (
-        ("rl_beta", "train.beta"),
-        ("orpo_alpha", "train.beta"),
-        ("dpo_label_smoothing", "train.label_smoothing"),
-        ("kto_desirable_weight", "train.desirable_weight"),
-        ("kto_undesirable_weight", "train.undesirable_weight"),
-    ):
-        if (value := keys.take(key)) is not None:
-            draft.put(name, as_number(value), key)
+    put_fields(draft, keys, {
+        "rl_beta": "train.beta", "orpo_alpha": "train.beta", "dpo_label_smoothing": "train.label_smoothing",
+        "kto_desirable_weight": "train.desirable_weight", "kto_undesirable_weight": "train.undesirable_weight",
+    })  # fmt: skip
     if draft.get("train.objective") == "simpo":
         put_simpo(draft, keys)
     if draft.get("train.objective") == "ipo" and draft.get("train.beta") is not None:

@@ -75,24 +75,16 @@ def make_job(recipe: Path, *, nodes: int, devices: int, cores: int, out: str | N
     resolved = resolve(recipe).recipe
     device = resolved.model.device
     if device == "mps":
-        raise DeviceError(
-            "model.device mps: jobs run on CUDA GPUs or CPUs", fix="set model.device to cuda, cpu or auto"
-        )
+        what = "model.device mps: jobs run on CUDA GPUs or CPUs"
+        raise DeviceError(what, fix="set model.device to cuda, cpu or auto")
     if device.startswith("cuda:") and nodes * devices > 1:
         raise DeviceError(f"model.device {device}: names a single GPU", fix="set model.device to cuda")
     path = os.path.relpath(recipe)
     folder = out or resolved.out or str(next_numbered(Path("runs"), _name(recipe.stem)))
     return Job(
-        name=_name(Path(folder).name),
-        recipe=f"./{path}" if path.startswith("-") else path,
-        folder=Path.cwd(),
-        out=folder,
-        nodes=nodes,
-        devices=devices,
-        cores=cores,
-        gpus=device != "cpu",
-        needs=_local_files(resolved),
-    )
+        name=_name(Path(folder).name), recipe=f"./{path}" if path.startswith("-") else path, folder=Path.cwd(),
+        out=folder, nodes=nodes, devices=devices, cores=cores, gpus=device != "cpu", needs=_local_files(resolved),
+    )  # fmt: skip
 
 
 def write(job: Job, file: Path, text: str, submit: str, *, force: bool, needs: tuple[str, ...] = ()) -> Launched:
@@ -128,9 +120,8 @@ def quote_words(arguments: list[str], indent: str = "    ") -> str:
 def require_relative_out(job: Job, where: str) -> None:
     """Raise RecipeError if the run folder is an absolute path of this machine."""
     if Path(job.out).expanduser().is_absolute() or ".." in Path(job.out).parts:  # ~ is another home folder there
-        raise RecipeError(
-            f"--out {job.out}: the run folder is stored {where}", fix=f"give a relative path: --out runs/{job.name}"
-        )
+        what = f"--out {job.out}: the run folder is stored {where}"
+        raise RecipeError(what, fix=f"give a relative path: --out runs/{job.name}")
 
 
 def _name(text: str) -> str:
@@ -185,10 +176,8 @@ def dump_with_comments(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...
     comments: by path of keys (list positions as text). Raises KeyError for a path that does not exist.
     """
     text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
-    lines, places = (
-        text.removesuffix("\n").split("\n"),
-        dict(_key_positions(yaml.compose(text, Loader=yaml.SafeLoader), ())),
-    )
+    lines = text.removesuffix("\n").split("\n")
+    places = dict(_key_positions(yaml.compose(text, Loader=yaml.SafeLoader), ()))
     for path in sorted(comments, key=lambda path: places[path], reverse=True):
         line, column = places[path]
         lines[line:line] = [f"{' ' * column}# {comment}" for comment in comments[path].splitlines()]

@@ -32,9 +32,8 @@ def launch(job: Job, file: Path | None, *, image: str, claim: str, force: bool) 
         fix = "give the claim's name, as `kubectl get pvc` has it"
         raise RecipeError(f"--claim {claim}: not a Kubernetes name", fix=fix)
     if not re.fullmatch(r"\S+", image):
-        raise RecipeError(
-            f"--image {image!r}: not a container image", fix="give its name, such as registry/team/strop:1"
-        )
+        what = f"--image {image!r}: not a container image"
+        raise RecipeError(what, fix="give its name, such as registry/team/strop:1")
     recipe = (job.folder / job.recipe).read_text(encoding="utf-8")
     if len(recipe.encode("utf-8")) > LARGEST_RECIPE:
         raise RecipeError(f"{job.recipe}: too large for a ConfigMap (1 MiB)", fix="put it on the volume")
@@ -46,24 +45,22 @@ def launch(job: Job, file: Path | None, *, image: str, claim: str, force: bool) 
 def manifests(job: Job, recipe: str, *, image: str, claim: str) -> str:
     """Return the text of both manifests."""
     settings = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": job.name},
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": job.name},
         "data": {"recipe.yaml": BlockText(recipe)},
-    }
+    }  # fmt: skip
     comments: dict[tuple[str, ...], str] = {
         ("apiVersion",): f"strop on {job.size}, written by `strop launch kubernetes`. Edit as needed.\n"
         "The recipe, unchanged; the job below reads it.",
     }
-    return (
-        dump_with_comments(settings, comments) + "---\n" + dump_with_comments(_train_job(job, image, claim), _COMMENTS)
-    )
+    documents = dump_with_comments(settings, comments), dump_with_comments(_train_job(job, image, claim), _COMMENTS)
+    return "---\n".join(documents)
 
 
 def _train_job(job: Job, image: str, claim: str) -> dict[str, Any]:
     kind = {"nvidia.com/gpu": job.devices} if job.gpus else {}
     resources = {"cpu": job.cores * job.devices, **kind}
-    inside = replace(job, recipe=f"{RECIPES}/recipe.yaml")
+    # Kubernetes expands $(NAME) in a container's args
+    words = [word.replace("$", "$$") for word in replace(job, recipe=f"{RECIPES}/recipe.yaml").words]
     volumes: list[dict[str, Any]] = [
         {"name": "work", "persistentVolumeClaim": {"claimName": claim}},
         {"name": "recipe", "configMap": {"name": job.name}},
@@ -89,22 +86,18 @@ def _train_job(job: Job, image: str, claim: str) -> dict[str, Any]:
         "metadata": {"name": job.name},
         "spec": {
             "runtimeRef": {
-                "apiGroup": "trainer.kubeflow.org",
-                "kind": "ClusterTrainingRuntime",
-                "name": "torch-distributed",
+                "apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": "torch-distributed",
             },
             "trainer": {
-                "image": image,
-                "numNodes": job.nodes,
-                "numProcPerNode": job.devices,
+                "image": image, "numNodes": job.nodes, "numProcPerNode": job.devices,
                 "resourcesPerNode": {"requests": resources, "limits": resources},
                 "env": [{"name": "OMP_NUM_THREADS", "value": str(job.cores)}],
                 "command": ["bash", "-c", f'cd {VOLUME} && exec "$@"', "strop"],
-                "args": ["torchrun", "-m", "strop.cli", *(_escape_dollars(word) for word in inside.words)],
+                "args": ["torchrun", "-m", "strop.cli", *words],
             },
             "runtimePatches": [{"manager": "strop.launch/manager", "trainingRuntimeSpec": patch}],
         },
-    }
+    }  # fmt: skip
 
 
 _COMMENTS = {
@@ -117,8 +110,3 @@ _COMMENTS = {
     "checkpoint.\n"
     "All pods write to the volume: with several nodes its access mode must be ReadWriteMany.",
 }  # fmt: skip
-
-
-def _escape_dollars(word: str) -> str:
-    """Escape dollar signs, because Kubernetes expands $(NAME) in a container's args."""
-    return word.replace("$", "$$")

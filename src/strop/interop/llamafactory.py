@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import Draft, Keys, format_value, read_yaml
-from strop.interop.hf_arguments import (
+from strop.interop.draft import (
     IGNORED_KEYS,
+    Draft,
+    Keys,
     as_int,
     as_number,
     disable_dropout_for_preferences,
+    format_value,
     note_packing,
     objective_for,
     put_eval_share,
+    put_fields,
     put_lora,
+    read_yaml,
     training_arguments,
 )
 
@@ -34,19 +38,17 @@ MORE_IGNORED_KEYS = (
 )  # fmt: skip
 # column names in dataset_info.json and strop's, by row format
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
-_DETECTED_COLUMNS = {
-    "conversations": ("conversations", "messages"),
-    "kto_tag": ("kto_tag", "label"),
-}  # detected automatically
+_DETECTED_COLUMNS = {"conversations": ("conversations", "messages"), "kto_tag": ("kto_tag", "label")}
 _SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
 
 
-def read(path: Path) -> Draft:
+def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported stage."""
-    draft, keys = Draft("llamafactory", path), Keys(read_yaml(path))
+    keys = Keys(read_yaml(draft.file))
     kind = keys.take("finetuning_type", "lora")
     if kind != "lora":
-        raise InputError(f"{path}: finetuning_type: {kind}: strop trains LoRA adapters only", fix="set it to lora")
+        what = f"{draft.file}: finetuning_type: {kind}: strop trains LoRA adapters only"
+        raise InputError(what, fix="set it to lora")
     stage = keys.take("stage", "sft")
     objective = objective_for("stage", stage, STAGES)
     if stage == "dpo":
@@ -60,17 +62,13 @@ def read(path: Path) -> Draft:
         draft.put("train.early_stopping", as_int("early_stopping_steps", patience), "early_stopping_steps")
     _preferences(draft, keys, objective)
     keys.report_rest(draft, (*IGNORED_KEYS, *MORE_IGNORED_KEYS))
-    return draft
 
 
 def _model(draft: Draft, keys: Keys) -> None:
-    for key, name in (
-        ("model_name_or_path", "model.name"),
-        ("adapter_name_or_path", "model.adapter"),
-        ("loraplus_lr_ratio", "train.lora_plus_ratio"),
-    ):
+    for key, name in (("model_name_or_path", "model.name"), ("adapter_name_or_path", "model.adapter")):
         if (value := keys.take(key)) is not None:
-            draft.put(name, as_number(value) if "ratio" in key else str(value), key)
+            draft.put(name, str(value), key)
+    put_fields(draft, keys, {"loraplus_lr_ratio": "train.lora_plus_ratio"})
     if (revision := keys.take("model_revision", "main")) != "main":
         draft.put("model.revision", revision, "model_revision")
     bits, method, kind = keys.take("quantization_bit"), keys.take("quantization_method"), keys.take("quantization_type")
@@ -78,9 +76,8 @@ def _model(draft: Draft, keys: Keys) -> None:
     if bits is not None and method in (None, "bnb") and bits in (4, 8):
         draft.put("model.quantization", (kind or "nf4") if bits == 4 else "int8", "quantization_bit")
         if bits == 8:
-            draft.add_difference(
-                "quantization_bit", "8: each weight row is scaled by its largest value here, without separate outliers"
-            )
+            text = "8: each weight row is scaled by its largest value here, without separate outliers"
+            draft.add_difference("quantization_bit", text)
         if double is not None:
             draft.put("model.double_quantization", bool(double), "double_quantization")
     else:
@@ -101,9 +98,8 @@ def _data(draft: Draft, keys: Keys, stage: str) -> None:
     folder = keys.take("dataset_dir", "data")
     known = _read_dataset_info(draft.file, folder)
     if known is None and ("dataset" in keys or "eval_dataset" in keys):
-        draft.add_unsupported(
-            "dataset", f"{keys.peek('dataset')}: names in {folder}/dataset_info.json, which does not exist"
-        )
+        text = f"{keys.peek('dataset')}: names in {folder}/dataset_info.json, which does not exist"
+        draft.add_unsupported("dataset", text)
         keys.take("dataset"), keys.take("eval_dataset")
     for key, name in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         listed = keys.take(key)
@@ -120,24 +116,18 @@ def _data(draft: Draft, keys: Keys, stage: str) -> None:
         elif columns:
             draft.add_unsupported(f"columns of {key}", "they differ by file, and data.columns applies to all files")
     length = keys.take("cutoff_len")
-    draft.put(
-        "data.max_length", as_int("cutoff_len", length or 2048), "cutoff_len" if length else "llamafactory's default"
-    )
-    draft.add_difference(
-        "cutoff_len",
-        "longer rows are truncated there (prompt and answer each at the end), or dropped with packing; strop "
-        "refuses such rows: raise data.max_length, or choose data.overlong",
-    )
+    source = "cutoff_len" if length else "llamafactory's default"
+    draft.put("data.max_length", as_int("cutoff_len", length or 2048), source)
+    text = "longer rows are truncated there (prompt and answer each at the end), or dropped with packing; strop "
+    text += "refuses such rows: raise data.max_length, or choose data.overlong"
+    draft.add_difference("cutoff_len", text)
     if stage == "pt":
         draft.put("data.format", "text", "stage: pt")
     if keys.take("train_on_prompt") or stage == "pt":
         draft.put("data.loss", "all", "train_on_prompt" if stage != "pt" else "stage: pt")
-    template = keys.take("template")
-    if template is not None:
-        draft.add_difference(
-            "template",
-            f"{template}: a template name of LLaMA-Factory; strop uses the model's chat template (or data.template)",
-        )
+    if (template := keys.take("template")) is not None:
+        text = "a template name of LLaMA-Factory; strop uses the model's chat template (or data.template)"
+        draft.add_difference("template", f"{template}: {text}")
     if (thinking := keys.take("enable_thinking")) is not None:
         draft.put("data.template_options", {"enable_thinking": bool(thinking)}, "enable_thinking")
         draft.add_difference("enable_thinking", "passed to the model's template, which must support it")
@@ -170,12 +160,8 @@ def _source(
         return "", {}
     file, hub = entry.pop("file_name", None), entry.pop("hf_hub_url", None)
     shape = entry.pop("formatting", "alpaca")
-    ours = {
-        **(_ALPACA if shape == "alpaca" else _SHAREGPT),
-        "chosen": "chosen",
-        "rejected": "rejected",
-        "kto_tag": "kto_tag",
-    }
+    ours = _ALPACA if shape == "alpaca" else _SHAREGPT
+    ours = {**ours, "chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag"}
     columns = {}
     for theirs, column in (entry.pop("columns", None) or {}).items():
         if theirs in ours and column:
@@ -201,20 +187,17 @@ def _preferences(draft: Draft, keys: Keys, objective: str) -> None:
     beta = keys.take("pref_beta")
     if objective in ("dpo", "ipo", "kto", "orpo", "simpo"):
         disable_dropout_for_preferences(draft, "lora_dropout")
-        draft.put(
-            "train.beta", as_number(0.1 if beta is None else beta), "pref_beta" if beta else "llamafactory's default"
-        )
+        source = "pref_beta" if beta else "llamafactory's default"
+        draft.put("train.beta", as_number(0.1 if beta is None else beta), source)
         if objective == "simpo":
             gamma = keys.take("simpo_gamma", 0.5)
             draft.put("train.gamma", as_number(gamma), "simpo_gamma")
     elif beta is not None:
         draft.add_ignored("pref_beta", "not used in this stage")
     for key, name in (
-        ("pref_ftx", "train.sft_weight"),
-        ("dpo_label_smoothing", "train.label_smoothing"),
-        ("kto_chosen_weight", "train.desirable_weight"),
-        ("kto_rejected_weight", "train.undesirable_weight"),
-    ):
+        ("pref_ftx", "train.sft_weight"), ("dpo_label_smoothing", "train.label_smoothing"),
+        ("kto_chosen_weight", "train.desirable_weight"), ("kto_rejected_weight", "train.undesirable_weight"),
+    ):  # fmt: skip
         if value := keys.take(key):
             draft.put(name, as_number(value), key)
             if key == "pref_ftx":

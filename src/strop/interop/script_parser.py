@@ -6,6 +6,7 @@ import ast
 import json
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,19 +48,16 @@ class Script:
             text = path.read_text(encoding="utf-8")
             self._tree = _parse(_notebook_code(text) if path.suffix == ".ipynb" else text)
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}",
-                fix="give the path of a Python script",
-            ) from None
+            what = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+            raise InputError(what, fix="give the path of a Python script") from None
         except SyntaxError as error:
             what = f"{path}{f':{error.lineno}' if error.lineno else ''}: not Python: {error.msg}"
             raise InputError(what, fix="give the script that trains, or the notebook (.ipynb)") from None
         except (RecursionError, MemoryError):
             raise InputError(f"{path}: nested too deeply to be read", fix="give the script that trains") from None
         except ValueError as error:
-            raise InputError(
-                f"{path}: not a notebook: {error}", fix="give a .py file, or a notebook as saved"
-            ) from None
+            what = f"{path}: not a notebook: {error}"
+            raise InputError(what, fix="give a .py file, or a notebook as saved") from None
         self._constants = dict(self._single_assignments())
         self.defaults: dict[str, tuple[Any, int]] = {}  # argparse defaults that were used: value and line, by option
         self._flags = dict(self._find_argparse_defaults())
@@ -67,12 +65,12 @@ class Script:
 
     def _single_assignments(self) -> Iterator[tuple[str, ast.expr]]:
         """Yield names that are assigned exactly once, outside branches and loops, with their value."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
-                counts[node.id] = counts.get(node.id, 0) + 1
+                counts[node.id] += 1
             elif isinstance(node, ast.arg):
-                counts[node.arg] = counts.get(node.arg, 0) + 1
+                counts[node.arg] += 1
         for node in _unconditional_statements(self._tree.body):
             if isinstance(node, ast.Assign) and len(node.targets) == 1:
                 target, value = node.targets[0], node.value
@@ -258,26 +256,19 @@ def readable_arguments(draft: Draft, script: Script, call: Call, positional: tup
         if always:
             given[key], lines[key] = node, line
         else:
-            draft.add_unsupported(
-                f"{call.into}.{key}", f"{shorten_source(node)}: set in a branch or loop, which is not evaluated", line
-            )
+            text = f"{shorten_source(node)}: set in a branch or loop, which is not evaluated"
+            draft.add_unsupported(f"{call.into}.{key}", text, line)
     values: dict[str, Any] = {}
     for key, node in given.items():
         value = script.value(node)
         if value is UNREADABLE:
-            draft.add_unsupported(
-                f"{call.name}.{key}",
-                f"{shorten_source(node)}: not a literal value, and scripts are not executed",
-                lines[key],
-            )
+            text = f"{shorten_source(node)}: not a literal value, and scripts are not executed"
+            draft.add_unsupported(f"{call.name}.{key}", text, lines[key])
         else:
             values[key] = value
     for node in call.unpacked:
-        draft.add_unsupported(
-            f"{call.name}(**...)",
-            f"{shorten_source(node)}: not a literal dict, and scripts are not executed",
-            node.lineno,
-        )
+        text = f"{shorten_source(node)}: not a literal dict, and scripts are not executed"
+        draft.add_unsupported(f"{call.name}(**...)", text, node.lineno)
     return Keys(values, lines, set(given) - set(values))
 
 

@@ -51,9 +51,8 @@ def launch(job: Job, file: Path | None, *, gpus: str | None, store: Store, spot:
     """
     require_relative_out(job, "in the bucket or on the volume")
     if (store.bucket is None) == (store.volume is None):
-        raise RecipeError(
-            "--bucket, --volume: one of them is needed for the run folder", fix="give --bucket NAME or --volume NAME"
-        )
+        what = "--bucket, --volume: one of them is needed for the run folder"
+        raise RecipeError(what, fix="give --bucket NAME or --volume NAME")
     if store.bucket is not None and job.nodes > 1:
         what = f"--bucket {store.bucket}: {job.nodes} nodes would see each other's files with a delay"
         raise RecipeError(what, fix="give --volume NAME, or one node with more --devices")
@@ -65,9 +64,8 @@ def launch(job: Job, file: Path | None, *, gpus: str | None, store: Store, spot:
         what = f"--gpus {gpus}: not a GPU name"
         raise RecipeError(what, fix="give --gpus a name only, such as H100; --devices sets the number")
     if Path(job.recipe).is_absolute() or ".." in Path(job.recipe).parts:
-        raise RecipeError(
-            f"{job.recipe}: outside this folder, which SkyPilot syncs", fix="run the command in the recipe's folder"
-        )
+        what = f"{job.recipe}: outside this folder, which SkyPilot syncs"
+        raise RecipeError(what, fix="run the command in the recipe's folder")
     file = file or Path(f"{job.name}.sky.yaml")
     text = task(job, gpus=gpus, store=store, spot=spot)
     outside = tuple(name for name in job.needs if os.path.relpath(Path(name).expanduser()).startswith(".."))
@@ -91,32 +89,22 @@ torchrun \\
     {quote_words(inside.words)}
 """
     tree = {
-        "name": job.name,
-        "num_nodes": job.nodes,
-        "resources": resources,
-        "workdir": ".",
-        **store.mount,
-        "setup": BlockText(f"pip install strop=={__version__}\n"),
-        "run": BlockText(run),
-    }
+        "name": job.name, "num_nodes": job.nodes, "resources": resources, "workdir": ".", **store.mount,
+        "setup": BlockText(f"pip install strop=={__version__}\n"), "run": BlockText(run),
+    }  # fmt: skip
     comments: dict[tuple[str, ...], str] = {
         ("name",): f"strop on {job.size}, written by `strop launch skypilot`. Edit as needed.",
-        (
-            "resources",
-            "job_recovery",
-        ): "Lost machines are replaced; after an error the job is restarted up to this many times.",
+        ("resources", "job_recovery"): "Lost machines are replaced; after an error the job is restarted up to this "
+        "many times.",
         ("workdir",): "Recipe and data: this folder, except files excluded by .gitignore or .skyignore.",
         ("setup",): "Or install your own wheel.",
         ("run",): "The same at every restart: an existing run is resumed.",
     }
+    text = "For the run folder, which outlives the machines."
     if store.volume is not None:
-        comments["volumes",] = (
-            "For the run folder, which outlives the machines. Every node must be able to write to it."
-        )
+        comments["volumes",] = f"{text} Every node must be able to write to it."
     else:
-        comments["file_mounts",] = (
-            "For the run folder, which outlives the machines. Checkpoints need rename, which MOUNT_CACHED supports."
-        )
+        comments["file_mounts",] = f"{text} Checkpoints need rename, which MOUNT_CACHED supports."
     if spot:
         comments["resources", "use_spot"] = "Cheaper machines that may be preempted: the job continues on others."
     return dump_with_comments(tree, comments)

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import Draft, Keys, format_value, read_yaml
-from strop.interop.hf_arguments import (
+from strop.interop.draft import (
     IGNORED_KEYS,
+    INT8_NOTE,
     NO_GRPO,
     NO_LIMIT_NOTE,
     TRUNCATION_NOTE,
+    Draft,
+    Keys,
     as_int,
     as_number,
     disable_dropout_for_preferences,
+    format_value,
     lora_init,
     note_packing,
     put_lora,
     put_simpo,
+    read_yaml,
     training_arguments,
 )
 from strop.interop.script_parser import UNREADABLE, Call, Script, readable_arguments, shorten_source
@@ -33,15 +36,8 @@ CONFIGS = {
     "KTOConfig": "kto", "ORPOConfig": "orpo", "CPOConfig": "simpo", "RewardConfig": "reward",
 }  # fmt: skip
 TRAINERS = (
-    "SFTTrainer",
-    "DPOTrainer",
-    "KTOTrainer",
-    "ORPOTrainer",
-    "CPOTrainer",
-    "RewardTrainer",
-    "Trainer",
-    "UnslothTrainer",
-)
+    "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer", "RewardTrainer", "Trainer", "UnslothTrainer",
+)  # fmt: skip
 UNSUPPORTED_CONFIGS = (
     "GRPOConfig", "PPOConfig", "RLOOConfig", "BCOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "GKDConfig",
     "PRMConfig",
@@ -60,11 +56,12 @@ LOSS_ON_ALL_NOTE = (
 )
 
 
-def read(path: Path, peer: str) -> Draft:
-    """Import a script or a TRL YAML. peer: trl or unsloth. Raises InputError for unsupported training."""
-    draft = Draft(peer, path)
+def read(draft: Draft) -> None:
+    """Import a script for TRL or Unsloth, or a TRL YAML. Raises InputError for unsupported training."""
+    path, peer = draft.file, draft.peer
     if peer == "trl" and path.suffix in (".yaml", ".yml"):
-        return _from_yaml(draft)
+        _from_yaml(draft)
+        return
     script = Script(path)
     refused = [call for call in script.calls if call.name in UNSUPPORTED_CONFIGS]
     if refused and refused[0].name == "GRPOConfig":
@@ -74,11 +71,9 @@ def read(path: Path, peer: str) -> Draft:
         raise InputError(what, fix="use sft, dpo, ipo, kto, orpo, simpo or reward")
     configs = [call for call in script.calls if call.name in CONFIGS]
     if not configs:
-        raise InputError(
-            f"{path}: none of {', '.join(CONFIGS)} is created in it",
-            fix="give the training script; if TrlParser or HfArgumentParser creates the config, put the options of "
-            "your command into a YAML file, which `strop import trl` reads too",
-        )
+        fix = "give the training script; if TrlParser or HfArgumentParser creates the config, put the options of your "
+        fix += "command into a YAML file, which `strop import trl` reads too"
+        raise InputError(f"{path}: none of {', '.join(CONFIGS)} is created in it", fix=fix)
     for call in configs[1:]:
         draft.add_unsupported(call.name, "a second config; only the first is imported", call.line)
     keys_of_trainer, trainer_line = _trainer(draft, script)
@@ -97,10 +92,8 @@ def read(path: Path, peer: str) -> Draft:
         if call.name == "train" and node is not None and script.value(node) not in (None, False):
             draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`", call.line)
     for name, (value, line) in script.defaults.items():
-        draft.add_difference(
-            name, f"{value}: the default of the script's option; if you pass another value, set it here", line
-        )
-    return draft
+        text = f"{value}: the default of the script's option; if you pass another value, set it here"
+        draft.add_difference(name, text, line)
 
 
 def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
@@ -110,16 +103,14 @@ def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
         draft.add_unsupported(name, f"derived from {base}; its code is not executed", line)
     trainers = [call for call in script.calls if call.name in TRAINERS or call.name in custom_trainers]
     if not trainers:
-        draft.add_unsupported(
-            "trainer", f"no {', '.join(TRAINERS)} is called; data and model are read from the rest of the script"
-        )
+        text = f"no {', '.join(TRAINERS)} is called; data and model are read from the rest of the script"
+        draft.add_unsupported("trainer", text)
         return {}, float("inf")
     call = trainers[0]
     keywords = {**dict(zip(("model",), call.arguments, strict=False)), **call.keywords}
     for node in call.unpacked:
-        draft.add_unsupported(
-            f"{call.name}(**...)", f"{shorten_source(node)}: not a literal map, and nothing is run", node.lineno
-        )
+        text = f"{shorten_source(node)}: not a literal map, and nothing is run"
+        draft.add_unsupported(f"{call.name}(**...)", text, node.lineno)
     for key in ("args", "peft_config", "tokenizer", "processing_class"):
         keywords.pop(key, None)
     for key, node in keywords.items():
@@ -129,11 +120,8 @@ def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
         if key == "data_collator" and _trains_on_answers_only(script):
             draft.add_ignored(key, "loss on assistant turns only, the default here", node.lineno)
         elif key == "formatting_func":
-            draft.add_unsupported(
-                key,
-                f"{shorten_source(node)}: rows are formatted by code, which is not executed: {SAVE_ROWS_FIX}",
-                node.lineno,
-            )
+            text = f"{shorten_source(node)}: rows are formatted by code, which is not executed: {SAVE_ROWS_FIX}"
+            draft.add_unsupported(key, text, node.lineno)
         elif key in ("max_seq_length", "max_length") and isinstance(value, int):
             draft.put("data.max_length", value, key)
         elif key == "dataset_text_field" and isinstance(value, str) and value not in ("text", "messages"):
@@ -150,10 +138,8 @@ def _callbacks(draft: Draft, script: Script, node: ast.expr | None, best_by: Any
     given = script.list_items(node) if node is not None and script.value(node) is not None else []
     given += [argument for call in script.calls if call.name == "add_callback" for argument in call.arguments]
     for callback in map(script.resolve_name, given):
-        if (
-            ast.unparse(callback.func if isinstance(callback, ast.Call) else callback).rpartition(".")[2]
-            != EARLY_STOPPING
-        ):
+        name = ast.unparse(callback.func if isinstance(callback, ast.Call) else callback)
+        if name.rpartition(".")[2] != EARLY_STOPPING:
             draft.add_unsupported("callbacks", f"{shorten_source(callback)}: its code is not executed", callback.lineno)
         elif not isinstance(callback, ast.Call):
             draft.put("train.early_stopping", 1, EARLY_STOPPING)
@@ -163,15 +149,11 @@ def _callbacks(draft: Draft, script: Script, node: ast.expr | None, best_by: Any
             patience = as_int("early_stopping_patience", keys.take("early_stopping_patience", 1))
             draft.put("train.early_stopping", patience, keys.default("early_stopping_patience", EARLY_STOPPING))
             if threshold := keys.take("early_stopping_threshold"):
-                draft.add_unsupported(
-                    "early_stopping_threshold",
-                    f"{format_value(threshold)}: any lower loss counts as better here",
-                    call.line,
-                )
+                text = f"{format_value(threshold)}: any lower loss counts as better here"
+                draft.add_unsupported("early_stopping_threshold", text, call.line)
             if best_by not in (None, "loss", "eval_loss"):
-                draft.add_difference(
-                    EARLY_STOPPING, f"{format_value(best_by)} is monitored there, the loss here", call.line
-                )
+                text = f"{format_value(best_by)} is monitored there, the loss here"
+                draft.add_difference(EARLY_STOPPING, text, call.line)
 
 
 def _trains_on_answers_only(script: Script) -> bool:
@@ -182,34 +164,27 @@ def _trains_on_answers_only(script: Script) -> bool:
 def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
     loss = keys.take("loss_type")
     loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
+    what = f"{draft.file}: loss_type {format_value(loss)}: not an objective of strop"
     if objective in ("dpo", "simpo") and loss is not None:
         if not isinstance(loss, str) or loss not in LOSSES:
-            raise RecipeError(
-                f"{draft.file}: loss_type {format_value(loss)}: not an objective of strop", fix="sigmoid, ipo or simpo"
-            )
+            raise RecipeError(what, fix="sigmoid, ipo or simpo")
         objective = LOSSES[loss]
     elif objective == "simpo":
-        raise RecipeError(
-            f"{draft.file}: CPO: not an objective of strop", fix="use SimPO: loss_type simpo, cpo_alpha 0"
-        )
+        what = f"{draft.file}: CPO: not an objective of strop"
+        raise RecipeError(what, fix="use SimPO: loss_type simpo, cpo_alpha 0")
     elif loss not in (None, "nll", "chunked_nll", "kto"):
-        raise RecipeError(
-            f"{draft.file}: loss_type {format_value(loss)}: not an objective of strop", fix="remove it from the config"
-        )
+        raise RecipeError(what, fix="remove it from the config")
     if objective != "sft":
         draft.put("train.objective", objective, "the config's class")
     rate = 5e-5 if objective == "sft" and peer == "unsloth" else RATES.get(objective, 1e-6)
-    training_arguments(
-        draft, keys, {**DEFAULTS, "learning_rate": rate}, tool="trl" if peer == "trl" else "transformers"
-    )
-    for key, name, used in (
-        ("beta", "train.beta", ("dpo", "ipo", "kto", "orpo", "simpo")),
-        ("label_smoothing", "train.label_smoothing", ("dpo", "simpo")),
-        ("desirable_weight", "train.desirable_weight", ("kto",)),
-        ("undesirable_weight", "train.undesirable_weight", ("kto",)),
-    ):
+    tool = "trl" if peer == "trl" else "transformers"
+    training_arguments(draft, keys, {**DEFAULTS, "learning_rate": rate}, tool=tool)
+    for key, used in (
+        ("beta", ("dpo", "ipo", "kto", "orpo", "simpo")), ("label_smoothing", ("dpo", "simpo")),
+        ("desirable_weight", ("kto",)), ("undesirable_weight", ("kto",)),
+    ):  # fmt: skip
         if (value := keys.take(key)) is not None and objective in used:
-            draft.put(name, as_number(value), key)
+            draft.put(f"train.{key}", as_number(value), key)
         elif value:
             draft.add_unsupported(key, f"{format_value(value)}: not used by {objective}")
     if objective == "simpo":
@@ -252,16 +227,14 @@ def _masks(draft: Draft, script: Script, keys: Keys, objective: str) -> None:
         draft.add_difference("assistant_only_loss", LOSS_ON_ALL_NOTE)
 
 
-def _from_yaml(draft: Draft) -> Draft:
+def _from_yaml(draft: Draft) -> None:
     """Import a YAML file for `trl sft --config FILE`: script, training and model arguments in one mapping."""
     keys = Keys(read_yaml(draft.file))
     if not keys.take("use_peft"):
         raise InputError(f"{draft.file}: use_peft is not on: strop trains LoRA adapters only", fix="set use_peft: true")
     for key, name in (
-        ("model_name_or_path", "model.name"),
-        ("dataset_name", "data.train"),
-        ("model_revision", "model.revision"),
-    ):
+        ("model_name_or_path", "model.name"), ("dataset_name", "data.train"), ("model_revision", "model.revision"),
+    ):  # fmt: skip
         if (value := keys.take(key)) is not None and value != "main":
             draft.put(name, str(value), key)
     put_dtype(draft, keys.take("dtype") or keys.take("torch_dtype"))
@@ -281,9 +254,8 @@ def _from_yaml(draft: Draft) -> Draft:
         draft.add_unsupported("dataset_train_split", f"{split}: strop reads the train split; give the files of {split}")
     if str(keys.peek("eval_strategy", "no")) not in ("no", "False"):
         split = keys.take("dataset_test_split", "test")
-        draft.add_unsupported(
-            "dataset_test_split", f"evaluated on {split} there: set data.eval to its file, or to a share such as 5%"
-        )
+        text = f"evaluated on {split} there: set data.eval to its file, or to a share such as 5%"
+        draft.add_unsupported("dataset_test_split", text)
     loss = str(keys.peek("loss_type", ""))
     objective = "dpo" if "beta" in keys or loss in ("sigmoid", "ipo") else "sft"
     draft.add_difference("the command", f"the config is for `trl sft` or `trl dpo`; read as {objective}")
@@ -292,7 +264,6 @@ def _from_yaml(draft: Draft) -> Draft:
     if objective == "sft" and not only and not completion:
         draft.add_difference("assistant_only_loss", LOSS_ON_ALL_NOTE)
     keys.report_rest(draft, (*IGNORED_KEYS, *IGNORED_MODEL_KEYS, "dataset_test_split", "lora_task_type"))
-    return draft
 
 
 IGNORED_MODEL_KEYS = (
@@ -304,24 +275,12 @@ DEFAULT_TARGETS_NOTE = (
     "strop uses all linear layers"
 )
 _MAKERS = (
-    "from_pretrained",
-    "get_peft_model",
-    "SFTTrainer",
-    "DPOTrainer",
-    "KTOTrainer",
-    "ORPOTrainer",
-    "RewardTrainer",
-)
+    "from_pretrained", "get_peft_model", "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer",
+)  # fmt: skip
 # attributes and calls that do not change what is learned
 _HARMLESS_ATTRIBUTES = (
-    "pad_token",
-    "pad_token_id",
-    "padding_side",
-    "use_cache",
-    "pretraining_tp",
-    "model_max_length",
-    "_name_or_path",
-)
+    "pad_token", "pad_token_id", "padding_side", "use_cache", "pretraining_tp", "model_max_length", "_name_or_path",
+)  # fmt: skip
 _HARMLESS_CALLS = ("gradient_checkpointing_enable", "enable_input_require_grads", "prepare_model_for_kbit_training")
 _NEW_TOKENS = "adds tokens to the vocabulary: set lora.new_tokens"
 _MODEL_CHANGES = {
@@ -356,9 +315,8 @@ def read_model(draft: Draft, script: Script, given: ast.expr | None, trainer_lin
     if draft.get("model.name") is None and (loads or given is not None):
         draft.model_unreadable = True
         if not loads and given is not None:
-            draft.add_unsupported(
-                "model", f"{shorten_source(given)}: not a literal value: set model.name", given.lineno
-            )
+            text = f"{shorten_source(given)}: not a literal value: set model.name"
+            draft.add_unsupported("model", text, given.lineno)
     for call in starts:
         at = call.arguments[1:] if call.owner.endswith("PeftModel") else call.arguments
         folder = script.value(at[0]) if at else UNREADABLE
@@ -371,10 +329,8 @@ def read_model(draft: Draft, script: Script, given: ast.expr | None, trainer_lin
 
 def _load(draft: Draft, script: Script, call: Call, fast: bool) -> None:
     nodes = {key: node for key, node in call.keywords.items() if key != "quantization_config"}
-    keys = readable_arguments(
-        draft, script, replace(call, keywords=nodes, into=""),
-        ("model_name" if fast else "pretrained_model_name_or_path",),
-    )  # fmt: skip
+    positional = ("model_name" if fast else "pretrained_model_name_or_path",)
+    keys = readable_arguments(draft, script, replace(call, keywords=nodes, into=""), positional)
     for key in ("model_name", "pretrained_model_name_or_path"):
         if (name := keys.take(key)) is not None:
             draft.put("model.name", str(name), key)
@@ -405,9 +361,8 @@ def _note_later_changes(draft: Draft, script: Script, trainer_line: float) -> No
             if key.rpartition(".")[2] in _HARMLESS_ATTRIBUTES:
                 draft.add_ignored(f"{name}.{key}", "", line)
             else:
-                draft.add_unsupported(
-                    f"{name}.{key}", f"{shorten_source(node)}: set by code, which is not executed", line
-                )
+                text = f"{shorten_source(node)}: set by code, which is not executed"
+                draft.add_unsupported(f"{name}.{key}", text, line)
     for call in script.calls:
         if call.name in _HARMLESS_CALLS:
             draft.add_ignored(call.name, "", call.line)
@@ -432,9 +387,7 @@ def _bits(draft: Draft, keys: Keys) -> None:
         draft.put("model.double_quantization", bool(double), "bnb_4bit_use_double_quant")
     elif eight:
         draft.put("model.quantization", "int8", "load_in_8bit")
-        draft.add_difference(
-            "load_in_8bit", "each weight row is scaled by its largest value here; outliers stay in 16 bit there"
-        )
+        draft.add_difference("load_in_8bit", INT8_NOTE)
     keys.report_rest(draft, ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold"))
 
 
@@ -442,10 +395,9 @@ def read_adapter(draft: Draft, script: Script) -> None:
     fast = draft.peer == "unsloth"
     adapters = [call for call in script.calls if call.name == ("get_peft_model" if fast else "LoraConfig")]
     if not adapters:
-        raise InputError(
-            f"{draft.file}: no {'FastLanguageModel.get_peft_model' if fast else 'LoraConfig'} is called in it: "
-            "strop trains LoRA adapters only", fix="give a script that trains an adapter",
-        )  # fmt: skip
+        name = "FastLanguageModel.get_peft_model" if fast else "LoraConfig"
+        what = f"{draft.file}: no {name} is called in it: strop trains LoRA adapters only"
+        raise InputError(what, fix="give a script that trains an adapter")
     for call in adapters[1:]:
         if not fast:
             draft.add_unsupported(call.name, "another one; only the first is imported", call.line)
@@ -476,19 +428,9 @@ def read_adapter(draft: Draft, script: Script) -> None:
 
 _FILES = ("json", "csv", "parquet", "text")
 DATASET_TRANSFORMS = (
-    "map",
-    "filter",
-    "select",
-    "shuffle",
-    "remove_columns",
-    "rename_column",
-    "train_test_split",
-    "concatenate_datasets",
-    "standardize_sharegpt",
-    "standardize_data_formats",
-    "to_sharegpt",
-    "cast_column",
-)
+    "map", "filter", "select", "shuffle", "remove_columns", "rename_column", "train_test_split", "concatenate_datasets",
+    "standardize_sharegpt", "standardize_data_formats", "to_sharegpt", "cast_column",
+)  # fmt: skip
 SAVE_ROWS_FIX = "save the rows with dataset.to_json and pass that file with --data"
 
 
@@ -513,28 +455,22 @@ def read_rows(draft: Draft, script: Script, keywords: dict[str, ast.expr]) -> No
         size = 0.25 if given is None else script.value(given)
         if isinstance(size, float) and 0 < size < 1:
             draft.put("data.eval", f"{100 * size:g}%", "train_test_split")
-            draft.add_difference(
-                "train_test_split", "which rows are held out is decided by their content here, not by a seed"
-            )
+            text = "which rows are held out is decided by their content here, not by a seed"
+            draft.add_difference("train_test_split", text)
         else:
             draft.add_unsupported("train_test_split", "a row count; set data.eval to a file or a share", share[0].line)
     elif eval_name and draft.get("data.eval") is None:
-        draft.add_unsupported(
-            "eval_dataset",
-            f"{shorten_source(keywords['eval_dataset'])}: set data.eval",
-            keywords["eval_dataset"].lineno,
-        )
+        node = keywords["eval_dataset"]
+        draft.add_unsupported("eval_dataset", f"{shorten_source(node)}: set data.eval", node.lineno)
     for call in script.calls:
         if call.name == "get_chat_template":
-            draft.add_difference(
-                call.name, "a template name of Unsloth; strop uses the model's chat template (or data.template)"
-            )
+            text = "a template name of Unsloth; strop uses the model's chat template (or data.template)"
+            draft.add_difference(call.name, text)
         if call.name == "shuffle":
             draft.add_ignored(call.name, "strop shuffles rows with the seed", call.line)
         elif call.name in DATASET_TRANSFORMS and call.name != "train_test_split":
-            draft.add_unsupported(
-                call.name, f"rows are changed by code, which is not executed: {SAVE_ROWS_FIX}", call.line
-            )
+            text = f"rows are changed by code, which is not executed: {SAVE_ROWS_FIX}"
+            draft.add_unsupported(call.name, text, call.line)
 
 
 def _split_files(script: Script, by_name: dict[str, Call], node: ast.expr) -> tuple[Any, str] | None:
@@ -570,22 +506,14 @@ def _source(draft: Draft, script: Script, call: Call) -> Any:
         draft.add_unsupported("load_dataset", "not a literal value: pass --data", call.line)
         return None
     split = script.value(call.keywords["split"]) if "split" in call.keywords else "train"
-    if (
-        split is UNREADABLE
-        or not (isinstance(split, str) and split.startswith(("train", "test", "valid")))
-        or "[" in str(split)
-    ):
-        draft.add_unsupported(
-            "load_dataset.split",
-            f"{format_value(split) if split is not UNREADABLE else 'not literal'}: all rows are used",
-            call.line,
-        )
+    if not isinstance(split, str) or not split.startswith(("train", "test", "valid")) or "[" in split:
+        text = "not literal" if split is UNREADABLE else format_value(split)
+        draft.add_unsupported("load_dataset.split", f"{text}: all rows are used", call.line)
     elif split != "train" and files is None:
         draft.add_difference("load_dataset.split", f"{split}: give the file of the split: {path}/...")
     if len(call.arguments) > 1 or "name" in call.keywords:
-        draft.add_unsupported(
-            "load_dataset.name", f"a configuration of the data set: give its path: {path}/...", call.line
-        )
+        text = f"a configuration of the data set: give its path: {path}/..."
+        draft.add_unsupported("load_dataset.name", text, call.line)
     if files is None:
         return path
     if isinstance(files, dict):

@@ -1,6 +1,6 @@
-"""`strop doctor`: facts about this machine, and checks that do something. Facts need no torch; checks say so without.
+"""Collect the facts and checks of `strop doctor`. Only the checks need torch.
 
-Each finding names what is so, why it matters, and the command that mends it.
+Each finding says what is wrong, why it matters, and which command fixes it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from urllib.request import getproxies
 
 from packaging.requirements import Requirement
 
-from strop.machine.probe import Machine, probe
+from strop.machine.probe import Machine, nvidia_smi, probe
 from strop.machine.rates import Rates
 
 Level = Literal["ok", "warning", "error"]
@@ -33,7 +32,7 @@ HUB_S = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """fix: a command, or a comment ("# ...") where no command mends it."""
+    """One result of a check. fix: a command, or a comment ("# ...") where no command helps."""
 
     level: Level
     what: str
@@ -41,45 +40,51 @@ class Finding:
     fix: str = ""
 
 
-TryOut = Callable[[Machine], tuple[list[Finding], Rates]]
+TorchChecks = Callable[[Machine], tuple[list[Finding], Rates]]
 
 
 @dataclass(frozen=True)
-class Examination:
-    """The fields of `strop doctor --json`. rates: None where torch is missing."""
+class DoctorReport:
+    """The result of `strop doctor`. rates: None where torch is missing."""
 
     machine: dict[str, Any]
     findings: list[Finding]
     rates: Rates | None
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields of `strop doctor --json`."""
         rates = asdict(self.rates) if self.rates else {"bf16_flops": None, "fp32_flops": None}
         return {"machine": self.machine, "findings": [asdict(f) for f in self.findings], "rates": rates}
 
 
-def examine(try_out: TryOut, folder: Path | None = None) -> Examination:
-    """try_out: what is done with torch, where it is installed (planning.calibrate). folder: where runs will be written;
-    default: the current one."""
+def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
+    """Examine this machine.
+
+    try_out: checks that need torch (planning.calibrate), run where it is installed. folder: where runs will be written;
+    default: the current directory.
+    """
     machine, folder = probe(), folder or Path.cwd()
     findings = [*_versions(), *_resources(machine, folder), _hub(), _disk(folder)]
     rates = None
-    if installed("torch"):
+    if is_installed("torch"):
         try:
             more, rates = try_out(machine)
         except (ImportError, OSError) as error:
             why = "nothing can be trained with it; docs/troubleshooting.md#cuda"
-            fix = f"{pip()} install --force-reinstall torch"
+            fix = f"{pip_command()} install --force-reinstall torch"
             more = [Finding("error", f"torch cannot be loaded: {error}", why, fix)]
-        except Exception as error:  # a check that crashes has found something
-            more = [crashed("a check with torch", error)]
+        except Exception as error:  # a crash is a finding too
+            more = [crash_finding("a check with torch", error)]
         findings += more
-    return Examination(_facts(machine, folder), findings, rates)
+    return DoctorReport(_facts(machine, folder), findings, rates)
 
 
-def crashed(check: str, error: Exception, fix: str = "") -> Finding:
-    said = next((line for line in str(error).splitlines() if line.strip()), "")
-    what = f"{check} ends with {type(error).__name__}: {said.strip()}"
-    return Finding("error", what, "a run would end with it too", fix or f"{pip()} install --force-reinstall torch")
+def crash_finding(check: str, error: Exception, fix: str = "") -> Finding:
+    """Return the finding for a check that crashed."""
+    message = next((line for line in str(error).splitlines() if line.strip()), "")
+    what = f"{check} ends with {type(error).__name__}: {message.strip()}"
+    reinstall = f"{pip_command()} install --force-reinstall torch"
+    return Finding("error", what, "a run would fail in the same way", fix or reinstall)
 
 
 def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
@@ -92,39 +97,27 @@ def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
         "cores": machine.cores,
         "memory_bytes": machine.memory_bytes,
         "free_bytes": machine.free_bytes,
-        "gpus": gpu_lines(),
+        "gpus": list(nvidia_smi("name,memory.total,driver_version,compute_cap")),
         "disk_free_bytes": free,
-        "versions": {name: found for name, found, _ in libraries() if found},
+        "versions": {name: installed for name, installed, _ in libraries() if installed},
         "hub_token": _has_token(),
     }
 
 
-def gpu_lines() -> list[str]:
-    """Name, memory, driver and compute capability of each card, as the NVIDIA driver says."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    fields = "name,memory.total,driver_version,compute_cap"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:  # a driver that hangs
-        return []
-    return [line.strip() for line in found.stdout.splitlines()] if found.returncode == 0 else []
-
-
 def libraries() -> Iterator[tuple[str, str | None, str]]:
-    """(name, version found, range supported) of each library that strop asks for here."""
+    """Yield (name, installed version, supported range) of each library that strop requires here."""
     try:
-        asked = requires("strop") or []
+        lines = requires("strop") or []
     except PackageNotFoundError:  # run from a checkout that is not installed
-        asked = []
-    for line in asked:
-        need = Requirement(line)
-        if need.marker is None or need.marker.evaluate({"extra": ""}):
-            yield need.name, version(need.name) if installed(need.name) else None, str(need.specifier)
+        lines = []
+    for line in lines:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            name = requirement.name
+            yield name, version(name) if is_installed(name) else None, str(requirement.specifier)
 
 
-def installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     try:
         version(name)
     except PackageNotFoundError:
@@ -133,21 +126,21 @@ def installed(name: str) -> bool:
 
 
 def _versions() -> Iterator[Finding]:
-    bad = False
-    for name, found, wanted in libraries():
-        if found is None:
-            bad = True
-            fix = f"{pip()} install '{name}{wanted}'"
-            yield Finding("error", f"{name} is not installed", f"strop needs {name}{wanted}", fix)
-        elif not Requirement(f"{name}{wanted}").specifier.contains(found, prereleases=True):
-            bad = True
-            fix = f"{pip()} install -U '{name}{wanted}'"
-            yield Finding("error", f"{name} {found}", f"strop is tested with {name}{wanted}", fix)
-    if not bad:
+    has_errors = False
+    for name, installed, supported in libraries():
+        if installed is None:
+            has_errors = True
+            fix = f"{pip_command()} install '{name}{supported}'"
+            yield Finding("error", f"{name} is not installed", f"strop needs {name}{supported}", fix)
+        elif not Requirement(f"{name}{supported}").specifier.contains(installed, prereleases=True):
+            has_errors = True
+            fix = f"{pip_command()} install -U '{name}{supported}'"
+            yield Finding("error", f"{name} {installed}", f"strop is tested with {name}{supported}", fix)
+    if not has_errors:
         yield Finding("ok", "every library is in the range that strop supports")
 
 
-def pip() -> str:
+def pip_command() -> str:
     return f"{sys.executable} -m pip"
 
 
@@ -163,11 +156,11 @@ def _resources(machine: Machine, folder: Path) -> Iterator[Finding]:
 
 
 def _hub() -> Finding:
-    """Whether the Hub answers; the token is looked for, and never shown."""
+    """Check whether the Hub answers, and whether there is a token, which is never shown."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Finding("ok", "offline by HF_HUB_OFFLINE: models come from folders and the local cache")
     if getproxies().get("https"):
-        return Finding("ok", "the Hub is behind a proxy, which was not asked")
+        return Finding("ok", "the Hub is behind a proxy, so it was not contacted")
     host = re.sub(r"^https?://", "", os.environ.get("HF_ENDPOINT", "https://huggingface.co")).partition("/")[0]
     name, _, port = host.partition(":")
     try:
@@ -185,7 +178,7 @@ def _has_token() -> bool:
 
 
 def _disk(folder: Path) -> Finding:
-    """16 MiB written and synced where runs go."""
+    """Write and sync 16 MiB where runs are stored."""
     runs = next(place for place in (folder / "runs", folder) if place.is_dir())
     try:
         with tempfile.NamedTemporaryFile(dir=runs) as file:

@@ -1,7 +1,9 @@
-"""Memory of this process or of its CUDA device: its peak, a limit on it, and what it was too small for."""
+"""Measure and limit the memory of this process or its GPU, and configure the C library's allocator."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import sys
 from contextlib import suppress
@@ -10,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from strop.errors import RecipeError
-from strop.machine.malloc import give_back
 from strop.runs.folder import cache_folder, read_json, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-USABLE = 0.9  # of a memory limit: a layer's own workspace and the head come on top of what is seen between layers
-# What torch, oneDNN, numpy and the C++ library say when an allocation fails, and CUDA's libraries when they find no
-# room for their workspace (cuBLAS, where not even its handle has any, that it is not initialized).
+USABLE = 0.9  # of a memory limit; the rest is for a layer's workspace and the head, which are not seen between layers
+HEAP_BLOCK_BYTES, HEAP_TOP_BYTES = 32 << 20, 64 << 20  # smaller blocks come from the heap; this much stays at its end
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+# Messages of failed allocations: of torch, oneDNN, numpy and the C++ library, and of CUDA libraries without room for
+# their workspace (cuBLAS reports "not initialized" where even its handle has none).
 _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -34,19 +36,48 @@ _NO_MEMORY = (
     "cudnn_status_alloc_failed",
     "cudnn_status_internal_error_host_allocation_failed",
     "cudnn_status_internal_error_device_allocation_failed",
-    "nvml_success ==",  # what PyTorch says where it cannot ask the driver how full the card is (pytorch#112377)
+    "nvml_success ==",  # PyTorch, where it cannot ask the driver how full the GPU is (pytorch#112377)
 )
 
 
+def keep_heap_pages() -> None:
+    """Allocate blocks below 32 MiB from the heap, whose pages stay mapped when a block is freed.
+
+    Short-lived tensors of a step then reuse pages. glibc reaches this state too, but only as such blocks are freed;
+    mapping and clearing new pages for each block took a quarter of a step (docs/log).
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        with suppress(AttributeError):
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
+            library.mallopt(_M_TRIM_THRESHOLD, HEAP_TOP_BYTES)
+
+
+def trim_heap() -> None:
+    """Return freed memory from glibc's heap to the system."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_pages(size: int) -> mmap.mmap:
+    """Map zeroed pages outside the heap; each takes memory once it is written. Raises OSError without room."""
+    flags: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return mmap.mmap(-1, size, **flags)
+
+
 @dataclass(frozen=True)
-class MemoryMark:
-    """Resident bytes of the process when the mark was set, and the CUDA device to look at instead, if any."""
+class PeakTracker:
+    """Peak memory since `start_peak`.
+
+    resident_bytes: of the process at the start. device: the CUDA device to measure instead, if it is one.
+    """
 
     resident_bytes: int
     device: str
 
     def peak_bytes(self) -> int:
-        """CUDA: the allocator's peak since the mark. Else peak resident memory less what was resident at the mark."""
+        """Return the CUDA allocator's peak, or the growth of the process's peak resident memory."""
         if self.device.startswith("cuda"):
             import torch
 
@@ -54,16 +85,16 @@ class MemoryMark:
         return max(0, _peak_resident_bytes() - self.resident_bytes)
 
 
-def mark(device: str) -> MemoryMark:
-    """Starts counting peaks anew, where the system lets a process do so (Linux, CUDA)."""
+def start_peak(device: str) -> PeakTracker:
+    """Reset the peak where the system allows it (Linux, CUDA) and return a tracker."""
     if device.startswith("cuda"):
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        with suppress(OSError):  # not allowed in some sandboxes: the peak then counts from the start of the process
+        with suppress(OSError):  # forbidden in some sandboxes: the peak then counts from the start of the process
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-    return MemoryMark(psutil.Process().memory_info().rss, device)
+    return PeakTracker(psutil.Process().memory_info().rss, device)
 
 
 def _peak_resident_bytes() -> int:
@@ -76,43 +107,45 @@ def _peak_resident_bytes() -> int:
 
 
 def parse_bytes(text: str | int) -> int:
-    """8GB, 512MiB, or plain bytes. Raises RecipeError."""
+    """Parse a size: 8GB, 512MiB, or plain bytes. Raises RecipeError."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError  # which the page's server does not load
+
     try:
-        found = int(TypeAdapter(ByteSize).validate_python(text))
+        size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
-        found = 0
-    if found <= 0:
+        size = 0
+    if size <= 0:
         raise RecipeError(f"--memory {text}: not a size", fix="write it as 8GB or 512MiB")
-    return found
+    return size
 
 
 def limit_bytes(memory: str | int | None) -> int | None:
-    """What a limit was given as, in bytes; None where there is none. Raises RecipeError."""
+    """Parse a memory limit; None means no limit. Raises RecipeError."""
     return None if memory is None else parse_bytes(memory)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a device or in RAM; torch has a class of its own for the first only."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or any(phrase in said for phrase in _NO_MEMORY)
+    """Return whether an allocation failed, on a device or in RAM; torch's own exception covers only the former."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in message for phrase in _NO_MEMORY)
 
 
 class MemoryWatch:
-    """Raises MemoryError before this process holds more than it may; on a CPU the system would kill it without a word.
+    """Raises MemoryError before this process exceeds its limit; on a CPU the system would kill it silently.
 
-    Looked at between layers, where memory grows: `begin` a micro-batch, then call before each layer. Resident memory
-    is what counts. (RLIMIT_DATA was tried in its place: small allocations then fail too, in the middle of oneDNN.)
+    Memory grows between layers: call `begin` before each micro-batch, and the watch itself before each layer. Resident
+    memory is compared with the limit. (RLIMIT_DATA was tried instead: small allocations inside oneDNN then fail too.)
     """
 
     def __init__(self, limit_bytes: int, free_bytes: int) -> None:
-        """limit_bytes: what the process may hold. free_bytes: what the machine has left now; the smaller counts."""
+        """Set the limit to the smaller of `limit_bytes` and what the machine has left, `free_bytes`."""
         self.limit_bytes = min(limit_bytes, _resident_bytes() + free_bytes)
         self._before = self._growth = 0
 
     def begin(self) -> None:
         self._growth, self._before = 0, _resident_bytes()
         if self._before > 0.8 * USABLE * self.limit_bytes:
-            give_back()
+            trim_heap()
             self._before = _resident_bytes()
 
     def __call__(self) -> None:
@@ -120,8 +153,8 @@ class MemoryWatch:
         self._growth = max(self._growth, now - self._before)  # of one layer; the next will need as much
         self._before = now
         if now + self._growth > USABLE * self.limit_bytes:
-            have, may = now / 2**20, self.limit_bytes / 2**20
-            raise MemoryError(f"out of memory: {have:,.0f} MiB in use, {may:,.0f} MiB allowed, and a layer to come")
+            used, allowed = now / 2**20, self.limit_bytes / 2**20
+            raise MemoryError(f"out of memory: {used:,.0f} MiB in use of {allowed:,.0f} MiB allowed, before a layer")
 
 
 def _resident_bytes() -> int:
@@ -130,13 +163,13 @@ def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def remember(key: str, value: dict[str, Any]) -> None:
-    """Keeps what a shape of run needed on this machine, for the next run of that shape."""
+def save_measured(key: str, value: dict[str, Any]) -> None:
+    """Store what a kind of run needed on this machine, for the next run of that kind."""
     file = cache_folder() / "memory" / f"{key}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, value)
 
 
-def recall(key: str) -> dict[str, Any]:
+def load_measured(key: str) -> dict[str, Any]:
     file = cache_folder() / "memory" / f"{key}.json"
     return read_json(file)

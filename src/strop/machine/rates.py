@@ -1,4 +1,4 @@
-"""What was measured on this machine and is kept: rates by `strop doctor`, the better type by a run. No torch here."""
+"""Cached measurements of this machine, without torch: speeds (by `strop doctor`) and the faster dtype (by a run)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from strop.machine.probe import Machine, affinity
+from strop.machine.probe import Machine, available_cores
 from strop.runs.folder import cache_folder, read_json, write_json
 from strop.runs.lock import sha256_text
 
-MEASURED = 3  # one more where what is measured changes: 3 since frozen weights may be multiplied in integers
+RATES_VERSION = 3  # part of the cache key; increase it when Rates changes
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of the frozen layers' products in each type, and bytes/s of memory. costs: by type, of the parts of a step
-    (the fields of planning.speed.Rate). unpacked_per_s: weights that are dequantized a second, by scheme. integers:
-    FLOP/s of frozen products in 8-bit integers (int8_matmul), by scheme; empty where the CPU has none."""
+    """Measured speeds of one device.
+
+    bf16_flops, fp32_flops: FLOP/s of frozen matmuls. bandwidth: of memory, bytes/s. costs: fields of
+    planning.time.Rate, by dtype. unpacked_per_s: weights dequantized per second, by quantization scheme. integers:
+    FLOP/s of frozen matmuls with train.int8_matmul, by scheme; empty if the CPU does not support it.
+    """
 
     bf16_flops: float
     fp32_flops: float
@@ -31,33 +34,33 @@ class Rates:
 
     @property
     def dtype(self) -> str:
-        """As engine.precision decides: bf16 rounds, and must be worth it."""
+        """The dtype to use; bf16 is less precise, so it must be at least 20 % faster."""
         return "bf16" if self.bf16_flops >= 1.2 * self.fp32_flops else "fp32"
 
 
-def keep_rates(machine: Machine, device: str, rates: Rates) -> None:
-    file = _file(machine, device)
+def save_rates(machine: Machine, device: str, rates: Rates) -> None:
+    file = _rates_file(machine, device)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, asdict(rates))
 
 
-def known_rates(machine: Machine, device: str) -> Rates | None:
-    """None where none were measured, or by a strop that measured others."""
-    found = read_json(_file(machine, device))
-    return Rates(**found) if set(found) == {field.name for field in fields(Rates)} else None
+def load_rates(machine: Machine, device: str) -> Rates | None:
+    """Return the stored rates; None if there are none, or if another version of strop wrote other fields."""
+    stored = read_json(_rates_file(machine, device))
+    return Rates(**stored) if set(stored) == {field.name for field in fields(Rates)} else None
 
 
-def keep_precision(machine: Machine, threads: int, dtype: str, why: str) -> None:
+def save_precision(machine: Machine, threads: int, dtype: str, why: str) -> None:
     file = _precision_file(machine, threads)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"dtype": dtype, "why": why})
 
 
-def known_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
-    """(type of the frozen weights, why), as a run measured it here. threads: by default those that PyTorch takes."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    known = read_json(_precision_file(machine, threads or (int(asked) if asked.isdigit() else affinity())))
-    return (known["dtype"], known["why"]) if known else None
+def load_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
+    """Return (dtype of the frozen weights, reason) measured by a run. threads: default: PyTorch's number of threads."""
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    stored = read_json(_precision_file(machine, threads or (int(setting) if setting.isdigit() else available_cores())))
+    return (stored["dtype"], stored["why"]) if stored else None
 
 
 def _precision_file(machine: Machine, threads: int) -> Path:
@@ -65,8 +68,8 @@ def _precision_file(machine: Machine, threads: int) -> Path:
     return cache_folder() / "precision" / f"{key}.json"
 
 
-def _file(machine: Machine, device: str) -> Path:
+def _rates_file(machine: Machine, device: str) -> Path:
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    cards = machine.gpus if device != "cpu" else ""
-    key = sha256_text(f"{MEASURED} {machine.cpu} {machine.cores} {threads} {cards} {device}")[:16]
+    gpus = machine.gpus if device != "cpu" else ""
+    key = sha256_text(f"{RATES_VERSION} {machine.cpu} {machine.cores} {threads} {gpus} {device}")[:16]
     return cache_folder() / "rates" / f"{key}.json"

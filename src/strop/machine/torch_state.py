@@ -1,4 +1,4 @@
-"""strop inside another program, which may use torch in its own way, and from several threads."""
+"""Isolate strop's use of torch from the program around it, and its threads from each other."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 
 from strop.errors import RunError
 
-_TURN = RLock()
-_USED_BY: set[int] = set()  # processes: this one, or one that it was forked from
+_LOCK = RLock()
+_USED_BY: set[int] = set()  # ids of this process, or of one that it was forked from
 
 
 @contextmanager
-def usual_torch() -> Iterator[None]:
-    """Inside it this thread uses torch as at a program's start: with gradients, without autocast, on the CPU where no
-    device is named."""
+def default_torch_state() -> Iterator[None]:
+    """Reset this thread's torch state inside the block: with gradients, without autocast, on the CPU by default."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -31,23 +30,24 @@ def usual_torch() -> Iterator[None]:
 
 
 @contextmanager
-def own_torch() -> Iterator[None]:
-    """As `usual_torch`, and in fp32 where no type is named. The program's random numbers go on behind it as if none had
-    been drawn inside.
+def isolated_torch_state() -> Iterator[None]:
+    """Extend `default_torch_state` with the process-wide state: fp32 as default dtype, and preserved random streams.
 
-    The type and the random numbers are one for all threads, and transformers changes more such things while it loads:
-    a second thread waits. Raises RunError in a process that was forked from one that was here: it lacks its threads.
+    After the block the program's random numbers continue as if none had been sampled inside. Default dtype and random
+    state belong to all threads, and transformers changes more of that kind while it loads, so a second thread waits.
+
+    Raises RunError in a process that was forked from one that has used strop: torch's compute threads are missing.
     """
     if _USED_BY - {os.getpid()}:
-        what = "this process was forked from one that has used strop, and lacks the threads that compute"
+        what = "this process was forked from one that has used strop, so torch's compute threads are missing"
         raise RunError(what, fix='start it with multiprocessing.get_context("spawn")')
     with ExitStack() as stack:
-        stack.enter_context(_TURN)
+        stack.enter_context(_LOCK)
         _USED_BY.add(os.getpid())
-        started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        cards = [torch.cuda.current_device()] if started else []
-        stack.enter_context(torch.random.fork_rng(devices=cards))
-        stack.enter_context(usual_torch())
+        uses_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = [torch.cuda.current_device()] if uses_cuda else []
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(default_torch_state())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         yield

@@ -1,4 +1,4 @@
-"""What the folder of a saved adapter says of it. No torch here."""
+"""Read and check the files of a saved adapter. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import ModelError
-from strop.models.source import safetensors_header
-from strop.models.tokenizer import new_tokens
+from strop.models.source import read_safetensors_header
+from strop.models.tokenizer import trained_token_texts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-NOT_ALWAYS = ("alora_invocation_tokens", "arrow_config")  # of adapters that do not act on every token
+REWARD_TASK = "SEQ_CLS"  # PEFT's task type of a reward model
+CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # of adapters that act on some tokens only
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises ModelError where it is damaged, or of an adapter that strop cannot compute, or has no
-    safetensors beside it."""
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json of a folder. Raises ModelError without safetensors, or if strop cannot use it."""
     file = folder / "adapter_config.json"
     if not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder}: no {WEIGHTS_FILE}", fix="give an adapter saved as safetensors, never pickle")
@@ -31,71 +31,93 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: not an object", fix="give a LoRA adapter")
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder}: a {config.get('peft_type')} adapter", fix="give a LoRA adapter")
-    numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
-    for field in ("rank_pattern", "alpha_pattern"):
-        given = config.get(field) or {}
-        each = isinstance(given, dict)
-        numbers |= {f"{field} {key}": value for key, value in given.items()} if each else {field: given}
-    trained = "put in what the adapter was trained with"
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ModelError(f"{file}: {name} is {value!r}, and no number", fix=trained)
-        if name.startswith("r") and (value < 1 or value != int(value)):
-            raise ModelError(f"{file}: {name} is {value!r}, and no rank", fix=trained)
+    _check_numbers(config, file)
     targets = config.get("target_modules") or []
-    listed = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    if not listed and not isinstance(targets, str):
-        raise ModelError(f"{file}: target_modules is {targets!r}, and no list of names", fix=trained)
-    if acts := next((name for name in NOT_ALWAYS if config.get(name)), None):
-        what = f"{folder}: an adapter that does not act on every token ({acts} in its config)"
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not is_list and not isinstance(targets, str):
+        raise ModelError(f"{file}: target_modules is {targets!r}, not a list of names", fix=_RESTORE)
+    if field := next((name for name in CONDITIONAL_FIELDS if config.get(name)), None):
+        what = f"{folder}: an adapter that does not act on every token ({field} in its config)"
         raise ModelError(what, fix="use peft for it; strop's adapters act on all tokens")
     return config
 
 
+_RESTORE = "restore the values that the adapter was trained with"
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """Raise ModelError where a rank or an alpha is not a valid number."""
+    numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        is_dict = isinstance(patterns, dict)
+        numbers |= {f"{field} {key}": value for key, value in patterns.items()} if is_dict else {field: patterns}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ModelError(f"{file}: {name} is {value!r}, not a number", fix=_RESTORE)
+        if name.startswith("r") and (value < 1 or value != int(value)):
+            raise ModelError(f"{file}: {name} is {value!r}, not a rank", fix=_RESTORE)
+
+
 @contextmanager
-def fitting(folder: Path, base: str) -> Iterator[None]:
-    """Around peft's putting an adapter on a base: raises ModelError for what it refuses."""
+def peft_load_errors(folder: Path, base: str) -> Iterator[None]:
+    """Wrap PEFT's loading of an adapter and raise ModelError for what it refuses."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
         raise ModelError(f"{folder}: does not fit {base}: {' '.join(str(error).split()[:40])}") from None
 
 
-def check_fit(places: Mapping[str, Sequence[int]], folder: Path, base: str, *, matrices: bool = False) -> None:
-    """Raises ModelError where a tensor of the file has no place in the model, an adapter of the model no tensor, or one
-    has another shape; peft only warns.
+def check_adapter_fits(
+    shapes: Mapping[str, Sequence[int]], folder: Path, base: str, *, lora_only: bool = False
+) -> None:
+    """Raise ModelError where an adapter file has other tensors or shapes than the model; PEFT only warns.
 
-    places: shapes by name, as peft would save the model's. matrices: LoRA's own matrices alone, of which each must be
-    there; of others the caller knows more.
+    shapes: of the model's adapter tensors, by the name under which PEFT saves them. base: its name, for messages.
+    lora_only: compare LoRA's own matrices alone; the caller checks the others.
     """
-    saved = {name: entry["shape"] for name, entry in safetensors_header(folder / WEIGHTS_FILE).items()}
-    wanted = {name: list(shape) for name, shape in places.items() if not matrices or ".lora_" in name}
-    if matrices:
-        saved = {name: shape for name, shape in saved.items() if name in wanted}
+    saved = {name: entry["shape"] for name, entry in read_safetensors_header(folder / WEIGHTS_FILE).items()}
+    expected = {name: list(shape) for name, shape in shapes.items() if not lora_only or ".lora_" in name}
+    if lora_only:
+        saved = {name: shape for name, shape in saved.items() if name in expected}
     fix = "load it on the base it was trained on"
-    for names, what in ((saved.keys() - wanted, "have no place in"), (wanted.keys() - saved, "are missing for")):
+    for names, problem in ((saved.keys() - expected, "have no place in"), (expected.keys() - saved, "are missing for")):
         if names:
-            said = f"{len(names)} of its tensors {what} {base}, first {min(names)}"
-            raise ModelError(f"{folder}: {said}", fix=fix)
-    if unlike := sorted(name for name, shape in saved.items() if shape != wanted[name]):
+            raise ModelError(f"{folder}: {len(names)} of its tensors {problem} {base}, first {min(names)}", fix=fix)
+    if unlike := sorted(name for name, shape in saved.items() if shape != expected[name]):
         name = unlike[0]
-        said = f"{len(unlike)} of its tensors have another shape, first {name}: {saved[name]}, {wanted[name]} expected"
-        raise ModelError(f"{folder}: does not fit {base}: {said}", fix=fix)
+        sizes = f"{saved[name]}, {expected[name]} expected"
+        what = f"{folder}: does not fit {base}: {len(unlike)} of its tensors have another shape, first {name}: {sizes}"
+        raise ModelError(what, fix=fix)
 
 
-def as_start(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json for a run that starts from the adapter: with `new_tokens`, their texts, and the layers and
-    experts that it sits on by name."""
+def expand_adapter_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return adapter_config.json for a run that starts from the adapter.
+
+    `new_tokens` holds the texts of the trained token rows, and `target_modules` the adapted layers and experts by name.
+    """
     targets = _adapted_names(config, folder / WEIGHTS_FILE)
-    return {**config, "new_tokens": new_tokens(folder, config), "target_modules": targets}
+    return {**config, "new_tokens": trained_token_texts(folder, config), "target_modules": targets}
 
 
 def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
-    """As lora.target_modules names them; of a pattern, what it met."""
+    """Return the adapted names; for a pattern, the names that it matched in the weights."""
     parameters = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
-        paths = {name.partition(".lora_A.")[0] for name in safetensors_header(weights) if ".lora_A." in name}
-        inside = ("base_layer", *(name.partition(".")[0] for name in parameters))
-        targets = [leaf for leaf in (path.rpartition(".")[2] for path in paths) if leaf not in inside]
+        paths = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}
+        inner = ("base_layer", *(name.partition(".")[0] for name in parameters))
+        targets = [leaf for leaf in (path.rpartition(".")[2] for path in paths) if leaf not in inner]
     return sorted({*targets, *parameters})
+
+
+def why_base_changed(config: Mapping[str, Any]) -> str | None:
+    """Return why an adapter does not fit its base as stored, or None.
+
+    Some initializations subtract the first adapter weights from the base (PiSSA, arXiv:2404.02948).
+    """
+    init = str(config.get("init_lora_weights", True)).lower()
+    if not init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq")):
+        return None
+    convert = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    return f"trained with init_lora_weights {init} on a base that peft changed: make it plain LoRA there, by {convert}"

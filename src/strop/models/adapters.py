@@ -1,62 +1,59 @@
-"""Adapters on disk (PEFT's format, with a card and the fingerprint of their base), and models ready to answer."""
+"""Adapters on disk: save and load PEFT folders with the fingerprint of their base.
+
+Also restores the base's biases while an adapter with trained biases is disabled, which PEFT does not.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 import peft
+import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from strop.data.rendering.render import Renderer
-from strop.data.types import Ids, Message
-from strop.engine.decode.generate import Completion, generate
-from strop.engine.decode.sampling import ExpectedCompletion, Sampling
-from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import InputError, ModelError, RecipeError
-from strop.machine.torch_state import own_torch, usual_torch
-from strop.models.adapter_config import WEIGHTS_FILE, adapter_config, check_fit, fitting
-from strop.models.biases import biases_of, has_own_biases, keep_biases, without_adapter
-from strop.models.introspect import made_for
-from strop.models.load import DTYPES, check_place, load_base
-from strop.models.loftq import moved_base
-from strop.models.lora import grow_vocabulary, sum_once, unwarned
-from strop.models.reward_head import TASK, add_head
-from strop.models.source import SCHEMES, Source, fingerprint, locate, prequantized, safetensors_header
-from strop.models.tensor_files import is_finite
-from strop.models.tensor_names import FLOATS
-from strop.models.tokenizer import load_tokenizer, new_rows
+from strop.errors import ModelError
+from strop.models.adapter_config import (
+    REWARD_TASK,
+    WEIGHTS_FILE,
+    check_adapter_fits,
+    peft_load_errors,
+    read_adapter_config,
+    why_base_changed,
+)
+from strop.models.lora import add_score_head, grow_vocabulary, ignore_peft_warnings, patch_lora_forward
+from strop.models.source import Source, fingerprint, locate, read_safetensors_header
+from strop.models.tensor_files import FLOATS, is_finite
+from strop.models.tokenizer import trained_token_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
-STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, template and data hash
+STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, template and data hash
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
-    """Writes a PEFT adapter folder, whole or not at all: weights, config, tokenizer, template, strop.json.
+    """Write a PEFT adapter folder, complete or not at all: weights, config, tokenizer, template, strop.json.
 
-    identity: {base: {name, fingerprint}, template, data, system, reasoning}; base is checked when it is loaded, system
-    (that every training row had, or None) is what `chat` starts with, reasoning what became of it in training.
+    identity: {base: {name, fingerprint}, template, data, system, reasoning}. The base is checked on loading; `chat`
+    starts with `system`, the prompt that every training row had, or None.
     """
     with new_folder(folder) as temp:
-        # peft would look the base up on the Hub to see whether embeddings were resized; trained rows are saved anyway
+        # PEFT would look up the base on the Hub to see whether embeddings were resized; trained rows are saved anyway.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
-        (temp / "README.md").unlink()  # peft's own card, all of it blanks to fill in
+        (temp / "README.md").unlink()  # PEFT's model card, an empty form
         weights = {"sha256": sha256_file(temp / WEIGHTS_FILE)}
         write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
 
 
 def adapter_folder(name: str) -> Path | None:
-    """The adapter that a run or adapter folder holds; None where the name is not such a folder.
+    """Return the adapter folder of a run or adapter folder; None for any other name.
 
     Raises ModelError for a run that has no adapter yet.
     """
@@ -69,49 +66,49 @@ def adapter_folder(name: str) -> Path | None:
     return path if (path / "adapter_config.json").is_file() else None
 
 
-def is_reward(folder: Path) -> bool:
-    """Whether an adapter is a reward model's: it scores answers and writes none."""
-    return bool(adapter_config(folder).get("task_type") == TASK)
+def is_reward_adapter(folder: Path) -> bool:
+    """Return whether an adapter is a reward model's, which scores texts and generates none."""
+    return bool(read_adapter_config(folder).get("task_type") == REWARD_TASK)
 
 
-def refuse_other_kind(folder: Path, scores: bool) -> None:
-    """Raises ModelError for a reward model's adapter where one is wanted that writes, or the other way round."""
-    if is_reward(folder) == scores:
+def check_adapter_kind(folder: Path, scores: bool) -> None:
+    """Raise ModelError for a reward adapter where a generating one is needed, or the other way round."""
+    if is_reward_adapter(folder) == scores:
         return
     if scores:
-        raise ModelError(f"{folder}: writes answers and has no score", fix="give the adapter of a reward model")
-    what = f"{folder}: a reward model's adapter, which scores answers and writes none"
+        raise ModelError(f"{folder}: generates text and has no score", fix="give the adapter of a reward model")
+    what = f"{folder}: a reward model's adapter, which scores texts and generates none"
     raise ModelError(what, fix="strop eval RUN --data PAIRS, or AutoModelForSequenceClassification of transformers")
 
 
 def base_source(folder: Path) -> Source:
-    """The base of an adapter folder. Raises ModelError where it is not to be found."""
-    if name := adapter_config(folder).get("base_model_name_or_path"):
+    """Return the base of an adapter folder. Raises ModelError where it cannot be found."""
+    if name := read_adapter_config(folder).get("base_model_name_or_path"):
         return locate(str(name))
     raise ModelError(f"{folder}: does not say which model it was trained on (base_model_name_or_path)")
 
 
-def with_tokenizer(folder: Path, source: Source) -> Source:
-    """Where an adapter's tokenizer is: in its own folder, or, of one that another tool saved without, with its base."""
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return Source(source.name, "folder", folder) if own else source
+def tokenizer_source(folder: Path, source: Source) -> Source:
+    """Return where an adapter's tokenizer is: its own folder, or its base for an adapter saved without one."""
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return Source(source.name, "folder", folder) if has_own else source
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """strop.json of an adapter folder; {} for an adapter that another tool made."""
+    """Return strop.json of an adapter folder; {} for an adapter that another tool made."""
     file = folder / STROP_FILE
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise ModelError(f"{file}: damaged: {error}", fix="put it back, or take another adapter of the run") from None
+        raise ModelError(f"{file}: damaged: {error}", fix="restore it, or use another adapter of the run") from None
 
 
-def renderer_of(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
-    """What renders for an adapter as in its training. tokenizer: its own; identity: as `read_identity` gives it."""
+def make_renderer(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
+    """Return the renderer that an adapter was trained with; identity: as `read_identity` returns it."""
     return Renderer(tokenizer, reasoning=identity.get("reasoning", "auto"))
 
 
-def attach(
+def attach_adapter(
     base: nn.Module,
     folder: Path,
     source: Source,
@@ -121,264 +118,129 @@ def attach(
     name: str = "default",
     scores: bool = False,
 ) -> tuple[peft.PeftModel, list[str]]:
-    """(the base with the adapter of a folder on it, notes on what `force` let pass). scores: of a reward model.
+    """Load an adapter onto its base, and return the model and notes on what `force` accepted.
 
-    base: without an adapter, or with others, under other names.
-    Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
-    name and shape, was changed since it was saved, or holds NaN.
+    Args:
+        base: a model without adapters, or one with adapters of other names.
+        folder: the adapter folder.
+        source: where the base came from.
+        trainable: keep the adapter trainable.
+        force: accept another base than the one it was trained on, if names and shapes fit.
+        name: of the adapter in the model.
+        scores: load a reward model.
+
+    Raises:
+        ModelError: if the adapter was trained on another base (unless forced), does not fit this one, was changed
+            since it was saved, or holds NaN.
     """
-    config = adapter_config(folder)
-    refuse_other_kind(folder, scores)
-    notes = check_base(folder, source, force=force)
-    check_weights(folder)
+    config = read_adapter_config(folder)
+    check_adapter_kind(folder, scores)
+    notes = check_adapter_base(folder, source, force=force)
+    check_adapter_weights(folder)
     if not isinstance(base, peft.PeftModel):
         if scores:
-            add_head(base)
-        grow_vocabulary(base, 1 + max((row for rows in new_rows(config).values() for row in rows), default=-1))
-    own_biases = str(config.get("bias", "none")) != "none"
-    if isinstance(base, peft.PeftModel) and (own_biases or has_own_biases(base)):
+            add_score_head(base)
+        last_row = max((row for rows in trained_token_rows(config).values() for row in rows), default=-1)
+        grow_vocabulary(base, 1 + last_row)
+    trains_biases = str(config.get("bias", "none")) != "none"
+    if isinstance(base, peft.PeftModel) and (trains_biases or has_trained_biases(base)):
         what = f"{folder}: an adapter with trained biases (lora.bias) cannot share a base with another"
         raise ModelError(what, fix="load each by itself")
-    before = biases_of(base) if own_biases else {}
-    # peft would read it onto a card, if there is one, and start CUDA for a model on the CPU
-    places = (weight.device for weight in base.parameters() if weight.device.type != "meta")
-    how: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(places, "cpu"))}
-    with fitting(folder, source.name), unwarned("Found missing adapter keys"):  # refused below
+    base_biases = copy_biases(base) if trains_biases else {}
+    # By default PEFT loads onto a GPU if there is one, which starts CUDA even for a model on the CPU.
+    devices = (weight.device for weight in base.parameters() if weight.device.type != "meta")
+    options: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(devices, "cpu"))}
+    with peft_load_errors(folder, source.name), ignore_peft_warnings("Found missing adapter keys"):  # checked below
         if isinstance(base, peft.PeftModel):
             model = base
-            model.load_adapter(str(folder), adapter_name=name, **how)
+            model.load_adapter(str(folder), adapter_name=name, **options)
         else:
-            model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
-    places = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    check_fit({key: weight.shape for key, weight in places.items()}, folder, source.name)
-    if own_biases:
-        keep_biases(model, before)
-    return sum_once(model), notes
+            model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **options)
+    state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name)
+    if trains_biases:
+        store_base_biases(model, base_biases)
+    return patch_lora_forward(model), notes
 
 
-def load_beside(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
-    """Loads a further adapter onto a base (`source`) that has one; gives notes on what `force` let pass.
+def attach_second(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
+    """Load a further adapter onto a base (`source`) that has one, and return notes on what `force` accepted.
 
     Raises ModelError where it was trained on another base (unless forced), or does not fit.
     """
     trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(base_source(folder))}
     if not force and trained_on["fingerprint"] != fingerprint(source):
         raise ModelError(f"{folder}: trained on another base than {source.name}", fix="load it by itself")
-    notes = attach(module, folder, source, force=force, name=name)[1]
+    notes = attach_adapter(module, folder, source, force=force, name=name)[1]
     module.eval()
     return notes
 
 
-def check_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
-    """Raises ModelError where an adapter was trained on another base; with `force`, gives that as a note."""
-    trained_on, found = read_identity(folder).get("base"), fingerprint(source)
-    if moved := moved_base(adapter_config(folder)):
-        what = f"{folder}: {moved}"
-    elif not trained_on or trained_on["fingerprint"] == found:
+def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
+    """Raise ModelError where an adapter was trained on another base; with `force`, return that as a note."""
+    trained_on, actual = read_identity(folder).get("base"), fingerprint(source)
+    if reason := why_base_changed(read_adapter_config(folder)):
+        what = f"{folder}: {reason}"
+    elif not trained_on or trained_on["fingerprint"] == actual:
         return []
     else:
-        prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {found[:12]} found"
+        prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {actual[:12]} found"
         what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({prints})"
     if not force:
         raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
     return [what]
 
 
-def check_weights(folder: Path) -> None:
-    """Raises ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
-    file, known = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
-    kinds = {name: entry["dtype"] for name, entry in safetensors_header(file).items()}
-    if odd := next((name for name, kind in kinds.items() if kind not in FLOATS), None):
-        what = f"{file}: {odd} is stored as {kinds[odd]}, which no adapter is trained in"
+def check_adapter_weights(folder: Path) -> None:
+    """Raise ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
+    file, expected = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
+    dtypes = {name: entry["dtype"] for name, entry in read_safetensors_header(file).items()}
+    if name := next((name for name, dtype in dtypes.items() if dtype not in FLOATS), None):
+        what = f"{file}: {name} is stored as {dtypes[name]}, which is not a dtype for adapters"
         raise ModelError(what, fix="save it in 16 or 32 bit")
     if bad := [name for name, weight in load_file(file).items() if not is_finite(weight.float())]:
         raise ModelError(f"{file}: {bad[0]} holds NaN or infinity", fix="take an older checkpoint of the run")
-    found = sha256_file(file)
-    if known and found != known:
-        what = f"{file}: not the file that was saved: sha256 {found[:12]}, {known[:12]} expected"
-        raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was meant")
+    actual = sha256_file(file)
+    if expected and actual != expected:
+        what = f"{file}: not the file that was saved: sha256 {actual[:12]}, {expected[:12]} expected"
+        raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was intended")
 
 
-@dataclass
-class Model:
-    """A loaded model that answers. `adapter` is the folder of its adapter, None for a bare base."""
-
-    name: str
-    module: Any
-    tokenizer: Any
-    renderer: Renderer
-    adapter: Path | None
-    default_system: str | None = None  # the system prompt that every training row had
-    notes: Sequence[str] = ()  # what `force` let pass
-    source: Source | None = None  # of the base
-    quantization: str = "none"  # of the base
-    history: list[Message] = field(default_factory=list)
-    others: dict[str, str] = field(default_factory=dict)  # further adapters: their names in the module, by their names
-    _ways: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # each one's renderer, default_system
-    _turn: Any = field(default_factory=RLock, repr=False, compare=False)  # of the threads that ask it
-
-    @property
-    def sampling(self) -> Sampling:
-        """How the model itself wants its answers drawn: its generation config."""
-        return Sampling.from_generation_config(self.module.generation_config)
-
-    def add(self, name: str, *, force: bool = False, own_template: bool = False) -> None:
-        """Loads a further adapter (a run or adapter folder) onto the same base; `use` switches to it.
-
-        own_template: its prompts will be made by its own template. Else it must be this model's, unless forced.
-        Raises ModelError where it was trained on another base or with another template, or does not fit.
-        """
-        folder = adapter_folder(name)
-        if folder is None or self.adapter is None or self.source is None:
-            raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
-        if name in (self.name, *self.others):
-            raise ModelError(f"{name}: is loaded already", fix="give each adapter once")
-        own, its = (read_identity(one).get("template") for one in (self.adapter, folder))
-        if own != its and not (force or own_template):
-            what = f"{name}: was trained with another chat template than {self.name}"
-            raise ModelError(what, fix="load it by itself, or with --force")
-        inner = f"adapter{len(self.others) + 1}"
-        with self._turn, own_torch():
-            self.notes = [*self.notes, *load_beside(self.module, folder, self.source, inner, force=force)]
-        self.others[name] = inner
-        identity = read_identity(folder)
-        self._ways.setdefault(self.name, (self.renderer, self.default_system))
-        self._ways[name] = renderer_of(self.tokenizer, identity), identity.get("system")
-
-    def use(self, name: str) -> None:
-        """Answers with this adapter from now on, and asks as in its training: the model's own name, or one that was
-        added."""
-        self.renderer, self.default_system = self._ways.get(name, (self.renderer, self.default_system))
-        self.module.set_adapter("default" if name == self.name else self.others[name])
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """Inside this block the adapter is off; other threads that ask wait."""
-        assert self.adapter is not None
-        with self._turn, without_adapter(self.module):
-            yield
-
-    def answer(
-        self,
-        prompts: Sequence[Ids],
-        *,
-        max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
-        on_text: Callable[[str], None] | None = None,
-        advance: Callable[[int], None] | None = None,
-        both: bool = False,
-        partial: bool = False,
-        expected: Sequence[ExpectedCompletion | None] = (),
-    ) -> list[Completion]:
-        """One answer for each prompt of token ids; of several threads one is answered at a time.
-        both, partial, expected: as model.generate says."""
-        with self._turn, usual_torch():
-            return generate(
-                self.module, self.tokenizer, prompts, stop_ids=self.renderer.end_ids, max_new_tokens=max_new_tokens,
-                sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
-            )  # fmt: skip
-
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
-    ) -> list[str]:
-        """The answers to user texts, each asked on its own (one text by itself is one prompt).
-
-        system: None: the system prompt of the training rows, where they all had one. sampling: None: greedy.
-        """
-        texts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError("generate: a prompt is a text", fix="give texts; `chat` keeps a conversation")
-        asked = [self.renderer.prompt([*self._opening(system), Message("user", text)]) for text in texts]
-        return [answer.text for answer in self.answer(asked, max_new_tokens=max_new_tokens, sampling=sampling)]
-
-    def chat(
-        self,
-        text: str,
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
-        on_text: Callable[[str], None] | None = None,
-    ) -> str:
-        """The answer to the next user turn; the turns before are kept in `history`. No Sampling: the model's own.
-
-        A system prompt starts a new history; without one, a history starts with the system prompt of the training rows.
-        Raises InputError where the history is longer than what the model was made for.
-        """
-        if system is not None or not self.history:
-            self.history = self._opening(system)
-        turn = [*self.history, Message("user", text)]
-        prompt = self.renderer.prompt(turn)
-        longest = made_for(self.module) or sys.maxsize
-        if len(prompt) >= longest:
-            what = f"the conversation has {len(prompt):,} tokens, and the model was made for {longest:,}"
-            raise InputError(what, fix="start again: /reset in a chat, `history` cleared in Python")
-        max_new_tokens = min(max_new_tokens, longest - len(prompt))
-        sampling = sampling or self.sampling
-        answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
-        self.history = [*turn, Message("assistant", answer.text)]
-        return answer.text
-
-    def _opening(self, system: str | None) -> list[Message]:
-        text = self.default_system if system is None else system
-        return [] if text is None else [Message("system", text)]
+def copy_biases(base: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all biases of a model without an adapter, by name."""
+    return {name: bias.detach().clone() for name, bias in base.named_parameters() if name.endswith("bias")}
 
 
-def load_renderer(name: str) -> Renderer:
-    """What renders for a model, by its name as for `load`, without its weights. Raises ModelError."""
-    folder = adapter_folder(name)
-    source = locate(name) if folder is None else base_source(folder)
-    return _renderer_in(folder, source)
+def store_base_biases(model: peft.PeftModel, base: Mapping[str, Tensor]) -> None:
+    """Store the base's biases on the model, for `adapter_disabled`; PEFT overwrites them with the adapter's."""
+    names = ((name, name.removeprefix("base_model.model.")) for name, _ in model.named_parameters())
+    cast(Any, model).biases_of_base = {
+        name: base[plain] for name, inner in names if (plain := inner.replace(".base_layer.", ".")) in base
+    }
 
 
-def _renderer_in(folder: Path | None, source: Source) -> Renderer:
-    """Of a base, or of an adapter in a folder."""
-    tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
-    return renderer_of(tokenizer, {} if folder is None else read_identity(folder))
+def has_trained_biases(model: nn.Module) -> bool:
+    """Return whether the model's adapter has trained biases."""
+    return bool(getattr(model, "biases_of_base", None))
 
 
-def load(
-    name: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantization: str = "auto",
-    force: bool = False,
-    scores: bool = False,
-) -> Model:
-    """A run folder, an adapter folder, a model folder, a .gguf file, a Hub id or `demo`, ready to answer.
+@contextmanager
+def adapter_disabled(model: peft.PeftModel) -> Iterator[None]:
+    """Make the model its base inside the block: the adapter is off, and biases are the base's."""
+    stored: Mapping[str, Tensor] = getattr(model, "biases_of_base", {})
+    biases = {name: weight for name, weight in model.named_parameters() if name in stored} if stored else {}
+    tuned = {name: weight.detach().clone() for name, weight in biases.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Careful, disabling adapter")  # about biases, which are handled here
+        with model.disable_adapter():
+            try:
+                _copy_into(stored, biases)
+                yield
+            finally:
+                _copy_into(tuned, biases)
 
-    dtype `auto`: bf16 on CUDA, and what the precision probe prefers on a CPU.
-    quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once, on a card as far as
-    there is room), else as the weights are on disk.
-    force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
-    scores: a reward model, which answers nothing. Raises ModelError where it cannot be loaded.
-    """
-    name = os.fspath(name)
-    if quantization not in (known := ("auto", "none", *SCHEMES)):
-        raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {', '.join(known)}")
-    check_place(device, dtype)
-    folder = adapter_folder(name)
-    source = locate(name) if folder is None else base_source(folder)
-    prepare_process()
-    where = pick_device(device)
-    chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
-    renderer = _renderer_in(folder, source)
-    identity = read_identity(folder) if folder is not None else {}
-    own = str(identity.get("quantization") or prequantized(source.config()) or "none")
-    scheme = own if quantization == "auto" else quantization
-    base = load_base(
-        source, chosen, where, quantization=scheme, double=bool(identity.get("double_quantization", True)),
-        resident_layers=None if quantization == "auto" else 0,
-    )  # fmt: skip
-    if folder is None:
-        return Model(name, base, renderer.tokenizer, renderer, None, source=source, quantization=scheme)
-    module, notes = attach(base, folder, source, force=force, scores=scores)
-    return Model(
-        name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), notes, source, scheme
-    )
+
+@torch.no_grad()
+def _copy_into(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(values[name])

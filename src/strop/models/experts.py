@@ -1,9 +1,9 @@
-"""A mixture's experts, which transformers 5 holds as one parameter of three dimensions: adapters on them, 4 and 8 bit.
+"""Adapters and quantization for mixture-of-experts layers, which transformers 5 stores as 3-d parameters.
 
-peft adapts such a parameter by adding B A to the whole of it before each product (`target_parameters`). In bf16 that
-rounds young adapters away, and the sum waits for the backward pass: the experts once more. Here an expert's product and
-its adapter's are two, added and rounded once, and only experts that were chosen are touched; the adapter's format and
-its numbers are peft's.
+PEFT adapts such a parameter by adding B A to all of it before each matmul (`target_parameters`). In bf16 this rounds
+small LoRA updates away, and the sum, as large as the experts, is kept for the backward. Here the expert's matmul and
+its adapter's are separate, added and rounded once, and only the chosen experts are computed. The adapter's format and
+values are PEFT's.
 """
 
 from __future__ import annotations
@@ -18,121 +18,122 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.models.quantize import QuantizedLinear, layer_number, pack, quantizable
+from strop.models.quantize import QuantizedLinear, dequantize_weight, layer_index, quantizable_linears, quantize_weight
 
 OFFSET = "nested_offset"
 EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is transformers' usual layer of experts, whose forward is computed here where there are adapters
-    or packed weights on it."""
+    """Return whether a module is transformers' usual experts layer, whose forward `experts_forward` can replace."""
     return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "num_experts"))
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
-    """(module's path, parameter's name, module, parameter) of each parameter (experts, .., ..) of a mixture."""
+    """Yield (module path, parameter name, module, parameter) of each parameter of shape (experts, .., ..)."""
     for path, module in model.named_modules():
-        number = getattr(module, "num_experts", None)
+        count = getattr(module, "num_experts", None)
         for name, weight in module.named_parameters(recurse=False):
-            if isinstance(number, int) and weight.dim() == 3 and len(weight) == number:
+            if isinstance(count, int) and weight.dim() == 3 and len(weight) == count:
                 yield path, name, module, weight
 
 
-def sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
-    """(inputs, outputs) of one expert's product with a parameter."""
+def expert_sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """Return (inputs, outputs) of one expert's matmul with a parameter."""
     _, first, second = weight.shape
     return (first, second) if getattr(module, "is_transposed", False) else (second, first)
 
 
-def by_parameter(model: nn.Module) -> set[str]:
-    """Names of linear layers that peft adapts by their weight in a mixture: in target_modules it takes the names that
-    experts had before transformers 5 for the experts, and leaves the dense and shared ones of that name out."""
+def adapted_as_parameters(model: nn.Module) -> set[str]:
+    """Return the leaf names of linear layers that PEFT must adapt as parameters in this model.
+
+    In a mixture PEFT reads the experts' names of transformers 4 in `target_modules` as the experts, and leaves out the
+    dense and shared layers of the same name.
+    """
     return set(EXPERT_NAMES) if next(expert_parameters(model), None) is not None else set()
 
 
-def packable(model: nn.Module) -> set[str]:
-    """The weights that are quantized, by name: of linear layers but the head's, and of experts."""
-    apart = by_parameter(model)
-    linears = {name for name in quantizable(model) if name.split(".")[-2] not in apart}
+def quantizable_names(model: nn.Module) -> set[str]:
+    """Return the names of all weights that are quantized: of linear layers except the head, and of experts."""
+    parameter_leaves = adapted_as_parameters(model)
+    linears = {name for name in quantizable_linears(model) if name.split(".")[-2] not in parameter_leaves}
     experts = {f"{path}.{name}" for path, name, module, _ in expert_parameters(model) if is_experts(module)}
     return linears | experts
 
 
 def pack_experts(weight: Tensor, scheme: str, *, double: bool, device: str = "cpu") -> dict[str, Tensor]:
-    """A parameter (experts, a, b), each expert quantized for itself; the constants of all laid one behind the other."""
-    packed = [pack(one, scheme, double=double, device=device) for one in weight]
-    made: dict[str, Tensor] = {}
-    for name in packed[0]:
+    """Quantize each expert of a parameter (experts, a, b) and stack the packed tensors."""
+    experts = [quantize_weight(expert, scheme, double=double, device=device) for expert in weight]
+    packed: dict[str, Tensor] = {}
+    for name in experts[0]:
         if name.startswith("quant_state."):
-            about = [json.loads(bytes(one[name].tolist())) for one in packed]
-            if OFFSET in about[0]:
-                made[OFFSET] = torch.tensor([one.pop(OFFSET) for one in about])
-            made[name] = torch.tensor(list(json.dumps(about[0]).encode()), dtype=torch.uint8)
+            states = [json.loads(bytes(expert[name].tolist())) for expert in experts]
+            if OFFSET in states[0]:
+                packed[OFFSET] = torch.tensor([state.pop(OFFSET) for state in states])
+            packed[name] = torch.tensor(list(json.dumps(states[0]).encode()), dtype=torch.uint8)
         elif name.endswith("quant_map"):
-            made[name] = packed[0][name]
+            packed[name] = experts[0][name]
         else:
-            made[name] = torch.stack([one[name] for one in packed])
-    return made
+            packed[name] = torch.stack([expert[name] for expert in experts])
+    return packed
 
 
 class PackedExperts:
-    """A parameter (experts, a, b) as `pack_experts` gives it."""
+    """A quantized parameter of shape (experts, a, b); packed: as `pack_experts` returns it."""
 
     def __init__(self, packed: dict[str, Tensor], shape: torch.Size, scheme: str, dtype: torch.dtype) -> None:
         self.packed, self.shape, self.scheme, self.dtype = packed, shape, scheme, dtype
 
-    def dequantized(self, expert: int) -> Tensor:
-        """The weight (a, b) of one expert. Raises KeyError or ValueError where what was packed is not whole."""
+    def dequantize(self, expert: int) -> Tensor:
+        """Return the weight (a, b) of one expert. Raises KeyError or ValueError where `packed` is incomplete."""
         parts: dict[str, Tensor] = {}
         for name, part in self.packed.items():
             if name == OFFSET:
                 continue
-            parts[name] = part if name.endswith("quant_map") or name.startswith("quant_state.") else part[expert]
+            is_shared = name.endswith("quant_map") or name.startswith("quant_state.")
+            parts[name] = part if is_shared else part[expert]
             if name.startswith("quant_state.") and OFFSET in self.packed:
-                about = json.loads(bytes(part.tolist())) | {OFFSET: float(self.packed[OFFSET][expert])}
-                parts[name] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-        with torch.device("meta"):
-            like = nn.Linear(self.shape[2], self.shape[1], bias=False)
-        layer = QuantizedLinear(like, self.scheme, self.dtype)
-        layer.fill(parts)
-        return layer.dequantized()
+                state = json.loads(bytes(part.tolist())) | {OFFSET: float(self.packed[OFFSET][expert])}
+                parts[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return dequantize_weight(parts, self.scheme, self.shape[1:], self.dtype)
 
-    def whole(self) -> Tensor:
-        return torch.stack([self.dequantized(expert) for expert in range(self.shape[0])])
+    def dequantize_all(self) -> Tensor:
+        return torch.stack([self.dequantize(expert) for expert in range(self.shape[0])])
 
     def to(self, device: torch.device) -> PackedExperts:
         return PackedExperts({k: v.to(device) for k, v in self.packed.items()}, self.shape, self.scheme, self.dtype)
 
 
 class QuantizedExperts(nn.Module):
-    """A layer of experts whose parameters are packed. Each is still there by its name, for its shape, type and device:
-    one number, as often as the shape says."""
+    """An experts layer with quantized parameters.
+
+    Each parameter is still there under its name, for its shape, dtype and device: one element, expanded to the shape.
+    """
 
     packed: dict[str, PackedExperts]
     num_experts: int
 
-    def hold(self, name: str, packed: PackedExperts) -> None:
-        """Puts a packed parameter in the place of a plain one."""
+    def set_packed(self, name: str, packed: PackedExperts) -> None:
+        """Replace a plain parameter by a packed one."""
         self.packed = {**self.__dict__.get("packed", {}), name: packed}
         device = next(iter(packed.packed.values())).device
-        shape = torch.zeros((), dtype=packed.dtype, device=device).expand(packed.shape)
-        setattr(self, name, nn.Parameter(shape, requires_grad=False))
+        placeholder = torch.zeros((), dtype=packed.dtype, device=device).expand(packed.shape)
+        setattr(self, name, nn.Parameter(placeholder, requires_grad=False))
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedExperts:
         for name in self.packed:
             setattr(self, name, nn.Parameter(getattr(self, name)[:1, :1, :1].clone(), requires_grad=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, packed in self.packed.items():
-            self.hold(name, packed.to(getattr(self, name).device))
+            self.set_packed(name, packed.to(getattr(self, name).device))
         return self
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return experts_product(self, {}, x, index, weights)
+        return experts_forward(self, {}, x, index, weights)
 
 
-def as_quantized(module: nn.Module) -> QuantizedExperts:
-    """The same layer, which may hold packed parameters from now on."""
+def make_quantized(module: nn.Module) -> QuantizedExperts:
+    """Change an experts layer's class so that it can hold packed parameters, and return it."""
     if isinstance(module, QuantizedExperts):
         return module
     kind = type(module)
@@ -141,64 +142,64 @@ def as_quantized(module: nn.Module) -> QuantizedExperts:
     return module
 
 
-def as_plain(module: QuantizedExperts) -> None:
-    """The layer with its weights dequantized once: the same numbers, faster, in 16-bit memory."""
+def make_dequantized(module: QuantizedExperts) -> None:
+    """Dequantize the layer's weights for good: the same values, faster, in 16-bit memory."""
     for name, packed in module.packed.items():
-        setattr(module, name, nn.Parameter(packed.whole(), requires_grad=False))
+        setattr(module, name, nn.Parameter(packed.dequantize_all(), requires_grad=False))
     module.packed = {}
     module.__class__ = type(module).__mro__[2]
 
 
-def make_experts_resident(model: nn.Module, layers: int) -> None:
-    """As `quantize.make_resident`, of experts."""
+def dequantize_experts(model: nn.Module, layers: int) -> None:
+    """Dequantize the experts of the first `layers` decoder layers, as `quantize.dequantize_layers` does for linears."""
     for name, module in model.named_modules():
-        number = layer_number(name)
-        if isinstance(module, QuantizedExperts) and (number is None or number < layers):
-            as_plain(module)
+        index = layer_index(name)
+        if isinstance(module, QuantizedExperts) and (index is None or index < layers):
+            make_dequantized(module)
 
 
-def growths(model: nn.Module) -> list[int]:
-    """Bytes by which each decoder layer grows when its packed weights are dequantized once."""
-    found: dict[int, int] = {}
+def dequantized_growth(model: nn.Module) -> list[int]:
+    """Return the bytes by which each decoder layer grows when its weights are dequantized for good."""
+    growth: dict[int, int] = {}
     for name, module in model.named_modules():
-        grown, number = 0, layer_number(name)
+        extra, index = 0, layer_index(name)
         if isinstance(module, QuantizedLinear):
-            held = module.weight.nbytes + sum(tensor.nbytes for tensor in module.constants.values())
-            grown = module.in_features * module.out_features * module.dtype.itemsize - held
+            packed_bytes = module.weight.nbytes + sum(tensor.nbytes for tensor in module.constants.values())
+            extra = module.in_features * module.out_features * module.dtype.itemsize - packed_bytes
         elif isinstance(module, QuantizedExperts):
             for packed in module.packed.values():
-                held = sum(tensor.nbytes for tensor in packed.packed.values())
-                grown += packed.shape.numel() * packed.dtype.itemsize - held
-        if grown and number is not None:
-            found[number] = found.get(number, 0) + grown
-    return [found[number] for number in sorted(found)]
+                packed_bytes = sum(tensor.nbytes for tensor in packed.packed.values())
+                extra += packed.shape.numel() * packed.dtype.itemsize - packed_bytes
+        if extra and index is not None:
+            growth[index] = growth.get(index, 0) + extra
+    return [growth[index] for index in sorted(growth)]
 
 
-def in_experts(model: nn.Module) -> int:
-    """Trained weights that sit on experts."""
+def count_trained_in_experts(model: nn.Module) -> int:
+    """Count the trained weights of adapters on experts."""
     wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.get_param().dim() == 3]
-    own = [p for m in wrappers for part in (m.lora_A, m.lora_B) for p in part.parameters()]
-    return sum(weight.numel() for weight in own)
+    weights = [p for m in wrappers for part in (m.lora_A, m.lora_B) for p in part.parameters()]
+    return sum(weight.numel() for weight in weights)
 
 
-class _Product(Function):
-    """onto + x W^T (or x W), rounded once, with W of one expert given anew in the backward."""
+class _Matmul(Function):
+    """onto + x W^T (or x W), rounded once; the backward dequantizes the expert's W again."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, packed: PackedExperts, expert: int, transposed: bool, onto: Tensor | None
     ) -> Tensor:
-        ctx.of = (packed, expert, transposed)
-        return _product(x, packed.dequantized(expert).to(x.dtype), transposed, onto)
+        ctx.expert_args = (packed, expert, transposed)
+        return _matmul(x, packed.dequantize(expert).to(x.dtype), transposed, onto)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        packed, expert, transposed = ctx.of
-        back = _product(grad, packed.dequantized(expert).to(grad.dtype), not transposed, None)
-        return back, None, None, None, grad if ctx.needs_input_grad[4] else None
+        packed, expert, transposed = ctx.expert_args
+        grad_x = _matmul(grad, packed.dequantize(expert).to(grad.dtype), not transposed, None)
+        return grad_x, None, None, None, grad if ctx.needs_input_grad[4] else None
 
 
-def _product(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | None) -> Tensor:
+def _matmul(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | None) -> Tensor:
     weight = weight if transposed else weight.t()
     return x @ weight if onto is None else torch.addmm(onto, x, weight)
 
@@ -206,75 +207,87 @@ def _product(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | None) -
 Factors = tuple[Tensor, Tensor, float]  # A (experts, r, in), B (experts, out, r) and the scale
 
 
-def by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """A (experts, r, in) and B (experts, out, r) of a (experts x r, in) and b (out, r x experts), where the experts are
-    innermost: peft's layout."""
+def split_by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return A (experts, r, in) and B (experts, out, r) from PEFT's a (experts x r, in) and b (out, r x experts).
+
+    In b the experts are the innermost dimension.
+    """
     return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
-def factors(wrapper: ParamWrapper, name: str) -> Factors:
+def adapter_factors(wrapper: ParamWrapper, name: str) -> Factors:
     weights = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    return *by_expert(*weights, wrapper.num_experts), wrapper.scaling[name]
+    return *split_by_expert(*weights, wrapper.num_experts), wrapper.scaling[name]
 
 
-def experts_product(
+def experts_forward(
     module: Any, adapters: dict[str, list[Factors]], x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """What a layer of experts makes of x (tokens, hidden). index, weights (tokens, k): which experts, and their shares.
+    """Compute an experts layer with adapters; experts that no token has chosen are skipped.
 
-    adapters: of a parameter, by its name. Experts that no token has chosen are not computed.
+    Args:
+        module: the experts layer.
+        adapters: by the name of the adapted parameter.
+        x: hidden states, shape (tokens, hidden).
+        index: the chosen experts, shape (tokens, k).
+        weights: their routing weights, shape (tokens, k).
     """
     k = index.shape[-1]
     chosen, order = torch.sort(index.reshape(-1), stable=True)
     counts = torch.bincount(chosen, minlength=module.num_experts)[: module.num_experts].tolist()
-    parts, at = [], 0
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    outputs, start = [], 0
+    up = "gate_up_proj" if module.has_gate else "up_proj"
     for expert, count in enumerate(counts):
         if count:
-            rows = order[at : at + count]
-            inner = _expert(module, first, expert, x[rows // k], adapters.get(first, []))
+            rows = order[start : start + count]
+            inner = _expert_linear(module, up, expert, x[rows // k], adapters.get(up, []))
             inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-            out = _expert(module, "down_proj", expert, inner, adapters.get("down_proj", []))
+            out = _expert_linear(module, "down_proj", expert, inner, adapters.get("down_proj", []))
             if getattr(module, "has_post_expert_norm", False):
                 out = module.post_expert_norm(out)
-            parts.append(out * weights.reshape(-1)[rows, None])
-            at += count
-    done = torch.cat(parts)
-    result = done.new_zeros(index.numel(), x.shape[-1]).index_copy(0, order[:at], done)
+            outputs.append(out * weights.reshape(-1)[rows, None])
+            start += count
+    joined = torch.cat(outputs)
+    result = joined.new_zeros(index.numel(), x.shape[-1]).index_copy(0, order[:start], joined)
     return result.view(len(x), k, -1).sum(1).to(x.dtype)
 
 
-def _expert(module: Any, name: str, expert: int, x: Tensor, adapters: list[Factors]) -> Tensor:
+def _expert_linear(module: Any, name: str, expert: int, x: Tensor, adapters: list[Factors]) -> Tensor:
     onto = None
     if adapters:
-        changes = [((x.to(a.dtype) @ a[expert].t()) @ b[expert].t()) * scale for a, b, scale in adapters]
-        onto = sum(changes[1:], changes[0]).to(x.dtype)
+        deltas = [((x.to(a.dtype) @ a[expert].t()) @ b[expert].t()) * scale for a, b, scale in adapters]
+        onto = sum(deltas[1:], deltas[0]).to(x.dtype)
     packed = getattr(module, "packed", {}).get(name)
     if packed is not None:
-        result: Tensor = _Product.apply(x, packed, expert, module.is_transposed, onto)  # type: ignore[no-untyped-call]
+        result: Tensor = _Matmul.apply(x, packed, expert, module.is_transposed, onto)  # type: ignore[no-untyped-call]
     else:
-        result = _product(x, getattr(module, name)[expert], module.is_transposed, onto)
+        result = _matmul(x, getattr(module, name)[expert], module.is_transposed, onto)
     return result + getattr(module, f"{name}_bias")[expert] if module.has_bias else result
 
 
-def sum_experts_once(model: nn.Module) -> None:
-    """The adapters on layers of experts are computed as above from now on."""
+def patch_experts_forward(model: nn.Module) -> None:
+    """Make adapted experts layers compute by `experts_forward`."""
     inner = {id(module.base_layer) for module in model.modules() if isinstance(module, ParamWrapper)}
     for module in model.modules():
         if isinstance(module, ParamWrapper) and id(module) not in inner and is_experts(module.get_base_layer()):
-            module.forward = partial(_wrapped, module)
+            module.forward = partial(_wrapped_forward, module)
 
 
-def _wrapped(outer: ParamWrapper, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The forward of the outermost of the wrappers that sit on a layer of experts."""
-    found: dict[str, list[Factors]] = {}
+def _wrapped_forward(outer: ParamWrapper, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Forward of the outermost PEFT wrapper of an experts layer; each adapted parameter has a wrapper."""
+    adapters: dict[str, list[Factors]] = {}
     wrapper: Any = outer
     while isinstance(wrapper, ParamWrapper):
         if not wrapper.disable_adapters and not wrapper.merged:
             names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-            found[wrapper.parameter_name] = [factors(wrapper, name) for name in names]
+            adapters[wrapper.parameter_name] = [adapter_factors(wrapper, name) for name in names]
         wrapper = wrapper.base_layer
-    if not any(found.values()):
+    if not any(adapters.values()):
         result: Tensor = wrapper(x, index, weights)
         return result
-    return experts_product(wrapper, found, x, index, weights)
+    return experts_forward(wrapper, adapters, x, index, weights)
+
+
+def is_weight_adapter(module: nn.Module) -> bool:
+    """Return whether this is PEFT's parameter adapter on a linear layer's weight, which computes what LoRA computes."""
+    return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)

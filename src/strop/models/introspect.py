@@ -1,106 +1,262 @@
-"""A model's shape by the model itself, built without weights: exact for every family that transformers knows."""
+"""Inspect a model through its modules, usually on meta tensors without weights.
+
+Finds the linear layers that can be adapted, the text half of a multimodal model, and the exact sizes of a family that
+`families.table` does not list.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from strop.errors import ModelError
-from strop.models.families.shape import LinearShape, ModelShape, Peek
-from strop.models.load import load_config, without_weights
-from strop.models.lora import check_whole, linear_kinds
+from strop.errors import ModelError, RecipeError
+from strop.models.experts import adapted_as_parameters, expert_parameters, expert_sizes, is_experts
+from strop.models.families.shape import (
+    EMBEDDINGS,
+    EXPERTS,
+    LinearKind,
+    LinearShape,
+    ModelInfo,
+    ModelShape,
+    embedding_kind,
+    expert_target_sets,
+    is_router,
+    target_sets,
+)
+from strop.models.load import load_config, model_without_weights
+from strop.models.quantize import directly_read_leaves, is_plain_linear, why_kept_16_bit
 from strop.models.source import Source, prequantized
-from strop.models.targets import EXPERTS, LinearKind
 
-SPARE_POSITIONS = 2  # in front of the first, which OPT and its kin leave out
-AHEAD = "its tokens see those that stand behind them, and so what they are to predict"
+SPARE_POSITIONS = 2  # OPT and similar models leave out the first rows of their position table
+NOT_CAUSAL = "its tokens attend to later tokens, so it cannot be trained to predict them"
 
 
-def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
-    """By the config (`stored`: as on disk); the linear layers of a family that is not in the table by the model."""
+def linear_kinds(model: nn.Module) -> list[LinearKind]:
+    """List every kind of linear layer and expert that text passes through, in the model's order.
+
+    Routers and the output head are listed, but belong to no target set.
+    """
+    whole: Any = model
+    head, is_text, parameter_leaves = whole.get_output_embeddings(), in_text(model), adapted_as_parameters(model)
+    read_directly = directly_read_leaves(model)
+    groups: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        if (is_plain_linear(module) or isinstance(module, Conv1D)) and is_text(path):
+            leaf = path.rpartition(".")[2]
+            sizes = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+            is_gate = bool(parameter_leaves) and leaf == "gate" and path != leaf
+            excluded = is_router(path) or is_gate or module is head or leaf in read_directly
+            key = (leaf, type(module).__name__, *sizes, () if excluded else target_sets(path))
+            groups.setdefault(key, []).append((path, module))
+    sets_of_leaf = {leaf: {key[4] for key in groups if key[0] == leaf} for leaf in (key[0] for key in groups)}
+    kinds = []
+    for (leaf, type_name, inputs, outputs, sets), members in groups.items():
+        path, module = members[0]
+        is_ambiguous = len(sets_of_leaf[leaf]) > 1 or leaf.isdigit()
+        why_16_bit: str | None = "Conv1D"
+        if leaf in parameter_leaves and leaf != "lm_head":
+            why_16_bit = "adapted by its weight"
+        elif isinstance(module, nn.Linear):
+            why_16_bit = why_kept_16_bit(path, module, head, read_directly)
+        name = _distinct_suffix(path) if is_ambiguous else leaf
+        kinds.append(LinearKind(name, type_name, inputs, outputs, len(members), sets, why_16_bit))
+    return [*kinds, *_expert_kinds(model, is_text)]
+
+
+def _distinct_suffix(path: str) -> str:
+    """Return the path after its last number or, for one that ends with numbers, from the word before them.
+
+    Layers with the same leaf name differ in it.
+    """
+    parts = path.split(".")
+    last_word = max(n for n, part in enumerate(parts) if not part.isdigit())
+    if last_word < len(parts) - 1:
+        return ".".join(parts[last_word:])
+    numbers = [n for n, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[max([0, *(n + 1 for n in numbers)]) :])
+
+
+def _expert_kinds(model: nn.Module, is_text: Callable[[str], bool]) -> list[LinearKind]:
+    counts: dict[tuple[str, int, int, tuple[str, ...], bool], int] = {}
+    for path, name, module, weight in expert_parameters(model):
+        if is_text(path):
+            sizes = expert_sizes(module, weight)
+            key = (f"{path.rpartition('.')[2]}.{name}", *sizes, expert_target_sets(name), is_experts(module))
+            counts[key] = counts.get(key, 0) + len(weight)
+    return [
+        LinearKind(name, EXPERTS, inputs, outputs, count, sets, None if is_usual else "an unusual layer of experts")
+        for (name, inputs, outputs, sets, is_usual), count in counts.items()
+    ]
+
+
+def embedding_kinds(model: nn.Module) -> list[LinearKind]:
+    is_text = in_text(model)
+    return [
+        embedding_kind(path.rpartition(".")[2], module.num_embeddings, module.embedding_dim)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and is_text(path)
+    ]
+
+
+def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
+    """Check `lora.modules_to_save`.
+
+    Raises ModelError where a name matches no module or tied weights, RecipeError where a module has no weights.
+    """
+    for name in names:
+        modules = find_modules_to_save(model, name)
+        if not name or not any(has_suffix(path, [name]) for path in modules):
+            raise ModelError(f"lora.modules_to_save: no module {name}", fix="see `strop modules MODEL`")
+        if empty := [path for path, module in modules.items() if next(module.parameters(), None) is None]:
+            what = f"lora.modules_to_save: {name} matches all modules with this suffix, and {empty[0]} has no weights"
+            others = ", ".join(path for path in count_path_kinds(modules) if path not in count_path_kinds(empty))
+            raise RecipeError(what, fix=f"give a longer path, such as {others}" if others else "leave it out")
+        if has_tied_embeddings(model) and any(path.rpartition(".")[2] in EMBEDDINGS for path in modules):
+            raise ModelError(
+                f"lora.modules_to_save: {name} shares its weights with another module in this model",
+                fix="list new tokens in lora.new_tokens, which trains only their rows and keeps the weights tied",
+            )
+
+
+def find_modules_to_save(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Return, by path, the modules that PEFT trains in full for a name: all whose path ends with it, even mid-word."""
+    return {path: module for path, module in model.named_modules(remove_duplicate=False) if path.endswith(name)}
+
+
+def count_path_kinds(paths: Iterable[str]) -> dict[str, int]:
+    """Count paths that differ only in a layer number; the number is replaced by a star."""
+    return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths))
+
+
+def has_suffix(path: str, names: Sequence[str]) -> bool:
+    """Return whether a path is one of the names or ends with one after a dot."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def has_tied_embeddings(model: nn.Module) -> bool:
+    """Return whether the input and output embeddings are one weight.
+
+    The config of a multimodal model may mean another tower, so there the weights themselves are compared.
+    """
+    whole: Any = model
+    if whole.config.get_text_config() is whole.config:
+        return bool(getattr(whole.config, "tie_word_embeddings", False))
+    head = whole.get_output_embeddings()
+    return head is not None and head.weight is whole.get_input_embeddings().weight
+
+
+def text_path(model: nn.Module) -> str:
+    """Return the path of a multimodal model's text half with a trailing dot; "" for a text-only model."""
+    whole: Any = model
+    text = whole.config.get_text_config(decoder=True)
+    if text is whole.config or not whole.config.sub_configs:
+        return ""
+    for path, module in model.named_modules():
+        if path and isinstance(module, PreTrainedModel) and module.config is text:
+            return f"{path}."
+    return ""
+
+
+def in_text(model: nn.Module) -> Callable[[str], bool]:
+    """Return a predicate on module and weight names: true for the text half and the output head."""
+    prefix, head = text_path(model), model.get_output_embeddings()  # type: ignore[operator]
+    heads = tuple(path for path, module in model.named_modules() if module is head and head is not None)
+    return lambda name: name.startswith((prefix, *heads)) if prefix else True
+
+
+def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
+    """Return a model's shape; for a family that is not in the table, its linear layers come from the model.
+
+    config: with transformers' defaults filled in. stored: config.json. bare: the model on meta tensors.
+    """
     whole: Any = bare
     embedding, lists = whole.get_input_embeddings(), [m for m in bare.modules() if isinstance(m, nn.ModuleList)]
-    known = {
+    sizes = {
         "hidden_size": embedding.embedding_dim,
         "vocab_size": embedding.num_embeddings,
         "num_hidden_layers": max([1, *map(len, lists)]),
     }
     try:
-        shape = ModelShape.of(config)
+        shape = ModelShape.from_config(config)
     except ModelError:  # its config has other names for its sizes
-        shape = ModelShape.of({**known, "model_type": config.get("model_type")})
+        shape = ModelShape.from_config({**sizes, "model_type": config.get("model_type")})
     shape = replace(shape, prequantized=prequantized(stored), learned=learned_positions(bare) is not None)
     if shape.known:
         return shape
-    active = next((linear.active for linear in shape.in_experts), 1.0)
+    active = next((linear.active for linear in shape.expert_linears), 1.0)
     kinds = [kind for kind in linear_kinds(bare) if kind.sets or kind.type == EXPERTS]
     biased = {
         name.rpartition(".")[2] for name, module in bare.named_modules() if getattr(module, "bias", None) is not None
     }
-    linears = tuple(_linear(kind, shape.layers, active, kind.name in biased) for kind in kinds)
+    linears = tuple(_linear_shape(kind, shape.layers, active, kind.name in biased) for kind in kinds)
     shape = replace(shape, linears=linears or shape.linears)
-    biases = sum(weight.numel() for name, weight in bare.named_parameters() if name.endswith(".bias"))  # as peft does
+    # PEFT's bias="all" trains every parameter with this suffix.
+    biases = sum(weight.numel() for name, weight in bare.named_parameters() if name.endswith(".bias"))
     return replace(shape, other_biases=max(0, biases - shape.biases))
 
 
-def sees_ahead(config: Any) -> str | None:
-    """Why a model of this config predicts nothing: one of BERT's kind that is not told to be a decoder. (GPT-NeoX is
-    one, whatever it is told.)"""
-    kind = str(config.model_type)
-    if getattr(config, "is_decoder", None) is not False or kind.startswith("gpt_neox"):
-        return None
-    return f"{kind}: {AHEAD}"
+def why_not_causal(config: Any) -> str | None:
+    """Return why a model is not causal (a BERT-like encoder without `is_decoder`), or None for a causal one.
 
-
-def exactly(found: Peek, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> Peek:
-    """What was looked at from outside, by the model itself, where transformers builds it from the config alone.
-
-    whole_modules: to be trained in full; predicts: whether tokens are what it is trained on. Raises ModelError and
-    RecipeError for modules that cannot be.
+    GPT-NeoX is causal whatever its `is_decoder` is.
     """
-    config = found.config
+    model_type = str(config.model_type)
+    if getattr(config, "is_decoder", None) is not False or model_type.startswith("gpt_neox"):
+        return None
+    return f"{model_type}: {NOT_CAUSAL}"
+
+
+def refine_with_model(info: ModelInfo, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> ModelInfo:
+    """Return the info with exact sizes, taken from the model that transformers builds from its config.
+
+    predicts: whether the objective trains next-token prediction. Raises ModelError or RecipeError where one of
+    `whole_modules` cannot be trained in full.
+    """
+    config = info.config
     if config is None:
-        return found
+        return info
     try:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            whole = load_config(Source(found.name, "folder", Path(folder)))
-        bare = without_weights(whole)
-    except ModelError as error:  # transformers has no such language model: sizes are those that its config names
-        return replace(found, refused=error.lines()[0])
-    check_whole(bare, whole_modules)
-    if predicts and (why := sees_ahead(bare.config)):
-        found = replace(found, refused=why)
-    if found.shape.known:
-        return found
-    shape = shape_of(whole.to_dict(), config, bare)
-    return replace(found, shape=shape, parameters=parameters_of(bare))
+            full_config = load_config(Source(info.name, "folder", Path(folder)))
+        bare = model_without_weights(full_config)
+    except ModelError as error:  # transformers has no such language model: keep the sizes that the config names
+        return replace(info, refused=error.lines()[0])
+    check_modules_to_save(bare, whole_modules)
+    if predicts and (reason := why_not_causal(bare.config)):
+        info = replace(info, refused=reason)
+    if info.shape.known:
+        return info
+    shape = shape_from_model(full_config.to_dict(), config, bare)
+    return replace(info, shape=shape, parameters=count_parameters(bare))
 
 
-def _linear(kind: LinearKind, layers: int, active: float, bias: bool) -> LinearShape:
-    experts = kind.type == EXPERTS
+def _linear_shape(kind: LinearKind, layers: int, active: float, bias: bool) -> LinearShape:
     return LinearShape(
-        kind.name, kind.in_features, kind.out_features, bias, kind.count / layers, active if experts else 1, kind.sets,
-        kind.kept_16_bit is not None,
+        kind.name, kind.in_features, kind.out_features, bias, share=kind.count / layers,
+        active=active if kind.type == EXPERTS else 1, sets=kind.sets, kept_16_bit=kind.kept_16_bit is not None,
     )  # fmt: skip
 
 
-def made_for(model: Any) -> int | None:
-    """How many tokens a model was made for, where its config says."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else None
+def max_positions(model: Any) -> int | None:
+    """Return the number of positions that the config allows, or None where it does not say."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(positions) if positions else None
 
 
 def learned_positions(model: Any) -> int | None:
-    """How many positions a model has that learned a vector for each (GPT-2, OPT): a longer text has none. None for
-    models that turn or bend attention by distance instead."""
-    count = made_for(model)
+    """Return the size of the learned position table (GPT-2, OPT), which no text may exceed; None without one."""
+    count = max_positions(model)
     if count is None or getattr(model.config.get_text_config(), "rope_parameters", None):
         return None
     tokens = model.get_input_embeddings()
@@ -108,5 +264,5 @@ def learned_positions(model: Any) -> int | None:
     return count if any(count <= table.num_embeddings <= count + SPARE_POSITIONS for table in tables) else None
 
 
-def parameters_of(bare: nn.Module) -> int:
+def count_parameters(bare: nn.Module) -> int:
     return sum(weight.numel() for weight in bare.parameters())

@@ -1,6 +1,6 @@
-"""The frozen base out of a Source.
+"""Load a frozen base model from a Source.
 
-A GGUF file is dequantized once into a cached folder, and from then on is like any other model.
+A GGUF file is dequantized once into a cached folder, and then loaded like any other model.
 """
 
 from __future__ import annotations
@@ -22,69 +22,69 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from strop.config.schema import DEVICES
+from strop.config.schema import DEVICE_PATTERN
 from strop.errors import ModelError, RecipeError, first_line
-from strop.models.experts import growths, make_experts_resident
-from strop.models.families.gguf_weights import read_tensors
-from strop.models.multimodal import text_forward
-from strop.models.quantize import folder_name, make_resident
-from strop.models.source import Source, fingerprint, headers, prequantized, quantized_by, read_config
+from strop.models.experts import dequantize_experts, dequantized_growth
+from strop.models.families.gguf import read_gguf_tensors
+from strop.models.quantize import cache_name, dequantize_layers
+from strop.models.source import Source, fingerprint, prequantized, quantization_method, read_config, read_headers
 from strop.models.tensor_files import (
-    Tensors,
-    build,
-    check_packed,
-    floats,
+    CheckpointLayout,
+    CheckpointTensors,
+    build_quantized,
+    check_packed_checkpoint,
+    check_unused_tensors,
+    floating_parameters,
+    has_all_weights,
     is_finite,
-    is_whole,
-    pack_again,
     quantize_folder,
+    repack_layers,
     write_shards,
 )
-from strop.models.tensor_names import Layout, refuse_left
-from strop.models.tokenizer import LOCAL, gguf_cache, gguf_faults, head_folder, plain_config
+from strop.models.tokenizer import LOCAL, config_folder, gguf_cache, gguf_errors, unpacked_config
 from strop.runs.folder import build_once, cache_folder, new_folder, write_json
 
 LOG = logging.getLogger(__name__)
 
 ALL_LAYERS = 1 << 30
-TEXTS_BYTES, TEXTS_SHARE = 1 << 30, 0.3  # of a card's free memory, for the texts that are answered: whichever is more
+RESERVED_BYTES, RESERVED_SHARE = 1 << 30, 0.3  # of a GPU's free memory, reserved for generation: the larger of the two
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-transformers.utils.logging.disable_progress_bar()  # strop draws its own
+transformers.utils.logging.disable_progress_bar()  # strop shows its own
 
 
-def check_place(device: str, dtype: str) -> None:
-    """Raises RecipeError for a device or a type that there is not."""
-    if not re.fullmatch(DEVICES, device):
+def check_device_and_dtype(device: str, dtype: str) -> None:
+    """Raise RecipeError for an unknown device or dtype."""
+    if not re.fullmatch(DEVICE_PATTERN, device):
         raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
     if dtype not in ("auto", *DTYPES):
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
 
 
 def load_config(source: Source) -> Any:
-    """The transformers config, weights unread. Raises ModelError where transformers does not know the architecture."""
-    folder = head_folder(source)
+    """Return the transformers config. Raises ModelError where transformers does not know the architecture."""
+    folder = config_folder(source)
     read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
-        what = f"{source.name}: transformers {transformers.__version__} cannot read its config: {said}"
+        message = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        what = f"{source.name}: transformers {transformers.__version__} cannot read its config: {message}"
         raise ModelError(what) from None
-    for one in {id(part): part for part in (config, config.get_text_config())}.values():
-        if one.dtype is not None and one.dtype.itemsize == 1:  # of weights on disk; none is computed in
-            one.dtype = torch.bfloat16
+    for section in {id(part): part for part in (config, config.get_text_config())}.values():
+        if section.dtype is not None and section.dtype.itemsize == 1:  # the storage dtype, not the compute dtype
+            section.dtype = torch.bfloat16
     return config
 
 
-def skeleton(source: Source) -> nn.Module:
-    """The model without weights (meta tensors), to look at its layers."""
-    return without_weights(load_config(source))
+def load_without_weights(source: Source) -> nn.Module:
+    """Return the model on meta tensors."""
+    return model_without_weights(load_config(source))
 
 
-def without_weights(config: Any) -> nn.Module:
-    """A model of a transformers config on meta tensors. Raises ModelError where transformers has no such model."""
+def model_without_weights(config: Any) -> nn.Module:
+    """Build a model on meta tensors. Raises ModelError where transformers has no such model."""
     with torch.device("meta"):
-        return from_config(config)
+        return build_from_config(config)
 
 
 def load_base(
@@ -96,205 +96,240 @@ def load_base(
     double: bool = True,
     resident_layers: int | None = 0,
 ) -> nn.Module:
-    """The frozen model in eval mode, every weight read from the file.
+    """Load the frozen model in eval mode.
 
-    quantization: none, nf4, fp4 or int8; double: quantize the constants of 4-bit weights too. resident_layers: how many
-    decoder layers, from the first, have their weights dequantized once rather than for each product; None: all, on a
-    card as many as find room there beside what answering needs.
-    Raises ModelError where weights are missing or do not fit (transformers would fill them with random numbers).
+    Args:
+        source: the model's files.
+        dtype: of the weights that are not quantized.
+        device: cpu, cuda, cuda:N or mps.
+        quantization: none, nf4, fp4 or int8.
+        double: also quantize the scales of 4-bit weights.
+        resident_layers: number of decoder layers, from the first, to dequantize permanently. None: all, or on a GPU as
+            many as fit in memory together with generation.
+
+    Raises:
+        ModelError: if weights are missing or have the wrong shape; transformers would fill them with random values.
     """
     LOG.info("loading the weights of %s", source.name)
-    generation = source.kind == "folder" and (source.path / "generation_config.json").is_file()
-    if generation:  # transformers passes over one that is broken, and the model would not stop
+    has_generation_config = source.kind == "folder" and (source.path / "generation_config.json").is_file()
+    if has_generation_config:  # transformers ignores a damaged one, and the model would not stop
         read_config(source.path, "generation_config.json")
     if quantization == "none":
         model: Any = _load_16_bit(source, dtype)
     else:
-        folder = packed_folder(source, quantization, double, dtype, device)
-        model = build(lambda: from_config(load_config(source)), folder, source.name, quantization, dtype)
-        if generation:
+        folder = quantized_folder(source, quantization, double, dtype, device)
+        model = build_quantized(
+            lambda: build_from_config(load_config(source)), folder, source.name, quantization, dtype
+        )
+        if has_generation_config:
             model.generation_config = GenerationConfig.from_pretrained(source.path)
-    model.to(device)  # packed weights: those that are dequantized never lie in the host's memory
+    model.to(device)  # before dequantizing, so that host memory only needs the packed weights
     if quantization != "none":
-        layers = resident_layers if resident_layers is not None else _fitting_layers(model, device)
-        make_resident(model, layers)
-        make_experts_resident(model, layers)
-    bad = [name for name, weight in floats(model) if not is_finite(weight)]
+        layers = resident_layers if resident_layers is not None else _count_fitting_layers(model, device)
+        dequantize_layers(model, layers)
+        dequantize_experts(model, layers)
+    bad = [name for name, weight in floating_parameters(model) if not is_finite(weight)]
     if bad:
-        raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
-    return finished(model, source)
+        raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="download the model again")
+    return prepare_frozen(model, source)
 
 
-def finished(model: Any, source: Source) -> nn.Module:
-    """The frozen model, named, in eval mode, letting text through."""
-    # what peft writes into adapters as the base's name, by its version from one or the other
+def prepare_frozen(model: Any, source: Source) -> nn.Module:
+    """Set the model's name, freeze it, set eval mode, and work around bugs in its class."""
+    # PEFT writes one of the two, depending on its version, into adapters as the base's name.
     model.name_or_path = model.config._name_or_path = source.name
-    text_forward(model)
-    keep_soft_caps(model)
+    _fix_text_forward(model)
+    keep_attention_softcap(model)
     module: nn.Module = model.eval().requires_grad_(False)
     return module
 
 
-def keep_soft_caps(model: Any) -> None:
-    """Attention that bends its scores (Gemma 2) by the family's own code: transformers 5.20, the newest for Python
-    3.10, takes PyTorch's, which leaves the soft cap out without a word."""
+def _fix_text_forward(model: nn.Module) -> None:
+    """Make Llama 4 accept text without images.
+
+    Its class reads `image_outputs` of a result that has none, in transformers up to at least 5.24.
+    """
+    wrapper: Any = model
+    if type(model).__name__ != "Llama4ForConditionalGeneration":
+        return
+
+    def forward(input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
+        assert pixel_values is None
+        return wrapper.language_model(input_ids=input_ids, **kwargs)
+
+    wrapper.forward = forward
+
+
+def keep_attention_softcap(model: Any) -> None:
+    """Use eager attention where scores have a soft cap (Gemma 2).
+
+    transformers 5.20, the newest for Python 3.10, uses PyTorch's attention, which silently ignores the cap.
+    """
     text = model.config.get_text_config()
     if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
 
 
-def _fitting_layers(model: nn.Module, device: str) -> int:
-    """How many decoder layers can be dequantized once where the model is: all but on a card, where room is left for
-    texts and what is computed of them."""
+def _count_fitting_layers(model: nn.Module, device: str) -> int:
+    """Return the number of decoder layers to dequantize permanently: all, except on a GPU with too little memory."""
     if not device.startswith("cuda"):
         return ALL_LAYERS
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    room, grown = free - max(TEXTS_BYTES, int(TEXTS_SHARE * free)), growths(model)
-    return next((n for n in range(len(grown), 0, -1) if sum(grown[:n]) <= room), 0)
+    available, growth = free - max(RESERVED_BYTES, int(RESERVED_SHARE * free)), dequantized_growth(model)
+    return next((n for n in range(len(growth), 0, -1) if sum(growth[:n]) <= available), 0)
 
 
-def stream_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:
-    """Puts the packed weights back into a quantized base, in the place of those that `resident_layers` dequantized."""
-    pack_again(model, packed_folder(source, scheme, double, dtype), source.name, scheme, dtype)
+def restore_packed_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:
+    """Restore the packed weights of the layers that `resident_layers` dequantized."""
+    repack_layers(model, quantized_folder(source, scheme, double, dtype), source.name, scheme, dtype)
 
 
 def weights_folder(source: Source) -> Path:
-    """The folder with a source's 16-bit weights; a GGUF file's are made on first use."""
-    return _dequantized(source) if source.kind == "gguf" else source.path
+    """Return the folder with a source's 16-bit weights; a GGUF file's are created on first use."""
+    return _dequantize_gguf(source) if source.kind == "gguf" else source.path
 
 
 def stored_dtype(source: Source) -> torch.dtype:
-    """The narrowest type that holds all of a source's weights as they are on disk."""
-    kinds = {entry["dtype"] for _, header in headers(weights_folder(source)) for entry in header.values()}
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop() if len(kinds) == 1 else "", torch.float32)
+    """Return the smallest dtype that represents all of a source's weights exactly."""
+    dtypes = {entry["dtype"] for _, header in read_headers(weights_folder(source)) for entry in header.values()}
+    only = dtypes.pop() if len(dtypes) == 1 else ""
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(only, torch.float32)
 
 
-def refuse_prequantized(source: Source) -> None:
-    """Raises ModelError for weights that are quantized on disk, where 16 bit is asked for."""
+def check_not_prequantized(source: Source) -> None:
+    """Raise ModelError if the weights on disk are quantized; for callers that need 16-bit weights."""
     if prequantized(source.config()):
         raise ModelError(
-            f"{source.name}: its weights are quantized already",
+            f"{source.name}: its weights are already quantized",
             fix=f"use --model.quantization {prequantized(source.config())}",
         )
 
 
 def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
-    refuse_prequantized(source)
+    check_not_prequantized(source)
     folder, config = weights_folder(source), load_config(source)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **LOCAL}
-    if quantized_by(source.config()):
-        config.quantization_config["dequantize"] = True  # on a card as well: adapters have no gradient otherwise
+    if quantization_method(source.config()):
+        config.quantization_config["dequantize"] = True  # also on a GPU: otherwise adapters get no gradient
         options["config"] = config
     else:
-        tensors = Tensors(folder)
-        Layout(without_weights(config), tensors).check(source.name, tensors)
-    with _known(config):
-        auto = _auto(config)
-        model, info = auto.from_pretrained(
+        tensors = CheckpointTensors(folder)
+        CheckpointLayout(model_without_weights(config), tensors).check(source.name, tensors)
+    with _build_errors(config):
+        # Mismatched sizes are reported below, together with missing weights.
+        model, info = _auto_class(config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )  # what does not fit is told below
-    faults = sorted(info.get("missing_keys") or []) + sorted(key for key, *_ in info.get("mismatched_keys") or [])
-    if faults:
-        raise ModelError(f"{source.name}: {len(faults)} weights are missing or of another shape, first {faults[0]}")
-    refuse_left(source.name, model, info.get("unexpected_keys") or [])
+        )
+    wrong = sorted(info.get("missing_keys") or []) + sorted(key for key, *_ in info.get("mismatched_keys") or [])
+    if wrong:
+        raise ModelError(f"{source.name}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}")
+    check_unused_tensors(source.name, model, info.get("unexpected_keys") or [])
     return model
 
 
-def copies_to_make(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether loading will write a 16-bit copy of the weights (of a GGUF file), and a quantized one, into the cache."""
-    packed = scheme != "none" and not is_whole(_quantized_folder(source, scheme, double, dtype))
-    packed = packed and prequantized(source.config()) is None
-    return source.kind == "gguf" and not _is_made(_bf16_folder(source)) and (packed or scheme == "none"), packed
+def copies_needed(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Return whether loading will write a 16-bit copy of a GGUF file, and a quantized copy, into the cache."""
+    needs_quantized = scheme != "none" and not has_all_weights(_quantized_cache(source, scheme, double, dtype))
+    needs_quantized = needs_quantized and prequantized(source.config()) is None
+    needs_16_bit = source.kind == "gguf" and not _is_complete(_bf16_cache(source))
+    return needs_16_bit and (needs_quantized or scheme == "none"), needs_quantized
 
 
-def _quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
-    kept = cache_folder() / "quantized" / fingerprint(source)[:24]
-    return kept / folder_name(scheme, double, str(dtype).removeprefix("torch."))
+def _quantized_cache(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
+    folder = cache_folder() / "quantized" / fingerprint(source)[:24]
+    return folder / cache_name(scheme, double, str(dtype).removeprefix("torch."))
 
 
-def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
-    """The folder with the quantized weights: the source itself, or one in the cache that is made on first use, on the
-    device."""
-    already = prequantized(source.config())
-    if already == scheme:
-        check_packed(source, skeleton(source))
+def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
+    """Return the folder with the quantized weights: the source itself, or a cached one created on first use.
+
+    device: where to quantize.
+    """
+    stored = prequantized(source.config())
+    if stored == scheme:
+        check_packed_checkpoint(source, load_without_weights(source))
         return source.path
-    if already is not None:
-        raise ModelError(f"{source.name}: its weights are {already} already", fix=f"use --model.quantization {already}")
+    if stored is not None:
+        raise ModelError(f"{source.name}: its weights are already {stored}", fix=f"use --model.quantization {stored}")
 
     def make(folder: Path) -> None:
         LOG.info("quantizing the weights of %s to %s, once", source.name, scheme)
         full = Source(source.name, "folder", weights_folder(source))
-        quantize_folder(full, skeleton(source), folder, scheme, double, dtype, device)
+        quantize_folder(full, load_without_weights(source), folder, scheme, double, dtype, device)
 
-    return build_once(_quantized_folder(source, scheme, double, dtype), is_whole, make)
+    return build_once(_quantized_cache(source, scheme, double, dtype), has_all_weights, make)
 
 
-def from_config(config: Any) -> nn.Module:
-    """Raises ModelError where transformers has no language model for such a config, or cannot build it."""
-    with _known(config):
-        model: nn.Module = _auto(config).from_config(config, trust_remote_code=False)
+def build_from_config(config: Any) -> nn.Module:
+    """Build a model with new weights. Raises ModelError where transformers has no language model for the config."""
+    with _build_errors(config):
+        model: nn.Module = _auto_class(config).from_config(config, trust_remote_code=False)
     return model
 
 
 @contextmanager
-def _known(config: Any) -> Iterator[None]:
-    """Around what builds a model."""
+def _build_errors(config: Any) -> Iterator[None]:
+    """Raise ModelError where transformers cannot build a model."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        said = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
-        what = f"transformers {transformers.__version__} builds no language model of type {config.model_type}: {said}"
-        fix = "use a decoder-only language model" if isinstance(error, ValueError) else "mend its config.json"
+        message = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
+        what = f"transformers {transformers.__version__} has no language model of type {config.model_type}: {message}"
+        fix = "use a decoder-only language model" if isinstance(error, ValueError) else "correct its config.json"
         raise ModelError(what, fix=fix) from None
 
 
-def _auto(config: Any) -> Any:
-    """The whole model where its class sees or hears too, so that its weights have their published names."""
-    named = (config.architectures or [""])[0]
-    sees = named in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    whole = sees and named not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+def _auto_class(config: Any) -> Any:
+    """Return the auto class whose weight names match the checkpoint: the multimodal one for a multimodal checkpoint."""
+    architecture = (config.architectures or [""])[0]
+    is_multimodal = architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    needs_multimodal = is_multimodal and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return AutoModelForImageTextToText if needs_multimodal else AutoModelForCausalLM
 
 
-def _bf16_folder(source: Source) -> Path:
+def _bf16_cache(source: Source) -> Path:
     return gguf_cache(source) / "bf16"
 
 
-def _is_made(folder: Path) -> bool:
-    return is_whole(folder) and "architectures" in read_config(folder)
+def _is_complete(folder: Path) -> bool:
+    return has_all_weights(folder) and "architectures" in read_config(folder)
 
 
-def _dequantized(source: Source) -> Path:
-    """The GGUF file as a folder of bf16 safetensors, made on first use and kept in the cache: tensor by tensor, or, of
-    other families, by transformers, which has the whole model in memory."""
+def _dequantize_gguf(source: Source) -> Path:
+    """Return a GGUF file as a cached folder of bf16 safetensors.
+
+    Families that strop supports are converted tensor by tensor; others are loaded by transformers, which needs memory
+    for the whole model.
+    """
 
     def make(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
-        bare = skeleton(source)
-        with gguf_faults(source.path), new_folder(folder) as temp:
-            tensors = read_tensors(source.path, bare, bare.config)
+        meta_model = load_without_weights(source)
+        with gguf_errors(source.path), new_folder(folder) as temp:
+            tensors = read_gguf_tensors(source.path, meta_model, meta_model.config)
             if tensors is not None:
-                kind = {"architectures": [type(bare).__name__], "dtype": "bfloat16"}  # other programs ask for both
-                write_json(temp / "config.json", {**read_config(head_folder(source)), **kind})
+                fields = {
+                    "architectures": [type(meta_model).__name__],
+                    "dtype": "bfloat16",
+                }  # required by other programs
+                write_json(temp / "config.json", {**read_config(config_folder(source)), **fields})
                 write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
                 return
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}
-            packed = getattr(transformers, "GgufConfig", None)
-            if packed is not None:  # transformers 5.2x keeps GGUF blocks packed unless told otherwise
-                options["quantization_config"] = packed(dequantize=True)
+            gguf_config = getattr(transformers, "GgufConfig", None)
+            if gguf_config is not None:  # transformers 5.2x keeps GGUF blocks packed by default
+                options["quantization_config"] = gguf_config(dequantize=True)
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(source.path.parent), output_loading_info=True, **options
             )
-            if lost := sorted(info.get("missing_keys") or []):  # transformers has filled them with random numbers
-                raise ModelError(
-                    f"{source.path}: {len(lost)} weights are missing, first {lost[0]}", fix="fetch it again"
-                )
-            plain_config(model.config)
+            if missing := sorted(info.get("missing_keys") or []):  # transformers has filled them with random values
+                what = f"{source.path}: {len(missing)} weights are missing, first {missing[0]}"
+                raise ModelError(what, fix="download it again")
+            unpacked_config(model.config)
             for part in ("hf_quantizer", "quantization_method"):
                 if hasattr(model, part):
                     setattr(model, part, None)
             model.is_quantized = False
             model.save_pretrained(temp)
 
-    return build_once(_bf16_folder(source), _is_made, make)
+    return build_once(_bf16_cache(source), _is_complete, make)

@@ -1,8 +1,8 @@
-"""The frozen base in 4 or 8 bit: quantized weight by weight while loading, kept on disk, given back when needed.
+"""Keep the frozen base in 4 or 8 bit: quantize each weight once, store it on disk, dequantize it for each matmul.
 
-NF4 and FP4 with double quantization (QLoRA, arXiv:2305.14314) and int8 by rows of the weight (absmax / 127) are
-bitsandbytes' own functions, and its names on disk, so that checkpoints it has quantized load too. Its Linear4bit is not
-used: on a CPU with AVX512-BF16 it repacks its weight in eval mode and gives no gradient from then on.
+NF4 and FP4 with double quantization (QLoRA, arXiv:2305.14314) and row-wise int8 (absmax / 127) use bitsandbytes'
+functions and its names on disk, so that checkpoints quantized by bitsandbytes load too. Its Linear4bit is not used: on
+a CPU with AVX512-BF16 it repacks its weight in eval mode and gives no gradient afterwards.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any, TypeGuard, cast
@@ -20,19 +21,34 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.engine.kernels.dispatch import unpacking
-from strop.engine.train.linear import PackedWeight, Quantized
 from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
 from strop.models.families.shape import SMALLEST
+from strop.models.families.table import DIRECTLY_READ
 
-BLOCK, NESTED = 64, 256  # weights that share a constant; constants that share one
-BLOCKS = [1 << bits for bits in range(5, 13)]  # sizes that bitsandbytes makes
+BLOCK, NESTED = 64, 256  # weights per constant; constants per nested constant
+BLOCKS = [1 << bits for bits in range(5, 13)]  # block sizes of bitsandbytes
 FOUR_BIT = ("nf4", "fp4")
+
+FindKernels = Callable[[torch.device, torch.dtype], Any]
+_find_kernels: list[FindKernels] = []  # at most one; set when strop.engine.kernels.dispatch is imported
+
+
+def set_dequantize_kernels(find: FindKernels) -> None:
+    """Register a function that returns the GPU's dequantization kernels, or None where it has none.
+
+    The kernels belong to strop.engine, which this package does not import.
+    """
+    _find_kernels[:] = [find]
+
+
+def dequantize_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the module with the GPU's dequantization kernels, or None."""
+    return _find_kernels[0](device, dtype) if _find_kernels else None
 
 
 def _bitsandbytes() -> Any:
-    """bitsandbytes.functional. Raises QuantizerError where the package is missing or does not fit this machine."""
+    """Import bitsandbytes.functional. Raises QuantizerError where it is missing or does not fit this machine."""
     try:
         import bitsandbytes.functional as functional
     except (ImportError, OSError, RuntimeError) as error:
@@ -41,15 +57,17 @@ def _bitsandbytes() -> Any:
 
 
 def _unusable(error: Exception) -> QuantizerError:
-    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    what = f"bitsandbytes, which quantizes, cannot be used here: {said.strip()}"
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    what = f"bitsandbytes, which quantizes, cannot be used here: {line.strip()}"
     return QuantizerError(what, fix="pip install -U bitsandbytes, or --model.quantization none")
 
 
 @contextmanager
-def _native() -> Iterator[None]:
-    """Around calls into bitsandbytes' library, which can be imported where it was built for another CUDA and then fails
-    in each call. Memory that runs out is another trouble."""
+def _native_errors() -> Iterator[None]:
+    """Raise QuantizerError where bitsandbytes' native library fails.
+
+    A library built for another CUDA version can be imported and then fails in each call. Out-of-memory errors pass.
+    """
     try:
         yield
     except (RuntimeError, AttributeError) as error:
@@ -59,16 +77,29 @@ def _native() -> Iterator[None]:
 
 
 @cache
-def _writes_into() -> bool:
-    """Dequantizes into a tensor that is there, on a card: from 0.50 on; before, it refuses each shape
-    (bitsandbytes#1953)."""
+def _supports_out() -> bool:
+    """Return whether bitsandbytes dequantizes into an existing CUDA tensor: since 0.50 (bitsandbytes#1953)."""
     return Version(version("bitsandbytes")) >= Version("0.50")
 
 
-class QuantizedLinear(nn.Linear, Quantized):
-    """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each product and again in the backward.
+@dataclass(frozen=True)
+class PackedWeight:
+    """A quantized weight of shape (n, k).
 
-    weight: the packed bytes. `constants`: tensors by bitsandbytes' names (absmax, nested_absmax, quant_map, ...).
+    8 bit: `weight` is int8 (n, k) and `scale` fp32 (n,). 4 bit: `weight` is bytes (n k / 2), each with two indices into
+    `code` (16,) fp32, the first in the upper half; `share` consecutive values of a row have one `scale`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    code: Tensor | None = None
+    share: int = 0
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each matmul and again in the backward.
+
+    weight: the packed bytes. constants: tensors by bitsandbytes' names (absmax, nested_absmax, quant_map, ...).
     """
 
     def __init__(self, like: nn.Linear, scheme: str, dtype: torch.dtype) -> None:
@@ -78,128 +109,131 @@ class QuantizedLinear(nn.Linear, Quantized):
         self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = like.bias
         self.constants: dict[str, Tensor] = {}
-        self._offset = torch.empty(0)  # made once: the host waits for each number that it sends to a card
+        self._offset = torch.empty(0)  # kept on the device: each transfer of a number to a GPU blocks the host
 
-    def fill(self, packed: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> None:
-        """packed: as `pack` gives it. sizes: how many bytes of weight and how many of each constant there are, where
-        some of them come later. Raises KeyError or ValueError where it is not whole."""
+    def load_packed(self, packed: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> None:
+        """Take over the tensors of a quantized weight. Raises KeyError or ValueError if they are incomplete.
+
+        packed: as `quantize_weight` returns it. sizes: bytes of the weight and elements of each constant, for tensors
+        that are filled in later.
+        """
         weight = packed["weight"]
-        if weight.is_floating_point():  # bytes that bitsandbytes was told to store as such numbers (FSDP wants it)
+        if weight.is_floating_point():  # bitsandbytes can store the bytes as a float dtype, for FSDP
             weight = weight.contiguous().view(torch.uint8).view(-1, 1)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.constants = {name: tensor for name, tensor in packed.items() if name != "weight"}
         sizes = {name: tensor.numel() for name, tensor in {**packed, "weight": weight}.items()} | dict(sizes or {})
         if self.scheme in FOUR_BIT:
-            self._described = json.loads(bytes(self.constants.pop(_described(self.scheme)).tolist()))
-            if not isinstance(self._described, dict):
-                raise ValueError("its description is no object")
-            if tuple(self._described["shape"]) != (self.out_features, self.in_features):
-                raise ValueError(f"shape {self._described['shape']}")
-        for name, size in self._sizes().items():
+            self._state = json.loads(bytes(self.constants.pop(_state_name(self.scheme)).tolist()))
+            if not isinstance(self._state, dict):
+                raise ValueError("its quantization state is not an object")
+            if tuple(self._state["shape"]) != (self.out_features, self.in_features):
+                raise ValueError(f"shape {self._state['shape']}")
+        for name, size in self._expected_sizes().items():
             if sizes.get(name) != size:
-                raise ValueError(f"{name} has {sizes.get(name, 0)} numbers, {size} expected")
-        if self.scheme in FOUR_BIT and "nested_offset" in self._described:
-            self._offset = torch.tensor(self._described["nested_offset"], device=self.weight.device)
+                raise ValueError(f"{name} has {sizes.get(name, 0)} elements, {size} expected")
+        if self.scheme in FOUR_BIT and "nested_offset" in self._state:
+            self._offset = torch.tensor(self._state["nested_offset"], device=self.weight.device)
 
-    def _sizes(self) -> dict[str, int]:
-        """How many bytes of weight, and how many of each constant, belong to it."""
-        numbers = self.in_features * self.out_features
+    def _expected_sizes(self) -> dict[str, int]:
+        """Return the bytes of the weight, and the elements of each constant."""
+        elements = self.in_features * self.out_features
         if self.scheme == "int8":
-            return {"weight": numbers, "SCB": self.out_features}
-        block, nested = self._described["blocksize"], self._described.get("nested_blocksize")  # of the constants' own
+            return {"weight": elements, "SCB": self.out_features}
+        block, nested = self._state["blocksize"], self._state.get("nested_blocksize")
         if block not in BLOCKS or nested not in (None, *BLOCKS):
             raise ValueError(f"blocks of {block} and {nested}")
-        blocks = -(-numbers // block)
-        sizes = {"weight": -(-numbers // 2), "absmax": blocks, "quant_map": 16}
+        blocks = -(-elements // block)
+        sizes = {"weight": -(-elements // 2), "absmax": blocks, "quant_map": 16}
         if nested is not None:
             sizes |= {"nested_absmax": -(-blocks // nested), "nested_quant_map": 256}
         return sizes
 
-    def dequantized(self, out: Tensor | None = None) -> Tensor:
-        """The weight (out, in) in `dtype`; in `out`, where it is given and of this type."""
+    def dequantize(self, out: Tensor | None = None) -> Tensor:
+        """Return the weight (out_features, in_features) in `dtype`, written into `out` where it is given.
+
+        PEFT's DoRA calls this method too.
+        """
         if out is not None and (out.dtype != self.dtype or not out.is_contiguous()):
-            return out.copy_(self.dequantized())
-        if (kernels := unpacking(self.weight.device, self.dtype)) is not None:
-            return self._unpacked(kernels, out)
+            return out.copy_(self.dequantize())
+        if (kernels := dequantize_kernels(self.weight.device, self.dtype)) is not None:
+            return self._dequantize_by_kernels(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
-            return torch.mul(self.weight.data, self._scale()[:, None], out=out)
-        bnb, known, about = _bitsandbytes(), self.constants, self._described
-        nested, offset = self._nested(bnb)
-        # bitsandbytes' AVX512 kernel takes wrong constants where rows are not whole blocks: then all is one row
-        whole = self.in_features % about["blocksize"] == 0
-        rows = (self.out_features, self.in_features) if whole else (self.out_features * self.in_features,)
-        shape = torch.Size(rows)
-        state = bnb.QuantState(
-            known["absmax"], shape, known["quant_map"], about["blocksize"], self.scheme, self.dtype, offset, nested
+            return torch.mul(self.weight.data, self._row_scale()[:, None], out=out)
+        bnb, constants, state = _bitsandbytes(), self.constants, self._state
+        nested, offset = self._nested_state(bnb)
+        # bitsandbytes' AVX512 kernel uses wrong constants where rows are not whole blocks: then treat all as one row.
+        rows_are_blocks = self.in_features % state["blocksize"] == 0
+        shape = torch.Size(
+            (self.out_features, self.in_features) if rows_are_blocks else (self.out_features * self.in_features,)
         )
-        into = out.view(shape) if out is not None and out.device.type == "cuda" and _writes_into() else None
-        with _native():
-            weight: Tensor = bnb.dequantize_4bit(self.weight.data, state, out=into)
+        bnb_state = bnb.QuantState(
+            constants["absmax"], shape, constants["quant_map"], state["blocksize"], self.scheme, self.dtype, offset,
+            nested,
+        )  # fmt: skip
+        view = out.view(shape) if out is not None and out.device.type == "cuda" and _supports_out() else None
+        with _native_errors():
+            weight: Tensor = bnb.dequantize_4bit(self.weight.data, bnb_state, out=view)
         weight = weight.view(self.out_features, self.in_features)
-        return weight if out is None or into is not None else out.copy_(weight)
+        return weight if out is None or view is not None else out.copy_(weight)
 
-    def _unpacked(self, kernels: Any, out: Tensor | None) -> Tensor:
-        """The same by a card's own kernels (engine.card.unpack)."""
-        known = self.constants
+    def _dequantize_by_kernels(self, kernels: Any, out: Tensor | None) -> Tensor:
+        """Dequantize with strop.engine.kernels.cuda.dequantize."""
+        constants = self.constants
         out = self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype) if out is None else out
         if self.scheme == "int8":
-            return cast(Tensor, kernels.eight_bit(self.weight.data, known["SCB"], out))
-        about, nested = self._described, None
-        if "nested_absmax" in known:
-            levels, scale = known["nested_quant_map"], known["nested_absmax"]
-            nested = kernels.Nested(levels, scale, about["nested_blocksize"], about["nested_offset"])
-        block = about["blocksize"]
-        return cast(Tensor, kernels.four_bit(self.weight.data, known["quant_map"], known["absmax"], block, nested, out))
+            return cast(Tensor, kernels.eight_bit(self.weight.data, constants["SCB"], out))
+        state, nested = self._state, None
+        if "nested_absmax" in constants:
+            levels, scale = constants["nested_quant_map"], constants["nested_absmax"]
+            nested = kernels.Nested(levels, scale, state["nested_blocksize"], state["nested_offset"])
+        args = (self.weight.data, constants["quant_map"], constants["absmax"], state["blocksize"], nested, out)
+        return cast(Tensor, kernels.four_bit(*args))
 
     @property
     def W_q(self) -> Tensor:
-        """By this name peft knows a layer that gives its weight by `dequantize` (HQQ's), which its DoRA asks for."""
+        """The packed weight; PEFT's DoRA calls `dequantize` on layers that have this attribute (HQQ's)."""
         return self.weight
 
-    def dequantize(self) -> Tensor:
-        return self.dequantized()
-
-    def packed(self) -> PackedWeight | None:
-        """The weight as it is held, its constants in fp32; None where a block of it goes over the end of a row."""
+    def packed_weight(self) -> PackedWeight | None:
+        """Return the weight as stored, with constants in fp32; None where a block crosses the end of a row."""
         if self.scheme == "int8":
-            return PackedWeight(self.weight.data, self._scale())
-        bnb, known, about = _bitsandbytes(), self.constants, self._described
-        if self.in_features % about["blocksize"]:
+            return PackedWeight(self.weight.data, self._row_scale())
+        bnb, constants, state = _bitsandbytes(), self.constants, self._state
+        if self.in_features % state["blocksize"]:
             return None
-        nested, offset = self._nested(bnb)
-        scale = known["absmax"]
+        nested, offset = self._nested_state(bnb)
+        scale = constants["absmax"]
         if nested is not None:
-            with _native():
+            with _native_errors():
                 scale = bnb.dequantize_blockwise(scale, nested) + offset
-        return PackedWeight(self.weight.data, scale.float(), known["quant_map"].float(), about["blocksize"])
+        return PackedWeight(self.weight.data, scale.float(), constants["quant_map"].float(), state["blocksize"])
 
-    def _scale(self) -> Tensor:
-        """Of each row, in 8 bit."""
+    def _row_scale(self) -> Tensor:
         return self.constants["SCB"] / 127
 
-    def _nested(self, bnb: Any) -> tuple[Any, Tensor | None]:
-        """How the constants are quantized themselves, and what is added to them; None, None where they are not."""
-        known, about = self.constants, self._described
-        if "nested_absmax" not in known:
+    def _nested_state(self, bnb: Any) -> tuple[Any, Tensor | None]:
+        """Return the state of double quantization and the constants' offset; (None, None) without it."""
+        constants, state = self.constants, self._state
+        if "nested_absmax" not in constants:
             return None, None
-        nested = bnb.QuantState(
-            known["nested_absmax"], None, known["nested_quant_map"], about["nested_blocksize"], dtype=torch.float32
-        )
+        absmax, levels = constants["nested_absmax"], constants["nested_quant_map"]
+        nested = bnb.QuantState(absmax, None, levels, state["nested_blocksize"], dtype=torch.float32)
         return nested, self._offset
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.product(x)
+        result = self.matmul(x)
         return result if self.bias is None else result + self.bias
 
-    def product(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """x W^T, added to `onto` (.., out) and rounded once."""
-        result: Tensor = _Product.apply(x, self, onto)  # type: ignore[no-untyped-call]
+    def matmul(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return x W^T, added to `onto` (.., out_features) and rounded once."""
+        result: Tensor = _Matmul.apply(x, self, onto)  # type: ignore[no-untyped-call]
         return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Constants move between devices, and keep their types: `model.to(bfloat16)` must not round them.
+        # Constants move between devices, and keep their dtypes: `model.to(bfloat16)` must not round them.
         self.constants = {name: tensor.to(fn(tensor).device) for name, tensor in self.constants.items()}
         self._offset = self._offset.to(self.weight.device)
         return self
@@ -208,163 +242,163 @@ class QuantizedLinear(nn.Linear, Quantized):
         return f"{super().extra_repr()}, {self.scheme}"
 
 
-class _Product(Function):
-    """x W^T (+ onto), with W given anew in the backward: nothing but the module is kept."""
+class _Matmul(Function):
+    """x W^T (+ onto); the backward dequantizes W again, so only the module is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, onto: Tensor | None) -> Tensor:
         ctx.layer = layer
-        weight = layer.dequantized().to(x.dtype)
-        return F.linear(x, weight) if onto is None else added(onto, x, weight)
+        weight = layer.dequantize().to(x.dtype)
+        return F.linear(x, weight) if onto is None else addmm_linear(onto, x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad @ ctx.layer.dequantized().to(grad.dtype), None, grad if ctx.needs_input_grad[2] else None
+        return grad @ ctx.layer.dequantize().to(grad.dtype), None, grad if ctx.needs_input_grad[2] else None
 
 
-def added(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """onto (.., n) + x (.., k) W^T, rounded once."""
+def addmm_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return onto (.., n) + x (.., k) W^T, rounded once."""
     return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.t()).view(onto.shape)
 
 
-def pack(weight: Tensor, scheme: str, *, double: bool = True, device: str = "cpu") -> dict[str, Tensor]:
-    """A weight (out, in) quantized: `weight` and its constants by bitsandbytes' names. double: the constants too.
+def quantize_weight(weight: Tensor, scheme: str, *, double: bool = True, device: str = "cpu") -> dict[str, Tensor]:
+    """Quantize a weight (out, in) and return `weight` and its constants by bitsandbytes' names.
 
-    device: a card does it faster, where it has room for the weight (in fp32); the bits are those of the CPU.
+    double: quantize the constants too. device: a GPU is faster if it has room for the weight in fp32; same bits.
     """
     bnb = _bitsandbytes()
     if device.startswith("cuda") and (scheme == "int8" or weight.numel() % BLOCK == 0):
         try:
-            return _packed_by_operations(weight, scheme, double, device)
+            return _quantize_by_torch(weight, scheme, double, device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
     if scheme == "int8":
-        whole = weight.float() if weight.device.type == "cpu" else weight.half()
-        with _native():
-            rows, scale, _ = bnb.int8_vectorwise_quant(whole)
+        wide = weight.float() if weight.device.type == "cpu" else weight.half()
+        with _native_errors():
+            rows, scale, _ = bnb.int8_vectorwise_quant(wide)
         return {"weight": rows, "SCB": scale.float().flatten()}
-    with _native():
+    with _native_errors():
         packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type=scheme)
     return {"weight": packed, **dict(state.as_dict(packed=True))}
 
 
-def _packed_by_operations(weight: Tensor, scheme: str, double: bool, device: str) -> dict[str, Tensor]:
-    """What bitsandbytes makes of a weight on a CPU, by PyTorch's operations on any device, and then on the CPU. (Its
-    own kernels for cards divide in another way.)"""
-    bnb, whole = _bitsandbytes(), weight.to(device).float()
+def _quantize_by_torch(weight: Tensor, scheme: str, double: bool, device: str) -> dict[str, Tensor]:
+    """Return what bitsandbytes computes on a CPU, by PyTorch's operations on any device; the result is on the CPU.
+
+    bitsandbytes' CUDA kernels divide differently.
+    """
+    bnb, wide = _bitsandbytes(), weight.to(device).float()
     if scheme == "int8":
-        scale = whole.abs().amax(1)
-        return {"weight": torch.round(whole * (127.0 / scale[:, None])).to(torch.int8).cpu(), "SCB": scale.cpu()}
+        scale = wide.abs().amax(1)
+        return {"weight": torch.round(wide * (127.0 / scale[:, None])).to(torch.int8).cpu(), "SCB": scale.cpu()}
     code = bnb.get_4bit_type(scheme, device="cpu")
     order = torch.argsort(code)
-    between = ((code[order[:-1]] + code[order[1:]]) / 2).to(device)
-    blocks = whole.view(-1, BLOCK)
-    most = blocks.abs().amax(1)
-    shares = (blocks * (1.0 / most.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
-    places = torch.bucketize(shares, between, out_int32=True)
+    midpoints = ((code[order[:-1]] + code[order[1:]]) / 2).to(device)
+    blocks = wide.view(-1, BLOCK)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+    indices = torch.bucketize(scaled, midpoints, out_int32=True)
     if scheme == "fp4":
-        places = order.to(device, torch.int32)[places]
-    two = places.to(torch.uint8).view(-1, 2)
-    packed, constants, offset, nested = ((two[:, 0] << 4) | two[:, 1])[:, None].cpu(), most.cpu(), None, None
+        indices = order.to(device, torch.int32)[indices]
+    pairs = indices.to(torch.uint8).view(-1, 2)
+    packed, constants, offset, nested = ((pairs[:, 0] << 4) | pairs[:, 1])[:, None].cpu(), absmax.cpu(), None, None
     if double:
         offset = constants.mean()
-        with _native():
+        with _native_errors():
             constants, nested = bnb.quantize_blockwise(constants - offset, blocksize=NESTED)
     state = bnb.QuantState(constants, weight.shape, code, BLOCK, scheme, weight.dtype, offset, nested)
     return {"weight": packed, **dict(state.as_dict(packed=True))}
 
 
-def unpack(packed: dict[str, Tensor], scheme: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight that `pack` quantized, as a model of this type on it sees it."""
-    with torch.device("meta"):
-        like = nn.Linear(shape[1], shape[0], bias=False)
-    layer = QuantizedLinear(like, scheme, dtype)
-    layer.fill(packed)
-    return layer.dequantized()
+def dequantize_weight(packed: dict[str, Tensor], scheme: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return a quantized weight as a model of this dtype computes with it."""
+    layer = QuantizedLinear(nn.Linear(shape[1], shape[0], bias=False, device="meta"), scheme, dtype)
+    layer.load_packed(packed)
+    return layer.dequantize()
 
 
-def _described(scheme: str) -> str:
+def _state_name(scheme: str) -> str:
     return f"quant_state.bitsandbytes__{scheme}"
 
 
-def why_not(name: str, module: nn.Linear, head: nn.Module | None, apart: Sequence[str] = ()) -> str | None:
-    """Why a linear layer stays in 16 bit; None where it is quantized. apart: as `passed_by` gives it."""
+def why_kept_16_bit(
+    name: str, module: nn.Linear, head: nn.Module | None, read_directly: Sequence[str] = ()
+) -> str | None:
+    """Return why a linear layer stays in 16 bit, or None; read_directly: as `directly_read_leaves` returns it."""
     if module is head or name.rpartition(".")[2] == "lm_head":
         return "output head"
-    if name.rpartition(".")[2] in apart:
+    if name.rpartition(".")[2] in read_directly:
         return "read by the model itself"
     if module.in_features * module.out_features < SMALLEST:
         return "small"
     return None
 
 
-def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is y = x W^T + b and no more: of a subclass with a forward of its own, by what it makes of a row
-    (Falcon's is one, DeepSeek V4's product by groups is none)."""
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether a module computes y = x W^T + b and nothing else.
+
+    A subclass with its own forward is tried on one row (Falcon's is plain, DeepSeek V4's grouped matmul is not).
+    """
     if not isinstance(module, nn.Linear) or type(module).forward in (nn.Linear.forward, QuantizedLinear.forward):
         return isinstance(module, nn.Linear)
     row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     try:
         with torch.no_grad():
-            made = module(row)
-        return isinstance(made, Tensor) and tuple(made.shape) == (1, module.out_features)
+            output = module(row)
+        return isinstance(output, Tensor) and tuple(output.shape) == (1, module.out_features)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False
 
 
-# Leaves whose weight the model reads itself: an adapter would be passed by, and a quantized weight not understood. peft
-# refuses the first two of some; in Bamba, Granite 4 and Zamba 2 fused kernels read them, where they are installed.
-FUSED = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h", "bamba", "granitemoehybrid", "zamba2")
-STEPPED = ("mamba", "falcon_mamba", "jamba", "zamba")
+def directly_read_leaves(model: Any) -> tuple[str, ...]:
+    """Return the leaf names of linear layers whose weight the model's code reads without calling the layer.
+
+    An adapter on them would be ignored, and a quantized weight misread.
+    """
+    return DIRECTLY_READ.get(model.config.get_text_config().model_type, ())
 
 
-def passed_by(model: Any) -> tuple[str, ...]:
-    """The names of linear layers whose weight the model reads itself."""
-    kind = model.config.get_text_config().model_type
-    return (*(("out_proj", "conv1d") if kind in FUSED else ()), *(("dt_proj",) if kind in STEPPED else ()))
-
-
-def quantizable(model: Any) -> set[str]:
-    """The weights that are quantized, by name: of linear layers but the head's."""
-    head, modules, apart = model.get_output_embeddings(), model.named_modules(), passed_by(model)
-    linears = [(name, module) for name, module in modules if is_plain(module)]
-    return {f"{name}.weight" for name, module in linears if why_not(name, module, head, apart) is None}
+def quantizable_linears(model: Any) -> set[str]:
+    """Return the weights of linear layers that are quantized, by name."""
+    head, modules, read_directly = model.get_output_embeddings(), model.named_modules(), directly_read_leaves(model)
+    linears = [(name, module) for name, module in modules if is_plain_linear(module)]
+    return {f"{name}.weight" for name, module in linears if why_kept_16_bit(name, module, head, read_directly) is None}
 
 
 def replace_linears(
     model: nn.Module, scheme: str, dtype: torch.dtype, chosen: Callable[[str], bool]
 ) -> dict[str, QuantizedLinear]:
-    """Puts an empty QuantizedLinear in the place of each linear layer that is chosen by name; gives them by name."""
+    """Replace the linear layers whose name is `chosen` by empty QuantizedLinear layers, and return these by name."""
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = {name: QuantizedLinear(module, scheme, dtype) for name, module in linears if chosen(name)}
-    for name, module in found.items():
-        put_module(model, name, module)
-    return found
+    layers = {name: QuantizedLinear(module, scheme, dtype) for name, module in linears if chosen(name)}
+    for name, layer in layers.items():
+        set_attribute(model, name, layer)
+    return layers
 
 
-def make_resident(model: nn.Module, layers: int) -> None:
-    """Turns the quantized weights of the first `layers` decoder layers into 16-bit ones: the same numbers, faster."""
+def dequantize_layers(model: nn.Module, layers: int) -> None:
+    """Dequantize the weights of the first `layers` decoder layers for good: the same values, faster, more memory."""
     for name, module in list(model.named_modules()):
-        number = layer_number(name)
-        if isinstance(module, QuantizedLinear) and (number is None or number < layers):
-            with torch.device("meta"):
-                plain = nn.Linear(module.in_features, module.out_features, bias=False)
-            plain.weight = nn.Parameter(module.dequantized(), requires_grad=False)
+        index = layer_index(name)
+        if isinstance(module, QuantizedLinear) and (index is None or index < layers):
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
             plain.bias = module.bias
-            put_module(model, name, plain)
+            set_attribute(model, name, plain)
 
 
-def layer_number(name: str) -> int | None:
-    """The decoder layer that a module's name is in; None outside of them."""
+def layer_index(name: str) -> int | None:
+    """Return the index of the decoder layer that contains a module, by the module's name; None outside of layers."""
     return next((int(part) for part in name.split(".")[1:] if part.isdigit()), None)
 
 
-def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_attribute(model: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Set a module, parameter or buffer by its path."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    setattr(model.get_submodule(parent), leaf, value)
 
 
-def folder_name(scheme: str, double: bool, dtype: str) -> str:
-    """The name of a cached quantized base; the numbers in it depend on these, and on the file format's version."""
+def cache_name(scheme: str, double: bool, dtype: str) -> str:
+    """Return the folder name of a cached quantized base; raise the version when its content changes."""
     return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v2"

@@ -1,37 +1,70 @@
-"""A frozen base of which this process holds one share in so many.
+"""Load a frozen base of which each process keeps one share, and gather its weights unit by unit.
 
-The weights of a decoder layer, and of the embeddings, lie one behind the other as bytes, cut into equal shares. Bytes
-are what is kept, sent and compared: 4-bit weights are never seen as floats on their way. The modules' weights are views
-of a memory that is empty until all shares are put there, and is emptied again afterwards: the views stay what they are,
-so that what autograd has saved of them is right again when the bytes are back.
+A unit is the weights of a decoder layer, or of an embedding, as contiguous bytes cut into equal shares. Bytes are
+stored, sent and compared, so 4-bit weights are never seen as floats. The modules' weights are views of a buffer that is
+empty until all shares are gathered, and is emptied again afterwards; the views stay valid, so what autograd has saved
+of them is correct again when the bytes are back.
+
+For weights that are in the file as they are computed with, and for quantized ones, a process reads only the bytes of
+its share. Others (another dtype, a mixture's experts that are joined while loading, layers that are dequantized for
+good) are made one tensor at a time, and only the share is kept. Small tensors, norms and biases, are loaded whole.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import mmap
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from strop.errors import ModelError
-from strop.models.families.layers import text_of
-from strop.models.tensor_files import is_finite
+from strop.models.experts import PackedExperts, make_quantized
+from strop.models.families.layers import text_decoder
+from strop.models.load import (
+    build_from_config,
+    check_not_prequantized,
+    load_config,
+    load_without_weights,
+    prepare_frozen,
+    quantized_folder,
+    weights_folder,
+)
+from strop.models.quantize import QuantizedLinear, dequantize_weight, layer_index, replace_linears, set_attribute
+from strop.models.source import DTYPE_BITS, Source
+from strop.models.tensor_files import (
+    CheckpointLayout,
+    CheckpointTensors,
+    TensorGroup,
+    dtype_caster,
+    is_finite,
+    load_packed,
+)
+
+LOG = logging.getLogger(__name__)
 
 EMBEDDING, HEAD = "embedding", "head"
-Where = int | str  # the number of a decoder layer, or one of these two
-GRAIN = 64  # bytes: a share is a multiple of it, so that no number is cut
-CHECKED = 1 << 20  # words that are looked at together
+ModuleKey = int | str  # the index of a decoder layer, EMBEDDING or HEAD
+GRAIN = 64  # bytes; shares are multiples of it, so that no element is cut
+DIGEST_WORDS = 1 << 20  # processed at a time
 WORD = torch.int32
+LARGE = ("weight", "absmax", "nested_absmax", "SCB")  # sharded parts of a quantized weight; the others are loaded whole
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One tensor of a unit. put: gives the module the tensor; read: its bytes from `low` to `high`, (n,) uint8."""
+class ShardedTensor:
+    """One tensor of a unit.
+
+    put: sets the tensor in its module. read: returns its bytes from `low` to `high`, shape (high - low,), uint8.
+    """
 
     name: str
     shape: Sequence[int]
@@ -41,147 +74,323 @@ class Slot:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
-class Unit:
-    """What is gathered together: tensors of one module. own: this process's share, (n,) uint8; whole: (world n,) uint8,
-    whose memory is there between `take` and `drop`."""
+class ShardedUnit:
+    """The tensors of one module that are gathered together.
 
-    def __init__(self, name: str, slots: Sequence[Slot], rank: int, world: int, device: str) -> None:
-        """Reads this process's share. Raises ModelError where a weight in it is not finite."""
+    shard: this process's share, (n,) uint8. whole: all shares, (world * n,) uint8, between `allocate` and `free`.
+    """
+
+    def __init__(self, name: str, tensors: Sequence[ShardedTensor], rank: int, world: int, device: str) -> None:
+        """Read this process's share. Raises ModelError where a weight in it is not finite."""
         self.name = name
-        slots = sorted(slots, key=lambda slot: -slot.dtype.itemsize)  # each begins at a multiple of its own numbers
-        self.size = sum(slot.size for slot in slots)
+        tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # so that each tensor is aligned
+        self.size = sum(tensor.size for tensor in tensors)
         share = -(-self.size // (GRAIN * world)) * GRAIN
         self.begin = rank * share
         self._pages: mmap.mmap | None = None
         if device == "cpu" and sys.platform == "linux":
-            # Not from the heap: what comes and goes there leaves holes between the activations that stay.
+            # Not on the heap, where allocating and freeing would leave holes between the activations that stay.
             self._pages = mmap.mmap(-1, world * share, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.whole = torch.frombuffer(self._pages, dtype=torch.uint8)
         else:
             self.whole = torch.empty(world * share, dtype=torch.uint8, device=device)
-        self.own = torch.zeros(share, dtype=torch.uint8, device=device)
-        at = 0
-        for slot in slots:
-            low, high = max(at, self.begin), min(at + slot.size, self.begin + share)
+        self.shard = torch.zeros(share, dtype=torch.uint8, device=device)
+        start = 0
+        for tensor in tensors:
+            low, high = max(start, self.begin), min(start + tensor.size, self.begin + share)
             if low < high:
-                part = self.own[low - self.begin : high - self.begin]
-                part.copy_(slot.read(low - at, high - at))
-                if slot.dtype.is_floating_point and not is_finite(part.view(slot.dtype)):
-                    raise ModelError(f"weight {slot.name} holds NaN or infinity", fix="fetch the model again")
-            # .data: a tensor of its own for autograd, which would take gathering for a change of the weights
-            slot.put(self.whole[at : at + slot.size].data.view(slot.dtype).view(*slot.shape))
-            at += slot.size
-        self.drop()
+                part = self.shard[low - self.begin : high - self.begin]
+                part.copy_(tensor.read(low - start, high - start))
+                if tensor.dtype.is_floating_point and not is_finite(part.view(tensor.dtype)):
+                    raise ModelError(f"weight {tensor.name} holds NaN or infinity", fix="download the model again")
+            # .data: otherwise autograd would treat gathering as an in-place change of the weights
+            tensor.put(self.whole[start : start + tensor.size].data.view(tensor.dtype).view(*tensor.shape))
+            start += tensor.size
+        self.free()
 
-    def take(self) -> Tensor:
-        """Room for all shares."""
-        self.there = True
+    def allocate(self) -> Tensor:
+        """Allocate `whole` and return it."""
+        self.is_gathered = True
         if self._pages is None:
             self.whole.untyped_storage().resize_(self.whole.numel())
         return self.whole
 
-    def drop(self) -> None:
-        """Gives the memory back; the addresses stay taken."""
-        self.there = False
+    def free(self) -> None:
+        """Free the memory of `whole`; its address stays reserved."""
+        self.is_gathered = False
         if self._pages is not None:
             self._pages.madvise(mmap.MADV_DONTNEED)
         else:
             self.whole.untyped_storage().resize_(0)
 
-    def own_digest(self) -> int:
-        """This share's part of the digest of the whole: those of all shares add up to it, modulo 2^64."""
-        return digest(self.own, self.begin)
+    def shard_digest(self) -> int:
+        """Return this share's part of the unit's digest; the parts of all shares add up to it, modulo 2^64."""
+        return digest(self.shard, self.begin)
 
     def digest(self) -> int:
         return digest(self.whole, 0)
 
 
 def digest(data: Tensor, begin: int) -> int:
-    """The sum of the words of bytes that stand from `begin` on in a longer row, each times an odd number of its place,
-    modulo 2^64: any change of one word changes it."""
+    """Return the sum over 32-bit words of word * (2 * index + 1), modulo 2^64; begin: offset of the bytes in the unit.
+
+    Any change of one word changes the digest.
+    """
     words, first, total = data.view(WORD), begin // WORD.itemsize, 0
-    for at in range(0, len(words), CHECKED):
-        some = words[at : at + CHECKED].long()
-        places = torch.arange(first + at, first + at + len(some), device=data.device)
-        total += int((some * (2 * places + 1)).sum())
+    for start in range(0, len(words), DIGEST_WORDS):
+        chunk = words[start : start + DIGEST_WORDS].long()
+        indices = torch.arange(first + start, first + start + len(chunk), device=data.device)
+        total += int((chunk * (2 * indices + 1)).sum())
     return total % (1 << 64)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """units by what they belong to, in the order in which a forward needs them; modules likewise. whole_bytes: of all
-    weights; held_bytes: what of it this process holds between two steps."""
+class ModelShards:
+    """The units of a model and their modules, in the order in which a forward needs them.
 
-    units: dict[Where, Unit]
-    modules: dict[Where, nn.Module]
+    whole_bytes: size of all sharded weights. held_bytes: this process's share of them, in memory between two steps.
+    """
+
+    units: dict[ModuleKey, ShardedUnit]
+    modules: dict[ModuleKey, nn.Module]
     whole_bytes: int
     held_bytes: int
 
     @property
-    def forward(self) -> list[Where]:
-        """The order; where input and output share their weights, they are one unit and stand here twice."""
-        layers = [where for where in self.units if isinstance(where, int)]
-        return [where for where in (EMBEDDING, *layers, HEAD) if where in self.units]
+    def forward(self) -> list[ModuleKey]:
+        """The order of a forward; a unit shared by embedding and head appears twice."""
+        layers = [key for key in self.units if isinstance(key, int)]
+        return [key for key in (EMBEDDING, *layers, HEAD) if key in self.units]
 
-    def distinct(self) -> list[Unit]:
+    def distinct(self) -> list[ShardedUnit]:
         return list({id(unit): unit for unit in self.units.values()}.values())
 
 
-def cut(
-    model: Any, slots_of: Callable[[str, nn.Parameter], list[Slot] | None], rank: int, world: int, device: str
-) -> Parts:
-    """Cuts a model without weights (meta tensors). slots_of: of a parameter, by its name, how its tensors are read;
-    None for one that is loaded whole."""
-    modules, paths = _modules(model), {id(module): path for path, module in model.named_modules()}
-    units: dict[Where, Unit] = {}
-    made: dict[int, tuple[Unit, nn.Parameter]] = {}  # with the weight itself, so that no other gets its id
-    whole = held = 0
-    for where, module in modules.items():
-        found: list[Slot] = []
-        mine = [(name, weight) for name, weight in module.named_parameters() if id(weight) not in made]
-        shared = [made[id(weight)][0] for _, weight in module.named_parameters() if id(weight) in made]
-        taken: list[nn.Parameter] = []
-        for name, weight in mine:
-            slots = slots_of(f"{paths[id(module)]}.{name}", weight)
-            found += slots or []
-            taken += [weight] if slots else []
-        if found:
-            name = f"layer {where}" if isinstance(where, int) else f"the {where}"
-            units[where] = Unit(name, found, rank, world, device)
-            made |= {id(weight): (units[where], weight) for weight in taken}
-            whole, held = whole + units[where].size, held + units[where].own.numel()
+def shard_model(
+    model: Any,
+    tensors_of: Callable[[str, nn.Parameter], list[ShardedTensor] | None],
+    rank: int,
+    world: int,
+    device: str,
+) -> ModelShards:
+    """Shard a model on meta tensors over `world` processes.
+
+    tensors_of: returns how to read the tensors of a parameter, given by name; None if it is loaded whole.
+    """
+    modules, paths = _sharded_modules(model), {id(module): path for path, module in model.named_modules()}
+    units: dict[ModuleKey, ShardedUnit] = {}
+    unit_of: dict[int, tuple[ShardedUnit, nn.Parameter]] = {}  # holds the weight, so that its id is not reused
+    whole_bytes = held_bytes = 0
+    for key, module in modules.items():
+        tensors: list[ShardedTensor] = []
+        new = [(name, weight) for name, weight in module.named_parameters() if id(weight) not in unit_of]
+        shared = [unit_of[id(weight)][0] for _, weight in module.named_parameters() if id(weight) in unit_of]
+        sharded: list[nn.Parameter] = []
+        for name, weight in new:
+            parts = tensors_of(f"{paths[id(module)]}.{name}", weight)
+            tensors += parts or []
+            sharded += [weight] if parts else []
+        if tensors:
+            name = f"layer {key}" if isinstance(key, int) else f"the {key}"
+            units[key] = ShardedUnit(name, tensors, rank, world, device)
+            unit_of |= {id(weight): (units[key], weight) for weight in sharded}
+            whole_bytes, held_bytes = whole_bytes + units[key].size, held_bytes + units[key].shard.numel()
         elif shared:
-            units[where] = shared[0]
-    return Parts(units, {where: modules[where] for where in units}, whole, held)
+            units[key] = shared[0]
+    return ModelShards(units, {key: modules[key] for key in units}, whole_bytes, held_bytes)
 
 
-def _modules(model: Any) -> dict[Where, nn.Module]:
-    """What is gathered one after the other: the embedding, each decoder layer, the output head."""
+def _sharded_modules(model: Any) -> dict[ModuleKey, nn.Module]:
+    """Return the embedding, each decoder layer and the output head."""
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return {EMBEDDING: inputs, **dict(enumerate(_layers(model))), HEAD: head}
+    return {EMBEDDING: inputs, **dict(enumerate(_decoder_layers(model))), HEAD: head}
 
 
-def _layers(model: Any) -> nn.ModuleList:
-    decoder = text_of(model)[0]
+def _decoder_layers(model: Any) -> nn.ModuleList:
+    decoder = text_decoder(model)[0]
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):
         return layers
     return max((module for module in decoder.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
-def dense(name: str, owner: nn.Module, leaf: str, dtype: torch.dtype, shape: Sequence[int], read: Any) -> Slot:
-    """A parameter in the type that it is computed in."""
-    return Slot(name, shape, dtype, partial(_hold, owner, leaf), read)
+def load_sharded(
+    source: Source,
+    dtype: torch.dtype,
+    device: str,
+    rank: int,
+    world: int,
+    *,
+    quantization: str = "none",
+    double: bool = True,
+    resident_layers: int = 0,
+) -> tuple[nn.Module, ModelShards]:
+    """Return the model in eval mode, whose large weights are empty until gathered, and this process's share of them.
+
+    Arguments are those of `load_base`. Raises ModelError if weights are missing, not finite or of another shape.
+    """
+    LOG.info("loading 1/%d of the weights of %s", world, source.name)
+    if quantization == "none":
+        check_not_prequantized(source)
+        folder = weights_folder(source)
+    else:
+        folder = quantized_folder(source, quantization, double, dtype)
+    with init_empty_weights(include_buffers=False):
+        model: Any = build_from_config(load_config(source))
+    model.tie_weights()
+    reader = _ShardReader(model, source, folder, dtype, device, quantization, resident_layers)
+    shards = shard_model(model, reader.sharded_tensors, rank, world, device)
+    for key, weight in list(model.named_parameters()):
+        if weight.device.type == "meta" and (small := reader.read_small(key)) is not None:
+            set_attribute(model, key, nn.Parameter(small, requires_grad=False))
+    for key, buffer in list(model.named_buffers()):
+        value = reader.tensors.get(key).to(buffer.dtype) if key in reader.tensors else buffer
+        set_attribute(model, key, value.to(device))
+    model.tie_weights()
+    lost = [key for key, weight in model.named_parameters() if weight.device.type == "meta"]
+    if lost:
+        what = f"{source.name}: {len(lost)} weights are missing or of another shape, first {lost[0]}"
+        raise ModelError(what, fix="use --model.placement replicated")
+    return prepare_frozen(model, source), shards
 
 
-def _hold(owner: nn.Module, leaf: str, view: Tensor) -> None:
-    setattr(owner, leaf, nn.Parameter(view, requires_grad=False))
+class _ShardReader:
+    """Reads the parameters of a model that was built without weights."""
+
+    def __init__(
+        self, model: Any, source: Source, folder: Path, dtype: torch.dtype, device: str, scheme: str, resident: int
+    ) -> None:
+        self.model, self.source, self.scheme, self.resident = model, source, scheme, resident
+        self.tensors, self.dtype, self.device = CheckpointTensors(folder), dtype, device
+        self._cast = dtype_caster(model, dtype)
+        self._linears: dict[str, QuantizedLinear] = {}
+        self._groups: dict[str, TensorGroup] = {}
+        self._last_read: tuple[TensorGroup | None, dict[str, Tensor]] = (None, {})
+        if scheme == "none":
+            self._layout = CheckpointLayout(load_without_weights(source), self.tensors)
+            self._layout.check(source.name, self.tensors)
+            self._groups = {name: group for group in self._layout.groups for name in self._layout.parameters(group)}
+        else:
+            is_packed = self.tensors.is_packed
+            self._linears = replace_linears(model, scheme, dtype, lambda name: is_packed(f"{name}.weight"))
+
+    def sharded_tensors(self, key: str, weight: nn.Parameter) -> list[ShardedTensor] | None:
+        """Return how to read a parameter's tensors; None if it is small or not in the checkpoint."""
+        path, _, leaf = key.rpartition(".")
+        if path in self._linears and leaf == "weight":
+            return self._linear_tensors(key, path, self._linears[path])
+        if weight.dim() == 3 and self.scheme != "none" and self.tensors.is_packed(key):
+            return self._experts_tensors(key, path, leaf, weight.shape)
+        if weight.dim() < 2 or not self._is_stored(key, weight.shape):
+            return None
+        dtype = self._cast(key, torch.empty(0, dtype=self.dtype)).dtype
+        return [self._parameter_tensor(key, dtype, weight.shape, self._read_function(key, dtype))]
+
+    def read_small(self, key: str) -> Tensor | None:
+        weight = self.model.get_parameter(key)
+        if not self._is_stored(key, weight.shape):
+            return None
+        tensor = self._read_whole(key).to(self.device)
+        if not is_finite(tensor):
+            raise ModelError(f"{self.source.name}: weight {key} holds NaN or infinity", fix="download the model again")
+        return tensor
+
+    def _is_stored(self, key: str, shape: torch.Size) -> bool:
+        if self.scheme == "none":
+            group = self._groups.get(key)
+            return group is not None and (group.converter is not None or self._has_shape(group.names[0], shape))
+        return key in self.tensors and self._has_shape(key, shape)
+
+    def _has_shape(self, name: str, shape: torch.Size) -> bool:
+        return self.tensors.shape(name) == list(shape)
+
+    def _read_function(self, key: str, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+        """Read only the share's bytes where the file has the dtype that is needed."""
+        group = self._groups.get(key)
+        name = key if group is None else group.names[0]
+        is_unconverted = group is None or group.converter is None
+        if is_unconverted and self.tensors.dtype(name) == dtype:
+            return partial(self.tensors.read_bytes, name)
+        return _slice_of_whole(partial(self._read_whole, key))
+
+    def _read_whole(self, key: str) -> Tensor:
+        """Return a parameter in the model's dtype."""
+        if self.scheme != "none":
+            return self._cast(key, self.tensors.get(key))
+        group = self._groups[key]
+        if self._last_read[0] is not group:  # one group may become several parameters
+            self._last_read = group, self._layout.read(group, self.tensors.get)
+        return self._cast(key, self._last_read[1][key])
+
+    def _linear_tensors(self, key: str, path: str, layer: QuantizedLinear) -> list[ShardedTensor]:
+        index = layer_index(path)
+        if index is None or index < self.resident:
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.bias = layer.bias
+            set_attribute(self.model, path, plain)
+            shape = plain.weight.shape
+
+            def dequantize() -> Tensor:
+                return dequantize_weight(self.tensors.get_packed(key), self.scheme, shape, self.dtype)
+
+            return [self._parameter_tensor(key, self.dtype, shape, _slice_of_whole(dequantize))]
+        names = {"weight": key, **self.tensors.constant_names(key)}
+        small = {short: self.tensors.get(name) for short, name in names.items() if short not in LARGE}
+        packed = {"weight": torch.empty(0, dtype=torch.uint8), **small}
+        load_packed(layer, packed, f"{self.source.name}: {key}", self._sizes(names))
+        layer.constants = {short: tensor.to(self.device) for short, tensor in layer.constants.items()}
+
+        def put(short: str, view: Tensor) -> None:
+            if short == "weight":
+                layer.weight = nn.Parameter(view, requires_grad=False)
+            else:
+                layer.constants[short] = view
+
+        return self._packed_tensors(names, put)
+
+    def _sizes(self, names: dict[str, str]) -> dict[str, int]:
+        """Return the bytes of a packed weight, and the elements of each constant."""
+        sizes = {short: math.prod(self.tensors.shape(name)) for short, name in names.items()}
+        return {**sizes, "weight": sizes["weight"] * DTYPE_BITS[self.tensors.stored_dtype(names["weight"])] // 8}
+
+    def _experts_tensors(self, key: str, path: str, leaf: str, shape: torch.Size) -> list[ShardedTensor]:
+        names, index = {"weight": key, **self.tensors.constant_names(key)}, layer_index(path)
+        if index is None or index < self.resident:
+
+            def read_whole() -> Tensor:
+                return PackedExperts(self.tensors.get_packed(key), shape, self.scheme, self.dtype).dequantize_all()
+
+            return [self._parameter_tensor(key, self.dtype, shape, _slice_of_whole(read_whole))]
+        empty = torch.empty(0, dtype=torch.uint8)
+        small = {short: empty if short in LARGE else self.tensors.get(name) for short, name in names.items()}
+        packed_experts = PackedExperts(small, shape, self.scheme, self.dtype).to(torch.device(self.device))
+        make_quantized(self.model.get_submodule(path)).set_packed(leaf, packed_experts)
+        return self._packed_tensors(names, packed_experts.packed.__setitem__)
+
+    def _parameter_tensor(
+        self, key: str, dtype: torch.dtype, shape: Sequence[int], read: Callable[[int, int], Tensor]
+    ) -> ShardedTensor:
+        def put(view: Tensor) -> None:
+            set_attribute(self.model, key, nn.Parameter(view, requires_grad=False))
+
+        return ShardedTensor(key, shape, dtype, put, read)
+
+    def _packed_tensors(self, names: dict[str, str], put: Callable[[str, Tensor], None]) -> list[ShardedTensor]:
+        """Return the large tensors of a quantized weight."""
+        tensors = []
+        for short, name in names.items():
+            if short in LARGE:
+                dtype = self.tensors.dtype(name)
+                assert dtype is not None, name
+                read = partial(self.tensors.read_bytes, name)
+                tensors.append(ShardedTensor(name, self.tensors.shape(name), dtype, partial(put, short), read))
+        return tensors
 
 
-def of_whole(make: Callable[[], Tensor]) -> Callable[[int, int], Tensor]:
-    """Reads bytes out of a tensor that can only be made whole."""
+def _slice_of_whole(make: Callable[[], Tensor]) -> Callable[[int, int], Tensor]:
+    """Return a function that reads bytes of a tensor that can only be made whole."""
     return lambda low, high: make().contiguous().flatten().view(torch.uint8)[low:high]

@@ -1,4 +1,4 @@
-"""Whose fault an error is that comes up while a model is computed: transformers' and peft's own are named as theirs."""
+"""Attribute errors to the model code of transformers and peft."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from pathlib import Path
 from strop.errors import RunError
 from strop.machine.memory import is_out_of_memory
 
-THEIRS = ("transformers", "peft")
-FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+PACKAGES = ("transformers", "peft")
 
 
 @contextmanager
-def blaming(family: str) -> Iterator[None]:
-    """Raises RunError in the place of an error that came up in transformers' or peft's code below strop's last line.
+def attribute_errors(family: str) -> Iterator[None]:
+    """Raise RunError for an error from transformers' or peft's model code, naming the package and the line.
 
-    family: the model's type. Memory that runs out is another trouble.
+    Errors from strop's own code and out-of-memory errors pass unchanged. family: the model's type.
     """
     try:
         yield
-    except FAULTS as error:
-        found = None if is_out_of_memory(error) else _theirs(error, family)
-        if found is None:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        translated = None if is_out_of_memory(error) else _package_error(error, family)
+        if translated is None:
             raise
-        raise found from error
+        raise translated from error
 
 
-def _theirs(error: Exception, family: str) -> RunError | None:
-    ours, places = _place("strop"), {name: _place(name) for name in THEIRS}
-    below: list[traceback.FrameSummary] = []
+def _package_error(error: Exception, family: str) -> RunError | None:
+    """Return a RunError if transformers or peft is on the stack below strop's last frame."""
+    strop_folder, folders = _package_folder("strop"), {name: _package_folder(name) for name in PACKAGES}
+    frames: list[traceback.FrameSummary] = []  # below strop's last frame
     for frame in traceback.extract_tb(error.__traceback__):
-        below = [] if ours in Path(frame.filename).parents else [*below, frame]
-    for frame in reversed(below):
-        package = next((name for name in THEIRS if places[name] in Path(frame.filename).parents), None)
+        frames = [] if strop_folder in Path(frame.filename).parents else [*frames, frame]
+    for frame in reversed(frames):
+        package = next((name for name in PACKAGES if folders[name] in Path(frame.filename).parents), None)
         if package is not None:
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            where = f"{Path(frame.filename).name}:{frame.lineno}"
-            what = f"{package} {version(package)} fails on a model of type {family}: {said[:200]} ({where})"
-            return RunError(what, fix=f"try another version of {package}; the model is computed by its own code")
+            message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            place = f"{Path(frame.filename).name}:{frame.lineno}"
+            what = f"{package} {version(package)} fails on a model of type {family}: {message[:200]} ({place})"
+            return RunError(what, fix=f"try another version of {package}; its own code runs this model")
     return None
 
 
-def _place(package: str) -> Path:
+def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent

@@ -1,4 +1,4 @@
-"""The environment of its own in which vLLM lives, and what it takes of adapters."""
+"""Query vLLM in its own Python environment, and check adapters against what it supports."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from strop.errors import InputError, ModelError
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.32 takes as --max-lora-rank
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.32
 DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
-ASK = """
+QUERY = """
 import json, sys, torch, vllm
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces import supports_lora
@@ -25,8 +25,11 @@ print(json.dumps({"version": vllm.__version__, "known": known, "lora": bool(lora
 """
 
 
-def find_python(given: str | None, option: str = "--vllm-python") -> str:
-    """The Python that has vLLM: the one given by this option, or that of the `vllm` on the PATH. Raises InputError."""
+def find_vllm_python(given: str | None, option: str = "--vllm-python") -> str:
+    """Return the Python that has vLLM: the given one, or that of `vllm` on the PATH. Raises InputError.
+
+    option: the command-line option for it, for messages.
+    """
     fix = f"give {option} /path/to/environment/bin/python (see docs/serve.md)"
     if given is not None:
         if shutil.which(given) is None:
@@ -39,38 +42,39 @@ def find_python(given: str | None, option: str = "--vllm-python") -> str:
     return str(python)
 
 
-def about_vllm(python: str, architecture: str, *, lora: bool) -> dict[str, Any]:
-    """Its version, and whether it has a GPU: {version, known, lora, cuda}. lora: adapters are wanted.
+def query_vllm(python: str, architecture: str, *, lora: bool) -> dict[str, Any]:
+    """Return {version, known, lora, cuda} of a vLLM installation, for a model architecture.
 
-    Raises InputError where vLLM does not start, ModelError where it does not know the architecture.
+    lora: adapters are needed. Raises InputError where vLLM does not start, ModelError where it does not support the
+    architecture.
     """
-    done = subprocess.run([python, "-c", ASK, architecture], capture_output=True, text=True, env=vllm_environment())
+    done = subprocess.run([python, "-c", QUERY, architecture], capture_output=True, text=True, env=vllm_environment())
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise InputError(
-            f"{python}: vLLM does not start there: {last}", fix="mend that environment (see docs/serve.md)"
-        )
-    found = dict(json.loads(done.stdout.strip().splitlines()[-1]))
-    if not found["known"] or (lora and not found["lora"]):
-        what = f"{architecture}{' with LoRA' if found['known'] else ''}"
-        raise ModelError(f"vLLM {found['version']} does not know {what}", fix="leave vLLM out: strop's engine answers")
-    return found
+        raise InputError(f"{python}: vLLM does not start there: {last}", fix="fix that environment (see docs/serve.md)")
+    facts = dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    if not facts["known"] or (lora and not facts["lora"]):
+        what = f"{architecture}{' with LoRA' if facts['known'] else ''}"
+        raise ModelError(f"vLLM {facts['version']} does not support {what}", fix="use strop's own engine, without vLLM")
+    return facts
 
 
 def vllm_environment(without: str = "") -> dict[str, str]:
-    """What vLLM's process is given: nothing of strop's own paths, nor this variable, and no network."""
+    """Return the environment of vLLM's process: without PYTHONPATH and the variable `without`, and offline."""
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     own = {name: value for name, value in os.environ.items() if name not in (without, "PYTHONPATH")}
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **own, **quiet}
 
 
-def lora_rank(config: Mapping[str, Any], name: str, fix: str) -> int:
-    """What vLLM must be told so that it takes an adapter with this adapter_config.json. Raises ModelError, with this
-    fix, for one that it cannot run."""
-    odd = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
-    odd += ["bias"] if config.get("bias", "none") != "none" else []
+def max_lora_rank(config: Mapping[str, Any], name: str, fix: str) -> int:
+    """Return the --max-lora-rank with which vLLM accepts an adapter.
+
+    config: its adapter_config.json. Raises ModelError, with this fix, for an adapter that vLLM cannot run.
+    """
+    unsupported = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
+    unsupported += ["bias"] if config.get("bias", "none") != "none" else []
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    if odd or rank > RANKS[-1]:
-        what = f"its {odd[0]}" if odd else f"rank {rank}"
-        raise ModelError(f"{name}: vLLM does not take {what}", fix=fix)
+    if unsupported or rank > RANKS[-1]:
+        what = f"its {unsupported[0]}" if unsupported else f"rank {rank}"
+        raise ModelError(f"{name}: vLLM does not support {what}", fix=fix)
     return next(allowed for allowed in RANKS if allowed >= rank)

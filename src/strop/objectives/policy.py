@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from strop.config.schema import TrainSection
-from strop.objectives.objective import Objective, require
+from strop.objectives import Objective, require
 
 if TYPE_CHECKING:
     from torch import Tensor

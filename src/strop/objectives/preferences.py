@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strop.config.schema import TrainSection
-from strop.objectives.objective import Objective, require
+from strop.objectives import Objective, require
 
 if TYPE_CHECKING:
     from torch import Tensor

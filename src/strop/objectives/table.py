@@ -8,7 +8,7 @@ from typing import Any
 from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
 from strop.data.types import DataKind
 from strop.errors import RecipeError
-from strop.objectives.objective import Objective
+from strop.objectives import Objective
 from strop.objectives.policy import GRPO, PolicyLoss
 from strop.objectives.preferences import DPO, IPO, KTO, ORPO, REWARD, SIMPO
 

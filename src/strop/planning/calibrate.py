@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,19 +22,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.data.types import Example
 from strop.engine.device import measure, pick_dtype, prepare_process
-from strop.engine.kernels.dispatch import frozen_flops, integer_flops, kernels_lack, processor_for
+from strop.engine.kernels.dispatch import backend_for, frozen_flops, int8_flops, why_no_triton
 from strop.engine.kernels.protocols import apply
 from strop.engine.step import step_for
 from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import QuantizerError
-from strop.machine.doctor import Finding, crashed, installed, pip
+from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command
 from strop.machine.probe import TILED_RANK, Machine, probe
-from strop.machine.rates import Rates, keep_rates
+from strop.machine.rates import Rates, save_rates
 from strop.models.families.shape import ModelShape
-from strop.models.quantize import QuantizedLinear, pack, unpack
+from strop.models.quantize import QuantizedLinear, dequantize_weight, quantize_weight
 from strop.planning.activations import MicroBatch
-from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, repacked_bytes, work_of
+from strop.planning.time import KINDS_HIDDEN, Rate, matmul_seconds, repacked_bytes, work_of
 from strop.planning.workload import AdapterWeights, BaseWeights, Compute, Workload
 
 LOG = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def examine(machine: Machine) -> tuple[list[Finding], Rates]:
     """Run all checks and measurements; return findings and the CPU's rates, which are stored for `strop plan`."""
     busy = _check_load(machine)
     rates = measure_rates()
-    keep_rates(machine, "cpu", rates)
+    save_rates(machine, "cpu", rates)
     what = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
     what += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"
     findings = [Finding("ok", what)]
@@ -89,7 +88,7 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     """Check that torch can use the GPU that the driver lists, that it has bf16, and that strop's kernels compile."""
     if not machine.gpus:
         return
-    fix = f"{pip()} install --force-reinstall torch"
+    fix = f"{pip_command()} install --force-reinstall torch"
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
         what = f"{machine.gpus[0]} is installed, but torch {torch.__version__} (built for {built}) cannot use it"
@@ -100,12 +99,12 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
         yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is stored in fp32, in twice the memory")
     else:
         yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
-    missing = kernels_lack(torch.device("cuda"))
+    missing = why_no_triton(torch.device("cuda"))
     if missing is None:
         yield Finding("ok", "strop's own kernels work on the GPU")
     else:
         why = "training uses PyTorch operations, which are slower; see docs/troubleshooting.md#triton"
-        install = f"{pip()} install triton" if "imported" in missing else "apt install gcc python3-dev"
+        install = f"{pip_command()} install triton" if "imported" in missing else "apt install gcc python3-dev"
         yield Finding("warning", missing, why, install)
 
 
@@ -122,9 +121,9 @@ def measure_rates() -> Rates:
     for name, dtype, rate in (("bf16", torch.bfloat16, bf16), ("fp32", torch.float32, precision.fp32_flops)):
         LOG.info("measuring steps of small models in %s", name)
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
-        costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
-    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
-    integers = integer_flops() if precision.dtype == "fp32" else {}
+        costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **step}
+    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if is_installed("bitsandbytes") else {}
+    integers = int8_flops() if precision.dtype == "fp32" else {}
     return Rates(bf16, precision.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
 
 
@@ -133,37 +132,16 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     rows, hidden, vocabulary = 512, 576, 49152
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
-    processor = processor_for(torch.device("cpu"), dtype)
-    output = OutputHead(weight, 0.0, processor.ops, matmul=processor.product(weight.shape))
+    backend = backend_for(torch.device("cpu"), dtype)
+    output = OutputHead(weight, 0.0, backend.ops, matmul=backend.matmul(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
-    own_matmul = dtype == torch.bfloat16 and probe().has_products(weight.shape)
+    own_matmul = dtype == torch.bfloat16 and probe().has_bf16_matmul(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own_matmul) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Costs of a step in one dtype. The names are those of `planning.time.Rate`.
-
-    Args:
-        layer_s: constant seconds per layer.
-        moved: bytes/s of element-wise work.
-        attention_flops: FLOP/s of attention.
-        kinds_s: seconds to compile the matmuls of a new row length, at hidden size KINDS_HIDDEN.
-        plain: time of the plain step, relative to the fast step.
-        thin_flops: FLOP/s of LoRA matmuls with a rank that is too large for strop's tiles.
-    """
-
-    layer_s: float
-    moved: float
-    attention_flops: float
-    kinds_s: float
-    plain: float
-    thin_flops: float
-
-
-def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
-    """Fit the costs of a step. rate: measured rates of large matmuls and of memory."""
+def step_costs(dtype: torch.dtype, rate: Rate) -> dict[str, float]:
+    """Fit the costs of a step, by their names in `planning.time.Rate`. rate: measured for large matmuls and memory."""
     models = {sizes["hidden_size"]: _model(sizes, dtype) for sizes in (SMALL, LARGE)}
     steps = {hidden: step_for(model).token_loss for hidden, model in models.items()}
     residuals, totals, compiling = list[float](), list[float](), list[float]()
@@ -172,7 +150,7 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
         first, repeated = _seconds(steps[sizes["hidden_size"]], number, length)
         work = work_of(_workload(sizes, dtype), MicroBatch.rows([length] * number))
         terms.append((sizes["num_hidden_layers"], work.moved, work.attention))
-        residuals.append(repeated - known_seconds(work, rate))
+        residuals.append(repeated - matmul_seconds(work, rate))
         totals.append(repeated)
         compiling += [max(0.0, first - repeated)] if sizes is SMALL else []
     layer, moved, attention = _least_squares(terms, residuals, totals)
@@ -180,7 +158,10 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
     fast = _seconds(steps[SMALL["hidden_size"]], *TRIALS[2][1])[1]
     wide = step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss
     thin = _thin_flops(dtype, rate, _seconds(wide, *TRIALS[2][1])[1] - fast)
-    return Costs(layer, 1 / moved, 1 / attention, float(np.mean(compiling)), plain / fast, thin)
+    return {
+        "layer_s": layer, "moved": 1 / moved, "attention_flops": 1 / attention, "kinds_s": float(np.mean(compiling)),
+        "plain": plain / fast, "thin_flops": thin,
+    }  # fmt: skip
 
 
 def _thin_flops(dtype: torch.dtype, rate: Rate, more_s: float) -> float:
@@ -205,9 +186,8 @@ def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
 def unpacked_per_s(scheme: str) -> float:
     """Measure the weights dequantized per second."""
     weight = torch.randn(DEQUANTIZED_SHAPE)
-    packed = pack(weight, scheme)
-    dtype = torch.bfloat16
-    return weight.numel() / fastest(lambda: unpack(packed, scheme, weight.shape, dtype), 8)
+    packed = quantize_weight(weight, scheme)
+    return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, torch.bfloat16), 8)
 
 
 def fastest(work: Callable[[], object], rounds: int = 4) -> float:
@@ -221,8 +201,8 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 
 def _workload(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Workload:
-    shape = ModelShape.of({"model_type": "llama", **sizes})
-    tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
+    shape = ModelShape.from_config({"model_type": "llama", **sizes})
+    tiles = backend_for(torch.device("cpu"), dtype).has_tiled_attention(shape.head_size)
     return Workload(
         base=BaseWeights(shape=shape, parameters=0),
         adapter=AdapterWeights(ranks=(rank,) * len(shape.linears)),
@@ -232,19 +212,18 @@ def _workload(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Wo
 
 def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: int) -> tuple[float, float]:
     """Return the fastest seconds of a step on (a new row length, a repeated one)."""
-    first = repeated = math.inf
+    fastest_seconds = [math.inf, math.inf]
     begun = time.perf_counter()
-    for turn in range(ROUNDS):
-        if turn and time.perf_counter() - begun > BUDGET_S:
+    for shorter in range(ROUNDS):
+        if shorter and time.perf_counter() - begun > BUDGET_S:
             break
-        at = np.arange(length - turn, dtype=np.int32)
+        at = np.arange(length - shorter, dtype=np.int32)
         rows = [Example((at + row) % SIZES["vocab_size"], (at > 0).astype(np.float32), "", 0) for row in range(number)]
-        for attempt in range(2):
+        for repeated in (0, 1):
             started = time.perf_counter()
             loss(rows).backward()  # type: ignore[no-untyped-call]
-            took = time.perf_counter() - started
-            first, repeated = (min(first, took), repeated) if attempt == 0 else (first, min(repeated, took))
-    return first, repeated
+            fastest_seconds[repeated] = min(fastest_seconds[repeated], time.perf_counter() - started)
+    return fastest_seconds[0], fastest_seconds[1]
 
 
 def _least_squares(
@@ -267,8 +246,8 @@ def _least_squares(
 
 
 def check_four_bit_step() -> Finding:
-    """Train one step through an nf4 weight, on the device of a run, and compare it with autograd in fp32."""
-    device, fix = "cuda" if torch.cuda.is_available() else "cpu", f"{pip()} install -U bitsandbytes"
+    """Train one step through an nf4 weight and compare it with autograd in fp32."""
+    device, fix = "cuda" if torch.cuda.is_available() else "cpu", f"{pip_command()} install -U bitsandbytes"
     LOG.info("one training step in 4 bit")
     torch.manual_seed(0)
     try:
@@ -277,7 +256,7 @@ def check_four_bit_step() -> Finding:
         why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
         return Finding("error", fault.what, why, fix)
     except Exception as fault:  # a check that crashes has found something
-        return crashed("a training step in 4 bit", fault, fix)
+        return crash_finding("a training step in 4 bit", fault, fix)
     if not moved or not error <= 1e-3 * moved:  # NaN fails too
         what = f"a 4-bit step moves a weight by {moved:.2g}, with an error of {error:.2g}"
         return Finding("error", what, "a 4-bit run would train wrongly", fix)
@@ -287,17 +266,17 @@ def check_four_bit_step() -> Finding:
 def _four_bit_update(device: str) -> tuple[float, float]:
     """Return the largest change of an adapter weight, and its largest difference from the fp32 update."""
     weight = torch.randn(128, 128, device=device)
-    packed = pack(weight, "nf4")
+    packed = quantize_weight(weight, "nf4")
     layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)
-    layer.fill(packed)
-    dequantized = unpack(packed, "nf4", weight.shape, torch.float32)
+    layer.load_packed(packed)
+    dequantized = dequantize_weight(packed, "nf4", weight.shape, torch.float32)
     x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
-    results: list[Tensor] = []
-    matmuls: list[Callable[[Tensor], Tensor]] = [layer, lambda z: z @ dequantized.t()]
-    for matmul in matmuls:
+
+    def trained(matmul: Callable[[Tensor], Tensor]) -> Tensor:
         b = nn.Parameter(torch.zeros(128, 4, device=device))
-        optimizer = torch.optim.SGD([b], lr=0.1)
         matmul(x + (x @ a.t()) @ b.t()).square().mean().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        results.append(b.detach())
-    return float(results[0].abs().max()), float((results[0] - results[1]).abs().max())
+        torch.optim.SGD([b], lr=0.1).step()
+        return b.detach()
+
+    b, exact = trained(layer), trained(lambda z: z @ dequantized.t())
+    return float(b.abs().max()), float((b - exact).abs().max())

@@ -1,9 +1,9 @@
-"""Choose the options that a recipe leaves open, for one model and machine. Each choice carries its reason."""
+"""Choose the options that a recipe leaves open, for one model and machine: memory, learning rate and the rest."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,13 +11,12 @@ from typing import Any
 from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
-from strop.machine.memory import recall
+from strop.machine.memory import load_measured
 from strop.machine.probe import Machine
-from strop.machine.rates import known_rates
+from strop.machine.rates import load_rates
 from strop.models.families.shape import ModelShape
-from strop.objectives.table import check_devices, default_options
+from strop.objectives.table import check_devices, default_options, objective_of
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices
-from strop.planning.learning_rate import alpha_of, open_rate
 from strop.planning.time import Rate
 from strop.planning.workload import check_patterns, why_not_offloaded, why_plain
 from strop.runs.lock import sha256_text
@@ -25,6 +24,17 @@ from strop.runs.lock import sha256_text
 FREED_FACTOR = 1.1  # growth of the usable memory since an out-of-memory error, above which the error is ignored
 USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # share of free memory; on a CPU, MemoryWatch stops a run there
 REWARD_HEADS = ("classifier", "score")  # peft's names for the head of a reward model; the objective adds its own
+PUBLISHED_PARAMETERS = 7e9  # from this size on: 2e-4 (QLoRA, arXiv:2305.14314, table 9)
+REFERENCE_SCALE, REFERENCE_ROWS = 32, 8  # adapter scale (r 16, alpha 32) and rows per step that the rule is made for
+MIN_SCALE, ROWS_RANGE = 8, (2, 32)  # measured; below MIN_SCALE and outside of ROWS_RANGE the rate stays constant
+DECIDING = {  # options that the rules for alpha and for the learning rate read
+    "lora.alpha": ("lora.r",),
+    "train.learning_rate": (
+        *("model.name", "lora.r", "lora.alpha", "lora.use_rslora"),
+        *("train.objective", "train.batch_size", "train.lora_plus_ratio", "train.optimizer"),
+    ),
+}
+MEASURED_PARAMETERS = 71e6, 135e6  # smallest and largest model of benchmarks/learning_rates.py
 
 
 def choose(
@@ -37,39 +47,29 @@ def choose(
     parameters: int | None = None,
     devices: int = 1,
 ) -> Resolved:
-    """Fill in every open option.
+    """Fill in every open option of a recipe.
 
-    Args:
-        resolved: the recipe, with the origin of each value.
-        machine: the machine; with several devices, one device's part of it.
-        shape: sizes of the model.
-        device: device for a recipe that leaves it open.
-        dtype: (name, reason) of the compute dtype for a recipe that leaves it open.
-        adapter: adapter_config.json of `model.adapter`, with the texts of its new tokens. The recipe takes its shape.
-        parameters: number of weights by the model's files; default: by its shape.
-        devices: number of devices that train together.
-
-    Raises:
-        RecipeError: options conflict with each other, or with the adapter to start from.
+    device and dtype (name, reason): for a recipe that leaves them open. adapter: adapter_config.json of
+    `model.adapter`, with the texts of its new tokens; the recipe takes its shape. With several devices, the machine is
+    one device's part. Raises RecipeError if options conflict with each other, or with the adapter.
     """
     check_devices(resolved.recipe.train, devices)
     if adapter is not None:
         resolved = resolved.decide(_adapter_choices(resolved, adapter))
     resolved = resolved.decide(_plain_choices(resolved.recipe, shape, device, dtype))
-    recipe = resolved.recipe
+    recipe, model = resolved.recipe, resolved.recipe.model
     check_patterns(recipe.lora, shape)
     if recipe.train.gradient_checkpointing == "offload" and (why := why_not_offloaded(recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
     if recipe.train.int8_matmul and (why := why_no_integers(recipe, machine, shape)) is not None:
         raise RecipeError(f"--train.int8_matmul true: {why}", fix="leave train.int8_matmul out")
-    model = recipe.model
-    rate_of = partial(Rate.of_cpu, machine, known_rates(machine, "cpu")) if model.device == "cpu" else None
+    rate_of = partial(Rate.of_cpu, machine, load_rates(machine, "cpu")) if model.device == "cpu" else None
     usable = usable_bytes(machine, model.device)
     budget = MemoryBudget(shape, parameters or shape.parameters, usable, devices, rate_of)
     fit_memory, unfitted = fit if devices == 1 else fit_devices, resolved.decide(default_micro_batch(recipe))
     resolved = fit_memory(unfitted, budget)
     _check_quantized_options(resolved.recipe)
-    limits = recall(memory_key(resolved.recipe, machine, shape))
+    limits = load_measured(memory_key(resolved.recipe, machine, shape))
     if usable > FREED_FACTOR * limits.get("usable_bytes", usable):  # another program used memory at the time
         limits = {}
     if limits.get("recompute") or limits.get("streamed"):  # a smaller micro-batch would not save recomputation
@@ -79,25 +79,20 @@ def choose(
 
 def _plain_choices(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[str, str]) -> list[Choice]:
     """Return the choices that do not depend on memory."""
-    choices: list[Choice] = []
-
-    def choose_option(field: str, value: Any, why: str) -> None:
-        choices.append(Choice(field, value, "plan", why))
-
+    values: list[tuple[str, Any, str]] = []
     if recipe.model.device == "auto":
-        choose_option("model.device", device, "the fastest device torch can use here")
+        values.append(("model.device", device, "the fastest device torch can use here"))
     if recipe.model.dtype == "auto":
-        value = ("fp32", "train.int8_matmul accumulates in fp32") if recipe.train.int8_matmul else dtype
-        choose_option("model.dtype", *value)
+        dtype = ("fp32", "train.int8_matmul accumulates in fp32") if recipe.train.int8_matmul else dtype
+        values.append(("model.dtype", *dtype))
     if recipe.lora.alpha is None:
-        choose_option("lora.alpha", alpha_of(recipe), "2 r")
-    for option in default_options(recipe.train):
-        choose_option(*option)
+        values.append(("lora.alpha", alpha_of(recipe), "2 r"))
+    values += default_options(recipe.train)
     if recipe.train.learning_rate is None:
-        choose_option("train.learning_rate", *open_rate(recipe, shape))
+        values.append(("train.learning_rate", *open_rate(recipe, shape)))
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
-        choose_option("train.optimizer", "adamw_8bit", "paging needs CUDA")
-    return choices
+        values.append(("train.optimizer", "adamw_8bit", "paging needs CUDA"))
+    return [Choice(field, value, "plan", why) for field, value, why in values]
 
 
 def _check_quantized_options(recipe: Recipe) -> None:
@@ -113,7 +108,7 @@ def _check_quantized_options(recipe: Recipe) -> None:
 
 
 def _apply_memory_limits(resolved: Resolved, limits: Mapping[str, Any]) -> Resolved:
-    """Lower choices of the plan to what did not run out of memory in an earlier run. limits: empty if none did."""
+    """Lower choices of the plan to the limits that an earlier run, which ran out of memory, has left."""
     why = "an earlier run of this shape ran out of memory here"
     tokens = min(limits.get("micro_batch_tokens") or 1 << 30, resolved.recipe.train.micro_batch_tokens or 1 << 30)
     for name, field, value, how in (
@@ -128,40 +123,31 @@ def _apply_memory_limits(resolved: Resolved, limits: Mapping[str, Any]) -> Resol
 
 def why_no_integers(recipe: Recipe, machine: Machine, shape: ModelShape) -> str | None:
     """Return why frozen weights cannot be multiplied in 8-bit integers, or None. The recipe's device is chosen."""
+    if recipe.model.device != "cpu":
+        return f"only on a CPU, and the run is on {recipe.model.device}"
+    if not machine.has_int8_dot:
+        return f"{machine.cpu} has no 8-bit integer dot products (VNNI)"
     why = why_plain(recipe, shape)
-    reasons = {
-        f"only on a CPU, and the run is on {recipe.model.device}": recipe.model.device != "cpu",
-        f"{machine.cpu} has no 8-bit integer dot products (VNNI)": not machine.integers,
-        f"the plain step cannot, and it trains this recipe ({why})": why is not None,
-    }
-    return next((reason for reason, applies in reasons.items() if applies), None)
+    return None if why is None else f"the plain step cannot, and it trains this recipe ({why})"
 
 
 def usable_bytes(machine: Machine, device: str) -> int:
-    """Return the bytes a run may use: a share of the GPU's memory, or of what this process can still allocate.
+    """Return the bytes a run may use: a share of what this process can still allocate, or of the GPU's memory.
 
-    For a GPU it is a share of the free memory, if a run has read that.
+    If a run has read the free memory of the GPU, it is a share of that.
     """
     kind, _, index = device.partition(":")
     free = machine.free_bytes
     if kind == "cuda" and machine.gpus:
-        free = gpu_bytes(machine.gpus[min(int(index or 0), len(machine.gpus) - 1)]) or free
+        line = machine.gpus[min(int(index or 0), len(machine.gpus) - 1)]  # the driver's: "name, 24564 MiB"
+        free = int(match[1]) << 20 if (match := re.search(r"(\d+) MiB", line)) else free
     if kind == "cuda" and machine.card_free_bytes is not None:
         free = machine.card_free_bytes
     return int(USABLE[kind] * free)
 
 
-def gpu_bytes(line: str) -> int | None:
-    """Return the memory of a GPU as the driver lists it ("name, 24564 MiB"), or None if the line has none."""
-    match = re.search(r"(\d+) MiB", line)
-    return int(match[1]) << 20 if match else None
-
-
 def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
-    """Return the key of remembered out-of-memory limits: everything that decides memory except the micro-batch.
-
-    The recipe's device and dtype are chosen.
-    """
+    """Return the key of remembered out-of-memory limits: all that decides memory except the micro-batch."""
     model, lora = recipe.model, recipe.lora
     parts = (
         *(machine.cpu, machine.memory_bytes, machine.gpus, shape, model.device, model.dtype, model.quantization),
@@ -171,11 +157,7 @@ def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
 
 
 def _adapter_choices(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
-    """Return the recipe fields that the adapter to start from decides.
-
-    Raises:
-        RecipeError: the recipe gives another value.
-    """
+    """Return the recipe fields that the adapter to start from decides; refuse a recipe with another value."""
     values = {
         "lora.r": adapter["r"],
         "lora.alpha": float(adapter["lora_alpha"]),
@@ -188,20 +170,102 @@ def _adapter_choices(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Cho
         "lora.modules_to_save": [name for name in adapter.get("modules_to_save") or [] if name not in REWARD_HEADS],
         "lora.new_tokens": adapter.get("new_tokens", []),
     }
-    given = {field: choice for field, choice in resolved.choices.items() if choice.origin in ("recipe", "option")}
+    user = {field: choice.value for field, choice in resolved.choices.items() if choice.origin in ("recipe", "option")}
     for field, value in (values | {"lora.init": "default"}).items():  # another init would overwrite its values
-        if field in given and given[field].value != value:
+        if field in user and user[field] != value:
             adapter_value = "trained values" if field == "lora.init" else value
-            what = f"--{field} {given[field].value}: the adapter to start from has {adapter_value}"
+            what = f"--{field} {user[field]}: the adapter to start from has {adapter_value}"
             raise RecipeError(what, fix=f"leave {field} out, or train a new adapter")
-    choices = [Choice(field, value, "plan", "as in the adapter it starts from") for field, value in values.items()]
-    if "lora.dropout" not in given:
-        choices.append(_adapter_dropout(resolved.recipe, float(adapter.get("lora_dropout", 0))))
-    return choices
+    why, dropout = "as in the adapter it starts from", float(adapter.get("lora_dropout", 0))
+    choices = [Choice(field, value, "plan", why) for field, value in values.items()]
+    if dropout and resolved.recipe.train.objective == "grpo":
+        dropout, why = 0.0, f"objective grpo uses none; the adapter it starts from had {dropout:g}"
+    return choices if "lora.dropout" in user else [*choices, Choice("lora.dropout", dropout, "plan", why)]
 
 
-def _adapter_dropout(recipe: Recipe, dropout: float) -> Choice:
-    if dropout and recipe.train.objective == "grpo":
-        why = f"objective grpo uses none; the adapter it starts from had {dropout:g}"
-        return Choice("lora.dropout", 0.0, "plan", why)
-    return Choice("lora.dropout", dropout, "plan", "as in the adapter it starts from")
+def learning_rate(parameters: int) -> float:
+    """Return the rate of supervised fine-tuning: 2e-4 (7e9 / P)^(2/3) below 7B parameters, at most 4e-3, else 2e-4."""
+    # The exponent joins the published rate for 7B to the measured models (docs/learning_rate.md).
+    return float(f"{min(4e-3, 2e-4 * max(1.0, PUBLISHED_PARAMETERS / parameters) ** (2 / 3)):.2g}")
+
+
+def objective_base_rate(parameters: int) -> float:
+    """Return the rate that the other objectives take a share of: 2e-4 (7e9 / P)^0.41, at most 2e-3."""
+    # It was the rule for supervised fine-tuning too when the shares were measured (docs/preferences.md).
+    return float(f"{min(2e-3, 2e-4 * max(1.0, PUBLISHED_PARAMETERS / parameters) ** 0.41):.2g}")
+
+
+def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
+    """Return the learning rate of a recipe that leaves it open, and the reason. There is no rule for sgd."""
+    train, objective, size = recipe.train, objective_of(recipe.train), shape.parameters
+    if train.optimizer == "sgd":
+        raise RecipeError("--train.optimizer sgd: no rule for its learning rate", fix="give --train.learning_rate")
+    rate, why = learning_rate(size), f"rule for {size / 1e6:,.0f}M parameters, {rule_evidence(size)}"
+    scale = adapter_scale(recipe)
+    if (factor := rate_factor(scale, train.batch_size, train.lora_plus_ratio)) != 1:
+        rate, why = float(f"{rate * factor:.2g}"), f"{why}; times {factor:.2g} for {_differences(recipe, scale)}"
+    if objective is not None:
+        rate = float(f"{objective.rate_share * objective_base_rate(size):.2g}")
+        why = f"2e-4 (7e9 / parameters)^0.41, {objective.rate_share:g} of it for {objective.name}"
+    if train.optimizer == "lion":
+        return float(f"{rate / 5:.2g}"), f"{why}; a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
+    return rate, why
+
+
+def stale_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
+    """Yield a sentence for alpha and the learning rate if the recipe has them, but an option would change them.
+
+    The recipe.yaml of a run has all values, so they do not follow a changed rank or model.
+    """
+    recipe, choices = resolved.recipe, resolved.choices
+    open_alpha = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"alpha": None})})
+    rule_values = {"lora.alpha": alpha_of(open_alpha)}
+    if recipe.train.optimizer != "sgd":
+        rule_values["train.learning_rate"] = open_rate(recipe, shape)[0]
+    for field, value in rule_values.items():
+        options = [f"--{name} {choices[name].value}" for name in DECIDING[field] if choices[name].origin == "option"]
+        choice = choices[field]
+        if options and choice.origin == "recipe" and choice.value is not None and choice.value != value:
+            open_value = f"with {', '.join(options)} it would be {value:g} (--{field} none)"
+            yield f"{field} {choice.value:g}: as the recipe has it; {open_value}"
+
+
+def adapter_scale(recipe: Recipe) -> float:
+    """Return the rank times the scale of the adapter's update: alpha, or alpha sqrt(r) with rsLoRA."""
+    return alpha_of(recipe) * (recipe.lora.r**0.5 if recipe.lora.use_rslora else 1)
+
+
+def alpha_of(recipe: Recipe) -> float:
+    """Return alpha, which is twice the rank if the recipe leaves it open."""
+    return recipe.lora.alpha or 2.0 * recipe.lora.r
+
+
+def rate_factor(scale: float, batch: int, ratio: float = 1.0) -> float:
+    """Return the factor on the rate for another `adapter_scale`, rows per step, or LoRA+ ratio than the rule's.
+
+    The best rates were measured at ranks 4 to 128, scales 1 to 8, 2 to 32 rows, and a ratio of 16
+    (docs/learning_rate.md). With one alpha for all ranks the rate is the same, as "LoRA Without Regret" (Schulman and
+    Thinking Machines, 2025) found for larger models.
+    """
+    rows = min(max(batch, ROWS_RANGE[0]), ROWS_RANGE[1])
+    return float((REFERENCE_SCALE / max(scale, MIN_SCALE)) ** 0.5 * (rows / REFERENCE_ROWS) ** 0.2 / ratio**0.5)
+
+
+def _differences(recipe: Recipe, scale: float) -> str:
+    batch = recipe.train.batch_size
+    parts = {
+        f"alpha {alpha_of(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": scale != REFERENCE_SCALE,
+        f"batches of {batch}": batch != REFERENCE_ROWS,
+        "LoRA+": recipe.train.lora_plus_ratio != 1,
+    }
+    return ", ".join(name for name, differs in parts.items() if differs)
+
+
+def rule_evidence(parameters: int) -> str:
+    """Return whether the rule was measured at a model of this size."""
+    smallest, largest = MEASURED_PARAMETERS
+    if parameters >= PUBLISHED_PARAMETERS:
+        return "as published for 7B and more"
+    if parameters > largest * 1.05:
+        return "between 135M and 7B, not measured: try half and twice it"
+    return "measured" if parameters >= smallest * 0.95 else "smaller than what was measured: try half and twice it"

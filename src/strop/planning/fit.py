@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from strop.config.load import Choice, Resolved
@@ -71,8 +71,7 @@ def fit(resolved: Resolved, budget: MemoryBudget) -> Resolved:
 def fit_devices(resolved: Resolved, budget: MemoryBudget) -> Resolved:
     """Choose the open options for several devices: the whole base on each if it fits, otherwise a share on each.
 
-    Raises:
-        RecipeError: the recipe asks for a sharded base and for an option that needs the whole base.
+    Raises RecipeError for a sharded base with an option that needs the whole base.
     """
     field, placement, blocker = "model.placement", resolved.recipe.model.placement, _why_not_sharded(resolved.recipe)
     if placement == "sharded" and blocker:
@@ -104,10 +103,10 @@ def smaller_scheme(recipe: Recipe) -> str:
 
 
 def _fastest_micro_batch(resolved: Resolved, budget: MemoryBudget) -> Resolved:
-    """Lower `train.micro_batch_tokens` on a CPU if the predicted time per token falls.
+    """Lower `train.micro_batch_tokens` on a CPU if the predicted time per token, on the longest rows, falls.
 
-    A smaller micro-batch leaves memory to recompute fewer layers, or to dequantize more layers once. Against that, each
-    micro-batch has a constant cost per layer. Times are for rows of the maximum length.
+    A smaller micro-batch leaves memory to recompute fewer layers or to dequantize more of them once, but has the same
+    constant cost per layer.
     """
     best, field = _fill_memory(resolved, budget), "train.micro_batch_tokens"
     size, smallest = resolved.recipe.train.micro_batch_tokens, max(MIN_LENGTH, resolved.recipe.data.max_length)
@@ -140,13 +139,10 @@ def _why_not_sharded(recipe: Recipe) -> str | None:
     """Return the option that reads or trains weights of the base outside of its forward pass, or None."""
     lora = recipe.lora
     options = {
-        "lora.use_dora": lora.use_dora,
-        "lora.init loftq": lora.init == "loftq",
-        "lora.new_tokens": bool(lora.new_tokens),
-        "lora.modules_to_save": bool(lora.modules_to_save),
-        "train.int8_matmul": recipe.train.int8_matmul,
-    }
-    return next((option for option, given in options.items() if given), None)
+        "lora.use_dora": lora.use_dora, "lora.init loftq": lora.init == "loftq", "lora.new_tokens": lora.new_tokens,
+        "lora.modules_to_save": lora.modules_to_save, "train.int8_matmul": recipe.train.int8_matmul,
+    }  # fmt: skip
+    return next((option for option, value in options.items() if value), None)
 
 
 def _lower_dtype(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
@@ -185,13 +181,10 @@ def _may_quantize(resolved: Resolved) -> bool:
 def _smallest(resolved: Resolved) -> Recipe:
     """Return the recipe with one row per micro-batch, unless the user has set the micro-batch."""
     recipe = resolved.recipe
-    if recipe.train.micro_batch is not None:
-        return _with_train(recipe, micro_batch=1) if _may_shrink_rows(resolved) else recipe
-    return _with_train(recipe, micro_batch_tokens=recipe.data.max_length)
-
-
-def _may_shrink_rows(resolved: Resolved) -> bool:
-    return resolved.choices["train.micro_batch"].origin == "preset"
+    if recipe.train.micro_batch is None:
+        return _with_train(recipe, micro_batch_tokens=recipe.data.max_length)
+    by_preset = resolved.choices["train.micro_batch"].origin == "preset"
+    return _with_train(recipe, micro_batch=1) if by_preset else recipe
 
 
 def _with_train(recipe: Recipe, **changes: Any) -> Recipe:
@@ -203,7 +196,7 @@ def _shrink_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice
     recipe, layers = resolved.recipe, _max_checkpointed(resolved.recipe, budget)
     now = recipe.train.micro_batch or recipe.train.micro_batch_tokens or 0
     name, smallest = ("micro_batch", 1) if recipe.train.micro_batch else ("micro_batch_tokens", recipe.data.max_length)
-    if resolved.choices[f"train.{name}"].origin != "plan" and not _may_shrink_rows(resolved):
+    if resolved.choices[f"train.{name}"].origin != "plan" and resolved.choices["train.micro_batch"].origin != "preset":
         return []
     size = now
     while size > smallest and not budget.fits(recipe, checkpointed_layers=layers):
@@ -238,9 +231,9 @@ def _max_checkpointed(recipe: Recipe, budget: MemoryBudget) -> int:
 
 
 def _apply_last_resorts(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
-    """Offload, or use an 8-bit optimizer and then shorter rows, if nothing else fits; only options left unset change.
+    """Offload, or use an 8-bit optimizer and then shorter rows, if nothing else fits and these options are unset.
 
-    Returns no choice if all of them together do not fit.
+    Return no choice if all of them together do not fit.
     """
     recipe, layers = resolved.recipe, _max_checkpointed(resolved.recipe, budget)
     needed = budget.needed(recipe, checkpointed_layers=layers)
@@ -251,23 +244,18 @@ def _apply_last_resorts(resolved: Resolved, budget: MemoryBudget) -> list[Choice
     if may_offload and budget.fits(recipe, checkpointed_layers=layers, offload=True):
         why = f"{why} with the inputs of layers on the GPU"
         return [Choice("train.gradient_checkpointing", "offload", "plan", why)]
-    values: dict[str, Any] = {}
-
-    def is_open(field: str) -> bool:
-        return resolved.choices[field].origin == "default"
-
-    if is_open("train.optimizer"):
-        values["train.optimizer"] = "adamw_8bit"
+    is_open = {field: choice.origin == "default" for field, choice in resolved.choices.items()}
+    values: dict[str, Any] = {"train.optimizer": "adamw_8bit"} if is_open["train.optimizer"] else {}
     length = recipe.data.max_length
     while True:
         choices = [Choice(field, value, "plan", why) for field, value in values.items()]
         if budget.fits(resolved.decide(choices).recipe, checkpointed_layers=layers):
             return choices
-        if length <= MIN_LENGTH or not is_open("data.max_length") or recipe.train.micro_batch is not None:
+        if length <= MIN_LENGTH or not is_open["data.max_length"] or recipe.train.micro_batch is not None:
             return []
         length = max(MIN_LENGTH, length // 2)
         values["data.max_length"] = values["train.micro_batch_tokens"] = length
-        if is_open("data.overlong"):
+        if is_open["data.overlong"]:
             values["data.overlong"] = OVERLONG.get(data_kind_of(recipe.train), "truncate-start")
 
 
@@ -304,40 +292,24 @@ def _choose_checkpointing(resolved: Resolved, budget: MemoryBudget) -> list[Choi
 
 @dataclass(frozen=True)
 class Rung:
-    """One more change that makes a plan smaller.
-
-    Args:
-        what: the change.
-        gives_up: what it costs.
-        options: all options changed so far.
-        peak_bytes: memory needed with these options.
-        fits: whether the plan fits with them.
-        time: time per token, relative to the plan.
-    """
+    """One more change that makes a plan smaller."""
 
     what: str
-    gives_up: str
-    options: dict[str, Any]
-    peak_bytes: int
-    fits: bool
-    time: float
+    gives_up: str  # what it costs
+    options: dict[str, Any]  # all options changed so far
+    peak_bytes: int  # memory needed with these options
+    fits: bool  # whether the plan fits with them
+    time: float  # time per token, relative to the plan
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "what": self.what, "gives_up": self.gives_up, "options": self.options, "peak_bytes": self.peak_bytes,
-            "fits": self.fits, "time": round(self.time, 3),
-        }  # fmt: skip
+        return {**asdict(self), "time": round(self.time, 3)}
 
 
-Changes = Iterator[tuple[str, str, dict[str, Any]]]
-"""(what, what it gives up, options) of each change."""
+Changes = Iterator[tuple[str, str, dict[str, Any]]]  # (what, what it gives up, options) of each change
 
 
 def list_rungs(recipe: Recipe, budget: MemoryBudget, rate: Rate) -> list[Rung]:
-    """Return changes, the cheapest first, up to the first with which the plan fits.
-
-    If none is enough, the last rung is a smaller model.
-    """
+    """Return changes, the cheapest first, up to the first with which the plan fits, or else a smaller model."""
     rungs: list[Rung] = []
     options: dict[str, Any] = {}
     first, now = budget.tokens_per_s(recipe, rate), recipe

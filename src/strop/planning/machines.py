@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from strop.errors import RecipeError
-from strop.machine.doctor import installed
+from strop.machine.doctor import is_installed
 from strop.machine.probe import Machine, compute_capability, probe
-from strop.machine.rates import known_precision, known_rates
+from strop.machine.rates import load_precision, load_rates
 from strop.planning.time import CORE_FP32, GUESS, Rate, has_bf16
 
 MIN_BF16_CAPABILITY = 8.0  # CUDA compute capability of the first GPUs with bf16 (Ampere)
@@ -21,24 +21,14 @@ _VARIANTS = {"ti", "super", "laptop", "mobile", "max", "sff", "d", "xt", "nvl"}
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """A GPU, Apple chip or CPU by its maker's data sheet.
-
-    Args:
-        name: name in the table.
-        kind: consumer, workstation, data center, Apple, CPU, or unknown.
-        memory_gb: memory in GiB, as makers count it; shared with the system on Apple chips and CPUs.
-        bandwidth_gbs: memory bandwidth in GB/s (10^9 bytes).
-        tflops: dense matmul rate with fp32 accumulation, in bf16, or in fp32 if `bf16` is False.
-        device: device of the recipe (cuda, mps or cpu).
-        bf16: computes fast in bf16.
-    """
+    """A GPU, Apple chip or CPU by its maker's data sheet."""
 
     name: str
-    kind: str
-    memory_gb: float
-    bandwidth_gbs: float
-    tflops: float
-    device: str = "cuda"
+    kind: str  # consumer, workstation, data center, Apple, CPU, or unknown
+    memory_gb: float  # memory in GiB, as makers count it; shared with the system on Apple chips and CPUs
+    bandwidth_gbs: float  # memory bandwidth in GB/s (10^9 bytes)
+    tflops: float  # dense matmul rate with fp32 accumulation, in bf16, or in fp32 if `bf16` is False
+    device: str = "cuda"  # device of the recipe (cuda, mps or cpu)
     bf16: bool = True
 
     @property
@@ -134,22 +124,20 @@ SPECS = [
 
 
 def find_spec(name: str) -> DeviceSpec:
-    """Return the device of this name, in any spelling ("rtx4090", "NVIDIA GeForce RTX 4090").
-
-    Raises:
-        RecipeError: the table has no such device.
-    """
-    wanted = _normalized(name)
+    """Return the device of this name, in any spelling ("rtx4090", "NVIDIA GeForce RTX 4090")."""
+    normalized_name = _normalized(name)
     by_name = {_normalized(spec.name): spec for spec in SPECS}
-    if wanted in by_name:
-        return by_name[wanted]
-    longer = [spec for normalized, spec in by_name.items() if wanted and normalized.startswith(wanted)]
+    if normalized_name in by_name:
+        return by_name[normalized_name]
+    longer = [
+        spec for normalized, spec in by_name.items() if normalized_name and normalized.startswith(normalized_name)
+    ]
     if longer:
         return min(longer, key=lambda spec: (len(spec.name), spec.memory_gb))
     matched = match_driver_name(name)
     if matched is not None:
         return matched
-    near = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(normalized_name, by_name, n=1, cutoff=0.5)
     hint = f" (did you mean {by_name[near[0]].name}?)" if near else ""
     known = ", ".join(spec.name for spec in SPECS)
     raise RecipeError(
@@ -163,16 +151,9 @@ def match_driver_name(name: str) -> DeviceSpec | None:
     Every word of the table's name must be in the driver's name. Words such as Ti, Super and Laptop must be in both.
     """
     words = set(re.findall(r"[a-z0-9]+", name.partition(",")[0].lower()))
-
-    def words_of(spec: DeviceSpec) -> list[str]:
-        return spec.name.lower().replace(" sxm", "").split()
-
-    def matches(spec: DeviceSpec) -> bool:
-        own = set(words_of(spec))
-        return own <= words and not (_VARIANTS & words) - own
-
-    matching = [spec for spec in SPECS if spec.device == "cuda" and matches(spec)]
-    return max(matching, key=lambda spec: len(words_of(spec)), default=None)
+    table = {spec: set(spec.name.lower().replace(" sxm", "").split()) for spec in SPECS if spec.device == "cuda"}
+    matching = [spec for spec, names in table.items() if names <= words and not (_VARIANTS & words) - names]
+    return max(matching, key=lambda spec: len(table[spec]), default=None)
 
 
 def _normalized(name: str) -> str:
@@ -182,32 +163,16 @@ def _normalized(name: str) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """The machine and device that a plan is for.
+    """The machine and device that a plan is for."""
 
-    Args:
-        machine: facts of the machine, with the memory that counts.
-        device: device for a recipe that leaves it open.
-        dtype: (name, reason) of the compute dtype for a recipe that leaves it open.
-        rate_of: returns the speed of the device in a dtype.
-    """
-
-    machine: Machine
-    device: str
-    dtype: tuple[str, str]
-    rate_of: Callable[[str], Rate]
+    machine: Machine  # facts of the machine, with the memory that counts
+    device: str  # device for a recipe that leaves it open
+    dtype: tuple[str, str]  # (name, reason) of the compute dtype for a recipe that leaves it open
+    rate_of: Callable[[str], Rate]  # returns the speed of the device in a dtype
 
 
 def target_for(device: str, memory: int | None = None, gpu: str | None = None) -> Target:
-    """Return the target of a plan.
-
-    Args:
-        device: `model.device` of the recipe, which may be auto.
-        memory: bytes of memory, instead of this machine's.
-        gpu: a device by name, instead of this machine's.
-
-    Raises:
-        RecipeError: the GPU is not in the table, or the device is cuda and the size of its memory is unknown.
-    """
+    """Return the target of a plan."""
     machine = probe()
     if gpu is not None:
         return _target_of_spec(machine, find_spec(gpu), memory)
@@ -225,7 +190,7 @@ def target_for(device: str, memory: int | None = None, gpu: str | None = None) -
         return _target_of_spec(machine, spec or UNKNOWN, memory, gpus=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
-    rates, precision = known_rates(machine, "cpu"), known_precision(machine) if installed("torch") else None
+    rates, precision = load_rates(machine, "cpu"), load_precision(machine) if is_installed("torch") else None
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU in the table")
         return Target(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)

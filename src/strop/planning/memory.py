@@ -15,10 +15,10 @@ from itertools import accumulate
 from strop.config.schema import Recipe
 from strop.engine.decode.cache import BLOCK_SIZE as CACHE_BLOCK
 from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
-from strop.models.families.layers import FAMILIES
+from strop.models.families.table import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
-from strop.planning.activations import LiveBytes, MicroBatch, at_peak
-from strop.planning.workload import BITS, BYTES, Workload
+from strop.planning.activations import LiveBytes, MicroBatch, peak_live_bytes
+from strop.planning.workload import BITS, BYTES, JOINED, Workload
 
 MIB = 1 << 20
 PARTS = (
@@ -54,11 +54,7 @@ PARITY_BYTES = 32 * MIB  # temporaries of log-probabilities, computed a few posi
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by part at a phase's peak.
-
-    The part `mapped_files` is pages of the weight files. They are resident, but the system reclaims them when memory is
-    short.
-    """
+    """Bytes by part at a phase's peak. When memory is short, the system reclaims `mapped_files` (weight files)."""
 
     parts: Mapping[str, int] = field(default_factory=dict)
 
@@ -68,7 +64,6 @@ class Phase:
 
     @property
     def needed_bytes(self) -> int:
-        """Peak without mapped files."""
         return self.peak_bytes - self.parts.get("mapped_files", 0)
 
     def as_json(self) -> dict[str, object]:
@@ -96,26 +91,16 @@ class RolloutLoad:
 
 @dataclass(frozen=True)
 class EvaluationLoad:
-    """Completions that `strop eval` generates at once.
-
-    Args:
-        completions: number of completions.
-        positions: cache positions of all of them.
-        longest: tokens of the longest row.
-        measured: tokens of the longest row that a merge is measured on.
-    """
+    """Completions that `strop eval` generates at once."""
 
     completions: int
-    positions: int
-    longest: int
-    measured: int
+    positions: int  # cache positions of all of them
+    longest: int  # tokens of the longest row
+    measured: int  # tokens of the longest row that a merge is measured on
 
     @staticmethod
     def of(rows: Sequence[tuple[int, int]], longest: int) -> EvaluationLoad:
-        """Return the load of rows given as (tokens, supervised tokens), each answered by base and tuned model.
-
-        Without rows: a full batch of rows of `longest` tokens, the answer included.
-        """
+        """Return the load of rows of (tokens, supervised tokens), or of a full batch of rows of `longest` tokens."""
         rows = rows or [(longest, min(ANSWER_TOKENS, longest - 1))] * MAX_SEQUENCES
         lengths = [tokens - answer + max(ANSWER_TOKENS, answer) for tokens, answer in rows] * 2
         blocks = sorted(map(blocks_for, lengths), reverse=True)[:MAX_SEQUENCES]
@@ -134,16 +119,7 @@ def phases(
     *,
     dtype: str,
 ) -> dict[str, Phase]:
-    """Return every phase by name.
-
-    Args:
-        workload: the training run.
-        batch: its largest micro-batch.
-        evaluation: an evaluation of its rows; its longest row is served, and a merge is measured on its first rows.
-        usable: bytes of memory that may be used.
-        rollouts: completions that are sampled before each step.
-        dtype: compute dtype of commands that generate on this machine, which need not be the run's.
-    """
+    """Return every phase by name. dtype: of the commands that generate on this machine, which need not be the run's."""
     decoding = decoding_workload(workload, dtype)
     return {
         "load": load_phase(workload),
@@ -183,7 +159,7 @@ def constant_bytes(workload: Workload) -> int:
     if not packed:
         return 0
     if base.scheme == "int8":
-        return 4 * sum(x.rows for x in shape.linears) * (shape.layers - base.resident_layers)
+        return 4 * sum(x.total_outputs for x in shape.linears) * (shape.layers - base.resident_layers)
     blocks = packed / BLOCK
     return int(blocks + 4 * blocks / NESTED if base.double_quantization else 4 * blocks)
 
@@ -201,14 +177,11 @@ def workspace_bytes(workload: Workload) -> int:
 
 
 def integer_bytes(workload: Workload) -> int:
-    """Return bytes that int8 matmuls need: two 8-bit parts of each fp32 weight, head included, and 32-bit sums.
-
-    Weights stored in 8 bit are multiplied without a copy.
-    """
+    """Return bytes of int8 matmuls: two 8-bit parts of each weight not stored in 8 bit, the head's too, and sums."""
     if not workload.compute.int8_matmul:
         return 0
     shape, base = workload.shape, workload.base
-    layer = sum(x.weights for x in shape.linears if x not in shape.in_experts)
+    layer = sum(x.weights for x in shape.linears if x not in shape.expert_linears)
     layers = shape.layers if base.scheme == "none" else base.resident_layers
     return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
 
@@ -228,17 +201,13 @@ def base_layer_bytes(workload: Workload) -> int:
 
 
 def _largest_dequantized(workload: Workload) -> int:
-    """Return bytes of the largest dequantized weight.
-
-    The fast step multiplies by layers on the same input at once (gate and up): the joined weight, and the part that is
-    copied into it.
-    """
+    """Return bytes of the largest dequantized weight; for layers that the fast step joins, with the copied part."""
     sizes = {x.name: x.inputs * x.outputs for x in workload.shape.linears}
-    single, joined = max(sizes.values()), 0
-    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+    largest = max(sizes.values())
+    for group in JOINED if workload.compute.step == "fast" else ():
         parts = [sizes.get(name, 0) for name in group]
-        joined = max(joined, sum(parts) + max(parts) if workload.compute.step == "fast" else 0)
-    return workload.compute.dtype_bytes * max(single, joined)
+        largest = max(largest, sum(parts) + max(parts))
+    return workload.compute.dtype_bytes * largest
 
 
 def framework_bytes(workload: Workload) -> int:
@@ -266,31 +235,26 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 
 
 def _mapped_copies(workload: Workload) -> int:
-    """Return bytes of mapped weight files whose weights were copied.
+    """Return bytes of mapped weight files whose weights were copied, on a CPU in 16 bit.
 
-    On a CPU, 16-bit weights are used in the mapped file. The fast step joins those on the same input in its own memory,
-    transformers joins experts that a file stores one by one, and an embedding with new tokens is copied. The file's
-    pages of these weights stay mapped while any other weight of the file is in use.
+    The fast step joins weights on the same input, transformers joins experts that a file stores one by one, and an
+    embedding with new tokens is copied. Pages stay mapped while any other weight of the file is in use.
     """
     shape, compute, base = workload.shape, workload.compute, workload.base
-    if compute.device != "cpu" or base.scheme != "none" or compute.dtype_bytes != 2:
-        return 0
-    if base.shards > 1:  # a share is read into its own memory
-        return 0
+    if compute.device != "cpu" or base.scheme != "none" or compute.dtype_bytes != 2 or base.shards > 1:
+        return 0  # a share of a sharded base is read into its own memory
     embeddings = shape.embedding * (1 if shape.tied else 2) if workload.adapter.new_tokens else 0
-    copied = [] if shape.family in FUSED_EXPERTS else [*shape.in_experts]
+    copied = [] if shape.family in FUSED_EXPERTS else [*shape.expert_linears]
     if compute.step == "fast":
-        joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-        copied += [x for x in shape.linears if x.name in joined]
+        copied += [x for x in shape.linears if any(x.name in group for group in JOINED)]
     return compute.dtype_bytes * (shape.layers * sum(x.weights for x in copied) + embeddings)
 
 
 def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
     """Return the peak of training from the second step on; the first step has no optimizer state yet.
 
-    Gradients are fp32, one per trainable weight. They grow while activations are freed. On a GPU they count at the peak
-    only if an earlier micro-batch of the step has left some. On a CPU they are small blocks, whose memory the C library
-    keeps from step to step.
+    Gradients (fp32) grow while activations are freed. On a GPU they count at the peak only if an earlier micro-batch of
+    the step has left some. On a CPU they are small blocks, whose memory the C library keeps from step to step.
     """
     adapter, compute = workload.adapter, workload.compute
     parts = constant_parts(workload, trained=True)
@@ -301,26 +265,20 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
         # Each layer that saves activations keeps the adapter in the compute dtype for its backward pass.
         share = 1 - compute.checkpointed_layers / workload.shape.layers if compute.dtype_bytes < 4 else 0.5
         parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.extra_weights) * share)
-    kept_gradients = trainable if batch.more or compute.device == "cpu" else 0
-    moments = [(at_peak(workload, batch), kept_gradients), (LiveBytes(), trainable)]  # the second: the optimizer step
+    gradients_at_peak = trainable if batch.accumulates or compute.device == "cpu" else 0
+    moments = [
+        (peak_live_bytes(workload, batch), gradients_at_peak),
+        (LiveBytes(), trainable),
+    ]  # the second: the optimizer step
     live, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
-    return phase_of(
-        {
-            **parts,
-            "gradients": gradients,
-            "saved_activations": live.saved_activations,
-            "live_layer": live.live_layer,
-            "head": live.head,
-        }
-    )
+    return phase_of({**parts, "gradients": gradients, **vars(live)})
 
 
 def load_phase(workload: Workload) -> Phase:
     """Return the peak of reading the base.
 
     On a CPU, 16-bit weights stay in their mapped files; for fp32 they are copied, and the files' pages count until the
-    last copy. A quantized base is read tensor by tensor, and its file is opened for each. For a GPU, the files' pages
-    are in host memory. Each device reads its share of a sharded base.
+    last copy. A quantized base is read tensor by tensor. Each device reads its share of a sharded base.
     """
     constant = constant_parts(workload, trained=False)
     compute = workload.compute
@@ -345,10 +303,7 @@ def decoding_workload(workload: Workload, dtype: str) -> Workload:
 
 
 def evaluate_phase(workload: Workload, evaluation: EvaluationLoad, usable: int) -> Phase:
-    """Return the peak of `strop eval` with base and tuned model in one batch, for a `decoding_workload`.
-
-    Fewer completions are generated at once when memory is short.
-    """
+    """Return the peak of `strop eval` for a `decoding_workload`; fewer completions at once when memory is short."""
     if not _has_decoder(workload):
         live = _prompt_bytes(workload, MicroBatch.rows([evaluation.longest] * HF_BATCH_ROWS))
         parts = serve_phase(workload, evaluation.longest, completions=HF_BATCH_ROWS).parts
@@ -363,21 +318,14 @@ def evaluate_phase(workload: Workload, evaluation: EvaluationLoad, usable: int) 
 
 
 def rollout_phase(workload: Workload, rollouts: RolloutLoad) -> Phase:
-    """Return the peak of sampling before a step: as serving, plus the optimizer's state.
-
-    Completions that do not fit are sampled later.
-    """
+    """Return the peak of sampling before a step: as serving as many as are sampled at once, plus the optimizer."""
     context, rows = rollouts.prompt + rollouts.answer, min(rollouts.completions, MAX_SEQUENCES)
     parts = serve_phase(workload, context, completions=rows).parts
     return phase_of({**parts, "optimizer": optimizer_bytes(workload)})
 
 
 def merge_phase(workload: Workload, longest: int) -> Phase:
-    """Return the peak of merging, on a CPU.
-
-    Two models are measured one after the other, in fp32 on 16-bit weights, on rows of `longest` tokens. The first
-    model's distributions are kept in a file.
-    """
+    """Return the peak of merging, on a CPU: two models are measured in turn, on rows of `longest` tokens."""
     shape = workload.shape
     weights, head = parity_model_bytes(
         workload.base.parameters, shape.vocabulary, shape.hidden, shape.tied, longest=longest
@@ -394,10 +342,9 @@ def merge_phase(workload: Workload, longest: int) -> Phase:
 def parity_model_bytes(
     parameters: int, vocabulary: int, hidden: int, tied: bool, *, dtype_bytes: int = 2, longest: int = 1024
 ) -> tuple[int, int]:
-    """Return bytes of (weights, head) of a model that computes in fp32 on weights of `dtype_bytes` each.
+    """Return bytes of (weights, head) of a model that converts weights of `dtype_bytes` to fp32 for each matmul.
 
-    Each weight is converted for its matmul. The embedding is in fp32 too, an untied head is the largest converted
-    weight, and a row of `longest` tokens has a matrix of logits.
+    The embedding is in fp32 too, an untied head is the largest converted weight, and a row has a matrix of logits.
     """
     embedding = 4 * vocabulary * hidden
     head = (0 if tied else embedding) + 4 * vocabulary * longest + PARITY_BYTES
@@ -426,7 +373,7 @@ def export_phase(workload: Workload, longest: int, kind: str = "q8_0") -> Phase:
 def _has_decoder(workload: Workload) -> bool:
     """Return whether strop's decoder generates for this model; otherwise transformers does."""
     family = FAMILIES.get(workload.shape.family)
-    return workload.compute.device == "cpu" and family is not None and family.by_hand
+    return workload.compute.device == "cpu" and family is not None and family.fully_fused
 
 
 def position_bytes(workload: Workload) -> int:
@@ -440,7 +387,7 @@ def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Ph
     """Return the peak of serving base and adapter with `completions` of `context` tokens at once."""
     constant, shape, positions = constant_parts(workload, trained=False), workload.shape, completions * context
     if not _has_decoder(workload):
-        cache = 2 * shape.layers * shape.key_value * positions * workload.compute.dtype_bytes
+        cache = 2 * shape.layers * shape.key_value_size * positions * workload.compute.dtype_bytes
         live = _prompt_bytes(workload, MicroBatch.rows([context]))
         return phase_of({**constant, "saved_activations": cache, "live_layer": live})
     constants = 4 * packed_weights(workload) // BLOCK if workload.base.scheme in ("nf4", "fp4") else 0
@@ -468,21 +415,18 @@ def _screening_head_bytes(workload: Workload) -> int:
 
 def _decoder_adapter_bytes(workload: Workload) -> int:
     """Return bytes of the decoder's copy of the adapter, next to peft's: A in the compute dtype, B in fp32."""
-    ranked = zip(workload.shape.linears, workload.adapter.ranks, strict=True)
+    b = workload.compute.dtype_bytes
     return workload.shape.layers * sum(
-        rank * (workload.compute.dtype_bytes * x.inputs + 4 * x.rows) for x, rank in ranked
+        rank * (b * x.inputs + 4 * x.total_outputs) for x, rank in workload.ranked_linears()
     )
 
 
 def _pass_bytes(workload: Workload, rows: int) -> int:
-    """Return bytes of the buffers of one decoder pass.
-
-    They are a matmul's input and queries, and in fp32 its output and the residual stream.
-    """
+    """Return bytes of a decoder pass: a matmul's input and queries, and in fp32 its output and the residual stream."""
     shape, b = workload.shape, workload.compute.dtype_bytes
-    inputs = max(shape.hidden, shape.query, shape.intermediate)
-    outputs = max(shape.query + 2 * shape.key_value, 2 * shape.intermediate, shape.hidden)
-    return rows * (b * (inputs + shape.query + shape.hidden) + 4 * (outputs + shape.hidden))
+    inputs = max(shape.hidden, shape.query_size, shape.intermediate)
+    outputs = max(shape.query_size + 2 * shape.key_value_size, 2 * shape.intermediate, shape.hidden)
+    return rows * (b * (inputs + shape.query_size + shape.hidden) + 4 * (outputs + shape.hidden))
 
 
 def _prompt_bytes(workload: Workload, batch: MicroBatch) -> int:

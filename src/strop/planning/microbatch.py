@@ -14,10 +14,10 @@ from strop.config.schema import Recipe
 from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.prepare import prepare
 from strop.data.reading.sources import needs_download
-from strop.models.source import locate
+from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
-from strop.planning.activations import KEEP_PAIRS, MIN_PREFIX, MicroBatch, at_peak
+from strop.planning.activations import MAX_SAVED_KEYS, MIN_PREFIX, MicroBatch, peak_live_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import is_run
 
@@ -27,15 +27,11 @@ NO_DATA = "-"  # data.train of a plan without data
 
 
 class Rows(list[tuple[int, int]]):
-    """(tokens, supervised tokens) of each answer.
+    """(tokens, supervised tokens) of each answer."""
 
-    prefix: number of tokens that all rows begin with. unknown: why the rows are unknown. refused: why a run would
-    refuse them.
-    """
-
-    prefix = 0
-    unknown = ""
-    refused = ""
+    prefix = 0  # number of tokens that all rows begin with
+    unknown = ""  # why the rows are unknown
+    refused = ""  # why a run would refuse them
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
@@ -50,32 +46,19 @@ def row_sizes(recipe: Recipe) -> Rows:
     """Return the size of each row, if the rows and the model's tokenizer are on this machine.
 
     For pairs, each answer counts. For prompts, each sampled answer counts at its longest length.
-
-    Raises:
-        DataError: a data file is missing.
     """
-    sizes, model = Rows(), Path(recipe.model.name).expanduser()
-    names = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
-    if names == [NO_DATA]:
-        sizes.unknown = "no data is given"
-    elif any(needs_download(name) for name in names):
-        sizes.unknown = "the data is on the Hub"
-    elif not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
-        sizes.unknown = "the model's tokenizer is not on this machine"
-    if sizes.unknown:
-        return sizes
-    source = locate(recipe.model.name, recipe.model.revision)
-    if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
-        sizes.unknown = "the model's folder has no tokenizer"
+    sizes = Rows()
+    source = _tokenizer_source(recipe)
+    if isinstance(source, str):
+        sizes.unknown = source
         return sizes
     data_kind = data_kind_of(recipe.train)
     prepared = prepare(recipe.data, load_tokenizer(source), strict=False, data_kind=data_kind)
     rows, refusal, prefix = prepared.train, prepared.report.refusal, None
     sizes.refused = "" if refusal is None else str(refusal)
     if sampled := max_completion_tokens(recipe.train):
-        sizes += [
-            (int(length) + sampled, sampled) for length in rows.lengths for _ in range(sequences_per_row(recipe.train))
-        ]
+        lengths = [int(length) + sampled for length in rows.lengths]
+        sizes += [(length, sampled) for length in lengths for _ in range(sequences_per_row(recipe.train))]
         return sizes
     for number in range(len(rows)):
         example = rows[number]
@@ -83,6 +66,21 @@ def row_sizes(recipe: Recipe) -> Rows:
         prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None
     sizes.prefix = 0 if prefix is None else len(prefix)
     return sizes
+
+
+def _tokenizer_source(recipe: Recipe) -> Source | str:
+    """Return the model whose tokenizer reads the rows, or why the rows cannot be read."""
+    names, model = recipe.data.train, Path(recipe.model.name).expanduser()
+    names = [names] if isinstance(names, str) else names
+    if names == [NO_DATA]:
+        return "no data is given"
+    if any(needs_download(name) for name in names):
+        return "the data is on the Hub"
+    if not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
+        return "the model's tokenizer is not on this machine"
+    source = locate(recipe.model.name, recipe.model.revision)
+    has_tokenizer = source.kind != "folder" or (source.path / "tokenizer_config.json").is_file()
+    return source if has_tokenizer else "the model's folder has no tokenizer"
 
 
 def _shared_prefix(prefix: Any, ids: Any) -> Any:
@@ -95,15 +93,12 @@ def _shared_prefix(prefix: Any, ids: Any) -> Any:
 
 
 def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None = None) -> MicroBatch:
-    """Return the micro-batch of a recipe that needs the most memory.
-
-    Its rows have the maximum length (or `longest` tokens), with a shorter row that fills the budget; or they are short
-    enough that attention probabilities are kept for the backward pass.
-    """
+    """Return the micro-batch of a recipe that needs the most memory: rows of the maximum length (or `longest` tokens)
+    and a shorter one, or rows that are short enough to keep attention probabilities for the backward pass."""
     limit = recipe.data.max_length + max_completion_tokens(recipe.train)
     longest = min(longest or limit, limit)
-    candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
-    return max(candidates, key=lambda batch: at_peak(workload, batch).total)
+    candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, MAX_SAVED_KEYS)})]
+    return max(candidates, key=lambda batch: peak_live_bytes(workload, batch).total)
 
 
 def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
@@ -116,7 +111,7 @@ def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
         lengths = [length] * answers * min(budget // (length * answers), train.batch_size)
         rest = (budget - sum(lengths)) // answers
         lengths += [rest] * answers if len(lengths) < answers_per_step and rest > 1 else []
-    return MicroBatch.rows(lengths, more=len(lengths) < answers_per_step)
+    return MicroBatch.rows(lengths, accumulates=len(lengths) < answers_per_step)
 
 
 def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
@@ -135,22 +130,20 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
     number = answers * min(number, train.batch_size, len(rows) // answers)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    batch = MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train.batch_size, len(rows)))
+    batch = MicroBatch.rows(
+        [mean] * number, share=share, accumulates=number < min(answers * train.batch_size, len(rows))
+    )
     return _with_shared_prefix(batch, [mean] * number, prefix)
 
 
 def first_steps(recipe: Recipe, rows: Rows, packed: bool) -> list[list[MicroBatch]]:
-    """Return the micro-batches of the run's first steps, cut as training cuts them.
-
-    rows: one answer each. packed: rows are packed without padding, and their shared prefix is computed once.
-    """
+    """Return the micro-batches of the run's first steps, cut as training cuts them. packed: without padding."""
     train = recipe.train
     steps = BatchStream(
         len(rows), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
     )
-    return [
-        _cut(recipe, [rows[row] for row in batch.rows], rows.prefix, packed) for batch in islice(steps, TIMED_STEPS)
-    ]
+    batches = [[rows[row] for row in batch.rows] for batch in islice(steps, TIMED_STEPS)]
+    return [_cut(recipe, batch, rows.prefix, packed) for batch in batches]
 
 
 def _cut(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: bool) -> list[MicroBatch]:
@@ -163,13 +156,13 @@ def _cut(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: b
     return [_micro_batch([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
 
 
-def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
-    supervised, longest = sum(count for _, count in rows), max(tokens for tokens, _ in rows)
+def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, accumulates: bool) -> MicroBatch:
+    lengths, supervised = [tokens for tokens, _ in rows], sum(count for _, count in rows)
     if not packed:
-        batch = MicroBatch.rows([longest] * len(rows), more=more)
-        return replace(batch, supervised=supervised, shared=sum(tokens for tokens, _ in rows) - batch.tokens)
-    batch = MicroBatch.rows([tokens for tokens, _ in rows], more=more)
-    return _with_shared_prefix(replace(batch, supervised=supervised), [tokens for tokens, _ in rows], prefix)
+        batch = MicroBatch.rows([max(lengths)] * len(rows), accumulates=accumulates)
+        return replace(batch, supervised=supervised, shared=sum(lengths) - batch.tokens)
+    batch = MicroBatch.rows(lengths, accumulates=accumulates)
+    return _with_shared_prefix(replace(batch, supervised=supervised), lengths, prefix)
 
 
 def _with_shared_prefix(batch: MicroBatch, lengths: Sequence[int], prefix: int) -> MicroBatch:

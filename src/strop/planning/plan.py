@@ -1,16 +1,34 @@
-"""`strop plan`: whether a recipe fits a machine, how long it takes, and what to change. Imports no torch."""
+"""`strop plan`: facts about the model, whether a recipe fits a machine, how long it takes, and what to change.
+
+Imports no torch, except for models of unknown families.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from strop.config.load import Resolved
+from strop.config.load import Resolved, resolve
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
-from strop.models.families.shape import ModelShape, Peek
-from strop.objectives.table import data_kind_of, sequences_per_row
+from strop.errors import ModelError
+from strop.machine.doctor import is_installed
+from strop.models.adapter_config import expand_adapter_config, read_adapter_config
+from strop.models.families.shape import (
+    LinearKind,
+    ModelInfo,
+    ModelShape,
+    embedding_kind,
+    linear_kinds_from_headers,
+    read_model_info,
+    target_names,
+)
+from strop.models.source import locate, quantization_method, read_headers
+from strop.objectives.table import data_kind_of, objective_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
 from strop.planning.fit import MemoryBudget, Rung, list_rungs
@@ -28,47 +46,26 @@ SINGLE_DEVICE = Devices()
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run; `as_json` gives the fields of `strop plan --json`.
+    """The plan of a run; `as_json` gives the fields of `strop plan --json`."""
 
-    Args:
-        fits: whether loading, sampling and training fit in memory.
-        refused: why no run would train this model, or None.
-        device: device of the run.
-        memory_bytes: memory of the device.
-        usable_bytes: memory that the run may use.
-        phases: peak memory of each phase.
-        resolved: the recipe, with every choice.
-        workload: the run's workload.
-        engine: fast or plain step, and why.
-        tokens_per_s: predicted speed.
-        seconds: predicted time of the run; None if its number of rows is unknown.
-        rate: speed of the device.
-        data: facts about the rows.
-        largest: the longest row, and the most tokens at once, that fit.
-        disk_bytes: disk space of the run.
-        ladder: changes with which the plan fits; empty if it fits.
-        gives_up: what the plan does without to fit.
-        multi_device: communication of several devices.
-    """
-
-    fits: bool
-    refused: str | None
+    fits: bool  # whether loading, sampling and training fit in memory
+    refused: str | None  # why no run would train this model, or None
     device: str
     memory_bytes: int
-    usable_bytes: int
+    usable_bytes: int  # memory that the run may use
     phases: dict[str, Phase]
     resolved: Resolved
     workload: Workload
-    engine: str
+    engine: str  # fast or plain step, and why
     tokens_per_s: float
-    seconds: float | None
+    seconds: float | None  # predicted time of the run; None if its number of rows is unknown
     rate: Rate
-    data: dict[str, Any]
-    largest: dict[str, int]
+    data: dict[str, Any]  # facts about the rows
+    largest: dict[str, int]  # the longest row, and the most tokens at once, that fit
     disk_bytes: int
-    ladder: list[Rung]
-    gives_up: list[str]
-    multi_device: MultiDevicePlan
+    ladder: list[Rung]  # changes with which the plan fits; empty if it fits
+    gives_up: list[str]  # what the plan does without to fit
+    multi_device: MultiDevicePlan  # communication of several devices
 
     @property
     def beyond(self) -> list[str]:
@@ -77,60 +74,36 @@ class Plan:
         return [name for name in later if self.phases[name].needed_bytes > self.usable_bytes]
 
     def as_json(self) -> dict[str, Any]:
-        choices = [
-            {"field": choice.field, "value": choice.value, "origin": choice.origin, "why": choice.why}
-            for choice in self.resolved.choices.values()
-            if choice.origin != "default"
-        ]
+        choices = [asdict(choice) for choice in self.resolved.choices.values() if choice.origin != "default"]
+        base = self.workload.base
         return {
-            "fits": self.fits,
-            "beyond": self.beyond,
-            "refused": self.refused,
-            "device": self.device,
-            "memory_bytes": self.memory_bytes,
-            "usable_bytes": self.usable_bytes,
+            "fits": self.fits, "beyond": self.beyond, "refused": self.refused, "device": self.device,
+            "memory_bytes": self.memory_bytes, "usable_bytes": self.usable_bytes,
             "phases": {name: phase.as_json() for name, phase in self.phases.items()},
-            "choices": choices,
-            "engine": self.engine,
-            "tokens_per_s": self.tokens_per_s,
-            "seconds": self.seconds,
+            "choices": choices, "engine": self.engine, "tokens_per_s": self.tokens_per_s, "seconds": self.seconds,
             "rate": {"flops": self.rate.flops, "bandwidth": self.rate.bandwidth, "source": self.rate.source},
-            "data": self.data,
-            "largest": self.largest,
-            "disk_bytes": self.disk_bytes,
-            "ladder": [rung.as_json() for rung in self.ladder],
-            "gives_up": self.gives_up,
-            "devices": self.multi_device.as_json(),
-            "trainable_parameters": self.workload.adapter_weights,
-            "parameters": self.workload.base.parameters,
-            "active_parameters": self.workload.base.parameters - self.workload.shape.idle,
-        }
+            "data": self.data, "largest": self.largest, "disk_bytes": self.disk_bytes,
+            "ladder": [rung.as_json() for rung in self.ladder], "gives_up": self.gives_up,
+            "devices": self.multi_device.as_json(), "trainable_parameters": self.workload.adapter_weights,
+            "parameters": base.parameters, "active_parameters": base.parameters - base.shape.idle_expert_weights,
+        }  # fmt: skip
 
 
 def make_plan(
     resolved: Resolved,
-    model: Peek,
+    model: ModelInfo,
     target: Target,
     *,
-    rows: Sequence[tuple[int, int]] = (),
-    adapter: Mapping[str, Any] | None = None,
+    rows: Rows,
+    adapter: Mapping[str, Any] | None,
     devices: Devices = SINGLE_DEVICE,
     thorough: bool = True,
 ) -> Plan:
     """Plan a run.
 
-    Args:
-        resolved: the recipe, with the origin of each value.
-        model: sizes of the model.
-        target: the machine; with several devices, one device's part of it.
-        rows: (tokens, supervised tokens) of each answer, if they are known.
-        adapter: adapter_config.json of the adapter to start from.
-        devices: number of devices and nodes.
-        thorough: find the largest rows that fit, and the changes with which the plan fits. This takes longer than
-            everything else.
-
-    Raises:
-        InputError: the recipe asks for something that the model does not have.
+    target: with several devices, one device's part. adapter: adapter_config.json of the adapter to start from.
+    thorough: also find the largest rows that fit and the changes with which the plan fits, which takes longer than
+    everything else.
     """
     machine, shape = target.machine, model.shape
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
@@ -139,23 +112,22 @@ def make_plan(
         recipe, shape, parameters=model.parameters, threads=machine.cores, devices=devices.count
     )
     data = _data_facts(rows, shape)
-    if not workload.shares_prefix and isinstance(rows, Rows):
-        rows = Rows(rows)  # drops the shared prefix
+    if not workload.shares_prefix:
+        rows = Rows(rows)  # without the shared prefix
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, workload, max((tokens for tokens, _ in rows), default=None))
     usual, rate = usual_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
     evaluation = EvaluationLoad.of(rows, recipe.data.max_length)
-    rollouts = RolloutLoad.of(recipe, prompt)
-    run_phases = phases(workload, batch, evaluation, budget.usable, rollouts, dtype=target.dtype[0])
+    run_phases = phases(
+        workload, batch, evaluation, budget.usable, RolloutLoad.of(recipe, prompt), dtype=target.dtype[0]
+    )
     needed = max(run_phases[name].needed_bytes for name in ("load", "draw", "train") if name in run_phases)
     fits = needed <= budget.usable
-    host_memory = recipe.model.device in ("cpu", "mps")
     multi_device = plan_devices(recipe, workload, rate, devices, rows)
-    steps = first_steps(recipe, rows, workload.compute.step == "fast") if _are_turns(rows, recipe) else []
-    seconds = _run_seconds(recipe, workload, usual, rate, rows, multi_device, steps)
-    speed = tokens_per_s(workload, usual, rate)
-    if steps:
+    speed, steps = tokens_per_s(workload, usual, rate), []
+    if rows and data_kind_of(recipe.train) == "turns":
+        steps = first_steps(recipe, rows, packed=workload.compute.step == "fast")
         tokens = sum(batch.tokens + batch.shared for step in steps for batch in step)
         speed = tokens / steps_seconds(workload, steps, rate)
     why = why_plain(recipe, shape)
@@ -163,14 +135,14 @@ def make_plan(
         fits=fits,
         refused=model.refused,
         device=recipe.model.device,
-        memory_bytes=machine.memory_bytes if host_memory else round(budget.usable / 0.95),
+        memory_bytes=machine.memory_bytes if recipe.model.device in ("cpu", "mps") else round(budget.usable / 0.95),
         usable_bytes=budget.usable,
         phases=run_phases,
         resolved=resolved,
         workload=workload,
-        engine=f"plain: {why}" if why else f"fast: {workload.family.by_model}".rstrip(": "),
+        engine=f"plain: {why}" if why else f"fast: {workload.family.model_parts}".rstrip(": "),
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
-        seconds=seconds,
+        seconds=_run_seconds(recipe, workload, usual, rate, rows, multi_device, steps),
         rate=rate,
         data=data,
         largest=_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
@@ -190,10 +162,9 @@ def _run_seconds(
     multi_device: MultiDevicePlan,
     steps: Sequence[Sequence[MicroBatch]],
 ) -> float | None:
-    """Return the seconds of the run's steps, or None if their number is unknown.
+    """Return the seconds of the run, over the slowest link, or None if the number of steps is unknown.
 
-    Known rows: extrapolated from the first steps. Otherwise: full steps of typical micro-batches. Several devices: over
-    the slowest link.
+    With known rows they are extrapolated from the first steps, otherwise from typical micro-batches.
     """
     train, rows = recipe.train, len(sizes) // sequences_per_row(recipe.train)
     if not rows and train.max_steps is None:
@@ -214,39 +185,25 @@ def _run_seconds(
     return stream.total_steps * step
 
 
-def _are_turns(rows: Sequence[tuple[int, int]], recipe: Recipe) -> TypeGuard[Rows]:
-    """Return whether these are known rows of one answer each."""
-    return isinstance(rows, Rows) and len(rows) > 0 and data_kind_of(recipe.train) == "turns"
-
-
-def _data_facts(rows: Sequence[tuple[int, int]], shape: ModelShape) -> dict[str, Any]:
+def _data_facts(sizes: Rows, shape: ModelShape) -> dict[str, Any]:
     """Return the number of rows, the longest one's tokens, and what is wrong with the rows or why they are unknown."""
-    lengths = [tokens for tokens, _ in rows]
-    sizes = rows if isinstance(rows, Rows) else Rows(rows)
+    lengths = [tokens for tokens, _ in sizes]
     return {
-        "rows": len(rows) or None,
+        "rows": len(sizes) or None,
         "longest": max(lengths, default=None),
         "unknown": sizes.unknown or None,
         "refused": sizes.refused or None,
-        "beyond": shape.beyond(lengths),
+        "beyond": shape.count_too_long(lengths),
     }
 
 
 def _largest(recipe: Recipe, budget: MemoryBudget, positions: int) -> dict[str, int]:
-    """Return the longest row that fits, and the most tokens at once of rows of the recipe's length.
-
-    positions: the model's context length.
-    """
+    """Return the longest row that fits in a context of `positions`, and the most tokens of rows of this length."""
 
     def fits(tokens: int, length: int) -> bool:
         update = {"micro_batch": None, "micro_batch_tokens": tokens, "batch_size": max(1, tokens // length)}
-        changed = recipe.model_copy(
-            update={
-                "train": recipe.train.model_copy(update=update),
-                "data": recipe.data.model_copy(update={"max_length": length}),
-            }
-        )
-        return budget.fits(changed)
+        train, data = recipe.train.model_copy(update=update), recipe.data.model_copy(update={"max_length": length})
+        return budget.fits(recipe.model_copy(update={"train": train, "data": data}))
 
     length = recipe.data.max_length
     rows = _largest_fitting(lambda rows: fits(rows * length, length), MAX_TOKENS // length)
@@ -266,10 +223,8 @@ def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
-    """Return bytes on disk: checkpoints (those kept, the best, one being written), the adapter, and copies of the base.
-
-    The base is copied when it is quantized, and when a GGUF file is converted to 16 bit.
-    """
+    """Return bytes on disk: checkpoints (those kept, the best, one being written), the adapter, and copies of the base
+    that is quantized or converted from a GGUF file."""
     trained = workload.adapter_weights
     resident = workload.replace(resident_layers=0)
     quantized = workload.base.scheme != "none" and workload.shape.prequantized is None
@@ -282,21 +237,101 @@ def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
 def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
     """Return what the plan does without to fit, among the options that it chose itself."""
     layers, choices, base, compute = workload.shape.layers, resolved.choices, workload.base, workload.compute
-    recipe = resolved.recipe
-    sentences = {
-        "model.quantization": f"the base is stored in {base.scheme}" if base.scheme != "none" else "",
-        "model.resident_layers": f"{layers - base.resident_layers} of {layers} layers are dequantized for each matmul"
-        if workload.dequantizes
-        else "",
-        "train.gradient_checkpointing": f"{compute.checkpointed_layers} of {layers} layers are recomputed"
-        + (", with their inputs in host memory" if compute.offload else "")
-        if compute.checkpointed_layers
-        else "",
-        "train.optimizer": "the optimizer's moments are in 8 bit" if compute.optimizer == "adamw_8bit" else "",
-        "data.max_length": f"rows of at most {recipe.data.max_length} tokens; longer ones are split",
-        "train.micro_batch": f"{recipe.train.micro_batch} rows at once",
-        "train.micro_batch_tokens": f"{recipe.train.micro_batch_tokens} tokens at once"
-        if "would not fit" in choices["train.micro_batch_tokens"].why
-        else "",
-    }
-    return [text for field, text in sentences.items() if text and choices[field].origin == "plan"]
+    train, data = resolved.recipe.train, resolved.recipe.data
+    streamed, recomputed = layers - base.resident_layers, compute.checkpointed_layers
+    inputs = ", with their inputs in host memory" if compute.offload else ""
+    shrunk = "would not fit" in choices["train.micro_batch_tokens"].why
+    sentences = (
+        ("model.quantization", base.scheme != "none", f"the base is stored in {base.scheme}"),
+        (
+            "model.resident_layers",
+            workload.dequantizes,
+            f"{streamed} of {layers} layers are dequantized for each matmul",
+        ),
+        ("train.gradient_checkpointing", recomputed, f"{recomputed} of {layers} layers are recomputed{inputs}"),
+        ("train.optimizer", compute.optimizer == "adamw_8bit", "the optimizer's moments are in 8 bit"),
+        ("data.max_length", True, f"rows of at most {data.max_length} tokens; longer ones are split"),
+        ("train.micro_batch", True, f"{train.micro_batch} rows at once"),
+        ("train.micro_batch_tokens", shrunk, f"{train.micro_batch_tokens} tokens at once"),
+    )
+    return [text for field, applies, text in sentences if applies and choices[field].origin == "plan"]
+
+
+def read_model_facts(recipe: Recipe) -> ModelInfo:
+    """Return the model's sizes, by its config.
+
+    For a family that is not in the table, or modules trained in full, they come from the model itself, built without
+    weights; without torch, from its config and the headers of its weight files.
+    """
+    facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
+    whole_modules = recipe.lora.modules_to_save
+    if (facts.shape.known and not whole_modules) or not is_installed("torch"):
+        return facts
+    from strop.models.introspect import refine_with_model
+
+    objective = objective_of(recipe.train)
+    return refine_with_model(facts, whole_modules=whole_modules, predicts=objective is None or not objective.scored)
+
+
+def _check_weight_files(facts: ModelInfo) -> ModelInfo:
+    """Set `refused` if the model's weight files have fewer weights than its config describes, or more layers."""
+    folder, shape = Path(facts.name).expanduser(), facts.shape
+    if (
+        facts.config is None
+        or not shape.known
+        or quantization_method(facts.config)
+        or not any(folder.glob("*.safetensors"))
+    ):
+        return facts
+    names = (name for _, header in read_headers(folder) for name in header)
+    layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    if facts.parameters >= shape.parameters and max(layers, default=0) < shape.layers:
+        return facts
+    files = f"its files have {facts.parameters:,} weights in {len(layers)} layers"
+    config = f"its config describes {shape.parameters:,} in {shape.layers} layers"
+    return replace(facts, refused=f"{facts.name}: {files}, and {config}")
+
+
+def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the config of the adapter that training starts from, as `expand_adapter_config` does, or None."""
+    if recipe.model.adapter is None:
+        return None
+    path = Path(recipe.model.adapter).expanduser()
+    folder = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
+    if folder is None:
+        raise ModelError(f"--model.adapter {path}: no adapter in this folder", fix="give a run or adapter folder")
+    return expand_adapter_config(folder, read_adapter_config(folder))
+
+
+def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
+    """Return the kinds of layers of a model, and for each its fields in `strop modules --json`."""
+    shape = read_model_info(model).shape
+    if shape.known:
+        kinds = [*shape.linear_kinds(), embedding_kind("embed_tokens", shape.vocabulary, shape.hidden)]
+    else:
+        kinds = _introspect_layers(model)
+    linears = [kind for kind in kinds if kind.type != "Embedding"]
+    presets = {}
+    for preset in ("auto", "low-memory", "balanced", "max-quality"):
+        lora = resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora
+        with suppress(ModelError):  # the model lacks such layers, and a run would refuse the preset
+            presets[preset] = target_names(linears, lora.target_modules)
+    rows = [
+        {**asdict(kind), "presets": [preset for preset, names in presets.items() if kind.name in names]}
+        for kind in kinds
+    ]
+    return kinds, rows
+
+
+def _introspect_layers(model: str) -> list[LinearKind]:
+    """Return the layers of a model built without weights; without torch, those in the headers of its weight files."""
+    source = locate(model)
+    if not is_installed("torch"):
+        if source.kind != "folder":
+            raise ModelError(f"{model}: listing the layers of this family needs torch", fix="pip install torch")
+        return linear_kinds_from_headers(source.path)
+    from strop.models.introspect import embedding_kinds, linear_kinds
+    from strop.models.load import load_without_weights
+
+    bare = load_without_weights(source)
+    return [*linear_kinds(bare), *embedding_kinds(bare)]

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from strop.config.schema import Recipe
 from strop.models.families.shape import ModelShape
-from strop.planning.activations import MicroBatch, at_peak
+from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.memory import CUDA_CONTEXT_BYTES, framework_bytes, train_phase
 from strop.planning.workload import Workload
 
 if TYPE_CHECKING:
-    from strop.machine.doctor import Examination
+    from strop.machine.doctor import DoctorReport
     from strop.planning.multi_device import MultiDevicePlan
     from strop.planning.plan import Plan
 
@@ -74,7 +74,7 @@ def _model_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the label and text of the lines on the model and the machine."""
     workload, parameters = plan.workload, plan.workload.base.parameters
     trainable, on_experts = workload.adapter_weights, workload.expert_adapter_weights
-    idle = workload.shape.idle
+    idle = workload.shape.idle_expert_weights
     active = f" ({(parameters - idle) / 1e6:,.0f} M per token)" if idle else ""
     experts = f", {on_experts / trainable:.0%} of them on experts" if on_experts else ""
     trained = f"{trainable / 1e6:,.1f} M trainable ({trainable / parameters:.2%}{experts})"
@@ -85,18 +85,17 @@ def _model_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _rows(plan: Plan) -> str:
-    number = plan.data["rows"]
-    if number:
-        return f"{number:,}, the longest of {plan.data['longest']:,} tokens"
-    unknown = escape(plan.data["unknown"] or "none are given")
-    return f"of {plan.resolved.recipe.data.max_length:,} tokens each: {unknown}"
+    data = plan.data
+    if data["rows"]:
+        return f"{data['rows']:,}, the longest of {data['longest']:,} tokens"
+    return f"of {plan.resolved.recipe.data.max_length:,} tokens each: {escape(data['unknown'] or 'none are given')}"
 
 
 def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:
     """Print each link with a step's communication on it. The predicted time of the run is for the first link."""
     devices = multi_device.devices
     out.print(
-        f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.each}), base {multi_device.mode}, "
+        f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.per_node}), base {multi_device.mode}, "
         "memory above is per device; "
         f"per step: {multi_device.compute_s:.3g} s of computation, {multi_device.sent_bytes / 1e6:,.1f} MB sent by each"
     )
@@ -126,7 +125,7 @@ def _phases(plan: Plan) -> Table:
     return table
 
 
-def print_findings(examination: Examination, out: Console) -> None:
+def print_findings(examination: DoctorReport, out: Console) -> None:
     for name, value in examination.machine.items():
         is_bytes = name.endswith("_bytes")
         label = name.removesuffix("_bytes").replace("_", " ")
@@ -207,11 +206,7 @@ class Row:
 def compare_methods(
     recipe: Recipe, models: Iterable[tuple[str, ModelShape, int]], usable: int | None = None
 ) -> list[Row]:
-    """Compare full fine-tuning, 16-bit LoRA and QLoRA by their peak memory.
-
-    Each trains on one row of `data.max_length` tokens at a time, with all layers checkpointed; other options are the
-    recipe's.
-    """
+    """Compare the peak memory of each method on one row of `data.max_length` tokens, with all layers checkpointed."""
     tokens = recipe.data.max_length
     batch = MicroBatch.rows([tokens])
     rows = []
@@ -219,7 +214,7 @@ def compare_methods(
         workload = Workload.from_recipe(recipe, shape, parameters=parameters)
         workload = workload.replace(scheme="none", resident_layers=0, checkpointed_layers=shape.layers)
         framework = framework_bytes(workload) if workload.compute.device == "cpu" else CUDA_CONTEXT_BYTES
-        full = FULL_BYTES * parameters + at_peak(workload, batch).total + framework
+        full = FULL_BYTES * parameters + peak_live_bytes(workload, batch).total + framework
         lora, qlora = (train_phase(workload.replace(scheme=scheme), batch).peak_bytes for scheme in ("none", "nf4"))
         rows.append(Row(name, parameters, tokens, full, lora, qlora, usable))
     return rows
@@ -227,17 +222,7 @@ def compare_methods(
 
 def known_models() -> list[tuple[str, ModelShape, int]]:
     """Return (name, shape, parameters) of well-known models."""
-    shapes = [(name, ModelShape.of(config)) for name, config in KNOWN.items()]
-    return [(name, shape, shape.parameters) for name, shape in shapes]
-
-
-def markdown_table(rows: Iterable[Row]) -> str:
-    """Return the comparison in Markdown, in GB of 10^9 bytes."""
-    lines = ["| model | parameters | full | 16-bit LoRA | QLoRA (nf4) |", "|---|---:|---:|---:|---:|"]
-    for row in rows:
-        sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (row.full, row.lora, row.qlora))
-        lines.append(f"| {row.model} | {row.parameters / 1e9:.2f} B | {sizes} |")
-    return "\n".join(lines) + "\n"
+    return [(name, shape := ModelShape.from_config(config), shape.parameters) for name, config in KNOWN.items()]
 
 
 def print_comparison(rows: Sequence[Row], out: Console) -> None:
@@ -246,11 +231,9 @@ def print_comparison(rows: Sequence[Row], out: Console) -> None:
     for head in ("model", "parameters", "full", "16-bit LoRA", "QLoRA (nf4)"):
         table.add_column(head, justify="left" if head == "model" else "right")
     for row in rows:
-        cells = [_cell(size, row.usable) for size in (row.full, row.lora, row.qlora)]
+        cells = [f"{size / 1e9:.1f}" for size in (row.full, row.lora, row.qlora)]
+        if row.usable is not None:
+            fits = [size <= row.usable for size in (row.full, row.lora, row.qlora)]
+            cells = [f"[{'green' if fit else 'red'}]{cell}[/]" for fit, cell in zip(fits, cells, strict=True)]
         table.add_row(escape(row.model), f"{row.parameters / 1e9:.2f} B", *cells)
     out.print(table)
-
-
-def _cell(size: int, usable: int | None) -> str:
-    text = f"{size / 1e9:.1f}"
-    return text if usable is None else f"[{'green' if size <= usable else 'red'}]{text}[/]"

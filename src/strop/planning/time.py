@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from strop.engine.decode.cache import MAX_SEQUENCES
 from strop.machine.probe import TILED_RANK, Machine
 from strop.machine.rates import Rates
-from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
+from strop.planning.activations import HEAD_BYTES, MAX_SAVED_KEYS, MicroBatch, offloaded_bytes, pairs
 from strop.planning.memory import RolloutLoad, constant_bytes, packed_weights, weight_bytes
 from strop.planning.workload import Workload
 
@@ -46,47 +47,30 @@ def has_bf16(machine: Machine) -> bool:
 
 @dataclass(frozen=True)
 class Rate:
-    """Speed of a device in one dtype. `planning.calibrate` measures the fields after `peak`; 0 means not measured.
+    """Speed of a device in one dtype. `planning.calibrate` measures the fields after `peak`; 0 means not measured."""
 
-    Args:
-        flops: FLOP/s of large matmuls.
-        bandwidth: bytes/s of memory.
-        source: where the figures come from.
-        peak: `flops` is a data sheet's peak, of which a training step reaches a share.
-        head_flops: FLOP/s of the output head.
-        attention_flops: FLOP/s of attention.
-        layer_s: constant seconds per layer.
-        moved: bytes/s of element-wise work.
-        kinds_s: seconds to compile the matmuls of a new row length; None: not measured.
-        plain: time of the plain step, relative to the fast step.
-        thin_flops: FLOP/s of LoRA matmuls with a rank above TILED_RANK.
-        unpacked_per_s: weights dequantized per second, by quantization scheme.
-        integers: FLOP/s of frozen weights in int8 matmuls, by quantization scheme.
-        frozen_flops: FLOP/s of frozen weights; 0: as `flops`.
-    """
-
-    flops: float
-    bandwidth: float
-    source: str
-    peak: bool = False
+    flops: float  # FLOP/s of large matmuls
+    bandwidth: float  # bytes/s of memory
+    source: str  # where the figures come from
+    peak: bool = False  # `flops` is a data sheet's peak, of which a training step reaches a share
     head_flops: float = 0.0
     attention_flops: float = 0.0
-    layer_s: float = 0.0
-    moved: float = 0.0
-    kinds_s: float | None = None
-    plain: float = 0.0
-    thin_flops: float = 0.0
-    unpacked_per_s: Mapping[str, float] = field(default_factory=dict)
-    integers: Mapping[str, float] = field(default_factory=dict)
-    frozen_flops: float = 0.0
+    layer_s: float = 0.0  # constant seconds per layer
+    moved: float = 0.0  # bytes/s of element-wise work
+    kinds_s: float | None = None  # seconds to compile the matmuls of a new row length; None: not measured
+    plain: float = 0.0  # time of the plain step, relative to the fast step
+    thin_flops: float = 0.0  # FLOP/s of LoRA matmuls with a rank above TILED_RANK
+    unpacked_per_s: Mapping[str, float] = field(default_factory=dict)  # weights dequantized, by quantization scheme
+    integers: Mapping[str, float] = field(default_factory=dict)  # FLOP/s of int8 matmuls, by quantization scheme
+    frozen_flops: float = 0.0  # FLOP/s of frozen weights; 0: as `flops`
 
     @staticmethod
     def measured(rates: Rates, dtype: str) -> Rate:
         """Return the rate of this machine's CPU that `strop doctor` has measured."""
         flops = rates.bf16_flops if dtype == "bf16" else rates.fp32_flops
-        costs = rates.costs[dtype if dtype in rates.costs else "fp32"]
-        rate = Rate(flops, rates.bandwidth, "strop doctor", unpacked_per_s=rates.unpacked_per_s)
-        return replace(rate, integers=rates.integers, **costs)  # type: ignore[arg-type]
+        costs: dict[str, Any] = {**rates.costs[dtype if dtype in rates.costs else "fp32"]}
+        costs |= {"unpacked_per_s": rates.unpacked_per_s, "integers": rates.integers}
+        return Rate(flops, rates.bandwidth, "strop doctor", **costs)
 
     @staticmethod
     def of_cpu(machine: Machine, rates: Rates | None, dtype: str) -> Rate:
@@ -123,12 +107,11 @@ class Flops:
 
 
 def flops(workload: Workload, batch: MicroBatch) -> Flops:
-    """Count the FLOPs of a micro-batch.
+    """Count the FLOPs of a micro-batch; exact for the fast step.
 
-    Exact for the fast step: no dW for frozen weights, no dX before the first layer, and only supervised rows in the
-    head and after the last layer's attention. A checkpointed layer computes its forward pass twice. DoRA with dropout
-    has one more frozen matmul in the forward pass and two in the backward pass. The plain step computes all rows of
-    every layer.
+    It has no dW for frozen weights, no dX before the first layer, and only supervised rows in the head and after the
+    last layer's attention (the plain step: all rows). A checkpointed layer computes its forward pass twice. DoRA with
+    dropout has one more frozen matmul in the forward pass and two in the backward pass.
     """
     shape, layers, adapter = workload.shape, workload.shape.layers, workload.adapter
     qkv = sum(x.active_weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
@@ -139,15 +122,15 @@ def flops(workload: Workload, batch: MicroBatch) -> Flops:
     again = workload.compute.checkpointed_layers / layers
     frozen = forward * (2 + again) - 2.0 * qkv * batch.tokens
     if adapter.dora and adapter.dropout and workload.compute.step == "fast":
-        ranked = zip(shape.linears, adapter.ranks, strict=True)
-        frozen += forward * (3 + again) * sum(x.active_weights for x, rank in ranked if rank) / (qkv + rest)
+        adapted = sum(x.active_weights for x, rank in workload.ranked_linears() if rank)
+        frozen += forward * (3 + again) * adapted / (qkv + rest)
     adapters = (6 + 2 * again) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
-    long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
-    matmul = 2.0 * layers * shape.query * pairs(workload, batch)  # one of the attention's
+    long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > MAX_SAVED_KEYS)
+    matmul = 2.0 * layers * shape.query_size * pairs(workload, batch)  # one of the attention's
     if workload.compute.attention_tiles:
         attention = (7 + 2 * again) * matmul
     else:
-        attention = (6 + 2 * again) * matmul + layers * shape.query * long
+        attention = (6 + 2 * again) * matmul + layers * shape.query_size * long
     head = (6.0 if adapter.full_head else 4.0) * shape.embedding + 6.0 * adapter.head_rank * (
         shape.hidden + shape.vocabulary
     )
@@ -156,26 +139,15 @@ def flops(workload: Workload, batch: MicroBatch) -> Flops:
 
 @dataclass(frozen=True)
 class Work:
-    """Work of one micro-batch on a CPU, in the terms that have a rate.
-
-    Args:
-        frozen: FLOPs of frozen weights.
-        adapters: FLOPs that large matmuls would do in the time of the adapters' matmuls.
-        thin: FLOPs of adapters whose rank is too large for strop's tiles.
-        attention: FLOPs of attention.
-        head: FLOPs of the output head.
-        weights: bytes of frozen weights that are read.
-        moved: bytes of element-wise work and of LoRA's narrow matmuls.
-        layers: number of layer passes.
-    """
+    """Work of one micro-batch on a CPU, in the terms that have a rate."""
 
     frozen: float
-    adapters: float
-    thin: float
+    adapters: float  # FLOPs that large matmuls would do in the time of the adapters' matmuls
+    thin: float  # FLOPs of adapters whose rank is too large for strop's tiles
     attention: float
     head: float
-    weights: float
-    moved: float
+    weights: float  # bytes of frozen weights that are read
+    moved: float  # bytes of element-wise work and of LoRA's narrow matmuls
     layers: float
 
 
@@ -194,7 +166,7 @@ def work_of(workload: Workload, batch: MicroBatch) -> Work:
     )  # fmt: skip
 
 
-def known_seconds(work: Work, rate: Rate) -> float:
+def matmul_seconds(work: Work, rate: Rate) -> float:
     """Return the seconds of the work whose rate is known without fitting: matmuls, and reading the weights."""
     frozen = work.frozen / (rate.frozen_flops or rate.flops)
     return frozen + work.adapters / rate.flops + work.weights / rate.bandwidth
@@ -203,15 +175,14 @@ def known_seconds(work: Work, rate: Rate) -> float:
 def micro_batch_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
     """Return the seconds of forward and backward of one micro-batch."""
     shape, compute = workload.shape, workload.compute
-    unpacked = (
-        0.0 if compute.int8_matmul else packed_weights(workload) * (2 + compute.checkpointed_layers / shape.layers)
-    )
+    passes = 0.0 if compute.int8_matmul else 2 + compute.checkpointed_layers / shape.layers
+    unpacked = packed_weights(workload) * passes
     if rate.peak:
         computing = flops(workload, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
         return max(computing, 2 * offloaded_bytes(workload, batch) / HOST_BYTES_PER_S)  # they overlap
     work, plain, rate = work_of(workload, batch), compute.step == "plain", rate.for_workload(workload)
     layers = (
-        known_seconds(work, rate)
+        matmul_seconds(work, rate)
         + work.thin / (rate.thin_flops or WIDE_LORA_SHARE * rate.flops)
         + work.layers * (rate.layer_s or LAYER_S)
         + work.moved / (rate.moved or MOVED_SHARE * rate.bandwidth)
@@ -233,10 +204,9 @@ def micro_batch_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> fl
 
 
 def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, own_matmul: bool) -> int:
-    """Return the bytes moved to repack the head's weight, which happens for both matmuls of each chunk of rows.
+    """Return the bytes moved to repack the head's weight, for both matmuls of each chunk of rows.
 
-    own_matmul: strop's kernel repacks in the cache, so the weight is only read. A thousand rows of a vocabulary of
-    151,936 tokens make 12 chunks.
+    own_matmul: strop's kernel repacks in the cache, so the weight is only read.
     """
     chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * dtype_bytes)))
     return chunks * 2 * (1 if own_matmul else 2) * vocabulary * hidden * dtype_bytes
@@ -245,17 +215,14 @@ def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, ow
 def elementwise_bytes(workload: Workload) -> int:
     """Return bytes read and written per layer and token by element-wise work, forward and backward."""
     shape, b = workload.shape, workload.compute.dtype_bytes
-    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query + 2 * shape.key_value))
+    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size))
 
 
 def lora_bytes(workload: Workload) -> int:
-    """Return bytes read and written per layer and token by LoRA's narrow matmuls.
-
-    Each reads or writes a whole input or output, four times each, and a rank of 16 computes little on it.
-    """
-    ranked = zip(workload.shape.linears, workload.adapter.ranks, strict=True)
-    values = sum(round(4 * linear.active * linear.ends) for linear, rank in ranked if rank)
-    return workload.compute.dtype_bytes * values
+    """Return bytes moved per layer and token by LoRA's narrow matmuls: each whole input and output, four times."""
+    return workload.compute.dtype_bytes * sum(
+        round(4 * x.active * x.adapter_size) for x, r in workload.ranked_linears() if r
+    )
 
 
 def step_seconds(workload: Workload, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
@@ -275,16 +242,13 @@ def _update_seconds(workload: Workload, rate: Rate) -> float:
 
 
 def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> float:
-    """Return the seconds of sampling one step's completions, all of the maximum length.
-
-    Each pass reads the weights once for as many completions as are sampled at once.
-    """
+    """Return the seconds of sampling one step's completions, all of the maximum length."""
     tokens = rollouts.completions * rollouts.answer + rollouts.completions // rollouts.group * rollouts.prompt
     passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
-    weights = workload.base.parameters - workload.shape.idle + workload.active_adapter_weights
+    weights = workload.base.parameters - workload.shape.idle_expert_weights + workload.active_adapter_weights
     share = GPU_SHARE if rate.peak else DECODE_SHARE
-    moved = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth
-    return 2.0 * weights * tokens / (share * rate.flops) + moved
+    reading = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth  # once in each pass
+    return 2.0 * weights * tokens / (share * rate.flops) + reading
 
 
 def tokens_per_s(workload: Workload, batch: MicroBatch, rate: Rate) -> float:

@@ -5,95 +5,63 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Any
 
 from strop.config.schema import LoraSection, Recipe
 from strop.engine.eligibility import why_config_not_fast
 from strop.errors import ModelError, nearest
 from strop.machine.probe import TILED_RANK, probe
-from strop.models.families.layers import FAMILIES, Family
-from strop.models.families.shape import LinearShape, ModelShape
-from strop.models.targets import EMBEDDINGS, matches, target_names
+from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
+from strop.models.families.table import FAMILIES, Family
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
 BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that the fast step multiplies by at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseWeights:
-    """The frozen base model and how it is stored.
-
-    Args:
-        shape: sizes of the model.
-        parameters: number of weights.
-        scheme: quantization scheme, or "none".
-        double_quantization: quantization constants are quantized too (4-bit schemes).
-        resident_layers: quantized layers that are dequantized once instead of for each matmul.
-        shards: number of devices that hold one share of the base each; 1 if each device holds all of it.
-    """
+    """The frozen base model and how it is stored."""
 
     shape: ModelShape
     parameters: int
-    scheme: str = "none"
-    double_quantization: bool = True
-    resident_layers: int = 0
-    shards: int = 1
+    scheme: str = "none"  # quantization scheme, or "none"
+    double_quantization: bool = True  # quantization constants are quantized too (4-bit schemes)
+    resident_layers: int = 0  # quantized layers that are dequantized once instead of for each matmul
+    shards: int = 1  # number of devices that hold one share of the base each; 1 if each device holds all of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterWeights:
-    """The trainable weights.
+    """The trainable weights."""
 
-    Args:
-        ranks: LoRA rank on each of `shape.linears`; 0 for a layer without an adapter.
-        extra_weights: number of trainable weights outside these adapters: modules trained in full, biases, DoRA
-            magnitudes, and an adapter on the output head.
-        head_rank: LoRA rank on the output head; 0 without an adapter.
-        dropout: LoRA dropout is above 0.
-        dora: the adapters are DoRA adapters.
-        full_head: the output head is trained in full.
-        full_embedding: the input embedding is trained in full.
-        full_head_norms: norms of queries or keys are trained in full.
-        new_tokens: the embedding gets new rows.
-    """
-
-    ranks: tuple[int, ...] = ()
-    extra_weights: int = 0
-    head_rank: int = 0
+    ranks: tuple[int, ...] = ()  # LoRA rank on each of `shape.linears`; 0 for a layer without an adapter
+    extra_weights: int = (
+        0  # other trainable weights: modules trained in full, biases, DoRA magnitudes, the head's adapter
+    )
+    head_rank: int = 0  # LoRA rank on the output head; 0 without an adapter
     dropout: bool = False
     dora: bool = False
-    full_head: bool = False
-    full_embedding: bool = False
-    full_head_norms: bool = False
-    new_tokens: bool = False
+    full_head: bool = False  # the output head is trained in full
+    full_embedding: bool = False  # the input embedding is trained in full
+    full_head_norms: bool = False  # norms of queries or keys are trained in full
+    new_tokens: bool = False  # the embedding gets new rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Settings of the computation of a step.
-
-    Args:
-        device: cpu, cuda or mps.
-        dtype_bytes: bytes per value of the compute dtype.
-        step: fast or plain, as `strop.engine.step` chooses it.
-        threads: CPU threads.
-        attention_tiles: the fast step computes attention in tiles (CPU, bf16).
-        own_head_matmul: the fast step multiplies by the head's weight with strop's kernel (CPU, bf16).
-        int8_matmul: frozen weights are multiplied in 8-bit integers.
-        checkpointed_layers: number of layers that are recomputed in the backward pass.
-        offload: inputs of recomputed layers are kept in host memory.
-        optimizer: name of the optimizer.
-    """
+    """Settings of the computation of a step."""
 
     device: str = "cpu"
-    dtype_bytes: int = 2
-    step: str = "fast"
+    dtype_bytes: int = 2  # bytes per value of the compute dtype
+    step: str = "fast"  # fast or plain, as `strop.engine.step` chooses it
     threads: int = 2
-    attention_tiles: bool = False
-    own_head_matmul: bool = False
-    int8_matmul: bool = False
-    checkpointed_layers: int = 0
-    offload: bool = False
+    attention_tiles: bool = False  # the fast step computes attention in tiles (CPU, bf16)
+    own_head_matmul: bool = False  # the fast step multiplies by the head's weight with strop's kernel (CPU, bf16)
+    int8_matmul: bool = False  # frozen weights are multiplied in 8-bit integers
+    checkpointed_layers: int = 0  # number of layers that are recomputed in the backward pass
+    offload: bool = False  # inputs of recomputed layers are kept in host memory
     optimizer: str = "adamw"
 
 
@@ -109,10 +77,7 @@ class Workload:
     def from_recipe(
         recipe: Recipe, shape: ModelShape, *, parameters: int | None = None, threads: int = 2, devices: int = 1
     ) -> Workload:
-        """Return the workload of a recipe whose device and dtype are chosen.
-
-        Other open options count as the value that needs the least memory. parameters: default `shape.parameters`.
-        """
+        """Return the workload of a recipe with a chosen device and dtype. Other open options: the least memory."""
         model, lora, train = recipe.model, recipe.lora, recipe.train
         names = _targets(shape, lora.target_modules)
         layer_ranks = [_ranks(x.path, lora, shape.layers) if x.name in names else [] for x in shape.linears]
@@ -120,7 +85,7 @@ class Workload:
         scheme = model.quantization if model.quantization != "auto" else "none"
         plain = why_plain(recipe, shape) is not None
         bf16_cpu = device == "cpu" and model.dtype == "bf16"
-        head_rank = _rank("lm_head", lora.r, lora.rank_pattern) if "lm_head" in names else 0
+        head_rank = _rank("lm_head", lora) if "lm_head" in names else 0
         return Workload(
             base=BaseWeights(
                 shape=shape,
@@ -146,8 +111,8 @@ class Workload:
                 dtype_bytes=BYTES.get(model.dtype, 2),
                 step="plain" if plain else "fast",
                 threads=threads,
-                attention_tiles=bf16_cpu and probe().has_tiles(shape.head_size),
-                own_head_matmul=bf16_cpu and probe().has_products((shape.hidden, shape.vocabulary)),
+                attention_tiles=bf16_cpu and probe().has_tiled_attention(shape.head_size),
+                own_head_matmul=bf16_cpu and probe().has_bf16_matmul((shape.hidden, shape.vocabulary)),
                 int8_matmul=train.int8_matmul,
                 checkpointed_layers=num_checkpointed(train.gradient_checkpointing, shape.layers, all_or_none=plain),
                 offload=train.gradient_checkpointing == "offload",
@@ -162,21 +127,20 @@ class Workload:
     @property
     def adapter_weights(self) -> int:
         """Number of trainable weights: A (r, in) and B (out, r) of each adapted layer, and `extra_weights`."""
-        layer = sum(rank * x.ends for x, rank in self._ranked_linears())
+        layer = sum(rank * x.adapter_size for x, rank in self.ranked_linears())
         return self.shape.layers * layer + self.adapter.extra_weights
 
     @property
     def active_adapter_weights(self) -> int:
         """Number of trainable weights that one token uses: adapters of experts it does not choose are left out."""
-        inactive = round(sum((1 - x.active) * x.ends * rank for x, rank in self._ranked_linears()))
+        inactive = round(sum((1 - x.active) * x.adapter_size * rank for x, rank in self.ranked_linears()))
         return self.adapter_weights - self.shape.layers * inactive
 
     @property
     def expert_adapter_weights(self) -> int:
         """Number of trainable weights in adapters of experts."""
-        return self.shape.layers * sum(
-            rank * x.ends for x, rank in self._ranked_linears() if x in self.shape.in_experts
-        )
+        experts = self.shape.expert_linears
+        return self.shape.layers * sum(rank * x.adapter_size for x, rank in self.ranked_linears() if x in experts)
 
     @property
     def tiled_lora(self) -> bool:
@@ -191,17 +155,14 @@ class Workload:
 
     @property
     def gpu_operand_weights(self) -> int:
-        """Number of adapter values in the compute dtype on a GPU, zeros included.
-
-        Adapters on the same input are stored next to each other, across the outputs of all of them.
-        """
-        adapted = {x.name: (rank, x) for x, rank in self._ranked_linears() if rank}
+        """Number of adapter values in the compute dtype on a GPU, with the zeros between joined adapters."""
+        adapted = {x.name: (rank, x) for x, rank in self.ranked_linears() if rank}
         total = 0
-        for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for group in JOINED:
             joined = [adapted.pop(name) for name in group if name in adapted]
             total += sum(rank * x.inputs for rank, x in joined)
             total += sum(rank for rank, _ in joined) * sum(x.outputs for _, x in joined)
-        return self.shape.layers * (total + sum(rank * x.ends for rank, x in adapted.values()))
+        return self.shape.layers * (total + sum(rank * x.adapter_size for rank, x in adapted.values()))
 
     @property
     def family(self) -> Family:
@@ -210,7 +171,7 @@ class Workload:
     @property
     def mlp_linears(self) -> tuple[LinearShape, ...]:
         """Linear layers of the MLP, experts included."""
-        family, experts = self.family, self.shape.in_experts
+        family, experts = self.family, self.shape.expert_linears
         return tuple(x for x in self.shape.linears if x.leaf in (*family.gate_up, family.down) or x in experts)
 
     @property
@@ -235,7 +196,7 @@ class Workload:
     @property
     def model_code_share(self) -> float:
         """Share of the active weights that the fast step leaves to the model's own modules."""
-        linears = (*self.mixer_linears, *(self.mlp_linears if self.family.mixture else ()))
+        linears = (*self.mixer_linears, *(self.mlp_linears if self.family.moe else ()))
         return sum(x.active_weights for x in linears) / max(1, sum(x.active_weights for x in self.shape.linears))
 
     @property
@@ -245,27 +206,21 @@ class Workload:
 
     def replace(self, **changes: object) -> Workload:
         """Return a copy with these fields of `base`, `adapter` or `compute` changed."""
-        groups: dict[str, BaseWeights | AdapterWeights | Compute] = {}
+        groups: dict[str, Any] = {}
         for name in ("base", "adapter", "compute"):
             group = getattr(self, name)
-            own = {field.name: changes.pop(field.name) for field in fields(group) if field.name in changes}
-            groups[name] = dataclasses.replace(group, **own)
+            changed = {field.name: changes.pop(field.name) for field in fields(group) if field.name in changes}
+            groups[name] = dataclasses.replace(group, **changed)
         if changes:
             raise TypeError(f"Workload has no {', '.join(changes)}")
-        return Workload(**groups)  # type: ignore[arg-type]  # each group keeps its class
+        return Workload(**groups)
 
-    def _ranked_linears(self) -> zip[tuple[LinearShape, int]]:
+    def ranked_linears(self) -> zip[tuple[LinearShape, int]]:
         return zip(self.shape.linears, self.adapter.ranks, strict=True)
 
 
 def num_checkpointed(setting: str | int, layers: int, *, all_or_none: bool = False) -> int:
-    """Return how many layers are recomputed in the backward pass.
-
-    Args:
-        setting: `train.gradient_checkpointing`: on or offload (all layers), off or auto (none), or a number of layers.
-        layers: number of layers of the model.
-        all_or_none: a number means all layers, as in transformers.
-    """
+    """Return how many layers `train.gradient_checkpointing` recomputes; all_or_none: as in transformers."""
     if isinstance(setting, int):
         return layers if all_or_none else min(setting, layers)
     return layers if setting in ("on", "offload") else 0
@@ -279,22 +234,22 @@ def why_not_offloaded(recipe: Recipe, shape: ModelShape) -> str | None:
     return None if plain is None else f"the plain step does not offload, and it trains this recipe ({plain})"
 
 
-def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
+def _num_trained_biases(lora: LoraSection, shape: ModelShape) -> int:
     """Return the number of trained bias values, chosen as peft does: all biases, or those of adapted layers."""
     if lora.bias != "lora_only":
         return shape.biases if lora.bias == "all" else 0
     names = _targets(shape, lora.target_modules)
-    return shape.layers * sum(x.rows for x in shape.linears if x.bias and x.name in names)
+    return shape.layers * sum(x.total_outputs for x in shape.linears if x.bias and x.name in names)
 
 
-def trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
+def _num_trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
     """Return the number of weights in modules trained in full, matched as peft does: by the end of the module path."""
     names = tuple(lora.modules_to_save)
     if not names:
         return 0
     family = FAMILIES.get(shape.family, Family())
     norm = shape.hidden * (2 if family.norm_biases else 1)
-    layer = {x.path: x.weights + x.rows * x.bias for x in shape.linears} | dict.fromkeys(family.norms, norm)
+    layer = {x.path: x.weights + x.total_outputs * x.bias for x in shape.linears} | dict.fromkeys(family.norms, norm)
     if shape.head_norms:
         layer |= {f"{family.attention}.{name}": shape.head_size for name in (family.q_norm, family.k_norm)}
     modules = [(f"model.layers.{n}.{path}", size) for n in range(shape.layers) for path, size in layer.items()]
@@ -337,12 +292,12 @@ def _ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
     if not lora.rank_pattern and not lora.modules_to_save:
         return [lora.r] * layers
     paths, names = [f"model.layers.{n}.{path}" for n in range(layers)], tuple(lora.modules_to_save)
-    return [0 if _is_in_full(full, names) else _rank(full, lora.r, lora.rank_pattern) for full in paths]
+    return [0 if _is_in_full(full, names) else _rank(full, lora) for full in paths]
 
 
-def _rank(path: str, rank: int, patterns: dict[str, int]) -> int:
+def _rank(path: str, lora: LoraSection) -> int:
     """Return the rank that peft chooses for a module path; a pattern is a path suffix or a regular expression."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, path)), rank)
+    return next((rank for pattern, rank in lora.rank_pattern.items() if matches_pattern(pattern, path)), lora.r)
 
 
 def _mean_ranks(layer_ranks: list[list[int]], shape: ModelShape) -> tuple[int, ...]:
@@ -353,28 +308,26 @@ def _mean_ranks(layer_ranks: list[list[int]], shape: ModelShape) -> tuple[int, .
 def _extra_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int]], head_rank: int) -> int:
     """Return the number of trainable weights that are not in adapters on `shape.linears`."""
     lora = recipe.lora
-    total = trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
+    total = _num_trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
     for x, rank, ranks in zip(shape.linears, _mean_ranks(layer_ranks, shape), layer_ranks, strict=True):
-        total -= x.ends * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
+        total -= x.adapter_size * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
     total += len(lora.new_tokens) * shape.hidden
     if lora.use_dora:
-        total += sum(x.rows * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True))
+        total += sum(
+            x.total_outputs * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True)
+        )
         total += shape.vocabulary if head_rank else 0
     total += shape.hidden if recipe.train.objective == "reward" else 0  # the score head
-    return total + trained_biases(lora, shape)
+    return total + _num_trained_biases(lora, shape)
 
 
 def check_patterns(lora: LoraSection, shape: ModelShape) -> None:
-    """Check that each rank and alpha pattern matches a layer with an adapter, for families with known module paths.
-
-    Raises:
-        ModelError: a pattern matches no layer with an adapter.
-    """
+    """Raise ModelError for a rank or alpha pattern that matches no adapter, for families with known module paths."""
     names = _targets(shape, lora.target_modules)
     paths = [f"model.layers.{n}.{x.path}" for n in range(shape.layers) for x in shape.linears if x.name in names]
     paths += [name for name in HEADS if name in names]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns if shape.known else ():
-            if not any(matches(pattern, path) for path in paths):
+            if not any(matches_pattern(pattern, path) for path in paths):
                 what = f"lora.{field}: {pattern} matches no layer with an adapter{nearest(pattern, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")

@@ -13,17 +13,9 @@ from typing import Any
 from strop.errors import InputError, nearest
 
 LIBRARIES = (
-    "strop",
-    "torch",
-    "transformers",
-    "peft",
-    "tokenizers",
-    "safetensors",
-    "accelerate",
-    "numpy",
-    "numba",
+    "strop", "torch", "transformers", "peft", "tokenizers", "safetensors", "accelerate", "numpy", "numba",
     "bitsandbytes",
-)
+)  # fmt: skip
 
 # recipe fields that do not change the numbers, or whose content is compared instead (data: hash, model: fingerprint)
 IGNORED_FIELDS = {

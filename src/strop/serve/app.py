@@ -24,10 +24,9 @@ from strop.data.types import Ids
 from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest
 from strop.serve.engine import Engine, Job, Metrics, Piece, QueueFull, deliver_each
-from strop.serve.grammar import Grammars
-from strop.serve.guard import AccessRules, ApiError, Guard, error_body
-from strop.serve.models import ServedModel
+from strop.serve.models import Grammars, ServedModel
 from strop.serve.protocol import ChatRequest, CommonRequest, CompletionRequest, ResponseWriter, usage
+from strop.serve.server import AccessRules, ApiError, Guard, error_body
 
 DEFAULT_COMPLETION_TOKENS = 16  # of a plain completion without max_tokens, as for OpenAI
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -63,13 +62,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ServerState:
-    """State of the routes. context: tokens of prompt and completion together. sampling: the model's defaults."""
-
     engine: Engine
     models: dict[str, ServedModel]
-    sampling: Sampling
+    sampling: Sampling  # the model's defaults
     grammars: Grammars
-    context: int
+    context: int  # tokens of prompt and completion together
     vocabulary: int
     started: int
 
@@ -136,8 +133,6 @@ def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guar
             raise ApiError(400, message, param="max_tokens")
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs requires logprobs: true", param="top_logprobs")
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options requires stream: true", param="stream_options")
         mask = await _run_in(renderers, state.grammars.mask, model, body.response_format)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return await _respond(state, request, body, model, ids, limit, num_logprobs, mask, chat=True)
@@ -145,8 +140,6 @@ def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guar
     @router.post(COMPLETIONS, responses=RESPONSES, response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         model = _find_model(state, body.model)
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options requires stream: true", param="stream_options")
         prompt = body.prompt
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             if max(int(token) for token in prompt) >= state.vocabulary:
@@ -224,6 +217,8 @@ async def _respond(
     state: ServerState, request: Request, body: CommonRequest, model: ServedModel, ids: Ids, limit: int | None,
     num_logprobs: int | None, mask: Mask | None, *, chat: bool,
 ) -> Response:  # fmt: skip
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options requires stream: true", param="stream_options")
     space = state.context - len(ids)
     if len(ids) == 0:
         raise ApiError(400, "the prompt is empty", param="prompt")

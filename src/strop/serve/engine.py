@@ -1,4 +1,4 @@
-"""The engine thread: it owns the model, and requests join and leave its batch between two passes; and its metrics."""
+"""The engine thread, which runs the model with continuous batching, and its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from strop.engine.decode.batch import Batch, Progress
 from strop.engine.decode.decoder import Decoder
 from strop.engine.decode.sampling import Mask, Sampling, SequenceState, Token
 from strop.machine.memory import is_out_of_memory
-from strop.models.detokenizer import Words
+from strop.models.tokenizer import TextStream
 
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
 
 
 class Metrics:
-    """Metrics for Prometheus, in one registry a server, so that two servers in a process do not share them."""
+    """Prometheus metrics, with one registry per server, so that two servers in a process do not share them."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -56,25 +56,16 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Piece:
-    """New output of a request.
-
-    finish_reason: None while it continues; "stop" or "length"; or an error: "failed", "format" (the grammar allows no
-    token), "memory" or "closed".
-    """
+    """A piece of a completion, delivered while it is generated."""
 
     text: str
     tokens: tuple[Token, ...]
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # None until the completion ends; then "stop", "length" or a key of app.FAILURES
 
 
 @dataclass
 class Job:
-    """A request to the engine.
-
-    on_piece: called with each piece, the last of which has a finish reason. continues_prompt: the text of the
-    completion continues that of the prompt, without a chat template between them. num_cached: prompt tokens that were
-    in the cache, set by the engine.
-    """
+    """A request to the engine."""
 
     model: str
     tokenizer: Any
@@ -83,12 +74,12 @@ class Job:
     adapter: str | None
     max_new_tokens: int
     sampling: Sampling
-    on_piece: Callable[[Piece], None]
+    on_piece: Callable[[Piece], None]  # called with each piece; the last one has a finish reason
     stop_strings: Sequence[str] = ()
     num_logprobs: int | None = None
     mask: Mask | None = None
-    continues_prompt: bool = False
-    num_cached: int = 0
+    continues_prompt: bool = False  # the completion continues the prompt's text, without a chat template
+    num_cached: int = 0  # prompt tokens that were in the cache, set by the engine
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -102,12 +93,12 @@ def deliver_each(pieces: Sequence[tuple[Job, Piece]]) -> None:
 
 
 class _ActiveJob:
-    """A job in the batch. pending: tokens whose text is not delivered yet."""
+    """A job in the batch. pending: tokens not delivered yet."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         prompt = job.ids.tolist() if job.continues_prompt else ()
-        self.detokenizer = Words(job.tokenizer, job.stop_strings, prompt)
+        self.detokenizer = TextStream(job.tokenizer, job.stop_strings, prompt)
         self.pending: list[Token] = []
         self.has_output = False
 
@@ -127,24 +118,15 @@ class Engine:
     in strop or in the model's code, after which the cache may be wrong: the thread ends, `failed` is set, and
     `on_failure` is called from that thread.
 
-    Args:
-        slots: requests in the batch.
-        queue: requests that may wait.
-        thread: an executor with one thread, the one that has computed with the model before. OpenMP keeps workers for
-            each thread that computes. With two sets of them on the same cores they sleep between two kernels, and a
-            step of a small model takes 2.5 times as long.
+    slots: requests in the batch. queue: requests that may wait. thread: an executor with one thread, the one that
+    loaded the model. OpenMP keeps a worker pool for each thread that computes; with a second pool on the same cores, a
+    step of a small model takes 2.5 times as long.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        slots: int,
-        queue: int,
-        metrics: Metrics,
-        thread: ThreadPoolExecutor | None = None,
+        self, decoder: Decoder, *, slots: int, queue: int, metrics: Metrics, thread: ThreadPoolExecutor | None = None,
         on_failure: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._batch, self._on_failure = Batch(decoder, slots), on_failure
         self._slots, self._queue, self._metrics = slots, queue, metrics
         self._changed = threading.Condition()
@@ -162,7 +144,7 @@ class Engine:
         self._ended = self._thread.submit(self._run)
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises QueueFull. If the engine is closed, the job gets a piece that says so at once."""
+        """Queue a job. Raises QueueFull. If the engine is closed, the job fails at once with the reason "closed"."""
         with self._changed:
             if self._closing or self.failed:
                 job.on_piece(Piece("", (), "closed"))
@@ -174,13 +156,13 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job. Its slot is free before the next pass."""
+        """Cancel a job. Its slot is released before the next pass."""
         with self._changed:
             job.cancelled = True
             self._changed.notify()
 
     def close(self, timeout: float = 10.0) -> None:
-        """End the thread. All jobs that are not finished get a piece with the reason "closed"."""
+        """End the thread. Unfinished jobs fail with the reason "closed"."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -207,7 +189,7 @@ class Engine:
         except BaseException:
             traceback.print_exc()
             raise
-        finally:  # no client may wait for a completion that will not come
+        finally:  # otherwise clients would wait forever
             with self._changed:
                 self.failed = not self._closing
                 self._closing = True
@@ -229,11 +211,11 @@ class Engine:
                 for sequence in list(self._batch.sequences):
                     sequence.finish_reason = reason
                     self._batch.remove(sequence)
-        finally:  # a decoder that has failed may fail here too
+        finally:  # a failed decoder may raise here too
             self._deliver([(job, Piece("", (), reason)) for job in jobs])
 
     def _admit(self) -> bool:
-        """Remove cancelled jobs, admit waiting ones, and wait while there are none. Return False to end the thread."""
+        """Remove cancelled jobs and admit waiting ones; block if there are none. Return False to end the thread."""
         with self._changed:
             while True:
                 for job in self._waiting:
@@ -268,7 +250,6 @@ class Engine:
         return True
 
     def _step(self) -> None:
-        """Run a pass and deliver its output."""
         if self._batch.sequences:
             pieces: list[tuple[Job, Piece]] = []
             try:
@@ -279,7 +260,7 @@ class Engine:
                 self._deliver(pieces)
 
     def _piece(self, progress: Progress) -> tuple[Job, Piece] | None:
-        """Return the new output of a sequence, and remove it from the batch if a stop string was found."""
+        """Return the new output of a sequence, and remove it from the batch if it is finished."""
         sequence, active = progress.sequence, self._active[progress.sequence]
         detokenizer, text, reason = active.detokenizer, "", None
         if not active.has_output:

@@ -1,51 +1,52 @@
-"""The models of a server: one base model, and the adapters on it."""
+"""The models of a server: one base model, the adapters on it, and masks for constrained decoding."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from strop.data.converters import parse_request
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import InvalidRow, RenderError
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import generation_stop_ids
+from strop.engine.decode.model import load
+from strop.engine.decode.sampling import Logits, Mask, NoToken
 from strop.errors import ModelError
-from strop.models.adapters import adapter_folder, load, read_identity, renderer_of, with_tokenizer
+from strop.models.adapters import adapter_folder, make_renderer, read_identity, tokenizer_source
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
-from strop.serve.guard import ApiError
+from strop.serve.protocol import ResponseFormat
+from strop.serve.server import ApiError
 
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by the id that clients use.
-
-    adapter: PEFT's name of the adapter; None for the base. system: the system prompt of all training rows, which a chat
-    without a system prompt gets. generation_stop_ids: from the model's generation config.
-    """
+    """A model by the id that clients use."""
 
     id: str
-    adapter: str | None
+    adapter: str | None  # PEFT's name of the adapter; None for the base
     tokenizer: Any
     renderer: Renderer
-    system: str | None
-    generation_stop_ids: tuple[int, ...] = ()
+    system: str | None  # of all training rows; a chat without a system prompt gets it
+    generation_stop_ids: tuple[int, ...] = ()  # from the model's generation config
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return (*self.renderer.end_ids, *self.generation_stop_ids)
 
     def prompt(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None,
         template_options: dict[str, Any] | None = None,
-    ) -> Ids:
+    ) -> Ids:  # fmt: skip
         """Return the token ids of a chat with the generation prompt, as in training. Raises ApiError if invalid."""
         if self.renderer.template is None:
             raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
@@ -54,7 +55,7 @@ class ServedModel:
             raise ApiError(400, message, param="chat_template_kwargs")
         try:
             conversation = parse_request({"messages": messages, "tools": tools})
-            if conversation.tools and not self.renderer.chat.supports_tools:
+            if conversation.tools and not self.renderer.chat.traits.tools:
                 message = "tools: not supported by the model's chat template; remove tools, or use another model"
                 raise ApiError(400, message, param="tools")
             turns = conversation.messages
@@ -76,11 +77,9 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """module: the transformers or PEFT model. models: by id, in the order of the names. notes: to show at start."""
-
-    module: Any
-    models: dict[str, ServedModel]
-    notes: Sequence[str]
+    module: Any  # the transformers or PEFT model
+    models: dict[str, ServedModel]  # by id, in the order of the names
+    notes: Sequence[str]  # to show at start
 
 
 def served_name(name: str) -> str:
@@ -122,16 +121,69 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     for model_id, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)
         assert folder is not None and first.source is not None
-        tokenizer = load_tokenizer(with_tokenizer(folder, first.source))
+        tokenizer = load_tokenizer(tokenizer_source(folder, first.source))
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it alone, or name it first")
         first.add(name, force=force, own_template=True)
         identity = read_identity(folder)
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on another quantization of the base than {names[0]}, which is used here")
-        renderer = renderer_of(tokenizer, identity)
-        models[model_id] = ServedModel(
-            model_id, first.others[name], tokenizer, renderer, identity.get("system"), stop_ids
-        )
+        renderer = make_renderer(tokenizer, identity)
+        adapter, system = first.others[name], identity.get("system")
+        models[model_id] = ServedModel(model_id, adapter, tokenizer, renderer, system, stop_ids)
     models[BASE] = served(BASE, None, None)
     return LoadedModels(first.module, models, [*first.notes, *notes])
+
+
+class Grammars:
+    """Makes masks for requests with a response_format. Preparing a tokenizer takes about a second, once."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+        self._tokenizers: dict[int, Any] = {}
+
+    def mask(self, served: ServedModel, response_format: ResponseFormat | None) -> Mask | None:
+        """Return the mask of a request; None for plain text. Raises ApiError if the format cannot be guaranteed."""
+        if response_format is None or response_format.type == "text":
+            return None
+        if find_spec("llguidance") is None:
+            message = f"response_format {response_format.type} needs llguidance on the server: pip install llguidance"
+            raise ApiError(400, message, param="response_format")
+        from llguidance import LLMatcher
+        from llguidance.hf import from_tokenizer
+
+        schema: dict[str, Any] = {"type": "object"}
+        if response_format.type == "json_schema":
+            if response_format.json_schema is None:
+                raise ApiError(400, "response_format.json_schema is missing", param="response_format")
+            schema = response_format.json_schema.json_schema
+        key = id(served.tokenizer)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            if key not in self._tokenizers:
+                stop_ids = list(served.stop_ids)
+                self._tokenizers[key] = from_tokenizer(served.tokenizer, n_vocab=self._vocabulary, eos_token=stop_ids)
+        except ValueError as error:
+            raise ApiError(400, f"response_format: {str(error)[:300]}", param="response_format") from None
+        error_text = LLMatcher.validate_grammar(grammar, self._tokenizers[key])
+        if error_text:
+            raise ApiError(400, f"response_format: {error_text.splitlines()[0][:300]}", param="response_format")
+        return _GrammarMask(LLMatcher(self._tokenizers[key], grammar))
+
+
+class _GrammarMask:
+    """The mask of one completion, which follows its tokens."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher, self._num_consumed = matcher, 0
+
+    def __call__(self, tokens: Sequence[int], scores: Logits) -> None:
+        for token in tokens[self._num_consumed :]:
+            self._matcher.consume_token(token)
+        self._num_consumed = len(tokens)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[: len(scores)].astype(bool)
+        if self._matcher.is_error() or not allowed.any():  # in error it would allow the end, within incomplete JSON
+            raise NoToken("format")
+        scores[: len(allowed)][~allowed] = -np.inf
+        scores[len(allowed) :] = -np.inf

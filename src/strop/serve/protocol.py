@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 from strop.engine.decode.sampling import Token
-from strop.models.detokenizer import TokenBytes, Words
+from strop.models.tokenizer import TextStream, TokenBytes
 
 
 def _error_message(message: str) -> WrapValidator:
@@ -37,6 +37,7 @@ Stops = Annotated[
 OnlyOne = Annotated[Literal[1] | None, _error_message("only 1 is supported")]
 OnlyZero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, _error_message("only 0 is supported")]
 OnlyFalse = Annotated[Literal[False] | None, _error_message("only false is supported")]
+OnlyAuto = Annotated[Literal["auto", "none"] | None, _error_message('only "auto" and "none" are supported')]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -62,8 +63,6 @@ class ResponseFormat(_Strict):
 
 
 class CommonRequest(_Strict):
-    """Fields of both kinds of requests."""
-
     model: str = Field(description="An id from /v1/models.")
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(
@@ -100,9 +99,7 @@ class ChatRequest(CommonRequest):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables of the chat template, for example enable_thinking."
     )
-    tool_choice: Annotated[Literal["auto", "none"] | None, _error_message('only "auto" and "none" are supported')] = (
-        None
-    )
+    tool_choice: OnlyAuto = None
     parallel_tool_calls: Annotated[Literal[True] | None, _error_message("only true is supported")] = None
     response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
@@ -132,17 +129,13 @@ class ResponseWriter:
         self._chat, self._logprobs = chat, logprobs
         self._bytes = TokenBytes(tokenizer)
         self._text_length = 0
-        self._detokenizer = Words(tokenizer, (), prompt)  # for the text offsets of a plain completion's tokens
-        self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
+        self._detokenizer = TextStream(tokenizer, (), prompt)  # for the text offsets of a plain completion's tokens
+        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._head = {"id": request_id, "created": int(time.time()), "model": model}
         self._object = "chat.completion" if chat else "text_completion"
         self._chunk_object = "chat.completion.chunk" if chat else "text_completion"
 
     def response(self, text: str, tokens: Sequence[Token], finish_reason: str, usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the whole response."""
         self._text_length += len(text)
         content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         choice = self._choice(content, tokens, finish_reason)
@@ -154,9 +147,7 @@ class ResponseWriter:
 
     def chunk(self, text: str, tokens: Sequence[Token], finish_reason: str | None) -> dict[str, Any]:
         self._text_length += len(text)
-        content: dict[str, Any] = {"text": text}
-        if self._chat:
-            content = {"delta": {"content": text} if text else {}}
+        content: dict[str, Any] = {"delta": {"content": text} if text else {}} if self._chat else {"text": text}
         return self._chunk([self._choice(content, tokens, finish_reason)])
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -175,10 +166,8 @@ class ResponseWriter:
         if self._chat:
             return {
                 "content": [
-                    {
-                        **self._chat_logprob(token.id, token.logprob),
-                        "top_logprobs": [self._chat_logprob(*alternative) for alternative in token.top_logprobs],
-                    }
+                    self._chat_logprob(token.id, token.logprob)
+                    | {"top_logprobs": [self._chat_logprob(*alternative) for alternative in token.top_logprobs]}
                     for token in tokens
                 ]
             }

@@ -16,13 +16,11 @@ from strop.engine.decode.hf_fallback import HfDecoder, check_batching
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
-from strop.models.introspect import made_for
-from strop.serve.address import Address, Server
+from strop.models.introspect import max_positions
 from strop.serve.app import OPEN_PATHS, ServerState, create_app
 from strop.serve.engine import Engine, Metrics, engine_thread
-from strop.serve.grammar import Grammars
-from strop.serve.guard import AccessRules
-from strop.serve.models import LoadedModels, load_models
+from strop.serve.models import Grammars, LoadedModels, load_models
+from strop.serve.server import AccessRules, Address, Server
 
 LONGEST_CONTEXT = 4096  # by default: the memory of a slot grows with its context
 CLOSING_SECONDS = 5  # that running requests have after Ctrl-C
@@ -30,19 +28,10 @@ KEPT_SLOTS = 2  # whose positions the cache holds beyond the slots, for shared p
 
 
 def serve(
-    names: Sequence[str],
-    address: Address,
-    *,
-    slots: int,
-    queue: int,
-    context: int | None,
-    max_body_bytes: int,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantization: str = "auto",
-    force: bool = False,
+    names: Sequence[str], address: Address, *, slots: int, queue: int, context: int | None, max_body_bytes: int,
+    device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False,
     ready: Callable[[dict[str, Any]], None],
-) -> int:
+) -> int:  # fmt: skip
     """Serve models until a signal arrives, and return its number. ready: called when requests are accepted.
 
     Raises ModelError if the models cannot be served together, RunError if the engine failed.
@@ -83,11 +72,9 @@ def serve(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """slots, context: lowered to what fits into memory."""
-
     loaded: LoadedModels
     decoder: Decoder
-    slots: int
+    slots: int  # lowered to what fits into memory
     context: int
     notes: list[str]
 
@@ -97,11 +84,10 @@ def _base(module: Any) -> Any:
 
 
 def _prepare(names: Sequence[str], slots: int, context: int | None, **options: Any) -> _Prepared:
-    """Load the models and make the decoder."""
     loaded = load_models(names, **options)
     base = _base(loaded.module)
     notes = [*loaded.notes, *Sampling.notes_on_ignored_settings(base.generation_config)]
-    longest = made_for(base) or LONGEST_CONTEXT
+    longest = max_positions(base) or LONGEST_CONTEXT
     if context is not None and context > longest:
         raise InputError(f"--context {context}: the model supports {longest} tokens", fix="give less")
     context = context or min(longest, LONGEST_CONTEXT)

@@ -31,28 +31,28 @@ from strop.data.prepare import prepare
 from strop.data.rendering.render import Renderer
 from strop.data.types import Ids
 from strop.engine.decode.generate import generation_stop_ids
+from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import rows as general_rows
-from strop.models.adapter_config import adapter_config
+from strop.models.adapter_config import read_adapter_config
 from strop.models.adapters import (
     adapter_folder,
     base_source,
-    check_base,
-    check_weights,
-    load,
-    refuse_other_kind,
-    with_tokenizer,
+    check_adapter_base,
+    check_adapter_kind,
+    check_adapter_weights,
+    tokenizer_source,
 )
 from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
-from strop.models.tokenizer import head_folder, load_tokenizer
-from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
+from strop.models.tokenizer import config_folder, load_tokenizer
+from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
 from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
-from strop.serve.address import KEY_VARIABLE, Address
 from strop.serve.models import BASE, check_names
 from strop.serve.run import LONGEST_CONTEXT
+from strop.serve.server import KEY_VARIABLE, Address
 
 GENERATION_CONFIG = "generation_config.json"
 START_SECONDS = 900.0  # compiling for a GPU takes minutes
@@ -62,16 +62,13 @@ LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # mean |difference| of a to
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Parity of one model between vLLM and strop.
-
-    mean, max: |difference| of a token's log-probability, in nats. control: the mean between vLLM's tuned model and
-    strop's base model, which must be larger if training changed anything; None for a base model.
-    """
+    """Parity of one model between vLLM and strop."""
 
     model: str
     tokens: int
-    mean: float
+    mean: float  # |difference| of a token's log-probability, in nats
     max: float
+    # the mean between vLLM's tuned model and strop's base model, larger if training changed anything; None for a base
     control: float | None
     limit: float
 
@@ -96,24 +93,15 @@ def lora_module_argument(name: str, folder: Path) -> str:
 
 
 def serve_vllm(
-    names: Sequence[str],
-    address: Address,
-    *,
-    python: str | None,
-    slots: int,
-    context: int | None,
-    device: str,
-    dtype: str,
-    ready: Callable[[dict[str, Any]], None],
-) -> int:
+    names: Sequence[str], address: Address, *, python: str | None, slots: int, context: int | None, device: str,
+    dtype: str, ready: Callable[[dict[str, Any]], None],
+) -> int:  # fmt: skip
     """Start vLLM, check its parity, run until a signal arrives, and return the signal's number.
 
-    ready: called with the fields of `strop serve --json` when requests are accepted.
-
-    Raises InputError before anything is loaded, RunError if vLLM does not start, ParityError if its log-probabilities
-    are not those of strop.
+    ready: called with the fields of `strop serve --json` when requests are accepted. Raises InputError before anything
+    is loaded, RunError if vLLM does not start, ParityError if its log-probabilities are not those of strop.
     """
-    program, ids = find_python(python), check_names(names)
+    program, ids = find_vllm_python(python), check_names(names)
     folders = [adapter_folder(name) for name in names]
     first = folders[0]
     source = locate(names[0]) if first is None else base_source(first)
@@ -121,14 +109,13 @@ def serve_vllm(
     ranks = [_checked_rank(folder, source) for folder in adapters.values()]
     renderers = [Renderer(load_tokenizer(_tokenizer_source(name))) for name in names]
     if len({renderer.fingerprint for renderer in renderers}) > 1:
-        raise ModelError(
-            "the runs have different tokenizers or templates, and vLLM supports only one", fix="serve one of them"
-        )
+        what = "the runs have different tokenizers or templates, and vLLM supports only one"
+        raise ModelError(what, fix="serve one of them")
     weights = weights_folder(source)
     config = read_config(weights)
     architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
     context = context or min(longest, LONGEST_CONTEXT)
-    vllm = about_vllm(program, architecture, lora=first is not None)
+    vllm = query_vllm(program, architecture, lora=first is not None)
     dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
     max_tokens = min(MAX_TEXT_TOKENS, context - 1)
     texts = {model: _texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
@@ -141,7 +128,7 @@ def serve_vllm(
         Path(scratch, GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stop_ids}), encoding="utf-8")
         command = [
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
-            "--tokenizer", str(head_folder(_tokenizer_source(names[0]))), "--generation-config", scratch,
+            "--tokenizer", str(config_folder(_tokenizer_source(names[0]))), "--generation-config", scratch,
             "--served-model-name", BASE if adapters else ids[0], "--host", address.host, "--port", str(address.port),
             "--dtype", DTYPE_NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
             "--max-model-len", str(context),
@@ -198,15 +185,15 @@ def _wait_for_signal(process: subprocess.Popen[Any], log: Any) -> int:
 
 def _tokenizer_source(name: str) -> Source:
     folder = adapter_folder(name)
-    return locate(name) if folder is None else with_tokenizer(folder, base_source(folder))
+    return locate(name) if folder is None else tokenizer_source(folder, base_source(folder))
 
 
 def _checked_rank(folder: Path, source: Source) -> int:
     """Check that vLLM can serve an adapter on the base, and return its rank."""
-    check_base(folder, source)
-    check_weights(folder)
-    refuse_other_kind(folder, scores=False)
-    return lora_rank(adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
+    check_adapter_base(folder, source)
+    check_adapter_weights(folder)
+    check_adapter_kind(folder, scores=False)
+    return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
 def _texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
@@ -242,18 +229,12 @@ def _logprobs(module: Any, ids: Ids) -> list[float]:
 
 
 def _compare(
-    address: Address,
-    model: str,
-    texts: list[Ids],
-    tuned: list[list[float]],
-    base: list[list[float]] | None,
+    address: Address, model: str, texts: list[Ids], tuned: list[list[float]], base: list[list[float]] | None,
     limit: float,
-) -> ParityResult:
-    vllm = np.concatenate([np.array(_vllm_logprobs(address, model, ids)) for ids in texts])
-    difference = np.abs(vllm - np.concatenate([np.array(row) for row in tuned]))
-    control = None
-    if base is not None:
-        control = float(np.abs(vllm - np.concatenate([np.array(row) for row in base])).mean())
+) -> ParityResult:  # fmt: skip
+    vllm = np.concatenate([_vllm_logprobs(address, model, ids) for ids in texts])
+    difference = np.abs(vllm - np.concatenate(tuned))
+    control = None if base is None else float(np.abs(vllm - np.concatenate(base)).mean())
     mean = float(difference.mean())
     mean = mean if math.isfinite(mean) else math.inf
     return ParityResult(model, len(vllm), mean, float(difference.max()), control, limit)

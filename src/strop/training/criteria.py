@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.compare import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
-from strop.models.reward_head import head_of
+from strop.models.lora import find_score_head
 from strop.objectives.preferences import AnswerLogprobs, PreferenceBatch, PreferenceLoss, PreferenceResult
 from strop.objectives.table import objective_of
 
@@ -30,53 +31,46 @@ Split = Callable[[Sequence[Item]], list[list[int]]]  # rows to micro-batches, as
 BLOCK = 64  # rows that are split into micro-batches together outside of training steps
 
 
-class Criterion(Protocol):
-    """The objective that the loop minimizes.
+class Criterion(ABC):
+    """The objective that the loop minimizes. By default it trains on the rows as they were read.
 
     has_figures: whether `loss` returns figures besides the loss.
     """
 
-    has_figures: ClassVar[bool]
+    has_figures: ClassVar[bool] = True
 
     @property
     def updates(self) -> int:
         """Optimizer steps on one effective batch."""
+        return 1
 
     def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
         """Return what step `index` (from 0) trains on, from the rows of its effective batch."""
+        return list(items)
 
     def longest(self, item: Item) -> Item:
         """Return the longest that `prepare` can make of a row."""
-
-    def divisor(self, items: Sequence[Item]) -> float:
-        """Return what the loss sum of an effective batch is divided by."""
+        return item
 
     def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
         """Return a value of the whole effective batch that the loss of each micro-batch needs."""
+        return 0.0
 
+    @abstractmethod
+    def divisor(self, items: Sequence[Item]) -> float:
+        """Return what the loss sum of an effective batch is divided by."""
+
+    @abstractmethod
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
         """Return the loss sum of a micro-batch, differentiable, and figures for the log."""
 
+    @abstractmethod
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
         """Return {loss, ...} of held-out rows."""
 
 
-class FixedRows:
-    """The part of a Criterion that trains on the rows as they were read."""
-
-    @property
-    def updates(self) -> int:
-        return 1
-
-    def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
-        return list(items)
-
-    def longest(self, item: Item) -> Item:
-        return item
-
-
 @dataclass(frozen=True)
-class SupervisedCriterion(FixedRows):
+class SupervisedCriterion(Criterion):
     """Supervised fine-tuning: cross entropy, divided by the total weight of the supervised tokens."""
 
     devices: Devices = ALONE
@@ -84,9 +78,6 @@ class SupervisedCriterion(FixedRows):
 
     def divisor(self, items: Sequence[Item]) -> float:
         return sum(float(example.weights.sum()) for example in _as_examples(items))
-
-    def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
-        return 0.0
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
         return step.token_loss(_as_examples(items)), {}
@@ -96,7 +87,7 @@ class SupervisedCriterion(FixedRows):
 
 
 @dataclass(frozen=True)
-class PreferenceCriterion(FixedRows):
+class PreferenceCriterion(Criterion):
     """A preference objective, divided by the number of rows, whatever their length.
 
     head: of a reward model.
@@ -106,7 +97,6 @@ class PreferenceCriterion(FixedRows):
     options: TrainSection
     head: nn.Module | None = None
     devices: Devices = ALONE
-    has_figures: ClassVar[bool] = True
 
     def divisor(self, items: Sequence[Item]) -> float:
         return float(len(items))
@@ -206,8 +196,7 @@ class PreferenceCriterion(FixedRows):
         hits = values["accuracy"]
         result["accuracy_interval"] = list(wilson(round(sum(hits)), len(hits)))
         if len(values.get("margin", ())) > 1:
-            half_width = Z_95 * statistics.stdev(values["margin"]) / math.sqrt(len(hits))
-            result["margin_interval"] = [result["margin"] - half_width, result["margin"] + half_width]
+            result["margin_interval"] = mean_interval(values["margin"])
         return result
 
 
@@ -220,13 +209,19 @@ def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: 
     if objective is None:
         return SupervisedCriterion(devices)
     assert isinstance(objective, PreferenceLoss), "policy objectives: see rollouts.PolicyCriterion"
-    head = head_of(model) if objective.scored and model is not None else None
+    head = find_score_head(model) if objective.scored and model is not None else None
     return PreferenceCriterion(objective, train, head, devices)
 
 
 def is_scored(criterion: Criterion) -> bool:
     """Return whether the criterion trains the score of a reward model."""
     return isinstance(criterion, PreferenceCriterion) and criterion.objective.scored
+
+
+def mean_interval(values: Sequence[float]) -> list[float]:
+    """Return the 95 % confidence interval of the mean of two or more values."""
+    mean, half_width = statistics.fmean(values), Z_95 * statistics.stdev(values) / math.sqrt(len(values))
+    return [mean - half_width, mean + half_width]
 
 
 def micro_batches_of(items: Sequence[Item], split: Split) -> Iterator[list[int]]:

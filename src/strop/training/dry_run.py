@@ -22,18 +22,18 @@ from strop.engine.device import pick_dtype
 from strop.engine.step import Step, step_for
 from strop.engine.train.packing import pack, pack_separately
 from strop.errors import ModelError, RunError
-from strop.machine.memory import MemoryMark, MemoryWatch
+from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
-from strop.machine.rates import known_precision
-from strop.models.introspect import AHEAD, sees_ahead
+from strop.machine.rates import load_precision
+from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.objectives.table import max_completion_tokens
-from strop.planning.activations import MicroBatch, at_peak
+from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
 from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
 from strop.planning.time import has_bf16
 from strop.planning.workload import Workload
 from strop.training.criteria import is_scored
-from strop.training.oom import apply_memory_settings, micro_batches, within_memory
+from strop.training.gradients import apply_memory_settings, micro_batches, within_memory
 from strop.training.state import Job, batch_stream, random_states, set_random_states
 
 LOG = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Forecast:
     error_bytes: int | None = None
 
     def peak_bytes(self, device: str) -> int:
-        """Predict MemoryMark.peak_bytes at the end of the run (on CUDA: of the allocator, without the context)."""
+        """Predict PeakTracker.peak_bytes at the end of the run (on CUDA: of the allocator, without the context)."""
         used = [self.phases[name] for name in ("load", "draw", "train") if name in self.phases]
         has_context = device.startswith("cuda")
         return max(phase.peak_bytes - (phase.parts["framework"] if has_context else 0) for phase in used)
@@ -72,7 +72,7 @@ class Forecast:
     def dry_run_bytes(self, device: str) -> int:
         """Predict it after the dry run: without optimizer state and what earlier micro-batches leave."""
         step = self.phases["train"]
-        later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.more else 0)
+        later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.accumulates else 0)
         context = step.parts["framework"] if device.startswith("cuda") else 0
         return max(self.phases["load"].peak_bytes, step.peak_bytes - later) - context
 
@@ -104,10 +104,10 @@ def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
     if job.state.progress.streamed:
         setting = setting.replace(resident_layers=0)
     candidates = [
-        (items, describe_batch(job, items, more, setting.compute.attention_tiles))
-        for items, more in _largest_batches(job, setting)
+        (items, describe_batch(job, items, accumulates, setting.compute.attention_tiles))
+        for items, accumulates in _largest_batches(job, setting)
     ]
-    items, batch = max(candidates, key=lambda pair: at_peak(setting, pair[1]).total)
+    items, batch = max(candidates, key=lambda pair: peak_live_bytes(setting, pair[1]).total)
     dtype = _decode_dtype(job.recipe.model.device)
     return Forecast(items, batch, phases(setting, batch, _evaluation(job), usable, _sampling(job), dtype=dtype))
 
@@ -116,36 +116,34 @@ def _decode_dtype(device: str) -> str:
     """Return the dtype that decoding uses. On a CPU whose precision is unknown it is guessed, not measured."""
     if device != "cpu":
         return pick_dtype(device)[0]
-    known = known_precision(probe(), torch.get_num_threads())
+    known = load_precision(probe(), torch.get_num_threads())
     return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
 def _evaluation(job: Job) -> EvaluationLoad:
-    """Return the size of an evaluation on rows like these."""
     rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
     examples = (example for row in rows for example in row.examples)
     return EvaluationLoad.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
 
 
 def _sampling(job: Job) -> RolloutLoad | None:
-    """Return what a step samples after the longest prompt, or None."""
     if not max_completion_tokens(job.recipe.train):
         return None
     return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
 
 
-def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
+def describe_batch(job: Job, items: Sequence[Item], accumulates: bool, tiles: bool) -> MicroBatch:
     """Return the sizes of a micro-batch as the step computes it: packed with shared prefixes, or padded."""
     examples = [example for item in items for example in item.examples]
     supervised = sum(example.supervised for example in examples)
     if not job.step.packed:
         longest = max(len(example) for example in examples)
-        return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
+        return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), accumulates)
     pack_examples = pack if isinstance(items[0], Example) else pack_separately
     packed = pack_examples(examples, prefix_sharing=job.step.prefix_sharing, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
     num_outputs = len(examples) if is_scored(job.criterion) else len(packed.label_rows)
-    return MicroBatch(len(packed.ids), num_outputs, documents, more)
+    return MicroBatch(len(packed.ids), num_outputs, documents, accumulates)
 
 
 def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
@@ -160,16 +158,18 @@ def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool
         items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:
-            chosen, more = [items[row] for row in group], len(groups) > 1
+            chosen, accumulates = [items[row] for row in group], len(groups) > 1
             lengths = [len(example) for item in chosen for example in item.examples]
-            batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
+            batch = MicroBatch.rows(
+                lengths if job.step.packed else [max(lengths)] * len(lengths), accumulates=accumulates
+            )
             batch = replace(batch, supervised=sum(item.supervised for item in chosen))
-            sizes.append((at_peak(setting, batch).total, tuple(step.rows[row] for row in group), more))
+            sizes.append((peak_live_bytes(setting, batch).total, tuple(step.rows[row] for row in group), accumulates))
     largest = heapq.nlargest(MAX_PACKED, sizes)
-    return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
+    return [([job.criterion.longest(job.train[row]) for row in rows], accumulates) for _, rows, accumulates in largest]
 
 
-def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
+def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTracker) -> Forecast:
     """Run forward and backward of the largest micro-batch, and return the forecast with the measured error.
 
     Skipped if the forecast fits easily. Micro-batches shrink as they would in a step. Raises MemoryLimitError if no
@@ -194,10 +194,10 @@ def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: MemoryM
         loss, _ = job.criterion.loss(job.step, [expected.items[row] for row in group], 0.0)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def compute_all() -> None:
-        job.devices.run_passes(lambda rank: micro_batches(job, expected.items), compute, backward=True)
+    def split(rank: int) -> list[list[int]]:
+        return micro_batches(job, expected.items)
 
-    within_memory(job, expected.items, compute_all)
+    within_memory(job, expected.items, lambda: job.devices.run_passes(split, compute, backward=True))
     job.state.optimizer.zero_grad(set_to_none=True)
     set_random_states(random, device)
     measured = memory.peak_bytes()
@@ -225,9 +225,8 @@ def check_int8(job: Job, items: Sequence[Item]) -> None:
         loss, gradient = _loss_and_gradient(job, job.step, rows)
         true_loss, true_gradient = _loss_and_gradient(job, step_for(job.model), rows)
         loss_error = abs(loss - true_loss) / max(abs(true_loss), 1e-12)
-        gradient_error = float(
-            torch.linalg.vector_norm(gradient - true_gradient) / torch.linalg.vector_norm(true_gradient)
-        )
+        norm = torch.linalg.vector_norm
+        gradient_error = float(norm(gradient - true_gradient) / norm(true_gradient))
         errors = f"relative error {loss_error:.1e} of the loss and {gradient_error:.1e} of the gradient against fp32"
         if not (loss_error <= INT8_MAX_LOSS_ERROR and gradient_error <= INT8_MAX_GRADIENT_ERROR):  # true for NaN
             limits = f"{INT8_MAX_LOSS_ERROR:.0e} and {INT8_MAX_GRADIENT_ERROR:.0e}"
@@ -264,7 +263,7 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
         return
     config = cast(Any, job.model).config
     fix = "use a decoder-only language model; BERT-like models need is_decoder in their config"
-    if why := sees_ahead(config):
+    if why := why_not_causal(config):
         raise ModelError(why, fix=fix)
     rows = _changed_rows(items)
     job.model.eval()
@@ -275,7 +274,7 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
     job.step.release_buffers()
     by_later, by_earlier = (float((changed - original).abs().median()) for changed in (changed_later, changed_earlier))
     if by_later > max(CAUSAL_MAX_CHANGE, CAUSAL_MAX_SHARE * by_earlier):
-        raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)
+        raise ModelError(f"{config.model_type}: {NOT_CAUSAL}", fix=fix)
 
 
 def _changed_rows(items: Sequence[Item]) -> list[Example]:

@@ -1,28 +1,37 @@
-"""Compute the gradient of an effective batch: this device's part, and the sum over all devices.
+"""Split an effective batch into micro-batches, and compute its gradient: this device's part, and the sum over all.
 
 On one device, micro-batches accumulate into the weights' gradients. On several, each device is assigned rows by token
 count, and puts its gradients and loss into one flat buffer that is all-reduced. With `train.exact` the micro-batches do
 not depend on the number of devices, each has its own buffer, and the buffers are added in a fixed order
-(distributed/assign.py), so that the sum is equal to the bit. With a sharded base, all devices run the same number of
-forward passes (distributed/sharded.py).
+(distributed/assign.py), so that the sum is equal to the bit.
+
+A step that ran out of memory is retried in smaller pieces (`within_memory`), with the same rows, state and random
+numbers. Each reduction is logged, stored in Progress, and remembered for the next run of this shape on this machine.
 """
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from strop.data.batching import group_by_length, pack
 from strop.data.types import Item
 from strop.distributed.assign import SumTree, assign_balanced, assign_contiguous, nodes_to_send
+from strop.errors import MemoryLimitError
+from strop.machine.memory import is_out_of_memory, save_measured, trim_heap
 from strop.runs.lock import sha256_text
 from strop.training.criteria import Figures
-from strop.training.oom import micro_batches
-from strop.training.state import Job
+from strop.training.state import Job, random_states, set_random_states
+
+T = TypeVar("T")
+MIN_MICRO_BATCHES = 8  # micro-batches per step with train.exact; further devices have nothing to do
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,8 @@ class LocalGradient:
 
 @dataclass(frozen=True)
 class TotalGradient:
-    """The result of the effective batch, the same on every device.
-
-    bad_ranks: ranks whose own part was not finite. seconds: computing time of each rank.
-    """
+    """The result of the effective batch, equal on all devices. bad_ranks: whose part is not finite. seconds: of each
+    rank's computation."""
 
     loss: Tensor
     figures: dict[str, Tensor]
@@ -144,7 +151,6 @@ def _groups_of_rank(job: Job, items: Sequence[Item], rank: int) -> list[tuple[in
 
 
 def _group_seed(job: Job, index: int) -> int:
-    """Return the seed of a micro-batch, which does not depend on the device."""
     return int(sha256_text(f"{job.recipe.seed} {job.state.progress.step} {index}")[:15], 16)
 
 
@@ -166,7 +172,6 @@ def _take_gradients(weights: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
 
 
 def _sum_in_order(job: Job, items: Sequence[Item], buffers: Sequence[Tensor], size: int) -> Tensor:
-    """Return the sum of the buffers of all micro-batches, in the order of the tree."""
     groups, own, devices = micro_batches(job, items), iter(buffers), job.devices
     tree: SumTree[Tensor] = SumTree(len(groups))
     device = job.state.device
@@ -182,3 +187,105 @@ def _mean_figures(figures: Sequence[tuple[int, Figures]]) -> dict[str, Tensor]:
     """Return each figure's mean over the rows that have it."""
     parts = [columns for _, columns in sorted(figures, key=lambda indexed: indexed[0])]
     return {name: torch.cat([part[name] for part in parts]).mean() for name in (parts[0] if parts else ())}
+
+
+def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
+    """Return the rows of each micro-batch: packed to a token budget, or of similar length if the step pads.
+
+    With train.exact there are at least MIN_MICRO_BATCHES (if there are as many rows), whatever the number of devices.
+    """
+    lengths = [item.computed_tokens(job.step.packed, job.step.prefix_sharing) for item in items]
+    train, (size, unit) = job.recipe.train, _micro_batch_size(job)
+    if train.exact:
+        size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // MIN_MICRO_BATCHES))
+    if unit == "rows":
+        return group_by_length(
+            lengths, tokens=None, rows=size if train.micro_batch is not None or train.exact else None
+        )
+    return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size, rows=None)
+
+
+def apply_memory_settings(job: Job) -> None:
+    """Set the step's memory options to those of the recipe and of earlier out-of-memory retries."""
+    layers = job.recipe.train.gradient_checkpointing
+    if isinstance(layers, int):
+        job.step.checkpoint(layers)
+    if job.state.progress.recompute:
+        job.step.checkpoint()
+    if job.state.progress.offload:
+        job.step.offload()
+    if job.state.progress.streamed and job.stream is not None:
+        job.step.replace_weights(job.stream)
+
+
+def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
+    """Return `compute()`, retried with less memory each time that any device runs out.
+
+    On a GPU the first retry changes nothing, because freeing the cache may end fragmentation.
+    Raises MemoryLimitError if no reduction is left.
+    """
+    device = job.state.device
+    random, retry_unchanged = random_states(device), device.type == "cuda"
+    while True:
+        try:
+            with job.devices.all_or_none():
+                return compute()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # outside the handler, because the traceback keeps the failed step's tensors alive
+        job.state.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        job.step.release_buffers()
+        trim_heap()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        set_random_states(random, device)
+        if retry_unchanged:
+            job.log.emit("note", text=f"retrying step {job.state.progress.step + 1} at the same size: {reason}")
+        else:
+            _reduce_memory(job, items, reason)
+        retry_unchanged = False
+
+
+def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
+    progress = job.state.progress
+    before, halvings = micro_batches(job, items), progress.halvings
+    while micro_batches(job, items) == before and _micro_batch_size(job)[0] > 1:
+        progress.halvings += 1
+    after = micro_batches(job, items)
+    if after != before:
+        size, unit = _micro_batch_size(job)
+        to = f"micro-batches of {size} {unit}, {len(after)} instead of {len(before)}"
+    elif not progress.recompute:
+        progress.halvings, progress.recompute = halvings, True
+        job.step.checkpoint()
+        to = "gradient checkpointing"
+    elif job.step.can_offload and not progress.offload:
+        progress.halvings, progress.offload = halvings, True
+        job.step.offload()
+        to = "gradient checkpointing with the inputs of layers in host memory"
+    elif job.stream is not None and not progress.streamed:
+        progress.halvings, progress.streamed = halvings, True
+        job.step.replace_weights(job.stream)
+        trim_heap()
+        to = "dequantizing weights when they are needed"
+    else:
+        fix = "shorten --data.max_length, train fewer --lora.target_modules, or use a smaller model"
+        raise MemoryLimitError(f"out of memory with the smallest micro-batches and checkpointing: {reason}", fix=fix)
+    job.log.emit("shrink", step=progress.step, why=reason, to=to)
+    if job.memory_key and job.devices.local_rank == 0:
+        tokens = job.recipe.train.micro_batch_tokens
+        budget = None if tokens is None else tokens >> progress.halvings
+        options = {"recompute": progress.recompute, "offload": progress.offload, "streamed": progress.streamed}
+        usable = {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
+        save_measured(job.memory_key, {"micro_batch_tokens": budget, **options, **usable})
+
+
+def _micro_batch_size(job: Job) -> tuple[int, str]:
+    """Return the present size of a micro-batch, and its unit: tokens or rows."""
+    train, halvings = job.recipe.train, job.state.progress.halvings
+    if train.micro_batch_tokens is not None:
+        return max(1, train.micro_batch_tokens >> halvings), "tokens"
+    return max(1, (train.micro_batch or 1) >> halvings), "rows"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import signal
 import statistics
 import threading
@@ -22,9 +21,17 @@ from strop.data.batching import Batch, BatchStream
 from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.training import guard
-from strop.training.gradients import LocalGradient, TotalGradient, compute_gradients, rows_of_rank, sum_gradients
+from strop.training.gradients import (
+    LocalGradient,
+    TotalGradient,
+    apply_memory_settings,
+    compute_gradients,
+    micro_batches,
+    rows_of_rank,
+    sum_gradients,
+    within_memory,
+)
 from strop.training.guard import Diverged, Verdict
-from strop.training.oom import apply_memory_settings, micro_batches, within_memory
 from strop.training.optim import allocate_state, rate_factor, set_rate, warmup_steps
 from strop.training.state import (
     Job,
@@ -42,18 +49,17 @@ LOG = logging.getLogger(__name__)
 
 COMPARE_EVERY = 50  # steps between comparisons of the devices' weights; also compared before each save
 SAVE_EVERY_S = 600.0  # longest time between checkpoints, whatever train.save_steps is
-# Progress that a rollback does not undo: memory settings, warnings, and the work done so far.
+# Fields of Progress that a rollback keeps: memory settings, logged warnings, and counters of work and time.
 KEPT_BY_ROLLBACK = (
-    *("halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens"),
-    *("seconds", "eval_seconds", "save_seconds", "budget_from"),
-    *("communication_s", "waiting_s", "computing_s", "slowest_s"),
-)
+    "halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens", "seconds",
+    "eval_seconds", "save_seconds", "budget_from", "communication_s", "waiting_s", "computing_s", "slowest_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the supervised tokens (or rows) of the effective batch. grad_norm: before clipping. figures:
-    means of a preference or policy objective's figures."""
+    """The result of a step. loss: mean over the supervised tokens (or rows) of the effective batch. grad_norm: before
+    clipping. figures: mean metrics of a preference or policy objective."""
 
     loss: float
     grad_norm: float
@@ -80,13 +86,13 @@ class StepResult:
 
 
 def fit(job: Job) -> str:
-    """Train from the present state to the end of the recipe; return what ended it: steps, time or patience.
+    """Train from the current state to the end of the recipe; return the reason for the end: steps, time or patience.
 
     Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; DivergedError or NonFiniteError if
     training diverges again after a rollback; MemoryLimitError; DiskError.
     """
     apply_memory_settings(job)
-    if _out_of_patience(job):  # the process was killed between its last save and its report
+    if _is_out_of_patience(job):  # the process was killed after its last save, before the report
         return "patience"
     if job.devices.run_on_main(lambda: not job.folder.checkpoints()):
         save(job)  # a rollback needs a checkpoint
@@ -94,8 +100,8 @@ def fit(job: Job) -> str:
         while True:
             try:
                 return _run_steps(job, stop_requested)
-            except Diverged as trouble:
-                _roll_back(job, trouble)
+            except Diverged as diverged:
+                _roll_back(job, diverged)
 
 
 def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
@@ -115,7 +121,7 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
         ended = "steps" if progress.step == stream.total_steps else "time" if out_of_time else ""
         if job.eval and (ended or (progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends)):
             evaluate(job)
-            ended = ended or ("patience" if _out_of_patience(job) else "")
+            ended = ended or ("patience" if _is_out_of_patience(job) else "")
             (stopping,) = job.devices.any_rank(stop_requested())
         stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
@@ -148,9 +154,8 @@ def _step_and_log(job: Job, batch: Batch, stream: BatchStream) -> None:
     progress.tokens += result.tokens
     progress.supervised_tokens += result.supervised_tokens
     progress.seconds += seconds
-    device_times = _count_device_times(
-        job, result, job.devices.communication_s - communication_s, job.devices.waiting_s - waiting_s
-    )
+    sending, waiting = job.devices.communication_s - communication_s, job.devices.waiting_s - waiting_s
+    device_times = _count_device_times(job, result, sending, waiting)
     if result.applied:
         progress.moved = True
         _log_step(job, batch, result, rate, seconds, stream.total_steps, device_times)
@@ -179,7 +184,7 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
     def prepare() -> list[Item]:
         return job.criterion.prepare(job.step, rows, batch.index, partial(micro_batches, job))
 
-    # with several devices there is nothing to compute here: objectives that sample are limited to one
+    # on several devices `prepare` computes nothing: objectives that sample completions need a single device
     items = within_memory(job, rows, prepare) if job.devices.world_size == 1 else prepare()
     first = result = _update(job, items, rate)
     for _ in range(job.criterion.updates - 1):
@@ -202,7 +207,7 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
     total = sum_gradients(job, items, local)
     weights = list(job.state.weights.values())
     norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
-    # the only wait for the device in a step
+    # the only synchronization with the device in a step
     scalars = torch.stack([x.to(total.loss) for x in (total.loss, norm, *total.figures.values())])
     loss, grad_norm, *means = scalars.tolist()
     tokens, supervised = sum(map(len, items)), sum(item.supervised for item in items)
@@ -241,16 +246,16 @@ def evaluate(job: Job) -> None:
     if better:
         progress.best_loss, progress.best_step, progress.evals_without_better = loss, progress.step, 0
         progress.held_out = figures
-    elif progress.moved:  # unchanged weights do not count against the patience
+    elif progress.moved:  # not counted if the weights have not changed since the last evaluation
         progress.evals_without_better += 1
     progress.moved = False
     job.log.emit("eval", step=progress.step, loss=finite_loss, best=better, seconds=round(seconds, 3), **figures)
 
 
 def save(job: Job) -> None:
-    """Write a checkpoint. Raises Diverged if a weight is not finite: such a state is never saved."""
+    """Write a checkpoint. Raises Diverged if a weight is not finite: such weights are never saved."""
     started, progress = time.perf_counter(), job.state.progress
-    job.devices.check_equal(lambda: all_tensors(job.state))  # first, so that all devices decide alike below
+    job.devices.check_equal(lambda: all_tensors(job.state))  # first, so that all devices make the same decision below
     not_finite = first_not_finite(job.state)
     if not_finite is not None:
         progress.streak = [*progress.streak, progress.step - 1]
@@ -275,14 +280,14 @@ def restore_newest(job: Job, *, prefer_good: bool = False) -> Path:
     checkpoint = job.devices.run_on_main(lambda: newest_checkpoint(job.folder, note, prefer_good=prefer_good))
     restore_checkpoint(checkpoint, job.state, note)
     progress = job.state.progress
-    # computed anew, because the number of rows or the batch size may have changed since it was saved
+    # recomputed, because the number of rows or the batch size may have changed since it was saved
     progress.position = batch_stream(job.recipe, len(job.train)).position_of(progress.step)
-    forget_lost_best(job)
+    reset_lost_best(job)
     return checkpoint
 
 
-def forget_lost_best(job: Job) -> None:
-    """Forget the best step if its checkpoint is lost, so that later weights may be the best."""
+def reset_lost_best(job: Job) -> None:
+    """Reset the best step if its checkpoint is lost, so that a later one can become the best."""
     progress, best_step = job.state.progress, job.state.progress.best_step
     if best_step is None or best_step == progress.step:
         return
@@ -293,15 +298,14 @@ def forget_lost_best(job: Job) -> None:
         progress.best_step, progress.best_loss, progress.held_out = None, None, {}
 
 
-def _roll_back(job: Job, trouble: Diverged) -> None:
+def _roll_back(job: Job, diverged: Diverged) -> None:
     """Return to the last good checkpoint, skip the bad batches, and lower the learning rate.
 
     Raises DivergedError if the run was rolled back before.
     """
-    before = job.state.progress
-    stream = batch_stream(job.recipe, len(job.train))
+    before, stream = job.state.progress, batch_stream(job.recipe, len(job.train))
     if before.rollbacks:
-        raise _divergence_error(job, trouble, stream)
+        raise _divergence_error(job, diverged, stream)
     checkpoint = restore_newest(job, prefer_good=True)
     progress = job.state.progress
     progress.passed = sorted({*progress.passed, *before.streak})
@@ -309,33 +313,26 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     progress.rate_scale = before.rate_scale * guard.RATE_CUT
     for name in KEPT_BY_ROLLBACK:
         setattr(progress, name, getattr(before, name))
+    skipped = [{"step": index + 1, "rows": _row_locations(job, stream.rows(index))} for index in progress.passed]
     job.log.emit(
-        "rollback",
-        step=before.step,
-        to=progress.step,
-        checkpoint=checkpoint.name,
-        why=trouble.why,
-        passed=[{"step": index + 1, "rows": _places(job, stream.rows(index))} for index in progress.passed],
+        "rollback", step=before.step, to=progress.step, checkpoint=checkpoint.name, why=diverged.why, passed=skipped,
         rate_scale=progress.rate_scale,
-    )
+    )  # fmt: skip
 
 
-def _divergence_error(job: Job, trouble: Diverged, stream: BatchStream) -> DivergedError:
+def _divergence_error(job: Job, diverged: Diverged, stream: BatchStream) -> DivergedError:
     progress = job.state.progress
     rate = rate_at(job, progress.step, stream.total_steps)
-    advice = guard.suggest_fixes(progress, rate, str(job.recipe.model.dtype), trouble)
+    advice = guard.suggest_fixes(progress, rate, str(job.recipe.model.dtype), diverged)
     newest = job.folder.checkpoints()[-1][1]
-    rows = [place for index in progress.streak for place in _places(job, stream.rows(index))]
-    job.log.emit("stop", step=progress.step, why=trouble.why, rows=rows, advice=advice)
-    error_class = DivergedError if trouble.finite else NonFiniteError
-    what = (
-        f"step {progress.step + 1}: {trouble.why}, again after a rollback with a lower learning rate; "
-        f"the last good state is {newest}"
-    )
-    return error_class(what, fix="; ".join(advice))
+    rows = [location for index in progress.streak for location in _row_locations(job, stream.rows(index))]
+    job.log.emit("stop", step=progress.step, why=diverged.why, rows=rows, advice=advice)
+    what = f"step {progress.step + 1}: {diverged.why}, again after a rollback with a lower learning rate"
+    error_class = DivergedError if diverged.finite else NonFiniteError
+    return error_class(f"{what}; the last good state is {newest}", fix="; ".join(advice))
 
 
-def _out_of_patience(job: Job) -> bool:
+def _is_out_of_patience(job: Job) -> bool:
     patience = job.recipe.train.early_stopping
     return patience is not None and job.state.progress.evals_without_better >= patience
 
@@ -363,37 +360,22 @@ def _count_device_times(job: Job, result: StepResult, communication_s: float, wa
 
 
 def _log_step(
-    job: Job,
-    batch: Batch,
-    result: StepResult,
-    rate: float,
-    seconds: float,
-    total: int,
-    device_times: dict[str, float],
+    job: Job, batch: Batch, result: StepResult, rate: float, seconds: float, total: int, device_times: dict[str, float]
 ) -> None:
     progress, number = job.state.progress, batch.index + 1
     if progress.first_loss is None:
         progress.first_loss = result.loss
     progress.last_loss, progress.figures = result.loss, result.figures
-    for find_warning in (guard.falling_warning, guard.equal_rewards_warning):
+    for find_warning in (guard.likelihood_drop_warning, guard.equal_rewards_warning):
         if (warning := find_warning(progress, result.figures)) is not None:
             job.log.emit("note", text=f"step {number}: {warning}")
     if number % job.recipe.train.log_steps and number != total:
         return
     job.log.emit(
-        "step",
-        step=number,
-        steps=total,
-        epoch=batch.epoch,
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        learning_rate=rate,
-        tokens=progress.tokens,
-        tokens_per_s=round(result.tokens / seconds, 1),
-        seconds_left=round((total - number) * progress.seconds / number, 1),
-        **result.figures,
-        **device_times,
-    )
+        "step", step=number, steps=total, epoch=batch.epoch, loss=result.loss, grad_norm=result.grad_norm,
+        learning_rate=rate, tokens=progress.tokens, tokens_per_s=round(result.tokens / seconds, 1),
+        seconds_left=round((total - number) * progress.seconds / number, 1), **result.figures, **device_times,
+    )  # fmt: skip
 
 
 def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
@@ -406,18 +388,17 @@ def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
         items = [job.train[row] for row in rows]
         rows = tuple(rows[index] for rank in bad_ranks for index in rows_of_rank(job, items, rank))
     fields = {"ranks": list(bad_ranks)} if bad_ranks and job.devices.world_size > 1 else {}
-    job.log.emit(kind, step=batch.index + 1, why=result.problem, rows=_places(job, rows), **fields)
+    job.log.emit(kind, step=batch.index + 1, why=result.problem, rows=_row_locations(job, rows), **fields)
 
 
-def _places(job: Job, rows: Sequence[int]) -> list[str]:
+def _row_locations(job: Job, rows: Sequence[int]) -> list[str]:
     return [f"{job.train[row].file}:{job.train[row].line}" for row in rows]
 
 
 def parse_seconds(text: str) -> float:
     """Parse a duration that the schema has checked: 90s, 30m, 2h, 1d or plain seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    assert match is not None
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    factor = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1])
+    return float(text) if factor is None else float(text[:-1]) * factor
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Optimizers and the learning-rate schedule, both without hidden state: all that must survive is in TrainState."""
+"""Optimizers and the learning-rate schedule, both without hidden state: what a checkpoint needs is in TrainState."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,25 +26,12 @@ def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -
         {"params": [weight for name, weight in weights.items() if (name in fast) == in_group], "scale": scale}
         for in_group, scale in ((False, 1.0), (True, ratio))
     ]
-    make = _MAKERS[section.optimizer]
-    return make([group for group in groups if group["params"]], section.weight_decay)
+    return _MAKERS[section.optimizer]([group for group in groups if group["params"]], section.weight_decay)
 
 
 def _adamw(groups: Any, decay: float) -> torch.optim.Optimizer:
     types = {weight.device.type for group in groups for weight in group["params"]}
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=types <= {"cpu", "cuda"})
-
-
-def _adamw_8bit(groups: Any, decay: float) -> torch.optim.Optimizer:
-    return _bitsandbytes("AdamW8bit", groups, decay)
-
-
-def _paged_adamw_8bit(groups: Any, decay: float) -> torch.optim.Optimizer:
-    return _bitsandbytes("PagedAdamW8bit", groups, decay)
-
-
-def _lion(groups: Any, decay: float) -> torch.optim.Optimizer:
-    return _bitsandbytes("Lion", groups, decay)
 
 
 def _adafactor(groups: Any, decay: float) -> torch.optim.Optimizer:
@@ -68,6 +56,16 @@ def _bitsandbytes(name: str, groups: Any, decay: float) -> torch.optim.Optimizer
         raise QuantizerError(what, fix="pip install -U bitsandbytes, or --train.optimizer adamw") from None
     optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1.0, weight_decay=decay)
     return optimizer
+
+
+_MAKERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_8bit": partial(_bitsandbytes, "AdamW8bit"),
+    "paged_adamw_8bit": partial(_bitsandbytes, "PagedAdamW8bit"),
+    "adafactor": _adafactor,
+    "lion": partial(_bitsandbytes, "Lion"),
+    "sgd": _sgd,
+}
 
 
 def allocate_state(optimizer: Any) -> None:
@@ -97,24 +95,13 @@ def _allocate_state(weight: nn.Parameter, optimizer: Any, group: Any, number: in
         optimizer.init_state(group, weight, number, index)
 
 
-_MAKERS = {
-    "adamw": _adamw,
-    "adamw_8bit": _adamw_8bit,
-    "paged_adamw_8bit": _paged_adamw_8bit,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "sgd": _sgd,
-}
-
-
 def warmup_steps(warmup: float, total_steps: int) -> int:
     """Return the number of warmup steps. warmup: below 1 a share of all steps, else a number of steps."""
     return math.ceil(warmup * total_steps) if warmup < 1 else round(warmup)
 
 
 def rate_factor(step: int, total_steps: int, warmup: int, scheduler: str) -> float:
-    """Return the learning rate of a step (from 0) as a share of its peak: linear warmup from above 0, then the
-    schedule."""
+    """Return the learning rate of a step (from 0) as a share of its peak: linear warmup, then the schedule."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total_steps - warmup)

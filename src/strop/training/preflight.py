@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,34 +18,44 @@ from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.overlong import allowed_overlong
-from strop.distributed.devices import ALONE, Devices
-from strop.distributed.environment import threads_requested
+from strop.distributed.devices import ALONE, Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import TROUBLESHOOTING_PAGE, DataError, DeviceError, FolderError, InputError, ModelError, Where
+from strop.errors import (
+    TROUBLESHOOTING_PAGE,
+    DataError,
+    DeviceError,
+    FolderError,
+    InputError,
+    ModelError,
+    RecipeError,
+    Where,
+)
 from strop.evaluation.metrics import check_rewards, parse_rewards, rewards_hash
 from strop.machine.probe import Machine, probe
-from strop.models.adapter_config import adapter_config, as_start
-from strop.models.adapters import adapter_folder, read_identity, refuse_other_kind, with_tokenizer
-from strop.models.experts import packable
+from strop.models.adapter_config import expand_adapter_config, read_adapter_config
+from strop.models.adapters import adapter_folder, check_adapter_kind, read_identity, tokenizer_source
+from strop.models.experts import quantizable_names
 from strop.models.families.layers import load_balancing
 from strop.models.families.shape import ModelShape
-from strop.models.introspect import parameters_of, shape_of
-from strop.models.load import DTYPES, copies_to_make, load_config, skeleton
-from strop.models.lora import check_lora, kinds_of, num_trainable, trained_whole
-from strop.models.multimodal import text_path
-from strop.models.reward_head import check_head
-from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
+from strop.models.introspect import (
+    count_parameters,
+    count_path_kinds,
+    find_modules_to_save,
+    shape_from_model,
+    text_path,
+)
+from strop.models.load import DTYPES, copies_needed, load_config, load_without_weights
+from strop.models.lora import check_lora, check_score_head, count_trainable
+from strop.models.source import Source, check_not_widened, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
-from strop.planning.choose import choose, memory_key, why_no_integers
-from strop.planning.learning_rate import kept_values
+from strop.planning.choose import choose, memory_key, stale_values, why_no_integers
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training.rollouts import check_vllm
 from strop.training.state import batch_stream, checkpoint_bytes
-from strop.training.trackers import check_trackers
 
 LOG = logging.getLogger(__name__)
 
@@ -75,7 +86,7 @@ class Setup(Planned):
 
 
 def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) -> Resolved:
-    """Return the complete recipe that `train` would use on this machine; reads no weights and no data."""
+    """Return the complete recipe that `train` would use on this machine. Reads no weights and no data."""
     prepare_process()
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     return _complete_recipe(resolved, source, _probe_machine(resolved.recipe, memory, devices), devices).resolved
@@ -115,8 +126,8 @@ def set_up_on_all(
 
 
 def _identity(setup: Setup) -> dict[str, str]:
+    """Return what must be equal on all ranks: base, rows, template, and versions without the patch number."""
     lock = setup.lock
-    # without the patch version
     releases = {name: text.rpartition(".")[0] for name, text in lock["versions"].items() if name in ("torch", "strop")}
     hashes = {name: str(lock[name]) for name in ("data", "template")}
     return {"base": lock["base"]["fingerprint"], **hashes, **releases}
@@ -140,7 +151,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     check_vllm(recipe)
     start = find_start_adapter(recipe)
     # a start adapter may have its own tokens and chat template
-    tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
+    tokenizer = load_tokenizer(source if start is None else tokenizer_source(start, source))
     LOG.info("reading and checking the rows")
     data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind_of(recipe.train))
     _check_rewards(recipe, data)
@@ -166,29 +177,38 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     return Setup(**vars(planned), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock)
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise RecipeError for a tracker whose package is not installed."""
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # no origin: a folder of that name, which wandb creates
+            what = f"--track {name}: the package {name} is not installed"
+            raise RecipeError(what, fix=f"pip install {name}, or remove it from `track`")
+
+
 def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devices: int = 1) -> Planned:
     recipe = resolved.recipe
     device = pick_device(recipe.model.device)
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
-        refuse_other_kind(start, scored)
-    bare = skeleton(source)
+        check_adapter_kind(start, scored)
+    bare = load_without_weights(source)
     if scored:
-        check_head(bare.config)
-    shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
-    adapter = None if start is None else as_start(start, adapter_config(start))
+        check_score_head(bare.config)
+    shape, parameters = shape_from_model(load_config(source).to_dict(), source.config(), bare), count_parameters(bare)
+    adapter = None if start is None else expand_adapter_config(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
     if scheme != "none":
-        refuse_widened(source.path if source.kind == "folder" else source.path.parent)
-    if scheme != "none" and prequantized(source.config()) is None and not packable(bare):
+        check_not_widened(source.path if source.kind == "folder" else source.path.parent)
+    if scheme != "none" and prequantized(source.config()) is None and not quantizable_names(bare):
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
-    return Planned(resolved, key, num_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters)
+    return Planned(resolved, key, count_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters)
 
 
 def find_start_adapter(recipe: Recipe) -> Path | None:
@@ -197,9 +217,8 @@ def find_start_adapter(recipe: Recipe) -> Path | None:
         return None
     folder = adapter_folder(recipe.model.adapter)
     if folder is None:
-        raise ModelError(
-            f"--model.adapter {recipe.model.adapter}: no adapter there", fix="give a run or adapter folder"
-        )
+        what = f"--model.adapter {recipe.model.adapter}: no adapter there"
+        raise ModelError(what, fix="give a run or adapter folder")
     return folder
 
 
@@ -222,9 +241,8 @@ def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Ma
 
 
 def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
-    """Raise DataError for rows that are longer than a model's learned position embeddings."""
     completion_tokens = max_completion_tokens(recipe.train)
-    if not shape.learned or not (text := shape.beyond(_row_lengths(data), completion_tokens)):
+    if not shape.learned or not (text := shape.count_too_long(_row_lengths(data), completion_tokens)):
         return
     fix = f"--data.max_length {shape.positions}, with --data.overlong {allowed_overlong(data_kind_of(recipe.train))}"
     if completion_tokens:
@@ -236,24 +254,22 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
     """Raise ModelError for a row with a token that the model has no embedding for."""
     if len(tokenizer) <= shape.vocabulary:
         return
-    num_embeddings = int(skeleton(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    num_embeddings = int(load_without_weights(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
     for row in (row for rows in (data.train, data.eval or ()) for row in rows):
         if (unknown := row.ids[row.ids >= num_embeddings]).size:
             token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
-            what = (
-                f"{row.file}:{row.line}: {source.name} has {num_embeddings:,} embeddings, "
-                f"none for token {unknown[0]} ({token})"
+            what = f"{source.name} has {num_embeddings:,} embeddings, none for token {unknown[0]} ({token})"
+            raise ModelError(
+                f"{row.file}:{row.line}: {what}",
+                fix="use the model's own tokenizer, or resize the model's embeddings and save it",
             )
-            raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
 
 
 def _check_rewards(recipe: Recipe, data: Prepared) -> None:
-    """Raise RecipeError or DataError if the rewards do not fit these rows."""
     rewards = parse_rewards(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
-        check_rewards(
-            rewards, [data.renderer.reference_answer(row) for row in rows], [(row.file, row.line) for row in rows]
-        )
+        answers = [data.renderer.reference_answer(row) for row in rows]
+        check_rewards(rewards, answers, [(row.file, row.line) for row in rows])
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:
@@ -266,25 +282,21 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
     if copies and free_bytes(cache_folder()) < copies:
         free = free_bytes(cache_folder()) / 1e6
         what = f"{cache_folder()}: copies of the base need {copies / 1e6:,.0f} MB of disk, {free:,.0f} MB are free"
-        raise FolderError(
-            what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLESHOOTING_PAGE}#disk"
-        )
+        fix = f"free some space, or set STROP_CACHE to another disk; see {TROUBLESHOOTING_PAGE}#disk"
+        raise FolderError(what, fix=fix)
     checkpoint = checkpoint_bytes(setup.num_weights)
     needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
     free = free_bytes(folder.path)
     if free < needed:
         what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
-        raise FolderError(
-            what,
-            fix="free some space, give --out another disk, or lower --train.keep_checkpoints; "
-            f"see {TROUBLESHOOTING_PAGE}#disk",
-        )
+        fix = "free some space, give --out another disk, or lower --train.keep_checkpoints"
+        raise FolderError(what, fix=f"{fix}; see {TROUBLESHOOTING_PAGE}#disk")
 
 
 def _copies_bytes(setup: Setup) -> int:
     model = setup.resolved.recipe.model
     scheme = (model.quantization, model.double_quantization, DTYPES[model.dtype])
-    half, packed = copies_to_make(setup.source, *scheme)
+    half, packed = copies_needed(setup.source, *scheme)
     setting = Workload.from_recipe(setup.resolved.recipe, setup.shape, parameters=setup.parameters).replace(
         resident_layers=0
     )
@@ -294,18 +306,15 @@ def _copies_bytes(setup: Setup) -> int:
 def refuse_changed_recipe(resolved: Resolved, folder: Path) -> None:
     """Raise InputError if a given value differs from that of the run in this folder."""
     before = read_resolved(folder / "recipe.yaml").choices
-    where = [
-        Where(str(folder), None, f"{field} was {before[field].value} when this run was started, and is {choice.value}")
-        for field, choice in resolved.choices.items()
-        if choice.origin in ("recipe", "option") and field != "out" and _differs(choice.value, before[field].value)
-    ]
+    where = []
+    for field, choice in resolved.choices.items():
+        given = choice.origin in ("recipe", "option") and field != "out" and choice.value not in (None, "auto")
+        if given and choice.value != (value := before[field].value):
+            text = f"{field} was {value} when this run was started, and is {choice.value}"
+            where.append(Where(str(folder), None, text))
     if where:
         what = f"{folder}: this folder has a run with other settings"
         raise InputError(what, fix="restore the settings, or see `strop resume --help`", where=where)
-
-
-def _differs(value: Any, before: Any) -> bool:
-    return bool(value not in (None, "auto") and value != before)
 
 
 def device_count(lock: Mapping[str, Any]) -> int:
@@ -315,22 +324,18 @@ def device_count(lock: Mapping[str, Any]) -> int:
 
 def startup_notes(setup: Setup) -> list[str]:
     """Return what to log before training: unused options and hardware, and unusual models, data and schedules."""
-    notes = (
-        *kept_values(setup.resolved, setup.shape),
-        *(_unused_gpu_note(setup), _int8_note(setup), *_unused_option_notes(setup), _warmup_note(setup)),
-        *(_other_quantization_note(setup), *_expert_notes(setup), _multimodal_note(setup)),
-        *(*_modules_to_save_notes(setup), _long_rows_note(setup)),
-    )
-    return [text for text in notes if text]
+    hardware = filter(None, (_unused_gpu_note(setup), _int8_note(setup)))
+    return [*stale_values(setup.resolved, setup.shape), *hardware, *_option_notes(setup), *_model_notes(setup)]
 
 
-def _long_rows_note(setup: Setup) -> str | None:
-    return setup.shape.beyond(_row_lengths(setup.data), max_completion_tokens(setup.resolved.recipe.train))
-
-
-def _row_lengths(data: Prepared) -> npt.NDArray[np.int64]:
-    """Return the tokens of all rows (n,), those of the evaluation included."""
-    return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])
+def _unused_gpu_note(setup: Setup) -> str | None:
+    """Warn if there is a GPU that PyTorch cannot use, unless the user chose the CPU."""
+    gpus, device = setup.machine.gpus, setup.resolved.choices["model.device"]
+    if not gpus or device.origin != "plan" or device.value != "cpu":
+        return None
+    built = torch.version.cuda or "no CUDA"
+    what = f"torch {torch.__version__} (built for {built}) cannot use {gpus[0]}"
+    return f"{what}: training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
 
 
 def _int8_note(setup: Setup) -> str | None:
@@ -343,92 +348,59 @@ def _int8_note(setup: Setup) -> str | None:
     return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
 
 
-def _unused_option_notes(setup: Setup) -> list[str]:
+def _option_notes(setup: Setup) -> Iterator[str]:
+    """Yield notes on options without effect, the schedule, and the quantization that a start adapter was trained on."""
     recipe, single = setup.resolved.recipe, setup.lock["devices"]["count"] == 1
     model, train = recipe.model, recipe.train
-    notes = {
-        "model.double_quantization false has no effect: the base is not in 4 bit": (
-            not model.double_quantization and model.quantization not in ("nf4", "fp4")
-        ),
-        f"model.placement {model.placement} has no effect on a single device": model.placement != "auto" and single,
-        f"train.timeout {train.timeout} has no effect on a single device": train.timeout != "30m" and single,
-        "train.deterministic has no effect: a CPU computes the same bits each time without it": (
-            train.deterministic and recipe.model.device == "cpu"
-        ),
-        f"train.eval_steps {train.eval_steps} has no effect without data.eval": (
-            train.eval_steps is not None and recipe.data.eval is None
-        ),
-    }
-    return [text for text, applies in notes.items() if applies]
-
-
-def _warmup_note(setup: Setup) -> str | None:
-    train = setup.resolved.recipe.train
-    steps = batch_stream(setup.resolved.recipe, len(setup.data.train_items or setup.data.train)).total_steps
-    if train.warmup < max(1, steps):
-        return None
-    return f"train.warmup {train.warmup:g}: the run has {steps} steps, so its learning rate never reaches its peak"
-
-
-def _other_quantization_note(setup: Setup) -> str | None:
-    """Warn if the adapter to start from was trained on a base with another quantization."""
-    start, now = find_start_adapter(setup.resolved.recipe), setup.resolved.recipe.model.quantization
+    if not model.double_quantization and model.quantization not in ("nf4", "fp4"):
+        yield "model.double_quantization false has no effect: the base is not in 4 bit"
+    if model.placement != "auto" and single:
+        yield f"model.placement {model.placement} has no effect on a single device"
+    if train.timeout != "30m" and single:
+        yield f"train.timeout {train.timeout} has no effect on a single device"
+    if train.deterministic and model.device == "cpu":
+        yield "train.deterministic has no effect: a CPU computes the same bits each time without it"
+    if train.eval_steps is not None and recipe.data.eval is None:
+        yield f"train.eval_steps {train.eval_steps} has no effect without data.eval"
+    steps = batch_stream(recipe, len(setup.data.train_items or setup.data.train)).total_steps
+    if train.warmup >= max(1, steps):
+        yield f"train.warmup {train.warmup:g}: the run has {steps} steps, so its learning rate never reaches its peak"
+    start, now = find_start_adapter(recipe), model.quantization
     before = now if start is None else read_identity(start).get("quantization", now)
-    if before == now:
-        return None
-    was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (before, now))
-    loftq = "; adapters that began with lora.init loftq need it" if before != "none" else ""
-    what = f"the adapter to start from was trained on the base {was}, and here the base is {is_}: other weights"
-    return f"{what} (--model.quantization {before}: the same{loftq})"
+    if before != now:
+        was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (before, now))
+        loftq = "; adapters that began with lora.init loftq need it" if before != "none" else ""
+        what = f"the adapter to start from was trained on the base {was}, and here the base is {is_}: other weights"
+        yield f"{what} (--model.quantization {before}: the same{loftq})"
 
 
-def _unused_gpu_note(setup: Setup) -> str | None:
-    """Warn if there is a GPU that PyTorch cannot use, unless the user chose the CPU."""
-    gpus, device = setup.machine.gpus, setup.resolved.choices["model.device"]
-    if not gpus or device.origin != "plan" or device.value != "cpu":
-        return None
-    built = torch.version.cuda or "no CUDA"
-    return (
-        f"torch {torch.__version__} (built for {built}) cannot use {gpus[0]}: "
-        f"training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
-    )
+def _model_notes(setup: Setup) -> Iterator[str]:
+    """Yield notes on a mixture of experts, a multimodal model, modules trained in full, and rows that are too long."""
+    shape, recipe, config = setup.shape, setup.resolved.recipe, load_config(setup.source)
+    if expert_weights := shape.layers * sum(linear.weights for linear in shape.expert_linears):
+        active = setup.parameters - shape.idle_expert_weights
+        yield f"a mixture of experts: {active:,} of {setup.parameters:,} weights are active per token"
+        if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
+            share = expert_weights / setup.parameters
+            yield f"its experts ({share:.0%} of the weights) have no adapters; target all-linear adds them"
+        loss = load_balancing(config)
+        if loss and recipe.train.objective != "sft":
+            use = f"not used by objective {recipe.train.objective}, though its config sets it"
+        else:
+            use = f"on, at {loss:g}, as in its config" if loss else "off, as in its config (output_router_logits)"
+        yield f"load-balancing loss: {use}"
+    bare = load_without_weights(setup.source)
+    if setup.source.kind != "gguf" and text_path(bare):
+        yield f"{config.model_type}: its text model is trained; image and audio encoders are frozen"
+    for name in recipe.lora.modules_to_save:
+        kinds = count_path_kinds(find_modules_to_save(bare, name))
+        if len(kinds) > 1:
+            listed = ", ".join(f"{path} ({count})" for path, count in kinds.items())
+            total = sum(kinds.values())
+            yield f"lora.modules_to_save {name}: all {total} modules with this suffix are trained in full: {listed}"
+    if text := shape.count_too_long(_row_lengths(setup.data), max_completion_tokens(recipe.train)):
+        yield text
 
 
-def _expert_notes(setup: Setup) -> list[str]:
-    """Describe a mixture of experts: active weights, adapters on the experts, and the load-balancing loss."""
-    shape, recipe = setup.shape, setup.resolved.recipe
-    expert_weights = shape.layers * sum(linear.weights for linear in shape.in_experts)
-    if not expert_weights:
-        return []
-    active = setup.parameters - shape.idle
-    notes = [f"a mixture of experts: {active:,} of {setup.parameters:,} weights are active per token"]
-    if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
-        share = expert_weights / setup.parameters
-        notes.append(f"its experts ({share:.0%} of the weights) have no adapters; target all-linear adds them")
-    loss, config = load_balancing(load_config(setup.source)), "its config"
-    if loss and recipe.train.objective != "sft":
-        return [*notes, f"load-balancing loss: not used by objective {recipe.train.objective}, though {config} sets it"]
-    state = f"on, at {loss:g}, as in {config}" if loss else f"off, as in {config} (output_router_logits)"
-    return [*notes, f"load-balancing loss: {state}"]
-
-
-def _multimodal_note(setup: Setup) -> str | None:
-    config = load_config(setup.source)
-    if setup.source.kind == "gguf" or not text_path(skeleton(setup.source)):
-        return None
-    return f"{config.model_type}: its text model is trained; image and audio encoders are frozen"
-
-
-def _modules_to_save_notes(setup: Setup) -> list[str]:
-    """List the modules of a lora.modules_to_save name that matches several kinds."""
-    names = setup.resolved.recipe.lora.modules_to_save
-    if not names:
-        return []
-    bare = skeleton(setup.source)
-    kinds_by_name = {name: kinds_of(trained_whole(bare, name)) for name in names}
-    return [
-        f"lora.modules_to_save {name}: all {sum(kinds.values())} modules with this suffix are trained in full: "
-        + ", ".join(f"{path} ({count})" for path, count in kinds.items())
-        for name, kinds in kinds_by_name.items()
-        if len(kinds) > 1
-    ]
+def _row_lengths(data: Prepared) -> npt.NDArray[np.int64]:
+    return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])

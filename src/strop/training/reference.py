@@ -15,7 +15,8 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -28,8 +29,14 @@ from strop.data.store import LazySequence
 from strop.data.types import ExampleGroup
 from strop.errors import CheckpointError, RunError
 from strop.runs.folder import apply_umask, disk_errors, fsync_folder
-from strop.training.criteria import BLOCK, PreferenceCriterion, answer_logprobs, mismatched_logprobs
-from strop.training.oom import micro_batches, within_memory
+from strop.training.criteria import (
+    BLOCK,
+    PreferenceCriterion,
+    answer_logprobs,
+    micro_batches_of,
+    mismatched_logprobs,
+)
+from strop.training.gradients import micro_batches, within_memory
 from strop.training.rollouts import PolicyCriterion
 from strop.training.state import Job, batch_stream, temporary_values
 
@@ -53,14 +60,6 @@ class WithReference(LazySequence[ExampleGroup]):
         return replace(self._units[i], reference_logprobs=tuple(self._values[i].tolist()))
 
 
-@dataclass(frozen=True)
-class Reference:
-    """values: by "train" and "eval", (N, K) fp64, NaN where not computed yet. start: the start weights by name."""
-
-    values: dict[str, Tensor]
-    start: Mapping[str, Tensor]
-
-
 def with_reference(job: Job, key: Mapping[str, str]) -> Job:
     """Return the job with reference log-probabilities (for a policy objective, with the start weights instead).
 
@@ -71,23 +70,24 @@ def with_reference(job: Job, key: Mapping[str, str]) -> Job:
     """
     criterion = job.criterion
     if isinstance(criterion, PolicyCriterion) and criterion.options.beta:
-        return replace(job, criterion=replace(criterion, start=_start_weights(job, key)))
+        values, start = _load(job, key, {"train": (), "eval": ()})
+        if not job.folder.reference.is_file():  # completions sampled later need it too
+            _save(job, key, values, start)
+        return replace(job, criterion=replace(criterion, start=start))
     if not isinstance(criterion, PreferenceCriterion) or not criterion.objective.reference:
         return job
     sets = {"train": cast("Sequence[ExampleGroup]", job.train), "eval": cast("Sequence[ExampleGroup]", job.eval or ())}
-    reference = _load(job, key, sets)
+    values, start = _load(job, key, sets)
     started = time.perf_counter()
     LOG.info("computing reference log-probabilities")
-    with _reference_model(job, reference.start):
-        computed = sum(
-            _fill(job, sets[name], reference.values[name], batches) for name, batches in _batches(job).items()
-        )
+    with _reference_model(job, start):
+        computed = sum(_fill(job, sets[name], values[name], batches) for name, batches in _batches(job).items())
     if computed:
         with job.devices.all_or_none():
             if job.devices.is_main:
-                _save(job, key, reference)
+                _save(job, key, values, start)
         job.log.emit("reference", rows=computed, seconds=round(time.perf_counter() - started, 3))
-    train, held_out = (WithReference(units, reference.values[name]) for name, units in sets.items())
+    train, held_out = (WithReference(units, values[name]) for name, units in sets.items())
     job = replace(job, train=train, eval=held_out if job.eval else None)
     check_reference(job, key)
     return job
@@ -103,7 +103,7 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
         return
     units = [cast(ExampleGroup, job.train[row]) for row in batch_stream(job.recipe, len(job.train)).rows(0)]
     at_start = job.state.progress.step == 0
-    start = {} if at_start else _load(job, key, {}).start  # at the start, the model is the reference
+    start = {} if at_start else _load(job, key, {})[1]  # at the start, the model is the reference
     stored = torch.tensor([unit.reference_logprobs for unit in units], dtype=torch.float64)
     recomputed = torch.full_like(stored, math.nan)
     batches = [units] * job.devices.world_size
@@ -122,15 +122,6 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
         raise RunError(what, fix=fix)
     fields = {"loss": loss} if at_start else {}
     job.log.emit("reference-check", step=progress.step, rows=len(units), off=float(off), **fields)
-
-
-def _start_weights(job: Job, key: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """Return the start weights, stored in the run folder: completions sampled later need reference log-probabilities
-    too."""
-    reference = _load(job, key, {"train": (), "eval": ()})
-    if not job.folder.reference.is_file():
-        _save(job, key, reference)
-    return reference.start
 
 
 def _mean_loss(criterion: PreferenceCriterion, units: Sequence[ExampleGroup], values: Tensor) -> float:
@@ -171,29 +162,27 @@ def _score(job: Job, by_rank: Sequence[Sequence[ExampleGroup]], rows: Sequence[i
     """Write the log-probabilities of this rank's batch into `values` at `rows`, in a step's micro-batches."""
     batch, last = by_rank[job.devices.rank], values.shape[1] - 1
 
+    def write(group: list[int], column: int, logprobs: Tensor) -> None:
+        values[torch.tensor([rows[row] for row in group]), column] = logprobs.cpu().double()
+
     def score_answers(group: list[int]) -> None:
-        indices = torch.tensor([rows[row] for row in group])
-        for side, sums in enumerate(answer_logprobs(job.step, [batch[row] for row in group])):
-            values[indices, side] = sums.cpu().double()
+        for side, logprobs in enumerate(answer_logprobs(job.step, [batch[row] for row in group])):
+            write(group, side, logprobs)
 
     def score_mismatched(group: list[int]) -> None:
-        indices = torch.tensor([rows[row] for row in group])
-        values[indices, last] = mismatched_logprobs(job.step, [batch[row] for row in group]).cpu().double()
+        write(group, last, mismatched_logprobs(job.step, [batch[row] for row in group]))
 
     def split(rank: int) -> list[list[int]]:
         return micro_batches(job, by_rank[rank]) if by_rank[rank] else []
 
+    def split_mismatched(rank: int) -> list[list[int]]:
+        units = by_rank[rank]
+        groups = micro_batches_of(units, partial(micro_batches, job))
+        with_mismatched = ([row for row in group if units[row].kl_examples] for group in groups)
+        return [group for group in with_mismatched if group]
+
     job.devices.run_passes(split, score_answers, backward=False)
-    job.devices.run_passes(lambda rank: _split_mismatched(job, by_rank[rank]), score_mismatched, backward=False)
-
-
-def _split_mismatched(job: Job, batch: Sequence[ExampleGroup]) -> list[list[int]]:
-    """Return micro-batches of the units that have an answer to another prompt."""
-    groups = []
-    for begin in range(0, len(batch), BLOCK):
-        for group in micro_batches(job, batch[begin : begin + BLOCK]):
-            groups.append([begin + row for row in group if batch[begin + row].kl_examples])
-    return [group for group in groups if group]
+    job.devices.run_passes(split_mismatched, score_mismatched, backward=False)
 
 
 @contextmanager
@@ -207,8 +196,11 @@ def _reference_model(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
             job.model.train()
 
 
-def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[ExampleGroup]]) -> Reference:
-    """Read the run folder's reference. At the start of a run: the present weights, with no values yet."""
+def _load(
+    job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[ExampleGroup]]
+) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
+    """Return the run folder's reference: values by "train" and "eval" ((N, K) fp64, NaN: not computed yet), and the
+    start weights by name. At the start of a run these are the present weights."""
     path, start, stored_key = job.folder.reference, {}, None
     try:
         with safe_open(path, framework="pt") as file:
@@ -222,19 +214,17 @@ def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[ExampleG
             what = f"{path}: the weights that the run started from are missing or damaged"
             raise CheckpointError(what, fix="start the run again with `strop train`")
         start = {name: weight.detach().cpu().clone() for name, weight in job.state.weights.items()}
-    if stored_key == dict(key):
-        return Reference(values, start)
-    return Reference(
-        {name: torch.full((len(units), 2), math.nan, dtype=torch.float64) for name, units in sets.items()}, start
-    )
+    if stored_key != dict(key):
+        values = {name: torch.full((len(units), 2), math.nan, dtype=torch.float64) for name, units in sets.items()}
+    return values, start
 
 
-def _save(job: Job, key: Mapping[str, str], reference: Reference) -> None:
+def _save(job: Job, key: Mapping[str, str], values: dict[str, Tensor], start: Mapping[str, Tensor]) -> None:
     path: Path = job.folder.reference
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    weights = {f"weight/{name}": weight.contiguous() for name, weight in reference.start.items()}
+    weights = {f"weight/{name}": weight.contiguous() for name, weight in start.items()}
     with disk_errors(path):
-        save_file({**weights, **reference.values}, temp, metadata={"key": json.dumps(dict(key))})
+        save_file({**weights, **values}, temp, metadata={"key": json.dumps(dict(key))})
         apply_umask(temp)
         with temp.open("rb") as file:
             os.fsync(file.fileno())

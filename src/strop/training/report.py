@@ -1,55 +1,61 @@
-"""Report a run: the "start" event, and at its end the adapter with its model card and report.json."""
+"""Report a run: to experiment trackers, the "start" event, and at its end the adapter with model card and report.json.
+
+Trackers are sent metrics through accelerate. None runs unless `track` names it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.data.types import Conversation
-from strop.distributed.devices import Devices
 from strop.engine.decode.decoder import why_not_decoder
 from strop.engine.train.eligibility import find_model_dropout
-from strop.errors import TROUBLESHOOTING_PAGE
+from strop.errors import TROUBLESHOOTING_PAGE, RecipeError, first_line
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
-from strop.machine.memory import MemoryMark
+from strop.machine.memory import PeakTracker
 from strop.models.adapters import save_adapter
-from strop.models.experts import in_experts
+from strop.models.experts import count_trained_in_experts
 from strop.models.lora import weight_change
 from strop.objectives.table import objective_of
-from strop.runs.events import read_events
+from strop.runs.events import Event, Listener, find_rewind_step, read_events
 from strop.runs.folder import write_json
 from strop.training.dry_run import Forecast
-from strop.training.loop import evaluate, forget_lost_best
+from strop.training.loop import evaluate, reset_lost_best
 from strop.training.preflight import Setup
 from strop.training.reference import with_reference
 from strop.training.rollouts import PolicyCriterion, VllmSampler
 from strop.training.state import Job, Progress, batch_stream, load_weights
+
+LOG = logging.getLogger(__name__)
+
+_FIGURES = ("accuracy", "margin", "chosen_change", "rejected_change", "desirable_change", "undesirable_change", "kl")
+_TRACKED = {"step": ("loss", "learning_rate", "grad_norm", "tokens_per_s", *_FIGURES), "eval": ("loss", *_FIGURES)}
 
 
 def describe_start(job: Job, setup: Setup) -> None:
     """Log the "start" event, with notes on how the model is trained."""
     num_trained = sum(weight.numel() for weight in job.state.weights.values())
     parameters = {"trainable": num_trained, "all": setup.parameters}  # of the base, as `strop plan` counts
-    if num_expert_weights := in_experts(job.model):
-        parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle}
+    if num_expert_weights := count_trained_in_experts(job.model):
+        parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle_expert_weights}
     for text in _model_notes(job):
         job.log.emit("note", text=text)
-    exact, multiple = job.recipe.train.exact, job.devices.world_size > 1
-    devices = {"devices": describe_devices(job.devices, exact)} if multiple else {}
+    devices = {"devices": _describe_devices(job)} if job.devices.world_size > 1 else {}
     job.log.emit(
-        "start",
-        steps=batch_stream(job.recipe, len(job.train)).total_steps,
-        step=job.state.progress.step,
-        engine=job.step.name,
-        why=job.step.why,
-        parameters=parameters,
-        **devices,
-    )
+        "start", steps=batch_stream(job.recipe, len(job.train)).total_steps, step=job.state.progress.step,
+        engine=job.step.name, why=job.step.why, parameters=parameters, **devices,
+    )  # fmt: skip
 
 
 def _model_notes(job: Job) -> Iterator[str]:
@@ -66,8 +72,8 @@ def _model_notes(job: Job) -> Iterator[str]:
         )
     if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
-    if job.step.lacking:
-        reason = f"{job.step.lacking}; see {TROUBLESHOOTING_PAGE}#triton"
+    if job.step.why_no_triton:
+        reason = f"{job.step.why_no_triton}; see {TROUBLESHOOTING_PAGE}#triton"
         yield f"PyTorch's own operations train this model, more slowly: {reason}"
 
 
@@ -77,7 +83,7 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
     Returns how far training has moved the weights (models.lora.weight_change).
     """
     progress, base = job.state.progress, job.devices.base
-    forget_lost_best(job)
+    reset_lost_best(job)
     if job.eval and progress.best_step is None and progress.step:
         evaluate(with_reference(job, reference_key))  # the last weights are the best that are left
     with job.devices.all_or_none():
@@ -91,17 +97,13 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
 
 
 def finish(
-    job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str, change: float | None
+    job: Job, setup: Setup, memory: PeakTracker, expected: Forecast, ended: str, change: float | None
 ) -> dict[str, Any]:
     """Save the weights as the run's adapter, write report.json and return it. change: see load_best."""
     progress, folder = job.state.progress, job.folder
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
     model = setup.resolved.recipe.model
-    identity |= {
-        "quantization": model.quantization,
-        "double_quantization": model.double_quantization,
-        "dtype": model.dtype,
-    }
+    identity |= {name: getattr(model, name) for name in ("quantization", "double_quantization", "dtype")}
     identity["system"] = _shared_system(setup.data.train_conversations)
     identity["reasoning"] = setup.data.renderer.reasoning
     folder.answers.unlink(missing_ok=True)  # of an earlier session's adapter
@@ -170,17 +172,12 @@ def progress_figures(progress: Progress) -> dict[str, Any]:
     }
 
 
-def describe_devices(devices: Devices, exact: bool) -> dict[str, Any]:
-    """Return the number of devices, nodes and threads, and how the base is placed."""
+def _describe_devices(job: Job) -> dict[str, Any]:
+    devices = job.devices
     mode = "one" if devices.world_size == 1 else "replicated" if devices.base is None else "sharded"
-    return {
-        "count": devices.world_size,
-        "nodes": devices.nodes,
-        "mode": mode,
-        "exact": exact,
-        "threads": torch.get_num_threads(),
-        **({} if devices.base is None else {"base": devices.base.sizes()}),
-    }
+    counts = {"count": devices.world_size, "nodes": devices.nodes, "mode": mode}
+    base = {} if devices.base is None else {"base": devices.base.sizes()}
+    return {**counts, "exact": job.recipe.train.exact, "threads": torch.get_num_threads(), **base}
 
 
 def _device_figures(job: Job) -> dict[str, Any]:
@@ -190,7 +187,7 @@ def _device_figures(job: Job) -> dict[str, Any]:
     """
     progress = job.state.progress
     return {
-        **describe_devices(job.devices, job.recipe.train.exact),
+        **_describe_devices(job),
         "communication_s": progress.communication_s,
         "waiting_s": progress.waiting_s,
         "balance": progress.computing_s / progress.slowest_s if progress.slowest_s else 1.0,
@@ -200,11 +197,88 @@ def _device_figures(job: Job) -> dict[str, Any]:
 
 def _shared_system(conversations: Iterable[Conversation]) -> str | None:
     """Return the system prompt that every conversation starts with, or None."""
+    openings = (conversation.messages[0] if conversation.messages else None for conversation in conversations)
     shared: str | None = None
-    for number, conversation in enumerate(conversations):
-        first = conversation.messages[0] if conversation.messages else None
-        system = first.content if first is not None and first.role == "system" else None
-        if system is None or (number > 0 and system != shared):
+    for first in openings:
+        if first is None or first.role != "system" or (shared is not None and first.content != shared):
             return None
-        shared = system
+        shared = first.content
     return shared
+
+
+@contextmanager
+def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iterator[Sequence[Listener]]:
+    """Yield a listener that sends metrics of step and eval events to the named trackers; none if there are no names.
+
+    Output of the trackers goes to stderr. Raises RecipeError if one does not start; the folder is then unchanged. If
+    one fails later, that is logged and the run continues.
+    """
+    if not names:
+        yield ()
+        return
+    from accelerate import Accelerator
+
+    names = sorted(names, key=lambda name: name == "tensorboard")  # last, because it writes into the folder
+    accelerator = Accelerator(log_with=names, project_dir=str(folder), cpu=config["model.device"] == "cpu")
+    plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in config.items()}
+    project, init_kwargs = _project(names, folder.resolve().name)
+    with redirect_stdout(sys.stderr), _starting(names):
+        accelerator.init_trackers(project, config=plain, init_kwargs=init_kwargs)
+
+    working = True
+
+    def send(event: Event) -> None:
+        nonlocal working
+        kind = event["event"]
+        values = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _TRACKED.get(kind, ())}
+        metrics = {key: value for key, value in values.items() if value is not None}
+        if working and (step := find_rewind_step(event)) is not None:
+            working = _try(names, lambda: _undo(accelerator.trackers, step))
+        if working and metrics:
+            working = _try(names, lambda: accelerator.log(metrics, step=event["step"]))
+
+    try:
+        yield (send,)
+    finally:
+        with redirect_stdout(sys.stderr):
+            _try(names, accelerator.end_training)
+
+
+def _undo(trackers: Sequence[Any], step: int) -> None:
+    """Make TensorBoard hide the steps after this one. wandb and trackio cannot remove values."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.close()  # the next value opens a file that starts with purge_step
+            tracker.writer.purge_step = step + 1
+
+
+def _try(names: Sequence[str], action: Callable[[], object]) -> bool:
+    """Return whether the action succeeded."""
+    try:
+        action()
+    except Exception as error:  # any error of a library, a network or a disk: no reason to end a run
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        LOG.warning("--track %s: stopped; events.jsonl still has all metrics: %s", ",".join(names), reason)
+        return False
+    return True
+
+
+@contextmanager
+def _starting(names: Sequence[str]) -> Iterator[None]:
+    """Raise RecipeError for any error of a tracker: no login, no connection, no place to write."""
+    try:
+        yield
+    except Exception as error:  # each tracker has its own error classes
+        wandb = "`wandb login`, or set WANDB_MODE=offline, or " if "wandb" in names else ""
+        what = f"--track {','.join(names)}: {' '.join(str(error).split()) or type(error).__name__}"
+        raise RecipeError(what, fix=f"{wandb}remove it from `track`") from None
+
+
+def _project(names: Sequence[str], run: str) -> tuple[str, dict[str, Any]]:
+    """Return the project's name and the trackers' arguments.
+
+    accelerate always passes a project to wandb, which then ignores WANDB_PROJECT; if that is set, it is the project and
+    the folder's name is the run's.
+    """
+    project = os.environ.get("WANDB_PROJECT") if "wandb" in names else None
+    return (project, {"wandb": {"name": os.environ.get("WANDB_NAME", run)}}) if project else (run, {})

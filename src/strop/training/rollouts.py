@@ -7,7 +7,6 @@ samples what an unbroken one would have. Completions come from strop's decoder, 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -32,15 +31,15 @@ from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
 from strop.errors import RecipeError, RunError
-from strop.evaluation.metrics import Z_95, Reward
+from strop.evaluation.metrics import Reward
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
-from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
-from strop.objectives.objective import require
+from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, query_vllm, vllm_environment
+from strop.objectives import require
 from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.runs.events import EventLog
-from strop.training.criteria import BLOCK, Figures, Split
+from strop.training.criteria import BLOCK, Criterion, Figures, Split, mean_interval
 from strop.training.state import temporary_values
 
 LOGGED_CHARACTERS = 400  # of a completion in an event
@@ -52,8 +51,8 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 @dataclass(frozen=True)
-class PolicyCriterion:
-    """Trains a policy objective (GRPO) on completions that the model samples; see criteria.Criterion.
+class PolicyCriterion(Criterion):
+    """Trains a policy objective (GRPO) on completions that the model samples.
 
     model: the policy. tokenizer, stop_ids: decode completions, and end them. weights: the trained parameters.
     start: their values at the start of training, which make the reference; empty if there is no reference.
@@ -71,7 +70,6 @@ class PolicyCriterion:
     log: EventLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
     sampler: Sampler | None = None
-    has_figures: ClassVar[bool] = True
 
     @property
     def updates(self) -> int:
@@ -94,16 +92,11 @@ class PolicyCriterion:
         sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, self._max_tokens)
         seconds = time.perf_counter() - started
         groups = [self._make_group(prompt, completions) for prompt, completions in zip(prompts, sampled, strict=True)]
-        first = groups[0]
-        text = self._decode(first.examples[0].ids[first.examples[0].prompt_length :])[:LOGGED_CHARACTERS]
+        first, example = groups[0], groups[0].examples[0]
         self.log.emit(
-            "answers",
-            step=index + 1,
-            seconds=round(seconds, 3),
-            row=f"{first.file}:{first.line}",
-            answer=text,
-            rewards=first.rewards,
-        )
+            "answers", step=index + 1, seconds=round(seconds, 3), row=f"{first.file}:{first.line}",
+            answer=self._decode(example.ids[example.prompt_length :])[:LOGGED_CHARACTERS], rewards=first.rewards,
+        )  # fmt: skip
         return [*self._with_reference(step, groups, split)] if self.options.beta else [*groups]
 
     def longest(self, item: Item) -> Item:
@@ -113,18 +106,12 @@ class PolicyCriterion:
             SampledCompletion(np.full(self._max_tokens, number + 1, np.int32), np.zeros(self._max_tokens), True)
             for number in range(self._group_size)
         ]
-        examples = tuple(_as_example(prompt, completion, 1) for completion in completions)
-        logprobs = np.zeros(self._group_size * self._max_tokens)
-        zeros = (0.0,) * self._group_size
-        stopped = (True,) * self._group_size
+        logprobs, zeros = np.zeros(self._group_size * self._max_tokens), (0.0,) * self._group_size
         return RolloutGroup(
-            examples,
-            advantages=zeros,
-            stopped=stopped,
-            rewards=zeros,
-            sampling_logprobs=logprobs,
-            reference_token_logprobs=logprobs,
-        )
+            tuple(_as_example(prompt, completion, 1) for completion in completions),
+            advantages=zeros, stopped=(True,) * self._group_size, rewards=zeros,
+            sampling_logprobs=logprobs, reference_token_logprobs=logprobs,
+        )  # fmt: skip
 
     def divisor(self, items: Sequence[Item]) -> float:
         lengths = [
@@ -134,9 +121,6 @@ class PolicyCriterion:
             for _ in range(copies)
         ]
         return self.objective.divisor(lengths, self.options)
-
-    def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
-        return 0.0
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
         groups = cast("Sequence[RolloutGroup]", items)
@@ -172,21 +156,15 @@ class PolicyCriterion:
         completions."""
         prompts = cast("Sequence[Prompt]", items)
         try:
-            answers = generate(
-                self.model,
-                self.tokenizer,
-                [prompt.examples[0].ids for prompt in prompts],
-                stop_ids=self.stop_ids,
-                max_new_tokens=self._max_tokens,
-            )
+            ids, limit = [prompt.examples[0].ids for prompt in prompts], self._max_tokens
+            answers = generate(self.model, self.tokenizer, ids, stop_ids=self.stop_ids, max_new_tokens=limit)
         finally:
             drop_decoder(self.model)
         rewards = [self._reward(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         mean = statistics.fmean(rewards)
         result: dict[str, Any] = {"loss": -mean, "reward": mean}
         if len(rewards) > 1:
-            half_width = Z_95 * statistics.stdev(rewards) / math.sqrt(len(rewards))
-            result["reward_interval"] = [mean - half_width, mean + half_width]
+            result["reward_interval"] = mean_interval(rewards)
         result["stop_rate"] = statistics.fmean(answer.stopped for answer in answers)
         result["answer_length"] = statistics.fmean(answer.tokens for answer in answers)
         return result
@@ -252,7 +230,6 @@ def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> 
 
 
 def _group_figures(groups: Sequence[RolloutGroup], like: Tensor) -> Figures:
-    """Return figures of each completion and each group."""
     completions = [
         (float(example.supervised), float(stopped))
         for group in groups
@@ -280,10 +257,10 @@ def check_vllm(recipe: Recipe) -> None:
     if recipe.model.quantization != "none":
         what = f"{OPTION}: vLLM would sample from the 16-bit base, not from {recipe.model.quantization}"
         raise RecipeError(what, fix="use --model.quantization none, or leave it out")
-    find_python(python, OPTION)
+    find_vllm_python(python, OPTION)
     config = {name: getattr(lora, name) for name in ("r", "rank_pattern", "use_dora", "bias")}
     config |= {"modules_to_save": lora.modules_to_save, "trainable_token_indices": lora.new_tokens}
-    lora_rank(config, OPTION, WITHOUT_VLLM)
+    max_lora_rank(config, OPTION, WITHOUT_VLLM)
 
 
 @dataclass(frozen=True)
@@ -300,27 +277,21 @@ class VllmSampler:
     adapter_ids: Iterator[int] = field(default_factory=partial(count, 1))  # vLLM caches an adapter by its id
 
     def __call__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Ids],
-        seeds: Sequence[Sequence[int]],
-        stop_ids: Sequence[int],
-        most: int,
+        self, model: Any, prompts: Sequence[Ids], seeds: Sequence[Sequence[int]], stop_ids: Sequence[int], limit: int
     ) -> list[list[SampledCompletion]]:
         """Return a completion of each prompt for each of its seeds. Raises RunError if vLLM ends."""
         with tempfile.TemporaryDirectory() as folder:
-            peft_model: Any = model
-            peft_model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+            model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
             request = {
                 "adapter": folder, "number": next(self.adapter_ids), "prompts": [ids.tolist() for ids in prompts],
-                "seeds": [list(group) for group in seeds], "most": most, "stop": list(stop_ids),
+                "seeds": [list(group) for group in seeds], "most": limit, "stop": list(stop_ids),
             }  # fmt: skip
-            replies = iter(_request(self.process, self.log, request))
-        return [[_as_completion(next(replies)) for _ in group] for group in seeds]
-
-
-def _as_completion(reply: dict[str, Any]) -> SampledCompletion:
-    return SampledCompletion(np.array(reply["ids"], np.int32), np.array(reply["log_probs"]), reply["stopped"])
+            replies = _request(self.process, self.log, request)
+        completions = (
+            SampledCompletion(np.array(reply["ids"], np.int32), np.array(reply["log_probs"]), reply["stopped"])
+            for reply in replies
+        )
+        return [[next(completions) for _ in group] for group in seeds]
 
 
 @contextmanager
@@ -330,16 +301,16 @@ def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Itera
     Raises InputError, ModelError or RunError if it does not start.
     """
     train, weights = recipe.train, weights_folder(source)
-    python = find_python(train.vllm_python, OPTION)
+    python = find_vllm_python(train.vllm_python, OPTION)
     config, longest = read_config(weights), recipe.data.max_length + max_completion_tokens(train)
-    facts = about_vllm(python, config["architectures"][0], lora=True)
+    facts = query_vllm(python, config["architectures"][0], lora=True)
     arguments: dict[str, Any] = {
         "model": str(weights), "skip_tokenizer_init": True, "dtype": DTYPE_NAMES[recipe.model.dtype],
         "max_model_len": min(longest, int(config.get("max_position_embeddings", longest))),
         "max_num_seqs": min(VLLM_MAX_SEQUENCES, train.batch_size * sequences_per_row(train)),
         "enforce_eager": not facts["cuda"], "seed": recipe.seed, "disable_log_stats": True,
         "enable_lora": True, "max_loras": 1, "max_cpu_loras": 1,
-        "max_lora_rank": lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT_VLLM),
+        "max_lora_rank": max_lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT_VLLM),
     }  # fmt: skip
     arguments |= {"gpu_memory_utilization": VLLM_GPU_SHARE} if facts["cuda"] else {}
     environment = {**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

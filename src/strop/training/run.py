@@ -1,4 +1,4 @@
-"""One run from recipe to report. `train` starts it; `resume` does the same from a checkpoint."""
+"""One run from recipe to report, and its model and Job. `train` starts it; `resume` does the same from a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,21 +6,34 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+from torch import nn
 
 from strop.config.load import Resolved, read_resolved, resolve
-from strop.config.schema import Recipe, option_fields
-from strop.distributed.devices import ALONE, Devices
-from strop.distributed.environment import may_restart, was_restarted
+from strop.config.schema import ModelSection, Recipe, option_fields
+from strop.distributed.devices import ALONE, Devices, may_restart, was_restarted
+from strop.distributed.sharded import Sharded
+from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.device import repeatable
-from strop.errors import InputError, MemoryLimitError, RecipeError, StropError, Where
+from strop.engine.step import step_for
+from strop.errors import InputError, MemoryLimitError, RecipeError, RunError, StropError, Where
+from strop.evaluation.metrics import parse_rewards
 from strop.evaluation.report import write_report
-from strop.machine.malloc import give_back
-from strop.machine.memory import is_out_of_memory, mark
-from strop.models.upstream_errors import blaming
+from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
+from strop.models.adapters import attach_adapter
+from strop.models.load import DTYPES, load_base, restore_packed_weights
+from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_dropout, trainable_parameters
+from strop.models.sharding import load_sharded
+from strop.models.source import Source
+from strop.models.upstream_errors import attribute_errors
+from strop.objectives.policy import PolicyLoss
+from strop.objectives.table import objective_of
+from strop.planning.choose import usable_bytes
 from strop.planning.workload import Workload
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
@@ -35,15 +48,22 @@ from strop.runs.folder import (
     write_json,
 )
 from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_allowed
-from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
+from strop.training.criteria import Criterion, criterion_for
 from strop.training.dry_run import check_causal, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save
-from strop.training.preflight import Setup, device_count, refuse_changed_recipe, set_up_on_all, startup_notes
+from strop.training.optim import make_optimizer
+from strop.training.preflight import (
+    Setup,
+    device_count,
+    find_start_adapter,
+    refuse_changed_recipe,
+    set_up_on_all,
+    startup_notes,
+)
 from strop.training.reference import check_reference, with_reference
-from strop.training.report import describe_start, finish, load_best, progress_figures
-from strop.training.rollouts import vllm_sampler
-from strop.training.state import Job, batch_stream, set_memory_options
-from strop.training.trackers import tracking
+from strop.training.report import describe_start, finish, load_best, progress_figures, tracking
+from strop.training.rollouts import PolicyCriterion, disable_model_dropout, vllm_sampler
+from strop.training.state import Job, Progress, TrainState, batch_stream, set_memory_options
 
 
 @dataclass(frozen=True)
@@ -60,10 +80,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The differences between a run and its resume.
-
-    changes: from its lock. devices: numbers before and now, if they differ.
-    """
+    """The differences between a run and its resume. devices: numbers before and now, if they differ."""
 
     changes: Sequence[Difference]
     devices: tuple[int, int] | None
@@ -77,19 +94,10 @@ def train(
     devices: Devices = ALONE,
     resume_existing: bool = False,
 ) -> Run:
-    """Fine-tune by a recipe into a new run folder.
+    """Fine-tune by a recipe into a new run folder; see strop.api.train for the errors raised.
 
-    Args:
-        resolved: The recipe.
-        listeners: Called with every event that is written to events.jsonl.
-        memory: Limit of memory in bytes, less than the machine has.
-        devices: The processes that train together.
-        resume_existing: Resume the run in the folder `out`, if there is one.
-
-    Raises:
-        InputError: Before any weights are read.
-        RunError: While training.
-        Stopped: After Ctrl-C or SIGTERM.
+    listeners: called with every event that is written to events.jsonl. memory: a limit in bytes, less than the machine
+    has. resume_existing: resume the run in the folder `out`, if there is one.
     """
     settings = {field: choice.value for field, choice in resolved.choices.items()}
     devices.require_same(settings | {"--resume": resume_existing})
@@ -100,7 +108,7 @@ def train(
     if out is not None and devices.run_on_main(lambda: (resume_existing or was_restarted()) and is_run(out)):
         refuse_changed_recipe(resolved, out)
         return resume(out, listeners, memory=memory, devices=devices)
-    folder = devices.run_on_main(lambda: create(out or _numbered_folder(resolved.recipe)))
+    folder = devices.run_on_main(lambda: create(out or next_numbered(Path("runs"), _run_name(resolved.recipe))))
     with disk_errors(folder.path), _claim(folder, devices):
         try:
             setup = set_up_on_all(resolved, memory, folder, devices)
@@ -123,19 +131,10 @@ def resume(
     memory: int | None = None,
     devices: Devices = ALONE,
 ) -> Run:
-    """Resume a run from its newest intact checkpoint; a finished run is returned unchanged.
+    """Resume a run from its newest intact checkpoint, on any number of devices; a finished run is returned unchanged.
 
-    Args:
-        path: The run folder.
-        listeners: See `train`.
-        options: Recipe fields with new values.
-        allow_changed: What may differ from the start of the run: recipe fields (or their last part), base, data,
-            template, versions, and the groups lr and schedule.
-        memory: See `train`.
-        devices: The processes that train together, of any number.
-
-    Raises:
-        InputError: If anything else that affects the numbers differs, or for an unknown name in allow_changed.
+    options: recipe fields with new values. allow_changed: what may differ from the start of the run: recipe fields (or
+    their last part), base, data, template, versions, and the groups lr and schedule. Raises InputError for others.
     """
     devices.require_same({"the run": path, **(options or {}), "--allow-changed": list(allow_changed)})
     devices.run_on_main(lambda: check_allowed_names(allow_changed, dict(option_fields())))
@@ -150,12 +149,10 @@ def resume(
         same_threads = resolved.recipe.train.exact or devices.world_size == device_count(lock)
         setup = set_up_on_all(resolved, memory, folder, devices, lock["threads"] if same_threads else None)
         changes = compare_locks(lock, setup.lock)
-        refused = [change for change in changes if not is_allowed(change, allow_changed)]
-        if refused:
-            raise InputError("cannot resume", fix=_how_to_allow(refused), where=[
-                Where(str(folder.path), None, f"{change.name} has changed since the run was started: "
-                      f"{change.was} then, {change.now} now") for change in refused
-            ])  # fmt: skip
+        if refused := [change for change in changes if not is_allowed(change, allow_changed)]:
+            texts = [f"{x.name} has changed since the run was started: {x.was} then, {x.now} now" for x in refused]
+            where = [Where(str(folder.path), None, text) for text in texts]
+            raise InputError("cannot resume", fix=_how_to_allow(refused), where=where)
         moved = devices.world_size != device_count(lock)
         if devices.is_main and (changes or moved or options):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
@@ -179,7 +176,6 @@ def _finished_run(folder: RunFolder, options: Mapping[str, Any] | None, devices:
 
 @contextmanager
 def _claim(folder: RunFolder, devices: Devices) -> Iterator[None]:
-    """Claim the folder for all ranks on rank 0."""
     with ExitStack() as stack:
         with devices.all_or_none():
             if devices.is_main:
@@ -194,18 +190,12 @@ def _how_to_allow(refused: Sequence[Difference]) -> str:
     return "restore it, or start a new run (from this adapter with --model.adapter)"
 
 
-def _numbered_folder(recipe: Recipe) -> Path:
-    """Return runs/<first data file>-N."""
-    first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
-    return next_numbered(Path("runs"), run_name(first))
+def _run_name(recipe: Recipe) -> str:
+    return run_name(recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0])
 
 
 def _execute(
-    folder: RunFolder,
-    setup: Setup,
-    listeners: Sequence[Listener],
-    devices: Devices,
-    resumed: Resumed | None = None,
+    folder: RunFolder, setup: Setup, listeners: Sequence[Listener], devices: Devices, resumed: Resumed | None = None
 ) -> Run:
     recipe = setup.resolved.recipe
     devices.set_timeout(parse_seconds(recipe.train.timeout))
@@ -215,22 +205,22 @@ def _execute(
         log = EventLog(folder.events if devices.is_main else None, [*listeners, *trackers])
         job: Job | None = None
         try:
-            log.emit("machine", lines=setup.machine.lines())
+            log.emit("machine", lines=setup.machine.describe())
             choices = [asdict(choice) for choice in setup.resolved.choices.values()]
             log.emit("recipe", choices=choices, resuming=resumed is not None)
             log.emit("data", report=setup.data.report.as_json())
             for text in startup_notes(setup):
                 log.emit("note", text=text)
-            memory = mark(recipe.model.device)
+            memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
                 stack.enter_context(repeatable())
-            stack.enter_context(blaming(setup.shape.family))
+            stack.enter_context(attribute_errors(setup.shape.family))
             model = build_model(setup, resumed is not None, devices)
             check_base_digests(folder, devices)
             use_vllm = recipe.train.vllm_python is not None
             sampler = stack.enter_context(vllm_sampler(recipe, setup.source, model)) if use_vllm else None
             job = build_job(folder, setup, model, log, devices, sampler)
-            give_back()  # memory that reading and converting the weights has freed
+            trim_heap()  # memory that reading and converting the weights has freed
             if resumed is not None and devices.run_on_main(folder.checkpoints):
                 _restore(job, resumed)
             broadcast_weights(job)
@@ -248,7 +238,11 @@ def _execute(
                 check_causal(job, expected.items)
                 expected = try_largest_batch(job, expected, usable, memory)
                 job = with_reference(job, key)
-                ended = _fit(job)
+                try:
+                    ended = fit(job)
+                except StropError as error:
+                    error.partial_result = {"run": str(folder.path), **progress_figures(job.state.progress)}
+                    raise
                 check_reference(job, key)
         except KeyboardInterrupt:  # outside of the loop, which saves before it stops
             step = 0 if job is None else job.state.progress.step
@@ -265,14 +259,6 @@ def _execute(
     if devices.is_main:
         write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)
-
-
-def _fit(job: Job) -> str:
-    try:
-        return fit(job)
-    except StropError as error:
-        error.partial_result = {"run": str(job.folder.path), **progress_figures(job.state.progress)}
-        raise
 
 
 def _restore(job: Job, resumed: Resumed) -> None:
@@ -295,3 +281,105 @@ def reference_key(setup: Setup) -> dict[str, str]:
     stored = f"{recipe.model.quantization} {recipe.model.double_quantization} {recipe.model.dtype}"
     parts = {"base": lock["base"]["fingerprint"], "stored": stored, "template": lock["template"], "rows": lock["data"]}
     return {**parts, "adapter": str(recipe.model.adapter), "held_out": str(recipe.data.eval)}
+
+
+def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
+    """Load the base, add adapters, and return the model in train mode.
+
+    The seed decides the adapters' initial values and, from then on, dropout. resuming: the values will come from a
+    checkpoint.
+    """
+    recipe = setup.resolved.recipe
+    assert recipe.model.dtype != "auto"
+    base = _load_base(setup.source, recipe.model, devices)
+    torch.manual_seed(recipe.seed)
+    start, objective = find_start_adapter(recipe), objective_of(recipe.train)
+    scored = objective is not None and objective.scored
+    if start is not None:
+        model = cast_trainable_to_fp32(attach_adapter(base, start, setup.source, trainable=True, scores=scored)[0])
+        set_dropout(model, recipe.lora.dropout)
+    else:
+        model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)
+        if recipe.lora.init == "loftq" and not resuming:
+            init_loftq(model, setup.source)
+    return model.train()
+
+
+def _load_base(source: Source, model: ModelSection, devices: Devices) -> nn.Module:
+    where = source, DTYPES[model.dtype], model.device
+    options: dict[str, Any] = {
+        "quantization": model.quantization,
+        "double": model.double_quantization,
+        "resident_layers": model.resident_layers or 0,
+    }
+    if devices.world_size == 1 or model.placement != "sharded":
+        return load_base(*where, **options)
+    with devices.all_or_none():
+        base, parts = load_sharded(*where, devices.rank, devices.world_size, **options)
+    devices.base = Sharded(parts, devices)
+    return base
+
+
+def check_base_digests(folder: RunFolder, devices: Devices) -> None:
+    """Record the digests of a sharded base's layers in lock.json, or raise RunError if they differ from those there.
+
+    At the first step they are compared with what is gathered.
+    """
+    if devices.base is None:
+        return
+    digests = devices.base.digests
+    with devices.all_or_none():
+        lock = folder.read_lock()
+        recorded = lock.get("layers", {})
+        if changed := [name for name, digest in recorded.items() if digests.get(name) != digest]:
+            what = f"{changed[0]} of the base has changed since this run was started"
+            raise RunError(what, fix="restore the base, or start a new run")
+        if devices.is_main and not recorded:
+            write_json(folder.lock, {**lock, "layers": digests})
+
+
+def build_job(
+    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, sampler: Sampler | None
+) -> Job:
+    """Return the job that trains `model`. sampler: samples a policy objective's completions, if not strop's engine."""
+    recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
+    step = step_for(model, integers=recipe.train.int8_matmul)
+    state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
+    set_memory_options(state.progress, recipe.train)
+    base, section, stream = model.get_base_model(), recipe.model, None
+    if devices.base is not None:
+        step.set_weight_gatherer(devices.base)
+    elif section.quantization != "none" and section.resident_layers:
+        scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
+        stream = partial(restore_packed_weights, base, setup.source, *scheme)
+    criterion: Criterion
+    objective = objective_of(recipe.train)
+    if isinstance(objective, PolicyLoss):
+        disable_model_dropout(model)
+        stop_ids = (*data.renderer.end_ids, *generation_stop_ids(model.generation_config))
+        criterion = PolicyCriterion(
+            objective, recipe.train, recipe.seed, model, setup.tokenizer, stop_ids, parse_rewards(recipe.train.rewards),
+            weights, log, sampler=sampler,
+        )  # fmt: skip
+    else:
+        criterion = criterion_for(recipe.train, model, devices)
+    usable = usable_bytes(setup.machine, section.device)
+    return Job(
+        recipe, folder, model, step, data.train_items or data.train, data.eval_items or data.eval, state, log, stream,
+        setup.memory_key, usable, criterion, devices,
+    )  # fmt: skip
+
+
+def broadcast_weights(job: Job) -> None:
+    """Give all ranks the trainable weights of rank 0."""
+    if job.devices.world_size == 1:
+        return
+    weights = list(job.state.weights.values())
+    flat = torch.cat([weight.detach().float().flatten() for weight in weights])
+    job.devices.any_rank()
+    job.devices.broadcast(flat, 0)
+    offset = 0
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(flat[offset : offset + weight.numel()].view_as(weight))
+            offset += weight.numel()

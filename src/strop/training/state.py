@@ -113,13 +113,9 @@ def batch_stream(recipe: Recipe, num_rows: int, position: dict[str, int] | None 
     """Return the effective batches of the run, from `position` on."""
     train = recipe.train
     return BatchStream(
-        num_rows,
-        batch_size=train.batch_size,
-        seed=recipe.seed,
-        epochs=train.epochs,
-        max_steps=train.max_steps,
+        num_rows, batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps,
         position=position or None,
-    )
+    )  # fmt: skip
 
 
 def set_memory_options(progress: Progress, train: TrainSection, *, keep: bool = False) -> None:
@@ -158,7 +154,7 @@ def all_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def checkpoint_bytes(num_weights: int) -> int:
-    """Return an upper bound of a checkpoint's size: fp32 weights, two fp32 moments, and 1 MiB for the rest."""
+    """Return an upper bound of a checkpoint's size: weights and two moments in fp32, and 1 MiB for the rest."""
     return 12 * num_weights + (1 << 20)
 
 
@@ -271,7 +267,7 @@ def _read_progress(checkpoint: Path) -> Progress:
 
 
 def _optimizer_kind(optimizer: torch.optim.Optimizer) -> str:
-    """Return a name that optimizers with interchangeable state share."""
+    """Return the optimizer's name without "Paged": paged and other optimizers have interchangeable state."""
     return type(optimizer).__name__.removeprefix("Paged")
 
 

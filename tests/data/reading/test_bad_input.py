@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from strop.data.formats import conversations
+from strop.data.formats import ConversationReader
 from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.data.types import Conversation
@@ -52,7 +52,7 @@ REFUSALS = [
 
 def check(path: str, **options: str) -> tuple[list[Conversation], list[RowError]]:
     bad: list[RowError] = []
-    return list(conversations(read_rows(path, bad=bad, **options), bad=bad)), bad
+    return list(ConversationReader(read_rows(path, bad=bad, **options), bad=bad)), bad
 
 
 @pytest.mark.parametrize(("name", "used", "errors"), OUTCOMES)

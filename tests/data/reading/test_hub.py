@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from strop.data.reading import hub
+from strop.data.reading.sources import choose_files, is_dataset
 from strop.errors import DataError
 from tests.support.hub_standin import Fault, serve
 
@@ -22,20 +22,20 @@ def test_files_of_a_hub_repository_are_chosen_or_ambiguity_refused() -> None:
         "data/train-00001-of-00002.parquet",
         "data/test-00000-of-00001.parquet",
     ]
-    assert hub.choose_files("o/n", shards, None) == shards[1:3]
-    assert hub.choose_files("o/n", ["README.md", "dataset_infos.json", "alpaca.json"], None) == ["alpaca.json"]
-    assert hub.choose_files("o/n", ["x.jsonl", "test.jsonl"], None) == ["x.jsonl"]
-    assert hub.choose_files("o/n", ["a/train.csv", "b/train.csv"], "b/*") == ["b/train.csv"]
+    assert choose_files("o/n", shards, None) == shards[1:3]
+    assert choose_files("o/n", ["README.md", "dataset_infos.json", "alpaca.json"], None) == ["alpaca.json"]
+    assert choose_files("o/n", ["x.jsonl", "test.jsonl"], None) == ["x.jsonl"]
+    assert choose_files("o/n", ["a/train.csv", "b/train.csv"], "b/*") == ["b/train.csv"]
     for names in (["a/train.csv", "b/train.csv"], ["one.json", "two.json"], ["load.py", "data.zip"], []):
         with pytest.raises(DataError, match=r"several data files|no file of a known type"):
-            hub.choose_files("o/n", names, None)
+            choose_files("o/n", names, None)
     with pytest.raises(DataError, match=r"has no file c\.csv"):
-        hub.choose_files("o/n", ["a.csv"], "c.csv")
+        choose_files("o/n", ["a.csv"], "c.csv")
 
 
 def test_is_dataset_recognizes_hub_names() -> None:
-    assert all(map(hub.is_dataset, ["o/n", "o/n-1.2", "o/n@main", "o/n/a.csv", "o/n@v1/data/*.parquet"]))
-    assert not any(map(hub.is_dataset, ["n", "o/train.jsonl", "o/train.csv.gz", "./n", "/o/n", "../n", "tests/x", ""]))
+    assert all(map(is_dataset, ["o/n", "o/n-1.2", "o/n@main", "o/n/a.csv", "o/n@v1/data/*.parquet"]))
+    assert not any(map(is_dataset, ["n", "o/train.jsonl", "o/train.csv.gz", "./n", "/o/n", "../n", "tests/x", ""]))
 
 
 FILES = {

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import jinja2
 import pytest
 
 from strop.data.rendering.render import Renderer
+from strop.data.rendering.template_source import BoundedTemplate
 from strop.data.row_errors import RenderError
 from strop.data.types import Message
 from strop.errors import ModelError
@@ -67,7 +69,7 @@ def test_plain_conversations_are_rendered_and_unsupported_ones_refused(name: str
 
 
 def test_description_explains_how_turns_end() -> None:
-    endings = {name: renderer(name).describe_template(thinking=0, rows=3)[0] for name in TRAITS}
+    endings = {name: next(renderer(name).chat.describe(thinking=0, rows=3)) for name in TRAITS}
     assert "writes only before another turn" in endings["ends-where-another-turn-follows"]
     assert "begins the next turn" in endings["ends-with-the-next-role"]
     assert "the tokenizer's end-of-sequence token" in endings["ends-with-nothing"]
@@ -152,7 +154,7 @@ def test_options_are_checked_and_written_into_the_template() -> None:
     assert "Today is 02 January 2027. You are in Ulm" in text_of(later, later.prompt(KINDS["plain"].messages[:1]))
     assert own.template_hash != renderer("clock").template_hash
     assert "Today is 01 January 2026." in text_of(own, renderer("clock").prompt(KINDS["plain"].messages[:1]))
-    assert "2026-11-05" in "".join(own.describe_template(thinking=0, rows=1))
+    assert "2026-11-05" in "".join(own.chat.describe(thinking=0, rows=1))
     with pytest.raises(ModelError, match="did you mean city"):
         renderer("clock", options={"cty": "Ulm"})
     with pytest.raises(ModelError, match="is not a date"):
@@ -244,3 +246,20 @@ def test_real_tokenizers_with_their_templates(name: str) -> None:
     assert {outcomes["plain"], outcomes["several turns"], outcomes["system"]} == {"yes"}
     assert outcomes["reasoning"] == ("yes" if name in ("qwen3", "gptoss") else "not shown")
     assert (outcomes["tools"] == "yes") is ("tools" in own.chat_template)
+
+
+# --- bounds of time and memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("doubled", ["ns.x ~ ns.x", "ns.x + ns.x"])
+@pytest.mark.parametrize("start", ["'a'", "[1]"])
+def test_repeated_doubling_of_a_text_is_refused(doubled: str, start: str) -> None:
+    loop = f"{{% for i in range(60) %}}{{% set ns.x = {doubled} %}}{{% endfor %}}"
+    with pytest.raises(jinja2.TemplateRuntimeError, match="a text of more than"):
+        BoundedTemplate(f"{{% set ns = namespace(x={start}) %}}{loop}").render()
+
+
+def test_concatenation_and_addition_equal_those_of_jinja() -> None:
+    source = "{{ a ~ 1 ~ none ~ b ~ missing ~ true ~ [1] }}|{{ 'x' ~ ('y' ~ 'z') }}|{{ 'p' + 'q' + a }}|{{ [1] + [2] }}"
+    given = {"a": "ä", "b": 2.5}
+    assert BoundedTemplate(source).render(**given) == jinja2.Environment().from_string(source).render(**given)

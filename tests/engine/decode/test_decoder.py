@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from strop.data.types import Ids
-from strop.engine.decode import exact_argmax
+from strop.engine.decode import compiled_model
 from strop.engine.decode.batch import Batch, batch_for, decode_all, decode_groups
 from strop.engine.decode.cache import BLOCK_SIZE, BlockPool
 from strop.engine.decode.decoder import Chunk, CompiledDecoder, why_not_decoder
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.engine.kernels.cpu import decode_layer as passes
 from strop.engine.kernels.cpu import decode_matmul
-from strop.models.families.layers import FAMILIES
-from strop.models.quantize import QuantizedLinear, make_resident, pack, replace_linears
+from strop.models.families.table import FAMILIES
+from strop.models.quantize import QuantizedLinear, dequantize_layers, quantize_weight, replace_linears
 from tests.support.random_models import adapted, tiny_of
 
 TOKENS = 12
@@ -28,7 +28,7 @@ TOKENS = 12
 @pytest.fixture(autouse=True)
 def _use_exact_argmax_for_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for models whose head is a larger part of the weights."""
-    monkeypatch.setattr(exact_argmax, "MIN_HEAD_SHARE", 0.0)
+    monkeypatch.setattr(compiled_model, "MIN_HEAD_SHARE", 0.0)
 
 
 def prompts(count: int = 8) -> list[Ids]:
@@ -61,7 +61,7 @@ def with_large_weights(model: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.by_hand])
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.fully_fused])
 def test_completions_equal_those_of_transformers(family: str) -> None:
     """Sequences join and leave, of the base and of the adapter; some reuse the prefix of others."""
     model = with_large_weights(adapted(family))
@@ -132,7 +132,7 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
     whole = {name: module.weight.data for name, module in model.named_modules() if hasattr(module, "weight")}
     layers = replace_linears(model, scheme, dtype, lambda name: "layers" in name)
     for name, module in layers.items():
-        module.fill(pack(whole[name], scheme))
+        module.load_packed(quantize_weight(whole[name], scheme))
     return model, layers
 
 
@@ -141,24 +141,24 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
 def test_quantized_weights_give_the_logits_of_dequantized_weights(scheme: str, dtype: torch.dtype) -> None:
     """To the bit; with AMX up to bf16 rounding. int8 weights with bf16 inputs are tested below."""
     pytest.importorskip("bitsandbytes")
-    if scheme == "int8" and dtype == torch.bfloat16 and passes.AS_HELD:
+    if scheme == "int8" and dtype == torch.bfloat16 and passes.INT8_DOTS:
         pytest.skip("this CPU multiplies int8 without dequantizing")
     for sizes in ({"hidden_size": 128, "intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 80}):
         model, layers = quantized(scheme, dtype, sizes)
-        packed = [module.packed() for module in layers.values()]
+        packed = [module.packed_weight() for module in layers.values()]
         assert all(packed) or (scheme != "int8" and sizes["hidden_size"] % 64)
         sequences = [SequenceState(ids, None) for ids in prompts()[:-1]]
         outputs = logits_of(CompiledDecoder(model, 2000), sequences)
-        make_resident(model, 99)
+        dequantize_layers(model, 99)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
         for quantized_logits, logits in zip(outputs, logits_of(CompiledDecoder(model, 2000), sequences), strict=True):
-            if decode_matmul.TILES and dtype == torch.bfloat16:
+            if decode_matmul.USES_AMX and dtype == torch.bfloat16:
                 assert np.abs(quantized_logits - logits).max() < 0.02
             else:
                 assert np.array_equal(quantized_logits, logits)
 
 
-@pytest.mark.skipif(not passes.AS_HELD, reason="this CPU dequantizes int8 weights")
+@pytest.mark.skipif(not passes.INT8_DOTS, reason="this CPU dequantizes int8 weights")
 def test_int8_matmul_is_closer_to_fp32_than_the_dequantized_weight() -> None:
     model, layers = quantized("int8", torch.bfloat16, {"hidden_size": 128, "intermediate_size": 256})
     sequences = [SequenceState(ids, None) for ids in prompts()[:-1]]
@@ -170,7 +170,7 @@ def test_int8_matmul_is_closer_to_fp32_than_the_dequantized_weight() -> None:
         np.concatenate(logits_of(CompiledDecoder(model, 2000), [SequenceState(ids, None)])) for ids in prompts()[:-1]
     ]
     assert np.array_equal(np.concatenate(few), outputs)  # independent of the batch
-    make_resident(model, 99)
+    dequantize_layers(model, 99)
     whole = np.concatenate(logits_of(CompiledDecoder(model, 2000), sequences))
     assert np.square(outputs - true).mean() < np.square(whole - true).mean()
     assert np.square(outputs - true).mean() > 0
@@ -297,14 +297,14 @@ def test_greedy_decoding_uses_exact_argmax(dtype: torch.dtype, monkeypatch: pyte
     """The output is that of the full head. With a sampled sequence in the batch, the full head is used."""
     model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(dtype).eval()
     calls: list[bool] = []
-    argmax = exact_argmax.ExactArgmax.argmax
+    argmax = compiled_model.ExactArgmax.argmax
 
     def greedy(*others: SequenceState, full_head: bool = False) -> list[list[int]]:
-        def counted(screen: exact_argmax.ExactArgmax, z: Any) -> Any:
+        def counted(screen: compiled_model.ExactArgmax, z: Any) -> Any:
             calls.append(True)
             return None if full_head else argmax(screen, z)
 
-        monkeypatch.setattr(exact_argmax.ExactArgmax, "argmax", counted)
+        monkeypatch.setattr(compiled_model.ExactArgmax, "argmax", counted)
         calls.clear()
         sequences = [SequenceState(ids, name, max_new_tokens=TOKENS) for ids in prompts() for name in ("default", None)]
         return completions(CompiledDecoder(model, 4000), [*others, *sequences], 5)[len(others) :]
@@ -323,8 +323,8 @@ def test_passes_without_outputs_skip_the_head(monkeypatch: pytest.MonkeyPatch) -
     """All passes over a long prompt but the last one. The int8 kernel once treated zero rows as two."""
     model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(torch.bfloat16).eval()
     calls: list[int] = []
-    argmax = exact_argmax.ExactArgmax.argmax
-    monkeypatch.setattr(exact_argmax.ExactArgmax, "argmax", lambda self, z: calls.append(len(z)) or argmax(self, z))
+    argmax = compiled_model.ExactArgmax.argmax
+    monkeypatch.setattr(compiled_model.ExactArgmax, "argmax", lambda self, z: calls.append(len(z)) or argmax(self, z))
     sequences = [SequenceState(ids, "default", max_new_tokens=3) for ids in prompts()]
     whole = completions(CompiledDecoder(model, 2000), sequences, 2)
     begun = len(calls)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from strop.engine.decode.sampling import NoToken, PassOutput, Sampling, SequenceState
-from strop.engine.kernels.dispatch import draw_token, likeliest
+from strop.engine.kernels.dispatch import likeliest, sample_token
 
 NUM_SAMPLES = 20_000
 
@@ -80,12 +80,12 @@ def test_sampled_tokens_follow_the_distribution(sampling: Sampling) -> None:
 
 def test_uniform_numbers_reach_every_token() -> None:
     row = np.zeros(10, np.float32)
-    assert [draw_token(row, 1.0, 0, 1.0, (place + 0.5) / 10) for place in range(10)] == list(range(10))
+    assert [sample_token(row, 1.0, 0, 1.0, (place + 0.5) / 10) for place in range(10)] == list(range(10))
     row[3] = 100
-    assert {draw_token(row, 0.01, 0, 1.0, u) for u in (0.0, 0.5, 0.999999)} == {3}
-    assert {draw_token(row, 1.0, 1, 0.5, u) for u in (0.0, 0.5, 0.999999)} == {3}
+    assert {sample_token(row, 0.01, 0, 1.0, u) for u in (0.0, 0.5, 0.999999)} == {3}
+    assert {sample_token(row, 1.0, 1, 0.5, u) for u in (0.0, 0.5, 0.999999)} == {3}
     row[3:] = -np.inf
-    assert max(draw_token(row, 1.0, 0, 1.0, u) for u in (0.5, 0.9999999999999999)) == 2
+    assert max(sample_token(row, 1.0, 0, 1.0, u) for u in (0.5, 0.9999999999999999)) == 2
 
 
 def test_equal_seeds_give_equal_tokens() -> None:

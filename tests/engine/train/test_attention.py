@@ -11,7 +11,7 @@ import torch
 
 from strop.engine.kernels import eager
 from strop.engine.kernels.cpu import elementwise
-from strop.engine.kernels.cuda.attention import IN_PYTORCH, padded
+from strop.engine.kernels.cuda.attention import EAGER_ROPE, padded_attention
 from strop.engine.kernels.eager import rotate
 from strop.engine.train.attention import Attention
 from tests.support.attention import check, documents_of, heads, rand, reference
@@ -48,7 +48,7 @@ def test_attention_equals_its_definition(
     expected = reference(qkv, shape, cos, sin, sees)
     upstream = rand(*expected.shape)
     (expected_grad,) = torch.autograd.grad(expected, qkv, upstream)
-    for attend in (Attention.apply,) if softcap else (Attention.apply, partial(padded, turns=IN_PYTORCH)):
+    for attend in (Attention.apply,) if softcap else (Attention.apply, partial(padded_attention, rope=EAGER_ROPE)):
         out = attend(qkv, shape, cos, sin, layout)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(torch.autograd.grad(out, qkv, upstream)[0], expected_grad)

@@ -65,7 +65,7 @@ def test_arena_falls_back_to_smaller_buffers(monkeypatch: pytest.MonkeyPatch) ->
             raise OSError("Cannot allocate memory")
         return mmap(-1, size)
 
-    monkeypatch.setattr("strop.engine.train.buffers.own_pages", pages)
+    monkeypatch.setattr("strop.engine.train.buffers.map_pages", pages)
     arena = Arena()
     arena.begin(active=True)
     assert arena(5, 3, LIKE).fill_(1).sum() == 15 and tried == [1 << 30, 64 << 20, 64]

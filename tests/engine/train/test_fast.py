@@ -22,8 +22,8 @@ from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.packing import MIN_LENGTH_RATIO, Documents, pack_separately
 from strop.engine.train.plain import PlainLoss
-from strop.machine.probe import probe, vector
-from strop.models.families.layers import FAMILIES
+from strop.machine.probe import probe, vector_extensions
+from strop.models.families.table import FAMILIES
 from strop.models.lora import add_lora
 from tests.support.random_models import FAMILY_CONFIGS, adapted, example, tiny, tiny_of
 
@@ -72,7 +72,7 @@ def attentive(model: PeftModel) -> PeftModel:
 
 
 # one variant measured 1.02e-4 on a CPU with AMX, at 078e0e2 too
-GRADIENT_TOLERANCE = 1.5e-4 if "amx_bf16" in vector() else 1e-4
+GRADIENT_TOLERANCE = 1.5e-4 if "amx_bf16" in vector_extensions() else 1e-4
 
 
 def assert_same(found: tuple[torch.Tensor, Gradients], expected: tuple[torch.Tensor, Gradients]) -> None:
@@ -185,7 +185,7 @@ def test_mixer_processes_each_document_alone(family: str) -> None:
         value, gradients = step(model, fast, [beside, first])
         torch.testing.assert_close(value, expected[0])
         torch.testing.assert_close(gradients, expected[1], rtol=1e-4, atol=1e-5)
-    parts = f"{FAMILIES[family].mixer} and experts" if FAMILIES[family].mixture else FAMILIES[family].mixer
+    parts = f"{FAMILIES[family].mixer} and experts" if FAMILIES[family].moe else FAMILIES[family].mixer
     assert step_for(model).why == f"{parts} by the model's own modules"
 
 
@@ -557,7 +557,7 @@ def test_saved_activations_match_the_memory_formula(dtype: torch.dtype, head_dim
     # Two batches of equal documents: what does not grow with their number (adapters, angles) cancels, and so does the
     # last layer's part behind its attention, which counts supervised rows alone.
     more, layers = saved([16] * 6) - saved([16] * 2), config.num_hidden_layers
-    tiled = dtype == torch.bfloat16 and probe().has_tiles(size)
+    tiled = dtype == torch.bfloat16 and probe().has_tiled_attention(size)
     r = 16 if tiled else 3
     kept = q * element / layers + 4 * heads if tiled else heads * 16 * element
     a_token = (2 * h + 2 * q + 2 * kv + 2 * inner + 7 * r) * element + kept

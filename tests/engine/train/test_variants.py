@@ -14,7 +14,7 @@ from torch import nn
 from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
-from strop.models.lora import as_fp32, sum_once
+from strop.models.lora import cast_trainable_to_fp32, patch_lora_forward
 from tests.engine.train.test_fast import (
     answers,
     assert_same,
@@ -143,7 +143,7 @@ def test_bf16_error_of_variants_is_close_to_the_plain_steps(name: str) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, **({} if "layer norms" in name else {"head_dim": 32})}
     truth_model, model = VARIANTS[name](**sizes), VARIANTS[name](**sizes)
     model.to(torch.bfloat16)
-    as_fp32(sum_once(model))
+    cast_trainable_to_fp32(patch_lora_forward(model))
     truth_model.to(torch.bfloat16).float()
     ways = {"truth": PlainLoss(truth_model), "fast": FastLoss(model), "plain": PlainLoss(model)}
     loss_errors, errors = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)

@@ -37,16 +37,11 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or through a pipe with one line per turn."""
     with status_line("loading the libraries"):
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         from strop.cli.chat import chat_in_terminal
 
     chat_in_terminal(
-        name,
-        system=system,
-        base=base,
-        max_new_tokens=max_new_tokens,
-        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
-        adapters=adapter or (),
-        quantization=quantization,
-        force=force,
-    )
+        name, system=system, base=base, max_new_tokens=max_new_tokens,
+        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}, adapters=adapter or (),
+        quantization=quantization, force=force,
+    )  # fmt: skip

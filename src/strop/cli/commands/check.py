@@ -55,11 +55,11 @@ def check(
 def _note_on_length(recipe: Recipe, lengths: Indices) -> str | None:
     """Return a note if rows are longer than the context length in the model's config."""
     from strop.errors import ModelError
-    from strop.models.families.shape import peek
+    from strop.models.families.shape import read_model_info
     from strop.objectives.table import max_completion_tokens
 
     try:
-        shape = peek(recipe.model.name, recipe.model.revision).shape
+        shape = read_model_info(recipe.model.name, recipe.model.revision).shape
     except ModelError:
         return None
-    return shape.beyond(lengths, max_completion_tokens(recipe.train))
+    return shape.count_too_long(lengths, max_completion_tokens(recipe.train))

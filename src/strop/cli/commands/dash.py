@@ -22,7 +22,7 @@ def dash(
 ) -> None:
     """Show runs in a browser: view, compare, start, stop and export them."""
     from strop.dash.app import dash as run_server
-    from strop.serve.address import exit_code
+    from strop.serve.server import exit_code
 
     def ready(about: dict[str, Any]) -> None:
         console.print(f"[bold]page[/]     {about['url']}", soft_wrap=True)

@@ -58,24 +58,13 @@ def evaluate(
         return
     main = is_main_process()
     with generation_progress(console_for(main)) as advance:
-        warmup.load(warmup.ANSWERS if main else None)
+        warmup.load(warmup.DECODE if main else None)
         result = api.evaluate(
-            names if len(names) > 1 else names[0],
-            data,
-            metric=metric,
-            max_new_tokens=max_new_tokens,
-            general=general,
-            regression_data=regression_data or (),
-            regression_metric=regression_metric,
-            tasks=tasks or (),
-            task_limit=task_limit,
-            judge=judge,
-            judge_model=judge_model,
-            quantization=quantization,
-            force=force,
-            progress=advance,
-            **(options or {}),
-        )
+            names if len(names) > 1 else names[0], data, metric=metric, max_new_tokens=max_new_tokens, general=general,
+            regression_data=regression_data or (), regression_metric=regression_metric, tasks=tasks or (),
+            task_limit=task_limit, judge=judge, judge_model=judge_model, quantization=quantization, force=force,
+            progress=advance, **(options or {}),
+        )  # fmt: skip
     if not main:
         return
     results = result["runs"] if len(names) > 1 else [result]

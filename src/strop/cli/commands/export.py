@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import Data, Json, NoParity, Tuned
+from strop.cli.options import AdapterName, Data, Json, NoParity
 from strop.cli.progress import status_line
 from strop.cli.tables import console, print_base, print_json, print_notes, print_parity
 from strop.engine.kernels import warmup
@@ -24,7 +24,7 @@ Type = Annotated[
 
 
 def gguf(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="File to write.")],
     kind: Type = None,
     adapter: Annotated[
@@ -36,7 +36,7 @@ def gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp, and compare its output there with the tuned model."""
     with status_line("loading the libraries") as status:
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         exported = api.export(
             "gguf", run, out, type=kind, adapter=adapter, data=data, measure=not no_parity, progress=status.print
         )
@@ -47,7 +47,7 @@ def gguf(
 
 
 def ollama(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     kind: Type = None,
     data: Data = None,
@@ -56,7 +56,7 @@ def ollama(
 ) -> None:
     """Write a folder for `ollama create` (GGUF and Modelfile), and compare its prompts with those of training."""
     with status_line("loading the libraries") as status:
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         prepared = api.export("ollama", run, out, type=kind, data=data, measure=not no_parity, progress=status.print)
     _print_exported(prepared.exported)
     if prepared.rendered_by is not None:

@@ -27,7 +27,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Convert another tool's config to a recipe, and list the settings that have no equivalent."""
-    from strop.interop.importers import import_config
+    from strop.interop.draft import import_config
     from strop.runs.folder import write_atomic
 
     imported = import_config(peer, file)
@@ -61,7 +61,5 @@ def _print_summary(imported: Imported, out: Path | None) -> None:
             console.print(f"{place}{': ' * bool(note.text)}{note.text}", markup=False)
     flags = {"model.name": "--model", "data.train": "--data"}
     missing = "".join(f" {flags[name]} {MISSING[name]}" for name in imported.missing)
-    console.print(
-        f"next     {command_name()} train {shlex.quote(str(out)) if out else 'RECIPE.yaml'}{missing} --print-recipe",
-        markup=False,
-    )
+    recipe = shlex.quote(str(out)) if out else "RECIPE.yaml"
+    console.print(f"next     {command_name()} train {recipe}{missing} --print-recipe", markup=False)

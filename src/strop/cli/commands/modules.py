@@ -19,7 +19,7 @@ def modules(
     from rich.table import Table
 
     with status_line("reading the model's config"):
-        from strop.planning.model_facts import list_layers
+        from strop.planning.plan import list_layers
 
         kinds, rows = list_layers(model)
     table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")

@@ -39,7 +39,7 @@ def resume(
         return
     main, finished = is_main_process(), folder.finished
     with run_progress(console_for(main)) as progress:
-        warmup.load(warmup.STEP if main else None)
+        warmup.load(warmup.TRAIN if main else None)
         report = api.resume(
             run, callback=progress, allow_changed=allow_changed or (), memory=memory, **(options or {})
         ).report

@@ -95,7 +95,6 @@ def _summarize(run: RunFolder) -> dict[str, Any]:
 
 
 def _get(tree: Any, *path: Any) -> Any:
-    """Return the value at a path of keys, or None if there is no such path."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
@@ -106,7 +105,6 @@ def _number(value: Any) -> float | None:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    """Return the map in a YAML file, or {} if it is missing or damaged."""
     import yaml
 
     try:

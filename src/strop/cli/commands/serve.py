@@ -51,19 +51,16 @@ def serve(
 ) -> None:
     """Serve models with an OpenAI-compatible API and a page that compares base and tuned answers."""
     from strop.errors import RecipeError, nearest
-    from strop.models.load import check_place
-    from strop.serve.address import exit_code, open_address
+    from strop.models.load import check_device_and_dtype
+    from strop.serve.server import exit_code, open_address
 
     if engine not in ("strop", "vllm"):
         raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
-    check_place(device, dtype)
+    check_device_and_dtype(device, dtype)
     strop_only = {
-        "--queue": queue != 64,
-        "--max-body": max_body != 4,
-        "--allow-host": bool(allow_host),
-        "--force": force,
+        "--queue": queue != 64, "--max-body": max_body != 4, "--allow-host": bool(allow_host), "--force": force,
         "--quantization": quantization != "auto",
-    }
+    }  # fmt: skip
     given = [name for name, is_given in strop_only.items() if is_given]
     unused = given if engine == "vllm" else ["--vllm-python"] * bool(vllm_python)
     if unused:
@@ -89,31 +86,16 @@ def serve(
             from strop.serve.vllm import serve_vllm
 
             ended = serve_vllm(
-                names,
-                address,
-                python=vllm_python,
-                slots=slots,
-                context=context,
-                device=device,
-                dtype=dtype,
+                names, address, python=vllm_python, slots=slots, context=context, device=device, dtype=dtype,
                 ready=ready,
-            )
+            )  # fmt: skip
         else:
-            warmup.load(warmup.ANSWERS)
+            warmup.load(warmup.DECODE)
             from strop.serve.run import serve as run_server
 
             ended = run_server(
-                names,
-                address,
-                slots=slots,
-                queue=queue,
-                context=context,
-                max_body_bytes=max_body << 20,
-                device=device,
-                dtype=dtype,
-                quantization=quantization,
-                force=force,
-                ready=ready,
-            )
+                names, address, slots=slots, queue=queue, context=context, max_body_bytes=max_body << 20, device=device,
+                dtype=dtype, quantization=quantization, force=force, ready=ready,
+            )  # fmt: skip
     console.print("[bold]stopped[/]")
     raise typer.Exit(exit_code(ended))

@@ -50,7 +50,7 @@ def train(
         return
     main = is_main_process()
     with run_progress(console_for(main)) as progress:
-        warmup.load(warmup.STEP if main else None)
+        warmup.load(warmup.TRAIN if main else None)
         run = api.train(recipe, callback=progress, memory=memory, resume_existing=resume_existing, **(options or {}))
     if main:
         print_run_summary(run.report, as_json)

@@ -1,4 +1,4 @@
-// What most screens need, under one name.
+// Modules that most screens import.
 
 export * from "./api.js";
 export * from "./dom.js";

@@ -1,44 +1,50 @@
-// The server's JSON and its streams. The token comes once, in the address that `strop dash` prints, and stays in this browser.
+// Requests to the server, and its event streams. The browser stores the token of the address that `strop dash` prints.
 
 import { h } from "./dom.js";
 
-const KEPT = "strop-dash-token";
+const TOKEN_KEY = "strop-dash-token";
 
-/** Takes the token out of the address. */
+/** Move the token from the address to the browser's storage. */
 export function takeToken() {
-  const found = location.hash.match(/^#token=([^&]+)(?:&(.*))?$/s);
-  if (!found) return;
-  keepToken(decodeURIComponent(found[1]));
-  history.replaceState(null, "", found[2] ? `#${found[2]}` : "#/");
+  const match = location.hash.match(/^#token=([^&]+)(?:&(.*))?$/s);
+  if (!match) return;
+  storeToken(decodeURIComponent(match[1]));
+  history.replaceState(null, "", match[2] ? `#${match[2]}` : "#/");
 }
 
-export function keepToken(token) {
-  localStorage.setItem(KEPT, token.trim());
+export function storeToken(token) {
+  localStorage.setItem(TOKEN_KEY, token.trim());
 }
 
-const token = () => localStorage.getItem(KEPT) ?? "";
+const token = () => localStorage.getItem(TOKEN_KEY) ?? "";
 
-/** What the server said no with: message, fix, where: [{file, line, what}], status. */
-export class Fault extends Error {
-  constructor(status, told) {
-    super(told.message ?? `the server answers ${status}`);
-    Object.assign(this, { name: "Fault", status, kind: told.kind, fix: told.fix ?? "", where: told.where ?? [] });
+/** An error response: message, fix, where: [{file, line, what}], status. */
+export class ApiError extends Error {
+  constructor(status, details) {
+    super(details.message ?? `the server responded with status ${status}`);
+    Object.assign(this, {
+      name: "ApiError",
+      status,
+      kind: details.kind,
+      fix: details.fix ?? "",
+      where: details.where ?? [],
+    });
   }
 }
 
-/** An error as an element: what, what to do, and where. */
-export function fault(error) {
-  const where = (error.where ?? []).slice(0, 50);
+/** Return an element that shows an error: what is wrong, how to fix it, and where. */
+export function errorBox(error) {
+  const places = (error.where ?? []).slice(0, 50);
   return h(
     "div",
     { class: "verdict error", role: "alert" },
     h("div", { class: "error" }, error.message ?? String(error)),
     error.fix ? h("p", { class: "free" }, error.fix) : null,
-    where.length
+    places.length
       ? h(
           "ul",
           {},
-          where.map((place) =>
+          places.map((place) =>
             h("li", {}, h("code", {}, place.line ? `${place.file}:${place.line}` : place.file), " ", place.what ?? ""),
           ),
         )
@@ -53,8 +59,8 @@ function url(path, params = {}) {
   return `/api/${path}${String(query) && `?${query}`}`;
 }
 
-/** A run's part of an address: runs/NAME. */
-export const ofRun = (name, ...rest) => ["runs", encodeURIComponent(name), ...rest].join("/");
+/** The path of a run in the API: runs/NAME. */
+export const runPath = (name, ...rest) => ["runs", encodeURIComponent(name), ...rest].join("/");
 
 async function ask(path, options) {
   let response;
@@ -62,14 +68,14 @@ async function ask(path, options) {
     response = await fetch(path, { ...options, headers: { Authorization: `Bearer ${token()}`, ...options.headers } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Fault(0, {
-      message: "The server is not there.",
-      fix: "Start it again with `strop dash`: nothing is lost, all of it is in the run folders.",
+    throw new ApiError(0, {
+      message: "The server does not respond.",
+      fix: "Start it again with `strop dash`. Nothing is lost: everything is in the run folders.",
     });
   }
   if (response.ok) return response;
-  const told = await response.json().catch(() => ({}));
-  throw new Fault(response.status, told.error ?? {});
+  const details = await response.json().catch(() => ({}));
+  throw new ApiError(response.status, details.error ?? {});
 }
 
 export async function get(path, params = {}, signal = undefined) {
@@ -77,11 +83,11 @@ export async function get(path, params = {}, signal = undefined) {
 }
 
 export async function post(path, body = {}, signal = undefined) {
-  return (await raw(path, body, signal)).json();
+  return (await postStream(path, body, signal)).json();
 }
 
-/** The same, for an answer that is a stream. */
-export function raw(path, body, signal) {
+/** Post a request and return the response, whose body is a stream. */
+export function postStream(path, body, signal) {
   return ask(url(path), {
     method: "POST",
     signal,
@@ -90,8 +96,8 @@ export function raw(path, body, signal) {
   });
 }
 
-/** Server-sent events of a body: {event, data}. */
-export async function* events(body) {
+/** Yield the server-sent events of a response body: {event, data}. */
+export async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -111,31 +117,31 @@ export async function* events(body) {
   }
 }
 
-const lost = new Set();
+const disconnected = new Set();
 
-function tell() {
+function showConnection() {
   const place = document.getElementById("link");
-  place.textContent = lost.size ? "Connection lost. Trying again…" : "";
-  place.classList.toggle("bad", lost.size > 0);
+  place.textContent = disconnected.size ? "Connection lost. Reconnecting…" : "";
+  place.classList.toggle("bad", disconnected.size > 0);
 }
 
 /**
- * Follows a stream until `signal` ends it; a lost connection is made again, and each one begins with the whole state.
- * params may be a function: it is asked at each connection. handlers: {event: (data) => ...}.
+ * Follow a stream until `signal` ends it. A lost connection is opened again; each connection starts with the whole state.
+ * params may be a function, which is called for each connection. handlers: {event: (data) => ..., error: (error) => ...}.
  */
 export async function listen(path, params, handlers, signal) {
-  const me = {};
+  const stream = {};
   let pause = 500;
   signal.addEventListener("abort", () => {
-    lost.delete(me);
-    tell();
+    disconnected.delete(stream);
+    showConnection();
   });
   while (!signal.aborted) {
     try {
       const response = await ask(url(path, typeof params === "function" ? params() : params), { signal });
-      lost.delete(me);
-      tell();
-      for await (const { event, data } of events(response.body)) {
+      disconnected.delete(stream);
+      showConnection();
+      for await (const { event, data } of readEvents(response.body)) {
         if (signal.aborted) return;
         pause = 500;
         handlers[event]?.(data);
@@ -143,13 +149,13 @@ export async function listen(path, params, handlers, signal) {
     } catch (error) {
       if (signal.aborted || error.name === "AbortError") return;
       if (error.status >= 400 && error.status < 500) {
-        handlers.fault?.(error);
+        handlers.error?.(error);
         return;
       }
-      if (!(error instanceof Fault || error instanceof TypeError)) throw error;
+      if (!(error instanceof ApiError || error instanceof TypeError)) throw error;
     }
-    lost.add(me);
-    tell();
+    disconnected.add(stream);
+    showConnection();
     await new Promise((done) => {
       const timer = setTimeout(done, pause);
       const now = () => {

@@ -1,4 +1,4 @@
-// The memory that a plan counts, by phase and part, as bars.
+// Bars: the memory of a plan by phase and part, and a histogram of row lengths.
 
 import { h } from "./dom.js";
 import { bytes, count } from "./format.js";
@@ -6,7 +6,7 @@ import { bytes, count } from "./format.js";
 const NAMES = { quantization_constants: "constants", saved_activations: "activations", mapped_files: "files" };
 const named = (part) => NAMES[part] ?? part.replaceAll("_", " ");
 
-/** phases: {name: {peak_bytes, parts}}; usable: bytes that may be taken, drawn as a line. */
+/** Show memory by phase. phases: {name: {peak_bytes, parts}}; usable: available bytes, shown as a line. */
 export function phaseBars(phases, usable) {
   const all = Object.values(phases),
     most = Math.max(
@@ -16,7 +16,7 @@ export function phaseBars(phases, usable) {
   const parts = [...new Set(all.flatMap((phase) => Object.keys(phase.parts)))].filter((part) =>
     all.some((phase) => phase.parts[part] > 0.002 * most),
   );
-  const at = new Map(parts.map((part, place) => [part, `p${place % 10}`]));
+  const at = new Map(parts.map((part, index) => [part, `p${index % 10}`]));
   return h(
     "div",
     { class: "bars" },
@@ -53,7 +53,7 @@ export function phaseBars(phases, usable) {
   );
 }
 
-/** Rows by length: counts[i] rows have edges[i] up to edges[i + 1] tokens; supervised counts those that are trained on. */
+/** Show row lengths: counts[i] rows have edges[i] to edges[i + 1] tokens; supervised: the same for trained tokens. */
 export function histogram({ edges, counts, supervised }) {
   const most = Math.max(...counts, ...(supervised ?? []), 1);
   return h(
@@ -62,22 +62,22 @@ export function histogram({ edges, counts, supervised }) {
       class: "histogram",
       role: "img",
       "aria-label": `Rows by length: ${counts
-        .map((number, place) =>
-          number ? `${number} of ${edges[place]} to ${edges[place + 1] ?? "more"} tokens` : null,
+        .map((number, index) =>
+          number ? `${number} of ${edges[index]} to ${edges[index + 1] ?? "more"} tokens` : null,
         )
         .filter(Boolean)
         .join(", ")}`,
     },
-    counts.map((number, place) =>
+    counts.map((number, index) =>
       h(
         "span",
         {
           class: "column",
-          title: `${count(edges[place])} to ${count(edges[place + 1] ?? edges[place])} tokens: ${count(number)} rows${supervised ? `; trained on: ${count(supervised[place])} rows` : ""}`,
+          title: `${count(edges[index])} to ${count(edges[index + 1] ?? edges[index])} tokens: ${count(number)} rows${supervised ? `; trained on: ${count(supervised[index])} rows` : ""}`,
         },
         h("i", { style: { height: `${(100 * number) / most}%` } }),
         supervised
-          ? h("i", { class: "tuned", style: { height: `${(100 * (supervised[place] ?? 0)) / most}%` } })
+          ? h("i", { class: "tuned", style: { height: `${(100 * (supervised[index] ?? 0)) / most}%` } })
           : null,
       ),
     ),

@@ -1,11 +1,11 @@
-// The history of a run as curves: what the server's series become, and how they grow.
+// Curves of a run: axes, titles, and updates of the server's series.
 
 import uPlot from "./uplot/uPlot.esm.js";
 import { duration, isNumber } from "./format.js";
 
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 });
 
-/** The ways to lay a history out. */
+/** The axes of a history. */
 export const AXES = {
   step: {
     name: "step",
@@ -21,37 +21,37 @@ export const TITLES = {
   grad_norm: "gradient norm",
   tokens_per_s: "tokens/s",
   accuracy: "answers ranked right",
-  margin: "margin of rewards",
-  chosen_nats: "chosen, log-probability a token",
-  rejected_nats: "rejected, log-probability a token",
+  margin: "reward margin",
+  chosen_nats: "chosen, log-probability per token",
+  rejected_nats: "rejected, log-probability per token",
 };
 
-/** Series with their own xs, laid over one: {x, ys}. A series that is not there is empty. */
-export function together(series) {
-  const tables = series.map((one) => (one && one.x.length ? [one.x, one.y] : [[], []]));
+/** Join series that have different x values: {x, ys}. A missing series is empty. */
+export function joinSeries(series) {
+  const tables = series.map((entry) => (entry && entry.x.length ? [entry.x, entry.y] : [[], []]));
   if (!tables.some(([x]) => x.length)) return { x: [], ys: tables.map(() => []) };
   const [x, ...ys] = uPlot.join(tables);
   return { x, ys };
 }
 
-/** Puts what was appended to a run's events behind its series. */
+/** Append new steps and evaluations to the series of a history. */
 export function append(history, { rows, evals, last }) {
   const add = (name, x, y) => {
     if (!isNumber(y) || !isNumber(x)) return;
-    const one = (history.series[name] ??= { x: [], y: [] });
-    if (one.x.length && one.x.at(-1) >= x) return; // it is there already: a history that came in between had it
-    one.x.push(x);
-    one.y.push(y);
+    const entry = (history.series[name] ??= { x: [], y: [] });
+    if (entry.x.length && entry.x.at(-1) >= x) return; // already known from a reloaded history
+    entry.x.push(x);
+    entry.y.push(y);
   };
-  const known = new Set(["loss", "learning_rate", "grad_norm", "tokens_per_s", ...Object.keys(history.series)]);
+  const names = new Set(["loss", "learning_rate", "grad_norm", "tokens_per_s", ...Object.keys(history.series)]);
   for (const row of rows ?? [])
-    for (const name of known) if (!["smoothed", "eval_loss", "undone"].includes(name)) add(name, row.x, row[name]);
+    for (const name of names) if (!["smoothed", "eval_loss", "undone"].includes(name)) add(name, row.x, row[name]);
   for (const row of evals ?? []) add("eval_loss", row.x, row.loss);
   history.last = { ...history.last, ...last };
 }
 
-/** Marks with their place on an axis. */
-export function placed(marks, by) {
+/** Return the marks with their position on an axis. */
+export function withPositions(marks, by) {
   return marks
     .map((mark) => ({ ...mark, x: mark.at?.[by], bad: mark.level === "bad" }))
     .filter((mark) => isNumber(mark.x));

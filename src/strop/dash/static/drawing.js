@@ -1,12 +1,12 @@
-// A plot as an SVG file, and the small curve of a table's cell.
+// A plot as an SVG file, and sparklines.
 
 import { svg } from "./dom.js";
 import { figure, isNumber } from "./format.js";
 
 const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [900, 360, 66, 16, 40, 46];
 
-/** The text of an SVG file. Names of runs reach it as text nodes, so that the serializer escapes them. */
-export function drawing({ title, series, xs, x, show, range, marks, logarithmic, colour }) {
+/** Return a plot as SVG text. Names of runs are text nodes, so that the serializer escapes them. */
+export function plotSvg({ title, series, xs, x, show, range, marks, logarithmic, colour }) {
   const [x0, x1] = range?.x ?? [xs[0], xs.at(-1)],
     [y0, y1] = range?.y ?? [0, 1];
   const level = (y) => (logarithmic ? Math.log10(y) : y);
@@ -27,7 +27,7 @@ export function drawing({ title, series, xs, x, show, range, marks, logarithmic,
       text(across(value), HEIGHT - BOTTOM + 18, x.show ? x.show(value) : figure(value), { "text-anchor": "middle" }),
     );
   parts.push(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x.name, { "text-anchor": "middle" }));
-  for (const mark of marks.filter((one) => one.x >= x0 && one.x <= x1)) {
+  for (const mark of marks.filter((curve) => curve.x >= x0 && curve.x <= x1)) {
     const line = svg("line", {
       x1: across(mark.x),
       x2: across(mark.x),
@@ -40,33 +40,33 @@ export function drawing({ title, series, xs, x, show, range, marks, logarithmic,
     parts.push(line);
   }
   let right = WIDTH - RIGHT;
-  for (const one of series) {
+  for (const curve of series) {
     const points = xs
-      .map((value, place) => [value, one.ys[place]])
+      .map((value, index) => [value, curve.ys[index]])
       .filter(([at, y]) => isNumber(y) && at >= x0 && at <= x1 && (!logarithmic || y > 0));
     parts.push(
       svg("polyline", {
         points: points.map(([at, y]) => `${across(at).toFixed(1)},${down(y).toFixed(1)}`).join(" "),
         fill: "none",
-        stroke: colour(one.colour),
-        "stroke-width": one.width ?? 1.5,
-        "stroke-opacity": one.opacity ?? 1,
+        stroke: colour(curve.colour),
+        "stroke-width": curve.width ?? 1.5,
+        "stroke-opacity": curve.opacity ?? 1,
         "stroke-linejoin": "round",
       }),
     );
-    right -= 7 * one.name.length + 26;
+    right -= 7 * curve.name.length + 26;
     parts.push(
       svg("line", {
         x1: right,
         x2: right + 14,
         y1: 18,
         y2: 18,
-        stroke: colour(one.colour),
+        stroke: colour(curve.colour),
         "stroke-width": 3,
-        "stroke-opacity": one.opacity ?? 1,
+        "stroke-opacity": curve.opacity ?? 1,
       }),
     );
-    parts.push(text(right + 19, 22, one.name));
+    parts.push(text(right + 19, 22, curve.name));
   }
   const root = svg(
     "svg",
@@ -87,32 +87,32 @@ function ticks(low, high, most) {
   const rough = (high - low) / most,
     unit = 10 ** Math.floor(Math.log10(rough));
   const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
-  const found = [];
+  const finite = [];
   for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step)
-    found.push(Number(value.toPrecision(12)));
-  return found;
+    finite.push(Number(value.toPrecision(12)));
+  return finite;
 }
 
 function powers(low, high) {
-  const found = [];
+  const finite = [];
   for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power += 1)
-    found.push(...[1, 2, 5].map((factor) => factor * 10 ** power).filter((value) => value >= low && value <= high));
-  return found;
+    finite.push(...[1, 2, 5].map((factor) => factor * 10 ** power).filter((value) => value >= low && value <= high));
+  return finite;
 }
 
-/** A small curve without axes, for a table's cell; null where there is nothing to draw. */
+/** Return a small curve without axes for a table cell, or null if there are too few values. */
 export function sparkline(values, label) {
-  const found = values.filter(isNumber);
-  if (found.length < 2) return null;
+  const finite = values.filter(isNumber);
+  if (finite.length < 2) return null;
   let low = Infinity,
     high = -Infinity;
-  for (const value of found) {
+  for (const value of finite) {
     low = Math.min(low, value);
     high = Math.max(high, value);
   }
-  const points = found.map(
-    (value, place) =>
-      `${((100 * place) / (found.length - 1)).toFixed(1)},${(24 - (22 * (value - low)) / (high - low || 1)).toFixed(1)}`,
+  const points = finite.map(
+    (value, index) =>
+      `${((100 * index) / (finite.length - 1)).toFixed(1)},${(24 - (22 * (value - low)) / (high - low || 1)).toFixed(1)}`,
   );
   return svg(
     "svg",

@@ -1,10 +1,10 @@
-// A text field for a file, a model or a folder, with a list to choose from.
+// A text field for a path, with a dialog to choose a file or folder.
 
-import { button, field, fresh, h, put } from "./dom.js";
-import { fault, get } from "./api.js";
+import { button, field, uniqueId, h, put } from "./dom.js";
+import { errorBox, get } from "./api.js";
 import { bytes } from "./format.js";
 
-/** {element, input}: kind is data or model; onChange(text) is called when the text stands. */
+/** Return {element, input}. kind: data or model. onChange(text) is called when the text is confirmed. */
 export function fileField(label, kind, value, onChange, hint = null) {
   const input = h("input", {
     value: value ?? "",
@@ -12,7 +12,7 @@ export function fileField(label, kind, value, onChange, hint = null) {
     autocomplete: "off",
     on: { change: () => onChange(input.value.trim()) },
   });
-  input.id = fresh("file");
+  input.id = uniqueId("file");
   const choose = button(
     "Choose",
     () =>
@@ -22,11 +22,11 @@ export function fileField(label, kind, value, onChange, hint = null) {
       }),
     { "aria-label": `Choose: ${label}` },
   );
-  const made = field(label, input, hint);
+  const element = field(label, input, hint);
   const line = h("div", { class: "choose" });
   input.replaceWith(line);
   line.append(input, choose);
-  return { element: made, input };
+  return { element, input };
 }
 
 async function browse(kind, onPick) {
@@ -52,17 +52,17 @@ async function browse(kind, onPick) {
   };
   async function open(path) {
     try {
-      const found = await get("files", { path }),
+      const folder = await get("files", { path }),
         kinds = kind === "data" ? ["data"] : ["model", "run"];
-      const entries = found.entries.filter((entry) => entry.kind === "folder" || kinds.includes(entry.kind));
-      where.textContent = found.path;
+      const entries = folder.entries.filter((entry) => entry.kind === "folder" || kinds.includes(entry.kind));
+      where.textContent = folder.path;
       put(
         list,
-        found.parent !== null && found.parent !== undefined
+        folder.parent !== null && folder.parent !== undefined
           ? h(
               "li",
               {},
-              button("↑ up", () => open(found.parent)),
+              button("↑ up", () => open(folder.parent)),
             )
           : null,
         entries.map((entry) =>
@@ -77,10 +77,10 @@ async function browse(kind, onPick) {
           ),
         ),
       );
-      if (!entries.length) list.append(h("li", { class: "soft" }, "Nothing of this kind here."));
+      if (!entries.length) list.append(h("li", { class: "soft" }, "No matching files in this folder."));
       list.querySelector("button")?.focus();
     } catch (error) {
-      put(list, h("li", {}, fault(error)));
+      put(list, h("li", {}, errorBox(error)));
     }
   }
   await open("");

@@ -1,18 +1,18 @@
-// Numbers and times as people read them.
+// Format numbers and times.
 
 export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
-const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+const integers = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 
-export const count = (value) => (isNumber(value) ? whole.format(value) : "");
+export const count = (value) => (isNumber(value) ? integers.format(value) : "");
 
-/** A loss or a score with four figures that matter; very small and very large ones with an exponent. */
+/** Format a value with four significant digits; very small and very large values with an exponent. */
 export function figure(value) {
   if (!isNumber(value)) return "";
   const size = Math.abs(value);
   if (value === 0) return "0";
   if (size < 1e-3 || size >= 1e6) return Number(value.toPrecision(3)).toExponential();
-  if (size >= 1000) return whole.format(value);
+  if (size >= 1000) return integers.format(value);
   return String(Number(value.toPrecision(4)));
 }
 
@@ -37,7 +37,7 @@ export function duration(seconds) {
     : `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
-/** A moment, from seconds since 1970: "2026-11-26 14:05". */
+/** Format a Unix time in seconds: "2026-11-26 14:05". */
 export function moment(time) {
   if (!isNumber(time)) return "";
   const at = new Date(time * 1000),
@@ -57,18 +57,18 @@ export function ago(time, now = Date.now() / 1000) {
         : moment(time);
 }
 
-/** The last part of a path, for where there is little room. */
-export const tail = (path) => (typeof path === "string" ? (path.split("/").filter(Boolean).at(-1) ?? path) : path);
+/** Return the last part of a path. */
+export const lastPart = (path) => (typeof path === "string" ? (path.split("/").filter(Boolean).at(-1) ?? path) : path);
 
-/** What a value of a recipe looks like. */
-export function shown(value) {
+/** Format a value of a recipe. */
+export function formatValue(value) {
   if (value === null || value === undefined) return "-";
   if (isNumber(value)) return Number.isInteger(value) ? String(value) : figure(value);
-  if (Array.isArray(value)) return value.map(shown).join(", ") || "-";
+  if (Array.isArray(value)) return value.map(formatValue).join(", ") || "-";
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
-/** Rows as CSV (RFC 4180). A cell that a spreadsheet would run as a formula gets a quote in front of it. */
+/** Format rows as CSV (RFC 4180). Cells that a spreadsheet would run as a formula are prefixed with a quote. */
 export function csv(head, rows) {
   const cell = (value) => {
     let text = value === null || value === undefined ? "" : String(value);

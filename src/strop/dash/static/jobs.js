@@ -1,12 +1,12 @@
-// A child process of the command line, as the page shows it: its command, how far it is, its log, what came of it.
+// Jobs: commands that the server runs as child processes, with their progress, log and result.
 
-import { button, command, h, put, say } from "./dom.js";
-import { fault, get, listen, post } from "./api.js";
+import { button, command, h, put, notify } from "./dom.js";
+import { errorBox, get, listen, post } from "./api.js";
 import { duration } from "./format.js";
 
 const NAMES = {
   train: "Training",
-  resume: "Going on",
+  resume: "Resume",
   evaluate: "Evaluation",
   merge: "Merge",
   gguf: "GGUF export",
@@ -17,7 +17,7 @@ const NAMES = {
   serve: "Server",
 };
 
-/** Follows a job; `onEnd(job)` is called once it is done or failed; `result(job)` gives an element for what came of it. */
+/** Show a job and follow it. `onEnd(job)` is called once it has ended. `result(job)` returns an element for its result. */
 export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
   const head = h("div", { class: "line" }),
     body = h("div"),
@@ -26,17 +26,17 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
   const card = h("section", { class: "card job", data: { kind: job.kind } }, head, command(job.command), body, logged);
   let ended = false;
 
-  function draw(now) {
-    const over = now.state !== "running";
-    const state = { running: "running", done: "finished", failed: "failed", stopped: "stopped" }[now.state];
+  function draw(update) {
+    const finished = update.state !== "running";
+    const state = { running: "running", done: "finished", failed: "failed", stopped: "stopped" }[update.state];
     put(
       head,
-      h("h3", {}, NAMES[now.kind] ?? now.kind),
-      h("span", { class: `state ${state}` }, now.state),
-      over && now.ended
-        ? h("span", { class: "soft" }, duration(now.ended - now.started))
-        : h("span", { class: "soft" }, now.progress?.text ?? ""),
-      over
+      h("h3", {}, NAMES[update.kind] ?? update.kind),
+      h("span", { class: `state ${state}` }, update.state),
+      finished && update.ended
+        ? h("span", { class: "soft" }, duration(update.ended - update.started))
+        : h("span", { class: "soft" }, update.progress?.text ?? ""),
+      finished
         ? null
         : h(
             "span",
@@ -44,8 +44,8 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
             button(
               "Stop",
               async () => {
-                await post(`jobs/${encodeURIComponent(now.id)}/stop`);
-                say("Asked to stop.");
+                await post(`jobs/${encodeURIComponent(update.id)}/stop`);
+                notify("Stop requested.");
               },
               { class: "small" },
             ),
@@ -53,15 +53,15 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
     );
     put(
       body,
-      now.progress?.share !== null && now.progress?.share !== undefined && !over
-        ? h("div", { class: "bar" }, h("i", { class: "tuned", style: { width: `${100 * now.progress.share}%` } }))
+      update.progress?.share !== null && update.progress?.share !== undefined && !finished
+        ? h("div", { class: "bar" }, h("i", { class: "tuned", style: { width: `${100 * update.progress.share}%` } }))
         : null,
-      now.error ? fault(now.error) : null,
-      over && now.result && result ? result(now) : null,
+      update.error ? errorBox(update.error) : null,
+      finished && update.result && result ? result(update) : null,
     );
-    if (over && !ended) {
+    if (finished && !ended) {
       ended = true;
-      onEnd?.(now);
+      onEnd?.(update);
     }
   }
 
@@ -72,26 +72,26 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
     `jobs/${encodeURIComponent(job.id)}/stream`,
     {},
     {
-      job: (now) => {
-        draw(now);
-        if (now.state !== "running") setTimeout(() => follow.abort(), 300); // what it said last may still be on its way
+      job: (update) => {
+        draw(update);
+        if (update.state !== "running") setTimeout(() => follow.abort(), 300); // the last output may still arrive
       },
       log: ({ text }) => {
         const near = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
         log.append(text);
         if (near) log.scrollTop = log.scrollHeight;
       },
-      fault: (error) => put(body, fault(error)),
+      error: (error) => put(body, errorBox(error)),
     },
     follow.signal,
   );
   return card;
 }
 
-/** The jobs of a run (or of all), newest first, as cards; only what still runs and the newest few. */
+/** Return cards of jobs, newest first: all that are running, and the `most` newest. */
 export async function jobCards(params, signal, options = {}, most = 4) {
   const { jobs } = await get("jobs", params, signal);
   return jobs
-    .filter((job, place) => job.state === "running" || place < most)
+    .filter((job, index) => job.state === "running" || index < most)
     .map((job) => jobCard(job, signal, options));
 }

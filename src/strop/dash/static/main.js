@@ -1,7 +1,7 @@
-// The page: addresses (#/runs, #/run/NAME/answers, ...) and the screens behind them.
+// The page: its addresses (#/runs, #/run/NAME/answers, ...) and their screens.
 
-import { button, field, h, link, put, say } from "./dom.js";
-import { fault, get, keepToken, takeToken } from "./api.js";
+import { button, field, h, link, put, notify } from "./dom.js";
+import { errorBox, get, storeToken, takeToken } from "./api.js";
 import { address, to } from "./route.js";
 
 const SCREENS = {
@@ -9,30 +9,30 @@ const SCREENS = {
   new: ["New run", () => import("./screens/new.js")],
   data: ["Data", () => import("./screens/data.js")],
   compare: ["Compare", () => import("./screens/compare.js")],
-  talk: ["Chat", () => import("./screens/talk.js")],
+  talk: ["Chat", () => import("./screens/chat.js")],
   machine: ["Machine", () => import("./screens/machine.js")],
   run: [null, () => import("./screens/run.js")],
 };
 const main = document.getElementById("main"),
   nav = document.getElementById("nav");
-let leave = new AbortController(),
+let current = new AbortController(),
   first = true,
   shownPath = "";
 
-/** `strop dash RUN` opens that run. */
-async function opened() {
+/** Open the run that was given to `strop dash RUN`. */
+async function openGivenRun() {
   const { open } = await get("hello").catch(() => ({}));
   if (open) location.replace(to("run", open));
   return Boolean(open);
 }
 
-async function go() {
+async function navigate() {
   const { parts, query, path } = address();
-  if (!parts.length && (await opened())) return;
+  if (!parts.length && (await openGivenRun())) return;
   const [screen, load] = SCREENS[parts[0]] ? [parts[0], SCREENS[parts[0]][1]] : ["runs", SCREENS.runs[1]];
-  leave.abort();
-  leave = new AbortController();
-  const { signal } = leave;
+  current.abort();
+  current = new AbortController();
+  const { signal } = current;
   drawNav(screen);
   const place = h("div", { class: "screen" });
   place.setAttribute("aria-busy", "true");
@@ -46,7 +46,13 @@ async function go() {
   } catch (error) {
     if (signal.aborted || error.name === "AbortError") return;
     if (error.status === 401) askToken();
-    else put(main, h("h1", {}, "This cannot be shown"), fault(error), h("p", {}, link("#/runs", "To the runs")));
+    else
+      put(
+        main,
+        h("h1", {}, "This page cannot be shown"),
+        errorBox(error),
+        h("p", {}, link("#/runs", "Back to the runs")),
+      );
   }
   place.removeAttribute("aria-busy");
   if (!first && path !== shownPath) {
@@ -71,7 +77,7 @@ function drawNav(current) {
   );
 }
 
-/** Without the token nothing is shown: the terminal where `strop dash` runs has it. */
+/** Ask for the token, which `strop dash` prints in the terminal. */
 function askToken() {
   const input = h("input", { type: "password", autocomplete: "off", spellcheck: "false" });
   const form = h(
@@ -81,12 +87,12 @@ function askToken() {
       on: {
         submit: (event) => {
           event.preventDefault();
-          keepToken(input.value.replace(/^.*#token=/, ""));
-          go();
+          storeToken(input.value.replace(/^.*#token=/, ""));
+          navigate();
         },
       },
     },
-    h("p", {}, "Open the address that ", h("code", {}, "strop dash"), " printed, or give the token from its end."),
+    h("p", {}, "Open the address that ", h("code", {}, "strop dash"), " printed, or enter the token at its end."),
     field("Token", input),
     h(
       "div",
@@ -99,15 +105,15 @@ function askToken() {
 
 addEventListener("hashchange", () => {
   takeToken();
-  go();
+  navigate();
 });
 addEventListener("unhandledrejection", (event) => {
   if (event.reason?.name === "AbortError") event.preventDefault();
-  else say(event.reason?.message ?? "Something failed.", true);
+  else notify(event.reason?.message ?? "Something failed.", true);
 });
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.focus();
 });
 takeToken();
-go();
+navigate();

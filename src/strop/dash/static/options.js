@@ -1,22 +1,22 @@
-// The options of a recipe as they stand in an address: those that are given, no others.
+// The recipe options in the page's address: only those that are set.
 
-import { address, remember } from "./route.js";
+import { address, setQuery } from "./route.js";
 
-export function given() {
+export function readOptions() {
   try {
-    const found = JSON.parse(address().query.get("options") ?? "{}");
-    return found && typeof found === "object" && !Array.isArray(found) ? found : {};
+    const options = JSON.parse(address().query.get("options") ?? "{}");
+    return options && typeof options === "object" && !Array.isArray(options) ? options : {};
   } catch {
     return {};
   }
 }
 
-export function keep(options) {
-  remember({ options: Object.keys(options).length ? JSON.stringify(options) : null });
+export function storeOptions(options) {
+  setQuery({ options: Object.keys(options).length ? JSON.stringify(options) : null });
 }
 
-/** Sets or, for an empty value, takes back an option. */
-export function set(options, name, value) {
+/** Set an option; an empty value removes it. */
+export function setOption(options, name, value) {
   if (value === "" || value === null || value === undefined) delete options[name];
   else options[name] = value;
 }

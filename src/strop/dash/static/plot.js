@@ -1,14 +1,14 @@
-// Curves: uPlot draws them (see uplot/NOTE.md); around it a title, a legend that hides and shows, values under the
-// cursor, marks with their words, and what saves the picture (SVG, PNG) and its numbers (CSV).
+// Plots: curves by uPlot (see uplot/NOTE.md) with a title, a legend that toggles curves, values under the cursor, marks,
+// and buttons that save the plot (SVG, PNG) or its values (CSV).
 
 import uPlot from "./uplot/uPlot.esm.js";
-import { button, download, fresh, h, put } from "./dom.js";
+import { button, download, uniqueId, h, put } from "./dom.js";
 import { csv, figure, isNumber } from "./format.js";
-import { drawing } from "./drawing.js";
+import { plotSvg } from "./drawing.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
-/** A colour with an opacity, for a canvas: #rrggbb and a share. */
+/** Return a colour with an opacity for a canvas. */
 const faded = (name, share) =>
   colour(name) +
   Math.round(255 * share)
@@ -17,8 +17,8 @@ const faded = (name, share) =>
 
 /**
  * options: title; series: [{name, colour (of look.css), width, opacity, points, gaps: join}]; x: {name, show(value)};
- * show(value): a value as text; height; file: name of what is saved; group: plots of one group share the cursor;
- * zero: the axis begins at 0; log: may be drawn on a logarithmic axis; onZoom([low, high] | null).
+ * show(value): a value as text; height; file: name for saved files; group: plots of one group share the cursor;
+ * zero: the axis starts at 0; log: offer a logarithmic axis; onZoom([low, high] | null).
  * Data: {x: [...], ys: [[...], ...]}, null where a series has no value. marks: [{x, kind, text}].
  */
 export class Plot {
@@ -35,10 +35,10 @@ export class Plot {
       class: "canvas",
       tabIndex: 0,
       role: "img",
-      id: fresh("plot"),
+      id: uniqueId("plot"),
       on: { keydown: (event) => this.#key(event) },
     });
-    this.none = h("p", { class: "empty", hidden: true }, "No figures yet.");
+    this.none = h("p", { class: "empty", hidden: true }, "No data yet.");
     const tools = [
       this.options.log &&
         button("log", (event) => this.#toLog(event.currentTarget), {
@@ -46,7 +46,7 @@ export class Plot {
           "aria-pressed": "false",
           title: "Logarithmic axis",
         }),
-      button("whole", () => this.zoom(null), { class: "small back", hidden: true, title: "Back to the whole curve" }),
+      button("reset zoom", () => this.zoom(null), { class: "small back", hidden: true, title: "Show the whole curve" }),
       h(
         "details",
         { class: "save" },
@@ -91,7 +91,7 @@ export class Plot {
     this.u = null;
   }
 
-  /** New numbers; the part that the reader looks at stays as it is. */
+  /** Set new data; the zoom stays unchanged. */
   set(data, marks = [], x = this.options.x) {
     const renamed = x.name !== this.options.x.name;
     this.data = data;
@@ -107,7 +107,7 @@ export class Plot {
       this.u.setData(this.#columns(), false);
       this.#scale();
     }
-    data.ys.forEach((ys, place) => (this.legend.children[place].hidden = !ys.some(isNumber)));
+    data.ys.forEach((ys, index) => (this.legend.children[index].hidden = !ys.some(isNumber)));
     this.canvas.setAttribute("aria-label", this.#words());
     this.#values(null);
   }
@@ -117,7 +117,7 @@ export class Plot {
     this.options.onZoom?.(range);
   }
 
-  /** The same without telling anyone. */
+  /** Zoom without calling onZoom. */
   zoomTo(range) {
     this.range = range;
     this.back.hidden = range === null;
@@ -185,17 +185,17 @@ export class Plot {
         ],
         series: [
           {},
-          ...series.map((one, place) => ({
-            stroke: one.opacity ? faded(one.colour, one.opacity) : colour(one.colour),
-            width: one.width ?? 1.5,
-            spanGaps: one.join ?? true,
-            points: { show: one.points ?? false, size: 5, fill: colour(one.colour) },
-            show: !this.hidden.has(place),
-            dash: one.dash,
+          ...series.map((curve, index) => ({
+            stroke: curve.opacity ? faded(curve.colour, curve.opacity) : colour(curve.colour),
+            width: curve.width ?? 1.5,
+            spanGaps: curve.join ?? true,
+            points: { show: curve.points ?? false, size: 5, fill: colour(curve.colour) },
+            show: !this.hidden.has(index),
+            dash: curve.dash,
           })),
         ],
         hooks: {
-          drawAxes: [(u) => self.#drawMarks(u)], // under the curves: a spike often stands where a mark does
+          drawAxes: [(u) => self.#drawMarks(u)], // under the curves: a spike is often at a mark
           setCursor: [(u) => self.#values(u.cursor.idx)],
           setSelect: [(u) => self.#selected(u)],
         },
@@ -239,47 +239,47 @@ export class Plot {
     ctx.restore();
   }
 
-  /** Makes one mark stand out, by its place. */
+  /** Highlight a mark by its index. */
   choose(place) {
-    this.marks.forEach((mark, at) => (mark.chosen = at === place));
+    this.marks.forEach((mark, index) => (mark.chosen = index === place));
     this.u?.redraw(false);
   }
 
   #drawLegend() {
     put(
       this.legend,
-      this.options.series.map((one, place) => {
+      this.options.series.map((curve, index) => {
         const value = h("b", {});
-        one.value = value;
+        curve.value = value;
         return button(
           "",
           () => {
-            const off = !this.hidden.delete(place);
-            if (off) this.hidden.add(place);
-            this.legend.children[place].setAttribute("aria-pressed", String(!off));
-            this.u?.setSeries(place + 1, { show: !off });
+            const off = !this.hidden.delete(index);
+            if (off) this.hidden.add(index);
+            this.legend.children[index].setAttribute("aria-pressed", String(!off));
+            this.u?.setSeries(index + 1, { show: !off });
           },
           { class: "entry", "aria-pressed": "true" },
         );
       }),
       this.where,
     );
-    this.options.series.forEach((one, place) => {
+    this.options.series.forEach((curve, index) => {
       const swatch = h("i", {
         class: "swatch",
-        style: { background: `var(--${one.colour})`, opacity: one.opacity ?? 1 },
+        style: { background: `var(--${curve.colour})`, opacity: curve.opacity ?? 1 },
       });
-      put(this.legend.children[place], swatch, one.name, one.value);
-      if (this.options.series.length === 1 && one.name === this.options.title)
-        put(this.legend.children[place], h("span", { class: "soft" }, "last "), one.value);
+      put(this.legend.children[index], swatch, curve.name, curve.value);
+      if (this.options.series.length === 1 && curve.name === this.options.title)
+        put(this.legend.children[index], h("span", { class: "soft" }, "last "), curve.value);
     });
   }
 
-  /** Values under the cursor, else the last ones. */
+  /** Show the values under the cursor, or the last ones. */
   #values(at) {
     const { x } = this.options;
-    this.options.series.forEach((one, place) => {
-      const ys = this.data.ys[place];
+    this.options.series.forEach((curve, index) => {
+      const ys = this.data.ys[index];
       let value = isNumber(at) ? ys[at] : null;
       for (
         let back = isNumber(at) ? at : ys.length - 1;
@@ -287,7 +287,7 @@ export class Plot {
         back -= 1
       )
         value = ys[back];
-      one.value.textContent = isNumber(value) ? ` ${this.options.show(value)}` : "";
+      curve.value.textContent = isNumber(value) ? ` ${this.options.show(value)}` : "";
     });
     this.where.textContent =
       isNumber(at) && this.data.x.length
@@ -297,9 +297,9 @@ export class Plot {
 
   #words() {
     const { title, series, show, x } = this.options;
-    const said = series
-      .map((one, place) => {
-        const ys = this.data.ys[place].filter(isNumber);
+    const descriptions = series
+      .map((curve, index) => {
+        const ys = this.data.ys[index].filter(isNumber);
         if (!ys.length) return null;
         let low = Infinity,
           high = -Infinity;
@@ -307,10 +307,10 @@ export class Plot {
           low = Math.min(low, y);
           high = Math.max(high, y);
         }
-        return `${one.name}: first ${show(ys[0])}, last ${show(ys.at(-1))}, lowest ${show(low)}, highest ${show(high)}`;
+        return `${curve.name}: first ${show(ys[0])}, last ${show(ys.at(-1))}, lowest ${show(low)}, highest ${show(high)}`;
       })
       .filter(Boolean);
-    return `${title} by ${x.name}. ${said.join(". ")}. Arrow keys move along the curve.`;
+    return `${title} by ${x.name}. ${descriptions.join(". ")}. Arrow keys move along the curve.`;
   }
 
   #key(event) {
@@ -339,19 +339,19 @@ export class Plot {
     const { series, x, title } = this.options,
       name = this.options.file ?? title;
     if (kind === "CSV") {
-      const rows = this.data.x.map((value, place) => [value, ...this.data.ys.map((ys) => ys[place])]);
-      download(`${name}.csv`, "text/csv", csv([x.name, ...series.map((one) => one.name)], rows));
+      const rows = this.data.x.map((value, index) => [value, ...this.data.ys.map((ys) => ys[index])]);
+      download(`${name}.csv`, "text/csv", csv([x.name, ...series.map((curve) => curve.name)], rows));
     } else if (kind === "SVG") {
       const shown = series
-        .map((one, place) => ({ ...one, ys: this.data.ys[place] }))
-        .filter((one, place) => !this.hidden.has(place));
+        .map((curve, index) => ({ ...curve, ys: this.data.ys[index] }))
+        .filter((curve, index) => !this.hidden.has(index));
       const range = this.u
         ? { x: [this.u.scales.x.min, this.u.scales.x.max], y: [this.u.scales.y.min, this.u.scales.y.max] }
         : null;
       download(
         `${name}.svg`,
         "image/svg+xml",
-        drawing({
+        plotSvg({
           ...this.options,
           series: shown,
           xs: this.data.x,

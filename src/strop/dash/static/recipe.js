@@ -1,10 +1,10 @@
-// A recipe as a table: each field with its value, where that came from, and why.
+// A recipe as a table: each field with its value, origin and reason.
 
 import { h } from "./dom.js";
-import { shown } from "./format.js";
+import { formatValue } from "./format.js";
 import { Table } from "./table.js";
 
-/** options: as Table takes them. Its rows: [{field, value, origin, why}]. */
+/** Create the table. options: those of Table. Rows: [{field, value, origin, why}]. */
 export function recipeTable(options) {
   return new Table(
     [
@@ -13,10 +13,10 @@ export function recipeTable(options) {
         key: "value",
         name: "value",
         free: true,
-        value: (row) => shown(row.value),
+        value: (row) => formatValue(row.value),
         show: (row, value) => h("strong", {}, value),
       },
-      { key: "origin", name: "from", value: (row) => row.origin },
+      { key: "origin", name: "origin", value: (row) => row.origin },
       {
         key: "why",
         name: "reason",

@@ -1,13 +1,13 @@
 // Addresses of the page: #/runs, #/run/NAME/answers?filter=lost, ...
 
-/** An address: parts of the path, and what follows the question mark. */
+/** Return the current address: parts of the path, the query, and the path. */
 export function address() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split(/\?(.*)/s);
-  const parts = path.split("/").filter(Boolean).map(decoded);
+  const parts = path.split("/").filter(Boolean).map(decode);
   return { parts, query: new URLSearchParams(query), path };
 }
 
-function decoded(text) {
+function decode(text) {
   try {
     return decodeURIComponent(text);
   } catch {
@@ -15,7 +15,7 @@ function decoded(text) {
   }
 }
 
-/** The address of a screen: to("run", name, "answers"), to("compare", {runs: joined(["a", "b"])}). */
+/** Return the address of a screen: to("run", name, "answers"), to("compare", {runs: joinNames(["a", "b"])}). */
 export function to(...parts) {
   const query =
     typeof parts.at(-1) === "object"
@@ -27,18 +27,18 @@ export function to(...parts) {
   return `#/${path}${String(query) && `?${query}`}`;
 }
 
-/** Names of runs as one part of an address; a comma in a name is written `\,`: no name holds a backslash. */
-export const joined = (names) => [...names].map((name) => name.replaceAll(",", "\\,")).join(",");
+/** Join names of runs with commas; a comma in a name is escaped as `\,` (no name contains a backslash). */
+export const joinNames = (names) => [...names].map((name) => name.replaceAll(",", "\\,")).join(",");
 
-/** The names again. */
-export const parted = (text) =>
+/** Split what joinNames joined. */
+export const splitNames = (text) =>
   (text ?? "")
     .split(/(?<!\\),/)
     .filter(Boolean)
     .map((name) => name.replaceAll("\\,", ","));
 
-/** Puts what the reader chose into the address, so that a reload and another tab show the same. */
-export function remember(choices) {
+/** Store choices in the address, so that a reload or another tab shows the same. */
+export function setQuery(choices) {
   const { path, query } = address();
   for (const [name, value] of Object.entries(choices)) {
     if (value === null || value === undefined || value === "") query.delete(name);

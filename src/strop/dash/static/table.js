@@ -1,22 +1,22 @@
-// A table that is sorted by its heads, filtered by words, and saved as CSV.
+// A table that can be sorted, filtered by words, and saved as CSV.
 
-import { button, download, fresh, h, put } from "./dom.js";
+import { button, download, uniqueId, h, put } from "./dom.js";
 import { csv, isNumber } from "./format.js";
 
 /**
- * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?}]; value is what is sorted and saved,
- * show gives a node or text; the column with `head: true` names its row. rows: any objects.
+ * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?}]; value is sorted and saved,
+ * show returns a node or text; the column with `head: true` names its row. rows: any objects.
  * options: label, sort: [key, "ascending" | "descending"], filter text, file (name of the CSV), empty, onChange({sort, filter}),
  * identity(row): rows with the same identity keep their elements, so that focus and selection outlive an update.
  */
 export class Table {
   constructor(columns, options) {
     this.columns = columns;
-    this.options = { empty: "Nothing here.", ...options };
+    this.options = { empty: "No rows.", ...options };
     this.sort = this.options.sort ?? null;
     this.filter = this.options.filter ?? "";
     this.rows = [];
-    this.kept = new Map();
+    this.items = new Map();
     this.heads = new Map();
     for (const column of columns) this.heads.set(column.key, this.#head(column));
     this.body = h("tbody");
@@ -40,8 +40,8 @@ export class Table {
       column.sortable === false
         ? column.name
         : button(column.name, () => {
-            const down = this.sort?.[0] === column.key ? this.sort[1] === "ascending" : Boolean(column.number);
-            this.sort = [column.key, down ? "descending" : "ascending"];
+            const descending = this.sort?.[0] === column.key ? this.sort[1] === "ascending" : Boolean(column.number);
+            this.sort = [column.key, descending ? "descending" : "ascending"];
             this.#changed();
           });
     return h("th", { scope: "col", class: column.number ? "n" : null }, inner);
@@ -52,7 +52,7 @@ export class Table {
     this.options.onChange?.({ sort: this.sort, filter: this.filter });
   }
 
-  /** Controls: the filter and the button that saves. */
+  /** Return the filter and the save button. */
   tools() {
     const input = h("input", {
       type: "search",
@@ -66,7 +66,7 @@ export class Table {
         },
       },
     });
-    input.id = fresh("filter");
+    input.id = uniqueId("filter");
     return [h("div", { class: "filter" }, input), button("Save CSV", () => this.save(), { class: "small" })];
   }
 
@@ -89,7 +89,7 @@ export class Table {
     this.draw();
   }
 
-  /** The rows that pass the filter, sorted. */
+  /** Return the rows that pass the filter, sorted. */
   chosen() {
     const words = this.filter.toLowerCase().split(/\s+/).filter(Boolean);
     const text = (row) =>
@@ -103,14 +103,16 @@ export class Table {
           return words.every((word) => all.includes(word));
         })
       : [...this.rows];
-    const column = this.sort && this.columns.find((one) => one.key === this.sort[0]);
+    const column = this.sort && this.columns.find((column) => column.key === this.sort[0]);
     if (column) {
-      const way = this.sort[1] === "ascending" ? 1 : -1;
-      const none = (value) => value === null || value === undefined || value === "";
+      const sign = this.sort[1] === "ascending" ? 1 : -1;
+      const isEmpty = (value) => value === null || value === undefined || value === "";
       rows = rows.map((row) => [column.value(row), row]);
       rows.sort(([a], [b]) => {
-        if (none(a) || none(b)) return none(a) - none(b); // what is absent comes last, either way
-        return way * (isNumber(a) && isNumber(b) ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+        if (isEmpty(a) || isEmpty(b)) return isEmpty(a) - isEmpty(b); // missing values come last in either order
+        return (
+          sign * (isNumber(a) && isNumber(b) ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }))
+        );
       });
       rows = rows.map(([, row]) => row);
     }
@@ -123,25 +125,25 @@ export class Table {
       else head.removeAttribute("aria-sort");
     }
     const chosen = this.chosen(),
-      kept = new Map(),
-      drawn = [];
+      reused = new Map(),
+      elements = [];
     for (const row of chosen) {
       const identity = this.options.identity?.(row) ?? row,
         text = this.options.identity ? JSON.stringify(row) : "";
-      const old = this.kept.get(identity);
-      const made = old && old.text === text ? old : { text, element: this.#row(row) };
-      kept.set(identity, made);
-      drawn.push(made.element);
+      const previous = this.items.get(identity);
+      const item = previous && previous.text === text ? previous : { text, element: this.#row(row) };
+      reused.set(identity, item);
+      elements.push(item.element);
     }
-    this.kept = kept;
+    this.items = reused;
     const focus = document.activeElement?.closest?.("tr") && document.activeElement;
     const same =
-      drawn.length === this.body.children.length &&
-      drawn.every((element, place) => element === this.body.children[place]);
-    if (!same) put(this.body, drawn);
+      elements.length === this.body.children.length &&
+      elements.every((element, index) => element === this.body.children[index]);
+    if (!same) put(this.body, elements);
     if (focus && focus.isConnected && focus !== document.activeElement) focus.focus({ preventScroll: true });
     this.empty.hidden = chosen.length > 0;
-    this.empty.textContent = this.rows.length ? "No row passes the filter." : this.options.empty;
+    this.empty.textContent = this.rows.length ? "No row matches the filter." : this.options.empty;
   }
 
   #row(row) {

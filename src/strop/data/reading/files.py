@@ -72,9 +72,8 @@ def reader_of(path: str) -> str:
     if suffix in TYPES:
         return TYPES[suffix][0]
     if suffix in _PICKLES:
-        raise file_error(
-            path, "a pickle or weights file can run code when it is opened", "write the rows as JSON Lines"
-        )
+        what = "a pickle or weights file can run code when it is opened"
+        raise file_error(path, what, "write the rows as JSON Lines")
     fix = f"known are {', '.join(TYPES)}, and each with .gz or .zst"
     raise file_error(path, f"unknown file type {suffix or '(no suffix)'}", fix)
 
@@ -90,8 +89,7 @@ class _Zstandard(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._frame = self._new_frame()
         self._inside = False
-        self._unused = b""
-        self._ready = b""
+        self._unused = self._ready = b""
 
     def readable(self) -> bool:
         return True
@@ -170,11 +168,10 @@ def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str | UnicodeDec
             return
         for number, raw in enumerate(stream, 1):
             try:
-                text = raw.decode(name)
+                text: str | UnicodeDecodeError = raw.decode(name)
             except UnicodeDecodeError as error:
-                yield number, error
-            else:
-                yield number, text
+                text = error
+            yield number, text
             name = "utf-8" if name == "utf-8-sig" else name  # only the first line has the mark
 
 

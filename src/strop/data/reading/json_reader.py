@@ -28,9 +28,7 @@ class JsonError(ValueError):
 
     def __init__(self, code: str, what: str, pos: int | None = None) -> None:
         super().__init__(what)
-        self.code = code
-        self.what = what
-        self.pos = pos
+        self.code, self.what, self.pos = code, what, pos
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,9 +133,8 @@ def _row(name: str, number: int, value: Any, bad: list[RowError]) -> Iterator[Ro
     if isinstance(value, dict):
         yield Row(name, number, value)
     else:
-        kind = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}.get(
-            type(value), "a number"
-        )
+        kinds = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}
+        kind = kinds.get(type(value), "a number")
         bad.append(RowError("not-an-object", Where(name, number, f"the row is {kind}, not an object")))
 
 

@@ -1,11 +1,12 @@
-"""Read data files as rows with file and line, values unchanged.
+"""Find the data files that a spec names, download those of the Hub, and read them as rows with values unchanged.
 
 An error of one row goes to a list and the row is skipped, so that all errors are reported together. An error of a whole
-file is a DataError.
+file is a DataError. Files of the Hub are read like local ones: `datasets` would guess types ("007" becomes 7).
 """
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -14,26 +15,25 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from json import JSONDecodeError
 
-from strop.data.reading import files, hub, tables
+from strop.data.reading import files, tables
+from strop.data.reading.files import COMPRESSION, TYPES
 from strop.data.reading.json_reader import json_rows
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
-from strop.errors import DataError, nearest
+from strop.errors import DataError, InputError, first_line, nearest
 
 _MAX_WEIGHT = 1000.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files that are read as one. path: as shown to the user. files: to open; several are parallel files.
+    """Files that are read as one."""
 
-    weight: how often each row is read; a fraction selects a share of the rows.
-    """
-
-    path: str
-    files: tuple[str, ...]
-    weight: float = 1.0
+    path: str  # as shown to the user
+    files: tuple[str, ...]  # several are parallel files
+    weight: float = 1.0  # how often each row is read; a fraction selects a share of the rows
 
 
 # --- which files -------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def _resolve(spec: str) -> list[Source]:
         raise file_error(spec, "is a folder", f"name its files: {globs}" if globs else "it has no data files")
     if any(sign in spec for sign in "*?["):
         names = sorted(name for name in glob.glob(spec, recursive=True) if os.path.isfile(name))
-        if not names and not hub.is_dataset(spec):
+        if not names and not is_dataset(spec):
             raise file_error(spec, "no file matches")
         if names:
             return [Source(name, (name,)) for name in names]
@@ -82,8 +82,8 @@ def _resolve(spec: str) -> list[Source]:
             if not os.path.isfile(part):
                 raise _missing(part)
         return [Source(spec, parts)]
-    if hub.is_dataset(spec):
-        return [Source(shown, (local,)) for shown, local in hub.download(spec)]
+    if is_dataset(spec):
+        return [Source(shown, (local,)) for shown, local in download(spec)]
     raise _missing(spec)
 
 
@@ -96,7 +96,7 @@ def needs_download(spec: str) -> bool:
     """Return whether reading `spec` downloads a data set from the Hub."""
     weighted = _match_weight(spec)
     name = weighted[1] if weighted else spec
-    return not glob.glob(name, recursive=True) and hub.is_dataset(name)
+    return not glob.glob(name, recursive=True) and is_dataset(name)
 
 
 def _missing(path: str) -> DataError:
@@ -113,35 +113,187 @@ def _missing(path: str) -> DataError:
     return file_error(path, f"no such file{nearest(name, siblings)}", "a Hub data set is named owner/name")
 
 
+# --- data sets of the Hub ------------------------------------------------------------------------------------------
+
+# owner/name, optionally @revision, optionally a path or glob inside the repository
+_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w.-]+))?(?:/(.+))?")
+_TRAIN = re.compile(r"(?:^|[/._-])train(?:[/._-]|$)")
+_EVAL = re.compile(r"(?:^|[/._-])(?:test|valid|validation|val|dev|eval)(?:[/._-]|$)")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+_METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
+
+
+def is_dataset(spec: str) -> bool:
+    """Return whether `spec`, which is not a local path, has the form of a Hub data set."""
+    match = _ID.fullmatch(spec)
+    if not match or os.path.isdir(spec.split("/")[0]):
+        return False
+    return match[3] is not None or not _is_data_file(match[1])
+
+
+def download(spec: str) -> list[tuple[str, str]]:
+    """Download the data files of `owner/name[@revision][/path or glob]`: return the name and local path of each.
+
+    Without a path, the files of the train split are chosen if that is unambiguous. Offline, cached files are used.
+    Raises DataError for no such data set or file, an ambiguous choice, or if the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # the class of httpx or of httpx2, depending on the version of huggingface_hub
+    from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
+
+    match = _ID.fullmatch(spec)
+    assert match, spec
+    name, revision, inside = match.groups()
+    try:
+        info = HfApi().dataset_info(name, revision=revision)
+    except HFValidationError as error:
+        raise DataError(f"{spec}: no such file, and not a valid name of a Hub data set: {error}") from error
+    except (OfflineModeIsEnabled, TransportError, JSONDecodeError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 500
+        if status < 500 and status != 429:
+            what = f"{spec}: no such file, and the Hub says: {first_line(error)}"
+            raise DataError(what, fix="check the name, or log in with `hf auth login`") from error
+        return _cached_files(name, revision, inside, error)
+    except ValueError as error:
+        raise explain_hub_error(error, name, f"datasets/{name}", DataError, DataError) or error from error
+    chosen = choose_files(name, [file.rfilename for file in info.siblings or []], inside)
+    try:  # one snapshot, so that all files are of one commit
+        patterns = [glob.escape(file) for file in chosen]
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    except (OSError, TransportError, ValueError) as error:
+        explained = explain_hub_error(error, name, f"datasets/{name}", DataError, DataError)
+        if explained is None and isinstance(error, LocalEntryNotFoundError):
+            explained = DataError(f"{spec}: the connection to the Hub was lost", fix="try again")
+        if explained is None:
+            raise
+        raise explained from error
+    return _local_files(name, folder, chosen)
+
+
+def _local_files(name: str, folder: str, chosen: list[str]) -> list[tuple[str, str]]:
+    """Return the names and paths of files of a snapshot. Raises DataError if one is missing."""
+    local = {file: os.path.join(folder, file) for file in chosen}
+    if missing := [file for file, path in local.items() if not os.path.isfile(path)]:
+        raise DataError(f"{name}: {missing[0]} was not downloaded", fix="try again")
+    return [(f"{name}/{file}", path) for file, path in local.items()]
+
+
+def _cached_files(name: str, revision: str | None, inside: str | None, cause: Exception) -> list[tuple[str, str]]:
+    """Return the files that an earlier download left in the cache. Raises DataError if they are incomplete."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    why = f"the Hub returned {status}" if status else f"the Hub cannot be reached ({type(cause).__name__})"
+    fix = "wait a little, and try again" if status else "name a file that exists, or go online"
+    try:  # newer versions of huggingface_hub know the files of a commit and check that the requested ones are cached
+        patterns = [] if inside is None else [inside]
+        folder = snapshot_download(
+            name, repo_type="dataset", revision=revision, local_files_only=True, allow_patterns=patterns
+        )
+    except LocalEntryNotFoundError as error:
+        what = "only partly downloaded" if hasattr(error, "snapshot_path") else "no such file"
+        raise DataError(f"{name}: {what}, and {why}", fix=fix) from cause
+    names = [
+        os.path.relpath(os.path.join(parent, file), folder).replace(os.sep, "/")
+        for parent, _, inner in os.walk(folder)
+        for file in inner
+    ]
+    chosen = choose_files(name, names, inside)
+    shards = _SHARD.search(chosen[0]) if inside is None else None
+    if shards and len(chosen) != int(shards[1]):
+        what = f"{name}: only {len(chosen)} of its {int(shards[1])} files are cached, and {why}"
+        raise DataError(what, fix=fix) from cause
+    return _local_files(name, folder, chosen)
+
+
+def choose_files(name: str, names: list[str], inside: str | None) -> list[str]:
+    """Return the files of a repository to read, sorted. Raises DataError if the choice is ambiguous."""
+    data = sorted(file for file in names if _is_data_file(file))
+    shown = ", ".join(data[:10]) + (" ..." if len(data) > 10 else "")
+    if inside is not None:
+        chosen = sorted(file for file in names if file == inside or fnmatch.fnmatchcase(file, inside))
+        if not chosen:
+            raise DataError(f"{name} has no file {inside}", fix=f"it has: {shown or 'no data files'}")
+        return chosen
+    if not data:
+        what = f"{name} has no file of a known type ({', '.join(TYPES)})"
+        raise DataError(what, fix="scripts and archives are not run")
+    train = [file for file in data if _TRAIN.search(file)]
+    chosen = train or [file for file in data if not _EVAL.search(file)]
+    if len({_SHARD.sub("", file) for file in chosen}) != 1:
+        raise DataError(f"{name} has several data files: {shown}", fix=f"name one, or a glob: {name}/{data[0]}")
+    return chosen
+
+
+def _is_data_file(file: str) -> bool:
+    stem, suffix = os.path.splitext(file.lower())
+    data_suffix = os.path.splitext(stem)[1] if suffix in COMPRESSION else suffix
+    name = file.rsplit("/", 1)[-1]
+    documentation = name.lower().startswith(("readme", "license", "requirements"))
+    return data_suffix in TYPES and name not in _METADATA_FILES and not documentation
+
+
+def explain_hub_error(
+    error: BaseException, name: str, page: str, error_class: type[InputError], access_class: type[InputError]
+) -> InputError | None:
+    """Convert an error of the Hub's client to an error of `error_class`, or `access_class` without access.
+
+    page: path of the repository's page, without the Hub's address. Returns None if the Hub cannot be reached at all,
+    and for errors of other origin.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    # the class of httpx or of httpx2, depending on the version of huggingface_hub
+    from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
+
+    retry = "try again: complete files are kept"
+    if isinstance(error, LocalEntryNotFoundError):  # its message blames the connection, whatever the Hub responded
+        cause = error.__cause__
+        is_response = isinstance(cause, HfHubHTTPError)
+        return explain_hub_error(cause, name, page, error_class, access_class) if is_response and cause else None
+    if isinstance(error, GatedRepoError):
+        fix = f"open {constants.ENDPOINT}/{page} and accept them, then log in with `hf auth login`"
+        return access_class(f"{name}: gated: you have to accept its terms", fix=fix)
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else 0
+        what = f"{name}: the Hub returned {status or 'nothing'}: {error.server_message or first_line(error)}"
+        if status in (401, 403):
+            return access_class(what, fix="log in with `hf auth login`, with a token that may read it")
+        return error_class(what, fix="wait a little, and try again")
+    if isinstance(error, TransportError):
+        return error_class(f"{name}: the connection to {constants.ENDPOINT} broke: {first_line(error)}", fix=retry)
+    if isinstance(error, JSONDecodeError):
+        what = f"{name}: the response of {constants.ENDPOINT} is not that of the Hub"
+        return error_class(what, fix="check HF_ENDPOINT, and the proxy if there is one")
+    if isinstance(error, ValueError):  # an invalid address, proxy or token
+        fix = "check HF_ENDPOINT, HF_TOKEN, and the proxy if there is one"
+        return error_class(f"{name}: invalid request to the Hub: {first_line(error)}", fix=fix)
+    if isinstance(error, OSError) and error.errno is None:  # a file shorter than the Hub announced
+        return error_class(f"{name}: {first_line(error)}", fix=retry)
+    return None
+
+
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
 def read_rows(
-    spec: str | Sequence[str],
-    *,
-    encoding: str = "utf-8",
-    columns: Mapping[str, str] | None = None,
-    bad: list[RowError],
-    left_out: Counter[str] | None = None,
-    documents: bool = False,
-) -> Iterator[Row]:
+    spec: str | Sequence[str], *, encoding: str = "utf-8", columns: Mapping[str, str] | None = None,
+    bad: list[RowError], left_out: Counter[str] | None = None, documents: bool = False,
+) -> Iterator[Row]:  # fmt: skip
     """Yield the rows of all sources, in order. Memory does not grow with the file, except for JSON arrays.
 
-    Args:
-        spec: see `resolve`.
-        encoding: encoding of text files.
-        columns: names of columns. Used here only for files without names: values that are numbers count the cells of
-            CSV, TSV and parallel files from 1.
-        bad: receives the errors of rows.
-        left_out: receives, by path, the number of rows that a fractional weight left out.
-        documents: read a plain text file as one row, instead of one row a paragraph.
+    spec: see `resolve`. columns: used here only for files without names: values that are numbers count the cells of
+    CSV, TSV and parallel files from 1. bad: receives the errors of rows. left_out: receives, by path, the number of
+    rows that a fractional weight left out. documents: read a plain text file as one row, not one row a paragraph.
 
-    Raises:
-        DataError: a whole file cannot be read; possibly after some rows.
+    Raises DataError if a whole file cannot be read, possibly after some rows.
     """
     for source in resolve(spec):
-        before = len(bad)
-        empty = True
+        before, empty = len(bad), True
         for row in _read(source, encoding, columns or {}, bad, documents):
             empty = False
             yield from _repeat(row, source, left_out)

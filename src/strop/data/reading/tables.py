@@ -6,15 +6,13 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, zip_longest
+from itertools import chain, groupby, zip_longest
 from typing import Any
 
 from strop.data.reading.files import COLUMN_NAMES, TYPES, encoding_error, read_lines
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
 from strop.errors import Where, nearest
-
-# --- CSV and TSV ---------------------------------------------------------------------------------------------------
 
 
 class _LineCounter:
@@ -32,7 +30,6 @@ class _LineCounter:
 
     @property
     def span(self) -> str:
-        """The lines of a record of several lines, for messages."""
         return f" (lines {self.first} to {self.last})" if self.last != self.first else ""
 
 
@@ -42,10 +39,7 @@ _UNCLOSED_QUOTE = "unexpected end of data"  # message of csv.Error
 def _records(
     name: str, lines: Iterator[tuple[int, str]], separator: str, bad: list[RowError]
 ) -> Iterator[tuple[int, list[str], str]]:
-    """Yield each record as its first line, its cells, and its lines for messages if there are several.
-
-    Raises DataError for a quote that is not closed, because it swallows the rest of the file.
-    """
+    """Yield each record as its first line, its cells, and its lines for messages if there are several."""
     csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB a cell rejects long texts
     counter = _LineCounter(lines)
     reader = csv.reader(counter, delimiter=separator, strict=True)
@@ -57,7 +51,7 @@ def _records(
             return
         except csv.Error as error:
             what = _explain_csv_error(str(error)) + counter.span
-            if counter.span and str(error) == _UNCLOSED_QUOTE:  # the number of rows in these lines is unknown
+            if counter.span and str(error) == _UNCLOSED_QUOTE:  # it swallows the rest of the file
                 fix = "close the quote, or double it if it is part of the text"
                 raise file_error(name, what, fix, counter.first) from error
             bad.append(RowError("cells", Where(name, counter.first, what)))
@@ -163,16 +157,10 @@ def _header(name: str, line: int, cells: list[str], columns: Mapping[str, str]) 
 
 def paragraph_rows(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     """Yield each paragraph of a text file as a row."""
-    start, block = 0, list[str]()
-    for number, text in lines:
-        if text.strip():
-            start = start if block else number
-            block.append(text)
-        elif block:
-            yield Row(name, start, {"text": "".join(block).rstrip("\r\n")})
-            block = []
-    if block:
-        yield Row(name, start, {"text": "".join(block).rstrip("\r\n")})
+    for filled, block in groupby(lines, lambda line: bool(line[1].strip())):
+        if filled:
+            numbers, texts = zip(*block, strict=True)
+            yield Row(name, numbers[0], {"text": "".join(texts).rstrip("\r\n")})
 
 
 def document_rows(name: str, text: str) -> Iterator[Row]:

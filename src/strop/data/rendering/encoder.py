@@ -18,8 +18,7 @@ from strop.data.types import Ids, Message
 class ControlText:
     """Control tokens, and the private-use characters that replace them where they are user text.
 
-    `swap` exchanges the two, so that tokens of the template become private characters and user text becomes itself
-    again.
+    `swap` exchanges the two, so that tokens of the template become private characters and user text is itself again.
     """
 
     FIRST = 0xF0000  # start of supplementary private use area A
@@ -89,7 +88,6 @@ class Encoder:
             self._forbidden = frozenset(added[token] for token in names) - self._true_ids.keys()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts without special tokens."""
         # The backend is shared with transformers, whose calls leave their settings on it. It is changed only if needed,
         # because a change while another thread encodes raises "Already borrowed".
         if self._backend.padding is not None:
@@ -126,11 +124,8 @@ class Encoder:
 
         Control tokens of the text are matched with those of the ids. A span ends with one, and begins as many tokens
         after one as the text between them encodes to. Tokenizers encode the pieces between control tokens separately,
-        so the text up to such a point is, token for token, a prefix of the whole.
-
-        Raises:
-            TokenStraddlesPrompt: a span does not begin with a token.
-            RenderError: a span does not end with a control token.
+        so the text up to such a point is, token for token, a prefix of the whole. Raises TokenStraddlesPrompt if a span
+        does not begin with a token, RenderError if it does not end with a control token.
         """
         if not spans:
             return

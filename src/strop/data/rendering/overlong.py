@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from strop.data.rendering.render import Renderer
+from strop.data.rendering.render import Renderer, check_pair
 from strop.data.row_errors import RenderError
 from strop.data.types import JUDGED, Conversation, DataKind, Example, Message
 
@@ -27,10 +27,9 @@ def is_too_long(examples: Sequence[Example], limit: int) -> bool:
 def truncate_start(
     renderer: Renderer, conversation: Conversation, examples: list[Example], limit: int
 ) -> list[Example] | None:
-    """Return the end of the row within `limit` tokens: the system turn and the last turns.
+    """Return the end of the row within `limit` tokens: the system turn and the last turns. Raises RenderError.
 
-    If one exchange alone is too long, the end of its first user turn is kept. Returns None if the answer alone is too
-    long. Raises RenderError.
+    If one exchange alone is too long, the end of its first user turn is kept. Returns None if the answer alone is.
     """
     if conversation.text is not None:
         [example] = examples
@@ -83,12 +82,23 @@ def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int
     return kept if kept and all(kept) else None
 
 
+def truncate_pair(renderer: Renderer, conversation: Conversation, limit: int) -> list[Example] | None:
+    """Truncate the prompt's start on both sides alike; None if the longer answer leaves no room. Raises RenderError."""
+    sides = truncate_sides(renderer, conversation.sides, limit)
+    if sides is None:
+        return None
+    examples = check_pair(conversation, sides)
+    if isinstance(examples, RenderError):
+        raise examples
+    assert not is_too_long(examples, limit)
+    return examples
+
+
 def split(renderer: Renderer, conversation: Conversation, examples: list[Example], limit: int) -> list[Example] | None:
-    """Return the row as several examples within `limit` tokens.
+    """Return the row as several examples within `limit` tokens; None if one exchange is too long. Raises RenderError.
 
     Conversations are split between exchanges, each piece with the system turn; pieces whose turns all have weight 0 are
-    left out. Raw text is split anywhere, every token supervised once. Returns None if one exchange alone is too long.
-    Raises RenderError.
+    left out. Raw text is split anywhere, every token supervised once.
     """
     if conversation.text is not None:
         [example] = examples
@@ -118,15 +128,16 @@ def split(renderer: Renderer, conversation: Conversation, examples: list[Example
 
 def _exchanges(conversation: Conversation) -> tuple[list[Message], list[list[Message]]]:
     """Return the system turns at the start, and the other turns split before each user turn."""
-    messages = list(conversation.messages)
-    num_system = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    head: list[Message] = []
     exchanges: list[list[Message]] = []
-    for message in messages[num_system:]:
-        if message.role == "user" or not exchanges:
+    for message in conversation.messages:
+        if message.role == "system" and not exchanges:
+            head.append(message)
+        elif message.role == "user" or not exchanges:
             exchanges.append([message])
         else:
             exchanges[-1].append(message)
-    return messages[:num_system], exchanges
+    return head, exchanges
 
 
 def _render(

@@ -7,6 +7,7 @@ the prompt must end where a token ends, and each supervised turn must end with i
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -32,33 +33,17 @@ _Batch = tuple[list[Conversation], list["list[Draft] | RenderError"], "Future[li
 class Renderer:
     """Render conversations to examples for one tokenizer and template.
 
-    Args:
-        tokenizer: a fast transformers tokenizer.
-        template: `chatml`, a file, or None for the tokenizer's own.
-        loss: which tokens are supervised.
-        options: values to write into the template for training.
-        reasoning: value of data.reasoning.
-        source: the template's text, instead of `template`.
+    tokenizer: a fast transformers tokenizer. template: `chatml`, a file, or None for the tokenizer's own. loss: which
+    tokens are supervised. options: values to write into the template for training. reasoning: value of data.reasoning.
+    source: the template's text, instead of `template`.
 
-    Attributes:
-        stop_ids: ids of the tokens that end an assistant turn (the eos token without a template).
-        end_ids: ids that end a completion: stop_ids and eos, which ends raw texts.
-        num_before_text: number of tokens that the tokenizer puts before a raw text.
-
-    Raises:
-        ModelError: an unusable tokenizer or template. A missing template is an error only when a chat needs it.
+    Raises ModelError for an unusable tokenizer or template. A missing template is an error only when a chat needs it.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        template: str | None = None,
-        loss: Literal["assistant", "all"] = "assistant",
-        options: Mapping[str, Any] | None = None,
-        reasoning: Reasoning = "auto",
-        source: str | None = None,
-    ) -> None:
+        self, tokenizer: Any, *, template: str | None = None, loss: Literal["assistant", "all"] = "assistant",
+        options: Mapping[str, Any] | None = None, reasoning: Reasoning = "auto", source: str | None = None,
+    ) -> None:  # fmt: skip
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError("the model has no fast tokenizer", fix="choose a model with a tokenizer.json")
         self.tokenizer = tokenizer
@@ -73,35 +58,30 @@ class Renderer:
         self.control = self._chat.control if self._chat else ControlText(special)
         self._encoder = Encoder(tokenizer, self.control)
         self._private_encoder: Encoder | None = None
-        self._kept_characters: set[str] = set()
-        self._lost_characters: set[str] = set()
+        self._is_lost: dict[str, bool] = {}  # character -> the tokenizer drops or changes it
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        # tokens that end an assistant turn, and those that end a completion: also eos, which ends raw texts
         self.stop_ids = tuple(map(int, tokenizer.convert_tokens_to_ids(self._chat.stops))) if self._chat else eos
         self.end_ids = tuple(dict.fromkeys((*self.stop_ids, *eos)))
-        without_special = tokenizer("a", add_special_tokens=False)["input_ids"]
-        with_special = tokenizer("a")["input_ids"]
-        starts = range(len(with_special))
-        length = len(without_special)
-        self.num_before_text = next((i for i in starts if with_special[i : i + length] == without_special), 0)
+        plain, with_special = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        starts = (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
+        self.num_before_text = next(starts, 0)  # tokens that the tokenizer puts before a raw text
         self._text_start = with_special[: self.num_before_text]
 
     @property
     def chat(self) -> ChatTemplate:
-        """The template. Raises ModelError if the model has none."""
+        """The template. Raises ModelError if there is none."""
         if self._chat is None:
-            raise ModelError(
-                "the model has no chat template", fix="choose one: data.template: chatml, or the path of a Jinja file"
-            )
+            fix = "choose one: data.template: chatml, or the path of a Jinja file"
+            raise ModelError("the model has no chat template", fix=fix)
         return self._chat
 
     @property
     def template(self) -> str | None:
-        """The template's text."""
         return self._chat.source if self._chat else None
 
     @property
     def reasoning(self) -> Reasoning:
-        """The choice for reasoning; `auto` without a template."""
         return self._chat.reasoning if self._chat else "auto"
 
     @property
@@ -114,12 +94,11 @@ class Renderer:
         """SHA-256 of everything that determines ids and weights: tokenizer, template, reasoning, loss."""
         tokenizer = self.tokenizer
         names = [repr(tokenizer.special_tokens_map), repr(tokenizer("a")["input_ids"]), self.template_hash, self.loss]
-        names.append(self.reasoning)
-        return hashlib.sha256("\n".join([tokenizer.backend_tokenizer.to_str(), *names]).encode()).hexdigest()
+        text = "\n".join([tokenizer.backend_tokenizer.to_str(), *names, self.reasoning])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences about the template."""
         warnings = self._chat.warnings if self._chat else ()
         if self._chat and adds_bos(self.tokenizer) and self.tokenizer.bos_token not in self._chat.opening:
             warnings += ("the chat template writes no bos token, but the tokenizer puts one before plain text",)
@@ -127,15 +106,11 @@ class Renderer:
 
     @property
     def supports_system(self) -> bool:
-        return self.chat.supports_system
+        return self.chat.traits.system
 
     @property
     def supports_tools(self) -> bool:
-        return self.chat.supports_tools and self.chat.supports_tool_calls
-
-    def describe_template(self, thinking: int, rows: int) -> list[str]:
-        """Describe how the template is used on `rows` conversations, `thinking` of which have reasoning."""
-        return self.chat.describe(thinking, rows)
+        return self.chat.traits.tools and self.chat.traits.calls
 
     def options_for(self, messages: Sequence[Message]) -> dict[str, Any]:
         """Return the template's options for a row with or without reasoning."""
@@ -194,11 +169,9 @@ class Renderer:
         return (conversations, results, worker.submit(self._encoder.encode, texts)) if conversations else None
 
     def _finish_batch(
-        self,
-        conversations: list[Conversation],
-        results: list[list[Draft] | RenderError],
+        self, conversations: list[Conversation], results: list[list[Draft] | RenderError],
         encoded: Future[list[list[int]]],
-    ) -> Iterator[Rendered]:
+    ) -> Iterator[Rendered]:  # fmt: skip
         encodings = iter(encoded.result())
         for conversation, drafts in zip(conversations, results, strict=True):
             if isinstance(drafts, RenderError):
@@ -217,12 +190,9 @@ class Renderer:
                 yield conversation, examples
 
     def prompt(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] = (),
-        *,
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *,
         options: Mapping[str, Any] | None = None,
-    ) -> Ids:
+    ) -> Ids:  # fmt: skip
         """Return the ids of a prompt at inference, generation prompt included: a prefix of the training ids.
 
         options: of the template, for this prompt. Raises RenderError, and ModelError for an option that the template
@@ -263,12 +233,10 @@ class Renderer:
 
     def lost_characters(self, text: str) -> set[str]:
         """Return the characters of `text` that the tokenizer drops or changes."""
-        characters = set(text)
-        for character in characters - self._kept_characters - self._lost_characters:
+        for character in set(text) - self._is_lost.keys():
             ids = self._encoder.encode(["a" + character])[0]
-            kept = character in self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            (self._kept_characters if kept else self._lost_characters).add(character)
-        return characters & self._lost_characters
+            self._is_lost[character] = character not in self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return {character for character in set(text) if self._is_lost[character]}
 
     def _drafts(self, conversation: Conversation) -> list[Draft]:
         if conversation.text is None:
@@ -309,14 +277,9 @@ class Renderer:
                 yield self._example(conversation, ids, [span], first=first and not turn, separately=True)
 
     def _example(
-        self,
-        conversation: Conversation,
-        ids: Ids,
-        spans: Iterable[tuple[int, int, float]],
-        *,
-        first: bool,
+        self, conversation: Conversation, ids: Ids, spans: Iterable[tuple[int, int, float]], *, first: bool,
         separately: bool = False,
-    ) -> Example:
+    ) -> Example:  # fmt: skip
         if conversation.text is not None:
             ids = np.array([*self._text_start, *ids, self.tokenizer.eos_token_id], dtype=np.int32)
             weights = np.ones(len(ids), np.float32)
@@ -331,3 +294,57 @@ class Renderer:
         if not weights.any():
             raise RenderError("nothing-supervised")
         return Example(ids, weights, conversation.file, conversation.line, separately)
+
+
+def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
+    """Yield each conversation with its chosen and rejected example, or with why it has none, in order.
+
+    A conversation without a rejected side is rendered as usual.
+    """
+    pending: deque[Conversation] = deque()
+
+    def sides() -> Iterator[Conversation]:
+        for conversation in conversations:
+            pending.append(conversation)
+            yield from conversation.sides
+
+    results = renderer.render_many(sides())
+    for _, rendered in results:
+        conversation = pending.popleft()
+        if conversation.rejected:
+            rendered = check_pair(conversation, [rendered, next(results)[1]])
+        yield conversation, rendered
+
+
+def render_prompts(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
+    """Yield each conversation with one unsupervised example of its prompt, or with why it has none, in order.
+
+    The prompt has the same tokens as in fine-tuning and at inference. An answer at the end is left out.
+    """
+    for conversation in conversations:
+        messages = conversation.messages if conversation.answer is None else conversation.messages[:-1]
+        try:
+            ids = renderer.prompt(messages, conversation.tools, options=renderer.options_for(conversation.messages))
+        except RenderError as error:
+            yield conversation, error.at(conversation.file, conversation.line)
+            continue
+        yield conversation, [Example(ids, np.zeros(len(ids), np.float32), conversation.file, conversation.line)]
+
+
+def check_pair(conversation: Conversation, sides: Sequence[list[Example] | RenderError]) -> list[Example] | RenderError:
+    """Return both sides, or what is wrong with the pair."""
+    place = conversation.file, conversation.line
+    examples: list[Example] = []
+    for side in sides:
+        if isinstance(side, RenderError):
+            return side
+        if len(side) != 1:
+            return RenderError("answer-in-parts").at(*place)
+        examples += side
+    chosen, rejected = examples
+    if not np.array_equal(chosen.ids[: chosen.prompt_length], rejected.ids[: rejected.prompt_length]):
+        return RenderError("prompt-tokens-differ").at(*place)
+    if np.array_equal(chosen.ids, rejected.ids):
+        return RenderError("same-tokens").at(*place)
+    separately = chosen.encoded_separately or rejected.encoded_separately
+    return [replace(example, encoded_separately=separately) for example in examples]

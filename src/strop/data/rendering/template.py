@@ -1,7 +1,7 @@
 """Render chat templates: prompts and training texts, and the spans of assistant turns in them.
 
 What a template does is measured by rendering (prober.py), so any Jinja template works. Templates come from model files,
-which are not trusted: they run in a sandbox with bounds (sandbox.py).
+which are not trusted: they run in a sandbox with bounds (`BoundedTemplate`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from strop.data.rendering.encoder import ControlText
-from strop.data.rendering.prober import Prober
-from strop.data.rendering.sandbox import TEMPLATE_ERRORS, BoundedTemplate
+from strop.data.rendering.prober import Mode, Prober, PromptSplice
 from strop.data.rendering.template_source import (
     CLOCK,
+    TEMPLATE_ERRORS,
+    BoundedTemplate,
     check_options,
     day_formats,
     fixed_day,
@@ -25,7 +26,6 @@ from strop.data.rendering.template_source import (
     read_variables,
     write_options,
 )
-from strop.data.rendering.traits import Join, Mode
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Message
 from strop.errors import ModelError
@@ -52,34 +52,16 @@ class Draft:
 class ChatTemplate:
     """A template with its measured traits and the choice for reasoning.
 
-    Args:
-        source: the template's text.
-        added: text of each added token -> whether it is special.
-        variables: bos_token, eos_token, ... for the template.
-        options: values to write into the template; None: it has them already, and its clock is not fixed.
-        reasoning: value of data.reasoning.
+    added: text of each added token -> whether it is special. variables: bos_token, eos_token, ... for the template.
+    options: values to write into the template; None: it has them already, and its clock is not fixed.
 
-    Attributes:
-        source, hash: the template's text with its options, and the SHA-256 of it.
-        options: the options written into it.
-        opening: text of a prompt with one user turn.
-        stops: end-of-turn tokens as text.
-        reasoning: the choice, with `auto` resolved.
-        warnings: sentences for the user.
-
-    Raises:
-        ModelError: the template is invalid, or ends an assistant turn with no token that could stop generation.
+    Raises ModelError if the template is invalid, or ends an assistant turn with no token that could stop generation.
     """
 
     def __init__(
-        self,
-        source: str,
-        *,
-        added: dict[str, bool],
-        variables: dict[str, Any],
-        options: Mapping[str, Any] | None = None,
-        reasoning: Reasoning = "auto",
-    ) -> None:
+        self, source: str, *, added: dict[str, bool], variables: dict[str, Any],
+        options: Mapping[str, Any] | None = None, reasoning: Reasoning = "auto",
+    ) -> None:  # fmt: skip
         if len(source) > MAX_TEMPLATE_CHARS:
             raise ModelError(f"the chat template has {len(source)} characters", fix=CHOOSE_ANOTHER)
         try:
@@ -111,26 +93,9 @@ class ChatTemplate:
         self.control = ControlText(list(dict.fromkeys([*special, *self.stops, *written])))
         self.warnings = tuple(lint_template(tree, source))
         self.options = dict(options or {})
-        self.reasoning = reasoning if reasoning != "auto" else "empty" if self.traits.needs_empty else "as-is"
-
-    @property
-    def supports_system(self) -> bool:
-        return self.traits.system
-
-    @property
-    def supports_tools(self) -> bool:
-        return self.traits.tools
-
-    @property
-    def supports_tool_calls(self) -> bool:
-        return self.traits.calls
-
-    @property
-    def supports_reasoning(self) -> bool:
-        return self.traits.reasoning or self.traits.reasoning_with_calls
+        self.reasoning = reasoning if reasoning != "auto" else "empty" if self.traits.needs_empty_block else "as-is"
 
     def shows_reasoning(self, messages: Sequence[Message]) -> bool:
-        """Return whether the messages have reasoning that is shown."""
         traits = self.traits
         return self.reasoning != "drop" and any(
             message.reasoning and (traits.reasoning or (message.tool_calls and traits.reasoning_with_calls))
@@ -142,8 +107,10 @@ class ChatTemplate:
         if 0 < thinking < rows or not rows:
             return {}
         if thinking:
-            return self.traits.thinking.options
-        return self.traits.empty.options if self.reasoning in ("empty", "drop") else self.traits.bare.options
+            return self.traits.thinking_mode.options
+        traits = self.traits
+        mode = traits.empty_block_mode if self.reasoning in ("empty", "drop") else traits.default_mode
+        return mode.options
 
     def separate_reasoning(self, message: Message) -> Message:
         """Move reasoning at the start of an answer's text, in the template's own marks, to its own field.
@@ -157,24 +124,23 @@ class ChatTemplate:
                 return replace(message, content=answer.lstrip(), reasoning=reasoning.strip() or None)
         return message
 
-    def describe(self, thinking: int, rows: int) -> list[str]:
+    def describe(self, thinking: int, rows: int) -> Iterator[str]:
         """Describe how the template is used on `rows` conversations, `thinking` of which have reasoning."""
-        return [*self._describe_endings(), *self._describe_reasoning(thinking, rows), *self._describe_options()]
-
-    def _describe_endings(self) -> Iterator[str]:
         explanations = {
             "written": "",
             "later": ", which the template writes only before another turn: strop also writes it after the last one",
             "role": ", which begins the next turn: the template has no other end of turn, so it stops generation",
             "eos": ", the tokenizer's end-of-sequence token: the template has no token that only ends turns",
         }
-        usual, calls = self.traits.bare.ending, self.traits.bare.call_ending
-        yield f"an answer ends with {usual.stop}{explanations[usual.how]}"
-        if calls is not None and calls.stop != usual.stop:
+        default, calls = self.traits.default_mode.ending, self.traits.default_mode.call_ending
+        yield f"an answer ends with {default.stop}{explanations[default.how]}"
+        if calls is not None and calls.stop != default.stop:
             yield f"a turn that calls tools ends with {calls.stop}{explanations[calls.how]}"
+        yield from self._describe_reasoning(thinking, rows)
+        yield from self._describe_options()
 
     def _describe_reasoning(self, thinking: int, rows: int) -> Iterator[str]:
-        if not (self.supports_reasoning or self.traits.needs_empty):
+        if not (self.traits.reasoning or self.traits.reasoning_with_calls or self.traits.needs_empty_block):
             return
         explanation = {
             "as-is": "rows without it are trained as the template writes them",
@@ -184,31 +150,22 @@ class ChatTemplate:
         }[self.reasoning]
         yield f"reasoning: {self.reasoning}: {explanation} ({thinking:,} of {rows:,} rows have reasoning that is shown)"
         if options := self.serving_options(thinking=thinking, rows=rows):
-            values = ", ".join(f"{name}={jinja_literal(value)}" for name, value in options.items())
-            yield f"served as trained: {values} becomes the template's default"
+            yield f"served as trained: {_assignments(options)} becomes the template's default"
 
     def _describe_options(self) -> Iterator[str]:
-        values = [f"{name}={jinja_literal(value)}" for name, value in self.options.items() if name != CLOCK]
-        if values:
-            yield f"options written into the template: {', '.join(values)}"
-        required = [f"{name}={jinja_literal(value)}" for name, value in self.traits.input_format.required.items()]
-        if required:
-            yield f"written into the template, which does not render without it: {', '.join(required)}"
+        if values := _assignments({name: value for name, value in self.options.items() if name != CLOCK}):
+            yield f"options written into the template: {values}"
+        if required := _assignments(self.traits.input_format.required):
+            yield f"written into the template, which does not render without it: {required}"
         if day := fixed_day(self.source):
             fix = f"--data.template_options {CLOCK}=YYYY-MM-DD sets it"
             yield f"the template's date is {day}, in training and serving; {fix}"
 
     def prompt(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] = (),
-        *,
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *,
         options: Mapping[str, Any] | None = None,
-    ) -> Draft:
-        """Return the text of a prompt at inference, with the generation prompt and without spans.
-
-        options: for this prompt only. Raises RenderError.
-        """
+    ) -> Draft:  # fmt: skip
+        """Return a prompt at inference, with the generation prompt and without spans. Raises RenderError."""
         values, tool_values, masked = self._input_values(messages, tools, self.shows_reasoning(messages))
         if self.control.is_in(dict(options or {})):
             raise RenderError("control-token", "in an option of the template")
@@ -219,15 +176,15 @@ class ChatTemplate:
     def mode(self, messages: Sequence[Message]) -> Mode:
         """Return how to render a row. Raises RenderError if data.reasoning refuses it."""
         if self.shows_reasoning(messages):
-            return self.traits.thinking
+            return self.traits.thinking_mode
         if self.reasoning in ("empty", "drop"):
-            return self.traits.empty
+            return self.traits.empty_block_mode
         if self.reasoning == "refuse":
             if any(message.reasoning for message in messages):
                 raise RenderError("reasoning-not-shown")
-            if self.traits.needs_empty:
+            if self.traits.needs_empty_block:
                 raise RenderError("reasoning-missing")
-        return self.traits.bare
+        return self.traits.default_mode
 
     def drafts(self, conversation: Conversation, *, include_untrained: bool = False) -> list[Draft]:
         """Return the training texts of a conversation: one, or one a turn if the template rewrites earlier turns.
@@ -249,8 +206,8 @@ class ChatTemplate:
             last = i
             prompt = self._render(values[:i], variables, generation=True)
             text = self._render(values[: i + 1], variables)
-            joins = mode.thinking if has_reasoning and message.reasoning else mode.plain
-            text = _join_prompt(prompt, text, joins, values[i - 1]["content"] if i else "")
+            splices = mode.thinking_splices if has_reasoning and message.reasoning else mode.splices
+            text = _splice_prompt(prompt, text, splices, values[i - 1]["content"] if i else "")
             end, text = _end_turn(text, mode, calls=bool(message.tool_calls))
             if inside := [stop for stop in self.stops if text.find(stop, len(prompt), end - 1) >= 0]:
                 raise RenderError("stop-inside", inside[0])
@@ -268,12 +225,12 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], reasoning: bool
     ) -> tuple[list[dict[str, Any]], list[Any] | None, bool]:
         """Return messages and tools in the template's input format, and whether control tokens in them were masked."""
-        if not self.supports_system and any(message.role == "system" for message in messages):
+        if not self.traits.system and any(message.role == "system" for message in messages):
             raise RenderError("system-unsupported")
-        if tools and not self.supports_tools:
+        if tools and not self.traits.tools:
             raise RenderError("tools-unsupported", "a list of tools")
         for message in messages:
-            if message.tool_calls and not self.supports_tool_calls:
+            if message.tool_calls and not self.traits.calls:
                 raise RenderError("tools-unsupported", f"a call: {self.traits.call_error}".rstrip(": "))
             if len(message.tool_calls) > 1 and not self.traits.parallel_calls:
                 raise RenderError("tools-unsupported", "more than one call in a turn")
@@ -327,26 +284,32 @@ class ChatTemplate:
             raise RenderError("template-refused", str(error)) from error
 
 
-def _join_prompt(prompt: str, text: str, joins: Sequence[Join], last: Any) -> str:
+def _assignments(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={jinja_literal(value)}" for name, value in options.items())
+
+
+def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last: Any) -> str:
     """Return the training text with the prompt of inference as its prefix.
 
     last: content of the message before the turn. Raises RenderError if the two do not match.
     """
     candidates = [(prompt, "")]  # the text's equivalent of the prompt, and what to insert after the prompt
-    for join in joins:
-        if prompt.endswith(join.prompt):
-            lead = prompt[: len(prompt) - len(join.prompt)] + join.head + join.drop
-            candidates.insert(0 if join.head == join.prompt else len(candidates), (lead, join.insert))
-    for lead, insert in candidates:
-        if text.startswith(lead):
-            return prompt + insert + text[len(lead) :]
+    for splice in splices:
+        if prompt.endswith(splice.prompt_end):
+            text_prefix = prompt[: len(prompt) - len(splice.prompt_end)] + splice.text_head + splice.removed
+            candidates.insert(
+                0 if splice.text_head == splice.prompt_end else len(candidates), (text_prefix, splice.inserted)
+            )
+    for text_prefix, insert in candidates:
+        if text.startswith(text_prefix):
+            return prompt + insert + text[len(text_prefix) :]
     # A template may write earlier messages differently once an answer follows: then the prompt's version counts.
     forms = (last, json.dumps(last, ensure_ascii=False), json.dumps(last)) if isinstance(last, str) and last else ()
     for form in forms:
         start = prompt.rfind(form)
-        for lead, insert in candidates:
-            if start >= 0 and text.count(lead[start:]) == 1:
-                return prompt + insert + text[text.index(lead[start:]) + len(lead) - start :]
+        for text_prefix, insert in candidates:
+            if start >= 0 and text.count(text_prefix[start:]) == 1:
+                return prompt + insert + text[text.index(text_prefix[start:]) + len(text_prefix) - start :]
     raise RenderError("prompt-not-prefix")
 
 
@@ -360,7 +323,7 @@ def _end_turn(text: str, mode: Mode, *, calls: bool) -> tuple[int, str]:
 
 
 def _contains(text: str, part: str) -> bool:
-    """Return whether the text contains `part`, as it is or escaped as JSON."""
+    """Return whether the text contains `part`, unchanged or escaped as JSON."""
     return part in text or any(json.dumps(part, ensure_ascii=escape)[1:-1] in text for escape in (False, True))
 
 

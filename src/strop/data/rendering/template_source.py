@@ -1,4 +1,4 @@
-"""Find the text of a chat template, write options and the date into it, and check it for unusual code.
+"""Find the text of a chat template, write options and the date into it, check it, and render it within bounds.
 
 A value written into the text becomes the template's default: the adapter's tokenizer, a GGUF file, vLLM and `strop
 serve` all use it, the template's hash covers it, and a request may still override it.
@@ -6,14 +6,17 @@ serve` all use it, the template's hash covers it, and a request may still overri
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from jinja2 import meta, nodes
+from transformers.utils import chat_template_utils
 
 from strop.errors import ModelError, nearest
 
@@ -44,7 +47,6 @@ _STANDARD_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_f
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer begins a plain text with its bos token."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -56,18 +58,15 @@ def template_source(tokenizer: Any, choice: str | None) -> str | None:
     if choice in NAMED:
         stop = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
         if stop is None:
-            raise ModelError(
-                "the tokenizer has neither <|im_end|> nor an eos token", fix="choose another data.template"
-            )
+            what = "the tokenizer has neither <|im_end|> nor an eos token"
+            raise ModelError(what, fix="choose another data.template")
         start = "{{ bos_token }}" if adds_bos(tokenizer) else ""
         return NAMED[choice].replace("BOS", start).replace("STOP", stop)
     if choice is not None:
         path = Path(choice).expanduser()
         if not path.is_file():
-            raise ModelError(
-                f"data.template: no such template or file: {choice}{nearest(choice, NAMED)}",
-                fix=f"give {' or '.join(NAMED)}, or the path of a Jinja file",
-            )
+            what = f"data.template: no such template or file: {choice}{nearest(choice, NAMED)}"
+            raise ModelError(what, fix=f"give {' or '.join(NAMED)}, or the path of a Jinja file")
         return path.read_text(encoding="utf-8")
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -107,7 +106,6 @@ def _descendants(side: nodes.Node) -> list[nodes.Node]:
 
 
 def day_formats(tree: nodes.Template) -> list[str]:
-    """Return the formats in which a template reads the date."""
     calls = [(call.node, call.args[0]) for call in tree.find_all(nodes.Call) if call.args]
     formats = [argument for node, argument in calls if isinstance(node, nodes.Name) and node.name == CLOCK]
     return sorted({node.value for node in formats if isinstance(node, nodes.Const)})
@@ -124,9 +122,8 @@ def check_options(options: Mapping[str, Any], variables: frozenset[str], where: 
     for name in options:
         if name not in variables:
             known = ", ".join(sorted(variables)) or "no option"
-            raise ModelError(
-                f"{where}: the chat template reads no {name}{nearest(name, sorted(variables))}", fix=f"it reads {known}"
-            )
+            what = f"{where}: the chat template reads no {name}{nearest(name, sorted(variables))}"
+            raise ModelError(what, fix=f"it reads {known}")
 
 
 def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -> str:
@@ -144,9 +141,8 @@ def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -
         try:
             day = date.fromisoformat(str(requested))
         except ValueError:
-            raise ModelError(
-                f"data.template_options: {CLOCK}: {requested} is not a date", fix="write it as 2026-01-31"
-            ) from None
+            what = f"data.template_options: {CLOCK}: {requested} is not a date"
+            raise ModelError(what, fix="write it as 2026-01-31") from None
         days = ", ".join(f"{jinja_literal(form)}: {jinja_literal(day.strftime(form))}" for form in formats)
         head = f'{{%- macro {CLOCK}(form, day="{day}") -%}}'
         source = _FIXED_DAY.sub("", source)
@@ -156,7 +152,6 @@ def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -
 
 
 def jinja_literal(value: Any) -> str:
-    """Return a value as a Jinja literal."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -201,9 +196,93 @@ def _reads_content(test: nodes.Node) -> bool:
     """Return whether a comparison, or a call such as content.startswith(...), reads the text of a message."""
     if isinstance(test, nodes.Call) and not (isinstance(test.node, nodes.Getattr) and test.node.attr in _STRING_TESTS):
         return False
-    is_name = any(name.name == "content" for name in test.find_all(nodes.Name))
-    is_attribute = any(item.attr == "content" for item in test.find_all(nodes.Getattr))
-    is_key = any(
-        isinstance(item.arg, nodes.Const) and item.arg.value == "content" for item in test.find_all(nodes.Getitem)
-    )
-    return is_name or is_attribute or is_key
+    names = [name.name for name in test.find_all(nodes.Name)]
+    names += [item.attr for item in test.find_all(nodes.Getattr)]
+    names += [item.arg.value for item in test.find_all(nodes.Getitem) if isinstance(item.arg, nodes.Const)]
+    return "content" in names
+
+
+# --- rendering within bounds ---------------------------------------------------------------------------------------
+# Templates come from model files. transformers' sandbox protects the machine from them, but allows endless loops.
+
+MAX_CHARS = 100_000_000  # of one rendered conversation
+MAX_ITERATIONS = 10_000_000  # of all loops together while one conversation is rendered
+CALL_COST = 10  # iterations that a call counts as
+MAX_BITS = 10_000  # of a power
+
+# What a template may raise for an input that it was not written for.
+TEMPLATE_ERRORS: tuple[type[Exception], ...] = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
+
+
+class BoundedTemplate:
+    """A template, compiled as transformers does: raises jinja2.TemplateError, and TEMPLATE_ERRORS when rendered."""
+
+    def __init__(self, source: str) -> None:
+        # The environment of an empty template: compiling evaluates constants such as 'x' * 10**10, which must be
+        # bounded too.
+        self.environment: Any = copy.copy(chat_template_utils._compile_jinja_template("").environment)
+        filters = {"strop_counted": self._count_iterations, "strop_joined": _join}
+        self.environment.filters = {**self.environment.filters, **filters}
+        self._iterations = 0
+        self._call, self._binary = self.environment.call, self.environment.call_binop
+        self.environment.call = self._counted_call
+        self.environment.intercepted_binops = frozenset({"*", "**", "+"})
+        self.environment.call_binop = self._bounded_binary
+        tree = self.environment.parse(source)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, "strop_counted", [], [], None, None, lineno=loop.lineno)
+        for concat in list(tree.find_all(nodes.Concat)):  # a ~ b: repeated doubling would exhaust memory
+            parts = nodes.List(concat.nodes, lineno=concat.lineno)
+            concat.nodes = [nodes.Filter(parts, "strop_joined", [], [], None, None, lineno=concat.lineno)]
+        tree.set_environment(self.environment)
+        self._template = self.environment.from_string(tree)
+
+    def render(self, **variables: Any) -> str:
+        self._iterations = 0
+        parts, size = [], 0
+        for part in self._template.generate(**variables):
+            parts.append(part)
+            size += len(part)
+            if size > MAX_CHARS:
+                raise jinja2.TemplateRuntimeError(f"more than {MAX_CHARS} characters")
+        return "".join(parts)
+
+    def _count(self, iterations: int = 1) -> None:
+        self._iterations += iterations
+        if self._iterations > MAX_ITERATIONS:
+            raise jinja2.TemplateRuntimeError(f"more than {MAX_ITERATIONS} iterations of its loops")
+
+    def _count_iterations(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._count()
+            yield value
+
+    def _counted_call(self, *arguments: Any, **named: Any) -> Any:
+        self._count(CALL_COST)
+        return self._call(*arguments, **named)
+
+    def _bounded_binary(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+            _check_size(len(left) + len(right))
+        for sequence, times in ((left, right), (right, left)):
+            if operator == "*" and isinstance(times, int) and hasattr(sequence, "__len__"):
+                _check_size(len(sequence) * times)
+        is_power = operator == "**" and isinstance(left, int) and isinstance(right, int)
+        if is_power and left.bit_length() * right > MAX_BITS:
+            raise jinja2.TemplateRuntimeError(f"a number of more than {MAX_BITS} bits")
+        return self._binary(context, operator, left, right)
+
+
+def _join(values: Iterable[Any]) -> str:
+    """Join values like the operator ~ of Jinja."""
+    parts = [str(value) for value in values]
+    _check_size(sum(map(len, parts)))
+    return "".join(parts)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_CHARS:
+        raise jinja2.TemplateRuntimeError(f"a text of more than {MAX_CHARS} characters")

@@ -17,7 +17,7 @@ from strop.data.types import Ids
 from strop.engine.decode.cache import BLOCK_SIZE, MAX_SEQUENCES, PREFILL_ROWS, CacheFull, blocks_for
 from strop.engine.decode.decoder import Chunk, CompiledDecoder, Decoder, kv_bytes_per_position
 from strop.engine.decode.sampling import NoToken, PassOutput, SequenceState, Token
-from strop.engine.kernels.dispatch import logprobs_of
+from strop.engine.kernels.dispatch import token_logprobs
 from strop.errors import ModelError
 from strop.machine.probe import probe
 
@@ -42,12 +42,7 @@ class Batch:
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        max_sequences: int,
-        *,
-        prefill_rows: int = PREFILL_ROWS,
-        speculative: bool = True,
+        self, decoder: Decoder, max_sequences: int, *, prefill_rows: int = PREFILL_ROWS, speculative: bool = True
     ) -> None:
         self._decoder, self._max_sequences = decoder, max_sequences
         self._speculative, self._prefill_rows = speculative, prefill_rows
@@ -102,12 +97,9 @@ class Batch:
         """
         chunks = self._chunks()
         progress = []
-        argmax_only = all(
-            sequence.needs_argmax_only and not sequence.is_scoring
-            for chunk in chunks
-            if chunk.num_outputs
-            for sequence in (chunk.sequence, *self._followers.get(chunk.sequence, ()))
-        )
+        leaders = [chunk.sequence for chunk in chunks if chunk.num_outputs]
+        samplers = [*leaders, *(follower for leader in leaders for follower in self._followers.get(leader, ()))]
+        argmax_only = all(sequence.needs_argmax_only and not sequence.is_scoring for sequence in samplers)
         output = self._decoder.forward(chunks, logits=not argmax_only)
         start = 0
         for chunk in chunks:
@@ -160,7 +152,7 @@ def _score(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:
     # nothing follows the last position, so its score is not used
     expected = np.append(sequence.ids[start + 1 : sequence.num_cached + 1], 0)[: chunk.num_outputs]
     argmax = np.where(output.finite, output.argmax, -1)
-    return sequence.score_expected(start, argmax, logprobs_of(output.logits, expected))
+    return sequence.score_expected(start, argmax, token_logprobs(output.logits, expected))
 
 
 def _append_samples(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:
@@ -229,7 +221,10 @@ def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
     """
     blocks = sorted((blocks_for(sequence.max_length) for sequence in sequences), reverse=True)
     block_bytes = BLOCK_SIZE * kv_bytes_per_position(model)
-    decoder = _kept_decoder(model)
+    versions, decoder = getattr(model, _ATTRIBUTE, None) or (None, None)
+    if decoder is not None and versions != _weight_versions(model):
+        drop_decoder(model)
+        decoder = None
     free = int(probe().free_bytes * CACHE_SHARE) // block_bytes + (decoder.blocks.count if decoder else 0)
     counts = range(1, min(MAX_SEQUENCES, len(blocks)) + 1)
     max_sequences = max((count for count in counts if sum(blocks[:count]) <= free), default=0)
@@ -237,11 +232,11 @@ def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
         gib = blocks[0] * block_bytes / 2**30
         what = f"not enough memory for the keys and values of one sequence ({gib:.2f} GiB)"
         raise ModelError(what, fix="ask for shorter completions")
-    wanted = sum(blocks[:max_sequences])
-    if decoder is None or decoder.blocks.count < wanted:
+    num_blocks = sum(blocks[:max_sequences])
+    if decoder is None or decoder.blocks.count < num_blocks:
         decoder = None
         drop_decoder(model)  # frees the old cache before the new one is allocated
-        decoder = CompiledDecoder(model, wanted * BLOCK_SIZE)
+        decoder = CompiledDecoder(model, num_blocks * BLOCK_SIZE)
         setattr(model, _ATTRIBUTE, (_weight_versions(model), decoder))
     return Batch(decoder, max_sequences)
 
@@ -249,14 +244,6 @@ def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
 def drop_decoder(model: nn.Module) -> None:
     """Free the decoder that is kept with a model, and its cache."""
     setattr(model, _ATTRIBUTE, None)
-
-
-def _kept_decoder(model: nn.Module) -> CompiledDecoder | None:
-    versions, decoder = getattr(model, _ATTRIBUTE, None) or (None, None)
-    if decoder is not None and versions != _weight_versions(model):
-        drop_decoder(model)
-        return None
-    return decoder
 
 
 def _weight_versions(model: nn.Module) -> list[tuple[int, int]]:

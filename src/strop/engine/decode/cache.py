@@ -128,7 +128,6 @@ class BlockPool:
         self._num_users[block] = self._num_users.get(block, 0) + 1
 
     def _drop_candidate(self, block: int) -> None:
-        """Stop offering a block for partial matches."""
         previous_key = self._previous_key.pop(block, None)
         if previous_key is not None:
             del self._successors[previous_key][block]

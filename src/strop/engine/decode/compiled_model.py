@@ -1,4 +1,9 @@
-"""A model in the form that the decoding kernels take: its own weights in place, the adapters in contiguous copies."""
+"""The model as used by the decoding kernels, which share its weights; the adapters are copied.
+
+Greedy decoding does not compute all logits: an int8 copy of the head selects candidates, whose exact logits are
+compared. The argmax is exact: the error of the approximate logits is bounded, and all tokens within the bound are
+candidates.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +14,44 @@ from typing import Any
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from strop.engine.decode.cache import BLOCK_SIZE
-from strop.engine.decode.exact_argmax import ExactArgmax, exact_argmax_for
 from strop.engine.decode.sampling import PassOutput
-from strop.engine.kernels.dispatch import answering_loops
+from strop.engine.kernels.dispatch import argmax_kernels, decode_kernels
 from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
-from strop.engine.train.linear import Quantized
 from strop.engine.train.peft_modules import base_of
-from strop.machine.malloc import own_pages
+from strop.machine.memory import map_pages
 from strop.models.families.layers import ACTIVATIONS
+from strop.models.quantize import QuantizedLinear
+
+MIN_HEAD_SHARE = 0.1  # minimum share of the head in the bytes read per token; a smaller head gains nothing
+PAUSE_PASSES = 16  # passes with full logits after one with too many candidates
+_CHUNK_ELEMENTS = 1 << 20  # elements of the head quantized at a time
 
 
 class CompiledModel:
     """The forward pass of a model on a CPU, in fp32 or bf16, with a paged KV cache.
 
-    num_blocks: of the cache. adapters: names of the LoRA adapters, whose weights are copied. warm: compile the kernels
-    in another process first.
+    num_blocks: number of cache blocks. adapters: names of the LoRA adapters, whose weights are copied. warm: compile
+    the kernels in another process first.
     """
 
     def __init__(self, layers: DecoderLayers, num_blocks: int, adapters: Sequence[str], *, warm: bool = True) -> None:
-        self._loops: Any = answering_loops(layers.head.weight.dtype if warm else None)
+        self._kernels: Any = decode_kernels(layers.head.weight.dtype if warm else None)
         self._layers = layers
-        self._half = layers.head.weight.dtype == torch.bfloat16
+        self._has_bf16_weights = layers.head.weight.dtype == torch.bfloat16
         self._dtype = activation_dtype(layers.head.weight.dtype)
         self._num_threads = torch.get_num_threads()
         parts = [layers.part(number) for number in range(len(layers))]
         self._rope_kinds = [part.rope for part in parts]
-        self._act = getattr(self._loops, ACTIVATIONS[parts[0].activation])
+        self._act = self._kernels.KINDS[ACTIVATIONS[parts[0].activation]]
         width = padded_head_size(parts[0].size)
         shape = (num_blocks, parts[0].key_value, BLOCK_SIZE, width)
         self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in parts] for _ in range(2))
         self._cache = [(_array(k), _array(v)) for k, v in zip(self._keys, self._values, strict=True)]
         self._norm = self._build_norm(layers.norm)
-        self._head = self._loops.Dense(_array(layers.head.weight.data))
+        self._head = self._kernels.Dense(_array(layers.head.weight.data))
         self._logits = np.empty((0, 0), np.float32)
         self._query_width = parts[0].query * width
         self._adapters = list(adapters)
@@ -55,41 +63,43 @@ class CompiledModel:
         self._max_outputs = max(sum(_num_outputs(weight) for weight in linear.weights) for linear in linears)
         self._max_rank = max(int(linear.rows[:, 1].max(initial=0)) for linear in linears)
         packed = [weight for linear in linears for weight in linear.weights if hasattr(weight, "code")]
-        multiplies_int8 = self._loops.AS_HELD and self._dtype == torch.bfloat16
+        multiplies_int8 = self._kernels.INT8_DOTS and self._dtype == torch.bfloat16
         int8 = [weight for weight in packed if multiplies_int8 and weight.w.dtype == np.int8]
         self._quantizes_inputs = int(len(int8) > 0)
-        self.unpacks_weights = len(int8) < len(packed)  # other quantized weights are dequantized for each product
-        self._num_rows, self._room, self._num_positions = 0, None, 0
+        self.unpacks_weights = len(int8) < len(packed)  # the others are dequantized for each matmul
+        self._num_rows, self._buffers, self._num_positions = 0, None, 0
         self._exact_argmax = self._make_exact_argmax(layers)
 
-    def __call__(self, ids: Any, rows: tuple[Any, ...], num_positions: int, picked: Any, *, logits: bool) -> PassOutput:
+    def __call__(
+        self, ids: Any, rows: tuple[Any, ...], num_positions: int, output_rows: Any, *, logits: bool
+    ) -> PassOutput:
         """Run the forward pass.
 
         Args:
             ids: token ids of all rows, (T,), int64.
             rows: the fields of decode_layer.Rows.
             num_positions: largest position of a row + 1.
-            picked: the rows that give outputs, (P,).
+            output_rows: indices of the rows whose outputs are needed, (P,).
             logits: whether logits are needed; if not, the output may have the argmax only.
         """
-        loops, layers = self._loops, self._layers
+        kernels, layers = self._kernels, self._layers
         self._extend_rope(num_positions)
         self._reserve_rows(len(ids))
         hidden = layers.embedded(torch.from_numpy(ids)).float().contiguous().numpy()
         if layers.family.embedding_norm:
-            loops.leave(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
+            kernels.add_residual(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
         for layer in self._layers_with_cache:
-            loops.through(layer, self._room, hidden, *rows, self._num_threads)
-        if not len(picked):
+            kernels.layer_forward(layer, self._buffers, hidden, *rows, self._num_threads)
+        if not len(output_rows):
             return PassOutput(np.empty(0, np.int64), np.empty(0, np.bool_))
-        z = _array(torch.empty(len(picked), hidden.shape[1], dtype=self._dtype))
-        loops.enter(self._norm, hidden[picked], z)
+        z = _array(torch.empty(len(output_rows), hidden.shape[1], dtype=self._dtype))
+        kernels.norm_input(self._norm, hidden[output_rows], z)
         if not logits and self._exact_argmax is not None and (argmax := self._exact_argmax.argmax(z)) is not None:
             return PassOutput(argmax, np.ones(len(argmax), np.bool_))
-        if len(picked) > len(self._logits):  # reused: fresh memory takes as long as computing the logits
-            self._logits = np.empty((len(picked), len(self._head.w)), np.float32)
-        all_logits = self._logits[: len(picked)]
-        loops.alone(self._head, z, all_logits, self._num_threads)
+        if len(output_rows) > len(self._logits):  # reused: fresh memory takes as long as computing the logits
+            self._logits = np.empty((len(output_rows), len(self._head.w)), np.float32)
+        all_logits = self._logits[: len(output_rows)]
+        kernels.dense_matmul(self._head, z, all_logits, self._num_threads)
         return PassOutput.from_logits(self._transform_logits(all_logits))
 
     def copy_block(self, source: int, target: int) -> None:
@@ -115,19 +125,19 @@ class CompiledModel:
         return exact_argmax_for(layers.head, self._head.w, z, layers.logits_scale, layers.softcap, num_bytes)
 
     def _reserve_rows(self, count: int) -> None:
-        """Allocate the buffers of a pass over `count` rows."""
+        """Allocate the buffers for a pass over `count` rows."""
         if count > self._num_rows:
             self._num_rows = count
-            room = self._loops.Room(
+            buffers = self._kernels.Buffers(
                 z=_array(torch.zeros(count * self._max_width, dtype=self._dtype)),
                 q=_array(torch.zeros(count * self._query_width, dtype=self._dtype)),
                 y=np.zeros(count * self._max_outputs, np.float32),
                 u=np.zeros(count * max(self._max_rank, 1), np.float32),
-                like=np.empty(0, np.uint16 if self._half else np.float32),
+                like=np.empty(0, np.uint16 if self._has_bf16_weights else np.float32),
                 x=torch.zeros(count * self._max_width * self._quantizes_inputs, dtype=torch.int16).numpy(),
                 scales=np.zeros(count * self._quantizes_inputs, np.float32),
             )
-            self._room = self._loops.HeldRoom(room)
+            self._buffers = self._kernels.BuffersRef(buffers)
 
     def _extend_rope(self, num_positions: int) -> None:
         """Make the tables of the rotary embedding cover `num_positions`."""
@@ -138,36 +148,36 @@ class CompiledModel:
         scale = self._layers.family.query_scale
         factor = torch.empty(0) if scale is None else scale(self._layers.config, at).float()
         tables = {
-            kind: self._loops.Turn(_array(cos.float()), _array(sin.float()), _array(factor))
+            kind: self._kernels.RopeTables(_array(cos.float()), _array(sin.float()), _array(factor))
             for kind, (cos, sin) in self._layers.angles(at).items()
         }
         self._layers_with_cache = [
-            self._loops.Held(layer._replace(turn=tables[kind]), *cache)
+            self._kernels.LayerRef(layer._replace(rope=tables[kind]), *cache)
             for layer, kind, cache in zip(self._built, self._rope_kinds, self._cache, strict=True)
         ]
 
     def _build_norm(self, part: NormSpec | None) -> Any:
         empty = np.empty(0, np.float32)
         if part is None:
-            return self._loops.Norm(0, empty, empty, np.float32(0.0))
+            return self._kernels.Norm(0, empty, empty, np.float32(0.0))
         weight = _array(part.weight.float() + part.offset)
         bias = empty if part.bias is None else _array(part.bias.float())
-        return self._loops.Norm(2 if part.centered else 1, weight, bias, np.float32(part.eps))
+        return self._kernels.Norm(2 if part.centered else 1, weight, bias, np.float32(part.eps))
 
     def _build_layer(self, part: Any) -> Any:
         fused = self._layers.family.fused_heads
         size, heads = part.size, part.query
-        shape = self._loops.Shape(
+        shape = self._kernels.Shape(
             query=heads, key_value=part.key_value, size=size,
             k_at=size if fused else heads * size,
             v_at=2 * size if fused else (heads + part.key_value) * size,
             step=3 * size if fused else size,
-            neighbours=self._layers.family.pairs == "neighbours",
-            turned_first=self._layers.family.turned_first,
+            interleaved=self._layers.family.rope_pairs == "interleaved",
+            rope_before_norm=self._layers.family.rope_before_norm,
             window=part.window, scale=np.float32(part.scale), softcap=np.float32(part.softcap),
         )  # fmt: skip
         inner, gated = base_of(part.down[0]).in_features, self._layers.family.gated
-        return self._loops.Layer(
+        return self._kernels.Layer(
             *(self._build_linear(modules) for modules in (part.qkv, part.o, part.gate_up, part.down)),
             before_attention=self._build_norm(part.before_attention),
             q_norm=self._build_norm(part.q_norm),
@@ -175,8 +185,8 @@ class CompiledModel:
             after_attention=self._build_norm(part.after_attention),
             before_mlp=self._build_norm(part.before_mlp),
             after_mlp=self._build_norm(part.after_mlp),
-            shape=shape, turn=None, inner=inner, gated=gated, act=self._act,
-            about=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
+            shape=shape, rope=None, inner=inner, gated=gated, act=self._act,
+            xielu_parameters=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
             scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
 
@@ -190,7 +200,7 @@ class CompiledModel:
                 np.zeros(base.out_features, np.float32) if base.bias is None else base.bias.detach().float().numpy()
                 for base in bases
             ])  # fmt: skip
-        return self._loops.Linear(weights, bias, *self._build_adapters(modules, bases))
+        return self._kernels.Linear(weights, bias, *self._build_adapters(modules, bases))
 
     def _build_adapters(self, modules: list[Any], bases: list[Any]) -> tuple[Any, ...]:
         """Return the fields a, rows, b, spans and gains of a kernel's Linear: the adapters of fused linear layers."""
@@ -223,32 +233,32 @@ class CompiledModel:
         )
 
     def _build_weight(self, base: Any, *, dequantize: bool) -> Any:
-        if not isinstance(base, Quantized):
-            return self._loops.Dense(_array(base.weight.data))
-        packed = None if dequantize else base.packed()
+        if not isinstance(base, QuantizedLinear):
+            return self._kernels.Dense(_array(base.weight.data))
+        packed = None if dequantize else base.packed_weight()
         if packed is None:
-            return self._loops.Dense(_array(base.dequantized()))
+            return self._kernels.Dense(_array(base.dequantize()))
         weight, scale = _array(packed.weight.flatten()), _array(packed.scale)
         n = len(weight) * (1 if packed.code is None else 2) // base.in_features
         if packed.code is None:
-            return self._loops.Packed(weight, scale, np.empty(0, np.float32), base.in_features, n)
-        return self._loops.Packed(weight, scale, _array(packed.code), packed.share, n)
+            return self._kernels.Quantized(weight, scale, np.empty(0, np.float32), base.in_features, n)
+        return self._kernels.Quantized(weight, scale, _array(packed.code), packed.share, n)
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of matmul inputs and the cache: bf16 if the weights are and the CPU multiplies it, else fp32."""
-    return torch.bfloat16 if dtype == torch.bfloat16 and answering_loops().HAS_BF16 else torch.float32
+    """Return the dtype of matmul inputs and the cache: bf16 if the weights and the CPU allow it, else fp32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and decode_kernels().HAS_BF16 else torch.float32
 
 
 def padded_head_size(size: int) -> int:
-    """Return the values that a head takes in the cache: a multiple of the vector length."""
-    lanes: int = answering_loops().LANES
+    """Return the number of values per head in the cache: a multiple of the vector length."""
+    lanes: int = decode_kernels().LANES
     return -(-size // lanes) * lanes
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return zeros that take no memory until they are written (torch.zeros writes them all)."""
-    return torch.frombuffer(own_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    return torch.frombuffer(map_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _array(x: Tensor) -> Any:
@@ -262,7 +272,101 @@ def _num_outputs(weight: Any) -> int:
 
 def _dora_gains(module: Any, name: str, base: Any) -> Any:
     """Return DoRA's m / |W + s B A| for each output."""
-    weight = (base.dequantized() if isinstance(base, Quantized) else base.weight).detach().float()
+    weight = (base.dequantize() if isinstance(base, QuantizedLinear) else base.weight).detach().float()
     down, up = module.lora_A[name].weight.detach().float(), module.lora_B[name].weight.detach().float()
     norm = torch.linalg.vector_norm(weight + float(module.scaling[name]) * (up @ down), dim=1)
     return (module.lora_magnitude_vector[name].weight.detach().float() / norm).numpy()
+
+
+class ExactArgmax:
+    """Argmax of the logits of hidden states. The int8 copy is made at the first call.
+
+    weight: of the head, (V, h). array: the same weight as a NumPy array for the kernels. scale: factor of the logits.
+    """
+
+    def __init__(self, weight: Tensor, array: Any, scale: float) -> None:
+        self._kernels: Any = argmax_kernels()
+        self._weight, self._array, self._scale = weight.detach(), array, np.float32(scale)
+        self._num_threads = torch.get_num_threads()
+        self._quantized: tuple[Any, Any] | None = None
+        self._pause = 0
+
+    def argmax(self, z: Any) -> Any:
+        """Return the token with the greatest logit of each row of z (P, h), as (P,); None if all logits are needed."""
+        if self._pause:
+            self._pause -= 1
+            return None
+        tokens = self._argmax(z)
+        if tokens is None:
+            self._pause = PAUSE_PASSES
+        return tokens
+
+    def _argmax(self, z: Any) -> Any:
+        kernels, num_threads, num_rows = self._kernels, self._num_threads, len(z)
+        if self._quantized is None:
+            values, scales, bounds = quantize_head(self._weight, kernels.LANES)
+            self._quantized = (
+                kernels.Quantized(values, scales, np.empty(0, np.float32), z.shape[1], len(scales)), bounds,
+            )  # fmt: skip
+        head, bounds = self._quantized
+        approximate = np.empty((num_rows, head.n), np.float32)
+        if z.dtype == np.uint16:
+            x, scales = np.empty(z.shape, np.int16), np.empty(num_rows, np.float32)
+            kernels.quantize_rows(z, x, scales)
+            kernels.int8_matmul(head, x, scales, approximate, 0, num_threads)
+        else:
+            kernels.quantized_matmul(head, z[:0, 0], z, approximate, 0, num_threads)
+        norms, counts = np.empty(num_rows, np.float32), np.empty(num_rows, np.int64)
+        chosen = np.empty((num_rows, kernels.MAX_CANDIDATES), np.int64)
+        kernels.find_candidates(approximate, bounds, z, norms, chosen, counts)
+        if not np.isfinite(norms).all() or not np.isfinite(bounds[0]) or counts.max() > kernels.MAX_CANDIDATES:
+            return None
+        tokens = np.unique(np.concatenate([row[:count] for row, count in zip(chosen, counts, strict=True)]))
+        if not 0 < len(tokens) <= kernels.MAX_CANDIDATES:
+            return None
+        padded = np.append(tokens, np.repeat(tokens[-1:], -len(tokens) % kernels.LANES))
+        logits = np.empty((num_rows, len(padded)), np.float32)
+        kernels.dense_matmul(kernels.Dense(self._array[padded]), z, logits, num_threads)
+        candidates = logits[:, : len(tokens)] * self._scale
+        return tokens[candidates.argmax(1)] if np.isfinite(candidates).all() else None
+
+
+def quantize_head(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
+    """Quantize a head (V, h) to int8, row by row, and bound the error of its logits: (values, scales, bounds).
+
+    values (N h,), int8, N: V rounded up to a multiple of `lanes`. scales (N,), fp32. bounds (V,), fp32: greatest error
+    of a logit for a hidden state of norm 1, from quantization, from sums in fp32 and from rounding the hidden state to
+    16 bits; NaN if a value is not finite.
+    """
+    n, k = weight.shape
+    num_rows = -(-n // lanes) * lanes
+    values, scales = np.zeros((num_rows, k), np.int8), np.zeros(num_rows, np.float32)
+    bounds = np.empty(n, np.float32)
+    rounding, step = k * 2.0**-22 + k**0.5 / 65_534, max(1, _CHUNK_ELEMENTS // k)
+    for begin in range(0, n, step):
+        rows = slice(begin, min(n, begin + step))
+        part = weight[rows].float()
+        scale = part.abs().amax(1) / 127
+        quantized = (part / torch.where(scale > 0, scale, 1.0)[:, None]).round_()
+        values[rows], scales[rows] = quantized.to(torch.int8).numpy(), scale.numpy()
+        error, norm = torch.linalg.vector_norm(part - quantized * scale[:, None], dim=1), part.norm(dim=1)
+        bounds[rows] = (1.01 * (error + rounding * (norm + error))).numpy()
+    if not np.isfinite(bounds).all():
+        bounds[:] = np.nan
+    return values.reshape(-1), scales, bounds
+
+
+def exact_argmax_for(
+    head: nn.Linear, array: Any, z: Any, scale: float, softcap: float | None, other_bytes: int
+) -> ExactArgmax | None:
+    """Return an ExactArgmax for a head if it is exact and faster than full logits, else None.
+
+    z: an array of the type of the hidden states. other_bytes: size of all other weights.
+    """
+    kernels, (n, k) = argmax_kernels(), head.weight.shape
+    linear = head.bias is None and not softcap and scale > 0
+    exact = z.dtype == np.float32 or (
+        kernels.INT8_DOTS and kernels.supports_width(k) and (not kernels.USES_AMX or n % kernels.LANES == 0)
+    )
+    is_faster = head.weight.nbytes > MIN_HEAD_SHARE * (head.weight.nbytes + other_bytes)
+    return ExactArgmax(head.weight, array, scale) if linear and exact and is_faster else None

@@ -23,15 +23,16 @@ from strop.engine.decode.compiled_model import CompiledModel, activation_dtype, 
 from strop.engine.decode.sampling import PassOutput, SequenceState
 from strop.engine.layers import DecoderLayers
 from strop.engine.train.eligibility import why_adapter_unsupported, why_base_unsupported
-from strop.models.biases import has_own_biases
-from strop.models.families.layers import ACTIVATIONS, FAMILIES, activation_of, linears, text_of
+from strop.models.adapters import has_trained_biases
+from strop.models.families.layers import ACTIVATIONS, activation_name, linears, text_decoder
+from strop.models.families.table import FAMILIES
 
 MAX_QUERY_HEADS = 48  # of one sequence that share a read of the keys; more would not save memory traffic
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a pass processes of a sequence: the next `count` uncached positions, then the tokens of a draft.
+    """The part of a sequence that a pass processes: the next `count` uncached positions, then the tokens of a draft.
 
     num_outputs: the last so many positions give outputs.
     """
@@ -43,7 +44,7 @@ class Chunk:
 
 
 class Decoder(Protocol):
-    """What Batch needs of a decoder.
+    """The interface of a decoder that Batch uses.
 
     num_cheap_rows: a pass over this many rows takes hardly longer than over one.
     """
@@ -198,7 +199,7 @@ def active_adapter(model: nn.Module) -> str | None:
     """Return the adapter that is active; None if the base model is. The model has one active adapter at most."""
     adapters = _active_adapters(model)
     assert len(adapters) < 2, adapters
-    return adapters[0] if adapters else None
+    return next(iter(adapters), None)
 
 
 def _active_adapters(model: nn.Module) -> list[str]:
@@ -208,7 +209,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 def why_not_decoder(model: nn.Module) -> str | None:
     """Return why CompiledDecoder does not support a model; None if it does."""
-    if has_own_biases(model):  # the base and the adapter could not share a batch
+    if has_trained_biases(model):  # the base and the adapter could not share a batch
         return "the adapter has trained biases"
     if len(_active_adapters(model)) > 1:
         return "several adapters are active at once"
@@ -217,17 +218,17 @@ def why_not_decoder(model: nn.Module) -> str | None:
     family = FAMILIES.get(kind)
     if family is None:
         return f"model family {kind} is not in the table of the fast step"
-    if not family.by_hand:
-        return f"{kind}: {family.by_model}"
-    decoder, config = text_of(base)
+    if not family.fully_fused:
+        return f"{kind}: {family.model_parts}"
+    decoder, config = text_decoder(base)
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained in full"
         if isinstance(module, LoraLayer) and (reason := why_adapter_unsupported(name, module, known)) is not None:
             return reason
-    if activation_of(config) not in ACTIVATIONS:
-        return f"activation {activation_of(config)}"
+    if activation_name(config) not in ACTIVATIONS:
+        return f"activation {activation_name(config)}"
     head = base.get_output_embeddings()
     if head.weight.device.type != "cpu" or head.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights in {head.weight.dtype} on {head.weight.device.type}: the compiled decoder needs a CPU"

@@ -22,9 +22,9 @@ from strop.engine.decode.decoder import active_adapter, why_not_decoder
 from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.errors import InputError, ModelError, NonFiniteError
-from strop.models.biases import without_adapter
-from strop.models.detokenizer import Words
+from strop.models.adapters import adapter_disabled
 from strop.models.introspect import learned_positions
+from strop.models.tokenizer import TextStream
 
 HF_BATCH_SIZE = 16  # prompts in a batch of transformers' generate
 
@@ -76,26 +76,17 @@ def generate(
     partial: bool = False,
     expected: Sequence[ExpectedCompletion | None] = (),
 ) -> list[Completion]:
-    """Generate one completion for each prompt, in order, with the adapter that is active.
+    """Generate one completion for each prompt of token ids, in order, with the adapter that is active.
 
-    Args:
-        model: a causal language model, with or without PEFT adapters.
-        tokenizer: decodes the completions.
-        prompts: token ids.
-        stop_ids: tokens that end a completion, in addition to those of the model's generation config.
-        max_new_tokens: greatest length of a completion.
-        sampling: None for greedy decoding.
-        on_text: called with the text of the completion piece by piece, for a single prompt.
-        advance: called with the number of completions that are finished.
-        both: return the completions of the base model for all prompts, then those with the adapter.
-        partial: on Ctrl-C, return the completions of the first prompts, as far as they are finished, instead of
-            raising KeyboardInterrupt.
-        expected: reference completions, whose tokens are scored. They do not change the output, and make it faster
-            where they are right. Ignored by transformers' generate.
+    stop_ids: tokens that end a completion, in addition to those of the model's generation config. sampling: None for
+    greedy decoding. on_text: called with the text of a single prompt's completion piece by piece. advance: called with
+    the number of finished completions. both: return the completions of the base model for all prompts, then those with
+    the adapter. partial: on Ctrl-C, return the completions of the first prompts, as far as they are finished. expected:
+    reference completions, whose tokens are scored; they do not change the output, and make it faster where they are
+    right (ignored by transformers' generate).
 
-    Raises:
-        InputError: if max_new_tokens is below 1, or a prompt is too long for a model with learned positions.
-        ModelError: if a token is not in the model's vocabulary, or the logits are not finite.
+    Raises InputError if max_new_tokens is below 1 or a prompt is too long for a model with learned positions, and
+    ModelError if a token is not in the model's vocabulary or the logits are not finite.
     """
     stop_ids = (*stop_ids, *generation_stop_ids(cast(Any, model).generation_config))
     if max_new_tokens < 1:
@@ -113,9 +104,14 @@ def generate(
             raise InputError(what, fix="give a shorter prompt; in a chat, /reset starts again")
         max_new_tokens = min(max_new_tokens, positions - longest)
     if why_not_decoder(model) is not None:
-        return _generate_with_hf(
-            model, tokenizer, prompts, stop_ids, max_new_tokens, sampling or Sampling(), on_text, advance, both
-        )
+        streamer = TextCallbackStreamer(tokenizer, on_text) if on_text is not None else None
+        options = stop_ids, max_new_tokens, sampling or Sampling(), streamer
+        if not both:
+            return _generate_with_hf(model, tokenizer, prompts, *options, advance)
+        with adapter_disabled(cast(Any, model)):
+            base = _generate_with_hf(model, tokenizer, prompts, *options, advance)
+        after = None if advance is None else lambda done: advance(len(prompts) + done)
+        return base + _generate_with_hf(model, tokenizer, prompts, *options, after)
     adapter = active_adapter(model)
     adapters = [None, adapter] if both else [adapter]
     rows = [
@@ -129,7 +125,7 @@ def generate(
         for row, (ids, reference) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
     ]  # fmt: skip
     sequences = [sequence for row in rows for sequence in row]
-    detokenizer = Words(tokenizer, ()) if on_text is not None else None
+    detokenizer = TextStream(tokenizer, ()) if on_text is not None else None
     num_finished = 0
     try:
         for progress in decode_all(batch_for(model, sequences), sequences):
@@ -150,13 +146,7 @@ def generate(
     if detokenizer is not None and on_text is not None:
         on_text(detokenizer.end())
     ordered = [row[side] for side in range(len(adapters)) for row in rows]
-    return [
-        replace(
-            _completion(tokenizer, sequence.completion, stop_ids),
-            logprobs=sequence.expected_logprobs if len(sequence.expected_logprobs) else None,
-        )
-        for sequence in ordered
-    ]
+    return [_completion(tokenizer, x.completion, stop_ids, x.expected_logprobs) for x in ordered]
 
 
 def sample_completions(
@@ -197,15 +187,12 @@ def sample_completions(
         drop_decoder(model)  # the training step needs the memory
     if any(sequence.finish_reason == "failed" for sequence in sequences):
         raise _not_finite()
-    return [
-        [
-            SampledCompletion(
-                np.array(sequence.completion, np.int32), np.array(log_probs[sequence]), sequence.finish_reason == "stop"
-            )
-            for sequence in group
-        ]
-        for group in groups
-    ]
+
+    def completion(sequence: SequenceState) -> SampledCompletion:
+        ids, stopped = np.array(sequence.completion, np.int32), sequence.finish_reason == "stop"
+        return SampledCompletion(ids, np.array(log_probs[sequence]), stopped)
+
+    return [[completion(sequence) for sequence in group] for group in groups]
 
 
 def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
@@ -228,21 +215,13 @@ def _generate_with_hf(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
-    on_text: Callable[[str], None] | None,
+    streamer: TextCallbackStreamer | None,
     advance: Callable[[int], None] | None,
-    both: bool,
 ) -> list[Completion]:
     """Run `generate` on transformers' generate. Prompts of similar length share a batch, to pad little."""
-    if both:
-        options = stop_ids, max_new_tokens, sampling, on_text
-        with without_adapter(cast(Any, model)):
-            base = _generate_with_hf(model, tokenizer, prompts, *options, advance, False)
-        after = None if advance is None else lambda done: advance(len(prompts) + done)
-        return base + _generate_with_hf(model, tokenizer, prompts, *options, after, False)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    streamer = TextCallbackStreamer(tokenizer, on_text) if on_text is not None else None
     completions: dict[int, Completion] = {}
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     for start in range(0, len(order), HF_BATCH_SIZE):
@@ -285,10 +264,12 @@ def _length(tokens: Sequence[int], stop_ids: Sequence[int]) -> tuple[int, bool]:
     return (len(tokens), False) if end is None else (end, True)
 
 
-def _completion(tokenizer: Any, tokens: list[int], stop_ids: Sequence[int]) -> Completion:
+def _completion(
+    tokenizer: Any, tokens: list[int], stop_ids: Sequence[int], logprobs: Sequence[float] | LogProbs = ()
+) -> Completion:
     length, stopped = _length(tokens, stop_ids)
     text = tokenizer.decode(tokens[: length - stopped], skip_special_tokens=True)
-    return Completion(text, length, stopped)
+    return Completion(text, length, stopped, np.asarray(logprobs) if len(logprobs) else None)
 
 
 def _not_finite() -> NonFiniteError:

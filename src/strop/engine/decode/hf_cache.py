@@ -61,15 +61,15 @@ class DecodeCache(Cache):  # type: ignore[misc]
     def add(self, kv: Kv) -> None:
         """Add a row at the end."""
         length = kv[0][0].shape[2]
+        keys, values = zip(*kv, strict=True)
         if not self._keys:
-            self._keys = [keys.new_zeros(0, keys.shape[1], 0, keys.shape[3]) for keys, _ in kv]
-            self._values = [values.new_zeros(0, values.shape[1], 0, values.shape[3]) for _, values in kv]
+            self._keys, self._values = (
+                [x.new_zeros(0, x.shape[1], 0, x.shape[3]) for x in part] for part in (keys, values)
+            )
         row = len(self.lengths)
         self._grow(row + 1, max(length + 1, self.width))
-        for target, (keys, _) in zip(self._keys, kv, strict=True):
-            target[row, :, :length] = keys[0]
-        for target, (_, values) in zip(self._values, kv, strict=True):
-            target[row, :, :length] = values[0]
+        for buffer, x in zip((*self._keys, *self._values), (*keys, *values), strict=True):
+            buffer[row, :, :length] = x[0]
         self.lengths.append(length)
 
     def copy_row(self, row: int) -> Kv:
@@ -122,8 +122,13 @@ class DecodeCache(Cache):  # type: ignore[misc]
         new_rows = max(rows, old_rows)
         wanted = max(width, old_width + old_width // 4) if width > old_width else old_width
         new_width = max(-(-wanted // MIN_GROWTH) * MIN_GROWTH, old_width)
-        self._keys = [_enlarge(buffer, new_rows, new_width) for buffer in self._keys]
-        self._values = [_enlarge(buffer, new_rows, new_width) for buffer in self._values]
+
+        def enlarge(buffer: Tensor) -> Tensor:
+            enlarged = buffer.new_zeros(new_rows, buffer.shape[1], new_width, buffer.shape[3])
+            enlarged[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+            return enlarged
+
+        self._keys, self._values = list(map(enlarge, self._keys)), list(map(enlarge, self._values))
 
 
 class PrefixCache:
@@ -181,9 +186,3 @@ def concatenate(parts: Sequence[Kv]) -> Kv:
 def slice_positions(kv: Kv, start: int, end: int) -> Kv:
     """Return positions `start` to `end`, as views."""
     return [(keys[:, :, start:end], values[:, :, start:end]) for keys, values in kv]
-
-
-def _enlarge(buffer: Tensor, rows: int, width: int) -> Tensor:
-    enlarged = buffer.new_zeros(rows, buffer.shape[1], width, buffer.shape[3])
-    enlarged[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-    return enlarged

@@ -37,9 +37,9 @@ from strop.engine.decode.hf_cache import (
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
 from strop.engine.train.buffers import copy_to_device
 from strop.errors import ModelError
-from strop.models.biases import has_own_biases, without_adapter
-from strop.models.lora import delta, onto
-from strop.models.upstream_errors import blaming
+from strop.models.adapters import adapter_disabled, has_trained_biases
+from strop.models.lora import adapter_delta, add_to_base
+from strop.models.upstream_errors import attribute_errors
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -68,9 +68,7 @@ def hf_generate(
 ) -> tuple[list[list[int]], LogProbs | None]:
     """Complete a batch of prompts with transformers' generate. The caller sets the seed.
 
-    Returns:
-        The new tokens of each prompt, padded to one length, and the log-probabilities of the sampled tokens (prompts,
-        tokens), or None.
+    Returns the new tokens of each prompt, padded to one length, and their log-probabilities (prompts, tokens) or None.
     """
     options: dict[str, Any] = {}
     if sampling.temperature != 0:
@@ -91,7 +89,7 @@ def hf_generate(
     hook = nullcontext() if with_log_probs else model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     model.eval()
     try:
-        with blaming(str(model.config.model_type)), hook:
+        with attribute_errors(str(model.config.model_type)), hook:
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer,
                 logits_processor=LogitsProcessorList([recorder] if recorder else []),
@@ -102,8 +100,7 @@ def hf_generate(
 
 
 def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copy the input of the head. The last position of each row is a strided slice, for which torch copies the whole
-    head once a row: 1.8 GB and 1.6 s at 32 rows of SmolLM2."""
+    """Copy the head's input, a strided slice, for which torch copies the whole head once a row (SmolLM2: 1.6 s)."""
     return (inputs[0].contiguous(), *inputs[1:])
 
 
@@ -163,16 +160,14 @@ class HfDecoder:
         self._peft = model if hasattr(model, "peft_config") else None
         self.model: Any = model.get_base_model() if self._peft is not None else model
         self.device: torch.device = next(self.model.parameters()).device
-        mixes = self._peft is not None and not has_own_biases(model) and can_mix_adapters(self.model)
+        mixes = self._peft is not None and not has_trained_biases(model) and can_mix_adapters(self.model)
         self._mixed_lora = MixedLora(self.model) if mixes else None
         config = self.model.config.get_text_config()
         self._layer_types = set(getattr(config, "layer_types", None) or ())
         if unknown := self._layer_types - {FULL, SLIDING}:
-            raise ModelError(
-                f"{config.model_type}: strop's server cannot keep the state of layers of type "
-                f"{', '.join(sorted(unknown))}",
-                fix="merge it (`strop merge`) and serve it with --engine vllm",
-            )
+            types, fix = ", ".join(sorted(unknown)), "merge it (`strop merge`) and serve it with --engine vllm"
+            what = f"{config.model_type}: strop's server cannot keep the state of layers of type {types}"
+            raise ModelError(what, fix=fix)
         self._window = getattr(config, "sliding_window", None) if self._layer_types != {FULL} else None
         self._bool_masks = config._attn_implementation == "sdpa"
         parameters = inspect.signature(self.model.forward).parameters
@@ -253,26 +248,24 @@ class HfDecoder:
 
     def _forward_prompts(self, chunks: Sequence[Chunk]) -> dict[SequenceState, Tensor]:
         """Process the next positions of prompts; return the logits (vocabulary,) of those that are finished."""
-        counts = [chunk.count for chunk in chunks]
-        starts = [num_positions(self._prefilling[chunk.sequence]) for chunk in chunks]
-        places = list(zip(chunks, starts, counts, strict=True))
-        ids = torch.cat([_tensor(chunk.sequence.ids[start : start + count]) for chunk, start, count in places])
-        positions = torch.cat([torch.arange(start, start + count) for _, start, count in places])
-        owners = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(counts))
-        past_positions = torch.cat([torch.arange(start) for start in starts])
-        past_owners = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(starts))
+        counts = torch.tensor([chunk.count for chunk in chunks])
+        starts = torch.tensor([num_positions(self._prefilling[chunk.sequence]) for chunk in chunks])
+        places = list(zip(chunks, starts.tolist(), (starts + counts).tolist(), strict=True))
+        ids = torch.cat([_tensor(chunk.sequence.ids[start:end]) for chunk, start, end in places])
+        positions = torch.cat([torch.arange(start, end) for _, start, end in places])
+        owners = torch.arange(len(chunks)).repeat_interleave(counts)
+        past_positions = torch.cat([torch.arange(start) for start in starts.tolist()])
+        past_owners = torch.arange(len(chunks)).repeat_interleave(starts)
         key_positions, key_owners = torch.cat([past_positions, positions]), torch.cat([past_owners, owners])
         visible = (owners[:, None] == key_owners) & (positions[:, None] >= key_positions)
-        ends = torch.tensor(counts).cumsum(0)
+        ends = counts.cumsum(0)
         cache = PrefillCache(concatenate([self._prefilling[chunk.sequence] for chunk in chunks]))
         with self._use_adapters([chunk.sequence.adapter for chunk in chunks for _ in range(chunk.count)]):
             masks = self._masks(visible, positions[:, None] - key_positions)
             logits = self._forward(ids[None], positions[None], masks, cache, logits_to_keep=ends - 1)[0]
-        begin = 0
         for chunk, end in zip(chunks, ends.tolist(), strict=True):
-            new = slice_positions(cache.new, begin, end)
+            new = slice_positions(cache.new, end - chunk.count, end)
             self._prefilling[chunk.sequence] = concatenate([self._prefilling[chunk.sequence], new])
-            begin = end
         return {chunk.sequence: logits[place] for place, chunk in enumerate(chunks) if chunk.num_outputs}
 
     def _decode(self, lane: str) -> Tensor:
@@ -316,14 +309,13 @@ class HfDecoder:
 
     @contextmanager
     def _use_adapters(self, adapters: Sequence[str | None]) -> Iterator[None]:
-        """Activate the adapter of each token of the batch."""
         if self._mixed_lora is not None:
             self._mixed_lora.set_adapters(adapters, self.device)
             yield
         elif self._peft is None:
             yield
         elif adapters[0] is None:
-            with without_adapter(self._peft):
+            with adapter_disabled(self._peft):
                 yield
         else:
             self._peft.set_adapter(adapters[0])
@@ -383,13 +375,13 @@ class MixedLora:
             if name not in module.lora_A:
                 continue
             if tokens is None:
-                change = delta(module, name, x)
+                change = adapter_delta(module, name, x)
                 continue
-            part = delta(module, name, x.flatten(0, -2)[tokens])
+            part = adapter_delta(module, name, x.flatten(0, -2)[tokens])
             if change is None:
                 change = part.new_zeros(*x.shape[:-1], part.shape[-1])
             change.view(-1, part.shape[-1])[tokens] = part
-        result: Tensor = module.base_layer(x) if change is None else onto(module.base_layer, x, change)
+        result: Tensor = module.base_layer(x) if change is None else add_to_base(module.base_layer, x, change)
         return result
 
 
@@ -412,7 +404,7 @@ def check_batching(decoder: HfDecoder, module: Any) -> None:
         raise ModelError(what, fix=fix)
     try:
         tokens_of = _decode_test_sequences(decoder, base.get_input_embeddings().weight.shape[0])
-        with nullcontext() if module is base else without_adapter(module):
+        with nullcontext() if module is base else adapter_disabled(module):
             errors = [error for item in tokens_of.items() for error in _log_prob_errors(base, *item)]
     except Exception as error:  # the family's own code may raise anything, and then the model cannot be served
         message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -423,21 +415,16 @@ def check_batching(decoder: HfDecoder, module: Any) -> None:
 
 
 def _decode_test_sequences(decoder: HfDecoder, vocabulary: int) -> dict[SequenceState, list[Token]]:
-    batch = Batch(decoder, len(PROMPT_LENGTHS))
+    batch, lengths = Batch(decoder, len(PROMPT_LENGTHS)), list(PROMPT_LENGTHS)
     tokens: dict[SequenceState, list[Token]] = {}
-
-    def step() -> None:
+    while lengths or batch.sequences:
+        if lengths:
+            ids = (np.arange(lengths.pop(0), dtype=np.int32) * 7 + 5) % vocabulary
+            sequence = SequenceState(ids, None, max_new_tokens=NUM_TOKENS, num_logprobs=0)
+            tokens[sequence] = []
+            batch.add(sequence)
         for progress in batch.step():
             tokens[progress.sequence] += progress.tokens
-
-    for length in PROMPT_LENGTHS:
-        ids = (np.arange(length, dtype=np.int32) * 7 + 5) % vocabulary
-        sequence = SequenceState(ids, None, max_new_tokens=NUM_TOKENS, num_logprobs=0)
-        tokens[sequence] = []
-        batch.add(sequence)
-        step()
-    while batch.sequences:
-        step()
     return tokens
 
 

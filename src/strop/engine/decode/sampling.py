@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from strop.data.types import Ids
-from strop.engine.kernels.dispatch import draw_token, likeliest, logprobs_of
+from strop.engine.kernels.dispatch import likeliest, sample_token, token_logprobs
 
 MIN_TEMPERATURE = 1e-4  # below it logits / temperature may overflow, and sampling is greedy in effect
 
@@ -52,7 +52,7 @@ class PassOutput:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled. Greedy at temperature 0; top_k 0 keeps all tokens.
+    """Sampling settings. Greedy at temperature 0; top_k 0 keeps all tokens.
 
     A seed makes the output reproducible, whatever else is in the batch.
     """
@@ -83,12 +83,8 @@ class Sampling:
 
     def override(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
         """Return a copy with the values of a request; None keeps the value (for the seed: no seed)."""
-        return replace(
-            self,
-            temperature=self.temperature if temperature is None else temperature,
-            top_p=self.top_p if top_p is None else top_p,
-            seed=seed,
-        )
+        given: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+        return replace(self, seed=seed, **{name: value for name, value in given.items() if value is not None})
 
     def describe(self) -> str:
         """Return the settings as text, for example "temperature 0.7, top_p 0.9"."""
@@ -147,21 +143,13 @@ class SequenceState:
     With an expected completion, that is processed together with the prompt (`needs_argmax_only` must be true). All its
     tokens are scored, and as much of it as the model would have generated itself becomes the completion.
 
-    Args:
-        prompt: token ids, at least one.
-        adapter: name of the LoRA adapter; None for the base model.
-        stop_ids: tokens that end the completion. They are part of it.
-        max_new_tokens: greatest length of the completion.
-        num_logprobs: how many alternatives to return with each token; 0: only the token's log-probability; None:
-            nothing.
-        mask: restricts the tokens that may follow, for a grammar.
-        expected: the reference completion.
+    prompt: token ids, at least one. adapter: name of the LoRA adapter; None for the base model. stop_ids: tokens that
+    end the completion, as a part of it. num_logprobs: alternatives to return with each token; 0: only the token's
+    log-probability; None: nothing. mask: restricts the tokens that may follow, for a grammar.
 
-    Attributes:
-        num_cached: number of positions whose keys and values are in the cache.
-        num_reused: number of positions of the prompt that were in the cache already.
-        finish_reason: "" while it is decoded; then "stop", "length", or the reason of a NoToken.
-        expected_logprobs: log-probabilities of the scored tokens, fp64.
+    num_cached: positions whose keys and values are in the cache. num_reused: those that were there already.
+    finish_reason: "" while it is decoded; then "stop", "length", or the reason of a NoToken. expected_logprobs: of the
+    scored tokens, fp64.
     """
 
     def __init__(
@@ -215,7 +203,7 @@ class SequenceState:
 
     @property
     def needs_argmax_only(self) -> bool:
-        """Whether the most likely token is all that is needed of the logits."""
+        """True if only the most likely token is needed, and no other logits."""
         penalty = self._sampling.repetition_penalty
         return self.greedy and self._num_logprobs is None and self._mask is None and penalty == 1
 
@@ -283,11 +271,11 @@ class SequenceState:
         else:
             # one random number a position, from a counter-based generator (Philox, Salmon et al. 2011)
             generator = np.random.Generator(np.random.Philox(key=self._seed, counter=self.length))
-            token = draw_token(scores, sampling.temperature, sampling.top_k, sampling.top_p, generator.random())
+            token = sample_token(scores, sampling.temperature, sampling.top_k, sampling.top_p, generator.random())
         if self._num_logprobs is None:
             return Token(token)
         if not self._num_logprobs:
-            return Token(token, float(logprobs_of(logits[None], np.array([token]))[0]))
+            return Token(token, float(token_logprobs(logits[None], np.array([token]))[0]))
         wide = logits.astype(np.float64)
         logprobs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
         top = np.argsort(-logprobs, kind="stable")[: self._num_logprobs]

@@ -1,4 +1,4 @@
-"""What the step computes with on a device: the one place that reaches engine.cpu and engine.card."""
+"""Choose the kernels of a device: the one module that imports engine.kernels.cpu and engine.kernels.cuda."""
 
 from __future__ import annotations
 
@@ -13,258 +13,262 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strop.engine.kernels import eager
-from strop.engine.kernels.compiler import ANSWERS, STEP
-from strop.engine.kernels.protocols import FrozenProduct, Loops, LoraProducts, Ops, apply
+from strop.engine.kernels.protocols import CpuOps, FrozenMatmul, LoraOps, Ops, apply
+from strop.engine.kernels.warmup import DECODE, TRAIN, compile_once
 from strop.engine.train import dropout, lora
 from strop.engine.train.attention import ApplyRope, Attention, Heads
 from strop.engine.train.dropout import DropoutOps
 from strop.engine.train.linear import FusedLinear
 from strop.engine.train.packing import Documents
 from strop.machine.probe import TILED_RANK, probe
+from strop.models.quantize import set_dequantize_kernels
 
-# Which loops of a CPU: those that most models need, every one, or those of products in integers.
+# Which CPU kernels to compile ahead of time: those that most models need, all, or those of int8 matmuls.
 USUAL, ALL, INTEGERS = "usual", "all", "integers"
-Attend = Callable[[Tensor, Heads, Tensor, Tensor, Documents], Tensor]
+AttentionFunction = Callable[[Tensor, Heads, Tensor, Tensor, Documents], Tensor]
 
 
 @dataclass(frozen=True)
-class Processor:
-    """ops: the element-wise operations; loops: those that only a CPU has. tiles: a CPU with a bf16 product of its own
-    for short loops (AVX512-BF16). kernels: a card with kernels of its own; lacking: why a card has none of them.
-    integers: engine.cpu.integers.Products, where frozen weights are multiplied in 8-bit integers."""
+class Backend:
+    """The kernels of a device.
+
+    Attributes:
+        ops: the element-wise operations.
+        cpu_ops: further element-wise operations, on a CPU only.
+        gpu: the device is not a CPU.
+        tiles: a CPU with AVX512-BF16, which has matmuls for compiled kernels.
+        triton: a GPU with Triton kernels.
+        why_no_triton: why a GPU has none, in one line; empty if it has them.
+        int8: cpu.int8_matmul.Int8Matmul if frozen weights are multiplied in 8-bit integers, else None.
+    """
 
     ops: Ops
-    loops: Loops | None = None
-    card: bool = False
+    cpu_ops: CpuOps | None = None
+    gpu: bool = False
     tiles: bool = False
-    kernels: bool = False
-    lacking: str = ""
-    integers: Any = None
+    triton: bool = False
+    why_no_triton: str = ""
+    int8: Any = None
 
-    def tiled(self, size: int) -> bool:
-        """Attention of such heads runs in tiles."""
-        return self.tiles and probe().has_tiles(size)
+    def has_tiled_attention(self, size: int) -> bool:
+        """Return whether heads of this size use the tiled CPU attention."""
+        return self.tiles and probe().has_tiled_attention(size)
 
-    def attention(self, size: int) -> Attend:
-        """Attention of heads of this size: qkv (T, all), heads, cos and sin (T, m), documents -> (T, query size)."""
-        if self.card:
-            from strop.engine.kernels.cuda.attention import on_card
+    def attention(self, size: int) -> AttentionFunction:
+        """Return attention for heads of this size: (qkv (T, all), heads, cos, sin (T, m), documents) -> (T, query)."""
+        if self.gpu:
+            from strop.engine.kernels.cuda.attention import attention_on_gpu
 
-            if not self.kernels:
-                return on_card
-            from strop.engine.kernels.cuda import heads
+            if not self.triton:
+                return attention_on_gpu
+            from strop.engine.kernels.cuda import rope
 
-            return partial(on_card, turns=cast(Any, heads))
-        if self.tiled(size):
-            from strop.engine.kernels.cpu.attention import TileAttention  # its import starts threads
+            return partial(attention_on_gpu, rope=cast(Any, rope))
+        if self.has_tiled_attention(size):
+            from strop.engine.kernels.cpu.attention import TiledAttention  # importing it starts threads
 
-            return partial(apply, TileAttention)
+            return partial(apply, TiledAttention)
         return partial(apply, Attention)
 
-    def aside(self) -> type[Function]:
-        """The rotary embedding where attention cannot do it."""
-        if self.loops is not None:
-            from strop.engine.kernels.cpu import rope as loops  # its import starts threads
+    def rope(self) -> type[Function]:
+        """Return the rotary embedding as a separate operation, for models whose attention cannot include it."""
+        if self.cpu_ops is not None:
+            from strop.engine.kernels.cpu import elementwise  # importing it starts threads
 
-            return loops.ApplyRope
-        if not self.kernels:
+            return elementwise.ApplyRope
+        if not self.triton:
             return ApplyRope
-        from strop.engine.kernels.cuda import rope as aside
+        from strop.engine.kernels.cuda import rope
 
-        return aside.ApplyRope
+        return rope.ApplyRope
 
-    def lora(self, sizes: Sequence[int]) -> Callable[[Sequence[Tensor]], LoraProducts]:
-        """The products of the adapters (A_1, B_1, A_2, ...) on linear layers with these inputs and outputs."""
+    def lora(self, sizes: Sequence[int]) -> Callable[[Sequence[Tensor]], LoraOps]:
+        """Return what chooses the operations of adapters (A_1, B_1, A_2, ...) on layers of these in- and outputs."""
         if not self.tiles or any(size % 32 for size in sizes):
-            return lambda adapters: cast(LoraProducts, lora)
-        from strop.engine.kernels.cpu import lora as lora_tiles  # its import starts threads
+            return lambda adapters: cast(LoraOps, lora)
+        from strop.engine.kernels.cpu import lora as lora_tiles  # importing it starts threads
 
-        return lambda adapters: cast(
-            LoraProducts, lora if any(len(a) > TILED_RANK for a in adapters[::2]) else lora_tiles
-        )
+        return lambda adapters: cast(LoraOps, lora if any(len(a) > TILED_RANK for a in adapters[::2]) else lora_tiles)
 
-    def product(self, sizes: Sequence[int]) -> FrozenProduct:
-        """The products of frozen linear layers with these inputs and outputs."""
-        if self.integers is not None:
-            return cast(FrozenProduct, self.integers.layer)
-        if not self.tiles or not probe().has_products(sizes):
+    def matmul(self, sizes: Sequence[int]) -> FrozenMatmul:
+        """Return the matmul of frozen linear layers with these in- and outputs."""
+        if self.int8 is not None:
+            return cast(FrozenMatmul, self.int8.layer)
+        if not self.tiles or not probe().has_bf16_matmul(sizes):
             return lora.frozen_matmul
-        from strop.engine.kernels.cpu import bf16_matmul  # its import starts threads
+        from strop.engine.kernels.cpu import bf16_matmul  # importing it starts threads
 
-        return bf16_matmul.product
+        return bf16_matmul.matmul
 
-    def head_product(self, weight: Tensor) -> FrozenProduct:
-        """The same of the head (V, h)."""
-        return self.product(weight.shape) if self.integers is None else self.integers.head(weight)
+    def head_matmul(self, weight: Tensor) -> FrozenMatmul:
+        """Return the matmul of the output embedding (V, h)."""
+        return self.matmul(weight.shape) if self.int8 is None else self.int8.head(weight)
 
-    def held(
-        self, weight: Callable[[], Tensor], eight_bit: Callable[[], tuple[Tensor, Tensor] | None]
+    def weight_loader(
+        self, weight: Callable[[], Tensor], int8: Callable[[], tuple[Tensor, Tensor] | None]
     ) -> Callable[[], Any]:
-        """What gives a frozen weight (n, k) to `product`. eight_bit: gives int8 (n, k) and scale (n,), or None where it
-        is held otherwise."""
-        if self.integers is None:
-            return weight
-        from strop.engine.kernels.cpu.int8_matmul import Integers
+        """Return a function that gives a frozen weight (n, k) in the form that `matmul` takes.
 
-        found = eight_bit()
-        if found is None:
-            return cache(lambda: Integers.of(weight()))
-        whole = Integers(found[0], None, found[1])
-        return lambda: whole
+        int8: returns int8 (n, k) and scale (n,), or None if the weight is not stored in 8 bits.
+        """
+        if self.int8 is None:
+            return weight
+        from strop.engine.kernels.cpu.int8_matmul import Int8Weight
+
+        stored = int8()
+        if stored is None:
+            return cache(lambda: Int8Weight.of(weight()))
+        quantized = Int8Weight(stored[0], None, stored[1])
+        return lambda: quantized
 
     def host_memory(self, device: torch.device) -> Any:
-        """Where inputs of layers that are computed again wait for their backward, of a card."""
+        """Return a cuda.offload.HostMemory, where inputs of checkpointed layers wait for the backward."""
         from strop.engine.kernels.cuda.offload import HostMemory
 
         return HostMemory(device)
 
-    def lay_out(self, linears: Sequence[FusedLinear], dtype: torch.dtype) -> None:
-        """In front of a micro-batch, for all linear layers that it goes through: what a card computes of their adapters
-        at once."""
-        if self.card:
-            from strop.engine.kernels.cuda.lora import lay_out
+    def prepare_adapters(self, linears: Sequence[FusedLinear], dtype: torch.dtype) -> None:
+        """Prepare the adapters of these layers for a micro-batch: on a GPU, cast all of them at once."""
+        if self.gpu:
+            from strop.engine.kernels.cuda.lora import prepare_adapters
 
-            lay_out(linears, dtype)
+            prepare_adapters(linears, dtype)
 
 
-def drops_for(x: Tensor) -> DropoutOps:
-    """What draws dropout's masks for a tensor like x: the same bits everywhere, by loops or kernels."""
+def dropout_ops_for(x: Tensor) -> DropoutOps:
+    """Return the dropout operations for a tensor like x; all of them generate the same masks."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-        from strop.engine.kernels.cpu import dropout as dropout_loops  # its import starts threads
+        from strop.engine.kernels.cpu import dropout as cpu_dropout  # importing it starts threads
 
-        return cast(DropoutOps, dropout_loops)
-    if kernels_lack(x.device, x.dtype) is None:
-        from strop.engine.kernels.cuda import dropout as drops
+        return cast(DropoutOps, cpu_dropout)
+    if why_no_triton(x.device, x.dtype) is None:
+        from strop.engine.kernels.cuda import dropout as cuda_dropout
 
-        return cast(DropoutOps, drops)
+        return cast(DropoutOps, cuda_dropout)
     return cast(DropoutOps, dropout)
 
 
-def kernels_lack(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Why a device computes tensors of this type without a card's own kernels; None where it has them."""
+def why_no_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Return why a device computes this dtype without Triton kernels, in one line; None if it has them."""
     if device.type != "cuda" or dtype == torch.float64:
         return "no kernels are made for it"
-    from strop.engine.kernels.cuda.available import why_not
+    from strop.engine.kernels.cuda.available import triton_error
 
     index = torch.cuda.current_device() if device.index is None else device.index
-    return why_not(torch.device("cuda", index))
+    return triton_error(torch.device("cuda", index))
 
 
-def unpacking(device: torch.device, dtype: torch.dtype) -> Any:
-    """engine.card.unpack: weights in 4 and 8 bit as numbers of this type, by a card's own kernels; None where there are
-    none."""
-    if kernels_lack(device, dtype) is not None:
+def _dequantize_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """Return cuda.dequantize, the kernels that dequantize weights to this dtype; None without Triton kernels."""
+    if why_no_triton(device, dtype) is not None:
         return None
     from strop.engine.kernels.cuda import dequantize
 
     return dequantize
 
 
-def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, integers: bool = False) -> Processor:
-    """numba's loops on a CPU, Triton's kernels on a card, else PyTorch's plain operations: the same numbers.
+set_dequantize_kernels(_dequantize_kernels)  # models are below the engine and do not import it
 
-    warm: which loops to have compiled beforehand, in another process (engine.cpu.warm tells why); none where empty.
-    integers: multiply frozen weights in 8-bit integers, on a CPU in fp32.
+
+def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, integers: bool = False) -> Backend:
+    """Return the kernels of a device: compiled ones on a CPU, Triton's on a GPU, else PyTorch's operations.
+
+    Args:
+        warm: which CPU kernels to compile ahead of time, in another process (warmup.py): USUAL, ALL, or "" for none.
+        integers: multiply frozen weights in 8-bit integers, on a CPU in fp32.
     """
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        from strop.engine.kernels.cpu import elementwise as kernels  # their import starts threads
-        from strop.engine.kernels.cpu import norms
-        from strop.engine.kernels.cpu.warmup import compile_once
+        from strop.engine.kernels.cpu import elementwise  # importing it starts threads
 
         if warm:
-            compile_once(dtype, kernels.cache_folder(), STEP, [warm], ("attention", "products"))
-        products = None
+            compile_once(dtype, elementwise.cache_folder(), TRAIN, [warm], ("attention", "matmuls"))
+        int8 = None
         if integers:
             if warm:
-                compile_once(dtype, kernels.cache_folder(), STEP, [INTEGERS])
-            from strop.engine.kernels.cpu.int8_matmul import Products
+                compile_once(dtype, elementwise.cache_folder(), TRAIN, [INTEGERS])
+            from strop.engine.kernels.cpu.int8_matmul import Int8Matmul
 
-            products = Products()
-        tiles = dtype == torch.bfloat16 and probe().tiles
-        return Processor(cast(Ops, kernels), cast(Loops, norms), tiles=tiles, integers=products)
+            int8 = Int8Matmul()
+        tiles = dtype == torch.bfloat16 and probe().has_avx512_bf16
+        return Backend(cast(Ops, elementwise), cast(CpuOps, elementwise), tiles=tiles, int8=int8)
     if device.type == "cuda":
-        from strop.engine.kernels.cuda import flash
+        from strop.engine.kernels.cuda.attention import activate_flash3
 
-        flash.why_not(device)
-        lacking = kernels_lack(device, dtype)
-        if lacking is not None:
-            return Processor(cast(Ops, eager), card=True, lacking=lacking)
-        from strop.engine.kernels.cuda import elementwise as own
+        activate_flash3(device)
+        reason = why_no_triton(device, dtype)
+        if reason is not None:
+            return Backend(cast(Ops, eager), gpu=True, why_no_triton=reason)
+        from strop.engine.kernels.cuda import elementwise as cuda_elementwise
 
-        return Processor(cast(Ops, own), card=True, kernels=True)
-    return Processor(cast(Ops, eager), card=device.type != "cpu")
-
-
-def save_in_turn() -> None:
-    """engine.cpu.warm.save_in_turn, for what compiles loops beside others."""
-    from strop.engine.kernels.cpu import warmup as warm
-
-    warm.save_in_turn()
+        return Backend(cast(Ops, cuda_elementwise), gpu=True, triton=True)
+    return Backend(cast(Ops, eager), gpu=device.type != "cpu")
 
 
 def frozen_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of the fast step's products of frozen weights on this CPU."""
+    """Measure the FLOP/s of the fast step's matmuls of frozen weights on this CPU."""
     from strop.engine.kernels.cpu.precision import SHAPES, rate
 
     sizes = [size for shape in SHAPES for size in shape]
-    return rate(dtype, "cpu", processor_for(torch.device("cpu"), dtype).product(sizes))
+    return rate(dtype, "cpu", backend_for(torch.device("cpu"), dtype).matmul(sizes))
 
 
-def integer_flops() -> dict[str, float]:
-    """The same of products in 8-bit integers, by how the weight is held; nothing where the CPU has none."""
-    if not probe().integers:
+def int8_flops() -> dict[str, float]:
+    """Measure the FLOP/s of matmuls in 8-bit integers, by how the weight is stored; empty if the CPU has none."""
+    if not probe().has_int8_dot:
         return {}
-    from strop.engine.kernels.cpu.int8_matmul import Integers
+    from strop.engine.kernels.cpu.int8_matmul import Int8Weight
     from strop.engine.kernels.cpu.precision import rate
 
-    product = processor_for(torch.device("cpu"), torch.float32, integers=True).product([])
-    held: dict[str, Callable[[Tensor], Any]] = {
-        "none": Integers.of,
-        "int8": lambda weight: Integers(weight.to(torch.int8), None, weight[:, 0].contiguous()),
+    matmul = backend_for(torch.device("cpu"), torch.float32, integers=True).matmul([])
+    storage: dict[str, Callable[[Tensor], Any]] = {
+        "none": Int8Weight.of,
+        "int8": lambda weight: Int8Weight(weight.to(torch.int8), None, weight[:, 0].contiguous()),
     }
-    return {name: rate(torch.float32, "cpu", product, make) for name, make in held.items()}
+    return {name: rate(torch.float32, "cpu", matmul, store) for name, store in storage.items()}
 
 
-def answering_loops(dtype: torch.dtype | None = None) -> Any:
-    """engine.cpu.passes: the loops that read and write texts on a CPU. dtype: have those for weights of this type
-    compiled beforehand, in another process (engine.cpu.warm tells why)."""
-    from strop.engine.kernels.cpu import decode_layer
-    from strop.engine.kernels.cpu import elementwise as kernels  # their import starts threads
-    from strop.engine.kernels.cpu.warmup import compile_once
+def decode_kernels(dtype: torch.dtype | None = None) -> Any:
+    """Return cpu.decode_layer, the kernels of decoding on a CPU.
+
+    dtype: compile those for weights of this dtype ahead of time, in another process (warmup.py).
+    """
+    from strop.engine.kernels.cpu import decode_layer, elementwise  # importing them starts threads
 
     if dtype is not None:
-        parts = ("products", "attention")
-        compile_once(dtype, kernels.cache_folder(), ANSWERS, parts=parts, joined=True)
+        compile_once(dtype, elementwise.cache_folder(), DECODE, parts=("matmuls", "attention"), whole=True)
     return decode_layer
 
 
-def screening_loops() -> Any:
-    """engine.cpu.screen: the likeliest token without the whole head."""
-    from strop.engine.kernels.cpu import exact_argmax  # its import starts threads
+def argmax_kernels() -> Any:
+    """Return cpu.sampling with the kernels that find the most likely token without the whole head."""
+    from strop.engine.kernels.cpu import sampling  # importing it starts threads
 
-    return exact_argmax
+    return sampling
 
 
 def likeliest(logits: Any) -> tuple[Any, Any]:
-    """Of each row of logits (P, n), numpy fp32: the place of the greatest (P,), and whether all are numbers (P,)."""
+    """Return each row's first greatest logit's index (P,), and whether the row is valid (P,).
+
+    logits (P, n): NumPy fp32. A row is valid if it has no NaN, no +infinity, and a finite logit.
+    """
     from strop.engine.kernels.cpu import sampling
 
-    found, finite = np.empty(len(logits), np.int64), np.empty(len(logits), np.bool_)
-    sampling.likeliest(logits, found, finite)
-    return found, finite
+    indices, finite = np.empty(len(logits), np.int64), np.empty(len(logits), np.bool_)
+    sampling.argmax_rows(logits, indices, finite)
+    return indices, finite
 
 
-def logprobs_of(logits: Any, tokens: Any) -> Any:
-    """The log-probability of one token of each row: logits (P, n), numpy fp32; tokens (P,) -> (P,) fp64."""
+def token_logprobs(logits: Any, tokens: Any) -> Any:
+    """Return the log-probability of one token of each row (P,) fp64; logits (P, n): NumPy fp32, tokens (P,)."""
     from strop.engine.kernels.cpu import sampling
 
-    found = np.empty(len(logits), np.float64)
-    sampling.logprobs_of(logits, tokens, found)
-    return found
+    logprobs = np.empty(len(logits), np.float64)
+    sampling.token_logprobs(logits, tokens, logprobs)
+    return logprobs
 
 
-def draw_token(logits: Any, temperature: float, top_k: int, top_p: float, u: float) -> int:
-    """A token of logits (n,), numpy fp32, drawn as engine.cpu.draws says, by u from [0, 1)."""
+def sample_token(logits: Any, temperature: float, top_k: int, top_p: float, u: float) -> int:
+    """Sample a token of logits (n,), NumPy fp32; u: a random number from [0, 1). See cpu.sampling.sample."""
     from strop.engine.kernels.cpu import sampling
 
-    return int(sampling.draw(logits, temperature, top_k, top_p, u))
+    return int(sampling.sample(logits, temperature, top_k, top_p, u))

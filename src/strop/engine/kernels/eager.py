@@ -1,6 +1,10 @@
-"""The element-wise operations of the step in plain PyTorch: any device, any float type; what cpu/kernels.py must equal.
+"""The element-wise operations of the fast step in plain PyTorch: the specification of all kernels.
 
-All of them compute in fp32 (fp64 for fp64 input) and round once at the end. `out` is room for the result, left unused.
+The kernels in cpu/ and cuda/ must compute what these functions compute, on any device and for any float dtype. All
+operations compute in fp32 (in fp64 for fp64 inputs), round once at the end, and return the dtype of their input. T is
+the number of packed rows. Functions whose name ends with an underscore write their result over an argument. `out` is
+memory of the result's shape that a kernel may use for it; the functions here ignore it. `*_backward` functions take the
+gradient of the output and the arguments of the forward.
 """
 
 from __future__ import annotations
@@ -13,18 +17,25 @@ from strop.engine.train.packing import Places
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Return x in fp32, or in fp64 if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
-    """x / rms(x) * (offset + weight) over the last dimension; weight of shape (x.shape[-1],)."""
+    """Return the RMS norm (arXiv:1910.07467): x / sqrt(mean(x^2) + eps) * (offset + weight).
+
+    x: (..., n), the mean is over the last dimension. weight: (n,); Gemma's have offset 1.
+    """
     wide = _wide(x)
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (scaled * (_wide(weight) + offset)).to(x.dtype)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """Gradient of rms_norm with respect to x."""
+    """Return the gradient of rms_norm with respect to x.
+
+    With r = 1 / sqrt(mean(x^2) + eps), y = r x and g = grad * (offset + weight): r (g - y mean(g y)).
+    """
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     normed = wide * rstd
@@ -33,7 +44,11 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offse
 
 
 def _activate(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Value and slope of silu, or of gelu by tanh: x sigmoid(z), as (1 + tanh(u)) / 2 = sigmoid(2 u)."""
+    """Return the activation of x and its derivative, both of x's shape.
+
+    silu is x sigmoid(x). gelu_pytorch_tanh is x (1 + tanh(u)) / 2 = x sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715
+    x^3) (arXiv:1606.08415).
+    """
     z, dz = x, torch.ones_like(x)
     if activation == "gelu_pytorch_tanh":
         two_root, cubic = 2 * 0.7978845608028654, 0.044715  # 2 sqrt(2 / pi)
@@ -46,13 +61,16 @@ def _activate(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """activation(gate) * up, for gate_up (T, 2 I) with the gate in the first half."""
+    """Return activation(gate) * up, a gated linear unit (arXiv:2002.05202), shape (T, n).
+
+    gate_up: (T, 2 n), with the gate in the first n columns. activation: "silu" or "gelu_pytorch_tanh".
+    """
     gate, up = gate_up.chunk(2, dim=-1)
     return (_activate(_wide(gate), activation)[0] * _wide(up)).to(gate_up.dtype)
 
 
 def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(gradient with respect to gate_up, the forward's output again)."""
+    """Return the gradient of glu with respect to gate_up, (T, 2 n), and its output again, (T, n)."""
     gate, up = (_wide(half) for half in gate_up.chunk(2, dim=-1))
     value, slope = _activate(gate, activation)
     wide = _wide(grad)
@@ -60,31 +78,38 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
 
 
 def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
-    """x (T, n) times gains (n,), in place; gains are wide."""
+    """Multiply each column of x (T, n) by its gain (n,), in place; gains: fp32 or fp64 (DoRA, arXiv:2402.09353)."""
     return x.copy_(_wide(x) * gains)
 
 
 def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad times gains, the sum over rows of grad times y: (n,) wide)."""
+    """Return grad * gains (T, n) and the sum over rows of grad * y (n,), fp32 or fp64.
+
+    y: (T, n); with the unscaled input, the sums are the gradient of the gains.
+    """
     wide = _wide(grad)
     return (wide * gains).to(grad.dtype), (wide * _wide(y)).sum(0)
 
 
-def hidden(queries: int, keys: int, first: int, window: int, device: torch.device) -> Tensor:
-    """(queries, keys) bool: True where query `first + i` must not see key j (causal, and window if it is not 0)."""
+def causal_mask(queries: int, keys: int, first: int, window: int, device: torch.device) -> Tensor:
+    """Return the mask of what queries must not see, bool, shape (queries, keys).
+
+    Query i has position first + i and sees the keys j <= first + i; with a window (not 0), the last `window` of them.
+    """
     i = first + torch.arange(queries, device=device)[:, None]
     j = torch.arange(keys, device=device)[None]
     return (j > i) | (j <= i - window) if window else j > i
 
 
 def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor | None = None) -> Tensor:
-    """Causal softmax in place. scores (B, Q * group, K): row q * group + g is query `first + q` of head g.
+    """Replace attention scores by their causal softmax, in place.
 
-    sinks (heads,): a score that each head has beside those of the keys, whose share goes to none; B counts the
-    key-value heads of one document after the other.
+    scores: (B, Q * group, K); row q * group + g holds query `first + q` of head g of a group. B counts the key-value
+    heads of one document after another. group: query heads of a key-value head. first, window: as in causal_mask.
+    sinks: (heads,), an extra score of each head that takes part in the softmax and whose share is dropped (gpt-oss).
     """
     queries, keys = scores.shape[1] // group, scores.shape[2]
-    mask = hidden(queries, keys, first, window, scores.device).repeat_interleave(group, dim=0)
+    mask = causal_mask(queries, keys, first, window, scores.device).repeat_interleave(group, dim=0)
     scores.masked_fill_(mask, float("-inf"))
     if sinks is not None:
         rows = sinks.view(-1, 1, group).to(scores.dtype).repeat(len(scores) * group // len(sinks), queries, 1)
@@ -95,30 +120,38 @@ def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor 
 
 
 def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor:
-    """Gradient with respect to the scores, written over `grad` (the gradient with respect to `probs`)."""
+    """Replace the gradient of the probabilities by that of the scores, in place: probs * (grad - sum(grad * probs)).
+
+    probs: result of softmax_. group, first, window: kernels use them to skip masked keys.
+    """
     wide, probs = _wide(grad), _wide(probs)
     return grad.copy_(probs * (wide - (wide * probs).sum(-1, keepdim=True)))
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:
-    """weights * cross entropy of each row, wide, (N,); with `gradient`, logits (N, V) become the gradient of its sum.
+    """Return the weighted cross entropy of each row, (N,), fp32 or fp64: weights * (logsumexp(logits) - logits[label]).
 
-    softcap (0: none): the logits are first bent to softcap * tanh(logits / softcap).
+    logits: (N, V); with `gradient` they are replaced by the gradient of the sum of the losses. labels: (N,), int64.
+    weights: (N,), fp32. softcap: if not 0, the logits are first replaced by softcap * tanh(logits / softcap).
     """
     wide = _wide(logits)
-    bent = softcap * torch.tanh(wide / softcap) if softcap else wide
-    log_probs = F.log_softmax(bent, dim=-1)
+    capped = softcap * torch.tanh(wide / softcap) if softcap else wide
+    log_probs = F.log_softmax(capped, dim=-1)
     index = labels[:, None]
     weight = weights[:, None].to(wide.dtype)
     losses = -(log_probs.gather(1, index) * weight).squeeze(1)
     if gradient:
         slope = log_probs.exp_().scatter_add_(1, index, torch.full_like(weight, -1.0)).mul_(weight)
-        logits.copy_(slope * (1 - (bent / softcap).square()) if softcap else slope)
+        logits.copy_(slope * (1 - (capped / softcap).square()) if softcap else slope)
     return losses
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (halves convention). x (T, heads, d) fp32; cos, sin (T, m): the first 2 m of d are turned."""
+    """Apply the rotary position embedding (arXiv:2104.09864), with the pairs of a head stored as two halves.
+
+    The pair (a, b) = (x[i], x[m + i]) becomes (a cos - b sin, b cos + a sin); elements from 2 m on are unchanged.
+    x: (T, heads, d), fp32 or fp64. cos, sin: of each row's angles, (T, m), with 2 m <= d.
+    """
     m = cos.shape[-1]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     a, b, rest = x[..., :m], x[..., m : 2 * m], x[..., 2 * m :]
@@ -126,7 +159,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rows(places: Places, key_value: int, group: int) -> Tensor:
-    """(P, heads): the row of each place and head in what to_heads returns."""
+    """Return the row of each place and head in the result of to_heads, shape (P, heads), int64."""
     device = places.at.device
     head, place = torch.arange(key_value * group, device=device), torch.arange(len(places.at), device=device)
     before, at, length = (x[:, None] for x in (place - places.at, places.at, places.length))
@@ -134,10 +167,12 @@ def _rows(places: Places, key_value: int, group: int) -> Tensor:
 
 
 def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int) -> Tensor:
-    """Packed rows to one matrix a document and key-value head, turned by the rotary embedding and scaled.
+    """Rearrange packed rows to one matrix for each document and key-value head, rotated and scaled.
 
-    x (T, heads, d) to (P * heads, d): document after document, in it key-value head after head, in it place after
-    place, in it the `group` heads. Padding gets zeros; without cos and sin nothing is turned or scaled.
+    x: (T, heads, d). cos, sin: of the rotary embedding, (T, m), or None: then x is neither rotated nor scaled. places:
+    where packed rows go, each to one or several of P places. group: query heads of a key-value head; 1 for keys and
+    values. Returns (P * heads, d): document after document, in it key-value head after head, in it place after place,
+    in it the `group` heads. Padding places get zeros.
     """
     wide = _wide(x)
     if cos is not None and sin is not None:
@@ -152,11 +187,14 @@ def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, pl
 def from_heads(
     x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
 ) -> None:
-    """The transpose of to_heads: writes the sum over a packed row's places, turned back and scaled, to `out`."""
+    """Apply the transpose of to_heads: sum a packed row's places, rotate back and scale.
+
+    x: (P * heads, d). out: the result, (T, heads, d); overwritten.
+    """
     heads = out.shape[1]
     used = places.token >= 0
     picked = _wide(x)[_rows(places, heads // group, group)[used]]
     total = picked.new_zeros(out.shape).index_add_(0, places.token[used], picked)
     if cos is not None and sin is not None:
-        total = rotate(total, cos, -sin) * scale  # a rotation: its gradient turns back
+        total = rotate(total, cos, -sin) * scale  # the gradient of a rotation is the inverse rotation
     out.copy_(total)

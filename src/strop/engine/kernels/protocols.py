@@ -1,5 +1,4 @@
-"""What a step's arithmetic is made of: the element-wise operations and LoRA's products as protocols, which a processor
-fills in, and memory for what passes by."""
+"""Interfaces of the kernels that a device provides to the fast step, and memory helpers that they share."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from strop.engine.train.buffers import Allocate, Arena, heap_empty
 from strop.engine.train.lora import Adapters, Addend
 from strop.engine.train.packing import Places
 
-About = tuple[float, float, float, float]  # of an activation (layers.about)
+ActivationParameters = tuple[float, float, float, float]  # of xIELU: slopes above and below 0, beta, eps
 
 
 class Ops(Protocol):
-    """The element-wise operations; meanings in eager.py."""
+    """Element-wise operations; eager.py is their specification."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor: ...
     def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
@@ -37,19 +36,21 @@ class Ops(Protocol):
     ) -> None: ...
 
 
-class Loops(Protocol):
-    """Element-wise operations that are loops on a CPU alone, and elsewhere PyTorch's own; meanings in cpu/rows.py."""
+class CpuOps(Protocol):
+    """Element-wise operations with a CPU kernel (cpu/elementwise.py); other devices use PyTorch's."""
 
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None
     ) -> Tensor: ...
     def layer_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-    def activated(self, x: Tensor, kind: str, about: About, out: Tensor | None = None) -> Tensor: ...
-    def activated_backward(self, grad: Tensor, x: Tensor, kind: str, about: About) -> tuple[Tensor, Tensor]: ...
+    def activated(self, x: Tensor, kind: str, about: ActivationParameters, out: Tensor | None = None) -> Tensor: ...
+    def activated_backward(
+        self, grad: Tensor, x: Tensor, kind: str, about: ActivationParameters
+    ) -> tuple[Tensor, Tensor]: ...
 
 
-class LoraProducts(Protocol):
-    """The products with A and B; meanings in lora.py."""
+class LoraOps(Protocol):
+    """Matrix multiplications by A and B; train/lora.py is their specification."""
 
     def forward(
         self, z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
@@ -60,8 +61,8 @@ class LoraProducts(Protocol):
     ) -> list[Tensor]: ...
 
 
-class FrozenProduct(Protocol):
-    """x W^T and what is added to it; meaning in lora.frozen_matmul."""
+class FrozenMatmul(Protocol):
+    """x W^T for a frozen weight, plus what is added to it; train.lora.frozen_matmul is the specification."""
 
     def __call__(
         self, x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Addend | None = None,
@@ -70,24 +71,24 @@ class FrozenProduct(Protocol):
 
 
 class ReusedBuffer:
-    """Memory for one tensor after the other: each holds until the next is asked for, by anyone.
+    """A buffer for one tensor at a time: a tensor is valid until the next call, by any caller.
 
-    What a layer needs for a moment would leave a hole between what it keeps, and holes are not filled: a fifth of the
-    step's memory (docs/log).
+    Allocating what a layer needs only briefly would leave holes between the tensors that it keeps. Holes are not
+    reused: they were a fifth of the step's memory (docs/log).
     """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
     def __call__(self, rows: int, width: int, like: Tensor) -> Tensor:
-        """(rows, width), of the type and on the device of `like`."""
+        """Return an uninitialized tensor (rows, width) with the dtype and device of `like`."""
         if self._buffer is None or self._buffer.numel() < rows * width:
             self._buffer = like.new_empty(rows * width)
         return self._buffer[: rows * width].view(rows, width)
 
 
-class Placed(Function):
-    """x (T, n), in an arena: what waits long leaves no hole in the heap."""
+class CopyToArena(Function):
+    """Copy x (T, n) to an arena: tensors that live long leave no holes in the heap."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, arena: Arena) -> Tensor:
@@ -101,6 +102,6 @@ class Placed(Function):
 
 
 def apply(function: type[Function], *arguments: Any) -> Tensor:
-    """function.apply, which PyTorch leaves untyped."""
+    """Call function.apply, which PyTorch leaves untyped."""
     result: Tensor = cast(Any, function).apply(*arguments)
     return result

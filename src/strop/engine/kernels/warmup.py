@@ -1,28 +1,256 @@
-"""PyTorch, transformers and peft, which every command that computes imports."""
+"""Load the libraries of a command, and compile the CPU kernels ahead of their use, in another process.
+
+Compilation takes 15 to 30 s, once for a machine and a weight type. Commands that compute call `load`, which starts a
+`Compiler` process when kernels are missing from numba's cache: it imports its libraries while the command imports its
+own. `compile_once` then has it run tiny models (warmup_models.py) through the kernels. This module imports the standard
+library only, so that a command starts quickly.
+
+Kernels are compiled in another process because a process that compiles a parallel kernel runs other machine code than
+one that reads it from the cache: it calls the body of the loop as compiled alone, not the version that was optimized
+together with its surroundings and then cached. The results differ in their last bits, and a resumed run would not be
+bit-identical to the run that compiled.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
+import json
+import logging
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from strop.engine.kernels.compiler import ANSWERS as ANSWERS
-from strop.engine.kernels.compiler import STEP as STEP
-from strop.engine.kernels.compiler import begin_ahead
+if TYPE_CHECKING:
+    import torch
+
+LOG = logging.getLogger(__name__)
+
+TRAIN, DECODE = "train", "decode"  # the warm-ups that warmup_models.py can run
+MODELS = "strop.engine.kernels.warmup_models"
+LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "numba")
+FORKS = sys.platform == "linux"  # elsewhere a forked process may not use the system's math libraries
+SOURCES = Path(__file__).with_name("cpu")  # numba caches compiled kernels next to their sources, in __pycache__
+WAIT_S = 120.0  # how long an unused compiler process waits
+DISK_BYTES = 32 << 20  # required free space; all kernels of a weight type take 10 MB
+PARALLEL_BYTES = 4 << 30  # free memory above which several processes compile: each takes about 1 GB
+
+_started: list[Compiler] = []
 
 
-def load(exercise: str | None = STEP) -> None:
-    """Imports them without Python's search for rubbish on the way, which is a quarter of their time, and later searches
-    leave out what they made.
+def load(warmup: str | None = TRAIN) -> None:
+    """Import PyTorch, transformers and PEFT with garbage collection disabled, which saves a quarter of the time.
 
-    exercise: of which the process that compiles loops is begun, where they are not yet, to read its libraries
-    meanwhile: STEP, ANSWERS, or None.
+    Later collections skip the objects that the imports created.
+
+    Args:
+        warmup: the kernels that the command will use: TRAIN, DECODE, or None. If they are not compiled yet, the
+            compiler process starts now.
     """
-    if exercise:
-        begin_ahead(exercise)
+    if warmup:
+        start_compiler(warmup)
     gc.disable()
     try:
-        import peft  # noqa: F401 (to have it loaded)
-        import torch  # noqa: F401 (to have it loaded)
-        import transformers  # noqa: F401 (to have it loaded)
+        import peft  # noqa: F401 (imported for its side effect on sys.modules)
+        import torch  # noqa: F401 (as above)
+        import transformers  # noqa: F401 (as above)
     finally:
         gc.enable()
     gc.freeze()
+
+
+class Compiler:
+    """A process that waits for modules to run as programs. It starts when the object is created."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__spec__.name} import main; main()"], stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )  # fmt: skip
+
+    @property
+    def is_waiting(self) -> bool:
+        return self._process.poll() is None
+
+    def run(self, *stages: Sequence[Sequence[str]]) -> tuple[int, str]:
+        """Run modules as programs, and end the process.
+
+        Args:
+            stages: each a sequence of programs that run in parallel; a program is a module's name and its arguments.
+
+        Returns:
+            The exit code of the first program that failed, else 0, and the last line of standard error.
+        """
+        try:
+            lines = self._process.communicate(json.dumps(stages))[1].strip().splitlines()
+        finally:
+            if self._process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.returncode, lines[-1] if lines else ""
+
+
+def start_compiler(warmup: str) -> None:
+    """Start a compiler process for `take_compiler` if the kernels of a warm-up are not compiled yet.
+
+    If nobody takes it, it ends with this process, or after WAIT_S.
+    """
+    if FORKS and not _started and (os.cpu_count() or 1) > 1 and _is_missing(warmup):
+        _started.append(Compiler())
+
+
+def take_compiler() -> Compiler:
+    """Return the compiler process that was started, or a new one."""
+    compiler = _started.pop() if _started else None
+    return compiler if compiler is not None and compiler.is_waiting else Compiler()
+
+
+def _is_missing(warmup: str) -> bool:
+    """Return whether compile_once left no marker. False on machines with a GPU, and where it is unknown."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return False
+    cache = os.environ.get("NUMBA_CACHE_DIR")
+    if cache:
+        return not any(Path(cache).glob(f"*/strop-*-{warmup}-*"))
+    return os.access(SOURCES, os.W_OK) and not any((SOURCES / "__pycache__").glob(f"strop-*-{warmup}-*"))
+
+
+def main() -> None:
+    """Run as the compiler process: import the libraries, and wait for the stages on standard input."""
+    gc.disable()  # garbage collection is a sixth of the time, and the process ends soon
+    if FORKS:
+        for name in LIBRARIES:
+            importlib.import_module(name)
+    request = sys.stdin.read() if select.select([sys.stdin], [], [], WAIT_S)[0] else ""
+    for stage in json.loads(request) if request else []:
+        processes = [_start(program) for program in stage]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        if any(codes):
+            sys.exit(next(filter(None, codes)))
+
+
+def _start(program: Sequence[str]) -> int:
+    """Start a process that runs one program, and return its id."""
+    if not FORKS:
+        code = f"from {__spec__.name} import run_program; run_program({list(program)!r})"
+        return os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
+    process = os.fork()
+    if process == 0:
+        exit_code = 1
+        try:
+            run_program(program)
+            exit_code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(exit_code)
+    return process
+
+
+def run_program(program: Sequence[str]) -> None:
+    """Run a module with arguments as a program, in this process."""
+    gc.disable()
+    sys.argv = list(program)
+    runpy.run_module(program[0], run_name="__main__", alter_sys=True)
+
+
+def compile_once(
+    dtype: torch.dtype,
+    cache: Path,
+    warmup: str,
+    arguments: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    *,
+    whole: bool = False,
+) -> None:
+    """Compile the kernels for weights of this dtype into numba's cache folder, unless they are there.
+
+    Args:
+        cache: the folder of numba's cache.
+        warmup: TRAIN or DECODE; run with the dtype's name and `arguments`.
+        parts: names of parts of the kernels, which are compiled in parallel where cores and memory allow.
+        whole: run the warm-up without a part as well, after the parts: one kernel calls those of several parts.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    import numba
+    from filelock import FileLock
+
+    from strop.errors import DiskError
+    from strop.machine.probe import probe
+    from strop.runs.folder import free_bytes
+    from strop.runs.lock import sha256_text
+
+    arguments = [str(dtype).removeprefix("torch."), *arguments]
+    sources = [file.stat().st_mtime_ns for file in sorted(SOURCES.glob("*.py"))]
+    machine = probe()
+    state = sha256_text(repr((sources, numba.__version__, machine.cpu)))[:16]
+    marker = cache / "-".join(["strop", state, warmup, *arguments])
+    if _is_complete(marker):
+        return
+    if free_bytes(cache) < DISK_BYTES:  # numba would fail in the middle of a step, without naming the disk
+        what = f"{cache}: compiled kernels need {DISK_BYTES >> 20} MiB of disk, {free_bytes(cache) >> 20} are free"
+        raise DiskError(what, fix="free some space, or set NUMBA_CACHE_DIR to a folder on another disk")
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for the other
+        if _is_complete(marker):
+            return
+        # numba checks a kernel's own file, not those it imports; and reading a truncated file crashes the process.
+        if marker.is_file() or not any(cache.glob(f"strop-{state}-*")):
+            for old in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
+                old.unlink(missing_ok=True)
+        LOG.info("compiling kernels for this CPU in %s, once on this machine (15 to 30 s)", arguments[0])
+        parallel = machine.cores > 1 and machine.free_bytes > PARALLEL_BYTES
+        program = [MODELS, warmup, *arguments]
+        stages = [[program]]
+        if parallel and parts:
+            stages = [[[*program, part] for part in parts], *([[program]] if whole else [])]
+        code, last_line = take_compiler().run(*stages)
+        if code:  # this process compiles for itself: its last bits may differ from the next one's
+            LOG.warning("kernels could not be compiled ahead of time (exit %d): %s", code, last_line)
+        sizes = {path.name: path.stat().st_size for path in cache.glob("*.nb[ic]")}
+        marker.write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def _is_complete(marker: Path) -> bool:
+    """Return whether kernels were compiled, and their files are not shorter than then.
+
+    A machine that crashed may leave zeros at the end of files; Python's pickles never end with one.
+    """
+    try:
+        sizes = json.loads(marker.read_text(encoding="utf-8"))
+        for name, size in sizes.items():
+            with marker.with_name(name).open("rb") as file:
+                if file.seek(0, os.SEEK_END) < size or file.seek(-1, os.SEEK_END) < 0 or file.read(1) == b"\0":
+                    return False
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def lock_cache_writes() -> None:
+    """Have this process write to numba's cache under a lock.
+
+    Two processes that save the same function for two types at once could each take the other's code for its own.
+    """
+    from filelock import FileLock
+    from numba.core.caching import IndexDataCacheFile
+
+    save = IndexDataCacheFile.save
+
+    def save_locked(self: Any, *args: Any) -> None:
+        with FileLock(f"{self._index_path}.lock"):
+            save(self, *args)
+
+    IndexDataCacheFile.save = save_locked

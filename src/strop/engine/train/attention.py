@@ -119,7 +119,6 @@ def _to_halves(x: Tensor, m: int) -> Tensor:
 
 
 def _from_halves(x: Tensor, m: int) -> Tensor:
-    """Undo _to_halves."""
     return torch.cat([torch.stack([x[..., :m], x[..., m : 2 * m]], -1).flatten(-2), x[..., 2 * m :]], -1)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from strop.machine.malloc import give_back, own_pages
+from strop.machine.memory import map_pages, trim_heap
 
 CACHE_LINE = 64  # bytes; also the width of the widest vector instructions
 BUFFER_SIZES = 1 << 30, 64 << 20, 0  # minimum bytes of a new buffer, tried in this order
@@ -60,7 +61,7 @@ class Arena:
         """Return the buffers to the system. They are allocated again when needed."""
         if self._buffers:
             self._buffers = []
-            give_back()
+            trim_heap()
 
     def __call__(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """Return an uninitialized tensor (rows, columns) with the dtype of `like`."""
@@ -85,7 +86,7 @@ def _new_buffer(size: int) -> Tensor:
     """Return a buffer of at least `size` bytes. Raises MemoryError."""
     for least in BUFFER_SIZES:
         try:
-            return torch.frombuffer(own_pages(max(size, least)), dtype=torch.uint8)
+            return torch.frombuffer(map_pages(max(size, least)), dtype=torch.uint8)
         except OSError:
             continue
     raise MemoryError(f"cannot allocate {size >> 20} MiB for the activations of a micro-batch")
@@ -100,10 +101,8 @@ def copy_to_device(arrays: Sequence[Any], device: torch.device) -> list[Tensor]:
     arrays = [np.ascontiguousarray(array) for array in arrays]
     if device.type != "cuda":
         return [torch.from_numpy(array).to(device) for array in arrays]
-    offsets, end = [], 0
-    for array in arrays:
-        offsets.append(end)
-        end += -(-array.nbytes // COPY_ALIGNMENT) * COPY_ALIGNMENT
+    sizes = [-(-array.nbytes // COPY_ALIGNMENT) * COPY_ALIGNMENT for array in arrays]
+    *offsets, end = accumulate(sizes, initial=0)
     host = torch.empty(end, dtype=torch.uint8, pin_memory=True)
     host_bytes = host.numpy()
     for array, offset in zip(arrays, offsets, strict=True):

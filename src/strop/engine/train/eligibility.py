@@ -1,4 +1,4 @@
-"""Whether the fast step can train a model as it is in memory, or why not."""
+"""Find out from a model in memory whether the fast step can train it, and why not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import nn
 
 from strop.engine.eligibility import active_dropout, why_architecture_unsupported, why_config_not_fast
 from strop.engine.train.dropout import CounterDropout
-from strop.engine.train.linear import Quantized
-from strop.engine.train.peft_modules import adapts_linear_weight, base_of, current_module
-from strop.models.families.layers import FAMILIES, Family, linears, norms_of, own_parts, text_of
+from strop.engine.train.peft_modules import base_of, current_module
+from strop.models.experts import is_weight_adapter
+from strop.models.families.layers import layer_norms, linears, model_computed_modules, text_decoder
+from strop.models.families.table import FAMILIES, Family
+from strop.models.quantize import QuantizedLinear
 
 # Parts of the names of parameters that the fast step trains.
 TRAINED = (
@@ -42,7 +44,7 @@ def uses_llama_kernels(model: nn.Module) -> bool:
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     return (
         family.gated
-        and not (family.layer_norm or family.aside)
+        and not (family.layer_norm or family.separate_rope)
         and not any(isinstance(module, CounterDropout) and module.p for module in model.modules())
         and not any("magnitude_vector" in name or "modules_to_save" in name for name in parameters)
         and all("lora_" in name or "trainable_tokens_" in name for name in trained)
@@ -58,11 +60,10 @@ def why_not_fast(model: nn.Module) -> str | None:
     why = why_config_not_fast(config, device=base.get_output_embeddings().weight.device.type)
     if why is not None:
         return why
-    decoder, config = text_of(base)
+    decoder, config = text_decoder(base)
     family = FAMILIES[config.model_type]
-    return why_base_unsupported(base, decoder, config, family) or _why_adapters_unsupported(
-        model, base, decoder, family
-    )
+    why = why_base_unsupported(base, decoder, config, family)
+    return why or _why_adapters_unsupported(model, base, decoder, family)
 
 
 def why_adapter_unsupported(name: str, module: LoraLayer, known: set[int]) -> str | None:
@@ -70,7 +71,7 @@ def why_adapter_unsupported(name: str, module: LoraLayer, known: set[int]) -> st
     if id(module) not in known:
         return f"an adapter on {name}"
     variants = [variant for variant in module.lora_variant.values() if type(variant) is not DoraLinearVariant]
-    on_linear = type(module) is PeftLinear or adapts_linear_weight(module)
+    on_linear = type(module) is PeftLinear or is_weight_adapter(module)
     if not on_linear or variants or any(module.lora_bias.values()):
         return f"{name}: a variant of LoRA ({type(module).__name__})"
     return f"{name}: its adapter is merged" if module.merged else None
@@ -80,9 +81,11 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
     """Return why a base model of a known family is not computed as its entry in the table says."""
     for layer in decoder.layers:
         for module in (base_of(module) for group in linears(layer, family) for module in group):
-            if type(module) is not nn.Linear and not isinstance(module, Quantized):
+            if type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
                 return f"unknown weights ({type(module).__name__})"
-    own = {id(p) for part in own_parts(decoder, family) for p in part.parameters()}  # some have routers in fp32
+    own = {
+        id(p) for part in model_computed_modules(decoder, family) for p in part.parameters()
+    }  # some have routers in fp32
     named = [
         (name, p)
         for part in (decoder, base.get_output_embeddings())
@@ -93,7 +96,7 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
         p for name, p in named if p.is_floating_point() and not (p.requires_grad and name.endswith("bias"))
     ]
     kinds = {(p.dtype, p.device) for p in weights} | {
-        (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, Quantized)
+        (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, QuantizedLinear)
     }
     if len(kinds) != 1:
         return "base weights of several types or on several devices"
@@ -101,9 +104,8 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
         return f"base weights in {weights[0].dtype}"
     if (why := why_architecture_unsupported(config, weights[0].device.type)) is not None:
         return why
-    if any(
-        getattr(layer, name, None) is not None for layer in decoder.layers for name in ("experts", "block_sparse_moe")
-    ):
+    experts = ("experts", "block_sparse_moe")
+    if any(getattr(layer, name, None) is not None for layer in decoder.layers for name in experts):
         return "experts next to the MLP"
     if config.model_type.startswith("gemma") and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"
@@ -112,7 +114,7 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
 
 def _why_adapters_unsupported(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
-    parts = list(own_parts(decoder, family))
+    parts = list(model_computed_modules(decoder, family))
     own = {id(module) for part in parts for module in part.modules()}
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
@@ -131,7 +133,7 @@ def _why_adapters_unsupported(model: Any, base: Any, decoder: Any, family: Famil
         if why is not None:
             return why
     biases = [base_of(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group]
-    dense = [current_module(module) for module in (head, decoder.get_input_embeddings(), *norms_of(decoder, family))]
+    dense = [current_module(module) for module in (head, decoder.get_input_embeddings(), *layer_norms(decoder, family))]
     dense_parameters = [parameter for module in dense for parameter in base_of(module).parameters()]
     own_parameters = [parameter for part in parts for parameter in part.parameters()]
     supported = {id(parameter) for parameter in (*biases, *dense_parameters, *own_parameters)}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import FrozenProduct, Ops
+from strop.engine.kernels.protocols import FrozenMatmul, Ops
 from strop.engine.train import lora
 from strop.engine.train.dropout import DropoutOps, DropoutSpec
 from strop.engine.train.lora import Adapters, Product
@@ -47,7 +47,7 @@ class OutputHead:
     dropout_ops: DropoutOps | None = None
     weight_trained: bool = False
     bias_trained: bool = False
-    matmul: FrozenProduct = lora.frozen_matmul
+    matmul: FrozenMatmul = lora.frozen_matmul
 
     @property
     def trained(self) -> list[Tensor]:
@@ -57,7 +57,7 @@ class OutputHead:
 
     @property
     def has_linear_gradients(self) -> bool:
-        """Whether all gradients are linear in the gradient of a row's log-probability, without saved logits."""
+        """True if all gradients are linear in the gradient of a row's log-probability, without saved logits."""
         return not (self.adapters or self.weight_trained or self.bias_trained)
 
 
@@ -79,16 +79,11 @@ class SupervisedLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grad_x, *others = ctx.saved_tensors
+        grad_x, *grads = ctx.saved_tensors
         # In place where the gradient is large, so that this backward cannot run twice.
         scale = torch.Tensor.mul_ if ctx.weight_trained else torch.mul
-        return (
-            grad_x * grad.to(grad_x.dtype),
-            None,
-            None,
-            None,
-            *(scale(other, grad.to(other.dtype)) for other in others),
-        )
+        scaled = [scale(x, grad.to(x.dtype)) for x in grads]
+        return grad_x * grad.to(grad_x.dtype), None, None, None, *scaled
 
 
 class LabelLogProbs(Function):
@@ -119,14 +114,16 @@ class LabelLogProbs(Function):
         if output.has_linear_gradients:
             grad_x, new_logits, x = ctx.saved_tensors
             upstream = -grad[:, None]
-            new_rows = [] if new_logits is None else [_row_gradients(new_logits * upstream.to(new_logits.dtype), x)]
+            new_rows = []
+            if new_logits is not None:  # the gradient of rows (n, h) of W from that of their logits (N, n)
+                new_rows = [((new_logits * upstream.to(new_logits.dtype)).t() @ x).to(_wide(x))]
             return grad_x * upstream.to(grad_x.dtype), None, None, *new_rows
         x, labels = ctx.saved_tensors
         grads = _HeadGradients(x, output)
         for _ in _chunk_losses(x, labels, -grad.contiguous(), output, grads):
             pass
-        grad_x, *others = grads.finish()
-        return grad_x, None, None, *others
+        grad_x, *trained_grads = grads.finish()
+        return grad_x, None, None, *trained_grads
 
 
 class CrossEntropy(Function):
@@ -202,13 +199,10 @@ class _HeadAdapters:
     """The adapters on the head: their inputs and down projections, for all rows at once, and their gradients."""
 
     def __init__(self, x: Tensor, output: OutputHead) -> None:
-        scales, columns = output.scales, ((0, len(output.weight)),) * len(output.scales)
+        columns, dropped, ops = ((0, len(output.weight)),) * len(output.scales), output.dropped, output.dropout_ops
         self.output = output
-        self.adapters = Adapters(output.adapters, columns, scales, output.dropped is not None)
-        if output.dropped is None or output.dropout_ops is None:
-            self.x = x
-        else:
-            self.x = output.dropout_ops.apply_masks(x, output.dropped)
+        self.adapters = Adapters(output.adapters, columns, output.scales, dropped is not None)
+        self.x = x if dropped is None or ops is None else ops.apply_masks(x, dropped)
         self.a = torch.cat([(a * scale).to(x.dtype) for a, _, scale in self.adapters])
         self.b = torch.cat([b.to(x.dtype) for _, b, _ in self.adapters], 1)
         self.za = lora.project_down(self.x, self.a, self.adapters)
@@ -258,11 +252,6 @@ def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
         total[rows] += grad[:, rows].t() @ x
 
 
-def _row_gradients(grad_logits: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of rows (n, h) of W from that of their logits (N, n)."""
-    return (grad_logits.t() @ x).to(_wide(x))
-
-
 def _chunk_losses(
     x: Tensor, labels: Tensor, weights: Tensor, output: OutputHead, grads: _HeadGradients | None
 ) -> Iterator[Tensor]:
@@ -271,9 +260,7 @@ def _chunk_losses(
     chunk = max(16, limit // (output.weight.shape[0] * x.element_size()))
     weight = output.weight.detach().to(x.dtype)
     new_rows = None if output.new_rows is None else output.new_rows.detach().to(x.dtype)
-    adapters = (
-        _HeadAdapters(x, output) if output.adapters and grads is None else None if grads is None else grads.adapters
-    )
+    adapters = grads.adapters if grads is not None else _HeadAdapters(x, output) if output.adapters else None
     for begin in range(0, len(x), chunk):
         rows = slice(begin, begin + chunk)
         added = None if adapters is None else Product(adapters.za[rows], adapters.b.t())

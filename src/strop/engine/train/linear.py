@@ -1,8 +1,8 @@
 """Frozen linear layers with LoRA or DoRA as one autograd function, with what precedes them fused in.
 
 The function has hand-derived gradients. It saves only what its backward needs and computes no gradient for frozen
-weights. Element-wise work is done by `Ops` (kernels/eager.py is the reference), the adapters' matmuls by `LoraProducts`
-(reference: lora.py), and the frozen ones by `FrozenProduct` (reference: lora.frozen_matmul).
+weights. Element-wise work is done by `Ops` (kernels/eager.py is the reference), the adapters' matmuls by `LoraOps`
+(reference: lora.py), and the frozen ones by `FrozenMatmul` (reference: lora.frozen_matmul).
 
 DoRA (Liu et al., arXiv:2402.09353) computes y = g (z W^T + s z A^T B^T) + bias with g = m / |W + s B A|, row by row.
 The norm is a constant in the gradient (section 4.3 of the paper). With dropout, which leaves z' of z for an adapter,
@@ -12,59 +12,27 @@ y = z W^T + (g - 1) z' W^T + g s z' A^T B^T + bias.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import About, FrozenProduct, Loops, LoraProducts, Ops, ReusedBuffer, apply
+from strop.engine.kernels.protocols import ActivationParameters, CpuOps, FrozenMatmul, LoraOps, Ops, ReusedBuffer, apply
 from strop.engine.train import lora
 from strop.engine.train.buffers import Allocate, Arena, heap_empty
 from strop.engine.train.dropout import DropoutOps, DropoutSpec, keep_scale
 from strop.engine.train.lora import Adapters, Addend, InPlace, frozen_matmul
 from strop.engine.train.norms import Norm
 from strop.engine.train.peft_modules import ActiveAdapters, base_of, dropout_spec, find_active_adapters
+from strop.models.quantize import QuantizedLinear
 
-LoraOpsFor = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]
+LoraOpsFor = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraOps]]
 PrepareWeight = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
-
-
-class Quantized(ABC):
-    """A frozen linear layer that stores its weight in another form (models.quantize.QuantizedLinear).
-
-    Not a protocol: from Python 3.12 on, isinstance checks against a protocol do not see attributes that nn.Module keeps
-    in its own dictionaries, such as a weight.
-    """
-
-    dtype: torch.dtype
-    weight: Tensor
-    in_features: int
-
-    @abstractmethod
-    def dequantized(self, out: Tensor | None = None) -> Tensor: ...
-
-    @abstractmethod
-    def packed(self) -> PackedWeight | None: ...
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight (n, k) in 8 or 4 bits.
-
-    Without `code`: int8 (n, k), multiplied by scale (n,) fp32. With `code` (16,) fp32: bytes (n k / 2) that hold two
-    indices into it each, the first in the upper half. Each group of `share` values, which never crosses the end of a
-    row, is multiplied by one value of `scale`.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    code: Tensor | None = None
-    share: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,11 +77,11 @@ class Activation:
 
 @dataclass(frozen=True)
 class CompiledActivation:
-    """An ungated activation(x) in the same place, by compiled kernels. kind, about: as in Loops.activated."""
+    """An ungated activation(x) in the same place, by compiled kernels. kind, about: as in CpuOps.activated."""
 
-    loops: Loops
+    loops: CpuOps
     kind: str
-    about: About
+    about: ActivationParameters
 
     def forward(self, x: Tensor, buffer: ReusedBuffer | None = None) -> Tensor:
         out = None if buffer is None else buffer(len(x), x.shape[1], x)
@@ -212,7 +180,7 @@ class FrozenLinear:
 
     weight: Callable[[], Any]
     bias: Tensor | None
-    lora: LoraProducts
+    lora: LoraOps
     columns: tuple[tuple[int, int], ...]
     scales: tuple[float, ...]
     buffer: ReusedBuffer | None = None
@@ -221,7 +189,7 @@ class FrozenLinear:
     dropout_ops: DropoutOps | None = None
     dora: Dora | None = None
     trained_biases: tuple[tuple[int, int], ...] = ()
-    matmul: FrozenProduct = frozen_matmul
+    matmul: FrozenMatmul = frozen_matmul
 
     def adapter_inputs(self, z: Tensor) -> Tensor:
         """Return z, or with dropout a masked copy of it for each adapter."""
@@ -365,16 +333,14 @@ class Workspace:
 
     def dequantize(self, bases: Sequence[Any]) -> Tensor:
         """Return the weights of linear layers with the same input, dequantized, as rows of one tensor (n, k)."""
-        like = next(base for base in bases if isinstance(base, Quantized))
-        rows = sum(base.out_features for base in bases)
-        whole, at = self._weights(rows, like.in_features, like.weight.new_empty(0, dtype=like.dtype)), 0
-        for base in bases:  # one at a time: two of an 8B model's are 235 MB
-            part = whole[at : at + base.out_features]
-            if isinstance(base, Quantized):
-                base.dequantized(part)
+        like = next(base for base in bases if isinstance(base, QuantizedLinear))
+        sizes = [base.out_features for base in bases]
+        whole = self._weights(sum(sizes), like.in_features, like.weight.new_empty(0, dtype=like.dtype))
+        for base, part in zip(bases, torch.split(whole, sizes), strict=True):  # two of an 8B model's take 235 MB
+            if isinstance(base, QuantizedLinear):
+                base.dequantize(part)
             else:
                 part.copy_(base.weight.detach())
-            at += base.out_features
         return whole
 
 
@@ -391,7 +357,7 @@ class FusedLinear:
         prologue: Prologue,
         workspace: Workspace,
         lora_ops_for: LoraOpsFor,
-        matmul_for: Callable[[Sequence[int]], FrozenProduct],
+        matmul_for: Callable[[Sequence[int]], FrozenMatmul],
         prepare_weight: PrepareWeight,
         dropout_ops: DropoutOps,
         ops: Ops,
@@ -399,9 +365,9 @@ class FusedLinear:
     ) -> None:
         """Fuse the modules' weights.
 
-        lora_ops_for, matmul_for: return the implementations for layers of these sizes (Processor.lora and .product).
-        prepare_weight: wraps the weight for the matmul (Processor.held). arena: for the output, which is saved for the
-        backward, on a CPU.
+        lora_ops_for, matmul_for: return the implementations for layers of these sizes (Backend.lora and .matmul).
+        prepare_weight: wraps the weight for the matmul (Backend.weight_loader). arena: for the output, which is saved
+        for the backward, on a CPU.
         """
         self.modules, self.prologue = modules, prologue
         self._dropout_ops, self._ops, self._arena = dropout_ops, ops, arena
@@ -414,7 +380,7 @@ class FusedLinear:
         self._bias_trained = any(bias is not None and bias.requires_grad for bias in biases)
         self.bias = _fuse(biases) if biases[0] is not None and not self._bias_trained else None
         weights = [base.weight for base in self.bases]
-        if any(isinstance(base, Quantized) for base in self.bases):
+        if any(isinstance(base, QuantizedLinear) for base in self.bases):
             self.weight = prepare_weight(lambda: workspace.dequantize(self.bases), self._int8_weight)
         else:
             if not _are_contiguous(weights):
@@ -422,11 +388,11 @@ class FusedLinear:
             # Evaluated when the weights are loaded; a view from then on.
             self.weight = prepare_weight(cache(lambda: _fuse(weights)), lambda: None)
         self._locations = [_location(base.weight) for base in self.bases]
-        self.operands: LoraProducts | None = None  # the adapters' matmuls, where kernels/cuda prepared them
+        self.operands: LoraOps | None = None  # the adapters' matmuls, where kernels/cuda prepared them
 
     def _int8_weight(self) -> tuple[Tensor, Tensor] | None:
         """Return int8 (n, k) and scale (n,) of all modules, which become views; None unless all are in 8 bits."""
-        packed = [base.packed() if isinstance(base, Quantized) else None for base in self.bases]
+        packed = [base.packed_weight() if isinstance(base, QuantizedLinear) else None for base in self.bases]
         scales = [weight.scale for weight in packed if weight is not None and weight.code is None]
         if len(scales) < len(self.bases):
             return None
@@ -449,32 +415,20 @@ class FusedLinear:
         lora_ops, dropped = self.operands or self._lora_ops(active.parts), dropout_spec(active.dropouts, keys)
         bias, trained_ranges, trained_biases = self._biases(x) if self._bias_trained else (self.bias, (), [])
         frozen = FrozenLinear(
-            self.weight,
-            bias,
-            lora_ops,
-            active.columns,
-            active.scales,
-            self._buffer,
-            self._arena,
-            dropped,
-            self._dropout_ops,
-            self._dora_for(active.magnitudes),
-            trained_ranges,
-            self._matmul,
-        )
+            self.weight, bias, lora_ops, active.columns, active.scales, self._buffer, self._arena, dropped,
+            self._dropout_ops, self._dora_for(active.magnitudes), trained_ranges, self._matmul,
+        )  # fmt: skip
         of_norm = prologue.trained if isinstance(prologue, Norm) else ()
         parts = (*active.parts, *active.magnitudes, *trained_biases, *of_norm)
         return apply(LoraLinear, x, frozen, prologue, residual, *parts)
 
     def _biases(self, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...], list[Tensor]]:
         """Return the current biases as one tensor in the dtype of x, the ranges of the trained ones, and these."""
-        biases, at, columns, trained = [base.bias for base in self.bases], 0, [], []
-        for bias in biases:
-            if bias.requires_grad:
-                columns.append((at, at + len(bias)))
-                trained.append(bias)
-            at += len(bias)
-        return torch.cat([bias.detach().to(x.dtype) for bias in biases]), tuple(columns), trained
+        biases = [base.bias for base in self.bases]
+        ends = accumulate(map(len, biases))
+        ranges = tuple((end - len(b), end) for b, end in zip(biases, ends, strict=True) if b.requires_grad)
+        trained = [bias for bias in biases if bias.requires_grad]
+        return torch.cat([bias.detach().to(x.dtype) for bias in biases]), ranges, trained
 
     def _dora_for(self, magnitudes: list[Tensor]) -> Dora | None:
         """Return DoRA's part if there are magnitudes. The squared norms of the frozen rows are computed once."""

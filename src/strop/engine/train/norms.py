@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import Loops, Ops, ReusedBuffer, apply
+from strop.engine.kernels.protocols import CpuOps, Ops, ReusedBuffer, apply
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,11 @@ class Norm:
         if self.current is None:
             return self
         weight, bias = self.current()
-        flags = weight.requires_grad, bias is not None and bias.requires_grad
-        trained = tuple(x for x, flag in zip((weight, bias), flags, strict=True) if flag and x is not None)
-        frozen_bias = None if bias is None else bias.detach()
+        trained = tuple(x for x in (weight, bias) if x is not None and x.requires_grad)
         return replace(
-            self,
-            weight=weight.detach(),
-            bias=frozen_bias,
-            weight_trained=flags[0],
-            bias_trained=flags[1],
-            trained=trained,
-        )
+            self, weight=weight.detach(), bias=None if bias is None else bias.detach(), trained=trained,
+            weight_trained=weight.requires_grad, bias_trained=bias is not None and bias.requires_grad,
+        )  # fmt: skip
 
     def gradients(self, grad: Tensor, x: Tensor) -> list[Tensor]:
         """Return the gradients of `trained`: sums over the rows of grad times the normalized x, and of grad."""
@@ -70,7 +64,7 @@ class Norm:
 class LayerNorm(Norm):
     """LayerNorm in the same place. loops: compiled CPU kernels, if there are any."""
 
-    loops: Loops | None = None
+    loops: CpuOps | None = None
 
     def forward(self, x: Tensor, buffer: ReusedBuffer | None = None) -> Tensor:
         if self.loops is not None:

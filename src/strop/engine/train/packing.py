@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from strop.engine.train.dropout import token_keys
 if TYPE_CHECKING:
     from strop.data.types import Example
 
+Int64 = npt.NDArray[np.int64]
 MIN_LENGTH_RATIO = 0.8  # a document shorter than this share of a group's longest starts another group
 MIN_PREFIX = 8  # tokens; a shorter prefix saves less than its additional attention call costs
 CALL_COST = 200 * 200  # of one more bucket, in query-key pairs (about 0.9 ms at 22 ns a pair of 9 heads)
@@ -86,14 +88,14 @@ class Documents:
     the number of packed rows. prefixes (D,): the first row of each document's prefix; None: row 0.
     """
 
-    spans: np.typing.NDArray[np.int64]
+    spans: Int64
     tokens: int
     device: torch.device
-    prefixes: np.typing.NDArray[np.int64] | None = None
-    _thread_tasks: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False, compare=False)
+    prefixes: Int64 | None = None
+    _thread_tasks: dict[tuple[int, int], tuple[Int64, Int64]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
-    def table(self) -> np.typing.NDArray[np.int64]:
+    def table(self) -> Int64:
         """Spans, the first row of each document's prefix, and 1 for documents that are a prefix: shape (D, 5)."""
         prefixes = np.zeros(len(self.spans), np.int64) if self.prefixes is None else self.prefixes
         start, _, prefix = self.spans.T
@@ -102,7 +104,7 @@ class Documents:
     @cached_property
     def layout(self) -> Layout:
         """The documents in buckets."""
-        parts: list[_Rows] = []
+        parts: list[tuple[Int64, Int64]] = []
         for prefix in sorted(set(self.spans[:, 2].tolist()), reverse=True):
             parts += _buckets(self.table[self.spans[:, 2] == prefix].tolist(), prefix)
         return build_layout(parts, self.tokens, self.device)
@@ -136,10 +138,7 @@ class Documents:
         spans = self.table[np.argsort(self.spans[:, 0], kind="stable")]
         own, prefix = spans[:, 1], spans[:, 2]
 
-        def ends(lengths: np.typing.NDArray[np.int64]) -> Any:
-            return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-
-        arrays = [ends(own), ends(own + prefix)]
+        arrays = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (own, own + prefix)]
         if prefix.any():
             parts = [rows for s, n, p, first, _ in spans for rows in (np.arange(first, first + p), np.arange(s, s + n))]
             arrays.append(np.concatenate(parts))
@@ -154,20 +153,14 @@ class Documents:
         counts = Counter((int(own), int(own + prefix)) for _, own, prefix in self.spans)
         return tuple((count, queries, keys) for (queries, keys), count in sorted(counts.items()))
 
-    def thread_tasks(
-        self, key_value: int, threads: int
-    ) -> tuple[np.typing.NDArray[np.int64], np.typing.NDArray[np.int64]]:
+    def thread_tasks(self, key_value: int, threads: int) -> tuple[Int64, Int64]:
         """Distribute attention over threads. Returns the tasks, and the index of each thread's first one.
 
         A task is document * key_value + head. The largest go first, each to the thread with the least work. Cached,
         since the forward and backward of every layer use it.
         """
-        if (key_value, threads) not in self._thread_tasks:
-            self._thread_tasks[key_value, threads] = self._distribute(key_value, threads)
-        tasks, starts = self._thread_tasks[key_value, threads]
-        return tasks, starts
-
-    def _distribute(self, key_value: int, threads: int) -> tuple[Any, Any]:
+        if (key_value, threads) in self._thread_tasks:
+            return self._thread_tasks[key_value, threads]
         costs = self.spans[:, 1] * (self.spans[:, 1] // 2 + self.spans[:, 2] + 32)
         lanes: list[list[int]] = [[] for _ in range(threads)]
         loads = [0] * threads
@@ -176,8 +169,8 @@ class Documents:
                 least = loads.index(min(loads))
                 lanes[least].append(int(document) * key_value + head)
                 loads[least] += int(costs[document])
-        ends = np.cumsum([0, *map(len, lanes)])
-        return np.array([task for lane in lanes for task in lane], dtype=np.int64), ends.astype(np.int64)
+        tasks = _int64([task for lane in lanes for task in lane]), _int64(np.cumsum([0, *map(len, lanes)]))
+        return self._thread_tasks.setdefault((key_value, threads), tasks)
 
 
 @dataclass(frozen=True)
@@ -277,8 +270,7 @@ class _Packer:
 
     def add_group(self, numbered: Iterable[tuple[int, Example]], prefix: int, *, merged: bool) -> None:
         """Add numbered examples that share a prefix of this many tokens. merged: skip the labels in the prefix."""
-        base, prefix_added = self.tokens, False
-        spans = []
+        base, prefix_added, spans = self.tokens, False, []
         for number, example in numbered:
             if prefix and not prefix_added:
                 self._add_rows(example.ids[:prefix], 0, token_keys(example.ids[:prefix]))
@@ -309,14 +301,13 @@ class _Packer:
         rows, labels, weights, examples = (np.concatenate(part) for part in zip(*self.labels, strict=True))
         used = weights != 0
         unique_rows, label_rows = np.unique(rows[used], return_inverse=True)
-        spans, prefixes = np.array(self.spans, dtype=np.int64), np.array(self.prefixes, dtype=np.int64)
+        spans, prefixes = _int64(self.spans), _int64(self.prefixes)
         tokens = [np.concatenate(part) for part in (self.ids, self.positions, self.keys)]
         integers = [*tokens, unique_rows, label_rows, labels[used], *([examples[used]] if separate else [])]
         label_weights, *tensors = copy_to_device([weights[used], *map(_int64, integers)], device)
         documents = Documents(spans, self.tokens, device, prefixes if prefixes.any() else None)
-        label_examples = tensors[6] if separate else None
         ids, positions, keys, predicting, row_of_label, label_ids = tensors[:6]
-        ends = tuple(self.ends)
+        label_examples, ends = tensors[6] if separate else None, tuple(self.ends)
         return PackedBatch(
             ids, positions, keys, documents, predicting, row_of_label, label_ids, label_weights, label_examples, ends
         )
@@ -347,10 +338,7 @@ def shared_prefix(examples: Sequence[Example]) -> int:
     return length if len(examples) > 1 and length >= MIN_PREFIX else 0
 
 
-_Rows = tuple["np.typing.NDArray[np.int64]", "np.typing.NDArray[np.int64]"]
-
-
-def _buckets(documents: Sequence[Sequence[int]], prefix: int) -> list[_Rows]:
+def _buckets(documents: Sequence[Sequence[int]], prefix: int) -> list[tuple[Int64, Int64]]:
     """Split documents (rows of Documents.table) into buckets of minimal cost by dynamic programming."""
     order = sorted(documents, key=lambda document: document[1])
     best: list[tuple[int, int]] = [(0, 0)]  # for the first n of `order`: cost, and the start of the last bucket
@@ -366,7 +354,7 @@ def _buckets(documents: Sequence[Sequence[int]], prefix: int) -> list[_Rows]:
     return buckets
 
 
-def _bucket(documents: Sequence[Sequence[int]], prefix: int) -> _Rows:
+def _bucket(documents: Sequence[Sequence[int]], prefix: int) -> tuple[Int64, Int64]:
     queries = np.full((len(documents), max(document[1] for document in documents)), -1, dtype=np.int64)
     for row, (start, length, *_) in zip(queries, documents, strict=True):
         row[:length] = np.arange(start, start + length)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from strop.engine.train.dropout import CounterDropout, DropoutSpec, keep_scale
 
@@ -27,10 +26,6 @@ class NewRows:
 
     ids: tuple[int, ...]
     rows: Tensor
-
-    def row_of_token(self, vocabulary: int) -> Tensor:
-        """Return the row index of each token, shape (vocabulary,), with -1 for tokens that have none."""
-        return _row_of_token(self.ids, vocabulary, self.rows.device)
 
     def token_ids(self) -> Tensor:
         """Return the tokens as a tensor, shape (n,)."""
@@ -72,14 +67,6 @@ def current_module(module: Any) -> Any:
     return module.modules_to_save[active[0]]
 
 
-def adapts_linear_weight(module: nn.Module) -> bool:
-    """Return whether PEFT adapts the weight of a linear layer as a parameter, as in a mixture's dense layers.
-
-    The forward is that of LoRA on the layer itself.
-    """
-    return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)
-
-
 def new_rows(module: Any) -> NewRows | None:
     """Return the trained and active rows of an embedding or head."""
     if not isinstance(module, TrainableTokensWrapper) or module.disable_adapters:
@@ -97,7 +84,7 @@ def embed(module: Any, ids: Tensor) -> Tensor:
     x: Tensor = current_module(module)(ids).to(base.weight.dtype)
     if trained is None:
         return x
-    row = trained.row_of_token(base.num_embeddings)[ids]
+    row = _row_of_token(trained.ids, base.num_embeddings, trained.rows.device)[ids]
     new = F.embedding(row.clamp(min=0), trained.rows).to(x.dtype)
     scale = getattr(base, "embed_scale", None)
     new = new if scale is None else new * scale.to(new.dtype)
@@ -109,24 +96,24 @@ def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> Active
     parts: list[Tensor] = []
     dropouts: list[Any] = []
     magnitudes: list[Tensor] = []
-    columns, scales, start = [], [], 0
+    columns, scales, end = [], [], 0
     for module, base in zip(modules, bases, strict=True):
-        end = start + base.out_features
-        if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
-            for name in module.active_adapters:
-                if name in module.lora_A:
-                    parts += [module.lora_A[name].weight, module.lora_B[name].weight]
-                    if name in module.lora_magnitude_vector:
-                        magnitudes.append(module.lora_magnitude_vector[name].weight)
-                    columns.append((start, end))
-                    dropouts.append(module.lora_dropout[name])
-                    scales.append(float(module.scaling[name]) * keep_scale(_level(dropouts[-1])))
-        start = end
+        start, end = end, end + base.out_features
+        if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
+            continue
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                parts += [module.lora_A[name].weight, module.lora_B[name].weight]
+                if name in module.lora_magnitude_vector:
+                    magnitudes.append(module.lora_magnitude_vector[name].weight)
+                columns.append((start, end))
+                dropouts.append(module.lora_dropout[name])
+                scales.append(float(module.scaling[name]) * keep_scale(_level(dropouts[-1])))
     return ActiveAdapters(parts, magnitudes, tuple(columns), tuple(scales), dropouts)
 
 
 def dropout_spec(dropouts: Sequence[Any], keys: Tensor) -> DropoutSpec | None:
-    """Return what the adapters' dropouts (CountedDropout or Identity) drop now, or None if nothing.
+    """Return what the adapters' dropouts (CounterDropout or Identity) drop now, or None if nothing.
 
     keys: the key of each input row (dropout.token_keys), shape (T,).
     """
@@ -144,6 +131,7 @@ def _level(dropout: Any) -> int:
 
 @lru_cache(4)
 def _row_of_token(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
+    """Return the index into ids of each token, shape (vocabulary,), with -1 for tokens that are not there."""
     rows = torch.full((vocabulary,), -1, device=device)
     rows[_token_ids(ids, device)] = torch.arange(len(ids), device=device)
     return rows

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strop.engine.kernels.dispatch import drops_for
+from strop.engine.kernels.dispatch import dropout_ops_for
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import install_dropout, token_keys
@@ -39,11 +39,11 @@ class WeightGatherer(Protocol):
 
     modules: dict[int | str, nn.Module]
 
-    def __call__(self, where: int | str) -> None: ...
+    def __call__(self, key: int | str) -> None: ...
 
 
 class PlainLoss:
-    """Losses through the model's own forward, on rows padded on the right.
+    """The step (see engine.step.Step) through the model's own forward, on rows padded on the right.
 
     model: any causal language model of transformers, with or without adapters. Whatever the architecture does after its
     output head (scaling, soft-capping) is kept. why: the reason for not using the fast step.
@@ -52,28 +52,25 @@ class PlainLoss:
     name = "plain"
     packed = False
     prefix_sharing = False
-    lacking = ""
+    why_no_triton = ""
     can_offload = False
 
-    def __init__(self, model: nn.Module, why: str = "") -> None:
+    def __init__(self, model: Any, why: str = "") -> None:
         self.model, self.why = model, why
-        self.masks = install_dropout(model, drops_for)
-        self._head: nn.Module = cast(Any, model).get_output_embeddings()
-        self._balance = load_balancing(cast(Any, model).config)
+        self.masks = install_dropout(model, dropout_ops_for)
+        self._head: nn.Module = model.get_output_embeddings()
+        self._balance = load_balancing(model.config)
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
-        """Return the sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
         losses, weights, _, balance = self._supervised(examples)
         total = (losses * weights).sum()
         return total if balance is None else total + balance * weights.sum()  # a mean, whereas the loss is a sum
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """Return the sum of weight * log-probability of each example (N,), fp64, differentiable."""
         losses, weights, rows, _ = self._supervised(examples)
         return sum_by_example(-losses, weights, rows, len(examples))
 
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """Return the log-probability of each supervised token, example after example (M,), fp32, differentiable."""
         return -self._supervised(examples)[0]
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
@@ -89,18 +86,17 @@ class PlainLoss:
         return picked[0]
 
     def checkpoint(self, layers: int | None = None) -> None:
-        """Recompute layers in the backward. transformers can only do this for all layers."""
-        cast(Any, self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        """Recompute all layers in the backward: transformers cannot do this for some."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def offload(self) -> None:
         raise NotImplementedError("the plain step keeps its activations on the device")
 
     def replace_weights(self, replace: Callable[[], None]) -> None:
-        """Call `replace`, which replaces the model's frozen weights."""
         replace()
 
     def release_buffers(self) -> None:
-        """Do nothing: no buffers are kept between micro-batches."""
+        pass  # none are kept between micro-batches
 
     def set_memory_watch(self, watch: LayerWatch) -> None:
         """Call `watch` before each decoder layer (the longest list of modules), with hooks."""
@@ -109,7 +105,6 @@ class PlainLoss:
             layer.register_forward_pre_hook(lambda *_, number=number: watch() if number else watch.begin())
 
     def set_weight_gatherer(self, gather: WeightGatherer) -> None:
-        """Call `gather` before the forward and the gradient of each module, with hooks."""
         for where, module in gather.modules.items():
             module.register_forward_pre_hook(lambda *_, where=where: gather(where))
             module.register_forward_hook(lambda _, __, output, where=where: _gather_again(output, gather, where))
@@ -121,11 +116,9 @@ class PlainLoss:
         """
         padded, device = _PaddedBatch.of(examples), next(self._head.parameters()).device
         rows, columns = padded.weights.nonzero(as_tuple=True)
-        labels, weights = padded.ids[rows, columns], padded.weights[rows, columns]
         before = columns - 1  # the position that predicts each label
-        labels, weights, rows, before = copy_to_device(
-            [labels.numpy(), weights.numpy(), rows.numpy(), before.numpy()], device
-        )
+        arrays = [padded.ids[rows, columns], padded.weights[rows, columns], rows, before]
+        labels, weights, rows, before = copy_to_device([array.numpy() for array in arrays], device)
         output = self._forward(padded, lambda hidden: hidden[rows, before], (rows, before))
         losses = apply(CrossEntropy, output.logits, labels)
         balanced = self._balance and self.model.training
@@ -144,8 +137,7 @@ class PlainLoss:
 
         def pick_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
             if inputs[0].shape[:2] != padded.ids.shape:
-                kind = cast(Any, self.model).config.model_type
-                what = f"{kind}: its output head does not take one position a token"
+                what = f"{self.model.config.model_type}: its output head does not take one position a token"
                 raise ModelError(what, fix="use a decoder-only language model")
             self.masks.tokens = keys if at is None else keys[at]
             return (pick(inputs[0]), *inputs[1:])
@@ -155,12 +147,7 @@ class PlainLoss:
 
         # A hook on the output head avoids logits for padding, prompts and other unsupervised tokens.
         with self._head.register_forward_pre_hook(pick_inputs), self._head.register_forward_hook(restore_keys):
-            return self.model(
-                input_ids=ids,
-                attention_mask=attended,
-                use_cache=False,
-                return_dict=True,
-            )
+            return self.model(input_ids=ids, attention_mask=attended, use_cache=False, return_dict=True)
 
 
 def call_before_gradient(output: Tensor, function: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
-"""The metadata of a GGUF file, as a transformers config names it; lists of strings are passed over, unread.
+"""Read the metadata of a GGUF file under the field names of a transformers config, without torch.
 
-gguf's own reader makes an array of each of the tokenizer's strings: 13 s on SmolLM2's file, where this takes 0.2 s.
+Lists of strings are skipped: gguf's own reader makes an array of each of the tokenizer's strings, which takes 13 s for
+SmolLM2's file; this module takes 0.2 s.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from strop.errors import ModelError
+from strop.models.families.table import find_gguf_family
 
 _STRING, _LIST = 8, 9
-_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # struct's code of a type
-_LONGEST = 1 << 16  # bytes of a string that is read
-# config.json's name of what the header calls ARCHITECTURE.name
-_NAMES = {
+# struct's format character of each numeric type.
+_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_MAX_STRING = 1 << 16  # bytes; longer strings are skipped
+# config.json's name of the header field ARCHITECTURE.name
+_CONFIG_FIELDS = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -28,87 +31,91 @@ _NAMES = {
     "expert_count": "num_experts",
     "context_length": "max_position_embeddings",
 }
-_FAMILIES = {"gemma3": "gemma3_text"}
 
 
 def read_gguf_config(file: Path) -> dict[str, Any]:
-    """What config.json would say of the model's shape. Raises ModelError where the file is not GGUF or is cut short."""
+    """Return the model's sizes as config.json would name them.
+
+    Raises ModelError where the file is not GGUF or is cut short.
+    """
     try:
         with file.open("rb") as handle:
-            return _config(*_read(handle))
+            return _config(*_read_header(handle))
     except FileNotFoundError:
         raise ModelError(f"{file}: no such GGUF file") from None
     except (struct.error, IndexError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ModelError(f"{file}: not a GGUF file that can be read ({error})", fix="fetch it again") from None
+        raise ModelError(f"{file}: not a readable GGUF file ({error})", fix="download it again") from None
 
 
 def _config(values: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    family = str(values["general.architecture"])
-    config = {ours: values[f"{family}.{name}"] for name, ours in _NAMES.items() if f"{family}.{name}" in values}
+    arch = str(values["general.architecture"])
+    config = {field: values[f"{arch}.{name}"] for name, field in _CONFIG_FIELDS.items() if f"{arch}.{name}" in values}
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if blocks and len(blocks) != config.get("num_hidden_layers"):
         raise ValueError(f"tensors of {len(blocks)} layers, {config.get('num_hidden_layers')} expected")
     vocabulary = tensors.get("token_embd.weight")
     if vocabulary:
         config["vocab_size"] = vocabulary[1]
-    if family == "llama" and "head_dim" not in config:
+    if arch == "llama" and "head_dim" not in config:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    return {"model_type": _FAMILIES.get(family, family), **config}
+    entry = find_gguf_family(arch)
+    return {"model_type": entry[0] if entry else arch, **config}
 
 
-def _read(handle: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def _read_header(handle: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return the values, and the shapes of the tensors. Raises ValueError for a damaged file."""
     magic, version, num_tensors, num_values = struct.unpack("<4sIQQ", handle.read(24))
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"begins with {magic!r}, version {version}")
     values: dict[str, Any] = {}
     for _ in range(num_values):
-        key = _string(handle)
-        value = _value(handle, *struct.unpack("<I", handle.read(4)))
+        key = _read_string(handle)
+        value = _read_value(handle, *struct.unpack("<I", handle.read(4)))
         if value is not None:
             values[key] = value
     tensors, end = {}, 0
     for _ in range(num_tensors):
-        name = _string(handle)
+        name = _read_string(handle)
         (rank,) = struct.unpack("<I", handle.read(4))
         tensors[name] = struct.unpack(f"<{rank}Q", handle.read(8 * rank))
-        kind, offset = struct.unpack("<IQ", handle.read(12))
-        end = max(end, offset + _bytes(kind, math.prod(tensors[name])))
-    unit = int(values.get("general.alignment", 32))
-    needed = -(-handle.tell() // unit) * unit + end  # weights begin at a multiple of it
+        type_id, offset = struct.unpack("<IQ", handle.read(12))
+        end = max(end, offset + _tensor_bytes(type_id, math.prod(tensors[name])))
+    alignment = int(values.get("general.alignment", 32))
+    needed = -(-handle.tell() // alignment) * alignment + end  # weights begin at a multiple of the alignment
     if (size := handle.seek(0, 2)) < needed:
         raise ValueError(f"cut short: {size} bytes, {needed} expected")
     return values, tensors
 
 
-def _bytes(kind: int, numbers: int) -> int:
-    """What this many numbers of a type take; 1 for a type that is newer than the package gguf."""
+def _tensor_bytes(type_id: int, elements: int) -> int:
+    """Return the bytes of a tensor; 1 for a type that the gguf package does not know yet."""
     import gguf
 
     sizes: dict[int, tuple[int, int]] = {int(name): size for name, size in gguf.GGML_QUANT_SIZES.items()}
-    block, size = sizes.get(kind, (numbers or 1, 1))
-    return -(-numbers // block) * size
+    block, size = sizes.get(type_id, (elements or 1, 1))
+    return -(-elements // block) * size
 
 
-def _value(handle: BinaryIO, kind: int) -> Any:
-    """A number or a string; None for a list, which no shape needs."""
-    if kind == _STRING:
-        return _string(handle)
-    if kind == _LIST:
-        of, count = struct.unpack("<IQ", handle.read(12))
-        if of == _STRING:
+def _read_value(handle: BinaryIO, type_id: int) -> Any:
+    """Return a number or a string; None for a list."""
+    if type_id == _STRING:
+        return _read_string(handle)
+    if type_id == _LIST:
+        item_type, count = struct.unpack("<IQ", handle.read(12))
+        if item_type == _STRING:
             for _ in range(count):
                 handle.seek(struct.unpack("<Q", handle.read(8))[0], 1)
         else:
-            handle.seek(count * struct.calcsize(_NUMBERS[of]), 1)
+            handle.seek(count * struct.calcsize(_NUMBERS[item_type]), 1)
         return None
-    code = f"<{_NUMBERS[kind]}"
+    code = f"<{_NUMBERS[type_id]}"
     return struct.unpack(code, handle.read(struct.calcsize(code)))[0]
 
 
-def _string(handle: BinaryIO) -> str:
+def _read_string(handle: BinaryIO) -> str:
     (length,) = struct.unpack("<Q", handle.read(8))
-    if length > _LONGEST:
+    if length > _MAX_STRING:
         handle.seek(length, 1)
         return ""
     return handle.read(length).decode("utf-8", "replace")

@@ -1,9 +1,13 @@
-"""The sizes of a model from its config alone: what the plan and `strop modules` need, without torch or weights."""
+"""The sizes of a model from its config alone, for `strop plan` and `strop modules`: no torch and no weights.
+
+Also lists linear layers by kind, and resolves which of them an adapter's targets name.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,49 +19,95 @@ import numpy.typing as npt
 
 from strop.errors import ModelError, nearest
 from strop.models.families.gguf_header import read_gguf_config
-from strop.models.source import base_of_run, demo_file, headers, hub_config, prequantized, read_config
-from strop.models.targets import EMBEDDINGS, EXPERTS, LinearKind, embedding_kind, expert_sets, sets_of
+from strop.models.families.table import FAMILIES, ConfigDefaults, Family
+from strop.models.source import base_of_run, demo_file, download_config, prequantized, read_config, read_headers
 from strop.runs.folder import is_run
 
-LARGEST, MOST_LAYERS = 1 << 28, 10_000  # of what a config may say; beyond that there is work without end
-SMALLEST = 512  # weights below this many are not worth their constants: a quantized base keeps them in 16 bit
+MAX_SIZE, MAX_LAYERS = 1 << 28, 10_000  # larger values in a config are errors
+SMALLEST = 512  # linear layers with fewer weights stay in 16 bit: quantization constants would cost more
+TARGET_SETS = ("all-linear", "attention", "gate", "experts")
+EXPERTS = "Experts"  # LinearKind.type of a parameter that holds all experts of a layer
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 
-
-# What families call the number of their layers, and lists that have an entry a layer.
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+# Config fields that hold the number of layers, and lists with one entry a layer.
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 LAYER_LISTS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 
 
 @dataclass(frozen=True)
-class _Family:
-    """What a family's configs leave unsaid."""
+class LinearKind:
+    """A group of linear layers with the same leaf name and shape, such as q_proj in each block."""
 
-    head_size: int | None = None  # where the config names none; None: hidden / heads
-    tied: bool = False
-    qkv_bias: bool | None = None  # None: as attention_bias says
-    fused: bool = False  # one projection for q, k, v and one for gate, up
-    norms: int = 2  # of width `hidden`, in a layer
-    head_norms: bool = False  # of q and k
+    name: str
+    type: str
+    in_features: int
+    out_features: int
+    count: int
+    sets: tuple[str, ...]  # the named target sets that contain it
+    kept_16_bit: str | None  # why a quantized base keeps it in 16 bit, if it does
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features * self.count
 
 
-_FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family(qkv_bias=False),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen3": _Family(head_size=128, head_norms=True),
-    "phi3": _Family(qkv_bias=False, fused=True),
-    "gemma2": _Family(head_size=256, tied=True, norms=4),
-    "gemma3_text": _Family(head_size=256, tied=True, norms=4, head_norms=True),
-}
+def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> list[str]:
+    """Return the leaf names for PEFT to adapt. Raises ModelError for a target that matches nothing."""
+    names: list[str] = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        leaf = target.rpartition(".")[2]
+        matching = [kind.name for kind in kinds if target in kind.sets or kind.name in (target, leaf)]
+        if not matching:
+            known = list(dict.fromkeys(kind.name for kind in kinds))
+            raise ModelError(
+                f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}",
+                fix=f"choose among {', '.join([*TARGET_SETS, *known])}",
+            )
+        names += matching
+    return list(dict.fromkeys(names))
+
+
+def matches_pattern(pattern: str, path: str) -> bool:
+    """Return whether a key of `rank_pattern` or `alpha_pattern` matches a module's path, as PEFT decides it."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def embedding_kind(name: str, rows: int, size: int, count: int = 1) -> LinearKind:
+    """Return an embedding as `strop modules` lists it: it takes no adapter and stays in 16 bit."""
+    return LinearKind(name, "Embedding", rows, size, count, (), "embedding")
+
+
+def target_sets(path: str) -> tuple[str, ...]:
+    """Return the named target sets that contain the linear layer at this path."""
+    parent, _, leaf = path.rpartition(".")
+    if leaf in EMBEDDINGS or not parent:
+        return ()
+    owners = parent.split(".")[-2:]  # BERT's paths end with attention.self.query
+    return (
+        "all-linear",
+        *(("attention",) if any("attn" in part or "attention" in part for part in owners) else ()),
+        *(("gate",) if leaf in ("gate_proj", "gate_up_proj") else ()),
+    )
+
+
+def expert_target_sets(parameter: str) -> tuple[str, ...]:
+    """Return the named target sets that contain a parameter with experts."""
+    return ("all-linear", "experts", *(("gate",) if parameter in ("gate_proj", "gate_up_proj") else ()))
+
+
+def is_router(path: str) -> bool:
+    """Return whether a linear layer routes tokens to experts; no target set contains it."""
+    parent, _, leaf = path.rpartition(".")
+    return leaf in ("router", "shared_expert_gate") or parent.rpartition(".")[2] == "router"
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer of each decoder layer, or the experts of one: path in it, and its sizes.
+    """A linear layer of the decoder layers, or the experts of one.
 
-    share: how many there are in a layer, in the mean: 1 of 4 layers has one, or one has 128. active: which part of them
-    a token goes through. sets: the named target sets that hold it; None: as its path says. kept: a quantized base keeps
-    it in 16 bit.
+    path: inside the decoder layer. share: how many there are in a layer on average (1/4 if one layer of four has one,
+    128 for 128 experts). active: the fraction of them that a token passes through. sets: its target sets; None: from
+    the path. kept_16_bit: a quantized base keeps it in 16 bit.
     """
 
     path: str
@@ -67,17 +117,19 @@ class LinearShape:
     share: float = 1
     active: float = 1
     sets: tuple[str, ...] | None = None
-    kept: bool = False
+    kept_16_bit: bool = False
 
     @property
     def name(self) -> str:
-        if "experts" in (self.sets or ()):
-            return ".".join(self.path.split(".")[-2:])
-        return self.path.rpartition(".")[2]
+        return ".".join(self.path.split(".")[-2:]) if self.is_expert else self.leaf
 
     @property
     def leaf(self) -> str:
         return self.path.rpartition(".")[2]
+
+    @property
+    def is_expert(self) -> bool:
+        return "experts" in (self.sets or ())
 
     @property
     def weights(self) -> int:
@@ -88,23 +140,23 @@ class LinearShape:
         return round(self.active * self.weights)
 
     @property
-    def rows(self) -> int:
-        """Outputs of all that there are in a layer."""
+    def total_outputs(self) -> int:
+        """Outputs of all such layers in a decoder layer."""
         return round(self.share * self.outputs)
 
     @property
-    def ends(self) -> int:
-        """Inputs and outputs of all that there are in a layer: numbers of an adapter of rank 1."""
+    def adapter_size(self) -> int:
+        """Weights of a rank-1 adapter on all such layers in a decoder layer."""
         return round(self.share * (self.inputs + self.outputs))
 
     @property
-    def small(self) -> bool:
+    def is_small(self) -> bool:
         return self.inputs * self.outputs < SMALLEST
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only model's sizes. known: its family is in the table, so that `parameters` is exact."""
+    """The sizes of a decoder-only model."""
 
     family: str
     layers: int
@@ -117,64 +169,66 @@ class ModelShape:
     tied: bool
     linears: tuple[LinearShape, ...]
     norm_weights: int  # of one decoder layer
-    known: bool = True
+    known: bool = True  # the table has the family's sizes, so `parameters` is exact
     activation: str = "silu"
-    softcap: bool = False  # of the attention's scores
+    softcap: bool = False  # of the attention scores
     rope: str = "default"
     prequantized: str | None = None  # how the weights are quantized on disk
-    experts: int = 1  # of a layer's MLP; the sizes here are of one
-    balanced: bool = False  # its config asks for a loss that keeps experts evenly used
-    other_biases: int = 0  # numbers of biases that are not those of `linears`: of norms, of a head
-    positions: int | None = None  # that it was made for, where its config says
-    learned: bool = False  # it has a learned vector for each of them, and none for more
+    experts: int = 1  # of a layer's MLP; `intermediate` counts the chosen ones
+    balanced: bool = False  # the config asks for a load-balancing loss
+    other_biases: int = 0  # bias elements outside of `linears`: of norms, of a head
+    positions: int | None = None  # maximum, where the config says
+    learned: bool = False  # has a learned position table, so longer texts are impossible
     text_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # repr is a cache key
 
     @property
-    def query(self) -> int:
+    def query_size(self) -> int:
         return self.heads * self.head_size
 
     @property
-    def key_value(self) -> int:
+    def key_value_size(self) -> int:
         return self.key_value_heads * self.head_size
 
     @property
     def head_norms(self) -> bool:
-        """Norms of q and k, head by head (Qwen 3, Gemma 3)."""
-        return _FAMILIES.get(self.family, _Family()).head_norms
+        """True if q and k have norms over each head (Qwen 3, Gemma 3)."""
+        return (_config_defaults(self.family) or ConfigDefaults()).head_norms
 
     @property
     def embedding(self) -> int:
+        """Weights of the embedding."""
         return self.vocabulary * self.hidden
 
     @property
     def quantizable(self) -> int:
-        """Weights that a quantized base holds in 4 or 8 bit."""
-        return self.layers * sum(linear.weights for linear in self.linears if not (linear.small or linear.kept))
+        """Weights that a quantized base keeps in 4 or 8 bit."""
+        return self.layers * sum(x.weights for x in self.linears if not (x.is_small or x.kept_16_bit))
 
     @property
-    def idle(self) -> int:
-        """Weights of experts that a token does not go through."""
+    def idle_expert_weights(self) -> int:
+        """Weights of experts that a token does not pass through."""
         return self.layers * sum(linear.weights - linear.active_weights for linear in self.linears)
 
     @property
-    def in_experts(self) -> tuple[LinearShape, ...]:
-        return tuple(linear for linear in self.linears if "experts" in (linear.sets or ()))
+    def expert_linears(self) -> tuple[LinearShape, ...]:
+        return tuple(linear for linear in self.linears if linear.is_expert)
 
     @property
     def biases(self) -> int:
-        """Numbers of all biases."""
-        return self.layers * sum(linear.rows for linear in self.linears if linear.bias) + self.other_biases
+        """Elements of all biases."""
+        return self.layers * sum(linear.total_outputs for linear in self.linears if linear.bias) + self.other_biases
 
-    def beyond(self, lengths: Sequence[int] | npt.NDArray[np.int64], drawn: int = 0) -> str | None:
-        """Says how many rows of these lengths are longer than what the model was made for; None where none is.
+    def count_too_long(self, lengths: Sequence[int] | npt.NDArray[np.int64], completion_tokens: int = 0) -> str | None:
+        """Return a message on how many rows exceed the model's maximum length, or None.
 
-        drawn: tokens of the longest answer that is drawn to each."""
+        lengths: of the rows, in tokens. completion_tokens: the most that are sampled for each row.
+        """
         if self.positions is None:
             return None
-        over = int((np.asarray(lengths) + drawn > self.positions).sum())
-        rows = f"rows, with an answer of {drawn:,} tokens," if drawn else "rows"
-        said = f"{over:,} of {len(lengths):,} {rows} are longer than the {self.positions:,} tokens"
-        return f"{said} that the model was made for" if over else None
+        too_long = int((np.asarray(lengths) + completion_tokens > self.positions).sum())
+        rows = f"rows, with a completion of {completion_tokens:,} tokens," if completion_tokens else "rows"
+        message = f"{too_long:,} of {len(lengths):,} {rows} are longer than the {self.positions:,} tokens"
+        return f"{message} that the model was made for" if too_long else None
 
     @property
     def parameters(self) -> int:
@@ -182,43 +236,43 @@ class ModelShape:
         return self.layers * layer + self.biases + self.embedding * (1 if self.tied else 2) + self.hidden
 
     @staticmethod
-    def of(config: Mapping[str, Any]) -> ModelShape:
-        """From config.json. Raises ModelError where it lacks a size that no decoder does without."""
+    def from_config(config: Mapping[str, Any]) -> ModelShape:
+        """Return the shape by config.json. Raises ModelError where it lacks a size that every decoder has."""
         text = next((config[part] for part in ("text_config", "decoder_config", "decoder") if config.get(part)), config)
         name = str(text.get("model_type") or config.get("model_type") or "")
-        family = _FAMILIES.get(name)
-        known = family is not None and text is config
-        family = family or _Family()
-        get = _getter(text, name)
+        listed = _config_defaults(name)
+        known, defaults = listed is not None and text is config, listed or ConfigDefaults()
+        family = FAMILIES[name] if listed else Family()
+        get = _size_getter(text, name)
         hidden = get("hidden_size", "n_embd", "d_model", "dim", "emb_dim")
         heads = get("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", default=1)
-        size = text.get("head_dim") or family.head_size or hidden // heads
-        few = get("num_key_value_heads", default=heads)
+        head_size = text.get("head_dim") or defaults.head_size or hidden // heads
+        key_value_heads = get("num_key_value_heads", default=heads)
         inner = get("intermediate_size", "n_inner", "ffn_dim", "d_ff", default=4 * hidden)
-        experts, chosen = (
-            _experts(text),
-            get("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", default=1),
-        )
-        wide = get("moe_intermediate_size", default=inner)
-        biased = bool(text.get("attention_bias", False))
+        experts = _count_experts(text)
+        chosen = get("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", default=1)
+        expert_inner = get("moe_intermediate_size", default=inner)
+        linears = _dense_linears(family, defaults, text, hidden, heads * head_size, key_value_heads * head_size, inner)
+        if experts > 1:
+            linears = (*linears[:-3], *_expert_linears(hidden, expert_inner, experts, chosen))
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-        linears = _linears(family, hidden, heads * size, few * size, inner, biased, bool(text.get("mlp_bias")))
+        list_length = len(next((text[field] for field in LAYER_LISTS if text.get(field)), ()))
         return ModelShape(
             family=name,
-            layers=get(*LAYERS, default=len(next((text[name] for name in LAYER_LISTS if text.get(name)), ())) or None),
+            layers=get(*LAYER_COUNTS, default=list_length or None),
             hidden=hidden,
             heads=heads,
-            key_value_heads=few,
-            head_size=size,
-            intermediate=inner if experts == 1 else wide * min(chosen, experts),
+            key_value_heads=key_value_heads,
+            head_size=head_size,
+            intermediate=inner if experts == 1 else expert_inner * min(chosen, experts),
             vocabulary=get("vocab_size", "n_words"),
-            tied=family.tied if tied is None else bool(tied),
-            linears=linears if experts == 1 else (*linears[:-3], *_experts_of(hidden, wide, experts, chosen)),
-            norm_weights=family.norms * hidden + (2 * size if family.head_norms else 0),
+            tied=defaults.tied if tied is None else bool(tied),
+            linears=linears,
+            norm_weights=len(family.norms) * hidden + (2 * head_size if defaults.head_norms else 0),
             known=known,
             activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
             softcap=bool(text.get("attn_logit_softcapping")),
-            rope=_rope(text),
+            rope=_rope_type(text),
             prequantized=prequantized(config),
             experts=experts,
             balanced=bool(text.get("output_router_logits") and text.get("router_aux_loss_coef")),
@@ -227,34 +281,39 @@ class ModelShape:
         )
 
     def linear_kinds(self) -> list[LinearKind]:
-        """As lora.linear_kinds finds them in the model itself."""
+        """Return the kinds that `introspect.linear_kinds` would find in the model."""
         kinds = [
             LinearKind(
-                x.name, EXPERTS if "experts" in (x.sets or ()) else "Linear", x.inputs, x.outputs,
-                max(1, round(self.layers * x.share)), sets_of(f"model.layers.0.{x.path}") if x.sets is None else x.sets,
-                "small" if x.small else None,
+                x.name, EXPERTS if x.is_expert else "Linear", x.inputs, x.outputs, max(1, round(self.layers * x.share)),
+                target_sets(f"model.layers.0.{x.path}") if x.sets is None else x.sets, "small" if x.is_small else None,
             )
             for x in self.linears
         ]  # fmt: skip
         return [*kinds, LinearKind("lm_head", "Linear", self.hidden, self.vocabulary, 1, (), "output head")]
 
 
-def _linears(
-    family: _Family, hidden: int, query: int, narrow: int, inner: int, biased: bool, mlp_bias: bool
-) -> tuple[LinearShape, ...]:
-    if family.fused:
+def _config_defaults(family: str) -> ConfigDefaults | None:
+    return FAMILIES[family].config_defaults if family in FAMILIES else None
+
+
+def _dense_linears(
+    family: Family, defaults: ConfigDefaults, config: Mapping[str, Any],
+    hidden: int, query: int, key_value: int, inner: int,
+) -> tuple[LinearShape, ...]:  # fmt: skip
+    if len(family.qkv) == 1:
         return (
             LinearShape("self_attn.o_proj", query, hidden),
-            LinearShape("self_attn.qkv_proj", hidden, query + 2 * narrow),
+            LinearShape("self_attn.qkv_proj", hidden, query + 2 * key_value),
             LinearShape("mlp.gate_up_proj", hidden, 2 * inner),
             LinearShape("mlp.down_proj", inner, hidden),
         )
-    in_bias = biased if family.qkv_bias is None else family.qkv_bias
-    out_bias = biased if family.qkv_bias is None else False
+    attention_bias, mlp_bias = bool(config.get("attention_bias", False)), bool(config.get("mlp_bias"))
+    in_bias = attention_bias if defaults.qkv_bias is None else defaults.qkv_bias
+    out_bias = attention_bias if defaults.qkv_bias is None else False
     return (
         LinearShape("self_attn.q_proj", hidden, query, in_bias),
-        LinearShape("self_attn.k_proj", hidden, narrow, in_bias),
-        LinearShape("self_attn.v_proj", hidden, narrow, in_bias),
+        LinearShape("self_attn.k_proj", hidden, key_value, in_bias),
+        LinearShape("self_attn.v_proj", hidden, key_value, in_bias),
         LinearShape("self_attn.o_proj", query, hidden, out_bias),
         LinearShape("mlp.gate_proj", hidden, inner, mlp_bias),
         LinearShape("mlp.up_proj", hidden, inner, mlp_bias),
@@ -262,17 +321,17 @@ def _linears(
     )
 
 
-def _experts_of(hidden: int, inner: int, experts: int, chosen: int) -> tuple[LinearShape, LinearShape]:
+def _expert_linears(hidden: int, inner: int, experts: int, chosen: int) -> tuple[LinearShape, LinearShape]:
     active = min(1.0, chosen / experts)
     up, down = "gate_up_proj", "down_proj"
     return (
-        LinearShape(f"mlp.experts.{up}", hidden, 2 * inner, False, experts, active, expert_sets(up)),
-        LinearShape(f"mlp.experts.{down}", inner, hidden, False, experts, active, expert_sets(down)),
+        LinearShape(f"mlp.experts.{up}", hidden, 2 * inner, False, experts, active, expert_target_sets(up)),
+        LinearShape(f"mlp.experts.{down}", inner, hidden, False, experts, active, expert_target_sets(down)),
     )
 
 
-def _rope(config: Mapping[str, Any]) -> str:
-    """The kind of rotary embedding; of several, one for each kind of layer, that of the first."""
+def _rope_type(config: Mapping[str, Any]) -> str:
+    """Return the type of rotary embedding; where each kind of layer has its own, that of the first."""
     section = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(section, Mapping):
         return "default"
@@ -281,105 +340,107 @@ def _rope(config: Mapping[str, Any]) -> str:
     return str(section.get("rope_type") or section.get("type") or "default")
 
 
-def _experts(config: Mapping[str, Any]) -> int:
+def _count_experts(config: Mapping[str, Any]) -> int:
     section = {**config, **(config.get("ffn_config") or {})}
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return max(1, *(int(section.get(name) or 1) for name in names))
+    fields = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return max(1, *(int(section.get(field) or 1) for field in fields))
 
 
-def _getter(config: Mapping[str, Any], family: str) -> Any:
-    def get(*names: str, default: int | None = None) -> int:
-        found = next((config[name] for name in names if config.get(name)), default)
-        if isinstance(found, list) and found and all(isinstance(one, int) for one in found):
-            found = round(sum(found) / len(found))  # a number a layer: their mean
-        if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
-            what = f"a config of type {family or 'unknown'} has no {names[0]}"
+def _size_getter(config: Mapping[str, Any], family: str) -> Any:
+    """Return a function that reads the first of several config fields, and raises ModelError for an invalid size."""
+
+    def get(*fields: str, default: int | None = None) -> int:
+        value = next((config[field] for field in fields if config.get(field)), default)
+        if isinstance(value, list) and value and all(isinstance(size, int) for size in value):
+            value = round(sum(value) / len(value))  # one value a layer: use the mean
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            what = f"a config of type {family or 'unknown'} has no {fields[0]}"
             raise ModelError(what, fix="use a decoder-only language model")
-        if found > (MOST_LAYERS if names == LAYERS else LARGEST):
-            raise ModelError(f"a config of type {family or 'unknown'}: {names[0]} {found} cannot be", fix="mend it")
-        return found
+        if value > (MAX_LAYERS if fields == LAYER_COUNTS else MAX_SIZE):
+            what = f"a config of type {family or 'unknown'}: {fields[0]} {value} is too large"
+            raise ModelError(what, fix="correct the config.json")
+        return value
 
     return get
 
 
-def header_kinds(folder: Path) -> list[LinearKind]:
-    """The linear layers and embeddings of a folder by its weight files' headers: of any family, without torch.
+def linear_kinds_from_headers(folder: Path) -> list[LinearKind]:
+    """List the linear layers and embeddings of any family by its weight files' headers, without torch.
 
-    Whether a matrix is laid out as a linear layer's is what the headers do not say; the model's own code does.
+    The headers do not say whether a matrix is a transposed one (Conv1D); only the model's code does.
     """
-    found: dict[tuple[str, int, int], tuple[int, str]] = {}
-    for _, header in headers(folder):
+    matrices: dict[tuple[str, int, int], tuple[int, str]] = {}
+    for _, header in read_headers(folder):
         for name, entry in header.items():
             path, _, last = name.rpartition(".")
             if last == "weight" and len(entry["shape"]) == 2 and entry["dtype"].startswith(("BF", "F")):
                 key = (path.rpartition(".")[2], *entry["shape"])
-                found[key] = (found[key][0] + 1 if key in found else 1, path)
+                matrices[key] = (matrices[key][0] + 1 if key in matrices else 1, path)
     kinds = []
-    for (leaf, outputs, inputs), (count, path) in found.items():
+    for (leaf, outputs, inputs), (count, path) in matrices.items():
         if leaf != "lm_head" and (leaf in EMBEDDINGS or "emb" in leaf or leaf == "wpe"):
             kinds.append(embedding_kind(leaf, outputs, inputs, count))
             continue
-        kept = "output head" if leaf == "lm_head" else "small" if inputs * outputs < SMALLEST else None
-        kinds.append(LinearKind(leaf, "Linear", inputs, outputs, count, sets_of(path), kept))
+        why_16_bit = "output head" if leaf == "lm_head" else "small" if inputs * outputs < SMALLEST else None
+        kinds.append(LinearKind(leaf, "Linear", inputs, outputs, count, target_sets(path), why_16_bit))
     return kinds
 
 
 @dataclass(frozen=True)
-class Peek:
-    """A model that was looked at from outside. parameters: by its files' headers where there are any. refused: why no
-    run would train it, where that is known."""
+class ModelInfo:
+    """Facts about a model from its files, without its weights."""
 
     name: str
     shape: ModelShape
-    parameters: int
+    parameters: int  # by the weight files' headers where there are any
     config: Mapping[str, Any] | None = None  # config.json, where there is one
-    refused: str | None = None
+    refused: str | None = None  # why no run would train it, where that is known
 
 
-def peek(name: str, revision: str | None = None) -> Peek:
-    """A model's shape from config.json, a GGUF file's header or a run's base; of a Hub id the config alone is fetched.
+def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
+    """Return a model's info from config.json, a GGUF file's header or a run's base.
 
-    Raises ModelError where there is no such model, or its files do not say.
+    Of a Hub id only the config is downloaded. Raises ModelError where there is no such model, or its files lack sizes.
     """
     path = Path(name.removeprefix("gguf:").partition("#sha256=")[0]).expanduser()
     if name == "demo" or name.startswith("demo:"):
         path = demo_file()
     if is_run(path):
-        return peek(*base_of_run(path))
+        return read_model_info(*base_of_run(path))
     if path.suffix == ".gguf":
-        shape = ModelShape.of(read_gguf_config(path))
-        return Peek(name, shape, shape.parameters)
+        shape = ModelShape.from_config(read_gguf_config(path))
+        return ModelInfo(name, shape, shape.parameters)
     if path.suffix == ".json":
         if not path.is_file():
             near = nearest(str(path), [str(entry) for entry in path.parent.glob("*")])
             raise ModelError(f"{path}: no such config file{near}")
         config = read_config(path.parent, path.name)
-        shape = _shape(config)
-        return Peek(name, shape, shape.parameters, config)
+        shape = _shape_with_defaults(config)
+        return ModelInfo(name, shape, shape.parameters, config)
     folder = path if path.is_dir() else None
-    config = read_config(folder) if folder else hub_config(name, revision)
-    shape = _shape(config)
-    counted = _counted(folder) if folder and not shape.prequantized else shape.parameters
-    return Peek(name, shape, counted, config)
+    config = read_config(folder) if folder else download_config(name, revision)
+    shape = _shape_with_defaults(config)
+    parameters = _count_parameters(folder) if folder and not shape.prequantized else shape.parameters
+    return ModelInfo(name, shape, parameters, config)
 
 
-def _shape(config: Mapping[str, Any]) -> ModelShape:
-    """Sizes that a config leaves to its family are the family's own, as transformers has them (without torch)."""
+def _shape_with_defaults(config: Mapping[str, Any]) -> ModelShape:
+    """Return the shape; sizes that the config leaves out come from transformers' config class (without torch)."""
     try:
-        return ModelShape.of(config)
+        return ModelShape.from_config(config)
     except ModelError:
         from transformers import CONFIG_MAPPING, AutoConfig
 
-        kind = str(config.get("model_type"))
-        if kind in _FAMILIES or kind not in CONFIG_MAPPING:
+        model_type = str(config.get("model_type"))
+        if _config_defaults(model_type) or model_type not in CONFIG_MAPPING:
             raise
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            return ModelShape.of(AutoConfig.from_pretrained(folder).to_dict())
+            return ModelShape.from_config(AutoConfig.from_pretrained(folder).to_dict())
 
 
-def _counted(folder: Path) -> int:
-    """Parameters by the headers of the weight files; 0 is never one: a folder without weights counts by its config."""
+def _count_parameters(folder: Path) -> int:
+    """Count parameters by the headers of the weight files, or by the config of a folder without weights."""
     if not any(folder.glob("*.safetensors")):
-        return _shape(read_config(folder)).parameters
-    return sum(math.prod(entry["shape"]) for _, header in headers(folder) for entry in header.values())
+        return _shape_with_defaults(read_config(folder)).parameters
+    return sum(math.prod(entry["shape"]) for _, header in read_headers(folder) for entry in header.values())

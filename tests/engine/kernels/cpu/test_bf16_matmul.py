@@ -1,3 +1,5 @@
+"""Frozen bf16 matmuls with adapters, bias and residual: as close to fp64 as PyTorch's matmuls."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -13,7 +15,7 @@ from strop.engine.train.lora import Adapters, InPlace
 from strop.machine.probe import probe
 from tests.support.attention import OPS
 
-pytestmark = pytest.mark.skipif(not probe().tiles, reason="this CPU has no AVX512-BF16")
+pytestmark = pytest.mark.skipif(not probe().has_avx512_bf16, reason="this CPU has no AVX512-BF16")
 ADAPTED = {
     "none": ((), ()),
     "q, k and v": (((0, 64), (64, 128), (128, 160)), (16, 5, 32)),
@@ -33,8 +35,8 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape).bfloat16()
 
 
-def given(tokens: int, k: int, adapted: str) -> tuple[Tensor, Tensor, Adapters]:
-    """x (T, k), weight (160, k) and adapters on it."""
+def make_case(tokens: int, k: int, adapted: str) -> tuple[Tensor, Tensor, Adapters]:
+    """Return x (T, k), a weight (160, k) and adapters on it."""
     torch.manual_seed(0)
     columns, ranks = ADAPTED[adapted]
     parts = [
@@ -45,40 +47,40 @@ def given(tokens: int, k: int, adapted: str) -> tuple[Tensor, Tensor, Adapters]:
     return random(tokens, k), random(160, k) / k**0.5, Adapters(parts, columns, (0.5, 2.0, 3.0)[: len(ranks)])
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
+def error(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).norm() / truth.norm())
 
 
 @pytest.mark.parametrize("more", ["", "bias", "residual", "bias and residual"])
 @pytest.mark.parametrize("adapted", ADAPTED)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 9, 16, 133])
-def test_as_near_to_fp64_as_products_are(frozen: Any, tokens: int, adapted: str, more: str) -> None:
+def test_results_are_as_close_to_fp64_as_pytorch(frozen: Any, tokens: int, adapted: str, more: str) -> None:
     from strop.engine.kernels.cpu import lora as lora_tiles
 
-    x, weight, adapters = given(tokens, 96, adapted)
+    x, weight, adapters = make_case(tokens, 96, adapted)
     bias = random(160) if "bias" in more else None
     residual = random(tokens, 160) if "residual" in more else None
 
-    def run(product: Any, products: Any, wide: bool) -> Tensor:
-        z, w, b, r = (None if one is None else one.double() if wide else one for one in (x, weight, bias, residual))
+    def run(matmul: Any, ops: Any, wide: bool) -> Tensor:
+        z, w, b, r = (a.double() if wide and a is not None else a for a in (x, weight, bias, residual))
         assert z is not None
         parts = [part.double() if wide else part for part in adapters.parts]
-        of = Adapters(parts, adapters.columns, adapters.scales)
-        added = products.forward(z, 160, of)[0] if parts else None
-        y: Tensor = product(z, w, True, z.new_empty(tokens, 160), added, b, r)
+        double = Adapters(parts, adapters.columns, adapters.scales)
+        added = ops.forward(z, 160, double)[0] if parts else None
+        y: Tensor = matmul(z, w, True, z.new_empty(tokens, 160), added, b, r)
         return y
 
     truth = run(lora.frozen_matmul, lora, True)
-    mine, theirs = run(frozen.product, lora_tiles, False), run(lora.frozen_matmul, lora, False)
-    assert error(mine, truth) <= 1.1 * error(theirs, truth)
+    mine, reference = run(frozen.matmul, lora_tiles, False), run(lora.frozen_matmul, lora, False)
+    assert error(mine, truth) <= 1.1 * error(reference, truth)
 
 
 @pytest.mark.parametrize("adapted", ADAPTED)
 @pytest.mark.parametrize("tokens", [1, 8, 133])
-def test_backward(frozen: Any, tokens: int, adapted: str) -> None:
+def test_backward_is_close_to_fp64(frozen: Any, tokens: int, adapted: str) -> None:
     from strop.engine.kernels.cpu import lora as lora_tiles
 
-    x, weight, adapters = given(tokens, 96, adapted)
+    x, weight, adapters = make_case(tokens, 96, adapted)
     grad = random(tokens, 160)
     parts = [part.double() for part in adapters.parts]
     truth = grad.double() @ weight.double()
@@ -88,86 +90,86 @@ def test_backward(frozen: Any, tokens: int, adapted: str) -> None:
     if parts:
         _, kept = lora_tiles.forward(x, 160, adapters)
         added, _ = lora_tiles.backward(grad, kept, adapters)
-    assert error(frozen.product(grad, weight, False, torch.empty_like(x), added), truth) < 4e-3
+    assert error(frozen.matmul(grad, weight, False, torch.empty_like(x), added), truth) < 4e-3
 
 
-def test_adapters_with_an_input_of_their_own(frozen: Any) -> None:
-    """As dropout makes them: side by side, and not what the frozen weight multiplies."""
+def test_adapters_with_separate_inputs(frozen: Any) -> None:
+    """Dropout gives each adapter its own input, next to that of the frozen weight."""
     from strop.engine.kernels.cpu import lora as lora_tiles
 
-    x, weight, adapters = given(50, 96, "q, k and v")
+    x, weight, adapters = make_case(50, 96, "q, k and v")
     adapters = replace(adapters, separate_inputs=True)
-    adapter_inputs = random(50, 3 * 96)
-    added, kept = lora_tiles.forward(adapter_inputs, 160, adapters)
-    found = frozen.product(x, weight, True, x.new_empty(50, 160), added)
+    inputs = random(50, 3 * 96)
+    added, kept = lora_tiles.forward(inputs, 160, adapters)
+    result = frozen.matmul(x, weight, True, x.new_empty(50, 160), added)
     truth = x.double() @ weight.double().t()
     for i, ((a, b, scale), (start, end)) in enumerate(zip(adapters, adapters.columns, strict=True)):
-        truth[:, start:end] += (
-            scale * adapter_inputs[:, 96 * i : 96 * (i + 1)].double() @ a.double().t() @ b.double().t()
-        )
-    assert error(found, truth) < 5e-3
-    added, grad_za = lora_tiles.backward(found, kept, adapters)
+        truth[:, start:end] += scale * inputs[:, 96 * i : 96 * (i + 1)].double() @ a.double().t() @ b.double().t()
+    assert error(result, truth) < 5e-3
+    added, grad_za = lora_tiles.backward(result, kept, adapters)
     added.finish_projection()
-    assert error(grad_za[:, :16], found[:, :64].double() @ adapters.parts[1].double()) < 5e-3
+    assert error(grad_za[:, :16], result[:, :64].double() @ adapters.parts[1].double()) < 5e-3
 
 
-def test_the_head(frozen: Any) -> None:
-    """Loss and gradient of hidden states, as near to fp64 as with PyTorch's products."""
+def test_head_loss_and_gradient(frozen: Any) -> None:
+    """Loss and gradient of hidden states are as close to fp64 as with PyTorch's matmuls."""
     x, weight, labels = random(70, 64), random(96, 64), torch.arange(70)
 
-    def run(product: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def run(matmul: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = x.to(dtype).requires_grad_()
-        output = OutputHead(weight.to(dtype), 0.0, OPS, matmul=product)
+        output = OutputHead(weight.to(dtype), 0.0, OPS, matmul=matmul)
         loss = SupervisedLoss.apply(z, labels, torch.ones(70, dtype=dtype), output)
         loss.backward()
         assert z.grad is not None
         return loss.detach(), z.grad
 
     truth = run(lora.frozen_matmul, torch.float64)
-    for mine, theirs, exact in zip(
-        run(frozen.product, torch.bfloat16), run(lora.frozen_matmul, torch.bfloat16), truth, strict=True
+    for mine, reference, exact in zip(
+        run(frozen.matmul, torch.bfloat16), run(lora.frozen_matmul, torch.bfloat16), truth, strict=True
     ):
-        assert error(mine, exact) <= 1.1 * error(theirs, exact) + 1e-4
+        assert error(mine, exact) <= 1.1 * error(reference, exact) + 1e-4
 
 
 @pytest.mark.parametrize("along", [True, False])
-def test_what_is_held_already_is_added_once(frozen: Any, along: bool) -> None:
-    """Rows of the last tile as well, whatever their number."""
+def test_existing_values_are_added_once(frozen: Any, along: bool) -> None:
+    """The number of rows in the last tile does not matter."""
     for tokens in range(1, 15):
-        x, weight, held = random(tokens, 64), random(*((96, 64) if along else (64, 96))), random(tokens, 96)
-        truth = x.double() @ (weight.t() if along else weight).double() + held
-        assert error(frozen.product(x, weight, along, held.clone(), InPlace()), truth) < 4e-3
+        x, weight, existing = random(tokens, 64), random(*((96, 64) if along else (64, 96))), random(tokens, 96)
+        truth = x.double() @ (weight.t() if along else weight).double() + existing
+        assert error(frozen.matmul(x, weight, along, existing.clone(), InPlace()), truth) < 4e-3
 
 
 @pytest.mark.parametrize("along", [True, False])
-def test_sums_longer_than_what_is_laid_out_at_once(frozen: Any, along: bool) -> None:
+def test_sums_longer_than_one_stretch(frozen: Any, along: bool) -> None:
     k = 2 * frozen.DEEP + 64
     x, weight = random(7, k), random(*((96, k) if along else (k, 96)))
     wide = weight.t() if along else weight
     residual = 100 * random(7, 96)
-    found = frozen.product(x, weight, along, x.new_empty(7, 96), None, None, residual)
-    assert error(found, x.double() @ wide.double() + residual) < 3e-3
+    result = frozen.matmul(x, weight, along, x.new_empty(7, 96), None, None, residual)
+    assert error(result, x.double() @ wide.double() + residual) < 3e-3
 
 
 @pytest.mark.parametrize("along", [True, False])
-def test_a_row_has_the_same_bits_beside_others_and_with_any_threads(
+def test_a_row_has_the_same_bits_in_any_batch_with_any_threads(
     frozen: Any, monkeypatch: pytest.MonkeyPatch, along: bool
 ) -> None:
     x, weight = random(50, 96), random(*((160, 96) if along else (96, 160)))
-    found = []
+    result = []
     for threads in (1, 2, 3, 4, 12):
         monkeypatch.setattr(frozen, "get_num_threads", lambda threads=threads: threads)
         for rows in (50, 20, 1):
-            found.append(frozen.product(x[:rows], weight, along, x.new_empty(rows, 160))[0])
-    assert all(torch.equal(found[0], other) for other in found)
+            result.append(frozen.matmul(x[:rows], weight, along, x.new_empty(rows, 160))[0])
+    assert all(torch.equal(result[0], row) for row in result)
 
 
-def test_nothing_behind_the_last_row_is_written(frozen: Any) -> None:
+def test_nothing_is_written_after_the_last_row(frozen: Any) -> None:
     x, weight, y = random(7, 64), random(96, 64), torch.zeros(12, 96, dtype=torch.bfloat16)
-    frozen.product(x, weight, True, y[:7])
+    frozen.matmul(x, weight, True, y[:7])
     assert y[:7].all() and not y[7:].any()
 
 
-@pytest.mark.parametrize(("rows", "units", "lanes", "expected"), [(400, 18, 2, 2), (4000, 2, 4, 2), (1000, 5, 4, 1)])
-def test_how_the_work_is_shared(frozen: Any, rows: int, units: int, lanes: int, expected: int) -> None:
-    assert frozen.across(rows, units, lanes) == expected
+@pytest.mark.parametrize(
+    ("rows", "num_units", "lanes", "expected"), [(400, 18, 2, 2), (4000, 2, 4, 2), (1000, 5, 4, 1)]
+)
+def test_work_is_split_among_threads(frozen: Any, rows: int, num_units: int, lanes: int, expected: int) -> None:
+    assert frozen.across(rows, num_units, lanes) == expected

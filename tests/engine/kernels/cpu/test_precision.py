@@ -1,4 +1,4 @@
-"""The precision probe: quick, and its choice follows from its rates."""
+"""Measuring the dtype of frozen weights: quick, and the choice follows from the rates."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from strop.engine.kernels.cpu.precision import LEAST_GAIN, measure
 @pytest.mark.parametrize(
     ("bf16", "fp32", "expected"), [(4e11, 2e11, "bf16"), (2.1e11, 2e11, "fp32"), (1e9, 2e11, "fp32")]
 )
-def test_choice(bf16: float, fp32: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_follows_from_the_rates(
+    bf16: float, fp32: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "rate", lambda dtype, device: bf16 if dtype == torch.bfloat16 else fp32)
-    found = measure("cpu")
-    assert found.dtype == expected
-    assert "GFLOP/s" in found.why
+    measured = measure("cpu")
+    assert measured.dtype == expected
+    assert "GFLOP/s" in measured.why
 
 
-def test_measures_here_in_seconds() -> None:
+def test_measurement_takes_seconds() -> None:
     started = time.perf_counter()
-    found = measure("cpu")
+    measured = measure("cpu")
     assert time.perf_counter() - started < 20  # about a second on a quiet machine
-    assert found.bf16_flops > 1e6
-    assert found.fp32_flops > 1e6
-    assert found.dtype == ("bf16" if found.bf16_flops >= LEAST_GAIN * found.fp32_flops else "fp32")
-    assert json.loads(json.dumps(asdict(found)))["dtype"] == found.dtype
+    assert measured.bf16_flops > 1e6
+    assert measured.fp32_flops > 1e6
+    assert measured.dtype == ("bf16" if measured.bf16_flops >= LEAST_GAIN * measured.fp32_flops else "fp32")
+    assert json.loads(json.dumps(asdict(measured)))["dtype"] == measured.dtype

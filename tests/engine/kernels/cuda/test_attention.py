@@ -1,7 +1,8 @@
-"""What a card's attention is given: kernels of its own cannot run here."""
+"""Attention on a GPU: the inputs of flash attention, and the activation of flash attention 3."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,65 +13,119 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.engine.kernels import eager
-from strop.engine.kernels.cuda.attention import flash, flash_backward, on_card
+from strop.engine.kernels.cuda import attention
+from strop.engine.kernels.cuda.attention import activate_flash3, attention_on_gpu, flash_backward, flash_forward
 from strop.engine.train.attention import Attention, Heads
 from strop.engine.train.packing import Varlen
 from tests.support.attention import documents_of, heads, rand
 
+GPU = torch.device("cuda", 0)
 
-def definition(q: Tensor, k: Tensor, v: Tensor, cut: Varlen, heads: Heads) -> Tensor:
-    """What flash attention is of packed documents: the last query sees the last key."""
+
+def definition(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, heads: Heads) -> Tensor:
+    """Compute flash attention of packed documents by its definition: the last query sees the last key."""
     out = []
-    query_ends, key_ends = cut.query_ends.tolist(), cut.key_ends.tolist()
+    query_ends, key_ends = varlen.query_ends.tolist(), varlen.key_ends.tolist()
     for (begin, end), (first, last) in zip(pairwise(query_ends), pairwise(key_ends), strict=True):
         n, m = end - begin, last - first
-        assert n <= cut.longest_query and m <= cut.longest_key
-        mask = ~eager.hidden(n, m, m - n, heads.window, q.device)
+        assert n <= varlen.longest_query and m <= varlen.longest_key
+        mask = ~eager.causal_mask(n, m, m - n, heads.window, q.device)
         keys, values = (x[first:last].repeat_interleave(heads.group, 1).transpose(0, 1) for x in (k, v))
-        own = q[begin:end].transpose(0, 1)
-        out.append(F.scaled_dot_product_attention(own, keys, values, mask, scale=heads.scale).transpose(0, 1))
+        queries = q[begin:end].transpose(0, 1)
+        out.append(F.scaled_dot_product_attention(queries, keys, values, mask, scale=heads.scale).transpose(0, 1))
     return torch.cat(out)
 
 
 def definition_backward(
-    grad: Tensor, qkv: tuple[Tensor, ...], out: Tensor, kept: Any, cut: Varlen, heads: Heads
+    grad: Tensor, qkv: tuple[Tensor, ...], out: Tensor, saved: Any, varlen: Varlen, heads: Heads
 ) -> Any:
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in qkv]
-        again = definition(*inputs, cut, heads)
+        again = definition(*inputs, varlen, heads)
     torch.testing.assert_close(again, out)
     return torch.autograd.grad(again, inputs, grad)
 
 
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("window", [0, 2])
-def test_documents_of_any_lengths_as_a_card_takes_them(
-    window: int, norms: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is handed to flash attention, whose part is played by its definition, and what becomes of its gradients."""
-    module = "strop.engine.kernels.cuda.attention"
-    monkeypatch.setattr(f"{module}.has_flash", lambda like, heads: True)
-    monkeypatch.setattr(f"{module}.flash", lambda *given: (definition(*given),))
-    monkeypatch.setattr(f"{module}.flash_backward", definition_backward)
+def test_flash_attention_matches_the_cpu(window: int, norms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition of flash attention replaces its kernel; the inputs and gradients are tested."""
+    monkeypatch.setattr(attention, "supports_flash", lambda like, heads: True)
+    monkeypatch.setattr(attention, "flash_forward", lambda *arguments: (definition(*arguments),))
+    monkeypatch.setattr(attention, "flash_backward", definition_backward)
     torch.manual_seed(0)
     shape, cos, sin = heads(window, norms, 1), rand(8, 2).cos(), rand(8, 2).sin()
     qkv = rand(8, 16, grad=True)
     for spans in ([(2, 3, 2), (5, 2, 2), (7, 1, 2), (0, 2, 0)], [(0, 5, 0), (5, 3, 0)]):
         documents = documents_of(8, *spans)
-        found, expected = (way(qkv, shape, cos, sin, documents) for way in (on_card, Attention.apply))
-        torch.testing.assert_close(found, expected)
+        result, expected = (compute(qkv, shape, cos, sin, documents) for compute in (attention_on_gpu, Attention.apply))
+        torch.testing.assert_close(result, expected)
         upstream = rand(*expected.shape)
-        one, other = (torch.autograd.grad(out, qkv, upstream)[0] for out in (found, expected))
-        torch.testing.assert_close(one, other)
+        grads = [torch.autograd.grad(out, qkv, upstream)[0] for out in (result, expected)]
+        torch.testing.assert_close(*grads)
 
 
-def test_the_operations_of_flash_attention_take_what_they_are_given() -> None:
-    """By the schema of the PyTorch that is here: from 2.8 on the first ten arguments and the windows are the same."""
-    cut = Varlen(torch.tensor([0, 8], dtype=torch.int32), torch.tensor([0, 8], dtype=torch.int32), 8, 8, None)
+def test_pytorchs_flash_operations_accept_the_arguments() -> None:
+    """The schema of the installed PyTorch decides; from 2.8 on the first ten arguments and the windows are the same."""
+    ends = torch.tensor([0, 8], dtype=torch.int32)
+    varlen = Varlen(ends, ends, 8, 8, None)
     q, k = (torch.empty(8, n, 8, dtype=torch.bfloat16, device="meta") for n in (4, 2))
     for window in (0, 3):
         shape = replace(heads(window, False), query=4, key_value=2, size=8)
-        out, *kept = flash(q, k, k, cut, shape)
+        out, *saved = flash_forward(q, k, k, varlen, shape)
         assert out.shape == q.shape
-        dq, dk, dv = flash_backward(out, (q, k, k), out, kept, cut, shape)
+        dq, dk, dv = flash_backward(out, (q, k, k), out, saved, varlen, shape)
         assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
+
+
+@pytest.fixture
+def flash3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A Hopper GPU with a flash attention 3 whose results differ by `error`, or that raises it."""
+    state: dict[str, Any] = {"active": None, "error": 0.0}
+
+    def activate(name: str) -> None:
+        state["active"] = name
+        if isinstance(state["error"], Exception):
+            raise state["error"]
+
+    def results(device: torch.device) -> list[torch.Tensor]:
+        return [torch.zeros(2), torch.ones(3) + (state["error"] if state["active"] else 0.0)]
+
+    module: Any = torch.nn.attention
+    monkeypatch.setattr(module, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(module, "restore_flash_attention_impl", lambda: state.update(active=None), raising=False)
+    monkeypatch.setattr(module, "list_flash_attention_impls", lambda: ["FA3"], raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "_flash_results", results)
+    activate_flash3.cache_clear()
+    yield state
+    activate_flash3.cache_clear()
+
+
+def test_flash3_is_used_where_its_results_are_right(flash3: dict[str, Any]) -> None:
+    flash3["error"] = 0.01
+    assert activate_flash3(GPU) is None and flash3["active"] == "FA3"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(0.5, "results are wrong"), (float("nan"), "results are wrong"), (OSError("no symbol"), "no symbol")],
+)
+def test_flash3_is_not_used_where_it_fails(
+    flash3: dict[str, Any], error: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flash3["error"] = error
+    assert reason in (activate_flash3(GPU) or "") and flash3["active"] is None
+    assert reason in caplog.text
+
+
+def test_flash3_is_not_tried_where_it_is_unavailable(flash3: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    assert "not installed" in (activate_flash3(GPU) or "")
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", list, raising=False)
+    activate_flash3.cache_clear()
+    assert "PyTorch version" in (activate_flash3(GPU) or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    activate_flash3.cache_clear()
+    assert "Hopper" in (activate_flash3(GPU) or "") and flash3["active"] is None

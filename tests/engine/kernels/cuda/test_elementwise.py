@@ -1,5 +1,4 @@
-"""The kernels for cards without a card: their numbers by Triton's interpreter, what they are compiled to, and what
-happens where they cannot be compiled."""
+"""The Triton kernels without a GPU: their values, the code they compile to, and the fallback where they fail."""
 
 from __future__ import annotations
 
@@ -21,69 +20,72 @@ from tests import ROOT
 
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 ARCHITECTURES = ("90", "75", "80", "86", "89", "100", "120")
-# What a program reads or writes once, and what is looked up in tables of 64 and 1,024 bytes.
+# Narrow accesses: what a program reads or writes once, and lookups in tables of 64 and 1,024 bytes.
 NARROW = {
     "cross entropy": {"ld.global.b64", "ld.global.b32", "ld.global.b16", "st.global.b32"},  # label, weight, logit; loss
     "norm, of 576": {"ld.global.v2.b32"},  # the weight, once for two rows
-    "gains, back": {"st.global.b32"},  # what a column adds up to
+    "scale, backward": {"st.global.b32"},  # the sum of a column
     "apply_masks": {"ld.global.b64"},  # the token's key
     "apply_masks_backward": {"ld.global.b64"},
-    "four bit": {"ld.global.b8", "ld.global.b32"},  # constants, and the value of each number
+    "four bit": {"ld.global.b8", "ld.global.b32"},  # constants, and the value of each element
     "eight bit": {"ld.global.b32"},  # the row's scale
 }
 
 
-def in_a_process(*command: str, **environment: str) -> str:
-    known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=known, capture_output=True, text=True)
+def run_python(*command: str, **environment: str) -> str:
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @triton
-def test_numbers_by_the_interpreter() -> None:
-    """trials.py, in a process that has the interpreter from its start."""
-    file = "tests/engine/kernels/cuda/trials.py"
-    said = in_a_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file, TRITON_INTERPRET="1")
-    assert "100%" in said and "s" not in said.splitlines()[0]  # none was skipped
+def test_values_in_tritons_interpreter() -> None:
+    """numerics.py, in a process that starts with the interpreter."""
+    file = "tests/engine/kernels/cuda/numerics.py"
+    output = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file, TRITON_INTERPRET="1")
+    assert "100%" in output and "s" not in output.splitlines()[0]  # none was skipped
 
 
 @triton
-def test_what_the_kernels_are_compiled_to(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """For each architecture a program that its assembler takes: 16 bytes an access, nothing in fp64, nothing spilled,
-    and registers for two programs a multiprocessor at least."""
+def test_compiled_code_is_efficient(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each architecture has 16 bytes an access, no fp64, no spilled registers, and two programs a multiprocessor."""
     folder = tmp_path_factory.mktemp("compiled")
-    made = json.loads(in_a_process("-m", "tests.support.ptx", *ARCHITECTURES, TRITON_CACHE_DIR=str(folder)))
-    assert tuple(made) == ARCHITECTURES
-    for arch, kernels in made.items():
+    compiled = json.loads(run_python("-m", "tests.support.ptx", *ARCHITECTURES, TRITON_CACHE_DIR=str(folder)))
+    assert tuple(compiled) == ARCHITECTURES
+    for arch, kernels in compiled.items():
         assert len(kernels) >= 13
-        for name, about in kernels.items():
-            wide = {kind for kind in about["accesses"] if ".v4.b32" in kind}
-            assert wide == {"ld.global.v4.b32", "st.global.v4.b32"}, (arch, name, about)
-            assert set(about["accesses"]) - wide == NARROW.get(name, set()), (arch, name, about)
-            assert about["f64"] == about["stack"] == about["local"] == 0, (arch, name, about)
-            assert 2 * 32 * about["warps"] * about["reg"] <= 65536, (arch, name, about)
-            if arch != "75" and name != "apply_masks":  # which has no instruction for it, and copies
-                assert about["rounded"] > 0, (arch, name, about)
-    assert {about["variants"] for about in made[ARCHITECTURES[0]].values()} == {1}, "other lengths compile nothing more"
+        for name, stats in kernels.items():
+            wide = {kind for kind in stats["accesses"] if ".v4.b32" in kind}
+            assert wide == {"ld.global.v4.b32", "st.global.v4.b32"}, (arch, name, stats)
+            assert set(stats["accesses"]) - wide == NARROW.get(name, set()), (arch, name, stats)
+            assert stats["f64"] == stats["stack"] == stats["local"] == 0, (arch, name, stats)
+            assert 2 * 32 * stats["warps"] * stats["reg"] <= 65536, (arch, name, stats)
+            if arch != "75" and name != "apply_masks":  # which cannot round to bf16; and a copy
+                assert stats["rounded"] > 0, (arch, name, stats)
+    assert {stats["variants"] for stats in compiled[ARCHITECTURES[0]].values()} == {1}, (
+        "other lengths compile no further variants"
+    )
 
 
 @pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    known = available.why_not  # what a test puts in its place forgets nothing
-    known.cache_clear()
+def clear_cache() -> Iterator[None]:
+    check = available.triton_error  # a test may replace it
+    check.cache_clear()
     yield
-    known.cache_clear()
+    check.cache_clear()
 
 
 @triton
-def test_a_kernel_that_cannot_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No card is here, so that its first launch fails; no C compiler, wrong numbers and no Triton are played."""
-    from strop.engine.kernels.cuda import norms
+def test_failing_kernels_give_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first launch fails without a GPU. A missing C compiler, wrong results and no Triton are simulated."""
+    from strop.engine.kernels.cuda import elementwise
 
     cpu = torch.device("cpu")
     if not torch.cuda.is_available():
-        assert (available.why_not(cpu) or "").startswith("Triton cannot make kernels: ")
+        assert (available.triton_error(cpu) or "").startswith("Triton cannot compile kernels: ")
 
     def fails(error: Exception) -> Any:
         def norm(*_: object) -> torch.Tensor:
@@ -93,39 +95,38 @@ def test_a_kernel_that_cannot_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
 
     missing = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
     headers = subprocess.CalledProcessError(1, ["gcc", "main.c"])
-    for norm, said in (
-        (fails(missing), "Triton cannot make kernels: Failed to find C compiler"),
-        (fails(headers), "Triton cannot make kernels: the C compiler failed (are Python's headers installed?)"),
-        (lambda x, *_: x, "Triton's kernels compute wrong numbers"),
+    for norm, reason in (
+        (fails(missing), "Triton cannot compile kernels: Failed to find C compiler"),
+        (fails(headers), "Triton cannot compile kernels: the C compiler failed (are Python's headers installed?)"),
+        (lambda x, *_: x, "Triton's kernels compute wrong results"),
         (eager.rms_norm, None),
     ):
-        available.why_not.cache_clear()
-        monkeypatch.setattr(norms, "rms_norm", norm)
-        found = available.why_not(cpu)
-        assert found == said if said is None else (found or "").startswith(said)
-    available.why_not.cache_clear()
-    monkeypatch.setitem(sys.modules, "strop.engine.kernels.cuda.norms", None)  # an import of it then fails
-    assert (available.why_not(cpu) or "").startswith("Triton cannot be imported: ")
+        available.triton_error.cache_clear()
+        monkeypatch.setattr(elementwise, "rms_norm", norm)
+        result = available.triton_error(cpu)
+        assert result == reason if reason is None else (result or "").startswith(reason)
+    available.triton_error.cache_clear()
+    monkeypatch.setitem(sys.modules, "strop.engine.kernels.cuda.elementwise", None)  # importing it fails
+    assert (available.triton_error(cpu) or "").startswith("Triton cannot be imported: ")
 
 
 @triton
-def test_a_card_takes_the_kernels_where_they_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from strop.engine.kernels.cuda import dropout as drops
-    from strop.engine.kernels.cuda import elementwise as kernels
-    from strop.engine.kernels.cuda import flash
+def test_kernels_are_used_where_they_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from strop.engine.kernels.cuda import attention, elementwise
+    from strop.engine.kernels.cuda import dropout as cuda_dropout
 
-    monkeypatch.setattr(flash, "why_not", lambda device: "it is for Hopper")
-    card, reasons = torch.device("cuda", 1), {torch.device("cuda", 1): None}
-    monkeypatch.setattr(available, "why_not", lambda device: reasons[device])
-    taken = dispatch.processor_for(card, torch.bfloat16)
-    assert taken.ops is kernels and taken.card and taken.kernels and not taken.lacking
+    monkeypatch.setattr(attention, "activate_flash3", lambda device: "it needs a Hopper GPU")
+    gpu, reasons = torch.device("cuda", 1), {torch.device("cuda", 1): None}
+    monkeypatch.setattr(available, "triton_error", lambda device: reasons[device])
+    backend = dispatch.backend_for(gpu, torch.bfloat16)
+    assert backend.ops is elementwise and backend.gpu and backend.triton and not backend.why_no_triton
     like = torch.empty(0, dtype=torch.float16, device="meta")
-    monkeypatch.setattr(dispatch, "kernels_lack", lambda device, dtype: None)
-    assert dispatch.drops_for(like) is drops
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda device, dtype: None)
+    assert dispatch.dropout_ops_for(like) is cuda_dropout
     monkeypatch.undo()
-    monkeypatch.setattr(flash, "why_not", lambda device: "it is for Hopper")
-    monkeypatch.setattr(available, "why_not", lambda device: "no compiler")
-    taken = dispatch.processor_for(card, torch.bfloat16)
-    assert taken.ops is eager and taken.card and not taken.kernels and taken.lacking == "no compiler"
-    assert dispatch.processor_for(card, torch.float64).ops is eager
-    assert dispatch.drops_for(like) is dropout
+    monkeypatch.setattr(attention, "activate_flash3", lambda device: "it needs a Hopper GPU")
+    monkeypatch.setattr(available, "triton_error", lambda device: "no compiler")
+    backend = dispatch.backend_for(gpu, torch.bfloat16)
+    assert backend.ops is eager and backend.gpu and not backend.triton and backend.why_no_triton == "no compiler"
+    assert dispatch.backend_for(gpu, torch.float64).ops is eager
+    assert dispatch.dropout_ops_for(like) is dropout

@@ -1,4 +1,4 @@
-"""The adapters' products as a card has them, against lora.py."""
+"""LoRA's matrix multiplications for a GPU, compared with train/lora.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strop.engine.kernels.cuda.lora import laid_out
+from strop.engine.kernels.cuda.lora import make_operands
 from strop.engine.train import lora
 from strop.engine.train.lora import Adapters, Addend
 from tests.support.attention import rand
@@ -23,7 +23,7 @@ def adapters(columns: tuple[tuple[int, int], ...], ranks: tuple[int, ...], scale
 
 KINDS = [
     (((0, 8), (8, 12)), (2, 3), (0.5, 0.5)),
-    (((0, 8), (10, 12)), (2, 2), (0.5, 2.0)),  # a linear layer between them has none
+    (((0, 8), (10, 12)), (2, 2), (0.5, 2.0)),  # a linear layer between them has no adapter
     (((0, 12),), (3,), (1.5,)),
     (((2, 12),), (3,), (1.5,)),
 ]
@@ -34,35 +34,37 @@ def filled(added: Addend, like: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("separate_inputs", [False, True])
-def test_as_in_pytorch(separate_inputs: bool) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_results_match_the_specification(apart: bool) -> None:
     torch.manual_seed(0)
-    layers = [replace(adapters(*kind), separate_inputs=separate_inputs) for kind in (*KINDS, KINDS[0])]
-    made = laid_out([(one, 12) for one in layers], torch.float64)
-    for one, operands in zip(layers, made, strict=True):
-        z, grad = rand(5, one.input_columns), rand(5, 12)
-        added, kept = operands.forward(z, 12, one)
-        expected, own = lora.forward(z, 12, one)
-        torch.testing.assert_close((filled(added, grad), *kept), (filled(expected, grad), *own), rtol=0, atol=0)
-        added, grad_za = operands.backward(grad, kept, one)
-        expected, of_za = lora.backward(grad, own, one)
+    layers = [replace(adapters(*kind), separate_inputs=apart) for kind in (*KINDS, KINDS[0])]
+    operands_of_layers = make_operands([(layer, 12) for layer in layers], torch.float64)
+    for layer, operands in zip(layers, operands_of_layers, strict=True):
+        z, grad = rand(5, layer.input_columns), rand(5, 12)
+        added, kept = operands.forward(z, 12, layer)
+        expected, saved = lora.forward(z, 12, layer)
+        torch.testing.assert_close((filled(added, grad), *kept), (filled(expected, grad), *saved), rtol=0, atol=0)
+        added, grad_za = operands.backward(grad, kept, layer)
+        expected, of_za = lora.backward(grad, saved, layer)
         torch.testing.assert_close((filled(added, z), grad_za), (filled(expected, z), of_za), rtol=0, atol=0)
-        gradients = operands.gradients(grad, z, grad_za, kept, one)
-        torch.testing.assert_close(gradients, lora.gradients(grad, z, grad_za, own, one))
-        assert all(found.is_contiguous() for found in gradients), "autograd copies what is not laid out as the weight"
+        gradients = operands.gradients(grad, z, grad_za, kept, layer)
+        torch.testing.assert_close(gradients, lora.gradients(grad, z, grad_za, saved, layer))
+        assert all(gradient.is_contiguous() for gradient in gradients), (
+            "autograd copies gradients with other strides than the weight"
+        )
 
 
 def test_operands_are_rounded_once() -> None:
     torch.manual_seed(0)
-    one = adapters(*KINDS[0])
-    wide = replace(one, parts=[part.float() for part in one.parts], scales=(1.7, 1.7))
-    (made,) = laid_out([(wide, 12)], torch.bfloat16)
+    layer = adapters(*KINDS[0])
+    wide = replace(layer, parts=[part.float() for part in layer.parts], scales=(1.7, 1.7))
+    (operands_of_layers,) = make_operands([(wide, 12)], torch.bfloat16)
     _, (_, a, b) = lora.forward(rand(5, 6).bfloat16(), 12, wide)
-    assert torch.equal(made.a, a) and torch.equal(made.b, b)
+    assert torch.equal(operands_of_layers.a, a) and torch.equal(operands_of_layers.b, b)
 
 
-def test_operands_of_two_micro_batches_lie_apart() -> None:
-    """What one computed with may wait for its backward while the next is laid out."""
-    one = [(adapters(*KINDS[2]), 12)]
-    first, second = laid_out(one, torch.float64), laid_out(one, torch.float64)
+def test_operands_of_two_micro_batches_are_separate() -> None:
+    """The operands of layer may wait for its backward while the next ones are operands_of_layers."""
+    layer = [(adapters(*KINDS[2]), 12)]
+    first, second = make_operands(layer, torch.float64), make_operands(layer, torch.float64)
     assert first[0].a.data_ptr() != second[0].a.data_ptr()

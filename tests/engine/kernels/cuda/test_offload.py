@@ -1,4 +1,4 @@
-"""Inputs of layers in the host's memory, played on a CPU, where their copies are only copies: the same numbers."""
+"""Offloading inputs of layers to host memory, tested on a CPU, where the copies are plain copies: the same values."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LAYERS = 4
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> tuple[FastLoss, FastLoss, Any]:
-    """With the inputs kept and with them in the host's memory, in pieces of 48 bytes; and the model."""
+    """A step that keeps the inputs, one that offloads them in pieces of 48 bytes, and the model."""
     monkeypatch.setattr(offload, "PIECE", 48)
     model = adapted("llama", num_hidden_layers=LAYERS).train()
-    kept, away = (FastLoss(model, checkpoint_layers=LAYERS) for _ in range(2))
-    away.host_memory = HostMemory(CPU)
-    return kept, away, model
+    kept, offloaded = (FastLoss(model, checkpoint_layers=LAYERS) for _ in range(2))
+    offloaded.host_memory = HostMemory(CPU)
+    return kept, offloaded, model
 
 
 def gradients(model: Any, loss: torch.Tensor, **how: Any) -> dict[str, torch.Tensor]:
@@ -34,43 +34,41 @@ def gradients(model: Any, loss: torch.Tensor, **how: Any) -> dict[str, torch.Ten
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def test_the_same_bits_and_pieces_that_serve_again(both: tuple[FastLoss, FastLoss, Any]) -> None:
-    kept, away, model = both
+def test_gradients_are_identical_and_pieces_are_reused(both: tuple[FastLoss, FastLoss, Any]) -> None:
+    kept, offloaded, model = both
     pieces = 0
     for lengths in ((4, 1), (9, 3), (2, 2)):
         rows = [example(length, n) for n, length in enumerate(lengths)]
-        expected, found = kept.token_loss(rows), away.token_loss(rows)
-        assert torch.equal(expected, found)
-        of_kept, of_away = gradients(model, expected), gradients(model, found)
-        assert of_kept.keys() == of_away.keys() and of_kept
-        assert all(torch.equal(grad, of_away[name]) for name, grad in of_kept.items())
-        del expected, found
-        assert away.host_memory is not None
-        free = len(away.host_memory.free)
+        expected, result = kept.token_loss(rows), offloaded.token_loss(rows)
+        assert torch.equal(expected, result)
+        of_kept, of_offloaded = gradients(model, expected), gradients(model, result)
+        assert of_kept.keys() == of_offloaded.keys() and of_kept
+        assert all(torch.equal(grad, of_offloaded[name]) for name, grad in of_kept.items())
+        del expected, result
+        assert offloaded.host_memory is not None
+        free = len(offloaded.host_memory.free)
         size = sum(map(len, rows)) * 4 * model.config.hidden_size
         pieces = max(pieces, (LAYERS - 1) * -(-size // 48))
-        assert free == pieces, "all but the last layer's input was there, and its pieces are free again"
+        assert free == pieces, "all inputs but that of the last layer were offloaded, and their pieces are free again"
 
 
-def test_a_graph_that_is_gone_through_twice_and_one_that_is_dropped(both: tuple[FastLoss, FastLoss, Any]) -> None:
-    kept, away, model = both
+def test_backward_twice_and_a_dropped_graph(both: tuple[FastLoss, FastLoss, Any]) -> None:
+    kept, offloaded, model = both
     rows, others = [example(5, 0)], [example(3, 1)]
     expected = gradients(model, kept.token_loss(rows))
-    first = away.token_loss(rows)
-    second = away.token_loss(others)  # a further micro-batch in front of the first one's backward
-    found = [gradients(model, first, retain_graph=True), gradients(model, first)]
-    for one in found:
+    first = offloaded.token_loss(rows)
+    second = offloaded.token_loss(others)  # another micro-batch before the backward of the first
+    result = [gradients(model, first, retain_graph=True), gradients(model, first)]
+    for one in result:
         assert all(torch.equal(grad, one[name]) for name, grad in expected.items())
-    waiting = len(away.host_memory.free)  # type: ignore[union-attr]
+    waiting = len(offloaded.host_memory.free)  # type: ignore[union-attr]
     del second
     gc.collect()
-    assert len(away.host_memory.free) > waiting  # type: ignore[union-attr]
+    assert len(offloaded.host_memory.free) > waiting  # type: ignore[union-attr]
 
 
-def test_a_forward_that_fails_leaves_nothing_behind(
-    both: tuple[FastLoss, FastLoss, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, away, model = both
+def test_failed_forward_leaves_no_pieces(both: tuple[FastLoss, FastLoss, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, offloaded, model = both
     rows = [example(5, 0)]
     through, calls = FastLoss._compute_layer, []
 
@@ -83,66 +81,65 @@ def test_a_forward_that_fails_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(FastLoss, "_compute_layer", failing)
         with pytest.raises(MemoryError):
-            away.token_loss(rows)
-    away.release_buffers()
+            offloaded.token_loss(rows)
+    offloaded.release_buffers()
     gc.collect()
-    free = len(away.host_memory.free)  # type: ignore[union-attr]
+    free = len(offloaded.host_memory.free)  # type: ignore[union-attr]
     assert free > 0
-    expected, found = gradients(model, kept.token_loss(rows)), gradients(model, away.token_loss(rows))
-    assert all(torch.equal(grad, found[name]) for name, grad in expected.items())
+    expected, result = gradients(model, kept.token_loss(rows)), gradients(model, offloaded.token_loss(rows))
+    assert all(torch.equal(grad, result[name]) for name, grad in expected.items())
     with torch.no_grad():
-        assert torch.equal(away.token_loss(rows), kept.token_loss(rows))
+        assert torch.equal(offloaded.token_loss(rows), kept.token_loss(rows))
 
 
-def test_the_host_is_not_filled_up(both: tuple[FastLoss, FastLoss, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, away, _ = both
-    monkeypatch.setattr(offload, "free_bytes", lambda: offload.LEFT)
+def test_full_host_memory_raises(both: tuple[FastLoss, FastLoss, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, offloaded, _ = both
+    monkeypatch.setattr(offload, "free_bytes", lambda: offload.RESERVE)
     with pytest.raises(MemoryError) as raised:
-        away.token_loss([example(5, 0)])
+        offloaded.token_loss([example(5, 0)])
     assert is_out_of_memory(raised.value)
 
 
 class Stream:
-    """Puts down in which order the card is asked."""
+    """Records the order of operations on a stream."""
 
-    def __init__(self, told: list[str], name: str) -> None:
-        self.told, self.name = told, name
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
 
     def wait_stream(self, other: Stream) -> None:
-        self.told.append(f"{self.name} waits for {other.name}")
+        self.log.append(f"{self.name} waits for {other.name}")
 
     def wait_event(self, event: str) -> None:
-        self.told.append(f"{self.name} waits for {event}")
+        self.log.append(f"{self.name} waits for {event}")
 
     def record_event(self) -> str:
-        self.told.append(f"{self.name} marks")
+        self.log.append(f"{self.name} marks")
         return "a mark"
 
 
-def test_copies_run_beside_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order: nothing leaves before it is made, its memory is not given back before it has left, and nothing is used
-    before it has come."""
-    told: list[str] = []
-    here, beside = Stream(told, "here"), Stream(told, "beside")
+def test_copies_and_computation_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No input is copied before it is computed, freed before it is copied, or used before it has been fetched."""
+    log: list[str] = []
+    main_stream, copy_stream = Stream(log, "main"), Stream(log, "copy")
     host = HostMemory(CPU)
-    host._card, host._side = True, beside
-    monkeypatch.setattr(host, "_now", lambda: here)
-    monkeypatch.setattr(host, "_beside", lambda: torch.no_grad())
-    monkeypatch.setattr(host, "_piece", lambda: torch.empty(offload.PIECE, dtype=torch.uint8))
+    host._cuda, host._copy_stream = True, copy_stream
+    monkeypatch.setattr(host, "_current_stream", lambda: main_stream)
+    monkeypatch.setattr(host, "_on_copy_stream", lambda: torch.no_grad())
+    monkeypatch.setattr(host, "_take_piece", lambda: torch.empty(offload.PIECE, dtype=torch.uint8))
     inputs = [torch.randn(3, 4, requires_grad=True) for _ in range(3)]
     kept = []
     for n, x in enumerate(inputs):
         hooks: Any = host.keeping(last=n == 2)
         kept.append(hooks.pack_hook(x))
-    leaves = ["beside waits for here", "beside marks"]
-    assert told == [*leaves, "here waits for a mark", *leaves, "here waits for a mark"]
-    told.clear()
-    comes = ["beside waits for here", "beside marks"]
-    assert torch.equal(kept[2].back(), inputs[2])
-    assert told == comes, "the input of the layer in front is on its way"
-    told.clear()
-    assert torch.equal(kept[1].back(), inputs[1])
-    assert told == ["here waits for a mark", *comes]
-    told.clear()
+    copies_out = ["copy waits for main", "copy marks"]
+    assert log == [*copies_out, "main waits for a mark", *copies_out, "main waits for a mark"]
+    log.clear()
+    copies_back = ["copy waits for main", "copy marks"]
+    assert torch.equal(kept[2].get(), inputs[2])
+    assert log == copies_back, "the input of the preceding layer is being fetched"
+    log.clear()
+    assert torch.equal(kept[1].get(), inputs[1])
+    assert log == ["main waits for a mark", *copies_back]
+    log.clear()
     kept.clear()
-    assert told == ["here waits for a mark"], "what has come for nothing is not given back under its copy"
+    assert log == ["main waits for a mark"], "an input that was fetched but not used is not freed during its copy"

@@ -1,21 +1,21 @@
-// Held-out rows, base and tuned side by side; and a blind vote between them.
+// Answers of the base and tuned models to held-out rows, and a blind vote between them.
 
 import {
   button,
   count,
   csv,
   download,
-  fault,
+  errorBox,
   figure,
   get,
   h,
   link,
-  ofRun,
+  runPath,
   percent,
   post,
   put,
-  remember,
-  say,
+  setQuery,
+  notify,
   select,
   to,
 } from "../all.js";
@@ -36,7 +36,7 @@ const PAGE = 25;
 
 export async function show(place, { run, query, signal }) {
   if (query.get("blind")) {
-    await blind(place, run, signal);
+    await blindVote(place, run, signal);
     return false;
   }
   let filter = query.get("filter") ?? "all",
@@ -49,7 +49,7 @@ export async function show(place, { run, query, signal }) {
   const input = h("input", {
     type: "search",
     value: search,
-    placeholder: "Words of a prompt or an answer",
+    placeholder: "Search prompts and answers",
     "aria-label": "Search the rows",
   });
   let typing;
@@ -77,7 +77,7 @@ export async function show(place, { run, query, signal }) {
     select(
       [
         ["worst", "worst first"],
-        ["row", "as in the file"],
+        ["row", "file order"],
       ],
       sort,
       (value) => {
@@ -95,23 +95,27 @@ export async function show(place, { run, query, signal }) {
   put(place, head, tools, rows, pages, evaluate);
 
   async function load() {
-    remember({
+    setQuery({
       filter: filter === "all" ? null : filter,
       sort: sort === "worst" ? null : sort,
       search,
       offset: offset || null,
     });
-    const found = await get(ofRun(run.name, "answers"), { filter, order: sort, search, offset, count: PAGE }, signal);
-    tools.hidden = !found.evaluation;
-    put(head, summary(found, run));
+    const response = await get(
+      runPath(run.name, "answers"),
+      { filter, order: sort, search, offset, count: PAGE },
+      signal,
+    );
+    tools.hidden = !response.evaluation;
+    put(head, summary(response, run));
     put(
       rows,
-      found.rows.map((row) => sample(row)),
+      response.rows.map((row) => sample(row)),
     );
-    if (!found.rows.length && found.evaluation) put(rows, h("p", { class: "empty" }, "No such rows."));
+    if (!response.rows.length && response.evaluation) put(rows, h("p", { class: "empty" }, "No matching rows."));
     put(
       pages,
-      pager(found.total, offset, PAGE, (at) => {
+      pager(response.total, offset, PAGE, (at) => {
         offset = at;
         load().then(() => tools.scrollIntoView());
       }),
@@ -119,8 +123,8 @@ export async function show(place, { run, query, signal }) {
   }
 
   async function save() {
-    const found = await get(
-      ofRun(run.name, "answers"),
+    const response = await get(
+      runPath(run.name, "answers"),
       { filter, order: sort, search, offset: 0, count: 5000 },
       signal,
     );
@@ -129,7 +133,7 @@ export async function show(place, { run, query, signal }) {
       "text/csv",
       csv(
         ["place", "prompt", "expected", "base", "tuned", "base right", "tuned right"],
-        found.rows.map((row) => [row.place, row.prompt, row.gold, row.base, row.tuned, row.base_hit, row.tuned_hit]),
+        response.rows.map((row) => [row.place, row.prompt, row.gold, row.base, row.tuned, row.base_hit, row.tuned_hit]),
       ),
     );
   }
@@ -138,7 +142,7 @@ export async function show(place, { run, query, signal }) {
   return false;
 }
 
-/** Buttons to the pages of a list. */
+/** Return buttons for the pages of a list. */
 export function pager(total, offset, size, onMove) {
   if (total <= size) return total ? h("span", { class: "soft" }, `${count(total)} row${total === 1 ? "" : "s"}`) : null;
   return [
@@ -148,20 +152,20 @@ export function pager(total, offset, size, onMove) {
   ];
 }
 
-function summary(found, run) {
-  const { evaluation, counts } = found;
+function summary(response, run) {
+  const { evaluation, counts } = response;
   if (!evaluation)
     return h(
       "p",
       { class: "empty" },
-      "No evaluation of this run yet. Start one below: it asks base and tuned the same held-out rows.",
+      "This run has not been evaluated. Start an evaluation below: it compares base and tuned on the same held-out rows.",
     );
   const name = evaluation.metric,
-    rate = (side) => bar(evaluation[side]?.[name], side, found.intervals?.[side]);
+    rate = (side) => bar(evaluation[side]?.[name], side, response.intervals?.[side]);
   return h(
     "div",
     {},
-    found.words ? h("p", { class: `verdict ${run.score?.verdict ?? ""}` }, found.words) : null,
+    response.words ? h("p", { class: `verdict ${run.score?.verdict ?? ""}` }, response.words) : null,
     h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
@@ -173,9 +177,9 @@ function summary(found, run) {
         { class: "soft" },
         `${count(counts.gained)} gained, ${count(counts.lost)} lost, ${count(counts.both)} right in both, ${count(counts.neither)} in neither.`,
       ),
-      found.complete
+      response.complete
         ? null
-        : h("p", { class: "warn" }, "This evaluation kept only some of its rows. A new one keeps all."),
+        : h("p", { class: "warn" }, "This evaluation stored only some of its rows. Evaluate again to see all."),
     ),
   );
 }
@@ -216,7 +220,7 @@ function sample(row) {
               ? null
               : h("b", { class: row[`${name}_hit`] ? "good" : "bad" }, row[`${name}_hit`] ? "✓ right" : "✗ wrong"),
           ),
-          h("pre", {}, marked(row, name)),
+          h("pre", {}, markedAnswer(row, name)),
         );
   const kind = { lost: "bad", gained: "good" }[row.kind];
   return h(
@@ -241,8 +245,8 @@ function sample(row) {
   );
 }
 
-/** An answer in the pieces that the server marked: not expected, and expected but missing. */
-function marked(row, side) {
+/** Return an answer with its differences from the expected text marked: added and missing parts. */
+function markedAnswer(row, side) {
   const parts = row.marked?.[side];
   if (!parts) return row[side];
   return parts.map(([text, kind]) =>
@@ -254,35 +258,37 @@ function evaluation(run, signal, onEnd) {
   if (!(run.can ?? []).includes("evaluate")) return null;
   const data = h("input", { value: run.eval_data ?? "", placeholder: "held-out.jsonl", spellcheck: "false" }),
     jobs = h("div"),
-    trouble = h("div");
+    problem = h("div");
   let metric = run.score?.metric ?? "exact";
-  const names = h("div", { class: "field" });
+  const metricField = h("div", { class: "field" });
   get("hello", {}, signal).then(({ metrics }) =>
     put(
-      names,
+      metricField,
       field(
         "Metric",
         select(metrics, metric, (value) => (metric = value)),
       ),
     ),
   );
-  const tokens = h("input", { type: "number", min: 1, max: 4096, value: 80 });
-  const go = button(
+  const maxTokens = h("input", { type: "number", min: 1, max: 4096, value: 80 });
+  const evaluateButton = button(
     "Evaluate",
     async () => {
-      put(trouble);
+      put(problem);
       try {
-        const job = await post(ofRun(run.name, "evaluate"), {
+        const job = await post(runPath(run.name, "evaluate"), {
           data: data.value.trim(),
           metric,
-          max_new_tokens: Number(tokens.value),
+          max_new_tokens: Number(maxTokens.value),
         });
         put(
           jobs,
-          jobCard(job, signal, { onEnd: (now) => now.state === "done" && (say("The evaluation is done."), onEnd()) }),
+          jobCard(job, signal, {
+            onEnd: (now) => now.state === "done" && (notify("The evaluation is done."), onEnd()),
+          }),
         );
       } catch (error) {
-        put(trouble, fault(error));
+        put(problem, errorBox(error));
       }
     },
     { class: "main" },
@@ -295,17 +301,17 @@ function evaluation(run, signal, onEnd) {
       "div",
       { class: "fields" },
       field("File of held-out rows", data),
-      names,
-      field("Longest answer, in tokens", tokens),
+      metricField,
+      field("Maximum answer length in tokens", maxTokens),
     ),
-    h("p", {}, go),
-    trouble,
+    h("p", {}, evaluateButton),
+    problem,
     jobs,
   );
 }
 
-async function blind(place, run, signal) {
-  const card = h("section", { class: "vote", tabIndex: -1 }),
+async function blindVote(place, run, signal) {
+  const ballotBox = h("section", { class: "vote", tabIndex: -1 }),
     tally = h("p", { class: "soft", role: "status" });
   put(
     place,
@@ -313,51 +319,51 @@ async function blind(place, run, signal) {
     h(
       "p",
       {},
-      "Which answer is better? The sides are mixed anew for each row. Keys: ",
+      "Which answer is better? The sides are shuffled for each row. Keys: ",
       h("kbd", {}, "←"),
       " left, ",
       h("kbd", {}, "→"),
       " right, ",
       h("kbd", {}, "↓"),
-      " the same.",
+      " tie.",
     ),
     tally,
-    card,
+    ballotBox,
   );
   let ballot = null,
     waiting = false;
-  const showTally = (found) => (tally.textContent = found.words ?? "");
+  const showTally = (response) => (tally.textContent = response.words ?? "");
 
   async function next() {
-    const found = await get(ofRun(run.name, "ballot"), {}, signal);
-    ballot = found.ballot;
-    showTally(found.tally);
+    const response = await get(runPath(run.name, "ballot"), {}, signal);
+    ballot = response.ballot;
+    showTally(response.tally);
     if (!ballot) {
       put(
-        card,
+        ballotBox,
         h(
           "p",
           { class: "empty" },
-          found.tally.votes ? "All rows are voted on." : "There are no rows to vote on: evaluate the run first.",
+          response.tally.votes ? "You have voted on all rows." : "No rows to vote on. Evaluate the run first.",
         ),
       );
       return;
     }
-    const side = (key, name) => h("section", {}, h("h3", {}, name), h("pre", {}, found[key]));
+    const side = (key, name) => h("section", {}, h("h3", {}, name), h("pre", {}, response[key]));
     put(
-      card,
+      ballotBox,
       h(
         "article",
         { class: "card" },
-        h("p", { class: "prompt" }, found.prompt),
+        h("p", { class: "prompt" }, response.prompt),
         h("div", { class: "sides" }, side("a", "left"), side("b", "right")),
-        found.gold ? h("details", {}, h("summary", {}, "What was expected"), h("pre", {}, found.gold)) : null,
+        response.gold ? h("details", {}, h("summary", {}, "Expected answer"), h("pre", {}, response.gold)) : null,
       ),
       h(
         "div",
         { class: "line" },
         button("← Left", () => vote("a")),
-        button("↓ The same", () => vote("tie")),
+        button("↓ Tie", () => vote("tie")),
         button("Right →", () => vote("b")),
       ),
     );
@@ -367,8 +373,8 @@ async function blind(place, run, signal) {
     if (!ballot || waiting) return;
     waiting = true;
     try {
-      const { was, tally: now } = await post(ofRun(run.name, "vote"), { ballot, choice }, signal);
-      say(choice === "tie" ? "Noted." : `Noted: that was ${was[choice]}.`);
+      const { was, tally: now } = await post(runPath(run.name, "vote"), { ballot, choice }, signal);
+      notify(choice === "tie" ? "Vote saved." : `Vote saved: that was ${was[choice]}.`);
       showTally(now);
       await next();
     } finally {

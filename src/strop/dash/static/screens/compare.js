@@ -1,33 +1,33 @@
-// Two or more runs: curves over each other, what differs in their settings, scores, and the verdict.
+// Compare runs: curves, settings that differ, scores, and a verdict.
 
 import {
   button,
   count,
   duration,
-  fault,
+  errorBox,
   figure,
   get,
   h,
-  joined,
+  joinNames,
   link,
-  ofRun,
-  parted,
+  runPath,
+  splitNames,
   percent,
   put,
-  remember,
-  shown,
+  setQuery,
+  formatValue,
   to,
 } from "../all.js";
-import { AXES, TITLES, together } from "../curves.js";
+import { AXES, TITLES, joinSeries } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
-const MOST = 6; // colours
+const MOST = 6; // limited by the number of colours
 
 export async function show(place, { query, signal }) {
   const { runs } = await get("runs", {}, signal),
     names = new Set(runs.map((run) => run.name));
-  let chosen = parted(query.get("runs"))
+  let chosen = splitNames(query.get("runs"))
       .filter((name) => names.has(name))
       .slice(0, MOST),
     by = AXES[query.get("by")] ? query.get("by") : "step";
@@ -35,7 +35,7 @@ export async function show(place, { query, signal }) {
     out = h("div");
   put(place, h("h1", {}, "Compare"), picker, out);
   let plots = [],
-    asked = 0;
+    requests = 0;
   signal.addEventListener("abort", () => plots.forEach((plot) => plot.destroy()));
 
   function pick() {
@@ -46,11 +46,11 @@ export async function show(place, { query, signal }) {
         { open: chosen.length < 2 },
         h("summary", {}, chosen.length ? `${chosen.join(", ")}` : "Choose the runs"),
         runs.length < 2
-          ? h("p", { class: "empty" }, "It takes two runs.")
+          ? h("p", { class: "empty" }, "There are fewer than two runs.")
           : h(
               "fieldset",
               { class: "card choice" },
-              h("legend", {}, `Runs, at most ${MOST}`),
+              h("legend", {}, `Runs (at most ${MOST})`),
               runs.map((run) => {
                 const box = h("input", {
                   type: "checkbox",
@@ -63,7 +63,7 @@ export async function show(place, { query, signal }) {
                       }
                       chosen = box.checked ? [...chosen, run.name] : chosen.filter((name) => name !== run.name);
                       picker.querySelector("summary").textContent = chosen.join(", ") || "Choose the runs";
-                      remember({ runs: joined(chosen) });
+                      setQuery({ runs: joinNames(chosen) });
                       load();
                     },
                   },
@@ -84,7 +84,7 @@ export async function show(place, { query, signal }) {
   }
 
   async function load() {
-    const mine = (asked += 1);
+    const request = (requests += 1);
     if (chosen.length < 2) {
       put(out);
       return;
@@ -92,14 +92,14 @@ export async function show(place, { query, signal }) {
     let found, histories;
     try {
       [found, ...histories] = await Promise.all([
-        get("compare", { runs: joined(chosen) }, signal),
-        ...chosen.map((name) => get(ofRun(name, "history"), { points: 400, by }, signal)),
+        get("compare", { runs: joinNames(chosen) }, signal),
+        ...chosen.map((name) => get(runPath(name, "history"), { points: 400, by }, signal)),
       ]);
     } catch (error) {
-      if (error.name !== "AbortError") put(out, fault(error));
+      if (error.name !== "AbortError") put(out, errorBox(error));
       return;
     }
-    if (mine !== asked) return;
+    if (request !== requests) return;
     const axes = h(
       "div",
       { class: "group", role: "group", "aria-label": "Curves by" },
@@ -108,7 +108,7 @@ export async function show(place, { query, signal }) {
           name,
           () => {
             by = name;
-            remember({ by: name === "step" ? null : name });
+            setQuery({ by: name === "step" ? null : name });
             load();
           },
           { class: "small", "aria-pressed": String(name === by) },
@@ -117,18 +117,18 @@ export async function show(place, { query, signal }) {
     );
     plots.forEach((plot) => plot.destroy());
     const curve = (field, title, more = {}) => {
-      const some = histories.map((history) => history.series[field]);
-      if (!some.some((one) => one?.x.length)) return null;
+      const series = histories.map((history) => history.series[field]);
+      if (!series.some((item) => item?.x.length)) return null;
       const plot = new Plot({
         title,
         file: `comparison ${title}`,
         group: "compare",
         height: 230,
         x: AXES[by],
-        series: chosen.map((name, place) => ({ name, colour: `c${place}`, width: 1.8 })),
+        series: chosen.map((name, index) => ({ name, colour: `c${index}`, width: 1.8 })),
         ...more,
       });
-      plot.set(together(some), [], AXES[by]);
+      plot.set(joinSeries(series), [], AXES[by]);
       return plot;
     };
     plots = [
@@ -164,7 +164,7 @@ export async function show(place, { query, signal }) {
 }
 
 function scores(found) {
-  const of = new Map(found.scores.map((one) => [one.run, one]));
+  const of = new Map(found.scores.map((item) => [item.run, item]));
   const table = new Table(
     [
       {
@@ -233,24 +233,24 @@ function scores(found) {
   ];
 }
 
-function interval(one) {
-  if (!one || typeof one.low !== "number") return "";
+function interval(item) {
+  if (!item || typeof item.low !== "number") return "";
   return h(
     "span",
     {},
     h(
       "span",
       { class: "bar", style: { width: "9rem" } },
-      h("i", { class: "tuned", style: { width: `${100 * one.value}%` } }),
-      h("b", { style: { left: `${100 * one.low}%`, right: `${100 - 100 * one.high}%` } }),
+      h("i", { class: "tuned", style: { width: `${100 * item.value}%` } }),
+      h("b", { style: { left: `${100 * item.low}%`, right: `${100 - 100 * item.high}%` } }),
     ),
-    h("small", {}, `${percent(one.low)} to ${percent(one.high)}`),
+    h("small", {}, `${percent(item.low)} to ${percent(item.high)}`),
   );
 }
 
 function pairs(found) {
   if (!found.pairs?.length)
-    return h("p", { class: "soft" }, "No two of these were evaluated on the same rows, so no paired comparison.");
+    return h("p", { class: "soft" }, "No paired comparison: no two of these runs were evaluated on the same rows.");
   return h(
     "ul",
     {},
@@ -261,8 +261,7 @@ function pairs(found) {
 }
 
 function settings(found, chosen) {
-  if (!found.settings.length)
-    return [h("h2", {}, "Settings"), h("p", { class: "soft" }, "Their settings are the same.")];
+  if (!found.settings.length) return [h("h2", {}, "Settings"), h("p", { class: "soft" }, "All settings are the same.")];
   const table = new Table(
     [
       { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) },
@@ -270,7 +269,7 @@ function settings(found, chosen) {
         key: `=${name}`,
         name,
         free: true,
-        value: (row) => shown(row.values[name]),
+        value: (row) => formatValue(row.values[name]),
         show: (row, value) =>
           /^[0-9a-f]{40,}$/.test(value) ? h("code", { title: value }, `${value.slice(0, 12)}…`) : value,
       })),

@@ -1,38 +1,38 @@
-// What will be trained on: rows as tokens, the account of every row, lengths. Works on a file before any run.
+// Data: rows as tokens, dropped rows, lengths and duplicates. Works on a file before any run.
 
-import { count, fault, field, get, h, link, percent, post, put, select, to } from "../all.js";
+import { count, errorBox, field, get, h, link, percent, post, put, select, to } from "../all.js";
 import { histogram } from "../bars.js";
 import { fileField } from "../files.js";
-import { given, keep, set } from "../options.js";
-import { remember } from "../route.js";
+import { readOptions, storeOptions, setOption } from "../options.js";
+import { setQuery } from "../route.js";
 import { Table } from "../table.js";
 import { pager } from "./answers.js";
 
 const PAGE = 20;
 
 export async function show(place, { query, signal }) {
-  const options = given(),
+  const options = readOptions(),
     out = h("div"),
     next = h("span", { class: "push" });
   let offset = Number(query.get("offset")) || 0,
     order = query.get("order") ?? "file",
     part = query.get("part") ?? "train",
-    asked = 0;
+    requests = 0;
   const change = (name, value) => {
-    set(options, name, value);
-    keep(options);
+    setOption(options, name, value);
+    storeOptions(options);
     offset = 0;
     load();
   };
   const train = fileField("Rows", "data", options["data.train"], (value) => change("data.train", value));
   const model = fileField("Model", "model", options["model.name"], (value) => change("model.name", value));
   const { fields } = await get("schema", {}, signal),
-    of = new Map(fields.map((one) => [one.field, one]));
-  const choice = (name, words) =>
+    byName = new Map(fields.map((item) => [item.field, item]));
+  const choice = (name, label) =>
     field(
-      words,
+      label,
       select(
-        [["", `default (${of.get(name).default})`], ...of.get(name).choices],
+        [["", `default (${byName.get(name).default})`], ...byName.get(name).choices],
         String(options[name] ?? ""),
         (value) => change(name, value),
       ),
@@ -40,7 +40,7 @@ export async function show(place, { query, signal }) {
   const longest = h("input", {
     inputmode: "numeric",
     value: options["data.max_length"] ?? "",
-    placeholder: String(of.get("data.max_length").default),
+    placeholder: String(byName.get("data.max_length").default),
     on: { change: () => change("data.max_length", longest.value.trim()) },
   });
   put(
@@ -52,15 +52,15 @@ export async function show(place, { query, signal }) {
       h(
         "fieldset",
         {},
-        h("legend", {}, "Which"),
+        h("legend", {}, "Data"),
         h(
           "div",
           { class: "fields" },
           train.element,
           model.element,
-          field("Longest row, in tokens", longest),
+          field("Maximum row length in tokens", longest),
           choice("data.overlong", "Longer rows"),
-          choice("data.bad_rows", "Wrong rows"),
+          choice("data.bad_rows", "Invalid rows"),
           choice("data.loss", "Trained on"),
         ),
       ),
@@ -69,30 +69,30 @@ export async function show(place, { query, signal }) {
   );
 
   async function load() {
-    put(next, link(to("new", { options: JSON.stringify(options) }), "Plan a run with these", { class: "button main" }));
+    put(
+      next,
+      link(to("new", { options: JSON.stringify(options) }), "Plan a run with this data", { class: "button main" }),
+    );
     if (!options["data.train"] || !options["model.name"]) {
-      put(
-        out,
-        h("p", { class: "empty" }, "Choose a file of rows and a model. Nothing is trained; no weights are loaded."),
-      );
+      put(out, h("p", { class: "empty" }, "Choose a data file and a model. No weights are loaded."));
       return;
     }
-    const mine = (asked += 1);
-    remember({ offset: offset || null, order: order === "file" ? null : order, part: part === "train" ? null : part });
+    const request = (requests += 1);
+    setQuery({ offset: offset || null, order: order === "file" ? null : order, part: part === "train" ? null : part });
     if (!out.children.length || out.querySelector(".empty")) put(out, h("p", { class: "empty" }, "Reading…"));
     out.setAttribute("aria-busy", "true");
     try {
-      const found = await post("data", { options, offset, count: PAGE, order, part }, signal);
-      if (mine === asked) draw(found);
+      const page = await post("data", { options, offset, count: PAGE, order, part }, signal);
+      if (request === requests) draw(page);
     } catch (error) {
-      if (error.name !== "AbortError" && mine === asked) put(out, fault(error));
+      if (error.name !== "AbortError" && request === requests) put(out, errorBox(error));
     }
     out.removeAttribute("aria-busy");
   }
 
-  function draw(found) {
-    const whole = found.report,
-      report = part === "eval" && whole.eval ? whole.eval : whole,
+  function draw(page) {
+    const fullReport = page.report,
+      report = part === "eval" && fullReport.eval ? fullReport.eval : fullReport,
       { rows, tokens } = report;
     const dropped = new Table(
       [
@@ -108,14 +108,14 @@ export async function show(place, { query, signal }) {
       ],
       { label: "Dropped, truncated and split rows", file: "dropped rows.csv" },
     );
-    dropped.set([...(report.dropped ?? []), ...(report.cut ?? []).map((one) => ({ ...one, reason: one.how }))]);
-    const more = (report.dropped_left_out ?? 0) + (report.cut_left_out ?? 0);
-    const doubles = found.repeats ?? [];
+    dropped.set([...(report.dropped ?? []), ...(report.cut ?? []).map((item) => ({ ...item, reason: item.how }))]);
+    const leftOut = (report.dropped_left_out ?? 0) + (report.cut_left_out ?? 0);
+    const duplicates = page.repeats ?? [];
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     put(
       out,
-      found.refusal
-        ? fault({ message: `A run would refuse this: ${found.refusal.message}`, fix: found.refusal.fix })
+      page.refusal
+        ? errorBox({ message: `A run would be refused: ${page.refusal.message}`, fix: page.refusal.fix })
         : null,
       h(
         "dl",
@@ -125,25 +125,25 @@ export async function show(place, { query, signal }) {
         ["truncated", "split", "dropped"].map((name) => fact(name, count(rows[name]))),
         fact("tokens", count(tokens.all)),
         fact(
-          "of them supervised",
+          "supervised tokens",
           `${count(tokens.supervised)} (${percent(tokens.all ? tokens.supervised / tokens.all : 0, 0)})`,
         ),
-        fact("length: half up to", count(tokens.p50)),
-        fact("95 % up to", count(tokens.p95)),
+        fact("median length", count(tokens.p50)),
+        fact("95th percentile", count(tokens.p95)),
         fact("longest", count(tokens.max)),
         fact("end with a stop token", percent(report.stop_token?.share, 0)),
         fact("duplicates", count(report.duplicates?.within)),
         report.padding
           ? fact(
-              "padding, in batches / packed",
+              "padding, batched / packed",
               `${percent(report.padding.batched, 0)} / ${percent(report.padding.packed, 0)}`,
             )
           : null,
-        found.sharing?.prefix_saves ? fact("saved by shared prefixes", percent(found.sharing.prefix_saves, 0)) : null,
+        page.sharing?.prefix_saves ? fact("saved by shared prefixes", percent(page.sharing.prefix_saves, 0)) : null,
       ),
       (report.warnings ?? []).map((warning) => h("p", { class: "warn" }, `Warning: ${warning}`)),
       (report.template ?? []).map((line) => h("p", { class: "soft" }, line)),
-      found.lengths?.counts?.length
+      page.lengths?.counts?.length
         ? h(
             "section",
             { class: "card", style: { "margin-top": ".8rem" } },
@@ -158,7 +158,7 @@ export async function show(place, { query, signal }) {
                 h("span", {}, h("i", { class: "dot", style: { background: "var(--tuned)" } }), "tokens trained on"),
               ),
             ),
-            histogram(found.lengths),
+            histogram(page.lengths),
           )
         : null,
       dropped.rows.length
@@ -170,21 +170,21 @@ export async function show(place, { query, signal }) {
               dropped.tools(),
             ),
             dropped.element,
-            more ? h("p", { class: "soft" }, `and ${count(more)} more`) : null,
+            leftOut ? h("p", { class: "soft" }, `and ${count(leftOut)} more`) : null,
           ]
         : null,
-      doubles.length
+      duplicates.length
         ? h(
             "details",
             {},
-            h("summary", {}, `${count(doubles.length)} rows that were there before`),
+            h("summary", {}, `${count(duplicates.length)} duplicate rows`),
             h(
               "ul",
               {},
-              doubles
+              duplicates
                 .slice(0, 200)
-                .map((one) =>
-                  h("li", {}, h("code", {}, `${one.file}:${one.line}`), " as ", h("code", {}, one.same_as)),
+                .map((item) =>
+                  h("li", {}, h("code", {}, `${item.file}:${item.line}`), " same as ", h("code", {}, item.same_as)),
                 ),
             ),
           )
@@ -195,9 +195,9 @@ export async function show(place, { query, signal }) {
         h("h2", { style: { margin: 0 } }, "Rows as tokens"),
         select(
           [
-            ["file", "as in the file"],
-            ["long", "the longest first"],
-            ["short", "the shortest first"],
+            ["file", "file order"],
+            ["long", "longest first"],
+            ["short", "shortest first"],
           ],
           order,
           (value) => {
@@ -207,11 +207,11 @@ export async function show(place, { query, signal }) {
           },
           { "aria-label": "Order of the rows", style: { width: "auto" } },
         ),
-        whole.eval
+        fullReport.eval
           ? select(
               [
-                ["train", "to train on"],
-                ["eval", "held out"],
+                ["train", "training rows"],
+                ["eval", "evaluation rows"],
               ],
               part,
               (value) => {
@@ -233,7 +233,7 @@ export async function show(place, { query, signal }) {
       h(
         "div",
         { class: "rows" },
-        found.rows.map((row) =>
+        page.rows.map((row) =>
           h(
             "article",
             { class: "card" },
@@ -247,11 +247,11 @@ export async function show(place, { query, signal }) {
           ),
         ),
       ),
-      found.rows.length ? null : h("p", { class: "empty" }, "No such rows."),
+      page.rows.length ? null : h("p", { class: "empty" }, "No matching rows."),
       h(
         "div",
         { class: "line", style: { "margin-top": ".8rem" } },
-        pager(found.num_rows, offset, PAGE, (at) => {
+        pager(page.num_rows, offset, PAGE, (at) => {
           offset = at;
           load();
         }),
@@ -263,7 +263,7 @@ export async function show(place, { query, signal }) {
   return "Data";
 }
 
-/** A row, token by token: blanks and line ends are seen. The mask is stated once per stretch, for screen readers. */
+/** Return the tokens of a row, with visible line breaks and tabs. */
 function tokensOf(row) {
   return row.pieces.map(([text, weight, stop]) =>
     h(

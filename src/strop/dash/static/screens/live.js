@@ -1,4 +1,4 @@
-// A run while it learns, and after: curves, marks, memory, time.
+// Training: curves, events, memory and time of a run.
 
 import {
   button,
@@ -6,21 +6,21 @@ import {
   count,
   duration,
   facts,
-  fault,
+  errorBox,
   figure,
   get,
   h,
   isNumber,
   listen,
   moment,
-  ofRun,
+  runPath,
   percent,
   put,
-  remember,
-  say,
-  tail,
+  setQuery,
+  notify,
+  lastPart,
 } from "../all.js";
-import { append, AXES, placed, TITLES, together } from "../curves.js";
+import { append, AXES, withPositions, TITLES, joinSeries } from "../curves.js";
 import { Plot } from "../plot.js";
 
 const POINTS = 800;
@@ -30,7 +30,7 @@ export async function show(place, { run, query, signal, draw }) {
   let by = AXES[query.get("by")] ? query.get("by") : "step",
     history = null,
     marks = run.marks ?? [],
-    asked = 0;
+    requests = 0;
   let range = query.get("range")?.split("~").map(Number) ?? null;
   if (range && !range.every(Number.isFinite)) range = null;
   const axes = h(
@@ -42,7 +42,7 @@ export async function show(place, { run, query, signal, draw }) {
         () => {
           by = name;
           range = null;
-          remember({ by: name === "step" ? null : name, range: null });
+          setQuery({ by: name === "step" ? null : name, range: null });
           follow();
         },
         { class: "small", data: { name } },
@@ -55,9 +55,9 @@ export async function show(place, { run, query, signal, draw }) {
   const details = h("div"),
     memory = h("div"),
     systems = h("div");
-  const zoomed = (found) => {
-    range = found;
-    remember({ range: range?.map((value) => Number(value.toPrecision(7))).join("~") });
+  const onZoom = (response) => {
+    range = response;
+    setQuery({ range: range?.map((value) => Number(value.toPrecision(7))).join("~") });
     for (const plot of all()) plot.zoomTo(range);
     detail();
   };
@@ -67,12 +67,12 @@ export async function show(place, { run, query, signal, draw }) {
     group: run.name,
     log: true,
     height: 320,
-    onZoom: zoomed,
+    onZoom,
     series: [
       { name: "training, each step", colour: "base", opacity: 0.5, width: 1 },
       { name: "training, smoothed", colour: "base", width: 2.2 },
       { name: "evaluation", colour: "tuned", width: 2, points: true },
-      { name: "thrown away: done again since", colour: "bad", opacity: 0.5, width: 1 },
+      { name: "undone by a resume or rollback", colour: "bad", opacity: 0.5, width: 1 },
     ],
   });
   const small = new Map();
@@ -87,7 +87,7 @@ export async function show(place, { run, query, signal, draw }) {
       { class: "line", style: { margin: "1.2rem 0 .7rem" } },
       h("span", { class: "soft" }, "Curves by"),
       axes,
-      h("span", { class: "soft" }, "Drag over a curve to look closer."),
+      h("span", { class: "soft" }, "Drag over a curve to zoom in."),
     ),
     loss.element,
     details,
@@ -98,15 +98,15 @@ export async function show(place, { run, query, signal, draw }) {
   function drawCurves() {
     const { series } = history,
       x = AXES[by];
-    loss.set(together(LOSSES.map((name) => series[name])), shownMarks(), x);
-    for (const name of Object.keys(series).filter((one) => !LOSSES.includes(one))) {
+    loss.set(joinSeries(LOSSES.map((name) => series[name])), shownMarks(), x);
+    for (const name of Object.keys(series).filter((item) => !LOSSES.includes(item))) {
       if (!small.has(name)) {
         const plot = new Plot({
           title: TITLES[name] ?? name.replaceAll("_", " "),
           file: `${run.name} ${name}`,
           group: run.name,
           height: 170,
-          onZoom: zoomed,
+          onZoom,
           zero: Math.min(...series[name].y.slice(0, 50)) >= 0,
           log: name === "grad_norm",
           series: [{ name: TITLES[name] ?? name, colour: "tuned", width: 1.3 }],
@@ -114,13 +114,13 @@ export async function show(place, { run, query, signal, draw }) {
         small.set(name, plot);
         plots.append(plot.element);
       }
-      small.get(name).set(together([series[name]]), shownMarks(), x);
+      small.get(name).set(joinSeries([series[name]]), shownMarks(), x);
     }
     for (const plot of all()) plot.zoomTo(range);
   }
 
   const shownMarks = () =>
-    placed(marks, by).filter((mark) => !["save", "start", "note", "end", "rehearsal"].includes(mark.kind));
+    withPositions(marks, by).filter((mark) => !["save", "start", "note", "end", "rehearsal"].includes(mark.kind));
 
   function drawFacts() {
     const last = history?.last ?? {},
@@ -170,9 +170,12 @@ export async function show(place, { run, query, signal, draw }) {
         ["tokens", count(last.tokens ?? run.tokens)],
         ["tokens/s", count(active ? (last.tokens_per_s ?? run.tokens_per_s) : run.tokens_per_s)],
         ["training time", duration(run.seconds)],
-        ["model", h("span", { title: run.model }, tail(run.model))],
-        ["data", h("span", { title: run.data }, tail(run.data))],
-        ["trained", run.parameters ? `${count(run.parameters.trainable)} of ${count(run.parameters.all)}` : null],
+        ["model", h("span", { title: run.model }, lastPart(run.model))],
+        ["data", h("span", { title: run.data }, lastPart(run.data))],
+        [
+          "trained parameters",
+          run.parameters ? `${count(run.parameters.trainable)} of ${count(run.parameters.all)}` : null,
+        ],
         ["engine", run.engine?.name],
       ]),
     );
@@ -180,15 +183,15 @@ export async function show(place, { run, query, signal, draw }) {
     drawMemory();
   }
 
-  let withSaves = false,
-    drawn = "";
-  const list = h("ul", { class: "marks", tabIndex: 0, "aria-label": "What happened" }),
-    nothing = h("p", { class: "soft" }, "Nothing but steps.");
+  let showSaves = false,
+    drawnKey = "";
+  const list = h("ul", { class: "marks", tabIndex: 0, "aria-label": "Events" }),
+    noMarks = h("p", { class: "soft" }, "No events besides steps.");
   const toggle = button(
-    "With saves",
+    "Show saves",
     () => {
-      withSaves = !withSaves;
-      toggle.setAttribute("aria-pressed", String(withSaves));
+      showSaves = !showSaves;
+      toggle.setAttribute("aria-pressed", String(showSaves));
       drawMarks();
     },
     { class: "small", "aria-pressed": "false" },
@@ -198,20 +201,20 @@ export async function show(place, { run, query, signal, draw }) {
     h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
-      h("div", { class: "line" }, h("h3", {}, "What happened"), h("span", { class: "push" }, toggle)),
+      h("div", { class: "line" }, h("h3", {}, "Events"), h("span", { class: "push" }, toggle)),
       list,
-      nothing,
+      noMarks,
     ),
   );
 
   function drawMarks() {
-    const shown = marks.filter((mark) => withSaves || mark.kind !== "save"),
+    const shown = marks.filter((mark) => showSaves || mark.kind !== "save"),
       onCurve = shownMarks(),
       key = `${shown.length} ${shown.at(-1)?.time} ${by}`;
-    if (key === drawn) return; // a list that is read must not move under the reader
-    drawn = key;
+    if (key === drawnKey) return; // do not move the list while it is read
+    drawnKey = key;
     list.hidden = !shown.length;
-    nothing.hidden = shown.length > 0;
+    noMarks.hidden = shown.length > 0;
     put(
       list,
       [...shown]
@@ -221,7 +224,7 @@ export async function show(place, { run, query, signal, draw }) {
             "li",
             {
               on: {
-                mouseenter: () => loss.choose(onCurve.findIndex((one) => one.event === mark.event)),
+                mouseenter: () => loss.choose(onCurve.findIndex((item) => item.event === mark.event)),
                 mouseleave: () => loss.choose(-1),
               },
             },
@@ -250,29 +253,29 @@ export async function show(place, { run, query, signal, draw }) {
             h("span", { class: "sum" }, bytes(size)),
           )
         : null;
-    const off =
+    const error =
       m.predicted_peak_bytes && m.measured_peak_bytes ? m.measured_peak_bytes / m.predicted_peak_bytes - 1 : null;
     put(
       memory,
       h(
         "section",
         { class: "card" },
-        h("h3", {}, "Memory of training"),
+        h("h3", {}, "Training memory"),
         bar("plan", m.predicted_peak_bytes, ""),
         bar("measured", m.measured_peak_bytes, "tuned"),
         h(
           "p",
           { class: "soft" },
-          off === null
-            ? "The measured peak comes with the end of the run."
-            : `Measured ${percent(Math.abs(off))} ${off < 0 ? "below" : "above"} the plan.`,
-          isNumber(m.usable_bytes) ? ` Usable here: ${bytes(m.usable_bytes)}.` : "",
+          error === null
+            ? "The peak is measured at the end of the run."
+            : `Measured ${percent(Math.abs(error))} ${error < 0 ? "below" : "above"} the plan.`,
+          isNumber(m.usable_bytes) ? ` Available: ${bytes(m.usable_bytes)}.` : "",
         ),
       ),
     );
   }
 
-  function drawSystem(now) {
+  function drawSystem(update) {
     const share = (words, part, text) =>
       isNumber(part)
         ? h(
@@ -287,98 +290,99 @@ export async function show(place, { run, query, signal, draw }) {
             h("span", { class: "sum" }, text),
           )
         : null;
-    const ram = now.memory ?? {},
-      cards = now.cards ?? [];
+    const ram = update.memory ?? {},
+      gpus = update.cards ?? [];
     put(
       systems,
       h(
         "section",
         { class: "card" },
-        h("h3", {}, "This machine, now"),
-        share("CPU", now.cpu, percent(now.cpu, 0)),
+        h("h3", {}, "This machine"),
+        share("CPU", update.cpu, percent(update.cpu, 0)),
         share("memory", ram.used / ram.total, bytes(ram.used)),
-        cards.map((card) => [
-          share("GPU", card.utilization, percent(card.utilization, 0)),
-          share("its memory", card.memory_used / card.memory_total, bytes(card.memory_used)),
+        gpus.map((gpu) => [
+          share("GPU", gpu.utilization, percent(gpu.utilization, 0)),
+          share("GPU memory", gpu.memory_used / gpu.memory_total, bytes(gpu.memory_used)),
         ]),
         h(
           "p",
           { class: "soft" },
-          now.process
-            ? `The run's process (${now.process.pid}): ${bytes(now.process.rss)} resident, ${percent(now.process.cpu, 0)} of a core. `
+          update.process
+            ? `The run's process (${update.process.pid}): ${bytes(update.process.rss)} resident, ${percent(update.process.cpu, 0)} of a core. `
             : "",
-          now.disk ? `Disk: ${bytes(now.disk.free)} free.` : "",
+          update.disk ? `Disk: ${bytes(update.disk.free)} free.` : "",
         ),
       ),
     );
   }
 
   async function detail() {
-    const mine = (asked += 1);
-    const found = await get(
-      ofRun(run.name, "history"),
+    const request = (requests += 1);
+    const response = await get(
+      runPath(run.name, "history"),
       { points: POINTS, by, from: range?.[0], to: range?.[1] },
       signal,
     );
-    if (mine !== asked || signal.aborted) return;
-    history = found;
+    if (request !== requests || signal.aborted) return;
+    history = response;
     drawCurves();
   }
 
   let stop = null,
-    renewed = Date.now(),
+    refreshed = Date.now(),
     pending = 0;
   async function follow() {
-    for (const made of axes.children) made.setAttribute("aria-pressed", String(made.dataset.name === by));
+    for (const axisButton of axes.children)
+      axisButton.setAttribute("aria-pressed", String(axisButton.dataset.name === by));
     stop?.abort();
     stop = new AbortController();
     signal.addEventListener("abort", () => stop.abort(), { once: true });
     await new Promise((ready) => {
       signal.addEventListener("abort", ready, { once: true });
       listen(
-        ofRun(run.name, "stream"),
+        runPath(run.name, "stream"),
         () => ({ by, points: POINTS }),
         {
-          run: (now) => {
-            draw(now);
-            marks = now.marks;
+          run: (update) => {
+            draw(update);
+            marks = update.marks;
             drawFacts();
           },
-          history: (found) => {
+          history: (response) => {
             if (range) {
-              history ??= found;
-              history.last = found.last;
+              history ??= response;
+              history.last = response.last;
               detail().then(ready);
             } else {
-              history = found;
+              history = response;
               drawCurves();
             }
             drawFacts();
             ready();
           },
-          steps: (more) => {
+          steps: (update) => {
             if (!history) return;
-            marks.push(...(more.marks ?? []));
-            if (range) history.last = { ...history.last, ...more.last };
+            marks.push(...(update.marks ?? []));
+            if (range) history.last = { ...history.last, ...update.last };
             else {
-              append(history, more);
+              append(history, update);
               drawCurves();
             }
-            pending += more.rows?.length ?? 0;
+            pending += update.rows?.length ?? 0;
             drawFacts();
-            if (!range && pending && Date.now() - renewed > 10000) {
-              renewed = Date.now();
+            if (!range && pending && Date.now() - refreshed > 10000) {
+              refreshed = Date.now();
               pending = 0;
               detail();
-            } // the smoothed curve, and again as few points as were asked for
+            } // update the smoothed curve, and reduce the points again
           },
           system: drawSystem,
           gone: () => {
-            say("This run was deleted.");
+            notify("This run was deleted.");
             location.hash = "#/runs";
           },
-          fault: (error) => {
-            put(top, fault(error));
+          error: (error) => {
+            put(top, errorBox(error));
             ready();
           },
         },

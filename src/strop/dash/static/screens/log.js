@@ -1,16 +1,16 @@
-// What the run's processes printed, and its events.
+// Log: terminal output of the run's processes, and its events.
 
-import { button, count, download, figure, get, h, isNumber, ofRun, put } from "../all.js";
+import { button, count, download, figure, get, h, isNumber, runPath, put } from "../all.js";
 import { jobCards } from "../jobs.js";
 
 export async function show(place, { run, signal }) {
-  const printed = h("pre", { class: "log", tabIndex: 0, "aria-label": "What it printed" }),
+  const printed = h("pre", { class: "log", tabIndex: 0, "aria-label": "Terminal output" }),
     events = h("pre", { class: "log", tabIndex: 0, "aria-label": "Events" }),
     jobs = h("div");
   put(
     place,
     jobs,
-    h("h2", {}, "Printed"),
+    h("h2", {}, "Terminal output"),
     h("div", { class: "card" }, printed),
     h(
       "div",
@@ -30,15 +30,15 @@ export async function show(place, { run, signal }) {
   );
   put(jobs, await jobCards({ run: run.name }, signal, {}, 1));
   const load = async () => {
-    const found = await get(ofRun(run.name, "log"), { tail: 65536 }, signal);
-    for (const [where, text] of [
-      [printed, found.text || "This run was started in a terminal: what it printed is there."],
-      [events, found.events.split("\n").map(inWords).filter(Boolean).join("\n")],
+    const logs = await get(runPath(run.name, "log"), {}, signal);
+    for (const [element, text] of [
+      [printed, logs.text || "This run was started in a terminal, which has its output."],
+      [events, logs.events.split("\n").map(describeEvent).filter(Boolean).join("\n")],
     ]) {
-      if (where.textContent === text) continue;
-      const near = where.scrollHeight - where.scrollTop - where.clientHeight < 40;
-      where.textContent = text;
-      if (near) where.scrollTop = where.scrollHeight;
+      if (element.textContent === text) continue;
+      const atEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 40;
+      element.textContent = text;
+      if (atEnd) element.scrollTop = element.scrollHeight;
     }
   };
   await load();
@@ -47,20 +47,20 @@ export async function show(place, { run, signal }) {
   return false;
 }
 
-/** A line of events.jsonl as a person reads it; long lists are left out. */
-function inWords(line) {
+/** Return a line of events.jsonl as readable text, without lists. */
+function describeEvent(line) {
   let event;
   try {
     event = JSON.parse(line);
   } catch {
-    return ""; // the first line of what was asked for is cut
+    return ""; // the first line may be incomplete
   }
   const { event: kind, time, step, steps, text, ...rest } = event,
     at = new Date(time * 1000).toTimeString().slice(0, 8);
-  const more = Object.entries(rest).filter(
+  const details = Object.entries(rest).filter(
     ([, value]) => isNumber(value) || (typeof value === "string" && value) || typeof value === "boolean",
   );
-  const fieldTexts = more.map(
+  const fieldTexts = details.map(
     ([name, value]) =>
       `${name.replaceAll("_", " ")} ${isNumber(value) ? (Number.isInteger(value) ? count(value) : figure(value)) : value}`,
   );

@@ -1,23 +1,23 @@
-// This machine: facts, the doctor's findings, and what runs here.
+// This machine: hardware facts, the findings of `strop doctor`, and recent jobs.
 
-import { button, bytes, facts, fault, get, h, moment, post, put, shown } from "../all.js";
+import { button, bytes, facts, errorBox, get, h, moment, post, put, formatValue } from "../all.js";
 import { jobCard, jobCards } from "../jobs.js";
 
 export async function show(place, { signal }) {
   const details = h("div"),
     jobs = h("div"),
     recent = h("div");
-  put(place, h("h1", {}, "This machine"), details, jobs, h("h2", {}, "Started from here"), recent);
+  put(place, h("h1", {}, "This machine"), details, jobs, h("h2", {}, "Recent jobs"), recent);
   async function load() {
-    const found = await get("machine", {}, signal);
-    const { doctor } = found;
+    const response = await get("machine", {}, signal);
+    const { doctor } = response;
     const go = button(
-      doctor ? "Examine again" : "Examine this machine",
+      doctor ? "Check again" : "Check this machine",
       async () => {
         try {
           follow(await post("machine/doctor"));
         } catch (error) {
-          put(jobs, fault(error));
+          put(jobs, errorBox(error));
         }
       },
       { class: doctor ? "" : "main" },
@@ -25,9 +25,9 @@ export async function show(place, { signal }) {
     put(
       details,
       facts(
-        Object.entries(found.facts).map(([name, value]) => [
+        Object.entries(response.facts).map(([name, value]) => [
           name.replace(/_bytes$/, "").replaceAll("_", " "),
-          name.endsWith("_bytes") ? bytes(value) : shown(value),
+          name.endsWith("_bytes") ? bytes(value) : formatValue(value),
         ]),
       ),
       h(
@@ -41,18 +41,21 @@ export async function show(place, { signal }) {
         ? h(
             "div",
             { class: "card", style: { "margin-top": ".6rem" } },
-            doctor.findings.map((one) =>
+            doctor.findings.map((finding) =>
               h(
                 "div",
                 { class: "finding" },
-                h("b", { class: { error: "bad", warning: "warn", ok: "good" }[one.level] }, one.level),
+                h("b", { class: { error: "bad", warning: "warn", ok: "good" }[finding.level] }, finding.level),
                 h(
                   "div",
                   {},
-                  one.what,
-                  one.level === "ok"
+                  finding.what,
+                  finding.level === "ok"
                     ? null
-                    : [h("p", { class: "soft" }, one.why), one.fix ? h("p", {}, h("code", {}, one.fix)) : null],
+                    : [
+                        h("p", { class: "soft" }, finding.why),
+                        finding.fix ? h("p", {}, h("code", {}, finding.fix)) : null,
+                      ],
                 ),
               ),
             ),
@@ -60,14 +63,14 @@ export async function show(place, { signal }) {
         : h(
             "p",
             { class: "soft" },
-            "The doctor does one real 4-bit training step and measures the rates of this machine. It takes about a minute.",
+            "`strop doctor` runs one 4-bit training step and measures the speed of this machine. It takes about a minute.",
           ),
     );
-    if (found.job?.state === "running") follow(found.job);
+    if (response.job?.state === "running") follow(response.job);
   }
   const follow = (job) => put(jobs, jobCard(job, signal, { onEnd: (now) => now.state === "done" && load() }));
   await load();
   const cards = await jobCards({}, signal, {}, 8);
-  put(recent, cards.length ? cards : h("p", { class: "soft" }, "Nothing yet."));
+  put(recent, cards.length ? cards : h("p", { class: "soft" }, "No jobs yet."));
   return "This machine";
 }

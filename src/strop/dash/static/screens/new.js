@@ -1,4 +1,4 @@
-// Before a run: what it will take, what was decided and why, the command, and the start.
+// New run: the plan of a recipe, the reasons for its values, the command, and the start.
 
 import {
   button,
@@ -6,44 +6,47 @@ import {
   command,
   count,
   duration,
-  fault,
+  errorBox,
   field,
   get,
   h,
   link,
   post,
   put,
-  remember,
-  say,
+  setQuery,
+  notify,
   select,
-  shown,
+  formatValue,
   to,
 } from "../all.js";
 import { phaseBars } from "../bars.js";
 import { fieldList, slider } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
-import { given, keep, set } from "../options.js";
+import { readOptions, storeOptions, setOption } from "../options.js";
 import { recipeTable } from "../recipe.js";
 
 const POWERS = (low, high) => Array.from({ length: Math.log2(high / low) + 1 }, (_, power) => low * 2 ** power);
 const SLIDERS = [
   ["lora.r", "rank", POWERS(1, 512)],
-  ["data.max_length", "longest row, in tokens", POWERS(32, 32768)],
-  ["train.batch_size", "effective batch, in rows", POWERS(1, 256)],
+  ["data.max_length", "maximum row length in tokens", POWERS(32, 32768)],
+  ["train.batch_size", "effective batch size in rows", POWERS(1, 256)],
 ];
 
 export async function show(place, { query, signal }) {
   const { fields } = await get("schema", {}, signal),
-    of = new Map(fields.map((one) => [one.field, one]));
-  const options = given(),
+    byName = new Map(fields.map((item) => [item.field, item]));
+  const options = readOptions(),
     plan = h("div", { class: "stay", "aria-live": "off" }),
-    trouble = h("div"),
+    problem = h("div"),
     job = h("div");
-  const taken = new Set(["model.name", "data.train", "data.eval", "preset", "out"]); // what has its place in the form
-  const dials = SLIDERS.map(([name, words, values]) => {
-    taken.add(name);
-    return { name, ...slider(words, values, options[name] ?? of.get(name).default, (value) => change(name, value)) };
+  const placedFields = new Set(["model.name", "data.train", "data.eval", "preset", "out"]); // fields with their own control
+  const sliders = SLIDERS.map(([name, label, values]) => {
+    placedFields.add(name);
+    return {
+      name,
+      ...slider(label, values, options[name] ?? byName.get(name).default, (value) => change(name, value)),
+    };
   });
   const model = fileField(
     "Model",
@@ -52,73 +55,73 @@ export async function show(place, { query, signal }) {
     (value) => change("model.name", value),
     "a folder, a .gguf file, a run, a Hub id, or `demo`",
   );
-  const train = fileField("Rows to train on", "data", options["data.train"], (value) => change("data.train", value));
+  const train = fileField("Training rows", "data", options["data.train"], (value) => change("data.train", value));
   const evalField = fileField(
-    "Rows to evaluate on",
+    "Evaluation rows",
     "data",
     options["data.eval"],
     (value) => change("data.eval", value),
     "a file, or a share such as 5%",
   );
-  const choice = (name, words, choices = of.get(name).choices) => {
-    taken.add(name);
+  const choice = (name, label, choices = byName.get(name).choices) => {
+    placedFields.add(name);
     const now = String(options[name] ?? ""),
       more = now && !choices.includes(now) ? [now] : [];
     return field(
-      words,
-      select([["", `default (${of.get(name).default})`], ...choices, ...more], now, (value) => change(name, value)),
+      label,
+      select([["", `default (${byName.get(name).default})`], ...choices, ...more], now, (value) => change(name, value)),
     );
   };
-  const number = (name, words, hint) => {
-    taken.add(name);
+  const number = (name, label, hint) => {
+    placedFields.add(name);
     const input = h("input", {
       inputmode: "decimal",
       value: options[name] ?? "",
-      placeholder: "as decided",
+      placeholder: "auto",
       on: { change: () => change(name, input.value.trim()) },
     });
-    return field(words, input, hint);
+    return field(label, input, hint);
   };
   const memory = h("input", {
     value: query.get("memory") ?? "",
     placeholder: "this machine",
-    on: { input: () => soon() },
+    on: { input: () => askSoon() },
   });
-  const runName = h("input", { spellcheck: "false", placeholder: "a free name", on: { input: () => soon() } });
-  const dataLink = link(to("data"), "Look at the data first");
+  const runName = h("input", { spellcheck: "false", placeholder: "auto", on: { input: () => askSoon() } });
+  const dataLink = link(to("data"), "Inspect the data");
   const verdict = h("div"),
     bars = h("div"),
-    trained = h("span", { class: "push soft" }),
-    rungs = h("div"),
-    line = h("div"),
+    trainedShare = h("span", { class: "push soft" }),
+    ladderBox = h("div"),
+    commandBox = h("div"),
     traffic = h("ul"),
-    decided = h("div"),
-    untouched = h("ul", { class: "plain" });
-  const go = button("Start", start, { class: "main start" }),
-    missing = h("p", { class: "soft" }, "Choose the rows to train on, then it can start.");
-  const whole = h(
+    decidedBox = h("div"),
+    defaultsList = h("ul", { class: "plain" });
+  const startButton = button("Start", start, { class: "main start" }),
+    missing = h("p", { class: "soft" }, "Choose training rows to start.");
+  const planBox = h(
     "div",
-    {}, // its fields stay in their place when a plan comes: somebody may be typing in them
+    {}, // stays in place when a plan arrives, because a field may be in use
     h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
-      h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), trained),
+      h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), trainedShare),
       bars,
-      field("Plan for this much memory", memory, "such as 8GB"),
+      field("Memory limit", memory, "such as 8GB"),
     ),
-    rungs,
+    ladderBox,
     h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
       h("h3", {}, "Command"),
-      line,
-      h("div", { class: "line" }, h("div", { style: { flex: "1 1 10rem" } }, field("Name of the run", runName)), go),
+      commandBox,
+      h("div", { class: "line" }, h("div", { style: { flex: "1 1 10rem" } }, field("Run name", runName)), startButton),
       missing,
     ),
     h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), traffic),
-    h("h2", {}, "Decided, with reasons"),
-    decided,
-    h("details", {}, h("summary", {}, "Fields at their defaults"), untouched),
+    h("h2", {}, "Chosen values and reasons"),
+    decidedBox,
+    h("details", {}, h("summary", {}, "Fields with default values"), defaultsList),
   );
   put(
     place,
@@ -132,7 +135,7 @@ export async function show(place, { query, signal }) {
         h(
           "fieldset",
           {},
-          h("legend", {}, "What"),
+          h("legend", {}, "Model and data"),
           h(
             "div",
             { class: "fields" },
@@ -141,7 +144,7 @@ export async function show(place, { query, signal }) {
             h("div", { class: "wide" }, evalField.element),
             field(
               "Preset",
-              select([["", "default (auto)"], ...of.get("preset").choices], options.preset ?? "", (value) =>
+              select([["", "default (auto)"], ...byName.get("preset").choices], options.preset ?? "", (value) =>
                 change("preset", value),
               ),
             ),
@@ -156,72 +159,69 @@ export async function show(place, { query, signal }) {
           h(
             "div",
             { class: "fields" },
-            dials.map((dial) => h("div", { class: "wide" }, dial.element)),
-            choice("model.quantization", "Quantization of the base"),
-            choice("lora.target_modules", "Layers with an adapter", ["all-linear", "attention", "gate", "experts"]),
+            sliders.map((control) => h("div", { class: "wide" }, control.element)),
+            choice("model.quantization", "Base quantization"),
+            choice("lora.target_modules", "Adapted layers", ["all-linear", "attention", "gate", "experts"]),
           ),
         ),
         h(
           "fieldset",
           {},
-          h("legend", {}, "Length and rate"),
+          h("legend", {}, "Training"),
           h(
             "div",
             { class: "fields" },
             number("train.epochs", "Epochs"),
-            number("train.max_steps", "Steps, at most"),
+            number("train.max_steps", "Maximum steps"),
             number("train.learning_rate", "Learning rate"),
-            number("train.eval_steps", "Evaluate every … steps"),
-            number("train.max_time", "Time, at most", "such as 30m"),
+            number("train.eval_steps", "Steps between evaluations"),
+            number("train.max_time", "Maximum time", "such as 30m"),
             number("seed", "Seed"),
           ),
         ),
         fieldList(
-          fields.filter((one) => !taken.has(one.field)),
+          fields.filter((item) => !placedFields.has(item.field)),
           options,
           change,
         ),
       ),
       plan,
     ),
-    trouble,
+    problem,
     job,
   );
 
   function change(name, value) {
-    set(options, name, value);
-    keep(options);
-    ask();
+    setOption(options, name, value);
+    storeOptions(options);
+    requestPlan();
   }
 
-  let typing = 0;
-  /** A plan once the typing rests. */
-  function soon() {
-    clearTimeout(typing);
-    remember({ memory: memory.value.trim() });
-    typing = setTimeout(ask, 250);
+  let typingTimer = 0;
+  /** Request a plan after a pause in typing. */
+  function askSoon() {
+    clearTimeout(typingTimer);
+    setQuery({ memory: memory.value.trim() });
+    typingTimer = setTimeout(requestPlan, 250);
   }
 
-  let under = false,
-    again = false,
-    rest = 0;
-  async function ask(thorough = false) {
+  let busy = false,
+    changed = false,
+    retryTimer = 0;
+  async function requestPlan(thorough = false) {
     dataLink.href = to("data", { options: JSON.stringify(options) });
     if (!options["model.name"]) {
-      put(
-        plan,
-        h("p", { class: "card empty" }, "Choose a model. The plan needs no weights: it reads the model's sizes only."),
-      );
+      put(plan, h("p", { class: "card empty" }, "Choose a model. The plan reads only its config, no weights."));
       return;
     }
-    if (under) {
-      again = true;
+    if (busy) {
+      changed = true;
       return;
     }
-    under = true;
-    if (!plan.children.length) put(plan, h("p", { class: "card empty" }, "Counting…"));
+    busy = true;
+    if (!plan.children.length) put(plan, h("p", { class: "card empty" }, "Planning…"));
     do {
-      again = false;
+      changed = false;
       plan.setAttribute("aria-busy", "true");
       try {
         const latest = await post(
@@ -229,92 +229,97 @@ export async function show(place, { query, signal }) {
           { options, memory: memory.value.trim() || null, gpu: null, name: runName.value.trim() || null, thorough },
           signal,
         );
-        if (!again) draw(latest);
-        clearTimeout(rest);
-        if (!again && (latest.rows.measuring || (!latest.fits && !thorough)))
-          rest = setTimeout(() => ask(!latest.fits && !latest.rows.measuring), latest.rows.measuring ? 1000 : 400);
+        if (!changed) draw(latest);
+        clearTimeout(retryTimer);
+        if (!changed && (latest.rows.measuring || (!latest.fits && !thorough)))
+          retryTimer = setTimeout(
+            () => requestPlan(!latest.fits && !latest.rows.measuring),
+            latest.rows.measuring ? 1000 : 400,
+          );
       } catch (error) {
         if (error.name === "AbortError") return;
-        if (!again) {
-          put(verdict, fault(error));
-          if (!whole.isConnected) put(plan, verdict);
-          go.disabled = true;
+        if (!changed) {
+          put(verdict, errorBox(error));
+          if (!planBox.isConnected) put(plan, verdict);
+          startButton.disabled = true;
         }
       }
-    } while (again);
+    } while (changed);
     plan.removeAttribute("aria-busy");
-    under = false;
+    busy = false;
   }
 
-  function draw(found) {
-    const resolved = new Map(found.recipe.map((one) => [one.field, one.value]));
-    for (const dial of dials)
-      if (options[dial.name] === undefined && resolved.has(dial.name)) dial.draw(resolved.get(dial.name));
+  function draw(planned) {
+    const resolved = new Map(planned.recipe.map((item) => [item.field, item.value]));
+    for (const control of sliders)
+      if (options[control.name] === undefined && resolved.has(control.name)) control.draw(resolved.get(control.name));
     const chosen = recipeTable({ label: "Recipe", file: "recipe.csv" });
-    chosen.set(found.recipe.filter((one) => one.origin !== "default"));
-    const defaults = found.recipe.filter((one) => one.origin === "default");
-    if (!runName.value) runName.placeholder = found.name;
+    chosen.set(planned.recipe.filter((item) => item.origin !== "default"));
+    const defaults = planned.recipe.filter((item) => item.origin === "default");
+    if (!runName.value) runName.placeholder = planned.name;
     put(
       verdict,
       h(
         "p",
-        { class: `verdict ${found.fits ? "better" : "worse"}`, role: "status" },
-        found.fits ? "It fits" : "It does not fit",
-        ` on ${found.device}.`,
-        found.fits && over(found).length ? ` Not here: ${over(found).join(", ")}.` : "",
-        found.rows.measuring ? " The rows are being measured…" : "",
-        found.seconds
-          ? ` About ${duration(found.seconds)}, ${count(found.tokens_per_s)} tokens/s.`
-          : found.tokens_per_s
-            ? ` ${count(found.tokens_per_s)} tokens/s.`
+        { class: `verdict ${planned.fits ? "better" : "worse"}`, role: "status" },
+        planned.fits ? "It fits" : "It does not fit",
+        ` on ${planned.device}.`,
+        planned.fits && phasesOverLimit(planned).length
+          ? ` Phases that do not fit: ${phasesOverLimit(planned).join(", ")}.`
+          : "",
+        planned.rows.measuring ? " Measuring the rows…" : "",
+        planned.seconds
+          ? ` About ${duration(planned.seconds)}, ${count(planned.tokens_per_s)} tokens/s.`
+          : planned.tokens_per_s
+            ? ` ${count(planned.tokens_per_s)} tokens/s.`
             : "",
       ),
     );
-    put(trained, `${count(found.trainable_parameters)} of ${count(found.parameters)} trained`);
-    put(bars, phaseBars(found.phases, found.usable_bytes));
-    put(rungs, found.fits || !found.ladder?.length ? null : ladder(found));
-    put(line, command(found.command));
-    go.disabled = !options["data.train"];
+    put(trainedShare, `${count(planned.trainable_parameters)} of ${count(planned.parameters)} trained`);
+    put(bars, phaseBars(planned.phases, planned.usable_bytes));
+    put(ladderBox, planned.fits || !planned.ladder?.length ? null : ladder(planned));
+    put(commandBox, command(planned.command));
+    startButton.disabled = !options["data.train"];
     missing.hidden = Boolean(options["data.train"]);
     put(
       traffic,
-      found.downloads.map((one) =>
-        h("li", {}, `downloads ${one.what}: ${one.about ? "about " : ""}${bytes(one.bytes)}`),
+      planned.downloads.map((item) =>
+        h("li", {}, `downloads ${item.what}: ${item.about ? "about " : ""}${bytes(item.bytes)}`),
       ),
-      found.downloads.length ? null : h("li", {}, "downloads nothing"),
+      planned.downloads.length ? null : h("li", {}, "downloads nothing"),
       h(
         "li",
         {},
-        `writes about ${bytes(found.writes.bytes)} to ${found.out}; ${bytes(found.writes.free_bytes)} are free`,
+        `writes about ${bytes(planned.writes.bytes)} to ${planned.out}; ${bytes(planned.writes.free_bytes)} free`,
       ),
     );
-    put(decided, chosen.element);
+    put(decidedBox, chosen.element);
     put(
-      untouched,
-      defaults.map((one) => h("li", {}, h("code", {}, one.field), ` ${shown(one.value)}`)),
+      defaultsList,
+      defaults.map((item) => h("li", {}, h("code", {}, item.field), ` ${formatValue(item.value)}`)),
     );
-    if (!whole.isConnected) put(plan, verdict, whole);
+    if (!planBox.isConnected) put(plan, verdict, planBox);
   }
 
-  function ladder(found) {
+  function ladder(planned) {
     return h(
       "section",
       { class: "card" },
-      h("h3", {}, "Ways to make it fit, the cheapest first"),
+      h("h3", {}, "Ways to make it fit, cheapest first"),
       h(
         "ul",
         {},
-        found.ladder.map((rung) =>
+        planned.ladder.map((option) =>
           h(
             "li",
             {},
-            h("b", {}, rung.what),
-            `: ${rung.fits ? "fits" : bytes(rung.peak_bytes)}, ${rung.time?.toFixed?.(2) ?? "?"} times the time; gives up: ${rung.gives_up} `,
+            h("b", {}, option.what),
+            `: ${option.fits ? "fits" : bytes(option.peak_bytes)}, ${option.time?.toFixed?.(2) ?? "?"} times the duration; trade-off: ${option.gives_up} `,
             button(
-              "Take it",
+              "Apply",
               () => {
-                Object.assign(options, rung.options);
-                keep(options);
+                Object.assign(options, option.options);
+                storeOptions(options);
                 dispatchEvent(new Event("hashchange"));
               },
               { class: "small" },
@@ -326,32 +331,35 @@ export async function show(place, { query, signal }) {
   }
 
   async function start() {
-    go.disabled = true;
-    put(trouble);
+    startButton.disabled = true;
+    put(problem);
     try {
-      const made = await post("start", {
+      const started = await post("start", {
         options,
         ...(runName.value.trim() ? { name: runName.value.trim() } : {}),
         ...(memory.value.trim() ? { memory: memory.value.trim() } : {}),
       });
-      put(job, jobCard(made.job, signal, { onEnd: (now) => now.state === "failed" && (go.disabled = false) }));
-      await appears(made.run, signal);
-      say(`${made.run} is under way.`);
-      location.hash = to("run", made.run);
+      put(
+        job,
+        jobCard(started.job, signal, { onEnd: (now) => now.state === "failed" && (startButton.disabled = false) }),
+      );
+      await waitForRun(started.run, signal);
+      notify(`${started.run} has started.`);
+      location.hash = to("run", started.run);
     } catch (error) {
       if (error.name === "AbortError") return;
-      put(trouble, fault(error));
-      trouble.scrollIntoView({ block: "nearest" });
-      go.disabled = false;
+      put(problem, errorBox(error));
+      problem.scrollIntoView({ block: "nearest" });
+      startButton.disabled = false;
     }
   }
 
-  await ask();
+  await requestPlan();
   return "New run";
 }
 
-/** Waits for a run that was started to show up; a refusal is shown by its job's card. */
-async function appears(name, signal) {
+/** Wait until a started run is listed. A failure is shown by its job's card. */
+async function waitForRun(name, signal) {
   for (;;) {
     const { runs } = await get("runs", {}, signal);
     if (runs.some((run) => run.name === name)) return;
@@ -365,7 +373,7 @@ async function appears(name, signal) {
   }
 }
 
-/** Phases that a plan which fits for training has no room for. */
-function over({ phases, usable_bytes: usable }) {
+/** Return the phases that need more memory than available, although training fits. */
+function phasesOverLimit({ phases, usable_bytes: usable }) {
   return Object.keys(phases).filter((name) => phases[name].peak_bytes > usable);
 }

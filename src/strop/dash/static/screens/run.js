@@ -1,18 +1,18 @@
-// One run: what it is, what can be done with it, and its own screens.
+// One run: its state, actions and screens.
 
-import { button, fault, get, h, link, listen, ofRun, post, put, say, to } from "../all.js";
+import { button, errorBox, get, h, link, listen, runPath, post, put, notify, to } from "../all.js";
 
 const TABS = {
   live: ["Training", () => import("./live.js")],
-  answers: ["Before and after", () => import("./answers.js")],
+  answers: ["Answers", () => import("./answers.js")],
   settings: ["Settings", () => import("./settings.js")],
-  take: ["Export", () => import("./take.js")],
+  take: ["Export", () => import("./export.js")],
   log: ["Log", () => import("./log.js")],
 };
 
 export async function show(place, { parts, query, signal }) {
   const [name, tab = "live"] = parts;
-  const run = await get(ofRun(name), {}, signal);
+  const run = await get(runPath(name), {}, signal);
   const head = h("div"),
     body = h("div");
   const chosen = TABS[tab] ? tab : "live";
@@ -22,10 +22,10 @@ export async function show(place, { parts, query, signal }) {
     h(
       "nav",
       { class: "tabs", "aria-label": "This run" },
-      Object.entries(TABS).map(([key, [words]]) =>
+      Object.entries(TABS).map(([key, [label]]) =>
         link(
           key === "live" ? to("run", name) : to("run", name, key),
-          words,
+          label,
           key === chosen ? { "aria-current": "page" } : {},
         ),
       ),
@@ -44,7 +44,7 @@ export async function show(place, { parts, query, signal }) {
   );
   const draw = (now) => {
     Object.assign(run, now);
-    const before = actions.contains(document.activeElement) ? document.activeElement.textContent : null;
+    const focused = actions.contains(document.activeElement) ? document.activeElement.textContent : null;
     put(
       state,
       h("span", { class: `state ${run.state}` }, run.state),
@@ -52,94 +52,94 @@ export async function show(place, { parts, query, signal }) {
     );
     why.textContent = run.why ?? "";
     why.hidden = !run.why;
-    put(actions, deeds(run));
-    if (before) [...actions.querySelectorAll("button, a")].find((one) => one.textContent === before)?.focus();
+    put(actions, actionButtons(run));
+    if (focused) [...actions.querySelectorAll("button, a")].find((element) => element.textContent === focused)?.focus();
   };
   draw(run);
   const { show: showTab } = await TABS[chosen][1]();
-  const followed = await showTab(body, { run, query, signal, draw });
-  if (!followed) listen(ofRun(name, "stream"), { points: 50 }, { run: draw }, signal); // a screen without curves still tells the state
+  const hasStream = await showTab(body, { run, query, signal, draw });
+  if (!hasStream) listen(runPath(name, "stream"), { points: 50 }, { run: draw }, signal); // screens without curves update the state too
   return `${chosen === "live" ? "" : `${TABS[chosen][0]} · `}${run.name}`;
 }
 
-function deeds(run) {
-  const may = new Set(run.can ?? []),
-    made = [];
-  if (may.has("stop"))
-    made.push(
+function actionButtons(run) {
+  const allowed = new Set(run.can ?? []),
+    buttons = [];
+  if (allowed.has("stop"))
+    buttons.push(
       button("Stop and save", async () => {
-        await post(ofRun(run.name, "stop"));
-        say("It will finish its step, save, and stop.");
+        await post(runPath(run.name, "stop"));
+        notify("The run will finish its step, save, and stop.");
       }),
     );
-  if (may.has("stop") && run.state === "stalled")
-    made.push(
+  if (allowed.has("stop") && run.state === "stalled")
+    buttons.push(
       button(
         "Stop at once",
         async () => {
-          await post(ofRun(run.name, "stop"), { force: true });
-          say("It is ended. What was saved before stays.");
+          await post(runPath(run.name, "stop"), { force: true });
+          notify("The run was killed. Its last checkpoint remains.");
         },
-        { class: "danger", title: "For a run that answers to nothing: what was not saved is lost" },
+        { class: "danger", title: "Kill a run that does not respond; progress since the last checkpoint is lost" },
       ),
     );
-  if (may.has("resume"))
-    made.push(
+  if (allowed.has("resume"))
+    buttons.push(
       button(
         "Resume",
         async () => {
-          await post(ofRun(run.name, "resume"));
-          say("It goes on from its newest checkpoint.");
+          await post(runPath(run.name, "resume"));
+          notify("Resuming from the newest checkpoint.");
           location.hash = to("run", run.name, "log");
         },
         { class: "main" },
       ),
     );
-  made.push(
+  buttons.push(
     button(
       "Duplicate",
       async () => {
-        const { options } = await get(ofRun(run.name, "duplicate"));
+        const { options } = await get(runPath(run.name, "duplicate"));
         location.hash = to("new", { options: JSON.stringify(options) });
       },
-      { title: "A new run with the same settings, to change" },
+      { title: "Start a new run from these settings" },
     ),
   );
-  if (may.has("talk")) made.push(link(to("talk", { run: run.name }), "Chat", { class: "button" }));
-  if (may.has("delete")) made.push(button("Delete", () => confirmDeletion(run), { class: "danger" }));
-  return made;
+  if (allowed.has("talk")) buttons.push(link(to("talk", { run: run.name }), "Chat", { class: "button" }));
+  if (allowed.has("delete")) buttons.push(button("Delete", () => confirmDeletion(run), { class: "danger" }));
+  return buttons;
 }
 
-/** Names what is deleted, and wants the run's name typed. */
+/** List the files to delete, and ask for the run's name. */
 async function confirmDeletion(run) {
-  const { files, num_files: number, bytes: size, path } = await get(ofRun(run.name, "contents"));
+  const { files, num_files: number, bytes: size, path } = await get(runPath(run.name, "contents"));
   const { bytes, count, field } = await import("../all.js");
   const input = h("input", { autocomplete: "off", spellcheck: "false" });
-  const trouble = h("div");
-  const really = button(
-    "Delete it",
+  const problem = h("div");
+  const deleteButton = button(
+    "Delete run",
     async () => {
       try {
-        await post(ofRun(run.name, "delete"), { confirm: input.value });
+        await post(runPath(run.name, "delete"), { confirm: input.value });
         dialog.close();
-        say(`${run.name} is being deleted.`);
+        notify(`${run.name} is being deleted.`);
         location.hash = "#/runs";
       } catch (error) {
-        put(trouble, fault(error));
+        put(problem, errorBox(error));
       }
     },
     { class: "danger", disabled: true },
   );
-  input.addEventListener("input", () => (really.disabled = input.value !== run.name));
+  input.addEventListener("input", () => (deleteButton.disabled = input.value !== run.name));
   const dialog = h(
     "dialog",
     { "aria-label": `Delete ${run.name}`, on: { close: () => dialog.remove() } },
     h("h2", {}, `Delete ${run.name}?`),
-    h("p", {}, `This deletes ${path}: ${count(number)} files, ${bytes(size)}. It cannot be taken back.`),
+    h("p", {}, `This deletes ${path}: ${count(number)} files, ${bytes(size)}. This cannot be undone.`),
     h(
       "details",
       {},
-      h("summary", {}, "The files"),
+      h("summary", {}, "Files"),
       h(
         "ul",
         {},
@@ -147,12 +147,12 @@ async function confirmDeletion(run) {
       ),
     ),
     field("Type the run's name", input),
-    trouble,
+    problem,
     h(
       "div",
       { class: "line", style: { "margin-top": "1rem" } },
-      button("Keep it", () => dialog.close()),
-      really,
+      button("Cancel", () => dialog.close()),
+      deleteButton,
     ),
   );
   document.body.append(dialog);

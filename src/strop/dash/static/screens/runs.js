@@ -1,40 +1,40 @@
-// All runs of the folder.
+// The table of runs.
 
 import { button, h, link, put } from "../dom.js";
-import { fault, get, listen } from "../api.js";
-import { ago, bytes, count, duration, figure, percent, tail } from "../format.js";
+import { errorBox, get, listen } from "../api.js";
+import { ago, bytes, count, duration, figure, percent, lastPart } from "../format.js";
 import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
-import { joined, parted, remember, to } from "../route.js";
+import { joinNames, splitNames, setQuery, to } from "../route.js";
 
 export async function show(place, { query, signal }) {
   const hello = await get("hello", {}, signal);
   const runs = new Map(),
-    chosen = new Set(parted(query.get("chosen")));
+    chosen = new Set(splitNames(query.get("chosen")));
   const compare = button(
     "Compare",
     () => {
-      location.hash = to("compare", { runs: joined(chosen) });
+      location.hash = to("compare", { runs: joinNames(chosen) });
     },
     { disabled: true },
   );
-  const [key, way] = (query.get("sort") ?? "started-descending").split("-");
+  const [column, direction] = (query.get("sort") ?? "started-descending").split("-");
   const table = new Table(columns(chosen, update), {
     label: "Runs",
     file: "runs.csv",
-    sort: [key, way],
+    sort: [column, direction],
     filter: query.get("filter") ?? "",
     identity: (run) => run.name,
-    empty: "No runs here yet. Start one under New run, or with `strop train` in a terminal.",
-    onChange: ({ sort, filter }) => remember({ sort: sort.join("-"), filter }),
+    empty: "No runs yet. Start one under New run, or with `strop train` in a terminal.",
+    onChange: ({ sort, filter }) => setQuery({ sort: sort.join("-"), filter }),
   });
   const sum = h("span", { class: "soft" }),
     ignored = h("p", { class: "soft" });
 
   function update() {
     compare.disabled = chosen.size < 2;
-    compare.textContent = chosen.size < 2 ? "Compare (tick two)" : `Compare ${chosen.size}`;
-    remember({ chosen: joined(chosen) });
+    compare.textContent = chosen.size < 2 ? "Compare (select two)" : `Compare ${chosen.size}`;
+    setQuery({ chosen: joinNames(chosen) });
   }
 
   function draw() {
@@ -80,8 +80,8 @@ export async function show(place, { query, signal }) {
           }
           draw();
         },
-        fault: (error) => {
-          put(place, fault(error));
+        error: (error) => {
+          put(place, errorBox(error));
           failed(error);
         },
       },
@@ -174,14 +174,14 @@ function columns(chosen, update) {
       name: "model",
       free: true,
       value: (run) => run.model,
-      show: (run, value) => h("span", { title: value }, tail(value)),
+      show: (run, value) => h("span", { title: value }, lastPart(value)),
     },
     {
       key: "data",
       name: "data",
       free: true,
       value: (run) => run.data,
-      show: (run, value) => h("span", { title: value }, tail(value)),
+      show: (run, value) => h("span", { title: value }, lastPart(value)),
     },
     { key: "objective", name: "objective", value: (run) => run.objective },
     {
@@ -202,7 +202,7 @@ function columns(chosen, update) {
   ];
 }
 
-/** A score with its interval. */
+/** Show a score with its interval. */
 function score(found) {
   if (!found) return "";
   const interval =

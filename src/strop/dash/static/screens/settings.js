@@ -1,58 +1,63 @@
-// What the run was made of: its recipe with the origin of each value, hashes, versions, machine.
+// Settings of a run: its recipe with the origin of each value, hashes, versions and machine.
 
-import { command, count, facts, h, put, shown } from "../all.js";
+import { command, count, facts, h, put, formatValue } from "../all.js";
 import { recipeTable } from "../recipe.js";
 
 export async function show(place, { run }) {
   const recipe = run.recipe ?? [],
     lock = run.lock ?? {};
   const table = (rows, label) => {
-    const made = recipeTable({ label, file: `${run.name} ${label}.csv` });
-    made.set(rows);
-    return made;
+    const result = recipeTable({ label, file: `${run.name} ${label}.csv` });
+    result.set(rows);
+    return result;
   };
   const chosen = table(
-      recipe.filter((one) => one.origin !== "default"),
+      recipe.filter((item) => item.origin !== "default"),
       "settings",
     ),
     defaults = table(
-      recipe.filter((one) => one.origin === "default"),
+      recipe.filter((item) => item.origin === "default"),
       "defaults",
     );
   const data = run.data_report,
     pairs = [
-      ["seed", shown(lock.seed)],
+      ["seed", formatValue(lock.seed)],
       ["base", lock.base?.name],
-      ["fingerprint of the base", lock.base?.fingerprint?.slice(0, 16)],
+      ["base fingerprint", lock.base?.fingerprint?.slice(0, 16)],
       ...Object.entries(lock.versions ?? {}),
     ];
   put(
     place,
-    run.resume && run.can.includes("resume") ? [h("h2", {}, "To go on from a terminal"), command(run.resume)] : null,
-    h("h2", {}, "Chosen, with reasons"),
+    run.resume && run.can.includes("resume") ? [h("h2", {}, "Resume from a terminal"), command(run.resume)] : null,
+    h("h2", {}, "Chosen values and reasons"),
     h("div", { class: "line", style: { "margin-bottom": ".6rem" } }, chosen.tools()),
     chosen.element,
     h(
       "details",
       {},
-      h("summary", {}, `${count(recipe.length - chosen.rows.length)} fields at their defaults`),
+      h("summary", {}, `${count(recipe.length - chosen.rows.length)} fields with default values`),
       defaults.element,
     ),
     (lock.overrides ?? []).length
       ? [
-          h("h2", {}, "Changed on the way"),
+          h("h2", {}, "Changed by a resume"),
           h(
             "ul",
             {},
-            lock.overrides.map((one) =>
-              h("li", {}, h("code", {}, one.field ?? one.name), ` ${shown(one.was)} → ${shown(one.now)}`),
+            lock.overrides.map((item) =>
+              h(
+                "li",
+                {},
+                h("code", {}, item.field ?? item.name),
+                ` ${formatValue(item.was)} → ${formatValue(item.now)}`,
+              ),
             ),
           ),
         ]
       : null,
-    run.report_page ? h("p", {}, "Its report, a file that opens anywhere: ", h("code", {}, run.report_page)) : null,
+    run.report_page ? h("p", {}, "Report page: ", h("code", {}, run.report_page)) : null,
     data ? [h("h2", {}, "Data"), facts(Object.entries(data.rows).map(([name, value]) => [name, count(value)]))] : null,
-    h("h2", {}, "Made with"),
+    h("h2", {}, "Versions and base model"),
     facts(pairs),
     h("h2", {}, "Machine of the run"),
     h(
@@ -66,8 +71,8 @@ export async function show(place, { run }) {
           h(
             "ul",
             {},
-            run.checkpoints.map((one) =>
-              h("li", {}, `step ${count(one.step)}`, one.best ? h("span", { class: "tag good" }, "best") : null),
+            run.checkpoints.map((item) =>
+              h("li", {}, `step ${count(item.step)}`, item.best ? h("span", { class: "tag good" }, "best") : null),
             ),
           ),
         ]

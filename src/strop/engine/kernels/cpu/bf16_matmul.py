@@ -1,8 +1,8 @@
-"""Products of many rows with frozen weights, for CPUs with AVX512-BF16 and without AMX, and what is added to them.
+"""Matrix multiplication of many rows by frozen bf16 weights, for CPUs with AVX512-BF16 and without AMX.
 
-oneDNN makes code for each number of rows, and passes over the output again for what is added. Here some columns of the
-weight are laid out for all rows, in the second cache, and rows pass by, six at a time: 24 registers of sums. What the
-adapters give, the bias and the residual join the sums in their registers, which are rounded once.
+oneDNN generates code for each number of rows, and passes over the output again for whatever is added. Here some columns
+of the weight are packed for all rows in the second-level cache, and rows pass by, six at a time: 24 registers of
+sums. The adapters' terms, the bias and the residual are added to the sums in registers, which are rounded once.
 """
 
 from __future__ import annotations
@@ -16,247 +16,225 @@ from numba import get_num_threads, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from strop.engine.kernels.cpu.compiled import GAP, BFloat, array, inline, loop
-from strop.engine.kernels.cpu.dots import call, location, plus, spread, widened
-from strop.engine.kernels.cpu.lora import Addend
+from strop.engine.kernels.cpu.compiled import (
+    F32,
+    GAP,
+    I16,
+    I32,
+    I64,
+    BFloat,
+    add_ordered,
+    array,
+    bf16_to_fp32,
+    broadcast,
+    call_llvm,
+    kernel,
+    pointer,
+    repeat,
+    subroutine,
+    transpose,
+    update_if,
+)
+from strop.engine.kernels.cpu.lora import LoraTerm
 from strop.engine.kernels.cpu.tile import LANES, pair
-from strop.engine.kernels.cpu.transpose import turn
 
-ROWS, WIDE = 6, 4 * LANES  # of a tile
-UNIT = 2 * LANES  # columns are a multiple of
+ROWS, WIDE = 6, 4 * LANES  # rows and columns of a tile
+UNIT = 2 * LANES  # the number of columns is a multiple of this
 TILES = [(rows, columns) for rows in (ROWS, 3, 1) for columns in (WIDE, UNIT)]
-DEEP = 2048  # pairs along the summed dimension that are laid out at once: half a megabyte
+DEEP = 2048  # pairs along the summed dimension that are packed at once: half a megabyte
 
-_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_SUMS, _PAIRS, _HALVES = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_I16, LANES)
-_NUMBERS, _NARROW = ir.VectorType(BFloat(), 2 * LANES), ir.VectorType(BFloat(), LANES)
+_SUMS, _PAIRS, _HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+_BF16S, _NARROW = ir.VectorType(BFloat(), 2 * LANES), ir.VectorType(BFloat(), LANES)
 
 
 def _generate(rows: int, vectors: int, context: Any, b: Any, signature: Any, args: Any) -> None:
-    """_tile of one size."""
+    """Emit _tile for one size."""
 
     def start(array: int, at: Any) -> Any:
-        return location(context, b, signature.args[array], args[array], at)
+        return pointer(context, b, signature.args[array], args[array], at)
 
-    def at(place: Any, kind: Any) -> Any:
+    def cast(place: Any, kind: Any) -> Any:
         return b.bitcast(place, kind.as_pointer())
 
-    def step(given: tuple[Any, Any, Any, Any], k: Any, sums: list[Any]) -> list[Any]:
-        """One pair of each column, for each row."""
-        rows_at, row_step, columns_at, column_step = given
-        line = b.gep(columns_at, [b.mul(k, column_step)])
-        columns = [
-            b.bitcast(b.load(at(b.gep(line, [_I64(j * LANES)]), _PAIRS), align=4), _NUMBERS) for j in range(vectors)
-        ]
-        found: list[Any] = []
-        for i in range(rows):
-            one = b.load(b.gep(rows_at, [b.add(b.mul(row_step, _I64(i)), k)]))
-            same = spread(b, one, LANES)
-            for column in columns:
-                sum_of = sums[len(found)]
-                found.append(
-                    call(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, sum_of, b.bitcast(same, _NUMBERS), column)
-                )
-        return found
+    def load(place: Any, j: int) -> Any:
+        return bf16_to_fp32(b, b.load(cast(b.gep(place, [I64(j * LANES)]), _HALVES), align=2))
 
-    def along(given: tuple[Any, Any, Any, Any], count: Any, first: list[tuple[list[Any], Any]], done: Any) -> Any:
-        """A loop over pairs, from where each of `first` comes from; goes on to `done`."""
-        k, sums = b.phi(_I64), [b.phi(_SUMS) for _ in range(rows * vectors)]
-        for values, origin in first:
-            k.add_incoming(_I64(0), origin)
-            for each, value in zip(sums, values, strict=True):
-                each.add_incoming(value, origin)
-        here, found = b.block, step(given, k, sums)
-        after = b.add(k, _I64(1))
-        for each, value in zip([k, *sums], [after, *found], strict=True):
-            each.add_incoming(value, here)
-        b.cbranch(b.icmp_signed("<", after, count), here, done)
-        return found
+    def multiply(rows_at: Any, row_step: Any, columns_at: Any, column_step: Any) -> Any:
+        """Return the loop body for one pair of each column and each row."""
 
-    pairs, begun, ends, more, there = (args[i] for i in (4, 5, 6, 15, 20))
-    held = start(7, args[8])
-    places = [at(b.gep(held, [_I64(i * LANES)]), _SUMS) for i in range(rows * vectors)]
+        def body(k: Any, sums: list[Any]) -> list[Any]:
+            line = b.gep(columns_at, [b.mul(k, column_step)])
+            places = [cast(b.gep(line, [I64(j * LANES)]), _PAIRS) for j in range(vectors)]
+            columns = [b.bitcast(b.load(place, align=4), _BF16S) for place in places]
+            results: list[Any] = []
+            for i in range(rows):
+                element = b.load(b.gep(rows_at, [b.add(b.mul(row_step, I64(i)), k)]))
+                element = b.bitcast(broadcast(b, element, LANES), _BF16S)
+                for column in columns:
+                    operands = sums[len(results)], element, column
+                    results.append(call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, *operands))
+            return results
+
+        return body
+
+    pairs, begun, ends, more, has_extra, ldy = (args[i] for i in (4, 5, 6, 15, 20, 23))
+    buffer = start(7, args[8])
+    places = [cast(b.gep(buffer, [I64(i * LANES)]), _SUMS) for i in range(rows * vectors)]
     zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * len(places)
-    names = ("load", "loop", "between", "keep", "last", "again", "leave", "add", "write", "done")
-    load, first, between, keep, last, again, leave, add, write, done = map(b.append_basic_block, names)
+    initial = update_if(b, begun, zeros, lambda: [b.load(place, align=4) for place in places])
+    body = multiply(start(0, args[1]), args[2], start(3, I64(0)), I64(vectors * LANES))
+    sums = repeat(b, pairs, 1, initial, body)
+    with b.if_else(ends) as (last, not_last):
+        with not_last:
+            for value, place in zip(sums, places, strict=True):
+                b.store(value, place, align=4)
+        with last:
+            body = multiply(start(9, args[10]), args[11], start(12, args[13]), args[14])
+            totals = repeat(b, more, 1, sums, body, may_be_empty=True)
+            biases = [load(start(16, args[17]), j) for j in range(vectors)]
+            totals = [add_ordered(b, total, biases[i % vectors]) for i, total in enumerate(totals)]
 
-    given = start(0, args[1]), args[2], start(3, _I64(0)), _I64(vectors * LANES)
-    before = b.block
-    b.cbranch(begun, load, first)
-    b.position_at_end(load)
-    loaded = [b.load(place, align=4) for place in places]
-    b.branch(first)
-    b.position_at_end(first)
-    sums = along(given, pairs, [(zeros, before), (loaded, load)], between)
+            def add_extra() -> list[Any]:
+                extra = start(18, args[19])
+                return [
+                    add_ordered(b, totals[i * vectors + j], load(b.gep(extra, [b.mul(ldy, I64(i))]), j))
+                    for i in range(rows)
+                    for j in range(vectors)
+                ]
 
-    b.position_at_end(between)
-    b.cbranch(ends, last, keep)
-    b.position_at_end(keep)
-    for value, place in zip(sums, places, strict=True):
-        b.store(value, place, align=4)
-    b.branch(done)
-
-    b.position_at_end(last)
-    given = start(9, args[10]), args[11], start(12, args[13]), args[14]
-    b.cbranch(b.icmp_signed(">", more, _I64(0)), again, leave)
-    b.position_at_end(again)
-    whole = along(given, more, [(sums, last)], leave)
-
-    b.position_at_end(leave)
-    totals = []
-    for one, other in zip(sums, whole, strict=True):
-        total = b.phi(_SUMS)
-        total.add_incoming(one, last)
-        total.add_incoming(other, again)
-        totals.append(total)
-
-    def wide(place: Any, j: int) -> Any:
-        return widened(b, b.load(at(b.gep(place, [_I64(j * LANES)]), _HALVES), align=2))
-
-    biases = [wide(start(16, args[17]), j) for j in range(vectors)]
-    totals = [plus(b, total, biases[i % vectors]) for i, total in enumerate(totals)]
-    b.cbranch(there, add, write)
-    b.position_at_end(add)
-    beside = start(18, args[19])
-    added = [
-        plus(b, totals[i * vectors + j], wide(b.gep(beside, [b.mul(args[23], _I64(i))]), j))
-        for i in range(rows)
-        for j in range(vectors)
-    ]
-    b.branch(write)
-    b.position_at_end(write)
-    for i, (one, other) in enumerate(zip(totals, added, strict=True)):
-        total = b.phi(_SUMS)
-        total.add_incoming(one, leave)
-        total.add_incoming(other, add)
-        totals[i] = total
-    into, ldy = start(21, args[22]), args[23]
-    for i, total in enumerate(totals):
-        place = b.gep(into, [b.add(b.mul(ldy, _I64(i // vectors)), _I64(i % vectors * LANES))])
-        b.store(b.bitcast(b.fptrunc(total, _NARROW), _HALVES), at(place, _HALVES), align=2)
-    b.branch(done)
-    b.position_at_end(done)
+            y = start(21, args[22])
+            for i, total in enumerate(update_if(b, has_extra, totals, add_extra)):
+                place = b.gep(y, [b.add(b.mul(ldy, I64(i // vectors)), I64(i % vectors * LANES))])
+                b.store(b.bitcast(b.fptrunc(total, _NARROW), _HALVES), cast(place, _HALVES), align=2)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _tile(
-    context: Any, x: Any, x_at: Any, ldx: Any, laid: Any, pairs: Any, begun: Any, ends: Any, sums: Any, sums_at: Any,
+    context: Any, x: Any, x_at: Any, ldx: Any, packed: Any, pairs: Any, begun: Any, ends: Any, sums: Any, sums_at: Any,
     thin: Any, thin_at: Any, ldt: Any, second: Any, second_at: Any, lds: Any, more: Any, bias: Any, bias_at: Any,
-    extra: Any, extra_at: Any, there: Any, y: Any, y_at: Any, ldy: Any, rows: Any, columns: Any,
+    extra: Any, extra_at: Any, has_extra: Any, y: Any, y_at: Any, ldy: Any, rows: Any, columns: Any,
 ) -> Any:  # fmt: skip
-    """y[rows, columns] = x laid + thin second + bias + extra, in bf16; rows and columns as in TILES.
+    """Compute y[rows, columns] = x packed + thin second + bias + extra, in bf16; rows and columns as in TILES.
 
-    x (.., pairs), laid (pairs, columns), thin (.., more), second (more, ..): uint32 arrays of one dimension, pairs of
-    bf16 as in `tile.tile`; bias, extra, y: bf16's bits. ..._at: where the tile begins; ld..: row to row, of extra as of
-    y. begun: `sums` holds what is summed so far; ends: else it will, and y is not written.
+    x (.., pairs), packed (pairs, columns), thin (.., more), second (more, ..): one-dimensional uint32 arrays of bf16
+    pairs as in tile.tile; bias, extra, y: bf16 bits. ..._at: where the tile begins; ld..: distance between rows, for
+    extra that of y. has_extra: whether extra is added. begun: `sums` holds the sum so far; ends: the sum is complete
+    and y is written, else the sum is stored in `sums`.
     """
     long, yes = types.int64, types.boolean
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         for rows, columns in TILES:
-            asked = [b.icmp_signed("==", x, _I64(n)) for x, n in ((args[24], rows), (args[25], columns))]
-            with b.if_then(b.and_(*asked)):
+            same = [b.icmp_signed("==", x, I64(n)) for x, n in ((args[24], rows), (args[25], columns))]
+            with b.if_then(b.and_(*same)):
                 _generate(rows, columns // LANES, context, b, signature, args)
         return context.get_dummy_value()
 
     signature = types.void(
-        x, long, long, laid, long, yes, yes, sums, long, thin, long, long, second, long, long, long,
+        x, long, long, packed, long, yes, yes, sums, long, thin, long, long, second, long, long, long,
         bias, long, extra, long, yes, y, long, long, long, long,
     )  # fmt: skip
     return signature, generate
 
 
-@inline
-def _lay(w: Any, at: Any, k: Any, along: Any, begin: Any, pairs: Any, columns: Any, laid: Any) -> None:
-    """laid (pairs, columns): w's pairs from `begin` on, of w's rows from `at` on, or of its columns from `at` on where
-    the sum goes along its rows. w: uint16, flat, in rows of k."""
+@subroutine
+def _pack(w: Any, at: Any, k: Any, along: Any, begin: Any, pairs: Any, columns: Any, packed: Any) -> None:
+    """Write pairs of w, from pair `begin`, to packed (pairs, columns).
+
+    w: uint16, one-dimensional, in rows of k. The columns are w's rows from `at` with `along`, else its columns from
+    `at`.
+    """
     if along:
-        whole = w.view(np.uint32)
+        all_pairs = w.view(np.uint32)
         for j in range(0, columns, LANES):
             for p in range(0, pairs, LANES):
-                turn(whole, (at + j) * (k // 2) + begin + p, k // 2, laid, p * columns + j, columns)
+                transpose(all_pairs, (at + j) * (k // 2) + begin + p, k // 2, packed, p * columns + j, columns)
     else:
         for p in range(pairs):
             even, odd = 2 * (begin + p) * k + at, (2 * (begin + p) + 1) * k + at
-            one, other, to = w[even : even + columns], w[odd : odd + columns], laid[p * columns : (p + 1) * columns]
+            first, second = w[even : even + columns], w[odd : odd + columns]
+            to = packed[p * columns : (p + 1) * columns]
             for j in range(columns):
-                to[j] = pair(one[j], other[j])
+                to[j] = pair(first[j], second[j])
 
 
-@loop
+@kernel
 def multiply(
-    x: Any, w: Any, along: Any, thin: Any, second: Any, spans: Any, of: Any, bias: Any, extra: Any, there: Any,
+    x: Any, w: Any, along: Any, thin: Any, second: Any, spans: Any, span_of: Any, bias: Any, extra: Any, has_extra: Any,
     across: Any, lanes: Any, y: Any,
 ) -> None:  # fmt: skip
-    """y (T, n) = x (T, k) w^T + thin second + bias + extra, all in bf16's bits; w (n, k) with `along`, else (k, n).
+    """Compute y (T, n) = x (T, k) w^T + thin second + bias + extra, all bf16 bits; w (n, k) with `along`, else (k, n).
 
-    thin (T, R); spans (N, ..): first of its columns of thin, how many, first column of y, columns, where in `second`,
-    which holds pairs of thin's columns, row by row; of (n / UNIT,): which span, or -1. bias (n,); extra (T, n), may be
-    y; there: whether it counts. across: in how many parts the columns go to threads; the rows in lanes / across.
+    thin (T, R): the inputs times A; `second`: pairs of rows of B^T. spans (N, ..), one row an adapter: its first column
+    of thin, how many, its first column of y, how many, and where it begins in `second`. span_of (n / UNIT,): the span
+    that a unit of columns belongs to, or -1. bias (n,); extra (T, n), which may be y; has_extra: whether it is added.
+    across: number of parts in which the columns go to threads; the rows go in lanes / across parts.
     """
     (rows, k), n = x.shape, y.shape[1]
-    half, units, down, line = k // 2, n // UNIT, lanes // across, w.shape[1]
+    half, num_units, down, row_length = k // 2, n // UNIT, lanes // across, w.shape[1]
     xs, thins, ws = x.reshape(-1).view(np.uint32), thin.reshape(-1).view(np.uint32), w.reshape(-1)
     ys, extras, ldt, blocks = y.reshape(-1), extra.reshape(-1), thin.shape[1] // 2, (rows + ROWS - 1) // ROWS
     for lane in prange(lanes):
         top, end = lane // across * blocks // down * ROWS, min(rows, (lane // across + 1) * blocks // down * ROWS)
-        unit, high = lane % across * units // across, (lane % across + 1) * units // across
-        laid = np.empty(min(half, DEEP) * WIDE + GAP, np.uint32)
+        unit, high = lane % across * num_units // across, (lane % across + 1) * num_units // across
+        packed = np.empty(min(half, DEEP) * WIDE + GAP, np.uint32)
         sums = np.empty((end - top) * WIDE + GAP if half > DEEP else 0, np.float32)
         while unit < high:
-            span, column = of[unit], unit * UNIT
-            two = unit + 1 < high and of[unit + 1] == span
-            more, t_at, s_at, lds = 0, 0, 0, 0
+            span, column = span_of[unit], unit * UNIT
+            two = unit + 1 < high and span_of[unit + 1] == span
+            thin_pairs, t_at, s_at, lds = 0, 0, 0, 0
             if span >= 0:
                 first, slot, to, lds, at = spans[span, :5]
-                more, t_at, s_at = slot // 2, first // 2, at + column - to
+                thin_pairs, t_at, s_at = slot // 2, first // 2, at + column - to
             width = WIDE if two else UNIT
             for begin in range(0, half, DEEP):
                 deep = min(DEEP, half - begin)
-                _lay(ws, column, line, along, begin, deep, width, laid)
+                _pack(ws, column, row_length, along, begin, deep, width, packed)
                 begun, ends, i = begin > 0, begin + deep == half, top
                 while i < end:
-                    x_at, held, t, to_y = i * half + begin, (i - top) * width, i * ldt + t_at, i * n + column
-                    many = ROWS if end - i >= ROWS else 3 if end - i >= 3 else 1
+                    x_at, sums_at, t, to_y = i * half + begin, (i - top) * width, i * ldt + t_at, i * n + column
+                    count = ROWS if end - i >= ROWS else 3 if end - i >= 3 else 1
                     _tile(
-                        xs, x_at, half, laid, deep, begun, ends, sums, held, thins, t, ldt, second, s_at, lds, more,
-                        bias, column, extras, to_y, there, ys, to_y, n, many, width,
+                        xs, x_at, half, packed, deep, begun, ends, sums, sums_at, thins, t, ldt, second, s_at, lds,
+                        thin_pairs, bias, column, extras, to_y, has_extra, ys, to_y, n, count, width,
                     )  # fmt: skip
-                    i += many
+                    i += count
             unit += 2 if two else 1
 
 
 @lru_cache(maxsize=256)
-def across(rows: int, units: int, lanes: int) -> int:
-    """In how many parts columns go to threads, so that the one with the most is soonest ready: each lays out its own
-    columns, which takes as long as some ten rows."""
+def across(rows: int, num_units: int, lanes: int) -> int:
+    """Return the number of parts of the columns that minimizes the time of the slowest thread.
+
+    Each thread packs its columns, which takes as long as about ten rows.
+    """
     blocks = -(-rows // ROWS)
     parts = [count for count in range(1, lanes + 1) if lanes % count == 0]
-    return min(parts, key=lambda count: -(-units // count) * (-(-blocks * count // lanes) * ROWS + 10))
+    return min(parts, key=lambda count: -(-num_units // count) * (-(-blocks * count // lanes) * ROWS + 10))
 
 
-def product(
+def matmul(
     x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Any = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """lora.frozen_matmul, of bf16; both sides of the weight multiples of UNIT, y without gaps."""
+    """Compute train.lora.frozen_matmul in bf16; the weight's dimensions are multiples of UNIT, y is contiguous."""
     assert bias is None or bias.dtype == x.dtype
-    n, lanes, held = y.shape[1], get_num_threads(), False
+    n, lanes, in_y = y.shape[1], get_num_threads(), False
     columns: tuple[tuple[int, int], ...] = ()
     thin, second, spans = x[:, :0], _NO_PAIRS, _NO_SPANS
-    if isinstance(added, Addend) and added.columns is not None:
+    if isinstance(added, LoraTerm) and added.columns is not None:
         added.finish_projection()
         thin, second, spans, columns = added.thin, added.second, added.leave, added.columns
     elif added is not None:
         added.into(y)
-        held = True
-    extra = y if held or residual is None else residual.contiguous()
+        in_y = True
+    extra = y if in_y or residual is None else residual.contiguous()
     multiply(
-        array(x.contiguous()), array(weight.contiguous()), along, array(thin), second, spans, _spans_of(n, columns),
-        _zeros(n) if bias is None else array(bias), array(extra), held or residual is not None,
-        across(len(x), n // UNIT, lanes), lanes, array(y),
+        array(x.contiguous()), array(weight.contiguous()), along, array(thin), second, spans,
+        _spans_by_unit(n, columns), _zero_bias(n) if bias is None else array(bias), array(extra),
+        in_y or residual is not None, across(len(x), n // UNIT, lanes), lanes, array(y),
     )  # fmt: skip
-    if held and residual is not None:
+    if in_y and residual is not None:
         y += residual
     return y
 
@@ -265,14 +243,14 @@ _NO_PAIRS, _NO_SPANS = np.empty(0, np.uint32), np.empty((0, 5), np.int64)
 
 
 @lru_cache(maxsize=64)
-def _zeros(n: int) -> Any:
+def _zero_bias(n: int) -> Any:
     return np.zeros(n, np.uint16)
 
 
 @lru_cache(maxsize=256)
-def _spans_of(n: int, columns: tuple[tuple[int, int], ...]) -> Any:
-    """Of each UNIT of n columns: which of these (from, to) it lies in, or -1."""
-    found = np.full(n // UNIT, -1)
+def _spans_by_unit(n: int, columns: tuple[tuple[int, int], ...]) -> Any:
+    """Return for each UNIT of n columns the range (from, to) it belongs to, or -1."""
+    numbers = np.full(n // UNIT, -1)
     for number, (start, end) in enumerate(columns):
-        found[start // UNIT : end // UNIT] = number
-    return found
+        numbers[start // UNIT : end // UNIT] = number
+    return numbers

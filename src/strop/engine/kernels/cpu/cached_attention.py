@@ -1,8 +1,8 @@
-"""Attention of a few rows of many texts over their keys and values, which lie in blocks, as one compiled loop.
+"""Attention of decoding: a few rows of many texts over keys and values cached in blocks, in one compiled kernel.
 
-Values lie position by position. Keys stand side by side: for each unit of a head, a number in fp32 or two in bf16,
-those of all positions of the block, so that a query meets a vector of positions and no sum has to be taken across one.
-A query's scores have the same bits beside any others.
+Values are stored position by position. Keys are stored by element (by pair of elements in bf16), each for all positions
+of the block: a query meets a vector of positions, and no sum crosses a vector. The scores of a query have the same bits
+whatever other rows there are.
 """
 
 from __future__ import annotations
@@ -15,19 +15,32 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from strop.engine.kernels.cpu.compiled import BFloat, exp, greater, inline, loop, narrow
-from strop.engine.kernels.cpu.dots import LANES, Kind, ask_for, location, mix, plus, spread
+from strop.engine.kernels.cpu.compiled import (
+    F32,
+    I32,
+    I64,
+    BFloat,
+    add_ordered,
+    broadcast,
+    exp,
+    from_fp32,
+    kernel,
+    maximum,
+    pointer,
+    repeat,
+    subroutine,
+)
+from strop.engine.kernels.cpu.dots import LANES, Operands, add_weighted_rows, prefetch_array
 
-BLOCK = 32  # positions of a text whose keys and values lie together
-_NEVER = np.float32(-3e38)
-_VECTORS, _PARTS = BLOCK // LANES, 2  # of a block's positions; sums of a score, of even and of odd units
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_SUMS, _NUMBERS, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
+BLOCK = 32  # positions of a text in a cache block
+_MASKED = np.float32(-3e38)
+_VECTORS, _PARTS = BLOCK // LANES, 2  # vectors of positions in a block; partial sums of a score (even, odd units)
+_SUMS, _NUMBERS, _PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
 
 
-@inline
+@subroutine
 def key_at(begin: Any, slot: Any, d: Any, like: Any) -> Any:
-    """Where number d of the key in a block's slot lies; begin: of the block's head; like: keys, for their type."""
+    """Return the index of element d of the key in a block's slot; begin: index of the block's head; like: the keys."""
     unit = 4 // like.itemsize
     return begin + (d // unit * BLOCK + slot) * unit + d % unit
 
@@ -38,104 +51,104 @@ def _scores(queries: int) -> Any:
         signature = types.void(q, long, long, keys, long, c, long, long)
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            kinds, kind = signature.args, Kind(keys.dtype, q.dtype)
-            unit = 2 if kind.pairs else 1
-            q_start, k_start, c_start = (location(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 5))
-            q_rows = [b.gep(q_start, [b.mul(args[2], _I64(i))]) for i in range(queries)]
+            kinds, operands = signature.args, Operands(keys.dtype, q.dtype)
+            unit = 2 if operands.pairs else 1
+            q_start, k_start, c_start = (pointer(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 5))
+            q_rows = [b.gep(q_start, [b.mul(args[2], I64(i))]) for i in range(queries)]
 
-            def one(place: Any) -> Any:
-                if not kind.pairs:
-                    return spread(b, b.load(place), LANES)
-                return b.bitcast(spread(b, b.load(b.bitcast(place, _I32.as_pointer()), align=2), LANES), _PAIRS)
+            def load_query(place: Any) -> Any:
+                if not operands.pairs:
+                    return broadcast(b, b.load(place), LANES)
+                return b.bitcast(broadcast(b, b.load(b.bitcast(place, I32.as_pointer()), align=2), LANES), _PAIRS)
 
-            def some(place: Any) -> Any:
-                found = b.load(b.bitcast(place, (_NUMBERS if kind.pairs else _SUMS).as_pointer()), align=4)
-                return b.bitcast(found, _PAIRS) if kind.pairs else found
+            def load_keys(place: Any) -> Any:
+                loaded = b.load(b.bitcast(place, (_NUMBERS if operands.pairs else _SUMS).as_pointer()), align=4)
+                return b.bitcast(loaded, _PAIRS) if operands.pairs else loaded
+
+            def body(at: Any, sums: list[Any]) -> list[Any]:
+                results: list[Any] = []
+                for part in range(_PARTS):
+                    here = b.add(at, I64(part * unit))
+                    row = b.gep(k_start, [b.mul(here, I64(BLOCK))])
+                    columns = [load_keys(b.gep(row, [I64(j * LANES * unit)])) for j in range(_VECTORS)]
+                    for query in q_rows:
+                        element = load_query(b.gep(query, [here]))
+                        for column in columns:
+                            results.append(operands.multiply_add(b, column, element, sums[len(results)]))
+                return results
 
             zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * (_PARTS * queries * _VECTORS)
-            before, units, done = b.block, b.append_basic_block("units"), b.append_basic_block("done")
-            b.branch(units)
-            b.position_at_end(units)
-            at, sums, found = b.phi(_I64), [b.phi(_SUMS) for _ in zeros], list[Any]()
-            for part in range(_PARTS):
-                here = b.add(at, _I64(part * unit))
-                row = b.gep(k_start, [b.mul(here, _I64(BLOCK))])
-                columns = [some(b.gep(row, [_I64(j * LANES * unit)])) for j in range(_VECTORS)]
-                for each in q_rows:
-                    same = one(b.gep(each, [here]))
-                    for column in columns:
-                        found.append(kind.multiply(b, column, same, sums[len(found)]))
-            after = b.add(at, _I64(_PARTS * unit))
-            for each, first, later in zip([at, *sums], [_I64(0), *zeros], [after, *found], strict=True):
-                each.add_incoming(first, before)
-                each.add_incoming(later, units)
-            b.cbranch(b.icmp_signed("<", after, args[7]), units, done)
-            b.position_at_end(done)
-            half = len(found) // _PARTS
+            sums = repeat(b, args[7], _PARTS * unit, zeros, body)
+            half = len(sums) // _PARTS
             for number in range(half):
-                place = b.gep(c_start, [_I64(number * LANES)])
-                value = plus(b, found[number], found[half + number])
+                place = b.gep(c_start, [I64(number * LANES)])
+                value = add_ordered(b, sums[number], sums[half + number])
                 b.store(value, b.bitcast(place, _SUMS.as_pointer()), align=4)
             return context.get_dummy_value()
 
         return signature, generate
 
-    typing.__doc__ = f"""c[{queries}, BLOCK] = q_i k_j, for {queries} queries and the keys of a block.
+    typing.__doc__ = f"""Compute c[{queries}, BLOCK] = q_i k_j for {queries} queries and the keys of a block.
 
-    q, keys: both fp32, or both uint16 with the bits of bf16, keys as `key_at` has them; c: fp32. q_at, k_at, c_at:
-    where they begin; ldq: row to row. width: numbers of a query, a multiple of LANES.
+    q, keys: both fp32, or both uint16 with the bits of bf16, keys stored as `key_at` describes; c: fp32. q_at, k_at,
+    c_at: where they begin; ldq: distance between queries. width: elements of a query, a multiple of LANES.
     """
     return intrinsic(typing)
 
 
-_one, _two, _three, _four = (_scores(queries) for queries in (1, 2, 3, 4))
+_scores_1, _scores_2, _scores_3, _scores_4 = (_scores(queries) for queries in (1, 2, 3, 4))
 
 
-@inline
-def _score(q: Any, q_at: Any, keys: Any, k_at: Any, c: Any, many: Any, width: Any) -> None:
-    """c (many, BLOCK) = q_i k_j of `many` queries, one behind the other."""
+@subroutine
+def _score(q: Any, q_at: Any, keys: Any, k_at: Any, c: Any, queries: Any, width: Any) -> None:
+    """Compute c (queries, BLOCK) = q_i k_j for contiguous queries."""
     i = 0
-    while LANES == 16 and i + 4 <= many:  # half as many registers hold a quarter of that
-        _four(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
+    while LANES == 16 and i + 4 <= queries:  # with half as many registers of half the width, one query at a time
+        _scores_4(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
         i += 4
-    if LANES == 16 and many - i == 3:
-        _three(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
+    if LANES == 16 and queries - i == 3:
+        _scores_3(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
         i += 3
-    if LANES == 16 and many - i == 2:
-        _two(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
+    if LANES == 16 and queries - i == 2:
+        _scores_2(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
         i += 2
-    while i < many:
-        _one(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
+    while i < queries:
+        _scores_1(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
         i += 1
 
 
-@inline
-def _bent(scores: Any, scale: Any, softcap: Any) -> None:
+@subroutine
+def _cap(scores: Any, scale: Any, softcap: Any) -> None:
     for j in range(BLOCK):
         scores[j] = softcap * np.float32(math.tanh(scores[j] * scale / softcap))
 
 
-@inline
-def _seen(scores: Any, first: Any, end: Any, scale: Any, held: Any, top: Any) -> Any:
-    """held (BLOCK,) = exp(score - top) of the scores times `scale` from `first` to `end`, with the top so far; the
-    others 0. Gives the top, what was held before must be multiplied by, and the sum."""
+@subroutine
+def _softmax_block(scores: Any, first: Any, end: Any, scale: Any, weights: Any, top: Any) -> Any:
+    """Write exp(score - top) of the scores within [first, end), times `scale`, to weights (BLOCK,), elsewhere 0.
+
+    top: the greatest score so far. Returns the new top, the factor for the weights written before, and the sum.
+    """
     highest = top
     for j in range(BLOCK):
-        held[j] = scores[j] * scale if (j >= first) & (j < end) else _NEVER
-        highest = greater(highest, held[j])
+        weights[j] = scores[j] * scale if (j >= first) & (j < end) else _MASKED
+        highest = maximum(highest, weights[j])
     total = np.float32(0.0)
     for j in range(BLOCK):
-        e = exp(held[j] - highest)
-        e = e if held[j] > _NEVER else np.float32(0.0)
-        held[j] = e
+        e = exp(weights[j] - highest)
+        e = e if weights[j] > _MASKED else np.float32(0.0)
+        weights[j] = e
         total += e
     return highest, np.float32(1.0) if highest == top else exp(top - highest), total
 
 
-@loop
+@kernel
 def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lanes: Any) -> None:
-    """out (T, query size) = softmax(q K^T) V of each row over the keys of its text, up to its own and within the
-    window; a block of keys at a time (FlashAttention's sum, arXiv:2205.14135)."""
+    """Compute softmax(q K^T) V of each row over the keys of its text, up to its position and within the window.
+
+    q (key_value, T, group, width), keys and values (blocks, key_value, BLOCK, width), out (T, query * size). One block
+    of keys at a time, with FlashAttention's running sum (arXiv:2205.14135).
+    """
     kv, all_rows, group, width = q.shape
     size, window, scale, softcap = shape.size, shape.window, shape.scale, shape.softcap
     chunks, table = rows.chunks, rows.table
@@ -145,48 +158,51 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
         most = max(most, chunks[c, 1] * group)
     for lane in prange(lanes):
         sums, tops, totals = np.empty(most * width, np.float32), np.empty(most, np.float32), np.empty(most, np.float32)
-        scores, held = np.empty(most * BLOCK, np.float32), np.empty(most * BLOCK, np.float32)
+        scores, weights = np.empty(most * BLOCK, np.float32), np.empty(most * BLOCK, np.float32)
         for task in range(lane, tasks, lanes):
             chunk, head = task // kv, task % kv
             row, count, at, text = chunks[chunk]
-            many, last = count * group, at + count - 1
-            next_one = (task + lanes) // kv if task + lanes < tasks else chunk
-            next_head, next_at, next_text = (task + lanes) % kv, chunks[next_one, 2], chunks[next_one, 3]
+            queries, last = count * group, at + count - 1
+            next_chunk = (task + lanes) // kv if task + lanes < tasks else chunk
+            next_head, next_at, next_text = (task + lanes) % kv, chunks[next_chunk, 2], chunks[next_chunk, 3]
             next_first = max(0, next_at - window + 1) // BLOCK if window else 0
-            sums[: many * width] = 0
-            tops[:many] = _NEVER
-            totals[:many] = 0
+            sums[: queries * width] = 0
+            tops[:queries] = _MASKED
+            totals[:queries] = 0
             q_at = (head * all_rows + row) * group * width
             for part in range(max(0, at - window + 1) // BLOCK if window else 0, last // BLOCK + 1):
                 begin = part * BLOCK
-                here, there = (table[text, part] * kv + head) * BLOCK * width, min(BLOCK, last + 1 - begin)
-                if part < last // BLOCK:  # what comes behind this block
-                    behind = (table[text, part + 1] * kv + head) * BLOCK * width
+                here, valid = (table[text, part] * kv + head) * BLOCK * width, min(BLOCK, last + 1 - begin)
+                if part < last // BLOCK:  # what follows this block
+                    next_block = (table[text, part + 1] * kv + head) * BLOCK * width
                 else:
-                    behind = (table[next_text, next_first] * kv + next_head) * BLOCK * width
-                ask_for(ks, behind, BLOCK * width)
-                _score(qs, q_at, ks, here, scores, many, width)
-                ask_for(vs, behind, BLOCK * width)
-                for i in range(many):
-                    own = at + i // group
-                    first = max(0, own - window + 1 - begin) if window else 0
-                    end = min(BLOCK, own + 1 - begin)
-                    mine, weights = scores[i * BLOCK : (i + 1) * BLOCK], held[i * BLOCK : (i + 1) * BLOCK]
+                    next_block = (table[next_text, next_first] * kv + next_head) * BLOCK * width
+                prefetch_array(ks, next_block, BLOCK * width)
+                _score(qs, q_at, ks, here, scores, queries, width)
+                prefetch_array(vs, next_block, BLOCK * width)
+                for i in range(queries):
+                    position = at + i // group
+                    first = max(0, position - window + 1 - begin) if window else 0
+                    end = min(BLOCK, position + 1 - begin)
+                    row_scores = scores[i * BLOCK : (i + 1) * BLOCK]
+                    row_weights = weights[i * BLOCK : (i + 1) * BLOCK]
                     if first >= end:
-                        weights[:] = 0
+                        row_weights[:] = 0
                         continue
                     if softcap:
-                        _bent(mine, scale, softcap)
-                        tops[i], fade, total = _seen(mine, first, end, np.float32(1.0), weights, tops[i])
+                        _cap(row_scores, scale, softcap)
+                        tops[i], fade, total = _softmax_block(
+                            row_scores, first, end, np.float32(1.0), row_weights, tops[i]
+                        )
                     else:
-                        tops[i], fade, total = _seen(mine, first, end, scale, weights, tops[i])
+                        tops[i], fade, total = _softmax_block(row_scores, first, end, scale, row_weights, tops[i])
                     totals[i] = totals[i] * fade + total
                     if fade != 1:
                         for d in range(i * width, (i + 1) * width):
                             sums[d] *= fade
-                mix(held, 0, BLOCK, vs, here, width, sums, 0, width, many, there, width)
-            for i in range(many):
+                add_weighted_rows(weights, 0, BLOCK, vs, here, width, sums, 0, width, queries, valid, width)
+            for i in range(queries):
                 share = np.float32(1.0) / totals[i]
                 to, begin = out[row + i // group], (head * group + i % group) * size
                 for d in range(size):
-                    to[begin + d] = narrow(sums[i * width + d] * share, out)
+                    to[begin + d] = from_fp32(sums[i * width + d] * share, out)

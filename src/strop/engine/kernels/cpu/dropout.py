@@ -1,4 +1,4 @@
-"""Dropout's masks as compiled loops, drawn where they are used; what they must equal, bit for bit, is in dropout.py."""
+"""Dropout as compiled CPU kernels that generate the masks where they are used; bit-identical to train/dropout.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from strop.engine.kernels.cpu.compiled import GAP, TASKS, array, inline, loop, narrow, wide
+from strop.engine.kernels.cpu.compiled import GAP, TASKS, array, from_fp32, kernel, subroutine, to_fp32
 from strop.engine.train.dropout import LOW, MULTIPLIERS, WEYL, DropoutSpec
 
 MASK, HALF = np.uint64(LOW), np.uint64(32)
@@ -17,16 +17,16 @@ M0, M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 W0, W1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
 
 
-@inline
-def _round(a: Any, b: Any, c: Any, d: Any, key: Any, other: Any) -> Any:
-    """One round of Philox. All are 32 bits in 64, and the compiler must see that: else it multiplies at a third."""
+@subroutine
+def _round(a: Any, b: Any, c: Any, d: Any, key0: Any, key1: Any) -> Any:
+    """Compute one round of Philox. All values are 32 bits in 64; where LLVM cannot see that, it is 3 times as slow."""
     first, second = a * M0, c * M1
-    return (second >> HALF) ^ b ^ key, second & MASK, (first >> HALF) ^ d ^ other, first & MASK
+    return (second >> HALF) ^ b ^ key0, second & MASK, (first >> HALF) ^ d ^ key1, first & MASK
 
 
-@inline
-def _draw(seed: Any, step: Any, number: Any, token: Any, out: Any) -> None:
-    """The four words of each of the counters of one row and adapter, word after word, to `out`."""
+@subroutine
+def _random_words(seed: Any, step: Any, number: Any, token: Any, out: Any) -> None:
+    """Write the four random words of each counter of one row and adapter to `out`, word by word."""
     count = len(out) // 4
     k, q = np.uint64(seed) & MASK, np.uint64(step) & MASK
     k1, q1 = (k + W0) & MASK, (q + W1) & MASK
@@ -48,19 +48,19 @@ def _draw(seed: Any, step: Any, number: Any, token: Any, out: Any) -> None:
         first[i], second[i], third[i], fourth[i] = np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
 
 
-@inline
-def _kept(source: Any, halves: Any, level: Any, to: Any) -> None:
+@subroutine
+def _copy_kept(source: Any, halves: Any, level: Any, to: Any) -> None:
     for j in range(len(source)):
-        to[j] = source[j] if halves[j] >= level else narrow(np.float32(0.0), to)
+        to[j] = source[j] if halves[j] >= level else from_fp32(np.float32(0.0), to)
 
 
-@inline
+@subroutine
 def _add_kept(source: Any, halves: Any, level: Any, sums: Any) -> None:
     for j in range(len(source)):
-        sums[j] += wide(source[j]) if halves[j] >= level else np.float32(0.0)
+        sums[j] += to_fp32(source[j]) if halves[j] >= level else np.float32(0.0)
 
 
-@loop
+@kernel
 def _spread(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
     rows, n = z.shape
     for task in prange(TASKS):
@@ -68,11 +68,11 @@ def _spread(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, l
         halves = words.view(np.uint16)
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             for part in range(len(numbers)):
-                _draw(seed, step, numbers[part], tokens[i], words)
-                _kept(z[i], halves, levels[part], out[i, part * n : (part + 1) * n])
+                _random_words(seed, step, numbers[part], tokens[i], words)
+                _copy_kept(z[i], halves, levels[part], out[i, part * n : (part + 1) * n])
 
 
-@loop
+@kernel
 def _fold(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
     rows, n = out.shape
     for task in prange(TASKS):
@@ -82,25 +82,25 @@ def _fold(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, 
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             sums[:] = 0
             for part in range(len(numbers)):
-                _draw(seed, step, numbers[part], tokens[i], words)
+                _random_words(seed, step, numbers[part], tokens[i], words)
                 _add_kept(grad[i, part * n : (part + 1) * n], halves, levels[part], sums)
             to = out[i]
             for j in range(n):
-                to[j] = narrow(sums[j], out)
+                to[j] = from_fp32(sums[j], out)
 
 
-def _of(dropped: DropoutSpec) -> Any:
+def _arguments(dropped: DropoutSpec) -> Any:
     key = np.uint64(dropped.seed), np.uint64(dropped.step)
     return *key, array(dropped.tokens), np.array(dropped.numbers), np.array(dropped.levels, dtype=np.uint16)
 
 
 def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
     out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1]) if out is None else out
-    _spread(array(z.contiguous()), array(out), *_of(dropped))
+    _spread(array(z.contiguous()), array(out), *_arguments(dropped))
     return out
 
 
 def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     out = torch.empty(len(grad), grad.shape[1] // len(dropped.numbers), dtype=grad.dtype)
-    _fold(array(grad), array(out), *_of(dropped))
+    _fold(array(grad), array(out), *_arguments(dropped))
     return out

@@ -1,6 +1,6 @@
-"""The element-wise operations of eager.py as loops that numba compiles: for CPUs, in fp32 and bf16.
+"""The element-wise operations of eager.py, LayerNorm, activations and the rotary embedding, as compiled CPU kernels.
 
-Each reads and writes memory once, where PyTorch takes several passes and a copy in fp32.
+All take fp32 and bf16. Each kernel reads and writes memory once, where PyTorch takes several passes and a copy in fp32.
 """
 
 from __future__ import annotations
@@ -12,249 +12,78 @@ import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
+from torch.autograd import Function
 
-from strop.engine.kernels.cpu.compiled import GAP, TASKS, array, inline, loop, narrow, sigmoid, wide
-from strop.engine.kernels.cpu.loss import cross_entropy_ as cross_entropy_
-from strop.engine.kernels.cpu.loss import exps, scale_into, top
+from strop.engine.kernels.cpu.compiled import (
+    GAP,
+    TASKS,
+    array,
+    exp,
+    force_inline,
+    from_fp32,
+    kernel,
+    maximum,
+    sigmoid,
+    subroutine,
+    tanh,
+    to_fp32,
+)
+from strop.engine.kernels.protocols import ActivationParameters
+from strop.engine.train.attention import Heads
 from strop.engine.train.packing import Places
 
-
-@loop
-def _rms_norm(x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
-    rows, n = x.shape
-    for i in prange(rows):
-        total = np.float32(0.0)
-        for j in range(n):
-            value = wide(x[i, j])
-            total += value * value
-        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
-        for j in range(n):
-            out[i, j] = narrow(wide(x[i, j]) * rstd * (wide(weight[j]) + offset), out)
-
-
-@loop
-def _rms_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
-    rows, n = x.shape
-    for i in prange(rows):
-        total, along = np.float32(0.0), np.float32(0.0)
-        for j in range(n):
-            value = wide(x[i, j])
-            total += value * value
-            along += wide(grad[i, j]) * (wide(weight[j]) + offset) * value
-        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
-        shrink = along * rstd * rstd / np.float32(n)
-        for j in range(n):
-            weighted = wide(grad[i, j]) * (wide(weight[j]) + offset)
-            out[i, j] = narrow(rstd * (weighted - wide(x[i, j]) * shrink), out)
-
-
+SILU, GELU_TANH, GELU, RELU2, RELU, XIELU = range(6)
+KINDS = {"SILU": SILU, "GELU_TANH": GELU_TANH, "GELU": GELU, "RELU2": RELU2, "RELU": RELU, "XIELU": XIELU}
 TWO_ROOT, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi)
-
-
-@inline
-def activate(x: Any, gelu: Any) -> Any:
-    """Value and slope of silu, or of gelu by tanh: x sigmoid(z), as (1 + tanh(u)) / 2 = sigmoid(2 u)."""
-    one = np.float32(1.0)
-    z, dz = x, one
-    if gelu:
-        z = TWO_ROOT * (x + CUBIC * x * x * x)
-        dz = TWO_ROOT * (one + np.float32(3.0) * CUBIC * x * x)
-    share, rest = sigmoid(z)
-    value = x * share
-    return value, share + value * rest * dz
-
-
-@loop
-def _glu(gate_up: Any, gelu: Any, out: Any) -> None:
-    rows, n = out.shape
-    for i in prange(rows):
-        for j in range(n):
-            value, _ = activate(wide(gate_up[i, j]), gelu)
-            out[i, j] = narrow(value * wide(gate_up[i, n + j]), out)
-
-
-@inline
-def _glu_backward_row(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) -> None:
-    n = len(out)
-    for j in range(n):
-        up, upstream = wide(gate_up[n + j]), wide(grad[j])
-        value, slope = activate(wide(gate_up[j]), gelu)
-        out[j] = narrow(value * up, out)
-        grad_in[j] = narrow(upstream * up * slope, grad_in)
-        grad_in[n + j] = narrow(upstream * value, grad_in)
-
-
-@loop
-def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) -> None:
-    for i in prange(len(out)):
-        if gelu:  # a constant in either call, or the loop would not be vectorised: 7 times as slow
-            _glu_backward_row(grad[i], gate_up[i], True, grad_in[i], out[i])
-        else:
-            _glu_backward_row(grad[i], gate_up[i], False, grad_in[i], out[i])
-
-
-@loop
-def _scale_columns(x: Any, gains: Any) -> None:
-    for i in prange(len(x)):
-        row = x[i]
-        for j in range(len(row)):
-            row[j] = narrow(wide(row[j]) * gains[j], x)
-
-
-@inline
-def _scale_columns_row(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
-    for j in range(len(grad)):
-        upstream = wide(grad[j])
-        sums[j] += upstream * wide(y[j])
-        out[j] = narrow(upstream * gains[j], out)
-
-
-@loop
-def _scale_columns_backward(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
-    rows, n = grad.shape
-    for task in prange(TASKS):
-        total = np.zeros(GAP + n, dtype=np.float32)[GAP:]
-        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            _scale_columns_row(grad[i], y[i], gains, out[i], total)
-        sums[task, :] = total
-
-
-@inline
-def _seen(i: Any, queries: Any, group: Any, first: Any, window: Any) -> Any:
-    """(first key, one behind the last) that the query of row i of the scores sees."""
-    end = first + (i % queries) // group + 1
-    return (max(end - window, 0) if window else 0), end
-
-
-@loop
-def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any, sinks: Any) -> None:
-    rows, n = scores.shape
-    for task in prange(TASKS):
-        held = np.empty(GAP + n, dtype=np.float32)[GAP:]
-        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            begin, end = _seen(i, queries, group, first, window)
-            row = scores[i, begin:end]
-            highest = top(row)
-            total = exps(row, highest, held)
-            if len(sinks):
-                head = i // queries % (len(sinks) // group) * group + i % group
-                total += np.exp(sinks[head] - highest)
-            scale_into(row, held, np.float32(1.0) / total)
-            scores[i, :begin] = 0
-            scores[i, end:] = 0
-
-
-@inline
-def _softmax_backward_row(grad: Any, probs: Any) -> None:
-    along = np.float32(0.0)
-    for j in range(len(grad)):
-        along += wide(grad[j]) * wide(probs[j])
-    for j in range(len(grad)):
-        grad[j] = narrow(wide(probs[j]) * (wide(grad[j]) - along), grad)
-
-
-@loop
-def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
-    rows, _ = probs.shape
-    for i in prange(rows):
-        begin, end = _seen(i, queries, group, first, window)
-        _softmax_backward_row(grad[i, begin:end], probs[i, begin:end])
-        grad[i, :begin] = 0
-        grad[i, end:] = 0
-
-
-@inline
-def _row(place: Any, at: Any, length: Any, head: Any, key_value: Any, group: Any) -> Any:
-    """As eager._rows."""
-    start = (place - at[place]) * key_value + head // group * length[place] + at[place]
-    return start * group + head % group
-
-
-@loop
-def _to_heads(
-    x: Any,
-    stride: Any,
-    cos: Any,
-    sin: Any,
-    scale: Any,
-    token: Any,
-    at: Any,
-    length: Any,
-    key_value: Any,
-    group: Any,
-    d: Any,
-    out: Any,
-) -> None:
-    m = cos.shape[1]
-    for place in prange(len(token)):
-        row = token[place]
-        for head in range(key_value * group):
-            to = out[_row(place, at, length, head, key_value, group)]
-            if row < 0:
-                to[:] = 0
-                continue
-            begin = row * stride + head * d
-            source = x[begin : begin + d]
-            for j in range(m):
-                a, b = wide(source[j]), wide(source[m + j])
-                c, s = cos[row, j] * scale, sin[row, j] * scale
-                to[j] = narrow(a * c - b * s, out)
-                to[m + j] = narrow(b * c + a * s, out)
-            for j in range(2 * m, d):
-                to[j] = narrow(wide(source[j]) * scale, out)
-
-
-@loop
-def _from_heads(
-    x: Any,
-    cos: Any,
-    sin: Any,
-    scale: Any,
-    first: Any,
-    where: Any,
-    at: Any,
-    length: Any,
-    key_value: Any,
-    group: Any,
-    d: Any,
-    out: Any,
-    stride: Any,
-) -> None:
-    m = cos.shape[1]
-    rows = len(first) - 1
-    for task in prange(TASKS):
-        total = np.empty(d, dtype=np.float32)
-        for row in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            for head in range(key_value * group):
-                total[:] = 0
-                for n in range(first[row], first[row + 1]):
-                    source = x[_row(where[n], at, length, head, key_value, group)]
-                    for j in range(d):
-                        total[j] += wide(source[j])
-                begin = row * stride + head * d
-                to = out[begin : begin + d]
-                for j in range(m):
-                    a, b = total[j], total[m + j]
-                    c, s = cos[row, j] * scale, sin[row, j] * scale
-                    to[j] = narrow(a * c + b * s, out)
-                    to[m + j] = narrow(b * c - a * s, out)
-                for j in range(2 * m, d):
-                    to[j] = narrow(total[j] * scale, out)
+_ROOT_HALF, _PEAK = np.float32(0.7071067811865476), np.float32(0.3989422804014327)  # 1 / sqrt(2), 1 / sqrt(2 pi)
 
 
 def rows_of(x: Tensor) -> Any:
+    """Return x (.., n) as a contiguous array (T, n)."""
     return array(x.reshape(-1, x.shape[-1]).contiguous())
 
 
-def flat(x: Tensor) -> Any:
-    """x (T, heads, d), rows anywhere, as one line from its first element to its last."""
+def flatten(x: Tensor) -> Any:
+    """Return x (T, heads, d), whose rows may be apart, as one dimension from its first element to its last."""
     assert x.stride()[1:] == (x.shape[2], 1)
     return array(x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2],), (1,)))
 
 
 def cache_folder() -> Path:
-    """Where numba keeps these loops compiled."""
+    """Return the folder where numba caches the compiled kernels."""
     return Path(cast(Any, _rms_norm).stats.cache_path)
+
+
+# RMSNorm and LayerNorm
+
+
+@kernel
+def _rms_norm(x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
+    rows, n = x.shape
+    for i in prange(rows):
+        total = np.float32(0.0)
+        for j in range(n):
+            value = to_fp32(x[i, j])
+            total += value * value
+        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+        for j in range(n):
+            out[i, j] = from_fp32(to_fp32(x[i, j]) * rstd * (to_fp32(weight[j]) + offset), out)
+
+
+@kernel
+def _rms_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
+    rows, n = x.shape
+    for i in prange(rows):
+        total, dot = np.float32(0.0), np.float32(0.0)
+        for j in range(n):
+            value = to_fp32(x[i, j])
+            total += value * value
+            dot += to_fp32(grad[i, j]) * (to_fp32(weight[j]) + offset) * value
+        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+        shrink = dot * rstd * rstd / np.float32(n)
+        for j in range(n):
+            weighted = to_fp32(grad[i, j]) * (to_fp32(weight[j]) + offset)
+            out[i, j] = from_fp32(rstd * (weighted - to_fp32(x[i, j]) * shrink), out)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
@@ -269,6 +98,108 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offse
     return out
 
 
+@kernel
+def _layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any) -> None:
+    """Write LayerNorm of x (T, n) to `out`; bias: (n,) or (0,)."""
+    rows, n = x.shape
+    for i in prange(rows):
+        mean, total = np.float32(0.0), np.float32(0.0)
+        for j in range(n):
+            mean += to_fp32(x[i, j])
+        mean /= np.float32(n)
+        for j in range(n):
+            off = to_fp32(x[i, j]) - mean
+            total += off * off
+        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+        if len(bias):
+            for j in range(n):
+                out[i, j] = from_fp32((to_fp32(x[i, j]) - mean) * rstd * to_fp32(weight[j]) + to_fp32(bias[j]), out)
+        else:
+            for j in range(n):
+                out[i, j] = from_fp32((to_fp32(x[i, j]) - mean) * rstd * to_fp32(weight[j]), out)
+
+
+@kernel
+def _layer_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, out: Any) -> None:
+    rows, n = x.shape
+    for i in prange(rows):
+        mean, total = np.float32(0.0), np.float32(0.0)
+        for j in range(n):
+            mean += to_fp32(x[i, j])
+        mean /= np.float32(n)
+        mean_grad, dot = np.float32(0.0), np.float32(0.0)
+        for j in range(n):
+            off, weighted = to_fp32(x[i, j]) - mean, to_fp32(grad[i, j]) * to_fp32(weight[j])
+            total += off * off
+            mean_grad += weighted
+            dot += weighted * off
+        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+        mean_grad /= np.float32(n)
+        shrink = dot * rstd * rstd / np.float32(n)
+        for j in range(n):
+            weighted = to_fp32(grad[i, j]) * to_fp32(weight[j])
+            out[i, j] = from_fp32(rstd * (weighted - mean_grad - (to_fp32(x[i, j]) - mean) * shrink), out)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
+    """Return LayerNorm over the last dimension, as torch.nn.functional.layer_norm."""
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    _layer_norm(rows_of(x), array(weight), array(weight[:0] if bias is None else bias), np.float32(eps), rows_of(out))
+    return out
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the gradient of layer_norm with respect to x."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _layer_norm_backward(rows_of(grad), rows_of(x), array(weight), np.float32(eps), rows_of(out))
+    return out
+
+
+# Activations
+
+
+@subroutine
+def silu_or_gelu(x: Any, gelu: Any) -> Any:
+    """Return silu(x), or gelu(x) with tanh, and the derivative: x sigmoid(z), as (1 + tanh(u)) / 2 = sigmoid(2 u)."""
+    one = np.float32(1.0)
+    z, dz = x, one
+    if gelu:
+        z = TWO_ROOT * (x + CUBIC * x * x * x)
+        dz = TWO_ROOT * (one + np.float32(3.0) * CUBIC * x * x)
+    share, rest = sigmoid(z)
+    value = x * share
+    return value, share + value * rest * dz
+
+
+@kernel
+def _glu(gate_up: Any, gelu: Any, out: Any) -> None:
+    rows, n = out.shape
+    for i in prange(rows):
+        for j in range(n):
+            value, _ = silu_or_gelu(to_fp32(gate_up[i, j]), gelu)
+            out[i, j] = from_fp32(value * to_fp32(gate_up[i, n + j]), out)
+
+
+@subroutine
+def _glu_backward_row(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) -> None:
+    n = len(out)
+    for j in range(n):
+        up, upstream = to_fp32(gate_up[n + j]), to_fp32(grad[j])
+        value, slope = silu_or_gelu(to_fp32(gate_up[j]), gelu)
+        out[j] = from_fp32(value * up, out)
+        grad_in[j] = from_fp32(upstream * up * slope, grad_in)
+        grad_in[n + j] = from_fp32(upstream * value, grad_in)
+
+
+@kernel
+def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) -> None:
+    for i in prange(len(out)):
+        if gelu:  # a constant in either call, or the loop is not vectorized, and 7 times as slow
+            _glu_backward_row(grad[i], gate_up[i], True, grad_in[i], out[i])
+        else:
+            _glu_backward_row(grad[i], gate_up[i], False, grad_in[i], out[i])
+
+
 def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2) if out is None else out
     _glu(rows_of(gate_up), activation != "silu", array(out))
@@ -279,6 +210,155 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
     grad_in, out = torch.empty_like(gate_up), torch.empty_like(grad)
     _glu_backward(rows_of(grad), rows_of(gate_up), activation != "silu", array(grad_in), array(out))
     return grad_in, out
+
+
+@force_inline
+def _erfc(z: Any) -> Any:
+    """Return erfc(z) for z >= 0, to a relative 1.2e-7 (Press et al., Numerical Recipes, section 6.2).
+
+    libm's erfc is not vectorized.
+    """
+    t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.5) * z)
+    p = np.float32(0.17087277) * t - np.float32(0.82215223)
+    p = p * t + np.float32(1.48851587)
+    p = p * t - np.float32(1.13520398)
+    p = p * t + np.float32(0.27886807)
+    p = p * t - np.float32(0.18628806)
+    p = p * t + np.float32(0.09678418)
+    p = p * t + np.float32(0.37409196)
+    p = p * t + np.float32(1.00002368)
+    return t * exp(p * t - np.float32(1.26551223) - z * z)
+
+
+@force_inline
+def gelu(x: Any) -> Any:
+    """Return gelu(x) and its derivative."""
+    half = np.float32(0.5) * _erfc(abs(x) * _ROOT_HALF)
+    share = np.float32(1.0) - half if x >= 0 else half
+    return x * share, share + x * _PEAK * exp(np.float32(-0.5) * x * x)
+
+
+@subroutine
+def _xielu(x: Any, parameters: Any) -> Any:
+    """Return xIELU (arXiv:2411.13010) and its derivative."""
+    positive, negative, beta, eps = parameters
+    below = min(x, eps)
+    e = exp(below)
+    slope = negative * ((e if x < eps else np.float32(0.0)) - np.float32(1.0)) + beta
+    value = negative * (e - np.float32(1.0) - x) + beta * x
+    return (positive * x + beta) * x if x > 0 else value, np.float32(2.0) * positive * x + beta if x > 0 else slope
+
+
+@force_inline
+def _value_and_slope(x: Any, kind: Any, parameters: Any) -> Any:
+    """Return an activation and its derivative; kind: a constant in the call, or the loop is not vectorized."""
+    zero = np.float32(0.0)
+    if kind == GELU:
+        return gelu(x)
+    positive = np.float32(0.5) * (x + abs(x))  # a comparison would lose NaN
+    if kind == RELU2:
+        return positive * positive, np.float32(2.0) * positive
+    if kind == RELU:
+        return positive, np.float32(1.0) if x > 0 else zero
+    if kind == XIELU:
+        return _xielu(x, parameters)
+    return silu_or_gelu(x, kind == GELU_TANH)
+
+
+@force_inline
+def _activation_row(x: Any, kind: Any, parameters: Any, out: Any) -> None:
+    for j in range(len(out)):
+        value, _ = _value_and_slope(to_fp32(x[j]), kind, parameters)
+        out[j] = from_fp32(value, out)
+
+
+@force_inline
+def _activation_backward_row(grad: Any, x: Any, kind: Any, parameters: Any, grad_in: Any, out: Any) -> None:
+    for j in range(len(out)):
+        value, slope = _value_and_slope(to_fp32(x[j]), kind, parameters)
+        out[j] = from_fp32(value, out)
+        grad_in[j] = from_fp32(to_fp32(grad[j]) * slope, grad_in)
+
+
+@kernel
+def _activation(x: Any, kind: Any, parameters: Any, out: Any) -> None:
+    for i in prange(len(x)):
+        if kind == GELU:
+            _activation_row(x[i], GELU, parameters, out[i])
+        elif kind == GELU_TANH:
+            _activation_row(x[i], GELU_TANH, parameters, out[i])
+        elif kind == RELU2:
+            _activation_row(x[i], RELU2, parameters, out[i])
+        elif kind == RELU:
+            _activation_row(x[i], RELU, parameters, out[i])
+        elif kind == XIELU:
+            _activation_row(x[i], XIELU, parameters, out[i])
+        else:
+            _activation_row(x[i], SILU, parameters, out[i])
+
+
+@kernel
+def _activation_backward(grad: Any, x: Any, kind: Any, parameters: Any, grad_in: Any, out: Any) -> None:
+    for i in prange(len(x)):
+        if kind == GELU:
+            _activation_backward_row(grad[i], x[i], GELU, parameters, grad_in[i], out[i])
+        elif kind == GELU_TANH:
+            _activation_backward_row(grad[i], x[i], GELU_TANH, parameters, grad_in[i], out[i])
+        elif kind == RELU2:
+            _activation_backward_row(grad[i], x[i], RELU2, parameters, grad_in[i], out[i])
+        elif kind == RELU:
+            _activation_backward_row(grad[i], x[i], RELU, parameters, grad_in[i], out[i])
+        elif kind == XIELU:
+            _activation_backward_row(grad[i], x[i], XIELU, parameters, grad_in[i], out[i])
+        else:
+            _activation_backward_row(grad[i], x[i], SILU, parameters, grad_in[i], out[i])
+
+
+def activated(x: Tensor, kind: str, parameters: ActivationParameters, out: Tensor | None = None) -> Tensor:
+    """Return activation(x) of x (T, I); kind: the name of one of the constants above."""
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    _activation(rows_of(x), KINDS[kind], _as_fp32(parameters), array(out))
+    return out
+
+
+def activated_backward(grad: Tensor, x: Tensor, kind: str, parameters: ActivationParameters) -> tuple[Tensor, Tensor]:
+    """Return the gradient with respect to x, and the output of the forward again."""
+    grad_in, out = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    _activation_backward(rows_of(grad), rows_of(x), KINDS[kind], _as_fp32(parameters), array(grad_in), array(out))
+    return grad_in, out
+
+
+def _as_fp32(parameters: ActivationParameters) -> tuple[Any, ...]:
+    return tuple(np.float32(x) for x in parameters)
+
+
+# Gains of DoRA
+
+
+@kernel
+def _scale_columns(x: Any, gains: Any) -> None:
+    for i in prange(len(x)):
+        row = x[i]
+        for j in range(len(row)):
+            row[j] = from_fp32(to_fp32(row[j]) * gains[j], x)
+
+
+@subroutine
+def _scale_columns_row(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
+    for j in range(len(grad)):
+        upstream = to_fp32(grad[j])
+        sums[j] += upstream * to_fp32(y[j])
+        out[j] = from_fp32(upstream * gains[j], out)
+
+
+@kernel
+def _scale_columns_backward(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
+    rows, n = grad.shape
+    for task in prange(TASKS):
+        total = np.zeros(GAP + n, dtype=np.float32)[GAP:]
+        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            _scale_columns_row(grad[i], y[i], gains, out[i], total)
+        sums[task, :] = total
 
 
 def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
@@ -292,9 +372,81 @@ def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tens
     return out, sums.sum(0)
 
 
+# Softmax and cross entropy
+
+
+@subroutine
+def row_max(row: Any) -> Any:
+    highest = np.float32(-3e38)
+    for j in range(len(row)):
+        highest = maximum(highest, to_fp32(row[j]))
+    return highest
+
+
+@subroutine
+def exp_row(row: Any, highest: Any, out: Any) -> Any:
+    """Write exp(row - highest) to `out`, and return the sum."""
+    total = np.float32(0.0)
+    for j in range(len(row)):
+        e = exp(to_fp32(row[j]) - highest)
+        out[j] = e
+        total += e
+    return total
+
+
+@subroutine
+def scale_row(row: Any, values: Any, scale: Any) -> None:
+    for j in range(len(row)):
+        row[j] = from_fp32(values[j] * scale, row)
+
+
+@subroutine
+def visible(i: Any, group: Any, first: Any, window: Any) -> Any:
+    """Return the range of keys, [begin, end), that row i of a document's scores sees; first: position of row 0."""
+    end = first + i // group + 1
+    return (max(end - window, 0) if window else 0), end
+
+
+@kernel
+def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any, sinks: Any) -> None:
+    rows, n = scores.shape
+    for task in prange(TASKS):
+        buffer = np.empty(GAP + n, dtype=np.float32)[GAP:]
+        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            begin, end = visible(i % queries, group, first, window)
+            row = scores[i, begin:end]
+            highest = row_max(row)
+            total = exp_row(row, highest, buffer)
+            if len(sinks):
+                head = i // queries % (len(sinks) // group) * group + i % group
+                total += np.exp(sinks[head] - highest)
+            scale_row(row, buffer, np.float32(1.0) / total)
+            scores[i, :begin] = 0
+            scores[i, end:] = 0
+
+
+@subroutine
+def _softmax_backward_row(grad: Any, probs: Any) -> None:
+    dot = np.float32(0.0)
+    for j in range(len(grad)):
+        dot += to_fp32(grad[j]) * to_fp32(probs[j])
+    for j in range(len(grad)):
+        grad[j] = from_fp32(to_fp32(probs[j]) * (to_fp32(grad[j]) - dot), grad)
+
+
+@kernel
+def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
+    rows, _ = probs.shape
+    for i in prange(rows):
+        begin, end = visible(i % queries, group, first, window)
+        _softmax_backward_row(grad[i, begin:end], probs[i, begin:end])
+        grad[i, :begin] = 0
+        grad[i, end:] = 0
+
+
 def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor | None = None) -> Tensor:
-    counted = np.empty(0, np.float32) if sinks is None else array(sinks)
-    _softmax(rows_of(scores), scores.shape[1], group, first, window, counted)
+    sink_scores = np.empty(0, np.float32) if sinks is None else array(sinks)
+    _softmax(rows_of(scores), scores.shape[1], group, first, window, sink_scores)
     return scores
 
 
@@ -303,16 +455,126 @@ def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, windo
     return grad
 
 
+@subroutine
+def _capped_exp_row(row: Any, highest: Any, softcap: Any, out: Any) -> Any:
+    """Write exp(row - highest), for the row with the soft cap, to `out`, and return the sum."""
+    total = np.float32(0.0)
+    for j in range(len(row)):
+        e = exp(softcap * tanh(to_fp32(row[j]) / softcap) - highest)
+        out[j] = e
+        total += e
+    return total
+
+
+@subroutine
+def _scale_capped(row: Any, values: Any, scale: Any, softcap: Any) -> None:
+    """Write the gradient of the row with the soft cap, times the cap's derivative."""
+    for j in range(len(row)):
+        t = tanh(to_fp32(row[j]) / softcap)
+        row[j] = from_fp32(values[j] * scale * (np.float32(1.0) - t * t), row)
+
+
+@kernel
+def _cross_entropy(logits: Any, labels: Any, weights: Any, softcap: Any, gradient: Any, losses: Any) -> None:
+    rows, n = logits.shape
+    for task in prange(TASKS):
+        buffer = np.empty(GAP + n, dtype=np.float32)[GAP:]
+        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            row, label = logits[i], labels[i]
+            highest, at, slope = row_max(row), to_fp32(row[label]), np.float32(1.0)
+            if softcap > 0:
+                t = tanh(at / softcap)
+                highest, at, slope = softcap * tanh(highest / softcap), softcap * t, np.float32(1.0) - t * t
+                total = _capped_exp_row(row, highest, softcap, buffer)
+            else:
+                total = exp_row(row, highest, buffer)
+            losses[i] = weights[i] * (np.log(total) + highest - at)
+            if gradient:
+                scale = weights[i] / total
+                if softcap > 0:
+                    _scale_capped(row, buffer, scale, softcap)
+                else:
+                    scale_row(row, buffer, scale)
+                row[label] = from_fp32((buffer[label] * scale - weights[i]) * slope, logits)
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:
+    losses = torch.empty(len(logits))
+    _cross_entropy(array(logits), array(labels), array(weights), np.float32(softcap), gradient, array(losses))
+    return losses
+
+
+# Rotary embedding
+
+
+@subroutine
+def _row(place: Any, at: Any, length: Any, head: Any, key_value: Any, group: Any) -> Any:
+    """Return the row of a place and head in what to_heads writes, as eager._rows."""
+    start = (place - at[place]) * key_value + head // group * length[place] + at[place]
+    return start * group + head % group
+
+
+@kernel
+def _to_heads(
+    x: Any, stride: Any, cos: Any, sin: Any, scale: Any, token: Any, at: Any, length: Any, key_value: Any,
+    group: Any, d: Any, out: Any,
+) -> None:  # fmt: skip
+    m = cos.shape[1]
+    for place in prange(len(token)):
+        row = token[place]
+        for head in range(key_value * group):
+            to = out[_row(place, at, length, head, key_value, group)]
+            if row < 0:
+                to[:] = 0
+                continue
+            begin = row * stride + head * d
+            source = x[begin : begin + d]
+            for j in range(m):
+                a, b = to_fp32(source[j]), to_fp32(source[m + j])
+                c, s = cos[row, j] * scale, sin[row, j] * scale
+                to[j] = from_fp32(a * c - b * s, out)
+                to[m + j] = from_fp32(b * c + a * s, out)
+            for j in range(2 * m, d):
+                to[j] = from_fp32(to_fp32(source[j]) * scale, out)
+
+
+@kernel
+def _from_heads(
+    x: Any, cos: Any, sin: Any, scale: Any, first: Any, where: Any, at: Any, length: Any, key_value: Any, group: Any,
+    d: Any, out: Any, stride: Any,
+) -> None:  # fmt: skip
+    m = cos.shape[1]
+    rows = len(first) - 1
+    for task in prange(TASKS):
+        total = np.empty(d, dtype=np.float32)
+        for row in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            for head in range(key_value * group):
+                total[:] = 0
+                for n in range(first[row], first[row + 1]):
+                    source = x[_row(where[n], at, length, head, key_value, group)]
+                    for j in range(d):
+                        total[j] += to_fp32(source[j])
+                begin = row * stride + head * d
+                to = out[begin : begin + d]
+                for j in range(m):
+                    a, b = total[j], total[m + j]
+                    c, s = cos[row, j] * scale, sin[row, j] * scale
+                    to[j] = from_fp32(a * c + b * s, out)
+                    to[m + j] = from_fp32(b * c - a * s, out)
+                for j in range(2 * m, d):
+                    to[j] = from_fp32(total[j] * scale, out)
+
+
 def _angles(cos: Tensor | None, sin: Tensor | None, tokens: int, scale: float) -> tuple[Any, Any, Any]:
-    none = torch.empty(tokens, 0)
-    return array(none if cos is None else cos), array(none if sin is None else sin), np.float32(scale)
+    zero = torch.empty(tokens, 0)
+    return array(zero if cos is None else cos), array(zero if sin is None else sin), np.float32(scale)
 
 
 def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int) -> Tensor:
     tokens, heads, d = x.shape
     out = x.new_empty(len(places.token) * heads, d)
     into = (array(places.token), array(places.at), array(places.length), heads // group, group, d, array(out))
-    _to_heads(flat(x), x.stride(0), *_angles(cos, sin, tokens, scale), *into)
+    _to_heads(flatten(x), x.stride(0), *_angles(cos, sin, tokens, scale), *into)
     return out
 
 
@@ -322,4 +584,86 @@ def from_heads(
     tokens, heads, d = out.shape
     back = (array(places.first), array(places.where), array(places.at), array(places.length))
     shape = (heads // group, group, d)
-    _from_heads(array(x), *_angles(cos, sin, tokens, scale), *back, *shape, flat(out), out.stride(0))
+    _from_heads(array(x), *_angles(cos, sin, tokens, scale), *back, *shape, flatten(out), out.stride(0))
+
+
+@subroutine
+def _rotate(x: Any, cos: Any, sin: Any, interleaved: Any, factor: Any, out: Any) -> None:
+    """Rotate one head; `out` holds the rotated pairs as halves, whether x has them as halves or interleaved."""
+    m = len(cos)
+    if interleaved:
+        for j in range(m):
+            a, b = to_fp32(x[2 * j]) * factor, to_fp32(x[2 * j + 1]) * factor
+            out[j] = from_fp32(a * cos[j] - b * sin[j], out)
+            out[m + j] = from_fp32(b * cos[j] + a * sin[j], out)
+    else:
+        for j in range(m):
+            a, b = to_fp32(x[j]) * factor, to_fp32(x[m + j]) * factor
+            out[j] = from_fp32(a * cos[j] - b * sin[j], out)
+            out[m + j] = from_fp32(b * cos[j] + a * sin[j], out)
+    for j in range(2 * m, len(x)):
+        out[j] = from_fp32(to_fp32(x[j]) * factor, out)
+
+
+@subroutine
+def _rotate_backward(x: Any, cos: Any, sin: Any, interleaved: Any, factor: Any, out: Any) -> None:
+    """Apply the transpose of _rotate."""
+    m = len(cos)
+    if interleaved:
+        for j in range(m):
+            a, b = to_fp32(x[j]) * factor, to_fp32(x[m + j]) * factor
+            out[2 * j] = from_fp32(a * cos[j] + b * sin[j], out)
+            out[2 * j + 1] = from_fp32(b * cos[j] - a * sin[j], out)
+    else:
+        for j in range(m):
+            a, b = to_fp32(x[j]) * factor, to_fp32(x[m + j]) * factor
+            out[j] = from_fp32(a * cos[j] + b * sin[j], out)
+            out[m + j] = from_fp32(b * cos[j] - a * sin[j], out)
+    for j in range(2 * m, len(x)):
+        out[j] = from_fp32(to_fp32(x[j]) * factor, out)
+
+
+@kernel
+def _rotate_rows(
+    x: Any, query: Any, key_value: Any, d: Any, cos: Any, sin: Any, interleaved: Any, factors: Any, backward: Any,
+    out: Any,
+) -> None:  # fmt: skip
+    """Rotate q and k of each row of x and copy v; factors (T,) or (0,): what q is multiplied by."""
+    one, rotated = np.float32(1.0), (query + key_value) * d
+    for i in prange(len(x)):
+        source, to, c, s = x[i], out[i], cos[i], sin[i]
+        for head in range(query + key_value):
+            begin, end = head * d, (head + 1) * d
+            factor = factors[i] if head < query and len(factors) else one
+            if backward:
+                _rotate_backward(source[begin:end], c, s, interleaved, factor, to[begin:end])
+            else:
+                _rotate(source[begin:end], c, s, interleaved, factor, to[begin:end])
+        for j in range(rotated, len(source)):
+            to[j] = source[j]
+
+
+class ApplyRope(Function):
+    """The rotary embedding applied to a copy of qkv, as train.attention.ApplyRope."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None
+    ) -> Tensor:
+        ctx.arguments = heads, cos, sin, interleaved, scale
+        return _apply(qkv, *ctx.arguments, backward=False, out=heads.new(len(qkv), qkv.shape[1], qkv))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _apply(grad, *ctx.arguments, backward=True, out=torch.empty_like(grad)), None, None, None, None, None
+
+
+def _apply(
+    x: Tensor, heads: Heads, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None, *,
+    backward: bool, out: Tensor,
+) -> Tensor:  # fmt: skip
+    factors = torch.empty(0) if scale is None else scale.float()
+    shape = heads.query, heads.key_value, heads.size
+    angles = array(cos.float()), array(sin.float()), interleaved, array(factors)
+    _rotate_rows(array(x.contiguous()), *shape, *angles, backward, array(out))
+    return out

@@ -1,7 +1,7 @@
-"""Which type the frozen weights should have on a device: measured, because CPUs differ a hundredfold.
+"""Choose the dtype of frozen weights on a device by measurement, because CPUs differ a hundredfold.
 
-With AVX512-BF16 or AMX a bf16 product takes a quarter to a half of the time of fp32; without, it can take a hundred
-times as long. fp16 is never chosen on a CPU: its backward product ran at 1 to 3 GFLOP/s where bf16 reached 900.
+With AVX512-BF16 or AMX a bf16 matmul takes a quarter to a half of the time of fp32; without, it can take a hundred
+times as long. fp16 is never chosen on a CPU: its backward ran at 1 to 3 GFLOP/s where bf16 reached 900.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from strop.engine.kernels.protocols import FrozenProduct
+from strop.engine.kernels.protocols import FrozenMatmul
 from strop.engine.train.lora import frozen_matmul
 
-SHAPES = ((960, 576), (3072, 576), (576, 1536))  # (n, k) of SmolLM2-135M's products, the smallest model worth tuning
+SHAPES = ((960, 576), (3072, 576), (576, 1536))  # (n, k) of SmolLM2-135M's linear layers
 ROWS = 512
 LEAST_GAIN = 1.2  # bf16 rounds; it must be this much faster to be worth it
-BUDGET_S = 0.4  # a type; one slow product may take longer
+BUDGET_S = 0.4  # per dtype; one slow matmul may take longer
 
 
 @dataclass(frozen=True)
 class Precision:
-    """dtype of the frozen weights, why, and the measured rates of matrix products in FLOP/s."""
+    """The chosen dtype of frozen weights, the reason, and the measured rates of matmuls in FLOP/s."""
 
     dtype: Literal["bf16", "fp32"]
     why: str
@@ -34,38 +34,40 @@ class Precision:
 
 
 def measure(device: str | torch.device) -> Precision:
-    """Measures both types on the device, in about a second."""
+    """Measure both dtypes on the device, in about a second."""
     bf16, fp32 = rate(torch.bfloat16, device), rate(torch.float32, device)
-    said = f"bf16 {bf16 / 1e9:.0f} GFLOP/s, fp32 {fp32 / 1e9:.0f} GFLOP/s measured"
+    rates = f"bf16 {bf16 / 1e9:.0f} GFLOP/s, fp32 {fp32 / 1e9:.0f} GFLOP/s measured"
     if bf16 >= LEAST_GAIN * fp32:
-        return Precision("bf16", said, bf16, fp32)
-    return Precision("fp32", f"{said}: bf16 is not {LEAST_GAIN} times as fast", bf16, fp32)
+        return Precision("bf16", rates, bf16, fp32)
+    return Precision("fp32", f"{rates}: bf16 is not {LEAST_GAIN} times as fast", bf16, fp32)
 
 
 def rate(
     dtype: torch.dtype,
     device: str | torch.device,
-    product: FrozenProduct = frozen_matmul,
-    held: Callable[[Tensor], Any] = lambda weight: weight,
+    matmul: FrozenMatmul = frozen_matmul,
+    prepare: Callable[[Tensor], Any] = lambda weight: weight,
 ) -> float:
-    """FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget. held: makes of W
-    what the product takes."""
+    """Return the FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget.
+
+    prepare: converts W to what `matmul` takes.
+    """
     operands: list[tuple[Any, ...]] = []
     for n, k in SHAPES:
         x, weight, y, grad = (
             torch.ones(s, dtype=dtype, device=device) for s in ((ROWS, k), (n, k), (ROWS, n), (ROWS, k))
         )
-        operands.append((x, held(weight), y, grad))
+        operands.append((x, prepare(weight), y, grad))
     flops = sum(2 * 2 * ROWS * n * k for n, k in SHAPES)
     cuda = torch.device(device).type == "cuda"
     fastest, begin = float("inf"), time.perf_counter()
     rounds = 0
-    # The first round pays for the library's own set-up.
+    # The first round includes the library's initialization.
     while rounds < 2 or time.perf_counter() - begin < BUDGET_S:
         started = time.perf_counter()
         for x, weight, y, grad in operands:
-            product(x, weight, True, y)
-            product(y, weight, False, grad)
+            matmul(x, weight, True, y)
+            matmul(y, weight, False, grad)
         if cuda:
             torch.cuda.synchronize(device)
         if rounds or time.perf_counter() - started > BUDGET_S:

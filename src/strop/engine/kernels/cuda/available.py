@@ -1,7 +1,7 @@
-"""Whether the kernels of this room work on a card: an installed Triton may not.
+"""Check whether Triton kernels work on a GPU: an installed Triton may not.
 
-Triton compiles a kernel at its first launch, and with it a piece of C that starts it: without a C compiler, without
-Python's headers, or on a card that is too old for it, that launch fails.
+Triton compiles a kernel at its first launch, together with C code that launches it. Without a C compiler, without
+Python's headers, or on a GPU that is too old for it, that launch fails.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from strop.engine.kernels import eager
 
 
 @cache
-def why_not(device: torch.device) -> str | None:
-    """Runs one kernel there, once a process. None where its numbers are right, else what is the matter, in a line."""
+def triton_error(device: torch.device) -> str | None:
+    """Run one kernel on the device, once a process; return None if its result is right, else the error in one line."""
     try:
-        from strop.engine.kernels.cuda.norms import rms_norm
-    except Exception as error:  # not installed, or for another Python
-        return f"Triton cannot be imported: {_line(error)}"
+        from strop.engine.kernels.cuda.elementwise import rms_norm
+    except Exception as error:  # not installed, or for another Python version
+        return f"Triton cannot be imported: {_one_line(error)}"
     try:
         x, weight = torch.linspace(-1, 1, 300, device=device).view(3, 100), torch.ones(100, device=device)
-        found, expected = (way(x, weight, 1e-6, 0.0) for way in (rms_norm, eager.rms_norm))
-        right = torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
-    except Exception as error:  # whatever ails it, PyTorch's own operations are there
-        return f"Triton cannot make kernels: {_line(error)}"
-    return None if right else "Triton's kernels compute wrong numbers"
+        result, expected = (norm(x, weight, 1e-6, 0.0) for norm in (rms_norm, eager.rms_norm))
+        is_right = torch.allclose(result, expected, rtol=1e-4, atol=1e-4)
+    except Exception as error:  # whatever fails, PyTorch's operations work
+        return f"Triton cannot compile kernels: {_one_line(error)}"
+    return None if is_right else "Triton's kernels compute wrong results"
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     if isinstance(error, CalledProcessError):
         return "the C compiler failed (are Python's headers installed?)"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,259 @@
+// Chat with the base and tuned models side by side, through a `strop serve` that is started and stopped here.
+
+import {
+  button,
+  count,
+  readEvents,
+  errorBox,
+  field,
+  get,
+  h,
+  post,
+  put,
+  postStream,
+  setQuery,
+  notify,
+  select,
+} from "../all.js";
+
+export async function show(place, { query, signal }) {
+  const controls = h("div"),
+    state = h("div", { role: "status" }),
+    sides = h("div", { class: "talks" }),
+    composer = h("form", { class: "composer" });
+  put(place, h("h1", {}, "Chat"), controls, state, sides, composer);
+  const { runs } = await get("runs", {}, signal),
+    servable = runs.filter((run) => run.can.includes("talk"));
+  let chosen = query.get("run") ?? servable[0]?.name ?? "",
+    drawnKey = "",
+    columns = [],
+    systems = new Map(),
+    running = 0;
+  const box = h("textarea", { rows: 1, "aria-label": "Your message", placeholder: "Ask both models…" }),
+    send = h("button", { type: "submit", class: "main" }, "Send");
+  const limit = h("input", { type: "number", min: 1, value: 256 }),
+    temperature = h("input", { type: "number", min: 0, max: 2, step: 0.1, placeholder: "the model's default" }),
+    seed = h("input", { type: "number", step: 1, placeholder: "random" }),
+    system = h("textarea", { rows: 2 });
+  const options = h(
+    "details",
+    {},
+    h("summary", {}, "Options"),
+    h(
+      "div",
+      { class: "fields" },
+      field("Maximum answer length in tokens", limit),
+      field("Temperature", temperature),
+      field("Seed", seed),
+      h("div", { class: "wide" }, field("System prompt", system)),
+    ),
+  );
+  put(composer, h("div", { style: { flex: 1 } }, box), send);
+  composer.hidden = true;
+
+  async function change(path, body) {
+    try {
+      draw(await post(path, body, signal));
+    } catch (error) {
+      put(state, errorBox(error));
+    }
+  }
+
+  async function draw(server) {
+    const off = server.state === "off" || server.state === "failed";
+    const picker = select(
+      servable.map((run) => run.name),
+      chosen,
+      (value) => {
+        chosen = value;
+        setQuery({ run: value });
+      },
+      { "aria-label": "Run", style: { width: "auto" } },
+    );
+    const key = JSON.stringify([server.state, server.names]);
+    if (key === drawnKey) return;
+    drawnKey = key;
+    put(
+      controls,
+      !servable.length
+        ? h("p", { class: "empty" }, "No run has an adapter to chat with yet.")
+        : h(
+            "div",
+            { class: "line", style: { margin: ".8rem 0" } },
+            picker,
+            button(off ? "Start" : "Switch to this run", () => change("talk/start", { names: [chosen] }), {
+              class: off ? "main" : "",
+            }),
+            off ? null : button("Stop the server", () => change("talk/stop")),
+          ),
+      server.state === "ready" ? options : null,
+    );
+    put(
+      state,
+      server.state === "starting"
+        ? h("p", {}, h("span", { class: "state running" }, "starting"), " Loading the models.")
+        : server.error
+          ? errorBox(server.error)
+          : server.state === "off" && servable.length
+            ? h("p", { class: "soft" }, "No model is loaded. A loaded model uses memory until you stop the server.")
+            : null,
+    );
+    composer.hidden = true;
+    put(sides);
+    columns = [];
+    if (server.state !== "ready") return;
+    const { data } = await get("talk/v1/models", {}, signal);
+    systems = new Map(data.map((model) => [model.id, model.system ?? ""]));
+    const names = data.length > 1 ? [data.at(-1).id, data[0].id] : [data[0].id];
+    columns = names.map((name) => column(name));
+    showDefaultPrompt();
+    put(
+      sides,
+      columns.map((chat) => chat.element),
+    );
+    composer.hidden = false;
+    box.focus();
+  }
+
+  /** Return the system prompt of training; the base model uses that of the tuned model next to it. */
+  function trainedPrompt(chat) {
+    const tuned = chat.name === "base" ? columns.find((candidate) => candidate.name !== "base") : chat;
+    return tuned ? systems.get(tuned.name) : "";
+  }
+
+  /** Show the default system prompts as placeholder. */
+  function showDefaultPrompt() {
+    const same = columns.every((chat) => trainedPrompt(chat) === trainedPrompt(columns[0])),
+      promptText = (chat) => trainedPrompt(chat) || "none";
+    system.placeholder = same
+      ? promptText(columns[0])
+      : columns.map((chat) => `${chat.name}: ${promptText(chat)}`).join("\n");
+  }
+
+  function column(name) {
+    const messages = h("div", { class: "chat", role: "log", tabIndex: 0 }),
+      rate = h("span", { class: "soft push" });
+    const chat = { turns: [], stop: null, name };
+    const clear = () => {
+      chat.stop?.abort();
+      chat.turns = [];
+      rate.textContent = "";
+      put(messages, h("p", { class: "soft" }, `Answers of ${chat.name} appear here.`));
+      messages.setAttribute("aria-label", `Answers of ${chat.name}`);
+    };
+    const picker = select(
+      [...systems.keys()],
+      name,
+      (value) => {
+        chat.name = value;
+        clear();
+        showDefaultPrompt();
+      },
+      { "aria-label": "Model", style: { width: "auto" } },
+    );
+    clear();
+    const follow = (part) => {
+      const near = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 60;
+      if (part) messages.append(part);
+      if (near) messages.scrollTop = messages.scrollHeight;
+    };
+    chat.clear = clear;
+    chat.element = h("section", { class: "card" }, h("div", { class: "line" }, picker, rate), messages);
+    chat.ask = async (text, settings) => {
+      if (!chat.turns.length) put(messages);
+      follow(h("p", { class: "user" }, text));
+      const answer = h("p", { class: "waiting" });
+      follow(answer);
+      messages.scrollTop = messages.scrollHeight;
+      const turns = [...chat.turns, { role: "user", content: text }],
+        // the server adds that of a tuned model
+        systemText = system.value.trim() || (chat.name === "base" ? trainedPrompt(chat) : "");
+      chat.stop = new AbortController();
+      let answerText = "",
+        finishReason = null,
+        first = 0;
+      try {
+        const response = await postStream(
+          "talk/v1/chat/completions",
+          {
+            model: chat.name,
+            messages: systemText ? [{ role: "system", content: systemText }, ...turns] : turns,
+            stream: true,
+            stream_options: { include_usage: true },
+            ...settings,
+          },
+          AbortSignal.any([chat.stop.signal, signal]),
+        );
+        for await (const { data } of readEvents(response.body)) {
+          if (data.error) throw new Error(data.error.message);
+          const choice = data.choices?.[0];
+          if (choice?.delta?.content) {
+            first ||= performance.now();
+            answerText += choice.delta.content;
+            answer.textContent = answerText;
+            follow();
+          }
+          finishReason = choice?.finish_reason ?? finishReason;
+          if (data.usage) {
+            const seconds = (performance.now() - first) / 1000,
+              tokens = data.usage.completion_tokens;
+            rate.textContent = `${count(tokens)} tokens${tokens > 1 && seconds > 0.05 ? `, ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : ""}`;
+          }
+        }
+        if (!answerText) answer.textContent = "(empty answer)";
+        if (finishReason === "length")
+          follow(h("p", { class: "soft" }, "cut off at the maximum answer length (see Options)"));
+        chat.turns = [...turns, { role: "assistant", content: answerText }];
+      } catch (error) {
+        if (error.name === "AbortError") follow(h("p", { class: "soft" }, "stopped"));
+        else {
+          answer.classList.add("bad");
+          answer.textContent = error.message;
+        }
+      } finally {
+        answer.classList.remove("waiting");
+      }
+    };
+    return chat;
+  }
+
+  composer.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (running) {
+      columns.forEach((chat) => chat.stop?.abort());
+      return;
+    }
+    const text = box.value;
+    if (!text.trim() || !columns.length) return;
+    box.value = "";
+    const settings = {};
+    for (const [input, name] of [
+      [limit, "max_tokens"],
+      [temperature, "temperature"],
+      [seed, "seed"],
+    ])
+      if (input.value !== "") settings[name] = Number(input.value);
+    running = columns.length;
+    send.textContent = "Stop";
+    await Promise.all(columns.map((chat) => chat.ask(text, settings).finally(() => (running -= 1))));
+    send.textContent = "Send";
+  });
+  box.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    composer.requestSubmit();
+  });
+  const newChat = button("New chat", () => columns.forEach((chat) => chat.clear()));
+  composer.append(newChat);
+  const refresh = async () => {
+    try {
+      draw(await get("talk", {}, signal));
+    } catch (error) {
+      if (error.name !== "AbortError") notify(error.message, true);
+    }
+  };
+  await refresh();
+  const timer = setInterval(() => !document.hidden && refresh(), 1500);
+  signal.addEventListener("abort", () => clearInterval(timer));
+  return "Chat";
+}

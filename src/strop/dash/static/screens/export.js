@@ -1,0 +1,137 @@
+// Export a run: merged model, GGUF or Ollama, each compared with the tuned model.
+
+import { button, command, facts, errorBox, figure, h, link, runPath, percent, post, put, select, to } from "../all.js";
+import { field } from "../dom.js";
+import { jobCard, jobCards } from "../jobs.js";
+
+const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]; // the k types need llama.cpp
+
+const KINDS = {
+  merge: [
+    "Merged model",
+    "A model folder that transformers and vLLM can load.",
+    "bf16",
+    ["bf16", "fp16", "fp32"],
+    "dtype",
+  ],
+  gguf: ["GGUF file", "For llama.cpp and programs based on it.", "q8_0", GGUF_TYPES, "type"],
+  ollama: ["Ollama", "A folder for `ollama create`: GGUF, template, parameters.", "q8_0", GGUF_TYPES, "type"],
+};
+
+export async function show(place, { run, signal }) {
+  const jobs = h("div", { style: { "margin-top": "1rem" } }),
+    forms = h("div", { class: "grid" });
+  put(
+    place,
+    run.adapter ? h("p", {}, "Adapter in PEFT format: ", h("code", {}, run.adapter.path)) : null,
+    forms,
+    h("h2", {}, "Exports"),
+    jobs,
+  );
+  const refresh = async () => {
+    const cards = (
+      await Promise.all(Object.keys(KINDS).map((kind) => jobCards({ run: run.name, kind }, signal, { result: parity })))
+    ).flat();
+    put(jobs, cards.length ? cards : h("p", { class: "soft" }, "No exports yet."));
+  };
+  const canExport = (run.can ?? []).includes("export");
+  put(
+    forms,
+    canExport
+      ? Object.entries(KINDS).map(([kind, details]) =>
+          form(run, kind, details, (job) => {
+            jobs.querySelector(":scope > p")?.remove();
+            jobs.prepend(jobCard(job, signal, { result: parity }));
+          }),
+        )
+      : h("p", { class: "empty" }, "This run has no adapter to export yet."),
+  );
+  if (canExport && run.can.includes("talk"))
+    place.append(h("p", {}, "Or serve it and ", link(to("talk", { run: run.name }), "chat with it"), "."));
+  await refresh();
+  return false;
+}
+
+function form(run, kind, [name, description, preset, types, option], onStart) {
+  const out = h("input", {
+    value: `${run.path}/${kind === "gguf" ? `${run.name}.gguf` : kind === "merge" ? "merged" : "ollama"}`,
+    spellcheck: "false",
+  });
+  let type = preset;
+  const problem = h("div");
+  const exportButton = button(
+    "Export",
+    async () => {
+      put(problem);
+      exportButton.disabled = true;
+      try {
+        onStart(await post(runPath(run.name, "export"), { kind, out: out.value.trim(), [option]: type }));
+      } catch (error) {
+        put(problem, errorBox(error));
+      }
+      exportButton.disabled = false;
+    },
+    { "aria-label": `Export: ${name}`, class: "main" },
+  );
+  return h(
+    "section",
+    { class: "card form" },
+    h("div", {}, h("h2", {}, name), h("p", { class: "soft" }, description)),
+    field("Output path", out),
+    field(
+      "Data type",
+      select(types, preset, (value) => (type = value)),
+    ),
+    h("div", {}, exportButton),
+    problem,
+  );
+}
+
+/** Show how an export compares with the tuned model. */
+function parity(job) {
+  const details = job.result,
+    measured = details.parity,
+    text = details.text;
+  return h(
+    "div",
+    {},
+    h("p", {}, "Wrote ", h("code", {}, details.out ?? "")),
+    measured
+      ? [
+          h(
+            "p",
+            { class: `verdict ${measured.passed ? "better" : "worse"}` },
+            measured.passed
+              ? "The export matches the tuned model."
+              : "The export differs from the tuned model beyond the limit.",
+          ),
+          facts([
+            ["positions compared", measured.positions],
+            ["same most likely token", percent(measured.top1_agreement, 2)],
+            ["KL divergence, mean", figure(measured.kl_mean)],
+            ["KL divergence, largest", figure(measured.kl_max)],
+            ["loss difference", figure(measured.loss_difference)],
+            [
+              "limit",
+              measured.limit
+                ? `KL ${figure(measured.limit.kl_mean)}, same token ${percent(measured.limit.agreement, 1)}`
+                : null,
+            ],
+          ]),
+        ]
+      : h("p", { class: "soft" }, `Parity was ${details.not_measured ?? "not measured"}.`),
+    text ? facts(textFacts(text)) : null,
+    (details.notes ?? []).map((note) => h("p", { class: "soft" }, note)),
+    details.commands?.length ? [h("p", {}, "Next, in a terminal:"), details.commands.map(command)] : null,
+  );
+}
+
+/** Return how llama.cpp's tokens and answers compare. */
+function textFacts(text) {
+  return [
+    ["strings tokenized identically", `${text.strings} of 200`],
+    ["prompts equal", text.conversations],
+    ["greedy answers equal", `${text.answers_equal} of ${text.answers}`],
+    ["answers that stopped", text.answers_stopped],
+  ];
+}

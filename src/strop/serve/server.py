@@ -1,0 +1,281 @@
+"""The HTTP server: access checks before routing, error bodies, and the address. Needs no torch.
+
+Every web page that the user opens can send requests to a server on 127.0.0.1: with a form or fetch (stopped by the
+checks of Origin and content type) and by DNS rebinding (stopped by the exact check of Host, see CVE-2024-28224).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+import psutil
+import uvicorn
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from strop.errors import InputError
+
+HEAD_SECONDS = 15.0  # from the start of a connection, or its last response, to the end of a request's headers
+BODY_SECONDS = 30.0  # until a request's body has arrived
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+ENCODED_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """Raised for a request that gets an error response in OpenAI's format."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.headers = status, headers or {}
+        self.body = error_body(status, message, code=code, param=param)
+
+
+def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """Return the JSON body of an error response in OpenAI's format."""
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(frozen=True)
+class AccessRules:
+    hosts: Collection[str]  # exact values of the Host header, with port
+    key: str | None  # the API key; None if none is needed
+    max_body_bytes: int
+    open: Collection[str] = ()  # paths that need no key, because they reveal nothing
+
+
+class HeaderTimeoutProtocol(H11Protocol):
+    """Closes connections that do not send complete headers in time; a few hundred of them would block all others."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._update_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._update_timer()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._update_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _update_timer(self) -> None:
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete, or the client has left
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Guard:
+    """ASGI middleware that enforces AccessRules. on_response: called with path and status of each response."""
+
+    def __init__(self, app: Any, rules: AccessRules, on_response: Callable[[str, int], None] | None = None) -> None:
+        self._app, self._rules, self._on_response = app, rules, on_response
+        self._too_large = f"the body is larger than {rules.max_body_bytes} bytes"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *ENCODED_HEADERS]
+                if self._on_response is not None:
+                    self._on_response(scope["path"], message["status"])
+            await send(message)
+
+        if error := self._check(scope):
+            await _send_error(send_with_headers, *error)
+        else:
+            await self._app(scope, self._limit(receive), send_with_headers)
+
+    def _check(self, scope: Any) -> tuple[int, str] | None:
+        """Return (status, message) of an error; None if the request is allowed."""
+        fields = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = dict(fields)
+        host = headers.get("host", "").lower()
+        if host not in self._rules.hosts or sum(name == "host" for name, _ in fields) != 1:
+            return 403, "Host header not allowed (see --allow-host)"
+        origin = headers.get("origin")
+        if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
+            return 403, "cross-origin requests are not allowed"
+        if self._rules.key is not None and scope["path"] not in self._rules.open:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            is_right = hmac.compare_digest(key.encode("latin-1"), self._rules.key.encode())
+            if scheme.lower() != "bearer" or not is_right:
+                return 401, "missing or invalid API key (Authorization: Bearer KEY)"
+        if scope["method"] == "POST":
+            content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if content_type != "application/json":
+                return 415, "the content type must be application/json"
+            length = headers.get("content-length", "0")
+            if length.isdigit() and int(length[:20]) > self._rules.max_body_bytes:
+                return 413, self._too_large
+        return None
+
+    def _limit(self, receive: Any) -> Any:
+        """Wrap `receive` with a limit of the body's size and a timeout."""
+        num_bytes, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+
+        async def limited() -> Any:
+            nonlocal num_bytes, complete
+            timeout = None if complete else deadline - asyncio.get_running_loop().time()
+            try:
+                message = await asyncio.wait_for(receive(), timeout)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if num_bytes > self._rules.max_body_bytes:
+                    raise HTTPException(413, self._too_large)
+            return message
+
+        return limited
+
+
+async def _send_error(send: Any, status: int, message: str) -> None:
+    body = json.dumps(error_body(status, message)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers.append((b"connection", b"close"))  # the request's body may still be arriving
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+# --- the address and the process -----------------------------------------------------------------------------------
+
+KEY_VARIABLE = "STROP_API_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A bound socket. hosts: accepted values of the Host header. key: the API key; None if none is needed."""
+
+    host: str
+    port: int
+    key: str | None
+    hosts: frozenset[str]
+    socket: socket.socket
+
+    @property
+    def url(self) -> str:
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{'127.0.0.1' if name in ('0.0.0.0', '[::]') else name}:{self.port}"
+
+
+def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str]) -> Address:
+    """Bind a port; 0 for any free one. key: API key; None for STROP_API_KEY. more_hosts: further names of this host.
+
+    Raises InputError if the port cannot be bound, the key is invalid, or other machines could connect without a key.
+    """
+    key = key if key is not None else os.environ.get(KEY_VARIABLE) or None
+    if key is not None and (not key or not key.isascii() or any(character.isspace() for character in key)):
+        raise InputError("--api-key: must be ASCII without spaces", fix="for example: openssl rand -hex 24")
+    if host not in LOOPBACK and key is None:
+        raise InputError(
+            f"--host {host}: other machines could use this server without a key",
+            fix=f"set {KEY_VARIABLE} (openssl rand -hex 24), or leave --host out",
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen()  # with SO_REUSEADDR, a second server could bind until this one listens
+    except (OSError, OverflowError) as error:
+        bound.close()
+        what = f"--host {host} --port {port}: cannot be bound: {error}"
+        raise InputError(what, fix="choose another --port") from None
+    port = bound.getsockname()[1]
+    names = {*LOOPBACK, host, *more_hosts}
+    if host in ("0.0.0.0", "::"):
+        interfaces = psutil.net_if_addrs().values()
+        names |= {address.address.partition("%")[0] for addresses in interfaces for address in addresses}
+    names = {f"[{name}]" if ":" in name and not name.startswith("[") else name.lower() for name in names}
+    # without a port: names given by the user, because a proxy may listen on another port, and all names on port 80
+    without_port = {name.lower() for name in more_hosts} | (names if port == 80 else set())
+    return Address(host, port, key, frozenset(without_port | {f"{name}:{port}" for name in names}), bound)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a timeout for headers, and without re-raising signals.
+
+    ready: called once the server accepts requests. closing_s: seconds that running requests have after a signal.
+    """
+
+    def __init__(self, app: Any, ready: Callable[[], None], *, closing_s: int) -> None:
+        config = uvicorn.Config(
+            app, http=HeaderTimeoutProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=closing_s,
+            limit_concurrency=512,
+        )  # fmt: skip
+        super().__init__(config)
+        self._ready, self.signal = ready, 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals as uvicorn does, but do not raise them again after the shutdown."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.signal = sig
+        super().handle_exit(sig, frame)
+        if self.force_exit:  # Ctrl-C twice: requests are cut off on purpose, so no error is logged
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code after a signal: 130 after Ctrl-C, 0 after SIGTERM."""
+    return 130 if number == signal.SIGINT else 0

@@ -1,0 +1,226 @@
+"""Loading libraries, and compiling kernels ahead of time in another process: nothing is left to compile in training."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from strop.engine.kernels import warmup
+from strop.errors import DiskError
+from tests import ROOT
+
+TIMEOUT_S = 600  # of one process: seconds on a quiet machine
+UNKNOWN = "no_such_warmup"
+MODULE = "strop.engine.kernels.warmup_models"
+
+TRAINING = """
+import sys
+import numba.core.event as events, numpy as np, peft, torch
+from strop.data.types import Example
+from strop.engine.train.fast import FastLoss
+from strop.models.families.table import FAMILIES
+from strop.engine.train.eligibility import why_not_fast, uses_llama_kernels
+from tests.support import tiny_families
+for sizes, size in {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}.items():  # sizes that tiles support
+    tiny_families.SMALL |= {name: size for name in tiny_families.SMALL if name.endswith(sizes)}
+listener = events.RecordingListener()
+events.register("numba:compile", listener)
+kinds = dict.fromkeys(FAMILIES, {})
+kinds |= {"llama with " + name: {name: value} for name, value in {
+    "lora_dropout": 0.1, "use_dora": True, "modules_to_save": ["norm"], "r": 40, "trainable_token_indices": [1, 2],
+}.items()}
+names = {True: "usual", False: "all"}
+for kind, more in kinds.items():
+    try:
+        base = tiny_families.build(kind.split()[0]).to(torch.bfloat16)
+    except (KeyError, ValueError):  # this version of transformers does not have it
+        continue
+    model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", **more})).train()
+    if why_not_fast(model) is not None:
+        continue
+    rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
+    step = FastLoss(model, warm=False)
+    if sys.argv[1] == names[uses_llama_kernels(model)]:
+        step.token_loss(rows).backward()
+        step.log_probs(rows).sum().backward()
+        compiled = sorted({event.data["dispatcher"].py_func.__name__ for _, event in listener.buffer})
+        print(kind, compiled)
+        listener.buffer.clear()
+"""
+
+DECODING = """
+import numba.core.event as events, torch
+from strop.engine.kernels.warmup_models import warm_up_decoding
+listener = events.RecordingListener()
+events.register("numba:compile", listener)
+warm_up_decoding(torch.bfloat16)
+print("compiled:", *(event.data["dispatcher"].py_func.__name__ for _, event in listener.buffer))
+"""
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler process is running, and there are two cores."""
+    monkeypatch.setattr(warmup, "_started", [])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+
+def test_load_enables_garbage_collection_again() -> None:
+    warmup.load()
+    assert gc.isenabled() and gc.get_freeze_count() > 0 and "peft" in sys.modules
+
+
+def test_load_enables_garbage_collection_after_a_failed_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError):
+        warmup.load()
+    assert gc.isenabled()
+
+
+def test_compiler_starts_only_where_nothing_is_compiled(
+    no_compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (tmp_path / "cpu_1").mkdir()
+    (tmp_path / "cpu_1" / "strop-0-train-bfloat16").touch()
+    warmup.start_compiler("train")
+    assert warmup._started == []
+    (tmp_path / "cpu_1" / "strop-0-train-bfloat16").unlink()
+    warmup.start_compiler("train")
+    warmup.start_compiler("train")
+    [compiler] = warmup._started
+    assert compiler.is_waiting and warmup.take_compiler() is compiler and warmup._started == []
+    assert compiler.run([["strop.no_such_module"], ["this"]])[0] == 1
+    assert not compiler.is_waiting
+
+
+def test_programs_of_a_stage_run_with_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_part.py").write_text("import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    programs = [["a_part", str(tmp_path / name), name] for name in ("one", "two")]
+    assert warmup.Compiler().run(programs) == (0, "")
+    assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["one", "two"]
+    code, last_line = warmup.Compiler().run([*programs, ["no_such_part"]])
+    assert code == 1 and "No module named no_such_part" in last_line
+
+
+def test_compiler_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    program = (
+        "from strop.engine.kernels import warmup\n"
+        "warmup._started.append(warmup.Compiler())\n"
+        "print(warmup._started[0]._process.pid)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(timeout=60)
+
+
+def test_warmup_imports_no_libraries() -> None:
+    program = "import sys, strop.engine.kernels.warmup; print(*{'torch', 'numba', 'numpy', 'peft'} & set(sys.modules))"
+    assert run_python(["-c", program]).strip() == ""
+
+
+def run_python(arguments: list[str], **environment: str) -> str:
+    """Run Python with these arguments and return its output."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, check=True, timeout=TIMEOUT_S,
+        stdout=subprocess.PIPE, text=True,
+    ).stdout  # fmt: skip
+
+
+def warm_up(folder: Path, *arguments: str) -> dict[str, str]:
+    """Run both parts of a warm-up at the same time and return the environment in which their kernels are found."""
+    environment = {"NUMBA_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor(2) as pool:
+        parts = [
+            pool.submit(run_python, ["-m", MODULE, *arguments, part], **environment)
+            for part in ("attention", "matmuls")
+        ]
+    for part in parts:
+        part.result()
+    return environment
+
+
+def test_training_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
+    """Kernels that a run compiles itself have other last bits than those of a resumed run."""
+    for models, family in (("usual", "llama"), ("all", "glm")):
+        environment = warm_up(tmp_path, "train", "bfloat16", models)
+        lines = run_python(["-c", TRAINING, models], **environment).splitlines()
+        assert len(lines) >= 20 and f"{family} []" in lines
+        assert [line for line in lines if not line.endswith("[]")] == []
+
+
+def test_decoding_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
+    environment = warm_up(tmp_path, "decode", "bfloat16")
+
+    def compiled() -> set[str]:
+        return set(run_python(["-c", DECODING], **environment).split("compiled:")[1].split())
+
+    # The functions that hold or call the kernels of both parts.
+    assert compiled() - {"impl"} == {"_make_layer_ref", "_make_buffers_ref", "layer_forward"}
+    assert compiled() == set()
+
+
+def test_failed_compilation_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        warmup.compile_once(torch.float32, tmp_path, UNKNOWN)
+    assert "(exit 1)" in caplog.text and UNKNOWN in caplog.text
+    caplog.clear()
+    warmup.compile_once(torch.float32, tmp_path, UNKNOWN)
+    assert not caplog.text
+
+
+def test_full_disk_raises_before_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strop.runs.folder.free_bytes", lambda _: 1 << 20)
+    with pytest.raises(DiskError, match="32 MiB of disk, 1 are free") as raised:
+        warmup.compile_once(torch.float32, tmp_path / "kernels", UNKNOWN)
+    assert raised.value.what.startswith(f"{tmp_path / 'kernels'}: ") and "NUMBA_CACHE_DIR" in raised.value.fix
+    assert not (tmp_path / "kernels").exists()
+
+
+def test_kernels_of_other_sources_are_removed(tmp_path: Path) -> None:
+    for name in ("kernel-1.nbi", "kernel-1.1.nbc", "strop-other-train-float32"):
+        (tmp_path / name).touch()
+    warmup.compile_once(torch.float32, tmp_path, UNKNOWN)
+    (tmp_path / "kernel-2.nbi").touch()
+    warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock")
+    assert [name.rpartition("-")[2] for name in names] == ["2.nbi", "bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "marker", "zeros"])
+def test_damaged_kernels_are_compiled_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that crashed while files were written leaves them damaged; reading one would crash numba."""
+    monkeypatch.setattr(warmup, "take_compiler", lambda: SimpleNamespace(run=lambda *stages: (1, "no such module")))
+    kernel = tmp_path / "kernel-1.nbi"
+    warmup.compile_once(torch.float32, tmp_path, UNKNOWN)
+    kernel.write_bytes(b"compiled")
+    warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
+    kernel.write_bytes(b"compiled, and more types")
+    caplog.clear()
+    warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
+    assert kernel.is_file() and not caplog.text
+    if damage == "gone":
+        kernel.unlink()
+    elif damage == "zeros":
+        kernel.write_bytes(b"compiled" + bytes(20))
+    else:
+        cut = kernel if damage == "cut" else next(tmp_path.glob("strop-*-bfloat16"))
+        cut.write_bytes(b"")
+    warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
+    assert "(exit 1)" in caplog.text and not kernel.exists()
+    assert [path.name.rpartition("-")[2] for path in tmp_path.glob("strop-*-*")] == ["bfloat16"]

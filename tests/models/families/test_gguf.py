@@ -1,0 +1,148 @@
+"""GGUF files as bases: reading tensor by tensor gives the weights that transformers reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import strop
+from strop.errors import FolderError, ModelError
+from strop.exporting import llama_cpp
+from strop.exporting.gguf import export_gguf
+from strop.exporting.merge import merge
+from strop.models.load import copies_needed, load_base
+from strop.models.source import locate
+from tests.support import gguf_models
+from tests.support.tiny import write_rows
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-2", "smollm", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["q8_0", "f32"])
+def test_tensors_equal_those_read_by_transformers(
+    tmp_path: Path, family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 24))
+    # transformers assumes a head size of 128 for Qwen 3, and ignores a Llama's biases
+    sizes = {"qwen3": {"head_dim": 128}, "llama-2": {"attention_bias": False, "mlp_bias": False}}.get(family, {})
+    base = gguf_models.save(family, tmp_path / "base", **sizes)
+    export_gguf(str(gguf_models.adapt(base, tmp_path / "tuned")), tmp_path / "m.gguf", kind=kind, data=rows)
+    source = locate(str(tmp_path / "m.gguf"))
+    loaded_weights = []
+    for by_transformers in (False, True):
+        monkeypatch.setenv("STROP_CACHE", str(tmp_path / str(by_transformers)))
+        assert copies_needed(source, "none", True, torch.bfloat16) == (True, False)
+        assert copies_needed(source, "nf4", True, torch.bfloat16) == (True, True)
+        if by_transformers:
+            monkeypatch.setattr("strop.models.load.read_gguf_tensors", lambda *_: None)
+        loaded = load_base(source, torch.bfloat16, "cpu")
+        assert any((tmp_path / str(by_transformers)).rglob("bf16/model.safetensors")) == by_transformers  # one shard
+        assert copies_needed(source, "none", True, torch.bfloat16) == (False, False)
+        assert copies_needed(source, "nf4", True, torch.bfloat16) == (False, True)
+        loaded_weights.append(dict(loaded.named_parameters()))
+    first, second = loaded_weights
+    assert list(first) == list(second)
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def _set_number(key: str, value: int) -> Callable[[bytes], bytes]:
+    """Change a number in the header."""
+    name = struct.pack("<Q", len(key)) + key.encode()
+    return lambda raw: re.sub(
+        re.escape(name) + rb"(.{4}).{4}", name + rb"\1" + struct.pack("<I", value), raw, flags=re.S
+    )
+
+
+def _rename(name: str, new_name: str) -> Callable[[bytes], bytes]:
+    old, new = (struct.pack("<Q", len(text)) + text.encode() for text in (name, new_name))
+    return lambda raw: raw.replace(old, new)
+
+
+def _set_type(name: str, type_id: int) -> Callable[[bytes], bytes]:
+    """Change the type of a two-dimensional tensor."""
+    begin = re.escape(struct.pack("<Q", len(name)) + name.encode())
+    return lambda raw: re.sub(rb"(" + begin + rb".{20}).{4}", rb"\1" + struct.pack("<I", type_id), raw, flags=re.S)
+
+
+UP = "blk.0.ffn_up.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_set_number("llama.block_count", 1), "tensors of 2 layers, 1 expected"),
+        (
+            _set_number("llama.block_count", 3),
+            "tensors of 2 layers, 3 expected",
+        ),  # for example one part of a split file
+        (
+            _set_number("llama.attention.head_count", 8),
+            "not a readable GGUF|of another shape",
+        ),  # depends on transformers' version
+        (_rename(UP, "blk.0.ffn_uq.weight"), "1 weights are missing, first model.layers.0.mlp.up_proj.weight"),
+        (_rename(UP, "blk.1.ffn_up.weight"), "not a readable GGUF"),
+        (
+            _rename("rope_freqs.weight", "blk.0.attn_q.bias"),
+            "1 of its tensors have no place .*, first blk.0.attn_q.bias",
+        ),
+        (_set_type(UP, 99), "not a readable GGUF"),
+        (_set_type(UP, 26), "not a readable GGUF"),
+    ],
+)
+def test_gguf_file_of_another_model_is_refused(
+    damage: Callable[[bytes], bytes], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would fill missing weights with random values."""
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    rows = str(write_rows(tmp_path / "rows.jsonl", 4))
+    adapter = gguf_models.adapt(gguf_models.save("llama", tmp_path / "base"), tmp_path / "tuned")
+    file = tmp_path / "m.gguf"
+    export_gguf(str(adapter), file, kind="f32", data=rows)
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert file.read_bytes() != whole
+    with pytest.raises(ModelError, match=message):
+        load_base(locate(str(file)), torch.bfloat16, "cpu")
+
+
+def test_llama_biases_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header does not mention them, so transformers builds the model without biases."""
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 4))
+    adapter = gguf_models.adapt(gguf_models.save("llama-2", tmp_path / "base", attention_bias=True), tmp_path / "tuned")
+    export_gguf(str(adapter), tmp_path / "m.gguf", kind="f32", data=rows)
+    with pytest.raises(ModelError, match=r"8 of its tensors have no place .*, first blk\.0\.attn_k\.bias"):
+        load_base(locate(str(tmp_path / "m.gguf")), torch.bfloat16, "cpu")
+
+
+def test_merge_on_gguf_base_names_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A GGUF header does not name the class, which servers need.
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    rows = str(write_rows(tmp_path / "rows.jsonl", 24))
+    base = gguf_models.save("llama", tmp_path / "base")
+    export_gguf(str(gguf_models.adapt(base, tmp_path / "first")), tmp_path / "m.gguf", kind="f32", data=rows)
+    adapter = gguf_models.adapt(str(tmp_path / "m.gguf"), tmp_path / "second")
+    merge(str(adapter), tmp_path / "merged", measure=False)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_full_cache_disk_is_refused_before_training(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    room = {tmp_path / "cache": 1000}
+    monkeypatch.setattr("strop.training.preflight.free_bytes", lambda path: room.get(path, 1 << 40))
+    options = {"model": str(tiny_folder), "data": str(rows_file), "train.max_steps": 1, "model.dtype": "fp32"}
+    with pytest.raises(FolderError, match="copies of the base") as raised:
+        strop.train(**options, out=tmp_path / "q", **{"model.quantization": "nf4"})
+    assert "STROP_CACHE" in raised.value.fix and not (tmp_path / "q").exists()
+    strop.train(**options, out=tmp_path / "whole")

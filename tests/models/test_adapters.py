@@ -1,0 +1,83 @@
+"""Adapters with trained biases: disabling the adapter restores the base's biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import strop
+from strop.data.types import Message
+from strop.errors import ModelError
+from tests.support import tiny
+from tests.support.serving import serving
+
+PROMPT = "what is 3"
+
+
+@pytest.fixture
+def biased(tmp_path: Path) -> Path:
+    """Return a tiny Qwen 2 whose q, k and v have nonzero biases."""
+    folder = tiny.save_tiny(tmp_path / "qwen")
+    config = {**tiny.config().to_dict(), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**config))
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def train(base: Path, rows: Path, out: Path, bias: str) -> Path:
+    options = {"lora": {"r": 2, "bias": bias}, "train": {"max_steps": 8, "learning_rate": 0.1}}
+    return strop.train(model={"name": str(base), "dtype": "fp32"}, data=rows, out=out, **options).folder
+
+
+def logits(module: Any) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = module(torch.arange(7, 20)[None]).logits
+    return output
+
+
+def test_disabled_adapter_restores_base_biases(biased: Path, rows_file: Path, tmp_path: Path) -> None:
+    run = train(biased, rows_file, tmp_path / "run", "all")
+    bare, model = strop.load(biased, dtype="fp32"), strop.load(run, dtype="fp32")
+    before = logits(model.module)
+    with model.base():
+        assert torch.equal(logits(model.module), logits(bare.module))
+        assert model.generate(PROMPT, max_new_tokens=6) == bare.generate(PROMPT, max_new_tokens=6)
+    assert torch.equal(logits(model.module), before) and not torch.allclose(before, logits(bare.module), atol=0.01)
+    both = model.answer([model.renderer.prompt([Message("user", PROMPT)])], max_new_tokens=6, both=True)
+    assert [answer.text for answer in both] == [
+        bare.generate(PROMPT, max_new_tokens=6)[0], model.generate(PROMPT, max_new_tokens=6)[0]
+    ]  # fmt: skip
+    evaluation, base_evaluation = strop.evaluate(run, rows_file), strop.evaluate(biased, rows_file)
+    assert evaluation["base"]["loss"] == pytest.approx(base_evaluation["base"]["loss"], rel=1e-3)  # bf16
+    assert evaluation["base"]["loss"] != pytest.approx(evaluation["tuned"]["loss"], rel=1e-2)
+
+
+def test_adapter_with_biases_cannot_share_base(biased: Path, rows_file: Path, tmp_path: Path) -> None:
+    plain, biased_run = (train(biased, rows_file, tmp_path / bias, bias) for bias in ("none", "lora_only"))
+    for first, second in ((plain, biased_run), (biased_run, plain)):
+        model = strop.load(first, dtype="fp32")
+        with pytest.raises(ModelError, match="trained biases"):
+            model.add(str(second))
+
+
+def test_server_answers_with_base_and_adapter_biases(biased: Path, rows_file: Path, tmp_path: Path) -> None:
+    run = train(biased, rows_file, tmp_path / "run", "all")
+    bare, model = strop.load(biased, dtype="fp32"), strop.load(run, dtype="fp32")
+    expected = {
+        "base": bare.generate(PROMPT, max_new_tokens=6)[0],
+        "run": model.generate(PROMPT, max_new_tokens=6)[0],
+    }
+    with serving(run, "--dtype", "fp32") as server:
+        for name in ("run", "base", "run"):
+            messages = [{"role": "user", "content": PROMPT}]
+            body = {"model": name, "messages": messages, "max_tokens": 6, "temperature": 0}
+            reply = server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+            assert reply == expected[name]
