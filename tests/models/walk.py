@@ -82,7 +82,7 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
     def plan() -> str:
         shown = strop.plan(model=base, data=rows, memory=8 << 30, **QUICK)
         weights = sum(weight.numel() for weight in load_without_weights(locate(str(base))).parameters())
-        off = shown.setting.parameters / weights - 1
+        off = shown.workload.base.parameters / weights - 1
         return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
 
     def modules() -> str:
