@@ -26,8 +26,6 @@ def adapters(
     as_json: Json = False,
 ) -> None:
     """List adapters, show one, compare two, or write a weighted sum of several."""
-    from dataclasses import asdict
-
     names = names or ["runs"]
     if weights and out is None:
         raise RecipeError("--weights: has no effect without --out", fix="give --out")
@@ -35,19 +33,19 @@ def adapters(
         raise RecipeError(f"{len(names)} adapters: only two can be compared", fix="add them with --out and --weights")
     result: dict[str, Any]
     with status_line("loading the libraries") as status:
-        from strop.exporting import adapters as known
+        from strop.exporting import adapters as exporting
 
         status.update("reading the adapters")
         if out is not None:
-            combined = known.combine(names, parse_numbers(weights), out)
-            result = {**asdict(combined), "notes": known.told_apart(names)}
+            combined = exporting.combine(names, parse_numbers(weights), out)
+            result = {**combined, "notes": exporting.find_prompt_differences(names)}
         elif len(names) == 2:
-            result = known.compare(*names)
-        elif known.is_adapter(names[0]):
-            result = {**asdict(known.facts(names[0])), "norm": known.norm(names[0])}
-            result["not_measured"] = known.unmeasured(names[0])
+            result = exporting.compare(*names)
+        elif exporting.is_adapter(names[0]):
+            result = {**exporting.read_info(names[0]), "norm": exporting.compute_norm(names[0])}
+            result["not_measured"] = exporting.why_not_measured(names[0])
         else:
-            result = {"adapters": [asdict(facts) for facts in known.found_in(Path(names[0]))]}
+            result = {"adapters": exporting.find_adapters(Path(names[0]))}
     if out is not None:
         print_notes(result["notes"])
         console.print(f"[bold]wrote[/]    {escape(str(result['folder']))}: rank {result['rank']}")

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import Data, Json, NoParity, Tuned
+from strop.cli.options import AdapterName, Data, Json, NoParity
 from strop.cli.progress import status_line
 from strop.cli.tables import console, print_base, print_json, print_notes, print_parity
 from strop.engine.kernels import warmup
@@ -24,7 +24,7 @@ Type = Annotated[
 
 
 def gguf(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="File to write.")],
     kind: Type = None,
     adapter: Annotated[
@@ -47,7 +47,7 @@ def gguf(
 
 
 def ollama(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     kind: Type = None,
     data: Data = None,
@@ -70,12 +70,12 @@ def ollama(
 
 def _print_exported(exported: Exported) -> None:
     print_base(exported.base, exported.base_losses)
-    found = exported.found
-    if found is None or found.parity is None:
+    check = exported.check
+    if check is None or check.parity is None:
         console.print(f"[bold]parity[/]   {escape(str(exported.unmeasured))}", style="yellow")
         return
-    print_parity(found.parity)
+    print_parity(check.parity)
     console.print(
-        f"[bold]text[/]     {found.strings} of 200 strings tokenized identically, {found.conversations} prompts equal; "
-        f"{found.answers_equal} of {found.answers} greedy answers equal, {found.answers_stopped} stopped"
+        f"[bold]text[/]     {check.strings} of 200 strings tokenized identically, {check.conversations} prompts equal; "
+        f"{check.answers_equal} of {check.answers} greedy answers equal, {check.answers_stopped} stopped"
     )

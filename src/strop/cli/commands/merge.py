@@ -9,14 +9,14 @@ import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import Data, Json, NoParity, Tuned
+from strop.cli.options import AdapterName, Data, Json, NoParity
 from strop.cli.progress import status_line
 from strop.cli.tables import console, print_base, print_json, print_parity
 from strop.engine.kernels import warmup
 
 
 def merge(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     data: Data = None,
