@@ -170,7 +170,7 @@ def test_adapters_on_one_base_answer_as_if_alone(runs: tuple[Path, Path], tmp_pa
     with pytest.raises(ModelError, match="no adapter"):
         model.add(str(tmp_path))
     for folder in runs:
-        with pytest.raises(ModelError, match="loaded already"):
+        with pytest.raises(ModelError, match="is already loaded"):
             model.add(str(folder))
 
 

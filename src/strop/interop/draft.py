@@ -252,12 +252,12 @@ STRATEGY_KEYS = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_s
 LAYER_NAME = re.compile(r"[\w.\- ]*$")  # a plain layer name, not a regular expression
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # the defaults of strop and of all tools here
 TRUNCATION_NOTE = (
-    "longer rows lose their end there, including the stop token of the answer; strop refuses such rows: "
+    "the other tool cuts longer rows at their end, and the answer loses its stop token; strop refuses such rows: "
     "raise data.max_length, or choose data.overlong"
 )
-INT8_NOTE = "each weight row is scaled by its largest value here; outliers stay in 16 bit there"
-NO_LIMIT_NOTE = "null or None: no limit there; at most data.max_length tokens here"
-WARMUP_NOTE = "the first step has learning rate 0 there, and one warmup step's rate here"
+INT8_NOTE = "strop scales each weight row by its largest value; the other tool keeps outliers in 16 bit"
+NO_LIMIT_NOTE = "null or None: no limit in the other tool; at most data.max_length tokens in strop"
+WARMUP_NOTE = "the first step has learning rate 0 in the other tool, and one warmup step's rate in strop"
 NO_GRPO = (  # message, fix
     "its reward functions are code, which is not executed",
     "write the recipe yourself: train.objective grpo, train.rewards file.py:function",
@@ -286,11 +286,13 @@ def put_batch_size(draft: Draft, rows: Any, steps: Any, key: str) -> None:
     at_once = as_int(key, rows)
     draft.put("train.batch_size", at_once * as_int(key, steps), key)
     draft.put("train.micro_batch", at_once, key)
-    draft.add_difference(key, "per device there; strop's batch_size is the effective batch over all devices")
+    draft.add_difference(
+        key, "per device in the other tool; strop's batch_size is the effective batch over all devices"
+    )
 
 
 def note_packing(draft: Draft, key: str) -> None:
-    text = "the batch counts packed sequences of many rows there; strop counts rows and packs automatically: "
+    text = "the other tool's batch counts packed sequences of many rows; strop counts rows and packs automatically: "
     text += "multiply train.batch_size by the number of rows that fit into one sequence"
     draft.add_difference(key, text)
 
@@ -328,7 +330,7 @@ def disable_dropout_for_preferences(draft: Draft, key: str) -> None:
     """Set dropout to 0 for preference objectives, as TRL and tools built on it do (disable_dropout)."""
     if draft.get("train.objective") is not None and (share := draft.get("lora.dropout")):
         draft.put("lora.dropout", 0.0, "disable_dropout")
-        draft.add_difference(key, f"{share}: not used there: preference objectives disable dropout")
+        draft.add_difference(key, f"{share}: not used by the other tool: its preference objectives disable dropout")
 
 
 def put_schedule(draft: Draft, key: str, name: Any) -> None:
@@ -339,7 +341,7 @@ def put_schedule(draft: Draft, key: str, name: Any) -> None:
         return
     draft.put("train.lr_scheduler", known, key)
     if name == "constant":
-        draft.put("train.warmup", 0, f"{key}: no warmup there")
+        draft.put("train.warmup", 0, f"{key}: no warmup")
 
 
 def put_dtype_flags(draft: Draft, keys: Keys) -> None:
@@ -387,9 +389,9 @@ def put_warmup(draft: Draft, keys: Keys, *, constant: bool) -> None:
     """Read the warmup. constant: the schedule is `constant`, which ignores warmup in transformers."""
     steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
     value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
-    draft.put("train.warmup", as_number(value or 0), key if value else "no warmup there")
+    draft.put("train.warmup", as_number(value or 0), key if value else "no warmup")
     if value and constant:
-        draft.add_ignored(key, f"{value}: ignored there too: lr_scheduler_type constant has no warmup")
+        draft.add_ignored(key, f"{value}: ignored by the other tool too: lr_scheduler_type constant has no warmup")
     elif value:
         draft.add_difference(key, WARMUP_NOTE)
 
@@ -404,12 +406,14 @@ def schedule_and_output(draft: Draft, keys: Keys) -> None:
             continue
         strategies = [keys.peek(strategy) for strategy in STRATEGY_KEYS.get(key, ())]
         if unused := [strategy for strategy in strategies if strategy not in (None, "steps")]:
-            draft.add_ignored(key, f"{interval}: ignored there: {key.partition('_')[0]}_strategy is {unused[0]}", at)
+            draft.add_ignored(
+                key, f"{interval}: ignored by the other tool: {key.partition('_')[0]}_strategy is {unused[0]}", at
+            )
             continue
         if isinstance(interval, int) and interval >= 1:
             draft.put(f"train.{name}", interval, key)
         elif interval:
-            text = f"{interval}: a share of all steps there; set train.{name} to a number of steps"
+            text = f"{interval}: a share of all steps in the other tool; set train.{name} to a number of steps"
             draft.add_unsupported(key, text, at)
     for key in PARALLELISM_KEYS:
         at = keys.line(key)
@@ -444,7 +448,7 @@ def put_lora(
     for key, name in ((rank, "lora.r"), (alpha, "lora.alpha"), (dropout, "lora.dropout")):
         given = keys.take(key)
         value, source = (given, key) if given is not None else (defaults.get(name), None)
-        source = source or keys.default(key, f"default of {key} there")
+        source = source or keys.default(key, f"default of {key}")
         if value is not None:
             draft.put(name, as_number(value), source)
     given = keys.take(modules)

@@ -39,17 +39,15 @@ class MicroBatch:
     tokens: int  # number of packed tokens; a shared prefix counts once
     supervised: int  # number of rows of the output head
     documents: tuple[tuple[int, int, int], ...]  # (number, queries, keys) of each bucket of documents
-    accumulates: bool = (
-        False  # the step has other micro-batches (gradient accumulation), whose gradients stay allocated
-    )
+    more: bool = False  # the step has other micro-batches (gradient accumulation), whose gradients stay allocated
     shared: int = 0  # tokens saved by a shared prefix, less the tokens added by padding
 
     @staticmethod
-    def rows(lengths: Sequence[int], *, share: float = 1.0, accumulates: bool = True) -> MicroBatch:
+    def rows(lengths: Sequence[int], *, share: float = 1.0, more: bool = True) -> MicroBatch:
         """Return documents of these lengths without a shared prefix. share: supervised share of the tokens."""
         tokens = sum(lengths)
         documents = tuple((number, length, length) for length, number in sorted(Counter(lengths).items()))
-        return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, accumulates)
+        return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, more)
 
     @property
     def number(self) -> int:
@@ -105,11 +103,11 @@ def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
     # After its attention, the last layer computes only the supervised rows.
     saved = on_device * inputs + (layers - recomputed) * block - (0 if recomputed == layers else block - last)
     # The head's gradient during a layer's backward pass, unless it is allocated already by earlier micro-batches.
-    head_gradient = 0 if batch.accumulates or compute.device == "cpu" else head_gradient_bytes(workload)
+    head_gradient = 0 if batch.more or compute.device == "cpu" else head_gradient_bytes(workload)
     outer, head_rows = outer_bytes(workload, batch)
     saved += outer
     moments = [LiveBytes(saved, head_rows, head_bytes(workload, batch))]
-    if workload.adapter.full_embedding and batch.accumulates:
+    if workload.adapter.full_embedding and batch.more:
         # The embedding's gradient comes last, in addition to that of earlier micro-batches. The arena stays allocated.
         gradient = batch.tokens * workload.shape.hidden * (4 + compute.dtype_bytes)
         arena = saved if compute.device == "cpu" and compute.step == "fast" and not recomputed else 0
@@ -326,7 +324,7 @@ def head_bytes(workload: Workload, batch: MicroBatch) -> int:
     """
     shape, adapter, compute = workload.shape, workload.adapter, workload.compute
     b = compute.dtype_bytes
-    trained = head_gradient_bytes(workload) if batch.accumulates or compute.device != "cpu" else 0
+    trained = head_gradient_bytes(workload) if batch.more or compute.device != "cpu" else 0
     if compute.step == "plain":
         return batch.supervised * shape.vocabulary * 2 * b + trained  # logits and their gradient
     trained += b * (shape.embedding if adapter.full_head and b < 4 else 0) + b * adapter.head_rank * shape.vocabulary

@@ -265,7 +265,7 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
         # Each layer that saves activations keeps the adapter in the compute dtype for its backward pass.
         share = 1 - compute.checkpointed_layers / workload.shape.layers if compute.dtype_bytes < 4 else 0.5
         parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.extra_weights) * share)
-    gradients_at_peak = trainable if batch.accumulates or compute.device == "cpu" else 0
+    gradients_at_peak = trainable if batch.more or compute.device == "cpu" else 0
     moments = [
         (peak_live_bytes(workload, batch), gradients_at_peak),
         (LiveBytes(), trainable),

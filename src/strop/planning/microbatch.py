@@ -111,7 +111,7 @@ def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
         lengths = [length] * answers * min(budget // (length * answers), train.batch_size)
         rest = (budget - sum(lengths)) // answers
         lengths += [rest] * answers if len(lengths) < answers_per_step and rest > 1 else []
-    return MicroBatch.rows(lengths, accumulates=len(lengths) < answers_per_step)
+    return MicroBatch.rows(lengths, more=len(lengths) < answers_per_step)
 
 
 def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
@@ -130,9 +130,7 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
     number = answers * min(number, train.batch_size, len(rows) // answers)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    batch = MicroBatch.rows(
-        [mean] * number, share=share, accumulates=number < min(answers * train.batch_size, len(rows))
-    )
+    batch = MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train.batch_size, len(rows)))
     return _with_shared_prefix(batch, [mean] * number, prefix)
 
 
@@ -156,12 +154,12 @@ def _cut(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: b
     return [_micro_batch([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
 
 
-def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, accumulates: bool) -> MicroBatch:
+def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
     lengths, supervised = [tokens for tokens, _ in rows], sum(count for _, count in rows)
     if not packed:
-        batch = MicroBatch.rows([max(lengths)] * len(rows), accumulates=accumulates)
+        batch = MicroBatch.rows([max(lengths)] * len(rows), more=more)
         return replace(batch, supervised=supervised, shared=sum(lengths) - batch.tokens)
-    batch = MicroBatch.rows(lengths, accumulates=accumulates)
+    batch = MicroBatch.rows(lengths, more=more)
     return _with_shared_prefix(replace(batch, supervised=supervised), lengths, prefix)
 
 

@@ -1,7 +1,12 @@
 """The events of a run, one JSON object per line. Callbacks, the progress bar and trackers get the same objects.
 
-Every event has `event` (its kind) and `time` (seconds since 1970). Kinds: machine, recipe, data, start, resume,
-override, rehearsal, reference, reference-check, step, eval, save, skip, doubt, rollback, shrink, note, stop, end.
+Every event has `event` (its kind) and `time` (seconds since 1970). The kinds are:
+
+- machine, recipe, data, reference, rehearsal (the dry run): before the first step
+- start, resume, override (a changed setting), stop, end: of the run
+- step, eval, save, reference-check, note
+- skip (a rejected update), doubt (an applied update with an unusual loss), rollback
+- shrink: a setting that was changed after running out of memory
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Forecast:
     def dry_run_bytes(self, device: str) -> int:
         """Predict it after the dry run: without optimizer state and what earlier micro-batches leave."""
         step = self.phases["train"]
-        later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.accumulates else 0)
+        later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.more else 0)
         context = step.parts["framework"] if device.startswith("cuda") else 0
         return max(self.phases["load"].peak_bytes, step.peak_bytes - later) - context
 
@@ -104,8 +104,8 @@ def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
     if job.state.progress.streamed:
         setting = setting.replace(resident_layers=0)
     candidates = [
-        (items, describe_batch(job, items, accumulates, setting.compute.attention_tiles))
-        for items, accumulates in _largest_batches(job, setting)
+        (items, describe_batch(job, items, more, setting.compute.attention_tiles))
+        for items, more in _largest_batches(job, setting)
     ]
     items, batch = max(candidates, key=lambda pair: peak_live_bytes(setting, pair[1]).total)
     dtype = _decode_dtype(job.recipe.model.device)
@@ -132,18 +132,18 @@ def _sampling(job: Job) -> RolloutLoad | None:
     return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
 
 
-def describe_batch(job: Job, items: Sequence[Item], accumulates: bool, tiles: bool) -> MicroBatch:
+def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
     """Return the sizes of a micro-batch as the step computes it: packed with shared prefixes, or padded."""
     examples = [example for item in items for example in item.examples]
     supervised = sum(example.supervised for example in examples)
     if not job.step.packed:
         longest = max(len(example) for example in examples)
-        return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), accumulates)
+        return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
     pack_examples = pack if isinstance(items[0], Example) else pack_separately
     packed = pack_examples(examples, prefix_sharing=job.step.prefix_sharing, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
     num_outputs = len(examples) if is_scored(job.criterion) else len(packed.label_rows)
-    return MicroBatch(len(packed.ids), num_outputs, documents, accumulates)
+    return MicroBatch(len(packed.ids), num_outputs, documents, more)
 
 
 def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
@@ -158,15 +158,13 @@ def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool
         items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:
-            chosen, accumulates = [items[row] for row in group], len(groups) > 1
+            chosen, more = [items[row] for row in group], len(groups) > 1
             lengths = [len(example) for item in chosen for example in item.examples]
-            batch = MicroBatch.rows(
-                lengths if job.step.packed else [max(lengths)] * len(lengths), accumulates=accumulates
-            )
+            batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
             batch = replace(batch, supervised=sum(item.supervised for item in chosen))
-            sizes.append((peak_live_bytes(setting, batch).total, tuple(step.rows[row] for row in group), accumulates))
+            sizes.append((peak_live_bytes(setting, batch).total, tuple(step.rows[row] for row in group), more))
     largest = heapq.nlargest(MAX_PACKED, sizes)
-    return [([job.criterion.longest(job.train[row]) for row in rows], accumulates) for _, rows, accumulates in largest]
+    return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
 def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTracker) -> Forecast:
