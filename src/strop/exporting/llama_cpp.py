@@ -144,17 +144,13 @@ def quantize(source: Path, out: Path, kind: str) -> None:
 
 @dataclass
 class FileCheck:
-    """Comparison of a GGUF file in llama.cpp with the tuned model.
-
-    strings: of SAMPLE_STRINGS, tokenized identically. conversations: of ten, with the same prompt. answers: greedy
-    answers that both models gave.
-    """
+    """Comparison of a GGUF file in llama.cpp with the tuned model."""
 
     parity: Parity | None = None
-    strings: int = 0
+    strings: int = 0  # of SAMPLE_STRINGS, tokenized identically
     strings_differ: list[str] = field(default_factory=list)
-    conversations: int = 0
-    answers: int = 0
+    conversations: int = 0  # of ten, with the same prompt
+    answers: int = 0  # greedy, of both models
     answers_equal: int = 0
     answers_stopped: int = 0
     reference_stopped: int = 0
@@ -218,10 +214,7 @@ def _differs(what: str) -> ParityError:
 def open_checker(
     tuned: TunedModel, renderer: Renderer, vocabulary: Vocabulary
 ) -> Iterator[Callable[[Path, str, Path | None], FileCheck]]:
-    """Yield a function (file, type, adapter file) that compares a file in llama.cpp with the tuned model in fp32.
-
-    It raises ParityError beyond the limit of the type, or if llama.cpp reads text differently.
-    """
+    """Yield a function that compares (file, type, adapter file) with the tuned model in fp32. Raises ParityError."""
     rows = tuned.examples[:PROMPTS]
     prompts = [_prompt(example) for example in rows]
     context = max(len(example) for example in [*select_rows(tuned.examples)[0], *rows]) + MAX_NEW_TOKENS
