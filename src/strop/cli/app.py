@@ -20,26 +20,12 @@ from typing import Annotated, Any
 import typer
 
 from strop import __version__
-from strop.cli.commands.adapters import adapters
-from strop.cli.commands.chat import chat
-from strop.cli.commands.check import check
-from strop.cli.commands.dash import dash
-from strop.cli.commands.demo import demo
-from strop.cli.commands.doctor import doctor
-from strop.cli.commands.evaluate import evaluate
-from strop.cli.commands.export import gguf, ollama
-from strop.cli.commands.export_script import export_script
-from strop.cli.commands.import_ import import_
-from strop.cli.commands.launch import kubernetes, ray, skypilot, slurm
-from strop.cli.commands.merge import merge
-from strop.cli.commands.modules import modules
-from strop.cli.commands.plan import plan
-from strop.cli.commands.push import push
-from strop.cli.commands.resume import resume
-from strop.cli.commands.runs import runs
-from strop.cli.commands.schema import schema
-from strop.cli.commands.serve import serve
-from strop.cli.commands.train import train
+from strop.cli.commands.export import adapters, export_script, gguf, merge, ollama, push
+from strop.cli.commands.generate import chat, evaluate, serve
+from strop.cli.commands.interop import import_, kubernetes, ray, skypilot, slurm
+from strop.cli.commands.prepare import check, doctor, modules, plan, schema
+from strop.cli.commands.runs import dash, runs
+from strop.cli.commands.train import demo, resume, train
 from strop.cli.invocation import with_command_name
 from strop.cli.options import add_recipe_options
 from strop.cli.tables import console, print_json
