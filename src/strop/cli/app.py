@@ -145,10 +145,7 @@ def main() -> None:
 
 
 def build(words: Sequence[str]) -> typer.Typer:
-    """Return the command line for these arguments.
-
-    Recipe flags are generated only for commands among the arguments: they take 0.1 s, which `strop --help` saves.
-    """
+    """Return the command line; only commands among `words` get recipe flags, whose generation takes 0.1 s."""
     app = typer.Typer(
         help="Fine-tune open language models with LoRA on your own hardware, and measure the result.",
         no_args_is_help=True,
@@ -173,11 +170,9 @@ def _epilog(name: str) -> str:
 
 
 def _shorten_exit() -> None:
-    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide what libraries print after it.
-
-    nanobind (in triton from 3.9) reports objects that are alive at exit as leaks, in about 100 lines.
-    """
+    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide what libraries print after it."""
     gc.freeze()
+    # nanobind (in triton from 3.9) reports objects that are alive at exit as leaks, in about 100 lines
     if "triton" in sys.modules and not os.environ.get("STROP_DEBUG"):
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -39,11 +39,7 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collection[str] = ()) -> Any:
-    """Return the command with one flag per recipe field; it receives the flags that are used as `options`.
-
-    enabled: False returns a command without the flags. only: restrict the flags to these fields, of a command whose
-    default is the run's value.
-    """
+    """Return the command with one flag per recipe field (or field of `only`); it receives those used as `options`."""
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     fields, short_forms = _recipe_fields() if enabled else ({}, {})
     flags = {field.replace(".", "__"): field for field in fields if not only or field in only}

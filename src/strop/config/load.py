@@ -1,8 +1,4 @@
-"""Combine defaults, a preset, a recipe file and options into one Recipe, and record the origin of each value.
-
-Later layers win: default < preset < recipe file < option. Values that are still `auto` or unset after that are decided
-by planning/choose.py and have the origin `plan`.
-"""
+"""Combine layers into a Recipe and record each value's origin: default < preset < recipe file < option, then plan."""
 
 from __future__ import annotations
 
@@ -80,10 +76,7 @@ class Resolved:
 
 
 def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None = None) -> Resolved:
-    """Apply a recipe file and options (by dotted name or short form) over the preset and the defaults.
-
-    Raises RecipeError for unknown keys, with the most similar known one, and for invalid values.
-    """
+    """Apply a recipe file and options (dotted names or short forms) over preset and defaults. Raises RecipeError."""
     given: dict[str, tuple[Any, Origin, str]] = {}
     if recipe_file is not None:
         given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read_recipe(recipe_file).items()})
@@ -105,11 +98,7 @@ def read_resolved(path: Path) -> Resolved:
 
 
 def parse_option(name: str, text: str) -> Any:
-    """Convert the text of a command-line option to the recipe's value.
-
-    Lists are split at commas, maps are written as a=b,c=d, and `none` is None. A list may be written in brackets, as
-    in a recipe, except for `lora.new_tokens`, where brackets belong to the tokens.
-    """
+    """Convert an option's text to the recipe's value: a,b or [a,b] to a list, a=b,c=d to a map, `none` to None."""
     hint = dict(option_fields())[name].annotation
     kinds = {typing.get_origin(part) or part for part in _union_members(hint)}
     if text.lower() in ("none", "null", "") and type(None) in kinds:
@@ -127,6 +116,7 @@ def parse_option(name: str, text: str) -> Any:
             what = f"--{name} {text}: not YAML: {getattr(error, 'problem', None) or error}"
             raise RecipeError(what, fix="put the value in quotes, inside the quotes of the shell") from None
     if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
+        # brackets belong to the tokens in lora.new_tokens
         bare = text if name == "lora.new_tokens" or not re.fullmatch(r"\[.*\]", text) else text[1:-1]
         return [part.strip() for part in bare.split(",") if part.strip()]
     return text

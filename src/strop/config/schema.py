@@ -1,8 +1,4 @@
-"""The recipe: every option of a run, stated once, with its unit, bounds and help text.
-
-Command-line flags, the JSON schema and the table in the docs are generated from these classes. A recipe is frozen and
-complete. config/load.py stores the origin of each value.
-"""
+"""The recipe: every option of a run. Flags, the JSON schema and the table in the docs are generated from it."""
 
 from __future__ import annotations
 

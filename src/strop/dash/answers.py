@@ -179,10 +179,7 @@ def _append(file: Path, value: dict[str, Any]) -> None:
 
 
 def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Compare runs: settings that differ, scores, and each pair of runs on their common rows.
-
-    rows: rows of the table. recipes: values by field, by name of the run.
-    """
+    """Compare runs, given as rows of the table: settings that differ, scores, and each pair on its common rows."""
     names = [row["name"] for row in rows]
     fields = dict.fromkeys(field for name in names for field in recipes[name])
     settings = []

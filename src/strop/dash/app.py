@@ -77,10 +77,7 @@ async def _http_error(_: Request, error: Exception) -> Response:
 def dash(
     folder: Path, *, host: str, port: int, more_hosts: Sequence[str], ready: Callable[[dict[str, Any]], None]
 ) -> int:
-    """Serve until a signal arrives and return its number. `ready` is called when requests are accepted.
-
-    Raises FolderError if the folder is a file, InputError for an unusable address.
-    """
+    """Serve until a signal arrives and return its number. `ready` is called when requests are accepted."""
     opened = folder.name if is_run(folder) else None
     root = folder.parent if opened else folder
     if root.exists() and not root.is_dir():

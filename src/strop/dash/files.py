@@ -1,7 +1,4 @@
-"""Read files of a run safely: inside its folder, no links, bounded sizes.
-
-A run folder may come from anyone, and a link in it could expose any file of this user.
-"""
+"""Read files of a run, which may come from anyone: inside its folder, no links to other files, bounded sizes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""A run's events as columns, read incrementally, and curves that keep every spike at any length.
-
-The trainer appends to events.jsonl, truncates a last line that a crash left incomplete, and repeats steps after a
-resume or a rollback. A repeated step counts with its last values; the earlier ones are kept as `undone`.
-"""
+"""A run's events as columns, read incrementally, and curves that keep every spike at any length."""
 
 from __future__ import annotations
 
@@ -62,7 +58,7 @@ class History:
         self.columns: dict[str, array[float]] = {}
         self.eval_steps, self.evals = array("l"), array("d")
         self.eval_seconds = array("d")
-        self.undone: list[tuple[int, float]] = []
+        self.undone: list[tuple[int, float]] = []  # step and loss, replaced by a resume or a rollback
         self.marks: list[dict[str, Any]] = []
         self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
         self.newest: dict[str, Event] = {}
@@ -319,10 +315,7 @@ def _within(x: Values, y: Values, start: float | None, end: float | None, points
 
 
 def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
-    """Return the indices of minimum and maximum in each of `parts` equal parts of the axis, and both ends.
-
-    x must be increasing. LTTB, the usual method, may drop a single spike; this cannot.
-    """
+    """Return the indices of both ends and of each part's extremes: LTTB may drop a spike. x: must be increasing."""
     edges = np.searchsorted(x, np.linspace(x[0], x[-1], parts + 1)[1:-1], side="left")
     chosen = {0, len(x) - 1}
     for low, high in zip([0, *edges.tolist()], [*edges.tolist(), len(x)], strict=True):

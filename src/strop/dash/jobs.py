@@ -1,7 +1,4 @@
-"""Run CLI commands as child processes, each in its own session, with a folder for its state and output.
-
-Jobs outlive the page and the server. Their state is read from their folders and processes.
-"""
+"""Run CLI commands as child processes that outlive the server, each with a folder for its state and output."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""HTTP routes of the dashboard: reading, actions, and event streams.
-
-Actions that change a run start the CLI as a child process, with the arguments a user would type.
-"""
+"""HTTP routes of the dashboard: reading, event streams, and actions, which start the CLI as a child process."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ CHANGING = (  # fields of a row that change at every step
 
 
 async def read_fields(request: Request, **fields: Any) -> list[Any]:
-    """Return fields of the query, or of the JSON body of a POST.
-
-    fields: the type by name, or (type, default). Raises InputError for missing, invalid and unknown fields.
-    """
+    """Return fields, given as type or (type, default), of the query or a POST's JSON body. Raises InputError."""
     post = request.method == "POST"
     given = await _read_body(request) if post else dict(request.query_params)
     values = []

@@ -1,7 +1,4 @@
-"""Worker processes of the server that plan or read data, with one JSON object per line in and out.
-
-The server imports neither tokenizers nor the planner, so that it starts quickly and stays small.
-"""
+"""Worker processes that plan or read data for the server, which stays small; one JSON object per line in and out."""
 
 from __future__ import annotations
 

@@ -35,20 +35,14 @@ class Note:
 
 @dataclass
 class Draft:
-    """The result of reading another tool's config, before validation.
-
-    fields: recipe values by dotted name, each with the key it came from.
-    differs: keys that were imported but have another meaning in strop.
-    unsupported: keys without an equivalent, left out.
-    ignored: keys left out because strop decides them itself and they do not change what is learned.
-    """
+    """The result of reading another tool's config, before validation."""
 
     peer: str
     file: Path
-    fields: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    differs: list[Note] = field(default_factory=list)
-    unsupported: list[Note] = field(default_factory=list)
-    ignored: list[Note] = field(default_factory=list)
+    fields: dict[str, tuple[Any, str]] = field(default_factory=dict)  # by dotted name: value, and the key it came from
+    differs: list[Note] = field(default_factory=list)  # keys that have another meaning in strop
+    unsupported: list[Note] = field(default_factory=list)  # keys without an equivalent
+    ignored: list[Note] = field(default_factory=list)  # keys that strop decides itself; they do not change the result
     model_unreadable: bool = False  # a model is given as an expression that only running the script would evaluate
 
     def put(self, name: str, value: Any, source: str) -> None:
@@ -126,12 +120,7 @@ class Imported:
 
 
 def import_config(peer: str, path: Path) -> Imported:
-    """Import another tool's config as a recipe, with a note on every key that differs or is left out.
-
-    Raises:
-        RecipeError: for an unknown tool, or a value that strop does not accept.
-        InputError: if the file is not a config of this tool, or trains in a way strop does not support.
-    """
+    """Import another tool's config as a recipe, with a note on every key that differs or is left out."""
     if peer not in IMPORTERS:
         what = f"{peer}: not a tool that strop imports from{nearest(peer, IMPORTERS)}"
         raise RecipeError(what, fix=f"give {', '.join(IMPORTERS)}")
@@ -141,10 +130,7 @@ def import_config(peer: str, path: Path) -> Imported:
 
 
 class Keys:
-    """The keys of a config. Each is taken once; keys left at the end are reported.
-
-    lines: line of each key in its file. unread: keys whose values cannot be evaluated. none: keys given as None.
-    """
+    """The keys of a config, taken one by one. unread: keys whose values cannot be evaluated. none: given as None."""
 
     def __init__(
         self, values: Mapping[str, Any], lines: Mapping[str, int] | None = None, unread: Iterable[str] = ()

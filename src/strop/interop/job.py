@@ -23,21 +23,17 @@ LONGEST_NAME = 40  # Kubernetes allows 63 characters and appends suffixes such a
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe to run on several nodes.
+    """A recipe to run on several nodes."""
 
-    name: job name of letters, digits and dashes. recipe, out: paths relative to `folder`. devices: per node.
-    cores: per device. gpus: whether a device is a GPU; otherwise it is a CPU process. needs: files the recipe uses.
-    """
-
-    name: str
-    recipe: str
+    name: str  # letters, digits and dashes
+    recipe: str  # relative to `folder`, as `out`
     folder: Path
     out: str
     nodes: int
-    devices: int
-    cores: int
-    gpus: bool
-    needs: tuple[str, ...]
+    devices: int  # per node
+    cores: int  # per device
+    gpus: bool  # devices are GPUs, not CPU processes
+    needs: tuple[str, ...]  # files that the recipe refers to
 
     @property
     def words(self) -> list[str]:
@@ -68,10 +64,7 @@ class Launched:
 
 
 def make_job(recipe: Path, *, nodes: int, devices: int, cores: int, out: str | None) -> Job:
-    """Validate a recipe and fix its run folder, so that a restarted job resumes the same run.
-
-    Raises RecipeError for an invalid recipe, DeviceError for one that cannot run on several devices.
-    """
+    """Validate a recipe and fix its run folder, so that a restarted job resumes the same run."""
     resolved = resolve(recipe).recipe
     device = resolved.model.device
     if device == "mps":
@@ -171,10 +164,7 @@ _Dumper.add_representer(BlockText, _represent_str)
 
 
 def dump_with_comments(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str]) -> str:
-    """Return a YAML document with comments above some of its keys.
-
-    comments: by path of keys (list positions as text). Raises KeyError for a path that does not exist.
-    """
+    """Return a YAML document with comments above keys, given by their path (list positions as text)."""
     text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     lines = text.removesuffix("\n").split("\n")
     places = dict(_key_positions(yaml.compose(text, Loader=yaml.SafeLoader), ()))

@@ -1,9 +1,4 @@
-"""Manifests for Kubernetes: the recipe as a ConfigMap, and a Kubeflow Trainer v2 TrainJob that runs torchrun.
-
-The runtime `torch-distributed`, which Kubeflow Trainer installs, sets PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK,
-PET_MASTER_ADDR and PET_MASTER_PORT in each pod; torchrun reads them as its options. Kubernetes restarts a failed pod;
-torchrun restarts nothing, so that all pods count the same number of restarts.
-"""
+"""Manifests for Kubernetes: the recipe as a ConfigMap, and a Kubeflow Trainer v2 TrainJob that runs torchrun."""
 
 from __future__ import annotations
 
@@ -22,11 +17,7 @@ LARGEST_RECIPE = 1 << 20  # bytes, the limit of a ConfigMap
 
 
 def launch(job: Job, file: Path | None, *, image: str, claim: str, force: bool) -> Launched:
-    """Write the manifests.
-
-    image: a container image with strop. claim: the PersistentVolumeClaim for data and run folder.
-    Raises RecipeError, FolderError.
-    """
+    """Write the manifests. image: contains strop. claim: the PersistentVolumeClaim for data and run folder."""
     require_relative_out(job, "on the volume")
     if not re.fullmatch(NAME, claim):
         fix = "give the claim's name, as `kubectl get pvc` has it"
@@ -85,6 +76,7 @@ def _train_job(job: Job, image: str, claim: str) -> dict[str, Any]:
         "kind": "TrainJob",
         "metadata": {"name": job.name},
         "spec": {
+            # sets PET_NNODES and others for torchrun, which restarts nothing, so that all pods count equal restarts
             "runtimeRef": {
                 "apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": "torch-distributed",
             },

@@ -1,8 +1,4 @@
-"""Python files for Ray: Ray Train places and restarts the workers; each runs strop in a separate process.
-
-A separate process is needed because Ray calls the worker function in a thread, where Python receives no signals, and in
-a process that has already joined Ray's own process group.
-"""
+"""Python files for Ray Train. Each worker runs strop as a child process: Ray's threads receive no signals."""
 
 from __future__ import annotations
 
@@ -24,8 +20,7 @@ def launch(job: Job, file: Path | None, *, force: bool) -> Launched:
 
 
 def _quote_for_two_shells(path: Path) -> str:
-    """Quote a path for two shells: the user's, and the cluster's, for which Ray adds double quotes around words with
-    spaces and escapes double quotes."""
+    """Quote a path for the user's shell, and for the cluster's, where Ray adds double quotes if there are spaces."""
     odd = r"[$`\\]" if " " in str(path) else r'[^\w@%+=:,./"-]'
     return shlex.quote(re.sub(odd, r"\\\g<0>", str(path)))
 

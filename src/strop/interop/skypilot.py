@@ -1,9 +1,4 @@
-"""Tasks for SkyPilot, run as managed jobs: they continue on other machines after preemption.
-
-SkyPilot sets SKYPILOT_NODE_IPS, SKYPILOT_NUM_NODES and SKYPILOT_NODE_RANK on each node, and syncs the folder `workdir`.
-The run folder is in a bucket or on a volume, because local disks are lost with their machines. Several nodes need a
-volume: writes to a bucket become visible to other nodes with a delay.
-"""
+"""Tasks for SkyPilot, run as managed jobs: they continue on other machines, so local disks hold no run folder."""
 
 from __future__ import annotations
 
@@ -44,11 +39,7 @@ class Store:
 
 
 def launch(job: Job, file: Path | None, *, gpus: str | None, store: Store, spot: bool, force: bool) -> Launched:
-    """Write a SkyPilot task.
-
-    gpus: SkyPilot's name of the GPU (`sky show-gpus`). spot: use cheaper machines that may be preempted.
-    Raises RecipeError, FolderError.
-    """
+    """Write a SkyPilot task. gpus: SkyPilot's name of the GPU (`sky show-gpus`)."""
     require_relative_out(job, "in the bucket or on the volume")
     if (store.bucket is None) == (store.volume is None):
         what = "--bucket, --volume: one of them is needed for the run folder"

@@ -1,9 +1,4 @@
-"""Batch scripts for Slurm: one task per device, requeued when the time limit is near.
-
-Slurm sends the batch shell a TERM two minutes before the limit (sbatch(1), --signal=B:). The script forwards it to
-every process (scancel(1), --signal), all ranks stop, rank 0 saves, and the script requeues the job (scontrol(1),
-requeue). After a node failure or preemption, Slurm requeues the job itself (--requeue).
-"""
+"""Batch scripts for Slurm: one task per device, saved and requeued near the time limit (sbatch(1), --signal)."""
 
 from __future__ import annotations
 

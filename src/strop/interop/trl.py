@@ -1,7 +1,4 @@
-"""Import training scripts for TRL or Unsloth, and TRL's YAML.
-
-Names and defaults are those of TRL 1.10 and of Unsloth as of August 2026.
-"""
+"""Import scripts for TRL or Unsloth, and TRL's YAML. Names and defaults: TRL 1.10, Unsloth as of August 2026."""
 
 from __future__ import annotations
 
@@ -292,10 +289,7 @@ _MODEL_CHANGES = {
 
 
 def read_model(draft: Draft, script: Script, given: ast.expr | None, trainer_line: float) -> None:
-    """Import the model from its from_pretrained call, or from `given`, the trainer's model argument.
-
-    Models loaded after the trainer is created (to merge or to test) are not read.
-    """
+    """Import the model loaded before the trainer is created, or `given`, the trainer's model argument."""
     loads = [call for call in script.calls if call.name == "from_pretrained" and "Model" in call.owner]
     starts = [call for call in loads if "Peft" in call.owner and call.line < trainer_line]
     loads = [call for call in loads if "Peft" not in call.owner]

@@ -74,10 +74,7 @@ def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
 
 
 def _summarize(run: RunFolder) -> dict[str, Any]:
-    """Return the figures of a run; values that a damaged file lacks are None.
-
-    loss: of the last evaluation while training, else of the last step. score: of the newest `strop eval`.
-    """
+    """Return the figures of a run; None where a damaged file lacks them. score: of the newest `strop eval`."""
     report, recipe = run.read_report(), _read_yaml(run.recipe)
     rows, metric = _get(recipe, "data", "train"), _get(report, "evaluation", "metric")
     steps, loss = _number(_get(report, "steps")), _number(_get(report, "eval_loss"))
