@@ -15,8 +15,6 @@ from strop.interop.draft import (
     as_int,
     as_number,
     format_value,
-    note_packing,
-    put_batch_size,
     read_yaml,
 )
 
@@ -159,7 +157,7 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> li
     if split != "train":
         draft.add_unsupported(f"{key}.split", f"{split}: strop reads the train split")
     if entry.pop("packed", False):
-        note_packing(draft, f"{key}.packed")
+        draft.note_packing(f"{key}.packed")
     columns: dict[str, str] = {}
     if column := entry.pop("conversation_column", None):
         columns = {"conversations": column} if column not in ("conversations", "messages") else {}
@@ -193,7 +191,7 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> li
 
 def _training(draft: Draft, keys: Keys) -> None:
     rows, steps = keys.take("batch_size", 1), keys.take("gradient_accumulation_steps", 1)
-    put_batch_size(draft, rows, steps, "batch_size x gradient_accumulation_steps")
+    draft.put_batch_size(rows, steps, "batch_size x gradient_accumulation_steps")
     epochs, most = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
     draft.put("train.epochs", as_number(epochs), "epochs")
     if most is not None:
