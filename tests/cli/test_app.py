@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from strop.cli.app import COMMANDS, EXAMPLES, GROUPS
-from strop.cli.invocation import command_name, with_command_name
+from strop.cli.tables import command_name, with_command_name
 from strop.config.schema import option_fields
 from tests import ROOT
 from tests.support.commands import find_error

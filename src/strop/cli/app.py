@@ -26,9 +26,8 @@ from strop.cli.commands.interop import import_, kubernetes, ray, skypilot, slurm
 from strop.cli.commands.prepare import check, doctor, modules, plan, schema
 from strop.cli.commands.runs import dash, runs
 from strop.cli.commands.train import demo, resume, train
-from strop.cli.invocation import with_command_name
 from strop.cli.options import add_recipe_options
-from strop.cli.tables import console, print_json
+from strop.cli.tables import console, print_json, with_command_name
 from strop.errors import DiskError, FolderError, PeerFailed, StropError
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
@@ -110,7 +109,9 @@ def main() -> None:
         signals.append(number)
         raise KeyboardInterrupt
 
-    _tolerate_any_encoding()
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # tolerate characters that the locale cannot decode or write
+            stream.reconfigure(errors=errors)
     for number in (signal.SIGINT, signal.SIGTERM):  # `stop_signals` replaces the handlers while training
         signal.signal(number, interrupt)
     atexit.register(_shorten_exit)
@@ -118,7 +119,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns about missing parts
     try:
-        words = [*sys.argv[1:], *_completion_words()]
+        words = sys.argv[1:]
+        for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # the line that a shell asks strop to complete
+            words += os.environ.get(name, "").split()
         code = build(words)(standalone_mode=False, prog_name="strop") or 0
         if signals and code == 130:  # typer caught the interrupt and printed nothing
             _exit_interrupted()
@@ -176,18 +179,6 @@ def _shorten_exit() -> None:
     if "triton" in sys.modules and not os.environ.get("STROP_DEBUG"):
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _tolerate_any_encoding() -> None:
-    """Escape characters that the locale cannot write, and keep input that it cannot decode as bytes."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-
-
-def _completion_words() -> list[str]:
-    """Return the words of the line that a shell asks strop to complete."""
-    return " ".join(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")).split()
 
 
 def _show_version(requested: bool) -> None:

@@ -41,7 +41,12 @@ def parse_numbers(text: str) -> list[float]:
 def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collection[str] = ()) -> Any:
     """Return the command with one flag per recipe field (or field of `only`); it receives those used as `options`."""
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    fields, short_forms = _recipe_fields() if enabled else ({}, {})
+    fields: dict[str, Any] = {}
+    if enabled:
+        from strop.config.load import SHORT_FORMS
+        from strop.config.schema import option_fields
+
+        fields, short_forms = dict(option_fields()), {field: name for name, field in SHORT_FORMS.items()}
     flags = {field.replace(".", "__"): field for field in fields if not only or field in only}
     added = []
     for name, field in flags.items():
@@ -82,14 +87,6 @@ def _choices(hint: Any) -> tuple[str, ...]:
         return tuple(map(str, get_args(hint)))
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     return tuple(word for part in parts for word in _choices(part))
-
-
-def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the field infos by dotted name, and the short form of fields that have one."""
-    from strop.config.load import SHORT_FORMS
-    from strop.config.schema import option_fields
-
-    return dict(option_fields()), {field: name for name, field in SHORT_FORMS.items()}
 
 
 def _parse_options(options: dict[str, Any]) -> dict[str, Any]:

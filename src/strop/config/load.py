@@ -8,13 +8,14 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
 
-from strop.config.schema import Recipe, Section, option_fields
+from strop.config.schema import Recipe, option_fields
 from strop.errors import RecipeError, Where, nearest
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
@@ -100,7 +101,8 @@ def read_resolved(path: Path) -> Resolved:
 def parse_option(name: str, text: str) -> Any:
     """Convert an option's text to the recipe's value: a,b or [a,b] to a list, a=b,c=d to a map, `none` to None."""
     hint = dict(option_fields())[name].annotation
-    kinds = {typing.get_origin(part) or part for part in _union_members(hint)}
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = {typing.get_origin(part) or part for part in members}
     if text.lower() in ("none", "null", "") and type(None) in kinds:
         return None
     if dict in kinds:
@@ -122,10 +124,6 @@ def parse_option(name: str, text: str) -> Any:
     return text
 
 
-def _union_members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
 def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     known = dict(option_fields())
     unknown = [name for name in given if name not in known]
@@ -138,9 +136,8 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     recipe = _validate(tree, given)
     choices = {}
     for name in known:
-        value = _get_field(recipe, name)
         _, origin, source = given.get(name, (None, "default", ""))
-        choices[name] = Choice(name, value, origin, source if origin == "preset" else "")
+        choices[name] = Choice(name, attrgetter(name)(recipe), origin, source if origin == "preset" else "")
     return Resolved(recipe, choices)
 
 
@@ -267,11 +264,3 @@ def _set_field(tree: dict[str, Any], name: str, value: Any) -> None:
         inner[leaf] = value
     else:
         tree[leaf] = value
-
-
-def _get_field(recipe: Recipe, name: str) -> Any:
-    value: Any = recipe
-    for part in name.split("."):
-        value = getattr(value, part)
-    assert not isinstance(value, Section)
-    return value

@@ -102,8 +102,7 @@ class DataSection(Section):
     )
     template: str | None = Field(None, description="chat template (name or file) to use instead of the model's")
     template_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="values passed to the chat template, such as enable_thinking=false",
+        default_factory=dict, description="values passed to the chat template, such as enable_thinking=false"
     )
     reasoning: Literal["auto", "as-is", "empty", "drop", "refuse"] = Field(
         "auto",
@@ -377,11 +376,7 @@ def options_table() -> str:
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for name, info in option_fields():
         default = "required" if info.is_required() else f"`{info.get_default(call_default_factory=True)}`"
-        choices = [str(choice) for choice in _choices(info.annotation)]
-        meaning = f"{info.description}{': ' if choices else ''}{', '.join(choices)}"
+        choices = map(str, get_args(info.annotation) if get_origin(info.annotation) is Literal else ())
+        meaning = ": ".join(filter(None, (info.description, ", ".join(choices))))
         lines.append(f"| `{name}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) is Literal else ()

@@ -9,7 +9,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +24,23 @@ _DISK_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno
 _CLAIM_FILE, _CLAIM_LOCK = "claim.json", ".claim.lock"
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    path: Path
+    """A run folder, the paths of the files in it, and its checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.lock = path / "lock.json"
+        self.events = path / "events.jsonl"
+        self.adapter = path / "adapter"
+        self.reference = path / "reference.safetensors"  # log-probabilities under the reference model
+        self.report = path / "report.json"
+        self.page = path / "report.html"
+        self.answers = path / "answers.json"  # of base and tuned model in the last evaluation
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock.json"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def reference(self) -> Path:
-        """Log-probabilities under the reference model, for objectives that compare with it."""
-        return self.path / "reference.safetensors"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def page(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def answers(self) -> Path:
-        """The answers of base and tuned model in the last evaluation."""
-        return self.path / "answers.json"
 
     @property
     def holder(self) -> int | None:

@@ -22,8 +22,7 @@ def evaluate(
     ],
     data: Annotated[list[str], typer.Option("--data", help="Rows to evaluate on.")],
     metric: Annotated[
-        str,
-        typer.Option(help="exact, exact_json, contains, regex, choice, file.py:function; for pairs: preference."),
+        str, typer.Option(help="exact, exact_json, contains, regex, choice, file.py:function; for pairs: preference.")
     ] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 80,
     samples: Annotated[int, typer.Option(min=0, help="Number of answers to show.")] = 3,

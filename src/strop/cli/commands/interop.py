@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from strop.cli.invocation import command_name
 from strop.cli.options import Json
-from strop.cli.tables import console, print_json
+from strop.cli.tables import command_name, console, print_json
 from strop.errors import FolderError
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def _print_summary(imported: Imported, out: Path | None) -> None:
     ):
         for note in notes if out else ():
             place = f"{note.key}, line {note.line}" if note.line else note.key
-            console.print(f"{title:8} ", style=color, end="")
-            console.print(f"{place}{': ' * bool(note.text)}{note.text}", markup=False)
+            console.print(f"[{color}]{title:8} [/]{escape(place)}{': ' * bool(note.text)}{escape(note.text)}")
     flags = {"model.name": "--model", "data.train": "--data"}
     missing = "".join(f" {flags[name]} {MISSING[name]}" for name in imported.missing)
     recipe = shlex.quote(str(out)) if out else "RECIPE.yaml"
@@ -89,15 +88,10 @@ def _write_job(
     check_devices(resolve(recipe).recipe.train, nodes * devices)
     job = make_job(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
     launched = write(job, file, force=force)
-    console.print(f"[bold]job[/]      {job.size}; run folder: ", end="")
-    console.print(job.out, markup=False)
+    console.print(f"[bold]job[/]      {job.size}; run folder: {escape(job.out)}")
     for name in launched.needs:
-        console.print("[yellow]needed[/]   on the cluster: ", end="")
-        console.print(name, markup=False)
-    console.print("[bold]wrote[/]    ", end="")
-    console.print(str(launched.file), markup=False)
-    console.print("now:")
-    console.print(f"  {launched.submit}", markup=False, soft_wrap=True)
+        console.print(f"[yellow]needed[/]   on the cluster: {escape(name)}")
+    console.print(f"[bold]wrote[/]    {escape(str(launched.file))}\nnow:\n  {escape(launched.submit)}")
     print_json(launched.as_json(), as_json)
 
 
@@ -130,17 +124,17 @@ def slurm(
     **how: Any,
 ) -> Any:
     """Write a Slurm batch script that saves before the time limit and resumes when it is requeued."""
-    from strop.interop.slurm import launch
+    from strop.interop.job import launch_slurm
 
-    return launch(*job, time=time, **how)
+    return launch_slurm(*job, time=time, **how)
 
 
 @_job_command(after="recipe")
 def ray(*job: Any, **how: Any) -> Any:
     """Write a Python file for Ray Train that restarts lost workers."""
-    from strop.interop.ray import launch
+    from strop.interop.job import launch_ray
 
-    return launch(*job, **how)
+    return launch_ray(*job, **how)
 
 
 @_job_command(after="recipe")
@@ -151,9 +145,9 @@ def kubernetes(
     **how: Any,
 ) -> Any:
     """Write a TrainJob for Kubeflow Trainer v2, with the recipe in a ConfigMap."""
-    from strop.interop.kubernetes import launch
+    from strop.interop.job import launch_kubernetes
 
-    return launch(*job, image=image, claim=claim, **how)
+    return launch_kubernetes(*job, image=image, claim=claim, **how)
 
 
 @_job_command(after="recipe")
@@ -168,6 +162,6 @@ def skypilot(
     **how: Any,
 ) -> Any:
     """Write a managed job for SkyPilot that resumes on other machines after a preemption."""
-    from strop.interop.skypilot import Store, launch
+    from strop.interop.job import launch_skypilot
 
-    return launch(*job, gpus=gpus, store=Store(bucket, volume), spot=spot, **how)
+    return launch_skypilot(*job, gpus=gpus, bucket=bucket, volume=volume, spot=spot, **how)

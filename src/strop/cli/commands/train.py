@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from strop import api
-from strop.cli.invocation import command_name
 from strop.cli.options import Devices, Json, Memory, RecipeFile
 from strop.cli.progress import console_for, generation_progress, is_main_process, run_progress
-from strop.cli.tables import console, print_json, print_run_summary, print_samples, print_scores
+from strop.cli.tables import command_name, console, print_json, print_run_summary, print_samples, print_scores
 from strop.engine.kernels import warmup
 
 
