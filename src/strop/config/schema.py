@@ -312,28 +312,37 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Recipe:
-        if self.train.micro_batch is not None and self.train.micro_batch > self.train.batch_size:
-            raise ValueError("train.micro_batch: larger than train.batch_size")
-        if self.train.micro_batch is not None and self.train.micro_batch_tokens is not None:
-            raise ValueError("train.micro_batch: give it or train.micro_batch_tokens, not both")
-        if self.train.objective != "sft" and self.data.overlong == "split":
-            raise ValueError(
-                f"data.overlong split: objective {self.train.objective} cannot split rows; use drop or truncate-start"
-            )
-        if self.train.objective != "sft" and self.data.loss == "all":
-            raise ValueError(f"data.loss all: objective {self.train.objective} trains on answers only")
-        if self.train.beta == 0 and self.train.objective not in ("sft", "grpo"):
-            raise ValueError(f"train.beta 0: objective {self.train.objective} needs a value above 0")
-        if self.train.desirable_weight == 0 == self.train.undesirable_weight:
-            raise ValueError("train.undesirable_weight 0: train.desirable_weight is 0 too, so the loss would be 0")
-        if self.train.objective == "grpo":
-            self._check_grpo()
-        if self.train.early_stopping is not None and self.data.eval is None:
-            raise ValueError("train.early_stopping: needs data.eval")
-        if self.lora.init == "loftq" and self.lora.use_dora:
-            raise ValueError("lora.init loftq: cannot be combined with lora.use_dora")
-        if self.train.int8_matmul and (conflict := self.int8_matmul_conflict()) is not None:
-            raise ValueError(f"train.int8_matmul: cannot be combined with {conflict}")
+        train, data, lora = self.train, self.data, self.lora
+        objective, is_grpo = f"objective {train.objective}", train.objective == "grpo"
+        conflict = self.int8_matmul_conflict() if train.int8_matmul else None
+        problems = {
+            "train.micro_batch: larger than train.batch_size": (train.micro_batch or 0) > train.batch_size,
+            "train.micro_batch: give it or train.micro_batch_tokens, not both": (
+                train.micro_batch is not None and train.micro_batch_tokens is not None
+            ),
+            f"data.overlong split: {objective} cannot split rows; use drop or truncate-start": (
+                train.objective != "sft" and data.overlong == "split"
+            ),
+            f"data.loss all: {objective} trains on answers only": train.objective != "sft" and data.loss == "all",
+            f"train.beta 0: {objective} needs a value above 0": (
+                train.beta == 0 and train.objective not in ("sft", "grpo")
+            ),
+            "train.undesirable_weight 0: train.desirable_weight is 0 too, so the loss would be 0": (
+                train.desirable_weight == 0 == train.undesirable_weight
+            ),
+            "lora.dropout: objective grpo needs 0, so that training and sampling compute the same log-probabilities": (
+                is_grpo and lora.dropout > 0
+            ),
+            "data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse": (
+                is_grpo and data.overlong == "truncate-start"
+            ),
+            "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
+            "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,
+            f"train.int8_matmul: cannot be combined with {conflict}": conflict is not None,
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise ValueError(problem)
         return self
 
     def int8_matmul_conflict(self) -> str | None:
@@ -348,14 +357,6 @@ class Recipe(Section):
             "model.placement sharded, which does not keep all weights in memory": model.placement == "sharded",
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
-
-    def _check_grpo(self) -> None:
-        if self.lora.dropout:
-            raise ValueError(
-                "lora.dropout: objective grpo needs 0, so that training and sampling compute the same log-probabilities"
-            )
-        if self.data.overlong == "truncate-start":
-            raise ValueError("data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse")
 
 
 def option_fields() -> list[tuple[str, Any]]:

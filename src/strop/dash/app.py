@@ -410,27 +410,22 @@ TYPES = {
 def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str, max_body_bytes: int) -> Guard:
     """Create the ASGI application. root: the folder of runs; opened: the run to show first."""
     services = Services(root, opened)
-    assets = _assets()
+    folder = Path(__file__).with_name("static")
+    files = [file for file in folder.rglob("*") if file.suffix in TYPES and file.is_file()]
+    assets = {"/": folder / "index.html", **{f"/{file.relative_to(folder).as_posix()}": file for file in files}}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         services.close()
 
-    files = [Route(path, _asset(place), methods=["GET"]) for path, place in assets.items()]
+    pages = [Route(path, _asset(place), methods=["GET"]) for path, place in assets.items()]
     app = Starlette(
-        routes=[*read_routes(services), *action_routes(services), *files],
+        routes=[*read_routes(services), *action_routes(services), *pages],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )
     return Guard(app, AccessRules(hosts, token, max_body_bytes, frozenset(assets)))
-
-
-def _assets() -> dict[str, Path]:
-    """Return the files of the page by URL path."""
-    root = Path(__file__).with_name("static")
-    files = [file for file in root.rglob("*") if file.suffix in TYPES and file.is_file()]
-    return {"/": root / "index.html", **{f"/{file.relative_to(root).as_posix()}": file for file in files}}
 
 
 def _asset(place: Path) -> Callable[[Request], Any]:

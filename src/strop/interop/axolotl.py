@@ -5,18 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import (
-    IGNORED_KEYS,
-    INT8_NOTE,
-    WARMUP_NOTE,
-    Draft,
-    Keys,
-    as_float,
-    as_int,
-    format_value,
-    objective_for,
-    read_yaml,
-)
+from strop.interop.draft import IGNORED_KEYS, WARMUP_NOTE, Draft, Keys, as_float, as_int, format_value, objective_for
 
 OBJECTIVES = {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")}
 MORE_IGNORED_KEYS = (
@@ -51,7 +40,7 @@ _OWN_PROMPT_NOTE = (
 
 def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported objective."""
-    keys = Keys(read_yaml(draft.file))
+    keys = Keys(draft.read_yaml())
     _model(draft, keys)
     objective = keys.take("rl")
     if keys.take("reward_model"):
@@ -79,8 +68,7 @@ def _model(draft: Draft, keys: Keys) -> None:
     if four:
         draft.put("model.quantization", "nf4", "load_in_4bit")
     elif eight:
-        draft.put("model.quantization", "int8", "load_in_8bit")
-        draft.add_difference("load_in_8bit", INT8_NOTE)
+        draft.put_int8("load_in_8bit")
     else:
         draft.put("model.quantization", "none", "neither load_in_4bit nor load_in_8bit")
     named = "lora_target_modules" in keys

@@ -63,7 +63,6 @@ TRUNCATION_NOTE = (
     "longer rows lose their end there, including the stop token of the answer; strop refuses such rows: "
     "raise data.max_length, or choose data.overlong"
 )
-INT8_NOTE = "each weight row is scaled by its largest value here; outliers stay in 16 bit there"
 NO_LIMIT_NOTE = "null or None: no limit there; at most data.max_length tokens here"
 WARMUP_NOTE = "the first step has learning rate 0 there, and one warmup step's rate here"
 NO_GRPO = (  # message, fix
@@ -160,6 +159,22 @@ class Draft:
         resolved = resolve(None, {**values, **{name: MISSING[name] for name in missing}})
         return Imported(self, resolved, missing)
 
+    def read_yaml(self) -> dict[str, Any]:
+        """Return the mapping in the config, a YAML file. Raises InputError."""
+        path = self.file
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+            raise InputError(what, fix="give the path of a YAML file") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}", fix="fix the syntax") from None
+        except RecursionError:
+            raise InputError(f"{path}: nested too deeply to be a config", fix="check the file") from None
+        if not isinstance(tree, dict):
+            raise InputError(f"{path}: not a mapping of keys", fix="give the config that the other tool trains with")
+        return tree
+
     # --- settings that several tools share: TrainingArguments, LoraConfig, optimizers, schedules
 
     def put_fields(self, keys: Keys, fields: Mapping[str, str], convert: Callable[[Any], Any] = as_number) -> None:
@@ -174,6 +189,13 @@ class Draft:
         self.put("train.batch_size", at_once * as_int(key, steps), key)
         self.put("train.micro_batch", at_once, key)
         self.add_difference(key, "per device there; strop's batch_size is the effective batch over all devices")
+
+    def put_int8(self, key: str) -> None:
+        self.put("model.quantization", "int8", key)
+        self.add_difference(key, "each weight row is scaled by its largest value here; outliers stay in 16 bit there")
+
+    def note_max_length(self, key: str) -> None:
+        self.add_difference(key, NO_LIMIT_NOTE if self.get("data.max_length") is None else TRUNCATION_NOTE)
 
     def note_packing(self, key: str) -> None:
         text = "the batch counts packed sequences of many rows there; strop counts rows and packs automatically: "
@@ -371,7 +393,8 @@ class Imported:
         """Return the recipe as YAML, each value with its source key; keys that were not imported follow as comments."""
         lines = [f"# From {self.draft.file.name} ({self.draft.peer}), by `strop import`."]
         section = ""
-        for name in sorted(self.draft.fields, key=_sort_key):
+        order = ["preset", "model", "data", "lora", "train", "track", "seed", "out"]
+        for name in sorted(self.draft.fields, key=lambda name: (order.index(name.partition(".")[0]), name)):
             value, source = self.draft.fields[name]
             head, _, leaf = name.rpartition(".")
             if head and head != section:
@@ -381,9 +404,15 @@ class Imported:
             section = head
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
             lines.append(f"{'  ' if head else ''}{leaf}: {text.removesuffix('...' + chr(10)).strip()}  # {source}")
-        for title, notes in self._note_sections().items():
+        for title, notes in (
+            ("Imported, with a different meaning", self.draft.differs),
+            ("Left out: no equivalent in strop", self.draft.unsupported),
+            ("Left out: strop decides it itself, and it does not change what is learned", self.draft.ignored),
+        ):
             lines += [f"# {title}:"] * bool(notes)
-            lines += [f"#   {_format_note(note)}" for note in notes]
+            for note in notes:
+                at = f" (line {note.line})" if note.line else ""
+                lines.append(f"#   {note.key}{at}{': ' if note.text else ''}{note.text}".replace("\n", " "))
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> dict[str, Any]:
@@ -394,13 +423,6 @@ class Imported:
             for name, notes in lists.items()
         }
         return {"peer": self.draft.peer, "fields": fields, "missing": self.missing, **notes_by_kind}
-
-    def _note_sections(self) -> dict[str, list[Note]]:
-        return {
-            "Imported, with a different meaning": self.draft.differs,
-            "Left out: no equivalent in strop": self.draft.unsupported,
-            "Left out: strop decides it itself, and it does not change what is learned": self.draft.ignored,
-        }
 
 
 def import_config(peer: str, path: Path) -> Imported:
@@ -453,35 +475,9 @@ class Keys:
                 draft.add_unsupported(key, format_value(value), self.line(key))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises InputError."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise InputError(what, fix="give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}", fix="fix the syntax") from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a config", fix="check the file") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: not a mapping of keys", fix="give the config that the other tool trains with")
-    return tree
-
-
 def format_value(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _format_note(note: Note) -> str:
-    at = f" (line {note.line})" if note.line else ""
-    return f"{note.key}{at}{': ' if note.text else ''}{note.text}".replace("\n", " ")
-
-
-def _sort_key(name: str) -> tuple[int, str]:
-    sections = ["preset", "model", "data", "lora", "train", "track", "seed", "out"]
-    return sections.index(name.partition(".")[0]), name
 
 
 def objective_for(kind: str, value: Any, known: dict[str, str]) -> str:

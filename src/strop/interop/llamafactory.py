@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import IGNORED_KEYS, Draft, Keys, as_int, as_number, format_value, objective_for, read_yaml
+from strop.interop.draft import IGNORED_KEYS, Draft, Keys, as_int, as_number, format_value, objective_for
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -29,7 +29,7 @@ _SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
 
 def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported stage."""
-    keys = Keys(read_yaml(draft.file))
+    keys = Keys(draft.read_yaml())
     kind = keys.take("finetuning_type", "lora")
     if kind != "lora":
         what = f"{draft.file}: finetuning_type: {kind}: strop trains LoRA adapters only"

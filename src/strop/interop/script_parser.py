@@ -115,12 +115,9 @@ class Script:
 
     def subclasses_of(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
         """Return classes derived from one of `names`, as (class, base, line)."""
-        found = []
-        for node in ast.walk(self._tree):
-            if isinstance(node, ast.ClassDef):
-                bases = [ast.unparse(base).rpartition(".")[2] for base in node.bases]
-                found += [(node.name, base, node.lineno) for base in bases if base in names]
-        return found
+        classes = [node for node in ast.walk(self._tree) if isinstance(node, ast.ClassDef)]
+        bases = [(node, ast.unparse(base).rpartition(".")[2]) for node in classes for base in node.bases]
+        return [(node.name, base, node.lineno) for node, base in bases if base in names]
 
     def _find_calls(self) -> Iterator[Call]:
         into: dict[int, str] = {}

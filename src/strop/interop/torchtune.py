@@ -6,17 +6,7 @@ import re
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import (
-    NO_LIMIT_NOTE,
-    TRUNCATION_NOTE,
-    WARMUP_NOTE,
-    Draft,
-    Keys,
-    as_int,
-    as_number,
-    format_value,
-    read_yaml,
-)
+from strop.interop.draft import WARMUP_NOTE, Draft, Keys, as_int, as_number, format_value
 
 IGNORED_KEYS = (
     "activation_offloading", "compile", "custom_sharded_layers", "device", "enable_activation_offloading",
@@ -43,7 +33,7 @@ ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "sa
 
 def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported loss."""
-    tree = read_yaml(draft.file)
+    tree = draft.read_yaml()
     keys = Keys(_interpolate(tree, tree))
     _model(draft, keys)
     _loss(draft, keys)
@@ -135,9 +125,7 @@ def _data(draft: Draft, keys: Keys) -> None:
     length = tokenizer.pop("max_seq_len", None)
     if length is not None:
         draft.put("data.max_length", as_int("tokenizer.max_seq_len", length), "tokenizer.max_seq_len")
-        draft.add_difference("tokenizer.max_seq_len", TRUNCATION_NOTE)
-    else:
-        draft.add_difference("tokenizer.max_seq_len", NO_LIMIT_NOTE)
+    draft.note_max_length("tokenizer.max_seq_len")
     for key, value in tokenizer.items():
         if value is not None:
             text = f"{format_value(value)}: strop uses the model's chat template (or data.template)"

@@ -7,19 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import (
-    IGNORED_KEYS,
-    INT8_NOTE,
-    NO_GRPO,
-    NO_LIMIT_NOTE,
-    TRUNCATION_NOTE,
-    Draft,
-    Keys,
-    as_int,
-    as_number,
-    format_value,
-    read_yaml,
-)
+from strop.interop.draft import IGNORED_KEYS, NO_GRPO, Draft, Keys, as_int, as_number, format_value
 from strop.interop.script_parser import UNREADABLE, Call, Script, readable_arguments, shorten_source
 
 CONFIGS = {
@@ -193,7 +181,7 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
         draft.put("data.max_length", as_int("max_length", length), "max_length")
     elif draft.get("data.max_length") is None and "max_length" not in keys.none:
         draft.put("data.max_length", 1024, "trl's default")
-    draft.add_difference("max_length", TRUNCATION_NOTE if draft.get("data.max_length") is not None else NO_LIMIT_NOTE)
+    draft.note_max_length("max_length")
     keys.take("truncation_mode")
     if keys.take("disable_dropout", True):
         draft.disable_dropout_for_preferences("lora_dropout")
@@ -220,7 +208,7 @@ def _masks(draft: Draft, script: Script, keys: Keys, objective: str) -> None:
 
 def _from_yaml(draft: Draft) -> None:
     """Import a YAML file for `trl sft --config FILE`: script, training and model arguments in one mapping."""
-    keys = Keys(read_yaml(draft.file))
+    keys = Keys(draft.read_yaml())
     if not keys.take("use_peft"):
         raise InputError(f"{draft.file}: use_peft is not on: strop trains LoRA adapters only", fix="set use_peft: true")
     for key, name in (
@@ -371,8 +359,7 @@ def _bits(draft: Draft, keys: Keys) -> None:
         draft.put("model.quantization", str(kind), "bnb_4bit_quant_type")
         draft.put("model.double_quantization", bool(double), "bnb_4bit_use_double_quant")
     elif eight:
-        draft.put("model.quantization", "int8", "load_in_8bit")
-        draft.add_difference("load_in_8bit", INT8_NOTE)
+        draft.put_int8("load_in_8bit")
     keys.report_rest(draft, ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold"))
 
 

@@ -7,7 +7,7 @@ import inspect
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,9 +15,6 @@ from rich.markup import escape
 from strop.cli.options import Json
 from strop.cli.tables import command_name, console, print_json
 from strop.errors import FolderError
-
-if TYPE_CHECKING:
-    from strop.interop.draft import Imported
 
 
 def import_(
@@ -30,7 +27,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Convert another tool's config to a recipe, and list the settings that have no equivalent."""
-    from strop.interop.draft import import_config
+    from strop.interop.draft import MISSING, import_config
     from strop.runs.folder import write_atomic
 
     imported = import_config(peer, file)
@@ -44,27 +41,20 @@ def import_(
             raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
     elif not as_json:
         print(imported.to_yaml(), end="")
-    _print_summary(imported, out)
-    print_json({**imported.as_json(), "out": str(out) if out else None, "recipe": imported.to_yaml()}, as_json)
-
-
-def _print_summary(imported: Imported, out: Path | None) -> None:
-    """Print the converted and missing settings (a printed recipe lists them itself), and the next command."""
-    from strop.interop.draft import MISSING
-
     console.print(f"[bold]taken[/]    {len(imported.draft.fields)} fields")
     for title, color, notes in (
         ("differs", "yellow", imported.draft.differs),
         ("left out", "red", imported.draft.unsupported),
         ("own way", "dim", imported.draft.ignored),
     ):
-        for note in notes if out else ():
+        for note in notes if out else ():  # a printed recipe lists them itself
             place = f"{note.key}, line {note.line}" if note.line else note.key
             console.print(f"[{color}]{title:8} [/]{escape(place)}{': ' * bool(note.text)}{escape(note.text)}")
     flags = {"model.name": "--model", "data.train": "--data"}
     missing = "".join(f" {flags[name]} {MISSING[name]}" for name in imported.missing)
     recipe = shlex.quote(str(out)) if out else "RECIPE.yaml"
     console.print(f"next     {command_name()} train {recipe}{missing} --print-recipe", markup=False)
+    print_json({**imported.as_json(), "out": str(out) if out else None, "recipe": imported.to_yaml()}, as_json)
 
 
 def _write_job(
