@@ -128,7 +128,11 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     known = dict(option_fields())
     unknown = [name for name in given if name not in known]
     if unknown:
-        places = [Where(given[name][2] or f"--{name}", None, _unknown_key(name, known)) for name in unknown]
+        places = []
+        for name in unknown:
+            same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+            hint = f" (did you mean {same_leaf[0]}?)" if same_leaf else nearest(name, known)
+            places.append(Where(given[name][2] or f"--{name}", None, f"unknown key {name}{hint}"))
         raise RecipeError("unknown recipe key", fix="see `strop schema` for every key", where=places)
     tree: dict[str, Any] = {}
     for name, (value, _, _) in given.items():
@@ -139,12 +143,6 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
         _, origin, source = given.get(name, (None, "default", ""))
         choices[name] = Choice(name, attrgetter(name)(recipe), origin, source if origin == "preset" else "")
     return Resolved(recipe, choices)
-
-
-def _unknown_key(name: str, known: Mapping[str, Any]) -> str:
-    same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    hint = f" (did you mean {same_leaf[0]}?)" if same_leaf else nearest(name, known)
-    return f"unknown key {name}{hint}"
 
 
 def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]) -> Recipe:
@@ -160,16 +158,13 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
             value, origin, source = given.get(name, (None, "", ""))
             key = f"{location[-1]}: " if isinstance(value, dict) and len(location) > 2 else ""
             file = source if origin == "recipe" else f"--{name}" if name else "recipe"
-            shown = "" if kind in ("missing", "value_error") and not name else f" (got {_shorten(issue['input'])})"
+            text = repr(issue["input"])
+            text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+            shown = "" if kind in ("missing", "value_error") and not name else f" (got {text})"
             message = "is required" if kind == "missing" else issue["msg"].removeprefix("Value error, ") + shown
             field = f"{name}: " if origin == "recipe" else ""
             places.setdefault(name + key, Where(file, None, f"{field}{key}{message}"))
         raise RecipeError("the recipe is not valid", fix="", where=list(places.values())) from None
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:

@@ -314,16 +314,15 @@ class Draft:
                 text = f"{interval}: a share of all steps there; set train.{name} to a number of steps"
                 self.add_unsupported(key, text, at)
         for key in PARALLELISM_KEYS:
-            at = keys.line(key)
             if keys.take(key):
-                self.add_unsupported(key, _PARALLELISM_NOTE, at)
+                self.add_unsupported(key, _PARALLELISM_NOTE, keys.line(key))
         if (most := keys.take("save_total_limit")) is not None:
             self.put("train.keep_checkpoints", max(1, as_int("save_total_limit", most)), "save_total_limit")
         self.put_fields(keys, {"output_dir": "out"}, str)
         for key in ("push_to_hub", "hub_model_id", "hub_strategy"):
-            at = keys.line(key)
             if value := keys.take(key):
-                self.add_unsupported(key, f"{value}: run `strop push RUN OWNER/NAME` after training", at)
+                text = f"{value}: run `strop push RUN OWNER/NAME` after training"
+                self.add_unsupported(key, text, keys.line(key))
         if resume := keys.take("resume_from_checkpoint"):
             self.add_unsupported("resume_from_checkpoint", f"{resume}: use `strop resume RUN`")
         trackers = keys.take("report_to")
