@@ -3,10 +3,10 @@
     python benchmarks/card_estimate.py [--only TEXT] [--out benchmarks/results/card_estimate_DATE.json]
 
 Each case's step (forward, backward, clipping, AdamW; one micro-batch, r 16 on all linear layers, every token in the
-loss) runs at full size on the fake card of tests/card, where FLOPs, bytes and launches of each operation are counted.
-An operation takes the longer of its FLOPs at the card's usable rate and its bytes at the card's bandwidth; the step
-takes the longer of the sum of these and of what the host needs to launch them. What is assumed of cards is in CARDS,
-and from where. It takes a minute, a C++ compiler, Triton and no card.
+loss) runs at full size on the simulated GPU of tests/simulated_gpu, where FLOPs, bytes and launches of each operation
+are counted. An operation takes the longer of its FLOPs at the card's usable rate and its bytes at the card's bandwidth;
+the step takes the longer of the sum of these and of what the host needs to launch them. What is assumed of cards is in
+CARDS, and from where. It takes a minute, a C++ compiler, Triton and no card.
 """
 
 from __future__ import annotations

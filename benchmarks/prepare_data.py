@@ -35,11 +35,11 @@ from pathlib import Path
 import psutil
 from strop.config.schema import DataSection
 from strop.data.prepare import prepare
-from strop.machine.memory import mark
+from strop.machine.memory import start_peak
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 tokenizer("warm up")
-before, started = mark("cpu"), time.perf_counter()
+before, started = start_peak("cpu"), time.perf_counter()
 prepared = prepare(DataSection(train=sys.argv[1]), tokenizer, cache=Path(sys.argv[3]))
 took = time.perf_counter() - started
 print(json.dumps({"seconds": took, "rows": len(prepared.train), "tokens": prepared.report.tokens.all,

@@ -32,7 +32,7 @@ METHODS = {
 LOAD = """
 import sys, torch
 from strop.engine.device import prepare_process
-from strop.machine.memory import mark
+from strop.machine.memory import start_peak
 from strop.models.source import locate
 from strop.models import load
 prepare_process()
@@ -45,7 +45,7 @@ folder = (
 )
 import bitsandbytes, peft  # libraries are no part of the base
 torch.ones(8, 8).bfloat16() @ torch.ones(8, 8).bfloat16()
-before = mark("cpu")
+before = start_peak("cpu")
 base = load.load_base(source, torch.bfloat16, "cpu", quantization=scheme, resident_layers=layers)
 print(before.peak_bytes(), folder)
 """

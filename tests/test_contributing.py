@@ -19,7 +19,7 @@ def test_what_it_names_exists(path: str) -> None:
 
 
 def test_a_short_name_is_a_file_of_its_row() -> None:
-    """In a row about `src/strop/engine/cpu/`, `kernels` is a file there."""
+    """In a row about `src/strop/cli/`, `app` is a file there."""
     wrong, seen = [], 0
     for row in re.findall(r"^\| `src/.*$", TEXT, re.M):
         first, _, said = row.partition(" | ")

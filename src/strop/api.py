@@ -385,7 +385,7 @@ def merge(
     rows = _data_file(data)
     with isolated_torch_state():
         return merge_adapter(
-            os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, say=progress or _ignore
+            os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, progress=progress or _ignore
         )
 
 
@@ -455,11 +455,13 @@ def export(
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="leave out adapter, or give gguf")
-    name, rows, say = os.fspath(run), _data_file(data), progress or _ignore
+    name, rows, progress = os.fspath(run), _data_file(data), progress or _ignore
     with isolated_torch_state():
         if target == "gguf":
-            return export_gguf(name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, say=say)
-        return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, say=say)
+            return export_gguf(
+                name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, progress=progress
+            )
+        return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, progress=progress)
 
 
 def push(
@@ -490,7 +492,7 @@ def push(
     """
     from strop.exporting.hub import push as push_folder
 
-    return push_folder(os.fspath(run), repo, public=public, base=base, message=message, say=progress or _ignore)
+    return push_folder(os.fspath(run), repo, public=public, base=base, message=message, progress=progress or _ignore)
 
 
 def _ignore(text: str) -> None:

@@ -3,10 +3,11 @@
     from strop import testing
 
     def test_my_callback(tmp_path):
-        run = testing.tiny_run(tmp_path, callback=seen.append)
+        seen = []
+        testing.tiny_run(tmp_path, callback=seen.append)
         assert seen[-1]["event"] == "end"
 
-The model has random weights. It shows that parts work together, not that a model is good.
+The model has random weights. A run shows that the parts work together, not that a model is good.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def check_shares(world: int) -> dict[int, Prepare]:
         mine = {unit.whole.untyped_storage().data_ptr() for unit in parts.distinct()}
         large = [p for p in job.model.parameters() if not p.requires_grad and p.dim() > 1]
         assert {p.untyped_storage().data_ptr() for p in large} <= mine
-        assert not any(unit.there for unit in parts.distinct())
-        kept = sum(unit.own.untyped_storage().nbytes() for unit in parts.distinct())
+        assert not any(unit.is_gathered for unit in parts.distinct())
+        kept = sum(unit.shard.untyped_storage().nbytes() for unit in parts.distinct())
         assert kept == parts.held_bytes
 
     return {rank: at_step(3, look) for rank in range(world)}
@@ -102,18 +102,18 @@ def gathered_bytes_are_exact(lab: Lab) -> None:
             for name, data in sent.items()
         ]  # fmt: skip
         unit = ShardedUnit("layer 0", slots, devices.rank, world, "cpu")
-        assert unit.own.numel() * world >= unit.size and not unit.there
-        base = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
+        assert unit.shard.numel() * world >= unit.size and not unit.is_gathered
+        base = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.shard.numel()), devices)
         for _ in range(2):
             base.begin(backward=False)
             base(0)
             for name, data in sent.items():
                 assert torch.equal(held_out[name], data), name
             base.end()
-            assert not unit.there
-        spoiled = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
+            assert not unit.is_gathered
+        spoiled = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.shard.numel()), devices)
         if devices.rank == 1:
-            unit.own[5] ^= 1  # corrupted after it was read
+            unit.shard[5] ^= 1  # corrupted after it was read
         spoiled.begin(backward=False)
         with pytest.raises(RunError, match="layer 0 of the base was corrupted"):
             spoiled(0)

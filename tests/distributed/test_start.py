@@ -53,7 +53,8 @@ def reached(running: subprocess.Popen[str], state: Callable[[], bool]) -> None:
 def test_exact_run_uses_one_thread_per_rank(tmp_path: Path, tiny_folder: Path) -> None:
     """A single process has one too; a matmul is split by thread, which changes its last bits."""
     asked = words(tmp_path, tiny_folder, "two", "--train.max_steps", "1", "--train.exact", "true")
-    code = f"import strop.distributed.launch as join; join.affinity = lambda: 8; join.launch_processes(2, {asked!r})"
+    code = "import strop.distributed.launch as join; join.available_cores = lambda: 8; "
+    code += f"join.launch_processes(2, {asked!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_threads(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads((tmp_path / "two" / "report.json").read_text())["devices"]

@@ -84,7 +84,7 @@ def test_options_that_pairs_do_not_allow_are_refused(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs, turns = preferences.write_pairs(tmp_path / "a.jsonl", 4), tiny.write_rows(tmp_path / "b.jsonl", 4)
-    labelled = preferences.write_judged(tmp_path / "c.jsonl", 4)
+    labelled = preferences.write_labelled(tmp_path / "c.jsonl", 4)
     for words, message in (
         ([pairs, "--metric", "contains"], "--metric preference"),
         ([turns, "--metric", "preference"], "not pairs"),

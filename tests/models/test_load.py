@@ -27,6 +27,19 @@ from strop.models.tokenizer import load_tokenizer
 from tests.support import tiny
 from tests.support.hub_standin import Fault, serve
 
+LOCATE = (
+    "from strop.models.source import locate; from strop.errors import ModelError\n"
+    "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
+)
+
+
+def run_python(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run Python online with an empty Hub cache."""
+    env = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **env}
+    inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_CACHE"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=inherited | env, capture_output=True, text=True, timeout=100, check=False)
+
 
 def test_hub_download_skips_pickle_and_code_and_is_cached(tiny_folder: Path, tmp_path: Path) -> None:
     files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
@@ -44,12 +57,7 @@ def test_hub_download_skips_pickle_and_code_and_is_cached(tiny_folder: Path, tmp
     with serve("models", "owner/tiny", {**files, **unwanted, **again}) as (address, asked):
 
         def run(name: str, offline: str = "0") -> str:
-            env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline}
-            env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-            env.pop("HF_HUB_CACHE", None)
-            done = subprocess.run(
-                [sys.executable, "-c", script, name], env=env, capture_output=True, text=True, timeout=100
-            )
+            done = run_python(tmp_path / "hf", "-c", script, name, HF_ENDPOINT=address, HF_HUB_OFFLINE=offline)
             assert done.returncode == 0, done.stderr
             return done.stdout.strip()
 
@@ -80,38 +88,22 @@ def test_failed_download_raises_model_error(
 ) -> None:
     files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
     with serve("models", "owner/tiny", files, faults=faults) as (address, _):
-        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-        env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        env.pop("HF_HUB_CACHE", None)
-        script = "from strop.models.source import locate; from strop.errors import ModelError\n"
-        script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
-        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
+        done = run_python(tmp_path / "hf", "-c", LOCATE, HF_ENDPOINT=address)
     assert done.returncode == 0 and done.stdout.startswith("owner/tiny: ") and message in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("words", [["plan", "--model", "o/n"], ["check", "--model", "demo", "--data", "o/n"]])
 def test_invalid_hub_token_is_an_input_error(words: list[str], tmp_path: Path) -> None:
-    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    env |= {"HF_TOKEN": "hf_caf\u00e9"}
-    command = [sys.executable, "-m", "strop.cli", *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_caf\u00e9"}
+    done = run_python(tmp_path, "-m", "strop.cli", *words, **env)
     assert done.returncode == 2 and "o/n: invalid request to the Hub: 'ascii'" in done.stderr, done.stderr
 
 
 def test_partial_download_is_reported_offline(tmp_path: Path, tiny_folder: Path) -> None:
     files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    env.pop("HF_HUB_CACHE", None)
-    script = "from strop.models.source import locate; from strop.errors import ModelError\n"
-    script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
-
-    def run(**more: str) -> str:
-        command = [sys.executable, "-c", script]
-        return subprocess.run(command, env={**env, **more}, capture_output=True, text=True, timeout=100).stdout
-
     with serve("models", "owner/tiny", files, faults={"chat_template": "silence"}) as (address, _):
-        assert "broke" in run(HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
-    output = run(HF_HUB_OFFLINE="1")
+        assert "broke" in run_python(tmp_path, "-c", LOCATE, HF_ENDPOINT=address).stdout
+    output = run_python(tmp_path, "-c", LOCATE, HF_HUB_OFFLINE="1").stdout
     assert "while offline" in output
     is_partial = "only in part in the local Hub cache" in output
     assert is_partial == hasattr(errors, "IncompleteSnapshotError"), output
@@ -120,10 +112,7 @@ def test_partial_download_is_reported_offline(tmp_path: Path, tiny_folder: Path)
 def test_adapter_on_the_hub_is_refused_as_model(tmp_path: Path) -> None:
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
     with serve("models", "owner/lora", files) as (address, _):
-        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        env.pop("HF_HUB_CACHE", None)
-        command = [sys.executable, "-m", "strop.cli", "chat", "owner/lora"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+        done = run_python(tmp_path, "-m", "strop.cli", "chat", "owner/lora", HF_ENDPOINT=address)
     message = "owner/lora: an adapter, not a model; adapters are read from folders: hf download owner/lora --local-dir"
     assert done.returncode == 2 and message in done.stderr and str(tmp_path) not in done.stderr, done.stderr
 
@@ -218,15 +207,15 @@ def _cast_weight(folder: Path, kind: torch.dtype) -> None:
 DAMAGE = {
     "more layers than the config says": (
         lambda folder: save_changed(folder, num_hidden_layers=1),
-        "9 of its tensors have no place in the model .*, first model.layers.1.input_layernorm.weight",
+        "9 tensors are not part of the model .*, first model.layers.1.input_layernorm.weight",
     ),
     "an unknown bias": (
         lambda folder: _add_tensors(folder, **{"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
-        "no place in the model .*, first model.layers.0.self_attn.q_proj.bias",
+        "not part of the model .*, first model.layers.0.self_attn.q_proj.bias",
     ),
     "an unknown norm": (
         lambda folder: _add_tensors(folder, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
-        "no place in the model .*, first model.layers.0.self_attn.q_norm.weight",
+        "not part of the model .*, first model.layers.0.self_attn.q_norm.weight",
     ),
     "one weight under two names": (
         lambda folder: _add_tensors(folder, **{"layers.0.mlp.up_proj.weight": torch.ones(64, 32)}),

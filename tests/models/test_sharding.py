@@ -29,7 +29,7 @@ def gather(source: Source, dtype: torch.dtype, **options: Any) -> tuple[nn.Modul
     loaded = [load_sharded(source, dtype, "cpu", rank, WORLD, **options) for rank in range(WORLD)]
     model, shards = loaded[0][0], [part for _, part in loaded]
     for where, unit in shards[0].units.items():
-        unit.take().copy_(torch.cat([part.units[where].own for part in shards]))
+        unit.allocate().copy_(torch.cat([part.units[where].shard for part in shards]))
     return model, shards
 
 
@@ -75,7 +75,7 @@ def test_shares_equal_the_base(family: str, dtype: torch.dtype, options: dict[st
     assert_same_weights(whole, model)
     for where in shards[0].forward:
         units = [part.units[where] for part in shards]
-        assert sum(unit.own_digest() for unit in units) % (1 << 64) == units[0].digest()
+        assert sum(unit.shard_digest() for unit in units) % (1 << 64) == units[0].digest()
     assert shards[0].forward == [EMBEDDING, 0, 1, HEAD]
     assert all(abs(part.held_bytes - part.whole_bytes / WORLD) <= GRAIN * len(part.distinct()) for part in shards)
 
@@ -127,12 +127,12 @@ def test_saved_views_are_valid_after_regathering() -> None:
         1,
         "cpu",
     )
-    assert not unit.there
-    unit.take().copy_(unit.own)
+    assert not unit.is_gathered
+    unit.allocate().copy_(unit.shard)
     weight, x = nn.Parameter(views[0], requires_grad=False), torch.randn(3, 16, requires_grad=True)
     y = nn.functional.linear(x, weight)
-    unit.drop()
-    unit.take().copy_(unit.own)
+    unit.free()
+    unit.allocate().copy_(unit.shard)
     y.sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, data.sum(0).expand(3, 16))
@@ -151,9 +151,9 @@ def test_dropped_unit_is_not_resident() -> None:
     before = resident()
     unit = ShardedUnit("layer", [slot], 1, 4, "cpu")
     after_load = resident() - before
-    unit.take().fill_(1)
+    unit.allocate().fill_(1)
     gathered = resident() - before
-    unit.drop()
+    unit.free()
     after_drop = resident() - before
     assert after_load == pytest.approx(size / 4, abs=4 << 20) and after_drop == pytest.approx(size / 4, abs=4 << 20)
     assert gathered == pytest.approx(size * 5 / 4, abs=4 << 20)

@@ -12,7 +12,7 @@ from strop.errors import RecipeError
 from strop.machine.memory import save_measured
 from strop.machine.probe import Machine, vector_extensions
 from strop.models.families.shape import ModelShape
-from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
+from strop.planning.activations import MAX_SAVED_KEYS, offloaded_bytes, peak_live_bytes
 from strop.planning.choose import choose, learning_rate, memory_key, objective_base_rate, usable_bytes
 from strop.planning.fit import MemoryBudget
 from strop.planning.memory import EvaluationLoad, RolloutLoad, phases
@@ -82,9 +82,9 @@ def test_largest_micro_batch_is_full_and_needs_the_most_memory() -> None:
     workload = Workload.from_recipe(recipe, LLAMA_8B)
     largest = largest_micro_batch(recipe, workload)
     assert largest.tokens == 2048
-    for length in (2, 100, KEEP_PAIRS, 700, 1000, 1100):
+    for length in (2, 100, MAX_SAVED_KEYS, 700, 1000, 1100):
         rows = usual_micro_batch(recipe, [(length, length - 1)] * 8)
-        assert at_peak(workload, rows).total <= at_peak(workload, largest).total, length
+        assert peak_live_bytes(workload, rows).total <= peak_live_bytes(workload, largest).total, length
     alone = plan(60, **{"train.batch_size": 1, "data.max_length": 1100}).recipe
     assert largest_micro_batch(alone, workload).tokens <= 1100
 
@@ -274,7 +274,7 @@ def test_inputs_of_long_rows_are_offloaded_if_they_do_not_fit_on_the_gpu() -> No
     batch = largest_micro_batch(on_gpu(60, **long).recipe, checkpointed)
     inputs = batch.tokens * 4096 * 2
     assert offloaded_bytes(offloaded, batch) == 31 * inputs and offloaded_bytes(checkpointed, batch) == 0
-    assert at_peak(checkpointed, batch).total - at_peak(offloaded, batch).total >= 30 * inputs
+    assert peak_live_bytes(checkpointed, batch).total - peak_live_bytes(offloaded, batch).total >= 30 * inputs
     slow_bus = Rate(1e18, 1e18, "none", peak=True)  # only the transfer takes time
     assert micro_batch_seconds(offloaded, batch, slow_bus) == pytest.approx(2 * 31 * inputs / HOST_BYTES_PER_S)
 

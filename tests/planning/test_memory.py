@@ -25,7 +25,7 @@ from strop.models.families.table import FAMILIES as TABLE
 from strop.models.introspect import linear_kinds, shape_from_model
 from strop.models.lora import add_lora, count_trainable
 from strop.planning import activations
-from strop.planning.activations import MicroBatch, at_peak, layer_bytes
+from strop.planning.activations import MicroBatch, layer_bytes, peak_live_bytes
 from strop.planning.memory import FUSED_EXPERTS, PARTS, EvaluationLoad, load_phase, phases, train_phase
 from strop.planning.tables import KNOWN, compare_methods, known_models
 from strop.planning.workload import Workload
@@ -116,7 +116,9 @@ def test_more_rank_rows_or_layers_do_not_lower_the_peak(found: Workload, rows: i
 @settings(max_examples=150, deadline=None)
 def test_longer_rows_do_not_lower_the_peak(found: Workload, rows: int, length: int, more: int) -> None:
     """Apart from fragmentation, and from the length up to which the engine keeps attention probabilities."""
-    if found.compute.device != "cpu" or (length > activations.KEEP_PAIRS) == (length + more > activations.KEEP_PAIRS):
+    if found.compute.device != "cpu" or (length > activations.MAX_SAVED_KEYS) == (
+        length + more > activations.MAX_SAVED_KEYS
+    ):
         assert peak(found, rows, length + more) >= peak(found, rows, length) - fragmentation(found, rows, length)
 
 
@@ -361,7 +363,9 @@ def test_head_memory_depends_on_vocabulary_and_supervised_rows() -> None:
     shape = ModelShape.from_config({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
     found = workload().replace(shape=shape, parameters=shape.parameters, step="plain")
     whole, half = MicroBatch.rows([1000]), MicroBatch(1000, 500, ((1, 1000, 1000),))
-    assert at_peak(found, whole).head == 999 * 262144 * 4 and at_peak(found, half).head == 500 * 262144 * 4
+    assert (
+        peak_live_bytes(found, whole).head == 999 * 262144 * 4 and peak_live_bytes(found, half).head == 500 * 262144 * 4
+    )
 
 
 if __name__ == "__main__":

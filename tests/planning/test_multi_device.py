@@ -16,10 +16,10 @@ from strop.models.families.shape import ModelShape
 from strop.planning.machines import Target
 from strop.planning.memory import base_layer_bytes
 from strop.planning.multi_device import (
-    INSIDE,
     LOOPBACK,
+    MIN_MICRO_BATCHES,
     NETWORKS,
-    SLOTS,
+    NODE_LINKS,
     Devices,
     Link,
     _rate_share,
@@ -70,7 +70,7 @@ def test_ring_bytes_equal_a_simulated_ring(count: int) -> None:
 def test_communication_seconds_equal_a_calculation_by_hand() -> None:
     link = Link("test", bytes_per_s=1e9, hop_s=1e-3, start_s=1e-2)
     assert ring_seconds(10**9, Devices(4), link) == pytest.approx(1e-2 + 6e-3 + 1.5)
-    network = replace(link, inside_s=1e-4)
+    network = replace(link, node_hop_s=1e-4)
     assert ring_seconds(0, Devices(per_node=2, nodes=3), network) == pytest.approx(1e-2 + 4e-3 + 6e-4)
     assert tree_seconds(10**9, Devices(per_node=2, nodes=4), network) == pytest.approx(1e-2 + 2e-4 + 4e-3 + 2)
     thousand = Devices(nodes=1024)
@@ -135,7 +135,7 @@ def test_compute_time_is_constant_with_rows_per_device() -> None:
 
 def test_links_depend_on_device_and_nodes() -> None:
     inside = plan(model="demo", gpu="A100 80GB", devices=2).multi_device
-    assert [time.link for time in inside.link_times] == list(INSIDE)
+    assert [time.link for time in inside.link_times] == list(NODE_LINKS)
     on_cpu = plan(model="demo", memory=16 << 30, devices=2, **{"model.device": "cpu"}).multi_device
     assert [time.link for time in on_cpu.link_times] == [LOOPBACK]
     far = plan(model="demo", memory=16 << 30, devices=1, nodes=2, **{"model.device": "cpu"}).multi_device
@@ -178,7 +178,7 @@ def test_sampling_on_several_devices_is_refused() -> None:
 
 def test_exact_training_sends_each_partial_sum_to_every_device() -> None:
     """Eight micro-batches make one buffer per device on two devices, and six buffers on three."""
-    assert SLOTS == gradients.SLOTS
+    assert MIN_MICRO_BATCHES == gradients.MIN_MICRO_BATCHES
     options = {"train.batch_size": 8, "train.micro_batch": 8, "model.device": "cpu"}
     plain, two, three = (
         plan(model="demo", memory=32 << 30, devices=count, **options, **{"train.exact": exact}).multi_device

@@ -359,7 +359,7 @@ def test_measured_rates_belong_to_a_number_of_threads(monkeypatch: pytest.Monkey
 def test_cgroup_limits_memory_and_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reclaimable file pages count as free, and the CPU quota gives the number of cores."""
     monkeypatch.setattr("strop.machine.probe.CGROUP", tmp_path)
-    monkeypatch.setattr("strop.machine.probe.affinity", lambda: 8)
+    monkeypatch.setattr("strop.machine.probe.available_cores", lambda: 8)
     whole = probe()
     assert whole.cores == 8
     gib = 1 << 30

@@ -48,7 +48,7 @@ def _compile(compiler: str, path: Path) -> None:
         f"-I{include}", f"-I{include}/torch/csrc/api/include", str(SOURCE), "-o", str(temporary),
         f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         raise AssertionError(f"the library of the simulated GPU does not compile:\n{done.stderr[-3000:]}")
     temporary.rename(path)

@@ -31,17 +31,11 @@ def simulate(request: pytest.FixtureRequest, tmp_path: Path) -> Simulate:
         pytest.skip(str(error))
 
     def run(*scenarios: dict[str, Any]) -> list[dict[str, Any]]:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.simulated_gpu.simulate",
-            str(path),
-            str(tmp_path),
-            json.dumps(scenarios),
-        ]
+        module = "tests.simulated_gpu.simulate"
+        command = [sys.executable, "-m", module, str(path), str(tmp_path), json.dumps(scenarios)]
         # The simulated GPU has no values, so its quantized copies of a base are for nobody else.
         env = {**os.environ, "STROP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
         outcomes: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
         pairs = zip(scenarios, outcomes, strict=True)

@@ -154,7 +154,7 @@ def train(
     the first time.
     """
     out = new_out()
-    given = {
+    recipe = {
         "model": base(model), "data": rows(), "out": out, "model.device": "cuda", "train.max_steps": 3,
         "train.batch_size": 8, "lora.r": 4, "train.save_steps": 2, **options,
     }  # fmt: skip
@@ -169,22 +169,17 @@ def train(
         stack.enter_context(patch("strop.training.run.check_causal", lambda job, items: None))
         if resume:
             with pytest.raises(Stopped), stopping():
-                strop.train(**given)
+                strop.train(**recipe)
             run = strop.resume(out)
         else:
-            run = strop.train(**given)
+            run = strop.train(**recipe)
     waits = [[kind, line, number] for (stage, kind, line), number in GPU.waits.items() if stage == "step"]
     events = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     packed = [line for _, kind, line in GPU.waits if kind == "copy to the host" and "models/quantize.py" in line]
-    result = {
-        "emptied": fake.Properties.emptied,
-        "quantized_there": len(packed),
-        "folder": out,
-        "steps": run.report["steps"],
-        "waits": waits,
-        "events": events,
-    }
-    return {**result, "kernels": dict(started), "deterministic": GPU.deterministic}
+    return {
+        "emptied": fake.Properties.emptied, "quantized_there": len(packed), "folder": out, "waits": waits,
+        "steps": run.report["steps"], "events": events, "kernels": dict(started), "deterministic": GPU.deterministic,
+    }  # fmt: skip
 
 
 def answer(model: str, **options: Any) -> dict[str, Any]:
@@ -206,7 +201,7 @@ def evaluate(model: str) -> dict[str, Any]:
 
 
 def serve(model: str, texts: int = 3) -> dict[str, Any]:
-    """Generate with the base and two adapters in one batch, and return what call_count the host wait."""
+    """Generate with the base and two adapters in one batch, and return how often the host waits."""
     from strop.engine.decode.batch import Batch, decode_all
     from strop.engine.decode.hf_fallback import HfDecoder
     from strop.engine.decode.sampling import Sampling, SequenceState
@@ -237,13 +232,13 @@ def merge(model: str) -> dict[str, Any]:
 
 
 def newest_attention() -> dict[str, Any]:
-    """Activate flash attention 3, and return the reason if it is not used, and how often it was switched."""
+    """Activate flash attention 3, and return why it is not used, and how often each function was called."""
     from strop.engine.kernels.cuda import attention
 
-    known, switched = torch.nn.attention, Counter()
+    module, switched = torch.nn.attention, Counter()
     with ExitStack() as stack:
         for name in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
-            stack.enter_context(patch.object(known, name, lambda *_, name=name: switched.update([name])))
+            stack.enter_context(patch.object(module, name, lambda *_, name=name: switched.update([name])))
         stack.enter_context(patch.object(attention, "find_spec", lambda name: object()))
         stack.enter_context(GPU.present())
         why = attention.activate_flash3.__wrapped__(torch.device("cuda"))
@@ -253,7 +248,7 @@ def newest_attention() -> dict[str, Any]:
 def benchmark(*, kernels: bool, items: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """Run items of benchmarks/card.py on a tiny model."""
     of = script(ROOT / "benchmarks" / "card.py")
-    sys.path.append(str(ROOT / "benchmarks"))  # it imports its neighbour on demand
+    sys.path.append(str(ROOT / "benchmarks"))  # it imports modules next to it
     options = Namespace(folder=FOLDER / "tiny-of-benchmark" / "tiny", device="cuda")
     with kernels_counted(kernels), GPU.present():
         return [of.run(options, *item) for item in items]
@@ -271,7 +266,7 @@ def moved(**case: Any) -> list[dict[str, Any]]:
 
 def moved_by(operation: str) -> list[dict[str, Any]]:
     """Return the same for one known operation."""
-    return traffic.known(GPU, operation)
+    return traffic.run_known(GPU, operation)
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
@@ -294,9 +289,7 @@ def main() -> None:
     for scenario in json.loads(sys.argv[3]):
         fake.Properties.capability = tuple(scenario.pop("capability", (9, 0)))
         fake.Properties.memory_bytes = scenario.pop("memory_bytes", 80 << 30)
-        shutil.rmtree(
-            cache_folder() / "memory", ignore_errors=True
-        )  # recorded when an earlier scenario ran out of memory
+        shutil.rmtree(cache_folder() / "memory", ignore_errors=True)  # recorded when an earlier scenario ran out
         if (of := scenario.pop("of", None)) is not None:  # the run of an earlier scenario
             scenario["model"] = outcomes[of]["folder"]
         try:

@@ -60,12 +60,12 @@ class Case:
 
     def planned(self) -> Phase:
         more = {} if self.scheme == "none" else {"model.resident_layers": 0}
-        given = {
+        options = {
             "model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16,
             "model.quantization": self.scheme, **more,
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
-        workload = Workload.from_recipe(resolve(None, given).recipe, ModelShape.from_config(self.config.to_dict()))
+        workload = Workload.from_recipe(resolve(None, options).recipe, ModelShape.from_config(self.config.to_dict()))
         return train_phase(workload, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
 
 

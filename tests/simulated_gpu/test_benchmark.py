@@ -116,8 +116,8 @@ def test_failure_does_not_stop_the_others(
         "failed: waits: ValueError: planted" in output and "failed: 8b, strop, nf4, 4096: ValueError: planted" in output
     )
     assert "| 8b | none | 4,096 | strop | 1,234 | 50% | 3.0 GB | 2.5 GB |" in output
-    kept = json.loads(out.read_text(encoding="utf-8"))["results"]
-    assert len(kept) == len(commands) and sum("failed" in one for one in kept) == 2
+    saved = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert len(saved) == len(commands) and sum("failed" in one for one in saved) == 2
 
 
 def test_trl_trains_with_its_trainer(benchmark: ModuleType, tmp_path: Path) -> None:

@@ -80,9 +80,7 @@ def test_runs_complete_and_wait_once_a_step(simulate: Simulate) -> None:
     assert outcomes[0]["emptied"] == 1, "to free the holes left by weights that were joined"
     assert outcomes[list(runs).index("fails once")]["emptied"] == 2
     quantized = [bool(run["quantized_there"]) for run in outcomes[: len(runs)]]
-    assert quantized == [kind in FIRST_OF_THEIR_SCHEME for kind in runs], (
-        quantized
-    )  # the others find the quantized copy
+    assert quantized == [kind in FIRST_OF_THEIR_SCHEME for kind in runs], "the others find the quantized copy"
     assert_one_wait_a_pass(served)
     # A quantized model is dequantized once if memory allows, and stays quantized if not.
     assert large["packed"] == 0 and small["packed"] == 14
@@ -96,12 +94,12 @@ def assert_failures_are_handled(
         notes = [event["text"] for event in run["events"] if event["event"] == "note"]
         assert len([text for text in notes if "at the same size" in text]) == 1
         assert not [event for event in run["events"] if event["event"] == "shrink"]
-    shrunk, kept = (
+    shrunk, saved = (
         [event["to"] for event in run["events"] if event["event"] == "shrink"]
         for run in (fails_often, fails_with_one_row)
     )
     assert shrunk and shrunk[-1].startswith("micro-batches of 64 tokens")
-    assert kept == ["gradient checkpointing", "gradient checkpointing with the inputs of layers in host memory"]
+    assert saved == ["gradient checkpointing", "gradient checkpointing with the inputs of layers in host memory"]
     assert_offloaded(fails_with_one_row)
 
 

@@ -61,8 +61,8 @@ def test_bytes_and_flops_match_formulas(simulate: Simulate, monkeypatch: pytest.
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
         "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
     }  # fmt: skip
-    given = {"model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16}
-    recipe = resolve(None, {**given, "train.gradient_checkpointing": "off"}).recipe
+    options = {"model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16}
+    recipe = resolve(None, {**options, "train.gradient_checkpointing": "off"}).recipe
     planned = flops(Workload.from_recipe(recipe, ModelShape.from_config(config)), MicroBatch.rows([512], more=False))
     by_part: Counter[str] = Counter()
     for operation in whole:

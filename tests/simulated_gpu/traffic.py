@@ -187,7 +187,7 @@ def step(gpu: fake.SimulatedGpu, case: Case) -> list[dict[str, Any]]:
     return counted(gpu, work)
 
 
-def known(gpu: fake.SimulatedGpu, operation: str) -> list[dict[str, Any]]:
+def run_known(gpu: fake.SimulatedGpu, operation: str) -> list[dict[str, Any]]:
     """Count one operation on x (8, 16) in bf16, 256 bytes."""
 
     def work() -> Callable[[Ledger], None]:

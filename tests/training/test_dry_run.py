@@ -15,7 +15,7 @@ from strop.data.batching import BatchStream
 from strop.errors import MemoryLimitError
 from strop.machine.memory import start_peak
 from strop.models.families.shape import ModelShape
-from strop.planning.activations import at_peak
+from strop.planning.activations import peak_live_bytes
 from strop.planning.workload import Workload
 from strop.runs.events import read_events
 from strop.training import dry_run
@@ -87,11 +87,11 @@ def test_forecast_searches_all_epochs_for_the_largest_micro_batch(
         rows = [examples[row] for row in step.rows]
         for group in micro_batches(job, rows):
             batch = describe_batch(job, [rows[row] for row in group], True, False)
-            sizes.append((at_peak(setting(job).replace(step=job.step.name), batch).total, step.epoch))
+            sizes.append((peak_live_bytes(setting(job).replace(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
     found = forecast(job, setting(job), 8 << 30)
-    assert at_peak(setting(job).replace(step=job.step.name), found.batch).total == max(sizes)[0]
+    assert peak_live_bytes(setting(job).replace(step=job.step.name), found.batch).total == max(sizes)[0]
     assert max(size for size, epoch in sizes if epoch == 0) < max(sizes)[0], "a later epoch has the largest"
     assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
 

@@ -273,10 +273,10 @@ def test_first_step_without_gradient_or_update_stops_the_run(tmp_path: Path) -> 
 def test_falling_chosen_answers_are_noted_once() -> None:
     """on record, 16: both rewards fall while the margin grows."""
     progress = state.Progress()
-    assert guard.falling_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
-    text = guard.falling_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
+    assert guard.likelihood_drop_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
+    text = guard.likelihood_drop_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
     assert text is not None and "1.2 nats per token less likely" in text and "--train.sft_weight" in text
-    assert guard.falling_warning(progress, {"chosen_change": -1.5}) is None
+    assert guard.likelihood_drop_warning(progress, {"chosen_change": -1.5}) is None
 
 
 def test_figures_report_both_sides(tmp_path: Path) -> None:

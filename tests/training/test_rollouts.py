@@ -248,7 +248,7 @@ def test_kl_before_the_first_step_stops_the_run() -> None:
 def test_failing_reward_names_row_and_function(tmp_path: Path) -> None:
     for function, text in (
         (lambda gold, answer: answer[10**6], "IndexError"),
-        (lambda gold, answer: math.nan, "gives nan"),
+        (lambda gold, answer: math.nan, "returns nan"),
         (lambda gold, answer: eval("["), "SyntaxError"),
         (lambda gold, answer: sys.exit(0), "SystemExit"),  # code that the model wrote may do this
     ):

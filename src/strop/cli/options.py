@@ -21,7 +21,7 @@ ModelName = Annotated[
 Memory = Annotated[str | None, typer.Option(help="Maximum memory to use, such as 8GB.", metavar="SIZE")]
 Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8, or auto (as the adapter was trained).")]
 Force = Annotated[bool, typer.Option("--force", help="Load an adapter on a different base, and list the differences.")]
-Tuned = Annotated[str, typer.Argument(metavar="RUN", help="Run or adapter folder.")]
+AdapterName = Annotated[str, typer.Argument(metavar="RUN", help="Run or adapter folder.")]
 NoParity = Annotated[
     bool, typer.Option("--no-parity", help="Skip the measurement, for models too large to run on this machine.")
 ]
@@ -39,7 +39,10 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collection[str] = ()) -> Any:
-    """Return the command with one flag per recipe field (or field of `only`); it receives those used as `options`."""
+    """Return the command with one flag per recipe field; it receives the flags that are used as `options`.
+
+    enabled: if False, add no flags. only: add only these fields, whose default is the value of an existing run.
+    """
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     fields: dict[str, Any] = {}
     if enabled:
@@ -70,7 +73,7 @@ def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collect
 
 
 def _help_text(info: Any, default: str | None) -> str:
-    """Return a field's description with its choices and its default. Descriptions state defaults that are computed."""
+    """Return a field's description with its choices and its default, unless the description states the default."""
     value = None if info.is_required() else info.get_default(call_default_factory=True)
     if default is None and value not in (None, [], {}):
         default = str(value).lower() if isinstance(value, bool) else str(value)
@@ -80,13 +83,13 @@ def _help_text(info: Any, default: str | None) -> str:
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    """Return the words that a field takes."""
+    """Return the allowed values of a field."""
     if hint is bool:
         return ("true", "false")
     if get_origin(hint) is Literal:
         return tuple(map(str, get_args(hint)))
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
-    return tuple(word for part in parts for word in _choices(part))
+    return tuple(choice for part in parts for choice in _choices(part))
 
 
 def _parse_options(options: dict[str, Any]) -> dict[str, Any]:

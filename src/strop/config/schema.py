@@ -40,8 +40,8 @@ def _bool_to_on_off(value: Any) -> Any:
 Finite = Annotated[float, AfterValidator(_check_finite)]
 Layers = Annotated[int, Field(ge=1)]
 MAX_RANK = 4096
-TIME = r"^\d+(\.\d+)?[smhd]?$"
-DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+DURATION_PATTERN = r"^\d+(\.\d+)?[smhd]?$"
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
 class Section(BaseModel):
@@ -80,7 +80,7 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
         "auto", description="data type of the frozen weights; auto measures bf16 against fp32 on a CPU"
     )
-    device: str = Field("auto", pattern=DEVICES, description="auto, cpu, mps, cuda or cuda:N")
+    device: str = Field("auto", pattern=DEVICE_PATTERN, description="auto, cpu, mps, cuda or cuda:N")
 
 
 class DataSection(Section):
@@ -288,10 +288,12 @@ class TrainSection(Section):
         " before the first step",
     )
     timeout: str = Field(
-        "30m", pattern=TIME, description="maximum time that a device waits for the others, such as 90s, 30m or 2h"
+        "30m",
+        pattern=DURATION_PATTERN,
+        description="maximum time that a device waits for the others, such as 90s, 30m or 2h",
     )
     max_time: str | None = Field(
-        None, pattern=TIME, description="save and stop after this time, such as 90s, 30m or 2h"
+        None, pattern=DURATION_PATTERN, description="save and stop after this time, such as 90s, 30m or 2h"
     )
 
 

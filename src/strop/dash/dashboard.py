@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from strop.dash import answers
-from strop.dash.files import DAMAGED, read_json, run_path, tail
+from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path
 from strop.dash.history import AXES, History, StreamPosition, short
 from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, send
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
@@ -27,7 +27,7 @@ from strop.errors import FolderError, InputError, RunError
 from strop.machine.probe import probe
 from strop.runs.folder import RunFolder
 
-MOST_BYTES = 24 << 20  # of cached histories; the one in use is always kept
+HISTORY_BYTES = 24 << 20  # maximum size of cached histories; the one in use is always kept
 MOST_ROWS = 2000  # sent one by one in a stream; beyond that the whole curve is sent
 
 
@@ -72,7 +72,7 @@ class Dashboard:
         history = self._histories.pop(name, None) or History(RunFolder(run_path(self.root, name)).events)
         self._histories[name] = history  # most recently used last
         history.update()
-        while len(self._histories) > 1 and sum(cached.num_bytes for cached in self._histories.values()) > MOST_BYTES:
+        while len(self._histories) > 1 and sum(cached.num_bytes for cached in self._histories.values()) > HISTORY_BYTES:
             del self._histories[next(iter(self._histories))]
         return history
 
@@ -149,7 +149,7 @@ class Dashboard:
         return {
             "text": "\n".join(parts)[-LOG_BYTES:],
             "sources": [{"job": job["id"], "command": job["command"], "state": job["state"]} for job in jobs],
-            "events": tail(RunFolder(Path(row["path"])).events, LOG_BYTES),
+            "events": read_tail(RunFolder(Path(row["path"])).events, LOG_BYTES),
         }
 
     def duplicate(self, name: str) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def damaged_files_as_run_error(name: str) -> Iterator[None]:
     """Raise RunError if files of a run have unexpected content."""
     try:
         yield
-    except DAMAGED as error:
+    except CONTENT_ERRORS as error:
         what = f"{name}: its files are damaged: {type(error).__name__}: {error}"
         raise RunError(what, fix="restore the folder from a copy, or delete the run") from error
 

@@ -1,4 +1,7 @@
-"""Read files of a run, which may come from anyone: inside its folder, no links to other files, bounded sizes."""
+"""Read files of a run safely: inside its folder, no links, bounded sizes.
+
+A run folder may come from anyone, and a link in it could expose any file of this user.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from typing import Any
 
 from strop.errors import FolderError, InputError
 
-# errors raised by files with unexpected content
-DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-MOST_BYTES = 256 << 20  # limit for a whole file, such as the answers of a large evaluation
+# raised while parsing a file with unexpected content
+CONTENT_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+MAX_BYTES = 256 << 20  # limit for a whole file, such as the answers of a large evaluation
 
 
 def run_path(root: Path, name: str) -> Path:
@@ -22,7 +25,7 @@ def run_path(root: Path, name: str) -> Path:
     path = root / name
     plain = name not in ("", ".", "..") and not name.startswith(".") and len(os.fsencode(name)) <= 255
     if not plain or "/" in name or "\\" in name or not name.isprintable() or path.is_symlink():
-        raise FolderError("not the name of a run", fix="choose one from the list")
+        raise FolderError("not a run name", fix="choose one from the list")
     return path
 
 
@@ -45,24 +48,24 @@ def open_file(path: Path) -> int:
     return handle
 
 
-def read_bytes(path: Path, start: int = 0, most: int = MOST_BYTES) -> bytes:
-    """Return at most `most` bytes from `start`; empty if the file does not exist."""
+def read_bytes(path: Path, start: int = 0, limit: int = MAX_BYTES) -> bytes:
+    """Return up to `limit` bytes from `start`; empty if the file does not exist."""
     try:
         with os.fdopen(open_file(path), "rb") as file:
             file.seek(start)
-            return file.read(most)
+            return file.read(limit)
     except OSError:
         return b""
 
 
-def read_places(path: Path, starts: list[int], most: int) -> list[bytes]:
-    """Return `most` bytes from each offset; empty if the file does not exist."""
+def read_chunks(path: Path, starts: list[int], limit: int) -> list[bytes]:
+    """Return up to `limit` bytes from each offset; empty if the file cannot be opened."""
     parts = []
     try:
         with os.fdopen(open_file(path), "rb", buffering=0) as file:
             for start in starts:
                 file.seek(start)
-                parts.append(file.read(most))
+                parts.append(file.read(limit))
     except OSError:
         return []
     return parts
@@ -71,67 +74,67 @@ def read_places(path: Path, starts: list[int], most: int) -> list[bytes]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty if it is missing or damaged."""
     try:
-        found = json.loads(read_bytes(path))
+        value = json.loads(read_bytes(path))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def tail(path: Path, most: int) -> str:
-    """Return the last bytes of a text file, from the start of a line."""
+def read_tail(path: Path, limit: int) -> str:
+    """Return up to `limit` bytes from the end of a text file, starting at a line."""
     try:
         size = path.lstat().st_size
     except OSError:
         return ""
-    start = max(0, size - most)
-    found = read_bytes(path, start, most)
-    return (found.partition(b"\n")[2] if start else found).decode("utf-8", "replace")
+    start = max(0, size - limit)
+    data = read_bytes(path, start, limit)
+    return (data.partition(b"\n")[2] if start else data).decode("utf-8", "replace")
 
 
-def sizes(folder: Path) -> list[tuple[str, int]]:
+def file_sizes(folder: Path) -> list[tuple[str, int]]:
     """Return (relative path, bytes) of every file; links are not followed."""
-    found, root = [], str(folder)
-    for place, _, names in os.walk(root):
+    entries, root = [], str(folder)
+    for parent, _, names in os.walk(root):
         for name in names:
-            path = os.path.join(place, name)
+            path = os.path.join(parent, name)
             try:
-                found.append((path[len(root) + 1 :], os.lstat(path).st_size))
+                entries.append((path[len(root) + 1 :], os.lstat(path).st_size))
             except OSError:  # deleted in the meantime
                 continue
-    return sorted(found)
+    return sorted(entries)
 
 
-def limit_rows(report: dict[str, Any] | None, most: int) -> dict[str, Any] | None:
-    """Return a data report with at most `most` dropped and truncated rows."""
+def limit_rows(report: dict[str, Any] | None, limit: int) -> dict[str, Any] | None:
+    """Return a data report with up to `limit` dropped and truncated rows."""
     result = dict(report or {})
     for name in ("dropped", "cut"):
         rows = result.get(name)
-        if isinstance(rows, list) and len(rows) > most:
-            result |= {name: rows[:most], f"{name}_left_out": len(rows) - most}
+        if isinstance(rows, list) and len(rows) > limit:
+            result |= {name: rows[:limit], f"{name}_left_out": len(rows) - limit}
     return result or report
 
 
-def browse(roots: list[Path], asked: str) -> dict[str, Any]:
+def browse(roots: list[Path], path: str) -> dict[str, Any]:
     """Return the entries of a folder for the file chooser. Raises InputError outside the roots."""
     try:
-        folder = Path(asked or roots[0]).expanduser().resolve(strict=True)
+        folder = Path(path or roots[0]).expanduser().resolve(strict=True)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name.lower())
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{asked}: cannot be listed: {error}", fix="choose another folder") from None
-    own = [root.resolve() for root in roots]
-    if not any(folder == root or root in folder.parents for root in own):
-        raise InputError(f"{asked}: outside the folder that strop dash was started in", fix="type the path instead")
-    found = [
-        {"name": entry.name, "path": _shown(Path(entry.path)), "kind": kind, "bytes": size}
+        raise InputError(f"{path}: cannot be listed: {error}", fix="choose another folder") from None
+    allowed = [root.resolve() for root in roots]
+    if not any(folder == root or root in folder.parents for root in allowed):
+        raise InputError(f"{path}: outside the folder that strop dash was started in", fix="type the path instead")
+    shown = [
+        {"name": entry.name, "path": _display_path(Path(entry.path)), "kind": kind, "bytes": size}
         for entry in entries[:5000]
         if not entry.name.startswith(".") and (kind := _kind(entry)) and (size := _bytes(entry)) is not None
     ]
-    parent = folder.parent if folder not in own else None
-    return {"path": _shown(folder), "parent": str(parent) if parent else None, "entries": found}
+    parent = folder.parent if folder not in allowed else None
+    return {"path": _display_path(folder), "parent": str(parent) if parent else None, "entries": shown}
 
 
-def _shown(path: Path) -> str:
-    """Return a path relative to the current folder where possible."""
+def _display_path(path: Path) -> str:
+    """Return a path relative to the current folder if it is below it."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from strop.dash.files import DAMAGED, open_file
+from strop.dash.files import CONTENT_ERRORS, open_file
 from strop.machine.memory import trim_heap
 from strop.runs.events import parse_event
 
@@ -123,7 +123,7 @@ class History:
                 continue
             self._add_steps(run)
             run = []
-            with contextlib.suppress(*DAMAGED):
+            with contextlib.suppress(*CONTENT_ERRORS):
                 self._add_event(event)
         self._add_steps(run)
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from strop.dash.files import join_names, read_bytes, read_json, split_names, tail
+from strop.dash.files import join_names, read_bytes, read_json, read_tail, split_names
 from strop.errors import FolderError, InputError, RunError
 from strop.runs.child_env import safe_path_env
 from strop.runs.folder import write_json
@@ -98,7 +98,7 @@ class Jobs:
         result = read_json(folder / "out") or None
         error = (result or {}).get("error")
         if not alive and result is None:
-            text = tail(folder / "log", 2000).strip().splitlines()
+            text = read_tail(folder / "log", 2000).strip().splitlines()
             what = "the process ended without a result" + (f"; its last line: {text[-1]}" if text else "")
             fix = "it was killed, ran out of memory, or the machine went down; `strop resume` continues a run"
             error = {"kind": "Killed", "message": what, "fix": fix, "where": []}
@@ -108,7 +108,7 @@ class Jobs:
             known["ended"] = max(_changed(folder / "out"), _changed(folder / "log"))
             with contextlib.suppress(OSError):  # a full disk must not hide the state
                 write_json(folder / "job.json", known)
-        last = next((line for line in reversed(tail(folder / "log", 4096).splitlines()) if line.strip()), "")
+        last = next((line for line in reversed(read_tail(folder / "log", 4096).splitlines()) if line.strip()), "")
         about = {
             "id": name, "kind": known.get("kind"), "run": known.get("run"), "state": state, "pid": known.get("pid"),
             "command": command(known.get("words") or []), "started": known.get("began"), "ended": known.get("ended"),

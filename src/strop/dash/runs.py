@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from strop.dash.files import DAMAGED, limit_rows, read_bytes, read_json, read_places, run_path, sizes
+from strop.dash.files import CONTENT_ERRORS, file_sizes, limit_rows, read_bytes, read_chunks, read_json, run_path
 from strop.dash.history import History, short
 from strop.evaluation.metrics import Difference, rows_text, verdict
 from strop.runs.events import parse_event
@@ -138,7 +138,7 @@ def _read_facts(folder: RunFolder) -> dict[str, Any]:
         facts = _facts(folder)
         json.dumps(facts)
         return facts
-    except DAMAGED as error:
+    except CONTENT_ERRORS as error:
         return {
             **EMPTY, "name": folder.path.name, "path": str(folder.path), "is_run": is_run(folder.path), "events": [],
             "ended": {}, "heartbeat": 0.0, "damaged": f"its files are damaged: {error}",
@@ -171,7 +171,8 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "seconds": report.get("seconds"), "loss": loss, "eval_loss": report.get("eval_loss", evaluated.get("loss")),
         "tokens": report.get("tokens", step.get("tokens")),
         "tokens_per_s": report.get("tokens_per_s", step.get("tokens_per_s")),
-        "score": evaluation_score(report), "sparkline": curve, "bytes": sum(size for _, size in sizes(folder.path)),
+        "score": evaluation_score(report), "sparkline": curve,
+        "bytes": sum(size for _, size in file_sizes(folder.path)),
         "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
     }  # fmt: skip
 
@@ -220,7 +221,7 @@ def _curve(file: Path, size: int) -> list[tuple[int, float]]:
         found = _STEP.findall(read_bytes(file, 0, WHOLE_BYTES))
     else:
         starts = [place * (size - PLACE_BYTES) // (PLACES - 1) for place in range(PLACES)]
-        found = [match.groups() for part in read_places(file, starts, PLACE_BYTES) if (match := _STEP.search(part))]
+        found = [match.groups() for part in read_chunks(file, starts, PLACE_BYTES) if (match := _STEP.search(part))]
     points = sorted({int(step): float(loss) for step, loss in found}.items())
     if len(points) > 2 * PARTS:
         low, high = points[0][0], points[-1][0]
@@ -241,7 +242,7 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
     folder = RunFolder(Path(row["path"]))
     report, lock, newest = read_json(folder.report), read_json(folder.lock), history.newest
     data, start = newest.get("data") or {}, newest.get("start") or {}
-    files = sizes(folder.path)
+    files = file_sizes(folder.path)
     adapter = [size for name, size in files if name.startswith("adapter/")]
     return {
         **row,
@@ -306,7 +307,7 @@ def _checkpoints(files: list[tuple[str, int]], report: dict[str, Any]) -> list[d
 
 def contents(folder: Path) -> dict[str, Any]:
     """Return the files that deleting a run removes."""
-    files = sizes(folder)
+    files = file_sizes(folder)
     return {
         "name": folder.name, "path": str(folder), "bytes": sum(size for _, size in files), "num_files": len(files),
         "files": [{"path": name, "bytes": size} for name, size in files[:MOST_FILES]],

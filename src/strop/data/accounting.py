@@ -159,16 +159,16 @@ def _count_stops(selection: Selection, renderer: Renderer) -> int:
 
 
 def _answer_statistics(selection: Selection) -> dict[str, Any]:
-    supervised, judged = selection.examples.supervised, selection.examples.judged
+    supervised, labels = selection.examples.supervised, selection.examples.labels
     if selection.data_kind == "prompts":
-        answered = selection.store.row_records["answered"][selection.rows]
-        return {"prompts": len(selection.rows), "right_answers": int(answered.sum())}
+        has_answer = selection.store.row_records["has_answer"][selection.rows]
+        return {"prompts": len(selection.rows), "right_answers": int(has_answer.sum())}
     if selection.data_kind == "labels":
         return {
-            "desirable": int((judged == 1).sum()),
-            "undesirable": int((judged == 0).sum()),
-            "desirable_tokens": _mean(supervised[judged == 1]),
-            "undesirable_tokens": _mean(supervised[judged == 0]),
+            "desirable": int((labels == 1).sum()),
+            "undesirable": int((labels == 0).sum()),
+            "desirable_tokens": _mean(supervised[labels == 1]),
+            "undesirable_tokens": _mean(supervised[labels == 0]),
         }
     chosen, rejected = supervised[0::2], supervised[1::2]
     longer, equal = float((chosen > rejected).mean()), float((chosen == rejected).mean())
@@ -258,7 +258,7 @@ def _label_warnings(selection: Selection) -> list[str]:
 
 def _single_label(selection: Selection) -> str | None:
     """Return a sentence if all answers have the same label."""
-    labels = set(selection.examples.judged.tolist())
+    labels = set(selection.examples.labels.tolist())
     if selection.data_kind != "labels" or labels not in ({0}, {1}):
         return None
     return f"all {selection.role} rows are labelled {'good' if labels == {1} else 'bad'}"

@@ -152,7 +152,7 @@ def _assemble(
                 items[i] = Prompts(part, rows_of_part, serving_renderer)
             elif part is not None:
                 items[i] = ExampleGroups(part, data_kind, data.max_length)
-        checksum.update(train_set.judged.tobytes())
+        checksum.update(train_set.labels.tobytes())
     return Prepared(
         train_set, conversations, eval_set, eval_conversations, report, checksum.hexdigest(), serving_renderer, *items
     )

@@ -31,19 +31,19 @@ from strop.data.types import Conversation, DataKind, Example, ExampleGroup, Indi
 if TYPE_CHECKING:
     from strop.data.rendering.render import Renderer
 
-# One example: the end of its tokens, its length, its number of supervised tokens, its row.
+# One example: the end of its tokens, its length, its number of supervised tokens, the index of its row.
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])
-# One row: the end of its line in rows.jsonl; hashes of its content, of its prompt, and the one that decides whether it
-# is held out; its file (index into facts["files"]) and line; its label (1 good, 0 bad, -1 none); has an answer (1, 0).
+# One row: the end of its line in rows.jsonl; the hash of its content; that of its prompt; that by which it is held out
+# (`group`); its file (index into facts["files"]) and line; its label (1 good, 0 bad, -1 none); has an answer (1, 0).
 ROW = np.dtype([
     ("end", "<i8"), ("digest", "<u8"), ("prompt", "<u8"), ("group", "<u8"), ("file", "<i4"), ("line", "<i8"),
-    ("judged", "<i4"), ("answered", "<i4"),
+    ("label", "<i4"), ("has_answer", "<i4"),
 ])  # fmt: skip
 _EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQQiqii")  # the same layouts, to write one record
 _PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
 LOCK = "lock"  # file lock in the folder of a store that is being written
 LOCK_GRACE_S = 60.0  # a more recent lock file may not have been acquired yet
-MAX_KL_CANDIDATES = 1000  # rows searched for an answer to another prompt
+MAX_KL_CANDIDATES = 1000  # maximum number of rows searched for an answer to another prompt (kto)
 
 T = TypeVar("T", covariant=True)
 
@@ -64,15 +64,15 @@ class Writer:
         self._tokens = self._chars = self._rows = 0
 
     def add(self, conversation: Conversation, examples: Sequence[Example], prompt: int, group: int | None) -> int:
-        """Append a row and return the hash that decides whether it is held out: `group`, or that of its content."""
+        """Append a row and return the hash by which it is held out: `group`, or by default that of its content."""
         text = dump_conversation(conversation)
         file = self._files.setdefault(conversation.file, len(self._files))
         self._chars += len(text) + 1
         self._write("rows.jsonl", text + b"\n")
-        judged = -1 if conversation.desirable is None else int(conversation.desirable)
-        answered, content = int(conversation.answer is not None), digest(text)
+        label = -1 if conversation.desirable is None else int(conversation.desirable)
+        has_answer, content = int(conversation.answer is not None), digest(text)
         group = content if group is None else group
-        record = (self._chars, content, prompt, group, file, conversation.line, judged, answered)
+        record = (self._chars, content, prompt, group, file, conversation.line, label, has_answer)
         self._write("rows.bin", _ROW.pack(*record))
         for example in examples:
             self._tokens += len(example)
@@ -87,7 +87,7 @@ class Writer:
         self._out[name].write(data)
 
     def commit(self, facts: dict[str, Any]) -> Store:
-        """Complete the store and return it, or the equal store that another process wrote first."""
+        """Complete the store and return it, or the identical store that another process wrote first."""
         for out in self._out.values():
             out.close()
         sizes = {name: (self._temp / name).stat().st_size for name in self._out}
@@ -118,7 +118,7 @@ class Writer:
 
 
 class Store:
-    """A complete store. facts: the argument of `Writer.commit`, and `files`."""
+    """A complete store. facts: the content of facts.json (see `Writer.commit`)."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.facts = facts
@@ -142,7 +142,7 @@ class Store:
 
 
 def load_store(folder: Path) -> Store | None:
-    """Return the store in `folder`, or None if there is none or its bytes are not those that were written."""
+    """Return the store in `folder`; None if there is none, or if it is incomplete or damaged."""
     try:
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         intact = all((folder / name).stat().st_size == size for name, size in facts["sizes"].items())
@@ -179,7 +179,7 @@ def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 class LazySequence(Sequence[T]):
-    """A sequence whose items are made on access by `item`."""
+    """A sequence whose items are created on access by `item`."""
 
     @abstractmethod
     def item(self, i: int) -> T: ...
@@ -203,7 +203,7 @@ class Examples(LazySequence[Example]):
         self.lengths: Indices = records["length"].astype(np.int64)  # in tokens
         self.supervised: Indices = records["supervised"].astype(np.int64)  # in tokens
         # label of the answer: 1 good, 0 bad, -1 none
-        self.judged: Indices = store.row_records["judged"][records["row"]].astype(np.int64)
+        self.labels: Indices = store.row_records["label"][records["row"]].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -240,12 +240,12 @@ class ExampleGroups(LazySequence[ExampleGroup]):
         if self._pairs:
             return ExampleGroup((self._examples[2 * i], self._examples[2 * i + 1]))
         answer = self._examples[i]
-        return ExampleGroup((answer,), self._kl_examples(i, answer), bool(self._examples.judged[i]))
+        return ExampleGroup((answer,), self._kl_examples(i, answer), bool(self._examples.labels[i]))
 
     def _kl_examples(self, i: int, answer: Example) -> tuple[Example, ...]:
         """Combine this prompt with the answer of the next row that has another prompt and fits in `max_length`.
 
-        The choice is the same in each epoch and for any batch, so that its reference is computed once.
+        The choice does not depend on epoch or batch, so the reference log-probabilities are computed once.
         """
         prompt = answer.ids[: answer.prompt_length]
         for offset in range(1, min(len(self), MAX_KL_CANDIDATES)):
@@ -281,7 +281,7 @@ class Prompts(LazySequence[Prompt]):
 
 
 def dump_conversation(conversation: Conversation) -> bytes:
-    """Return the content as JSON, without file and line: equal content gives equal bytes."""
+    """Return the conversation as JSON, without file and line. Equal conversations give equal bytes."""
     value: dict[str, Any] = {"text": conversation.text} if conversation.text is not None else {}
     value["messages"] = [*map(message_json, conversation.messages)]
     if conversation.tools:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from strop.errors import InputError
-from strop.machine.probe import affinity
+from strop.machine.probe import available_cores
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Base(Protocol):
     digests: dict[str, str]
     modules: dict[int | str, nn.Module]
 
-    def __call__(self, where: int | str) -> None:
+    def __call__(self, key: int | str) -> None:
         """Gather a module's weights; they stay until another module's are gathered."""
 
     def iter_modules(self) -> Iterable[nn.Module]:
@@ -189,7 +189,7 @@ def default_threads(place: Place, env: Mapping[str, str] = os.environ) -> int | 
     """Return this process's share of its node's cores; None if the user set OMP_NUM_THREADS."""
     if threads_requested(env):
         return None
-    return max(1, affinity() // place.local_world_size)
+    return max(1, available_cores() // place.local_world_size)
 
 
 def _first_count(text: str) -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from strop.distributed.devices import AGENT_PREFIX, ALONE, Devices, find_place
 from strop.errors import PeerFailed, RecipeError, RunError, Stopped
-from strop.machine.probe import affinity
+from strop.machine.probe import available_cores
 from strop.runs.child_env import safe_path_env
 
 SHUTDOWN_TIMEOUT_S = "3600"  # for ranks that were asked to stop, to finish their step and save (torch's default: 30)
@@ -57,7 +57,7 @@ def count_processes(requested: str | None, device: str = "auto") -> int:
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if requested != "all" and (not requested.isdecimal() or int(requested) < 1):
         raise RecipeError(f"--devices {requested}: not a number of devices", fix="give a number, or all")
-    count = (gpus or affinity()) if requested == "all" else int(requested)
+    count = (gpus or available_cores()) if requested == "all" else int(requested)
     if gpus and count > gpus:
         raise RecipeError(f"--devices {requested}: this machine has {gpus} GPUs", fix="give at most as many, or all")
     return 0 if count == 1 else count

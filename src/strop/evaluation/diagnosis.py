@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from strop.errors import TROUBLESHOOTING_PAGE
-from strop.runs.events import without_undone
+from strop.runs.events import drop_undone_events
 
 Series = dict[int, float]  # step -> value
 FLAT = f"see {TROUBLESHOOTING_PAGE}#flat"
@@ -20,7 +20,7 @@ MIN_CHANGE = 1e-4  # relative change of the weights below which no output change
 
 def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> list[str]:
     """Return one sentence per finding; none for a run without problems."""
-    events = without_undone(events)
+    events = drop_undone_events(events)
     train, evaluated = _series(events, "step"), _series(events, "eval")
     # A resumed run repeats some events.
     recoveries = dict.fromkeys(_describe(event) for event in events if event["event"] in RECOVERIES)

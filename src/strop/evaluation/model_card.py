@@ -14,8 +14,8 @@ from strop.evaluation.metrics import Difference, general_verdict, rows_label, ro
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
-PLACE = "THIS_FOLDER"  # stands for the model's location until that is known
-# Recipe fields about paths on this machine and about logging, which do not decide the model.
+PLACE = "THIS_FOLDER"  # placeholder for the model's location; exporting.hub replaces it
+# Recipe fields left out of the card: paths on this machine, and settings that do not affect the model.
 LOCAL_FIELDS = {
     "model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "model.device",
 }  # fmt: skip
@@ -33,7 +33,7 @@ model = PeftModel.from_pretrained(base, "{place}").eval()
 text = tokenizer.apply_chat_template(messages, tokenize=False){end}  # the score is at the answer's last token
 print(model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits)  # one text at a time
 ```"""
-CHATML_END = {"cut": "\n", "add": ""}  # for a report that does not have the end of an answer
+CHATML_END = {"cut": "\n", "add": ""}  # default for reports without `answer_end`
 
 ADAPTER = """```python
 import strop
@@ -74,7 +74,7 @@ def write_card(adapter: Path, report: Mapping[str, Any]) -> None:
 
 
 def find_report(adapter: Path) -> dict[str, Any] | None:
-    """Return the report of the run that an adapter folder is part of; None without a run, or if it did not end."""
+    """Return the report of the run that wrote an adapter; None if there is no run, or if it is not finished."""
     run = RunFolder(adapter.parent)
     if not is_run(run.path) or run.adapter != adapter:
         return None
@@ -83,7 +83,7 @@ def find_report(adapter: Path) -> dict[str, Any] | None:
 
 
 def hub_id(name: str) -> str | None:
-    """Return the Hub id of a base's name, without its revision; None for a folder, a GGUF file and the demo's model."""
+    """Return the Hub id of a base, without the revision; None for a folder, a GGUF file or the demo model."""
     local = name.startswith(("demo:", "gguf:", ".", "~")) or os.path.isabs(name) or name.count("/") > 1
     return None if local else name.partition("@")[0]
 
@@ -91,44 +91,46 @@ def hub_id(name: str) -> str | None:
 def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[str, Any] | None = None) -> str:
     """Return the card of a run's adapter, or of a model that it was merged into.
 
-    base: Hub id of the base of an adapter that was trained on a folder or a GGUF file. merged: dtype and parity of a
+    base: Hub id of the base, if the adapter was trained on a local copy. merged: dtype and parity of a
     merged model, as in `strop merge --json` (parity None: not measured).
     """
-    chosen = {choice["field"]: choice["value"] for choice in report["recipe"]}
+    settings = {choice["field"]: choice["value"] for choice in report["recipe"]}
     lock, name = report["lock"], Path(str(report["run"])).name
     base_id = base or hub_id(lock["base"]["name"])
-    file_name = Path(lock["base"]["name"].partition("#")[0]).name  # a card has no paths of this machine
+    file_name = Path(lock["base"]["name"].partition("#")[0]).name  # the card must not contain local paths
     base_text = f"`{base_id}`" if base_id else f"`{file_name}` (not from the Hub)"
     data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
     head = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
     rows = [
-        ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {_storage(chosen)}"),
-        ("adapter", _adapter(chosen)),
+        ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {_storage(settings)}"),
+        ("adapter", _adapter(settings)),
         *([("merged", _merged(merged))] if merged is not None else []),
-        ("training", _training(report, chosen)),
+        ("training", _training(report, settings)),
         ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`"),
         *_template(report),
         *_scores(report),
     ]
-    what = f"A LoRA adapter for {base_text}"
+    title = f"A LoRA adapter for {base_text}"
     if merged is not None:
-        what = f"{base_text} with a LoRA adapter merged into it"
-    usage = MERGED if merged is not None else REWARD if chosen.get("train.objective") == "reward" else ADAPTER
+        title = f"{base_text} with a LoRA adapter merged into it"
+    usage = MERGED if merged is not None else REWARD if settings.get("train.objective") == "reward" else ADAPTER
     return "\n".join(
         [
             "---",
             yaml.safe_dump(head, sort_keys=False, default_flow_style=None).strip(),
             "---",
             f"# {name}\n",
-            f"{what}, trained with strop.\n",
+            f"{title}, trained with strop.\n",
             "| | |\n|---|---|",
             *(f"| {key} | {text} |" for key, text in rows),
             "\n## Limits\n",
-            *(f"- {limit}" for limit in _limits(report, chosen)),
+            *(f"- {limit}" for limit in _limits(report, settings)),
             "\n## How to load it\n",
-            usage.format(place=PLACE, base=base_id or "BASE", rank=chosen["lora.r"], name=name, end=_end(report)),
+            usage.format(
+                place=PLACE, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_answer_end_code(report)
+            ),
             "\n## How it was made\n",
             _recipe(report, lock["versions"]),
             "",
@@ -136,17 +138,17 @@ def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[
     )
 
 
-def _end(report: Mapping[str, Any]) -> str:
-    """Return Python code that makes a rendered conversation end with its answer's last token."""
+def _answer_end_code(report: Mapping[str, Any]) -> str:
+    """Return Python code that ends a rendered conversation with the last token of the answer."""
     end = (report.get("objective") or {}).get("answer_end") or CHATML_END
     cut, add = (json.dumps(end[name], ensure_ascii=False) for name in ("cut", "add"))
     return (f".removesuffix({cut})" if end["cut"] else "") + (f" + {add}" if end["add"] else "")
 
 
-def _adapter(chosen: Mapping[str, Any]) -> str:
-    targets = chosen["lora.target_modules"]
+def _adapter(settings: Mapping[str, Any]) -> str:
+    targets = settings["lora.target_modules"]
     on = ", ".join(targets) if isinstance(targets, (list, tuple)) else str(targets)
-    return f"rank {chosen['lora.r']}, alpha {chosen['lora.alpha']:g}, on {on}"
+    return f"rank {settings['lora.r']}, alpha {settings['lora.alpha']:g}, on {on}"
 
 
 def _merged(merged: Mapping[str, Any]) -> str:
@@ -163,17 +165,17 @@ def _template(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("chat template", "; ".join(notes).replace("|", "\\|"))] if notes else []
 
 
-def _storage(chosen: Mapping[str, Any]) -> str:
-    scheme = chosen.get("model.quantization", "none")
-    return str(chosen["model.dtype"]) if scheme == "none" else f"{scheme}, computed in {chosen['model.dtype']}"
+def _storage(settings: Mapping[str, Any]) -> str:
+    scheme = settings.get("model.quantization", "none")
+    return str(settings["model.dtype"]) if scheme == "none" else f"{scheme}, computed in {settings['model.dtype']}"
 
 
-def _training(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    amount = f"{report['steps']:,} steps of {chosen['train.batch_size']} rows, {report['tokens']:,} tokens"
-    if chosen.get("train.objective", "sft") != "sft":
-        amount = f"{chosen['train.objective']}, {amount}"
-    rate = f"learning rate {chosen['train.learning_rate']:g} ({chosen['train.lr_scheduler']})"
-    return f"{amount}, {rate}, {chosen['train.optimizer']}, seed {chosen['seed']}"
+def _training(report: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    amount = f"{report['steps']:,} steps of {settings['train.batch_size']} rows, {report['tokens']:,} tokens"
+    if settings.get("train.objective", "sft") != "sft":
+        amount = f"{settings['train.objective']}, {amount}"
+    rate = f"learning rate {settings['train.learning_rate']:g} ({settings['train.lr_scheduler']})"
+    return f"{amount}, {rate}, {settings['train.optimizer']}, seed {settings['seed']}"
 
 
 def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -195,8 +197,8 @@ def _has_both_sides(result: Any) -> bool:
     return bool(result and result.get("tuned") and result.get("base"))
 
 
-def _limits(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str]:
-    """Yield sentences on what was not measured for this model, and on what strop never measures."""
+def _limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield sentences about what was not measured for this model."""
     if not _has_both_sides(report.get("evaluation")):
         yield "It was not evaluated on held-out rows, so its quality at its task is unknown."
     elif (train_rows := report["evaluation"].get("train_rows")) is None:
@@ -208,22 +210,22 @@ def _limits(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[st
     longest = report.get("data_report", {}).get("tokens", {}).get("max")
     if longest:
         yield f"No row that it was trained on is longer than {longest:,} tokens."
-    if chosen.get("train.objective") != "reward":
+    if settings.get("train.objective") != "reward":
         yield "It answers prompts in the chat template saved with it; other templates were not tried."
     yield "It was not checked for safety, bias or truth."
     yield "The license and the terms of the base apply to it too."
 
 
 def _recipe(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """Return the chosen settings as a recipe, and the versions. A path is reduced to its file name."""
+    """Return the non-default settings as a recipe, and the versions. A path is reduced to its file name."""
     tree: dict[str, Any] = {}
     for choice in report["recipe"]:
         section, _, field = choice["field"].rpartition(".")
         if choice["origin"] == "default" or choice["field"] in LOCAL_FIELDS or choice["value"] is None:
             continue
         (tree.setdefault(section, {}) if section else tree)[field] = _without_paths(choice["value"])
-    lines = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"```yaml\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()}\n```\n\nWith {lines}."
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"```yaml\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()}\n```\n\nWith {listed}."
 
 
 def _without_paths(value: Any) -> Any:

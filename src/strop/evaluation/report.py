@@ -55,7 +55,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
     template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     evaluation = report.get("evaluation") or {}
     samples = evaluation.get("samples") or report.get("samples") or []
-    step = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced, so that no kind of row is favoured
+    step = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced, for an unbiased selection
     recipe, regression = report.get("recipe") or [], _verdict(report.get("regression") or {})
     page = template.render(
         title=Path(str(report.get("run") or "run")).name,
@@ -73,7 +73,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         memory=list(_memory(report.get("memory") or {})),
         chosen=[_choice(choice) for choice in recipe if choice.get("origin") != "default"],
         defaults=[_choice(choice) for choice in recipe if choice.get("origin") == "default"],
-        origins=[(name, list(_flat(report[name]))) for name in ("lock", "machine") if report.get(name)],
+        origins=[(name, list(_flatten(report[name]))) for name in ("lock", "machine") if report.get(name)],
         recoveries=_recoveries(events),
         general=_general(report.get("general") or {}),
         tasks=list(task_rows(report.get("tasks") or {})),
@@ -100,7 +100,7 @@ def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the figures at the top: (name, value)."""
-    for field, name, as_text in (
+    for field, name, format_value in (
         ("steps", "steps", "{:,}".format),
         ("seconds", "training time", _duration),
         ("tokens", "tokens", "{:,}".format),
@@ -108,7 +108,7 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ("tokens_per_s", "tokens/s", "{:,.0f}".format),
     ):
         if _is_number(report.get(field)):
-            yield name, as_text(report[field])
+            yield name, format_value(report[field])
     loss = report.get("loss") or {}
     if _is_number(loss.get("first")) and _is_number(loss.get("last")):
         yield "training loss", f"{loss['first']:.3f} → {loss['last']:.3f}"
@@ -131,18 +131,21 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield each score, the metric's own first: {name, sides: [{side, text, share, interval}]}."""
+    """Yield each score, the evaluation's metric first: {name, sides: [{side, text, share, interval}]}."""
     metric = evaluation.get("metric")
     sides = [side for side in ("base", "tuned") if evaluation.get(side)]
     names = dict.fromkeys(name for side in sides for name in evaluation[side] if _is_number(evaluation[side][name]))
     for name in sorted(names, key=lambda name: name != metric):
-        share = name in (metric, *METRICS, "intent", "valid_json", "preference_sum") or name.endswith("_rate")
+        is_rate = name in (metric, *METRICS, "intent", "valid_json", "preference_sum") or name.endswith("_rate")
         cells = []
         for side in sides:
             value = evaluation[side].get(name)
             cell: dict[str, Any] = {"side": side, "text": "", "share": None, "interval": None}
             if _is_number(value):
-                cell |= {"text": _percent(value) if share else f"{value:,.4g}", "share": 100 * value if share else None}
+                cell |= {
+                    "text": _percent(value) if is_rate else f"{value:,.4g}",
+                    "share": 100 * value if is_rate else None,
+                }
             if name == metric and intervals.get(side):
                 low, high = (100 * float(end) for end in intervals[side])
                 cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f} %"}
@@ -166,24 +169,24 @@ def _capitalized(text: str) -> str:
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return prompt, gold, and each answer in pieces."""
-    gold = None if sample.get("gold") is None else _cut(str(sample["gold"]))
+    """Return the prompt, the reference answer, and each answer split at its differences."""
+    gold = None if sample.get("gold") is None else _truncate(str(sample["gold"]))
     answers = []
     for side in ("base", "tuned"):
         if sample.get(side) is not None:
-            text = _cut(str(sample[side]).strip())
+            text = _truncate(str(sample[side]).strip())
             parts = mark_differences(gold, text) if text and gold is not None else [(text or "(nothing)", "same")]
             answers.append({"side": side, "hit": sample.get(f"{side}_hit"), "parts": parts})
-    return {"prompt": _cut(str(sample.get("prompt", ""))), "gold": gold, "answers": answers}
+    return {"prompt": _truncate(str(sample.get("prompt", ""))), "gold": gold, "answers": answers}
 
 
-def _cut(text: str) -> str:
+def _truncate(text: str) -> str:
     more = len(text) - MAX_CHARACTERS
     return text if more <= 0 else f"{text[:MAX_CHARACTERS]} … ({more:,} more characters)"
 
 
 def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """Yield (name, rows, whether it is a reason): the accounting, then the reasons."""
+    """Yield (name, number of rows, is_reason): first the totals, then the reasons for dropped rows."""
     for name in ("read", "used", "truncated", "split", "dropped"):
         if _is_number(data.get(name)):
             yield name, f"{data[name]:,}", False
@@ -203,11 +206,11 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(choice.get(name) or "") for name in ("field", "origin", "why")} | {"value": shown}
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield nested values as (dotted name, text)."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+            yield from _flatten(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, (list, tuple)):
         yield name, ", ".join(str(inner) for inner in value) or "-"
     elif name.endswith("_bytes") and _is_number(value):
@@ -217,10 +220,10 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _recoveries(events: Sequence[Mapping[str, Any]]) -> str:
-    """Return what interrupted the run, counted: '2 x skip, 1 x resume'."""
-    usual = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
+    """Return the number of unusual events by kind, such as '2 x skip, 1 x resume'."""
+    normal = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
     kinds = Counter(str(event.get("event")) for event in events)
-    return ", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in usual)
+    return ", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in normal)
 
 
 def _is_number(value: Any) -> bool:
@@ -238,7 +241,7 @@ def _duration(seconds: float) -> str:
 
 
 def _series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Series:
-    """Return values by step. A step that was repeated (resume, rollback) counts as computed last."""
+    """Return values by step. For a repeated step (after a resume or rollback) the last value is used."""
     values = {
         event["step"]: event[field]
         for event in events
@@ -248,12 +251,12 @@ def _series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Serie
 
 
 def _smoothed(series: Series) -> Series:
-    """Return a centred moving mean, with as many steps on the left as on the right, so that the curve does not lag."""
-    values, most = list(series.values()), min(SMOOTH_STEPS, len(series) // 20)
+    """Return a centred moving average, with the same number of steps on both sides."""
+    values, max_radius = list(series.values()), min(SMOOTH_STEPS, len(series) // 20)
     means = []
     for place in range(len(values)):
-        reach = min(most, place, len(values) - 1 - place)
-        around = values[place - reach : place + reach + 1]
+        radius = min(max_radius, place, len(values) - 1 - place)
+        around = values[place - radius : place + radius + 1]
         means.append(sum(around) / len(around))
     return dict(zip(series, means, strict=True))
 
@@ -277,7 +280,7 @@ def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | No
 def _small_plots(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     names = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
     names |= {"accuracy": "answers ranked correctly", "margin": "margin of rewards"}
-    names |= {"reward": "reward of completions", "kl": "KL divergence from the start"}
+    names |= {"reward": "reward of completions", "kl": "KL divergence from the reference"}
     names |= {"answer_length": "tokens per completion", "equal_groups": "groups with equal rewards"}
     names |= {"chosen_nats": "chosen, log-probability per token"}
     names |= {"rejected_nats": "rejected, log-probability per token"}

@@ -33,7 +33,7 @@ _WANDB = {
 _TEXT = ("completion", "pretrain")
 _TURNS = ("messages", "conversation", "conversations")
 _OWN_PROMPT_NOTE = (
-    'adds its own prompt there ("Below is an instruction ..."); strop uses the model\'s chat template '
+    'axolotl adds its own prompt ("Below is an instruction ..."); strop uses the model\'s chat template '
     "(for a base model without one, set data.template chatml)"
 )
 
@@ -155,7 +155,7 @@ def _data(draft: Draft, keys: Keys) -> None:
     if keys.take("sample_packing"):
         draft.note_packing("sample_packing")
     if keys.take("shuffle_merged_datasets") is False:
-        text = "false: rows keep their order there; strop shuffles them with the seed"
+        text = "false: rows keep their order in axolotl; strop shuffles them with the seed"
         draft.add_unsupported("shuffle_merged_datasets", text)
 
 
@@ -248,7 +248,7 @@ def _training(draft: Draft, keys: Keys) -> None:
     _plugins(draft, keys)
     draft.put_intervals_and_output(keys)
     if draft.get("out") is None:
-        draft.add_difference("output_dir", "./model-out there; runs/<data>-N here")
+        draft.add_difference("output_dir", "./model-out in axolotl; runs/<data>-N in strop")
 
 
 def _schedule(draft: Draft, keys: Keys) -> None:
@@ -259,11 +259,11 @@ def _schedule(draft: Draft, keys: Keys) -> None:
     draft.put_schedule("lr_scheduler", name)
     if name == "constant":
         if warm:
-            draft.add_ignored(source, f"{warm}: ignored there too: lr_scheduler constant has no warmup")
+            draft.add_ignored(source, f"{warm}: ignored by axolotl too: lr_scheduler constant has no warmup")
     elif warm is None:
-        draft.add_difference("warmup", f"not given: 3 % of the steps, at most 100 there; {WARMUP_NOTE}")
+        draft.add_difference("warmup", f"not given: 3 % of the steps, at most 100 in axolotl; {WARMUP_NOTE}")
     elif warmup:
-        draft.add_difference("warmup", f"{WARMUP_NOTE}" + "; a share is rounded up here, down there" * (0 < warmup < 1))
+        draft.add_difference("warmup", f"{WARMUP_NOTE}" + "; strop rounds a share up, axolotl down" * (0 < warmup < 1))
 
 
 def _tracking(draft: Draft, keys: Keys) -> None:

@@ -60,11 +60,11 @@ STRATEGY_KEYS = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_s
 LAYER_NAME = re.compile(r"[\w.\- ]*$")  # a plain layer name, not a regular expression
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # the defaults of strop and of all tools here
 TRUNCATION_NOTE = (
-    "longer rows lose their end there, including the stop token of the answer; strop refuses such rows: "
+    "the other tool cuts longer rows at their end, and the answer loses its stop token; strop refuses such rows: "
     "raise data.max_length, or choose data.overlong"
 )
-NO_LIMIT_NOTE = "null or None: no limit there; at most data.max_length tokens here"
-WARMUP_NOTE = "the first step has learning rate 0 there, and one warmup step's rate here"
+NO_LIMIT_NOTE = "null or None: no limit in the other tool; at most data.max_length tokens in strop"
+WARMUP_NOTE = "the first step has learning rate 0 in the other tool, and one warmup step's rate in strop"
 NO_GRPO = (  # message, fix
     "its reward functions are code, which is not executed",
     "write the recipe yourself: train.objective grpo, train.rewards file.py:function",
@@ -188,17 +188,21 @@ class Draft:
         at_once = as_int(key, rows)
         self.put("train.batch_size", at_once * as_int(key, steps), key)
         self.put("train.micro_batch", at_once, key)
-        self.add_difference(key, "per device there; strop's batch_size is the effective batch over all devices")
+        text = "per device in the other tool; strop's batch_size is the effective batch over all devices"
+        self.add_difference(key, text)
 
     def put_int8(self, key: str) -> None:
         self.put("model.quantization", "int8", key)
-        self.add_difference(key, "each weight row is scaled by its largest value here; outliers stay in 16 bit there")
+        text = "strop scales each weight row by its largest value; the other tool keeps outliers in 16 bit"
+        self.add_difference(key, text)
 
     def note_max_length(self, key: str) -> None:
         self.add_difference(key, NO_LIMIT_NOTE if self.get("data.max_length") is None else TRUNCATION_NOTE)
 
     def note_packing(self, key: str) -> None:
-        text = "the batch counts packed sequences of many rows there; strop counts rows and packs automatically: "
+        text = (
+            "the other tool's batch counts packed sequences of many rows; strop counts rows and packs automatically: "
+        )
         text += "multiply train.batch_size by the number of rows that fit into one sequence"
         self.add_difference(key, text)
 
@@ -234,7 +238,7 @@ class Draft:
         """Set dropout to 0 for preference objectives, as TRL and tools built on it do (disable_dropout)."""
         if self.get("train.objective") is not None and (share := self.get("lora.dropout")):
             self.put("lora.dropout", 0.0, "disable_dropout")
-            self.add_difference(key, f"{share}: not used there: preference objectives disable dropout")
+            self.add_difference(key, f"{share}: not used by the other tool: its preference objectives disable dropout")
 
     def put_schedule(self, key: str, name: Any) -> None:
         known = SCHEDULES.get(str(name).lower())
@@ -246,7 +250,7 @@ class Draft:
             return
         self.put("train.lr_scheduler", known, key)
         if name == "constant":
-            self.put("train.warmup", 0, f"{key}: no warmup there")
+            self.put("train.warmup", 0, f"{key}: no warmup")
 
     def put_dtype_flags(self, keys: Keys) -> None:
         for key in ("bf16", "fp16"):
@@ -290,28 +294,29 @@ class Draft:
         """Read the warmup. constant: the schedule is `constant`, which ignores warmup in transformers."""
         steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
         value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
-        self.put("train.warmup", as_number(value or 0), key if value else "no warmup there")
+        self.put("train.warmup", as_number(value or 0), key if value else "no warmup")
         if value and constant:
-            self.add_ignored(key, f"{value}: ignored there too: lr_scheduler_type constant has no warmup")
+            self.add_ignored(key, f"{value}: ignored by the other tool too: lr_scheduler_type constant has no warmup")
         elif value:
             self.add_difference(key, WARMUP_NOTE)
 
     def put_intervals_and_output(self, keys: Keys) -> None:
         """Read step limits and intervals, output folder, parallelism and trackers."""
-        if (most := keys.take("max_steps")) is not None and as_int("max_steps", most) > 0:
-            self.put("train.max_steps", as_int("max_steps", most), "max_steps")
+        if (max_steps := keys.take("max_steps")) is not None and as_int("max_steps", max_steps) > 0:
+            self.put("train.max_steps", as_int("max_steps", max_steps), "max_steps")
         for key, name in (("logging_steps", "log_steps"), ("eval_steps", "eval_steps"), ("save_steps", "save_steps")):
             interval, at = as_number(keys.take(key)), keys.line(key)
             if interval is None:
                 continue
             strategies = [keys.peek(strategy) for strategy in STRATEGY_KEYS.get(key, ())]
             if unused := [strategy for strategy in strategies if strategy not in (None, "steps")]:
-                self.add_ignored(key, f"{interval}: ignored there: {key.partition('_')[0]}_strategy is {unused[0]}", at)
+                strategy = f"{key.partition('_')[0]}_strategy"
+                self.add_ignored(key, f"{interval}: ignored by the other tool: {strategy} is {unused[0]}", at)
                 continue
             if isinstance(interval, int) and interval >= 1:
                 self.put(f"train.{name}", interval, key)
             elif interval:
-                text = f"{interval}: a share of all steps there; set train.{name} to a number of steps"
+                text = f"{interval}: a share of all steps in the other tool; set train.{name} to a number of steps"
                 self.add_unsupported(key, text, at)
         for key in PARALLELISM_KEYS:
             if keys.take(key):
@@ -342,7 +347,7 @@ class Draft:
         for key, name in ((rank, "lora.r"), (alpha, "lora.alpha"), (dropout, "lora.dropout")):
             given = keys.take(key)
             value, source = (given, key) if given is not None else (defaults.get(name), None)
-            source = source or keys.default(key, f"default of {key} there")
+            source = source or keys.default(key, f"default of {key}")
             if value is not None:
                 self.put(name, as_number(value), source)
         given = keys.take(modules)

@@ -99,7 +99,7 @@ def _data(draft: Draft, keys: Keys, stage: str) -> None:
     length = keys.take("cutoff_len")
     source = "cutoff_len" if length else "llamafactory's default"
     draft.put("data.max_length", as_int("cutoff_len", length or 2048), source)
-    text = "longer rows are truncated there (prompt and answer each at the end), or dropped with packing; strop "
+    text = "LLaMA-Factory truncates longer rows (prompt and answer each at the end), or drops them with packing; strop "
     text += "refuses such rows: raise data.max_length, or choose data.overlong"
     draft.add_difference("cutoff_len", text)
     if stage == "pt":

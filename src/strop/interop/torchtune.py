@@ -14,21 +14,21 @@ IGNORED_KEYS = (
     "optimizer_in_bwd", "output_dir", "profiler", "save_adapter_weights_only", "shuffle", "cudnn_deterministic_mode",
     "dataset_val_steps",
 )  # fmt: skip
-NAMES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
-MLP = ["gate_proj", "up_proj", "down_proj"]
+ATTENTION_MODULES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
+MLP_MODULES = ["gate_proj", "up_proj", "down_proj"]
 OPTIMIZERS = {
     "torch.optim.AdamW": "adamw", "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
     "bitsandbytes.optim.AdamW8bit": "adamw_8bit", "bitsandbytes.optim.PagedAdamW": "adamw", "torch.optim.SGD": "sgd",
 }  # fmt: skip
 # Hub ids of torchtune's built-in data sets
-BUILT_IN = {
+BUILT_IN_SOURCES = {
     "alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
     "slimorca_dataset": "Open-Orca/SlimOrca-Dedup", "samsum_dataset": "Samsung/samsum",
     "grammar_dataset": "liweili/c4_200m", "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
     "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
 }  # fmt: skip
 # data sets that train on the prompt by default
-ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset")
+TRAIN_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset")
 
 
 def read(draft: Draft) -> None:
@@ -85,17 +85,18 @@ def _model(draft: Draft, keys: Keys) -> None:
     _report_rest(draft, "checkpointer", checkpointer)
     if keys.take("resume_from_checkpoint"):
         draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`")
-    four = bool(model.pop("quantize_base", builder.startswith("qlora_")))
-    draft.put("model.quantization", "nf4" if four else "none", f"model._component_: {builder}")
+    is_4_bit = bool(model.pop("quantize_base", builder.startswith("qlora_")))
+    draft.put("model.quantization", "nf4" if is_4_bit else "none", f"model._component_: {builder}")
     for key, name, default in (
         ("lora_rank", "lora.r", 8), ("lora_alpha", "lora.alpha", 16), ("lora_dropout", "lora.dropout", 0.0),
         ("use_dora", "lora.use_dora", False),
     ):  # fmt: skip
-        given = model.pop(key, None)
-        value, source = (default, "torchtune's default") if given is None else (given, f"model.{key}")
+        value, source = model.pop(key, None), f"model.{key}"
+        if value is None:
+            value, source = default, "torchtune's default"
         draft.put(name, value, source)
-    targets = [NAMES.get(name, name) for name in model.pop("lora_attn_modules", [])]
-    targets += MLP if model.pop("apply_lora_to_mlp", False) else []
+    targets = [ATTENTION_MODULES.get(name, name) for name in model.pop("lora_attn_modules", [])]
+    targets += MLP_MODULES if model.pop("apply_lora_to_mlp", False) else []
     targets += ["lm_head"] if model.pop("apply_lora_to_output", False) else []
     draft.put("lora.target_modules", targets, "model.lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output")
     text = "strop uses the layer names of transformers; `strop modules MODEL` lists them"
@@ -109,9 +110,9 @@ def _loss(draft: Draft, keys: Keys) -> None:
     name = _component(loss).rpartition(".")[2]
     if name == "DPOLoss":
         draft.put("train.objective", "dpo", "loss._component_")
-        for key, ours in (("beta", "train.beta"), ("label_smoothing", "train.label_smoothing")):
+        for key, field in (("beta", "train.beta"), ("label_smoothing", "train.label_smoothing")):
             if (value := loss.pop(key, None)) is not None:
-                draft.put(ours, value, f"loss.{key}")
+                draft.put(field, value, f"loss.{key}")
     elif name and "CrossEntropy" not in name and not name.startswith("CEWith"):
         raise InputError(f"{draft.file}: loss: {name}: not an objective of strop", fix="use dpo or sft")
     for key, value in loss.items():
@@ -138,9 +139,9 @@ def _data(draft: Draft, keys: Keys) -> None:
             draft.put(name, sources[0] if len(sources) == 1 else sources, key)
 
 
-def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> list[str]:
+def _sources(draft: Draft, key: str, entry: dict[str, Any], is_train: bool) -> list[str]:
     kind = _component(entry).rpartition(".")[2]
-    source, files = entry.pop("source", BUILT_IN.get(kind)), entry.pop("data_files", None)
+    source, files = entry.pop("source", BUILT_IN_SOURCES.get(kind)), entry.pop("data_files", None)
     split = entry.pop("split", "train")
     if split != "train":
         draft.add_unsupported(f"{key}.split", f"{split}: strop reads the train split")
@@ -157,35 +158,35 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> li
         columns = {"text": column} if column != "text" else {}
     if kind == "instruct_dataset" and set(columns) == {"input", "output"}:
         columns = {"prompt": columns["input"], "completion": columns["output"]}
-    on_prompts = entry.pop("train_on_input", kind in ON_PROMPTS)
-    if trained and kind == "text_completion_dataset":
+    on_prompts = entry.pop("train_on_input", kind in TRAIN_ON_PROMPTS)
+    if is_train and kind == "text_completion_dataset":
         draft.put("data.format", "text", f"{key}._component_")
-    if trained and (on_prompts or kind == "text_completion_dataset"):
-        draft.put("data.loss", "all", f"{key}.train_on_input" if kind not in ON_PROMPTS else f"{kind}'s default")
+    if is_train and (on_prompts or kind == "text_completion_dataset"):
+        draft.put("data.loss", "all", f"{key}.train_on_input" if kind not in TRAIN_ON_PROMPTS else f"{kind}'s default")
     if kind.startswith("alpaca"):
-        draft.add_difference(f"{key}._component_", f"{kind}: adds its own prompt there instead of a chat template")
+        draft.add_difference(f"{key}._component_", f"{kind}: torchtune adds its own prompt instead of a chat template")
     if (system := entry.pop("new_system_prompt", None)) is not None:
         draft.add_unsupported(f"{key}.new_system_prompt", f"{format_value(system)}: add it to the rows")
     _report_rest(draft, key, entry)
-    if trained and columns:
+    if is_train and columns:
         draft.put("data.columns", columns, f"columns of {key}")
     if files is not None:
         listed = [files] if isinstance(files, str) else list(files)
         return [file if source in (None, "json", "csv", "parquet", "text") else f"{source}/{file}" for file in listed]
     if source is None:
-        draft.add_unsupported(f"{key}._component_", f"{kind}: the location of its rows is unknown")
+        draft.add_unsupported(f"{key}._component_", f"{kind}: no source is known for its rows")
     return [str(source)] if source is not None else []
 
 
 def _training(draft: Draft, keys: Keys) -> None:
     rows, steps = keys.take("batch_size", 1), keys.take("gradient_accumulation_steps", 1)
     draft.put_batch_size(rows, steps, "batch_size x gradient_accumulation_steps")
-    epochs, most = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
+    epochs, max_steps = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
     draft.put("train.epochs", as_number(epochs), "epochs")
-    if most is not None:
-        total = as_int("max_steps_per_epoch", most) * as_int("epochs", epochs)
+    if max_steps is not None:
+        total = as_int("max_steps_per_epoch", max_steps) * as_int("epochs", epochs)
         draft.put("train.max_steps", total, "max_steps_per_epoch x epochs")
-        text = "each epoch restarts at the first rows there; here the steps continue through the rows"
+        text = "in torchtune each epoch restarts at the first rows; in strop the steps continue through the rows"
         draft.add_difference("max_steps_per_epoch", text)
     optimizer = dict(keys.take("optimizer") or {})
     name = str(optimizer.pop("_component_", "torch.optim.AdamW"))
@@ -204,10 +205,10 @@ def _training(draft: Draft, keys: Keys) -> None:
     schedule = dict(keys.take("lr_scheduler") or {})
     kind = _component(schedule).rpartition(".")[2]
     if kind in ("get_cosine_schedule_with_warmup", ""):
-        source = "lr_scheduler._component_" if kind else "none there"
+        source = "lr_scheduler._component_" if kind else "no lr_scheduler"
         draft.put("train.lr_scheduler", "cosine" if kind else "constant", source)
         warmup = as_int("lr_scheduler.num_warmup_steps", schedule.pop("num_warmup_steps", 0))
-        draft.put("train.warmup", warmup, "lr_scheduler.num_warmup_steps" if kind else "none there")
+        draft.put("train.warmup", warmup, "lr_scheduler.num_warmup_steps" if kind else "no lr_scheduler")
         draft.add_difference("lr_scheduler", WARMUP_NOTE)
     else:
         text = f"{kind}: strop has cosine, linear and constant; cosine is used"
@@ -220,5 +221,5 @@ def _training(draft: Draft, keys: Keys) -> None:
         draft.put("seed", as_int("seed", seed), "seed")
     if (dtype := keys.take("dtype")) is not None:
         draft.put("model.dtype", str(dtype), "dtype")
-    if (again := keys.take("enable_activation_checkpointing")) is not None:
-        draft.put("train.gradient_checkpointing", "on" if again else "off", "enable_activation_checkpointing")
+    if (checkpointing := keys.take("enable_activation_checkpointing")) is not None:
+        draft.put("train.gradient_checkpointing", "on" if checkpointing else "off", "enable_activation_checkpointing")

@@ -30,7 +30,7 @@ DEFAULTS = {
 EARLY_STOPPING = "EarlyStoppingCallback"
 _MESSAGES = ("dataset_text_field", "messages")
 LOSS_ON_ALL_NOTE = (
-    "without assistant_only_loss, all tokens of `messages` and `text` rows are trained on there, and the completion of "
+    "without assistant_only_loss, TRL trains on all tokens of `messages` and `text` rows, and on the completion of "
     "prompt-completion rows; strop trains on assistant turns: set data.loss all to train on everything"
 )
 
@@ -131,7 +131,7 @@ def _callbacks(draft: Draft, script: Script, node: ast.expr | None, best_by: Any
                 text = f"{format_value(threshold)}: any lower loss counts as better here"
                 draft.add_unsupported("early_stopping_threshold", text, call.line)
             if best_by not in (None, "loss", "eval_loss"):
-                text = f"{format_value(best_by)} is monitored there, the loss here"
+                text = f"{format_value(best_by)} is monitored in TRL, the loss in strop"
                 draft.add_difference(EARLY_STOPPING, text, call.line)
 
 
@@ -233,7 +233,7 @@ def _from_yaml(draft: Draft) -> None:
         draft.add_unsupported("dataset_train_split", f"{split}: strop reads the train split; give the files of {split}")
     if str(keys.peek("eval_strategy", "no")) not in ("no", "False"):
         split = keys.take("dataset_test_split", "test")
-        text = f"evaluated on {split} there: set data.eval to its file, or to a share such as 5%"
+        text = f"evaluated on {split} in TRL: set data.eval to its file, or to a share such as 5%"
         draft.add_unsupported("dataset_test_split", text)
     loss = str(keys.peek("loss_type", ""))
     objective = "dpo" if "beta" in keys or loss in ("sigmoid", "ipo") else "sft"

@@ -1,4 +1,4 @@
-"""Facts about this machine: CPU, memory, cgroup limits and NVIDIA GPUs, without torch."""
+"""Probe this machine without torch: CPU, memory, cgroup limits and NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
-TILED_RANK = 32  # for larger LoRA ranks PyTorch's own matmuls are as fast as those of strop.engine.kernels.cpu
-_VECTOR = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "asimd", "sve", "bf16")
+TILED_RANK = 32  # largest LoRA rank for which strop.engine.kernels.cpu is faster than PyTorch
+_KNOWN_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "asimd", "sve", "bf16")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine as this process may use it; the field names are those of `machine` in lock.json.
+    """The resources available to this process; fields are stored as `machine` in lock.json.
 
-    vector: the CPU's instruction sets, by Linux's names. memory_bytes: RAM or the cgroup's limit. card_free_bytes: of
-    the GPU that a run uses, where the run has measured it.
+    vector: the CPU's instruction sets, named as in Linux's /proc/cpuinfo. memory_bytes: RAM or the cgroup's limit.
+    card_free_bytes: free memory of the GPU that a run uses; None until the run has measured it.
     """
 
     system: str
@@ -38,7 +38,7 @@ class Machine:
 
     @property
     def has_avx512_bf16(self) -> bool:
-        """True if the CPU can run the fast step's own bf16 matmuls."""
+        """True if the CPU supports strop's bf16 matmul kernels."""
         return "avx512_bf16" in self.vector
 
     @property
@@ -47,11 +47,11 @@ class Machine:
         return "avx512_vnni" in self.vector or "avx_vnni" in self.vector
 
     def has_tiled_attention(self, head_size: int) -> bool:
-        """Return whether the fast step's bf16 attention runs in tiles, which do not store the probabilities."""
+        """Return whether bf16 attention runs in tiles, without storing the probabilities."""
         return self.has_avx512_bf16 and head_size % 32 == 0
 
     def has_bf16_matmul(self, sizes: Sequence[int]) -> bool:
-        """Return whether the fast step multiplies bf16 weights of these sizes itself; with AMX oneDNN is faster."""
+        """Return whether strop's bf16 matmul kernels are used for these sizes; with AMX, oneDNN is faster."""
         return self.has_avx512_bf16 and "amx_bf16" not in self.vector and all(size % 32 == 0 for size in sizes)
 
     def describe(self) -> list[str]:
@@ -65,7 +65,7 @@ class Machine:
 
 
 def probe(memory: int | None = None) -> Machine:
-    """Return facts about this machine; memory: a limit in bytes for this process."""
+    """Return the resources of this machine. memory: a limit in bytes for this process."""
     limit, total, free = _limit_bytes(), psutil.virtual_memory().total, free_bytes()
     if memory is not None:
         limit = min(memory, limit or memory)
@@ -75,7 +75,7 @@ def probe(memory: int | None = None) -> Machine:
         python=platform.python_version(),
         cpu=_cpu()[0],
         vector=vector_extensions(),
-        cores=min(affinity(), _cgroup_cores() or affinity()),
+        cores=min(available_cores(), _cgroup_cores() or available_cores()),
         memory_bytes=min(total, limit) if limit else total,
         free_bytes=max(free, 0),
         gpus=_gpus(),
@@ -93,13 +93,13 @@ def _limit_bytes() -> int | None:
 
 
 def vector_extensions() -> tuple[str, ...]:
-    """Return the CPU's instruction sets that strop has code for, by Linux's names."""
+    """Return the CPU's instruction sets that strop has kernels for, named as in /proc/cpuinfo."""
     flags = _cpu()[1]
-    return tuple(flag for flag in _VECTOR if flag in flags)
+    return tuple(flag for flag in _KNOWN_EXTENSIONS if flag in flags)
 
 
-def affinity() -> int:
-    """Return the number of cores that this process may run on; PyTorch uses as many threads."""
+def available_cores() -> int:
+    """Return the number of cores that this process may run on, which is PyTorch's default number of threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -125,7 +125,7 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def _cgroup_bytes(*names: str) -> int | None:
-    """Return the first number below 2^60 in these cgroup files; larger ones mean no limit."""
+    """Return the first number below 2^60 in these cgroup files; larger numbers mean no limit."""
     for name in names:
         text = _cgroup_text(name).strip()
         if text.isdigit() and int(text) < 1 << 60:
@@ -164,13 +164,13 @@ def _gpus() -> tuple[str, ...]:
 
 
 def _query_gpus(fields: str) -> tuple[str, ...]:
-    """Query the driver about the GPUs that CUDA may use here, in CUDA's order.
+    """Query the driver about the GPUs that are visible to CUDA, in CUDA's order.
 
     The order is that of CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets.
     """
     uuids, lines = nvidia_smi("uuid"), nvidia_smi(fields)
     selection = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if selection is None or selection.startswith("MIG-") or len(uuids) != len(lines):  # MIG parts have other uuids
+    if selection is None or selection.startswith("MIG-") or len(uuids) != len(lines):
         return lines
     return tuple(lines[index] for index in visible_gpus(selection, uuids))
 
@@ -181,11 +181,11 @@ def visible_gpus(selection: str, uuids: Sequence[str]) -> list[int]:
     Like CUDA, ignore everything after the first invalid entry, and return nothing if a GPU is listed twice.
     """
     indices: list[int] = []
-    for word in (word.strip() for word in selection.split(",")):
-        if word.isdigit():
-            matches = [int(word)] if int(word) < len(uuids) else []
+    for entry in (entry.strip() for entry in selection.split(",")):
+        if entry.isdigit():
+            matches = [int(entry)] if int(entry) < len(uuids) else []
         else:
-            matches = [index for index, uuid in enumerate(uuids) if word and uuid.startswith(word)]
+            matches = [index for index, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
         if len(matches) != 1:
             return indices
         if matches[0] in indices:
@@ -196,7 +196,7 @@ def visible_gpus(selection: str, uuids: Sequence[str]) -> list[int]:
 
 @cache
 def nvidia_smi(fields: str) -> tuple[str, ...]:
-    """Return one line a GPU with these fields; empty where nvidia-smi is missing or fails."""
+    """Return one line per GPU with these fields; empty if nvidia-smi is missing or fails."""
     if not shutil.which("nvidia-smi"):
         return ()
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""Measurements of this machine, stored in the cache: speeds by `strop doctor`, the faster dtype by a run. No torch."""
+"""Cached measurements of this machine, without torch: speeds (by `strop doctor`) and the faster dtype (by a run)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from strop.machine.probe import Machine, affinity
+from strop.machine.probe import Machine, available_cores
 from strop.runs.folder import cache_folder, read_json, write_json
 from strop.runs.lock import sha256_text
 
-MEASURED = 3  # version of the measurements; 3 since frozen weights may be multiplied in 8-bit integers
+RATES_VERSION = 3  # part of the cache key; increase it when Rates changes
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Speeds on one device.
+    """Measured speeds of one device.
 
-    bf16_flops, fp32_flops: FLOP/s of the frozen layers' matmuls. bandwidth: of memory, bytes/s. costs: by dtype, the
-    fields of planning.time.Rate. unpacked_per_s: weights dequantized a second, by scheme. integers: FLOP/s of frozen
-    matmuls in 8-bit integers (int8_matmul), by scheme; empty where the CPU has none.
+    bf16_flops, fp32_flops: FLOP/s of frozen matmuls. bandwidth: of memory, bytes/s. costs: fields of
+    planning.time.Rate, by dtype. unpacked_per_s: weights dequantized per second, by quantization scheme. integers:
+    FLOP/s of frozen matmuls with train.int8_matmul, by scheme; empty if the CPU does not support it.
     """
 
     bf16_flops: float
@@ -34,7 +34,7 @@ class Rates:
 
     @property
     def dtype(self) -> str:
-        """The dtype that engine.device chooses: bf16 rounds, so it must be 20 % faster."""
+        """The dtype to use; bf16 is less precise, so it must be at least 20 % faster."""
         return "bf16" if self.bf16_flops >= 1.2 * self.fp32_flops else "fp32"
 
 
@@ -45,7 +45,7 @@ def save_rates(machine: Machine, device: str, rates: Rates) -> None:
 
 
 def load_rates(machine: Machine, device: str) -> Rates | None:
-    """Return the stored rates; None if there are none, or other ones by another version of strop."""
+    """Return the stored rates; None if there are none, or if another version of strop wrote other fields."""
     stored = read_json(_rates_file(machine, device))
     return Rates(**stored) if set(stored) == {field.name for field in fields(Rates)} else None
 
@@ -57,9 +57,9 @@ def save_precision(machine: Machine, threads: int, dtype: str, why: str) -> None
 
 
 def load_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
-    """Return (dtype of the frozen weights, reason) as a run measured it; threads: default PyTorch's."""
+    """Return (dtype of the frozen weights, reason) measured by a run. threads: default: PyTorch's number of threads."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
-    stored = read_json(_precision_file(machine, threads or (int(setting) if setting.isdigit() else affinity())))
+    stored = read_json(_precision_file(machine, threads or (int(setting) if setting.isdigit() else available_cores())))
     return (stored["dtype"], stored["why"]) if stored else None
 
 
@@ -71,5 +71,5 @@ def _precision_file(machine: Machine, threads: int) -> Path:
 def _rates_file(machine: Machine, device: str) -> Path:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     gpus = machine.gpus if device != "cpu" else ""
-    key = sha256_text(f"{MEASURED} {machine.cpu} {machine.cores} {threads} {gpus} {device}")[:16]
+    key = sha256_text(f"{RATES_VERSION} {machine.cpu} {machine.cores} {threads} {gpus} {device}")[:16]
     return cache_folder() / "rates" / f"{key}.json"

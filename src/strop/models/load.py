@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from strop.config.schema import DEVICES
+from strop.config.schema import DEVICE_PATTERN
 from strop.errors import ModelError, RecipeError, first_line
 from strop.models.experts import dequantize_experts, dequantized_growth
 from strop.models.families.gguf import read_gguf_tensors
@@ -47,14 +47,14 @@ from strop.runs.folder import build_once, cache_folder, new_folder, write_json
 LOG = logging.getLogger(__name__)
 
 ALL_LAYERS = 1 << 30
-RESERVED_BYTES, RESERVED_SHARE = 1 << 30, 0.3  # of a GPU's free memory, for generation: whichever is more
+RESERVED_BYTES, RESERVED_SHARE = 1 << 30, 0.3  # of a GPU's free memory, reserved for generation: the larger of the two
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 transformers.utils.logging.disable_progress_bar()  # strop shows its own
 
 
 def check_device_and_dtype(device: str, dtype: str) -> None:
     """Raise RecipeError for an unknown device or dtype."""
-    if not re.fullmatch(DEVICES, device):
+    if not re.fullmatch(DEVICE_PATTERN, device):
         raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
     if dtype not in ("auto", *DTYPES):
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
@@ -71,13 +71,13 @@ def load_config(source: Source) -> Any:
         what = f"{source.name}: transformers {transformers.__version__} cannot read its config: {message}"
         raise ModelError(what) from None
     for section in {id(part): part for part in (config, config.get_text_config())}.values():
-        if section.dtype is not None and section.dtype.itemsize == 1:  # of the weights on disk, not of computation
+        if section.dtype is not None and section.dtype.itemsize == 1:  # the storage dtype, not the compute dtype
             section.dtype = torch.bfloat16
     return config
 
 
 def load_without_weights(source: Source) -> nn.Module:
-    """Return the model on meta tensors, to look at its layers."""
+    """Return the model on meta tensors."""
     return model_without_weights(load_config(source))
 
 
@@ -103,12 +103,12 @@ def load_base(
         dtype: of the weights that are not quantized.
         device: cpu, cuda, cuda:N or mps.
         quantization: none, nf4, fp4 or int8.
-        double: quantize the constants of 4-bit weights too.
-        resident_layers: how many decoder layers, from the first, are dequantized for good. None: all, or on a GPU as
-            many as fit next to the memory for generation.
+        double: also quantize the scales of 4-bit weights.
+        resident_layers: number of decoder layers, from the first, to dequantize permanently. None: all, or on a GPU as
+            many as fit in memory together with generation.
 
     Raises:
-        ModelError: if weights are missing or do not fit; transformers would fill them with random values.
+        ModelError: if weights are missing or have the wrong shape; transformers would fill them with random values.
     """
     LOG.info("loading the weights of %s", source.name)
     has_generation_config = source.kind == "folder" and (source.path / "generation_config.json").is_file()
@@ -123,7 +123,7 @@ def load_base(
         )
         if has_generation_config:
             model.generation_config = GenerationConfig.from_pretrained(source.path)
-    model.to(device)  # still packed: weights that are dequantized never pass through the host's memory
+    model.to(device)  # before dequantizing, so that host memory only needs the packed weights
     if quantization != "none":
         layers = resident_layers if resident_layers is not None else _count_fitting_layers(model, device)
         dequantize_layers(model, layers)
@@ -135,8 +135,8 @@ def load_base(
 
 
 def prepare_frozen(model: Any, source: Source) -> nn.Module:
-    """Name the model, freeze it, set eval mode, and fix what its class gets wrong."""
-    # PEFT writes one or the other, depending on its version, into adapters as the base's name.
+    """Set the model's name, freeze it, set eval mode, and work around bugs in its class."""
+    # PEFT writes one of the two, depending on its version, into adapters as the base's name.
     model.name_or_path = model.config._name_or_path = source.name
     _fix_text_forward(model)
     keep_attention_softcap(model)
@@ -149,15 +149,15 @@ def _fix_text_forward(model: nn.Module) -> None:
 
     Its class reads `image_outputs` of a result that has none, in transformers up to at least 5.24.
     """
-    whole: Any = model
+    wrapper: Any = model
     if type(model).__name__ != "Llama4ForConditionalGeneration":
         return
 
     def forward(input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
         assert pixel_values is None
-        return whole.language_model(input_ids=input_ids, **kwargs)
+        return wrapper.language_model(input_ids=input_ids, **kwargs)
 
-    whole.forward = forward
+    wrapper.forward = forward
 
 
 def keep_attention_softcap(model: Any) -> None:
@@ -171,16 +171,16 @@ def keep_attention_softcap(model: Any) -> None:
 
 
 def _count_fitting_layers(model: nn.Module, device: str) -> int:
-    """Return how many decoder layers can be dequantized for good: all, except on a GPU with too little free memory."""
+    """Return the number of decoder layers to dequantize permanently: all, except on a GPU with too little memory."""
     if not device.startswith("cuda"):
         return ALL_LAYERS
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    room, growth = free - max(RESERVED_BYTES, int(RESERVED_SHARE * free)), dequantized_growth(model)
-    return next((n for n in range(len(growth), 0, -1) if sum(growth[:n]) <= room), 0)
+    available, growth = free - max(RESERVED_BYTES, int(RESERVED_SHARE * free)), dequantized_growth(model)
+    return next((n for n in range(len(growth), 0, -1) if sum(growth[:n]) <= available), 0)
 
 
 def restore_packed_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:
-    """Put the packed weights back into a quantized base, in place of those that `resident_layers` dequantized."""
+    """Restore the packed weights of the layers that `resident_layers` dequantized."""
     repack_layers(model, quantized_folder(source, scheme, double, dtype), source.name, scheme, dtype)
 
 
@@ -190,14 +190,14 @@ def weights_folder(source: Source) -> Path:
 
 
 def stored_dtype(source: Source) -> torch.dtype:
-    """Return the narrowest dtype that holds all of a source's weights without loss."""
+    """Return the smallest dtype that represents all of a source's weights exactly."""
     dtypes = {entry["dtype"] for _, header in read_headers(weights_folder(source)) for entry in header.values()}
     only = dtypes.pop() if len(dtypes) == 1 else ""
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(only, torch.float32)
 
 
 def check_not_prequantized(source: Source) -> None:
-    """Raise ModelError for weights that are quantized on disk, where 16-bit ones are needed."""
+    """Raise ModelError if the weights on disk are quantized; for callers that need 16-bit weights."""
     if prequantized(source.config()):
         raise ModelError(
             f"{source.name}: its weights are already quantized",
@@ -280,11 +280,11 @@ def _build_errors(config: Any) -> Iterator[None]:
 
 
 def _auto_class(config: Any) -> Any:
-    """Return the auto class that keeps published weight names: for a multimodal model, that of the whole model."""
+    """Return the auto class whose weight names match the checkpoint: the multimodal one for a multimodal checkpoint."""
     architecture = (config.architectures or [""])[0]
     is_multimodal = architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    is_whole = is_multimodal and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
+    needs_multimodal = is_multimodal and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return AutoModelForImageTextToText if needs_multimodal else AutoModelForCausalLM
 
 
 def _bf16_cache(source: Source) -> Path:
@@ -298,17 +298,20 @@ def _is_complete(folder: Path) -> bool:
 def _dequantize_gguf(source: Source) -> Path:
     """Return a GGUF file as a cached folder of bf16 safetensors.
 
-    It is written tensor by tensor or, for families that strop does not read itself, by transformers, which needs the
-    whole model in memory.
+    Families that strop supports are converted tensor by tensor; others are loaded by transformers, which needs memory
+    for the whole model.
     """
 
     def make(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
-        bare = load_without_weights(source)
+        meta_model = load_without_weights(source)
         with gguf_errors(source.path), new_folder(folder) as temp:
-            tensors = read_gguf_tensors(source.path, bare, bare.config)
+            tensors = read_gguf_tensors(source.path, meta_model, meta_model.config)
             if tensors is not None:
-                fields = {"architectures": [type(bare).__name__], "dtype": "bfloat16"}  # other programs need both
+                fields = {
+                    "architectures": [type(meta_model).__name__],
+                    "dtype": "bfloat16",
+                }  # required by other programs
                 write_json(temp / "config.json", {**read_config(config_folder(source)), **fields})
                 write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
                 return
@@ -319,8 +322,8 @@ def _dequantize_gguf(source: Source) -> Path:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(source.path.parent), output_loading_info=True, **options
             )
-            if lost := sorted(info.get("missing_keys") or []):  # transformers has filled them with random values
-                what = f"{source.path}: {len(lost)} weights are missing, first {lost[0]}"
+            if missing := sorted(info.get("missing_keys") or []):  # transformers has filled them with random values
+                what = f"{source.path}: {len(missing)} weights are missing, first {missing[0]}"
                 raise ModelError(what, fix="download it again")
             unpacked_config(model.config)
             for part in ("hf_quantizer", "quantization_method"):

@@ -52,7 +52,7 @@ from strop.models.tensor_files import (
 LOG = logging.getLogger(__name__)
 
 EMBEDDING, HEAD = "embedding", "head"
-Where = int | str  # the index of a decoder layer, EMBEDDING or HEAD
+ModuleKey = int | str  # the index of a decoder layer, EMBEDDING or HEAD
 GRAIN = 64  # bytes; shares are multiples of it, so that no element is cut
 DIGEST_WORDS = 1 << 20  # processed at a time
 WORD = torch.int32
@@ -81,7 +81,7 @@ class ShardedTensor:
 class ShardedUnit:
     """The tensors of one module that are gathered together.
 
-    own: this process's share, (n,) uint8. whole: all shares, (world * n,) uint8, allocated between `take` and `drop`.
+    shard: this process's share, (n,) uint8. whole: all shares, (world * n,) uint8, between `allocate` and `free`.
     """
 
     def __init__(self, name: str, tensors: Sequence[ShardedTensor], rank: int, world: int, device: str) -> None:
@@ -98,38 +98,38 @@ class ShardedUnit:
             self.whole = torch.frombuffer(self._pages, dtype=torch.uint8)
         else:
             self.whole = torch.empty(world * share, dtype=torch.uint8, device=device)
-        self.own = torch.zeros(share, dtype=torch.uint8, device=device)
+        self.shard = torch.zeros(share, dtype=torch.uint8, device=device)
         start = 0
         for tensor in tensors:
             low, high = max(start, self.begin), min(start + tensor.size, self.begin + share)
             if low < high:
-                part = self.own[low - self.begin : high - self.begin]
+                part = self.shard[low - self.begin : high - self.begin]
                 part.copy_(tensor.read(low - start, high - start))
                 if tensor.dtype.is_floating_point and not is_finite(part.view(tensor.dtype)):
                     raise ModelError(f"weight {tensor.name} holds NaN or infinity", fix="download the model again")
             # .data: otherwise autograd would treat gathering as an in-place change of the weights
             tensor.put(self.whole[start : start + tensor.size].data.view(tensor.dtype).view(*tensor.shape))
             start += tensor.size
-        self.drop()
+        self.free()
 
-    def take(self) -> Tensor:
+    def allocate(self) -> Tensor:
         """Allocate `whole` and return it."""
-        self.there = True
+        self.is_gathered = True
         if self._pages is None:
             self.whole.untyped_storage().resize_(self.whole.numel())
         return self.whole
 
-    def drop(self) -> None:
+    def free(self) -> None:
         """Free the memory of `whole`; its address stays reserved."""
-        self.there = False
+        self.is_gathered = False
         if self._pages is not None:
             self._pages.madvise(mmap.MADV_DONTNEED)
         else:
             self.whole.untyped_storage().resize_(0)
 
-    def own_digest(self) -> int:
+    def shard_digest(self) -> int:
         """Return this share's part of the unit's digest; the parts of all shares add up to it, modulo 2^64."""
-        return digest(self.own, self.begin)
+        return digest(self.shard, self.begin)
 
     def digest(self) -> int:
         return digest(self.whole, 0)
@@ -152,19 +152,19 @@ def digest(data: Tensor, begin: int) -> int:
 class ModelShards:
     """The units of a model and their modules, in the order in which a forward needs them.
 
-    whole_bytes: of all sharded weights. held_bytes: what this process holds of them between two steps.
+    whole_bytes: size of all sharded weights. held_bytes: this process's share of them, in memory between two steps.
     """
 
-    units: dict[Where, ShardedUnit]
-    modules: dict[Where, nn.Module]
+    units: dict[ModuleKey, ShardedUnit]
+    modules: dict[ModuleKey, nn.Module]
     whole_bytes: int
     held_bytes: int
 
     @property
-    def forward(self) -> list[Where]:
+    def forward(self) -> list[ModuleKey]:
         """The order of a forward; a unit shared by embedding and head appears twice."""
-        layers = [where for where in self.units if isinstance(where, int)]
-        return [where for where in (EMBEDDING, *layers, HEAD) if where in self.units]
+        layers = [key for key in self.units if isinstance(key, int)]
+        return [key for key in (EMBEDDING, *layers, HEAD) if key in self.units]
 
     def distinct(self) -> list[ShardedUnit]:
         return list({id(unit): unit for unit in self.units.values()}.values())
@@ -182,10 +182,10 @@ def shard_model(
     tensors_of: returns how to read the tensors of a parameter, given by name; None if it is loaded whole.
     """
     modules, paths = _sharded_modules(model), {id(module): path for path, module in model.named_modules()}
-    units: dict[Where, ShardedUnit] = {}
+    units: dict[ModuleKey, ShardedUnit] = {}
     unit_of: dict[int, tuple[ShardedUnit, nn.Parameter]] = {}  # holds the weight, so that its id is not reused
     whole_bytes = held_bytes = 0
-    for where, module in modules.items():
+    for key, module in modules.items():
         tensors: list[ShardedTensor] = []
         new = [(name, weight) for name, weight in module.named_parameters() if id(weight) not in unit_of]
         shared = [unit_of[id(weight)][0] for _, weight in module.named_parameters() if id(weight) in unit_of]
@@ -195,16 +195,16 @@ def shard_model(
             tensors += parts or []
             sharded += [weight] if parts else []
         if tensors:
-            name = f"layer {where}" if isinstance(where, int) else f"the {where}"
-            units[where] = ShardedUnit(name, tensors, rank, world, device)
-            unit_of |= {id(weight): (units[where], weight) for weight in sharded}
-            whole_bytes, held_bytes = whole_bytes + units[where].size, held_bytes + units[where].own.numel()
+            name = f"layer {key}" if isinstance(key, int) else f"the {key}"
+            units[key] = ShardedUnit(name, tensors, rank, world, device)
+            unit_of |= {id(weight): (units[key], weight) for weight in sharded}
+            whole_bytes, held_bytes = whole_bytes + units[key].size, held_bytes + units[key].shard.numel()
         elif shared:
-            units[where] = shared[0]
-    return ModelShards(units, {where: modules[where] for where in units}, whole_bytes, held_bytes)
+            units[key] = shared[0]
+    return ModelShards(units, {key: modules[key] for key in units}, whole_bytes, held_bytes)
 
 
-def _sharded_modules(model: Any) -> dict[Where, nn.Module]:
+def _sharded_modules(model: Any) -> dict[ModuleKey, nn.Module]:
     """Return the embedding, each decoder layer and the output head."""
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     return {EMBEDDING: inputs, **dict(enumerate(_decoder_layers(model))), HEAD: head}
@@ -231,7 +231,7 @@ def load_sharded(
 ) -> tuple[nn.Module, ModelShards]:
     """Return the model in eval mode, whose large weights are empty until gathered, and this process's share of them.
 
-    Arguments are those of `load_base`. Raises ModelError where weights are missing, do not fit or are not finite.
+    Arguments are those of `load_base`. Raises ModelError if weights are missing, not finite or of another shape.
     """
     LOG.info("loading 1/%d of the weights of %s", world, source.name)
     if quantization == "none":

@@ -291,7 +291,7 @@ def check_unused_tensors(name: str, model: Any, unused: Iterable[str]) -> None:
 
     missing = [key for key in unused if not any(re.search(pattern, key) for pattern in ignored) and is_computed(key)]
     if missing:
-        what = f"{name}: {len(missing)} of its tensors have no place in the model that config.json describes, first "
+        what = f"{name}: {len(missing)} tensors are not part of the model described by config.json, first "
         raise ModelError(what + min(missing, key=dot_natural_key), fix="restore the config.json of these weights")
 
 

@@ -1,8 +1,8 @@
-"""Memory that the activations of one micro-batch take, from the engine's own arithmetic. Imports no torch.
+"""Predict the activation memory of a micro-batch from the tensors that the engine allocates. Imports no torch.
 
 Symbols are those of the engine: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
-values, I intermediate size, b bytes per value. A step has its peak at one of a few moments. Each moment is a sum of the
-tensors that are alive then.
+values, I intermediate size, b bytes per value. The peak of a step is the largest of a few moments, each
+a sum of the tensors that are alive then.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from strop.models.families.table import Family
 from strop.planning.workload import Workload
 
 BLOCK = 256  # queries per matmul, as in engine.train.attention
-KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.train.attention
-MIN_PREFIX = 8  # tokens of a prefix that is worth sharing, as in engine.train.packing
+MAX_SAVED_KEYS = 512  # documents with more keys recompute their probabilities, as in engine.train.attention
+MIN_PREFIX = 8  # minimum length of a shared prefix in tokens, as in engine.train.packing
 TILE_ROWS, GAP = 64, 256  # rows of an attention tile, and padding values after a buffer, as in engine.kernels.cpu
 EAGER_BYTES = 40  # fp32 copies per value of the MLP in the backward pass, with PyTorch operations
-# Bytes that a mixer keeps per input or output value of one of its layers: (constant, times b, layer). Counted with
-# saved-tensor hooks on transformers' code.
+# Bytes that a mixer saves per value: (constant, factor of b, linear layer whose inputs or outputs are counted).
+# Measured with saved-tensor hooks on transformers' code.
 MIXERS = {
     "linear_attn": (54, 17, "out_proj"), "conv": (0, 1.7, "in_proj"), "mamba": (68, 1, "in_proj"),
     "jamba": (118, 0, "in_proj"),
 }  # fmt: skip
-# Heap fragmentation on a CPU, fitted (docs/log): a share of what mixers keep, and of the MLP's backward blocks.
+# Heap fragmentation on a CPU, fitted (docs/log): shares of the mixers' saved bytes, and of the MLP's backward blocks.
 MIXER_FRAGMENTATION, MLP_FRAGMENTATION = 0.6, 1.0
 HEAD_BYTES, GPU_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits computed at once, as in engine.train.head
 
@@ -39,7 +39,7 @@ class MicroBatch:
     tokens: int  # number of packed tokens; a shared prefix counts once
     supervised: int  # number of rows of the output head
     documents: tuple[tuple[int, int, int], ...]  # (number, queries, keys) of each bucket of documents
-    more: bool = False  # the step has other micro-batches, whose gradients stay allocated while this one is computed
+    more: bool = False  # the step has other micro-batches (gradient accumulation), whose gradients stay allocated
     shared: int = 0  # tokens saved by a shared prefix, less the tokens added by padding
 
     @staticmethod
@@ -57,7 +57,7 @@ class MicroBatch:
     @property
     def saved_pairs(self) -> int:
         """Number of query-key pairs whose probabilities are kept for the backward pass (attention in buckets)."""
-        return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= KEEP_PAIRS)
+        return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= MAX_SAVED_KEYS)
 
 
 def pairs(workload: Workload, batch: MicroBatch) -> int:
@@ -91,8 +91,8 @@ class LiveBytes:
         return self.saved_activations + self.live_layer + self.head
 
 
-def at_peak(workload: Workload, batch: MicroBatch) -> LiveBytes:
-    """Return the bytes alive at the moment of forward and backward with the highest total."""
+def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
+    """Return the bytes alive at the peak of forward and backward."""
     compute, layers = workload.compute, workload.shape.layers
     block = layer_bytes(workload, batch, batch.tokens)
     last = layer_bytes(workload, batch, batch.supervised)
@@ -104,11 +104,11 @@ def at_peak(workload: Workload, batch: MicroBatch) -> LiveBytes:
     saved = on_device * inputs + (layers - recomputed) * block - (0 if recomputed == layers else block - last)
     # The head's gradient during a layer's backward pass, unless it is allocated already by earlier micro-batches.
     head_gradient = 0 if batch.more or compute.device == "cpu" else head_gradient_bytes(workload)
-    step_long, head_rows = step_long_bytes(workload, batch)
-    saved += step_long
+    outer, head_rows = outer_bytes(workload, batch)
+    saved += outer
     moments = [LiveBytes(saved, head_rows, head_bytes(workload, batch))]
     if workload.adapter.full_embedding and batch.more:
-        # The embedding's gradient comes last, next to that of earlier micro-batches. engine's arena stays allocated.
+        # The embedding's gradient comes last, in addition to that of earlier micro-batches. The arena stays allocated.
         gradient = batch.tokens * workload.shape.hidden * (4 + compute.dtype_bytes)
         arena = saved if compute.device == "cpu" and compute.step == "fast" and not recomputed else 0
         moments.append(LiveBytes(arena, gradient + 4 * workload.shape.embedding))
@@ -119,14 +119,14 @@ def at_peak(workload: Workload, batch: MicroBatch) -> LiveBytes:
         before_last = saved - last + (recomputed_block if recomputed == layers - 1 else 0)
         moments.append(LiveBytes(before_last, backward_bytes(workload, batch), head_gradient))
     if recomputed:
-        saved = step_long + in_backward * inputs + recomputed_block - inputs
+        saved = outer + in_backward * inputs + recomputed_block - inputs
         moments.append(LiveBytes(saved, backward_bytes(workload, batch), head_gradient))
     peak = max(moments, key=lambda moment: moment.total)
     return replace(peak, live_layer=peak.live_layer + fragmentation_bytes(workload, batch))
 
 
-def step_long_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
-    """Return bytes of the fast step outside of its layers: those alive from forward to backward, and those at the head.
+def outer_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
+    """Return the bytes of the fast step outside its layers: alive from forward to backward, and alive at the head.
 
     Per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and the rotary
     angles in fp32; at the head, on a CPU, one more copy of the supervised rows.
@@ -143,7 +143,7 @@ def step_long_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
 
 
 def offloaded_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return bytes of layer inputs in host memory: those of all layers but the last."""
+    """Return the bytes of layer inputs in host memory: those of all layers but the last."""
     compute = workload.compute
     layers = max(0, min(compute.checkpointed_layers, workload.shape.layers) - 1) if compute.offload else 0
     return layers * batch.tokens * workload.shape.hidden * compute.dtype_bytes
@@ -158,14 +158,14 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
     family, rank_of = workload.family, dict(workload.ranked_linears())
     if workload.tiled_lora:
         rank_of = {x: -(-rank // 16) * 16 for x, rank in rank_of.items()}
-    usual = Family()  # names of a model that is known only by its config
+    default = Family()  # module names of a model that is known only by its config
 
     def ranks_of(*names: str) -> int:
         return sum(rank for x, rank in rank_of.items() if x.leaf in names)
 
-    qkv_ranks, o_ranks = ranks_of(*family.qkv, *usual.qkv, "qkv_proj"), ranks_of(family.o, usual.o)
-    mlp_ranks = ranks_of(*family.gate_up, family.down, *usual.gate_up, "gate_up_proj", usual.down)
-    # Values per token up to the attention: residual input, z A, and qkv (twice if kept before its norms).
+    qkv_ranks, o_ranks = ranks_of(*family.qkv, *default.qkv, "qkv_proj"), ranks_of(family.o, default.o)
+    mlp_ranks = ranks_of(*family.gate_up, family.down, *default.gate_up, "gate_up_proj", default.down)
+    # Values per token up to the attention: residual input, z A, and qkv (twice if saved before its norms).
     before = h + qkv_ranks + (q + 2 * kv) * (2 if workload.adapter.full_head_norms else 1)
     halves = 2 if family.gated else 1
     after = (q + o_ranks if o_ranks else 0) + halves * inner + mlp_ranks
@@ -190,12 +190,12 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
         attention = round(workload.attention_share * attention) + batch.tokens * _mixer_bytes(workload)
     if family.moe:
         after = h + (q + o_ranks if o_ranks else 0)
-        return batch.tokens * h * b + attention + rows * (after * b + _mixture_bytes(workload))
+        return batch.tokens * h * b + attention + rows * (after * b + _moe_bytes(workload))
     return batch.tokens * h * b + attention + rows * after * b
 
 
 def _mixer_bytes(workload: Workload) -> int:
-    """Return bytes per token that the model's module in attention's place saves, with PyTorch operations."""
+    """Return the bytes per token saved by a mixer, which replaces attention and runs the model's PyTorch code."""
     family = workload.shape.family
     constant, per_byte, leaf = MIXERS[family if family == "jamba" else workload.family.mixer or ""]
     linears = [x for x in workload.mixer_linears if x.leaf == leaf]
@@ -205,7 +205,7 @@ def _mixer_bytes(workload: Workload) -> int:
 
 
 def fragmentation_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return bytes of a CPU's heap that are lost between blocks of different sizes; fitted (docs/log)."""
+    """Return the bytes lost to heap fragmentation on a CPU; fitted (docs/log)."""
     if workload.compute.device != "cpu" or workload.compute.step != "fast":
         return 0
     # Blocks of HEAP_BLOCK_BYTES bytes and more have their own pages and leave no holes.
@@ -216,25 +216,25 @@ def fragmentation_bytes(workload: Workload, batch: MicroBatch) -> int:
     return round(lost)
 
 
-def _mixture_bytes(workload: Workload) -> int:
-    """Return bytes per token of a mixture computed by the model's modules: what each chosen expert saves."""
+def _moe_bytes(workload: Workload) -> int:
+    """Return the bytes per token saved by the active experts of an MoE layer, computed by the model's modules."""
     shape, b, family = workload.shape, workload.compute.dtype_bytes, workload.family
     down = [(x.share * x.active, x.inputs) for x in workload.mlp_linears if x.leaf in ("down_proj", family.down)]
-    copies = 1 if b < 4 else 2  # in fp32 no copy is made before an adapter, so the input itself is kept
+    copies = 1 if b < 4 else 2  # in fp32 the adapter needs no copy, so the input itself is saved
     width = copies + (5 if shape.family == "gpt_oss" else 2)  # gpt-oss clamps both halves
     values = sum(number * (width * inner + copies * shape.hidden) for number, inner in down)
     return round(b * values) + _adapter_copies(workload, workload.mlp_linears)
 
 
 def _adapter_copies(workload: Workload, linears: Sequence[LinearShape]) -> int:
-    """Return bytes per token of fp32 copies that peft keeps: the input of each adapter, and the output of its A."""
+    """Return the bytes per token of fp32 tensors saved by PEFT: the input of each adapter, and the output of its A."""
     ranks = dict(workload.ranked_linears())
-    low = workload.compute.dtype_bytes < 4
-    return sum(round(x.share * x.active * 4 * ((x.inputs if low else 0) + ranks[x])) for x in linears if ranks[x])
+    is_16_bit = workload.compute.dtype_bytes < 4
+    return sum(round(x.share * x.active * 4 * ((x.inputs if is_16_bit else 0) + ranks[x])) for x in linears if ranks[x])
 
 
 def _plain_layer_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return bytes of a transformers layer with peft adapters: fp32 copies in the norms and before each adapter."""
+    """Return the bytes of a transformers layer with peft adapters: fp32 copies in the norms and before each adapter."""
     shape, b = workload.shape, workload.compute.dtype_bytes
     h, q, kv, inner = shape.hidden, shape.query_size, shape.key_value_size, shape.intermediate
     norms = 8 * h if b < 4 else 4 * h
@@ -243,7 +243,7 @@ def _plain_layer_bytes(workload: Workload, batch: MicroBatch) -> int:
 
 
 def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = None) -> int:
-    """Return bytes that one layer's backward pass needs on top of what was saved: the larger of MLP and attention."""
+    """Return the bytes that one layer's backward pass needs besides saved tensors: the larger of MLP and attention."""
     shape, compute, tokens = workload.shape, workload.compute, batch.tokens
     b = compute.dtype_bytes
     rows = tokens if rows is None else rows  # computed after the attention
@@ -265,15 +265,15 @@ def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = Non
     else:  # gradients of the residual and of the output; q, k, v and their gradients by document; the result
         attention = tokens * (h + 3 * q + 4 * kv + q) * b
         attention += max(_block_bytes(workload, batch), tokens * (q + 2 * kv) * b)
-    freed = rows * (2 * inner + h + q) * b  # what this layer had saved after its attention
+    freed = rows * (2 * inner + h + q) * b  # saved by this layer after its attention
     return max(mlp, attention - freed)
 
 
 def _mlp_backward_blocks(workload: Workload, rows: int) -> list[int]:
     """Return the sizes of the buffers of the MLP's backward pass.
 
-    d(gate, up) (2 I), dz (I), z (I), and the gradient of the residual (h). With dropout also the kept part of z (I).
-    With DoRA and dropout also, for gate and up: z, its kept part and two gradients.
+    d(gate, up) (2 I), dz (I), z (I), and the gradient of the residual (h). With dropout also the masked z (I). With
+    DoRA and dropout also, for gate and up: z, the masked z and two gradients.
     """
     h, inner, adapter = workload.shape.hidden, workload.shape.intermediate, workload.adapter
     sizes = [2 * inner, inner, inner, h] + ([inner] if adapter.dropout else [])
@@ -283,10 +283,10 @@ def _mlp_backward_blocks(workload: Workload, rows: int) -> list[int]:
 
 
 def _tile_bytes(workload: Workload, batch: MicroBatch, *, backward: bool) -> int:
-    """Return bytes of each thread's buffers for the longest document, and of gradients of a shared prefix."""
+    """Return the bytes of each thread's buffers for the longest document, and of gradients of a shared prefix."""
     d, longest = workload.shape.head_size, max(keys for _, _, keys in batch.documents) + GAP
-    # Forward: keys, values, scores, sums. Backward: scores and slopes in fp32, slopes in bf16 and pairs of both; keys
-    # twice, values, rows, sums.
+    # Forward: keys, values, scores, sums. Backward: scores and their gradients in fp32, the gradients in bf16, and both
+    # as pairs; keys twice, values, rows, sums.
     thread = longest * (TILE_ROWS * (4 + 4 + 2 + 2 + 2) + 16 * d) if backward else longest * (TILE_ROWS * 6 + 6 * d)
     prefix = max(keys - queries for _, queries, keys in batch.documents)
     documents = sum(number for number, _, _ in batch.documents)
@@ -305,11 +305,11 @@ def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
         blocks = list(reversed(_blocks(queries, keys)))
         scores = [number * shape.heads * rows * block_keys * b for rows, block_keys in blocks]
         if len(blocks) == 1:
-            sizes.append((1 if keys <= KEEP_PAIRS else 2) * scores[0])
+            sizes.append((1 if keys <= MAX_SAVED_KEYS else 2) * scores[0])
             continue
         gradients = 0
         for i, (_, block_keys) in enumerate(blocks):
-            block = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
+            block = scores[i] * (1 if keys <= MAX_SAVED_KEYS else 2) + (scores[i - 1] if i else 0)
             sizes.append(block + gradients)
             gradients += 2 * number * shape.key_value_size * block_keys * b
         sizes.append(gradients + 4 * number * shape.key_value_size * keys)
@@ -317,7 +317,7 @@ def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
 
 
 def head_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return bytes of the output head: the last norm's output, its gradient, and a chunk of logits.
+    """Return the bytes of the output head: the last norm's output, its gradient, and a chunk of logits.
 
     The plain step has all logits at once. A trained head adds its gradient, next to that of earlier micro-batches, and
     its weight in the compute dtype.
@@ -336,13 +336,13 @@ def head_bytes(workload: Workload, batch: MicroBatch) -> int:
 
 
 def head_gradient_bytes(workload: Workload) -> int:
-    """Return bytes of the fp32 gradient of a head that is trained in full or by an adapter."""
+    """Return the bytes of the fp32 gradient of a head that is trained in full or by an adapter."""
     shape, adapter = workload.shape, workload.adapter
     full = 4 * (shape.embedding if adapter.full_head else 0)
     return full + 4 * adapter.head_rank * (shape.hidden + shape.vocabulary)
 
 
 def head_rows(workload: Workload) -> int:
-    """Return how many rows of logits are computed at once."""
+    """Return the number of rows of logits computed at once."""
     budget = GPU_HEAD_BYTES if workload.compute.device == "cuda" else HEAD_BYTES
     return max(16, budget // (workload.shape.vocabulary * workload.compute.dtype_bytes))

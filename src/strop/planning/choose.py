@@ -83,7 +83,7 @@ def _plain_choices(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[
     if recipe.model.device == "auto":
         values.append(("model.device", device, "the fastest device torch can use here"))
     if recipe.model.dtype == "auto":
-        dtype = ("fp32", "train.int8_matmul accumulates in fp32") if recipe.train.int8_matmul else dtype
+        dtype = ("fp32", "train.int8_matmul more in fp32") if recipe.train.int8_matmul else dtype
         values.append(("model.dtype", *dtype))
     if recipe.lora.alpha is None:
         values.append(("lora.alpha", alpha_of(recipe), "2 r"))

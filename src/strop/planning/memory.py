@@ -17,7 +17,7 @@ from strop.engine.decode.cache import BLOCK_SIZE as CACHE_BLOCK
 from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
 from strop.models.families.table import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
-from strop.planning.activations import LiveBytes, MicroBatch, at_peak
+from strop.planning.activations import LiveBytes, MicroBatch, peak_live_bytes
 from strop.planning.workload import BITS, BYTES, JOINED, Workload
 
 MIB = 1 << 20
@@ -267,7 +267,7 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
         parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.extra_weights) * share)
     gradients_at_peak = trainable if batch.more or compute.device == "cpu" else 0
     moments = [
-        (at_peak(workload, batch), gradients_at_peak),
+        (peak_live_bytes(workload, batch), gradients_at_peak),
         (LiveBytes(), trainable),
     ]  # the second: the optimizer step
     live, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])

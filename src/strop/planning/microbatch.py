@@ -17,7 +17,7 @@ from strop.data.reading.sources import needs_download
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
-from strop.planning.activations import KEEP_PAIRS, MIN_PREFIX, MicroBatch, at_peak
+from strop.planning.activations import MAX_SAVED_KEYS, MIN_PREFIX, MicroBatch, peak_live_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import is_run
 
@@ -97,8 +97,8 @@ def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None 
     and a shorter one, or rows that are short enough to keep attention probabilities for the backward pass."""
     limit = recipe.data.max_length + max_completion_tokens(recipe.train)
     longest = min(longest or limit, limit)
-    candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
-    return max(candidates, key=lambda batch: at_peak(workload, batch).total)
+    candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, MAX_SAVED_KEYS)})]
+    return max(candidates, key=lambda batch: peak_live_bytes(workload, batch).total)
 
 
 def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:

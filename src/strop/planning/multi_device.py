@@ -1,9 +1,9 @@
 """Training on several devices: bytes sent per step, seconds of communication on each link, tokens/s.
 
-A step sums flags (four bytes per device, twice, with gloo) and then one fp32 buffer of all gradients with the loss
-(with gloo between CPU processes, NCCL between GPUs). LoRA gradients are a few megabytes, so communication does not
-overlap with computation. With `train.exact`, the buffers of the ranks' micro-batches are broadcast one after the other
-and summed in a fixed order.
+A step all-reduces status flags (four bytes per device, twice, with gloo), and then one fp32 buffer with all gradients
+and the loss (gloo between CPU processes, NCCL between GPUs). LoRA gradients are a few megabytes, so communication does
+not overlap with computation. With `train.exact`, the buffers of the ranks' micro-batches are broadcast one after the
+other and summed in a fixed order.
 
 Each layer of a sharded base is gathered before it is computed, forward and backward, once per micro-batch: much more
 than the gradients. The next layer is gathered while one computes, so only the time beyond the computation counts.
@@ -32,38 +32,40 @@ class Link:
     """A connection between devices."""
 
     name: str
-    bytes_per_s: float  # data rate in one direction, from the data sheet
+    bytes_per_s: float  # bandwidth in one direction, from the data sheet
     hop_s: float  # seconds of a small message to the next device
     start_s: float = 0.0  # seconds to start an operation
-    inside_s: float = 0.0  # for a network, seconds of a small message within a node; 0: as `hop_s`
+    node_hop_s: float = 0.0  # seconds of a small message within a node, for networks; 0: the same as `hop_s`
 
 
 # Hop and start times of NCCL's ring with the simple protocol, as in NCCL's own estimate (src/graph/tuning.cc: 8.4 us to
 # start; per hop NVLink 3.4 us, PCI 5.7 us, network 14 us). Rates: PCIe 4.0 x16 by PCI-SIG (16 GT/s per lane,
 # 128b/130b), NVLink 3 by NVIDIA's A100 data sheet (600 GB/s in both directions), networks by their names.
 NVLINK = Link("NVLink 3", 300e9, 3.4e-6, 8.4e-6)
-INSIDE = (Link("PCIe 4.0 x16", 31.5e9, 5.7e-6, 8.4e-6), NVLINK)
+NODE_LINKS = (Link("PCIe 4.0 x16", 31.5e9, 5.7e-6, 8.4e-6), NVLINK)
 NETWORKS = tuple(Link(f"{gb} Gb/s", gb * 1e9 / 8, 14e-6, 8.4e-6, NVLINK.hop_s) for gb in (10, 25, 100, 400))
 # gloo between processes of one machine: `benchmarks/scale.py links`, on two busy cores (docs/scale.md).
 LOOPBACK = Link("gloo, one machine", 0.5e9, 120e-6)
 
 
-# Fields of Rate that processes on one CPU divide among them.
+# Fields of Rate that are divided by the number of processes on one CPU.
 SHARED_RATES = ("flops", "bandwidth", "head_flops", "attention_flops", "thin_flops", "moved", "frozen_flops")
-FLAG_SUMS, FLAG_BYTES = 2, 4  # sums of flags per step, before and after its computation; bytes per device
-SLOTS = 8  # minimum number of micro-batches in a step with train.exact (training.gradients)
+FLAG_SUMS, FLAG_BYTES = 2, 4  # all-reduces of flags per step, before and after the computation; bytes per device
+MIN_MICRO_BATCHES = 8  # minimum number of micro-batches in a step with train.exact (training.gradients)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Number of devices per node, and of nodes."""
+    """Number of devices per node, and number of nodes."""
 
     per_node: int = 1
     nodes: int = 1
 
     def __post_init__(self) -> None:
         if min(self.per_node, self.nodes) < 1:
-            raise RecipeError(f"--devices {self.per_node} --nodes {self.nodes}: the least is 1", fix="give 1 or more")
+            raise RecipeError(
+                f"--devices {self.per_node} --nodes {self.nodes}: must be at least 1", fix="give 1 or more"
+            )
 
     @property
     def count(self) -> int:
@@ -91,7 +93,7 @@ class MultiDevicePlan:
 
     devices: Devices
     sent_bytes: int  # bytes that each device sends per step
-    compute_s: float  # seconds of computation per step, on the device with most rows
+    compute_s: float  # seconds of computation per step, on the busiest device
     link_times: tuple[LinkTime, ...]  # one entry per possible link, the slowest first
     notes: tuple[str, ...]
     mode: str = "replicated"  # replicated or sharded
@@ -115,26 +117,26 @@ def target_share(target: Target, devices: Devices, *, local: bool) -> Target:
     if devices.count == 1:
         return target
     kind, machine = target.device.partition(":")[0], target.machine
-    number, gpus, cores = devices.per_node, len(machine.gpus), machine.cores
+    per_node, gpus, cores = devices.per_node, len(machine.gpus), machine.cores
     if kind == "mps":
         raise RecipeError("--devices: an Apple GPU is one device", fix="leave --devices and --nodes out")
     if kind == "cuda":
-        if local and gpus < number:
-            what = f"--devices {number}: this machine has {gpus} GPU{'s' * (gpus != 1)}"
+        if local and gpus < per_node:
+            what = f"--devices {per_node}: this machine has {gpus} GPU{'s' * (gpus != 1)}"
             raise RecipeError(what, fix="give fewer, or --gpu NAME to plan for others")
         return target
-    if local and number > cores:
-        what = f"--devices {number}: this machine has {cores} core{'s' * (cores != 1)}, and each device needs one"
+    if local and per_node > cores:
+        what = f"--devices {per_node}: this machine has {cores} core{'s' * (cores != 1)}, and each device needs one"
         raise RecipeError(what, fix=f"give --devices {cores} or fewer")
-    memory, free = machine.memory_bytes // number, machine.free_bytes // number
-    part = replace(machine, cores=max(1, cores // number), memory_bytes=memory, free_bytes=free)
-    return replace(target, machine=part, rate_of=lambda dtype: _rate_share(target.rate_of(dtype), number))
+    memory, free = machine.memory_bytes // per_node, machine.free_bytes // per_node
+    part = replace(machine, cores=max(1, cores // per_node), memory_bytes=memory, free_bytes=free)
+    return replace(target, machine=part, rate_of=lambda dtype: _rate_share(target.rate_of(dtype), per_node))
 
 
-def _rate_share(rate: Rate, number: int) -> Rate:
-    shares: dict[str, Any] = {name: getattr(rate, name) / number for name in SHARED_RATES}
+def _rate_share(rate: Rate, processes: int) -> Rate:
+    shares: dict[str, Any] = {name: getattr(rate, name) / processes for name in SHARED_RATES}
     for name in ("integers", "unpacked_per_s"):
-        shares[name] = {scheme: value / number for scheme, value in getattr(rate, name).items()}
+        shares[name] = {scheme: value / processes for scheme, value in getattr(rate, name).items()}
     return replace(rate, **shares)
 
 
@@ -147,22 +149,22 @@ def plan_devices(
     of one length; rows of different lengths are assigned by their tokens). rate: of one device.
     """
     train, answers = recipe.train, sequences_per_row(recipe.train)
-    most = -(-train.batch_size // devices.count)  # rows of the busiest device
+    busiest_rows = -(-train.batch_size // devices.count)  # rows of the busiest device
     if exact := train.exact and devices.count > 1:
-        most = min(most, -(-train.batch_size // SLOTS))
-    micro_batch = min(train.micro_batch, most) if train.micro_batch is not None else None
-    device_train = train.model_copy(update={"batch_size": most, "micro_batch": micro_batch})
-    usual = usual_micro_batch(recipe.model_copy(update={"train": device_train}), rows)
-    at_once = usual.number
+        busiest_rows = min(busiest_rows, -(-train.batch_size // MIN_MICRO_BATCHES))
+    micro_batch = min(train.micro_batch, busiest_rows) if train.micro_batch is not None else None
+    device_train = train.model_copy(update={"batch_size": busiest_rows, "micro_batch": micro_batch})
+    batch = usual_micro_batch(recipe.model_copy(update={"train": device_train}), rows)
+    at_once = batch.number
     micro_batches = -(-train.batch_size * answers // at_once)  # of a step, on all devices
     if exact:
-        most = min(train.batch_size, -(-micro_batches // devices.count) * at_once // answers)
-    compute = step_seconds(workload, usual, most * answers / at_once, rate)
-    tokens = (usual.tokens + usual.shared) / at_once * train.batch_size * answers
+        busiest_rows = min(train.batch_size, -(-micro_batches // devices.count) * at_once // answers)
+    compute = step_seconds(workload, batch, busiest_rows * answers / at_once, rate)
+    tokens = (batch.tokens + batch.shared) / at_once * train.batch_size * answers
     size, buffers = gradient_bytes(workload, devices), _exact_buffers(micro_batches, devices) if exact else 0
     sent = buffers * size if buffers else ring_bytes(size, devices.count)
     sent += FLAG_SUMS * ring_bytes(FLAG_BYTES * devices.count, devices.count)
-    passes = -(-most * answers // at_once) if workload.base.shards > 1 else 0
+    passes = -(-busiest_rows * answers // at_once) if workload.base.shards > 1 else 0
     sent += passes * gather_bytes(workload) * (devices.count - 1) // devices.count
     times = []
     for link in _links(workload, devices):
@@ -197,7 +199,7 @@ def ring_seconds(size: int, devices: Devices, link: Link) -> float:
     """
     steps = 2 * (devices.count - 1)
     across = 2 * (devices.nodes - 1)
-    hops = across * link.hop_s + (steps - across) * (link.inside_s or link.hop_s)
+    hops = across * link.hop_s + (steps - across) * (link.node_hop_s or link.hop_s)
     return link.start_s + hops + ring_bytes(size, devices.count) / link.bytes_per_s
 
 
@@ -207,7 +209,7 @@ def tree_seconds(size: int, devices: Devices, link: Link) -> float:
     Sanders, Speck and Traeff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan", Parallel
     Computing 35(12), 2009.
     """
-    inside = 2 * (devices.per_node - 1) * (link.inside_s or link.hop_s)
+    inside = 2 * (devices.per_node - 1) * (link.node_hop_s or link.hop_s)
     across = 2 * math.ceil(math.log2(devices.nodes)) * link.hop_s
     return link.start_s + inside + across + 2 * size / link.bytes_per_s
 
@@ -235,7 +237,7 @@ def gather_bytes(workload: Workload) -> int:
 def gather_seconds(workload: Workload, devices: Devices, link: Link) -> float:
     """Return the seconds to gather a micro-batch's weights, each in a ring of n - 1 steps with (n - 1) / n of it."""
     number = 2 * workload.shape.layers + 1
-    hops = number * (link.start_s + (devices.count - 1) * (link.inside_s or link.hop_s))
+    hops = number * (link.start_s + (devices.count - 1) * (link.node_hop_s or link.hop_s))
     return hops + gather_bytes(workload) * (devices.count - 1) / devices.count / link.bytes_per_s
 
 
@@ -256,11 +258,11 @@ def _links(workload: Workload, devices: Devices) -> list[Link]:
     if devices.count == 1:
         return []
     if workload.compute.device != "cpu":
-        return list(INSIDE if devices.nodes == 1 else NETWORKS)
+        return list(NODE_LINKS if devices.nodes == 1 else NETWORKS)
     if devices.nodes == 1:
         return [LOOPBACK]
-    rate, hop = LOOPBACK.bytes_per_s, LOOPBACK.hop_s  # gloo's own work per byte and message bounds every network
-    return [Link(link.name, min(link.bytes_per_s, rate), max(link.hop_s, hop), inside_s=hop) for link in NETWORKS]
+    rate, hop = LOOPBACK.bytes_per_s, LOOPBACK.hop_s  # gloo's overhead per byte and message is the limit on any network
+    return [Link(link.name, min(link.bytes_per_s, rate), max(link.hop_s, hop), node_hop_s=hop) for link in NETWORKS]
 
 
 def _notes(recipe: Recipe, workload: Workload, devices: Devices) -> tuple[str, ...]:

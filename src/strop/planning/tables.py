@@ -12,7 +12,7 @@ from rich.table import Table
 
 from strop.config.schema import Recipe
 from strop.models.families.shape import ModelShape
-from strop.planning.activations import MicroBatch, at_peak
+from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.memory import CUDA_CONTEXT_BYTES, framework_bytes, train_phase
 from strop.planning.workload import Workload
 
@@ -214,7 +214,7 @@ def compare_methods(
         workload = Workload.from_recipe(recipe, shape, parameters=parameters)
         workload = workload.replace(scheme="none", resident_layers=0, checkpointed_layers=shape.layers)
         framework = framework_bytes(workload) if workload.compute.device == "cpu" else CUDA_CONTEXT_BYTES
-        full = FULL_BYTES * parameters + at_peak(workload, batch).total + framework
+        full = FULL_BYTES * parameters + peak_live_bytes(workload, batch).total + framework
         lora, qlora = (train_phase(workload.replace(scheme=scheme), batch).peak_bytes for scheme in ("none", "nf4"))
         rows.append(Row(name, parameters, tokens, full, lora, qlora, usable))
     return rows

@@ -14,7 +14,7 @@ from typing import Any
 from strop.engine.decode.cache import MAX_SEQUENCES
 from strop.machine.probe import TILED_RANK, Machine
 from strop.machine.rates import Rates
-from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
+from strop.planning.activations import HEAD_BYTES, MAX_SAVED_KEYS, MicroBatch, offloaded_bytes, pairs
 from strop.planning.memory import RolloutLoad, constant_bytes, packed_weights, weight_bytes
 from strop.planning.workload import Workload
 
@@ -125,7 +125,7 @@ def flops(workload: Workload, batch: MicroBatch) -> Flops:
         adapted = sum(x.active_weights for x, rank in workload.ranked_linears() if rank)
         frozen += forward * (3 + again) * adapted / (qkv + rest)
     adapters = (6 + 2 * again) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
-    long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
+    long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > MAX_SAVED_KEYS)
     matmul = 2.0 * layers * shape.query_size * pairs(workload, batch)  # one of the attention's
     if workload.compute.attention_tiles:
         attention = (7 + 2 * again) * matmul

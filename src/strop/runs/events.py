@@ -1,4 +1,13 @@
-"""The events of a run, one JSON object per line. Callbacks, the progress bar and trackers get the same objects."""
+"""The events of a run, one JSON object per line. Callbacks, the progress bar and trackers get the same objects.
+
+Every event has `event` (its kind) and `time` (seconds since 1970). The kinds are:
+
+- machine, recipe, data, reference, rehearsal (the dry run): before the first step
+- start, resume, override (a changed setting), stop, end: of the run
+- step, eval, save, reference-check, note
+- skip (a rejected update), doubt (an applied update with an unusual loss), rollback
+- shrink: a setting that was changed after running out of memory
+"""
 
 from __future__ import annotations
 
@@ -44,18 +53,18 @@ def read_events(path: Path) -> list[Event]:
     return [event for event in events if event is not None]
 
 
-def without_undone(events: Sequence[Event]) -> list[Event]:
-    """Return the events without the steps and evaluations that a resume or a rollback has undone."""
-    kept: list[Event] = []
+def drop_undone_events(events: Sequence[Event]) -> list[Event]:
+    """Return the events without the steps and evaluations undone by a resume or rollback."""
+    remaining: list[Event] = []
     for event in events:
-        if (step := rewound_to(event)) is not None:
-            kept = [e for e in kept if e["event"] not in ("step", "eval") or e["step"] <= step]
-        kept.append(event)
-    return kept
+        if (step := find_rewind_step(event)) is not None:
+            remaining = [e for e in remaining if e["event"] not in ("step", "eval") or e["step"] <= step]
+        remaining.append(event)
+    return remaining
 
 
-def rewound_to(event: Event) -> int | None:
-    """Return the step that a resume or a rollback went back to; None for other events."""
+def find_rewind_step(event: Event) -> int | None:
+    """Return the step that a resume or rollback restarted from; None for other events."""
     field = {"resume": "step", "rollback": "to"}.get(event["event"])
     return None if field is None else int(event[field])
 

@@ -1,4 +1,4 @@
-"""The engine thread: it owns the model, and requests join and leave its batch between two passes; and its metrics."""
+"""The engine thread, which runs the model with continuous batching, and its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # sec
 
 
 class Metrics:
-    """Metrics for Prometheus, in one registry a server, so that two servers in a process do not share them."""
+    """Prometheus metrics, with one registry per server, so that two servers in a process do not share them."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -56,11 +56,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Piece:
-    """New output of a request."""
+    """A piece of a completion, delivered while it is generated."""
 
     text: str
     tokens: tuple[Token, ...]
-    finish_reason: str | None = None  # None while it continues; "stop" or "length"; or a key of app.FAILURES
+    finish_reason: str | None = None  # None until the completion ends; then "stop", "length" or a key of app.FAILURES
 
 
 @dataclass
@@ -74,11 +74,11 @@ class Job:
     adapter: str | None
     max_new_tokens: int
     sampling: Sampling
-    on_piece: Callable[[Piece], None]  # called with each piece, the last of which has a finish reason
+    on_piece: Callable[[Piece], None]  # called with each piece; the last one has a finish reason
     stop_strings: Sequence[str] = ()
     num_logprobs: int | None = None
     mask: Mask | None = None
-    continues_prompt: bool = False  # the completion's text continues the prompt's, without a chat template between them
+    continues_prompt: bool = False  # the completion continues the prompt's text, without a chat template
     num_cached: int = 0  # prompt tokens that were in the cache, set by the engine
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -93,7 +93,7 @@ def deliver_each(pieces: Sequence[tuple[Job, Piece]]) -> None:
 
 
 class _ActiveJob:
-    """A job in the batch. pending: tokens whose text is not delivered yet."""
+    """A job in the batch. pending: tokens not delivered yet."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -118,9 +118,9 @@ class Engine:
     in strop or in the model's code, after which the cache may be wrong: the thread ends, `failed` is set, and
     `on_failure` is called from that thread.
 
-    slots: requests in the batch. queue: requests that may wait. thread: an executor with one thread, the one that has
-    computed with the model before. OpenMP keeps workers for each thread that computes: with two sets of them on the
-    same cores they sleep between two kernels, and a step of a small model takes 2.5 times as long.
+    slots: requests in the batch. queue: requests that may wait. thread: an executor with one thread, the one that
+    loaded the model. OpenMP keeps a worker pool for each thread that computes; with a second pool on the same cores, a
+    step of a small model takes 2.5 times as long.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Engine:
         self._ended = self._thread.submit(self._run)
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises QueueFull. If the engine is closed, the job gets a piece that says so at once."""
+        """Queue a job. Raises QueueFull. If the engine is closed, the job fails at once with the reason "closed"."""
         with self._changed:
             if self._closing or self.failed:
                 job.on_piece(Piece("", (), "closed"))
@@ -156,13 +156,13 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job. Its slot is free before the next pass."""
+        """Cancel a job. Its slot is released before the next pass."""
         with self._changed:
             job.cancelled = True
             self._changed.notify()
 
     def close(self, timeout: float = 10.0) -> None:
-        """End the thread. All jobs that are not finished get a piece with the reason "closed"."""
+        """End the thread. Unfinished jobs fail with the reason "closed"."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -189,7 +189,7 @@ class Engine:
         except BaseException:
             traceback.print_exc()
             raise
-        finally:  # no client may wait for a completion that will not come
+        finally:  # otherwise clients would wait forever
             with self._changed:
                 self.failed = not self._closing
                 self._closing = True
@@ -211,11 +211,11 @@ class Engine:
                 for sequence in list(self._batch.sequences):
                     sequence.finish_reason = reason
                     self._batch.remove(sequence)
-        finally:  # a decoder that has failed may fail here too
+        finally:  # a failed decoder may raise here too
             self._deliver([(job, Piece("", (), reason)) for job in jobs])
 
     def _admit(self) -> bool:
-        """Remove cancelled jobs, admit waiting ones, and wait while there are none. Return False to end the thread."""
+        """Remove cancelled jobs and admit waiting ones; block if there are none. Return False to end the thread."""
         with self._changed:
             while True:
                 for job in self._waiting:

@@ -27,7 +27,7 @@ from strop.machine.probe import Machine, probe
 from strop.machine.rates import load_precision
 from strop.models.introspect import NOT_CAUSAL, why_not_causal
 from strop.objectives.table import max_completion_tokens
-from strop.planning.activations import MicroBatch, at_peak
+from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
 from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
 from strop.planning.time import has_bf16
@@ -107,7 +107,7 @@ def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
         (items, describe_batch(job, items, more, setting.compute.attention_tiles))
         for items, more in _largest_batches(job, setting)
     ]
-    items, batch = max(candidates, key=lambda pair: at_peak(setting, pair[1]).total)
+    items, batch = max(candidates, key=lambda pair: peak_live_bytes(setting, pair[1]).total)
     dtype = _decode_dtype(job.recipe.model.device)
     return Forecast(items, batch, phases(setting, batch, _evaluation(job), usable, _sampling(job), dtype=dtype))
 
@@ -162,7 +162,7 @@ def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool
             lengths = [len(example) for item in chosen for example in item.examples]
             batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
             batch = replace(batch, supervised=sum(item.supervised for item in chosen))
-            sizes.append((at_peak(setting, batch).total, tuple(step.rows[row] for row in group), more))
+            sizes.append((peak_live_bytes(setting, batch).total, tuple(step.rows[row] for row in group), more))
     largest = heapq.nlargest(MAX_PACKED, sizes)
     return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 

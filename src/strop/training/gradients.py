@@ -31,7 +31,7 @@ from strop.training.criteria import Figures
 from strop.training.state import Job, random_states, set_random_states
 
 T = TypeVar("T")
-SLOTS = 8  # micro-batches per step with train.exact; further devices have nothing to do
+MIN_MICRO_BATCHES = 8  # micro-batches per step with train.exact; further devices have nothing to do
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,12 @@ def _mean_figures(figures: Sequence[tuple[int, Figures]]) -> dict[str, Tensor]:
 def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
     """Return the rows of each micro-batch: packed to a token budget, or of similar length if the step pads.
 
-    With train.exact there are at least SLOTS (if there are as many rows), whatever the number of devices.
+    With train.exact there are at least MIN_MICRO_BATCHES (if there are as many rows), whatever the number of devices.
     """
     lengths = [item.computed_tokens(job.step.packed, job.step.prefix_sharing) for item in items]
     train, (size, unit) = job.recipe.train, _micro_batch_size(job)
     if train.exact:
-        size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // SLOTS))
+        size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // MIN_MICRO_BATCHES))
     if unit == "rows":
         return group_by_length(
             lengths, tokens=None, rows=size if train.micro_batch is not None or train.exact else None

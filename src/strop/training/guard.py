@@ -1,7 +1,7 @@
-"""Keep bad steps from the weights: check each loss and gradient norm before the optimizer's update.
+"""Detect bad steps: check each loss and gradient norm before the optimizer's update.
 
-The checks add no work on the device, because both values are read once per step anyway. All their memory is in
-Progress, so that a resumed run decides as the unbroken one would have.
+The checks add no work on the device, because both values are read once per step anyway. Their state is part of
+Progress, so a resumed run makes the same decisions as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 MAX_STREAK = 3  # consecutive bad steps that cause a rollback
 RATE_CUT = 0.25  # factor of the learning rate after a rollback
-RECENT = 64  # good losses that the bound is computed from
-MIN_RECENT = 16  # of them, before there is a bound
-SIGMAS, NATS = 8.0, 1.0  # distance of the bound from their median: the larger of the two
-MAX_DROP = 1.0  # nats per token that good answers may lose before a warning
-MAX_LOGPROB_GAP = 0.1  # nats per token between the engine that sampled a completion and the training step
-MAX_START_KL = 1e-6
-FAR = 10.0  # a single loss beyond this many times the distance causes a rollback
+MAX_RECENT = 64  # number of good losses that the bound is computed from
+MIN_RECENT = 16  # minimum number of good losses to compute a bound
+BOUND_SIGMAS, MIN_BOUND_NATS = 8.0, 1.0  # distance of the bound from the median loss: the larger of the two
+MAX_LIKELIHOOD_DROP = 1.0  # decrease in log-probability of good answers that causes a warning, in nats per token
+MAX_LOGPROB_GAP = 0.1  # maximum difference between the sampling engine and the training step, in nats per token
+MAX_START_KL = 1e-6  # maximum KL divergence from the reference before the first step
+ROLLBACK_FACTOR = 10.0  # a loss beyond this multiple of the distance causes a rollback at once
 
 
 class Verdict(Enum):
-    """The decision on a step. DOUBTFUL: the loss is beyond the bound, and the update is still applied."""
+    """The decision on a step. DOUBTFUL: the loss is above the bound, but the update is applied."""
 
     GOOD = "good"
     DOUBTFUL = "doubtful"
@@ -41,7 +41,7 @@ class Verdict(Enum):
 
 
 class Diverged(Exception):
-    """The run must return to its last good checkpoint. `progress.streak` has the bad steps."""
+    """Raised when the run must return to its last good checkpoint. `progress.streak` has the bad steps."""
 
     def __init__(self, why: str, *, finite: bool) -> None:
         super().__init__(why)
@@ -56,10 +56,10 @@ def judge_step(progress: Progress, loss: float, grad_norm: float) -> Verdict:
     else:
         median, distance = _loss_bound(progress.recent)
         if loss <= median + distance:
-            progress.recent = [*progress.recent[-RECENT + 1 :], loss]
+            progress.recent = [*progress.recent[-MAX_RECENT + 1 :], loss]
             progress.streak = []
             return Verdict.GOOD
-        verdict = Verdict.ROLL_BACK if loss > median + FAR * distance else Verdict.DOUBTFUL
+        verdict = Verdict.ROLL_BACK if loss > median + ROLLBACK_FACTOR * distance else Verdict.DOUBTFUL
     progress.streak = [*progress.streak, progress.step]
     return Verdict.ROLL_BACK if len(progress.streak) >= MAX_STREAK else verdict
 
@@ -70,18 +70,18 @@ def _loss_bound(recent: list[float]) -> tuple[float, float]:
         return 0.0, math.inf
     median = statistics.median(recent)
     spread = 1.4826 * statistics.median(abs(loss - median) for loss in recent)
-    return median, max(SIGMAS * spread, NATS)
+    return median, max(BOUND_SIGMAS * spread, MIN_BOUND_NATS)
 
 
-def suggest_fixes(progress: Progress, rate: float, dtype: str, trouble: Diverged) -> list[str]:
+def suggest_fixes(progress: Progress, rate: float, dtype: str, diverged: Diverged) -> list[str]:
     """Return likely causes and fixes of divergence, most likely first. rate: the learning rate of the last step."""
     fixes = []
     rising = len(progress.recent) >= 4 and statistics.mean(progress.recent[-2:]) > 1.5 * min(progress.recent)
     if dtype == "fp16":
         fixes.append("fp16 overflows above 65,504: use --model.dtype bf16 or fp32")
-    if trouble.finite or rising or not progress.recent:
+    if diverged.finite or rising or not progress.recent:
         fixes.append(f"the learning rate may be too high: try --train.learning_rate {rate / 10:.2g}")
-    if not trouble.finite:
+    if not diverged.finite:
         fixes.append("if it is the same rows each time (see events.jsonl), these rows are the cause")
         fixes.append("a base that gives NaN without training is damaged or needs another dtype: try --model.dtype fp32")
     return fixes
@@ -89,11 +89,11 @@ def suggest_fixes(progress: Progress, rate: float, dtype: str, trouble: Diverged
 
 @contextmanager
 def check_update(state: TrainState, grad_norm: float, *, enabled: bool, zero_expected: bool = False) -> Iterator[None]:
-    """Check that the optimizer's step inside this block changes the adapters, in the first step of an objective whose
-    loss does not show it: the loss of any policy that equals its reference is the same.
+    """Check that the first optimizer step, done inside this block, changes the adapters.
 
-    zero_expected: all rewards are equal, so the gradient is zero.
-    Raises RunError if the gradient is zero, or if no weight changes.
+    Needed for policy and preference objectives: before the first update their loss is the same for any weights.
+    zero_expected: all rewards are equal, so the gradient is zero. Raises RunError if the gradient is zero, or if no
+    weight changes.
     """
     check = enabled and state.progress.step == 0 and bool(grad_norm or not zero_expected)
     before = [weight.detach().clone() for weight in state.weights.values()] if check else []
@@ -108,10 +108,10 @@ def check_update(state: TrainState, grad_norm: float, *, enabled: bool, zero_exp
 
 
 def check_rollouts(progress: Progress, figures: Mapping[str, float], grad_norm: float) -> None:
-    """Check the figures of sampled completions before the update.
+    """Check the metrics of sampled completions before the update.
 
-    The step must find them as likely as the engine that sampled them, the model must equal its reference at the start,
-    and rewards that differ must have a gradient. Raises RunError.
+    Log-probabilities must agree with those of the sampling engine, the KL divergence must be 0 at the start, and
+    different rewards must give a gradient. Raises RunError.
     """
     if "off" not in figures:
         return
@@ -143,13 +143,13 @@ def equal_rewards_warning(progress: Progress, figures: Mapping[str, float]) -> s
     return f"{text}; use prompts that are sometimes answered well, or rewards with values between 0 and 1"
 
 
-def falling_warning(progress: Progress, figures: Mapping[str, float]) -> str | None:
-    """Return a warning, once, if good answers become less likely, which may happen while the margin grows."""
+def likelihood_drop_warning(progress: Progress, figures: Mapping[str, float]) -> str | None:
+    """Return a warning, once, if good answers become less likely, which can happen although the margin grows."""
     name = next((name for name in ("chosen", "desirable") if f"{name}_change" in figures), None)
-    if name is None or name in progress.told or figures[f"{name}_change"] > -MAX_DROP:
+    if name is None or name in progress.told or figures[f"{name}_change"] > -MAX_LIKELIHOOD_DROP:
         return None
     progress.told = [*progress.told, name]
-    fix = "a lower learning rate or a larger --train.beta keeps the model closer to its start"
+    fix = "a lower learning rate or a larger --train.beta keeps the model closer to the reference"
     if name == "chosen":
         fix = f"--train.sft_weight 1 prevents it; {fix}"
     return f"{name} answers are {-figures[f'{name}_change']:.1f} nats per token less likely than at the start: {fix}"

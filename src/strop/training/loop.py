@@ -49,7 +49,7 @@ LOG = logging.getLogger(__name__)
 
 COMPARE_EVERY = 50  # steps between comparisons of the devices' weights; also compared before each save
 SAVE_EVERY_S = 600.0  # longest time between checkpoints, whatever train.save_steps is
-# Progress that a rollback does not undo: memory settings, warnings, and the work done so far.
+# Fields of Progress that a rollback keeps: memory settings, logged warnings, and counters of work and time.
 KEPT_BY_ROLLBACK = (
     "halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens", "seconds",
     "eval_seconds", "save_seconds", "budget_from", "communication_s", "waiting_s", "computing_s", "slowest_s",
@@ -59,7 +59,7 @@ KEPT_BY_ROLLBACK = (
 @dataclass(frozen=True)
 class StepResult:
     """The result of a step. loss: mean over the supervised tokens (or rows) of the effective batch. grad_norm: before
-    clipping. figures: means of a preference or policy objective's figures."""
+    clipping. figures: mean metrics of a preference or policy objective."""
 
     loss: float
     grad_norm: float
@@ -86,13 +86,13 @@ class StepResult:
 
 
 def fit(job: Job) -> str:
-    """Train from the present state to the end of the recipe; return what ended it: steps, time or patience.
+    """Train from the current state to the end of the recipe; return the reason for the end: steps, time or patience.
 
     Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; DivergedError or NonFiniteError if
     training diverges again after a rollback; MemoryLimitError; DiskError.
     """
     apply_memory_settings(job)
-    if _is_out_of_patience(job):  # the process was killed between its last save and its report
+    if _is_out_of_patience(job):  # the process was killed after its last save, before the report
         return "patience"
     if job.devices.run_on_main(lambda: not job.folder.checkpoints()):
         save(job)  # a rollback needs a checkpoint
@@ -100,8 +100,8 @@ def fit(job: Job) -> str:
         while True:
             try:
                 return _run_steps(job, stop_requested)
-            except Diverged as trouble:
-                _roll_back(job, trouble)
+            except Diverged as diverged:
+                _roll_back(job, diverged)
 
 
 def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
@@ -184,7 +184,7 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
     def prepare() -> list[Item]:
         return job.criterion.prepare(job.step, rows, batch.index, partial(micro_batches, job))
 
-    # with several devices there is nothing to compute here: objectives that sample are limited to one
+    # on several devices `prepare` computes nothing: objectives that sample completions need a single device
     items = within_memory(job, rows, prepare) if job.devices.world_size == 1 else prepare()
     first = result = _update(job, items, rate)
     for _ in range(job.criterion.updates - 1):
@@ -207,7 +207,7 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
     total = sum_gradients(job, items, local)
     weights = list(job.state.weights.values())
     norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
-    # the only wait for the device in a step
+    # the only synchronization with the device in a step
     scalars = torch.stack([x.to(total.loss) for x in (total.loss, norm, *total.figures.values())])
     loss, grad_norm, *means = scalars.tolist()
     tokens, supervised = sum(map(len, items)), sum(item.supervised for item in items)
@@ -246,16 +246,16 @@ def evaluate(job: Job) -> None:
     if better:
         progress.best_loss, progress.best_step, progress.evals_without_better = loss, progress.step, 0
         progress.held_out = figures
-    elif progress.moved:  # unchanged weights do not count against the patience
+    elif progress.moved:  # not counted if the weights have not changed since the last evaluation
         progress.evals_without_better += 1
     progress.moved = False
     job.log.emit("eval", step=progress.step, loss=finite_loss, best=better, seconds=round(seconds, 3), **figures)
 
 
 def save(job: Job) -> None:
-    """Write a checkpoint. Raises Diverged if a weight is not finite: such a state is never saved."""
+    """Write a checkpoint. Raises Diverged if a weight is not finite: such weights are never saved."""
     started, progress = time.perf_counter(), job.state.progress
-    job.devices.check_equal(lambda: all_tensors(job.state))  # first, so that all devices decide alike below
+    job.devices.check_equal(lambda: all_tensors(job.state))  # first, so that all devices make the same decision below
     not_finite = first_not_finite(job.state)
     if not_finite is not None:
         progress.streak = [*progress.streak, progress.step - 1]
@@ -280,14 +280,14 @@ def restore_newest(job: Job, *, prefer_good: bool = False) -> Path:
     checkpoint = job.devices.run_on_main(lambda: newest_checkpoint(job.folder, note, prefer_good=prefer_good))
     restore_checkpoint(checkpoint, job.state, note)
     progress = job.state.progress
-    # computed anew, because the number of rows or the batch size may have changed since it was saved
+    # recomputed, because the number of rows or the batch size may have changed since it was saved
     progress.position = batch_stream(job.recipe, len(job.train)).position_of(progress.step)
-    forget_lost_best(job)
+    reset_lost_best(job)
     return checkpoint
 
 
-def forget_lost_best(job: Job) -> None:
-    """Forget the best step if its checkpoint is lost, so that later weights may be the best."""
+def reset_lost_best(job: Job) -> None:
+    """Reset the best step if its checkpoint is lost, so that a later one can become the best."""
     progress, best_step = job.state.progress, job.state.progress.best_step
     if best_step is None or best_step == progress.step:
         return
@@ -298,14 +298,14 @@ def forget_lost_best(job: Job) -> None:
         progress.best_step, progress.best_loss, progress.held_out = None, None, {}
 
 
-def _roll_back(job: Job, trouble: Diverged) -> None:
+def _roll_back(job: Job, diverged: Diverged) -> None:
     """Return to the last good checkpoint, skip the bad batches, and lower the learning rate.
 
     Raises DivergedError if the run was rolled back before.
     """
     before, stream = job.state.progress, batch_stream(job.recipe, len(job.train))
     if before.rollbacks:
-        raise _divergence_error(job, trouble, stream)
+        raise _divergence_error(job, diverged, stream)
     checkpoint = restore_newest(job, prefer_good=True)
     progress = job.state.progress
     progress.passed = sorted({*progress.passed, *before.streak})
@@ -313,22 +313,22 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     progress.rate_scale = before.rate_scale * guard.RATE_CUT
     for name in KEPT_BY_ROLLBACK:
         setattr(progress, name, getattr(before, name))
-    passed = [{"step": index + 1, "rows": _places(job, stream.rows(index))} for index in progress.passed]
+    skipped = [{"step": index + 1, "rows": _row_locations(job, stream.rows(index))} for index in progress.passed]
     job.log.emit(
-        "rollback", step=before.step, to=progress.step, checkpoint=checkpoint.name, why=trouble.why, passed=passed,
+        "rollback", step=before.step, to=progress.step, checkpoint=checkpoint.name, why=diverged.why, passed=skipped,
         rate_scale=progress.rate_scale,
     )  # fmt: skip
 
 
-def _divergence_error(job: Job, trouble: Diverged, stream: BatchStream) -> DivergedError:
+def _divergence_error(job: Job, diverged: Diverged, stream: BatchStream) -> DivergedError:
     progress = job.state.progress
     rate = rate_at(job, progress.step, stream.total_steps)
-    advice = guard.suggest_fixes(progress, rate, str(job.recipe.model.dtype), trouble)
+    advice = guard.suggest_fixes(progress, rate, str(job.recipe.model.dtype), diverged)
     newest = job.folder.checkpoints()[-1][1]
-    rows = [place for index in progress.streak for place in _places(job, stream.rows(index))]
-    job.log.emit("stop", step=progress.step, why=trouble.why, rows=rows, advice=advice)
-    what = f"step {progress.step + 1}: {trouble.why}, again after a rollback with a lower learning rate"
-    error_class = DivergedError if trouble.finite else NonFiniteError
+    rows = [location for index in progress.streak for location in _row_locations(job, stream.rows(index))]
+    job.log.emit("stop", step=progress.step, why=diverged.why, rows=rows, advice=advice)
+    what = f"step {progress.step + 1}: {diverged.why}, again after a rollback with a lower learning rate"
+    error_class = DivergedError if diverged.finite else NonFiniteError
     return error_class(f"{what}; the last good state is {newest}", fix="; ".join(advice))
 
 
@@ -366,7 +366,7 @@ def _log_step(
     if progress.first_loss is None:
         progress.first_loss = result.loss
     progress.last_loss, progress.figures = result.loss, result.figures
-    for find_warning in (guard.falling_warning, guard.equal_rewards_warning):
+    for find_warning in (guard.likelihood_drop_warning, guard.equal_rewards_warning):
         if (warning := find_warning(progress, result.figures)) is not None:
             job.log.emit("note", text=f"step {number}: {warning}")
     if number % job.recipe.train.log_steps and number != total:
@@ -388,10 +388,10 @@ def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
         items = [job.train[row] for row in rows]
         rows = tuple(rows[index] for rank in bad_ranks for index in rows_of_rank(job, items, rank))
     fields = {"ranks": list(bad_ranks)} if bad_ranks and job.devices.world_size > 1 else {}
-    job.log.emit(kind, step=batch.index + 1, why=result.problem, rows=_places(job, rows), **fields)
+    job.log.emit(kind, step=batch.index + 1, why=result.problem, rows=_row_locations(job, rows), **fields)
 
 
-def _places(job: Job, rows: Sequence[int]) -> list[str]:
+def _row_locations(job: Job, rows: Sequence[int]) -> list[str]:
     return [f"{job.train[row].file}:{job.train[row].line}" for row in rows]
 
 

@@ -28,10 +28,10 @@ from strop.models.adapters import save_adapter
 from strop.models.experts import count_trained_in_experts
 from strop.models.lora import weight_change
 from strop.objectives.table import objective_of
-from strop.runs.events import Event, Listener, read_events, rewound_to
+from strop.runs.events import Event, Listener, find_rewind_step, read_events
 from strop.runs.folder import write_json
 from strop.training.dry_run import Forecast
-from strop.training.loop import evaluate, forget_lost_best
+from strop.training.loop import evaluate, reset_lost_best
 from strop.training.preflight import Setup
 from strop.training.reference import with_reference
 from strop.training.rollouts import PolicyCriterion, VllmSampler
@@ -83,7 +83,7 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
     Returns how far training has moved the weights (models.lora.weight_change).
     """
     progress, base = job.state.progress, job.devices.base
-    forget_lost_best(job)
+    reset_lost_best(job)
     if job.eval and progress.best_step is None and progress.step:
         evaluate(with_reference(job, reference_key))  # the last weights are the best that are left
     with job.devices.all_or_none():
@@ -232,7 +232,7 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
         kind = event["event"]
         values = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _TRACKED.get(kind, ())}
         metrics = {key: value for key, value in values.items() if value is not None}
-        if working and (step := rewound_to(event)) is not None:
+        if working and (step := find_rewind_step(event)) is not None:
             working = _try(names, lambda: _undo(accelerator.trackers, step))
         if working and metrics:
             working = _try(names, lambda: accelerator.log(metrics, step=event["step"]))

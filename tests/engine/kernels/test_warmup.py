@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from strop.engine.kernels import warmup
 from strop.errors import DiskError
 from tests import ROOT
 
+TIMEOUT_S = 600  # of one process: seconds on a quiet machine
 UNKNOWN = "no_such_warmup"
 MODULE = "strop.engine.kernels.warmup_models"
 
@@ -27,7 +29,7 @@ import sys
 import numba.core.event as events, numpy as np, peft, torch
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
-from strop.models.families.layers import FAMILIES
+from strop.models.families.table import FAMILIES
 from strop.engine.train.eligibility import why_not_fast, uses_llama_kernels
 from tests.support import tiny_families
 for sizes, size in {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}.items():  # sizes that tiles support
@@ -49,11 +51,11 @@ for kind, more in kinds.items():
         continue
     rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
     step = FastLoss(model, warm=False)
-    if sys.argv[1] in (names[uses_llama_kernels(model)], "all"):
+    if sys.argv[1] == names[uses_llama_kernels(model)]:
         step.token_loss(rows).backward()
         step.log_probs(rows).sum().backward()
         compiled = sorted({event.data["dispatcher"].py_func.__name__ for _, event in listener.buffer})
-        print(kind, names[uses_llama_kernels(model)], compiled)
+        print(kind, compiled)
         listener.buffer.clear()
 """
 
@@ -127,36 +129,44 @@ def test_compiler_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 
 def test_warmup_imports_no_libraries() -> None:
     program = "import sys, strop.engine.kernels.warmup; print(*{'torch', 'numba', 'numpy', 'peft'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    assert run_python(["-c", program]).strip() == ""
+
+
+def run_python(arguments: list[str], **environment: str) -> str:
+    """Run Python with these arguments and return its output."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, check=True, timeout=TIMEOUT_S,
+        stdout=subprocess.PIPE, text=True,
+    ).stdout  # fmt: skip
+
+
+def warm_up(folder: Path, *arguments: str) -> dict[str, str]:
+    """Run both parts of a warm-up at the same time and return the environment in which their kernels are found."""
+    environment = {"NUMBA_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor(2) as pool:
+        parts = [
+            pool.submit(run_python, ["-m", MODULE, *arguments, part], **environment)
+            for part in ("attention", "matmuls")
+        ]
+    for part in parts:
+        part.result()
+    return environment
 
 
 def test_training_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
     """Kernels that a run compiles itself have other last bits than those of a resumed run."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    for models, fewest in (("usual", 20), ("all", 40)):
-        processes = [
-            subprocess.Popen([sys.executable, "-m", MODULE, "train", "bfloat16", models, part], env=environment)
-            for part in ("attention", "products")
-        ]
-        assert [process.wait() for process in processes] == [0, 0]
-        command = [sys.executable, "-c", TRAINING, models]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-        lines = done.stdout.splitlines()
-        assert len(lines) >= fewest and "llama usual []" in lines
+    for models, family in (("usual", "llama"), ("all", "glm")):
+        environment = warm_up(tmp_path, "train", "bfloat16", models)
+        lines = run_python(["-c", TRAINING, models], **environment).splitlines()
+        assert len(lines) >= 20 and f"{family} []" in lines
         assert [line for line in lines if not line.endswith("[]")] == []
 
 
 def test_decoding_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", MODULE, "decode", "bfloat16"]
-    processes = [subprocess.Popen([*command, part], env=environment) for part in ("products", "attention")]
-    assert [process.wait() for process in processes] == [0, 0]
+    environment = warm_up(tmp_path, "decode", "bfloat16")
 
     def compiled() -> set[str]:
-        command = [sys.executable, "-c", DECODING]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return set(done.stdout.split("compiled:")[1].split())
+        return set(run_python(["-c", DECODING], **environment).split("compiled:")[1].split())
 
     # The functions that hold or call the kernels of both parts.
     assert compiled() - {"impl"} == {"_make_layer_ref", "_make_buffers_ref", "layer_forward"}

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import Data, Json, NoParity, Tuned, parse_numbers
+from strop.cli.options import AdapterName, Data, Json, NoParity, parse_numbers
 from strop.cli.progress import status_line
 from strop.cli.tables import console, print_adapters, print_base, print_fields, print_json, print_notes, print_parity
 from strop.engine.kernels import warmup
@@ -32,8 +32,6 @@ def adapters(
     as_json: Json = False,
 ) -> None:
     """List adapters, show one, compare two, or write a weighted sum of several."""
-    from dataclasses import asdict
-
     names = names or ["runs"]
     if weights and out is None:
         raise RecipeError("--weights: has no effect without --out", fix="give --out")
@@ -41,19 +39,19 @@ def adapters(
         raise RecipeError(f"{len(names)} adapters: only two can be compared", fix="add them with --out and --weights")
     result: dict[str, Any]
     with status_line("loading the libraries") as status:
-        from strop.exporting import adapters as known
+        from strop.exporting import adapters as exporting
 
         status.update("reading the adapters")
         if out is not None:
-            combined = known.combine(names, parse_numbers(weights), out)
-            result = {**asdict(combined), "notes": known.told_apart(names)}
+            combined = exporting.combine(names, parse_numbers(weights), out)
+            result = {**combined, "notes": exporting.find_prompt_differences(names)}
         elif len(names) == 2:
-            result = known.compare(*names)
-        elif known.is_adapter(names[0]):
-            result = {**asdict(known.facts(names[0])), "norm": known.norm(names[0])}
-            result["not_measured"] = known.unmeasured(names[0])
+            result = exporting.compare(*names)
+        elif exporting.is_adapter(names[0]):
+            result = {**exporting.read_info(names[0]), "norm": exporting.compute_norm(names[0])}
+            result["not_measured"] = exporting.why_not_measured(names[0])
         else:
-            result = {"adapters": [asdict(facts) for facts in known.found_in(Path(names[0]))]}
+            result = {"adapters": exporting.find_adapters(Path(names[0]))}
     if out is not None:
         print_notes(result["notes"])
         console.print(f"[bold]wrote[/]    {escape(str(result['folder']))}: rank {result['rank']}")
@@ -65,7 +63,7 @@ def adapters(
 
 
 def merge(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     data: Data = None,
@@ -89,7 +87,7 @@ Type = Annotated[
 
 
 def gguf(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="File to write.")],
     kind: Type = None,
     adapter: Annotated[
@@ -112,7 +110,7 @@ def gguf(
 
 
 def ollama(
-    run: Tuned,
+    run: AdapterName,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     kind: Type = None,
     data: Data = None,
@@ -135,14 +133,14 @@ def ollama(
 
 def _print_exported(exported: Exported) -> None:
     print_base(exported.base, exported.base_losses)
-    found = exported.found
-    if found is None or found.parity is None:
+    check = exported.check
+    if check is None or check.parity is None:
         console.print(f"[bold]parity[/]   {escape(str(exported.unmeasured))}", style="yellow")
         return
-    print_parity(found.parity)
+    print_parity(check.parity)
     console.print(
-        f"[bold]text[/]     {found.strings} of 200 strings tokenized identically, {found.conversations} prompts equal; "
-        f"{found.answers_equal} of {found.answers} greedy answers equal, {found.answers_stopped} stopped"
+        f"[bold]text[/]     {check.strings} of 200 strings tokenized identically, {check.conversations} prompts equal; "
+        f"{check.answers_equal} of {check.answers} greedy answers equal, {check.answers_stopped} stopped"
     )
 
 

@@ -1,6 +1,6 @@
-"""Measure what a chat template does by rendering probes: where turns end, and where reasoning goes.
+"""Find out where a chat template ends turns and writes reasoning, by rendering test conversations.
 
-No model family is known by name. A probe is a conversation of texts that no template tests for.
+This works for any model family: the texts of the conversations are words that no template has special cases for.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from strop.data.types import Message
 
 @dataclass(frozen=True)
 class InputFormat:
-    """The forms of input that a template accepts. Templates differ in tools, calls, ids, arguments and reasoning."""
+    """The input format of a template: how it takes tools, calls, ids, arguments and reasoning."""
 
     tools: str = "tools"  # name of the variable with the tools
     tools_as_text: bool = False  # tools are JSON in a string
     no_tools: Any = None  # value of the variable without tools
     arguments: Literal["object", "text"] = "object"  # of a call, an object or JSON in a string
-    # of calls: as the row has them, generated where it has none, or nine letters and digits as Mistral requires
-    ids: Literal["own", "made", "nine"] = "own"
+    # of calls: as in the row, generated if missing, or nine letters and digits (required by Mistral)
+    ids: Literal["unchanged", "generated", "nine_chars"] = "unchanged"
     reasoning: Literal["fields", "parts", "blocks"] = "fields"  # of the message, or parts or blocks of its content
     required: dict[str, Any] = field(default_factory=dict)  # variables without which the template does not render
 
@@ -36,7 +36,7 @@ class InputFormat:
         return {"tools": self.no_tools, **self.required, self.tools: value}
 
     def values(self, messages: Sequence[Message], *, reasoning: bool) -> list[dict[str, Any]]:
-        """Return messages as the template reads them, with or without reasoning."""
+        """Return messages in the template's input format, with or without reasoning."""
         values = []
         open_calls: list[tuple[str | None, str]] = []  # id and name of calls without a result
         num_calls = 0
@@ -77,34 +77,34 @@ class InputFormat:
             arguments = json.dumps(function["arguments"], ensure_ascii=False)
             call = {**call, "function": {**function, "arguments": arguments}}
         id = call.get("id")
-        if id is None and self.ids != "own":
+        if id is None and self.ids != "unchanged":
             id = f"call{number:05}"
         return call if id is None else {**call, "id": self._valid_id(id)}
 
     def _match_result(
         self, message: Message, open_calls: list[tuple[str | None, str]]
     ) -> tuple[str | None, str | None]:
-        """Return id and name of the call of a result: by id, else by name, else the first without a result."""
-        wanted = None if message.call_id is None else self._valid_id(message.call_id)
-        index = next((i for i, (id, _) in enumerate(open_calls) if wanted is not None and id == wanted), None)
+        """Return id and name of the call that a tool result belongs to: by id, by name, or the first open call."""
+        call_id = None if message.call_id is None else self._valid_id(message.call_id)
+        index = next((i for i, (id, _) in enumerate(open_calls) if call_id is not None and id == call_id), None)
         if index is None:
             index = next((i for i, (_, name) in enumerate(open_calls) if message.name == name), None)
-        if index is None and wanted is None and message.name is None and open_calls:
+        if index is None and call_id is None and message.name is None and open_calls:
             index = 0
         if index is None:
-            return wanted, None
+            return call_id, None
         id, name = open_calls.pop(index)
-        return wanted or id, name
+        return call_id or id, name
 
     def _valid_id(self, id: str) -> str:
-        if self.ids != "nine" or (len(id) == 9 and id.isalnum()):
+        if self.ids != "nine_chars" or (len(id) == 9 and id.isalnum()):
             return id
         return hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
 
 @dataclass(frozen=True)
 class TurnEnding:
-    """The ending of a turn: the text's suffix `cut` is replaced with `add`, whose last token is `stop`.
+    """How a turn ends: the suffix `cut` of the rendered text is replaced with `add`, whose last token is `stop`.
 
     how: `written` by the template; `later`: written only before another turn; `role`: the token that begins the next
     turn; `eos`: the tokenizer's end-of-sequence token.
@@ -117,30 +117,30 @@ class TurnEnding:
 
 
 @dataclass(frozen=True)
-class Join:
-    """A join of a prompt that is not a prefix of the training text with that text.
+class PromptSplice:
+    """How to splice a prompt into a training text of which it is not a prefix.
 
-    Where the prompt ends with `prompt`, the training text has `head` and then `drop`. The joined text is the prompt,
-    `insert`, and the rest of the training text after `drop`. by_place: the difference is in what the template writes
-    around turns, not in reasoning.
+    For a prompt that ends with `prompt_end`, the training text has `text_head` and then `removed` in the same position.
+    The spliced text is the prompt, `inserted`, and the training text after `removed`. outside_reasoning: the texts
+    differ in what the template writes around turns, not in reasoning.
     """
 
-    prompt: str
-    head: str
-    drop: str
-    insert: str
-    by_place: bool = False
+    prompt_end: str
+    text_head: str
+    removed: str
+    inserted: str
+    outside_reasoning: bool = False
 
 
 @dataclass(frozen=True)
 class Mode:
-    """Settings to render a row."""
+    """How to render a row."""
 
     options: dict[str, Any]  # variables of the template
     ending: TurnEnding
-    call_ending: TurnEnding | None  # of turns with calls; None: like others
-    plain: tuple[Join, ...] = ()  # joins of turns without reasoning
-    thinking: tuple[Join, ...] = ()  # joins of turns with reasoning
+    call_ending: TurnEnding | None  # of turns with calls; None: the same
+    splices: tuple[PromptSplice, ...] = ()  # for turns without reasoning
+    thinking_splices: tuple[PromptSplice, ...] = ()  # for turns with reasoning
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,17 @@ class Traits:
     reasoning_with_calls: bool  # shows reasoning in turns with calls
     reasoning_ends: tuple[str, ...]  # texts between reasoning and answer
     reasoning_marks: tuple[tuple[str, str], ...]  # pairs around reasoning, such as <think> and </think>
-    # rows without reasoning need an empty block of it: the prompt opens or closes one that their text would not have
-    needs_empty: bool
-    bare: Mode  # of rows without reasoning
-    empty: Mode  # of rows without reasoning, with the block that the template writes when reasoning is off
-    thinking: Mode  # of rows with reasoning
+    # rows without reasoning need an empty reasoning block, because the prompt opens or writes one
+    needs_empty_block: bool
+    default_mode: Mode  # for rows without reasoning
+    empty_block_mode: Mode  # for rows without reasoning, with the empty block written when reasoning is off
+    thinking_mode: Mode  # for rows with reasoning
 
     @property
     def endings(self) -> list[TurnEnding]:
-        endings = [(mode.ending, mode.call_ending) for mode in (self.bare, self.empty, self.thinking)]
+        endings = [
+            (mode.ending, mode.call_ending) for mode in (self.default_mode, self.empty_block_mode, self.thinking_mode)
+        ]
         return list(dict.fromkeys(ending for pair in endings for ending in pair if ending is not None))
 
 
@@ -226,35 +228,35 @@ class Prober:
         self._find_reasoning()
         with_call = [QUESTION, replace(THINKING, content="", tool_calls=(_call(),))]
         switches = list(self._reasoning_switches())
-        reasoning_with_calls = any(self._shown(with_call, REASONING, options) for options in switches)
-        self._leads = list(dict.fromkeys(self._find_leads(switches)))
+        reasoning_with_calls = any(self._render_if_shown(with_call, REASONING, options) for options in switches)
+        self._delimiters = list(dict.fromkeys(self._find_delimiters(switches)))
         self._inner_tokens = self._find_inner_tokens(switches)
-        default_joins, state = self._joins({}, PLAIN)
-        bare = self._mode({}, tuple(join for join in default_joins if join.by_place))
-        if bare is None:
+        default_splices, state = self._find_splices({}, PLAIN)
+        default = self._mode({}, tuple(splice for splice in default_splices if splice.outside_reasoning))
+        if default is None:
             return None
         texts = (
             conversation,
-            self._shown([QUESTION, PLAIN, NEXT_QUESTION], NEXT),
-            self._shown([Message("system", SYSTEM), QUESTION], USER),
+            self._render_if_shown([QUESTION, PLAIN, NEXT_QUESTION], NEXT),
+            self._render_if_shown([Message("system", SYSTEM), QUESTION], USER),
         )
         return Traits(
             input_format=self._input_format,
             opening=self._render([QUESTION], generation=True),
             texts=texts,
-            system=bool(self._shown([Message("system", SYSTEM), QUESTION], SYSTEM, generation=True)),
+            system=bool(self._render_if_shown([Message("system", SYSTEM), QUESTION], SYSTEM, generation=True)),
             tools=tools,
             calls=self._calls,
             call_error="" if self._calls else self._call_error(),
-            parallel_calls=self._calls and bool(self._shown([QUESTION, CALLING_TWICE], OTHER_VALUE)),
-            reasoning=bool(self._leads),
+            parallel_calls=self._calls and bool(self._render_if_shown([QUESTION, CALLING_TWICE], OTHER_VALUE)),
+            reasoning=bool(self._delimiters),
             reasoning_with_calls=reasoning_with_calls,
-            reasoning_ends=tuple(dict.fromkeys(close for _, close in self._leads)),
+            reasoning_ends=tuple(dict.fromkeys(close for _, close in self._delimiters)),
             reasoning_marks=tuple(dict.fromkeys(self._reasoning_marks())),
-            needs_empty=state in ("opened", "closed"),
-            bare=bare,
-            empty=self._empty_mode(switches, replace(bare, plain=default_joins), state),
-            thinking=self._thinking_mode(switches, replace(bare, plain=default_joins)),
+            needs_empty_block=state in ("opens_block", "writes_block"),
+            default_mode=default,
+            empty_block_mode=self._empty_block_mode(switches, replace(default, splices=default_splices), state),
+            thinking_mode=self._thinking_mode(switches, replace(default, splices=default_splices)),
         )
 
     def _render(
@@ -265,7 +267,7 @@ class Prober:
         variables = {**self._variables, **self._input_format.variables(tools), **(options or {})}
         return self._jinja.render(messages=values, add_generation_prompt=generation, **variables)
 
-    def _shown(
+    def _render_if_shown(
         self, messages: Sequence[Message], text: str, options: Mapping[str, Any] | None = None,
         *, tools: Sequence[Any] = (), generation: bool = False,
     ) -> str:  # fmt: skip
@@ -302,20 +304,20 @@ class Prober:
             required[name] = f"{DEFAULT_DAY:%Y-%m-%d}" if "date" in name else "[]" if _is_tools_name(name) else ""
 
     def _find_tools(self) -> bool:
-        """Set the name and form in which tools are shown. Return whether there is any."""
+        """Set the variable and format with which tools are shown. Return whether tools are supported."""
         plain = self._input_format
         for name in ["tools", *sorted(name for name in self._read if _is_tools_name(name))]:
             for as_text in (False, True):
                 self._input_format = replace(plain, tools=name, tools_as_text=as_text)
-                if self._shown([QUESTION], TOOL, tools=[TOOL_DEFINITION]):
+                if self._render_if_shown([QUESTION], TOOL, tools=[TOOL_DEFINITION]):
                     return True
         self._input_format = plain
         return False
 
     def _find_calls(self) -> bool:
-        """Set the forms of ids and arguments in which calls are shown. Return whether there is any."""
+        """Set the formats of ids and arguments with which calls are shown. Return whether calls are supported."""
         plain = self._input_format
-        for ids in ("own", "made", "nine"):
+        for ids in ("unchanged", "generated", "nine_chars"):
             candidates: list[tuple[bool, InputFormat]] = []
             for arguments in ("object", "text"):
                 self._input_format = replace(plain, ids=ids, arguments=arguments)
@@ -339,29 +341,35 @@ class Prober:
 
     def _exchange_with_call(self, ids: str) -> str:
         """Render a call, its result and an answer; return '' if ids of this form are refused."""
-        examples = {"own": (None, "call_0123456789"), "made": ("call_0123456789", None), "nine": ("abcdefghi",)}[ids]
+        examples = {
+            "unchanged": (None, "call_0123456789"),
+            "generated": ("call_0123456789", None),
+            "nine_chars": ("abcdefghi",),
+        }[ids]
         text = ""
         for id in examples:
             result = Message("tool", NEXT, name=TOOL, call_id=id)
             messages = [QUESTION, Message("assistant", "", tool_calls=(_call(id=id),))]
-            text = self._shown([*messages, result, PLAIN], VALUE) or self._shown(messages, VALUE)
-            if not text or (ids != "nine" and not self._shown([*messages, result], NEXT) and self._shows_results()):
+            text = self._render_if_shown([*messages, result, PLAIN], VALUE) or self._render_if_shown(messages, VALUE)
+            if not text or (
+                ids != "nine_chars" and not self._render_if_shown([*messages, result], NEXT) and self._shows_results()
+            ):
                 return ""
         return text
 
     def _shows_results(self) -> bool:
-        before, self._input_format = self._input_format, replace(self._input_format, ids="nine")
-        shown = bool(self._shown([QUESTION, CALLING, RESULT], NEXT))
+        before, self._input_format = self._input_format, replace(self._input_format, ids="nine_chars")
+        shown = bool(self._render_if_shown([QUESTION, CALLING, RESULT], NEXT))
         self._input_format = before
         return shown
 
     def _find_reasoning(self) -> None:
-        """Set the form in which reasoning is shown, if there is any."""
+        """Set the format with which reasoning is shown, if it is supported."""
         plain = self._input_format
         for form in ("fields", "parts", "blocks"):
             self._input_format = replace(plain, reasoning=form)
             for options in self._reasoning_switches():
-                text = self._shown([QUESTION, THINKING], REASONING, options)
+                text = self._render_if_shown([QUESTION, THINKING], REASONING, options)
                 if text.count(REASONING) == 1 and text.count(ANSWER) == 1 and not _DATA_AS_TEXT.search(text):
                     return
         self._input_format = plain
@@ -375,14 +383,15 @@ class Prober:
                     yield {name: value}
 
     def _find_inner_tokens(self, switches: Sequence[dict[str, Any]]) -> set[str]:
-        """Return the tokens within an assistant turn, after reasoning and between calls, which do not end it."""
+        """Return the tokens after reasoning and between calls, which do not end the assistant turn."""
         inner: set[str] = set()
         for options in switches:
-            text = self._shown([QUESTION, THINKING], REASONING, options)
+            text = self._render_if_shown([QUESTION, THINKING], REASONING, options)
             if text.count(REASONING) == 1 and text.count(ANSWER) == 1 and text.index(REASONING) < text.index(ANSWER):
                 inner |= {token for *_, token in self._tokens(text[text.index(REASONING) : text.index(ANSWER)])}
-        text = self._shown([QUESTION, CALLING_TWICE], OTHER_VALUE) if self._calls else ""
-        prompt, call = self._shown([QUESTION], USER, generation=True), self._shown([QUESTION, CALLING], VALUE)
+        text = self._render_if_shown([QUESTION, CALLING_TWICE], OTHER_VALUE) if self._calls else ""
+        prompt = self._render_if_shown([QUESTION], USER, generation=True)
+        call = self._render_if_shown([QUESTION, CALLING], VALUE)
         if self._calls and call.startswith(prompt):
             inner |= {token for *_, token in self._tokens(call[len(prompt) : call.rindex(VALUE)])}
         if VALUE in text:
@@ -391,18 +400,18 @@ class Prober:
 
     def _ending(
         self, messages: list[Message], mark: str, next_message: Message, options: dict[str, Any],
-        usual: TurnEnding | None = None,
+        default_ending: TurnEnding | None = None,
     ) -> TurnEnding | None:  # fmt: skip
-        """Find how the last turn, whose text ends with `mark`, ends. usual: how other turns end."""
-        alone = self._shown(messages, mark, options)
-        followed = self._shown([*messages, next_message], NEXT, options)
-        if not alone:
+        """Find how the last turn ends, whose content ends with `mark`. default_ending: how other turns end."""
+        rendered_turn = self._render_if_shown(messages, mark, options)
+        with_next = self._render_if_shown([*messages, next_message], NEXT, options)
+        if not rendered_turn:
             return None
-        tail, between = alone[alone.rindex(mark) + len(mark) :], ""
-        end = followed.rfind(NEXT)
-        if mark in followed[: max(end, 0)]:
-            between = followed[followed.rindex(mark, 0, end) + len(mark) : end]
-            ending_tokens = self._ending_tokens(alone, tail, between)
+        tail, between = rendered_turn[rendered_turn.rindex(mark) + len(mark) :], ""
+        end = with_next.rfind(NEXT)
+        if mark in with_next[: max(end, 0)]:
+            between = with_next[with_next.rindex(mark, 0, end) + len(mark) : end]
+            ending_tokens = self._ending_tokens(rendered_turn, tail, between)
             if ending_tokens:
                 start, _, stop = ending_tokens[-1]
                 return TurnEnding(tail[start:], stop, stop, "written")
@@ -411,115 +420,118 @@ class Prober:
             if first is None:
                 continue
             start, end, stop = first
-            if usual is not None and usual.stop != stop == self._first_token(alone):
-                return replace(usual, cut=text[start:], add=usual.stop)
+            if default_ending is not None and default_ending.stop != stop == self._first_token(rendered_turn):
+                return replace(default_ending, cut=text[start:], add=default_ending.stop)
             if text is tail:
                 return TurnEnding(tail[start:], stop, stop, "written")
-            how = "role" if alone.partition(USER)[0].rstrip().endswith(stop) else "later"
+            how = "role" if rendered_turn.partition(USER)[0].rstrip().endswith(stop) else "later"
             if between.startswith(tail):
                 return TurnEnding("", between[len(tail) : end], stop, how)
             return TurnEnding(tail, between[:end], stop, how)
         eos = self._variables.get("eos_token")
-        has_prompt = self._shown([QUESTION], USER, generation=True) != self._shown([QUESTION], USER)
+        has_prompt = self._render_if_shown([QUESTION], USER, generation=True) != self._render_if_shown([QUESTION], USER)
         return TurnEnding("", str(eos), str(eos), "eos") if eos and has_prompt else None
 
-    def _ending_tokens(self, alone: str, tail: str, between: str) -> list[tuple[int, int, str]]:
-        """Return the tokens that end a turn whatever follows, without those that begin the next turn."""
-        opener, shared = self._first_token(alone), _shared_length(tail, between)
+    def _ending_tokens(self, rendered_turn: str, tail: str, between: str) -> list[tuple[int, int, str]]:
+        """Return the tokens that end a turn, last or not, without those that begin the next turn."""
+        turn_start, shared = self._first_token(rendered_turn), _shared_length(tail, between)
         places = []
         for place in self._tokens(tail):
-            if place[1] > shared or place[2] == opener:
+            if place[1] > shared or place[2] == turn_start:
                 break
             if place[2] not in self._inner_tokens:
                 places.append(place)
         return places
 
     def _first_token(self, text: str) -> str:
-        """Return the first added token besides bos."""
+        """Return the first added token other than bos."""
         bos = self._variables.get("bos_token")
         return next((token for *_, token in self._tokens(text) if token != bos), "")
 
-    def _find_leads(self, switches: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-        """Yield the texts before reasoning, and between reasoning and answer."""
+    def _find_delimiters(self, switches: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+        """Yield pairs of delimiters: the text before reasoning, and the text between reasoning and answer."""
         for options in switches:
             for messages, mark in self._contexts():
-                text = self._shown([*messages, THINKING], REASONING, options)
+                text = self._render_if_shown([*messages, THINKING], REASONING, options)
                 start = text.find(REASONING)
                 if text.count(REASONING) == 1 and ANSWER in text[start:] and mark in text[:start]:
                     begin = text.rindex(mark, 0, start) + len(mark)
                     yield text[begin:start], text[start + len(REASONING) : text.index(ANSWER, start)]
 
     def _reasoning_marks(self) -> Iterator[tuple[str, str]]:
-        for lead, close in self._leads:
+        for lead, close in self._delimiters:
             match = re.search(r"([<\[])([^<>\[\]/]+)([>\]])\s*$", lead)
             if match and close.lstrip().startswith(end := f"{match[1]}/{match[2]}{match[3]}"):
                 yield match[0].rstrip(), end
 
     def _contexts(self) -> list[tuple[list[Message], str]]:
-        """Return what an assistant turn may follow, and the last text in it."""
+        """Return the messages before an assistant turn, and the last text in them."""
         return [([QUESTION], USER), ([QUESTION, CALLING, RESULT], NEXT)]
 
-    def _joins(self, options: dict[str, Any], last: Message) -> tuple[tuple[Join, ...], str]:
-        """Return the joins of turns like `last`, and how its prompt after a user turn relates to the training text.
+    def _find_splices(self, options: dict[str, Any], last: Message) -> tuple[tuple[PromptSplice, ...], str]:
+        """Return the splices for turns like `last`, and how its prompt after a user turn relates to the training text.
 
-        The relation is whole (the prompt is a prefix and opens no block), opened (it opens a reasoning block), closed
-        (it writes a complete block) or apart (anything else).
+        The relation is prefix (the prompt is a prefix and opens no block), opens_block (it opens a reasoning block),
+        writes_block (it writes a complete block) or other.
         """
-        joins: list[Join] = []
+        splices: list[PromptSplice] = []
         states, header = [], ""
         call = replace(last, content="", tool_calls=(_call(),))
         for messages, mark in self._contexts():
-            prompt = self._shown(messages, mark, options, generation=True)
+            prompt = self._render_if_shown(messages, mark, options, generation=True)
             for turn, first in ((last, ANSWER), (call, TOOL)):
                 first = REASONING if turn.reasoning else first
-                text = self._shown([*messages, turn], first, options)
+                text = self._render_if_shown([*messages, turn], first, options)
                 if not prompt or mark not in text or first not in text[text.rindex(mark) :]:
                     continue
                 begin = text.rindex(mark) + len(mark)
                 written = text[begin : text.index(first, begin)]
                 prompt_end = prompt[prompt.rindex(mark) + len(mark) :]
-                join, state = self._join(prompt_end, written, bool(turn.reasoning), header)
+                splice, state = self._splice(prompt_end, written, bool(turn.reasoning), header)
                 states.append(state)
-                joins += [join] if join is not None else []
-            if states[:1] == ["whole"]:
+                splices += [splice] if splice is not None else []
+            if states[:1] == ["prefix"]:
                 header = header or prompt[prompt.rfind(mark) + len(mark) :]
-        ordered = sorted(dict.fromkeys(joins), key=lambda join: -len(join.prompt + join.drop))
-        return tuple(ordered), states[0] if states else "apart"
+        ordered = sorted(dict.fromkeys(splices), key=lambda splice: -len(splice.prompt_end + splice.removed))
+        return tuple(ordered), states[0] if states else "other"
 
-    def _join(self, prompt: str, written: str, has_reasoning: bool, header: str) -> tuple[Join | None, str]:
-        """Return the join of one kind of turn, and its relation as in `_joins`.
+    def _splice(self, prompt: str, written: str, has_reasoning: bool, header: str) -> tuple[PromptSplice | None, str]:
+        """Return the splice of one kind of turn, and its relation as in `_find_splices`.
 
         prompt, written: the text after the last message, in the prompt and in the training text up to the answer.
         header: `prompt` after a user turn, if this is another context; otherwise ''.
         """
         head = self._shared_prefix(prompt, written)
-        rest, more = written[len(head) :], prompt[len(head) :]
+        text_rest, prompt_rest = written[len(head) :], prompt[len(head) :]
         if has_reasoning:
-            if not more:
-                return None, "whole"
-            if (start := rest.find(more)) > 0:
-                return Join(prompt, head, rest[: start + len(more)], "", by_place=True), "whole"
-            if header.endswith(more) and more != header:
-                return Join(prompt, head, "", "", by_place=True), "whole"
-            return (Join(prompt, head, "", ""), "opened") if not rest else (None, "apart")
+            if not prompt_rest:
+                return None, "prefix"
+            if (start := text_rest.find(prompt_rest)) > 0:
+                return PromptSplice(
+                    prompt, head, text_rest[: start + len(prompt_rest)], "", outside_reasoning=True
+                ), "prefix"
+            if header.endswith(prompt_rest) and prompt_rest != header:
+                return PromptSplice(prompt, head, "", "", outside_reasoning=True), "prefix"
+            return (PromptSplice(prompt, head, "", ""), "opens_block") if not text_rest else (None, "other")
         close = self._open_block_end(prompt, written)
         if close is None:
-            if not more:
-                return None, "whole"
-            if rest.endswith(more):  # written differently once an answer follows
-                return Join(prompt, head, rest, "", by_place=True), "whole"
-            if header.endswith(more) and not rest:  # the template continues the turn, but prompts for a new one
-                return Join(prompt, head, "", "", by_place=True), "whole"
-            num_marks = len(self._tokens(more)) or len(re.findall(r"<[^<>]+>", more))
-            if "</" not in more and num_marks < 2:  # unknown text
-                return None, "apart"
-            return Join(prompt, head, rest if more.endswith(rest) else "", ""), "closed"
+            if not prompt_rest:
+                return None, "prefix"
+            if text_rest.endswith(prompt_rest):  # written differently once an answer follows
+                return PromptSplice(prompt, head, text_rest, "", outside_reasoning=True), "prefix"
+            # the template continues the turn, but prompts for a new one
+            if header.endswith(prompt_rest) and not text_rest:
+                return PromptSplice(prompt, head, "", "", outside_reasoning=True), "prefix"
+            num_marks = len(self._tokens(prompt_rest)) or len(re.findall(r"<[^<>]+>", prompt_rest))
+            if "</" not in prompt_rest and num_marks < 2:  # unknown text
+                return None, "other"
+            return PromptSplice(prompt, head, text_rest if prompt_rest.endswith(text_rest) else "", ""), "writes_block"
         mark = self._block_end_mark(close)
-        if not more and mark in rest:
-            return None, "opened"
-        if rest and close.endswith(rest):
-            return Join(prompt, head, "", close.removesuffix(rest)), "opened"
-        return Join(prompt, head, rest if mark in rest else "", close), "opened"
+        if not prompt_rest and mark in text_rest:
+            return None, "opens_block"
+        if text_rest and close.endswith(text_rest):
+            return PromptSplice(prompt, head, "", close.removesuffix(text_rest)), "opens_block"
+        return PromptSplice(prompt, head, text_rest if mark in text_rest else "", close), "opens_block"
 
     def _shared_prefix(self, prompt: str, written: str) -> str:
         """Return the shared prefix of two texts, without cutting a token of either."""
@@ -530,7 +542,7 @@ class Prober:
 
     def _open_block_end(self, prompt: str, written: str) -> str | None:
         """Return the text that closes the reasoning block that a prompt opens, or None if it opens none."""
-        for lead, close in self._leads:
+        for lead, close in self._delimiters:
             mark = self._block_end_mark(close)
             if prompt.startswith(lead) and mark not in prompt[len(lead) :] and not prompt == lead == written:
                 return close
@@ -545,31 +557,35 @@ class Prober:
         tokens = self._tokens(close)
         return tokens[0][2] if tokens else close.strip()
 
-    def _mode(self, options: dict[str, Any], plain: tuple[Join, ...], thinking: tuple[Join, ...] = ()) -> Mode | None:
+    def _mode(
+        self, options: dict[str, Any], splices: tuple[PromptSplice, ...], thinking: tuple[PromptSplice, ...] = ()
+    ) -> Mode | None:
         ending = self._ending([QUESTION, PLAIN], ANSWER, NEXT_QUESTION, options)
         if ending is None:
             return None
         call_ending = self._ending([QUESTION, CALLING], VALUE, RESULT, options, ending) if self._calls else None
-        return Mode(options, ending, call_ending, plain, thinking)
+        return Mode(options, ending, call_ending, splices, thinking)
 
-    def _empty_mode(self, switches: Sequence[dict[str, Any]], default: Mode, state: str) -> Mode:
+    def _empty_block_mode(self, switches: Sequence[dict[str, Any]], default: Mode, state: str) -> Mode:
         """Return the mode of rows without reasoning: with options that write an empty block, else the default."""
-        prompt = self._shown([QUESTION], USER, generation=True)
+        prompt = self._render_if_shown([QUESTION], USER, generation=True)
         prompt_end = prompt[prompt.rfind(USER) :]
-        if state != "closed":
+        if state != "writes_block":
             for options in switches[1:]:
-                switched = self._shown([QUESTION], USER, options, generation=True)
-                joins, switched_state = self._joins(options, PLAIN)
+                switched = self._render_if_shown([QUESTION], USER, options, generation=True)
+                splices, switched_state = self._find_splices(options, PLAIN)
                 differs = switched and switched[switched.rfind(USER) :] != prompt_end
-                if differs and switched_state in ("whole", "closed"):
-                    return self._mode(options, joins) or default
+                if differs and switched_state in ("prefix", "writes_block"):
+                    return self._mode(options, splices) or default
         return default
 
     def _thinking_mode(self, switches: Sequence[dict[str, Any]], default: Mode) -> Mode:
-        for wanted in ("whole", "opened"):
+        for preferred_state in ("prefix", "opens_block"):
             for options in switches:
-                joins, state = self._joins(options, THINKING)
-                if state == wanted and (mode := self._mode(options, self._joins(options, PLAIN)[0], joins)):
+                splices, state = self._find_splices(options, THINKING)
+                if state == preferred_state and (
+                    mode := self._mode(options, self._find_splices(options, PLAIN)[0], splices)
+                ):
                     return mode
         return default
 

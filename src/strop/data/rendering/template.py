@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from strop.data.rendering.encoder import ControlText
-from strop.data.rendering.prober import Join, Mode, Prober
+from strop.data.rendering.prober import Mode, Prober, PromptSplice
 from strop.data.rendering.template_source import (
     CLOCK,
     TEMPLATE_ERRORS,
@@ -93,7 +93,7 @@ class ChatTemplate:
         self.control = ControlText(list(dict.fromkeys([*special, *self.stops, *written])))
         self.warnings = tuple(lint_template(tree, source))
         self.options = dict(options or {})
-        self.reasoning = reasoning if reasoning != "auto" else "empty" if self.traits.needs_empty else "as-is"
+        self.reasoning = reasoning if reasoning != "auto" else "empty" if self.traits.needs_empty_block else "as-is"
 
     def shows_reasoning(self, messages: Sequence[Message]) -> bool:
         traits = self.traits
@@ -107,8 +107,10 @@ class ChatTemplate:
         if 0 < thinking < rows or not rows:
             return {}
         if thinking:
-            return self.traits.thinking.options
-        return self.traits.empty.options if self.reasoning in ("empty", "drop") else self.traits.bare.options
+            return self.traits.thinking_mode.options
+        traits = self.traits
+        mode = traits.empty_block_mode if self.reasoning in ("empty", "drop") else traits.default_mode
+        return mode.options
 
     def separate_reasoning(self, message: Message) -> Message:
         """Move reasoning at the start of an answer's text, in the template's own marks, to its own field.
@@ -130,15 +132,15 @@ class ChatTemplate:
             "role": ", which begins the next turn: the template has no other end of turn, so it stops generation",
             "eos": ", the tokenizer's end-of-sequence token: the template has no token that only ends turns",
         }
-        usual, calls = self.traits.bare.ending, self.traits.bare.call_ending
-        yield f"an answer ends with {usual.stop}{explanations[usual.how]}"
-        if calls is not None and calls.stop != usual.stop:
+        default, calls = self.traits.default_mode.ending, self.traits.default_mode.call_ending
+        yield f"an answer ends with {default.stop}{explanations[default.how]}"
+        if calls is not None and calls.stop != default.stop:
             yield f"a turn that calls tools ends with {calls.stop}{explanations[calls.how]}"
         yield from self._describe_reasoning(thinking, rows)
         yield from self._describe_options()
 
     def _describe_reasoning(self, thinking: int, rows: int) -> Iterator[str]:
-        if not (self.traits.reasoning or self.traits.reasoning_with_calls or self.traits.needs_empty):
+        if not (self.traits.reasoning or self.traits.reasoning_with_calls or self.traits.needs_empty_block):
             return
         explanation = {
             "as-is": "rows without it are trained as the template writes them",
@@ -174,15 +176,15 @@ class ChatTemplate:
     def mode(self, messages: Sequence[Message]) -> Mode:
         """Return how to render a row. Raises RenderError if data.reasoning refuses it."""
         if self.shows_reasoning(messages):
-            return self.traits.thinking
+            return self.traits.thinking_mode
         if self.reasoning in ("empty", "drop"):
-            return self.traits.empty
+            return self.traits.empty_block_mode
         if self.reasoning == "refuse":
             if any(message.reasoning for message in messages):
                 raise RenderError("reasoning-not-shown")
-            if self.traits.needs_empty:
+            if self.traits.needs_empty_block:
                 raise RenderError("reasoning-missing")
-        return self.traits.bare
+        return self.traits.default_mode
 
     def drafts(self, conversation: Conversation, *, include_untrained: bool = False) -> list[Draft]:
         """Return the training texts of a conversation: one, or one a turn if the template rewrites earlier turns.
@@ -204,8 +206,8 @@ class ChatTemplate:
             last = i
             prompt = self._render(values[:i], variables, generation=True)
             text = self._render(values[: i + 1], variables)
-            joins = mode.thinking if has_reasoning and message.reasoning else mode.plain
-            text = _join_prompt(prompt, text, joins, values[i - 1]["content"] if i else "")
+            splices = mode.thinking_splices if has_reasoning and message.reasoning else mode.splices
+            text = _splice_prompt(prompt, text, splices, values[i - 1]["content"] if i else "")
             end, text = _end_turn(text, mode, calls=bool(message.tool_calls))
             if inside := [stop for stop in self.stops if text.find(stop, len(prompt), end - 1) >= 0]:
                 raise RenderError("stop-inside", inside[0])
@@ -286,26 +288,28 @@ def _assignments(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={jinja_literal(value)}" for name, value in options.items())
 
 
-def _join_prompt(prompt: str, text: str, joins: Sequence[Join], last: Any) -> str:
+def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last: Any) -> str:
     """Return the training text with the prompt of inference as its prefix.
 
     last: content of the message before the turn. Raises RenderError if the two do not match.
     """
     candidates = [(prompt, "")]  # the text's equivalent of the prompt, and what to insert after the prompt
-    for join in joins:
-        if prompt.endswith(join.prompt):
-            lead = prompt[: len(prompt) - len(join.prompt)] + join.head + join.drop
-            candidates.insert(0 if join.head == join.prompt else len(candidates), (lead, join.insert))
-    for lead, insert in candidates:
-        if text.startswith(lead):
-            return prompt + insert + text[len(lead) :]
+    for splice in splices:
+        if prompt.endswith(splice.prompt_end):
+            text_prefix = prompt[: len(prompt) - len(splice.prompt_end)] + splice.text_head + splice.removed
+            candidates.insert(
+                0 if splice.text_head == splice.prompt_end else len(candidates), (text_prefix, splice.inserted)
+            )
+    for text_prefix, insert in candidates:
+        if text.startswith(text_prefix):
+            return prompt + insert + text[len(text_prefix) :]
     # A template may write earlier messages differently once an answer follows: then the prompt's version counts.
     forms = (last, json.dumps(last, ensure_ascii=False), json.dumps(last)) if isinstance(last, str) and last else ()
     for form in forms:
         start = prompt.rfind(form)
-        for lead, insert in candidates:
-            if start >= 0 and text.count(lead[start:]) == 1:
-                return prompt + insert + text[text.index(lead[start:]) + len(lead) - start :]
+        for text_prefix, insert in candidates:
+            if start >= 0 and text.count(text_prefix[start:]) == 1:
+                return prompt + insert + text[text.index(text_prefix[start:]) + len(text_prefix) - start :]
     raise RenderError("prompt-not-prefix")
 
 

@@ -1,7 +1,8 @@
-"""A model in the form that the decoding kernels take: its own weights in place, the adapters in contiguous copies.
+"""The model as used by the decoding kernels, which share its weights; the adapters are copied.
 
-The most likely token needs no full logits: an int8 copy of the head selects candidates, and the head itself decides.
-That is exact: the error of each approximate logit is bounded, and every token within the bound is a candidate.
+Greedy decoding does not compute all logits: an int8 copy of the head selects candidates, whose exact logits are
+compared. The argmax is exact: the error of the approximate logits is bounded, and all tokens within the bound are
+candidates.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from strop.machine.memory import map_pages
 from strop.models.families.layers import ACTIVATIONS
 from strop.models.quantize import QuantizedLinear
 
-MIN_HEAD_SHARE = 0.1  # of the bytes read a token; for a smaller head it is not worth it
-PAUSE_PASSES = 16  # skipped after a pass with too many candidates
-_CHUNK_ELEMENTS = 1 << 20  # of the head that are quantized at a time
+MIN_HEAD_SHARE = 0.1  # minimum share of the head in the bytes read per token; a smaller head gains nothing
+PAUSE_PASSES = 16  # passes with full logits after one with too many candidates
+_CHUNK_ELEMENTS = 1 << 20  # elements of the head quantized at a time
 
 
 class CompiledModel:
     """The forward pass of a model on a CPU, in fp32 or bf16, with a paged KV cache.
 
-    num_blocks: of the cache. adapters: names of the LoRA adapters, whose weights are copied. warm: compile the kernels
-    in another process first.
+    num_blocks: number of cache blocks. adapters: names of the LoRA adapters, whose weights are copied. warm: compile
+    the kernels in another process first.
     """
 
     def __init__(self, layers: DecoderLayers, num_blocks: int, adapters: Sequence[str], *, warm: bool = True) -> None:
         self._kernels: Any = decode_kernels(layers.head.weight.dtype if warm else None)
         self._layers = layers
-        self._half = layers.head.weight.dtype == torch.bfloat16
+        self._has_bf16_weights = layers.head.weight.dtype == torch.bfloat16
         self._dtype = activation_dtype(layers.head.weight.dtype)
         self._num_threads = torch.get_num_threads()
         parts = [layers.part(number) for number in range(len(layers))]
         self._rope_kinds = [part.rope for part in parts]
-        self._act = getattr(self._kernels, ACTIVATIONS[parts[0].activation])
+        self._act = self._kernels.KINDS[ACTIVATIONS[parts[0].activation]]
         width = padded_head_size(parts[0].size)
         shape = (num_blocks, parts[0].key_value, BLOCK_SIZE, width)
         self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in parts] for _ in range(2))
@@ -65,18 +66,20 @@ class CompiledModel:
         multiplies_int8 = self._kernels.INT8_DOTS and self._dtype == torch.bfloat16
         int8 = [weight for weight in packed if multiplies_int8 and weight.w.dtype == np.int8]
         self._quantizes_inputs = int(len(int8) > 0)
-        self.unpacks_weights = len(int8) < len(packed)  # other quantized weights are dequantized for each product
+        self.unpacks_weights = len(int8) < len(packed)  # the others are dequantized for each matmul
         self._num_rows, self._buffers, self._num_positions = 0, None, 0
         self._exact_argmax = self._make_exact_argmax(layers)
 
-    def __call__(self, ids: Any, rows: tuple[Any, ...], num_positions: int, picked: Any, *, logits: bool) -> PassOutput:
+    def __call__(
+        self, ids: Any, rows: tuple[Any, ...], num_positions: int, output_rows: Any, *, logits: bool
+    ) -> PassOutput:
         """Run the forward pass.
 
         Args:
             ids: token ids of all rows, (T,), int64.
             rows: the fields of decode_layer.Rows.
             num_positions: largest position of a row + 1.
-            picked: the rows that give outputs, (P,).
+            output_rows: indices of the rows whose outputs are needed, (P,).
             logits: whether logits are needed; if not, the output may have the argmax only.
         """
         kernels, layers = self._kernels, self._layers
@@ -87,15 +90,15 @@ class CompiledModel:
             kernels.add_residual(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
         for layer in self._layers_with_cache:
             kernels.layer_forward(layer, self._buffers, hidden, *rows, self._num_threads)
-        if not len(picked):
+        if not len(output_rows):
             return PassOutput(np.empty(0, np.int64), np.empty(0, np.bool_))
-        z = _array(torch.empty(len(picked), hidden.shape[1], dtype=self._dtype))
-        kernels.norm_input(self._norm, hidden[picked], z)
+        z = _array(torch.empty(len(output_rows), hidden.shape[1], dtype=self._dtype))
+        kernels.norm_input(self._norm, hidden[output_rows], z)
         if not logits and self._exact_argmax is not None and (argmax := self._exact_argmax.argmax(z)) is not None:
             return PassOutput(argmax, np.ones(len(argmax), np.bool_))
-        if len(picked) > len(self._logits):  # reused: fresh memory takes as long as computing the logits
-            self._logits = np.empty((len(picked), len(self._head.w)), np.float32)
-        all_logits = self._logits[: len(picked)]
+        if len(output_rows) > len(self._logits):  # reused: fresh memory takes as long as computing the logits
+            self._logits = np.empty((len(output_rows), len(self._head.w)), np.float32)
+        all_logits = self._logits[: len(output_rows)]
         kernels.dense_matmul(self._head, z, all_logits, self._num_threads)
         return PassOutput.from_logits(self._transform_logits(all_logits))
 
@@ -122,7 +125,7 @@ class CompiledModel:
         return exact_argmax_for(layers.head, self._head.w, z, layers.logits_scale, layers.softcap, num_bytes)
 
     def _reserve_rows(self, count: int) -> None:
-        """Allocate the buffers of a pass over `count` rows."""
+        """Allocate the buffers for a pass over `count` rows."""
         if count > self._num_rows:
             self._num_rows = count
             buffers = self._kernels.Buffers(
@@ -130,7 +133,7 @@ class CompiledModel:
                 q=_array(torch.zeros(count * self._query_width, dtype=self._dtype)),
                 y=np.zeros(count * self._max_outputs, np.float32),
                 u=np.zeros(count * max(self._max_rank, 1), np.float32),
-                like=np.empty(0, np.uint16 if self._half else np.float32),
+                like=np.empty(0, np.uint16 if self._has_bf16_weights else np.float32),
                 x=torch.zeros(count * self._max_width * self._quantizes_inputs, dtype=torch.int16).numpy(),
                 scales=np.zeros(count * self._quantizes_inputs, np.float32),
             )
@@ -169,8 +172,8 @@ class CompiledModel:
             k_at=size if fused else heads * size,
             v_at=2 * size if fused else (heads + part.key_value) * size,
             step=3 * size if fused else size,
-            neighbours=self._layers.family.rope_pairs == "interleaved",
-            turned_first=self._layers.family.rope_before_norm,
+            interleaved=self._layers.family.rope_pairs == "interleaved",
+            rope_before_norm=self._layers.family.rope_before_norm,
             window=part.window, scale=np.float32(part.scale), softcap=np.float32(part.softcap),
         )  # fmt: skip
         inner, gated = base_of(part.down[0]).in_features, self._layers.family.gated
@@ -183,7 +186,7 @@ class CompiledModel:
             before_mlp=self._build_norm(part.before_mlp),
             after_mlp=self._build_norm(part.after_mlp),
             shape=shape, rope=None, inner=inner, gated=gated, act=self._act,
-            about=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
+            xielu_parameters=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
             scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
 
@@ -243,12 +246,12 @@ class CompiledModel:
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of matmul inputs and the cache: bf16 if the weights are and the CPU multiplies it, else fp32."""
+    """Return the dtype of matmul inputs and the cache: bf16 if the weights and the CPU allow it, else fp32."""
     return torch.bfloat16 if dtype == torch.bfloat16 and decode_kernels().HAS_BF16 else torch.float32
 
 
 def padded_head_size(size: int) -> int:
-    """Return the values that a head takes in the cache: a multiple of the vector length."""
+    """Return the number of values per head in the cache: a multiple of the vector length."""
     lanes: int = decode_kernels().LANES
     return -(-size // lanes) * lanes
 
@@ -278,7 +281,7 @@ def _dora_gains(module: Any, name: str, base: Any) -> Any:
 class ExactArgmax:
     """Argmax of the logits of hidden states. The int8 copy is made at the first call.
 
-    weight: of the head, (V, h). array: the same in the form that the kernels take. scale: factor of the logits.
+    weight: of the head, (V, h). array: the same weight as a NumPy array for the kernels. scale: factor of the logits.
     """
 
     def __init__(self, weight: Tensor, array: Any, scale: float) -> None:
@@ -356,7 +359,7 @@ def quantize_head(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
 def exact_argmax_for(
     head: nn.Linear, array: Any, z: Any, scale: float, softcap: float | None, other_bytes: int
 ) -> ExactArgmax | None:
-    """Return an ExactArgmax for a head, if that is exact and worth it.
+    """Return an ExactArgmax for a head if it is exact and faster than full logits, else None.
 
     z: an array of the type of the hidden states. other_bytes: size of all other weights.
     """
@@ -365,5 +368,5 @@ def exact_argmax_for(
     exact = z.dtype == np.float32 or (
         kernels.INT8_DOTS and kernels.supports_width(k) and (not kernels.USES_AMX or n % kernels.LANES == 0)
     )
-    worth = head.weight.nbytes > MIN_HEAD_SHARE * (head.weight.nbytes + other_bytes)
-    return ExactArgmax(head.weight, array, scale) if linear and exact and worth else None
+    is_faster = head.weight.nbytes > MIN_HEAD_SHARE * (head.weight.nbytes + other_bytes)
+    return ExactArgmax(head.weight, array, scale) if linear and exact and is_faster else None

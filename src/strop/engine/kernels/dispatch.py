@@ -98,7 +98,7 @@ class Backend:
             return lora.frozen_matmul
         from strop.engine.kernels.cpu import bf16_matmul  # importing it starts threads
 
-        return bf16_matmul.product
+        return bf16_matmul.matmul
 
     def head_matmul(self, weight: Tensor) -> FrozenMatmul:
         """Return the matmul of the output embedding (V, h)."""
@@ -181,7 +181,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
         from strop.engine.kernels.cpu import elementwise  # importing it starts threads
 
         if warm:
-            compile_once(dtype, elementwise.cache_folder(), TRAIN, [warm], ("attention", "products"))
+            compile_once(dtype, elementwise.cache_folder(), TRAIN, [warm], ("attention", "matmuls"))
         int8 = None
         if integers:
             if warm:
@@ -235,7 +235,7 @@ def decode_kernels(dtype: torch.dtype | None = None) -> Any:
     from strop.engine.kernels.cpu import decode_layer, elementwise  # importing them starts threads
 
     if dtype is not None:
-        compile_once(dtype, elementwise.cache_folder(), DECODE, parts=("products", "attention"), whole=True)
+        compile_once(dtype, elementwise.cache_folder(), DECODE, parts=("matmuls", "attention"), whole=True)
     return decode_layer
 
 

@@ -1,9 +1,10 @@
 """The element-wise operations of the fast step in plain PyTorch: the specification of all kernels.
 
 The kernels in cpu/ and cuda/ must compute what these functions compute, on any device and for any float dtype. All
-operations compute in fp32 (in fp64 for fp64 inputs) and round once at the end. T is the number of packed rows.
-Functions whose name ends with an underscore write their result over an argument. `out` is memory that a kernel may
-use for its result; the functions here ignore it.
+operations compute in fp32 (in fp64 for fp64 inputs), round once at the end, and return the dtype of their input. T is
+the number of packed rows. Functions whose name ends with an underscore write their result over an argument. `out` is
+memory of the result's shape that a kernel may use for it; the functions here ignore it. `*_backward` functions take the
+gradient of the output and the arguments of the forward.
 """
 
 from __future__ import annotations
@@ -21,19 +22,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * (offset + weight), with the mean over the last dimension.
+    """Return the RMS norm (arXiv:1910.07467): x / sqrt(mean(x^2) + eps) * (offset + weight).
 
-    Root mean square layer normalization (arXiv:1910.07467); Gemma's weights have offset 1.
-
-    Args:
-        x: shape (..., n), any float dtype.
-        weight: shape (n,).
-        eps: added to the mean of squares.
-        offset: added to the weight.
-        out: optional memory of x's shape and dtype.
-
-    Returns:
-        Shape (..., n), the dtype of x.
+    x: (..., n), the mean is over the last dimension. weight: (n,); Gemma's have offset 1.
     """
     wide = _wide(x)
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -44,13 +35,6 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offse
     """Return the gradient of rms_norm with respect to x.
 
     With r = 1 / sqrt(mean(x^2) + eps), y = r x and g = grad * (offset + weight): r (g - y mean(g y)).
-
-    Args:
-        grad: gradient of the output, shape (..., n).
-        x, weight, eps, offset: arguments of the forward.
-
-    Returns:
-        Shape (..., n), the dtype of x.
     """
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -77,30 +61,16 @@ def _activate(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """Return activation(gate) * up: a gated linear unit (arXiv:2002.05202).
+    """Return activation(gate) * up, a gated linear unit (arXiv:2002.05202), shape (T, n).
 
-    Args:
-        gate_up: shape (T, 2 n), with the gate in the first n columns.
-        activation: "silu" or "gelu_pytorch_tanh".
-        out: optional memory, shape (T, n).
-
-    Returns:
-        Shape (T, n), the dtype of gate_up.
+    gate_up: (T, 2 n), with the gate in the first n columns. activation: "silu" or "gelu_pytorch_tanh".
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return (_activate(_wide(gate), activation)[0] * _wide(up)).to(gate_up.dtype)
 
 
 def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the gradient of glu with respect to gate_up, and its output again.
-
-    Args:
-        grad: gradient of the output, shape (T, n).
-        gate_up, activation: arguments of the forward.
-
-    Returns:
-        The gradient, shape (T, 2 n), and the output, shape (T, n), both in the dtype of gate_up.
-    """
+    """Return the gradient of glu with respect to gate_up, (T, 2 n), and its output again, (T, n)."""
     gate, up = (_wide(half) for half in gate_up.chunk(2, dim=-1))
     value, slope = _activate(gate, activation)
     wide = _wide(grad)
@@ -108,29 +78,14 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
 
 
 def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
-    """Multiply each column of x by its gain, in place (the magnitudes of DoRA, arXiv:2402.09353).
-
-    Args:
-        x: shape (T, n).
-        gains: shape (n,), fp32 or fp64.
-
-    Returns:
-        x.
-    """
+    """Multiply each column of x (T, n) by its gain (n,), in place; gains: fp32 or fp64 (DoRA, arXiv:2402.09353)."""
     return x.copy_(_wide(x) * gains)
 
 
 def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    """Return grad * gains and the sum over rows of grad * y.
+    """Return grad * gains (T, n) and the sum over rows of grad * y (n,), fp32 or fp64.
 
-    Args:
-        grad: gradient of the output, shape (T, n).
-        y: any tensor of shape (T, n) whose columns the gains scale; with the unscaled input it gives the gradient of
-            the gains.
-        gains: shape (n,), fp32 or fp64.
-
-    Returns:
-        The gradient of the input, shape (T, n), the dtype of grad; and the sums, shape (n,), fp32 or fp64.
+    y: (T, n); with the unscaled input, the sums are the gradient of the gains.
     """
     wide = _wide(grad)
     return (wide * gains).to(grad.dtype), (wide * _wide(y)).sum(0)
@@ -139,11 +94,7 @@ def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tens
 def causal_mask(queries: int, keys: int, first: int, window: int, device: torch.device) -> Tensor:
     """Return the mask of what queries must not see, bool, shape (queries, keys).
 
-    Query i has position first + i and sees the keys j <= first + i; with a window, only the last `window` of them.
-
-    Args:
-        first: position of the first query.
-        window: size of the sliding window, or 0 for none.
+    Query i has position first + i and sees the keys j <= first + i; with a window (not 0), the last `window` of them.
     """
     i = first + torch.arange(queries, device=device)[:, None]
     j = torch.arange(keys, device=device)[None]
@@ -153,16 +104,9 @@ def causal_mask(queries: int, keys: int, first: int, window: int, device: torch.
 def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor | None = None) -> Tensor:
     """Replace attention scores by their causal softmax, in place.
 
-    Args:
-        scores: shape (B, Q * group, K); row q * group + g holds query `first + q` of head g of a group. B counts the
-            key-value heads of one document after another.
-        group: query heads of a key-value head.
-        first, window: as in causal_mask.
-        sinks: optional, shape (heads,): an extra score of each head that takes part in the softmax and whose share is
-            dropped (gpt-oss).
-
-    Returns:
-        scores.
+    scores: (B, Q * group, K); row q * group + g holds query `first + q` of head g of a group. B counts the key-value
+    heads of one document after another. group: query heads of a key-value head. first, window: as in causal_mask.
+    sinks: (heads,), an extra score of each head that takes part in the softmax and whose share is dropped (gpt-oss).
     """
     queries, keys = scores.shape[1] // group, scores.shape[2]
     mask = causal_mask(queries, keys, first, window, scores.device).repeat_interleave(group, dim=0)
@@ -178,30 +122,17 @@ def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor 
 def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor:
     """Replace the gradient of the probabilities by that of the scores, in place: probs * (grad - sum(grad * probs)).
 
-    Args:
-        grad: gradient with respect to `probs`, shape (B, Q * group, K).
-        probs: result of softmax_, same shape.
-        group, first, window: arguments of the forward; kernels use them to skip masked keys.
-
-    Returns:
-        grad.
+    probs: result of softmax_. group, first, window: kernels use them to skip masked keys.
     """
     wide, probs = _wide(grad), _wide(probs)
     return grad.copy_(probs * (wide - (wide * probs).sum(-1, keepdim=True)))
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:
-    """Return the weighted cross entropy of each row: weights * (logsumexp(logits) - logits[label]).
+    """Return the weighted cross entropy of each row, (N,), fp32 or fp64: weights * (logsumexp(logits) - logits[label]).
 
-    Args:
-        logits: shape (N, V). With `gradient` they are replaced by the gradient of the sum of the losses.
-        labels: class indices, shape (N,), int64.
-        weights: shape (N,), fp32.
-        softcap: if not 0, the logits are first replaced by softcap * tanh(logits / softcap).
-        gradient: whether to compute the gradient.
-
-    Returns:
-        Shape (N,), fp32 or fp64.
+    logits: (N, V); with `gradient` they are replaced by the gradient of the sum of the losses. labels: (N,), int64.
+    weights: (N,), fp32. softcap: if not 0, the logits are first replaced by softcap * tanh(logits / softcap).
     """
     wide = _wide(logits)
     capped = softcap * torch.tanh(wide / softcap) if softcap else wide
@@ -219,13 +150,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary position embedding (arXiv:2104.09864), with the pairs of a head stored as two halves.
 
     The pair (a, b) = (x[i], x[m + i]) becomes (a cos - b sin, b cos + a sin); elements from 2 m on are unchanged.
-
-    Args:
-        x: shape (T, heads, d), fp32 or fp64.
-        cos, sin: of each row's angles, shape (T, m), with 2 m <= d.
-
-    Returns:
-        The shape and dtype of x.
+    x: (T, heads, d), fp32 or fp64. cos, sin: of each row's angles, (T, m), with 2 m <= d.
     """
     m = cos.shape[-1]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
@@ -244,16 +169,10 @@ def _rows(places: Places, key_value: int, group: int) -> Tensor:
 def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int) -> Tensor:
     """Rearrange packed rows to one matrix for each document and key-value head, rotated and scaled.
 
-    Args:
-        x: shape (T, heads, d).
-        cos, sin: of the rotary embedding, shape (T, m), or None: then x is neither rotated nor scaled.
-        scale: multiplies the result.
-        places: where packed rows go; P places in all. A packed row may go to several.
-        group: query heads of a key-value head; 1 for keys and values.
-
-    Returns:
-        Shape (P * heads, d), the dtype of x: document after document, in it key-value head after head, in it place
-        after place, in it the `group` heads. Padding places get zeros.
+    x: (T, heads, d). cos, sin: of the rotary embedding, (T, m), or None: then x is neither rotated nor scaled. places:
+    where packed rows go, each to one or several of P places. group: query heads of a key-value head; 1 for keys and
+    values. Returns (P * heads, d): document after document, in it key-value head after head, in it place after place,
+    in it the `group` heads. Padding places get zeros.
     """
     wide = _wide(x)
     if cos is not None and sin is not None:
@@ -270,10 +189,7 @@ def from_heads(
 ) -> None:
     """Apply the transpose of to_heads: sum a packed row's places, rotate back and scale.
 
-    Args:
-        x: shape (P * heads, d).
-        cos, sin, scale, places, group: arguments of the forward.
-        out: result, shape (T, heads, d); overwritten.
+    x: (P * heads, d). out: the result, (T, heads, d); overwritten.
     """
     heads = out.shape[1]
     used = places.token >= 0

@@ -2,8 +2,8 @@
 
 `warmup.compile_once` runs this module as a program:
 
-    python -m strop.engine.kernels.warmup_models train DTYPE usual|all|integers [attention|products]
-    python -m strop.engine.kernels.warmup_models decode DTYPE [attention|products]
+    python -m strop.engine.kernels.warmup_models train DTYPE usual|all|integers [attention|matmuls]
+    python -m strop.engine.kernels.warmup_models decode DTYPE [attention|matmuls]
 
 The last argument restricts the run to one part of the kernels, so that two processes share the work.
 """
@@ -39,7 +39,7 @@ LLAMA = ("llama", 0.0, False)
 OTHERS = (("llama", 0.1, True), ("gemma2", 0.1, False), ("gpt_neox", 0.0, False), ("glm", 0.0, False))
 FAMILIES = {USUAL: (LLAMA,), ALL: (LLAMA, *OTHERS), INTEGERS: (LLAMA,)}
 DECODE_PARTS: Mapping[str, Sequence[str]] = {  # the kernels that decode_layer.layer_forward calls
-    "products": ("linear_forward", "split_qkv"),
+    "matmuls": ("linear_forward", "split_qkv"),
     "attention": ("attend", "norm_input", "add_residual", "activate_mlp"),
 }
 
@@ -51,7 +51,7 @@ def warm_up_training(dtype: torch.dtype, models: str = ALL, part: str = "") -> N
         for kind in (Norm, *Norm.__subclasses__()):  # norms belong to the other part
             cast(Any, kind).forward = lambda norm, x, room=None: torch.zeros_like(x)
             cast(Any, kind).backward = lambda norm, grad, x: torch.zeros_like(grad)
-    elif part == "products":
+    elif part == "matmuls":
         cast(Any, Backend).attention = lambda backend, size: _skip_attention
         cast(Any, Backend).rope = lambda backend: None
     sizes = {

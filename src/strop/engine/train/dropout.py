@@ -23,12 +23,12 @@ from torch.autograd import Function
 
 from strop.engine.train.buffers import copy_to_device
 
-LEVELS = 1 << 16  # random values have 16 bits: the dropout rate is rounded to a multiple of 1 / LEVELS
+LEVELS = 1 << 16  # random values have 16 bits, so the dropout rate is rounded to a multiple of 1 / LEVELS
 ROUNDS = 7  # the fewest with which Philox-4x32 passes BigCrush (Salmon et al., table 2)
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
-BLOCK_VALUES = 1 << 22  # random values generated at once, in plain PyTorch
+BLOCK_VALUES = 1 << 22  # maximum number of random values generated at once
 
 
 class DropoutOps(Protocol):
@@ -42,7 +42,7 @@ class DropoutOps(Protocol):
 class DropoutSpec:
     """The masks of m adapters that share their input z (T, k).
 
-    tokens: the key of each row of z, shape (T,), int64. numbers: the id of each adapter. levels: for each adapter,
+    tokens: the key of each row of z, shape (T,), int64. numbers: the adapters' ids. levels: for each adapter,
     elements whose random value is below the level are dropped; 0 drops none.
     """
 
@@ -73,8 +73,8 @@ class Masks:
 class CounterDropout(nn.Dropout):
     """Replaces PEFT's dropout before an adapter. number: the adapter's id in the random counter.
 
-    Inputs whose rows are not the micro-batch's tokens (bytes merged into patches, experts that see some of the tokens)
-    are dropped as PyTorch does.
+    PyTorch's dropout is used for inputs whose rows are not the micro-batch's tokens, such as patches of bytes, or the
+    tokens routed to one expert.
     """
 
     def __init__(self, p: float, number: int, masks: Masks) -> None:
@@ -99,7 +99,7 @@ class CounterDropout(nn.Dropout):
 
 
 def _are_token_rows(leading: torch.Size, tokens: Tensor) -> bool:
-    """Return whether a tensor with these leading dimensions has one row for each of tokens (B, S), in their order.
+    """Return whether a tensor with these leading dimensions has one row per token of `tokens` (B, S), in order.
 
     The dimensions may be (B, S), (B, 1, S) (DeepSeek's kv_b_proj) or (B S,) (OPT).
     """
@@ -116,7 +116,7 @@ def keep_scale(level: int) -> float:
 
 
 def install_dropout(model: nn.Module, dropout_ops_for: Callable[[Tensor], DropoutOps]) -> Masks:
-    """Replace the dropout of all adapters with CounterDropout, where not done yet, and return their shared masks."""
+    """Replace the dropout of all adapters with CounterDropout, unless already replaced; return their shared masks."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     entries = [(layer.lora_dropout, name, module) for layer in layers for name, module in layer.lora_dropout.items()]
     installed = [module.masks for _, _, module in entries if isinstance(module, CounterDropout)]
@@ -140,8 +140,8 @@ def token_keys(ids: Any) -> Any:
 
 
 def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
-    """Return a copy of z (T, k) for each adapter, with dropped elements set to 0: (T, m k). `out` is not used here."""
-    blocks = [(z[rows, None] * kept).flatten(1) for rows, kept in _kept(dropped, z.shape[1])]
+    """Return a copy of z (T, k) for each adapter, with dropped elements set to 0: (T, m k). `out` is ignored."""
+    blocks = [(z[rows, None] * kept).flatten(1) for rows, kept in _keep_masks(dropped, z.shape[1])]
     return torch.cat(blocks)
 
 
@@ -150,13 +150,14 @@ def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     by_adapter = grad.view(len(grad), len(dropped.numbers), -1)
     wide = torch.promote_types(grad.dtype, torch.float32)
     blocks = [
-        (by_adapter[rows].to(wide) * kept).sum(1).to(grad.dtype) for rows, kept in _kept(dropped, by_adapter.shape[2])
+        (by_adapter[rows].to(wide) * kept).sum(1).to(grad.dtype)
+        for rows, kept in _keep_masks(dropped, by_adapter.shape[2])
     ]
     return torch.cat(blocks)
 
 
-def _kept(dropped: DropoutSpec, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows with their masks (rows, m, width), bool. A random value takes at least 8 bytes here."""
+def _keep_masks(dropped: DropoutSpec, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows with their masks (rows, m, width), bool. Blocks bound the memory for random values."""
     device, count = dropped.tokens.device, len(dropped.numbers)
     parts = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
     numbers, levels, key = copy_to_device([np.array(part, dtype=np.int64) for part in parts], device)

@@ -39,7 +39,7 @@ class WeightGatherer(Protocol):
 
     modules: dict[int | str, nn.Module]
 
-    def __call__(self, where: int | str) -> None: ...
+    def __call__(self, key: int | str) -> None: ...
 
 
 class PlainLoss:

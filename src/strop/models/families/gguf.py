@@ -1,7 +1,7 @@
 """Read and write the tensors and settings of GGUF files in llama.cpp's layout.
 
-llama.cpp interleaves the rows of Llama's q and k, and adds 1 to Gemma's norms. `families.table` has the facts of each
-family. A setting that llama.cpp has no field for is refused.
+llama.cpp interleaves the rows of Llama's q and k, and adds 1 to Gemma's norms. The differences between
+families are in `families.table`. Settings that llama.cpp does not support raise ModelError.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from strop.errors import ModelError
 from strop.models.families.table import FAMILIES, Family, GgufFormat, find_gguf_family
 
 
-def read_gguf_tensors(file: Path, bare: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
-    """Return an iterator over (parameter name, fp32 tensor), dequantized one at a time by the gguf package.
+def read_gguf_tensors(file: Path, meta_model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
+    """Return an iterator over (parameter name, fp32 tensor), dequantized one tensor at a time by the gguf package.
 
-    Returns None for a family that this function does not read, or where a parameter of `bare` (the model without
-    weights) is not in the file. Raises ModelError where a layer in the file has a tensor that the model does not have.
+    Returns None if the family is not supported, or if a parameter of `meta_model` is not in the file. Raises ModelError
+    if the file has layer tensors that the model does not have.
     """
     reader = gguf.GGUFReader(file)
-    entry = find_gguf_family(str(reader.fields["general.architecture"].contents()))
-    if entry is None or entry[1].gguf is None or not entry[1].gguf.reads_weights:
+    found = find_gguf_family(str(reader.fields["general.architecture"].contents()))
+    if found is None or found[1].gguf is None or not found[1].gguf.reads_weights:
         return None
-    family = entry[1]
-    names = gguf.get_tensor_name_map(_model_arch(entry[1].gguf), config.num_hidden_layers)
+    family = found[1]
+    names = gguf.get_tensor_name_map(_model_arch(found[1].gguf), config.num_hidden_layers)
     in_file = {tensor.name: tensor for tensor in reader.tensors}
-    tensors = {name: in_file.get(names.get_name(name, (".weight", ".bias"))) for name, _ in bare.named_parameters()}
-    shapes = {name: list(weight.shape) for name, weight in bare.named_parameters()}
+    tensors = {
+        name: in_file.get(names.get_name(name, (".weight", ".bias"))) for name, _ in meta_model.named_parameters()
+    }
+    shapes = {name: list(weight.shape) for name, weight in meta_model.named_parameters()}
     if any(tensor is None or tensor.shape.tolist()[::-1] != shapes[name] for name, tensor in tensors.items()):
         return None
     used = {tensor.name for tensor in tensors.values() if tensor is not None}
     if unused := sorted(name for name in in_file if name.startswith("blk.") and name not in used):
-        count = f"{len(unused)} of its tensors have no place in the model that its header describes"
-        raise ModelError(f"{file}: {count}, first {unused[0]}", fix="download it again")
+        what = f"{len(unused)} tensors are not part of the model described by its header"
+        raise ModelError(f"{file}: {what}, first {unused[0]}", fix="download it again")
     return ((name, _read_tensor(tensor, family, config)) for name, tensor in tensors.items())
 
 
@@ -60,7 +62,7 @@ def _model_arch(gguf_format: GgufFormat) -> Any:
 
 
 class GgufLayout:
-    """Writes one model's settings, and maps its tensors to llama.cpp's names and layout.
+    """Write one model's settings, and map its tensors to llama.cpp's names and layout.
 
     Raises ModelError for a setting or tensor that llama.cpp does not support.
     """
@@ -88,13 +90,13 @@ class GgufLayout:
                 self._refuse("rope scaling", rope["rope_type"])
         if self._ropes.get("sliding_attention", {"rope_type": "default"})["rope_type"] != "default":
             self._refuse("rope scaling of sliding layers", self._ropes["sliding_attention"]["rope_type"])
-        windowed = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
+        is_sliding = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
         if gguf_format.sliding_window == "pattern":
             pattern = gguf_format.window_pattern
-            if windowed != [(layer + 1) % pattern != 0 for layer in range(config.num_hidden_layers)]:
-                self._refuse("order of layers with a window", "layer_types")
+            if is_sliding != [(layer + 1) % pattern != 0 for layer in range(config.num_hidden_layers)]:
+                self._refuse("order of sliding-window layers", "layer_types")
             self._check_attention_scale()
-        elif gguf_format.sliding_window == "refused" and any(windowed):
+        elif gguf_format.sliding_window == "refused" and any(is_sliding):
             self._refuse("sliding window", config.sliding_window)
         window = getattr(config, "sliding_window", None)
         if gguf_format.sliding_window == "ignored" and window:
@@ -141,7 +143,7 @@ class GgufLayout:
             if "sliding_attention" in self._ropes:
                 writer.add_rope_freq_base_swa(self._ropes["sliding_attention"]["rope_theta"])
         elif self.arch == "phi3":
-            writer.add_sliding_window(config.sliding_window or 0)  # llama.cpp tells Phi-4 from Phi-3 by 0
+            writer.add_sliding_window(config.sliding_window or 0)  # 0 marks Phi-4 in llama.cpp
         self._write_rope(writer, rope)
 
     def _write_rope(self, writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
@@ -154,24 +156,28 @@ class GgufLayout:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if is_linear else gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope["factor"])
         if rope_type == "yarn":
-            odd = {"attention_factor", "mscale", "mscale_all_dim"} & {key for key, value in rope.items() if value}
-            odd |= {"truncate: false"} if not rope.get("truncate", True) else set()  # llama.cpp always truncates
-            if odd:
-                self._refuse("rope scaling", f"yarn with {min(odd)}")
+            unsupported = {"attention_factor", "mscale", "mscale_all_dim"} & {
+                key for key, value in rope.items() if value
+            }
+            unsupported |= (
+                {"truncate: false"} if not rope.get("truncate", True) else set()
+            )  # llama.cpp always truncates
+            if unsupported:
+                self._refuse("rope scaling", f"yarn with {min(unsupported)}")
             writer.add_rope_scaling_orig_ctx_len(original)
             writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
             writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
         if self.arch == "phi3":
             writer.add_rope_scaling_orig_ctx_len(original)
         if rope_type == "longrope":
-            stretch = self.config.max_position_embeddings / original
+            scaling = self.config.max_position_embeddings / original
             factor = rope.get("attention_factor")
             if factor is None:  # the default in transformers and in the model's own code
-                factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+                factor = math.sqrt(1 + math.log(scaling) / math.log(original)) if scaling > 1 else 1.0
             writer.add_rope_scaling_attn_factors(factor)
 
     def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors that transformers keeps in the config: the divisor of each rope frequency."""
+        """Yield tensors for settings that transformers keeps in the config: the divisors of the rope frequencies."""
         rope = self._ropes["full_attention"]
         if rope["rope_type"] == "llama3":
             yield "rope_freqs.weight", _llama3_factors(rope, self.head_dim)
@@ -180,7 +186,7 @@ class GgufLayout:
                 yield f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"], dtype=torch.float32)
 
     def name(self, tensor: str) -> str | None:
-        """Return llama.cpp's name of a tensor; None if it does not store it. Raises ModelError if it is unknown."""
+        """Return llama.cpp's name of a tensor; None if it stores none. Raises ModelError if it is unknown."""
         if tensor == "lm_head.weight" and self.config.tie_word_embeddings:
             return None
         if tensor.endswith("rotary_emb.inv_freq"):
@@ -191,7 +197,7 @@ class GgufLayout:
         return name
 
     def convert(self, tensor: str, weight: Tensor) -> Tensor:
-        """Return a weight in llama.cpp's layout; a LoRA B matrix is converted like the weight it adds to."""
+        """Return a weight in llama.cpp's layout; a LoRA B matrix has the layout of the adapted weight."""
         if self.family.norm_offset and tensor.endswith("norm.weight"):
             return weight.float() + self.family.norm_offset
         if self._format.permutes:
@@ -204,13 +210,13 @@ class GgufLayout:
 
 
 def interleave_heads(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head from (first half, second half), as transformers rotates them, to pairs."""
+    """Reorder the rows of each head from transformers' rotary layout (halves) to llama.cpp's (interleaved pairs)."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def _rope_settings(config: Any) -> dict[str, dict[str, Any]]:
-    """Return the rope settings of layers with full attention and, where they differ, of those with a window."""
+    """Return the rope settings of full-attention layers and, if they differ, of sliding-window layers."""
     parameters = dict(config.rope_parameters)
     by_layer_type = parameters if "full_attention" in parameters else {"full_attention": parameters}
     return {kind: {"rope_type": "default", **settings} for kind, settings in by_layer_type.items() if settings}

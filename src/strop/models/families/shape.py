@@ -293,7 +293,7 @@ class ModelShape:
 
 
 def _config_defaults(family: str) -> ConfigDefaults | None:
-    return FAMILIES[family].sizes if family in FAMILIES else None
+    return FAMILIES[family].config_defaults if family in FAMILIES else None
 
 
 def _dense_linears(

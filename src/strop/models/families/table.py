@@ -8,7 +8,7 @@ To add a family, add one entry to `FAMILIES` and one tiny config to `FAMILY_CONF
 1. Read the family's `modeling_*.py` in transformers and compare it with Llama's: the names of the projections and
    norms, whether the gate and up projections are fused, how rotary embeddings are applied, and what is scaled. The
    fields of `Family` name the differences; a family with Llama's layer is `Family()`.
-2. Give `sizes` if config.json alone determines the parameter count, as ModelShape.from_config computes it.
+2. Give `config_defaults` if config.json alone determines the parameter count (see ModelShape.from_config).
 3. Give `gguf` if llama.cpp supports the architecture; strop.models.families.gguf reads the entry.
 4. Run `pytest tests/engine/train/test_fast.py -k NAME`: it compares the loss and every gradient with the model's own
    forward on the tiny config.
@@ -27,8 +27,8 @@ class ConfigDefaults:
 
     head_size: int | None = None  # None: hidden size / heads
     tied: bool = False  # the output head shares the embedding's weight
-    qkv_bias: bool | None = None  # None: as `attention_bias` says
-    head_norms: bool = False  # norms of q and k over each head
+    qkv_bias: bool | None = None  # None: the value of `attention_bias` in the config
+    head_norms: bool = False  # q and k are normalized per head
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class GgufFormat:
 
     arch: str  # llama.cpp's name of the architecture
     activation: str = "silu"
-    permutes: bool = False  # rows of q and k are interleaved pairs
+    permutes: bool = False  # the rows of q and k are stored as interleaved pairs
     sliding_window: Literal["none", "pattern", "ignored", "refused"] = "none"
     window_pattern: int = 0  # every n-th layer has full attention, the others a window
     double_scale_layers: int = 0  # models of this depth scale attention by hidden size / heads, not by head size
@@ -52,11 +52,11 @@ class GgufFormat:
 class Family:
     """Facts about a family: how its decoder layer differs from Llama's, its config and its GGUF format.
 
-    Names are those of transformers' modules. "Computed by the model" means that the fast step calls the model's own
-    module, one row after the other.
+    Names are those of transformers' modules. "Computed by the model": the fast step calls the model's own module,
+    one row at a time.
     """
 
-    sizes: ConfigDefaults | None = None
+    config_defaults: ConfigDefaults | None = None
     gguf: GgufFormat | None = None
 
     # Attention and MLP
@@ -65,14 +65,14 @@ class Family:
     fused_heads: bool = False  # one projection, with q, k and v of each head next to each other
     o: str = "o_proj"
     mlp: str = "mlp"
-    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # without a gate: the layer before the activation
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # if not gated: the up projection
     gated: bool = True
     down: str = "down_proj"
     head_bias: bool = False  # the output head has a bias
     moe: bool = False  # some MLPs are mixtures of experts, computed by the model
     mixer: str | None = None  # the module that replaces attention in some layers, computed by the model
     per_layer_inputs: bool = False  # each token adds an input to each layer (Gemma 4), computed by the model
-    window_in_all_layers: bool = False  # the config's sliding window holds in each layer, whatever `layer_types` says
+    window_in_all_layers: bool = False  # all layers use the config's sliding window; `layer_types` is ignored
     attention_sinks: bool = False  # each head has a learned extra score in its softmax
     gated_output: bool = False  # q_proj also gives a gate: attention's output is multiplied by its sigmoid
 
@@ -89,13 +89,14 @@ class Family:
     q_norm: str = "q_norm"  # over each head or over all heads, depending on the length of its weight
     k_norm: str = "k_norm"
     v_norm: str = "v_norm"
-    # Attention and MLP read the same input and their outputs are added; a string names the config field that says so.
+    # Attention and MLP read the same input and their outputs are added. A string is the name of a boolean config field.
     # Without an `mlp_norm` the MLP reads the output of attention's norm.
     parallel: bool | str = False
 
     # Rotary embedding
     rope_pairs: Literal["halves", "interleaved"] = "halves"  # which elements of a head rotate together
-    rope_angles: Literal["halves", "interleaved", "once"] = "halves"  # how the model's cos and sin are arranged
+    # layout of the model's cos and sin; once: not repeated for the second half of a head
+    rope_angles: Literal["halves", "interleaved", "once"] = "halves"
     rope_reversed: bool = False  # rotates in the other direction
     rope_before_norm: bool = False  # applied before the norms of q and k
     uses_rope: Callable[[Any], bool] = lambda attention: True  # of one attention module
@@ -170,34 +171,35 @@ GEMMA_GGUF: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "sliding_window
 
 FAMILIES = {
     "llama": Family(
-        sizes=ConfigDefaults(),
+        config_defaults=ConfigDefaults(),
         gguf=GgufFormat("llama", permutes=True, ropes=("default", "linear", "yarn", "llama3")),
     ),
     "mistral": replace(
         WINDOWED,
-        sizes=ConfigDefaults(qkv_bias=False),
+        config_defaults=ConfigDefaults(qkv_bias=False),
         gguf=GgufFormat("llama", permutes=True, sliding_window="ignored"),
     ),
-    "qwen2": Family(sizes=ConfigDefaults(qkv_bias=True), gguf=GgufFormat("qwen2", sliding_window="refused")),
+    "qwen2": Family(config_defaults=ConfigDefaults(qkv_bias=True), gguf=GgufFormat("qwen2", sliding_window="refused")),
     "qwen3": Family(
-        sizes=ConfigDefaults(head_size=128, head_norms=True), gguf=GgufFormat("qwen3", sliding_window="refused")
+        config_defaults=ConfigDefaults(head_size=128, head_norms=True),
+        gguf=GgufFormat("qwen3", sliding_window="refused"),
     ),
     "phi3": replace(
         WINDOWED,
         qkv=("qkv_proj",),
         gate_up=("gate_up_proj",),
-        sizes=ConfigDefaults(qkv_bias=False),
+        config_defaults=ConfigDefaults(qkv_bias=False),
         gguf=GgufFormat("phi3", sliding_window="ignored", ropes=("default", "longrope"), reads_weights=False),
     ),
     "gemma": Family(norm_offset=1.0),
     "gemma2": replace(
         GEMMA,
-        sizes=ConfigDefaults(head_size=256, tied=True),
+        config_defaults=ConfigDefaults(head_size=256, tied=True),
         gguf=GgufFormat("gemma2", window_pattern=2, double_scale_layers=46, ropes=("default",), **GEMMA_GGUF),
     ),
     "gemma3_text": replace(
         GEMMA,
-        sizes=ConfigDefaults(head_size=256, tied=True, head_norms=True),
+        config_defaults=ConfigDefaults(head_size=256, tied=True, head_norms=True),
         gguf=GgufFormat("gemma3", window_pattern=6, double_scale_layers=62, ropes=("default", "linear"), **GEMMA_GGUF),
     ),
     "gemma4_text": replace(GEMMA, norm_offset=0.0, per_layer_inputs=True),

@@ -15,10 +15,10 @@ def multiplied(weight: torch.Tensor, z: torch.Tensor, column: int, width: int) -
     """Return (T, width) with z w^T from `column`."""
     y = np.zeros((len(z), width), np.float32)
     bits = z.view(torch.uint16).numpy()
-    laid = decode_matmul.layout_buffer(bits)
-    decode_matmul.lay_out(bits, laid, 2)
-    decode_matmul.dense_matmul_arranged(
-        decode_matmul.Dense(weight.view(torch.uint16).numpy()), bits, laid, y, column, 2
+    packed = decode_matmul.packed_buffer(bits)
+    decode_matmul.pack_rows(bits, packed, 2)
+    decode_matmul.dense_matmul_packed(
+        decode_matmul.Dense(weight.view(torch.uint16).numpy()), bits, packed, y, column, 2
     )
     return y
 

@@ -64,8 +64,8 @@ def test_tiles_are_as_close_to_fp64_as_matmuls(
 
     truth = run(Attention, eager, torch.float64)
     tiles, matmuls = run(TiledAttention, elementwise, torch.bfloat16), run(Attention, elementwise, torch.bfloat16)
-    for result, other, exact in zip(tiles, matmuls, truth, strict=True):
-        assert error(result, exact) <= error(other, exact) + 1e-3
+    for result, reference, exact in zip(tiles, matmuls, truth, strict=True):
+        assert error(result, exact) <= error(reference, exact) + 1e-3
     again = run(TiledAttention, elementwise, torch.bfloat16)
     assert all(torch.equal(one, two) for one, two in zip(tiles, again, strict=True))
 
@@ -85,10 +85,10 @@ def test_documents_do_not_affect_each_other() -> None:
         assert x.grad is not None
         return out.detach(), x.grad
 
-    other, broken = qkv.clone(), qkv.clone()
-    other[:40] = torch.randn(40, 128).bfloat16()
+    edited, broken = qkv.clone(), qkv.clone()
+    edited[:40] = torch.randn(40, 128).bfloat16()
     broken[3, 5] = float("nan")
-    for result, changed, with_nan in zip(run(qkv), run(other), run(broken), strict=True):
+    for result, changed, with_nan in zip(run(qkv), run(edited), run(broken), strict=True):
         assert torch.equal(result[40:], changed[40:]) and torch.equal(result[40:], with_nan[40:])
         assert not torch.equal(result[:40], changed[:40])
         assert not with_nan[3:40].isfinite().all() and with_nan[40:].isfinite().all()

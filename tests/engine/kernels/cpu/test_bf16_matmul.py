@@ -61,17 +61,17 @@ def test_results_are_as_close_to_fp64_as_pytorch(frozen: Any, tokens: int, adapt
     bias = random(160) if "bias" in more else None
     residual = random(tokens, 160) if "residual" in more else None
 
-    def run(product: Any, ops: Any, wide: bool) -> Tensor:
+    def run(matmul: Any, ops: Any, wide: bool) -> Tensor:
         z, w, b, r = (a.double() if wide and a is not None else a for a in (x, weight, bias, residual))
         assert z is not None
         parts = [part.double() if wide else part for part in adapters.parts]
         double = Adapters(parts, adapters.columns, adapters.scales)
         added = ops.forward(z, 160, double)[0] if parts else None
-        y: Tensor = product(z, w, True, z.new_empty(tokens, 160), added, b, r)
+        y: Tensor = matmul(z, w, True, z.new_empty(tokens, 160), added, b, r)
         return y
 
     truth = run(lora.frozen_matmul, lora, True)
-    mine, reference = run(frozen.product, lora_tiles, False), run(lora.frozen_matmul, lora, False)
+    mine, reference = run(frozen.matmul, lora_tiles, False), run(lora.frozen_matmul, lora, False)
     assert error(mine, truth) <= 1.1 * error(reference, truth)
 
 
@@ -90,7 +90,7 @@ def test_backward_is_close_to_fp64(frozen: Any, tokens: int, adapted: str) -> No
     if parts:
         _, kept = lora_tiles.forward(x, 160, adapters)
         added, _ = lora_tiles.backward(grad, kept, adapters)
-    assert error(frozen.product(grad, weight, False, torch.empty_like(x), added), truth) < 4e-3
+    assert error(frozen.matmul(grad, weight, False, torch.empty_like(x), added), truth) < 4e-3
 
 
 def test_adapters_with_separate_inputs(frozen: Any) -> None:
@@ -99,12 +99,12 @@ def test_adapters_with_separate_inputs(frozen: Any) -> None:
 
     x, weight, adapters = make_case(50, 96, "q, k and v")
     adapters = replace(adapters, separate_inputs=True)
-    entered = random(50, 3 * 96)
-    added, kept = lora_tiles.forward(entered, 160, adapters)
-    result = frozen.product(x, weight, True, x.new_empty(50, 160), added)
+    inputs = random(50, 3 * 96)
+    added, kept = lora_tiles.forward(inputs, 160, adapters)
+    result = frozen.matmul(x, weight, True, x.new_empty(50, 160), added)
     truth = x.double() @ weight.double().t()
     for i, ((a, b, scale), (start, end)) in enumerate(zip(adapters, adapters.columns, strict=True)):
-        truth[:, start:end] += scale * entered[:, 96 * i : 96 * (i + 1)].double() @ a.double().t() @ b.double().t()
+        truth[:, start:end] += scale * inputs[:, 96 * i : 96 * (i + 1)].double() @ a.double().t() @ b.double().t()
     assert error(result, truth) < 5e-3
     added, grad_za = lora_tiles.backward(result, kept, adapters)
     added.finish_projection()
@@ -115,9 +115,9 @@ def test_head_loss_and_gradient(frozen: Any) -> None:
     """Loss and gradient of hidden states are as close to fp64 as with PyTorch's matmuls."""
     x, weight, labels = random(70, 64), random(96, 64), torch.arange(70)
 
-    def run(product: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def run(matmul: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = x.to(dtype).requires_grad_()
-        output = OutputHead(weight.to(dtype), 0.0, OPS, matmul=product)
+        output = OutputHead(weight.to(dtype), 0.0, OPS, matmul=matmul)
         loss = SupervisedLoss.apply(z, labels, torch.ones(70, dtype=dtype), output)
         loss.backward()
         assert z.grad is not None
@@ -125,7 +125,7 @@ def test_head_loss_and_gradient(frozen: Any) -> None:
 
     truth = run(lora.frozen_matmul, torch.float64)
     for mine, reference, exact in zip(
-        run(frozen.product, torch.bfloat16), run(lora.frozen_matmul, torch.bfloat16), truth, strict=True
+        run(frozen.matmul, torch.bfloat16), run(lora.frozen_matmul, torch.bfloat16), truth, strict=True
     ):
         assert error(mine, exact) <= 1.1 * error(reference, exact) + 1e-4
 
@@ -136,7 +136,7 @@ def test_existing_values_are_added_once(frozen: Any, along: bool) -> None:
     for tokens in range(1, 15):
         x, weight, existing = random(tokens, 64), random(*((96, 64) if along else (64, 96))), random(tokens, 96)
         truth = x.double() @ (weight.t() if along else weight).double() + existing
-        assert error(frozen.product(x, weight, along, existing.clone(), InPlace()), truth) < 4e-3
+        assert error(frozen.matmul(x, weight, along, existing.clone(), InPlace()), truth) < 4e-3
 
 
 @pytest.mark.parametrize("along", [True, False])
@@ -145,7 +145,7 @@ def test_sums_longer_than_one_stretch(frozen: Any, along: bool) -> None:
     x, weight = random(7, k), random(*((96, k) if along else (k, 96)))
     wide = weight.t() if along else weight
     residual = 100 * random(7, 96)
-    result = frozen.product(x, weight, along, x.new_empty(7, 96), None, None, residual)
+    result = frozen.matmul(x, weight, along, x.new_empty(7, 96), None, None, residual)
     assert error(result, x.double() @ wide.double() + residual) < 3e-3
 
 
@@ -158,16 +158,18 @@ def test_a_row_has_the_same_bits_in_any_batch_with_any_threads(
     for threads in (1, 2, 3, 4, 12):
         monkeypatch.setattr(frozen, "get_num_threads", lambda threads=threads: threads)
         for rows in (50, 20, 1):
-            result.append(frozen.product(x[:rows], weight, along, x.new_empty(rows, 160))[0])
-    assert all(torch.equal(result[0], other) for other in result)
+            result.append(frozen.matmul(x[:rows], weight, along, x.new_empty(rows, 160))[0])
+    assert all(torch.equal(result[0], row) for row in result)
 
 
 def test_nothing_is_written_after_the_last_row(frozen: Any) -> None:
     x, weight, y = random(7, 64), random(96, 64), torch.zeros(12, 96, dtype=torch.bfloat16)
-    frozen.product(x, weight, True, y[:7])
+    frozen.matmul(x, weight, True, y[:7])
     assert y[:7].all() and not y[7:].any()
 
 
-@pytest.mark.parametrize(("rows", "units", "lanes", "expected"), [(400, 18, 2, 2), (4000, 2, 4, 2), (1000, 5, 4, 1)])
-def test_work_is_split_among_threads(frozen: Any, rows: int, units: int, lanes: int, expected: int) -> None:
-    assert frozen.across(rows, units, lanes) == expected
+@pytest.mark.parametrize(
+    ("rows", "num_units", "lanes", "expected"), [(400, 18, 2, 2), (4000, 2, 4, 2), (1000, 5, 4, 1)]
+)
+def test_work_is_split_among_threads(frozen: Any, rows: int, num_units: int, lanes: int, expected: int) -> None:
+    assert frozen.across(rows, num_units, lanes) == expected

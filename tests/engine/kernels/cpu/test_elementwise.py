@@ -77,9 +77,8 @@ def test_layer_norm_matches_fp64(dtype: torch.dtype, centre: float) -> None:
             result = elementwise.layer_norm(x, weight, bias, 1e-5)
             assert_same(result, expected.detach().to(dtype))
             buffer = torch.empty_like(result)
-            assert torch.equal(elementwise.layer_norm(x, weight, bias, 1e-5, buffer), result) and torch.equal(
-                buffer, result
-            )
+            assert torch.equal(elementwise.layer_norm(x, weight, bias, 1e-5, buffer), result)
+            assert torch.equal(buffer, result)
             assert exact.grad is not None
             assert_same(elementwise.layer_norm_backward(grad, x, weight, 1e-5), exact.grad.to(dtype))
 
@@ -122,8 +121,8 @@ def test_separate_rope_matches_pytorch(dtype: torch.dtype, interleaved: bool, m:
             out.backward(upstream)
             assert qkv.grad is not None
             result.append((out.detach(), qkv.grad))
-        for one, other in zip(result[1], result[0], strict=True):
-            assert_same(one, other)
+        for actual, expected in zip(result[1], result[0], strict=True):
+            assert_same(actual, expected)
         assert torch.equal(result[1][0][:, 32:], inputs[:, 32:])
 
 
@@ -162,18 +161,18 @@ def test_to_heads_and_from_heads_match_eager(dtype: torch.dtype, rotated: int, g
     tokens, heads, d = 7, 4, 8
     x = rand(dtype, tokens, heads + 3, d)[:, 1 : 1 + heads]
     cos, sin = (rand(torch.float32, tokens, rotated) if rotated else None for _ in range(2))
-    turn: Any = (cos, sin, 0.7 if rotated else 1.0)
+    rope: Any = (cos, sin, 0.7 if rotated else 1.0)
     slots = [np.array([[0, 1, 3], [0, 1, -1]]), np.array([[0, 5, 4, 2]])]  # row 0 in two places, row 6 in none
     places = build_layout([(rows, rows) for rows in slots], tokens, torch.device("cpu")).queries
-    spread = eager.to_heads(x, *turn, places, group)
-    assert_same(elementwise.to_heads(x, *turn, places, group), spread)
+    spread = eager.to_heads(x, *rope, places, group)
+    assert_same(elementwise.to_heads(x, *rope, places, group), spread)
     whole = spread[: 2 * heads * 3].view(2, heads // group, 3, group, d)  # the first bucket, as attention reads it
     torch.testing.assert_close(whole[1, :, 2], torch.zeros_like(whole[1, :, 2]))
     if not rotated:
         assert torch.equal(whole[0, :, 1], x[1].view(heads // group, group, d))
     result, expected = (torch.ones(tokens, heads + 1, d, dtype=dtype) for _ in range(2))
     for ops, out in ((elementwise, result), (eager, expected)):
-        ops.from_heads(spread, *turn, places, group, out[:, 1:])
+        ops.from_heads(spread, *rope, places, group, out[:, 1:])
     assert_same(result, expected)
 
 
@@ -189,7 +188,7 @@ x = torch.ones(64, 64)
 elementwise.rms_norm(x, x[0], 1e-5, 0.0)
 assert (openmp.omp_get_max_active_levels(), torch.get_num_threads()) == before, before
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -226,19 +225,19 @@ import hashlib, torch
 torch.set_num_threads(1)
 from strop.engine.train.fast import FastLoss
 from strop.config.schema import LoraSection
-from strop.models.lora import add_lora, trainable
+from strop.models.lora import add_lora, trainable_parameters
 from tests.support import tiny
 torch.manual_seed(0)
 model = add_lora(tiny.model(), LoraSection(r=2, alpha=4), None)
 FastLoss(model).token_loss(tiny.examples(6)).backward()
-grads = b"".join(weight.grad.numpy().tobytes() for weight in trainable(model).values())
+grads = b"".join(weight.grad.numpy().tobytes() for weight in trainable_parameters(model).values())
 print(hashlib.sha256(grads).hexdigest())
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = [
         subprocess.run(
             [sys.executable, "-c", script],
-            env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
+            env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600,
         ).stdout
         for _ in range(2)
     ]  # fmt: skip

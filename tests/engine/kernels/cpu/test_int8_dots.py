@@ -51,9 +51,7 @@ def exact(weight: torch.Tensor, scale: torch.Tensor, z: torch.Tensor) -> np.ndar
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 13, 40])
-@pytest.mark.parametrize(
-    ("n", "k"), [(16, 32), (48, 96), (40, 576), (96, 1536), (32, 20_000)]
-)  # 40: half a block remains
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 96), (40, 576), (96, 1536), (32, 20_000)])  # 40: half a block left
 def test_results_are_closer_than_those_of_the_weight_in_bf16(rows: int, n: int, k: int) -> None:
     weight, scale, z = make_case(n, k, rows)
     expected = exact(weight, scale, z)
@@ -77,9 +75,8 @@ def test_only_the_rounding_of_the_row_loses_precision() -> None:
     scale = torch.full((32,), 0.5)
     step = 128 / 32767
     whole = torch.round(z.bfloat16().double() / step)
-    assert np.allclose(
-        multiplied(weight, scale, z.bfloat16()), exact(weight, scale, whole * step), rtol=2e-6, atol=1e-2
-    )
+    result = multiplied(weight, scale, z.bfloat16())
+    assert np.allclose(result, exact(weight, scale, whole * step), rtol=2e-6, atol=1e-2)
 
 
 @pytest.mark.parametrize("k", [int8_dots.STRETCH, 2 * int8_dots.STRETCH])

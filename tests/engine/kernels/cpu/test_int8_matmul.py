@@ -120,13 +120,13 @@ def test_trained_head_is_multiplied_in_fp32(int8_matmul: Any) -> None:
     logits = product(x, head, True, torch.empty(6, 50))
     expected = int8_matmul.Int8Matmul().layer(x, int8_matmul.Int8Weight.of(head), True, torch.empty(6, 50))
     assert torch.equal(logits, expected)
-    other = head * 2  # peft's copy
-    assert torch.equal(product(x, other, True, torch.empty(6, 50)), x @ other.t())
-    assert torch.equal(product(logits, other, False, torch.empty(6, 16)), logits @ other)
+    copy = head * 2  # peft's copy
+    assert torch.equal(product(x, copy, True, torch.empty(6, 50)), x @ copy.t())
+    assert torch.equal(product(logits, copy, False, torch.empty(6, 16)), logits @ copy)
 
 
 def test_integer_matmuls_of_this_cpu_are_exact() -> None:
-    """Without VNNI some CPUs saturate sums of two products at 16 bits."""
+    """Some CPUs without VNNI saturate sums of two products at 16 bits."""
     x = torch.full((8, 64), -128, dtype=torch.int8)
     x[::2] = 127
     assert torch.equal(torch._int_mm(x, x.t()).long(), x.long() @ x.long().t())
@@ -137,10 +137,7 @@ def test_integer_matmuls_of_this_cpu_are_exact() -> None:
 
 
 def assert_near(model: PeftModel, **how: Any) -> None:
-    expected, result = (
-        step(model, FastLoss(model, **how), some()),
-        step(model, FastLoss(model, integers=True, **how), some()),
-    )
+    expected, result = (step(model, FastLoss(model, integers=on, **how), some()) for on in (False, True))
     torch.testing.assert_close(result[0], expected[0], rtol=LOSS, atol=0)
     same = [torch.equal(result[1][name], grad) for name, grad in expected[1].items()]
     assert not all(same), "these matmuls ran in fp32"

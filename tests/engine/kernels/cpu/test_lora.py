@@ -52,7 +52,7 @@ def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Adapters]:
 
 
 def run(module: Any, z: Tensor, grad: Tensor, adapters: Adapters, with_grad_z: bool = True) -> list[Tensor]:
-    """Return y, grad_z if it is wanted, and the adapters' gradients."""
+    """Return y, grad_z if `with_grad_z`, and the adapters' gradients."""
     added, kept = module.forward(z, grad.shape[1], adapters)
     added.into(y := torch.empty_like(grad))
     added, grad_za = module.backward(grad, kept, adapters)
@@ -102,8 +102,8 @@ def test_threads_do_not_change_the_bits(tiles: Any, monkeypatch: pytest.MonkeyPa
     for threads in (1, 2, 7):
         monkeypatch.setattr(tiles, "get_num_threads", lambda threads=threads: threads)
         results.append(run(tiles, *arguments))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for repeated in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], repeated, strict=True))
 
 
 def test_memory_after_the_last_row_is_ignored(tiles: Any) -> None:

@@ -167,15 +167,12 @@ def test_rotate_qk_matches_autograd(
                 expected[i] = eager.rms_norm(by_head, own.weight.double(), own.eps, own.offset).view(expected[i].shape)
             expected[i] = eager.rotate(expected[i], cos.double(), sin.double())
         result = RotateQk.apply(qkv, shape, cos, sin, rope)
-        upstreams = [
-            random_tensor(*x.shape[::-1], dtype=dtype).permute(2, 1, 0) for x in result
-        ]  # no two elements are contiguous
-        upstreams[0] = random_tensor(query, rows, size, dtype=dtype).transpose(
-            0, 1
-        )  # and as flash attention may return them
+        # No two elements are contiguous; and as flash attention may return them.
+        upstreams = [random_tensor(*x.shape[::-1], dtype=dtype).permute(2, 1, 0) for x in result]
+        upstreams[0] = random_tensor(query, rows, size, dtype=dtype).transpose(0, 1)
         share = 4 * LAST_BIT[dtype]
-        for one, other in zip(result, expected, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=share, atol=share)
+        for actual, exact in zip(result, expected, strict=True):
+            torch.testing.assert_close(actual.double(), exact, rtol=share, atol=share)
         (grad,) = torch.autograd.grad(result, qkv, upstreams)
         (expected_grad,) = torch.autograd.grad(expected, wide, [up.double() for up in upstreams])
         bound = share * expected_grad.abs().max()
@@ -197,10 +194,8 @@ def test_separate_rope_matches_fp64(dtype: torch.dtype, scaled: bool, interleave
         double = scale.double() if scaled else None
         expected = ApplyRope.apply(wide, shape, cos.double(), sin.double(), interleaved, double)
         close(result.detach(), expected.detach())
-        (grad,), (expected_grad,) = (
-            torch.autograd.grad(result, qkv, up),
-            torch.autograd.grad(expected, wide, up.double()),
-        )
+        (grad,) = torch.autograd.grad(result, qkv, up)
+        (expected_grad,) = torch.autograd.grad(expected, wide, up.double())
         close(grad, expected_grad.detach())
 
 
@@ -212,10 +207,8 @@ def test_dropout_has_the_bits_of_a_cpu(dtype: torch.dtype, rows: int, width: int
     tokens = torch.randint(-(2**63), 2**63 - 1, (rows,))
     numbers = (3, 17, 2**31 - 1, 0, 5)[:adapters]
     for key in ((0, 0), (2**32 - 5, 2**31 + 7)):
-        drawn = dropout.random_bits(tokens, torch.tensor(numbers), torch.tensor(key), width)
-        levels = (int(drawn[0, 0, -1]), 0, 65535, 1, 40000)[
-            :adapters
-        ]  # the first level occurs, and its feature is kept
+        bits = dropout.random_bits(tokens, torch.tensor(numbers), torch.tensor(key), width)
+        levels = (int(bits[0, 0, -1]), 0, 65535, 1, 40000)[:adapters]  # a feature of the first level is kept
         dropped = DropoutSpec(*key, tokens, numbers, levels)
         x = random_tensor(rows, width, dtype=dtype, apart=True)
         assert torch.equal(drops.apply_masks(x, dropped), dropout.apply_masks(x, dropped))

@@ -34,7 +34,9 @@ NARROW = {
 
 def run_python(*command: str, **environment: str) -> str:
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -78,7 +80,7 @@ def clear_cache() -> Iterator[None]:
 
 @triton
 def test_failing_kernels_give_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the first launch fails. A missing C compiler, wrong results and no Triton are simulated."""
+    """The first launch fails without a GPU. A missing C compiler, wrong results and no Triton are simulated."""
     from strop.engine.kernels.cuda import elementwise
 
     cpu = torch.device("cpu")

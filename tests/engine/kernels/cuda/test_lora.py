@@ -40,7 +40,7 @@ def test_results_match_the_specification(apart: bool) -> None:
     layers = [replace(adapters(*kind), separate_inputs=apart) for kind in (*KINDS, KINDS[0])]
     operands_of_layers = make_operands([(layer, 12) for layer in layers], torch.float64)
     for layer, operands in zip(layers, operands_of_layers, strict=True):
-        z, grad = rand(5, layer.entered), rand(5, 12)
+        z, grad = rand(5, layer.input_columns), rand(5, 12)
         added, kept = operands.forward(z, 12, layer)
         expected, saved = lora.forward(z, 12, layer)
         torch.testing.assert_close((filled(added, grad), *kept), (filled(expected, grad), *saved), rtol=0, atol=0)

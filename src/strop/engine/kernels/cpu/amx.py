@@ -188,14 +188,14 @@ _tiles_1, _tiles_2, _tiles_3, _tiles_4 = (_tiles(vectors) for vectors in (1, 2, 
 
 
 @subroutine
-def layout_buffer(z: Any) -> Any:
-    """Allocate what `lay_out` writes to."""
+def packed_buffer(z: Any) -> Any:
+    """Allocate what `pack_rows` writes to."""
     return np.empty((len(z) + COLUMNS - 1) // COLUMNS * COLUMNS * (z.shape[1] // 2), np.uint32)
 
 
 @kernel
-def lay_out(z: Any, out: Any, lanes: Any) -> None:
-    """Arrange z (T, k) in bf16 for AMX: in blocks of COLUMNS rows, the first pair of each row, then the second, ..."""
+def pack_rows(z: Any, out: Any, lanes: Any) -> None:
+    """Pack z (T, k) in bf16 for AMX, in blocks of COLUMNS rows, the first pair of each row, then the second, ..."""
     rows, half = z.shape[0], z.shape[1] // 2
     pairs = z.reshape(-1).view(np.uint32)
     for lane in prange(lanes):
@@ -207,8 +207,8 @@ def lay_out(z: Any, out: Any, lanes: Any) -> None:
 
 
 @kernel
-def tiled_matmul(part: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None:
-    """Compute y[:, column:] = z w^T of z as `lay_out` arranged it, for whole blocks of LANES rows of w.
+def tiled_matmul(part: Any, packed: Any, y: Any, column: Any, lanes: Any) -> None:
+    """Compute y[:, column:] = z w^T of z as `pack_rows` packed it, for whole blocks of LANES rows of w.
 
     part.w (n, k): bf16 bits, k a multiple of 32; y (T, ..): fp32. A tile holds 16 rows of w and is transposed as it is
     written. The order of each sum does not depend on the number of rows of z.
@@ -227,13 +227,13 @@ def tiled_matmul(part: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None:
                 for c in range(0, deep, LANES):
                     at, to = (begin + c) * half, c * COLUMNS
                     if count > 3 * LANES:
-                        _tiles_4(w, at, half, laid, source, results, to, COLUMNS, half)
+                        _tiles_4(w, at, half, packed, source, results, to, COLUMNS, half)
                     elif count > 2 * LANES:
-                        _tiles_3(w, at, half, laid, source, results, to, COLUMNS, half)
+                        _tiles_3(w, at, half, packed, source, results, to, COLUMNS, half)
                     elif count > LANES:
-                        _tiles_2(w, at, half, laid, source, results, to, COLUMNS, half)
+                        _tiles_2(w, at, half, packed, source, results, to, COLUMNS, half)
                     else:
-                        _tiles_1(w, at, half, laid, source, results, to, COLUMNS, half)
+                        _tiles_1(w, at, half, packed, source, results, to, COLUMNS, half)
                 for i in range(0, count, LANES):
                     for c in range(0, deep, LANES):
                         to = (first + i) * width + column + begin + c

@@ -28,7 +28,7 @@ from strop.engine.kernels.cpu.compiled import (
     to_fp32,
     transpose,
 )
-from strop.engine.kernels.cpu.elementwise import flatten
+from strop.engine.kernels.cpu.elementwise import flatten, visible
 from strop.engine.kernels.cpu.tile import COLUMNS, ROWS, claim, matmul, release
 from strop.engine.kernels.cpu.vectors import (
     LANES,
@@ -166,13 +166,6 @@ def _load_values(
     out[count * d : padded * d] = 0
 
 
-@subroutine
-def _visible(row: Any, group: Any, prefix: Any, window: Any) -> Any:
-    """Return the range of keys, [first, end), that a document's query row sees."""
-    end = prefix + row // group + 1
-    return (max(end - window, 0) if window else 0), end
-
-
 @kernel
 def _attend(
     q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any, cos: Any, sin: Any, scale: Any, docs: Any,
@@ -218,10 +211,10 @@ def _attend(
                     at = row * q_step + (head * group + r % group) * d
                     _rotate(q, at, d, cos, sin, row, scale, queries, (r - first) * d)
                 queries[(last - first) * d : rows * d] = 0
-                width = _round_up(_visible(last - 1, group, prefix, window)[1], COLUMNS)
+                width = _round_up(visible(last - 1, group, prefix, window)[1], COLUMNS)
                 matmul(query_pairs, 0, half, keys, 0, COLUMNS, block, scores, 0, width, rows, width, half, False)
                 for r in range(rows):
-                    begin, end = _visible(min(first + r, last - 1), group, prefix, window)
+                    begin, end = visible(min(first + r, last - 1), group, prefix, window)
                     at = r * width
                     if softcap > 0:
                         _cap(scores[at + begin : at + end], softcap)
@@ -304,11 +297,11 @@ def _attend_backward(
                 _transpose(block_pairs, 0, d, BLOCK // 2, d, queries_t, 0, BLOCK // 2)
                 _pair_all_rows(grads, BLOCK, d, block_pairs)
                 _transpose(block_pairs, 0, d, BLOCK // 2, d, grads_t, 0, BLOCK // 2)
-                width = _round_up(_visible(last - 1, group, prefix, window)[1], COLUMNS)
+                width = _round_up(visible(last - 1, group, prefix, window)[1], COLUMNS)
                 matmul(query_pairs, 0, half, keys, 0, COLUMNS, block, scores, 0, width, rows, width, half, False)
                 matmul(grad_pairs, 0, half, values, 0, COLUMNS, block, slopes, 0, width, rows, width, half, False)
                 for r in range(rows):
-                    begin, end = _visible(min(first + r, last - 1), group, prefix, window)
+                    begin, end = visible(min(first + r, last - 1), group, prefix, window)
                     if first + r >= last:
                         end = begin
                     row = start + min(first + r, last - 1) // group

@@ -1,7 +1,7 @@
 """Matrix multiplication of many rows by frozen bf16 weights, for CPUs with AVX512-BF16 and without AMX.
 
 oneDNN generates code for each number of rows, and passes over the output again for whatever is added. Here some columns
-of the weight are arranged for all rows in the second-level cache, and rows pass by, six at a time: 24 registers of
+of the weight are packed for all rows in the second-level cache, and rows pass by, six at a time: 24 registers of
 sums. The adapters' terms, the bias and the residual are added to the sums in registers, which are rounded once.
 """
 
@@ -41,7 +41,7 @@ from strop.engine.kernels.cpu.tile import LANES, pair
 ROWS, WIDE = 6, 4 * LANES  # rows and columns of a tile
 UNIT = 2 * LANES  # the number of columns is a multiple of this
 TILES = [(rows, columns) for rows in (ROWS, 3, 1) for columns in (WIDE, UNIT)]
-DEEP = 2048  # pairs along the summed dimension that are arranged at once: half a megabyte
+DEEP = 2048  # pairs along the summed dimension that are packed at once: half a megabyte
 
 _SUMS, _PAIRS, _HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 _BF16S, _NARROW = ir.VectorType(BFloat(), 2 * LANES), ir.VectorType(BFloat(), LANES)
@@ -110,14 +110,14 @@ def _generate(rows: int, vectors: int, context: Any, b: Any, signature: Any, arg
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _tile(
-    context: Any, x: Any, x_at: Any, ldx: Any, laid: Any, pairs: Any, begun: Any, ends: Any, sums: Any, sums_at: Any,
+    context: Any, x: Any, x_at: Any, ldx: Any, packed: Any, pairs: Any, begun: Any, ends: Any, sums: Any, sums_at: Any,
     thin: Any, thin_at: Any, ldt: Any, second: Any, second_at: Any, lds: Any, more: Any, bias: Any, bias_at: Any,
     extra: Any, extra_at: Any, has_extra: Any, y: Any, y_at: Any, ldy: Any, rows: Any, columns: Any,
 ) -> Any:  # fmt: skip
-    """Compute y[rows, columns] = x laid + thin second + bias + extra, in bf16; rows and columns as in TILES.
+    """Compute y[rows, columns] = x packed + thin second + bias + extra, in bf16; rows and columns as in TILES.
 
-    x (.., pairs), laid (pairs, columns), thin (.., more), second (more, ..): one-dimensional uint32 arrays, with pairs
-    of bf16 as in tile.tile; bias, extra, y: bf16 bits. ..._at: where the tile begins; ld..: distance between rows, for
+    x (.., pairs), packed (pairs, columns), thin (.., more), second (more, ..): one-dimensional uint32 arrays of bf16
+    pairs as in tile.tile; bias, extra, y: bf16 bits. ..._at: where the tile begins; ld..: distance between rows, for
     extra that of y. has_extra: whether extra is added. begun: `sums` holds the sum so far; ends: the sum is complete
     and y is written, else the sum is stored in `sums`.
     """
@@ -131,15 +131,15 @@ def _tile(
         return context.get_dummy_value()
 
     signature = types.void(
-        x, long, long, laid, long, yes, yes, sums, long, thin, long, long, second, long, long, long,
+        x, long, long, packed, long, yes, yes, sums, long, thin, long, long, second, long, long, long,
         bias, long, extra, long, yes, y, long, long, long, long,
     )  # fmt: skip
     return signature, generate
 
 
 @subroutine
-def _arrange(w: Any, at: Any, k: Any, along: Any, begin: Any, pairs: Any, columns: Any, laid: Any) -> None:
-    """Write pairs of w, from pair `begin`, to laid (pairs, columns).
+def _pack(w: Any, at: Any, k: Any, along: Any, begin: Any, pairs: Any, columns: Any, packed: Any) -> None:
+    """Write pairs of w, from pair `begin`, to packed (pairs, columns).
 
     w: uint16, one-dimensional, in rows of k. The columns are w's rows from `at` with `along`, else its columns from
     `at`.
@@ -148,11 +148,12 @@ def _arrange(w: Any, at: Any, k: Any, along: Any, begin: Any, pairs: Any, column
         all_pairs = w.view(np.uint32)
         for j in range(0, columns, LANES):
             for p in range(0, pairs, LANES):
-                transpose(all_pairs, (at + j) * (k // 2) + begin + p, k // 2, laid, p * columns + j, columns)
+                transpose(all_pairs, (at + j) * (k // 2) + begin + p, k // 2, packed, p * columns + j, columns)
     else:
         for p in range(pairs):
             even, odd = 2 * (begin + p) * k + at, (2 * (begin + p) + 1) * k + at
-            first, second, to = w[even : even + columns], w[odd : odd + columns], laid[p * columns : (p + 1) * columns]
+            first, second = w[even : even + columns], w[odd : odd + columns]
+            to = packed[p * columns : (p + 1) * columns]
             for j in range(columns):
                 to[j] = pair(first[j], second[j])
 
@@ -170,13 +171,13 @@ def multiply(
     across: number of parts in which the columns go to threads; the rows go in lanes / across parts.
     """
     (rows, k), n = x.shape, y.shape[1]
-    half, units, down, row_length = k // 2, n // UNIT, lanes // across, w.shape[1]
+    half, num_units, down, row_length = k // 2, n // UNIT, lanes // across, w.shape[1]
     xs, thins, ws = x.reshape(-1).view(np.uint32), thin.reshape(-1).view(np.uint32), w.reshape(-1)
     ys, extras, ldt, blocks = y.reshape(-1), extra.reshape(-1), thin.shape[1] // 2, (rows + ROWS - 1) // ROWS
     for lane in prange(lanes):
         top, end = lane // across * blocks // down * ROWS, min(rows, (lane // across + 1) * blocks // down * ROWS)
-        unit, high = lane % across * units // across, (lane % across + 1) * units // across
-        laid = np.empty(min(half, DEEP) * WIDE + GAP, np.uint32)
+        unit, high = lane % across * num_units // across, (lane % across + 1) * num_units // across
+        packed = np.empty(min(half, DEEP) * WIDE + GAP, np.uint32)
         sums = np.empty((end - top) * WIDE + GAP if half > DEEP else 0, np.float32)
         while unit < high:
             span, column = span_of[unit], unit * UNIT
@@ -188,13 +189,13 @@ def multiply(
             width = WIDE if two else UNIT
             for begin in range(0, half, DEEP):
                 deep = min(DEEP, half - begin)
-                _arrange(ws, column, row_length, along, begin, deep, width, laid)
+                _pack(ws, column, row_length, along, begin, deep, width, packed)
                 begun, ends, i = begin > 0, begin + deep == half, top
                 while i < end:
                     x_at, sums_at, t, to_y = i * half + begin, (i - top) * width, i * ldt + t_at, i * n + column
                     count = ROWS if end - i >= ROWS else 3 if end - i >= 3 else 1
                     _tile(
-                        xs, x_at, half, laid, deep, begun, ends, sums, sums_at, thins, t, ldt, second, s_at, lds,
+                        xs, x_at, half, packed, deep, begun, ends, sums, sums_at, thins, t, ldt, second, s_at, lds,
                         thin_pairs, bias, column, extras, to_y, has_extra, ys, to_y, n, count, width,
                     )  # fmt: skip
                     i += count
@@ -202,17 +203,17 @@ def multiply(
 
 
 @lru_cache(maxsize=256)
-def across(rows: int, units: int, lanes: int) -> int:
+def across(rows: int, num_units: int, lanes: int) -> int:
     """Return the number of parts of the columns that minimizes the time of the slowest thread.
 
-    Each thread arranges its columns, which takes as long as about ten rows.
+    Each thread packs its columns, which takes as long as about ten rows.
     """
     blocks = -(-rows // ROWS)
     parts = [count for count in range(1, lanes + 1) if lanes % count == 0]
-    return min(parts, key=lambda count: -(-units // count) * (-(-blocks * count // lanes) * ROWS + 10))
+    return min(parts, key=lambda count: -(-num_units // count) * (-(-blocks * count // lanes) * ROWS + 10))
 
 
-def product(
+def matmul(
     x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Any = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -230,7 +231,7 @@ def product(
     extra = y if in_y or residual is None else residual.contiguous()
     multiply(
         array(x.contiguous()), array(weight.contiguous()), along, array(thin), second, spans,
-        _span_of_units(n, columns), _zero_bias(n) if bias is None else array(bias), array(extra),
+        _spans_by_unit(n, columns), _zero_bias(n) if bias is None else array(bias), array(extra),
         in_y or residual is not None, across(len(x), n // UNIT, lanes), lanes, array(y),
     )  # fmt: skip
     if in_y and residual is not None:
@@ -247,7 +248,7 @@ def _zero_bias(n: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _span_of_units(n: int, columns: tuple[tuple[int, int], ...]) -> Any:
+def _spans_by_unit(n: int, columns: tuple[tuple[int, int], ...]) -> Any:
     """Return for each UNIT of n columns the range (from, to) it belongs to, or -1."""
     numbers = np.full(n // UNIT, -1)
     for number, (start, end) in enumerate(columns):

@@ -28,7 +28,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 GAP = 256
 TASKS = 64  # parts into which kernels with a buffer per task split the rows
 
-_njit: Any = numba.njit
 _config: Any = numba.config
 
 
@@ -62,34 +61,21 @@ def array(x: Tensor) -> Any:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def kernel(function: Function) -> Function:
-    """Compile a kernel whose `prange` loops run on all threads."""
-    compiled: Function = _njit(parallel=True, fastmath=True, error_model="numpy", cache=True)(function)
-    return compiled
+def _decorator(**options: Any) -> Callable[[Function], Function]:
+    decorator: Callable[[Function], Function] = numba.njit(error_model="numpy", cache=True, **options)
+    return decorator
 
 
-def subroutine(function: Function) -> Function:
-    """Compile a function that kernels call."""
-    compiled: Function = _njit(fastmath=True, error_model="numpy", cache=True)(function)
-    return compiled
-
-
-def force_inline(function: Function) -> Function:
-    """Compile a subroutine that LLVM must inline although it is long, so that the loops around it are vectorized."""
-    compiled: Function = _njit(fastmath=True, error_model="numpy", cache=True, forceinline=True)(function)
-    return compiled
-
-
-def sequence(function: Function) -> Function:
-    """Compile a function that calls kernels one after another, with the GIL released."""
-    compiled: Function = _njit(nogil=True, error_model="numpy", cache=True)(function)
-    return compiled
+kernel = _decorator(parallel=True, fastmath=True)  # its `prange` loops run on all threads
+subroutine = _decorator(fastmath=True)  # kernels call it
+force_inline = _decorator(fastmath=True, forceinline=True)  # a long subroutine in a loop that must be vectorized
+sequence = _decorator(nogil=True)  # calls kernels one after another, with the GIL released
 
 
 def specialization_of(function: Callable[..., Any]) -> Callable[[Function], Function]:
     """Register a function that returns the implementation of `function` for given numba types."""
-    typed: Callable[[Function], Function] = overload(function, inline="always")
-    return typed
+    decorator: Callable[[Function], Function] = overload(function, inline="always")
+    return decorator
 
 
 class BFloat(ir.Type):  # type: ignore[misc]

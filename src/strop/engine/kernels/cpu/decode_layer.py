@@ -15,22 +15,16 @@ from numba import prange, types
 from numba.experimental import structref
 
 from strop.engine.kernels.cpu.cached_attention import BLOCK, attend, key_at
-from strop.engine.kernels.cpu.compiled import HAS_BF16 as HAS_BF16
-from strop.engine.kernels.cpu.compiled import from_fp32, kernel, sequence, sigmoid, subroutine
-from strop.engine.kernels.cpu.decode_matmul import Dense as Dense
-from strop.engine.kernels.cpu.decode_matmul import Linear as Linear
-from strop.engine.kernels.cpu.decode_matmul import Quantized as Quantized
-from strop.engine.kernels.cpu.decode_matmul import columns_of, linear_forward
-from strop.engine.kernels.cpu.decode_matmul import dense_matmul as dense_matmul
-from strop.engine.kernels.cpu.dots import LANES as LANES
-from strop.engine.kernels.cpu.elementwise import CUBIC, TWO_ROOT, gelu
-from strop.engine.kernels.cpu.elementwise import GELU as GELU
-from strop.engine.kernels.cpu.elementwise import GELU_TANH as GELU_TANH
-from strop.engine.kernels.cpu.elementwise import RELU as RELU
-from strop.engine.kernels.cpu.elementwise import RELU2 as RELU2
-from strop.engine.kernels.cpu.elementwise import SILU as SILU
-from strop.engine.kernels.cpu.elementwise import XIELU as XIELU
-from strop.engine.kernels.cpu.int8_dots import INT8_DOTS as INT8_DOTS
+from strop.engine.kernels.cpu.compiled import HAS_BF16, from_fp32, kernel, sequence, sigmoid, subroutine
+from strop.engine.kernels.cpu.decode_matmul import Dense, Linear, Quantized, columns_of, dense_matmul, linear_forward
+from strop.engine.kernels.cpu.dots import LANES
+from strop.engine.kernels.cpu.elementwise import CUBIC, GELU, GELU_TANH, KINDS, RELU, RELU2, SILU, TWO_ROOT, gelu
+from strop.engine.kernels.cpu.int8_dots import INT8_DOTS
+
+__all__ = [
+    "HAS_BF16", "INT8_DOTS", "KINDS", "LANES", "Buffers", "BuffersRef", "Dense", "Layer", "LayerRef", "Linear", "Norm",
+    "Quantized", "RopeTables", "Rows", "Shape", "add_residual", "dense_matmul", "layer_forward", "norm_input",
+]  # fmt: skip
 
 
 class Norm(NamedTuple):
@@ -46,8 +40,8 @@ class Shape(NamedTuple):
     """Shape and options of attention.
 
     query, key_value: numbers of heads; size: of a head. In a row of qkv, k begins at k_at and v at v_at, and heads are
-    `step` elements apart. neighbours: the rotary embedding rotates neighbouring elements instead of halves;
-    turned_first: it comes before the norms of q and k.
+    `step` elements apart. interleaved: the rotary embedding rotates adjacent elements instead of halves;
+    rope_before_norm: it is applied before the norms of q and k.
     """
 
     query: Any
@@ -56,8 +50,8 @@ class Shape(NamedTuple):
     k_at: Any
     v_at: Any
     step: Any
-    neighbours: Any
-    turned_first: Any
+    interleaved: Any
+    rope_before_norm: Any
     window: Any
     scale: Any
     softcap: Any
@@ -134,11 +128,11 @@ def add_residual(norm: Any, y: Any, scale: Any, hidden: Any, out: Any) -> None:
 
 
 @subroutine
-def _rotate(x: Any, cos: Any, sin: Any, neighbours: Any) -> None:
+def _rotate(x: Any, cos: Any, sin: Any, interleaved: Any) -> None:
     """Apply the rotary embedding to one head (size,), in place."""
     m = len(cos)
     for j in range(m):
-        first, second = (2 * j, 2 * j + 1) if neighbours else (j, j + m)
+        first, second = (2 * j, 2 * j + 1) if interleaved else (j, j + m)
         a, b = x[first], x[second]
         x[first] = a * cos[j] - b * sin[j]
         x[second] = b * cos[j] + a * sin[j]
@@ -147,22 +141,22 @@ def _rotate(x: Any, cos: Any, sin: Any, neighbours: Any) -> None:
 @subroutine
 def _load_heads(
     x: Any, begin: Any, step: Any, heads: Any, size: Any, kind: Any, weight: Any, bias: Any, eps: Any, cos: Any,
-    sin: Any, neighbours: Any, turned_first: Any, out: Any,
+    sin: Any, interleaved: Any, rope_before_norm: Any, out: Any,
 ) -> None:  # fmt: skip
     """Write the heads of q or k of a row of qkv, normalized and rotated, to out (heads * size,)."""
     for head in range(heads):
         for d in range(size):
             out[head * size + d] = x[begin + head * step + d]
-    if turned_first:
+    if rope_before_norm:
         for head in range(heads):
-            _rotate(out[head * size : (head + 1) * size], cos, sin, neighbours)
+            _rotate(out[head * size : (head + 1) * size], cos, sin, interleaved)
     if kind:
         width = len(weight)
         for at in range(0, heads * size, width):
             _normalize(kind, weight, bias, eps, out[at : at + width], out[at : at + width])
-    if not turned_first:
+    if not rope_before_norm:
         for head in range(heads):
-            _rotate(out[head * size : (head + 1) * size], cos, sin, neighbours)
+            _rotate(out[head * size : (head + 1) * size], cos, sin, interleaved)
 
 
 @kernel
@@ -173,7 +167,7 @@ def split_qkv(
 
     keys, values (blocks, key_value, BLOCK, width), keys stored as `key_at` describes.
     """
-    query, key_value, size, k_at, v_at, step, neighbours, turned_first, _, _, _ = shape
+    query, key_value, size, k_at, v_at, step, interleaved, rope_before_norm, _, _, _ = shape
     q_kind, q_weight, q_bias, q_eps = q_norm
     k_kind, k_weight, k_bias, k_eps = k_norm
     all_cos, all_sin, factors = rope
@@ -184,7 +178,7 @@ def split_qkv(
         cos, sin = all_cos[at], all_sin[at]
         heads = np.empty(query * size, np.float32)
         _load_heads(
-            x, 0, step, query, size, q_kind, q_weight, q_bias, q_eps, cos, sin, neighbours, turned_first, heads
+            x, 0, step, query, size, q_kind, q_weight, q_bias, q_eps, cos, sin, interleaved, rope_before_norm, heads
         )  # fmt: skip
         factor = factors[at] if len(factors) else np.float32(1.0)
         for head in range(query):
@@ -193,7 +187,8 @@ def split_qkv(
             for d in range(size, width):  # it may hold values of another pass
                 q[head // group, i, head % group, d] = 0
         _load_heads(
-            x, k_at, step, key_value, size, k_kind, k_weight, k_bias, k_eps, cos, sin, neighbours, turned_first, heads
+            x, k_at, step, key_value, size, k_kind, k_weight, k_bias, k_eps, cos, sin, interleaved,
+            rope_before_norm, heads
         )  # fmt: skip
         where, slot = table[text[i], at // BLOCK], at % BLOCK
         for head in range(key_value):
@@ -204,14 +199,14 @@ def split_qkv(
 
 
 @subroutine
-def _activation(x: Any, kind: Any, about: Any) -> Any:
+def _activation(x: Any, kind: Any, xielu_parameters: Any) -> Any:
     if kind == GELU:
         return gelu(x)[0]
     if kind == RELU2:
         return x * x if x > 0 else np.float32(0.0)
     if kind == RELU:
         return x if x > 0 else np.float32(0.0)
-    positive, negative, beta, eps = about  # xIELU, arXiv:2411.13010
+    positive, negative, beta, eps = xielu_parameters  # xIELU, arXiv:2411.13010
     if x > 0:
         return positive * x * x + beta * x
     return (np.float32(math.expm1(min(x, eps))) - x) * negative + beta * x
@@ -237,10 +232,10 @@ def _activate_gated_row(gate: Any, up: Any, gelu: Any, z: Any) -> None:
 
 
 @kernel
-def activate_mlp(y: Any, kind: Any, about: Any, z: Any, lanes: Any) -> None:
+def activate_mlp(y: Any, kind: Any, xielu_parameters: Any, z: Any, lanes: Any) -> None:
     """Write activation(gate) * up of y (T, 2 n), or activation(y) of y (T, n), rounded, to z.
 
-    about: the four parameters of xIELU.
+    xielu_parameters: the four parameters of xIELU.
     """
     rows, n = z.shape
     gated = y.shape[1] > n
@@ -258,15 +253,15 @@ def activate_mlp(y: Any, kind: Any, about: Any, z: Any, lanes: Any) -> None:
                 _activate_row(gate, True, to)
             else:
                 for j in range(len(to)):
-                    value = _activation(gate[j], kind, about)
+                    value = _activation(gate[j], kind, xielu_parameters)
                     to[j] = from_fp32(value * up[j] if gated else value, z)
 
 
 class Layer(NamedTuple):
     """A decoder layer.
 
-    inner: inputs of the down projection; act, about: as `activate_mlp` takes them; parallel: attention and MLP read the
-    same input; scale: multiplies what they add to the residual stream.
+    inner: inputs of the down projection; act, xielu_parameters: see `activate_mlp`; parallel: attention and MLP read
+    the same input; scale: factor of their outputs before they are added to the residual stream.
     """
 
     qkv: Any
@@ -284,7 +279,7 @@ class Layer(NamedTuple):
     inner: Any
     gated: Any
     act: Any
-    about: Any
+    xielu_parameters: Any
     parallel: Any
     scale: Any
 
@@ -387,6 +382,6 @@ def layer_forward(
     gate_up_size = layer.inner * (2 if layer.gated else 1)
     gate_up = buffers.y[: count * gate_up_size].reshape(count, gate_up_size)
     linear_forward(layer.gate_up, buffers, z, adapter_rows, gate_up, lanes)
-    activate_mlp(gate_up, layer.act, layer.about, inner, lanes)
+    activate_mlp(gate_up, layer.act, layer.xielu_parameters, inner, lanes)
     linear_forward(layer.down, buffers, inner, adapter_rows, y, lanes)
     add_residual(layer.after_mlp, y, layer.scale, hidden, hidden)

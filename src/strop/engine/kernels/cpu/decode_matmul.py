@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange, types
 
-from strop.engine.kernels.cpu.amx import AVAILABLE, lay_out, layout_buffer
+from strop.engine.kernels.cpu.amx import AVAILABLE, pack_rows, packed_buffer
 from strop.engine.kernels.cpu.compiled import kernel, sequence, specialization_of, subroutine
 from strop.engine.kernels.cpu.dequantize import UNIT, can_dequantize, dequantize_row, quantized_block
 from strop.engine.kernels.cpu.dots import AHEAD, LANES, add_weighted_rows, block, edge, single_row_block
@@ -47,7 +47,7 @@ class Quantized(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """Linear layers that block_size their input, joined along their outputs, with all adapters on them.
+    """Linear layers that share their input, joined along their outputs, with all adapters on them.
 
     weights: a tuple of Dense or Quantized. bias (n,) or (0,). a (R, k): the matrices A of all adapters; rows (adapters,
     2): the first row of each adapter in `a`, and how many. b: all B^T times the scale, one after another; spans (N, 6):
@@ -77,7 +77,7 @@ if USES_AMX:
 else:
 
     @sequence
-    def tiled_matmul(part: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None:
+    def tiled_matmul(part: Any, packed: Any, y: Any, column: Any, lanes: Any) -> None:
         """Never called."""
 
 
@@ -88,12 +88,12 @@ def uses_amx(w: Any, z: Any) -> Any:
 
 
 @sequence
-def dense_matmul_arranged(part: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None:
-    """Compute y[:, column:] = z w^T; z (T, k), y (T, ..) fp32. laid: z arranged by `lay_out` if AMX is used."""
+def dense_matmul_packed(part: Any, z: Any, packed: Any, y: Any, column: Any, lanes: Any) -> None:
+    """Compute y[:, column:] = z w^T; z (T, k), y (T, ..) fp32. packed: z as `pack_rows` packed it if AMX is used."""
     n = len(part.w)
     whole = 0
     if uses_amx(part.w, z):
-        tiled_matmul(part, laid, y, column, lanes)
+        tiled_matmul(part, packed, y, column, lanes)
         whole = n // LANES * LANES
     if whole < n and len(z) == 1 and z.shape[1] % (2 * LANES) == 0:
         _single_row_dots(Dense(part.w[whole:]), z, y, column + whole, lanes)
@@ -104,10 +104,10 @@ def dense_matmul_arranged(part: Any, z: Any, laid: Any, y: Any, column: Any, lan
 @sequence
 def dense_matmul(part: Any, z: Any, y: Any, lanes: Any) -> None:
     """Compute y = z w^T; z (T, k), y (T, n) fp32."""
-    laid = layout_buffer(z if uses_amx(part.w, z) else z[:0])
+    packed = packed_buffer(z if uses_amx(part.w, z) else z[:0])
     if uses_amx(part.w, z):
-        lay_out(z, laid, lanes)
-    dense_matmul_arranged(part, z, laid, y, 0, lanes)
+        pack_rows(z, packed, lanes)
+    dense_matmul_packed(part, z, packed, y, 0, lanes)
 
 
 @kernel
@@ -246,21 +246,21 @@ def _add_adapters(
                     y[i, c] += bias[c]
 
 
-def _matmul(part: Any, buffers: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+def _matmul(part: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, lanes: Any) -> Any:
     """Compute the matmul of one weight, by its type, and return its number of rows."""
 
 
 @specialization_of(_matmul)
-def _matmul_by_type(part: Any, buffers: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
-    def dense(part: Any, buffers: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
-        dense_matmul_arranged(part, z, laid, y, column, lanes)
+def _matmul_by_type(part: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, lanes: Any) -> Any:
+    def dense(part: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, lanes: Any) -> Any:
+        dense_matmul_packed(part, z, packed, y, column, lanes)
         return len(part.w)
 
-    def dequantized(part: Any, buffers: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+    def dequantized(part: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, lanes: Any) -> Any:
         quantized_matmul(part, buffers.like, z, y, column, lanes)
         return part.n
 
-    def in_integers(part: Any, buffers: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+    def in_integers(part: Any, buffers: Any, z: Any, packed: Any, y: Any, column: Any, lanes: Any) -> Any:
         n, k = part.n // LANES * LANES if supports_width(z.shape[1]) else 0, z.shape[1]
         if n:
             int8_matmul(part, buffers.x[: z.size].reshape(z.shape), buffers.scales, y, column, lanes)
@@ -299,12 +299,12 @@ def _quantize_input_by_type(weights: Any, buffers: Any, z: Any) -> Any:
 @sequence
 def linear_forward(linear: Any, buffers: Any, z: Any, adapter_rows: Any, y: Any, lanes: Any) -> None:
     """Compute y (T, n) of z (T, k): the weights' matmuls, the adapters, and the bias. buffers: decode_layer.Buffers."""
-    column, laid = 0, layout_buffer(z if uses_amx(z, z) else z[:0])
+    column, packed = 0, packed_buffer(z if uses_amx(z, z) else z[:0])
     if uses_amx(z, z):
-        lay_out(z, laid, lanes)
+        pack_rows(z, packed, lanes)
     _quantize_input(linear.weights, buffers, z)
     for part in linear.weights:
-        column += _matmul(part, buffers, z, laid, y, column, lanes)
+        column += _matmul(part, buffers, z, packed, y, column, lanes)
     most = 0
     for adapter in range(len(linear.rows)):
         most = max(most, linear.rows[adapter, 1])
@@ -314,7 +314,7 @@ def linear_forward(linear: Any, buffers: Any, z: Any, adapter_rows: Any, y: Any,
         if begin < end and count:
             z_rows = z[begin:end]
             if end - begin < len(z) and uses_amx(z, z):
-                lay_out(z_rows, laid, lanes)
-            dense_matmul_arranged(Dense(linear.a[first : first + count]), z_rows, laid, thin[begin:end], 0, lanes)
+                pack_rows(z_rows, packed, lanes)
+            dense_matmul_packed(Dense(linear.a[first : first + count]), z_rows, packed, thin[begin:end], 0, lanes)
     if len(linear.spans) or len(linear.bias):
         _add_adapters(linear.b, linear.spans, linear.gains, linear.bias, thin, adapter_rows, y, lanes)

@@ -30,7 +30,7 @@ from strop.engine.kernels.cpu.compiled import (
     repeat,
     subroutine,
 )
-from strop.engine.kernels.cpu.dots import AHEAD, LANES, Operands, store_sums
+from strop.engine.kernels.cpu.dots import AHEAD, LANES, Operands, store_rows, sums_of
 
 _FLOATS, _NUMBERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 GROUP = 2 * LANES  # elements that are dequantized together
@@ -183,7 +183,8 @@ def _dots(rows: int, inputs: int) -> Any:
 
             zeros = [ir.Constant(_FLOATS, [0.0] * LANES)] * (rows * inputs)
             total = repeat(b, count, UNIT, zeros, body)
-            store_sums(b, total, rows, inputs, pointer(context, b, kinds[8], args[8], args[9]), ldc)
+            to = pointer(context, b, kinds[8], args[8], args[9])
+            store_rows(b, sums_of(b, total), rows, inputs, to, ldc)
             return context.get_dummy_value()
 
         return signature, generate

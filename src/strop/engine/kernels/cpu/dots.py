@@ -110,11 +110,6 @@ def sums_of(b: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def store_sums(b: Any, vectors: list[Any], rows: int, inputs: int, to: Any, ldc: Any) -> None:
-    """Store the sums of LANES vectors (`inputs` times `rows`) as rows of c."""
-    store_rows(b, sums_of(b, vectors), rows, inputs, to, ldc)
-
-
 def store_rows(b: Any, values: Any, rows: int, inputs: int, to: Any, ldc: Any) -> None:
     """Store a vector that holds `inputs` rows of c, of `rows` elements each."""
     kind = ir.VectorType(I32, rows)
@@ -136,7 +131,7 @@ def _dots(rows: int, inputs: int, lines: int = 0) -> Any:
             nearest = [b.select(b.icmp_signed("<", I64(i), last), I64(i), last) for i in range(rows)]
             a_rows = [b.gep(starts[0], [b.mul(lda, i)]) for i in nearest]
             x_rows = [b.gep(starts[1], [b.mul(ldx, I64(j))]) for j in range(inputs)]
-            wanted = b.bitcast(pointer(context, b, kinds[11], args[11], args[12]), I8.as_pointer())
+            ahead_start = b.bitcast(pointer(context, b, kinds[11], args[11], args[12]), I8.as_pointer())
             whole = b.mul(b.sdiv(count, I64(operands.step)), I64(operands.step))
 
             def multiply(at: Any, sums: list[Any], left: Any = None) -> list[Any]:
@@ -144,7 +139,7 @@ def _dots(rows: int, inputs: int, lines: int = 0) -> Any:
                 xs = [operands.load(b, b.gep(row, [at]), x.dtype == types.uint16, left) for row in x_rows]
                 for line in range(lines if left is None else 0):
                     begin = b.mul(b.lshr(at, I64(operands.step.bit_length() - 1)), I64(lines * LINE))
-                    prefetch(b, b.gep(wanted, [b.add(begin, I64(line * LINE))]))
+                    prefetch(b, b.gep(ahead_start, [b.add(begin, I64(line * LINE))]))
                 for i, row in enumerate(a_rows):
                     weights = operands.load(b, b.gep(row, [at]), a.dtype == types.uint16, left)
                     for j, values in enumerate(xs):
@@ -155,7 +150,7 @@ def _dots(rows: int, inputs: int, lines: int = 0) -> Any:
             sums = repeat(b, whole, operands.step, zeros, multiply, may_be_empty=True)
             partial = b.icmp_signed("<", whole, count)
             sums = update_if(b, partial, sums, lambda: multiply(whole, sums, b.sub(count, whole)))
-            store_sums(b, sums, rows, inputs, starts[2], ldc)
+            store_rows(b, sums_of(b, sums), rows, inputs, starts[2], ldc)
             return context.get_dummy_value()
 
         signature = types.void(
@@ -284,7 +279,7 @@ def single_row_block(
 
         zeros = [ir.Constant(_SUMS, [0.0] * LANES)]
         sums = row_by_row(b, start, LANES, args[2], args[7], operands.step, zeros, multiply)
-        store_sums(b, sums, LANES, 1, to, I64(0))
+        store_rows(b, sums_of(b, sums), LANES, 1, to, I64(0))
         return context.get_dummy_value()
 
     return signature, generate

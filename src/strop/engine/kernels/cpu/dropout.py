@@ -18,10 +18,10 @@ W0, W1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
 
 
 @subroutine
-def _round(a: Any, b: Any, c: Any, d: Any, key: Any, other: Any) -> Any:
+def _round(a: Any, b: Any, c: Any, d: Any, key0: Any, key1: Any) -> Any:
     """Compute one round of Philox. All values are 32 bits in 64; where LLVM cannot see that, it is 3 times as slow."""
     first, second = a * M0, c * M1
-    return (second >> HALF) ^ b ^ key, second & MASK, (first >> HALF) ^ d ^ other, first & MASK
+    return (second >> HALF) ^ b ^ key0, second & MASK, (first >> HALF) ^ d ^ key1, first & MASK
 
 
 @subroutine

@@ -33,7 +33,7 @@ from strop.engine.train.attention import Heads
 from strop.engine.train.packing import Places
 
 SILU, GELU_TANH, GELU, RELU2, RELU, XIELU = range(6)
-_KINDS = {"SILU": SILU, "GELU_TANH": GELU_TANH, "GELU": GELU, "RELU2": RELU2, "RELU": RELU, "XIELU": XIELU}
+KINDS = {"SILU": SILU, "GELU_TANH": GELU_TANH, "GELU": GELU, "RELU2": RELU2, "RELU": RELU, "XIELU": XIELU}
 TWO_ROOT, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi)
 _ROOT_HALF, _PEAK = np.float32(0.7071067811865476), np.float32(0.3989422804014327)  # 1 / sqrt(2), 1 / sqrt(2 pi)
 
@@ -127,18 +127,18 @@ def _layer_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, out: Any) -> 
         for j in range(n):
             mean += to_fp32(x[i, j])
         mean /= np.float32(n)
-        given, dot = np.float32(0.0), np.float32(0.0)
+        mean_grad, dot = np.float32(0.0), np.float32(0.0)
         for j in range(n):
             off, weighted = to_fp32(x[i, j]) - mean, to_fp32(grad[i, j]) * to_fp32(weight[j])
             total += off * off
-            given += weighted
+            mean_grad += weighted
             dot += weighted * off
         rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
-        given /= np.float32(n)
+        mean_grad /= np.float32(n)
         shrink = dot * rstd * rstd / np.float32(n)
         for j in range(n):
             weighted = to_fp32(grad[i, j]) * to_fp32(weight[j])
-            out[i, j] = from_fp32(rstd * (weighted - given - (to_fp32(x[i, j]) - mean) * shrink), out)
+            out[i, j] = from_fp32(rstd * (weighted - mean_grad - (to_fp32(x[i, j]) - mean) * shrink), out)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
@@ -317,14 +317,14 @@ def _activation_backward(grad: Any, x: Any, kind: Any, parameters: Any, grad_in:
 def activated(x: Tensor, kind: str, parameters: ActivationParameters, out: Tensor | None = None) -> Tensor:
     """Return activation(x) of x (T, I); kind: the name of one of the constants above."""
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    _activation(rows_of(x), _KINDS[kind], _as_fp32(parameters), array(out))
+    _activation(rows_of(x), KINDS[kind], _as_fp32(parameters), array(out))
     return out
 
 
 def activated_backward(grad: Tensor, x: Tensor, kind: str, parameters: ActivationParameters) -> tuple[Tensor, Tensor]:
     """Return the gradient with respect to x, and the output of the forward again."""
     grad_in, out = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    _activation_backward(rows_of(grad), rows_of(x), _KINDS[kind], _as_fp32(parameters), array(grad_in), array(out))
+    _activation_backward(rows_of(grad), rows_of(x), KINDS[kind], _as_fp32(parameters), array(grad_in), array(out))
     return grad_in, out
 
 
@@ -401,9 +401,9 @@ def scale_row(row: Any, values: Any, scale: Any) -> None:
 
 
 @subroutine
-def _visible(i: Any, queries: Any, group: Any, first: Any, window: Any) -> Any:
-    """Return the range of keys, [first, end), that the query of row i of the scores sees."""
-    end = first + (i % queries) // group + 1
+def visible(i: Any, group: Any, first: Any, window: Any) -> Any:
+    """Return the range of keys, [begin, end), that row i of a document's scores sees; first: position of row 0."""
+    end = first + i // group + 1
     return (max(end - window, 0) if window else 0), end
 
 
@@ -413,7 +413,7 @@ def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any, sin
     for task in prange(TASKS):
         buffer = np.empty(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            begin, end = _visible(i, queries, group, first, window)
+            begin, end = visible(i % queries, group, first, window)
             row = scores[i, begin:end]
             highest = row_max(row)
             total = exp_row(row, highest, buffer)
@@ -438,7 +438,7 @@ def _softmax_backward_row(grad: Any, probs: Any) -> None:
 def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, _ = probs.shape
     for i in prange(rows):
-        begin, end = _visible(i, queries, group, first, window)
+        begin, end = visible(i % queries, group, first, window)
         _softmax_backward_row(grad[i, begin:end], probs[i, begin:end])
         grad[i, :begin] = 0
         grad[i, end:] = 0

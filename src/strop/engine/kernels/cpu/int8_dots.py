@@ -93,7 +93,7 @@ def _dots(rows: int, inputs: int, lines: int | None = 0) -> Any:
             if not INT8_DOTS:  # compiled, but never called
                 return context.get_dummy_value()
             kinds, k = signature.args, args[2]
-            w_start, wanted = (pointer(context, b, kinds[0], args[0], args[i]) for i in (1, 13))
+            w_start, ahead_start = (pointer(context, b, kinds[0], args[0], args[i]) for i in (1, 13))
             ws_start, x_start, xs_start, to = (pointer(context, b, kinds[i], *args[i : i + 2]) for i in (3, 5, 7, 9))
             w_rows = [b.gep(w_start, [b.mul(k, I64(i))]) for i in range(rows)]
             x_rows = [b.gep(x_start, [b.mul(k, I64(j))]) for j in range(inputs)]
@@ -114,7 +114,7 @@ def _dots(rows: int, inputs: int, lines: int | None = 0) -> Any:
                 xs, results = load_inputs(at), list(sums)
                 begin = b.mul(at, I64((lines or 0) * LINE // STEP))
                 for line in range(lines or 0):
-                    prefetch(b, b.gep(wanted, [b.add(begin, I64(line * LINE))]))
+                    prefetch(b, b.gep(ahead_start, [b.add(begin, I64(line * LINE))]))
                 for i, row in enumerate(w_rows):
                     results[i::rows] = multiply(b.gep(row, [at]), xs, results[i::rows])
                 return results

@@ -47,47 +47,36 @@ class Int8Weight:
     @staticmethod
     def of(weight: Tensor) -> Int8Weight:
         """Quantize a weight in fp32, (n, k)."""
-        planes, scale = _split_rows(weight, weight[:0, 0], weight[:0, 0])
+        planes, scale = _split_rows(weight, _ones(weight.shape[1]), weight[:0, 0])
         return Int8Weight(planes[: len(weight)], planes[len(weight) :], scale)
 
 
 @subroutine
-def _split_row(x: Any, columns: Any, scaled: Any, limit: Any, high: Any, low: Any) -> Any:
+def _split_row(x: Any, columns: Any, limit: Any, high: Any, low: Any) -> Any:
     """Split one row and return its scale."""
     largest = np.float32(0)
-    if scaled:
-        for j in range(len(x)):
-            value_abs = abs(x[j] * columns[j])
-            largest = maximum(largest, value_abs if value_abs <= limit else np.float32(0))
-    else:
-        for j in range(len(x)):
-            largest = maximum(largest, abs(x[j]))
+    for j in range(len(x)):
+        value_abs = abs(x[j] * columns[j])
+        largest = maximum(largest, value_abs if value_abs <= limit else np.float32(0))
     factor = np.float32(LARGEST) / largest if largest > SMALLEST else np.float32(0)
-    if scaled:
-        for j in range(len(x)):
-            value = x[j] * columns[j]
-            multiple = np.int32(np.rint(value * factor if abs(value) <= limit else np.float32(0)))
-            upper = (multiple + 64) >> 7
-            high[j], low[j] = upper, multiple - (upper << 7)
-    else:
-        for j in range(len(x)):
-            multiple = np.int32(np.rint(x[j] * factor))
-            upper = (multiple + 64) >> 7
-            high[j], low[j] = upper, multiple - (upper << 7)
+    for j in range(len(x)):
+        value = x[j] * columns[j]
+        multiple = np.int32(np.rint(value * factor if abs(value) <= limit else np.float32(0)))
+        upper = (multiple + 64) >> 7
+        high[j], low[j] = upper, multiple - (upper << 7)
     return largest / np.float32(LARGEST)
 
 
 @kernel
-def split_rows(x: Any, columns: Any, scaled: Any, limits: Any, planes: Any, scale: Any) -> None:
-    """Split x (T, k) into planes (2 T, k) int8, the high parts followed by the low parts, and scale (T,).
+def split_rows(x: Any, columns: Any, limits: Any, planes: Any, scale: Any) -> None:
+    """Split x (T, k) times `columns` (k,) into planes (2 T, k) int8, all high parts before all low ones, and scale.
 
-    scaled: the columns of x are multiplied by `columns` (k,) first. limits (T,) or (0,): greater absolute values count
-    as 0.
+    limits (T,) or (0,): greater absolute values count as 0. scale: (T,).
     """
     rows = len(x)
     for i in prange(rows):
         limit = limits[i] if len(limits) else np.float32(np.inf)
-        scale[i] = _split_row(x[i], columns, scaled, limit, planes[i], planes[rows + i])
+        scale[i] = _split_row(x[i], columns, limit, planes[i], planes[rows + i])
 
 
 @kernel
@@ -169,7 +158,7 @@ class Int8Matmul:
         """
         quantized = cache(lambda: Int8Weight.of(weight.detach()))
 
-        def head_product(
+        def head_matmul(
             x: Tensor, w: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
             residual: Tensor | None = None,
         ) -> Tensor:  # fmt: skip
@@ -182,7 +171,7 @@ class Int8Matmul:
             multiply_outliers(array(x), array(quantized().scale), array(w), array(limits), array(y))
             return self._sum(x, quantized(), along, y, accumulate=True, limits=limits)
 
-        return cast(FrozenMatmul, head_product)
+        return cast(FrozenMatmul, head_matmul)
 
     def _sum(
         self, x: Tensor, weight: Int8Weight, along: bool, y: Tensor, *, accumulate: bool, bias: Tensor | None = None,
@@ -190,7 +179,7 @@ class Int8Matmul:
     ) -> Tensor:  # fmt: skip
         """Compute the product; accumulate: add it to y."""
         n, empty = y.shape[1], x.new_empty(0)
-        rows, columns = max(16, SUMS_BYTES // (12 * n)), empty if along else weight.scale
+        rows, columns = max(16, SUMS_BYTES // (12 * n)), _ones(x.shape[1]) if along else weight.scale
         high, low = (None if plane is None else plane.t() if along else plane for plane in (weight.high, weight.low))
         for at in range(0, len(x), rows):
             part_rows = slice(at, at + rows)
@@ -211,7 +200,7 @@ class Int8Matmul:
 def _split_rows(x: Tensor, columns: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Return planes and scale as split_rows writes them; rows with NaN or infinity get the scale NaN."""
     planes, scale = torch.empty(2 * len(x), x.shape[1], dtype=torch.int8), torch.empty(len(x))
-    split_rows(array(x.contiguous()), array(columns), len(columns) > 0, array(limits), array(planes), array(scale))
+    split_rows(array(x.contiguous()), array(columns), array(limits), array(planes), array(scale))
     scale.masked_fill_(~torch.isfinite(x.sum(1)), torch.nan)
     return planes, scale
 

@@ -53,14 +53,14 @@ def _pair_rows(x: Any, scale: Any, out: Any, step: Any) -> None:
 
 
 @subroutine
-def _arrange_forward(a: Any, b: Any, scale: Any, first: Any, rank: Any, second: Any) -> None:
+def _pack_forward(a: Any, b: Any, scale: Any, first: Any, rank: Any, second: Any) -> None:
     """Write one adapter's part of the two matrices of the forward: scale A^T (k, rank) and B^T (r, n)."""
     _pair_columns(a, scale, first, rank)
     _pair_columns(b, np.float32(1.0), second, len(b))
 
 
 @subroutine
-def _arrange_backward(a: Any, b: Any, scale: Any, first: Any, slot: Any, second: Any) -> None:
+def _pack_backward(a: Any, b: Any, scale: Any, first: Any, slot: Any, second: Any) -> None:
     """Write one adapter's part of the two matrices of the backward: B (n, r) and scale A (rank, k)."""
     _pair_rows(b, np.float32(1.0), first, slot)
     _pair_rows(a, scale, second, a.shape[1])
@@ -144,18 +144,18 @@ def _load_pairs(x: Any, row: Any, begin: Any, n: Any, out: Any) -> None:
 def _gradient_columns(thin: Any, x: Any, spans: Any, factors: Any, lane: Any, lanes: Any, out: Any) -> None:
     """Compute one thread's columns of thin^T x, in fp32; thin (T, R), x (T, n).
 
-    spans (N, 6): first column of thin, slot, first column of x, how count, rank, where the result begins in out. out:
+    spans (N, 6): first column of thin, slot, first column of x, how many, rank, where the result begins in out. out:
     one-dimensional, for each span (slot, columns) times factors (R,), or (columns, rank) if `factors` is empty.
     """
-    half_rows, units, widest = (len(x) + 1) // 2, 0, 0
+    half_rows, num_units, widest = (len(x) + 1) // 2, 0, 0
     padded = (half_rows + STEP - 1) // STEP * STEP
     for part in range(len(spans)):
-        units += spans[part, 3] // COLUMNS
+        num_units += spans[part, 3] // COLUMNS
         widest = max(widest, spans[part, 1])
     sums = np.empty(widest * WIDTH + GAP, np.float32)
     pairs = np.empty(PAIRS * WIDTH + GAP, np.uint32)
     thin_t = np.empty(widest * padded + GAP, np.uint32)
-    low, high = units * lane // lanes, units * (lane + 1) // lanes
+    low, high = num_units * lane // lanes, num_units * (lane + 1) // lanes
     for part in range(len(spans)):
         at, slot, begin, columns, rank, to = spans[part]
         start, end = max(low, 0) * COLUMNS, min(high, columns // COLUMNS) * COLUMNS
@@ -222,8 +222,8 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart: bool) -> _Plan:
-    """Return the layout; thread: the owner of the buffers. apart: places adapter has separate `width` columns of z."""
+def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, separate_inputs: bool) -> _Plan:
+    """Return the layout; thread: the owner of the buffers. z has `width` columns, an adapter if separate."""
     slots = [-(-rank // LANES) * LANES for rank in ranks]
     starts = [sum(slots[:i]) for i in range(len(slots))]
     counts = [end - start for start, end in columns]
@@ -241,7 +241,7 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart:
 
     # From z to thin, from thin to the gradient of z, and the gradient of A: all adapters at once, or each separately.
     enter, leave, of_a = [(0, width, 0, total, 0)], [(0, total, 0, width, 0, 0)], [(0, total, 0, width, total, 0)]
-    if apart:
+    if separate_inputs:
         separate = [(at, slot, i * width) for i, (at, slot) in enumerate(zip(starts, slots, strict=True))]
         enter = [(begin, width, at, slot, at * (width // 2)) for at, slot, begin in separate]
         leave = [(at, slot, begin, width, at // 2 * width, 0) for at, slot, begin in separate]
@@ -273,7 +273,7 @@ def _plan_of(adapters: Adapters) -> _Plan:
 class LoraTerm:
     """The term that adapters add to an output, computed on demand (train.lora.Addend).
 
-    x (T, k), first, enter, second, leave: as in _apply; thin (T, rank): computed by `into` or `alone`.
+    x (T, k), first, enter, second, leave: as in _apply; thin (T, rank): computed by both methods.
     """
 
     x: Tensor
@@ -305,7 +305,7 @@ def forward(
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.slot_starts, plan.forward[1], adapters, strict=True):
         begin, step = (at * (adapters.width // 2), span[1]) if adapters.separate_inputs else (at, plan.rank)
-        _arrange_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
+        _pack_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
     thin = new(len(z), plan.rank, z)
     enter, leave = plan.forward
     columns = adapters.columns if plan.disjoint else None
@@ -316,7 +316,7 @@ def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tupl
     plan, width = _plan_of(adapters), adapters.width
     first, second = plan.matrices[2:]
     for at, span, (a, b, scale) in zip(plan.slot_starts, plan.backward[0], adapters, strict=True):
-        _arrange_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
+        _pack_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
     enter, leave = plan.backward
     thin = grad.new_empty(len(grad), plan.rank)
     columns = None if adapters.separate_inputs else ((0, width),)

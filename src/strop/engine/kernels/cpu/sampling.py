@@ -14,16 +14,22 @@ import numpy as np
 from numba import prange
 
 from strop.engine.kernels.cpu.compiled import exp, kernel, maximum, sequence, subroutine, to_fp32
-from strop.engine.kernels.cpu.decode_matmul import USES_AMX as USES_AMX
-from strop.engine.kernels.cpu.decode_matmul import Dense as Dense
-from strop.engine.kernels.cpu.decode_matmul import Quantized as Quantized
-from strop.engine.kernels.cpu.decode_matmul import dense_matmul as dense_matmul
-from strop.engine.kernels.cpu.decode_matmul import int8_matmul as int8_matmul
-from strop.engine.kernels.cpu.decode_matmul import quantized_matmul as quantized_matmul
-from strop.engine.kernels.cpu.dots import LANES as LANES
-from strop.engine.kernels.cpu.int8_dots import INT8_DOTS as INT8_DOTS
-from strop.engine.kernels.cpu.int8_dots import quantize_rows as quantize_rows
-from strop.engine.kernels.cpu.int8_dots import supports_width as supports_width
+from strop.engine.kernels.cpu.decode_matmul import (
+    USES_AMX,
+    Dense,
+    Quantized,
+    dense_matmul,
+    int8_matmul,
+    quantized_matmul,
+)
+from strop.engine.kernels.cpu.dots import LANES
+from strop.engine.kernels.cpu.int8_dots import INT8_DOTS, quantize_rows, supports_width
+
+__all__ = [
+    "INT8_DOTS", "LANES", "MAX_CANDIDATES", "USES_AMX", "Dense", "Quantized", "argmax_rows", "dense_matmul",
+    "find_candidates", "int8_matmul", "quantize_rows", "quantized_matmul", "sample", "supports_width",
+    "token_logprobs",
+]  # fmt: skip
 
 _SIGNLESS, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _LOWEST = np.float32(-3e38)
@@ -101,26 +107,26 @@ def sample(row: Any, temperature: Any, top_k: Any, top_p: Any, u: Any) -> Any:
     depth, most = _FIRST_DEPTH, n if top_k <= 0 else min(top_k, n)
     while True:
         floor = top - depth / scale
-        seen = np.nonzero(row >= floor)[0] if depth < 1e6 else np.arange(n)
-        values = row[seen]
+        candidates = np.nonzero(row >= floor)[0] if depth < 1e6 else np.arange(n)
+        values = row[candidates]
         order = np.argsort(-values, kind="mergesort")
         weights = np.exp((values[order].astype(np.float64) - top) * scale)
-        enough = len(seen) == n or (len(seen) >= most if top_k > 0 else weights.sum() >= top_p * mass)
+        enough = len(candidates) == n or (len(candidates) >= most if top_k > 0 else weights.sum() >= top_p * mass)
         if enough:
             break
         depth = depth * 4.0 if depth < 1e5 else 1e7
-    kept = min(len(order), most)
-    whole = weights[:kept].sum() if top_k > 0 else mass
+    limit = min(len(order), most)
+    whole = weights[:limit].sum() if top_k > 0 else mass
     before, count = 0.0, 0
-    while count < kept and before < top_p * whole:
+    while count < limit and before < top_p * whole:
         before += weights[count]
         count += 1
     left = u * before
     for place in range(count):
         left -= weights[place]
         if left < 0.0:
-            return seen[order[place]]
-    return seen[order[count - 1]]
+            return candidates[order[place]]
+    return candidates[order[count - 1]]
 
 
 @subroutine

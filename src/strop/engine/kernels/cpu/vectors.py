@@ -137,8 +137,8 @@ def max_within(context: Any, scores: Any, at: Any, count: Any, begin: Any, end: 
 
         def body(at: Any, carried: list[Any]) -> list[Any]:
             (top,) = carried
-            seen = b.select(_inside(b, at, args[3], args[4]), _load(b, start, at, False), _constant(_LOWEST))
-            return [b.select(_compare(b, ">", seen, top), seen, top)]
+            masked = b.select(_inside(b, at, args[3], args[4]), _load(b, start, at, False), _constant(_LOWEST))
+            return [b.select(_compare(b, ">", masked, top), masked, top)]
 
         (top,) = repeat(b, args[2], LANES, [_constant(_LOWEST)], body)
         return call_llvm(b, "llvm.vector.reduce.fmax.v16f32", F32, top)

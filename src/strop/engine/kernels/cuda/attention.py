@@ -1,4 +1,4 @@
-"""Attention over packed documents on a GPU: flash_forward attention of documents of any lengths, where the GPU has it.
+"""Attention over packed documents on a GPU: flash attention where the GPU has it.
 
 Flash attention (Dao, arXiv:2307.08691) saves its output and one value for each row and head; q and k are rotated again
 in the backward, and the gradients are written into one tensor. Elsewhere (GPUs before Ampere, fp32) PyTorch's attention
@@ -26,7 +26,7 @@ from strop.engine.train.packing import Documents, Varlen
 
 LOG = logging.getLogger(__name__)
 
-LARGEST, ALIGNED = 256, 8  # flash_forward attention takes heads of at most LARGEST elements, in multiples of ALIGNED
+LARGEST, ALIGNED = 256, 8  # flash attention takes heads of at most LARGEST elements, in multiples of ALIGNED
 FIRST_FLASH = (8, 0)  # compute capability (Ampere)
 FLASH3, FLASH3_PACKAGE, HOPPER = "FA3", "flash_attn_interface", 9
 TOLERANCE = 2e-2  # for values around 1 in bf16, each rounded several times

@@ -56,13 +56,13 @@ def four_bit(packed: Tensor, code: Tensor, constants: Tensor, block: int, nested
     assert out.is_contiguous() and block % 2 == 0
     pairs, blocks = block // 2, -(-out.numel() // block)
     wide = next_power_of_2(pairs)
-    blocks_each = max(1, TILE // wide)
+    blocks_per_program = max(1, TILE // wide)
     tables = (nested.levels, nested.scale) if nested else (constants, constants)
-    grid, count = (-(-blocks // blocks_each),), out.numel()
+    grid, count = (-(-blocks // blocks_per_program),), out.numel()
     launch(
         _four_bit, grid, out, packed, code, constants, *tables, out, blocks, -(-count // 2), count,
         nested.offset if nested else 0.0, NESTED=nested is not None, NESTED_BLOCK=nested.block if nested else 1,
-        PAIRS=pairs, WIDE=wide, BLOCKS=blocks_each, num_warps=4, enable_fp_fusion=False,
+        PAIRS=pairs, WIDE=wide, BLOCKS=blocks_per_program, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
@@ -122,24 +120,12 @@ def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
 def _shape(n: int, adapters: int) -> dict[str, int]:
     count = -(-n // 8)
     block = min(COUNTERS, next_power_of_2(count))
-    return {
-        "N": n,
-        "COUNT": count,
-        "ADAPTERS": adapters,
-        "ROUNDS": ROUNDS,
-        "BLOCK": block,
-        "num_warps": max(1, block // 128),
-    }
+    warps = max(1, block // 128)
+    return {"N": n, "COUNT": count, "ADAPTERS": adapters, "ROUNDS": ROUNDS, "BLOCK": block, "num_warps": warps}
 
 
 def _scalars(dropped: DropoutSpec) -> list[int]:
     """Return seed, step, numbers and levels; 32-bit values are signed, so that large ones need no further kernel."""
-    nothing = [0] * (MAX_ADAPTERS - len(dropped.numbers))
-
-    def signed(n: int) -> int:
-        return (n ^ SIGN) - SIGN
-
-    def four(values: Sequence[int]) -> list[int]:
-        return [*values, *nothing]
-
-    return [signed(dropped.seed), signed(dropped.step), *four(dropped.numbers), *four(dropped.levels)]
+    padding = [0] * (MAX_ADAPTERS - len(dropped.numbers))
+    key = [(n ^ SIGN) - SIGN for n in (dropped.seed, dropped.step)]
+    return [*key, *dropped.numbers, *padding, *dropped.levels, *padding]
