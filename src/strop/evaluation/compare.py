@@ -96,16 +96,12 @@ def compare(
     base: Side | None = None,
     devices: Devices = ALONE,
 ) -> dict[str, Any]:
-    """Score base and tuned model in one batch, with 95 % intervals.
-
-    base: earlier results of the same base on the same rows, which are not computed again. Ctrl-C keeps the rows that
-    are answered, and `interrupted` reports it.
-
-    Returns {rows, left_out, metric, base, tuned, intervals, difference, changed, samples}. `base` and `tuned`: {the
-    metric's scores, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; the last three are absent for the
-    metric `choice`, which generates nothing. `left_out`: {file, line, what} of each row without a right answer.
-    `tuned`, `difference` and `changed` (rows that only one gets right) are absent for a model without an adapter.
-    """
+    """Score base and tuned model in one batch, with 95 % intervals. Ctrl-C keeps the answered rows (`interrupted`)."""
+    # base: earlier results of the same base on the same rows. Returns {rows, left_out, metric, base, tuned, intervals,
+    # difference, changed, samples}; `base` and `tuned`: {the metric's scores, loss, perplexity, and for metrics other
+    # than `choice` stop_rate, tokens_per_answer, tokens_per_s}. `left_out`: {file, line, what} of each row without a
+    # right answer. `tuned`, `difference` and `changed` (rows that only one gets right) are absent for a model without
+    # an adapter.
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
@@ -173,10 +169,7 @@ def side_of(result: dict[str, Any], name: str) -> Side:
 def _loss(
     model: Model, questions: Sequence[Question], answers: Sequence[Completion], devices: Devices = ALONE
 ) -> float:
-    """Return the mean loss of the right answers, by their log-probabilities where they came with the generation.
-
-    The other rows go through the training step. answers: one per question, or none.
-    """
+    """Return the mean loss of the right answers, by log-probabilities of the generation or the training step."""
     total = weight = 0.0
     remaining = []
     for question, answer in zip_longest(questions, answers):

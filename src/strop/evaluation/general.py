@@ -1,10 +1,8 @@
-"""Measure what training broke: base and tuned model on a small general set and on tasks of lm-evaluation-harness.
+"""Measure what training broke: base and tuned model on a small general set and on tasks of lm-evaluation-harness."""
 
-general.jsonl has 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
-questions for, memory of earlier turns), each with a regular expression that a good answer matches. The set is small: it
-shows a model that has lost an ability, not one that has become two points worse. Prompts and scores of the harness are
-its own, so that they compare with published ones.
-"""
+# general.jsonl has 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
+# asked for, memory of earlier turns), each with a regular expression that a good answer matches. So small a set shows a
+# lost ability, not a loss of two points. Prompts and scores of the harness are its own, comparable with published ones.
 
 from __future__ import annotations
 
@@ -52,11 +50,7 @@ def rows() -> list[Row]:
 
 
 def compare_general(model: Model, advance: Advance | None = None, devices: Devices = ALONE) -> dict[str, Any]:
-    """Return the shares of good answers of base and tuned model, over all rows and by kind.
-
-    Returns {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base, tuned, difference}}, lost: [{prompt,
-    base, tuned}]}.
-    """
+    """Return {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base, tuned, difference}}, lost}."""
     questions = rows()
     prompts = [model.renderer.prompt(list(row.messages)) for row in questions]
     answers = generate_answers(
@@ -111,11 +105,8 @@ def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
 
 
 def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | None = None) -> dict[str, Any]:
-    """Run tasks on base and tuned model (without an adapter, the base only), on `limit` documents of each.
-
-    Returns {task: {metric: {base, tuned, difference: {value, low, high} | None, documents}}}. The interval is the
-    normal one of the mean of paired differences.
-    """
+    """Return {task: {metric: {base, tuned, difference, documents}}} of tasks, on `limit` documents of each."""
+    # difference: {value, low, high}, the normal interval of the mean of paired differences; None without an adapter.
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

@@ -1,8 +1,6 @@
-"""Compare base's and tuned's answers with a judge: a user-defined function, or a model behind a server.
+"""Compare base's and tuned's answers with a judge: a user-defined function, or a model behind a server."""
 
-The judge is asked twice, with the two answers in either order, because judges prefer one position. Different verdicts
-are a tie.
-"""
+# The judge is asked twice, in either order, because judges prefer one position. Different verdicts are a tie.
 
 from __future__ import annotations
 
@@ -49,10 +47,7 @@ None: no verdict."""
 
 
 def judge_for(name: str, model: str | None = None) -> Judge:
-    """Return the judge of `file.py:function`, or of an OpenAI-compatible server (`http://.../v1`).
-
-    model: one of the server's; default: the first that it lists.
-    """
+    """Return the judge of `file.py:function`, or of an OpenAI-compatible server (default: its first model)."""
     if ".py:" in name:
         if model is not None:
             raise RecipeError("--judge-model: the judge is a function", fix="leave it out")
@@ -76,13 +71,10 @@ def compare_by_judge(
     tuned: Sequence[str],
     advance: Advance | None,
 ) -> dict[str, Any]:
-    """Measure how often the tuned answer beats the base's.
-
-    Returns {name, rows, wins, ties, losses, win_rate, interval, difference, order_decided, unsaid, lost}. win_rate and
-    its 95 % interval: wins and half of the ties, from the paired difference of wins and losses. order_decided: rows
-    whose verdict changed with the order. unsaid: replies without a verdict, which count as ties. lost: places of the
-    rows that tuned lost.
-    """
+    """Measure how often the tuned answer beats the base's, with 95 % intervals."""
+    # win_rate: wins and half of the ties, from the paired difference of wins and losses. order_decided: rows whose
+    # verdict changed with the order. unsaid: replies without a verdict, counted as ties. lost: places of the rows that
+    # tuned lost.
     outcomes, order_decided, unsaid = [], 0, 0
     for number, (question, before, after) in enumerate(zip(questions, base, tuned, strict=True), 1):
         verdicts = [0, 0]

@@ -151,10 +151,7 @@ METRICS: dict[str, Metric] = {
 
 
 def metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
-    """Return a metric by name, or of the user's function `file.py:function`, which returns True or False.
-
-    arguments: what the function gets.
-    """
+    """Return a metric by name, or the user's function `file.py:function` of `arguments`, which returns a bool."""
     if not isinstance(name, str):
         raise RecipeError("metric: give a function by its name", fix="give 'file.py:function'")
     if ".py:" in name:
@@ -316,10 +313,7 @@ def general_verdict(result: Mapping[str, Any]) -> str:
 
 
 def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
-    """Return the score interval of a proportion of `successes` in `n` >= 1 trials.
-
-    E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927), 209-212.
-    """
+    """Return the score interval of `successes` in `n` >= 1 trials (E. B. Wilson, JASA 22 (1927), 209-212)."""
     assert 0 <= successes <= n and n > 0
     rate = successes / n
     middle = rate + z * z / (2 * n)
@@ -332,13 +326,10 @@ def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
 
 
 def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> Difference:
-    """Return tuned rate minus base rate on the same rows, at least one, with a 95 % interval.
-
-    R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on paired
-    data, Statistics in Medicine 17 (1998), 2635-2650, method 10: the Wilson intervals of both rates, combined with
-    their correlation phi (lowered by a continuity correction where it is positive). The interval is within -1 to 1, and
-    has a width even if all rows agree or there is only one.
-    """
+    """Return tuned rate minus base rate on the same rows (at least one) with a 95 % interval within -1 to 1."""
+    # R. G. Newcombe, Statistics in Medicine 17 (1998), 2635-2650, method 10: the Wilson intervals of both rates,
+    # combined with their correlation phi (lowered by a continuity correction where positive). It has a width even if
+    # all rows agree.
     pairs = [(bool(tuned), bool(base)) for base, tuned in zip(base_hits, tuned_hits, strict=True)]
     n = len(pairs)
     assert n > 0, "nothing to compare"

@@ -35,13 +35,10 @@ PairValues = list[tuple[float, float]]  # of the chosen and the rejected answer 
 def compare_preferences(
     model: Model, conversations: Sequence[Conversation], advance: Advance | None = None, devices: Devices = ALONE
 ) -> dict[str, Any]:
-    """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals.
-
-    Returns {rows, metric, base, tuned, intervals, difference, changed, samples}, as compare.compare does. `base` and
-    `tuned`: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}. With an adapter
-    also `rewards`: {accuracy, accuracy_interval, margin, margin_interval} of log pi - log base, summed over an answer,
-    in nats. A reward model has no base: preference is by its scores, and `rewards` has their margin.
-    """
+    """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals."""
+    # `base` and `tuned`: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}.
+    # `rewards`, with an adapter: {accuracy, accuracy_interval, margin, margin_interval} of log pi - log base, summed
+    # over an answer, in nats. A reward model has no base: preference is by its scores, and `rewards` has their margin.
     pairs = _rendered(model, conversations)
     if model.adapter is not None and is_reward_adapter(model.adapter):
         return _compare_scores(model, conversations, pairs, advance, devices)

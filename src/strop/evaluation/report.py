@@ -1,8 +1,6 @@
-"""Write report.html: report.json and the events of a run as one page.
+"""Write report.html: report.json and the events of a run as one page, without scripts or anything to load."""
 
-The page has no script and loads nothing, so it opens anywhere and keeps working. Everything is escaped, because an
-attacker may choose the text of samples. A section without figures is left out.
-"""
+# Everything is escaped, because an attacker may choose the text of samples.
 
 from __future__ import annotations
 

@@ -76,12 +76,10 @@ def evaluate_models(
     advance: Advance | None = None,
     devices: Devices = ALONE,
 ) -> list[dict[str, Any]]:
-    """Evaluate base and tuned model on the rows of `data`, for each model in turn; without an adapter, the base only.
-
-    Returns for each model what compare.compare returns (for pairs, preferences.compare_preferences), with `run`,
-    `notes`, and `train_rows`: how many of the rows the run was trained on, None if that is unknown. All input errors
-    but ModelError are raised before a model loads. A RunError of the judge has the answers as `partial_result`.
-    """
+    """Evaluate base and tuned model on the rows of `data`, for each model; without an adapter, the base only."""
+    # Returns compare.compare's (for pairs, compare_preferences's) result of each, with `run`, `notes` and `train_rows`:
+    # the number of rows that the run was trained on, None if unknown. Input errors but ModelError are raised before a
+    # model loads. A RunError of the judge has the answers as `partial_result`.
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
     bases: dict[tuple[str, str, str], Side] = {}
@@ -227,12 +225,9 @@ def _judge(options: EvalOptions) -> Judge | None:
 
 
 def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rank models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
-
-    A model whose evaluation was interrupted is left out, as it has not answered the same rows. `loss` is None for a
-    reward model. `behind` is the score minus the best score on the same rows, with its interval; the verdict is on that
-    difference.
-    """
+    """Rank models by score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}."""
+    # Interrupted ones, which have not answered the same rows, are left out. `loss` is None for a reward model.
+    # `behind`: score minus the best score on the same rows, and the verdict is on that difference.
     sides = [(result, "tuned" if "tuned" in result else "base") for result in results if "interrupted" not in result]
     ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]].get("loss", 0.0)))
     best = side_of(*ordered[0])
@@ -272,10 +267,7 @@ def read_conversations(
 
 
 def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return how rows are read (format, columns, encoding), and notes on options that come from a run's recipe.
-
-    Options that are not given are those of the runs' recipes, which must agree.
-    """
+    """Return how rows are read (format, columns, encoding), by default as in the runs' recipes, and notes."""
     if unknown := sorted(set(options) - set(READ_FIELDS)):
         raise RecipeError(
             f"--{unknown[0]}: not an option of eval{nearest(unknown[0], READ_FIELDS)}", fix=", ".join(READ_FIELDS)
@@ -358,11 +350,9 @@ def recipe_of(name: str) -> Recipe | None:
 
 
 def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
-    """Return for each row whether a run, or a run it started from, was trained on it, by content.
-
-    None if that is unknown: there is no run, or its data can no longer be read or has changed. Needs no weights. Rows
-    that are in the cache of their run are not tokenized again.
-    """
+    """Return for each row whether a run, or a run it started from, was trained on it (by content); None if unknown."""
+    # Unknown: there is no run, or its data is unreadable or has changed. Rows in the run's cache are not tokenized
+    # again.
     try:
         run, recipe = run_of(name), recipe_of(name)
         if run is None or recipe is None:
@@ -398,10 +388,7 @@ def count_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) 
 
 
 def _store(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Store a result in the run's report, or add a note to it if that cannot be written.
-
-    An interrupted evaluation does not replace a complete one.
-    """
+    """Store a result in the run's report, unless it would replace a complete one, or note why it cannot be."""
     before = folder.read_report().get("evaluation") or {}
     if "interrupted" in result and before and "interrupted" not in before:
         note = f"the report of {folder.path} keeps the earlier evaluation, of {before.get('rows')} rows"

@@ -1,7 +1,4 @@
-"""Collect the facts and checks of `strop doctor`. Only the checks need torch.
-
-Each finding says what is wrong, why it matters, and which command fixes it.
-"""
+"""Collect the facts and checks of `strop doctor`: what is wrong, why it matters, and which command fixes it."""
 
 from __future__ import annotations
 
@@ -58,11 +55,7 @@ class DoctorReport:
 
 
 def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
-    """Examine this machine.
-
-    try_out: checks that need torch (planning.calibrate), run where it is installed. folder: where runs will be written;
-    default: the current directory.
-    """
+    """Examine this machine. try_out: checks that need torch. folder: where runs will be written."""
     machine, folder = probe(), folder or Path.cwd()
     findings = [*_versions(), *_resources(machine, folder), _hub(), _disk(folder)]
     rates = None

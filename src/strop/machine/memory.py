@@ -41,11 +41,9 @@ _NO_MEMORY = (
 
 
 def keep_heap_pages() -> None:
-    """Allocate blocks below 32 MiB from the heap, whose pages stay mapped when a block is freed.
-
-    Short-lived tensors of a step then reuse pages. glibc reaches this state too, but only as such blocks are freed;
-    mapping and clearing new pages for each block took a quarter of a step (docs/log).
-    """
+    """Allocate blocks below 32 MiB from the heap, whose pages stay mapped for reuse when a block is freed."""
+    # glibc reaches this state too, but only as such blocks are freed; mapping and clearing new pages for each block
+    # took a quarter of a step (docs/log).
     if sys.platform == "linux" and not any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         with suppress(AttributeError):
             library = ctypes.CDLL(None)
@@ -68,10 +66,7 @@ def map_pages(size: int) -> mmap.mmap:
 
 @dataclass(frozen=True)
 class PeakTracker:
-    """Peak memory since `start_peak`.
-
-    resident_bytes: of the process at the start. device: the CUDA device to measure instead, if it is one.
-    """
+    """Peak memory since `start_peak`, of the process (`resident_bytes` at the start) or of a CUDA device."""
 
     resident_bytes: int
     device: str
@@ -131,11 +126,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class MemoryWatch:
-    """Raises MemoryError before this process exceeds its limit; on a CPU the system would kill it silently.
+    """Raises MemoryError before this process exceeds its limit; on a CPU the system would kill it silently."""
 
-    Memory grows between layers: call `begin` before each micro-batch, and the watch itself before each layer. Resident
-    memory is compared with the limit. (RLIMIT_DATA was tried instead: small allocations inside oneDNN then fail too.)
-    """
+    # Memory grows between layers: call `begin` before each micro-batch, and the watch itself before each layer.
+    # (RLIMIT_DATA was tried instead: small allocations inside oneDNN then fail too.)
 
     def __init__(self, limit_bytes: int, free_bytes: int) -> None:
         """Set the limit to the smaller of `limit_bytes` and what the machine has left, `free_bytes`."""

@@ -164,10 +164,7 @@ def _gpus() -> tuple[str, ...]:
 
 
 def _query_gpus(fields: str) -> tuple[str, ...]:
-    """Query the driver about the GPUs that are visible to CUDA, in CUDA's order.
-
-    The order is that of CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets.
-    """
+    """Query the driver about visible GPUs, in the order of CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets."""
     uuids, lines = nvidia_smi("uuid"), nvidia_smi(fields)
     selection = os.environ.get("CUDA_VISIBLE_DEVICES")
     if selection is None or selection.startswith("MIG-") or len(uuids) != len(lines):
@@ -176,10 +173,8 @@ def _query_gpus(fields: str) -> tuple[str, ...]:
 
 
 def visible_gpus(selection: str, uuids: Sequence[str]) -> list[int]:
-    """Return the indices of the GPUs in CUDA_VISIBLE_DEVICES, which are numbers or prefixes of a uuid.
-
-    Like CUDA, ignore everything after the first invalid entry, and return nothing if a GPU is listed twice.
-    """
+    """Return the indices of the GPUs in CUDA_VISIBLE_DEVICES, which are numbers or prefixes of a uuid."""
+    # Like CUDA, ignore everything after the first invalid entry, and return nothing if a GPU is listed twice.
     indices: list[int] = []
     for entry in (entry.strip() for entry in selection.split(",")):
         if entry.isdigit():

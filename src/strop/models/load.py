@@ -1,7 +1,4 @@
-"""Load a frozen base model from a Source.
-
-A GGUF file is dequantized once into a cached folder, and then loaded like any other model.
-"""
+"""Load a frozen base model from a Source; a GGUF file is dequantized once into a cached folder."""
 
 from __future__ import annotations
 
@@ -96,20 +93,10 @@ def load_base(
     double: bool = True,
     resident_layers: int | None = 0,
 ) -> nn.Module:
-    """Load the frozen model in eval mode.
-
-    Args:
-        source: the model's files.
-        dtype: of the weights that are not quantized.
-        device: cpu, cuda, cuda:N or mps.
-        quantization: none, nf4, fp4 or int8.
-        double: also quantize the scales of 4-bit weights.
-        resident_layers: number of decoder layers, from the first, to dequantize permanently. None: all, or on a GPU as
-            many as fit in memory together with generation.
-
-    Raises:
-        ModelError: if weights are missing or have the wrong shape; transformers would fill them with random values.
-    """
+    """Load the frozen model in eval mode; raise ModelError for missing or misshapen weights."""
+    # dtype: of unquantized weights. device: cpu, cuda, cuda:N or mps. quantization: none, nf4, fp4 or int8. double:
+    # also quantize the scales of 4-bit weights. resident_layers: number of decoder layers, from the first, to
+    # dequantize permanently; None: all, or on a GPU as many as fit in memory together with generation.
     LOG.info("loading the weights of %s", source.name)
     has_generation_config = source.kind == "folder" and (source.path / "generation_config.json").is_file()
     if has_generation_config:  # transformers ignores a damaged one, and the model would not stop
@@ -145,10 +132,7 @@ def prepare_frozen(model: Any, source: Source) -> nn.Module:
 
 
 def _fix_text_forward(model: nn.Module) -> None:
-    """Make Llama 4 accept text without images.
-
-    Its class reads `image_outputs` of a result that has none, in transformers up to at least 5.24.
-    """
+    """Make Llama 4 accept text alone: it reads `image_outputs`, which is absent then (transformers 5.24)."""
     wrapper: Any = model
     if type(model).__name__ != "Llama4ForConditionalGeneration":
         return
@@ -161,10 +145,7 @@ def _fix_text_forward(model: nn.Module) -> None:
 
 
 def keep_attention_softcap(model: Any) -> None:
-    """Use eager attention where scores have a soft cap (Gemma 2).
-
-    transformers 5.20, the newest for Python 3.10, uses PyTorch's attention, which silently ignores the cap.
-    """
+    """Use eager attention where scores have a soft cap (Gemma 2), which transformers 5.20 silently ignores."""
     text = model.config.get_text_config()
     if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
@@ -241,10 +222,7 @@ def _quantized_cache(source: Source, scheme: str, double: bool, dtype: torch.dty
 
 
 def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
-    """Return the folder with the quantized weights: the source itself, or a cached one created on first use.
-
-    device: where to quantize.
-    """
+    """Return the folder with the quantized weights: the source itself, or a cached one created on first use."""
     stored = prequantized(source.config())
     if stored == scheme:
         check_packed_checkpoint(source, load_without_weights(source))
@@ -296,11 +274,8 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _dequantize_gguf(source: Source) -> Path:
-    """Return a GGUF file as a cached folder of bf16 safetensors.
-
-    Families that strop supports are converted tensor by tensor; others are loaded by transformers, which needs memory
-    for the whole model.
-    """
+    """Return a GGUF file as a cached folder of bf16 safetensors."""
+    # Supported families are converted tensor by tensor; transformers loads others, with memory for the whole model.
 
     def make(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)

@@ -1,14 +1,11 @@
-"""Load a frozen base of which each process keeps one share, and gather its weights unit by unit.
+"""Load a frozen base of which each process keeps one share, and gather its weights unit by unit."""
 
-A unit is the weights of a decoder layer, or of an embedding, as contiguous bytes cut into equal shares. Bytes are
-stored, sent and compared, so 4-bit weights are never seen as floats. The modules' weights are views of a buffer that is
-empty until all shares are gathered, and is emptied again afterwards; the views stay valid, so what autograd has saved
-of them is correct again when the bytes are back.
-
-For weights that are in the file as they are computed with, and for quantized ones, a process reads only the bytes of
-its share. Others (another dtype, a mixture's experts that are joined while loading, layers that are dequantized for
-good) are made one tensor at a time, and only the share is kept. Small tensors, norms and biases, are loaded whole.
-"""
+# A unit is the weights of a decoder layer, or of an embedding, as contiguous bytes cut into equal shares; bytes are
+# stored, sent and compared, so 4-bit weights are never seen as floats. The modules' weights are views of a buffer that
+# is empty but while all shares are gathered; the views stay valid, so what autograd saved of them is right when the
+# bytes are back. For quantized weights, and those stored as they are computed with, a process reads only its share's
+# bytes. Others (another dtype, experts joined while loading, resident layers) are made one tensor at a time, and only
+# the share is kept. Small tensors, norms and biases, are loaded whole.
 
 from __future__ import annotations
 
@@ -136,10 +133,7 @@ class ShardedUnit:
 
 
 def digest(data: Tensor, begin: int) -> int:
-    """Return the sum over 32-bit words of word * (2 * index + 1), modulo 2^64; begin: offset of the bytes in the unit.
-
-    Any change of one word changes the digest.
-    """
+    """Return the sum over 32-bit words of word * (2 * index + 1), modulo 2^64, which any changed word changes."""
     words, first, total = data.view(WORD), begin // WORD.itemsize, 0
     for start in range(0, len(words), DIGEST_WORDS):
         chunk = words[start : start + DIGEST_WORDS].long()
@@ -177,10 +171,7 @@ def shard_model(
     world: int,
     device: str,
 ) -> ModelShards:
-    """Shard a model on meta tensors over `world` processes.
-
-    tensors_of: returns how to read the tensors of a parameter, given by name; None if it is loaded whole.
-    """
+    """Shard a model on meta tensors over `world` processes. tensors_of: None for parameters loaded whole."""
     modules, paths = _sharded_modules(model), {id(module): path for path, module in model.named_modules()}
     units: dict[ModuleKey, ShardedUnit] = {}
     unit_of: dict[int, tuple[ShardedUnit, nn.Parameter]] = {}  # holds the weight, so that its id is not reused
@@ -229,10 +220,7 @@ def load_sharded(
     double: bool = True,
     resident_layers: int = 0,
 ) -> tuple[nn.Module, ModelShards]:
-    """Return the model in eval mode, whose large weights are empty until gathered, and this process's share of them.
-
-    Arguments are those of `load_base`. Raises ModelError if weights are missing, not finite or of another shape.
-    """
+    """Return the model in eval mode, its large weights empty until gathered, and this process's share of them."""
     LOG.info("loading 1/%d of the weights of %s", world, source.name)
     if quantization == "none":
         check_not_prequantized(source)

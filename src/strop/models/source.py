@@ -1,7 +1,4 @@
-"""Find a model's files by name, and read its config and weight headers without its weights or torch.
-
-A name is a Hub id, a local folder, a .gguf file, a run folder (meaning its base) or `demo`.
-"""
+"""Find a model's files by Hub id, folder, .gguf, run or `demo`, and read config and weight headers without torch."""
 
 from __future__ import annotations
 
@@ -56,10 +53,7 @@ class Source:
 
 
 def locate(name: str, revision: str | None = None) -> Source:
-    """Find a model's files; a Hub id is downloaded (safetensors, config and tokenizer only, never pickle or code).
-
-    Raises ModelError where there is no such model, or it has no safetensors.
-    """
+    """Find a model's files; from the Hub only safetensors, config and tokenizer are downloaded, never code."""
     path = Path(name).expanduser()
     is_local = name == "demo" or name.startswith(("demo:", "gguf:")) or name.endswith(".gguf") or path.is_dir()
     if is_local and revision:
@@ -130,10 +124,7 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
 
 
 def _conflicting_rope_field(section: Mapping[str, Any]) -> str | None:
-    """Return the config field that contradicts `rope_parameters`, or None.
-
-    transformers uses rope_scaling with rope_theta where it is there, and rope_parameters otherwise.
-    """
+    """Return the config field that contradicts `rope_parameters`; transformers prefers rope_scaling with rope_theta."""
     params, scaling = section.get("rope_parameters"), section.get("rope_scaling")
     if not (isinstance(params, Mapping) and params):
         return None
@@ -171,11 +162,9 @@ def check_not_widened(folder: Path) -> None:
 
 
 def fingerprint(source: Source) -> str:
-    """Return a sha256 that identifies a base.
-
-    It covers a GGUF file whole and, of a folder, the config and the name, dtype, shape and first bytes of each tensor:
-    reading gigabytes at each start would be slow.
-    """
+    """Return a sha256 that identifies a base."""
+    # A GGUF file is read whole; of a folder the config and the name, dtype, shape and first bytes of each tensor:
+    # reading gigabytes at each start would be slow.
     if source.kind == "gguf":
         return sha256_file(source.path)
     digest = hashlib.sha256(json.dumps(source.config(), sort_keys=True).encode())
@@ -192,10 +181,7 @@ def fingerprint(source: Source) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder, by name; only model.safetensors if there is one.
-
-    transformers prefers that file too. Raises ModelError where a file is missing, or the index is damaged.
-    """
+    """Return the safetensors files of a model folder, by name; only model.safetensors if there is one."""
     index = folder / "model.safetensors.index.json"
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
@@ -216,10 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_headers(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the weight files of a model folder with their headers.
-
-    Raises ModelError where a file is missing or damaged, or two files have a tensor of the same name.
-    """
+    """Return the weight files of a model folder with their headers; raise ModelError if damaged or ambiguous."""
     headers = [(file, read_safetensors_header(file)) for file in weight_files(folder)]
     file_of: dict[str, Path] = {}
     for file, header in headers:

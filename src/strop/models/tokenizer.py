@@ -1,7 +1,4 @@
-"""Load a model's tokenizer without its weights, and decode tokens to text as they are generated.
-
-For most model folders no torch is imported.
-"""
+"""Load a model's tokenizer without its weights (mostly without torch), and decode tokens as they are generated."""
 
 from __future__ import annotations
 
@@ -23,10 +20,7 @@ CONTEXT_TOKENS = 5  # last tokens of a prompt with which the first word of a com
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Load the model's tokenizer, which must be a fast one: token offsets are needed to find the supervised tokens.
-
-    Raises ModelError where there is none.
-    """
+    """Load the model's fast tokenizer, whose offsets find the supervised tokens, or raise ModelError."""
     folder = config_folder(source)
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
@@ -53,10 +47,7 @@ def _tokenizer_class(folder: Path) -> Any:
 
 
 def trained_token_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the embedding rows that an adapter trains, by the leaf name of their module.
-
-    config: adapter_config.json.
-    """
+    """Return the embedding rows that an adapter (its adapter_config.json) trains, by the leaf name of their module."""
     rows = config.get("trainable_token_indices") or {}
     return {"embed_tokens": rows} if isinstance(rows, list) else dict(rows)
 
@@ -113,11 +104,10 @@ def unpacked_config(config: Any) -> Any:
 
 
 class TextStream:
-    """Decode one completion token by token.
+    """Decode one completion token by token."""
 
-    Only whole characters are returned, and no text that may turn out to be the start of a stop string. `stopped` is set
-    when a stop string is complete; neither it nor what follows is returned.
-    """
+    # Only whole characters are returned, and no text that may become a stop string. `stopped` is set when one is
+    # complete; neither it nor what follows is returned.
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
         """Start a stream. prompt: token ids whose text the completion continues, so its leading space is kept."""
@@ -173,10 +163,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TokenBytes:
-    """Map tokens to the bytes they have inside a text, with their leading space.
-
-    A token that is a part of a character maps to that part of its UTF-8 bytes.
-    """
+    """Map tokens to their (possibly partial) UTF-8 bytes inside a text, with their leading space."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -1,9 +1,8 @@
-"""Predict the activation memory of a micro-batch from the tensors that the engine allocates. Imports no torch.
+"""Predict the activation memory of a micro-batch from the tensors that the engine allocates. Imports no torch."""
 
-Symbols are those of the engine: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
-values, I intermediate size, b bytes per value. The peak of a step is the largest of a few moments, each
-a sum of the tensors that are alive then.
-"""
+# Symbols are the engine's: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
+# values, I intermediate size, b bytes per value. A step's peak is the largest of a few moments: sums of tensors alive
+# then.
 
 from __future__ import annotations
 
@@ -128,11 +127,9 @@ def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
 
 
 def outer_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
-    """Return the bytes of the fast step outside its layers: alive from forward to backward, and alive at the head.
-
-    Per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and the rotary
-    angles in fp32; at the head, on a CPU, one more copy of the supervised rows.
-    """
+    """Return the fast step's bytes outside its layers: alive from forward to backward, and alive at the head."""
+    # Per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and fp32
+    # rotary angles; at the head, on a CPU, one more copy of the supervised rows.
     if workload.compute.step == "plain":
         return 0, 0
     shape, b = workload.shape, workload.compute.dtype_bytes
@@ -272,11 +269,9 @@ def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = Non
 
 
 def _mlp_backward_blocks(workload: Workload, rows: int) -> list[int]:
-    """Return the sizes of the buffers of the MLP's backward pass.
-
-    d(gate, up) (2 I), dz (I), z (I), and the gradient of the residual (h). With dropout also the masked z (I). With
-    DoRA and dropout also, for gate and up: z, the masked z and two gradients.
-    """
+    """Return the sizes of the buffers of the MLP's backward pass."""
+    # d(gate, up) (2 I), dz (I), z (I), the residual's gradient (h); with dropout also the masked z (I); with DoRA and
+    # dropout also, for gate and up: z, the masked z and two gradients.
     h, inner, adapter = workload.shape.hidden, workload.shape.intermediate, workload.adapter
     sizes = [2 * inner, inner, inner, h] + ([inner] if adapter.dropout else [])
     if adapter.dora and adapter.dropout and workload.compute.step == "fast":
@@ -297,11 +292,9 @@ def _tile_bytes(workload: Workload, batch: MicroBatch, *, backward: bool) -> int
 
 
 def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return the peak bytes of the backward pass through the attention blocks of a bucket, largest block first.
-
-    Each block has probabilities and their gradient (the old ones until the new ones are computed), and adds to the
-    gradients of keys and values, which are summed in fp32.
-    """
+    """Return the peak bytes of the backward pass through the attention blocks of a bucket, largest block first."""
+    # Each block has probabilities and their gradient (the old ones until the new ones are computed), and adds to the
+    # gradients of keys and values, which are summed in fp32.
     shape, b, sizes = workload.shape, workload.compute.dtype_bytes, [0]
     for number, queries, keys in batch.documents:
         blocks = list(reversed(_blocks(queries, keys)))
@@ -319,11 +312,8 @@ def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
 
 
 def head_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return the bytes of the output head: the last norm's output, its gradient, and a chunk of logits.
-
-    The plain step has all logits at once. A trained head adds its gradient, next to that of earlier micro-batches, and
-    its weight in the compute dtype.
-    """
+    """Return the output head's bytes: the last norm's output, its gradient, and a chunk of logits (plain step: all)."""
+    # A trained head adds its gradient, next to that of earlier micro-batches, and its weight in the compute dtype.
     shape, adapter, compute = workload.shape, workload.adapter, workload.compute
     b = compute.dtype_bytes
     trained = head_gradient_bytes(workload) if batch.accumulates or compute.device != "cpu" else 0

@@ -1,9 +1,7 @@
-"""Measurements of `strop doctor` with torch: the GPU, matmul and memory rates, the cost of a step, one 4-bit step.
+"""Measurements of `strop doctor` with torch: the GPU, matmul and memory rates, the cost of a step, one 4-bit step."""
 
-A step's time is a sum: matmuls of frozen weights and of adapters by their FLOPs, reading the weights once in each
-direction, and three costs that are fitted here on small models with random weights: of a layer, of the bytes its
-element-wise work moves, and of attention.
-"""
+# A step's time is a sum: matmuls of frozen weights and of adapters by their FLOPs, reading the weights once in each
+# direction, and three costs fitted here on small random models: of a layer, of bytes moved, and of attention.
 
 from __future__ import annotations
 

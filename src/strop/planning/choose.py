@@ -47,12 +47,10 @@ def choose(
     parameters: int | None = None,
     devices: int = 1,
 ) -> Resolved:
-    """Fill in every open option of a recipe.
-
-    device and dtype (name, reason): for a recipe that leaves them open. adapter: adapter_config.json of
-    `model.adapter`, with the texts of its new tokens; the recipe takes its shape. With several devices, the machine is
-    one device's part. Raises RecipeError if options conflict with each other, or with the adapter.
-    """
+    """Fill in every open option of a recipe; raise RecipeError if options conflict with each other or the adapter."""
+    # device, dtype (name, reason): for a recipe that leaves them open. adapter: adapter_config.json of `model.adapter`
+    # with the texts of its new tokens; the recipe takes its shape. With several devices, the machine is one device's
+    # part.
     check_devices(resolved.recipe.train, devices)
     if adapter is not None:
         resolved = resolved.decide(_adapter_choices(resolved, adapter))
@@ -132,10 +130,7 @@ def why_no_integers(recipe: Recipe, machine: Machine, shape: ModelShape) -> str 
 
 
 def usable_bytes(machine: Machine, device: str) -> int:
-    """Return the bytes a run may use: a share of what this process can still allocate, or of the GPU's memory.
-
-    If a run has read the free memory of the GPU, it is a share of that.
-    """
+    """Return the bytes a run may use: a share of what this process can allocate, or of the GPU's (free) memory."""
     kind, _, index = device.partition(":")
     free = machine.free_bytes
     if kind == "cuda" and machine.gpus:
@@ -213,10 +208,8 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
 
 
 def stale_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
-    """Yield a sentence for alpha and the learning rate if the recipe has them, but an option would change them.
-
-    The recipe.yaml of a run has all values, so they do not follow a changed rank or model.
-    """
+    """Yield a sentence for alpha and the learning rate if the recipe sets them, but an option would change them."""
+    # The recipe.yaml of a run has all values, so they do not follow a changed rank or model.
     recipe, choices = resolved.recipe, resolved.choices
     open_alpha = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"alpha": None})})
     rule_values = {"lora.alpha": alpha_of(open_alpha)}
@@ -241,12 +234,10 @@ def alpha_of(recipe: Recipe) -> float:
 
 
 def rate_factor(scale: float, batch: int, ratio: float = 1.0) -> float:
-    """Return the factor on the rate for another `adapter_scale`, rows per step, or LoRA+ ratio than the rule's.
-
-    The best rates were measured at ranks 4 to 128, scales 1 to 8, 2 to 32 rows, and a ratio of 16
-    (docs/learning_rate.md). With one alpha for all ranks the rate is the same, as "LoRA Without Regret" (Schulman and
-    Thinking Machines, 2025) found for larger models.
-    """
+    """Return the factor on the rate for another `adapter_scale`, rows per step, or LoRA+ ratio than the rule's."""
+    # Measured at ranks 4 to 128, scales 1 to 8, 2 to 32 rows, and a ratio of 16 (docs/learning_rate.md). With one alpha
+    # for all ranks the rate is the same, as "LoRA Without Regret" (Schulman and Thinking Machines, 2025) found on
+    # larger models.
     rows = min(max(batch, ROWS_RANGE[0]), ROWS_RANGE[1])
     return float((REFERENCE_SCALE / max(scale, MIN_SCALE)) ** 0.5 * (rows / REFERENCE_ROWS) ** 0.2 / ratio**0.5)
 

@@ -146,10 +146,8 @@ def find_spec(name: str) -> DeviceSpec:
 
 
 def match_driver_name(name: str) -> DeviceSpec | None:
-    """Return the GPU of a driver's name ("NVIDIA A100-SXM4-80GB, 81920 MiB"), or None if it is not in the table.
-
-    Every word of the table's name must be in the driver's name. Words such as Ti, Super and Laptop must be in both.
-    """
+    """Return the GPU of a driver's name ("NVIDIA A100-SXM4-80GB, 81920 MiB"), or None if it is not in the table."""
+    # Every word of the table's name must be in the driver's name. Words such as Ti, Super and Laptop must be in both.
     words = set(re.findall(r"[a-z0-9]+", name.partition(",")[0].lower()))
     table = {spec: set(spec.name.lower().replace(" sxm", "").split()) for spec in SPECS if spec.device == "cuda"}
     matching = [spec for spec, names in table.items() if names <= words and not (_VARIANTS & words) - names]

@@ -1,10 +1,8 @@
-"""Peak memory of every phase of a run and of the commands after it, by part. Imports no torch and reads no weights.
+"""Peak memory of every phase of a run and of the commands after it, by part. Imports no torch and reads no weights."""
 
-Each term has a cause that was measured alone; docs/plan.md has the measurements and the errors of the sums. On a CPU,
-memory is resident memory of the process above its value before the model loads. On CUDA, it is what the GPU must have,
-its context included. Evaluating, merging, exporting and serving read the base first, so their peak is the larger of
-`load_phase` and their own.
-"""
+# Each term has a cause that was measured alone; docs/plan.md has the measurements and the errors of the sums. On a CPU,
+# memory is the process's resident memory above its value before the model loads; on CUDA, all that the GPU must have,
+# its context included. Commands after training read the base first: their peak is at least `load_phase`.
 
 from __future__ import annotations
 
@@ -150,11 +148,9 @@ def weight_bytes(workload: Workload) -> int:
 
 
 def constant_bytes(workload: Workload) -> int:
-    """Return bytes of the quantization constants.
-
-    4 bit: one constant per block of 64, in fp32, or with double quantization in 8 bit with one fp32 constant for 256 of
-    them, which makes 4.127 bits per weight (QLoRA, arXiv:2305.14314, section 3). int8: one fp32 constant per row.
-    """
+    """Return bytes of the quantization constants."""
+    # 4 bit: an fp32 constant per block of 64; double: 8 bit with one fp32 constant for 256 of them, 4.127 bits per
+    # weight in all (QLoRA, arXiv:2305.14314, section 3). int8: one fp32 constant per row.
     packed, base, shape = packed_weights(workload), workload.base, workload.shape
     if not packed:
         return 0
@@ -235,11 +231,9 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 
 
 def _mapped_copies(workload: Workload) -> int:
-    """Return bytes of mapped weight files whose weights were copied, on a CPU in 16 bit.
-
-    The fast step joins weights on the same input, transformers joins experts that a file stores one by one, and an
-    embedding with new tokens is copied. Pages stay mapped while any other weight of the file is in use.
-    """
+    """Return bytes of mapped weight files whose weights were copied, on a CPU in 16 bit."""
+    # The fast step joins weights on the same input, transformers joins experts stored one by one, and an embedding with
+    # new tokens is copied. Pages stay mapped while any other weight of the file is in use.
     shape, compute, base = workload.shape, workload.compute, workload.base
     if compute.device != "cpu" or base.scheme != "none" or compute.dtype_bytes != 2 or base.shards > 1:
         return 0  # a share of a sharded base is read into its own memory
@@ -251,11 +245,9 @@ def _mapped_copies(workload: Workload) -> int:
 
 
 def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
-    """Return the peak of training from the second step on; the first step has no optimizer state yet.
-
-    Gradients (fp32) grow while activations are freed. On a GPU they count at the peak only if an earlier micro-batch of
-    the step has left some. On a CPU they are small blocks, whose memory the C library keeps from step to step.
-    """
+    """Return the peak of training from the second step on; the first step has no optimizer state yet."""
+    # fp32 gradients grow while activations are freed: on a GPU they count at the peak only if an earlier micro-batch
+    # has left some. On a CPU they are small blocks, whose memory the C library keeps from step to step.
     adapter, compute = workload.adapter, workload.compute
     parts = constant_parts(workload, trained=True)
     trainable = 4 * workload.adapter_weights
@@ -275,11 +267,9 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
 
 
 def load_phase(workload: Workload) -> Phase:
-    """Return the peak of reading the base.
-
-    On a CPU, 16-bit weights stay in their mapped files; for fp32 they are copied, and the files' pages count until the
-    last copy. A quantized base is read tensor by tensor. Each device reads its share of a sharded base.
-    """
+    """Return the peak of reading the base (a device's share of a sharded one; a quantized one tensor by tensor)."""
+    # On a CPU, 16-bit weights stay in their mapped files; for fp32 they are copied, and the files' pages count until
+    # then.
     constant = constant_parts(workload, trained=False)
     compute = workload.compute
     copied = compute.device == "cpu" and workload.base.scheme == "none" and compute.dtype_bytes != 2
@@ -342,21 +332,17 @@ def merge_phase(workload: Workload, longest: int) -> Phase:
 def parity_model_bytes(
     parameters: int, vocabulary: int, hidden: int, tied: bool, *, dtype_bytes: int = 2, longest: int = 1024
 ) -> tuple[int, int]:
-    """Return bytes of (weights, head) of a model that converts weights of `dtype_bytes` to fp32 for each matmul.
-
-    The embedding is in fp32 too, an untied head is the largest converted weight, and a row has a matrix of logits.
-    """
+    """Return bytes of (weights, head) of a model that converts weights of `dtype_bytes` to fp32 for each matmul."""
+    # The embedding is in fp32 too, an untied head is the largest converted weight, and a row has a matrix of logits.
     embedding = 4 * vocabulary * hidden
     head = (0 if tied else embedding) + 4 * vocabulary * longest + PARITY_BYTES
     return dtype_bytes * parameters + embedding, head
 
 
 def export_phase(workload: Workload, longest: int, kind: str = "q8_0") -> Phase:
-    """Return the peak of writing a GGUF file of this type, without a measurement by llama.cpp.
-
-    Tensors are written one by one: the largest as stored, in fp32, and as written. An adapter trained on quantized
-    weights is first measured on both possible bases, on rows of `longest` tokens.
-    """
+    """Return the peak of writing a GGUF file of this type, without a measurement by llama.cpp."""
+    # Tensors are written one by one: the largest as stored, in fp32, and as written. An adapter trained on quantized
+    # weights is first measured on both possible bases, on rows of `longest` tokens.
     largest = max(workload.shape.embedding, *(x.inputs * x.outputs for x in workload.shape.linears))
     written = phase_of({
         "adapters": 4 * workload.adapter_weights,

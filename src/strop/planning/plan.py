@@ -1,7 +1,4 @@
-"""`strop plan`: facts about the model, whether a recipe fits a machine, how long it takes, and what to change.
-
-Imports no torch, except for models of unknown families.
-"""
+"""`strop plan`: model facts, fit, time and what to change. Imports no torch, except for models of unknown families."""
 
 from __future__ import annotations
 
@@ -99,12 +96,7 @@ def make_plan(
     devices: Devices = SINGLE_DEVICE,
     thorough: bool = True,
 ) -> Plan:
-    """Plan a run.
-
-    target: with several devices, one device's part. adapter: adapter_config.json of the adapter to start from.
-    thorough: also find the largest rows that fit and the changes with which the plan fits, which takes longer than
-    everything else.
-    """
+    """Plan a run. thorough: also find the largest rows that fit and changes that fit, which takes the longest."""
     machine, shape = target.machine, model.shape
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
     recipe = resolved.recipe
@@ -162,10 +154,7 @@ def _run_seconds(
     multi_device: MultiDevicePlan,
     steps: Sequence[Sequence[MicroBatch]],
 ) -> float | None:
-    """Return the seconds of the run, over the slowest link, or None if the number of steps is unknown.
-
-    With known rows they are extrapolated from the first steps, otherwise from typical micro-batches.
-    """
+    """Return the seconds of the run, over the slowest link, or None if the number of steps is unknown."""
     train, rows = recipe.train, len(sizes) // sequences_per_row(recipe.train)
     if not rows and train.max_steps is None:
         return None
@@ -223,8 +212,7 @@ def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
-    """Return bytes on disk: checkpoints (those kept, the best, one being written), the adapter, and copies of the base
-    that is quantized or converted from a GGUF file."""
+    """Return bytes on disk: checkpoints (kept, best, one being written), adapter, and quantized or converted base."""
     trained = workload.adapter_weights
     resident = workload.replace(resident_layers=0)
     quantized = workload.base.scheme != "none" and workload.shape.prequantized is None
@@ -258,11 +246,9 @@ def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
 
 
 def read_model_facts(recipe: Recipe) -> ModelInfo:
-    """Return the model's sizes, by its config.
-
-    For a family that is not in the table, or modules trained in full, they come from the model itself, built without
-    weights; without torch, from its config and the headers of its weight files.
-    """
+    """Return the model's sizes, by its config."""
+    # An unknown family's, or with modules trained in full, come from the model built without weights, if torch is
+    # there; else from its config and the headers of its weight files.
     facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
     whole_modules = recipe.lora.modules_to_save
     if (facts.shape.known and not whole_modules) or not is_installed("torch"):

@@ -1,8 +1,7 @@
-"""Predicted time of a training step: FLOPs by kind, each at the rate of that kind of matmul, and bytes moved.
+"""Predicted time of a training step: FLOPs by kind, each at the rate of that kind of matmul, and bytes moved."""
 
-Each layer and each micro-batch also has a constant cost. On a CPU, rates and costs are those that `strop doctor` has
-measured (planning.calibrate). A GPU's come from its data sheet.
-"""
+# Each layer and each micro-batch also has a constant cost. On a CPU, rates and costs are those that `strop doctor` has
+# measured (planning.calibrate). A GPU's come from its data sheet.
 
 from __future__ import annotations
 
@@ -107,12 +106,10 @@ class Flops:
 
 
 def flops(workload: Workload, batch: MicroBatch) -> Flops:
-    """Count the FLOPs of a micro-batch; exact for the fast step.
-
-    It has no dW for frozen weights, no dX before the first layer, and only supervised rows in the head and after the
-    last layer's attention (the plain step: all rows). A checkpointed layer computes its forward pass twice. DoRA with
-    dropout has one more frozen matmul in the forward pass and two in the backward pass.
-    """
+    """Count the FLOPs of a micro-batch; exact for the fast step."""
+    # It has no dW for frozen weights, no dX before the first layer, and only supervised rows in the head and after the
+    # last attention (plain step: all rows). A checkpointed layer computes its forward pass twice. DoRA with dropout has
+    # one more frozen matmul in the forward pass and two in the backward pass.
     shape, layers, adapter = workload.shape, workload.shape.layers, workload.adapter
     qkv = sum(x.active_weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
     rest = sum(x.active_weights for x in shape.linears) - qkv
@@ -204,10 +201,8 @@ def micro_batch_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> fl
 
 
 def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, own_matmul: bool) -> int:
-    """Return the bytes moved to repack the head's weight, for both matmuls of each chunk of rows.
-
-    own_matmul: strop's kernel repacks in the cache, so the weight is only read.
-    """
+    """Return the bytes moved to repack the head's weight, for both matmuls of each chunk of rows."""
+    # strop's kernel (own_matmul) repacks in the cache, so the weight is only read.
     chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * dtype_bytes)))
     return chunks * 2 * (1 if own_matmul else 2) * vocabulary * hidden * dtype_bytes
 
