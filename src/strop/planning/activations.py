@@ -38,9 +38,7 @@ class MicroBatch:
     tokens: int  # number of packed tokens; a shared prefix counts once
     supervised: int  # number of rows of the output head
     documents: tuple[tuple[int, int, int], ...]  # (number, queries, keys) of each bucket of documents
-    accumulates: bool = (
-        False  # the step has other micro-batches (gradient accumulation), whose gradients stay allocated
-    )
+    accumulates: bool = False  # the step has other micro-batches, whose gradients stay allocated
     shared: int = 0  # tokens saved by a shared prefix, less the tokens added by padding
 
     @staticmethod
@@ -54,11 +52,6 @@ class MicroBatch:
     def number(self) -> int:
         """Number of rows. A shared prefix is a document, but not a row."""
         return sum(number for number, _, _ in self.documents) - (self.shared > 0)
-
-    @property
-    def saved_pairs(self) -> int:
-        """Number of query-key pairs whose probabilities are kept for the backward pass (attention in buckets)."""
-        return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= MAX_SAVED_KEYS)
 
 
 def pairs(workload: Workload, batch: MicroBatch) -> int:
@@ -178,7 +171,8 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
         saved = batch.tokens * (q * b + 4 * shape.heads)
         after -= q if o_ranks and rows == batch.tokens else 0
     elif device == "cpu":
-        saved = shape.heads * batch.saved_pairs * b
+        short = (document for document in batch.documents if document[2] <= MAX_SAVED_KEYS)  # their probabilities stay
+        saved = shape.heads * sum(number * _pairs(queries, keys) for number, queries, keys in short) * b
     else:  # PyTorch's attention keeps copies of q, k, v (on CUDA, one per query head), its output and its statistics
         copies = 5 * q if device == "cuda" else 2 * q + 2 * kv
         saved = batch.tokens * (copies * b + 4 * shape.heads)

@@ -152,22 +152,17 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> dict[str, float]:
         totals.append(repeated)
         compiling += [max(0.0, first - repeated)] if sizes is SMALL else []
     layer, moved, attention = _least_squares(terms, residuals, totals)
-    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]).token_loss, *TRIALS[2][1])[1]
-    fast = _seconds(steps[SMALL["hidden_size"]], *TRIALS[2][1])[1]
-    wide = step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss
-    thin = _thin_flops(dtype, rate, _seconds(wide, *TRIALS[2][1])[1] - fast)
+    number, length = TRIALS[2][1]
+    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]).token_loss, number, length)[1]
+    fast = _seconds(steps[SMALL["hidden_size"]], number, length)[1]
+    wide = _seconds(step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss, number, length)[1]
+    batch = MicroBatch.rows([length] * number)
+    low, high = (work_of(_workload(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
+    thin = high.thin / max(wide - fast + low.adapters / rate.flops, high.thin / rate.flops)
     return {
         "layer_s": layer, "moved": 1 / moved, "attention_flops": 1 / attention, "kinds_s": float(np.mean(compiling)),
         "plain": plain / fast, "thin_flops": thin,
     }  # fmt: skip
-
-
-def _thin_flops(dtype: torch.dtype, rate: Rate, more_s: float) -> float:
-    """Return FLOP/s at WIDE_RANK, from the extra seconds of a step compared with RANK."""
-    number, length = TRIALS[2][1]
-    batch = MicroBatch.rows([length] * number)
-    low, high = (work_of(_workload(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
-    return high.thin / max(more_s + low.adapters / rate.flops, high.thin / rate.flops)
 
 
 def pace(dtype: torch.dtype) -> float:

@@ -129,9 +129,7 @@ def find_spec(name: str) -> DeviceSpec:
     by_name = {_normalized(spec.name): spec for spec in SPECS}
     if normalized_name in by_name:
         return by_name[normalized_name]
-    longer = [
-        spec for normalized, spec in by_name.items() if normalized_name and normalized.startswith(normalized_name)
-    ]
+    longer = [spec for key, spec in by_name.items() if normalized_name and key.startswith(normalized_name)]
     if longer:
         return min(longer, key=lambda spec: (len(spec.name), spec.memory_gb))
     matched = match_driver_name(name)
@@ -140,9 +138,8 @@ def find_spec(name: str) -> DeviceSpec:
     near = difflib.get_close_matches(normalized_name, by_name, n=1, cutoff=0.5)
     hint = f" (did you mean {by_name[near[0]].name}?)" if near else ""
     known = ", ".join(spec.name for spec in SPECS)
-    raise RecipeError(
-        f"--gpu {name}: not in the table{hint}", fix=f"choose one of {known}; or give --memory and --device"
-    )
+    fix = f"choose one of {known}; or give --memory and --device"
+    raise RecipeError(f"--gpu {name}: not in the table{hint}", fix=fix)
 
 
 def match_driver_name(name: str) -> DeviceSpec | None:

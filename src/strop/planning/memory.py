@@ -160,10 +160,6 @@ def constant_bytes(workload: Workload) -> int:
     return int(blocks + 4 * blocks / NESTED if base.double_quantization else 4 * blocks)
 
 
-def optimizer_bytes(workload: Workload) -> int:
-    return int(STATE_BYTES[workload.compute.optimizer] * workload.adapter_weights)
-
-
 def workspace_bytes(workload: Workload) -> int:
     """Return bytes of the largest dequantized weight, gathered shards, 8-bit integer copies, and small scratch."""
     compute = workload.compute
@@ -223,7 +219,7 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
         "weights": weight_bytes(workload) // workload.base.shards,
         "quantization_constants": constant_bytes(workload) // workload.base.shards,
         "adapters": 4 * workload.adapter_weights,
-        "optimizer": optimizer_bytes(workload) if trained else 0,
+        "optimizer": int(STATE_BYTES[workload.compute.optimizer] * workload.adapter_weights) if trained else 0,
         "workspace": workspace_bytes(workload),
         "mapped_files": _mapped_copies(workload),
         "framework": framework_bytes(workload),
@@ -258,10 +254,7 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
         share = 1 - compute.checkpointed_layers / workload.shape.layers if compute.dtype_bytes < 4 else 0.5
         parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.extra_weights) * share)
     gradients_at_peak = trainable if batch.accumulates or compute.device == "cpu" else 0
-    moments = [
-        (peak_live_bytes(workload, batch), gradients_at_peak),
-        (LiveBytes(), trainable),
-    ]  # the second: the optimizer step
+    moments = [(peak_live_bytes(workload, batch), gradients_at_peak), (LiveBytes(), trainable)]  # and the optimizer's
     live, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
     return phase_of({**parts, "gradients": gradients, **vars(live)})
 
@@ -311,15 +304,13 @@ def rollout_phase(workload: Workload, rollouts: RolloutLoad) -> Phase:
     """Return the peak of sampling before a step: as serving as many as are sampled at once, plus the optimizer."""
     context, rows = rollouts.prompt + rollouts.answer, min(rollouts.completions, MAX_SEQUENCES)
     parts = serve_phase(workload, context, completions=rows).parts
-    return phase_of({**parts, "optimizer": optimizer_bytes(workload)})
+    return phase_of({**parts, "optimizer": constant_parts(workload, trained=True)["optimizer"]})
 
 
 def merge_phase(workload: Workload, longest: int) -> Phase:
     """Return the peak of merging, on a CPU: two models are measured in turn, on rows of `longest` tokens."""
-    shape = workload.shape
-    weights, head = parity_model_bytes(
-        workload.base.parameters, shape.vocabulary, shape.hidden, shape.tied, longest=longest
-    )
+    sizes = workload.shape.vocabulary, workload.shape.hidden, workload.shape.tied
+    weights, head = parity_model_bytes(workload.base.parameters, *sizes, longest=longest)
     return phase_of({
         "weights": weights,
         "adapters": 4 * workload.adapter_weights,
@@ -377,10 +368,13 @@ def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Ph
         live = _prompt_bytes(workload, MicroBatch.rows([context]))
         return phase_of({**constant, "saved_activations": cache, "live_layer": live})
     constants = 4 * packed_weights(workload) // BLOCK if workload.base.scheme in ("nf4", "fp4") else 0
+    b, ranked = workload.compute.dtype_bytes, workload.ranked_linears()
+    # The decoder's copy of the adapter, next to peft's: A in the compute dtype, B in fp32.
+    adapter = shape.layers * sum(rank * (b * x.inputs + 4 * x.total_outputs) for x, rank in ranked)
     return phase_of({
         **constant,
         "quantization_constants": constant["quantization_constants"] + constants,
-        "adapters": constant["adapters"] + _decoder_adapter_bytes(workload),
+        "adapters": constant["adapters"] + adapter,
         "mapped_files": 0,
         "workspace": SCRATCH_BYTES,
         "saved_activations": positions * position_bytes(workload),
@@ -397,14 +391,6 @@ def _screening_head_bytes(workload: Workload) -> int:
     head = workload.compute.dtype_bytes * shape.vocabulary * shape.hidden
     read = weight_bytes(workload) - (0 if shape.tied else head)
     return 0 if shape.softcap or head <= SCREENED_SHARE * read else shape.vocabulary * (shape.hidden + 8)
-
-
-def _decoder_adapter_bytes(workload: Workload) -> int:
-    """Return bytes of the decoder's copy of the adapter, next to peft's: A in the compute dtype, B in fp32."""
-    b = workload.compute.dtype_bytes
-    return workload.shape.layers * sum(
-        rank * (b * x.inputs + 4 * x.total_outputs) for x, rank in workload.ranked_linears()
-    )
 
 
 def _pass_bytes(workload: Workload, rows: int) -> int:

@@ -126,9 +126,8 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
     number = answers * min(number, train.batch_size, len(rows) // answers)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    batch = MicroBatch.rows(
-        [mean] * number, share=share, accumulates=number < min(answers * train.batch_size, len(rows))
-    )
+    accumulates = number < min(answers * train.batch_size, len(rows))
+    batch = MicroBatch.rows([mean] * number, share=share, accumulates=accumulates)
     return _with_shared_prefix(batch, [mean] * number, prefix)
 
 

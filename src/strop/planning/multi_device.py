@@ -60,9 +60,8 @@ class Devices:
 
     def __post_init__(self) -> None:
         if min(self.per_node, self.nodes) < 1:
-            raise RecipeError(
-                f"--devices {self.per_node} --nodes {self.nodes}: must be at least 1", fix="give 1 or more"
-            )
+            what = f"--devices {self.per_node} --nodes {self.nodes}: must be at least 1"
+            raise RecipeError(what, fix="give 1 or more")
 
     @property
     def count(self) -> int:
@@ -153,7 +152,9 @@ def plan_devices(
         busiest_rows = min(train.batch_size, -(-micro_batches // devices.count) * at_once // answers)
     compute = step_seconds(workload, batch, busiest_rows * answers / at_once, rate)
     tokens = (batch.tokens + batch.shared) / at_once * train.batch_size * answers
-    size, buffers = gradient_bytes(workload, devices), _exact_buffers(micro_batches, devices) if exact else 0
+    size = gradient_bytes(workload, devices)
+    assigned = assign_contiguous([1.0] * micro_batches, devices.count) if exact else ()
+    buffers = sum(len(nodes_to_send(micro_batches, own)) for own in assigned)  # broadcasts of ranks' partial sums
     sent = buffers * size if buffers else ring_bytes(size, devices.count)
     sent += FLAG_SUMS * ring_bytes(FLAG_BYTES * devices.count, devices.count)
     passes = -(-busiest_rows * answers // at_once) if workload.base.shards > 1 else 0
@@ -224,13 +225,6 @@ def gather_seconds(workload: Workload, devices: Devices, link: Link) -> float:
     return hops + gather_bytes(workload) * (devices.count - 1) / devices.count / link.bytes_per_s
 
 
-def _exact_buffers(micro_batches: int, devices: Devices) -> int:
-    """Return the number of buffers broadcast in a step with `train.exact`: each rank's partial sums."""
-    return sum(
-        len(nodes_to_send(micro_batches, own)) for own in assign_contiguous([1.0] * micro_batches, devices.count)
-    )
-
-
 def flags_seconds(devices: Devices, link: Link) -> float:
     """Return the seconds to sum the flags, in gloo's ring over TCP, also between GPUs."""
     hop = max(link.hop_s, LOOPBACK.hop_s)
@@ -256,10 +250,8 @@ def _notes(recipe: Recipe, workload: Workload, devices: Devices) -> tuple[str, .
         note = f"every device has 1/{workload.base.shards} of the base; {gather_bytes(workload) / 1e6:,.0f} MB of it "
         note += "are gathered for each micro-batch: larger micro-batches, if they fit, are faster"
     elif workload.compute.device == "cpu":
-        note = (
-            f"the processes share one machine's cores and memory: {devices.per_node} copies of the base on each node, "
-        )
-        note += "and no more cores than one process would have"
+        note = f"the processes share one machine's cores and memory: {devices.per_node} copies of the base on each "
+        note += "node, and no more cores than one process would have"
     idle = devices.count - recipe.train.batch_size
     if idle <= 0:
         return (note,)

@@ -128,9 +128,8 @@ def flops(workload: Workload, batch: MicroBatch) -> Flops:
         attention = (7 + 2 * again) * matmul
     else:
         attention = (6 + 2 * again) * matmul + layers * shape.query_size * long
-    head = (6.0 if adapter.full_head else 4.0) * shape.embedding + 6.0 * adapter.head_rank * (
-        shape.hidden + shape.vocabulary
-    )
+    head = (6.0 if adapter.full_head else 4.0) * shape.embedding
+    head += 6.0 * adapter.head_rank * (shape.hidden + shape.vocabulary)
     return Flops(frozen, adapters, attention, head * batch.supervised)
 
 
@@ -153,7 +152,11 @@ def work_of(workload: Workload, batch: MicroBatch) -> Work:
     again = 1 + FORWARD * compute.checkpointed_layers / shape.layers
     weights = shape.layers * sum(linear.active_weights for linear in shape.linears)
     passes = 2 + compute.checkpointed_layers / shape.layers
-    moved = batch.tokens * shape.layers * (elementwise_bytes(workload) + lora_bytes(workload))
+    # Values per layer and token, forward and backward: of element-wise work, and of LoRA's narrow matmuls, which move
+    # each whole input and output four times.
+    elementwise = 20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size)
+    lora = sum(round(4 * x.active * x.adapter_size) for x, rank in workload.ranked_linears() if rank)
+    moved = batch.tokens * shape.layers * compute.dtype_bytes * (elementwise + lora)
     untiled = max(workload.adapter.ranks, default=0) > TILED_RANK
     weight = compute.dtype_bytes if not compute.int8_matmul else 1 if workload.base.scheme == "int8" else 2
     adapters, thin = (0.0, count.adapters) if untiled else (count.adapters / LORA_SHARE, 0.0)
@@ -205,19 +208,6 @@ def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, ow
     # strop's kernel (own_matmul) repacks in the cache, so the weight is only read.
     chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * dtype_bytes)))
     return chunks * 2 * (1 if own_matmul else 2) * vocabulary * hidden * dtype_bytes
-
-
-def elementwise_bytes(workload: Workload) -> int:
-    """Return bytes read and written per layer and token by element-wise work, forward and backward."""
-    shape, b = workload.shape, workload.compute.dtype_bytes
-    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size))
-
-
-def lora_bytes(workload: Workload) -> int:
-    """Return bytes moved per layer and token by LoRA's narrow matmuls: each whole input and output, four times."""
-    return workload.compute.dtype_bytes * sum(
-        round(4 * x.active * x.adapter_size) for x, r in workload.ranked_linears() if r
-    )
 
 
 def step_seconds(workload: Workload, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:

@@ -37,9 +37,7 @@ class AdapterWeights:
     """The trainable weights."""
 
     ranks: tuple[int, ...] = ()  # LoRA rank on each of `shape.linears`; 0 for a layer without an adapter
-    extra_weights: int = (
-        0  # other trainable weights: modules trained in full, biases, DoRA magnitudes, the head's adapter
-    )
+    extra_weights: int = 0  # others: modules trained in full, biases, DoRA magnitudes, the head's adapter
     head_rank: int = 0  # LoRA rank on the output head; 0 without an adapter
     dropout: bool = False
     dora: bool = False
@@ -189,11 +187,6 @@ class Workload:
         return min(1.0, sum(x.share for x in self.shape.linears if x.leaf == keys)) if self.family.mixer else 1.0
 
     @property
-    def shares_prefix(self) -> bool:
-        """True if the fast step computes a prefix that rows share only once."""
-        return self.family.mixer is None
-
-    @property
     def model_code_share(self) -> float:
         """Share of the active weights that the fast step leaves to the model's own modules."""
         linears = (*self.mixer_linears, *(self.mlp_linears if self.family.moe else ()))
@@ -311,12 +304,9 @@ def _extra_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int
     total = _num_trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
     for x, rank, ranks in zip(shape.linears, _mean_ranks(layer_ranks, shape), layer_ranks, strict=True):
         total -= x.adapter_size * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
+        total += x.total_outputs * sum(map(bool, ranks)) if lora.use_dora else 0
     total += len(lora.new_tokens) * shape.hidden
-    if lora.use_dora:
-        total += sum(
-            x.total_outputs * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True)
-        )
-        total += shape.vocabulary if head_rank else 0
+    total += shape.vocabulary if lora.use_dora and head_rank else 0
     total += shape.hidden if recipe.train.objective == "reward" else 0  # the score head
     return total + _num_trained_biases(lora, shape)
 
