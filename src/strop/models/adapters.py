@@ -126,7 +126,8 @@ def attach_adapter(
     if isinstance(base, peft.PeftModel) and (trains_biases or has_trained_biases(base)):
         what = f"{folder}: an adapter with trained biases (lora.bias) cannot share a base with another"
         raise ModelError(what, fix="load each by itself")
-    base_biases = copy_biases(base) if trains_biases else {}
+    weights = base.named_parameters() if trains_biases else ()
+    base_biases = {name: weight.detach().clone() for name, weight in weights if name.endswith("bias")}
     # By default PEFT loads onto a GPU if there is one, which starts CUDA even for a model on the CPU.
     devices = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     options: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(devices, "cpu"))}
@@ -139,7 +140,11 @@ def attach_adapter(
     state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name)
     if trains_biases:
-        store_base_biases(model, base_biases)
+        # For `adapter_disabled`; PEFT overwrites the base's biases with the adapter's.
+        plain_names = {name: name.removeprefix("base_model.model.") for name, _ in model.named_parameters()}
+        plain_names = {name: plain.replace(".base_layer.", ".") for name, plain in plain_names.items()}
+        biases = {name: base_biases[plain] for name, plain in plain_names.items() if plain in base_biases}
+        cast(Any, model).biases_of_base = biases
     return patch_lora_forward(model), notes
 
 
@@ -181,19 +186,6 @@ def check_adapter_weights(folder: Path) -> None:
     if expected and actual != expected:
         what = f"{file}: not the file that was saved: sha256 {actual[:12]}, {expected[:12]} expected"
         raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was intended")
-
-
-def copy_biases(base: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all biases of a model without an adapter, by name."""
-    return {name: bias.detach().clone() for name, bias in base.named_parameters() if name.endswith("bias")}
-
-
-def store_base_biases(model: peft.PeftModel, base: Mapping[str, Tensor]) -> None:
-    """Store the base's biases on the model, for `adapter_disabled`; PEFT overwrites them with the adapter's."""
-    names = ((name, name.removeprefix("base_model.model.")) for name, _ in model.named_parameters())
-    cast(Any, model).biases_of_base = {
-        name: base[plain] for name, inner in names if (plain := inner.replace(".base_layer.", ".")) in base
-    }
 
 
 def has_trained_biases(model: nn.Module) -> bool:

@@ -135,20 +135,15 @@ def make_quantized(module: nn.Module) -> QuantizedExperts:
     return module
 
 
-def make_dequantized(module: QuantizedExperts) -> None:
-    """Dequantize the layer's weights for good: the same values, faster, in 16-bit memory."""
-    for name, packed in module.packed.items():
-        setattr(module, name, nn.Parameter(packed.dequantize_all(), requires_grad=False))
-    module.packed = {}
-    module.__class__ = type(module).__mro__[2]
-
-
 def dequantize_experts(model: nn.Module, layers: int) -> None:
     """Dequantize the experts of the first `layers` decoder layers, as `quantize.dequantize_layers` does for linears."""
     for name, module in model.named_modules():
         index = layer_index(name)
         if isinstance(module, QuantizedExperts) and (index is None or index < layers):
-            make_dequantized(module)
+            for leaf, packed in module.packed.items():
+                setattr(module, leaf, nn.Parameter(packed.dequantize_all(), requires_grad=False))
+            module.packed = {}
+            module.__class__ = type(module).__mro__[2]
 
 
 def dequantized_growth(model: nn.Module) -> list[int]:

@@ -109,10 +109,9 @@ def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
             others = ", ".join(path for path in count_path_kinds(modules) if path not in count_path_kinds(empty))
             raise RecipeError(what, fix=f"give a longer path, such as {others}" if others else "leave it out")
         if has_tied_embeddings(model) and any(path.rpartition(".")[2] in EMBEDDINGS for path in modules):
-            raise ModelError(
-                f"lora.modules_to_save: {name} shares its weights with another module in this model",
-                fix="list new tokens in lora.new_tokens, which trains only their rows and keeps the weights tied",
-            )
+            what = f"lora.modules_to_save: {name} shares its weights with another module in this model"
+            fix = "list new tokens in lora.new_tokens, which trains only their rows and keeps the weights tied"
+            raise ModelError(what, fix=fix)
 
 
 def find_modules_to_save(model: nn.Module, name: str) -> dict[str, nn.Module]:
@@ -162,23 +161,18 @@ def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], bare:
     """Return a model's shape; linear layers of an unknown family come from `bare`, the model on meta tensors."""
     whole: Any = bare
     embedding, lists = whole.get_input_embeddings(), [m for m in bare.modules() if isinstance(m, nn.ModuleList)]
-    sizes = {
-        "hidden_size": embedding.embedding_dim,
-        "vocab_size": embedding.num_embeddings,
-        "num_hidden_layers": max([1, *map(len, lists)]),
-    }
     try:
         shape = ModelShape.from_config(config)
     except ModelError:  # its config has other names for its sizes
+        sizes = {"hidden_size": embedding.embedding_dim, "vocab_size": embedding.num_embeddings}
+        sizes["num_hidden_layers"] = max([1, *map(len, lists)])
         shape = ModelShape.from_config({**sizes, "model_type": config.get("model_type")})
     shape = replace(shape, prequantized=prequantized(stored), learned=learned_positions(bare) is not None)
     if shape.known:
         return shape
     active = next((linear.active for linear in shape.expert_linears), 1.0)
     kinds = [kind for kind in linear_kinds(bare) if kind.sets or kind.type == EXPERTS]
-    biased = {
-        name.rpartition(".")[2] for name, module in bare.named_modules() if getattr(module, "bias", None) is not None
-    }
+    biased = {name.rpartition(".")[2] for name, m in bare.named_modules() if getattr(m, "bias", None) is not None}
     linears = tuple(_linear_shape(kind, shape.layers, active, kind.name in biased) for kind in kinds)
     shape = replace(shape, linears=linears or shape.linears)
     # PEFT's bias="all" trains every parameter with this suffix.

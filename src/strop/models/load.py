@@ -31,7 +31,6 @@ from strop.models.tensor_files import (
     build_quantized,
     check_packed_checkpoint,
     check_unused_tensors,
-    floating_parameters,
     has_all_weights,
     is_finite,
     quantize_folder,
@@ -115,7 +114,8 @@ def load_base(
         layers = resident_layers if resident_layers is not None else _count_fitting_layers(model, device)
         dequantize_layers(model, layers)
         dequantize_experts(model, layers)
-    bad = [name for name, weight in floating_parameters(model) if not is_finite(weight)]
+    floats = ((name, weight) for name, weight in model.named_parameters() if weight.is_floating_point())
+    bad = [name for name, weight in floats if not is_finite(weight)]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="download the model again")
     return prepare_frozen(model, source)
@@ -179,11 +179,8 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 def check_not_prequantized(source: Source) -> None:
     """Raise ModelError if the weights on disk are quantized; for callers that need 16-bit weights."""
-    if prequantized(source.config()):
-        raise ModelError(
-            f"{source.name}: its weights are already quantized",
-            fix=f"use --model.quantization {prequantized(source.config())}",
-        )
+    if scheme := prequantized(source.config()):
+        raise ModelError(f"{source.name}: its weights are already quantized", fix=f"use --model.quantization {scheme}")
 
 
 def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
@@ -283,20 +280,16 @@ def _dequantize_gguf(source: Source) -> Path:
         with gguf_errors(source.path), new_folder(folder) as temp:
             tensors = read_gguf_tensors(source.path, meta_model, meta_model.config)
             if tensors is not None:
-                fields = {
-                    "architectures": [type(meta_model).__name__],
-                    "dtype": "bfloat16",
-                }  # required by other programs
-                write_json(temp / "config.json", {**read_config(config_folder(source)), **fields})
+                required = {"architectures": [type(meta_model).__name__], "dtype": "bfloat16"}  # by other programs
+                write_json(temp / "config.json", {**read_config(config_folder(source)), **required})
                 write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
                 return
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}
             gguf_config = getattr(transformers, "GgufConfig", None)
             if gguf_config is not None:  # transformers 5.2x keeps GGUF blocks packed by default
                 options["quantization_config"] = gguf_config(dequantize=True)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(source.path.parent), output_loading_info=True, **options
-            )
+            options["output_loading_info"] = True
+            model, info = AutoModelForCausalLM.from_pretrained(str(source.path.parent), **options)
             if missing := sorted(info.get("missing_keys") or []):  # transformers has filled them with random values
                 what = f"{source.path}: {len(missing)} weights are missing, first {missing[0]}"
                 raise ModelError(what, fix="download it again")

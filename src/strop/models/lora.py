@@ -230,9 +230,7 @@ def weight_change(parts: Iterable[nn.Module]) -> float | None:
     ratios = []
     for module in (module for part in parts for module in part.modules()):
         base = getattr(module, "base_layer", None)
-        if not (isinstance(module, PeftLinear) and isinstance(base, nn.Linear)):
-            continue
-        if not base.weight.is_floating_point():
+        if not (isinstance(module, PeftLinear) and isinstance(base, nn.Linear) and base.weight.is_floating_point()):
             continue
         squared = 0.0
         for name in module.active_adapters:
@@ -307,10 +305,8 @@ def init_loftq(model: peft.PeftModel, source: Source) -> None:
     # One round of LoftQ (arXiv:2310.08659). peft's replace_lora_weights_loftq needs a CUDA device and ignores LoRA's
     # scale. Reads 16-bit weights (ModelError without them) one at a time, and samples from torch's generator.
     if prequantized(source.config()):
-        raise ModelError(
-            f"{source.name}: its weights are already quantized, so the quantization error is unknown",
-            fix="use --lora.init default",
-        )
+        what = f"{source.name}: its weights are already quantized, so the quantization error is unknown"
+        raise ModelError(what, fix="use --lora.init default")
     tensors = CheckpointTensors(weights_folder(source))
     layout = CheckpointLayout(load_without_weights(source), tensors)
     for path, module in model.get_base_model().named_modules():

@@ -109,7 +109,8 @@ class QuantizedLinear(nn.Linear):
         self.constants = {name: tensor for name, tensor in packed.items() if name != "weight"}
         sizes = {name: tensor.numel() for name, tensor in {**packed, "weight": weight}.items()} | dict(sizes or {})
         if self.scheme in FOUR_BIT:
-            self._state = json.loads(bytes(self.constants.pop(_state_name(self.scheme)).tolist()))
+            state = self.constants.pop(f"quant_state.bitsandbytes__{self.scheme}")
+            self._state = json.loads(bytes(state.tolist()))
             if not isinstance(self._state, dict):
                 raise ValueError("its quantization state is not an object")
             if tuple(self._state["shape"]) != (self.out_features, self.in_features):
@@ -142,14 +143,12 @@ class QuantizedLinear(nn.Linear):
             return self._dequantize_by_kernels(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
-            return torch.mul(self.weight.data, self._row_scale()[:, None], out=out)
+            return torch.mul(self.weight.data, self.constants["SCB"][:, None] / 127, out=out)
         bnb, constants, state = _bitsandbytes(), self.constants, self._state
         nested, offset = self._nested_state(bnb)
         # bitsandbytes' AVX512 kernel uses wrong constants where rows are not whole blocks: then treat all as one row.
-        rows_are_blocks = self.in_features % state["blocksize"] == 0
-        shape = torch.Size(
-            (self.out_features, self.in_features) if rows_are_blocks else (self.out_features * self.in_features,)
-        )
+        sizes = self.out_features, self.in_features
+        shape = torch.Size([sizes[0] * sizes[1]] if self.in_features % state["blocksize"] else sizes)
         bnb_state = bnb.QuantState(
             constants["absmax"], shape, constants["quant_map"], state["blocksize"], self.scheme, self.dtype, offset,
             nested,
@@ -181,7 +180,7 @@ class QuantizedLinear(nn.Linear):
     def packed_weight(self) -> PackedWeight | None:
         """Return the weight as stored, with constants in fp32; None where a block crosses the end of a row."""
         if self.scheme == "int8":
-            return PackedWeight(self.weight.data, self._row_scale())
+            return PackedWeight(self.weight.data, self.constants["SCB"] / 127)
         bnb, constants, state = _bitsandbytes(), self.constants, self._state
         if self.in_features % state["blocksize"]:
             return None
@@ -191,9 +190,6 @@ class QuantizedLinear(nn.Linear):
             with _native_errors():
                 scale = bnb.dequantize_blockwise(scale, nested) + offset
         return PackedWeight(self.weight.data, scale.float(), constants["quant_map"].float(), state["blocksize"])
-
-    def _row_scale(self) -> Tensor:
-        return self.constants["SCB"] / 127
 
     def _nested_state(self, bnb: Any) -> tuple[Any, Tensor | None]:
         """Return the state of double quantization and the constants' offset; (None, None) without it."""
@@ -293,10 +289,6 @@ def dequantize_weight(packed: dict[str, Tensor], scheme: str, shape: torch.Size,
     layer = QuantizedLinear(nn.Linear(shape[1], shape[0], bias=False, device="meta"), scheme, dtype)
     layer.load_packed(packed)
     return layer.dequantize()
-
-
-def _state_name(scheme: str) -> str:
-    return f"quant_state.bitsandbytes__{scheme}"
 
 
 def why_kept_16_bit(

@@ -58,16 +58,13 @@ LARGE = ("weight", "absmax", "nested_absmax", "SCB")  # sharded parts of a quant
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """One tensor of a unit.
-
-    put: sets the tensor in its module. read: returns its bytes from `low` to `high`, shape (high - low,), uint8.
-    """
+    """One tensor of a unit."""
 
     name: str
     shape: Sequence[int]
     dtype: torch.dtype
-    put: Callable[[Tensor], None]
-    read: Callable[[int, int], Tensor]
+    put: Callable[[Tensor], None]  # sets the tensor in its module
+    read: Callable[[int, int], Tensor]  # returns its bytes from `low` to `high`, shape (high - low,), uint8
 
     @property
     def size(self) -> int:
@@ -76,10 +73,9 @@ class ShardedTensor:
 
 
 class ShardedUnit:
-    """The tensors of one module that are gathered together.
+    """The tensors of one module that are gathered together."""
 
-    shard: this process's share, (n,) uint8. whole: all shares, (world * n,) uint8, between `allocate` and `free`.
-    """
+    # shard: this process's share, (n,) uint8. whole: all shares, (world * n,) uint8, between `allocate` and `free`.
 
     def __init__(self, name: str, tensors: Sequence[ShardedTensor], rank: int, world: int, device: str) -> None:
         """Read this process's share. Raises ModelError where a weight in it is not finite."""
@@ -144,15 +140,12 @@ def digest(data: Tensor, begin: int) -> int:
 
 @dataclass(frozen=True)
 class ModelShards:
-    """The units of a model and their modules, in the order in which a forward needs them.
-
-    whole_bytes: size of all sharded weights. held_bytes: this process's share of them, in memory between two steps.
-    """
+    """The units of a model and their modules, in the order in which a forward needs them."""
 
     units: dict[ModuleKey, ShardedUnit]
     modules: dict[ModuleKey, nn.Module]
-    whole_bytes: int
-    held_bytes: int
+    whole_bytes: int  # size of all sharded weights
+    held_bytes: int  # this process's share of them, in memory between two steps
 
     @property
     def forward(self) -> list[ModuleKey]:
@@ -172,7 +165,9 @@ def shard_model(
     device: str,
 ) -> ModelShards:
     """Shard a model on meta tensors over `world` processes. tensors_of: None for parameters loaded whole."""
-    modules, paths = _sharded_modules(model), {id(module): path for path, module in model.named_modules()}
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules: dict[ModuleKey, nn.Module] = {EMBEDDING: inputs, **dict(enumerate(_decoder_layers(model))), HEAD: head}
+    paths = {id(module): path for path, module in model.named_modules()}
     units: dict[ModuleKey, ShardedUnit] = {}
     unit_of: dict[int, tuple[ShardedUnit, nn.Parameter]] = {}  # holds the weight, so that its id is not reused
     whole_bytes = held_bytes = 0
@@ -193,12 +188,6 @@ def shard_model(
         elif shared:
             units[key] = shared[0]
     return ModelShards(units, {key: modules[key] for key in units}, whole_bytes, held_bytes)
-
-
-def _sharded_modules(model: Any) -> dict[ModuleKey, nn.Module]:
-    """Return the embedding, each decoder layer and the output head."""
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return {EMBEDDING: inputs, **dict(enumerate(_decoder_layers(model))), HEAD: head}
 
 
 def _decoder_layers(model: Any) -> nn.ModuleList:
@@ -288,13 +277,12 @@ class _ShardReader:
         return tensor
 
     def _is_stored(self, key: str, shape: torch.Size) -> bool:
+        group, name = self._groups.get(key), key
         if self.scheme == "none":
-            group = self._groups.get(key)
-            return group is not None and (group.converter is not None or self._has_shape(group.names[0], shape))
-        return key in self.tensors and self._has_shape(key, shape)
-
-    def _has_shape(self, name: str, shape: torch.Size) -> bool:
-        return self.tensors.shape(name) == list(shape)
+            if group is None or group.converter is not None:
+                return group is not None
+            name = group.names[0]
+        return name in self.tensors and self.tensors.shape(name) == list(shape)
 
     def _read_function(self, key: str, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
         """Read only the share's bytes where the file has the dtype that is needed."""
@@ -329,7 +317,9 @@ class _ShardReader:
         names = {"weight": key, **self.tensors.constant_names(key)}
         small = {short: self.tensors.get(name) for short, name in names.items() if short not in LARGE}
         packed = {"weight": torch.empty(0, dtype=torch.uint8), **small}
-        load_packed(layer, packed, f"{self.source.name}: {key}", self._sizes(names))
+        sizes = {short: math.prod(self.tensors.shape(name)) for short, name in names.items()}  # elements
+        sizes["weight"] = sizes["weight"] * DTYPE_BITS[self.tensors.stored_dtype(key)] // 8  # bytes
+        load_packed(layer, packed, f"{self.source.name}: {key}", sizes)
         layer.constants = {short: tensor.to(self.device) for short, tensor in layer.constants.items()}
 
         def put(short: str, view: Tensor) -> None:
@@ -339,11 +329,6 @@ class _ShardReader:
                 layer.constants[short] = view
 
         return self._packed_tensors(names, put)
-
-    def _sizes(self, names: dict[str, str]) -> dict[str, int]:
-        """Return the bytes of a packed weight, and the elements of each constant."""
-        sizes = {short: math.prod(self.tensors.shape(name)) for short, name in names.items()}
-        return {**sizes, "weight": sizes["weight"] * DTYPE_BITS[self.tensors.stored_dtype(names["weight"])] // 8}
 
     def _experts_tensors(self, key: str, path: str, leaf: str, shape: torch.Size) -> list[ShardedTensor]:
         names, index = {"weight": key, **self.tensors.constant_names(key)}, layer_index(path)

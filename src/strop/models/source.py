@@ -37,15 +37,11 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Source:
-    """The location of a model's files.
+    """The location of a model's files."""
 
-    name: what can be loaded again; it is written into adapters. path: a folder with config.json and safetensors (kind
-    folder), or the .gguf file (kind gguf).
-    """
-
-    name: str
+    name: str  # what can be loaded again; it is written into adapters
     kind: Literal["folder", "gguf"]
-    path: Path
+    path: Path  # a folder with config.json and safetensors, or the .gguf file
 
     def config(self) -> dict[str, Any]:
         """Return config.json of a folder; {} for a GGUF file."""
@@ -57,12 +53,11 @@ def locate(name: str, revision: str | None = None) -> Source:
     path = Path(name).expanduser()
     is_local = name == "demo" or name.startswith(("demo:", "gguf:")) or name.endswith(".gguf") or path.is_dir()
     if is_local and revision:
-        what = f"{name}: a local model, which has no revision {revision}"
-        raise ModelError(
-            what, fix="leave --model.revision out, or run strop in a directory without a folder of this name"
-        )
+        fix = "leave --model.revision out, or run strop in a directory without a folder of this name"
+        raise ModelError(f"{name}: a local model, which has no revision {revision}", fix=fix)
     if name == "demo" or name.startswith("demo:"):
-        return _demo()
+        file = demo_file()
+        return Source(f"demo:{DEMO_PACKAGE}=={version(DEMO_PACKAGE)}/{file.name}", "gguf", file)
     if name.startswith("gguf:"):
         return _gguf(Path(name.removeprefix("gguf:").partition("#")[0]), name.partition("#sha256=")[2])
     if is_run(path):
@@ -72,10 +67,8 @@ def locate(name: str, revision: str | None = None) -> Source:
     if path.is_dir():
         return _folder(path)
     if os.sep in name and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ModelError(
-            f"{name}: no such model folder{nearest(name, _paths_nearby(path))}",
-            fix="give a folder, a .gguf file or a Hub id",
-        )
+        near = nearest(name, _paths_nearby(path))
+        raise ModelError(f"{name}: no such model folder{near}", fix="give a folder, a .gguf file or a Hub id")
     return _hub(*name.split("@", 1)) if "@" in name else _hub(name, revision)
 
 
@@ -105,17 +98,13 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
     if not isinstance(config.get("model_type") or "", str):
         raise ModelError(f"{folder}/{file}: model_type is not a string", fix="download it again")
     if "auto_map" in config:
-        raise ModelError(
-            f"{folder}/{file}: requires running its own code ({config['auto_map']})",
-            fix="use a model that transformers knows; strop never runs code from a model folder",
-        )
+        fix = "use a model that transformers knows; strop never runs code from a model folder"
+        raise ModelError(f"{folder}/{file}: requires running its own code ({config['auto_map']})", fix=fix)
     method = quantization_method(config)
     if method not in ("", "bitsandbytes", *WIDENED) or prequantized(config) not in (None, *SCHEMES):
         scheme = f" as {prequantized(config)}" if prequantized(config) else ""
-        raise ModelError(
-            f"{folder}: its weights are quantized by {method}{scheme}, which strop does not support",
-            fix="use the model with 16-bit weights, and --model.quantization nf4 for a small base",
-        )
+        what = f"{folder}: its weights are quantized by {method}{scheme}, which strop does not support"
+        raise ModelError(what, fix="use the model with 16-bit weights, and --model.quantization nf4 for a small base")
     for section in (config, *(part for part in config.values() if isinstance(part, Mapping))):
         if field := _conflicting_rope_field(section):
             what = f"{folder}/{file}: rope_parameters and {field} contradict each other, and one of them is ignored"
@@ -262,11 +251,6 @@ def demo_file() -> Path:
     return Path(files[0])
 
 
-def _demo() -> Source:
-    file = demo_file()
-    return Source(f"demo:{DEMO_PACKAGE}=={version(DEMO_PACKAGE)}/{file.name}", "gguf", file)
-
-
 def _gguf(path: Path, sha256: str) -> Source:
     if not path.is_file():
         raise ModelError(f"{path}: no such GGUF file{nearest(str(path), _paths_nearby(path))}")
@@ -282,9 +266,8 @@ def _gguf(path: Path, sha256: str) -> Source:
 
 def _folder(path: Path) -> Source:
     if _is_adapter(path):
-        raise ModelError(
-            f"{path}: an adapter, not a model", fix=f"use --model.adapter {path} and name its base as --model"
-        )
+        fix = f"use --model.adapter {path} and name its base as --model"
+        raise ModelError(f"{path}: an adapter, not a model", fix=fix)
     read_config(path)
     read_headers(path)
     return Source(str(path.resolve()), "folder", path.resolve())

@@ -48,8 +48,7 @@ MASKS = ("bias", "masked_bias", "causal_mask")  # attention buffers in older che
 class CheckpointTensors:
     """The tensors of a folder of safetensors files, each read on request."""
 
-    # A file is opened anew for each tensor: what is read stays mapped, and counts as memory, as long as its file is
-    # open.
+    # A file is opened anew for each tensor: what is read stays mapped, and counts as memory, until its file is closed.
 
     def __init__(self, folder: Path) -> None:
         check_not_widened(folder)
@@ -93,12 +92,8 @@ class CheckpointTensors:
         if (self.stored_dtype(name), self.shape(name)) != (self.stored_dtype(other), self.shape(other)):
             return False
         size = self.size_bytes(name) // 4 * DTYPE_BITS[self.stored_dtype(name)] // 8
-        starts = range(0, size, COMPARED_BYTES)
-        pairs = (
-            [self.read_bytes(tensor, start, min(start + COMPARED_BYTES, size)) for tensor in (name, other)]
-            for start in starts
-        )
-        return all(torch.equal(*pair) for pair in pairs)
+        parts = ((start, min(start + COMPARED_BYTES, size)) for start in range(0, size, COMPARED_BYTES))
+        return all(torch.equal(self.read_bytes(name, *part), self.read_bytes(other, *part)) for part in parts)
 
     def shape(self, name: str) -> list[int]:
         return self._shapes[name]
@@ -129,16 +124,12 @@ class CheckpointTensors:
 
 @dataclass
 class TensorGroup:
-    """Checkpoint tensors that become one or more parameters together.
+    """Checkpoint tensors that become one or more parameters together."""
 
-    parameter: the first of them; None where the model does not use the tensors. patterns: for each tensor, the
-    converter's pattern that it matches.
-    """
-
-    parameter: str | None
+    parameter: str | None  # the first of them; None where the model does not use the tensors
     names: list[str] = field(default_factory=list)
     converter: Any = None
-    patterns: list[str] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)  # for each tensor, the converter's pattern that it matches
 
 
 class CheckpointLayout:
@@ -226,12 +217,8 @@ class CheckpointLayout:
             return []
         if group.converter is None or len(group.converter.target_patterns) == 1:
             return [group.parameter]
-        first, *others = group.converter.target_patterns
-        plain = re.sub(r"\\(.)", r"\1", first)
-        return [
-            group.parameter,
-            *(group.parameter.replace(plain, re.sub(r"\\(.)", r"\1", other)) for other in others),
-        ]
+        first, *others = (re.sub(r"\\(.)", r"\1", pattern) for pattern in group.converter.target_patterns)
+        return [group.parameter, *(group.parameter.replace(first, other) for other in others)]
 
     def read(self, group: TensorGroup, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return the parameters of a group by the model's names; get: reads a checkpoint tensor."""
@@ -450,7 +437,3 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor.detach())  # NaN where there is any
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def floating_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, p) for name, p in module.named_parameters() if p.is_floating_point())

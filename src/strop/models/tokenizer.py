@@ -27,9 +27,8 @@ def load_tokenizer(source: Source) -> Any:
     except Exception as error:  # the tokenizers package raises plain Exception for a file that it cannot parse
         raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
-        raise ModelError(
-            f"{source.name}: no fast tokenizer (tokenizer.json)", fix="save the tokenizer with a current transformers"
-        )
+        fix = "save the tokenizer with a current transformers"
+        raise ModelError(f"{source.name}: no fast tokenizer (tokenizer.json)", fix=fix)
     return tokenizer
 
 

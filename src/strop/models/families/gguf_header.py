@@ -1,9 +1,7 @@
-"""Read the metadata of a GGUF file under the field names of a transformers config, without torch.
+"""Read the metadata of a GGUF file under the field names of a transformers config, without torch."""
 
-Lists of strings are skipped: gguf's own reader makes an array of each of the tokenizer's strings, which takes 13 s for
-SmolLM2's file; this module takes 0.2 s.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-"""
+# Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Lists of strings are skipped: gguf's own reader
+# makes an array of each of the tokenizer's strings, which takes 13 s for SmolLM2's file; this module takes 0.2 s.
 
 from __future__ import annotations
 
@@ -34,10 +32,7 @@ _CONFIG_FIELDS = {
 
 
 def read_gguf_config(file: Path) -> dict[str, Any]:
-    """Return the model's sizes as config.json would name them.
-
-    Raises ModelError where the file is not GGUF or is cut short.
-    """
+    """Return the model's sizes as config.json would name them. Raises ModelError for a damaged file."""
     try:
         with file.open("rb") as handle:
             return _config(*_read_header(handle))

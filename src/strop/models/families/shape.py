@@ -1,7 +1,4 @@
-"""The sizes of a model from its config alone, for `strop plan` and `strop modules`: no torch and no weights.
-
-Also lists linear layers by kind, and resolves which of them an adapter's targets name.
-"""
+"""The sizes and linear layers of a model from its config alone, and the layers that an adapter's targets name."""
 
 from __future__ import annotations
 
@@ -59,10 +56,8 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
         matching = [kind.name for kind in kinds if target in kind.sets or kind.name in (target, leaf)]
         if not matching:
             known = list(dict.fromkeys(kind.name for kind in kinds))
-            raise ModelError(
-                f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}",
-                fix=f"choose among {', '.join([*TARGET_SETS, *known])}",
-            )
+            what = f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}"
+            raise ModelError(what, fix=f"choose among {', '.join([*TARGET_SETS, *known])}")
         names += matching
     return list(dict.fromkeys(names))
 
@@ -103,21 +98,16 @@ def is_router(path: str) -> bool:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer of the decoder layers, or the experts of one.
+    """A linear layer of the decoder layers, or the experts of one."""
 
-    path: inside the decoder layer. share: how many there are in a layer on average (1/4 if one layer of four has one,
-    128 for 128 experts). active: the fraction of them that a token passes through. sets: its target sets; None: from
-    the path. kept_16_bit: a quantized base keeps it in 16 bit.
-    """
-
-    path: str
+    path: str  # inside the decoder layer
     inputs: int
     outputs: int
     bias: bool = False
-    share: float = 1
-    active: float = 1
-    sets: tuple[str, ...] | None = None
-    kept_16_bit: bool = False
+    share: float = 1  # mean number in a layer: 1/4 if one layer of four has one, 128 for 128 experts
+    active: float = 1  # the fraction of them that a token passes through
+    sets: tuple[str, ...] | None = None  # its target sets; None: from the path
+    kept_16_bit: bool = False  # in a quantized base
 
     @property
     def name(self) -> str:
@@ -219,10 +209,7 @@ class ModelShape:
         return self.layers * sum(linear.total_outputs for linear in self.linears if linear.bias) + self.other_biases
 
     def count_too_long(self, lengths: Sequence[int] | npt.NDArray[np.int64], completion_tokens: int = 0) -> str | None:
-        """Return a message on how many rows exceed the model's maximum length, or None.
-
-        lengths: of the rows, in tokens. completion_tokens: the most that are sampled for each row.
-        """
+        """Return a message on how many rows (lengths in tokens) exceed the model's maximum length, or None."""
         if self.positions is None:
             return None
         too_long = int((np.asarray(lengths) + completion_tokens > self.positions).sum())
@@ -365,10 +352,8 @@ def _size_getter(config: Mapping[str, Any], family: str) -> Any:
 
 
 def linear_kinds_from_headers(folder: Path) -> list[LinearKind]:
-    """List the linear layers and embeddings of any family by its weight files' headers, without torch.
-
-    The headers do not say whether a matrix is a transposed one (Conv1D); only the model's code does.
-    """
+    """List the linear layers and embeddings of any family by its weight files' headers, without torch."""
+    # The headers do not say whether a matrix is a transposed one (Conv1D); only the model's code does.
     matrices: dict[tuple[str, int, int], tuple[int, str]] = {}
     for _, header in read_headers(folder):
         for name, entry in header.items():
@@ -398,10 +383,7 @@ class ModelInfo:
 
 
 def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
-    """Return a model's info from config.json, a GGUF file's header or a run's base.
-
-    Of a Hub id only the config is downloaded. Raises ModelError where there is no such model, or its files lack sizes.
-    """
+    """Return a model's info from config.json (downloaded for a Hub id), a GGUF file's header or a run's base."""
     path = Path(name.removeprefix("gguf:").partition("#sha256=")[0]).expanduser()
     if name == "demo" or name.startswith("demo:"):
         path = demo_file()

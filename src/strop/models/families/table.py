@@ -33,10 +33,9 @@ class ConfigDefaults:
 
 @dataclass(frozen=True)
 class GgufFormat:
-    """llama.cpp's storage format of a family.
+    """llama.cpp's storage format of a family."""
 
-    Checked against llama.cpp at 0c1e57098 (in llama-cpp-python 0.3.36), whose loaders under src/models/ read the keys.
-    """
+    # Checked against llama.cpp at 0c1e57098 (llama-cpp-python 0.3.36), whose loaders under src/models/ read the keys.
 
     arch: str  # llama.cpp's name of the architecture
     activation: str = "silu"
@@ -50,11 +49,9 @@ class GgufFormat:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts about a family: how its decoder layer differs from Llama's, its config and its GGUF format.
+    """Facts about a family: how its decoder layer differs from Llama's, its config and its GGUF format."""
 
-    Names are those of transformers' modules. "Computed by the model": the fast step calls the model's own module,
-    one row at a time.
-    """
+    # Names are those of transformers' modules. "Computed by the model": by the model's own module, one row at a time.
 
     config_defaults: ConfigDefaults | None = None
     gguf: GgufFormat | None = None
