@@ -41,12 +41,9 @@ class Row:
 
 def rows() -> list[Row]:
     """Return the general set."""
-    text = (files(__package__) / "general.jsonl").read_text(encoding="utf-8")
-    parsed = [json.loads(line) for line in text.splitlines()]
-    return [
-        Row(row["kind"], tuple(Message(x["role"], x["content"]) for x in row["messages"]), row["pattern"])
-        for row in parsed
-    ]
+    lines = (files(__package__) / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    parsed = map(json.loads, lines)
+    return [Row(row["kind"], tuple(Message(**turn) for turn in row["messages"]), row["pattern"]) for row in parsed]
 
 
 def compare_general(model: Model, advance: Advance | None = None, devices: Devices = ALONE) -> dict[str, Any]:
@@ -98,9 +95,8 @@ def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
     names = [_task_name(Path(task)) if task.endswith(".yaml") else task for task in tasks]
     for name in names:
         if name not in manager.all_tasks:
-            raise RecipeError(
-                f"--tasks {name}: no such task{nearest(name, manager.all_tasks)}", fix="see `lm-eval ls tasks`"
-            )
+            what = f"--tasks {name}: no such task{nearest(name, manager.all_tasks)}"
+            raise RecipeError(what, fix="see `lm-eval ls tasks`")
     return names, manager
 
 
@@ -135,9 +131,8 @@ def _by_document(samples: Sequence[dict[str, Any]], key: str) -> dict[Any, float
     """Return the value of a metric (`metric,filter`) for each document."""
     metric, _, chosen = key.partition(",")
     filtered = [sample for sample in samples if sample.get("filter", "none") == chosen]
-    return {
-        sample["doc_id"]: float(sample[metric]) for sample in filtered if isinstance(sample.get(metric), (int, float))
-    }
+    scored = [sample for sample in filtered if isinstance(sample.get(metric), (int, float))]
+    return {sample["doc_id"]: float(sample[metric]) for sample in scored}
 
 
 def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float] | None:

@@ -41,9 +41,8 @@ KEY = "STROP_JUDGE_KEY"  # environment variable: sent as a bearer token
 ARGUMENTS = ("conversation", "right answer", "first answer", "second answer")  # of a function, by position
 RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
 
+# (conversation, right answer, first, second answer) -> 1: the first is better, -1: the second, 0: a tie, None: unclear
 Judge = Callable[[str, str, str, str], int | None]
-"""(conversation, right answer, first answer, second answer) -> 1: the first is better, -1: the second, 0: a tie,
-None: no verdict."""
 
 
 def judge_for(name: str, model: str | None = None) -> Judge:
@@ -60,7 +59,9 @@ def judge_for(name: str, model: str | None = None) -> Judge:
         what = f"--judge {name}: neither file.py:function nor the address of a server"
         raise RecipeError(what, fix="write it as http://127.0.0.1:8000/v1")
     server = _ServerJudge(name.rstrip("/"), model)
-    return server if model is not None else replace(server, model=server.first_model())
+    if model is None:
+        return replace(server, model=str(server.request("/models", lambda data: data["data"][0]["id"])))
+    return server
 
 
 def compare_by_judge(
@@ -112,9 +113,8 @@ def _function_judge(name: str) -> Judge:
             fix = "it gets (conversation, right answer, first, second); above 0 the first is better, below 0 the second"
             raise RunError(what, fix=fix) from None
         if math.isnan(value):
-            raise RunError(
-                f"judge {name}: returns nan (for {conversation[-80:]!r})", fix="return a number for any answers"
-            )
+            what = f"judge {name}: returns nan (for {conversation[-80:]!r})"
+            raise RunError(what, fix="return a number for any answers")
         return (value > 0) - (value < 0)
 
     return judge
@@ -140,13 +140,10 @@ class _ServerJudge:
     def __call__(self, conversation: str, gold: str, first: str, second: str) -> int | None:
         text = PROMPT.format(conversation=conversation, gold=gold, first=first, second=second)
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-        reply = self._request("/chat/completions", lambda data: data["choices"][0]["message"].get("content"), body)
+        reply = self.request("/chat/completions", lambda data: data["choices"][0]["message"].get("content"), body)
         return verdict_in(reply if isinstance(reply, str) else "")
 
-    def first_model(self) -> str:
-        return str(self._request("/models", lambda data: data["data"][0]["id"]))
-
-    def _request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
+    def request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
         """Return what `select` takes from the response."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):

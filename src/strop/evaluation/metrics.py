@@ -36,6 +36,7 @@ _NOT_THE_ANSWER = _NOT_THE_GOLD | {
     *("gold", "right_answer", "reference", "target", "expected", "truth", "ground_truth", "y_true"),
 }  # parameter names that show that a function expects other arguments
 MAX_OPTIONS = 50  # for the metric choice, which computes the loss of each option for each row
+WORD = r"[^\W_]+|[\W_]"  # a word, or a character between words
 SIMILAR = 0.6  # differences between less similar answers are not marked
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 Judgement = dict[str, bool]  # the hit under the metric's name first, then side scores
@@ -361,7 +362,7 @@ def changed_rows(places: Sequence[str], before: Sequence[bool], after: Sequence[
 
 def mark_differences(gold: str, answer: str) -> list[tuple[str, str]]:
     """Return the answer in pieces (text, same | added | missing) compared with the gold, word by word."""
-    gold_words, answer_words = _words(gold), _words(answer)
+    gold_words, answer_words = (re.findall(WORD, text) for text in (gold, answer))
     matcher = difflib.SequenceMatcher(None, gold_words, answer_words, autojunk=False)
     if matcher.ratio() < SIMILAR:
         return [(answer, "same")]
@@ -372,17 +373,6 @@ def mark_differences(gold: str, answer: str) -> list[tuple[str, str]]:
         if b2 > b1:
             parts.append(("".join(answer_words[b1:b2]), "same" if tag == "equal" else "added"))
     return parts
-
-
-def _words(text: str) -> list[str]:
-    """Split a text into words and the single characters between them."""
-    words: list[str] = []
-    for character in text:
-        if words and character.isalnum() and words[-1][-1].isalnum():
-            words[-1] += character
-        else:
-            words.append(character)
-    return words
 
 
 @dataclass(frozen=True)

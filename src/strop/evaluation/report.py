@@ -93,7 +93,7 @@ def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     if not difference:
         return "plain", f"{change}."
     kind, text = verdict(Difference(*(difference[name] for name in ("value", "low", "high"))))
-    return kind, f"{_capitalized(text)}: {change}."
+    return kind, f"{text[0].upper()}{text[1:]}: {change}."
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -140,10 +140,8 @@ def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iter
             value = evaluation[side].get(name)
             cell: dict[str, Any] = {"side": side, "text": "", "share": None, "interval": None}
             if _is_number(value):
-                cell |= {
-                    "text": _percent(value) if is_rate else f"{value:,.4g}",
-                    "share": 100 * value if is_rate else None,
-                }
+                cell["text"] = _percent(value) if is_rate else f"{value:,.4g}"
+                cell["share"] = 100 * value if is_rate else None
             if name == metric and intervals.get(side):
                 low, high = (100 * float(end) for end in intervals[side])
                 cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f} %"}
@@ -159,11 +157,8 @@ def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
     for kind, values in [*general["kinds"].items(), ("all", general)]:
         rates = (_percent(values["base"]), _percent(values["tuned"]))
         rows.append((kind, f"{values['rows']}", *rates, in_points(values["difference"])))
-    return {"verdict": f"{_capitalized(general_verdict(general))}.", "rows": rows}
-
-
-def _capitalized(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}"
+    text = general_verdict(general)
+    return {"verdict": f"{text[0].upper()}{text[1:]}.", "rows": rows}
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from strop.evaluation.compare import (
     judged_texts,
     left_out,
     make_questions,
-    rows_with_calls,
     side_of,
 )
 from strop.evaluation.general import check_tasks, compare_general, run_tasks
@@ -119,7 +118,11 @@ def _check_request(
         raise RecipeError("--tasks: the harness runs on one device", fix="run tasks in a separate command")
     if options.task_limit and not options.tasks:
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
-    judge = _judge(options)
+    if options.judge is None and options.judge_model is not None:
+        raise RecipeError("--judge-model: there is no judge", fix="give --judge")
+    if options.judge is not None and options.metric == "choice":
+        raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
+    judge = None if options.judge is None else judge_for(options.judge, options.judge_model)
     read, notes = read_options(names, options.read)
     rows = _scorable_rows(names, read, notes, data, options.metric)
     regression: list[Conversation] = []
@@ -171,9 +174,8 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
     count_train_rows(result, train_rows)
     store = devices.is_main and is_run(Path(name))
-    judge = None
+    judge = None if "interrupted" in compared else request.judge
     if "interrupted" not in compared:
-        judge = request.judge
         if store and (options.general or request.regression or request.tasks or judge is not None):
             _store(RunFolder(Path(name)), result)  # the following may fail, or be stopped
         if options.general:
@@ -191,7 +193,14 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
         result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
     del model, compare_rows  # frees the memory, as the judge may be another model
     if judge is not None:
-        _add_judgement(result, judge, request, renderer)
+        questions = make_questions(request.rows, renderer)
+        base, tuned = (judged_texts(renderer, questions, side_of(result, side).texts) for side in ("base", "tuned"))
+        call = partial(compare_by_judge, judge, str(options.judge), questions, base, tuned, advance)
+        try:
+            result["judge"] = devices.run_on_main(call)
+        except RunError as fault:
+            fault.partial_result = result
+            raise
     if store:
         _store(RunFolder(Path(name)), result)
     return result
@@ -200,28 +209,6 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
 def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
     with request.devices.all_or_none():
         return load(name, quantization=request.options.quantization, force=request.options.force, scores=scores)
-
-
-def _add_judgement(result: dict[str, Any], judge: Judge, request: _Request, renderer: Any) -> None:
-    """Add the judge's verdicts to the result. A RunError gets the result as `partial_result`."""
-    questions = make_questions(request.rows, renderer)
-    base, tuned = (judged_texts(renderer, questions, side_of(result, side).texts) for side in ("base", "tuned"))
-    call = partial(compare_by_judge, judge, str(request.options.judge), questions, base, tuned, request.advance)
-    try:
-        result["judge"] = request.devices.run_on_main(call)
-    except RunError as fault:
-        fault.partial_result = result
-        raise
-
-
-def _judge(options: EvalOptions) -> Judge | None:
-    if options.judge is None:
-        if options.judge_model is not None:
-            raise RecipeError("--judge-model: there is no judge", fix="give --judge")
-        return None
-    if options.metric == "choice":
-        raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
-    return judge_for(options.judge, options.judge_model)
 
 
 def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -269,9 +256,8 @@ def read_conversations(
 def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return how rows are read (format, columns, encoding), by default as in the runs' recipes, and notes."""
     if unknown := sorted(set(options) - set(READ_FIELDS)):
-        raise RecipeError(
-            f"--{unknown[0]}: not an option of eval{nearest(unknown[0], READ_FIELDS)}", fix=", ".join(READ_FIELDS)
-        )
+        what = f"--{unknown[0]}: not an option of eval{nearest(unknown[0], READ_FIELDS)}"
+        raise RecipeError(what, fix=", ".join(READ_FIELDS))
     read, notes = {name.removeprefix("data."): value for name, value in options.items()}, []
     sections = [recipe.data for recipe in map(recipe_of, names) if recipe is not None]
     for name in (name.removeprefix("data.") for name in READ_FIELDS if name not in options):
@@ -315,7 +301,9 @@ def _scorable_rows(
         return rows
     if metric == METRIC:
         raise RecipeError(f"--metric {METRIC}: the rows are not pairs", fix="give rows with chosen and rejected")
-    calls = [Where(row.file, row.line, "the right answer is a call") for row in rows_with_calls(rows)]
+    # The text of a tool call depends on the chat template.
+    called = (row for row in rows if row.answer is not None and row.messages[-1].tool_calls)
+    calls = [Where(row.file, row.line, "the right answer is a call") for row in called]
     if calls and metric == "choice":
         raise DataError("choice: tool calls cannot be chosen from", fix="use another metric", where=calls)
     for renderer in map(load_renderer, names) if calls else [None]:
@@ -406,11 +394,8 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     """Store scores, intervals and some samples in report.json and report.html of a run; all samples in answers.json."""
     report = folder.read_report() or {"run": str(folder.path)}
     every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # evenly spaced, whether hit or miss
-    report["evaluation"] = {
-        key: value
-        for key, value in result.items()
-        if key not in ("samples", "intervals", "run", "general", "regression", "tasks")
-    }
+    apart = ("samples", "intervals", "run", "general", "regression", "tasks")
+    report["evaluation"] = {key: value for key, value in result.items() if key not in apart}
     report["intervals"] = result["intervals"]
     report |= {key: result[key] for key in ("general", "tasks") if key in result}
     complete = "regression" in report and "interrupted" not in report["regression"]

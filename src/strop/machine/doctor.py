@@ -81,17 +81,12 @@ def crash_finding(check: str, error: Exception, fix: str = "") -> Finding:
 
 
 def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
-    free = shutil.disk_usage(folder).free
+    facts = {name: value for name, value in asdict(machine).items() if name != "card_free_bytes"}
     return {
-        "system": machine.system,
-        "python": machine.python,
-        "cpu": machine.cpu,
+        **facts,
         "vector": list(machine.vector),
-        "cores": machine.cores,
-        "memory_bytes": machine.memory_bytes,
-        "free_bytes": machine.free_bytes,
         "gpus": list(nvidia_smi("name,memory.total,driver_version,compute_cap")),
-        "disk_free_bytes": free,
+        "disk_free_bytes": shutil.disk_usage(folder).free,
         "versions": {name: installed for name, installed, _ in libraries() if installed},
         "hub_token": _has_token(),
     }

@@ -165,5 +165,4 @@ def save_measured(key: str, value: dict[str, Any]) -> None:
 
 
 def load_measured(key: str) -> dict[str, Any]:
-    file = cache_folder() / "memory" / f"{key}.json"
-    return read_json(file)
+    return read_json(cache_folder() / "memory" / f"{key}.json")

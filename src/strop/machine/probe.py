@@ -20,21 +20,17 @@ _KNOWN_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni"
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources available to this process; fields are stored as `machine` in lock.json.
-
-    vector: the CPU's instruction sets, named as in Linux's /proc/cpuinfo. memory_bytes: RAM or the cgroup's limit.
-    card_free_bytes: free memory of the GPU that a run uses; None until the run has measured it.
-    """
+    """The resources available to this process; fields are stored as `machine` in lock.json."""
 
     system: str
     python: str
     cpu: str
-    vector: tuple[str, ...]
+    vector: tuple[str, ...]  # the CPU's instruction sets, named as in Linux's /proc/cpuinfo
     cores: int
-    memory_bytes: int
+    memory_bytes: int  # RAM or the cgroup's limit
     free_bytes: int
     gpus: tuple[str, ...]
-    card_free_bytes: int | None = None
+    card_free_bytes: int | None = None  # free memory of the run's GPU; None until the run has measured it
 
     @property
     def has_avx512_bf16(self) -> bool:
