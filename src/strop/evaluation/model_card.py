@@ -101,8 +101,11 @@ def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
     head = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
+    scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
+    if scheme != "none":
+        storage = f"{scheme}, computed in {storage}"
     rows = [
-        ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {_storage(settings)}"),
+        ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {storage}"),
         ("adapter", _adapter(settings)),
         *([("merged", _merged(merged))] if merged is not None else []),
         ("training", _training(report, settings)),
@@ -161,11 +164,6 @@ def _merged(merged: Mapping[str, Any]) -> str:
 def _template(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     notes = report.get("data_report", {}).get("template", [])
     return [("chat template", "; ".join(notes).replace("|", "\\|"))] if notes else []
-
-
-def _storage(settings: Mapping[str, Any]) -> str:
-    scheme = settings.get("model.quantization", "none")
-    return str(settings["model.dtype"]) if scheme == "none" else f"{scheme}, computed in {settings['model.dtype']}"
 
 
 def _training(report: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -113,19 +113,17 @@ def is_installed(name: str) -> bool:
     return True
 
 
-def _versions() -> Iterator[Finding]:
-    has_errors = False
+def _versions() -> list[Finding]:
+    findings, install = [], f"{pip_command()} install"
     for name, installed, supported in libraries():
+        wanted = f"{name}{supported}"
         if installed is None:
-            has_errors = True
-            fix = f"{pip_command()} install '{name}{supported}'"
-            yield Finding("error", f"{name} is not installed", f"strop needs {name}{supported}", fix)
-        elif not Requirement(f"{name}{supported}").specifier.contains(installed, prereleases=True):
-            has_errors = True
-            fix = f"{pip_command()} install -U '{name}{supported}'"
-            yield Finding("error", f"{name} {installed}", f"strop is tested with {name}{supported}", fix)
-    if not has_errors:
-        yield Finding("ok", "every library is in the range that strop supports")
+            why = f"strop needs {wanted}"
+            findings.append(Finding("error", f"{name} is not installed", why, f"{install} '{wanted}'"))
+        elif not Requirement(wanted).specifier.contains(installed, prereleases=True):
+            why = f"strop is tested with {wanted}"
+            findings.append(Finding("error", f"{name} {installed}", why, f"{install} -U '{wanted}'"))
+    return findings or [Finding("ok", "every library is in the range that strop supports")]
 
 
 def pip_command() -> str:

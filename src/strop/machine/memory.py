@@ -77,7 +77,12 @@ class PeakTracker:
             import torch
 
             return int(torch.cuda.max_memory_allocated(self.device))
-        return max(0, _peak_resident_bytes() - self.resident_bytes)
+        info = psutil.Process().memory_info()
+        peak = int(getattr(info, "peak_wset", info.rss))
+        if sys.platform == "linux":
+            status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            peak = next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), peak)
+        return max(0, peak - self.resident_bytes)
 
 
 def start_peak(device: str) -> PeakTracker:
@@ -90,15 +95,6 @@ def start_peak(device: str) -> PeakTracker:
         with suppress(OSError):  # forbidden in some sandboxes: the peak then counts from the start of the process
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     return PeakTracker(psutil.Process().memory_info().rss, device)
-
-
-def _peak_resident_bytes() -> int:
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    info = psutil.Process().memory_info()
-    return int(getattr(info, "peak_wset", info.rss))
 
 
 def parse_bytes(text: str | int) -> int:

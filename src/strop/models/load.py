@@ -209,7 +209,7 @@ def copies_needed(source: Source, scheme: str, double: bool, dtype: torch.dtype)
     """Return whether loading will write a 16-bit copy of a GGUF file, and a quantized copy, into the cache."""
     needs_quantized = scheme != "none" and not has_all_weights(_quantized_cache(source, scheme, double, dtype))
     needs_quantized = needs_quantized and prequantized(source.config()) is None
-    needs_16_bit = source.kind == "gguf" and not _is_complete(_bf16_cache(source))
+    needs_16_bit = source.kind == "gguf" and not _is_complete(gguf_cache(source) / "bf16")
     return needs_16_bit and (needs_quantized or scheme == "none"), needs_quantized
 
 
@@ -262,10 +262,6 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if needs_multimodal else AutoModelForCausalLM
 
 
-def _bf16_cache(source: Source) -> Path:
-    return gguf_cache(source) / "bf16"
-
-
 def _is_complete(folder: Path) -> bool:
     return has_all_weights(folder) and "architectures" in read_config(folder)
 
@@ -300,4 +296,4 @@ def _dequantize_gguf(source: Source) -> Path:
             model.is_quantized = False
             model.save_pretrained(temp)
 
-    return build_once(_bf16_cache(source), _is_complete, make)
+    return build_once(gguf_cache(source) / "bf16", _is_complete, make)

@@ -66,7 +66,12 @@ def choose(
     budget = MemoryBudget(shape, parameters or shape.parameters, usable, devices, rate_of)
     fit_memory, unfitted = fit if devices == 1 else fit_devices, resolved.decide(default_micro_batch(recipe))
     resolved = fit_memory(unfitted, budget)
-    _check_quantized_options(resolved.recipe)
+    model, fix = resolved.recipe.model, "leave it out, or give --model.quantization nf4"
+    if model.quantization == "none" and model.resident_layers is not None:
+        what = f"--model.resident_layers {model.resident_layers}: the base is in 16 bit and is not dequantized"
+        raise RecipeError(what, fix=fix)
+    if model.quantization == "none" and recipe.lora.init == "loftq":
+        raise RecipeError("--lora.init loftq: the base is in 16 bit, without a quantization error", fix=fix)
     limits = load_measured(memory_key(resolved.recipe, machine, shape))
     if usable > FREED_FACTOR * limits.get("usable_bytes", usable):  # another program used memory at the time
         limits = {}
@@ -91,18 +96,6 @@ def _plain_choices(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         values.append(("train.optimizer", "adamw_8bit", "paging needs CUDA"))
     return [Choice(field, value, "plan", why) for field, value, why in values]
-
-
-def _check_quantized_options(recipe: Recipe) -> None:
-    """Refuse options of a quantized base on a base in 16 bit."""
-    if recipe.model.quantization != "none":
-        return
-    fix = "leave it out, or give --model.quantization nf4"
-    if recipe.model.resident_layers is not None:
-        what = f"--model.resident_layers {recipe.model.resident_layers}: the base is in 16 bit and is not dequantized"
-        raise RecipeError(what, fix=fix)
-    if recipe.lora.init == "loftq":
-        raise RecipeError("--lora.init loftq: the base is in 16 bit, without a quantization error", fix=fix)
 
 
 def _apply_memory_limits(resolved: Resolved, limits: Mapping[str, Any]) -> Resolved:

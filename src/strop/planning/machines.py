@@ -32,10 +32,6 @@ class DeviceSpec:
     bf16: bool = True
 
     @property
-    def memory_bytes(self) -> int:
-        return int(self.memory_gb * (1 << 30))
-
-    @property
     def rate(self) -> Rate:
         source = f"data sheet of {self.name}" if self.kind != UNKNOWN.kind else f"a guess: {self.name}"
         return Rate(self.tflops * 1e12, self.bandwidth_gbs * 1e9, source, peak=True)
@@ -195,7 +191,7 @@ def target_for(device: str, memory: int | None = None, gpu: str | None = None) -
 
 
 def _target_of_spec(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: tuple[str, ...] = ()) -> Target:
-    size = memory or spec.memory_bytes
+    size = memory or int(spec.memory_gb * (1 << 30))
     dtype = ("bf16", "the GPU computes in bf16") if spec.bf16 else ("fp32", "the GPU has no fast bf16")
     if spec.device != "cuda":
         machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())

@@ -164,8 +164,11 @@ def workspace_bytes(workload: Workload) -> int:
     """Return bytes of the largest dequantized weight, gathered shards, 8-bit integer copies, and small scratch."""
     compute = workload.compute
     scratch = 32 * MIB if compute.device != "cpu" else SCRATCH_BYTES if compute.step == "plain" else 0
-    dequantized = _largest_dequantized(workload) if workload.dequantizes else 0
-    return scratch + dequantized + gathered_bytes(workload) + integer_bytes(workload)
+    dequantized, gathered = _largest_dequantized(workload) if workload.dequantizes else 0, 0
+    if workload.base.shards > 1:  # gathered at once: two layers, or a layer and the embedding or head
+        layer = base_layer_bytes(workload)
+        gathered = layer + max(layer, compute.dtype_bytes * workload.shape.embedding)
+    return scratch + dequantized + gathered + integer_bytes(workload)
 
 
 def integer_bytes(workload: Workload) -> int:
@@ -176,14 +179,6 @@ def integer_bytes(workload: Workload) -> int:
     layer = sum(x.weights for x in shape.linears if x not in shape.expert_linears)
     layers = shape.layers if base.scheme == "none" else base.resident_layers
     return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
-
-
-def gathered_bytes(workload: Workload) -> int:
-    """Return bytes of a sharded base that are gathered at once: two layers, or a layer and the embedding or head."""
-    if workload.base.shards == 1:
-        return 0
-    layer = base_layer_bytes(workload)
-    return layer + max(layer, workload.compute.dtype_bytes * workload.shape.embedding)
 
 
 def base_layer_bytes(workload: Workload) -> int:

@@ -83,6 +83,8 @@ class Workload:
         scheme = model.quantization if model.quantization != "auto" else "none"
         plain = why_plain(recipe, shape) is not None
         bf16_cpu = device == "cpu" and model.dtype == "bf16"
+        # Where layers have different ranks, the mean, rounded up; `_extra_weights` corrects the rounding.
+        ranks = tuple(-(-sum(ranks) // shape.layers) for ranks in layer_ranks)
         head_rank = _rank("lm_head", lora) if "lm_head" in names else 0
         return Workload(
             base=BaseWeights(
@@ -94,8 +96,8 @@ class Workload:
                 shards=devices if model.placement == "sharded" else 1,
             ),
             adapter=AdapterWeights(
-                ranks=_mean_ranks(layer_ranks, shape),
-                extra_weights=_extra_weights(recipe, shape, layer_ranks, head_rank),
+                ranks=ranks,
+                extra_weights=_extra_weights(recipe, shape, ranks, layer_ranks, head_rank),
                 head_rank=head_rank,
                 dropout=lora.dropout > 0,
                 dora=lora.use_dora,
@@ -293,16 +295,13 @@ def _rank(path: str, lora: LoraSection) -> int:
     return next((rank for pattern, rank in lora.rank_pattern.items() if matches_pattern(pattern, path)), lora.r)
 
 
-def _mean_ranks(layer_ranks: list[list[int]], shape: ModelShape) -> tuple[int, ...]:
-    """Return the mean rank on each linear, rounded up, where layers have different ranks."""
-    return tuple(-(-sum(ranks) // shape.layers) for ranks in layer_ranks)
-
-
-def _extra_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int]], head_rank: int) -> int:
+def _extra_weights(
+    recipe: Recipe, shape: ModelShape, mean_ranks: tuple[int, ...], layer_ranks: list[list[int]], head_rank: int
+) -> int:
     """Return the number of trainable weights that are not in adapters on `shape.linears`."""
     lora = recipe.lora
     total = _num_trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
-    for x, rank, ranks in zip(shape.linears, _mean_ranks(layer_ranks, shape), layer_ranks, strict=True):
+    for x, rank, ranks in zip(shape.linears, mean_ranks, layer_ranks, strict=True):
         total -= x.adapter_size * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
         total += x.total_outputs * sum(map(bool, ranks)) if lora.use_dora else 0
     total += len(lora.new_tokens) * shape.hidden

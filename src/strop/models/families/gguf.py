@@ -86,20 +86,16 @@ class GgufLayout:
             pattern = gguf_format.window_pattern
             if is_sliding != [(layer + 1) % pattern != 0 for layer in range(config.num_hidden_layers)]:
                 self._refuse("order of sliding-window layers", "layer_types")
-            self._check_attention_scale()
+            per_head = config.hidden_size // config.num_attention_heads
+            expected = per_head if config.num_hidden_layers == gguf_format.double_scale_layers else self.head_dim
+            if config.query_pre_attn_scalar != expected:
+                self._refuse("query_pre_attn_scalar", config.query_pre_attn_scalar)
         elif gguf_format.sliding_window == "refused" and any(is_sliding):
             self._refuse("sliding window", config.sliding_window)
         window = getattr(config, "sliding_window", None)
         if gguf_format.sliding_window == "ignored" and window:
             note = f"after {window} tokens it attends further back"
             self.notes.append(f"llama.cpp has no sliding window for this family: {note}")
-
-    def _check_attention_scale(self) -> None:
-        config = self.config
-        per_head = config.hidden_size // config.num_attention_heads
-        expected = per_head if config.num_hidden_layers == self._format.double_scale_layers else self.head_dim
-        if config.query_pre_attn_scalar != expected:
-            self._refuse("query_pre_attn_scalar", config.query_pre_attn_scalar)
 
     def _refuse(self, what: str, value: object) -> None:
         problem = f"GGUF: llama.cpp's {self.arch} does not support this model's {what} ({value})"

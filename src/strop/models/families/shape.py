@@ -402,7 +402,9 @@ def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
     folder = path if path.is_dir() else None
     config = read_config(folder) if folder else download_config(name, revision)
     shape = _shape_with_defaults(config)
-    parameters = _count_parameters(folder) if folder and not shape.prequantized else shape.parameters
+    parameters = shape.parameters
+    if folder and not shape.prequantized and any(folder.glob("*.safetensors")):
+        parameters = sum(math.prod(entry["shape"]) for _, header in read_headers(folder) for entry in header.values())
     return ModelInfo(name, shape, parameters, config)
 
 
@@ -419,10 +421,3 @@ def _shape_with_defaults(config: Mapping[str, Any]) -> ModelShape:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
             return ModelShape.from_config(AutoConfig.from_pretrained(folder).to_dict())
-
-
-def _count_parameters(folder: Path) -> int:
-    """Count parameters by the headers of the weight files, or by the config of a folder without weights."""
-    if not any(folder.glob("*.safetensors")):
-        return _shape_with_defaults(read_config(folder)).parameters
-    return sum(math.prod(entry["shape"]) for _, header in read_headers(folder) for entry in header.values())

@@ -260,16 +260,9 @@ FAMILIES = {
 # above. PEFT refuses some of them; in Bamba, Granite 4 and Zamba 2 optional fused kernels read them.
 _FUSED_KERNEL = ("out_proj", "conv1d")
 DIRECTLY_READ = {
-    "falcon_h1": _FUSED_KERNEL,
-    "mamba": (*_FUSED_KERNEL, "dt_proj"),
-    "mamba2": _FUSED_KERNEL,
-    "falcon_mamba": (*_FUSED_KERNEL, "dt_proj"),
-    "nemotron_h": _FUSED_KERNEL,
-    "bamba": _FUSED_KERNEL,
-    "granitemoehybrid": _FUSED_KERNEL,
-    "zamba2": _FUSED_KERNEL,
-    "jamba": ("dt_proj",),
-    "zamba": ("dt_proj",),
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"), _FUSED_KERNEL),
+    **dict.fromkeys(("mamba", "falcon_mamba"), (*_FUSED_KERNEL, "dt_proj")),
+    **dict.fromkeys(("jamba", "zamba"), ("dt_proj",)),
 }
 
 
