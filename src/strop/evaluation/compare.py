@@ -93,8 +93,7 @@ def compare(
     # base: earlier results of the same base on the same rows. Returns {rows, left_out, metric, base, tuned, intervals,
     # difference, changed, samples}; `base` and `tuned`: {the metric's scores, loss, perplexity, and for metrics other
     # than `choice` stop_rate, tokens_per_answer, tokens_per_s}. `left_out`: {file, line, what} of each row without a
-    # right answer. `tuned`, `difference` and `changed` (rows that only one gets right) are absent for a model without
-    # an adapter.
+    # right answer. `tuned`, `difference` and `changed` (rows that only one gets right) need an adapter.
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]

@@ -74,8 +74,7 @@ def compare_by_judge(
 ) -> dict[str, Any]:
     """Measure how often the tuned answer beats the base's, with 95 % intervals."""
     # win_rate: wins and half of the ties, from the paired difference of wins and losses. order_decided: rows whose
-    # verdict changed with the order. unsaid: replies without a verdict, counted as ties. lost: places of the rows that
-    # tuned lost.
+    # verdict changed with the order. unsaid: replies without a verdict, counted as ties. lost: places of lost rows.
     outcomes, order_decided, unsaid = [], 0, 0
     for number, (question, before, after) in enumerate(zip(questions, base, tuned, strict=True), 1):
         verdicts = [0, 0]

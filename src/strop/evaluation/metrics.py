@@ -329,8 +329,7 @@ def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
 def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> Difference:
     """Return tuned rate minus base rate on the same rows (at least one) with a 95 % interval within -1 to 1."""
     # R. G. Newcombe, Statistics in Medicine 17 (1998), 2635-2650, method 10: the Wilson intervals of both rates,
-    # combined with their correlation phi (lowered by a continuity correction where positive). It has a width even if
-    # all rows agree.
+    # combined with their correlation phi (lowered by a continuity correction where positive).
     pairs = [(bool(tuned), bool(base)) for base, tuned in zip(base_hits, tuned_hits, strict=True)]
     n = len(pairs)
     assert n > 0, "nothing to compare"

@@ -90,8 +90,7 @@ def hub_id(name: str) -> str | None:
 
 def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[str, Any] | None = None) -> str:
     """Return the card of a run's adapter, or of a model that it was merged into."""
-    # base: Hub id, if trained on a local copy. merged: dtype and parity (None: not measured), as in `strop merge
-    # --json`.
+    # base: Hub id, if trained on a local copy. merged: dtype and parity (None: not measured) of a merged model.
     settings = {choice["field"]: choice["value"] for choice in report["recipe"]}
     lock, name = report["lock"], Path(str(report["run"])).name
     base_id = base or hub_id(lock["base"]["name"])

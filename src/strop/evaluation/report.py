@@ -33,6 +33,7 @@ from strop.runs.folder import write_atomic
 Series = dict[float, float]  # step -> value
 MAX_CHARACTERS = 600  # shown of a sample
 MAX_SAMPLES = 12
+NORMAL_EVENTS = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
 SMOOTH_STEPS = 10  # on each side, in the smoothed training loss; at most a twentieth of the run
 # matplotlib has no CSS: these placeholders are replaced by the page's colours, light or dark.
 INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
@@ -55,6 +56,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
     samples = evaluation.get("samples") or report.get("samples") or []
     step = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced, for an unbiased selection
     recipe, regression = report.get("recipe") or [], _verdict(report.get("regression") or {})
+    kinds = Counter(str(event.get("event")) for event in events)
     page = template.render(
         title=Path(str(report.get("run") or "run")).name,
         verdict=_verdict(evaluation),
@@ -72,7 +74,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         chosen=[_choice(choice) for choice in recipe if choice.get("origin") != "default"],
         defaults=[_choice(choice) for choice in recipe if choice.get("origin") == "default"],
         origins=[(name, list(_flatten(report[name]))) for name in ("lock", "machine") if report.get(name)],
-        recoveries=_recoveries(events),
+        recoveries=", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in NORMAL_EVENTS),
         general=_general(report.get("general") or {}),
         tasks=list(task_rows(report.get("tasks") or {})),
         regression=f"{regression[1]} (rows that should not get worse)" if regression else "",
@@ -210,13 +212,6 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"
     else:
         yield name, "-" if value is None else str(value)
-
-
-def _recoveries(events: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of unusual events by kind, such as '2 x skip, 1 x resume'."""
-    normal = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
-    kinds = Counter(str(event.get("event")) for event in events)
-    return ", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in normal)
 
 
 def _is_number(value: Any) -> bool:

@@ -339,8 +339,7 @@ def recipe_of(name: str) -> Recipe | None:
 
 def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
     """Return for each row whether a run, or a run it started from, was trained on it (by content); None if unknown."""
-    # Unknown: there is no run, or its data is unreadable or has changed. Rows in the run's cache are not tokenized
-    # again.
+    # Unknown: there is no run, or its data is unreadable or has changed. Cached rows are not tokenized again.
     try:
         run, recipe = run_of(name), recipe_of(name)
         if run is None or recipe is None:

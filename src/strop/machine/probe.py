@@ -173,10 +173,9 @@ def visible_gpus(selection: str, uuids: Sequence[str]) -> list[int]:
     # Like CUDA, ignore everything after the first invalid entry, and return nothing if a GPU is listed twice.
     indices: list[int] = []
     for entry in (entry.strip() for entry in selection.split(",")):
+        matches = [index for index, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
         if entry.isdigit():
             matches = [int(entry)] if int(entry) < len(uuids) else []
-        else:
-            matches = [index for index, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
         if len(matches) != 1:
             return indices
         if matches[0] in indices:

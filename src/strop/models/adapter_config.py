@@ -90,8 +90,7 @@ def check_adapter_fits(
 
 def expand_adapter_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return adapter_config.json for a run that starts from the adapter."""
-    # `new_tokens` holds the texts of the trained token rows, and `target_modules` the adapted layers and experts by
-    # name.
+    # `new_tokens`: texts of the trained token rows. `target_modules`: names of the adapted layers and experts.
     targets = _adapted_names(config, folder / WEIGHTS_FILE)
     return {**config, "new_tokens": trained_token_texts(folder, config), "target_modules": targets}
 

@@ -36,8 +36,7 @@ STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, temp
 
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
     """Write a PEFT adapter folder, complete or not at all: weights, config, tokenizer, template, strop.json."""
-    # identity: {base: {name, fingerprint}, template, data, system, reasoning}; system: prompt of every training row, or
-    # None.
+    # identity: {base: {name, fingerprint}, template, data, system (prompt of every training row, or None), reasoning}
     with new_folder(folder) as temp:
         # PEFT would look up the base on the Hub to see whether embeddings were resized; trained rows are saved anyway.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)

@@ -44,8 +44,7 @@ def expert_sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
 
 def adapted_as_parameters(model: nn.Module) -> set[str]:
     """Return the leaf names of linear layers that PEFT must adapt as parameters in this model."""
-    # In a mixture PEFT reads transformers 4's expert names in `target_modules` as the experts, and leaves out the dense
-    # and shared layers of the same name.
+    # In a mixture PEFT reads transformers 4's expert names as the experts, and skips dense layers of the same name.
     return set(EXPERT_NAMES) if next(expert_parameters(model), None) is not None else set()
 
 

@@ -77,12 +77,12 @@ def _distinct_suffix(path: str) -> str:
 
 
 def _expert_kinds(model: nn.Module, is_text: Callable[[str], bool]) -> list[LinearKind]:
-    counts: dict[tuple[str, int, int, tuple[str, ...], bool], int] = {}
+    counts: Counter[tuple[str, int, int, tuple[str, ...], bool]] = Counter()
     for path, name, module, weight in expert_parameters(model):
         if is_text(path):
             sizes = expert_sizes(module, weight)
             key = (f"{path.rpartition('.')[2]}.{name}", *sizes, expert_target_sets(name), is_experts(module))
-            counts[key] = counts.get(key, 0) + len(weight)
+            counts[key] += len(weight)
     return [
         LinearKind(name, EXPERTS, inputs, outputs, count, sets, None if is_usual else "an unusual layer of experts")
         for (name, inputs, outputs, sets, is_usual), count in counts.items()

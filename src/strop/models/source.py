@@ -152,8 +152,7 @@ def check_not_widened(folder: Path) -> None:
 
 def fingerprint(source: Source) -> str:
     """Return a sha256 that identifies a base."""
-    # A GGUF file is read whole; of a folder the config and the name, dtype, shape and first bytes of each tensor:
-    # reading gigabytes at each start would be slow.
+    # A GGUF file is read whole; of a folder, to be fast, config and the name, dtype, shape and first bytes of tensors.
     if source.kind == "gguf":
         return sha256_file(source.path)
     digest = hashlib.sha256(json.dumps(source.config(), sort_keys=True).encode())

@@ -182,7 +182,15 @@ class CheckpointLayout:
             if odd := next((key for key in group.names if tensors.stored_dtype(key) not in FLOATS), None):
                 what = f"{name}: {odd} is stored as {tensors.stored_dtype(odd)}, and config.json does not give a scale"
                 raise ModelError(what, fix="use the model with 16-bit weights")
-        self._check_shapes(name, tensors)
+        wrong = []
+        for group in self.groups:
+            if group.parameter is None or group.converter is not None:
+                continue
+            has_shape = tensors.stored_dtype(group.names[0]) == "I8" or not tensors.is_packed(group.names[0])
+            if has_shape and tensors.shape(group.names[0]) != list(self._state[group.parameter].shape):
+                wrong.append(group.parameter)
+        if wrong:
+            raise ModelError(f"{name}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}")
         check_unused_tensors(name, self._model, self.unused.values())
         for target, source in getattr(self._model, "all_tied_weights_keys", {}).items():
             stored = {group.parameter: group.names[0] for group in self.groups if group.parameter in (target, source)}
@@ -191,18 +199,6 @@ class CheckpointLayout:
                 fix = "set tie_word_embeddings to false in config.json, or remove the one that was not trained"
                 raise ModelError(what, fix=fix)
         return self
-
-    def _check_shapes(self, name: str, tensors: CheckpointTensors) -> None:
-        wrong = []
-        for group in self.groups:
-            if group.parameter is None or group.converter is not None:
-                continue
-            tensor = group.names[0]
-            has_shape = tensors.stored_dtype(tensor) == "I8" or not tensors.is_packed(tensor)
-            if has_shape and tensors.shape(tensor) != list(self._state[group.parameter].shape):
-                wrong.append(group.parameter)
-        if wrong:
-            raise ModelError(f"{name}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}")
 
     def group_of(self, parameter: str) -> TensorGroup:
         """Return the group of a parameter. Raises KeyError where the checkpoint does not have it."""

@@ -151,14 +151,11 @@ class TextStream:
         if positions:
             self.stopped, self._pending = True, ""
             return text[: min(positions)]
-        overlap = max((_overlap(text, stop) for stop in self._stops), default=0)
+        # The longest suffix of the text that is a prefix of a stop string.
+        starts = {stop[:size] for stop in self._stops for size in range(1, len(stop))}
+        overlap = max((len(start) for start in starts if text.endswith(start)), default=0)
         self._pending = text[len(text) - overlap :]
         return text[: len(text) - overlap]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class TokenBytes:

@@ -1,8 +1,7 @@
 """Predict the activation memory of a micro-batch from the tensors that the engine allocates. Imports no torch."""
 
 # Symbols are the engine's: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
-# values, I intermediate size, b bytes per value. A step's peak is the largest of a few moments: sums of tensors alive
-# then.
+# values, I intermediate size, b bytes per value. A step's peak is the largest of a few moments.
 
 from __future__ import annotations
 

@@ -49,8 +49,7 @@ def choose(
 ) -> Resolved:
     """Fill in every open option of a recipe; raise RecipeError if options conflict with each other or the adapter."""
     # device, dtype (name, reason): for a recipe that leaves them open. adapter: adapter_config.json of `model.adapter`
-    # with the texts of its new tokens; the recipe takes its shape. With several devices, the machine is one device's
-    # part.
+    # with the texts of its new tokens; the recipe takes its shape. machine: one device's part.
     check_devices(resolved.recipe.train, devices)
     if adapter is not None:
         resolved = resolved.decide(_adapter_choices(resolved, adapter))
@@ -229,8 +228,7 @@ def alpha_of(recipe: Recipe) -> float:
 def rate_factor(scale: float, batch: int, ratio: float = 1.0) -> float:
     """Return the factor on the rate for another `adapter_scale`, rows per step, or LoRA+ ratio than the rule's."""
     # Measured at ranks 4 to 128, scales 1 to 8, 2 to 32 rows, and a ratio of 16 (docs/learning_rate.md). With one alpha
-    # for all ranks the rate is the same, as "LoRA Without Regret" (Schulman and Thinking Machines, 2025) found on
-    # larger models.
+    # for all ranks the rate is the same, as in "LoRA Without Regret" (Schulman and Thinking Machines, 2025).
     rows = min(max(batch, ROWS_RANGE[0]), ROWS_RANGE[1])
     return float((REFERENCE_SCALE / max(scale, MIN_SCALE)) ** 0.5 * (rows / REFERENCE_ROWS) ** 0.2 / ratio**0.5)
 

@@ -101,8 +101,7 @@ def smaller_scheme(recipe: Recipe) -> str:
 
 def _fastest_micro_batch(resolved: Resolved, budget: MemoryBudget) -> Resolved:
     """Lower `train.micro_batch_tokens` on a CPU if the predicted time per token, on the longest rows, falls."""
-    # A smaller micro-batch leaves memory for recomputing fewer layers or dequantizing more of them once, at the same
-    # cost per layer.
+    # A smaller micro-batch leaves memory for recomputing fewer layers or dequantizing more of them once.
     best, field = _fill_memory(resolved, budget), "train.micro_batch_tokens"
     size, smallest = resolved.recipe.train.micro_batch_tokens, max(MIN_LENGTH, resolved.recipe.data.max_length)
     if budget.rate_of is None or size is None or resolved.choices[field].origin != "plan":

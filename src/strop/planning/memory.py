@@ -256,8 +256,7 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
 
 def load_phase(workload: Workload) -> Phase:
     """Return the peak of reading the base (a device's share of a sharded one; a quantized one tensor by tensor)."""
-    # On a CPU, 16-bit weights stay in their mapped files; for fp32 they are copied, and the files' pages count until
-    # then.
+    # On a CPU, 16-bit weights stay in their mapped files; fp32 copies count next to the files' pages.
     constant = constant_parts(workload, trained=False)
     compute = workload.compute
     copied = compute.device == "cpu" and workload.base.scheme == "none" and compute.dtype_bytes != 2

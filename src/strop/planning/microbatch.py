@@ -114,8 +114,7 @@ def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
 
 def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
     """Return a typical micro-batch, of rows of the mean length, from which the run's time is predicted."""
-    # rows: (tokens, supervised tokens) of each answer; unknown rows have the maximum length, all tokens supervised. A
-    # prefix that all rows share is computed once.
+    # rows: (tokens, supervised tokens) of each answer; unknown rows have the maximum length, all tokens supervised.
     prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
     answers = sequences_per_row(recipe.train)
     if not rows:

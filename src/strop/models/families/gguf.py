@@ -19,8 +19,7 @@ from strop.models.families.table import FAMILIES, Family, GgufFormat, find_gguf_
 
 def read_gguf_tensors(file: Path, meta_model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
     """Return an iterator over (parameter name, fp32 tensor), dequantized one at a time, or None."""
-    # None: the family is not supported, or a parameter of `meta_model` is not in the file. Layer tensors that the model
-    # does not have raise ModelError.
+    # None: the family is not supported, or the file lacks a parameter. Surplus layer tensors raise ModelError.
     reader = gguf.GGUFReader(file)
     found = find_gguf_family(str(reader.fields["general.architecture"].contents()))
     if found is None or found[1].gguf is None or not found[1].gguf.reads_weights:
