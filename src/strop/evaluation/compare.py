@@ -61,13 +61,9 @@ def make_questions(conversations: Sequence[Conversation], renderer: Renderer | N
 
 def left_out(conversations: Sequence[Conversation]) -> list[Where]:
     """Return the rows without a right answer, and why. They count in neither score nor loss."""
-    places = []
-    for row in conversations:
-        if row.answer is None:
-            places.append(Where(row.file, row.line, "does not end with an answer"))
-        elif not row.messages[-1].weight:
-            places.append(Where(row.file, row.line, "its answer has weight 0"))
-    return places
+    reasons = {True: "does not end with an answer", False: "its answer has weight 0"}
+    rows = (row for row in conversations if row.answer is None or not row.messages[-1].weight)
+    return [Where(row.file, row.line, reasons[row.answer is None]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -187,7 +183,6 @@ def _loss(
 def mean_loss(
     token_loss: TokenLoss, examples: Sequence[Example], cut: Cut, rows: int = 64, devices: Devices = ALONE
 ) -> float:
-    """Return the mean cross entropy over all supervised tokens; see summed_loss."""
     total, weight = summed_loss(token_loss, examples, cut, rows, devices)
     assert weight > 0
     return total / weight

@@ -40,7 +40,6 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Return the general set."""
     lines = (files(__package__) / "general.jsonl").read_text(encoding="utf-8").splitlines()
     parsed = map(json.loads, lines)
     return [Row(row["kind"], tuple(Message(**turn) for turn in row["messages"]), row["pattern"]) for row in parsed]

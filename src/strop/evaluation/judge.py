@@ -143,7 +143,6 @@ class _ServerJudge:
         return verdict_in(reply if isinstance(reply, str) else "")
 
     def request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
-        """Return what `select` takes from the response."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"

@@ -387,7 +387,6 @@ class Reward:
         return self.metric.name
 
     def __call__(self, gold: str | None, answer: str, place: tuple[str, int]) -> float:
-        """Return the reward of an answer."""
         if self.metric.function is None:
             return float(self.metric.judge(gold or "", answer)[self.name])
         prefix = f"reward {self.spec}: row {place[0]}:{place[1]}"

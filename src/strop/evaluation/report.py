@@ -49,7 +49,6 @@ def write_report(folder: Path, report: dict[str, Any], events: Iterable[dict[str
 
 
 def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     evaluation = report.get("evaluation") or {}

@@ -51,8 +51,6 @@ READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Options of `strop eval`."""
-
     metric: str = "exact"  # name of the metric, or file.py:function
     max_new_tokens: int = 80  # longest answer
     quantization: str = "auto"  # how the base is stored

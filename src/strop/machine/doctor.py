@@ -49,7 +49,6 @@ class DoctorReport:
     rates: Rates | None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields of `strop doctor --json`."""
         rates = asdict(self.rates) if self.rates else {"bf16_flops": None, "fp32_flops": None}
         return {"machine": self.machine, "findings": [asdict(f) for f in self.findings], "rates": rates}
 
@@ -73,7 +72,6 @@ def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
 
 
 def crash_finding(check: str, error: Exception, fix: str = "") -> Finding:
-    """Return the finding for a check that crashed."""
     message = next((line for line in str(error).splitlines() if line.strip()), "")
     what = f"{check} ends with {type(error).__name__}: {message.strip()}"
     reinstall = f"{pip_command()} install --force-reinstall torch"

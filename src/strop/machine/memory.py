@@ -29,11 +29,8 @@ _NO_MEMORY = (
     "unable to allocate",
     "could not create a memory",
     "could not create a primitive",
-    "cublas_status_alloc_failed",
     "cublas_status_not_initialized",
-    "cusolver_status_alloc_failed",
-    "cusparse_status_alloc_failed",
-    "cudnn_status_alloc_failed",
+    "_status_alloc_failed",  # of cuBLAS, cuSOLVER, cuSPARSE and cuDNN
     "cudnn_status_internal_error_host_allocation_failed",
     "cudnn_status_internal_error_device_allocation_failed",
     "nvml_success ==",  # PyTorch, where it cannot ask the driver how full the GPU is (pytorch#112377)

@@ -51,7 +51,6 @@ class Machine:
         return self.has_avx512_bf16 and "amx_bf16" not in self.vector and all(size % 32 == 0 for size in sizes)
 
     def describe(self) -> list[str]:
-        """Return a description in two lines."""
         gpus = ", ".join(self.gpus) or "no GPU"
         memory = f"{self.memory_bytes / 2**30:.1f} GiB memory, {self.free_bytes / 2**30:.1f} free"
         return [
@@ -110,7 +109,6 @@ def compute_capability(index: int = 0) -> float | None:
 
 @cache  # a plan probes the machine hundreds of times
 def _cpu() -> tuple[str, set[str]]:
-    """Return the CPU's name and its flags."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

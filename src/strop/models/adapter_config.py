@@ -46,7 +46,6 @@ _RESTORE = "restore the values that the adapter was trained with"
 
 
 def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
-    """Raise ModelError where a rank or an alpha is not a valid number."""
     numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}

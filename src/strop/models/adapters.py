@@ -188,7 +188,6 @@ def check_adapter_weights(folder: Path) -> None:
 
 
 def has_trained_biases(model: nn.Module) -> bool:
-    """Return whether the model's adapter has trained biases."""
     return bool(getattr(model, "biases_of_base", None))
 
 

@@ -106,7 +106,6 @@ class QuantizedExperts(nn.Module):
     num_experts: int
 
     def set_packed(self, name: str, packed: PackedExperts) -> None:
-        """Replace a plain parameter by a packed one."""
         self.packed = {**self.__dict__.get("packed", {}), name: packed}
         device = next(iter(packed.packed.values())).device
         placeholder = torch.zeros((), dtype=packed.dtype, device=device).expand(packed.shape)
@@ -163,7 +162,6 @@ def dequantized_growth(model: nn.Module) -> list[int]:
 
 
 def count_trained_in_experts(model: nn.Module) -> int:
-    """Count the trained weights of adapters on experts."""
     wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.get_param().dim() == 3]
     weights = [p for m in wrappers for part in (m.lora_A, m.lora_B) for p in part.parameters()]
     return sum(weight.numel() for weight in weights)

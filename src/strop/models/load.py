@@ -23,7 +23,7 @@ from strop.config.schema import DEVICE_PATTERN
 from strop.errors import ModelError, RecipeError, first_line
 from strop.models.experts import dequantize_experts, dequantized_growth
 from strop.models.families.gguf import read_gguf_tensors
-from strop.models.quantize import cache_name, dequantize_layers
+from strop.models.quantize import FOUR_BIT, dequantize_layers
 from strop.models.source import Source, fingerprint, prequantized, quantization_method, read_config, read_headers
 from strop.models.tensor_files import (
     CheckpointLayout,
@@ -49,7 +49,6 @@ transformers.utils.logging.disable_progress_bar()  # strop shows its own
 
 
 def check_device_and_dtype(device: str, dtype: str) -> None:
-    """Raise RecipeError for an unknown device or dtype."""
     if not re.fullmatch(DEVICE_PATTERN, device):
         raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
     if dtype not in ("auto", *DTYPES):
@@ -73,7 +72,6 @@ def load_config(source: Source) -> Any:
 
 
 def load_without_weights(source: Source) -> nn.Module:
-    """Return the model on meta tensors."""
     return model_without_weights(load_config(source))
 
 
@@ -215,7 +213,8 @@ def copies_needed(source: Source, scheme: str, double: bool, dtype: torch.dtype)
 
 def _quantized_cache(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
     folder = cache_folder() / "quantized" / fingerprint(source)[:24]
-    return folder / cache_name(scheme, double, str(dtype).removeprefix("torch."))
+    constants = "-double" if double and scheme in FOUR_BIT else ""
+    return folder / f"{scheme}{constants}-{str(dtype).removeprefix('torch.')}-v2"  # increase it if the content changes
 
 
 def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
@@ -244,7 +243,6 @@ def build_from_config(config: Any) -> nn.Module:
 
 @contextmanager
 def _build_errors(config: Any) -> Iterator[None]:
-    """Raise ModelError where transformers cannot build a model."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

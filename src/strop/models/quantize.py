@@ -160,7 +160,6 @@ class QuantizedLinear(nn.Linear):
         return weight if out is None or view is not None else out.copy_(weight)
 
     def _dequantize_by_kernels(self, kernels: Any, out: Tensor | None) -> Tensor:
-        """Dequantize with strop.engine.kernels.cuda.dequantize."""
         constants = self.constants
         out = self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype) if out is None else out
         if self.scheme == "int8":
@@ -235,7 +234,6 @@ class _Matmul(Function):
 
 
 def addmm_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Return onto (.., n) + x (.., k) W^T, rounded once."""
     return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.t()).view(onto.shape)
 
 
@@ -358,11 +356,5 @@ def layer_index(name: str) -> int | None:
 
 
 def set_attribute(model: nn.Module, name: str, value: nn.Module | Tensor) -> None:
-    """Set a module, parameter or buffer by its path."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, value)
-
-
-def cache_name(scheme: str, double: bool, dtype: str) -> str:
-    """Return the folder name of a cached quantized base; raise the version when its content changes."""
-    return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v2"

@@ -68,7 +68,6 @@ class ShardedTensor:
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
@@ -106,7 +105,6 @@ class ShardedUnit:
         self.free()
 
     def allocate(self) -> Tensor:
-        """Allocate `whole` and return it."""
         self.is_gathered = True
         if self._pages is None:
             self.whole.untyped_storage().resize_(self.whole.numel())

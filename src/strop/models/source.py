@@ -44,7 +44,6 @@ class Source:
     path: Path  # a folder with config.json and safetensors, or the .gguf file
 
     def config(self) -> dict[str, Any]:
-        """Return config.json of a folder; {} for a GGUF file."""
         return read_config(self.path) if self.kind == "folder" else {}
 
 
@@ -231,7 +230,6 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
 
 
 def _is_tensor_entry(entry: Any) -> bool:
-    """Return whether a header's entry has a dtype, a shape and offsets."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")

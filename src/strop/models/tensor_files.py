@@ -84,7 +84,6 @@ class CheckpointTensors:
         return DTYPES.get(self._dtypes[name])
 
     def stored_dtype(self, name: str) -> str:
-        """Return a tensor's dtype as safetensors names it."""
         return self._dtypes[name]
 
     def equal(self, name: str, other: str) -> bool:
@@ -114,7 +113,6 @@ class CheckpointTensors:
         return names | ({"SCB": f"{parent}SCB"} if f"{parent}SCB" in self._files else {})
 
     def constants(self, name: str) -> dict[str, Tensor]:
-        """Read the tensors of `constant_names`."""
         return {short: self.get(key) for short, key in self.constant_names(name).items()}
 
     def get_packed(self, name: str) -> dict[str, Tensor]:

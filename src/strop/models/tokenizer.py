@@ -89,7 +89,6 @@ def gguf_errors(file: Path) -> Iterator[None]:
 
 
 def gguf_cache(source: Source) -> Path:
-    """Return the cache folder of a GGUF file."""
     digest = source.name.partition("#sha256=")[2][:16] or source.name.removeprefix("demo:").replace("/", "-")
     stat = source.path.stat()
     return cache_folder() / "gguf" / f"{digest}-{stat.st_size}"
@@ -168,7 +167,6 @@ class TokenBytes:
         self._cache: dict[int, bytes] = {}
 
     def of(self, token: int) -> bytes:
-        """Return the bytes of a token id."""
         if token not in self._cache:
             self._cache[token] = self._bytes_of(token)
         return self._cache[token]

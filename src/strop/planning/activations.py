@@ -62,7 +62,6 @@ def pairs(workload: Workload, batch: MicroBatch) -> int:
 
 
 def _blocks(queries: int, keys: int, block: int = BLOCK) -> list[tuple[int, int]]:
-    """Return (queries, keys) of each block of a document."""
     prefix = keys - queries
     return [(min(block, queries - at), prefix + min(at + block, queries)) for at in range(0, queries, block)]
 
@@ -328,6 +327,5 @@ def head_gradient_bytes(workload: Workload) -> int:
 
 
 def head_rows(workload: Workload) -> int:
-    """Return the number of rows of logits computed at once."""
     budget = GPU_HEAD_BYTES if workload.compute.device == "cuda" else HEAD_BYTES
     return max(16, budget // (workload.shape.vocabulary * workload.compute.dtype_bytes))

@@ -177,14 +177,12 @@ def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
 
 
 def unpacked_per_s(scheme: str) -> float:
-    """Measure the weights dequantized per second."""
     weight = torch.randn(DEQUANTIZED_SHAPE)
     packed = quantize_weight(weight, scheme)
     return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, torch.bfloat16), 8)
 
 
 def fastest(work: Callable[[], object], rounds: int = 4) -> float:
-    """Return the seconds of the fastest of several calls."""
     best = math.inf
     for _ in range(rounds):
         started = time.perf_counter()

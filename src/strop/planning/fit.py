@@ -166,7 +166,6 @@ def _quantize(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
 
 
 def _may_quantize(resolved: Resolved) -> bool:
-    """Return whether the plan decides about quantization."""
     recipe = resolved.recipe
     default = resolved.choices["model.quantization"].origin == "default"
     return recipe.model.quantization == "auto" or (recipe.preset == "auto" and default and recipe.model.adapter is None)
@@ -217,7 +216,6 @@ def _grow_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
 
 
 def _max_checkpointed(recipe: Recipe, budget: MemoryBudget) -> int:
-    """Return the most layers that the plan may checkpoint."""
     setting = recipe.train.gradient_checkpointing
     if setting in ("auto", "on", "offload"):
         return budget.shape.layers

@@ -154,8 +154,6 @@ def _normalized(name: str) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """The machine and device that a plan is for."""
-
     machine: Machine  # facts of the machine, with the memory that counts
     device: str  # device for a recipe that leaves it open
     dtype: tuple[str, str]  # (name, reason) of the compute dtype for a recipe that leaves it open
@@ -163,7 +161,6 @@ class Target:
 
 
 def target_for(device: str, memory: int | None = None, gpu: str | None = None) -> Target:
-    """Return the target of a plan."""
     machine = probe()
     if gpu is not None:
         return _target_of_spec(machine, find_spec(gpu), memory)

@@ -138,7 +138,6 @@ def dense_weights(workload: Workload) -> int:
 
 
 def packed_weights(workload: Workload) -> int:
-    """Return the number of base weights stored quantized."""
     return workload.base.parameters - dense_weights(workload)
 
 
@@ -148,7 +147,6 @@ def weight_bytes(workload: Workload) -> int:
 
 
 def constant_bytes(workload: Workload) -> int:
-    """Return bytes of the quantization constants."""
     # 4 bit: an fp32 constant per block of 64; double: 8 bit with one fp32 constant for 256 of them, 4.127 bits per
     # weight in all (QLoRA, arXiv:2305.14314, section 3). int8: one fp32 constant per row.
     packed, base, shape = packed_weights(workload), workload.base, workload.shape
@@ -269,7 +267,6 @@ def load_phase(workload: Workload) -> Phase:
 
 
 def phase_of(parts: Mapping[str, int]) -> Phase:
-    """Return the phase with these parts, in the order of PARTS."""
     return Phase({name: int(parts.get(name, 0)) for name in PARTS})
 
 

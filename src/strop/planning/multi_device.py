@@ -53,8 +53,6 @@ MIN_MICRO_BATCHES = 8  # minimum number of micro-batches in a step with train.ex
 
 @dataclass(frozen=True)
 class Devices:
-    """Number of devices per node, and number of nodes."""
-
     per_node: int = 1
     nodes: int = 1
 
@@ -85,8 +83,6 @@ class LinkTime:
 
 @dataclass(frozen=True)
 class MultiDevicePlan:
-    """A run on several devices."""
-
     devices: Devices
     sent_bytes: int  # bytes that each device sends per step
     compute_s: float  # seconds of computation per step, on the busiest device

@@ -207,7 +207,6 @@ def compare_methods(
 
 
 def known_models() -> list[tuple[str, ModelShape, int]]:
-    """Return (name, shape, parameters) of well-known models."""
     return [(name, shape := ModelShape.from_config(config), shape.parameters) for name, config in KNOWN.items()]
 
 

@@ -40,7 +40,6 @@ GPU_SHARE = 0.45  # of a GPU's dense rate: 43 % at 8B LoRA on an H100 (published
 
 
 def has_bf16(machine: Machine) -> bool:
-    """Return whether the machine's CPU multiplies bf16."""
     return "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
 
 
@@ -93,8 +92,6 @@ class Rate:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one micro-batch, forward and backward."""
-
     frozen: float
     adapters: float
     attention: float
@@ -216,7 +213,6 @@ def step_seconds(workload: Workload, batch: MicroBatch, micro_batches: float, ra
 
 
 def steps_seconds(workload: Workload, steps: Sequence[Sequence[MicroBatch]], rate: Rate) -> float:
-    """Return the seconds of all these steps."""
     batches = sum(micro_batch_seconds(workload, batch, rate) for step in steps for batch in step)
     return batches + len(steps) * _update_seconds(workload, rate)
 

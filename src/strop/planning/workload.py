@@ -34,8 +34,6 @@ class BaseWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterWeights:
-    """The trainable weights."""
-
     ranks: tuple[int, ...] = ()  # LoRA rank on each of `shape.linears`; 0 for a layer without an adapter
     extra_weights: int = 0  # others: modules trained in full, biases, DoRA magnitudes, the head's adapter
     head_rank: int = 0  # LoRA rank on the output head; 0 without an adapter
@@ -49,8 +47,6 @@ class AdapterWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Settings of the computation of a step."""
-
     device: str = "cpu"
     dtype_bytes: int = 2  # bytes per value of the compute dtype
     step: str = "fast"  # fast or plain, as `strop.engine.step` chooses it
@@ -138,7 +134,6 @@ class Workload:
 
     @property
     def expert_adapter_weights(self) -> int:
-        """Number of trainable weights in adapters of experts."""
         experts = self.shape.expert_linears
         return self.shape.layers * sum(rank * x.adapter_size for x, rank in self.ranked_linears() if x in experts)
 
@@ -170,7 +165,6 @@ class Workload:
 
     @property
     def mlp_linears(self) -> tuple[LinearShape, ...]:
-        """Linear layers of the MLP, experts included."""
         family, experts = self.family, self.shape.expert_linears
         return tuple(x for x in self.shape.linears if x.leaf in (*family.gate_up, family.down) or x in experts)
 
@@ -184,7 +178,6 @@ class Workload:
 
     @property
     def attention_share(self) -> float:
-        """Share of the layers that have attention."""
         keys = self.family.qkv[-1]
         return min(1.0, sum(x.share for x in self.shape.linears if x.leaf == keys)) if self.family.mixer else 1.0
 

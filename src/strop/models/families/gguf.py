@@ -67,7 +67,11 @@ class GgufLayout:
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.notes: list[str] = []
         self._names = gguf.get_tensor_name_map(_model_arch(self._format), config.num_hidden_layers)
-        self._ropes = _rope_settings(config)
+        parameters = dict(config.rope_parameters)  # of full-attention and, if they differ, of sliding-window layers
+        by_layer_type = parameters if "full_attention" in parameters else {"full_attention": parameters}
+        self._ropes: dict[str, dict[str, Any]] = {
+            kind: {"rope_type": "default", **settings} for kind, settings in by_layer_type.items() if settings
+        }
         self._check()
 
     def _check(self) -> None:
@@ -101,7 +105,6 @@ class GgufLayout:
         raise ModelError(problem, fix="use strop merge")
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
-        """Write the model's settings."""
         config = self.config
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)
@@ -192,13 +195,6 @@ def interleave_heads(weight: Tensor, heads: int) -> Tensor:
     """Reorder the rows of each head from transformers' rotary layout (halves) to llama.cpp's (interleaved pairs)."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def _rope_settings(config: Any) -> dict[str, dict[str, Any]]:
-    """Return the rope settings of full-attention layers and, if they differ, of sliding-window layers."""
-    parameters = dict(config.rope_parameters)
-    by_layer_type = parameters if "full_attention" in parameters else {"full_attention": parameters}
-    return {kind: {"rope_type": "default", **settings} for kind, settings in by_layer_type.items() if settings}
 
 
 def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:

@@ -69,31 +69,26 @@ def _read_header(handle: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int,
         value = _read_value(handle, *struct.unpack("<I", handle.read(4)))
         if value is not None:
             values[key] = value
+    import gguf
+
+    block_sizes = {int(kind): (block, size) for kind, (block, size) in gguf.GGML_QUANT_SIZES.items()}
     tensors, end = {}, 0
     for _ in range(num_tensors):
         name = _read_string(handle)
         (rank,) = struct.unpack("<I", handle.read(4))
         tensors[name] = struct.unpack(f"<{rank}Q", handle.read(8 * rank))
         type_id, offset = struct.unpack("<IQ", handle.read(12))
-        end = max(end, offset + _tensor_bytes(type_id, math.prod(tensors[name])))
+        elements = math.prod(tensors[name])
+        block, size = block_sizes.get(type_id, (elements or 1, 1))  # 1 byte for a type that gguf does not know yet
+        end = max(end, offset + -(-elements // block) * size)
     alignment = int(values.get("general.alignment", 32))
     needed = -(-handle.tell() // alignment) * alignment + end  # weights begin at a multiple of the alignment
-    if (size := handle.seek(0, 2)) < needed:
-        raise ValueError(f"cut short: {size} bytes, {needed} expected")
+    if (file_size := handle.seek(0, 2)) < needed:
+        raise ValueError(f"cut short: {file_size} bytes, {needed} expected")
     return values, tensors
 
 
-def _tensor_bytes(type_id: int, elements: int) -> int:
-    """Return the bytes of a tensor; 1 for a type that the gguf package does not know yet."""
-    import gguf
-
-    sizes: dict[int, tuple[int, int]] = {int(name): size for name, size in gguf.GGML_QUANT_SIZES.items()}
-    block, size = sizes.get(type_id, (elements or 1, 1))
-    return -(-elements // block) * size
-
-
 def _read_value(handle: BinaryIO, type_id: int) -> Any:
-    """Return a number or a string; None for a list."""
     if type_id == _STRING:
         return _read_string(handle)
     if type_id == _LIST:

@@ -28,7 +28,6 @@ def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
 
 
 def find_rotary(decoder: Any) -> Any | None:
-    """Return the decoder's rotary embedding module, or None."""
     return next((getattr(decoder, name) for name in ("rotary_emb", "pos_emb") if hasattr(decoder, name)), None)
 
 

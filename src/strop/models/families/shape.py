@@ -73,7 +73,6 @@ def embedding_kind(name: str, rows: int, size: int, count: int = 1) -> LinearKin
 
 
 def target_sets(path: str) -> tuple[str, ...]:
-    """Return the named target sets that contain the linear layer at this path."""
     parent, _, leaf = path.rpartition(".")
     if leaf in EMBEDDINGS or not parent:
         return ()
@@ -86,7 +85,6 @@ def target_sets(path: str) -> tuple[str, ...]:
 
 
 def expert_target_sets(parameter: str) -> tuple[str, ...]:
-    """Return the named target sets that contain a parameter with experts."""
     return ("all-linear", "experts", *(("gate",) if parameter in ("gate_proj", "gate_up_proj") else ()))
 
 
@@ -146,8 +144,6 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder-only model."""
-
     family: str
     layers: int
     hidden: int
@@ -186,7 +182,6 @@ class ModelShape:
 
     @property
     def embedding(self) -> int:
-        """Weights of the embedding."""
         return self.vocabulary * self.hidden
 
     @property
@@ -196,7 +191,6 @@ class ModelShape:
 
     @property
     def idle_expert_weights(self) -> int:
-        """Weights of experts that a token does not pass through."""
         return self.layers * sum(linear.weights - linear.active_weights for linear in self.linears)
 
     @property
@@ -205,7 +199,6 @@ class ModelShape:
 
     @property
     def biases(self) -> int:
-        """Elements of all biases."""
         return self.layers * sum(linear.total_outputs for linear in self.linears if linear.bias) + self.other_biases
 
     def count_too_long(self, lengths: Sequence[int] | npt.NDArray[np.int64], completion_tokens: int = 0) -> str | None:
