@@ -122,7 +122,12 @@ def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | Non
             rows = {side: _by_document(outputs[side]["samples"].get(task, []), key) for side in outputs}
             values = {side: outputs[side]["results"][task][key] for side in outputs}
             pairs = [(rows["base"][doc], rows["tuned"][doc]) for doc in rows["base"]] if "tuned" in rows else []
-            result[task][metric] = {**values, "documents": len(rows["base"]), "difference": _difference(pairs)}
+            difference = None
+            if len(pairs) > 1:
+                changes = [after - before for before, after in pairs]
+                mean, reach = statistics.mean(changes), Z_95 * statistics.stdev(changes) / math.sqrt(len(changes))
+                difference = vars(Difference(mean, mean - reach, mean + reach))
+            result[task][metric] = {**values, "documents": len(rows["base"]), "difference": difference}
     return result
 
 
@@ -132,14 +137,6 @@ def _by_document(samples: Sequence[dict[str, Any]], key: str) -> dict[Any, float
     filtered = [sample for sample in samples if sample.get("filter", "none") == chosen]
     scored = [sample for sample in filtered if isinstance(sample.get(metric), (int, float))]
     return {sample["doc_id"]: float(sample[metric]) for sample in scored}
-
-
-def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float] | None:
-    if len(pairs) < 2:
-        return None
-    changes = [after - before for before, after in pairs]
-    value, reach = statistics.mean(changes), Z_95 * statistics.stdev(changes) / math.sqrt(len(changes))
-    return vars(Difference(value, value - reach, value + reach))
 
 
 def _task_name(file: Path) -> str:

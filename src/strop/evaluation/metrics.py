@@ -45,8 +45,6 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by name."""
-
     name: str  # the key of its score
     # (gold, answer) -> judgement; raises ValueError for a gold answer that the metric cannot use
     judge: Callable[[str, str], Judgement]

@@ -100,6 +100,7 @@ def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
     head = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
+    template_notes = report.get("data_report", {}).get("template", [])
     scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
     if scheme != "none":
         storage = f"{scheme}, computed in {storage}"
@@ -109,7 +110,7 @@ def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[
         *([("merged", _merged(merged))] if merged is not None else []),
         ("training", _training(report, settings)),
         ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`"),
-        *_template(report),
+        *([("chat template", "; ".join(template_notes).replace("|", "\\|"))] if template_notes else []),
         *_scores(report),
     ]
     title = f"A LoRA adapter for {base_text}"
@@ -158,11 +159,6 @@ def _merged(merged: Mapping[str, Any]) -> str:
     figures = f"mean KL {parity['kl_mean']:.2g}, top-1 agreement {parity['top1_agreement']:.2%}"
     measured = f"{figures}, {parity['positions']:,} positions"
     return f"in {merged['dtype']}; measured against the adapter on its base: {measured}"
-
-
-def _template(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    notes = report.get("data_report", {}).get("template", [])
-    return [("chat template", "; ".join(notes).replace("|", "\\|"))] if notes else []
 
 
 def _training(report: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -93,8 +93,6 @@ def evaluate_models(
 
 @dataclass(frozen=True)
 class _Request:
-    """A checked evaluation."""
-
     options: EvalOptions
     rows: list[Conversation]
     regression: list[Conversation]  # rows that should not get worse
@@ -272,7 +270,6 @@ def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict
 
 
 def _as_option(value: str | Mapping[str, str] | None) -> str:
-    """Return a recipe's value as written on the command line."""
     pairs = value.items() if isinstance(value, Mapping) else ()
     return ",".join(f"{name}={column}" for name, column in pairs) or str(value or "none")
 

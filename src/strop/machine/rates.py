@@ -17,8 +17,6 @@ RATES_VERSION = 3  # part of the cache key; increase it when Rates changes
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured speeds of one device."""
-
     bf16_flops: float  # FLOP/s of frozen matmuls, as in fp32_flops
     fp32_flops: float
     bandwidth: float  # of memory, bytes/s

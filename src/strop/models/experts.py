@@ -241,7 +241,6 @@ def _expert_linear(module: Any, name: str, expert: int, x: Tensor, adapters: lis
 
 
 def patch_experts_forward(model: nn.Module) -> None:
-    """Make adapted experts layers compute by `experts_forward`."""
     inner = {id(module.base_layer) for module in model.modules() if isinstance(module, ParamWrapper)}
     for module in model.modules():
         if isinstance(module, ParamWrapper) and id(module) not in inner and is_experts(module.get_base_layer()):

@@ -196,13 +196,11 @@ def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast floating-point inputs to the dtype of the module's weights."""
     dtype = next(module.parameters()).dtype
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def set_dropout(model: peft.PeftModel, share: float) -> None:
-    """Set the dropout of all adapters, replacing what they were saved with."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_dropout:

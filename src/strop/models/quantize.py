@@ -322,7 +322,6 @@ def directly_read_leaves(model: Any) -> tuple[str, ...]:
 
 
 def quantizable_linears(model: Any) -> set[str]:
-    """Return the weights of linear layers that are quantized, by name."""
     head, modules, read_directly = model.get_output_embeddings(), model.named_modules(), directly_read_leaves(model)
     linears = [(name, module) for name, module in modules if is_plain_linear(module)]
     return {f"{name}.weight" for name, module in linears if why_kept_16_bit(name, module, head, read_directly) is None}

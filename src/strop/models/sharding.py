@@ -234,8 +234,6 @@ def load_sharded(
 
 
 class _ShardReader:
-    """Reads the parameters of a model that was built without weights."""
-
     def __init__(
         self, model: Any, source: Source, folder: Path, dtype: torch.dtype, device: str, scheme: str, resident: int
     ) -> None:
@@ -351,7 +349,6 @@ class _ShardReader:
         return ShardedTensor(key, shape, dtype, put, read)
 
     def _packed_tensors(self, names: dict[str, str], put: Callable[[str, Tensor], None]) -> list[ShardedTensor]:
-        """Return the large tensors of a quantized weight."""
         tensors = []
         for short, name in names.items():
             if short in LARGE:

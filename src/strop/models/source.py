@@ -300,7 +300,6 @@ def _hub(name: str, revision: str | None) -> Source:
 
 @contextmanager
 def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Raise ModelError with a fix for what the Hub's client raises."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

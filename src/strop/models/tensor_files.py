@@ -206,7 +206,6 @@ class CheckpointLayout:
         return group
 
     def parameters(self, group: TensorGroup) -> list[str]:
-        """Return the names of the parameters that a group becomes."""
         if group.parameter is None:
             return []
         if group.converter is None or len(group.converter.target_patterns) == 1:

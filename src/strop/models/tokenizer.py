@@ -78,7 +78,6 @@ def config_folder(source: Source) -> Path:
 
 @contextmanager
 def gguf_errors(file: Path) -> Iterator[None]:
-    """Raise ModelError where gguf or transformers cannot read a GGUF file."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:

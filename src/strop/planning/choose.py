@@ -190,7 +190,13 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     rate, why = learning_rate(size), f"rule for {size / 1e6:,.0f}M parameters, {rule_evidence(size)}"
     scale = adapter_scale(recipe)
     if (factor := rate_factor(scale, train.batch_size, train.lora_plus_ratio)) != 1:
-        rate, why = float(f"{rate * factor:.2g}"), f"{why}; times {factor:.2g} for {_differences(recipe, scale)}"
+        differences = {
+            f"alpha {alpha_of(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": scale != REFERENCE_SCALE,
+            f"batches of {train.batch_size}": train.batch_size != REFERENCE_ROWS,
+            "LoRA+": train.lora_plus_ratio != 1,
+        }
+        differing = ", ".join(name for name, differs in differences.items() if differs)
+        rate, why = float(f"{rate * factor:.2g}"), f"{why}; times {factor:.2g} for {differing}"
     if objective is not None:
         rate = float(f"{objective.rate_share * objective_base_rate(size):.2g}")
         why = f"2e-4 (7e9 / parameters)^0.41, {objective.rate_share:g} of it for {objective.name}"
@@ -233,18 +239,7 @@ def rate_factor(scale: float, batch: int, ratio: float = 1.0) -> float:
     return float((REFERENCE_SCALE / max(scale, MIN_SCALE)) ** 0.5 * (rows / REFERENCE_ROWS) ** 0.2 / ratio**0.5)
 
 
-def _differences(recipe: Recipe, scale: float) -> str:
-    batch = recipe.train.batch_size
-    parts = {
-        f"alpha {alpha_of(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": scale != REFERENCE_SCALE,
-        f"batches of {batch}": batch != REFERENCE_ROWS,
-        "LoRA+": recipe.train.lora_plus_ratio != 1,
-    }
-    return ", ".join(name for name, differs in parts.items() if differs)
-
-
 def rule_evidence(parameters: int) -> str:
-    """Return whether the rule was measured at a model of this size."""
     smallest, largest = MEASURED_PARAMETERS
     if parameters >= PUBLISHED_PARAMETERS:
         return "as published for 7B and more"

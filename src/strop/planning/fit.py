@@ -62,7 +62,6 @@ class MemoryBudget:
 
 
 def fit(resolved: Resolved, budget: MemoryBudget) -> Resolved:
-    """Choose the open options that decide memory."""
     for decide in (_lower_dtype, _quantize, _shrink_micro_batch, _grow_micro_batch, _apply_last_resorts):
         resolved = resolved.decide(decide(resolved, budget))
     return _fastest_micro_batch(resolved, budget)

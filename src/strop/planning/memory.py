@@ -180,7 +180,6 @@ def integer_bytes(workload: Workload) -> int:
 
 
 def base_layer_bytes(workload: Workload) -> int:
-    """Return bytes of one decoder layer's weights and quantization constants."""
     outside = workload.compute.dtype_bytes * workload.shape.embedding * (1 if workload.shape.tied else 2)
     return (weight_bytes(workload) + constant_bytes(workload) - outside) // workload.shape.layers
 
@@ -345,7 +344,6 @@ def _has_decoder(workload: Workload) -> bool:
 
 
 def position_bytes(workload: Workload) -> int:
-    """Return bytes of one position in the KV cache."""
     shape = workload.shape
     width = -(-shape.head_size // LANES) * LANES
     return 2 * shape.layers * shape.key_value_heads * width * workload.compute.dtype_bytes

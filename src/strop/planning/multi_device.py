@@ -26,8 +26,6 @@ from strop.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between devices."""
-
     name: str
     bytes_per_s: float  # bandwidth in one direction, from the data sheet
     hop_s: float  # seconds of a small message to the next device

@@ -189,7 +189,6 @@ def _largest(recipe: Recipe, budget: MemoryBudget, positions: int) -> dict[str, 
 
 
 def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number up to the limit that fits, by bisection."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

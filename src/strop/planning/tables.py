@@ -71,7 +71,6 @@ def print_plan(plan: Plan, out: Console) -> None:
 
 
 def _model_lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield the label and text of the lines on the model and the machine."""
     workload, parameters = plan.workload, plan.workload.base.parameters
     trainable, on_experts = workload.adapter_weights, workload.expert_adapter_weights
     idle = workload.shape.idle_expert_weights

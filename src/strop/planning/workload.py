@@ -22,8 +22,6 @@ JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers th
 
 @dataclass(frozen=True, kw_only=True)
 class BaseWeights:
-    """The frozen base model and how it is stored."""
-
     shape: ModelShape
     parameters: int
     scheme: str = "none"  # quantization scheme, or "none"
