@@ -1,4 +1,8 @@
-"""A run's events as columns, read incrementally, and curves that keep every spike at any length."""
+"""A run's events as columns, read incrementally, and curves that keep every spike at any length.
+
+The trainer appends to events.jsonl, truncates a last line that a crash left incomplete, and repeats steps after a
+resume or a rollback. A repeated step counts with its last values; the earlier ones are kept as `undone`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The table of runs, the details of a run, and its state. A row's cost does not grow with the length of the run."""
+"""The table of runs, the details of a run, and its state.
+
+A row is rebuilt only if a file of the run has changed, from its small files and from the start, the end and a few
+samples of its events, so that the cost does not grow with the length of the run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Preference pairs from the demo's rows: the right JSON is chosen, a typical mistake of small models is rejected."""
+"""Preference pairs from the demo's rows: the right JSON is chosen, a typical mistake is rejected.
+
+`python -m strop.demo.pairs PAIRS.jsonl HELD_OUT.jsonl` writes both files.
+
+Each row gets one mistake that small models make: a wrong slot value, a missing slot, an extra slot, a wrong intent, or
+prose around the right JSON. The seed decides which.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Run folders: the files in them, atomic writes, and the claim that keeps a second process out."""
+"""Run folders: the files in them, atomic writes, and the claim that keeps a second process out.
+
+recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/  report.json  report.html
+"""
 
 from __future__ import annotations
 
