@@ -20,11 +20,11 @@ from strop.errors import DataError, Where
 # RFC 8259 without extensions: no NaN, no duplicate keys, no lone surrogates. Python's parser accepts all three; the
 # hooks below cost little, because its C scanner calls them.
 
-BLANK = " \t\r\n"  # white space of JSON; str.strip() without argument also removes U+2028 and U+001C
+BLANK = " \t\r\n"  # JSON's whitespace; str.strip() without argument also removes U+2028 and U+001C
 
 
 class JsonError(ValueError):
-    """Raised for invalid JSON. code: a key of READING_REASONS. pos: offset in the text; None: somewhere in it."""
+    """Raised for invalid JSON. code: a key of READING_REASONS. pos: offset in the text, None if unknown."""
 
     def __init__(self, code: str, what: str, pos: int | None = None) -> None:
         super().__init__(what)
@@ -36,7 +36,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
         duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise JsonError("duplicate-key", f"the key {duplicate[:40]!r} is twice in one object")
+        raise JsonError("duplicate-key", f"the key {duplicate[:40]!r} is duplicated in one object")
     return value
 
 
@@ -165,7 +165,7 @@ def _document_rows(name: str, text: str, known: set[str], bad: list[RowError]) -
         return
     members, end = _members(name, text, start)
     if _skip_blank(text, end) < len(text):
-        what = "several JSON values that are not one a line"
+        what = "several JSON values that are not on separate lines"
         raise _syntax_error(name, text, end, what, "write one object a line (jq -c)")
     lists = [(key, pos) for key, (pos, value) in members.items() if _is_row_list(value)]
     if known & set(members) or not lists:
@@ -195,13 +195,13 @@ def _members(name: str, text: str, pos: int) -> tuple[dict[str, tuple[int, Any]]
 
 
 def _elements(name: str, text: str, pos: int, bad: list[RowError], *, to_end: bool = True) -> Iterator[Row]:
-    """Yield the rows of the array at `pos` with the line on which each starts, or their number if all are on one."""
+    """Yield the rows of the array at `pos`. A row's number is its line, or its index from 1 in a one-line array."""
     newline = text.find("\n", pos)
-    numbered = newline < 0 or _skip_blank(text, newline) == len(text)
-    line, counted = 0 if numbered else 1, 0
+    on_one_line = newline < 0 or _skip_blank(text, newline) == len(text)
+    line, counted = 0 if on_one_line else 1, 0
     pos = _skip_blank(text, pos + 1)
     while text[pos : pos + 1] != "]":
-        line, counted = line + (1 if numbered else text.count("\n", counted, pos)), pos
+        line, counted = line + (1 if on_one_line else text.count("\n", counted, pos)), pos
         try:
             value, end = scan(text, pos)
             yield from _row(name, line, value, bad)
