@@ -121,11 +121,11 @@ class Group(Devices):
         if self.base is None:
             return super().run_passes(share, compute, backward=backward)
         own, results, failure = share(self.rank), list[R](), None
-        for turn in range(max(len(share(rank)) for rank in range(self.world_size))):
+        for index in range(max(len(share(rank)) for rank in range(self.world_size))):
             self.base.begin(backward=backward)
             try:
-                if failure is None and turn < len(own):
-                    results.append(compute(own[turn]))
+                if failure is None and index < len(own):
+                    results.append(compute(own[index]))
             except BaseException as error:
                 if self._failed:
                     raise

@@ -25,7 +25,7 @@ class Step(Protocol):
 
     @property
     def why(self) -> str:
-        """Why the plain step is used, or which parts of the fast step are computed by the model's own modules."""
+        """The reason for the plain step, or the parts of the fast step that run the model's own modules."""
 
     @property
     def masks(self) -> Masks:

@@ -95,10 +95,10 @@ def loads(text: str) -> Any:
 
 def json_rows(name: str, path: str, encoding: str, columns: Mapping[str, str], bad: list[RowError]) -> Iterator[Row]:
     """Yield the rows of a JSON file. Invalid rows go to `bad`. Raises DataError for a file that is not JSON."""
-    known = {*COLUMN_NAMES, *columns.values()}
+    known_columns = {*COLUMN_NAMES, *columns.values()}
     top = islice((text for _, text in decoded_lines(name, path, encoding, []) if text.strip(BLANK)), 2)
-    if _is_document(list(top), path, known):
-        yield from _document_rows(name, read_text(path, encoding), known, bad)
+    if _is_document(list(top), path, known_columns):
+        yield from _document_rows(name, read_text(path, encoding), known_columns, bad)
         return
     for number, text in decoded_lines(name, path, encoding, bad):
         line = text.strip(BLANK)
@@ -141,7 +141,7 @@ def _row(name: str, number: int, value: Any, bad: list[RowError]) -> Iterator[Ro
 # --- a file that is one JSON value ---------------------------------------------------------------------------------
 
 
-def _is_document(top: list[str], path: str, known: set[str]) -> bool:
+def _is_document(top: list[str], path: str, known_columns: set[str]) -> bool:
     """Return whether a file that starts with these lines (the first two that are not blank) is one JSON value."""
     first = top[0].strip(BLANK) if top else ""
     if not first.startswith("{"):
@@ -151,14 +151,14 @@ def _is_document(top: list[str], path: str, known: set[str]) -> bool:
     except JsonError:
         stem, suffix = os.path.splitext(path.lower())
         return first == "{" or ".json" in (suffix, os.path.splitext(stem)[1])
-    return len(top) == 1 and not known & set(value) and any(map(_is_row_list, value.values()))
+    return len(top) == 1 and not known_columns & set(value) and any(map(_is_row_list, value.values()))
 
 
 def _is_row_list(value: Any) -> bool:
     return isinstance(value, list) and (not value or any(isinstance(item, dict) for item in value))
 
 
-def _document_rows(name: str, text: str, known: set[str], bad: list[RowError]) -> Iterator[Row]:
+def _document_rows(name: str, text: str, known_columns: set[str], bad: list[RowError]) -> Iterator[Row]:
     start = _skip_blank(text, 0)
     if text[start] == "[":
         yield from _elements(name, text, start, bad)
@@ -168,7 +168,7 @@ def _document_rows(name: str, text: str, known: set[str], bad: list[RowError]) -
         what = "several JSON values that are not on separate lines"
         raise _syntax_error(name, text, end, what, "write one object a line (jq -c)")
     lists = [(key, pos) for key, (pos, value) in members.items() if _is_row_list(value)]
-    if known & set(members) or not lists:
+    if known_columns & set(members) or not lists:
         value = {key: value for key, (_, value) in members.items()}
         yield from _row(name, text.count("\n", 0, start) + 1, value, bad)
     elif len(lists) > 1:

@@ -62,14 +62,14 @@ def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int
     def render_sides(parts: list[list[Message]]) -> list[list[Example]]:
         return [_render(renderer, side, head, [*parts, end]) for side, end in zip(sides, ends, strict=True)]
 
-    kept: list[list[Example]] = []
+    truncated: list[list[Example]] = []
     for first in range(len(exchanges) - 1, 0, -1):
         shorter = render_sides(exchanges[first:])
         if any(is_too_long(side, limit) for side in shorter):
             break
-        kept = shorter
-    if kept and all(kept):
-        return kept
+        truncated = shorter
+    if truncated and all(truncated):
+        return truncated
     question, *rest = exchanges[-1]
     low, high = 1, len(question.content.rstrip()) - 1  # characters to remove; at least one is left
     while low <= high:
@@ -79,8 +79,8 @@ def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int
         if any(is_too_long(side, limit) for side in shorter):
             low = middle + 1
         else:
-            kept, high = shorter, middle - 1
-    return kept if kept and all(kept) else None
+            truncated, high = shorter, middle - 1
+    return truncated if truncated and all(truncated) else None
 
 
 def truncate_pair(renderer: Renderer, conversation: Conversation, limit: int) -> list[Example] | None:
