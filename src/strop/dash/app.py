@@ -458,6 +458,6 @@ def dash(
     address = open_address(host, port, token, more_hosts)
     app = create_app(root, opened, address.hosts, token, MAX_BODY_BYTES)
     about = {"url": f"{address.url}/#token={token}", "token": token, "folder": str(root.absolute()), "pid": os.getpid()}
-    server = Server(app, lambda: ready(about), closing_s=CLOSING_SECONDS)
+    server = Server(app, lambda: ready(about), shutdown_timeout=CLOSING_SECONDS)
     server.run(sockets=[address.socket])
     return server.signal
