@@ -19,7 +19,7 @@ GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
 @pytest.fixture
 def model_without_weights(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny model; loading its weights fails the test."""
-    monkeypatch.setattr("strop.training.run.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("strop.training.build.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
     return tiny_folder
 
 

@@ -1,4 +1,4 @@
-"""One run from recipe to report, and its model and Job. `train` starts it; `resume` does the same from a checkpoint."""
+"""One run from recipe to report. `train` starts it; `resume` continues it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,34 +6,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from torch import nn
 
 from strop.config.load import Resolved, read_resolved, resolve
-from strop.config.schema import ModelSection, Recipe, option_fields
+from strop.config.schema import Recipe, option_fields
 from strop.distributed.devices import ALONE, Devices, may_restart, was_restarted
-from strop.distributed.sharded import Sharded
-from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.device import repeatable
-from strop.engine.step import step_for
-from strop.errors import InputError, MemoryLimitError, RecipeError, RunError, StropError, Where
-from strop.evaluation.metrics import parse_rewards
+from strop.errors import InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
-from strop.models.adapters import attach_adapter
-from strop.models.load import DTYPES, load_base, restore_packed_weights
-from strop.models.lora import add_lora, cast_trainable_to_fp32, init_loftq, set_dropout, trainable_parameters
-from strop.models.sharding import load_sharded
-from strop.models.source import Source
 from strop.models.upstream_errors import attribute_errors
-from strop.objectives.policy import PolicyLoss
-from strop.objectives.table import objective_of
-from strop.planning.choose import usable_bytes
 from strop.planning.workload import Workload
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
@@ -48,22 +33,20 @@ from strop.runs.folder import (
     write_json,
 )
 from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_allowed
-from strop.training.criteria import Criterion, criterion_for
+from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
 from strop.training.dry_run import check_causal, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save
-from strop.training.optim import make_optimizer
 from strop.training.preflight import (
     Setup,
     device_count,
-    find_start_adapter,
     refuse_changed_recipe,
     set_up_on_all,
     startup_notes,
 )
 from strop.training.reference import check_reference, with_reference
 from strop.training.report import describe_start, finish, load_best, progress_figures, tracking
-from strop.training.rollouts import PolicyCriterion, disable_model_dropout, vllm_sampler
-from strop.training.state import Job, Progress, TrainState, batch_stream, set_memory_options
+from strop.training.rollouts import vllm_sampler
+from strop.training.state import Job, batch_stream, set_memory_options
 
 
 @dataclass(frozen=True)
@@ -281,105 +264,3 @@ def reference_key(setup: Setup) -> dict[str, str]:
     stored = f"{recipe.model.quantization} {recipe.model.double_quantization} {recipe.model.dtype}"
     parts = {"base": lock["base"]["fingerprint"], "stored": stored, "template": lock["template"], "rows": lock["data"]}
     return {**parts, "adapter": str(recipe.model.adapter), "held_out": str(recipe.data.eval)}
-
-
-def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
-    """Load the base, add adapters, and return the model in train mode.
-
-    The seed decides the adapters' initial values and, from then on, dropout. resuming: the values will come from a
-    checkpoint.
-    """
-    recipe = setup.resolved.recipe
-    assert recipe.model.dtype != "auto"
-    base = _load_base(setup.source, recipe.model, devices)
-    torch.manual_seed(recipe.seed)
-    start, objective = find_start_adapter(recipe), objective_of(recipe.train)
-    scored = objective is not None and objective.scored
-    if start is not None:
-        model = cast_trainable_to_fp32(attach_adapter(base, start, setup.source, trainable=True, scores=scored)[0])
-        set_dropout(model, recipe.lora.dropout)
-    else:
-        model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)
-        if recipe.lora.init == "loftq" and not resuming:
-            init_loftq(model, setup.source)
-    return model.train()
-
-
-def _load_base(source: Source, model: ModelSection, devices: Devices) -> nn.Module:
-    where = source, DTYPES[model.dtype], model.device
-    options: dict[str, Any] = {
-        "quantization": model.quantization,
-        "double": model.double_quantization,
-        "resident_layers": model.resident_layers or 0,
-    }
-    if devices.world_size == 1 or model.placement != "sharded":
-        return load_base(*where, **options)
-    with devices.all_or_none():
-        base, parts = load_sharded(*where, devices.rank, devices.world_size, **options)
-    devices.base = Sharded(parts, devices)
-    return base
-
-
-def check_base_digests(folder: RunFolder, devices: Devices) -> None:
-    """Record the digests of a sharded base's layers in lock.json, or raise RunError if they differ from those there.
-
-    At the first step they are compared with what is gathered.
-    """
-    if devices.base is None:
-        return
-    digests = devices.base.digests
-    with devices.all_or_none():
-        lock = folder.read_lock()
-        recorded = lock.get("layers", {})
-        if changed := [name for name, digest in recorded.items() if digests.get(name) != digest]:
-            what = f"{changed[0]} of the base has changed since this run was started"
-            raise RunError(what, fix="restore the base, or start a new run")
-        if devices.is_main and not recorded:
-            write_json(folder.lock, {**lock, "layers": digests})
-
-
-def build_job(
-    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, sampler: Sampler | None
-) -> Job:
-    """Return the job that trains `model`. sampler: samples a policy objective's completions, if not strop's engine."""
-    recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
-    step = step_for(model, integers=recipe.train.int8_matmul)
-    state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
-    set_memory_options(state.progress, recipe.train)
-    base, section, stream = model.get_base_model(), recipe.model, None
-    if devices.base is not None:
-        step.set_weight_gatherer(devices.base)
-    elif section.quantization != "none" and section.resident_layers:
-        scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
-        stream = partial(restore_packed_weights, base, setup.source, *scheme)
-    criterion: Criterion
-    objective = objective_of(recipe.train)
-    if isinstance(objective, PolicyLoss):
-        disable_model_dropout(model)
-        stop_ids = (*data.renderer.end_ids, *generation_stop_ids(model.generation_config))
-        criterion = PolicyCriterion(
-            objective, recipe.train, recipe.seed, model, setup.tokenizer, stop_ids, parse_rewards(recipe.train.rewards),
-            weights, log, sampler=sampler,
-        )  # fmt: skip
-    else:
-        criterion = criterion_for(recipe.train, model, devices)
-    usable = usable_bytes(setup.machine, section.device)
-    return Job(
-        recipe, folder, model, step, data.train_items or data.train, data.eval_items or data.eval, state, log, stream,
-        setup.memory_key, usable, criterion, devices,
-    )  # fmt: skip
-
-
-def broadcast_weights(job: Job) -> None:
-    """Give all ranks the trainable weights of rank 0."""
-    if job.devices.world_size == 1:
-        return
-    weights = list(job.state.weights.values())
-    flat = torch.cat([weight.detach().float().flatten() for weight in weights])
-    job.devices.any_rank()
-    job.devices.broadcast(flat, 0)
-    offset = 0
-    with torch.no_grad():
-        for weight in weights:
-            weight.copy_(flat[offset : offset + weight.numel()].view_as(weight))
-            offset += weight.numel()
