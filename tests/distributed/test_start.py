@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from tests.support.runs import run
 
 STEPS = ["--model.dtype", "fp32", "--lora.r", "4", "--train.batch_size", "8", "--train.micro_batch", "1"]
 
+Start = Callable[[list[str]], subprocess.Popen[str]]
+
 
 def words(folder: Path, tiny_folder: Path, out: str, *more: str) -> list[str]:
     rows = tiny.write_rows(folder / "rows.jsonl", 29)
@@ -36,11 +38,23 @@ def without_threads() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
-def started(asked: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "strop.cli", *asked], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def started() -> Iterator[Start]:
+    """A function that starts a command; a test that fails leaves no run behind."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(asked: list[str]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "strop.cli", *asked], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def reached(running: subprocess.Popen[str], state: Callable[[], bool]) -> None:
@@ -78,7 +92,7 @@ def test_exact_run_resumes_with_its_number_of_threads(
         torch.set_num_threads(before)
 
 
-def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path) -> None:
+def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path, started: Start) -> None:
     """There is one JSON object on stdout and one error, from the rank that saved."""
     asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
     events = tmp_path / "run" / "events.jsonl"
@@ -95,7 +109,7 @@ def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path) -> No
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
-def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tiny_folder: Path) -> None:
+def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tiny_folder: Path, started: Start) -> None:
     """In the middle of a long step, the run ends at once."""
     asked = words(tmp_path, tiny_folder, "run", "--train.max_steps", "2", "--devices", devices, "--json")
     tiny.write_rows(tmp_path / "rows.jsonl", 6000)
@@ -112,7 +126,7 @@ def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tin
     assert stdout.count("error:") == 1 and "everything saved before is intact" in stdout, stdout
 
 
-def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path) -> None:
+def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path, started: Start) -> None:
     """Exit code 130 means that the state was saved."""
     asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
     running = started(asked)
