@@ -167,7 +167,7 @@ def test_adapters_on_one_base_answer_as_if_alone(runs: tuple[Path, Path], tmp_pa
     (adapter / "strop.json").write_text(json.dumps({**identity, "template": "another"}))
     with pytest.raises(ModelError, match="another chat template"):
         model.add(str(adapter))
-    with pytest.raises(ModelError, match="no adapter"):
+    with pytest.raises(ModelError, match="not an adapter"):
         model.add(str(tmp_path))
     for folder in runs:
         with pytest.raises(ModelError, match="is already loaded"):
