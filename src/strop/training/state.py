@@ -55,7 +55,7 @@ class Progress:
     moved: bool = True  # whether an update was applied since the last evaluation
     skipped_steps: int = 0
     recent: list[float] = field(default_factory=list)  # losses of the newest good steps
-    streak: list[int] = field(default_factory=list)  # numbers of consecutive bad steps
+    streak: list[int] = field(default_factory=list)  # the latest consecutive bad steps, by index
     passed: list[int] = field(default_factory=list)  # steps whose batches are skipped after a rollback
     rate_scale: float = 1.0  # factor of the learning rate, lowered by a rollback
     rollbacks: int = 0
