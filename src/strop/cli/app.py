@@ -1,4 +1,4 @@
-"""The command line: all commands by name, their examples, and how errors end a command."""
+"""The command line: the commands, their examples, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
         {"slurm": slurm, "ray": ray, "kubernetes": kubernetes, "skypilot": skypilot},
     ),
 }
-# the only recipe fields that a command takes, if not all
+# commands that accept only some recipe fields, and these fields
 RECIPE_FIELDS: Mapping[str, tuple[str, ...]] = {"eval": ("data.format", "data.columns", "data.encoding")}
 
-# two examples per command, for the end of its help; a test checks that they are valid
+# shown after the help of each command; a test checks that they are valid
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "doctor": ("strop doctor", "strop doctor --fix"),
     "plan": ("strop plan --model demo --data rows.jsonl", 'strop plan --model Qwen/Qwen3-8B --gpu "RTX 4090"'),
@@ -120,7 +120,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns about missing parts
     try:
         words = sys.argv[1:]
-        for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # the line that a shell asks strop to complete
+        for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # shell completion passes the command line in these
             words += os.environ.get(name, "").split()
         code = build(words)(standalone_mode=False, prog_name="strop") or 0
         if signals and code == 130:  # typer caught the interrupt and printed nothing
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def build(words: Sequence[str]) -> typer.Typer:
-    """Return the command line; only commands among `words` get recipe flags, whose generation takes 0.1 s."""
+    """Return the app. Only commands in `words` get options for recipe fields, which take 0.1 s to generate."""
     app = typer.Typer(
         help="Fine-tune open language models with LoRA on your own hardware, and measure the result.",
         no_args_is_help=True,
@@ -173,7 +173,7 @@ def _epilog(name: str) -> str:
 
 
 def _shorten_exit() -> None:
-    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide what libraries print after it."""
+    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide what libraries print at exit."""
     gc.freeze()
     # nanobind (in triton from 3.9) reports objects that are alive at exit as leaks, in about 100 lines
     if "triton" in sys.modules and not os.environ.get("STROP_DEBUG"):
@@ -196,7 +196,7 @@ def _version_option(
 
 
 def _convert_os_error(error: Exception) -> StropError | None:
-    """Convert an OSError that the user can fix (permissions, full disk) to an error of strop; None for others."""
+    """Convert an OSError that the user can fix (permissions, full disk) to a StropError; return None for others."""
     from strop.runs.folder import is_cache  # imports psutil, which `strop --help` does not need
 
     try:
@@ -229,7 +229,7 @@ def _exit_with_error(
 ) -> None:
     for line in lines:
         console.print(f"error: {with_command_name(line)}", markup=False, style="red" if code != 130 else "yellow")
-    with contextlib.suppress(OSError):  # stdout may be what cannot be written
+    with contextlib.suppress(OSError):  # the error may be that stdout cannot be written
         print_json({**(partial_result or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)
 

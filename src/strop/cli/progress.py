@@ -24,15 +24,15 @@ from rich.status import Status
 from strop.cli.tables import abbreviate, console
 from strop.runs.events import Event
 
-QUIET_SECONDS = 3.0  # without a terminal: longest time without output
-TICK_SECONDS = 0.5
+QUIET_SECONDS = 3.0  # without a terminal: maximum time without output
+TICK_SECONDS = 0.5  # interval between updates of the status line
 EARLY_INTERVAL, LATE_INTERVAL = 2.0, 30.0  # without a terminal: seconds between lines of training progress
-EARLY_SECONDS = 300.0  # a run shows lines at the early interval for this long
+EARLY_SECONDS = 300.0  # the early interval applies for this long after the first step
 GENERATION_INTERVAL = 4.0  # without a terminal: seconds between lines of generation progress
 
 
 class StatusLine(logging.Handler):
-    """Show an activity (from `update` or strop's log at level INFO) and its seconds until something is printed."""
+    """Show the current activity (set by `update`, or by strop's INFO log messages) and its elapsed seconds."""
 
     def __init__(self, out: Console, activity: str) -> None:
         super().__init__(logging.INFO)
@@ -47,18 +47,18 @@ class StatusLine(logging.Handler):
             self.update(record.getMessage())
 
     def update(self, activity: str) -> None:
-        """Change the activity, and restart its clock."""
+        """Change the activity, and restart its timer."""
         self._activity, self._since = activity, time.monotonic()
         self._draw()
 
     def print(self, activity: str) -> None:
-        """Print the new activity as a line that stays, and show it."""
+        """Print the new activity as a permanent line, and show it in the status line."""
         self._out.print(activity, markup=False)
         self.touch()
         self.update(activity)
 
     def touch(self) -> None:
-        """Note that something was printed, so that no line is due for a while."""
+        """Record that something was printed, which restarts QUIET_SECONDS."""
         self._last_output = time.monotonic()
 
     def start(self) -> None:
@@ -93,7 +93,7 @@ class StatusLine(logging.Handler):
 
 @contextmanager
 def status_line(activity: str, out: Console = console) -> Iterator[StatusLine]:
-    """Show a status line in a `with` block, or until `stop`."""
+    """Show a status line until the `with` block ends or `stop` is called."""
     line, log = StatusLine(out, activity), logging.getLogger("strop")
     level = log.level
     log.setLevel(logging.INFO)
@@ -268,7 +268,7 @@ def run_progress(out: Console = console) -> Iterator[RunProgress]:
 
 @contextmanager
 def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a callback (side, done, total) that shows how many answers are generated, as a bar or as lines."""
+    """Yield a callback (side, done, total) that shows how many answers have been generated, as a bar or as lines."""
     columns = (
         TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
     )  # fmt: skip

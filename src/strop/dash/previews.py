@@ -1,4 +1,4 @@
-"""Plan and rows for the form of a new run, in a worker process of the server. Imports tokenizers, but not torch."""
+"""Compute the plan and the row preview of the "new run" form, in a worker process that does not import torch."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from strop.planning.microbatch import NO_DATA, Rows, plan_options, row_sizes
 from strop.planning.plan import make_plan, read_model_facts, start_adapter
 from strop.runs.folder import free_bytes
 
-TARGET_S = 10.0  # seconds to cache machine facts; free memory changes
-MODEL_S = 60.0
+TARGET_S = 10.0  # seconds to cache facts about the machine, whose free memory changes
+MODEL_S = 60.0  # seconds to cache facts about a model
 ROWS_S = 1.5  # seconds to wait for row lengths; until then the plan assumes rows of maximum length
 
 
@@ -166,7 +166,7 @@ def _kind(hint: Any) -> tuple[str, list[Any] | None]:
 
 
 def _file_stamps(recipe: Recipe) -> list[Any]:
-    """Return path, time and size of data files; globs and Hub data sets are read once."""
+    """Return path, modification time and size of data files. Globs and Hub data sets are not checked for changes."""
     stamps = []
     for names in (recipe.data.train, recipe.data.eval or []):
         for name in [names] if isinstance(names, str) else names:
@@ -177,7 +177,7 @@ def _file_stamps(recipe: Recipe) -> list[Any]:
 
 
 def _downloads(facts: ModelInfo, parameters: int) -> list[dict[str, Any]]:
-    """Return what a run would download; a Hub model that is not cached counts two bytes per weight."""
+    """Return what a run would download; for a Hub model that is not cached, 2 bytes per weight."""
     name = facts.name
     if name.startswith("demo") or name.endswith(".gguf") or Path(name).expanduser().exists():
         return []
@@ -204,7 +204,7 @@ class DataReader:
     def rows(
         self, options: dict[str, Any], part: str, order: str, offset: int, count: int, ids: bool
     ) -> dict[str, Any]:  # fmt: skip
-        """Return the data report and a page of rows. order: file (original order), long or short first."""
+        """Return the data report and a page of rows. order: "file", or "long" or "short" first."""
         recipe = resolve(None, {"model.name": "demo", **typed_options(options)}).recipe
         prepared, recipe, about = self._prepared(recipe)
         examples = prepared.train if part == "train" else prepared.eval
@@ -230,7 +230,7 @@ class DataReader:
 
 
 def _source_stamps(recipe: Recipe) -> list[Any]:
-    """Return path, time and size of every data file, so that changed files are read again."""
+    """Return path, modification time and size of every data file, so that changed files are read again."""
     names = [recipe.data.train, recipe.data.eval]
     stamps = []
     for name in names:
@@ -308,7 +308,7 @@ def _repeats(conversations: Conversations) -> list[dict[str, Any]]:
 
 
 def _sharing(examples: Examples, batch: int, *, pairs: bool) -> dict[str, Any]:
-    """Return the prefix that all rows, or both rows of each pair, share, and a lower bound of the tokens it saves."""
+    """Return the length of the prefix shared by all rows (or each pair), and the least share of tokens it saves."""
     facts = [examples[number] for number in range(min(len(examples), 2000))]
     total = sum(map(len, facts))
     if len(facts) < 2 or not total:

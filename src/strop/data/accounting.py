@@ -19,14 +19,14 @@ from strop.data.store import Examples, Store
 from strop.data.types import Conversation, DataKind, Example, Indices
 from strop.errors import DataError, Where
 
-MAX_LOST_SHARE = 0.01  # of the rows that data.overlong may fail to shorten
-PADDED_ROWS = 8  # batch size for the padding figure
-PACKED_ROWS = 200_000  # rows of a large file that the padding figures use
+MAX_LOST_SHARE = 0.01  # a run refuses data if more of its rows than this cannot be shortened by data.overlong
+PADDED_ROWS = 8  # batch size of the padding statistics
+PACKED_ROWS = 200_000  # maximum number of rows in the padding statistics
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of the examples: all of them, the supervised ones, and percentiles of the lengths."""
+    """Number of tokens, of supervised tokens and of examples, and percentiles of the lengths."""
 
     all: int
     supervised: int
@@ -45,26 +45,26 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The account of a data set."""
+    """Statistics of a data set: the outcome of each row, warnings, and why a run would refuse it."""
 
     rows: dict[str, int]  # read, used, truncated, split, dropped; read is the sum of the other four
     by_reason: dict[str, int]  # number of dropped rows by reason code
     dropped: list[dict[str, Any]]  # {file, line, reason, what} of each dropped row
     tokens: TokenCounts
-    stop_token: dict[str, float]  # rows whose last supervised token is a stop token; share of the rows not dropped
-    # within: rows beyond the first with equal content; across: evaluation rows that are also training rows; prompts:
-    # evaluation rows whose prompt is also in training rows
+    stop_token: dict[str, float]  # {rows, share} whose last supervised token is a stop token, of the rows not dropped
+    # within: rows that repeat an earlier row; across: evaluation rows that are also training rows; prompts: evaluation
+    # rows whose prompt is also in the training rows
     duplicates: dict[str, int]
-    padding: dict[str, float]  # shares in batches of 8 rows in file order, and in packs of max_length tokens
-    formats: dict[str, str]  # by file
-    warnings: list[str]  # sentences on unusual rows
-    template: list[str]  # sentences on how the chat template is used
+    padding: dict[str, float]  # share of padding in batches of 8 rows in file order, and in packs of max_length tokens
+    formats: dict[str, str]  # {file: format}
+    warnings: list[str]  # about unusual rows
+    template: list[str]  # how the chat template is used
     held_out: int = 0  # rows used for evaluation instead of training
     refusal: DataError | None = None  # why a run would refuse the data
-    eval: DataReport | None = None  # the account of the evaluation rows
-    # pairs: {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy (of the better rule of "longer is
-    # better" and "shorter is better")}; labels: {desirable, undesirable, and their mean tokens}; prompts: {prompts,
-    # right_answers}
+    eval: DataReport | None = None  # report on the evaluation rows
+    # pairs: {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy (of always preferring the longer, or
+    # always the shorter answer; the higher of the two)}; labels: {desirable, undesirable, and their mean tokens};
+    # prompts: {prompts, right_answers}
     answers: dict[str, Any] = field(default_factory=dict)
     cut: list[dict[str, Any]] = field(default_factory=list)  # {how, file, line, what} of rows truncated or split
 
@@ -92,11 +92,11 @@ class Selection:
     rows: Indices
     role: Literal["training", "evaluation"]
     data_kind: DataKind = "turns"
-    shared: bool = False  # the rows that were not used are reported with another selection of the same store
+    shared: bool = False  # dropped rows are reported by the other selection of the same store
 
 
 def build_report(data: DataSection, renderer: Renderer, selection: Selection) -> DataReport:
-    """Return the account of the selected rows."""
+    """Return the report on the selected rows."""
     store, examples, rows, role = selection.store, selection.examples, selection.rows, selection.role
     facts = store.facts
     if selection.shared:
@@ -146,7 +146,7 @@ def ends_with_stop(example: Example, renderer: Renderer) -> bool:
 
 
 def _count_stops(selection: Selection, renderer: Renderer) -> int:
-    """Count the rows that end with a supervised stop token, for pairs in both answers."""
+    """Count the rows that end with a supervised stop token; for pairs, both answers must."""
     if selection.data_kind == "prompts":
         return 0
     row_of = selection.store.example_records["row"]
@@ -187,7 +187,7 @@ def _mean(lengths: Indices) -> float:
 
 
 def _padding(lengths: Indices, max_length: int) -> dict[str, float]:
-    """Return the shares of padding in batches in file order and in packs, and the share that packing saves."""
+    """Return the share of padding in batches in file order and in packs, and their difference."""
     lengths = lengths[:PACKED_ROWS]
     if not len(lengths):
         return {"batched": 0.0, "packed": 0.0, "saved": 0.0}
@@ -205,7 +205,7 @@ def _padding(lengths: Indices, max_length: int) -> dict[str, float]:
 def find_row_warnings(
     conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer, data_kind: DataKind
 ) -> Iterator[tuple[str, str]]:
-    """Yield what is unusual about a conversation that can be trained on, with an example."""
+    """Yield (warning, example) for each unusual property of a usable conversation."""
     turns = (*conversation.messages, *conversation.rejected)
     texts = [message.content for message in turns] or [conversation.text or ""]
     if placeholders := [name for text in texts if "{{" in text for name in find_placeholders(text)]:
@@ -257,7 +257,7 @@ def _label_warnings(selection: Selection) -> list[str]:
 
 
 def _single_label(selection: Selection) -> str | None:
-    """Return a sentence if all answers have the same label."""
+    """Return a message if all answers have the same label, else None."""
     labels = set(selection.examples.labels.tolist())
     if selection.data_kind != "labels" or labels not in ({0}, {1}):
         return None
@@ -297,17 +297,17 @@ def _refusal(
         )
     if not len(selection.rows):
         where, fix = [error.where for error in errors], "give more rows"
-        if role == "training" and (num_held_out := len(selection.store.row_records)):  # they could be used
+        if role == "training" and (num_held_out := len(selection.store.row_records)):  # all of them went to evaluation
             fix = f"data.eval {data.eval} holds out {num_held_out} of them: {fix}, or a file to evaluate on"
         return DataError(f"0 of {num_read} {role} rows are left", fix=fix, where=where)
-    if role == "training" and (what := _single_label(selection)):  # KTO learns nothing from one label alone
+    if role == "training" and (what := _single_label(selection)):  # KTO needs both labels
         fix = "give rows with both labels, or train on good answers only with --train.objective sft"
         return DataError(what, fix=fix)
     return None
 
 
 def _wrong_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
-    """Return the error for rows of a kind that the objective does not learn from."""
+    """Return an error if the objective cannot be trained on this kind of rows, else None."""
     kinds = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
     turns = {*kinds.values()} - {"pairs", "labelled", "prompt"}
     usable = {

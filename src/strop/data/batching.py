@@ -1,4 +1,4 @@
-"""Order rows into steps, pack them into rows of tokens, and group them into micro-batches."""
+"""Shuffle rows into batches, and split a batch into micro-batches, packed or grouped by length."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy as np
 class Batch:
     """The rows of one optimizer step."""
 
-    rows: tuple[int, ...]  # indices
+    rows: tuple[int, ...]  # row indices
     epoch: int
     index: int  # the step, from 0, over all epochs
-    position: dict[str, int]  # of the stream after this batch
+    position: dict[str, int]  # BatchStream.position after this batch
 
 
 class BatchStream:
     """Batches of row indices, each row once an epoch, in an order that depends only on (seed, epoch).
 
     The stream ends after `max_steps`, or else after `epochs`. A fraction of an epoch, such as 0.5, counts in whole
-    batches, rounded up. The last batch of an epoch may be smaller; it is never dropped. With the `position` of a batch
-    of a stream with the same arguments, the stream continues after that batch.
+    batches, rounded up. The last batch of an epoch may be smaller; it is never dropped. To resume after a batch, pass
+    its `position` and otherwise equal arguments.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def group_by_length(lengths: Sequence[int], *, tokens: int | None = None, rows: int | None = None) -> list[list[int]]:
     """Split a batch into micro-batches of similar length: return the row indices of each, longest rows first.
 
-    tokens: most tokens in a micro-batch, padding included; a single longer row forms its own. rows: most rows in a
-    micro-batch. Every row is in exactly one micro-batch.
+    tokens: maximum number of tokens in a micro-batch, padding included; a longer row gets its own micro-batch. rows:
+    maximum number of rows in a micro-batch.
     """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -1,4 +1,4 @@
-"""Reasons why a row cannot be used, their fixes, and the errors that carry them.
+"""Reasons why a row cannot be used, their fixes, and the corresponding errors.
 
 The keys of the tables are the reason codes of `by_reason` and `dropped` in `strop check --json`.
 """

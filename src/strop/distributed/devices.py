@@ -1,8 +1,8 @@
-"""The processes that train together, one per device: their interface, and their place among all from the launcher.
+"""The interface of processes that train together, one per device, and their ranks as set by the launcher.
 
-To keep ranks from waiting forever for one that failed, every exchange begins with one small all-reduce of each rank's
-status. A rank that fails takes part in the next one. All ranks then end together, and one of them reports the reason.
-No torch here.
+Every collective operation begins with a small all-reduce of each rank's status, so that no rank waits forever for one
+that failed. A failed rank takes part in the next all-reduce. All ranks then exit together, and one reports the reason.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ AGENT_PREFIX = "strop-"  # run ids of torchrun agents that `--devices` starts
 
 
 class Base(Protocol):
-    """A sharded base, whose layers are gathered when they are computed (strop.distributed.sharded).
+    """A sharded base model, whose layers are gathered when they are computed (strop.distributed.sharded).
 
-    digests: by layer, of its bytes. modules: by layer number, "embedding" or "head".
+    digests: hash of each layer's weights. modules: by layer number, "embedding" or "head".
     """
 
     digests: dict[str, str]
@@ -48,19 +48,19 @@ class Base(Protocol):
         """Yield all sharded modules in order of computation, each gathered until the next is requested."""
 
     def sizes(self) -> dict[str, int]:
-        """Return {whole_bytes, held_bytes}: of all weights, and of this rank's share."""
+        """Return {whole_bytes, held_bytes}: the bytes of all weights, and of this rank's shard."""
 
     def begin(self, *, backward: bool) -> None:
-        """Begin a pass of all ranks through the model."""
+        """Begin a forward pass on all ranks. backward: a backward pass follows."""
 
     def end(self) -> None:
-        """Take part in the rest of the pass."""
+        """Gather the remaining modules of the pass, so that ranks with more work can finish it."""
 
 
 class Devices:
     """A single process: every collective operation is the identity. Subclassed for several processes.
 
-    rank of world_size; local_rank of local_world_size on this node; nodes: number of nodes.
+    rank, world_size, local_rank, local_world_size: as in torchrun. nodes: number of nodes.
     communication_s, waiting_s: seconds spent so far on sending, and on waiting for the slowest rank.
     base: the sharded base, or None if every rank has a full copy.
     """
@@ -91,11 +91,11 @@ class Devices:
         return compute()
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, by rank."""
+        """Return the values of all ranks, in rank order."""
         return [value]
 
     def map(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
-        """Return `compute` of each group, distributed over the ranks by cost; results are sent as pickles."""
+        """Return `compute` of each group, distributed over the ranks by cost. Results are pickled."""
         return [compute(group) for group in groups]
 
     def run_passes(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:
@@ -114,13 +114,13 @@ class Devices:
         """Replace a flat fp32 buffer by its sum over the ranks."""
 
     def broadcast(self, buffer: Tensor, source: int) -> None:
-        """Replace the buffer on all ranks by that of rank `source`."""
+        """Copy the buffer of rank `source` to all ranks."""
 
     def check_equal(self, tensors: Callable[[], dict[str, Tensor]]) -> None:
-        """Raise RunError if the ranks' tensors are not equal to the bit."""
+        """Raise RunError unless the tensors of all ranks are bitwise equal."""
 
     def set_timeout(self, seconds: float) -> None:
-        """End the run from now on if a rank keeps the others waiting for longer."""
+        """Set the timeout of collective operations, after which the run ends with an error."""
 
     def require_same(self, settings: Mapping[str, object]) -> None:
         """Raise InputError if the ranks were started with different settings."""
@@ -137,7 +137,7 @@ ALONE = Devices()
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a process among all, and among those on its node."""
+    """The ranks of a process: among all processes, and among those on its node."""
 
     rank: int
     world_size: int
@@ -146,7 +146,7 @@ class Place:
 
 
 def find_place(env: Mapping[str, str] = os.environ) -> Place | None:
-    """Return this process's place, or None if it runs alone.
+    """Return this process's ranks, or None if it runs alone.
 
     Raises InputError if a launcher started several processes without MASTER_ADDR, or with invalid ranks.
     """

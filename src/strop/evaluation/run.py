@@ -1,4 +1,4 @@
-"""`strop eval`: evaluate models by name on data by name, and store the result in the run's report."""
+"""Implement `strop eval`: evaluate models on data files, and store the result in the run's report."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    metric: str = "exact"  # name of the metric, or file.py:function
-    max_new_tokens: int = 80  # longest answer
+    metric: str = "exact"  # name of a metric, or file.py:function
+    max_new_tokens: int = 80  # maximum length of an answer
     quantization: str = "auto"  # how the base is stored
     force: bool = False  # load a model that does not match its adapter
-    general: bool = False  # also ask the built-in general set, to see what training broke (`general` in the result)
-    regression_data: str | Sequence[str] = ()  # rows of the user that should not get worse (`regression` in the result)
-    regression_metric: str | None = None  # their metric; default: `metric`
+    general: bool = False  # also run the built-in general questions, to find regressions (`general` in the result)
+    regression_data: str | Sequence[str] = ()  # data to check for regressions (`regression` in the result)
+    regression_metric: str | None = None  # metric of regression_data; default: `metric`
     tasks: Sequence[str] = ()  # tasks of lm-evaluation-harness, if it is installed (`tasks` in the result)
-    task_limit: int | None = None  # number of documents of each task
-    judge: str | None = None  # compares base's and tuned's answers: file.py:function, or the address of a server
-    judge_model: str | None = None  # which of the server's models
-    read: Mapping[str, Any] = field(default_factory=dict)  # how rows are read: values of READ_FIELDS
+    task_limit: int | None = None  # maximum number of documents per task
+    judge: str | None = None  # compares the answers of base and tuned model: file.py:function, or a server's URL
+    judge_model: str | None = None  # name of the model on that server
+    read: Mapping[str, Any] = field(default_factory=dict)  # overrides of READ_FIELDS
 
 
 def evaluate_models(
@@ -73,10 +73,10 @@ def evaluate_models(
     advance: Advance | None = None,
     devices: Devices = ALONE,
 ) -> list[dict[str, Any]]:
-    """Evaluate base and tuned model on the rows of `data`, for each model; without an adapter, the base only."""
-    # Returns compare.compare's (for pairs, compare_preferences's) result of each, with `run`, `notes` and `train_rows`:
-    # the number of rows that the run was trained on, None if unknown. Input errors but ModelError are raised before a
-    # model loads. A RunError of the judge has the answers as `partial_result`.
+    """Evaluate each model, with and without its adapter, on the rows of `data`."""
+    # Returns the result of compare.compare (for pairs, of compare_preferences) for each model, with `run`, `notes` and
+    # `train_rows`: the number of rows that were also training rows, None if unknown. InputErrors other than ModelError
+    # are raised before a model is loaded. If the judge fails, `partial_result` of the RunError has the answers.
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
     bases: dict[tuple[str, str, str], Side] = {}
@@ -96,7 +96,7 @@ class _Request:
     options: EvalOptions
     rows: list[Conversation]
     regression: list[Conversation]  # rows that should not get worse
-    notes: list[str]  # how the rows are read
+    notes: list[str]  # settings of the run with which the rows are read
     judge: Judge | None
     tasks: list[str]  # of lm-evaluation-harness
     manager: Any  # the harness's task manager
@@ -107,7 +107,7 @@ class _Request:
 def _check_request(
     names: Sequence[str], data: str | Sequence[str], options: EvalOptions, advance: Advance | None, devices: Devices
 ) -> _Request:
-    """Check all options and rows, before a model loads."""
+    """Check all options and rows before a model is loaded."""
     if options.regression_metric and not options.regression_data:
         raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
     if options.tasks and devices.world_size > 1:
@@ -155,7 +155,7 @@ def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
 
 
 def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, str], Side]) -> dict[str, Any]:
-    """Evaluate one model. bases: results of the bases that were evaluated before, which are used and extended."""
+    """Evaluate one model. bases: cache of base model results, which is updated."""
     options, advance, devices = request.options, request.advance, request.devices
     rows = [question.conversation for question in make_questions(request.rows)]
     train_rows = devices.run_on_main(partial(trained_on, name, rows))
@@ -173,7 +173,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     judge = None if "interrupted" in compared else request.judge
     if "interrupted" not in compared:
         if store and (options.general or request.regression or request.tasks or judge is not None):
-            _store(RunFolder(Path(name)), result)  # the following may fail, or be stopped
+            _store(RunFolder(Path(name)), result)  # in case one of the evaluations below fails or is stopped
         if options.general:
             result["general"] = compare_general(model, advance, devices)
         if request.regression:
@@ -187,7 +187,7 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     answers = [row.messages[-1] for row in request.rows if row.messages]
     if not renderer.reasoning_ends and any(renderer.shows_reasoning(answer) for answer in answers):
         result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
-    del model, compare_rows  # frees the memory, as the judge may be another model
+    del model, compare_rows  # free memory, because the judge may load another model
     if judge is not None:
         questions = make_questions(request.rows, renderer)
         base, tuned = (judged_texts(renderer, questions, side_of(result, side).texts) for side in ("base", "tuned"))
@@ -209,8 +209,8 @@ def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
 
 def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rank models by score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}."""
-    # Interrupted ones, which have not answered the same rows, are left out. `loss` is None for a reward model.
-    # `behind`: score minus the best score on the same rows, and the verdict is on that difference.
+    # Interrupted evaluations, which cover fewer rows, are left out. `loss` is None for a reward model. `behind`: score
+    # minus the best score, paired by row; the verdict is on that difference.
     sides = [(result, "tuned" if "tuned" in result else "base") for result in results if "interrupted" not in result]
     ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]].get("loss", 0.0)))
     best = side_of(*ordered[0])
@@ -233,7 +233,7 @@ def read_conversations(
     columns: Mapping[str, str] | None = None,
     encoding: str = "utf-8",
 ) -> list[Conversation]:
-    """Read all rows of the data as conversations: either all are pairs, or none."""
+    """Read all rows of the data as conversations. Raises DataError if only some are preference pairs."""
     bad: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
     reader = ConversationReader(rows, format=format, columns=columns, bad=bad)
@@ -250,7 +250,7 @@ def read_conversations(
 
 
 def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return how rows are read (format, columns, encoding), by default as in the runs' recipes, and notes."""
+    """Return (format, columns and encoding of the rows, notes). Defaults are those of the runs' recipes."""
     if unknown := sorted(set(options) - set(READ_FIELDS)):
         what = f"--{unknown[0]}: not an option of eval{nearest(unknown[0], READ_FIELDS)}"
         raise RecipeError(what, fix=", ".join(READ_FIELDS))
@@ -296,7 +296,7 @@ def _scorable_rows(
         return rows
     if metric == METRIC:
         raise RecipeError(f"--metric {METRIC}: the rows are not pairs", fix="give rows with chosen and rejected")
-    # The text of a tool call depends on the chat template.
+    # The text of a tool call depends on the chat template, so each model's renderer is needed.
     called = (row for row in rows if row.answer is not None and row.messages[-1].tool_calls)
     calls = [Where(row.file, row.line, "the right answer is a call") for row in called]
     if calls and metric == "choice":
@@ -315,7 +315,7 @@ def _scorable_rows(
 
 
 def run_of(name: str) -> RunFolder | None:
-    """Return the run of a run folder or of its adapter folder; None for anything else."""
+    """Return the run of a run folder or of the adapter folder in it; None for any other name."""
     adapter = adapter_folder(name)
     if adapter is None:
         return None
@@ -324,7 +324,7 @@ def run_of(name: str) -> RunFolder | None:
 
 
 def recipe_of(name: str) -> Recipe | None:
-    """Return the recipe of a run; None for anything else, and for a recipe of an older version."""
+    """Return the recipe of a run; None for any other name, or if an older version of strop wrote the recipe."""
     run = run_of(name)
     try:
         return None if run is None else read_resolved(run.recipe).recipe
@@ -333,8 +333,8 @@ def recipe_of(name: str) -> Recipe | None:
 
 
 def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
-    """Return for each row whether a run, or a run it started from, was trained on it (by content); None if unknown."""
-    # Unknown: there is no run, or its data is unreadable or has changed. Cached rows are not tokenized again.
+    """Return for each row whether its content is in the training data of a run or of the run it started from."""
+    # None if unknown: `name` is not a run, or its data is unreadable or has changed. Uses cached rows, if any.
     try:
         run, recipe = run_of(name), recipe_of(name)
         if run is None or recipe is None:
@@ -356,7 +356,7 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
 
 
 def _digest(row: Conversation, data_kind: DataKind) -> int:
-    """Return the digest of what is learned from a row: its right answer, or only its prompt. Labels do not count."""
+    """Return the digest of a row's prompt and (unless data_kind is "prompts") right answer, without its label."""
     turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
     return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
 
@@ -370,7 +370,7 @@ def count_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) 
 
 
 def _store(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Store a result in the run's report, unless it would replace a complete one, or note why it cannot be."""
+    """Store a result in the run's report. An interrupted one does not replace a complete one; a failure is noted."""
     before = folder.read_report().get("evaluation") or {}
     if "interrupted" in result and before and "interrupted" not in before:
         note = f"the report of {folder.path} keeps the earlier evaluation, of {before.get('rows')} rows"
@@ -387,7 +387,7 @@ def _store(folder: RunFolder, result: dict[str, Any]) -> None:
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     """Store scores, intervals and some samples in report.json and report.html of a run; all samples in answers.json."""
     report = folder.read_report() or {"run": str(folder.path)}
-    every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # evenly spaced, whether hit or miss
+    every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # evenly spaced, right and wrong answers alike
     apart = ("samples", "intervals", "run", "general", "regression", "tasks")
     report["evaluation"] = {key: value for key, value in result.items() if key not in apart}
     report["intervals"] = result["intervals"]

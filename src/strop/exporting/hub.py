@@ -1,6 +1,6 @@
 """Push an adapter or a merged model to the Hugging Face Hub: one commit with a model card, private by default.
 
-Uploaded files contain no local paths, and are compared with what the Hub reports to have received.
+Local paths are removed from the uploaded files, and their checksums are compared with those that the Hub reports.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from strop.models.source import download_config, locate, read_config, read_safet
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# Listed by name: any other JSON or text file may be the user's rows or notes.
+# Other JSON and text files are not uploaded, because they may be the user's data or notes.
 UPLOADED = (
     "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "tekken.json", "vocab.json",
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "vocab.txt", "merges.txt", "*.jinja",
     "*.model", STROP_FILE, CARD_FILE, "LICENSE*", "NOTICE*",
 )  # fmt: skip
-NEVER_REMOVED = (CARD_FILE, "LICENSE*", "NOTICE*", "*/*")  # from the repository
-PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # that tools write local paths to
-# Settings that are equal in two configs if an adapter for one fits the other.
+NEVER_REMOVED = (CARD_FILE, "LICENSE*", "NOTICE*", "*/*")  # files that stay in the repository
+PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # JSON keys that may have local paths
+# Config values that must be equal for an adapter to fit a base.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
@@ -45,8 +45,8 @@ class Pushed:
     kind: str  # adapter or model
     base: str | None  # Hub id of an adapter's base
     files: list[str]  # uploaded and verified
-    left_out: list[str]  # not uploaded from the folder
-    removed: list[str]  # from an earlier push
+    left_out: list[str]  # files of the folder that were not uploaded
+    removed: list[str]  # files of an earlier push that were deleted
     size_bytes: int
 
     def as_json(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def push(
     message: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Pushed:
-    """Upload an adapter or a model folder, and compare the result. See `strop.push` for arguments and errors."""
+    """Upload an adapter or a model folder, and verify the upload. See `strop.push` for arguments and errors."""
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
     api, folder = HfApi(), adapter_folder(name)
@@ -83,7 +83,7 @@ def push(
             size = _format_size(add.upload_info.size)
             progress(f"uploading {add.path_in_repo} ({size}, {number} of {len(adds)}) to {repo}")
             api.preupload_lfs_files(repo, [add], free_memory=False)
-        # an adapter_config.json next to a merged model, for example, would make it load as an adapter
+        # For example, a merged model with an old adapter_config.json next to it would be loaded as an adapter.
         removed = sorted(
             file
             for file in existing
@@ -120,7 +120,7 @@ def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Pat
     contents["adapter_config.json"] = _to_json({**config, "base_model_name_or_path": shown, "revision": revision})
     if identity := read_identity(folder):
         identity = {**identity, "base": {**identity["base"], "name": shown}}
-        if "combined" in identity:  # its parts are local paths too
+        if "combined" in identity:  # the adapters that were combined have local paths too
             identity["combined"] = [{**part, "name": Path(part["name"]).name} for part in identity["combined"]]
         contents[STROP_FILE] = _to_json(identity)
     if (report := find_report(folder)) is not None:
@@ -180,7 +180,7 @@ def _prepare_card(folder: Path, contents: dict[str, bytes | Path], repo: str) ->
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{folder / CARD_FILE}: {error}", fix="save it as UTF-8") from None
-    load, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]  # strop loads adapters from folders only
+    load, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]  # strop.load needs a local folder
     after_download = f"{load.format(name)}  # after `hf download {repo} --local-dir {name}`"
     contents[CARD_FILE] = text.replace(load.format(PLACE), after_download).replace(PLACE, repo).encode()
 
@@ -190,7 +190,7 @@ def _to_json(value: Any) -> bytes:
 
 
 def _check_sizes(folder: Path, trained_on: str, base: str, revision: str | None) -> None:
-    """Raise ModelError if the model on the Hub has other sizes than the adapter's base."""
+    """Raise ModelError if the sizes of the model on the Hub differ from those of the adapter's base."""
     from strop.models.load import load_config
 
     expected, config = load_config(locate(trained_on)).to_dict(), download_config(base, revision)
@@ -217,7 +217,7 @@ def _open_repository(api: HfApi, repo: str, public: bool) -> tuple[bool, list[st
 
 
 def _verify(api: HfApi, repo: str, adds: list[Any]) -> None:
-    """Raise RunError if a checksum on the Hub differs from that of the uploaded file: SHA-256 in LFS, else Git's."""
+    """Raise RunError if a checksum on the Hub (SHA-256 for LFS files, else Git's hash) differs from the file's."""
     from huggingface_hub.utils.sha import git_hash
 
     entries = {entry.path: entry for entry in api.get_paths_info(repo, [add.path_in_repo for add in adds])}
@@ -236,10 +236,10 @@ def _verify(api: HfApi, repo: str, adds: list[Any]) -> None:
 
 @contextmanager
 def _translated_errors(api: HfApi, repo: str, retry: str = "nothing was changed there; try again") -> Iterator[None]:
-    """Raise errors of the Hub's client as one line with a fix."""
+    """Convert errors of huggingface_hub to InputError or RunError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    # of httpx or httpx2, depending on the version of huggingface_hub
+    # The class is from httpx or httpx2, depending on the version of huggingface_hub.
     from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
     login = "run `hf auth login` with a token that may write, or set HF_TOKEN"
@@ -259,7 +259,7 @@ def _translated_errors(api: HfApi, repo: str, retry: str = "nothing was changed 
         if status == 403:
             raise InputError(f"{repo}: no permission to write: {reason}", fix=f"check OWNER; {login}") from None
         raise RunError(f"{repo}: the Hub answered with status {status}: {reason}", fix=retry) from None
-    except (RuntimeError, ValueError) as error:  # a file that was not accepted, or an invalid card
+    except (RuntimeError, ValueError) as error:  # the Hub rejected a file or the model card
         raise RunError(f"{repo}: {str(error.__cause__ or error).strip().splitlines()[0]}", fix=retry) from None
     except TransportError as error:
         what = f"{api.endpoint}: cannot be reached ({type(error).__name__})"

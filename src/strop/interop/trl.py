@@ -1,4 +1,4 @@
-"""Import scripts for TRL or Unsloth, and TRL's YAML. Names and defaults: TRL 1.10, Unsloth as of August 2026."""
+"""Import TRL and Unsloth scripts, and TRL YAML files. Option names and defaults: TRL 1.10, Unsloth of August 2026."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNSUPPORTED_CONFIGS = (
     "GRPOConfig", "PPOConfig", "RLOOConfig", "BCOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "GKDConfig",
     "PRMConfig",
 )  # fmt: skip
-RATES = {"sft": 2e-5, "reward": 1e-4}  # else 1e-6
+RATES = {"sft": 2e-5, "reward": 1e-4}  # default learning rate by objective; 1e-6 for others
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "simpo": "simpo"}
 DEFAULTS = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
@@ -256,7 +256,7 @@ DEFAULT_TARGETS_NOTE = (
 _MAKERS = (
     "from_pretrained", "get_peft_model", "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer",
 )  # fmt: skip
-# attributes and calls that do not change what is learned
+# attributes and calls that do not change the result of training
 _HARMLESS_ATTRIBUTES = (
     "pad_token", "pad_token_id", "padding_side", "use_cache", "pretraining_tp", "model_max_length", "_name_or_path",
 )  # fmt: skip
@@ -446,7 +446,7 @@ def read_rows(draft: Draft, script: Script, keywords: dict[str, ast.expr]) -> No
 
 
 def _split_files(script: Script, by_name: dict[str, Call], node: ast.expr) -> tuple[Any, str] | None:
-    """Return the files of `data["test"]`, if `data` is loaded from a dict of files by split, and their source."""
+    """Return (files, description) of `data["test"]` if `data` was loaded from a dict of files by split, else None."""
     if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in by_name):
         return None
     call = by_name[node.value.id]
@@ -457,7 +457,7 @@ def _split_files(script: Script, by_name: dict[str, Call], node: ast.expr) -> tu
 
 
 def _loading_calls(script: Script, loads: list[Call], node: ast.expr | None) -> list[Call]:
-    """Return the loading calls behind a trainer argument: inside the expression, or behind its name."""
+    """Return the calls that load a trainer argument: in its expression, or in the assignments of the names in it."""
     names = [call.into for call in loads if call.into]
     for _ in range(8):
         inside = [getattr(part, "args", None) for part in ast.walk(node)] if node is not None else []

@@ -1,4 +1,4 @@
-"""Save and load PEFT adapter folders with the fingerprint of their base; disable adapters with trained biases fully."""
+"""Save and load PEFT adapter folders, check that they belong to their base, and disable adapters."""
 
 from __future__ import annotations
 
@@ -35,19 +35,23 @@ STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, temp
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
-    """Write a PEFT adapter folder, complete or not at all: weights, config, tokenizer, template, strop.json."""
-    # identity: {base: {name, fingerprint}, template, data, system (prompt of every training row, or None), reasoning}
+    """Write a PEFT adapter folder atomically: weights, config, tokenizer, chat template, strop.json."""
+    # identity: {base: {name, fingerprint}, template, data, system (the system prompt that all training rows share, or
+    # None), reasoning}
     with new_folder(folder) as temp:
-        # PEFT would look up the base on the Hub to see whether embeddings were resized; trained rows are saved anyway.
+        # By default PEFT queries the Hub to see whether embeddings were resized. Trained rows are saved without that.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
-        (temp / "README.md").unlink()  # PEFT's model card, an empty form
+        (temp / "README.md").unlink()  # PEFT's model card, which is an empty template
         weights = {"sha256": sha256_file(temp / WEIGHTS_FILE)}
         write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
 
 
 def adapter_folder(name: str) -> Path | None:
-    """Return the adapter folder of a run (ModelError if it has none yet) or adapter folder; None for any other name."""
+    """Return the adapter folder that `name` is or, for a run, contains; None for any other name.
+
+    Raises ModelError if the run has no adapter yet.
+    """
     path = Path(name).expanduser()
     if is_run(path):
         adapter = RunFolder(path).adapter
@@ -58,12 +62,12 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def is_reward_adapter(folder: Path) -> bool:
-    """Return whether an adapter is a reward model's, which scores texts and generates none."""
+    """Return whether an adapter is of a reward model, which scores text and cannot generate it."""
     return bool(read_adapter_config(folder).get("task_type") == REWARD_TASK)
 
 
 def check_adapter_kind(folder: Path, scores: bool) -> None:
-    """Raise ModelError for a reward adapter where a generating one is needed, or the other way round."""
+    """Raise ModelError unless the adapter is of a reward model (scores=True) or a generative one (scores=False)."""
     if is_reward_adapter(folder) == scores:
         return
     if scores:
@@ -86,7 +90,7 @@ def tokenizer_source(folder: Path, source: Source) -> Source:
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Return strop.json of an adapter folder; {} for an adapter that another tool made."""
+    """Return strop.json of an adapter folder; {} for an adapter that another tool saved."""
     file = folder / STROP_FILE
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
@@ -109,9 +113,9 @@ def attach_adapter(
     name: str = "default",
     scores: bool = False,
 ) -> tuple[peft.PeftModel, list[str]]:
-    """Load an adapter onto its base (`source`), and return the model and notes on what `force` accepted."""
-    # force: accept another base than it was trained on, if names and shapes fit. scores: load a reward model. Raises
-    # ModelError if the adapter does not belong to the base, does not fit, was changed since it was saved, or holds NaN.
+    """Load an adapter onto its base (`source`), and return the model and warnings about mismatches."""
+    # force: allow a base that it was not trained on, if names and shapes fit. scores: load a reward model. Raises
+    # ModelError if the adapter does not belong to the base, does not fit, was changed since it was saved, or has NaN.
     config = read_adapter_config(folder)
     check_adapter_kind(folder, scores)
     notes = check_adapter_base(folder, source, force=force)
@@ -139,7 +143,7 @@ def attach_adapter(
     state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name)
     if trains_biases:
-        # For `adapter_disabled`; PEFT overwrites the base's biases with the adapter's.
+        # PEFT overwrites the base's biases with the adapter's; `adapter_disabled` restores them.
         plain_names = {name: name.removeprefix("base_model.model.") for name, _ in model.named_parameters()}
         plain_names = {name: plain.replace(".base_layer.", ".") for name, plain in plain_names.items()}
         biases = {name: base_biases[plain] for name, plain in plain_names.items() if plain in base_biases}
@@ -148,7 +152,7 @@ def attach_adapter(
 
 
 def attach_second(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
-    """Load a further adapter onto a base (`source`) that has one, and return notes on what `force` accepted."""
+    """Load another adapter onto a base (`source`) that already has one, and return warnings about mismatches."""
     trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(base_source(folder))}
     if not force and trained_on["fingerprint"] != fingerprint(source):
         raise ModelError(f"{folder}: trained on another base than {source.name}", fix="load it by itself")
@@ -158,7 +162,7 @@ def attach_second(module: peft.PeftModel, folder: Path, source: Source, name: st
 
 
 def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
-    """Raise ModelError where an adapter was trained on another base; with `force`, return that as a note."""
+    """Raise ModelError if the adapter was trained on a different base; with `force`, return a warning instead."""
     trained_on, actual = read_identity(folder).get("base"), fingerprint(source)
     if reason := why_base_changed(read_adapter_config(folder)):
         what = f"{folder}: {reason}"
@@ -173,7 +177,7 @@ def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> 
 
 
 def check_adapter_weights(folder: Path) -> None:
-    """Raise ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
+    """Raise ModelError if the adapter file is damaged, has changed since it was saved, or has NaN."""
     file, expected = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
     dtypes = {name: entry["dtype"] for name, entry in read_safetensors_header(file).items()}
     if name := next((name for name, dtype in dtypes.items() if dtype not in FLOATS), None):
@@ -193,12 +197,12 @@ def has_trained_biases(model: nn.Module) -> bool:
 
 @contextmanager
 def adapter_disabled(model: peft.PeftModel) -> Iterator[None]:
-    """Make the model its base inside the block: the adapter is off, and biases are the base's."""
+    """Disable the adapter inside the block, and restore the base's biases if the adapter trained them."""
     stored: Mapping[str, Tensor] = getattr(model, "biases_of_base", {})
     biases = {name: weight for name, weight in model.named_parameters() if name in stored} if stored else {}
     tuned = {name: weight.detach().clone() for name, weight in biases.items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Careful, disabling adapter")  # about biases, which are handled here
+        warnings.filterwarnings("ignore", "Careful, disabling adapter")  # about biases, which are restored here
         with model.disable_adapter():
             try:
                 _copy_into(stored, biases)

@@ -16,11 +16,11 @@ from strop.runs.folder import build_once, cache_folder, new_folder
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-CONTEXT_TOKENS = 5  # last tokens of a prompt with which the first word of a completion is decoded
+CONTEXT_TOKENS = 5  # number of prompt tokens that are decoded together with the start of a completion
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Load the model's fast tokenizer, whose offsets find the supervised tokens, or raise ModelError."""
+    """Load the model's fast tokenizer; its offsets are needed to find supervised tokens. Raises ModelError."""
     folder = config_folder(source)
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
@@ -33,7 +33,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def _tokenizer_class(folder: Path) -> Any:
-    """Return AutoTokenizer, or the class it would choose: importing AutoTokenizer imports torch."""
+    """Return TokenizersBackend if the model declares it, else AutoTokenizer, whose import also imports torch."""
     file = folder / "tokenizer_config.json"
     declared = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if isinstance(declared, dict) and declared.get("tokenizer_class") == "TokenizersBackend":
@@ -46,13 +46,13 @@ def _tokenizer_class(folder: Path) -> Any:
 
 
 def trained_token_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the embedding rows that an adapter (its adapter_config.json) trains, by the leaf name of their module."""
+    """Return {module name: embedding rows} that an adapter trains, from its adapter_config.json."""
     rows = config.get("trainable_token_indices") or {}
     return {"embed_tokens": rows} if isinstance(rows, list) else dict(rows)
 
 
 def trained_token_texts(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return the tokens of `trained_token_rows`; the id of a token whose text is not in the adapter's folder."""
+    """Return the texts of the tokens that an adapter trains, or their ids if the adapter has no tokenizer."""
     ids = dict.fromkeys(row for rows in trained_token_rows(config).values() for row in rows)
     file = folder / "tokenizer.json"
     added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"] if ids and file.is_file() else ()
@@ -61,7 +61,7 @@ def trained_token_texts(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def config_folder(source: Source) -> Path:
-    """Return the folder with config and tokenizer; those of a GGUF file are extracted once into the cache."""
+    """Return the folder with config and tokenizer. For a GGUF file, they are extracted into the cache once."""
     if source.kind == "folder":
         return source.path
 
@@ -94,7 +94,7 @@ def gguf_cache(source: Source) -> Path:
 
 
 def unpacked_config(config: Any) -> Any:
-    """Remove from a config that its weights are packed GGUF blocks, which save_pretrained would refuse."""
+    """Remove the GGUF quantization entry from a config, with which save_pretrained would fail."""
     config.__dict__.pop("quantization_config", None)
     config._name_or_path = ""
     return config
@@ -103,14 +103,17 @@ def unpacked_config(config: Any) -> Any:
 class TextStream:
     """Decode one completion token by token."""
 
-    # Only whole characters are returned, and no text that may become a stop string. `stopped` is set when one is
-    # complete; neither it nor what follows is returned.
+    # Text is returned when its characters are complete and it cannot be the beginning of a stop string. After a stop
+    # string, `stopped` is True. The stop string and the text after it are not returned.
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
         """Start a stream. prompt: token ids whose text the completion continues, so its leading space is kept."""
         self._tokenizer, self._stops = tokenizer, stops
         self._ids = list(prompt[-CONTEXT_TOKENS:])
-        self._start, self._shown = 0, len(self._ids)  # ids are decoded from `_start`; up to `_shown` they are returned
+        self._start, self._shown = (
+            0,
+            len(self._ids),
+        )  # ids before `_start` are not decoded again; text of ids before `_shown` was returned
         if self._decode(self._shown).endswith(REPLACEMENT):  # the prompt ends within a character
             self._ids, self._shown = [], 0
         self._pending = ""
@@ -119,12 +122,12 @@ class TextStream:
 
     @property
     def length(self) -> int:
-        """Whole characters of all tokens, returned or not."""
+        """Number of complete characters of all tokens, returned or not."""
         new = self._decode(len(self._ids))[len(self._decode(self._shown)) :]
         return self._length + len(new.rstrip(REPLACEMENT))
 
     def push(self, token: int) -> str:
-        """Add a token and return the text that is certain now."""
+        """Add a token, and return the text that is complete now."""
         self._ids.append(token)
         before, now = self._decode(self._shown), self._decode(len(self._ids))
         if len(now) <= len(before) or now.endswith(REPLACEMENT):  # an incomplete character

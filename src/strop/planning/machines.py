@@ -1,4 +1,4 @@
-"""The machine that a plan is for: this machine, a size of memory, or a GPU by name, and how fast it is."""
+"""Describe the machine that a plan is for (this machine, a memory size or a named GPU) and its speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from strop.machine.rates import load_precision, load_rates
 from strop.planning.time import CORE_FP32, GUESS, Rate, has_bf16
 
 MIN_BF16_CAPABILITY = 8.0  # CUDA compute capability of the first GPUs with bf16 (Ampere)
-# Words that make a GPU of the same number a different model.
+# Suffixes that distinguish GPUs with the same model number.
 _VARIANTS = {"ti", "super", "laptop", "mobile", "max", "sff", "d", "xt", "nvl"}
 
 
@@ -25,7 +25,7 @@ class DeviceSpec:
 
     name: str
     kind: str  # consumer, workstation, data center, Apple, CPU, or unknown
-    memory_gb: float  # memory in GiB, as makers count it; shared with the system on Apple chips and CPUs
+    memory_gb: float  # nominal memory, counted as GiB; shared with the system on Apple chips and CPUs
     bandwidth_gbs: float  # memory bandwidth in GB/s (10^9 bytes)
     tflops: float  # dense matmul rate with fp32 accumulation, in bf16, or in fp32 if `bf16` is False
     device: str = "cuda"  # device of the recipe (cuda, mps or cpu)
@@ -48,7 +48,8 @@ def _specs(kind: str, table: str, device: str = "cuda") -> list[DeviceSpec]:
     return specs
 
 
-# GeForce GPUs run at half their rate with fp32 accumulation; the table has that half.
+# name | memory | bandwidth | dense TFLOPS | "fp32" if it has no bf16. The rate of GeForce GPUs is halved, because they
+# accumulate in fp32.
 SPECS = [
     *_specs("consumer", """
         RTX 3060 | 12 | 360 | 25.5
@@ -139,7 +140,7 @@ def find_spec(name: str) -> DeviceSpec:
 
 
 def match_driver_name(name: str) -> DeviceSpec | None:
-    """Return the GPU of a driver's name ("NVIDIA A100-SXM4-80GB, 81920 MiB"), or None if it is not in the table."""
+    """Return the GPU that a driver calls `name` ("NVIDIA A100-SXM4-80GB, 81920 MiB"), or None if it is unknown."""
     # Every word of the table's name must be in the driver's name. Words such as Ti, Super and Laptop must be in both.
     words = set(re.findall(r"[a-z0-9]+", name.partition(",")[0].lower()))
     table = {spec: set(spec.name.lower().replace(" sxm", "").split()) for spec in SPECS if spec.device == "cuda"}
@@ -154,9 +155,9 @@ def _normalized(name: str) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    machine: Machine  # facts of the machine, with the memory that counts
-    device: str  # device for a recipe that leaves it open
-    dtype: tuple[str, str]  # (name, reason) of the compute dtype for a recipe that leaves it open
+    machine: Machine  # properties of the machine, with the memory size to plan for
+    device: str  # device if the recipe's is auto
+    dtype: tuple[str, str]  # (name, reason) of the compute dtype if the recipe's is auto
     rate_of: Callable[[str], Rate]  # returns the speed of the device in a dtype
 
 

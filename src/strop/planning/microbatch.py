@@ -1,4 +1,4 @@
-"""The rows of a recipe and the micro-batches that training makes of them: the largest, the typical, the first ones."""
+"""Measure the rows of a recipe, and predict its micro-batches: the largest, a typical one, and the first ones."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ NO_DATA = "-"  # data.train of a plan without data
 
 
 class Rows(list[tuple[int, int]]):
-    """(tokens, supervised tokens) of each answer."""
+    """The size of each answer: (tokens, supervised tokens)."""
 
-    prefix = 0  # number of tokens that all rows begin with
+    prefix = 0  # length of the prefix that all rows share
     unknown = ""  # why the rows are unknown
     refused = ""  # why a run would refuse them
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
-    """Return options with full field names; without a recipe and data, the plan assumes rows of the longest length."""
+    """Return options with full field names; without a recipe and data, the plan assumes rows of the maximum length."""
     full = {SHORT_FORMS.get(name, name): value for name, value in (options or {}).items()}
     if not recipe_given:
         full.setdefault("data.train", NO_DATA)
@@ -44,7 +44,7 @@ def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[
 
 def row_sizes(recipe: Recipe) -> Rows:
     """Return the size of each row, if the rows and the model's tokenizer are on this machine."""
-    # For pairs, each answer counts. For prompts, each sampled answer counts at its longest length.
+    # A pair gives two sizes. A prompt gives one for each completion that is sampled, at the maximum length.
     sizes = Rows()
     source = _tokenizer_source(recipe)
     if isinstance(source, str):
@@ -92,7 +92,8 @@ def _shared_prefix(prefix: Any, ids: Any) -> Any:
 
 def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None = None) -> MicroBatch:
     """Return the micro-batch that needs the most memory."""
-    # Rows of the maximum length (or `longest` tokens) and a shorter one, or rows short enough to keep probabilities.
+    # Candidates: rows of the maximum length (or `longest` tokens), or of MAX_SAVED_KEYS tokens, up to which attention
+    # probabilities are saved for the backward pass.
     limit = recipe.data.max_length + max_completion_tokens(recipe.train)
     longest = min(longest or limit, limit)
     candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, MAX_SAVED_KEYS)})]
@@ -113,8 +114,8 @@ def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
 
 
 def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
-    """Return a typical micro-batch, of rows of the mean length, from which the run's time is predicted."""
-    # rows: (tokens, supervised tokens) of each answer; unknown rows have the maximum length, all tokens supervised.
+    """Return a micro-batch of rows of the mean length, from which the run's time is predicted."""
+    # rows: (tokens, supervised tokens) of each answer; without rows, all have the maximum length and are supervised.
     prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
     answers = sequences_per_row(recipe.train)
     if not rows:
@@ -131,7 +132,7 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
 
 
 def first_steps(recipe: Recipe, rows: Rows, packed: bool) -> list[list[MicroBatch]]:
-    """Return the micro-batches of the run's first steps, cut as training cuts them. packed: without padding."""
+    """Return the micro-batches of the run's first steps, split as training splits them. packed: without padding."""
     train = recipe.train
     steps = BatchStream(
         len(rows), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
@@ -160,7 +161,7 @@ def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, mor
 
 
 def _with_shared_prefix(batch: MicroBatch, lengths: Sequence[int], prefix: int) -> MicroBatch:
-    """Return the batch with a prefix of its rows computed once, if the prefix is long enough to be shared."""
+    """Return the batch with the shared prefix computed once, if it has at least MIN_PREFIX tokens."""
     prefix = min(prefix, min(lengths) - 1) if len(lengths) > 1 else 0
     if prefix < MIN_PREFIX:
         return batch

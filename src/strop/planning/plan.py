@@ -1,4 +1,7 @@
-"""`strop plan`: model facts, fit, time and what to change. Imports no torch, except for models of unknown families."""
+"""Implement `strop plan`: memory and time of a run, and changes that make it fit.
+
+Imports torch only for models of unknown families.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Plan:
     """The plan of a run; `as_json` gives the fields of `strop plan --json`."""
 
     fits: bool  # whether loading, sampling and training fit in memory
-    refused: str | None  # why no run would train this model, or None
+    refused: str | None  # why `strop train` would refuse this model, or None
     device: str
     memory_bytes: int
     usable_bytes: int  # memory that the run may use
@@ -56,12 +59,12 @@ class Plan:
     tokens_per_s: float
     seconds: float | None  # predicted time of the run; None if its number of rows is unknown
     rate: Rate
-    data: dict[str, Any]  # number of rows, tokens of the longest, and what is wrong with them or why they are unknown
-    largest: dict[str, int]  # the longest row, and the most tokens at once, that fit
+    data: dict[str, Any]  # number of rows, tokens of the longest row, and why rows are invalid or unknown
+    largest: dict[str, int]  # the largest max_length and micro_batch_tokens that fit
     disk_bytes: int
-    ladder: list[Rung]  # changes with which the plan fits; empty if it fits
-    gives_up: list[str]  # what the plan does without to fit
-    multi_device: MultiDevicePlan  # communication of several devices
+    ladder: list[Rung]  # changes to the recipe that would make it fit; empty if it fits
+    gives_up: list[str]  # compromises in speed or quality that make the plan fit
+    multi_device: MultiDevicePlan  # communication between devices
 
     @property
     def beyond(self) -> list[str]:
@@ -95,7 +98,7 @@ def make_plan(
     devices: Devices = SINGLE_DEVICE,
     thorough: bool = True,
 ) -> Plan:
-    """Plan a run. thorough: also find the largest rows that fit and changes that fit, which takes the longest."""
+    """Plan a run. thorough: also compute `largest` and `ladder`, which takes most of the time."""
     machine, shape = target.machine, model.shape
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
     recipe = resolved.recipe
@@ -105,8 +108,8 @@ def make_plan(
     lengths = [tokens for tokens, _ in rows]
     longest, beyond = max(lengths, default=None), shape.count_too_long(lengths)
     unknown, refused = rows.unknown or None, rows.refused or None
-    if workload.family.mixer is not None:  # the fast step then computes the prefix of each row
-        rows = Rows(rows)  # without the shared prefix
+    if workload.family.mixer is not None:  # the fast step does not share prefixes in such models
+        rows = Rows(rows)  # copies the sizes, but not `prefix`
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, workload, longest)
     usual, rate = usual_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
@@ -154,7 +157,7 @@ def _run_seconds(
     multi_device: MultiDevicePlan,
     steps: Sequence[Sequence[MicroBatch]],
 ) -> float | None:
-    """Return the seconds of the run, over the slowest link, or None if the number of steps is unknown."""
+    """Return the seconds of the run (with the slowest link between devices), or None if the steps are unknown."""
     train, rows = recipe.train, len(sizes) // sequences_per_row(recipe.train)
     if not rows and train.max_steps is None:
         return None
@@ -175,7 +178,7 @@ def _run_seconds(
 
 
 def _largest(recipe: Recipe, budget: MemoryBudget, positions: int) -> dict[str, int]:
-    """Return the longest row that fits in a context of `positions`, and the most tokens of rows of this length."""
+    """Return the largest max_length (at most `positions`), and the most tokens per micro-batch, that fit."""
 
     def fits(tokens: int, length: int) -> bool:
         update = {"micro_batch": None, "micro_batch_tokens": tokens, "batch_size": max(1, tokens // length)}
@@ -197,7 +200,7 @@ def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
-    """Return bytes on disk: checkpoints (kept, best, one being written), adapter, and quantized or converted base."""
+    """Return the bytes of checkpoints (kept, best, one being written), adapter, and quantized or converted base."""
     trained = workload.adapter_weights
     resident = workload.replace(resident_layers=0)
     quantized = workload.base.scheme != "none" and workload.shape.prequantized is None
@@ -208,7 +211,7 @@ def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
 
 
 def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
-    """Return what the plan does without to fit, among the options that it chose itself."""
+    """Return the compromises among the options that the plan chose."""
     layers, choices, base, compute = workload.shape.layers, resolved.choices, workload.base, workload.compute
     train, data = resolved.recipe.train, resolved.recipe.data
     packed, recomputed = layers - base.resident_layers, compute.checkpointed_layers
@@ -227,9 +230,9 @@ def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
 
 
 def read_model_facts(recipe: Recipe) -> ModelInfo:
-    """Return the model's sizes, by its config."""
-    # An unknown family's, or with modules trained in full, come from the model built without weights, if torch is
-    # there; else from its config and the headers of its weight files.
+    """Return the model's sizes."""
+    # From its config and the headers of its weight files. For an unknown family, or with modules trained in full, from
+    # the model built without weights, if torch is installed.
     facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
     whole_modules = recipe.lora.modules_to_save
     if (facts.shape.known and not whole_modules) or not is_installed("torch"):
@@ -277,7 +280,7 @@ def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
     presets = {}
     for preset in ("auto", "low-memory", "balanced", "max-quality"):
         lora = resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora
-        with suppress(ModelError):  # the model lacks such layers, and a run would refuse the preset
+        with suppress(ModelError):  # the model has none of the preset's layers
             presets[preset] = target_names(linears, lora.target_modules)
     rows = [
         {**asdict(kind), "presets": [preset for preset, names in presets.items() if kind.name in names]}

@@ -1,4 +1,4 @@
-"""The facts about a fine-tuning run that decide its memory and time: model sizes, storage, adapters, computation."""
+"""Describe what determines the memory and time of a run: model sizes, quantization, adapters and computation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from strop.models.families.table import FAMILIES, Family
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
-BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that the fast step multiplies by at once
+BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}  # per quantized weight
+# layers with the same input, which the fast step computes in one matmul
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +28,19 @@ class BaseWeights:
     scheme: str = "none"  # quantization scheme, or "none"
     double_quantization: bool = True  # quantization constants are quantized too (4-bit schemes)
     resident_layers: int = 0  # quantized layers that are dequantized once instead of for each matmul
-    shards: int = 1  # number of devices that hold one share of the base each; 1 if each device holds all of it
+    shards: int = 1  # number of devices over which the base is sharded; 1 if each device has all of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterWeights:
     ranks: tuple[int, ...] = ()  # LoRA rank on each of `shape.linears`; 0 for a layer without an adapter
-    extra_weights: int = 0  # others: modules trained in full, biases, DoRA magnitudes, the head's adapter
+    extra_weights: int = 0  # other weights: modules trained in full, biases, DoRA magnitudes, the head's adapter
     head_rank: int = 0  # LoRA rank on the output head; 0 without an adapter
     dropout: bool = False
     dora: bool = False
     full_head: bool = False  # the output head is trained in full
     full_embedding: bool = False  # the input embedding is trained in full
-    full_head_norms: bool = False  # norms of queries or keys are trained in full
+    full_head_norms: bool = False  # norms of the queries or keys of attention heads are trained in full
     new_tokens: bool = False  # the embedding gets new rows
 
 
@@ -50,8 +51,8 @@ class Compute:
     step: str = "fast"  # fast or plain, as `strop.engine.step` chooses it
     threads: int = 2
     attention_tiles: bool = False  # the fast step computes attention in tiles (CPU, bf16)
-    own_head_matmul: bool = False  # the fast step multiplies by the head's weight with strop's kernel (CPU, bf16)
-    int8_matmul: bool = False  # frozen weights are multiplied in 8-bit integers
+    own_head_matmul: bool = False  # the fast step uses strop's matmul kernel for the output head (CPU, bf16)
+    int8_matmul: bool = False  # matmuls with frozen weights are computed in int8
     checkpointed_layers: int = 0  # number of layers that are recomputed in the backward pass
     offload: bool = False  # inputs of recomputed layers are kept in host memory
     optimizer: str = "adamw"
@@ -69,7 +70,7 @@ class Workload:
     def from_recipe(
         recipe: Recipe, shape: ModelShape, *, parameters: int | None = None, threads: int = 2, devices: int = 1
     ) -> Workload:
-        """Return the workload of a recipe with a chosen device and dtype. Other open options: the least memory."""
+        """Return the workload of a recipe whose device and dtype are chosen. Other auto options count as off."""
         model, lora, train = recipe.model, recipe.lora, recipe.train
         names = _targets(shape, lora.target_modules)
         layer_ranks = [_ranks(x.path, lora, shape.layers) if x.name in names else [] for x in shape.linears]
@@ -77,7 +78,7 @@ class Workload:
         scheme = model.quantization if model.quantization != "auto" else "none"
         plain = why_plain(recipe, shape) is not None
         bf16_cpu = device == "cpu" and model.dtype == "bf16"
-        # Where layers have different ranks, the mean, rounded up; `_extra_weights` corrects the rounding.
+        # the mean rank over the layers, rounded up; `_extra_weights` corrects the rounding
         ranks = tuple(-(-sum(ranks) // shape.layers) for ranks in layer_ranks)
         head_rank = _rank("lm_head", lora) if "lm_head" in names else 0
         return Workload(
@@ -126,7 +127,7 @@ class Workload:
 
     @property
     def active_adapter_weights(self) -> int:
-        """Number of trainable weights that one token uses: adapters of experts it does not choose are left out."""
+        """Number of trainable weights that one token uses: without the experts that it is not routed to."""
         inactive = round(sum((1 - x.active) * x.adapter_size * rank for x, rank in self.ranked_linears()))
         return self.adapter_weights - self.shape.layers * inactive
 
@@ -143,12 +144,12 @@ class Workload:
 
     @property
     def flash_attention(self) -> bool:
-        """True if attention keeps only its output: flash attention on a GPU, in 16 bit."""
+        """True if attention does not save probabilities: flash attention on a GPU, in 16 bit."""
         return self.compute.device == "cuda" and self.compute.dtype_bytes == 2
 
     @property
     def gpu_operand_weights(self) -> int:
-        """Number of adapter values in the compute dtype on a GPU, with the zeros between joined adapters."""
+        """Number of adapter values in the compute dtype on a GPU; joined B matrices include their zeros."""
         adapted = {x.name: (rank, x) for x, rank in self.ranked_linears() if rank}
         total = 0
         for group in JOINED:
@@ -168,7 +169,7 @@ class Workload:
 
     @property
     def mixer_linears(self) -> tuple[LinearShape, ...]:
-        """Linear layers of the module that takes attention's place in some layers (linear attention, Mamba, ...)."""
+        """Linear layers of the module that replaces attention in some layers (linear attention, Mamba, ...)."""
         family, mlp = self.family, self.mlp_linears
         others = (x for x in self.shape.linears if x not in mlp) if family.mixer else ()
         attention, prefix = (*family.qkv, family.o), f"{family.mixer}."
@@ -181,7 +182,7 @@ class Workload:
 
     @property
     def model_code_share(self) -> float:
-        """Share of the active weights that the fast step leaves to the model's own modules."""
+        """Share of the active weights that the fast step computes with the modules of transformers."""
         linears = (*self.mixer_linears, *(self.mlp_linears if self.family.moe else ()))
         return sum(x.active_weights for x in linears) / max(1, sum(x.active_weights for x in self.shape.linears))
 
@@ -206,14 +207,14 @@ class Workload:
 
 
 def num_checkpointed(setting: str | int, layers: int, *, all_or_none: bool = False) -> int:
-    """Return how many layers `train.gradient_checkpointing` recomputes; all_or_none: as in transformers."""
+    """Return how many layers `train.gradient_checkpointing` recomputes. all_or_none: a number means all layers."""
     if isinstance(setting, int):
         return layers if all_or_none else min(setting, layers)
     return layers if setting in ("on", "offload") else 0
 
 
 def why_not_offloaded(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Return why inputs of layers cannot be kept in host memory, or None. The recipe's device is chosen."""
+    """Return why inputs of layers cannot be kept in host memory, or None. The recipe's device must be chosen."""
     if not recipe.model.device.startswith("cuda"):
         return f"offloading gains nothing on {recipe.model.device}, which uses host memory"
     plain = why_plain(recipe, shape)
@@ -257,14 +258,14 @@ def _trains_head_norms(lora: LoraSection, shape: ModelShape) -> bool:
 
 
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Return why the fast step cannot train this recipe, or None if it can. recipe: with its device chosen."""
+    """Return why the fast step cannot train this recipe, or None if it can. Its device must be chosen."""
     model, lora = recipe.model, recipe.lora
     targets = _targets(shape, lora.target_modules)
     return why_config_not_fast(shape.text_config, device=model.device, dtype=model.dtype, lora=lora, targets=targets)
 
 
 def _targets(shape: ModelShape, targets: str | list[str]) -> list[str]:
-    """Return the leaf names of the target modules; of an unknown family whose config does not name them, all."""
+    """Return the leaf names of the target modules; all linear layers if they are unknown for the family."""
     try:
         return target_names(shape.linear_kinds(), targets)
     except ModelError:
@@ -302,7 +303,7 @@ def _extra_weights(
 
 
 def check_patterns(lora: LoraSection, shape: ModelShape) -> None:
-    """Raise ModelError for a rank or alpha pattern that matches no adapter, for families with known module paths."""
+    """Raise ModelError for a rank or alpha pattern that matches no adapter. Unknown families are not checked."""
     names = _targets(shape, lora.target_modules)
     paths = [f"model.layers.{n}.{x.path}" for n in range(shape.layers) for x in shape.linears if x.name in names]
     paths += [name for name in HEADS if name in names]

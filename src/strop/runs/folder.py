@@ -1,4 +1,4 @@
-"""Run folders: the files in them, atomic writes, and the claim that keeps a second process out.
+"""Run folders: their files, atomic writes, and a lock (the claim) against use by two processes at once.
 
 recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/  report.json  report.html
 """
@@ -39,7 +39,7 @@ class RunFolder:
         self.reference = path / "reference.safetensors"  # log-probabilities under the reference model
         self.report = path / "report.json"
         self.page = path / "report.html"
-        self.answers = path / "answers.json"  # of base and tuned model in the last evaluation
+        self.answers = path / "answers.json"  # answers of base and tuned model in the last evaluation
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True if the recipe is complete. A run that reached its time limit is not, and can be resumed."""
+        """True if the run ended by itself. A run that reached its time limit did not, and can be resumed."""
         report = self.read_report()
         return bool(report.get("exit") == 0 and report.get("ended") != "time")
 
@@ -95,7 +95,7 @@ class RunFolder:
         except Timeout:
             raise self._in_use(_claim_holder(file)) from None
         with acquired:
-            holder = _claim_holder(file)  # some file systems do not support locks
+            holder = _claim_holder(file)  # in case the file system does not support locks
             if holder is not None:
                 raise self._in_use(holder)
             for place in (self.path, self.path / "checkpoints"):
@@ -148,11 +148,11 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert errors of a full, broken or read-only disk to a DiskError that names `path`, or a file outside it."""
+    """Convert errors of a full, broken or read-only disk to DiskError, which names `path` or a file not in it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        match = re.search(r"os error (\d+)", str(error))  # safetensors reports the error number as Rust does
+        match = re.search(r"os error (\d+)", str(error))  # safetensors raises Rust's message, with the error number
         number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
         if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy reports no error number
             number = errno.ENOSPC
@@ -177,7 +177,7 @@ def open_run(path: Path) -> RunFolder:
 
 
 def _remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files of killed processes (of one entry: `name`), and restore entries they were replacing."""
+    """Remove temporary files of killed processes, and restore what they were replacing. name: only for this entry."""
     for entry in _entries(folder):
         match = re.fullmatch(r"\.?(.+)\.(tmp|old)-\d+", entry.name)
         if match is None or name not in (None, match[1]):
@@ -197,7 +197,7 @@ def _entries(folder: Path) -> list[Path]:
 def _claim_holder(file: Path) -> int | None:
     """Return the id of another running process with this claim (same id and start time), or None."""
     try:
-        claim = json.loads(file.read_text(encoding="utf-8"))  # in a copied folder, it belongs to the original
+        claim = json.loads(file.read_text(encoding="utf-8"))  # a claim in a copied folder is invalid
         if claim.get("folder", str(file.parent.resolve())) != str(file.parent.resolve()):
             return None
         process = psutil.Process(int(claim["pid"]))
@@ -283,7 +283,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def publish(temp: Path, final: Path) -> None:
-    """Flush a finished folder to disk and rename it to `final`, which a power cut cannot leave incomplete."""
+    """Flush a folder to disk and rename it to `final`, so that it is never incomplete, even after a power failure."""
     for file in temp.rglob("*"):
         if file.is_file():
             apply_umask(file)
@@ -299,7 +299,7 @@ def publish(temp: Path, final: Path) -> None:
 
 
 def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
-    """Build a folder of the cache unless it is complete, or wait while another process builds it."""
+    """Build a cache folder unless it is complete. If another process is building it, wait."""
     if not is_complete(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -311,7 +311,7 @@ def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callabl
 
 @contextmanager
 def exclusive_output(out: Path) -> Iterator[None]:
-    """Keep other processes from writing the same output. Raises FolderError if one is writing it, or it exists."""
+    """Lock an output path. Raises FolderError if it exists, or if another process is writing it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(f".{out.name}.lock")
     was_killed = lock.exists()  # a process that ends normally removes its lock
@@ -341,9 +341,9 @@ def find_runs(folder: Path) -> list[RunFolder]:
 
 
 def run_name(data: str) -> str:
-    """Return the name of a run on a data file, without its number."""
+    """Return the name of a run that trains on this data file, without the number that is added to it."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip(".-")
-    return name or "run"  # a name without ASCII letters leaves nothing
+    return name or "run"  # the stem may have no ASCII letters
 
 
 def next_numbered(folder: Path, name: str) -> Path:

@@ -54,7 +54,7 @@ class JsonSchema(_Strict):
     name: str = ""
     description: str | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None  # it always is
+    strict: bool | None = None  # no effect: output always follows the schema
 
 
 class ResponseFormat(_Strict):
@@ -122,7 +122,7 @@ class CompletionRequest(CommonRequest):
 class ResponseWriter:
     """Writes the response to one request: as a whole, or as chunks.
 
-    prompt: its token ids. chat: a chat completion or a plain one. logprobs: include the log-probabilities.
+    prompt: token ids. chat: write a chat completion instead of a plain one. logprobs: include log-probabilities.
     """
 
     def __init__(self, model: str, tokenizer: Any, prompt: Sequence[int], *, chat: bool, logprobs: bool) -> None:
@@ -190,11 +190,11 @@ class ResponseWriter:
     def _by_text(self, top_logprobs: Sequence[tuple[int, float]]) -> dict[str, float]:
         by_text: dict[str, float] = {}
         for token, logprob in top_logprobs:
-            by_text.setdefault(self._token_text(token), logprob)  # two tokens may have the same text: the likelier one
+            by_text.setdefault(self._token_text(token), logprob)  # of tokens with the same text, keep the likeliest
         return by_text
 
     def _token_text(self, token: int) -> str:
-        """Return a token's text. For a part of a character: its bytes, in OpenAI's notation."""
+        """Return a token's text; if it is a part of a character, its bytes in OpenAI's notation."""
         raw = self._bytes.of(token)
         try:
             return raw.decode()

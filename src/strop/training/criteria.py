@@ -1,6 +1,7 @@
 """Training losses: cross entropy of supervised tokens, and preference objectives (policy objectives: rollouts.py).
 
-The loop uses a Criterion only, and does not branch on the objective.
+The training loop calls only the methods of Criterion. A row of a preference objective (a unit) is an ExampleGroup; its
+sides are the trained answers, such as chosen and rejected.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from strop.objectives.preferences import AnswerLogprobs, PreferenceBatch, Prefer
 from strop.objectives.table import objective_of
 
 R = TypeVar("R")
-Figures = dict[str, Tensor]  # by name: one value per row that has it
-Split = Callable[[Sequence[Item]], list[list[int]]]  # rows to micro-batches, as indices
-BLOCK = 64  # rows that are split into micro-batches together outside of training steps
+Figures = dict[str, Tensor]  # metrics: for each name, a value per row (rows without the metric are left out)
+Split = Callable[[Sequence[Item]], list[list[int]]]  # splits rows into micro-batches of indices
+BLOCK = 64  # number of rows that are split into micro-batches at a time, outside of training steps
 
 
 class Criterion(ABC):
-    """The objective that the loop minimizes. By default it trains on the rows as they were read.
+    """The objective that training minimizes.
 
-    has_figures: whether `loss` returns figures besides the loss.
+    has_figures: whether `loss` returns metrics.
     """
 
     has_figures: ClassVar[bool] = True
@@ -45,11 +46,11 @@ class Criterion(ABC):
         return 1
 
     def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
-        """Return what step `index` (from 0) trains on, from the rows of its effective batch."""
+        """Return the items that step `index` (from 0) trains on; by default, the rows of its effective batch."""
         return list(items)
 
     def longest(self, item: Item) -> Item:
-        """Return the longest that `prepare` can make of a row."""
+        """Return the longest item that `prepare` can return for a row."""
         return item
 
     def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
@@ -62,7 +63,7 @@ class Criterion(ABC):
 
     @abstractmethod
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
-        """Return the loss sum of a micro-batch, differentiable, and figures for the log."""
+        """Return the loss sum of a micro-batch, differentiable, and metrics for the log."""
 
     @abstractmethod
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
@@ -88,9 +89,9 @@ class SupervisedCriterion(Criterion):
 
 @dataclass(frozen=True)
 class PreferenceCriterion(Criterion):
-    """A preference objective, divided by the number of rows, whatever their length.
+    """A preference objective, divided by the number of rows.
 
-    head: of a reward model.
+    head: the score head of a reward model.
     """
 
     objective: PreferenceLoss
@@ -102,7 +103,7 @@ class PreferenceCriterion(Criterion):
         return float(len(items))
 
     def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
-        """Return KTO's divergence: the mean log-ratio of answers to other prompts, at least 0; else 0."""
+        """Return the KL estimate of KTO (max(0, mean log-ratio of mismatched answers)), or 0 for other objectives."""
         if not self.objective.needs_divergence:
             return 0.0
 
@@ -130,7 +131,7 @@ class PreferenceCriterion(Criterion):
     def loss_of_sums(
         self, sums: Sequence[Tensor], units: Sequence[ExampleGroup], statistic: float
     ) -> tuple[Tensor, Figures]:
-        """Compute the loss from sums of log-probabilities (or scores): (N,) for each side."""
+        """Return the loss sum and metrics. sums: log-probabilities (or scores), (N,) for each side."""
         answers = [
             AnswerLogprobs(values, _token_counts(units, side, values), _reference(units, side, values))
             for side, values in enumerate(sums)
@@ -173,7 +174,7 @@ class PreferenceCriterion(Criterion):
         return figures
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
-        """Return {loss, accuracy, accuracy_interval, (pairs:) margin, margin_interval, means of the other figures}.
+        """Return {loss, accuracy, accuracy_interval, (pairs:) margin, margin_interval, means of the other metrics}.
 
         If a value is not finite, the result is {loss: NaN}.
         """
@@ -203,7 +204,7 @@ class PreferenceCriterion(Criterion):
 def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: Devices = ALONE) -> Criterion:
     """Return the Criterion of supervised fine-tuning or a preference objective.
 
-    model: with adapters and, for a reward model, its head.
+    model: the model with its adapters; needed for the score head of a reward model.
     """
     objective = objective_of(train)
     if objective is None:
@@ -225,7 +226,7 @@ def mean_interval(values: Sequence[float]) -> list[float]:
 
 
 def micro_batches_of(items: Sequence[Item], split: Split) -> Iterator[list[int]]:
-    """Yield the rows of each micro-batch. Blocks of fixed size give the same micro-batches on any number of devices."""
+    """Yield the rows of each micro-batch, BLOCK rows at a time: the same on any number of devices."""
     for begin in range(0, len(items), BLOCK):
         block = _as_units(items[begin : begin + BLOCK])
         yield from ([begin + row for row in group] for group in split(block))

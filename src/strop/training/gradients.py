@@ -1,9 +1,9 @@
-"""Split an effective batch into micro-batches, and compute its gradient: this device's part, and the sum over all.
+"""Split an effective batch into micro-batches, compute this device's gradients, and sum them over the devices.
 
 On one device, micro-batches accumulate into the weights' gradients. On several, each device is assigned rows by token
 count, and puts its gradients and loss into one flat buffer that is all-reduced. With `train.exact` the micro-batches do
 not depend on the number of devices, each has its own buffer, and the buffers are added in a fixed order
-(distributed/assign.py), so that the sum is equal to the bit.
+(distributed/assign.py), so that the sum is bitwise the same on any number of devices.
 
 A step that ran out of memory is retried in smaller pieces (`within_memory`), with the same rows, state and random
 numbers. Each reduction is logged, stored in Progress, and remembered for the next run of this shape on this machine.
@@ -31,15 +31,15 @@ from strop.training.criteria import Figures
 from strop.training.state import Job, random_states, set_random_states
 
 T = TypeVar("T")
-MIN_MICRO_BATCHES = 8  # micro-batches per step with train.exact; further devices have nothing to do
+MIN_MICRO_BATCHES = 8  # minimum per step with train.exact; more devices than that are idle
 
 
 @dataclass(frozen=True)
 class LocalGradient:
     """The result of one device's rows.
 
-    loss: their share of the mean loss. figures: of each micro-batch, by its index in the effective batch.
-    buffers: flat sums of gradients and loss, if they are not in the weights' gradients.
+    loss: their share of the mean loss. figures: metrics of each micro-batch, with its index in the effective batch.
+    buffers: flat sums of gradients and loss; empty if the gradients are in `weight.grad`. seconds: of computation.
     """
 
     loss: Tensor
@@ -50,8 +50,10 @@ class LocalGradient:
 
 @dataclass(frozen=True)
 class TotalGradient:
-    """The result of the effective batch, equal on all devices. bad_ranks: whose part is not finite. seconds: of each
-    rank's computation."""
+    """The result of the effective batch, equal on all devices.
+
+    bad_ranks: ranks whose gradients are not finite. seconds: computation time of each rank.
+    """
 
     loss: Tensor
     figures: dict[str, Tensor]
@@ -72,8 +74,8 @@ def rows_of_rank(job: Job, items: Sequence[Item], rank: int) -> list[int]:
 def compute_gradients(job: Job, items: Sequence[Item]) -> LocalGradient:
     """Compute the gradient of this device's rows of the effective batch.
 
-    Only this function divides the loss: by the supervised weight (or the rows) of the whole effective batch, so that
-    micro-batches of any size, on any number of devices, give the same gradient.
+    The loss is divided only here, by the supervised weight (or the number of rows) of the whole effective batch.
+    Micro-batches of any size, on any number of devices, therefore give the same gradient.
     """
     started, exact, weights = time.perf_counter(), job.recipe.train.exact, list(job.state.weights.values())
     divisor = job.criterion.divisor(items)
@@ -83,7 +85,7 @@ def compute_gradients(job: Job, items: Sequence[Item]) -> LocalGradient:
 
     def compute(indexed: tuple[int, list[int]]) -> tuple[Tensor, tuple[int, Figures]]:
         index, group = indexed
-        if exact or job.devices.world_size > 1:  # for the model's own dropout, which is not seeded per row
+        if exact or job.devices.world_size > 1:  # for dropout in the model's code, which is not seeded per row
             torch.manual_seed(_group_seed(job, index))
         total, figures = job.criterion.loss(job.step, [items[row] for row in group], statistic)
         loss = total / divisor
@@ -99,7 +101,7 @@ def compute_gradients(job: Job, items: Sequence[Item]) -> LocalGradient:
     if job.devices.world_size > 1 and not exact:
         buffers = [_take_gradients(weights, mean)]
     if buffers:
-        float(buffers[-1][-1])  # wait for the device, so that `seconds` does not include sending
+        float(buffers[-1][-1])  # wait for the device, so that `seconds` does not include communication
     return LocalGradient(mean, figures, buffers, time.perf_counter() - started)
 
 
@@ -108,11 +110,13 @@ def sum_gradients(job: Job, items: Sequence[Item], local: LocalGradient) -> Tota
     devices, world_size = job.devices, job.devices.world_size
     weights = list(job.state.weights.values())
     if not job.recipe.train.exact and world_size == 1:
-        for weight in weights:  # experts without tokens: a zero gradient, as in a sum over devices
+        for weight in weights:  # experts without tokens have no gradient; summing over devices would give zeros
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         return TotalGradient(local.loss, _mean_figures(local.figures))
     size = 1 + sum(weight.numel() for weight in weights)
-    status = torch.zeros(2 * world_size, device=weights[0].device)  # by rank: not finite, then seconds
+    status = torch.zeros(
+        2 * world_size, device=weights[0].device
+    )  # [not finite] of each rank, then [seconds] of each rank
     status[devices.rank] = sum(float(not torch.isfinite(buffer.sum())) for buffer in local.buffers)
     status[world_size + devices.rank] = local.seconds
     if job.recipe.train.exact:
@@ -190,7 +194,7 @@ def _mean_figures(figures: Sequence[tuple[int, Figures]]) -> dict[str, Tensor]:
 
 
 def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
-    """Return the rows of each micro-batch: packed to a token budget, or of similar length if the step pads.
+    """Return the rows of each micro-batch: packed to a token budget, or grouped by length if the step pads.
 
     With train.exact there are at least MIN_MICRO_BATCHES (if there are as many rows), whatever the number of devices.
     """
@@ -222,7 +226,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
     """Return `compute()`, retried with less memory each time that any device runs out.
 
     On a GPU the first retry changes nothing, because freeing the cache may end fragmentation.
-    Raises MemoryLimitError if no reduction is left.
+    Raises MemoryLimitError if memory cannot be reduced further.
     """
     device = job.state.device
     random, retry_unchanged = random_states(device), device.type == "cuda"
@@ -284,7 +288,7 @@ def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
 
 
 def _micro_batch_size(job: Job) -> tuple[int, str]:
-    """Return the present size of a micro-batch, and its unit: tokens or rows."""
+    """Return the current size of a micro-batch, and its unit: tokens or rows."""
     train, halvings = job.recipe.train, job.state.progress.halvings
     if train.micro_batch_tokens is not None:
         return max(1, train.micro_batch_tokens >> halvings), "tokens"

@@ -1,9 +1,9 @@
 """The reference model of preference and policy objectives, and log-probabilities of answers under it.
 
-The reference is the model that training starts from, with its adapters and without dropout (a new adapter changes
-nothing). DoRA, trained biases, new tokens and a start adapter therefore need no special case. Log-probabilities are
-computed once, by the training step and in the micro-batches of the first epoch. The run folder stores them with their
-key and the start weights. The rows of the first step are recomputed at the start and at the end.
+The reference is the model at the start of training, adapters included, without dropout. (A new adapter does not change
+the model.) DoRA, trained biases, new tokens and a start adapter therefore need no special case. Log-probabilities are
+computed once, by the training step and in the micro-batches of the first epoch. The run folder stores them with a key
+and the start weights. Those of the first step's rows are checked at the start and at the end of training.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from strop.training.state import Job, batch_stream, temporary_values
 
 LOG = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5  # relative difference of log-probabilities that are computed again
-TOLERANCE_OTHER_SPLIT = 3e-3  # the same in other micro-batches, whose bf16 matmuls round differently
-LOSS_TOLERANCE = 1e-6
+TOLERANCE = 1e-5  # relative difference between stored and recomputed log-probabilities
+TOLERANCE_OTHER_SPLIT = 3e-3  # the same if micro-batches have changed, so that bf16 rounds differently
+LOSS_TOLERANCE = 1e-6  # difference of the losses before the first step
 
 
 class WithReference(LazySequence[ExampleGroup]):
-    """Units with their log-probabilities under the reference. values: (N, K), fp64."""
+    """ExampleGroups (called units) with log-probabilities under the reference. values: (N, K), fp64."""
 
     def __init__(self, units: Sequence[ExampleGroup], values: Tensor) -> None:
         self._units, self._values = units, values
@@ -63,8 +63,8 @@ class WithReference(LazySequence[ExampleGroup]):
 def with_reference(job: Job, key: Mapping[str, str]) -> Job:
     """Return the job with reference log-probabilities (for a policy objective, with the start weights instead).
 
-    key: what the reference depends on: base, its storage, template, rows. Jobs whose objective needs no reference are
-    returned unchanged.
+    key: identifies what the reference depends on: the base, its storage, the template and the rows. A job whose
+    objective needs no reference is returned unchanged.
 
     Raises CheckpointError if a resumed run has lost its start weights; RunError if recomputed rows differ.
     """
@@ -125,7 +125,7 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
 
 
 def _mean_loss(criterion: PreferenceCriterion, units: Sequence[ExampleGroup], values: Tensor) -> float:
-    """Return the loss of an effective batch with these log-probabilities (N, K)."""
+    """Return the mean loss of an effective batch, given its log-probabilities (N, K)."""
     sums = values[:, : len(units[0].examples)].flatten().view(len(units), -1).unbind(1)
     return float(criterion.loss_of_sums(sums, units, 0.0)[0]) / criterion.divisor(units)
 
@@ -150,7 +150,7 @@ def _fill(job: Job, units: Sequence[ExampleGroup], values: Tensor, batches: Iter
         own = at_once[job.devices.rank] if job.devices.rank < len(at_once) else []
         by_rank = [[units[row] for row in rows] for rows in at_once]
         by_rank += [[]] * (job.devices.world_size - len(by_rank))
-        flat = [unit for batch in by_rank for unit in batch]  # all devices must shrink alike
+        flat = [unit for batch in by_rank for unit in batch]  # memory settings must be reduced equally on all devices
         with torch.no_grad():
             within_memory(job, flat, lambda by_rank=by_rank, own=own: _score(job, by_rank, own, values))  # type: ignore[misc]
         for rows, results in zip(at_once, job.devices.gather(values[own]), strict=False):
@@ -187,7 +187,7 @@ def _score(job: Job, by_rank: Sequence[Sequence[ExampleGroup]], rows: Sequence[i
 
 @contextmanager
 def _reference_model(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the model its start weights (none: keep the present ones) inside the block, without dropout."""
+    """Use the start weights (if `start` is empty: the current ones), without dropout, inside the block."""
     with temporary_values(job.state.weights, start):
         job.model.eval()
         try:
@@ -199,8 +199,10 @@ def _reference_model(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
 def _load(
     job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[ExampleGroup]]
 ) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
-    """Return the run folder's reference: values by "train" and "eval" ((N, K) fp64, NaN: not computed yet), and the
-    start weights by name. At the start of a run these are the present weights."""
+    """Return (values, start weights) from the run folder; at the start of a run, NaN and the current weights.
+
+    values: log-probabilities of "train" and "eval", (N, K), fp64; NaN where they are not computed yet.
+    """
     path, start, stored_key = job.folder.reference, {}, None
     try:
         with safe_open(path, framework="pt") as file:

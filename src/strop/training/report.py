@@ -1,6 +1,6 @@
-"""Report a run: to experiment trackers, the "start" event, and at its end the adapter with model card and report.json.
+"""Log the start of a run, send metrics to experiment trackers, and save the adapter, model card and report.json.
 
-Trackers are sent metrics through accelerate. None runs unless `track` names it.
+Metrics are sent through accelerate, only to the trackers in `track`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TRACKED = {"step": ("loss", "learning_rate", "grad_norm", "tokens_per_s", *_FIG
 def describe_start(job: Job, setup: Setup) -> None:
     """Log the "start" event, with notes on how the model is trained."""
     num_trained = sum(weight.numel() for weight in job.state.weights.values())
-    parameters = {"trainable": num_trained, "all": setup.parameters}  # of the base, as `strop plan` counts
+    parameters = {"trainable": num_trained, "all": setup.parameters}  # "all": of the base, as in `strop plan`
     if num_expert_weights := count_trained_in_experts(job.model):
         parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle_expert_weights}
     for text in _model_notes(job):
@@ -80,12 +80,12 @@ def _model_notes(job: Job) -> Iterator[str]:
 def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
     """Load the best weights (the last, without an evaluation) into the model, on every device.
 
-    Returns how far training has moved the weights (models.lora.weight_change).
+    Returns the relative change of the weights (models.lora.weight_change).
     """
     progress, base = job.state.progress, job.devices.base
     reset_lost_best(job)
     if job.eval and progress.best_step is None and progress.step:
-        evaluate(with_reference(job, reference_key))  # the last weights are the best that are left
+        evaluate(with_reference(job, reference_key))  # the best checkpoint is lost, so the last weights are the best
     with job.devices.all_or_none():
         best_step = progress.best_step or progress.step
         if best_step != progress.step:
@@ -99,14 +99,14 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
 def finish(
     job: Job, setup: Setup, memory: PeakTracker, expected: Forecast, ended: str, change: float | None
 ) -> dict[str, Any]:
-    """Save the weights as the run's adapter, write report.json and return it. change: see load_best."""
+    """Save the weights as the run's adapter, write report.json and return it. change: as returned by load_best."""
     progress, folder = job.state.progress, job.folder
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
     model = setup.resolved.recipe.model
     identity |= {name: getattr(model, name) for name in ("quantization", "double_quantization", "dtype")}
     identity["system"] = _shared_system(setup.data.train_conversations)
     identity["reasoning"] = setup.data.renderer.reasoning
-    folder.answers.unlink(missing_ok=True)  # of an earlier session's adapter
+    folder.answers.unlink(missing_ok=True)  # answers.json of an earlier session is outdated
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
     data = setup.data.report.as_json()
     report: dict[str, Any] = {
@@ -142,9 +142,10 @@ def finish(
 
 
 def _describe_objective(job: Job, setup: Setup) -> dict[str, Any]:
-    """Return the objective's name and options, and figures of the last step and the best evaluation.
+    """Return the objective's name and options, and metrics of the last step and the best evaluation.
 
-    For a reward model also where its score is read: `cut` at the end of a rendered conversation is replaced by `add`.
+    A reward model is scored at the last token of a conversation; `answer_end` has the text at its end that is replaced
+    (`cut`), and the replacement (`add`).
     """
     train, progress = job.recipe.train, job.state.progress
     options = {name: getattr(train, name) for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None}
@@ -181,7 +182,7 @@ def _describe_devices(job: Job) -> dict[str, Any]:
 
 
 def _device_figures(job: Job) -> dict[str, Any]:
-    """Return the devices with the seconds of steps that were spent sending and waiting.
+    """Return the devices, and the seconds that steps spent on communication and on waiting.
 
     balance: the mean rank's computing time divided by that of the slowest.
     """
@@ -210,8 +211,8 @@ def _shared_system(conversations: Iterable[Conversation]) -> str | None:
 def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iterator[Sequence[Listener]]:
     """Yield a listener that sends metrics of step and eval events to the named trackers; none if there are no names.
 
-    Output of the trackers goes to stderr. Raises RecipeError if one does not start; the folder is then unchanged. If
-    one fails later, that is logged and the run continues.
+    Output of the trackers goes to stderr. Raises RecipeError if one does not start; the folder is then unchanged. A
+    later failure is logged, and the run continues.
     """
     if not names:
         yield ()
@@ -256,7 +257,7 @@ def _try(names: Sequence[str], action: Callable[[], object]) -> bool:
     """Return whether the action succeeded."""
     try:
         action()
-    except Exception as error:  # any error of a library, a network or a disk: no reason to end a run
+    except Exception as error:  # a failing tracker must not end the run
         reason = f"{type(error).__name__}: {first_line(error)}"
         LOG.warning("--track %s: stopped; events.jsonl still has all metrics: %s", ",".join(names), reason)
         return False
@@ -277,8 +278,8 @@ def _starting(names: Sequence[str]) -> Iterator[None]:
 def _project(names: Sequence[str], run: str) -> tuple[str, dict[str, Any]]:
     """Return the project's name and the trackers' arguments.
 
-    accelerate always passes a project to wandb, which then ignores WANDB_PROJECT; if that is set, it is the project and
-    the folder's name is the run's.
+    accelerate always passes a project to wandb, which then ignores WANDB_PROJECT. If that is set, it is the project,
+    and the run is named after its folder.
     """
     project = os.environ.get("WANDB_PROJECT") if "wandb" in names else None
     return (project, {"wandb": {"name": os.environ.get("WANDB_NAME", run)}}) if project else (run, {})

@@ -1,4 +1,4 @@
-"""The state of a run, and its checkpoints, which are complete or absent.
+"""The state of a run, and its checkpoints, which are written atomically.
 
     step-000120/  weights.safetensors  optimizer.safetensors  random.safetensors  state.json  manifest.json
 
@@ -55,27 +55,27 @@ class Progress:
     moved: bool = True  # whether an update was applied since the last evaluation
     skipped_steps: int = 0
     recent: list[float] = field(default_factory=list)  # losses of the newest good steps
-    streak: list[int] = field(default_factory=list)  # consecutive bad steps
+    streak: list[int] = field(default_factory=list)  # the latest consecutive bad steps, by index
     passed: list[int] = field(default_factory=list)  # steps whose batches are skipped after a rollback
     rate_scale: float = 1.0  # factor of the learning rate, lowered by a rollback
     rollbacks: int = 0
-    halvings: int = 0  # of the micro-batch, after running out of memory
+    halvings: int = 0  # number of times that the micro-batch was halved after running out of memory
     recompute: bool = False  # gradient checkpointing of all layers, whatever the recipe sets
     offload: bool = False  # inputs of checkpointed layers are kept in host memory
     streamed: bool = False  # quantized weights are dequantized when needed, whatever the recipe sets
-    figures: dict[str, float] = field(default_factory=dict)  # of the newest step, for preference and policy objectives
-    held_out: dict[str, Any] = field(default_factory=dict)  # of the best evaluation, except its loss
-    told: list[str] = field(default_factory=list)  # warnings that were logged and are not repeated
+    figures: dict[str, float] = field(default_factory=dict)  # of the newest step: metrics of its objective (not sft)
+    held_out: dict[str, Any] = field(default_factory=dict)  # metrics of the best evaluation, without its loss
+    told: list[str] = field(default_factory=list)  # warnings that were logged; each is logged once
     communication_s: float = 0.0  # sending between devices
     waiting_s: float = 0.0  # for the slowest device
-    computing_s: float = 0.0  # of the mean rank
-    slowest_s: float = 0.0  # of the slowest rank of each step
-    budget_from: float = 0.0  # seconds spent before the time budget of this session
+    computing_s: float = 0.0  # computation, averaged over the ranks
+    slowest_s: float = 0.0  # computation of the slowest rank of each step
+    budget_from: float = 0.0  # seconds spent before this session; not counted in its time limit
 
 
 @dataclass
 class TrainState:
-    """weights: trainable parameters, by name in the model."""
+    """The trainable parameters (by name in the model), the optimizer and the counters of a run."""
 
     weights: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -90,8 +90,8 @@ class TrainState:
 class Job:
     """A run that is ready to train.
 
-    stream: replaces resident dequantized weights by packed ones; None if there are none.
-    memory_key: where out-of-memory settings are remembered, with the usable bytes; empty: nowhere.
+    stream: frees dequantized weights, which are then dequantized for each matmul; None if there are none.
+    memory_key: cache key under which settings that avoid running out of memory are saved; empty: they are not saved.
     """
 
     recipe: Recipe
@@ -119,7 +119,7 @@ def batch_stream(recipe: Recipe, num_rows: int, position: dict[str, int] | None 
 
 
 def set_memory_options(progress: Progress, train: TrainSection, *, keep: bool = False) -> None:
-    """Set the memory options of the recipe. keep: do not undo what running out of memory switched on."""
+    """Set the memory options of the recipe. keep: also keep those that running out of memory switched on."""
     layers = train.gradient_checkpointing
     progress.recompute = layers in ("on", "offload") or (keep and progress.recompute)
     progress.offload = layers == "offload" or (keep and progress.offload)
@@ -234,7 +234,7 @@ def load_weights(checkpoint: Path, weights: Mapping[str, nn.Parameter]) -> None:
 def restore_checkpoint(checkpoint: Path, state: TrainState, note: Note | None = None) -> None:
     """Load an intact checkpoint into the state, random generators included.
 
-    The state of another kind of optimizer is not loaded, which is noted.
+    The saved state of a different optimizer is not loaded; `note` is called with the reason.
     """
     load_weights(checkpoint, state.weights)
     try:
@@ -282,7 +282,7 @@ def prune_checkpoints(folder: RunFolder, keep: int, best_step: int | None) -> No
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return the optimizer's state. Python numbers become 64-bit scalar tensors, which no optimizer uses."""
+    """Return the optimizer's state. Python numbers become 64-bit scalar tensors, which `_from_tensor` converts back."""
     return {
         f"{name}/{part}": value.detach().cpu().contiguous().clone()
         if isinstance(value, Tensor)

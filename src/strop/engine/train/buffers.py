@@ -14,7 +14,7 @@ from strop.machine.memory import map_pages, trim_heap
 
 CACHE_LINE = 64  # bytes; also the width of the widest vector instructions
 BUFFER_SIZES = 1 << 30, 64 << 20, 0  # minimum bytes of a new buffer, tried in this order
-COPY_ALIGNMENT = 16  # bytes between the starts of arrays that are copied together
+COPY_ALIGNMENT = 16  # bytes; alignment of arrays that are copied together
 Allocate = Callable[[int, int, Tensor], Tensor]  # (rows, columns, like) -> an uninitialized tensor
 
 
@@ -26,10 +26,10 @@ def heap_empty(rows: int, columns: int, like: Tensor) -> Tensor:
 class Arena:
     """Allocate the activations of one micro-batch from large buffers on the CPU.
 
-    Saved activations live from the forward to the backward of their layer, and micro-batches differ in length. In the
-    C library's heap that leaves gaps which nothing fits into (measured in docs/log). An arena hands out memory from
-    start to end and reuses all of it when the next micro-batch, or the next recomputed layer, begins. Its buffers are
-    kept between micro-batches: requesting and clearing their pages each time took a seventh of a step.
+    Saved activations live from the forward to the backward of their layer, and micro-batches differ in length. This
+    fragments the C library's heap (measured in docs/log). An arena allocates from start to end, and reuses all of its
+    memory when the next micro-batch, or the next recomputed layer, begins. Its buffers are kept between micro-batches,
+    because mapping new pages each time took a seventh of a step.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Arena:
         self._active, self._buffer, self._offset = False, 0, 0
 
     def begin(self, *, active: bool) -> None:
-        """Begin a micro-batch and invalidate the tensors of the one before.
+        """Begin a micro-batch and invalidate the tensors of the previous one.
 
         active: allocate from the buffers. Otherwise tensors come from the heap, and the buffers are freed.
         """
@@ -50,7 +50,7 @@ class Arena:
     def __enter__(self) -> None:
         """Begin to recompute a layer, and invalidate the tensors of the layer recomputed before.
 
-        A graph that is traversed twice enters the context twice.
+        A second backward pass through the same graph enters the context again.
         """
         self._active, self._buffer, self._offset = True, 0, 0
 
@@ -77,7 +77,7 @@ class Arena:
         return like.new_empty(0).set_(memory, offset // like.element_size(), (rows, columns), (columns, 1))
 
     def check(self, round: int) -> None:
-        """Raise RuntimeError in a backward pass whose micro-batch (`round`) is no longer the newest."""
+        """Raise RuntimeError if a micro-batch began after the forward pass, when `self.round` was `round`."""
         if round != self.round:
             raise RuntimeError("the backward of a micro-batch must come before the next one begins")
 

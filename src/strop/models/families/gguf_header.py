@@ -1,4 +1,4 @@
-"""Read the metadata of a GGUF file under the field names of a transformers config, without torch."""
+"""Read a GGUF file's metadata, with the field names of a transformers config, without torch."""
 
 # Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Lists of strings are skipped: gguf's own reader
 # makes an array of each of the tokenizer's strings, which takes 13 s for SmolLM2's file; this module takes 0.2 s.

@@ -1,6 +1,6 @@
 """The element-wise operations of eager.py, LayerNorm, activations and the rotary embedding, as compiled CPU kernels.
 
-All take fp32 and bf16. Each kernel reads and writes memory once, where PyTorch takes several passes and a copy in fp32.
+All take fp32 and bf16. Each kernel reads and writes memory once; PyTorch makes several passes and a copy in fp32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rows_of(x: Tensor) -> Any:
 
 
 def flatten(x: Tensor) -> Any:
-    """Return x (T, heads, d), whose rows may be apart, as one dimension from its first element to its last."""
+    """Return a 1-D view from the first to the last element of x (T, heads, d), whose rows may have a larger stride."""
     assert x.stride()[1:] == (x.shape[2], 1)
     return array(x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2],), (1,)))
 
@@ -160,7 +160,10 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> 
 
 @subroutine
 def silu_or_gelu(x: Any, gelu: Any) -> Any:
-    """Return silu(x), or gelu(x) with tanh, and the derivative: x sigmoid(z), as (1 + tanh(u)) / 2 = sigmoid(2 u)."""
+    """Return silu(x), or gelu(x) in its tanh approximation, and the derivative.
+
+    Both are x sigmoid(z): z = x for silu, and z = 2 u for gelu, because (1 + tanh(u)) / 2 = sigmoid(2 u).
+    """
     one = np.float32(1.0)
     z, dz = x, one
     if gelu:
@@ -194,7 +197,7 @@ def _glu_backward_row(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any
 @kernel
 def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) -> None:
     for i in prange(len(out)):
-        if gelu:  # a constant in either call, or the loop is not vectorized, and 7 times as slow
+        if gelu:  # with a constant in each call numba vectorizes the loop, which is 7 times as fast
             _glu_backward_row(grad[i], gate_up[i], True, grad_in[i], out[i])
         else:
             _glu_backward_row(grad[i], gate_up[i], False, grad_in[i], out[i])
@@ -251,7 +254,7 @@ def _xielu(x: Any, parameters: Any) -> Any:
 
 @force_inline
 def _value_and_slope(x: Any, kind: Any, parameters: Any) -> Any:
-    """Return an activation and its derivative; kind: a constant in the call, or the loop is not vectorized."""
+    """Return an activation and its derivative. Callers pass a constant `kind`, so that numba vectorizes the loop."""
     zero = np.float32(0.0)
     if kind == GELU:
         return gelu(x)
@@ -315,7 +318,7 @@ def _activation_backward(grad: Any, x: Any, kind: Any, parameters: Any, grad_in:
 
 
 def activated(x: Tensor, kind: str, parameters: ActivationParameters, out: Tensor | None = None) -> Tensor:
-    """Return activation(x) of x (T, I); kind: the name of one of the constants above."""
+    """Return an activation of x (T, I). kind: a key of KINDS."""
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     _activation(rows_of(x), KINDS[kind], _as_fp32(parameters), array(out))
     return out
@@ -332,7 +335,7 @@ def _as_fp32(parameters: ActivationParameters) -> tuple[Any, ...]:
     return tuple(np.float32(x) for x in parameters)
 
 
-# Gains of DoRA
+# DoRA's scaling of output columns
 
 
 @kernel
@@ -402,7 +405,7 @@ def scale_row(row: Any, values: Any, scale: Any) -> None:
 
 @subroutine
 def visible(i: Any, group: Any, first: Any, window: Any) -> Any:
-    """Return the range of keys, [begin, end), that row i of a document's scores sees; first: position of row 0."""
+    """Return the range of keys, [begin, end), that row i of the scores attends to. first: position of row 0."""
     end = first + i // group + 1
     return (max(end - window, 0) if window else 0), end
 
@@ -457,7 +460,7 @@ def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, windo
 
 @subroutine
 def _capped_exp_row(row: Any, highest: Any, softcap: Any, out: Any) -> Any:
-    """Write exp(row - highest), for the row with the soft cap, to `out`, and return the sum."""
+    """Write exp(soft-capped row - highest) to `out`, and return the sum."""
     total = np.float32(0.0)
     for j in range(len(row)):
         e = exp(softcap * tanh(to_fp32(row[j]) / softcap) - highest)
@@ -468,7 +471,7 @@ def _capped_exp_row(row: Any, highest: Any, softcap: Any, out: Any) -> Any:
 
 @subroutine
 def _scale_capped(row: Any, values: Any, scale: Any, softcap: Any) -> None:
-    """Write the gradient of the row with the soft cap, times the cap's derivative."""
+    """Overwrite the row with values * scale, times the derivative of the soft cap."""
     for j in range(len(row)):
         t = tanh(to_fp32(row[j]) / softcap)
         row[j] = from_fp32(values[j] * scale * (np.float32(1.0) - t * t), row)
@@ -509,7 +512,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: flo
 
 @subroutine
 def _row(place: Any, at: Any, length: Any, head: Any, key_value: Any, group: Any) -> Any:
-    """Return the row of a place and head in what to_heads writes, as eager._rows."""
+    """Return the row that to_heads writes for a padded position (`place`) and a head, as eager._rows does."""
     start = (place - at[place]) * key_value + head // group * length[place] + at[place]
     return start * group + head % group
 
@@ -589,7 +592,7 @@ def from_heads(
 
 @subroutine
 def _rotate(x: Any, cos: Any, sin: Any, interleaved: Any, factor: Any, out: Any) -> None:
-    """Rotate one head; `out` holds the rotated pairs as halves, whether x has them as halves or interleaved."""
+    """Rotate one head. `out` always has the pairs in two halves; those of x may be interleaved."""
     m = len(cos)
     if interleaved:
         for j in range(m):
@@ -628,7 +631,7 @@ def _rotate_rows(
     x: Any, query: Any, key_value: Any, d: Any, cos: Any, sin: Any, interleaved: Any, factors: Any, backward: Any,
     out: Any,
 ) -> None:  # fmt: skip
-    """Rotate q and k of each row of x and copy v; factors (T,) or (0,): what q is multiplied by."""
+    """Rotate q and k of each row of x and copy v; factors: scale of each row's q, (T,), or (0,)."""
     one, rotated = np.float32(1.0), (query + key_value) * d
     for i in prange(len(x)):
         source, to, c, s = x[i], out[i], cos[i], sin[i]
@@ -644,7 +647,7 @@ def _rotate_rows(
 
 
 class ApplyRope(Function):
-    """The rotary embedding applied to a copy of qkv, as train.attention.ApplyRope."""
+    """Apply the rotary embedding to a copy of qkv, as train.attention.ApplyRope does."""
 
     @staticmethod
     def forward(

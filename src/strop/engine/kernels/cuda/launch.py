@@ -1,4 +1,4 @@
-"""Compile and launch Triton kernels. They compute in fp32 and round once, as eager.py does."""
+"""Compile and launch Triton kernels. They compute in fp32 and round the result once, as eager.py does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-ELEMENTS_PER_THREAD = 8  # of a row: 16 bytes in 16 bit, the widest memory access there is
+ELEMENTS_PER_THREAD = 8  # 16 bytes of a 16-bit dtype: the widest memory access of a thread
 
 
 def kernel(*, unspecialized: Sequence[str] = ()) -> Callable[[Callable[..., None]], Any]:
@@ -27,7 +27,7 @@ def device_function(function: Callable[..., Any]) -> Any:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Launch `grid` programs of a kernel on the device of `like`; nothing if the grid is empty."""
+    """Launch `grid` programs of a kernel on the device of `like`; do nothing if the grid is empty."""
     if 0 in grid:
         return
     if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
@@ -38,7 +38,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **
 
 
 def enqueue(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
-    """Launch a kernel on the current device; the only place that does so."""
+    """Launch a kernel on the current device. All launches go through this function."""
     kernel[grid](*arguments, **constants)
 
 
@@ -53,6 +53,6 @@ def warps_for(elements: int) -> int:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """Return x (.., n) as (T, n) with contiguous elements in each row: a view where possible."""
+    """Return x (.., n) as (T, n) with contiguous rows; a view if x allows it."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

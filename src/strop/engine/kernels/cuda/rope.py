@@ -1,10 +1,11 @@
 """The rotary embedding on a GPU, as Triton kernels.
 
-`rotate_qk` rotates q and k together with their norms; its backward writes the joined gradient of q, k and v.
-`ApplyRope` is the embedding as a separate operation: before the norms, interleaved, or with a factor for each row's q.
+`rotate_qk` normalizes and rotates q and k in one kernel; its backward writes one tensor with the gradients of q, k and
+v. `ApplyRope` only rotates. It serves models that normalize after the rotation, have interleaved pairs, or scale q by
+row.
 
-qkv (T, (query + 2 key_value) * size): all heads of a row, q's first. cos, sin (T, m): the first 2 m elements of a head
-are rotated.
+qkv: shape (T, (query + 2 key_value) * size), the heads of q, then those of k and v. cos, sin: shape (T, m); the first
+2 m elements of each head are rotated.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from strop.engine.kernels.cuda.elementwise import rms_norm, rms_norm_backward
 from strop.engine.kernels.cuda.launch import kernel, launch, next_power_of_2, rows_of, warps_for
 from strop.engine.train.attention import Heads, as_norm_input
 
-TILE = 2048  # elements of a row's heads a program
+TILE = 2048  # elements that one program processes
 
 
 @kernel()
@@ -31,7 +32,7 @@ def _rope(
     QUERY: constexpr, HEADS: constexpr, SIZE: constexpr, M: constexpr, NORMED: constexpr,
     GROUP: constexpr, HALF: constexpr, REST: constexpr,
 ) -> None:  # fmt: skip
-    """Rotate GROUP heads of a row. HALF >= M and REST >= SIZE - 2 M are powers of two; REST may be 0."""
+    """Normalize (with NORMED) and rotate GROUP heads. HALF >= M and REST >= SIZE - 2 M: powers of two, or REST = 0."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
     is_q = head < QUERY
@@ -80,11 +81,11 @@ def _rope_backward(
     QUERY: constexpr, HEADS: constexpr, SIZE: constexpr, M: constexpr, NORMED: constexpr,
     GROUP: constexpr, HALF: constexpr, REST: constexpr,
 ) -> None:  # fmt: skip
-    """Write the gradient of GROUP heads; HEADS: number of q and k heads; v's follow and are copied."""
+    """Write the gradient of GROUP heads. HEADS: number of q and k heads. Gradients of v are copied."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
     is_q, is_k, is_v = head < QUERY, (head >= QUERY) & (head < HEADS), (head >= HEADS) & (head < 2 * HEADS - QUERY)
-    far = head.to(tl.int64)  # the stride between heads may exceed all rows
+    far = head.to(tl.int64)  # int64, because the stride between heads may be larger than the whole tensor
     from_q, from_k = dq + row * dq_row + far * dq_head, dk + row * dk_row + (far - QUERY) * dk_head
     from_v, all_heads = dv + row * dv_row + (far - HEADS) * dv_head, 2 * HEADS - QUERY
     at, to = x + row * x_row + head * SIZE, out + row * (all_heads * SIZE) + head * SIZE
@@ -153,7 +154,7 @@ def _shape(heads: Heads, m: int, many: int) -> dict[str, Any]:
 
 
 def norms_by_head(heads: Heads) -> bool:
-    """Return whether q and k have norms over each head; those of OLMo are over all heads of a row."""
+    """Return whether q and k are normalized per head. OLMo normalizes over all heads of a row instead."""
     return heads.q_norm is not None and heads.q_norm.weight.shape[-1] == heads.size
 
 
@@ -175,7 +176,7 @@ def rotate_qk(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tens
 def rotate_qk_backward(
     grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """Return the gradient of qkv from those of q and k as `rotate_qk` returns them and of v, (T, heads, size) each."""
+    """Return the gradient of qkv. grads: of the q and k that `rotate_qk` returned, and of v, (T, heads, size) each."""
     x, many = rows_of(qkv), heads.query + 2 * heads.key_value
     dq, dk, dv = (grad if grad.stride(2) == 1 else grad.contiguous() for grad in grads)
     out, strides = x.new_empty(len(x), many * heads.size), [n for grad in (dq, dk, dv) for n in grad.stride()[:2]]
@@ -192,7 +193,7 @@ def rotate_qk_backward(
 
 
 def _norms_of(heads: Heads, like: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
-    """Return weights, eps and offset of norms over each head; placeholders if there are none."""
+    """Return ((q weight, k weight), (eps, offset)) of per-head norms; placeholders if there are none."""
     if heads.q_norm is None or heads.k_norm is None or not norms_by_head(heads):
         return (like, like), (0.0, 0.0)
     assert (heads.q_norm.eps, heads.q_norm.offset) == (heads.k_norm.eps, heads.k_norm.offset)
@@ -242,7 +243,7 @@ def _separate_rope(
 def apply_rope(
     backward: bool, x: Tensor, heads: Heads, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None
 ) -> Tensor:
-    """Return x (T, all) with q and k rotated; backward: the gradient of x, from that of the result."""
+    """Return qkv with q and k rotated; backward: x is the gradient of the result, and that of qkv is returned."""
     x = x.contiguous()
     out, size, m, many = x.clone(), heads.size, cos.shape[1], heads.query + heads.key_value
     half, rest = next_power_of_2(m) if m else 0, next_power_of_2(size - 2 * m) if size > 2 * m else 0
@@ -257,7 +258,7 @@ def apply_rope(
 
 
 class ApplyRope(Function):
-    """The rotary embedding applied to a copy of qkv, as train.attention.ApplyRope."""
+    """Apply the rotary embedding to a copy of qkv, as train.attention.ApplyRope does."""
 
     @staticmethod
     def forward(
