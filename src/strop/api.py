@@ -74,19 +74,12 @@ def plan(
     resolved = resolve(_path(recipe), plan_options(_flatten(options), recipe is not None))
     device = resolved.recipe.model.device
     cluster = Devices(devices, nodes)
-    target = target_for(device, limit_bytes(memory), gpu)
-    target = target_share(target, cluster, local=memory is None and gpu is None)
+    target = target_share(target_for(device, limit_bytes(memory), gpu), cluster, local=memory is None and gpu is None)
     model = read_model_facts(resolved.recipe)
     if gpu is not None and device.partition(":")[0] != target.device:  # the recipe was written for another machine
         resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
-    return make_plan(
-        resolved,
-        model,
-        target,
-        rows=row_sizes(resolved.recipe),
-        adapter=start_adapter(resolved.recipe),
-        devices=cluster,
-    )
+    rows, adapter = row_sizes(resolved.recipe), start_adapter(resolved.recipe)
+    return make_plan(resolved, model, target, rows=rows, adapter=adapter, devices=cluster)
 
 
 def compare_methods(
@@ -212,13 +205,9 @@ def resume(
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
         limit = limit_bytes(memory)
         with isolated_torch_state():
+            given, listeners = _flatten(options), [callback] if callback else []
             return resume_training(
-                Path(run),
-                [callback] if callback else [],
-                options=_flatten(options),
-                allow_changed=names,
-                memory=limit,
-                devices=devices,
+                Path(run), listeners, options=given, allow_changed=names, memory=limit, devices=devices
             )
 
 
@@ -339,12 +328,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
 
 
 def load(
-    name: PathLike,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantization: str = "auto",
-    force: bool = False,
+    name: PathLike, *, device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False
 ) -> Model:
     """Load a model for generation.
 

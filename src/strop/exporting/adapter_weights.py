@@ -30,12 +30,7 @@ MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # of DoR
 
 
 def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
-    """Return a function (name, base tensor) -> merged tensor, in fp32 if the adapter changes it, else the same tensor.
-
-    Raises:
-        ModelError: If the adapter has weights that cannot be merged: other than LoRA layers, new rows and full
-            tensors, without a place in the base, or on a layer that shares its weight (a head tied to the embedding).
-    """
+    """Return a function (name, base tensor) -> merged tensor, in fp32 if the adapter changes it, else unchanged."""
     saved = read_weights(folder)
     rows, bare = trained_token_rows(read_adapter_config(folder)), load_without_weights(source)
     uses = Counter(id(parameter) for _, parameter in bare.named_parameters(remove_duplicate=False))
@@ -108,16 +103,12 @@ def _base_name(key: str) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """An adapted parameter of the base.
+    """An adapted parameter of the base."""
 
-    key: prefix of the LoRA matrices in the adapter file. experts: experts in the parameter, 0 for a matrix. transposed:
-    the parameter is stored as (.., in, out).
-    """
-
-    key: str
+    key: str  # prefix of the LoRA matrices in the adapter file
     scale: float
-    experts: int = 0
-    transposed: bool = False
+    experts: int = 0  # 0 for a matrix
+    transposed: bool = False  # stored as (.., in, out)
 
     def merge_experts(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Merge into weight (experts, .., ..). a, b: as saved by peft."""
@@ -127,10 +118,7 @@ class Target:
 
 
 def find_targets(source: Source, folder: Path) -> dict[str, Target]:
-    """Return the adapted parameters by name, with the scale that peft computes from rank, alpha, patterns and rsLoRA.
-
-    Raises ModelError if the matrices in the folder differ from those that its config requires on this base.
-    """
+    """Return the adapted parameters by name. Raises ModelError if the folder's matrices differ from its config's."""
     config: Any = peft.LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
     config.trainable_token_indices = None  # rows that the skeleton does not have

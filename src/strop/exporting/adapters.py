@@ -83,7 +83,7 @@ def compute_norm(name: str) -> float | None:
 
 
 def why_not_measured(*names: str) -> str | None:
-    """Return why norm and cosine are unknown: what DoRA and full tensors change depends on the base's weights."""
+    """Return why norm and cosine are unknown: the effect of DoRA and full tensors depends on the base weights."""
     for folder in map(_find_folder, names):
         if tensors := find_non_lora(folder):
             return f"norm and cosine need plain LoRA matrices, but {folder} also has {min(tensors)}"
@@ -94,9 +94,9 @@ def compare(first: str, second: str) -> dict[str, Any]:
     """Compare two adapters.
 
     Returns {same_base, same_template, same_data, settings: {name: [first, second]}, norms, cosine, modules,
-    not_measured}. cosine is between the changes of the base weights, over all modules, and in `modules` by the last
-    part of a module's name. It is None if the adapters have different modules, one changes nothing, or for the reason
-    not_measured. Raises ModelError if an adapter is missing.
+    not_measured}. cosine compares the changes of the base weights over all modules; `modules` has one for each last
+    part of a module name. It is None if the adapters have different modules, if one of them is zero, or if
+    not_measured gives a reason. Raises ModelError if an adapter is missing.
     """
     folders = [_find_folder(name) for name in (first, second)]
     configs, identities = list(map(read_adapter_config, folders)), list(map(read_identity, folders))
@@ -147,7 +147,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
     peft_names = [f"part{number}" for number in range(len(folders))]
     for folder, peft_name in zip(folders, peft_names, strict=True):
         model, _ = attach_adapter(model, folder, source, name=peft_name)
-    model.peft_config[peft_names[0]].use_rslora = False  # the sum copies this config, and has a scale of 1
+    model.peft_config[peft_names[0]].use_rslora = False  # peft copies this config, and the sum has a scale of 1
     model.add_weighted_adapter(peft_names, list(weights), "combined", combination_type="cat")
     with disk_errors(out.parent), exclusive_output(out), new_folder(out) as temp:
         model.save_pretrained(str(temp), selected_adapters=["combined"], save_embedding_layers=False)
@@ -169,7 +169,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
 
 
 def find_prompt_differences(names: Sequence[str]) -> list[str]:
-    """Return notes on adapters that were trained with other prompts than the first, whose settings their sum has."""
+    """Return notes on adapters whose prompt settings differ from those of the first adapter, which the sum uses."""
     first, *rest = [(name, read_identity(_find_folder(name))) for name in names]
     kinds = {"template": "chat template", "system": "system prompt", "reasoning": "handling of reasoning"}
     return [

@@ -48,19 +48,15 @@ OpenChecker = AbstractContextManager["Checker | None"]
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported GGUF file.
-
-    kind: its type. base, base_losses: as in Merged. check: the comparison in llama.cpp; None if there was none, for the
-    reason `unmeasured`. notes: what the user should know.
-    """
+    """An exported GGUF file. base, base_losses: as in Merged."""
 
     out: Path
     files: list[str]
-    kind: str
+    kind: str  # a key of LIMITS
     base: str
     base_losses: dict[str, float]
-    check: FileCheck | None
-    unmeasured: str | None
+    check: FileCheck | None  # the comparison in llama.cpp
+    unmeasured: str | None  # why there is no comparison
     vocabulary: Vocabulary
     notes: list[str]
 
@@ -84,11 +80,7 @@ def export_gguf(
     measure: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Exported:
-    """Write the tuned model of a run or adapter folder, or a plain model, as a GGUF file.
-
-    See `strop.export` for arguments and errors. An adapter alone is written in f32, for llama.cpp's --lora option.
-    Raises MemoryLimitError if there is no memory to measure.
-    """
+    """Write a tuned model or its adapter as a GGUF file. See `strop.export`; also raises MemoryLimitError."""
     if adapter and kind not in (None, "f32"):
         raise RecipeError(f"--type {kind} --adapter: an adapter is stored in f32", fix="leave --type out")
     kind = kind or ("f32" if adapter else "q8_0")

@@ -43,18 +43,14 @@ APPROXIMATE = ("tekken", "gpt-4o")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer's entries in a GGUF file.
+    """The tokenizer's entries in a GGUF file."""
 
-    exact: llama.cpp must tokenize every string as the tokenizer does. bos, eos: token ids. add_bos: llama.cpp puts bos
-    before a text. plain_text: text outside chat prompts is tokenized exactly.
-    """
-
-    exact: bool
+    exact: bool  # llama.cpp must tokenize every string as the tokenizer does
     entries: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
     bos: int | None
     eos: int
-    add_bos: bool
-    plain_text: bool = True
+    add_bos: bool  # llama.cpp puts bos before a text
+    plain_text: bool = True  # text outside chat prompts is tokenized exactly
     notes: list[str] = field(default_factory=list)
 
     def write(self, writer: gguf.GGUFWriter) -> None:
@@ -167,10 +163,8 @@ def find_pre_tokenizer(state: dict[str, Any]) -> str:
 
 
 def _check_sentencepiece(state: dict[str, Any]) -> None:
-    """Raise ModelError if a SentencePiece tokenizer does more than replace spaces by ▁, which llama.cpp cannot do.
-
-    Llama 2, Phi 3 and Gemma replace them in the normalizer, Mistral in the Metaspace pre-tokenizer.
-    """
+    """Raise ModelError if a SentencePiece tokenizer does more than replace spaces by ▁, which llama.cpp cannot do."""
+    # Llama 2, Phi 3 and Gemma replace them in the normalizer, Mistral in the Metaspace pre-tokenizer.
     normalizer, pre = state["normalizer"] or {}, state["pre_tokenizer"] or {}
     steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] if normalizer else []
     replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

@@ -36,21 +36,17 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 
 @dataclass(frozen=True)
 class Pushed:
-    """A pushed adapter or model.
-
-    kind: "adapter" or "model". base: the Hub id of an adapter's base. files: uploaded and verified. left_out: files of
-    the folder that were not uploaded. removed: files of an earlier push.
-    """
+    """A pushed adapter or model."""
 
     repo: str
     url: str
     commit: str
     private: bool
-    kind: str
-    base: str | None
-    files: list[str]
-    left_out: list[str]
-    removed: list[str]
+    kind: str  # adapter or model
+    base: str | None  # Hub id of an adapter's base
+    files: list[str]  # uploaded and verified
+    left_out: list[str]  # not uploaded from the folder
+    removed: list[str]  # from an earlier push
     size_bytes: int
 
     def as_json(self) -> dict[str, Any]:

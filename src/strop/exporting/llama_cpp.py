@@ -25,11 +25,11 @@ from strop.exporting.merge import TunedModel
 from strop.exporting.parity import Limit, Parity, log_softmax_, measure_against, select_rows
 
 INSTALL = "pip install llama-cpp-python"
-PROMPTS, MAX_NEW_TOKENS = 4, 64  # that both models answer
-# How many sample strings may differ if llama.cpp is known to be inexact (Vocabulary.exact); rows and prompts may not.
+PROMPTS, MAX_NEW_TOKENS = 4, 64  # of the comparison of greedy completions
+# Sample strings that may be tokenized differently if llama.cpp's tokenizer is known to be inexact (Vocabulary.exact).
 STRINGS_TOLERANCE = 10
 
-# Allowed cost of rounding, against the adapter in fp32. Measured on SmolLM2-135M with a random adapter: f16 6e-6, bf16
+# Allowed rounding error against the adapter in fp32. Measured on SmolLM2-135M with a random adapter: f16 6e-6, bf16
 # 2.4e-4, q8_0 8.2e-3 and 95.3 %, q4_k_m 0.13 and 85.8 %. q8_0 and q4_k_m are allowed about three times that; q6_k and
 # q5_k_m are interpolated.
 LIMITS = {
@@ -91,7 +91,7 @@ class LlamaCpp:
 
     @property
     def special(self) -> dict[str, int | bool]:
-        """The ids of bos and eos in llama.cpp, and whether it puts bos before a text."""
+        """The ids of bos and eos in llama.cpp, and whether it prepends bos to a text."""
         api, vocab = self._api, self._vocab
         return {
             "bos": int(api.llama_vocab_bos(vocab)), "eos": int(api.llama_vocab_eos(vocab)),
@@ -119,7 +119,7 @@ class LlamaCpp:
         return log_softmax_(logits)
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Generate greedily. A token that ends the answer is included."""
+        """Generate greedily. The result includes the stop token."""
         ids: list[int] = []
         for token in self._llama.generate(list(prompt), temp=0.0, repeat_penalty=1.0, reset=True):
             ids.append(int(token))
@@ -144,17 +144,13 @@ def quantize(source: Path, out: Path, kind: str) -> None:
 
 @dataclass
 class FileCheck:
-    """Comparison of a GGUF file in llama.cpp with the tuned model.
-
-    strings: of SAMPLE_STRINGS, tokenized identically. conversations: of ten, with the same prompt. answers: greedy
-    answers that both models gave.
-    """
+    """Comparison of a GGUF file in llama.cpp with the tuned model."""
 
     parity: Parity | None = None
-    strings: int = 0
+    strings: int = 0  # of SAMPLE_STRINGS, tokenized identically
     strings_differ: list[str] = field(default_factory=list)
-    conversations: int = 0
-    answers: int = 0
+    conversations: int = 0  # of ten, with the same prompt
+    answers: int = 0  # greedy, of both models
     answers_equal: int = 0
     answers_stopped: int = 0
     reference_stopped: int = 0
@@ -202,7 +198,7 @@ def _check_special_tokens(llama: LlamaCpp, vocabulary: Vocabulary, renderer: Ren
     for name, value in expected.items():
         if special[name] != value:
             raise _differs(f"{name} is {special[name]} in llama.cpp, {value} in the tokenizer")
-    # A copied vocabulary may name no end of turn, which llama.cpp then guesses, so check where it stops.
+    # Without an end-of-turn token in the vocabulary, llama.cpp guesses it. So check every stop token.
     missed = [token for token in renderer.stop_ids if not llama.stops_at(token)]
     if missed:
         raise _differs(f"it does not stop at {renderer.tokenizer.convert_ids_to_tokens(missed[0])}")
@@ -220,7 +216,7 @@ def open_checker(
 ) -> Iterator[Callable[[Path, str, Path | None], FileCheck]]:
     """Yield a function (file, type, adapter file) that compares a file in llama.cpp with the tuned model in fp32.
 
-    It raises ParityError beyond the limit of the type, or if llama.cpp reads text differently.
+    It raises ParityError if the error exceeds the type's limit, or if llama.cpp tokenizes or renders text differently.
     """
     rows = tuned.examples[:PROMPTS]
     prompts = [_prompt(example) for example in rows]

@@ -74,17 +74,13 @@ ROUNDING_CHUNK = 1 << 23  # values of a weight that are rounded to fp16 at once:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model.
-
-    base: the base merged into, "original" or "dequantized". base_losses: the adapter's loss on each, if both were
-    tried. parity: None if nothing was measured.
-    """
+    """A merged model."""
 
     out: Path
     files: list[str]
-    base: str
-    base_losses: dict[str, float]
-    parity: Parity | None
+    base: str  # that it was merged into: "original" or "dequantized"
+    base_losses: dict[str, float]  # the adapter's loss on each base, if both were tried
+    parity: Parity | None  # None if nothing was measured
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out), "parity": None if self.parity is None else self.parity.as_json()}
@@ -99,11 +95,7 @@ def merge(
     measure: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Merged:
-    """Merge the adapter of a run or adapter folder into a new model folder. See `strop.merge` for arguments and errors.
-
-    Without measuring, an adapter that was trained on quantized weights is merged into the dequantized base.
-    Raises MemoryLimitError if there is no memory to measure.
-    """
+    """Merge an adapter into a new model folder. See `strop.merge`; also raises MemoryLimitError before measuring."""
     folder = adapter_folder(name)
     if folder is None:
         raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
@@ -191,17 +183,13 @@ class BaseStorage:
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A base, an adapter on it, and rows to measure on.
-
-    folder: the adapter folder, None for a model without an adapter. storage: how the base is rounded before merging.
-    base: "original" or "dequantized". base_losses: the adapter's loss on each, if both were tried.
-    """
+    """A base, an adapter on it, and rows to measure on."""
 
     name: str
     source: Source
-    folder: Path | None = None
-    storage: BaseStorage = BaseStorage()
-    base: str = "original"
+    folder: Path | None = None  # of the adapter; None for a model without one
+    storage: BaseStorage = BaseStorage()  # how the base is rounded before merging
+    base: str = "original"  # or "dequantized", if the adapter was trained on a quantized base
     base_losses: dict[str, float] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
 
@@ -224,11 +212,7 @@ class TunedModel:
         return replace(self, base="original", storage=replace(self.storage, scheme="none"))
 
     def load_rows(self, data: str | None, *, choose_base: bool = True) -> TunedModel:
-        """Return the model with rows to measure on, and on the base with the lower loss.
-
-        data: a file of rows. Default: the run's held-out rows, or training rows if there are none. choose_base: compare
-        the original base with the dequantized one, if the adapter was trained on a quantized base.
-        """
+        """Return the model with rows to measure on and, after training on a quantized base, on the better base."""
         tuned = replace(self, examples=_read_rows(self.name, self.load_tokenizer(), data))
         if not choose_base or self.storage.scheme == "none":
             return tuned
@@ -272,11 +256,7 @@ class TunedModel:
 
 
 def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
-    """Read rows to measure on: the file `data`, else the run's held-out rows, else its training rows.
-
-    Of preference pairs only the chosen answers are used, and of labelled answers only the good ones: when two bases are
-    compared, a lower loss on bad answers is no improvement.
-    """
+    """Read rows to measure on: the file `data`, else the run's held-out rows, else its training rows."""
     data_kind: DataKind = "turns"
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
@@ -300,6 +280,7 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
             error.fix = "; ".join(part for part in (error.fix, hint) if part)
         raise
     examples = prepared.eval if prepared.eval is not None else prepared.train
+    # Chosen and good answers only: when two bases are compared, a lower loss on bad answers is no improvement.
     step = 2 if data_kind == "pairs" else 1
     good = [row for row in range(0, len(examples), step) if examples.labels[row] != 0]
     return [examples[row] for row in good[:MAX_ROWS]]
@@ -311,10 +292,7 @@ def _load_merged(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def linears_may_stay_16bit(model: Any) -> bool:
-    """Return whether linear weights are used by their layers alone, so that they may stay in 16 bit in memory.
-
-    False for Mamba's and xLSTM's mixers, and for mixtures of experts, whose routers and indexers use weights directly.
-    """
+    """Return whether only their layers use linear weights: mixers, routers and indexers use weights directly."""
     mixers = any(kind in type(module).__name__ for module in model.modules() for kind in ("Mamba", "xLSTM"))
     return not mixers and next(expert_parameters(model), None) is None
 
@@ -367,13 +345,10 @@ def _write(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Path:
 
 
 def round_weight(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a merged weight. A changed one in 16 bit is rounded stochastically: up or down at random, in proportion.
-
-    Rounding to nearest discards changes below half a step: of a lightly trained adapter 83 % of the weights in bf16
-    were as before, with a mean KL of 4.7e-3. Stochastic rounding keeps the mean of the change: mean KL 6.7e-5
-    (docs/log). fp16's steps are an eighth of bf16's, and still too large. The random numbers are seeded with the
-    tensor's name, so the same merge gives the same bits.
-    """
+    """Cast a merged weight. A changed one in 16 bit is rounded stochastically, seeded by its name."""
+    # Rounding to nearest discards changes below half a step: of a lightly trained adapter 83 % of the weights in bf16
+    # were as before, with a mean KL of 4.7e-3. Stochastic rounding keeps the mean of the change: mean KL 6.7e-5
+    # (docs/log). fp16's steps are an eighth of bf16's, and still too large.
     if not merged.is_floating_point():
         return merged
     if dtype not in (torch.bfloat16, torch.float16) or merged is base:

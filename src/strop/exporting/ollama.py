@@ -49,16 +49,12 @@ _MARKED_TURNS = [
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder for `ollama create`.
-
-    exported: its GGUF file. rendered_by: "ollama" or "go", None if the prompts are untested. prompts: how many are
-    equal, of ten.
-    """
+    """A folder for `ollama create`."""
 
     out: Path
     exported: Exported
-    rendered_by: str | None
-    prompts: int
+    rendered_by: str | None  # ollama or go; None if the prompts are untested
+    prompts: int  # equal to those of training, of ten
     commands: list[str]
     notes: list[str]
 
@@ -79,10 +75,7 @@ def export_ollama(
     measure: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Write the folder `out` for `ollama create`. See `strop.export` for arguments and errors.
-
-    Raises ModelError for a chat template that cannot be translated, before weights are read.
-    """
+    """Write a folder for `ollama create`. See `strop.export`. An untranslatable template is refused first."""
     if out.exists():
         raise FolderError(f"{out}: already exists", fix="give --out a new folder")
     folder = adapter_folder(name)
@@ -123,19 +116,13 @@ def write_modelfile(template: str, renderer: Renderer, system: str | None) -> st
 
 @dataclass(frozen=True)
 class TemplatePieces:
-    """The text that a chat template writes around message contents.
+    """The text that a chat template writes around message contents."""
 
-    start: before the first turn, without a system prompt. system: before and after a system prompt, None if the
-    template has none. last_user_end: after a user turn that is to be answered. user_end: after a user turn that was
-    answered; they differ where a prompt has a block of reasoning that past answers do not have. answer_end: after an
-    answer, including what opens the next user turn.
-    """
-
-    start: str
-    system: tuple[str, str] | None
-    last_user_end: str
-    user_end: str
-    answer_end: str
+    start: str  # before the first turn, without a system prompt
+    system: tuple[str, str] | None  # before and after a system prompt
+    last_user_end: str  # after the user turn to answer; may open a block of reasoning
+    user_end: str  # after an answered user turn
+    answer_end: str  # after an answer, including what opens the next user turn
 
     @staticmethod
     def split(renderer: Renderer) -> TemplatePieces:
@@ -222,10 +209,7 @@ def strips_messages(renderer: Renderer) -> bool:
 def _check_prompts(
     template: str, renderer: Renderer, bos: str, system: str | None, folder: Path
 ) -> tuple[str | None, int, str]:
-    """Compare ten prompts with those of training. Raises ParityError on the first difference.
-
-    Returns (what rendered them or None, how many, why they are untested).
-    """
+    """Compare ten prompts with those of training. Returns (what rendered them, how many, why they are untested)."""
     conversations = sample_conversations(renderer.supports_system)
     engine, prompts, reason = "ollama", None, "no Ollama is running, and no Go toolchain is installed"
     if _ollama_is_running():

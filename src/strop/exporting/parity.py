@@ -70,25 +70,18 @@ class Share:
 
 @dataclass(frozen=True)
 class Parity:
-    """Difference of a model from a reference.
-
-    kl_mean, kl_max: KL(reference || model) in nats. top1_agreement: share of positions with the same most likely token.
-    agreement: share of positions without a clear flip: another most likely token, where the reference's two tokens are
-    not a near tie (Limit.tie). loss_difference: model - reference, on the supervised tokens; loss_error: its standard
-    error. effect: the share of the adapter's effect that is present in the model, ideally 1; None if the reference has
-    no adapter, or one whose effect is too weak to judge.
-    """
+    """Difference of a model from a reference."""
 
     positions: int
-    kl_mean: float
+    kl_mean: float  # KL(reference || model), nats
     kl_max: float
-    top1_agreement: float
-    loss_difference: float
-    loss_error: float
+    top1_agreement: float  # share of positions with the same most likely token
+    loss_difference: float  # model - reference, on the supervised tokens
+    loss_error: float  # standard error of loss_difference
     limit: Limit
-    clear_flips: int
-    agreement: Share
-    effect: Share | None
+    clear_flips: int  # positions with another most likely token that is not a near tie (Limit.tie)
+    agreement: Share  # of positions without a clear flip
+    effect: Share | None  # of the adapter, ideally 1; None without an adapter, or if its effect is too weak to judge
 
     @property
     def violations(self) -> list[str]:
@@ -132,16 +125,10 @@ class Parity:
 def compare(
     reference: Callable[[], Any], model: Callable[[], Any], examples: Sequence[Example], limit: Limit
 ) -> Parity:
-    """Load both models one after the other, and compare them on the first POSITIONS positions of the rows.
+    """Load two models one after the other, and compare them on the first POSITIONS positions of the rows.
 
-    Each context counts once for KL and agreement, so a prefix that many rows share is one text. All supervised
-    positions count for the loss.
-
-    Args:
-        reference, model: load a transformers model that computes in fp32, or an object with `log_probabilities`. Only
-            one is in memory at a time; the reference's distributions are kept in a file.
-        examples: the rows.
-        limit: the limits that the result is checked against.
+    reference, model: load a transformers model that computes in fp32, or an object with `log_probabilities`. Each
+    context counts once for KL and agreement (a prefix that rows share is one text), all supervised tokens for the loss.
     """
     with measure_against(reference, examples) as measure:
         return measure(model, limit)

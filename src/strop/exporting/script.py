@@ -39,7 +39,7 @@ OPTIMIZERS = {
     "lion": '__import__("bitsandbytes").optim.Lion(groups, lr=1.0, weight_decay={decay})',
     "sgd": "torch.optim.SGD(groups, lr=0.0, weight_decay={decay})",
 }
-# The arguments of LoraConfig in a script: the rank, and whatever differs from peft's default.
+# Arguments of LoraConfig in a script: the rank, and values that differ from peft's defaults.
 LORA_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "init_lora_weights",
     "rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules", "fan_in_fan_out", "task_type",
@@ -48,11 +48,11 @@ LORA_DEFAULTS = {"bias": "none", "init_lora_weights": True}
 
 
 @dataclass(frozen=True)
-class Written:
-    """A written script.
+class ExportedScript:
+    """An exported script.
 
     encoded: whether the script renders the rows with the chat template (compared on every row); otherwise the rows hold
-    tokens. notes: what the script leaves out.
+    tokens. notes: differences from the run.
     """
 
     out: Path
@@ -65,10 +65,10 @@ class Written:
         return {**asdict(self), "out": str(self.out)}
 
 
-def export_script(run: Path, out: Path) -> Written:
+def export_script(run: Path, out: Path) -> ExportedScript:
     """Write train.py, rows.jsonl and tokenizer/ into the new folder `out`.
 
-    Raises InputError if the run uses something that plain peft does differently, or its rows are gone or changed.
+    Raises InputError if the run uses a feature that a script does not support, or if its rows are missing or changed.
     """
     folder = open_run(run)
     recipe = read_resolved(folder.recipe).recipe
@@ -96,12 +96,12 @@ def export_script(run: Path, out: Path) -> Written:
     write_atomic(out / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     tokenizer.save_pretrained(out / "tokenizer")
     write_atomic(out / "train.py", text)
-    return Written(out, ["train.py", "rows.jsonl", "tokenizer"], _count_rows(data), encoded, settings["notes"])
+    return ExportedScript(out, ["train.py", "rows.jsonl", "tokenizer"], _count_rows(data), encoded, settings["notes"])
 
 
 # The source of this function is copied into the script.
 def encode(tokenizer, row, ends):  # type: ignore[no-untyped-def]
-    """Return the tokens of a row and their weights in the loss: 1 for each answer and the token that ends its turn."""
+    """Return a row's token ids and loss weights: 1 for the tokens of each answer, including its end-of-turn token."""
     tokenize = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
     messages = row["messages"]
     ids = list(tokenize(messages))
@@ -117,7 +117,7 @@ def encode(tokenizer, row, ends):  # type: ignore[no-untyped-def]
 
 
 def _check_supported(recipe: Recipe) -> None:
-    """Raise InputError for what plain peft and torch cannot do, or do differently."""
+    """Raise InputError for features that a script does not support."""
     unsupported = {
         f"train.objective {recipe.train.objective}": recipe.train.objective not in ("sft", "dpo"),
         f"train.optimizer {recipe.train.optimizer}": recipe.train.optimizer not in OPTIMIZERS,
@@ -186,7 +186,7 @@ def _find_differences(recipe: Recipe, base_dropout: str | None) -> list[str]:
         "It does not evaluate, and keeps the last weights, not the best.": recipe.data.eval is not None,
         "It does not stop early.": bool(train.early_stopping or train.max_time),
         "It multiplies frozen weights in fp32.": train.int8_matmul,
-        "Dropout masks are different from strop's, so losses differ by chance.": recipe.lora.dropout > 0
+        "Dropout masks differ from strop's, so losses vary randomly.": recipe.lora.dropout > 0
         or base_dropout is not None,
         "In 16 bit, peft rounds small LoRA updates away, so its losses are higher than strop's at first.": (
             recipe.model.dtype != "fp32"

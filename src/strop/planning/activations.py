@@ -1,9 +1,7 @@
-"""Predict the activation memory of a micro-batch from the tensors that the engine allocates. Imports no torch.
+"""Predict the activation memory of a micro-batch from the tensors that the engine allocates. Imports no torch."""
 
-Symbols are those of the engine: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
-values, I intermediate size, b bytes per value. The peak of a step is the largest of a few moments, each
-a sum of the tensors that are alive then.
-"""
+# Symbols are the engine's: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
+# values, I intermediate size, b bytes per value. A step's peak is the largest of a few moments.
 
 from __future__ import annotations
 
@@ -54,11 +52,6 @@ class MicroBatch:
         """Number of rows. A shared prefix is a document, but not a row."""
         return sum(number for number, _, _ in self.documents) - (self.shared > 0)
 
-    @property
-    def saved_pairs(self) -> int:
-        """Number of query-key pairs whose probabilities are kept for the backward pass (attention in buckets)."""
-        return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= MAX_SAVED_KEYS)
-
 
 def pairs(workload: Workload, batch: MicroBatch) -> int:
     """Return the number of query-key pairs that are computed, block by block; keys after a block are skipped."""
@@ -69,7 +62,6 @@ def pairs(workload: Workload, batch: MicroBatch) -> int:
 
 
 def _blocks(queries: int, keys: int, block: int = BLOCK) -> list[tuple[int, int]]:
-    """Return (queries, keys) of each block of a document."""
     prefix = keys - queries
     return [(min(block, queries - at), prefix + min(at + block, queries)) for at in range(0, queries, block)]
 
@@ -126,11 +118,9 @@ def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
 
 
 def outer_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
-    """Return the bytes of the fast step outside its layers: alive from forward to backward, and alive at the head.
-
-    Per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and the rotary
-    angles in fp32; at the head, on a CPU, one more copy of the supervised rows.
-    """
+    """Return the fast step's bytes outside its layers: alive from forward to backward, and alive at the head."""
+    # Per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and fp32
+    # rotary angles; at the head, on a CPU, one more copy of the supervised rows.
     if workload.compute.step == "plain":
         return 0, 0
     shape, b = workload.shape, workload.compute.dtype_bytes
@@ -179,7 +169,8 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
         saved = batch.tokens * (q * b + 4 * shape.heads)
         after -= q if o_ranks and rows == batch.tokens else 0
     elif device == "cpu":
-        saved = shape.heads * batch.saved_pairs * b
+        short = (document for document in batch.documents if document[2] <= MAX_SAVED_KEYS)  # their probabilities stay
+        saved = shape.heads * sum(number * _pairs(queries, keys) for number, queries, keys in short) * b
     else:  # PyTorch's attention keeps copies of q, k, v (on CUDA, one per query head), its output and its statistics
         copies = 5 * q if device == "cuda" else 2 * q + 2 * kv
         saved = batch.tokens * (copies * b + 4 * shape.heads)
@@ -270,11 +261,9 @@ def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = Non
 
 
 def _mlp_backward_blocks(workload: Workload, rows: int) -> list[int]:
-    """Return the sizes of the buffers of the MLP's backward pass.
-
-    d(gate, up) (2 I), dz (I), z (I), and the gradient of the residual (h). With dropout also the masked z (I). With
-    DoRA and dropout also, for gate and up: z, the masked z and two gradients.
-    """
+    """Return the sizes of the buffers of the MLP's backward pass."""
+    # d(gate, up) (2 I), dz (I), z (I), the residual's gradient (h); with dropout also the masked z (I); with DoRA and
+    # dropout also, for gate and up: z, the masked z and two gradients.
     h, inner, adapter = workload.shape.hidden, workload.shape.intermediate, workload.adapter
     sizes = [2 * inner, inner, inner, h] + ([inner] if adapter.dropout else [])
     if adapter.dora and adapter.dropout and workload.compute.step == "fast":
@@ -295,11 +284,9 @@ def _tile_bytes(workload: Workload, batch: MicroBatch, *, backward: bool) -> int
 
 
 def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return the peak bytes of the backward pass through the attention blocks of a bucket, largest block first.
-
-    Each block has probabilities and their gradient (the old ones until the new ones are computed), and adds to the
-    gradients of keys and values, which are summed in fp32.
-    """
+    """Return the peak bytes of the backward pass through the attention blocks of a bucket, largest block first."""
+    # Each block has probabilities and their gradient (the old ones until the new ones are computed), and adds to the
+    # gradients of keys and values, which are summed in fp32.
     shape, b, sizes = workload.shape, workload.compute.dtype_bytes, [0]
     for number, queries, keys in batch.documents:
         blocks = list(reversed(_blocks(queries, keys)))
@@ -317,11 +304,8 @@ def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
 
 
 def head_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return the bytes of the output head: the last norm's output, its gradient, and a chunk of logits.
-
-    The plain step has all logits at once. A trained head adds its gradient, next to that of earlier micro-batches, and
-    its weight in the compute dtype.
-    """
+    """Return the output head's bytes: the last norm's output, its gradient, and a chunk of logits (plain step: all)."""
+    # A trained head adds its gradient, next to that of earlier micro-batches, and its weight in the compute dtype.
     shape, adapter, compute = workload.shape, workload.adapter, workload.compute
     b = compute.dtype_bytes
     trained = head_gradient_bytes(workload) if batch.more or compute.device != "cpu" else 0
@@ -343,6 +327,5 @@ def head_gradient_bytes(workload: Workload) -> int:
 
 
 def head_rows(workload: Workload) -> int:
-    """Return the number of rows of logits computed at once."""
     budget = GPU_HEAD_BYTES if workload.compute.device == "cuda" else HEAD_BYTES
     return max(16, budget // (workload.shape.vocabulary * workload.compute.dtype_bytes))

@@ -18,17 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# `event` (kind), `time` (seconds since 1970), and fields by kind: machine, recipe, data, start, resume, override,
+# rehearsal, reference, reference-check, step, eval, save, skip, doubt, rollback, shrink, note, stop, end
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 
 class EventLog:
-    """Append events to a file and pass each to the listeners.
-
-    Args:
-        path: the file; None for processes other than the main one, which emit nothing.
-        listeners: called with each event.
-    """
+    """Append events to a file and pass each to the listeners. path: None for processes that emit nothing."""
 
     def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
         self._path = path
