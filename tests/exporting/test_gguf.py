@@ -435,9 +435,9 @@ def test_yarn_without_truncation_is_refused() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256}
     for options in ({}, {"truncate": True}):  # llama.cpp always truncates
         layout = GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, **options}))
-        layout.describe(Mock())
+        layout.write_metadata(Mock())
     with pytest.raises(ModelError, match="truncate: false"):
-        GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).describe(Mock())
+        GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).write_metadata(Mock())
 
 
 def test_unknown_sentencepiece_steps_are_refused() -> None:
