@@ -61,7 +61,7 @@ def _add_kept(source: Any, halves: Any, level: Any, sums: Any) -> None:
 
 
 @kernel
-def _spread(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
+def _dropout(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
     rows, n = z.shape
     for task in prange(TASKS):
         words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
@@ -73,7 +73,7 @@ def _spread(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, l
 
 
 @kernel
-def _fold(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
+def _dropout_backward(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
     rows, n = out.shape
     for task in prange(TASKS):
         words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
@@ -96,11 +96,11 @@ def _arguments(dropped: DropoutSpec) -> Any:
 
 def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
     out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1]) if out is None else out
-    _spread(array(z.contiguous()), array(out), *_arguments(dropped))
+    _dropout(array(z.contiguous()), array(out), *_arguments(dropped))
     return out
 
 
 def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     out = torch.empty(len(grad), grad.shape[1] // len(dropped.numbers), dtype=grad.dtype)
-    _fold(array(grad), array(out), *_arguments(dropped))
+    _dropout_backward(array(grad), array(out), *_arguments(dropped))
     return out
