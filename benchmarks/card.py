@@ -184,7 +184,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     )
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
     step, weights = step_for(model), list(trainable_parameters(model).values())
-    workload, batch = Workload.from_recipe(recipe, shape), MicroBatch.rows([length], accumulates=False)
+    workload, batch = Workload.from_recipe(recipe, shape), MicroBatch.rows([length], more=False)
     step.checkpoint(workload.compute.checkpointed_layers)
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     ids = np.random.default_rng(0).integers(1, 49000, length).astype(np.int32)

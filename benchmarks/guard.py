@@ -16,7 +16,7 @@ from pathlib import Path
 
 from strop.machine.memory import MemoryWatch
 from strop.runs.events import read_events
-from strop.training.guard import RECENT, judge_step
+from strop.training.guard import MAX_RECENT, judge_step
 from strop.training.state import Progress
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     events = read_events(folder / "events.jsonl")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     step = report["seconds"] / report["steps"]
-    progress = Progress(recent=[1.0 + 0.01 * n for n in range(RECENT)])
+    progress = Progress(recent=[1.0 + 0.01 * n for n in range(MAX_RECENT)])
     guard, watch = seconds_of(lambda: judge_step(progress, 1.3, 0.5)), seconds_of(MemoryWatch(1 << 50, 1 << 50))
     layers = 2 * 30  # forward, and again in the backward where layers are recomputed
     saves = [event["seconds"] for event in events if event["event"] == "save"]

@@ -59,7 +59,7 @@ def main() -> None:
             base = locate(str(read_adapter_config(model.adapter or Path())["base_model_name_or_path"])).path
             size = max(map(len, prompts)) + NEW_TOKENS
             with LlamaCpp(base if lora else file, adapter=file if lora else None, context=size) as llama:
-                ids = [llama.greedy(prompt.tolist(), NEW_TOKENS) for prompt in prompts]
+                ids = [llama.generate(prompt.tolist(), NEW_TOKENS) for prompt in prompts]
             texts = [model.tokenizer.decode(new, skip_special_tokens=True) for new in ids]
             stopped = sum(new[-1] in model.renderer.stop_ids for new in ids) / len(rows)
             tell(kind, texts, stopped=stopped, size_bytes=file.stat().st_size, export_s=took, parity=parity)

@@ -1,9 +1,9 @@
-"""Wrong merges, made on purpose, against the limits of `strop merge`.
+"""Check wrong merges against the limits of `strop merge`.
 
     python benchmarks/merge_faults.py RUN [--dtype bf16 --positions 2048] [--out RESULT.json]
 
-Each fault is merged in memory as `strop merge` would (the same rounding), and measured against the adapter on its base,
-both computing in fp32. Prints the table of docs/after.md; what is beyond its limit is bold.
+Each wrong merge is made in memory with the rounding of `strop merge`, and compared with the adapter on its base, both
+computing in fp32. Prints the table of docs/after.md, with figures beyond their limits in bold.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from strop.engine.device import prepare_process
 from strop.exporting import merge, parity
-from strop.exporting.merge import Trained
+from strop.exporting.merge import TunedModel
 from strop.exporting.parity import LIMITS, Parity
-from strop.models.adapters import adapter_folder, base_source
 from strop.models.load import DTYPES, load_base, stored_dtype
 from strop.models.source import Source
 
@@ -43,32 +42,31 @@ FAULTS = {
 Fault = Callable[[str, Tensor, Tensor], Tensor]
 
 
-def merged(source: Source, change: Any, fault: Fault, dtype: torch.dtype) -> Any:
-    """The merged model in fp32, its weights rounded to the type."""
-    model, kept = load_base(source, torch.float32, "cpu"), stored_dtype(source)
+def load_merged(source: Source, merge_tensor: Any, fault: Fault, dtype: torch.dtype) -> Any:
+    """Return the merged model in fp32, with weights rounded to the type."""
+    model, base_dtype = load_base(source, torch.float32, "cpu"), stored_dtype(source)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            base = weight.to(kept)
-            wanted = change(name, base)
+            base = weight.to(base_dtype)
+            wanted = merge_tensor(name, base)
             if wanted is not base:
                 wanted = fault(name, wanted, base.float())
-            weight.copy_(merge.rounded(name, wanted, base, dtype))
+            weight.copy_(merge.round_weight(name, wanted, base, dtype))
     return model
 
 
-def line(name: str, found: Parity) -> str:
-    """A row of the table."""
-    faults = " ".join(found.faults)
-    assert found.effect is not None
+def format_row(name: str, result: Parity) -> str:
+    violations = " ".join(result.violations)
+    assert result.effect is not None
     cells = {
-        "mean KL": f"{found.kl_mean:.1e}",
-        "clear flips": str(found.clear_flips),
-        "effect": f"{found.effect.value:.1%}",
-        "loss": f"{found.loss_difference:+.1e}",
+        "mean KL": f"{result.kl_mean:.1e}",
+        "clear flips": str(result.clear_flips),
+        "effect": f"{result.effect.value:.1%}",
+        "loss": f"{result.loss_difference:+.1e}",
     }
-    bold = [f"**{value}**" if key in faults else value for key, value in cells.items()]
-    return " | ".join(["", name, *bold, "yes" if found.passed else "**no**", ""]).strip()
+    bold = [f"**{value}**" if key in violations else value for key, value in cells.items()]
+    return " | ".join(["", name, *bold, "yes" if result.passed else "**no**", ""]).strip()
 
 
 def main() -> None:
@@ -80,17 +78,17 @@ def main() -> None:
     options = parser.parse_args()
     prepare_process()
     parity.POSITIONS = options.positions
-    folder = adapter_folder(options.run)
-    assert folder is not None
-    source, trained = base_source(folder), Trained.read(folder)
-    assert trained.scheme == "none", "give a run on a 16-bit base"
-    rows, change = merge.rows_to_measure(options.run, folder, source, None), merge.changes(source, folder)
+    tuned = TunedModel.open(options.run).load_rows(None, choose_base=False)
+    assert tuned.folder is not None
+    assert tuned.storage.scheme == "none", "give a run on a 16-bit base"
+    merge_tensor = merge.load_merger(tuned.source, tuned.folder)
     results = {}
-    with parity.measuring(partial(merge.tuned_model, source, folder, trained), rows) as measure:
+    with parity.measure_against(tuned.load, tuned.examples) as measure:
         for name, fault in FAULTS.items():
-            found = measure(partial(merged, source, change, fault, DTYPES[options.dtype]), LIMITS[options.dtype])
-            results[name] = found.as_json()
-            print(line(name, found), flush=True)
+            load = partial(load_merged, tuned.source, merge_tensor, fault, DTYPES[options.dtype])
+            result = measure(load, LIMITS[options.dtype])
+            results[name] = result.as_json()
+            print(format_row(name, result), flush=True)
     if options.out:
         measured.write(options.out, results, dtype=options.dtype)
 

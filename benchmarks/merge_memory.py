@@ -1,9 +1,9 @@
-"""Peak memory of a merge, for a model of random weights in the shape of Llama-3.2-1B (2.5 GB in bf16).
+"""Measure the peak memory of a merge, for a random model with the sizes of Llama-3.2-1B (2.5 GB in bf16).
 
     python benchmarks/merge_memory.py FOLDER [--dtype bf16] [--out RESULT.json]
 
-Makes the model and a rank-16 adapter in FOLDER (once), then merges in a process of its own, without the measurement,
-and says its peak beyond the idle process beside the largest shard that it wrote.
+Creates the model and a rank-16 adapter in FOLDER (once), merges them in a new process without measuring, and prints its
+peak beyond the idle process next to the size of the largest shard.
 """
 
 from __future__ import annotations

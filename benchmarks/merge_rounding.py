@@ -1,11 +1,11 @@
-"""What each way to merge an adapter loses: against the adapter on its base, both computing in fp32.
+"""Compare ways to merge an adapter with the adapter on its base, both computing in fp32.
 
     python benchmarks/merge_rounding.py RUN... [--out RESULT.json]
 
-The rows are the run's own (its evaluation rows, else its training rows), as `strop merge` measures them. `nearest`
-rounds merged weights to the nearest, `random` up or down in proportion (what strop does), `bf16 compute` runs the
-adapter on its base in bf16. `4 bit` is peft's merge_and_unload on a model that transformers loaded in 4 bit, which
-writes the merged weights back into NF4.
+The rows are the run's evaluation rows, or else its training rows, as in `strop merge`. `nearest` rounds merged weights
+to the nearest value, `random` rounds them stochastically (as strop does), `bf16 compute` runs the adapter on its base
+in bf16. `4 bit` is peft's merge_and_unload on a model that transformers loaded in 4 bit, which writes merged weights
+back into NF4.
 """
 
 from __future__ import annotations
@@ -22,60 +22,58 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from strop.exporting import merge
-from strop.exporting.merge import Trained
+from strop.exporting.merge import TunedModel
 from strop.exporting.parity import LIMITS, compare
-from strop.models.adapter_config import read_adapter_config
 from strop.models.adapters import attach_adapter
 from strop.models.load import load_base, weights_folder
-from strop.models.source import Source, locate
+from strop.models.source import Source
 
-Round = Callable[[str, Tensor, Tensor], Tensor]  # name, merged, base -> what a reader of the file gets
+Round = Callable[[str, Tensor, Tensor], Tensor]  # (name, merged, base) -> the stored tensor, in fp32
 WAYS: dict[str, Round] = {
     "fp32": lambda name, merged, base: merged,
-    "fp16, random": lambda name, merged, base: merge.rounded(name, merged, base, torch.float16).float(),
+    "fp16, random": lambda name, merged, base: merge.round_weight(name, merged, base, torch.float16).float(),
     "fp16, nearest": lambda name, merged, base: merged.half().float(),
-    "bf16, random": lambda name, merged, base: merge.rounded(name, merged, base, torch.bfloat16).float(),
+    "bf16, random": lambda name, merged, base: merge.round_weight(name, merged, base, torch.bfloat16).float(),
     "bf16, nearest": lambda name, merged, base: merged.bfloat16().float(),
 }
 
 
-def merged(source: Source, folder: Path, trained: Trained, way: Round) -> Any:
-    """The merged model in fp32, with its weights as that way leaves them."""
-    model = load_base(source, torch.float32, "cpu")
-    change, as_trained = merge.changes(source, folder), trained.rounding(source)
+def load_merged(tuned: TunedModel, way: Round) -> Any:
+    """Return the merged model in fp32, with weights as the given way stores them."""
+    model = load_base(tuned.source, torch.float32, "cpu")
+    merge_tensor = tuned.load_merger()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            base = as_trained(name, weight)
-            weight.copy_(way(name, change(name, base), base))
+            weight.copy_(way(name, *merge_tensor(name, weight)))
     return model
 
 
-def in_bf16(source: Source, folder: Path, trained: Trained) -> Any:
-    how = {"quantization": trained.scheme, "double": trained.double, "resident_layers": 1 << 30}
-    return attach_adapter(load_base(source, torch.bfloat16, "cpu", **how), folder, source)[0].eval()
+def load_bf16(tuned: TunedModel, folder: Path) -> Any:
+    options = {"quantization": tuned.storage.scheme, "double": tuned.storage.double, "resident_layers": 1 << 30}
+    base = load_base(tuned.source, torch.bfloat16, "cpu", **options)
+    return attach_adapter(base, folder, tuned.source)[0].eval()
 
 
-def into_4_bit(source: Source, folder: Path) -> Any:
-    four = BitsAndBytesConfig(
+def merge_into_4bit(source: Source, folder: Path) -> Any:
+    nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(weights_folder(source), quantization_config=four, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(weights_folder(source), quantization_config=nf4, dtype=torch.float32)
     return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload().train()  # eval() repacks on some CPUs
 
 
 def measure(run: str) -> dict[str, dict[str, Any]]:
     folder = Path(run) / "adapter"
-    source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
-    trained, examples = Trained.read(folder), merge.rows_to_measure(run, folder, source, None)
+    tuned = TunedModel.open(run).load_rows(None, choose_base=False)
 
-    def against(other: Callable[[], Any]) -> dict[str, Any]:
-        return compare(lambda: merge.tuned_model(source, folder, trained), other, examples, LIMITS["bf16"]).as_json()
+    def compare_with(load: Callable[[], Any]) -> dict[str, Any]:
+        return compare(tuned.load, load, tuned.examples, LIMITS["bf16"]).as_json()
 
-    found = {name: against(lambda way=way: merged(source, folder, trained, way)) for name, way in WAYS.items()}
-    found["bf16 compute"] = against(lambda: in_bf16(source, folder, trained))
-    found["4 bit"] = against(lambda: into_4_bit(source, folder))
-    return found
+    results = {name: compare_with(lambda way=way: load_merged(tuned, way)) for name, way in WAYS.items()}
+    results["bf16 compute"] = compare_with(lambda: load_bf16(tuned, folder))
+    results["4 bit"] = compare_with(lambda: merge_into_4bit(tuned.source, folder))
+    return results
 
 
 def main() -> None:

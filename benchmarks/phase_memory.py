@@ -139,11 +139,11 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         elif case["phase"] == "merge":
             from strop.exporting.merge import merge
 
-            merge(str(made), Path(temp) / "merged", say=peak.hear)
+            merge(str(made), Path(temp) / "merged", progress=peak.hear)
         elif case["phase"] == "export":
             from strop.exporting.gguf import export_gguf
 
-            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], say=peak.hear)
+            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], progress=peak.hear)
         else:
             found = _serve(made, asked, case["texts"])
         found["measured_bytes"] = peak.since.peak_bytes()

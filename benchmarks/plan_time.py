@@ -177,7 +177,7 @@ def table(results: list[dict[str, Any]]) -> str:
     told += f"; not scaled {statistics.median(plain):.1%} and {max(plain):.1%}"
     said = f"{len(sizes)} runs that nothing was fitted on: {told}."
     later = [f"{one['name']} {later_error(one):+.1%}" for one in results if "rest" in one]
-    told = f"What runs said after {FEW} steps, against their whole time: {'; '.join(later)}."
+    told = f"Forecasts of runs after {FEW} steps, compared with their whole time: {'; '.join(later)}."
     head = ["| run | | predicted, s a step | measured | error |", "|---|---|---:|---:|---:|"]
     return "\n".join([said, "", told, "", *head, *lines, ""])
 

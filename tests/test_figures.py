@@ -89,7 +89,7 @@ def start_rows(found: Any) -> list[str]:
     first, later = found["first"], found["later"]
     return [
         f"| {said} | {first[name]:.1f} | {later[name]:.1f} |"
-        for name, said in (("libraries", "libraries"), ("model and data", "model, data, loops"),
+        for name, said in (("libraries", "libraries"), ("model and data", "model, data, kernels"),
                            ("begins", "the first step begins"), ("first step", "the first step"))
     ]  # fmt: skip
 
@@ -301,7 +301,7 @@ def rounding_rows(found: Any) -> list[str]:
         *(f"| {one['kl_mean']:.1e} | {one['kl_max']:.1e} | {one['top1_agreement']:.1%} "
           f"| {one['loss_difference']:+.1e} |"
           for one in found["snips"].values()),
-        "bf16 loses {:.0f} times as much as rounding at random (mean KL {:.1e} and {:.1e})".format(*apart("bf16")),
+        "bf16 loses {:.0f} times as much as stochastic rounding (mean KL {:.1e} and {:.1e})".format(*apart("bf16")),
         "fp16 {:.0f} times as much ({:.1e} and {:.1e})".format(*apart("fp16")),
     ]  # fmt: skip
 
@@ -320,7 +320,7 @@ def merged_answers(found: Any) -> list[str]:
 
 
 def llamacpp_rows(found: Any) -> list[str]:
-    names = {"lora": "LoRA file on the demo's own GGUF (Q4_1)"}
+    names = {"lora": "LoRA file on the demo's GGUF (Q4_1)"}
     rows = [f"| strop, fp32 | | | | | {100 * found[0]['exact_json']:.1f} % | |"]
     for one in found[1:]:
         apart = one["parity"]
@@ -367,7 +367,7 @@ def big_model(found: Any) -> list[str]:
                                                             first["peak_bytes"]))  # fmt: skip
     return [
         f"| {held} | {load} | {peak} |",
-        f"takes {first['load']['seconds']:.0f} s to quantize (two threads, other work beside), "
+        f"takes {first['load']['seconds']:.0f} s to quantize (two threads, on a machine with other work), "
         f"{again['load']['seconds']:.0f} s to load again, and {min(took):.0f} to {max(took):.0f} s for a step",
     ]
 
@@ -399,7 +399,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     (PERFORMANCE, "train_step_2026-11-25.json", step_rows),
     (PERFORMANCE, "train_step_amx_2026-11-25.json", step_rows),
     (PERFORMANCE, "train_step_torchtune_2026-11-25.json",
-     lambda it: [f"strop beside it {speed(it, 'fast')}", step_rows(it)[1]]),
+     lambda it: [f"strop in the same test {speed(it, 'fast')}", step_rows(it)[1]]),
     (PERFORMANCE, "train_step_amx_2026-11-25.json",
      lambda it: f"{times(it, 'fast', 'unsloth, grouped')} Unsloth on both"),
     (PERFORMANCE, "train_step_amx_2026-11-25.json",
@@ -427,7 +427,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      f"{times(it, 'nf4 resident', 'unsloth, 4 bit')} Unsloth"),
     (PERFORMANCE, "train_step_4bit_2048_2026-11-25.json", four_bit_rows),
     (PERFORMANCE, "train_step_4bit_2048_2026-11-25.json",
-     lambda it: f"for each product {times(it, 'nf4 streamed', 'fast', 2)} 16 bit"),
+     lambda it: f"for each matmul {times(it, 'nf4 streamed', 'fast', 2)} 16 bit"),
     (PERFORMANCE, "growth_2026-11-25.json",
      lambda it: "{needed_bytes:.0f} KB a token of what is needed, where the formula for saved activations says "
      "{formula_bytes:.0f}".format(**{name: size / 1e3 for name, size in it["per_token"].items()})),
@@ -481,8 +481,8 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/serve.md", "serve_2026-11-28.json",
      lambda it: f"{resident(it, 'strop bf16')} GB in bf16, where llama.cpp takes {resident(it, 'llama.cpp f16')}"),
     ("docs/serve.md", "serve_behind_2026-11-27.json",
-     lambda it: "first token after {first_token_behind_s:.2f} s, {first_token_alone_s:.2f} s where it is alone; the "
-     "others waited {longest_gap_behind_s:.2f} s for a token at the longest, {usual_gap_p50_s:.2f} s usually. "
+     lambda it: "first token after {first_token_behind_s:.2f} s, {first_token_alone_s:.2f} s if it is alone; the "
+     "others waited at most {longest_gap_behind_s:.2f} s for a token, usually {usual_gap_p50_s:.2f} s. "
      "llama.cpp f16: {0:.1f} s either way, and {1:.1f} s".format(
          it[1]["first_token_alone_s"], it[1]["longest_gap_behind_s"], **it[0])),
     ("docs/serve.md", "serve_2026-11-28.json", near_floor),
@@ -513,8 +513,8 @@ NOT_MEASURED: dict[str, list[str]] = {
     ],
     "docs/concepts.md": ["It must be 100 %, give or take 2 %"],
     "docs/dash.md": ["2 minutes, or 20 times", "30 minutes while it loads"],  # settings of dash.state
-    "docs/export.md": [r"f32 1e-4, 99.5 %; .* q4_k_m 0.4, 75 %"],  # limits of exporting.verify
-    "docs/howto.md": ["card of 8 GB", "--memory 7GB", "19 GiB for this model"],  # tests/planning/test_howto.py
+    "docs/export.md": [r"f32 1e-4, 99.5 %; .* q4_k_m 0.4, 75 %"],  # limits of exporting.llama_cpp
+    "docs/howto.md": ["GPU with 8 GB", "--memory 7GB", "19 GiB for this model"],  # tests/planning/test_howto.py
     "docs/import.md": ["data.eval: 10%"],
     "docs/learning_rate.md": [r"\| within 5 % \|", r"\*Within 5 %\*", "at most 5 % above", "8\\)\\^0.2: 1.3 times"],
     "docs/lesson.md": ["in 8 GB", "Llama-3.1-8B: 7.4 GB", "the base 0 %"],  # a plan, which tests/test_lesson.py makes

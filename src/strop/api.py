@@ -74,19 +74,12 @@ def plan(
     resolved = resolve(_path(recipe), plan_options(_flatten(options), recipe is not None))
     device = resolved.recipe.model.device
     cluster = Devices(devices, nodes)
-    target = target_for(device, limit_bytes(memory), gpu)
-    target = target_share(target, cluster, local=memory is None and gpu is None)
+    target = target_share(target_for(device, limit_bytes(memory), gpu), cluster, local=memory is None and gpu is None)
     model = read_model_facts(resolved.recipe)
     if gpu is not None and device.partition(":")[0] != target.device:  # the recipe was written for another machine
         resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
-    return make_plan(
-        resolved,
-        model,
-        target,
-        rows=row_sizes(resolved.recipe),
-        adapter=start_adapter(resolved.recipe),
-        devices=cluster,
-    )
+    rows, adapter = row_sizes(resolved.recipe), start_adapter(resolved.recipe)
+    return make_plan(resolved, model, target, rows=rows, adapter=adapter, devices=cluster)
 
 
 def compare_methods(
@@ -212,13 +205,9 @@ def resume(
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
         limit = limit_bytes(memory)
         with isolated_torch_state():
+            given, listeners = _flatten(options), [callback] if callback else []
             return resume_training(
-                Path(run),
-                [callback] if callback else [],
-                options=_flatten(options),
-                allow_changed=names,
-                memory=limit,
-                devices=devices,
+                Path(run), listeners, options=given, allow_changed=names, memory=limit, devices=devices
             )
 
 
@@ -339,12 +328,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
 
 
 def load(
-    name: PathLike,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantization: str = "auto",
-    force: bool = False,
+    name: PathLike, *, device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False
 ) -> Model:
     """Load a model for generation.
 
@@ -401,7 +385,7 @@ def merge(
     rows = _data_file(data)
     with isolated_torch_state():
         return merge_adapter(
-            os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, say=progress or _ignore
+            os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, progress=progress or _ignore
         )
 
 
@@ -471,11 +455,13 @@ def export(
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="leave out adapter, or give gguf")
-    name, rows, say = os.fspath(run), _data_file(data), progress or _ignore
+    name, rows, progress = os.fspath(run), _data_file(data), progress or _ignore
     with isolated_torch_state():
         if target == "gguf":
-            return export_gguf(name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, say=say)
-        return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, say=say)
+            return export_gguf(
+                name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, progress=progress
+            )
+        return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, progress=progress)
 
 
 def push(
@@ -506,7 +492,7 @@ def push(
     """
     from strop.exporting.hub import push as push_folder
 
-    return push_folder(os.fspath(run), repo, public=public, base=base, message=message, say=progress or _ignore)
+    return push_folder(os.fspath(run), repo, public=public, base=base, message=message, progress=progress or _ignore)
 
 
 def _ignore(text: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from strop.cli.app import COMMANDS, EXAMPLES, GROUPS
-from strop.cli.invocation import command_name, with_command_name
+from strop.cli.tables import command_name, with_command_name
 from strop.config.schema import option_fields
 from tests import ROOT
 from tests.support.commands import find_error
@@ -50,16 +50,12 @@ def test_help_on_a_terminal_shows_choices_and_defaults_of_every_field() -> None:
     assert all(recipe_panels(texts[f"strop {name}"]) == panels for name in ("plan", "check", "resume"))
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, *GROUPS])
-def test_each_command_is_the_only_public_function_of_its_file(name: str) -> None:
-    """The commands of a group are in the file of the group."""
-    functions = GROUPS[name][1] if name in GROUPS else {COMMANDS[name].__name__: COMMANDS[name]}
-    file = {"eval": "evaluate", "import": "import_", "export-script": "export_script"}.get(name, name)
-    assert {function.__module__ for function in functions.values()} == {f"strop.cli.commands.{file}"}
-    source = ROOT / "src" / "strop" / "cli" / "commands" / f"{file}.py"
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    public = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
-    assert sorted(public) == sorted(functions)
+def test_commands_are_the_only_public_functions_of_their_files() -> None:
+    functions = [*COMMANDS.values(), *(command for _, commands in GROUPS.values() for command in commands.values())]
+    for file in (ROOT / "src" / "strop" / "cli" / "commands").glob("[!_]*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        public = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"}
+        assert public == {f.__name__ for f in functions if f.__module__ == f"strop.cli.commands.{file.stem}"}
 
 
 def test_every_command_has_two_valid_examples() -> None:

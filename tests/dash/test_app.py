@@ -14,9 +14,8 @@ import psutil
 import pytest
 import requests
 
-from strop.dash.app import MAX_BODY_BYTES
+from strop.dash.app import MAX_BODY_BYTES, action_routes, read_routes, stem
 from strop.dash.dashboard import Services
-from strop.dash.routes import action_routes, read_routes, stem
 from tests.support.dash import TOKEN, Dash, dashing, evaluated, lines, make_run, sample, session, step
 
 HOSTILE = "<script>alert(1)</script>\u202e\x1b[31m\"'&\ud800"

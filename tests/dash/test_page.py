@@ -288,9 +288,9 @@ def test_scripts_do_not_parse_markup() -> None:
 
 
 def test_export_types_equal_those_of_the_commands() -> None:
-    from strop.exporting import parity, verify_gguf
+    from strop.exporting import llama_cpp, parity
 
     text = (STATIC / "screens" / "export.js").read_text(encoding="utf-8")
     types = re.search(r"GGUF_TYPES = (\[.*?\]);", text)
-    assert types and json.loads(types[1]) == list(verify_gguf.LIMITS)
+    assert types and json.loads(types[1]) == list(llama_cpp.LIMITS)
     assert set(re.findall(r'"([bf]p?f?\d+)"', text.replace(types[1], ""))) == set(parity.LIMITS)

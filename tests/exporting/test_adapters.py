@@ -1,4 +1,4 @@
-"""Adapters on disk: listed, shown, compared, added up, several on one base."""
+"""Listing, comparing and combining adapters, and several adapters on one base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 import strop
 from strop.engine.decode.generate import Sampling
 from strop.errors import FolderError, ModelError, RecipeError
-from strop.exporting.adapters import combine, compare, facts, norm
+from strop.exporting.adapters import combine, compare, compute_norm, read_info
 from strop.serve.models import load_models
 from tests.support import tiny
 from tests.support.runs import run
@@ -24,9 +24,9 @@ from tests.support.serving import save_adapters
 
 
 @pytest.fixture(scope="module")
-def two(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs on one base: other seeds and ranks."""
-    folder = tmp_path_factory.mktemp("two") / "runs"
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Train runs runs on one base with different seeds and ranks."""
+    folder = tmp_path_factory.mktemp("runs") / "runs"
     rows = tiny.write_rows(folder.parent / "rows.jsonl", 24)
     for name, seed, rank, steps in (("a", 0, 4, 4), ("b", 1, 2, 30)):
         strop.train(
@@ -36,21 +36,21 @@ def two(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder / "a", folder / "b"
 
 
-def test_list_and_show(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run("adapters", two[0].parent, "--json", capsys=capsys)
-    found = json.loads(out)["adapters"]
-    assert code == 0 and [Path(one["folder"]).parent.name for one in found] == ["a", "b"] and "adapter" in err
-    code, out, _ = run("adapters", two[0], "--json", capsys=capsys)
-    shown = json.loads(out)
-    report = json.loads((two[0] / "report.json").read_text())
-    said = " ".join(run("adapters", two[0], capsys=capsys)[2].split())
-    assert f"size {shown['size_bytes'] / 1e6:.1f} MB" in said and ", ".join(shown["target_modules"]) in said
-    assert code == 0 and shown["rank"] == 4 and shown["data"] == report["lock"]["data"]
-    assert shown["norm"] == pytest.approx(frobenius(two[0]), rel=1e-4) and shown["norm"] > 0
+def test_adapters_are_listed_and_described(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("adapters", runs[0].parent, "--json", capsys=capsys)
+    listed = json.loads(out)["adapters"]
+    assert code == 0 and [Path(info["folder"]).parent.name for info in listed] == ["a", "b"] and "adapter" in err
+    code, out, _ = run("adapters", runs[0], "--json", capsys=capsys)
+    info = json.loads(out)
+    report = json.loads((runs[0] / "report.json").read_text())
+    text = " ".join(run("adapters", runs[0], capsys=capsys)[2].split())
+    assert f"size {info['size_bytes'] / 1e6:.1f} MB" in text and ", ".join(info["target_modules"]) in text
+    assert code == 0 and info["rank"] == 4 and info["data"] == report["lock"]["data"]
+    assert info["norm"] == pytest.approx(frobenius(runs[0]), rel=1e-4) and info["norm"] > 0
 
 
 def delta(name: Path) -> dict[str, torch.Tensor]:
-    """What peft says an adapter adds, module by module."""
+    """Return what peft adds to each module."""
     model = strop.load(name, dtype="fp32").module
     layers = {key: layer for key, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
     return {key: layer.get_delta_weight("default").detach() for key, layer in layers.items()}
@@ -60,19 +60,19 @@ def frobenius(name: Path) -> float:
     return float(torch.stack([weight.pow(2).sum() for weight in delta(name).values()]).sum().sqrt())
 
 
-def test_two_are_compared(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    found = compare(*map(str, two))
-    a, b = (torch.cat([weight.flatten() for weight in delta(name).values()]) for name in two)
-    assert found["cosine"] == pytest.approx(float(torch.nn.functional.cosine_similarity(a, b, 0)), abs=1e-5)
-    assert found["same_base"] and found["same_data"] and found["settings"] == {"r": [4, 2], "lora_alpha": [8, 4]}
-    assert compare(str(two[0]), str(two[0]))["cosine"] == pytest.approx(1.0)
-    code, out, err = run("adapters", *two, "--json", capsys=capsys)
+def test_compare_reports_settings_and_cosine(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare(*map(str, runs))
+    a, b = (torch.cat([weight.flatten() for weight in delta(name).values()]) for name in runs)
+    assert result["cosine"] == pytest.approx(float(torch.nn.functional.cosine_similarity(a, b, 0)), abs=1e-5)
+    assert result["same_base"] and result["same_data"] and result["settings"] == {"r": [4, 2], "lora_alpha": [8, 4]}
+    assert compare(str(runs[0]), str(runs[0]))["cosine"] == pytest.approx(1.0)
+    code, out, err = run("adapters", *runs, "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["settings"]["r"] == [4, 2] and "cosine" in err
-    assert run("adapters", two[0], two[1], two[0], capsys=capsys)[0] == 2
+    assert run("adapters", runs[0], runs[1], runs[0], capsys=capsys)[0] == 2
 
 
 @pytest.mark.parametrize(
-    ("option", "what"),
+    ("option", "tensor"),
     [
         ({"lora.use_dora": True}, "lora_magnitude_vector"),
         ({"lora.modules_to_save": ["lm_head"]}, "lm_head.weight"),
@@ -80,139 +80,136 @@ def test_two_are_compared(two: tuple[Path, Path], capsys: pytest.CaptureFixture[
         ({"lora.bias": "all"}, "k_proj.bias"),
     ],
 )
-def test_more_than_plain_lora_has_no_norm_and_no_cosine(
-    two: tuple[Path, Path], option: dict[str, object], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_adapters_beyond_plain_lora_have_no_norm_and_no_cosine(
+    runs: tuple[Path, Path], option: dict[str, object], tensor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "base"
     tiny.model(attention_bias=True, tie_word_embeddings=False).save_pretrained(base)
     tiny.tokenizer("chatml").save_pretrained(base)
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 8)
     options: dict[str, Any] = {"train.max_steps": 1, "model.dtype": "fp32", "lora.target_modules": ["q_proj"], **option}
-    more = strop.train(model=str(base), data=str(rows), out=tmp_path / "more", **options).folder
-    found = compare(str(two[0]), str(more))
-    assert found["norms"] == [norm(str(two[0])), None] and found["cosine"] is None and not found["modules"]
-    assert found["not_measured"].endswith(f"{what} too")
-    code, out, err = run("adapters", more, "--json", capsys=capsys)
-    shown = json.loads(out)
-    assert code == 0 and shown["norm"] is None and f"{what} too" in shown["not_measured"] and "plain LoRA" in err
+    folder = strop.train(model=str(base), data=str(rows), out=tmp_path / "run", **options).folder
+    result = compare(str(runs[0]), str(folder))
+    assert result["norms"] == [compute_norm(str(runs[0])), None] and result["cosine"] is None and not result["modules"]
+    assert result["not_measured"].endswith(tensor)
+    code, out, err = run("adapters", folder, "--json", capsys=capsys)
+    info = json.loads(out)
+    assert code == 0 and info["norm"] is None and info["not_measured"].endswith(tensor) and "plain LoRA" in err
 
 
-def test_a_weighted_sum_is_the_sum(two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run("adapters", *two, "--out", tmp_path / "sum", "--weights", "0.7,0.3", "--json", capsys=capsys)
+def test_weighted_sum_adds_the_changes(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run("adapters", *runs, "--out", tmp_path / "sum", "--weights", "0.7,0.3", "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["rank"] == 6
-    a, b, mixed = delta(two[0]), delta(two[1]), delta(tmp_path / "sum")
+    a, b, mixed = delta(runs[0]), delta(runs[1]), delta(tmp_path / "sum")
     for name, weight in mixed.items():
         torch.testing.assert_close(weight, 0.7 * a[name] + 0.3 * b[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(RecipeError, match="2 adapters, 1 weights"):
-        combine(list(map(str, two)), [1.0], tmp_path / "other")
+        combine(list(map(str, runs)), [1.0], tmp_path / "other")
     with pytest.raises(FolderError):
-        combine(list(map(str, two)), [1.0, 1.0], tmp_path / "sum")
-    assert run("adapters", *two, "--out", tmp_path / "x", "--weights", "much", capsys=capsys)[0] == 2
+        combine(list(map(str, runs)), [1.0, 1.0], tmp_path / "sum")
+    assert run("adapters", *runs, "--out", tmp_path / "x", "--weights", "much", capsys=capsys)[0] == 2
     with pytest.raises(RecipeError, match="not all are finite"):
-        combine(list(map(str, two)), [float("nan"), 1.0], tmp_path / "other")
-    assert norm(str(tmp_path / "sum")) > 0 and facts(str(tmp_path / "sum")).data is None
+        combine(list(map(str, runs)), [float("nan"), 1.0], tmp_path / "other")
+    assert compute_norm(str(tmp_path / "sum")) > 0 and read_info(str(tmp_path / "sum"))["data"] is None
 
 
-def test_a_sum_of_what_was_asked_in_other_ways_says_so(
-    two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_sum_of_adapters_with_different_prompts_has_a_note(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = run("adapters", *two, "--out", tmp_path / "sum", "--weights", "1,1", "--json", capsys=capsys)
+    code, out, _ = run("adapters", *runs, "--out", tmp_path / "sum", "--weights", "1,1", "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["notes"] == []
-    shutil.copytree(two[1] / "adapter", tmp_path / "other")
+    shutil.copytree(runs[1] / "adapter", tmp_path / "other")
     file = tmp_path / "other" / "strop.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "template": "0" * 64, "system": "Be brief."}))
-    words = ("adapters", two[0], tmp_path / "other", "--out", tmp_path / "mixed", "--weights", "1,1", "--json")
-    code, out, err = run(*words, capsys=capsys)
-    told = " ".join(json.loads(out)["notes"])
-    assert code == 0 and "another chat template" in told and "another system prompt" in told
+    command = ("adapters", runs[0], tmp_path / "other", "--out", tmp_path / "mixed", "--weights", "1,1", "--json")
+    code, out, err = run(*command, capsys=capsys)
+    notes = " ".join(json.loads(out)["notes"])
+    assert code == 0 and "another chat template" in notes and "another system prompt" in notes
     assert "another chat template" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(
     "setting", [{"trainable_token_indices": {"embed_tokens": [7]}}, {"use_dora": True}, {"bias": "all"}]
 )
-def test_what_has_no_sum_is_refused_before_weights_load(
-    two: tuple[Path, Path], setting: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_adapters_without_a_sum_are_refused_before_weights_load(
+    runs: tuple[Path, Path], setting: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strop.exporting.adapters.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
-    other = changed(two[1], tmp_path / "other", setting)
+    monkeypatch.setattr("strop.exporting.adapters.load_base", lambda *args, **options: pytest.fail("weights loaded"))
+    adapter = copy_adapter(runs[1], tmp_path / "other", setting)
     with pytest.raises(ModelError, match="have no weighted sum"):
-        combine([str(two[0]), str(other)], [0.5, 0.5], tmp_path / "sum")
+        combine([str(runs[0]), str(adapter)], [0.5, 0.5], tmp_path / "sum")
 
 
-def test_another_alpha_pattern_is_told(two: tuple[Path, Path], tmp_path: Path) -> None:
-    other = changed(two[0], tmp_path / "other", {"alpha_pattern": {"q_proj": 5}})
-    assert compare(str(two[0]), str(other))["settings"] == {"alpha_pattern": [{}, {"q_proj": 5}]}
+def test_compare_reports_another_alpha_pattern(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = copy_adapter(runs[0], tmp_path / "other", {"alpha_pattern": {"q_proj": 5}})
+    assert compare(str(runs[0]), str(adapter))["settings"] == {"alpha_pattern": [{}, {"q_proj": 5}]}
 
 
-def changed(run: Path, out: Path, setting: dict[str, object]) -> Path:
-    """A copy of a run's adapter with another setting."""
+def copy_adapter(run: Path, out: Path, setting: dict[str, object]) -> Path:
+    """Copy a run's adapter with another setting."""
     shutil.copytree(run / "adapter", out)
     config = out / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **setting}))
     return out
 
 
-def test_several_adapters_on_one_base(two: tuple[Path, Path], tmp_path: Path) -> None:
-    model = strop.load(two[0], dtype="fp32")
-    alone = {name: strop.load(name, dtype="fp32").generate(["what is 7"], max_new_tokens=6) for name in two}
-    model.add(str(two[1]))
-    for name in (two[1], two[0], two[1]):
+def test_adapters_on_one_base_answer_as_if_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    model = strop.load(runs[0], dtype="fp32")
+    alone = {name: strop.load(name, dtype="fp32").generate(["what is 7"], max_new_tokens=6) for name in runs}
+    model.add(str(runs[1]))
+    for name in (runs[1], runs[0], runs[1]):
         model.use(str(name))
         assert model.generate(["what is 7"], max_new_tokens=6) == alone[name]
-    changed = tmp_path / "other"
-    changed.mkdir()
-    for file in (two[1] / "adapter").iterdir():
-        (changed / file.name).write_bytes(file.read_bytes())
-    identity = json.loads((changed / "strop.json").read_text())
-    (changed / "strop.json").write_text(json.dumps({**identity, "template": "another"}))
+    adapter = copy_adapter(runs[1], tmp_path / "other", {})
+    identity = json.loads((adapter / "strop.json").read_text())
+    (adapter / "strop.json").write_text(json.dumps({**identity, "template": "another"}))
     with pytest.raises(ModelError, match="another chat template"):
-        model.add(str(changed))
+        model.add(str(adapter))
     with pytest.raises(ModelError, match="no adapter"):
         model.add(str(tmp_path))
-    for known in two:
-        with pytest.raises(ModelError, match="loaded already"):
-            model.add(str(known))
+    for folder in runs:
+        with pytest.raises(ModelError, match="is already loaded"):
+            model.add(str(folder))
 
 
-def test_adapters_of_another_tool_are_told_apart_by_their_bases(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapters_of_another_tool_on_different_bases_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     other = tiny.save_tiny(tmp_path / "base")
     tiny.model(seed=5).save_pretrained(other)
-    [one, same], [stranger, _] = save_adapters(tmp_path, tiny_folder), save_adapters(tmp_path / "there", other)
-    for folder in (one, same, stranger):
+    [first, second], [foreign, _] = save_adapters(tmp_path, tiny_folder), save_adapters(tmp_path / "there", other)
+    for folder in (first, second, foreign):
         (folder / "strop.json").unlink()
-    model = strop.load(one, dtype="fp32")
-    model.add(str(same))
+    model = strop.load(first, dtype="fp32")
+    model.add(str(second))
     with pytest.raises(ModelError, match="another base"):
-        model.add(str(stranger))
+        model.add(str(foreign))
     with pytest.raises(ModelError, match="another base"):
-        load_models([str(same), str(stranger)], device="cpu", dtype="fp32", quantization="auto", force=False)
+        load_models([str(second), str(foreign)], device="cpu", dtype="fp32", quantization="auto", force=False)
 
 
 def test_chat_switches_adapters(
-    two: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = ["what is 7", "/reset", f"/adapter {two[1]}", "what is 7", "/adapter nobody", "/adapter"]
+    lines = ["what is 7", "/reset", f"/adapter {runs[1]}", "what is 7", "/adapter nobody", "/adapter"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    code, out, err = run("chat", two[0], "--adapter", two[1], "--max-new-tokens", "6", capsys=capsys)
+    code, out, err = run("chat", runs[0], "--adapter", runs[1], "--max-new-tokens", "6", capsys=capsys)
     first, second = out.splitlines()[0], out.splitlines()[-1]
-    assert code == 0 and first != second and "/adapter nobody: not loaded" in err and f"{two[0]}\n{two[1]}" in err
+    assert code == 0 and first != second and "/adapter nobody: not loaded" in err and f"{runs[0]}\n{runs[1]}" in err
 
 
-def test_chat_draws_as_the_model_asks_for(
-    two: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+def test_chat_samples_with_the_models_generation_config(
+    runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    own = tmp_path / "own"
-    own.mkdir()
-    for file in tiny_folder.iterdir():
-        (own / file.name).write_bytes(file.read_bytes())
-    GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20).save_pretrained(own)
-    for scheme in ("none", "nf4"):  # whose weights come in by another way
-        assert strop.load(own, quantization=scheme).sampling == Sampling(0.6, 0.9, 20)
-    assert strop.load(two[0]).sampling == Sampling()
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20).save_pretrained(model)
+    for scheme in ("none", "nf4"):  # loaded by different code
+        assert strop.load(model, quantization=scheme).sampling == Sampling(0.6, 0.9, 20)
+    assert strop.load(runs[0]).sampling == Sampling()
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-    _, _, err = run("chat", own, "--max-new-tokens", "2", "--top-k", "0", capsys=capsys)
+    _, _, err = run("chat", model, "--max-new-tokens", "2", "--top-k", "0", capsys=capsys)
     assert "answers: temperature 0.6, top_p 0.9" in err and "top_k" not in err
     assert Sampling.from_generation_config(GenerationConfig(do_sample=True)) == Sampling(1.0, 1.0, 50)
     assert (
@@ -220,7 +217,7 @@ def test_chat_draws_as_the_model_asks_for(
     )
 
 
-def test_the_sum_of_rslora_adapters_is_the_sum(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_weighted_sum_of_rslora_adapters_adds_the_changes(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         strop.train(
             model=str(tiny_folder), data=str(rows_file), out=tmp_path / name, lora={"r": 4, "use_rslora": True},
@@ -232,11 +229,11 @@ def test_the_sum_of_rslora_adapters_is_the_sum(tiny_folder: Path, rows_file: Pat
         torch.testing.assert_close(weight, parts[0][name] + 0.5 * parts[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_adapters_of_models_of_other_sizes_are_compared(two: tuple[Path, Path], tmp_path: Path) -> None:
-    other = tmp_path / "base"
-    tiny.model(hidden_size=48, num_attention_heads=4).save_pretrained(other)
-    tiny.tokenizer("chatml").save_pretrained(other)
+def test_adapters_of_models_with_different_sizes_have_no_cosine(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny.model(hidden_size=48, num_attention_heads=4).save_pretrained(base)
+    tiny.tokenizer("chatml").save_pretrained(base)
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 8)
-    strop.train(model=str(other), data=str(rows), out=tmp_path / "c", train={"max_steps": 1}, **{"model.dtype": "fp32"})
-    found = compare(str(two[0]), str(tmp_path / "c"))
-    assert found["same_base"] is False and found["cosine"] is None
+    strop.train(model=str(base), data=str(rows), out=tmp_path / "c", train={"max_steps": 1}, **{"model.dtype": "fp32"})
+    result = compare(str(runs[0]), str(tmp_path / "c"))
+    assert result["same_base"] is False and result["cosine"] is None

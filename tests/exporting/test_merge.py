@@ -1,4 +1,4 @@
-"""Merging: the merged folder is the tuned model, and what is not is refused."""
+"""Merging: the merged folder computes the tuned model, and wrong merges are refused."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ import strop
 from strop.data.types import Example
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
 from strop.exporting import merge as module
-from strop.exporting.merge import merge
-from strop.exporting.parity import in_fp32, new_from
+from strop.exporting.merge import TunedModel, merge
+from strop.exporting.parity import compute_in_fp32, select_rows
 from strop.machine.probe import probe
-from strop.models.source import locate
 from tests.support import preferences, tiny, tiny_families
 
 
 @pytest.fixture
 def trained(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Path]:
-    def make(**options: Any) -> Path:
-        given = {"train.max_steps": 8, "lora.r": 4, "model.dtype": "fp32", "train.learning_rate": 0.01, **options}
-        return strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "run", **given).folder
+    def train(**options: Any) -> Path:
+        defaults = {"train.max_steps": 8, "lora.r": 4, "model.dtype": "fp32", "train.learning_rate": 0.01}
+        data, out = str(rows_file), tmp_path / "run"
+        return strop.train(model=str(tiny_folder), data=data, out=out, **{**defaults, **options}).folder
 
-    return make
+    return train
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,12 +56,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_in_fp32_is_the_tuned_model(trained: Callable[..., Path], tmp_path: Path, variant: str) -> None:
+def test_fp32_merge_equals_the_tuned_model(trained: Callable[..., Path], tmp_path: Path, variant: str) -> None:
     run = trained(**VARIANTS[variant])
     merged = merge(str(run), tmp_path / "merged", dtype="fp32")
     assert merged.parity.passed and merged.parity.kl_mean < 1e-6 and merged.parity.top1_agreement == 1
     assert merged.parity.positions > 200 and abs(merged.parity.loss_difference) < 1e-4
-    if variant == "nf4 in bf16":  # loaded in fp32 it would not be rounded as it was in training
+    if variant == "nf4 in bf16":  # in fp32 its base would not be rounded as in training
         return
     quantized = "quantization" in str(VARIANTS[variant])
     assert set(merged.base_losses) == ({"original", "dequantized"} if quantized else set())
@@ -70,23 +70,23 @@ def test_merged_in_fp32_is_the_tuned_model(trained: Callable[..., Path], tmp_pat
     scheme = VARIANTS[variant].get("model.quantization", "none") if merged.base == "dequantized" else "none"
     ours = strop.load(run, dtype="fp32", quantization="none" if scheme == "none" else "auto")
     with torch.no_grad():
-        off = (theirs(ids).logits - ours.module(ids).logits).abs().max()
-        assert off < 1e-4
-        if variant == "bias":  # peft cannot turn trained biases off
+        assert (theirs(ids).logits - ours.module(ids).logits).abs().max() < 1e-4
+        if variant == "bias":  # peft cannot disable trained biases
             return
         with ours.base():
             assert (theirs(ids).logits - ours.module(ids).logits).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "gpt2"])
-@pytest.mark.parametrize("more", [{"lora.bias": "all"}, {"lora.bias": "lora_only", "lora.use_dora": True}])
+@pytest.mark.parametrize("bias_options", [{"lora.bias": "all"}, {"lora.bias": "lora_only", "lora.use_dora": True}])
 def test_trained_biases_of_adapted_layers_are_merged(
-    kind: str, more: dict[str, Any], rows_file: Path, tmp_path: Path
+    kind: str, bias_options: dict[str, Any], rows_file: Path, tmp_path: Path
 ) -> None:
-    """Unmeasured, so that the weights themselves are looked at."""
+    """Merges without measuring, so that only the weights are compared."""
     tiny_families.save(kind, tmp_path / "base")
     options: dict[str, Any] = {"train.max_steps": 4, "lora.r": 2, "model.dtype": "fp32", "train.learning_rate": 0.03}
-    run = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "run", **options, **more).folder
+    options |= bias_options
+    run = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "run", **options).folder
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
     assert any(name.endswith("base_layer.bias") and weight.abs().max() > 0.01 for name, weight in saved.items())
     merge(str(run), tmp_path / "merged", dtype="fp32", measure=False)
@@ -99,7 +99,9 @@ def test_trained_biases_of_adapted_layers_are_merged(
 @pytest.mark.parametrize(
     "stray", ["layers.0.self_attn.q_proj.lora_B.bias", "layers.9.mlp.up_proj.lora_A.weight", "layers.0.mlp.gate.bias"]
 )
-def test_what_has_no_place_in_the_base_is_refused(trained: Callable[..., Path], tmp_path: Path, stray: str) -> None:
+def test_tensors_without_a_place_in_the_base_are_refused(
+    trained: Callable[..., Path], tmp_path: Path, stray: str
+) -> None:
     adapter = trained() / "adapter"
     file = adapter / "adapter_model.safetensors"
     save_file({**load_file(file), f"base_model.model.model.{stray}": torch.ones(4)}, file, {"format": "pt"})
@@ -109,98 +111,103 @@ def test_what_has_no_place_in_the_base_is_refused(trained: Callable[..., Path], 
     assert not list(tmp_path.glob("merged*"))
 
 
-def _settings(folder: Path, **fields: Any) -> None:
+def _edit_config(folder: Path, **fields: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-def _matrices(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+def _edit_tensors(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
     file = folder / "adapter_model.safetensors"
-    made = {name: change(name, weight) for name, weight in load_file(file).items()}
-    save_file({name: weight for name, weight in made.items() if weight is not None}, file, {"format": "pt"})
+    changed = {name: change(name, weight) for name, weight in load_file(file).items()}
+    save_file({name: weight for name, weight in changed.items() if weight is not None}, file, {"format": "pt"})
 
 
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another rank": (lambda it: _settings(it, r=8), "does not fit"),
-    "a rank pattern": (lambda it: _settings(it, rank_pattern={"q_proj": 2}), "does not fit"),
-    "more targets": (lambda it: _settings(it, target_modules=["q_proj", "k_proj"]), "4 of its tensors are missing"),
+    "another rank": (lambda folder: _edit_config(folder, r=8), "does not fit"),
+    "a rank pattern": (lambda folder: _edit_config(folder, rank_pattern={"q_proj": 2}), "does not fit"),
+    "more targets": (
+        lambda folder: _edit_config(folder, target_modules=["q_proj", "k_proj"]),
+        "4 of its tensors are missing",
+    ),
     "half of its layers": (
-        lambda it: _matrices(it, lambda n, w: w if ".0." in n else None),
+        lambda folder: _edit_tensors(folder, lambda n, w: w if ".0." in n else None),
         "2 of its tensors are mis",
     ),
-    "A without B": (lambda it: _matrices(it, lambda n, w: w if "lora_A" in n else None), "2 of its tensors are m"),
-    "nothing": (lambda it: _matrices(it, lambda n, w: None), "4 of its tensors are missing"),
-    "rows that are not there": (lambda it: _settings(it, trainable_token_indices=[3]), "embedding rows|does not fit"),
-    "whole numbers": (lambda it: _matrices(it, lambda n, w: (w * 99).int()), "stored as I32, which is not a dtype"),
-    "8 bit": (
-        lambda it: _matrices(it, lambda n, w: w.to(torch.float8_e5m2)),
-        "stored as F8_E5M2, which is not a dtype",
+    "A without B": (
+        lambda folder: _edit_tensors(folder, lambda n, w: w if "lora_A" in n else None),
+        "2 of its tensors are m",
     ),
-    "beyond fp32": (lambda it: _matrices(it, lambda n, w: w.double() * 1e200), "NaN or infinity"),
-    "alpha that is none": (lambda it: _settings(it, lora_alpha=float("nan")), "lora_alpha is nan, not a number"),
-    "rank 0": (lambda it: _settings(it, r=0), "r is 0, not a rank"),
-    "a pattern of words": (lambda it: _settings(it, alpha_pattern={"q_proj": "x"}), "alpha_pattern q_proj is 'x', and"),
-    "no targets": (lambda it: _settings(it, target_modules=[]), "does not fit"),
-    "targets that are none": (lambda it: _settings(it, target_modules=3), "target_modules is 3, not a list"),
-    "another tool's": (lambda it: _settings(it, megatron_config={"a": 1}, megatron_core="nowhere"), "does not fit"),
+    "nothing": (lambda folder: _edit_tensors(folder, lambda n, w: None), "4 of its tensors are missing"),
+    "missing rows": (lambda folder: _edit_config(folder, trainable_token_indices=[3]), "embedding rows|does not fit"),
+    "integers": (lambda folder: _edit_tensors(folder, lambda n, w: (w * 99).int()), "stored as I32"),
+    "8 bit": (lambda folder: _edit_tensors(folder, lambda n, w: w.to(torch.float8_e5m2)), "stored as F8_E5M2"),
+    "beyond fp32": (lambda folder: _edit_tensors(folder, lambda n, w: w.double() * 1e200), "NaN or infinity"),
+    "alpha NaN": (lambda folder: _edit_config(folder, lora_alpha=float("nan")), "lora_alpha is nan"),
+    "rank 0": (lambda folder: _edit_config(folder, r=0), "r is 0"),
+    "text in a pattern": (
+        lambda folder: _edit_config(folder, alpha_pattern={"q_proj": "x"}),
+        "alpha_pattern q_proj is 'x'",
+    ),
+    "no targets": (lambda folder: _edit_config(folder, target_modules=[]), "does not fit"),
+    "targets as a number": (lambda folder: _edit_config(folder, target_modules=3), "target_modules is 3"),
+    "options of Megatron": (
+        lambda folder: _edit_config(folder, megatron_config={"a": 1}, megatron_core="nowhere"),
+        "does not fit",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_an_adapter_that_is_not_what_its_config_says_is_refused_measured_or_not(
-    kind: str, tiny_folder: Path, tmp_path: Path
-) -> None:
-    damage, said = UNFIT[kind]
+def test_adapter_that_differs_from_its_config_is_refused(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    damage, error = UNFIT[kind]
     folder = tmp_path / "adapter"
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(folder)
     damage(folder)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=error):
         merge(str(folder), tmp_path / "merged", measure=False)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=error):
         strop.load(folder, device="cpu", dtype="fp32")
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_an_adapter_whose_first_weights_were_taken_out_of_its_base_is_refused(
-    tiny_folder: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    """PiSSA as peft saves it: on the base as it is stored it is another model."""
+def test_pissa_adapter_is_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """peft subtracts the initial PiSSA weights from the base, so on the stored base the adapter is another model."""
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "pissa")
-    for what in (
+    for use in (
         lambda name: merge(name, tmp_path / "merged", measure=False),
         lambda name: strop.export("gguf", name, tmp_path / "m.gguf", measure=False),
         strop.load,
     ):
-        with pytest.raises(ModelError, match="init_lora_weights pissa on a base that peft changed"):
-            what(str(tmp_path / "pissa"))
+        with pytest.raises(ModelError, match="init_lora_weights pissa"):
+            use(str(tmp_path / "pissa"))
     assert not (tmp_path / "merged").exists()
     assert strop.load(tmp_path / "pissa", force=True).notes
 
 
-def test_an_adapter_on_what_sees_is_merged_too(tmp_path: Path) -> None:
-    """strop trains none there; other tools do."""
+def test_adapter_on_a_vision_tower_is_merged(tmp_path: Path) -> None:
+    """strop does not train vision towers, but other tools do."""
     tiny_families.save("gemma3", tmp_path / "base", multimodal=True)
     base: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32)
     before = {name: weight.clone() for name, weight in base.named_parameters() if "vision_tower" in name}
     config = peft.LoraConfig(r=2, target_modules=".*vision_tower.*q_proj", init_lora_weights=False, bias="lora_only")
     tuned: Any = peft.get_peft_model(base, config)
     tuned.save_pretrained(str(tmp_path / "adapter"))
-    wanted = dict(tuned.merge_and_unload().named_parameters())
+    expected = dict(tuned.merge_and_unload().named_parameters())
     merge(str(tmp_path / "adapter"), tmp_path / "merged", dtype="fp32", measure=False)
     merged: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    found = dict(merged.named_parameters())
-    assert {name for name in before if not torch.equal(found[name], before[name])} == {
+    after = dict(merged.named_parameters())
+    assert {name for name in before if not torch.equal(after[name], before[name])} == {
         name for name in before if name.endswith("q_proj.weight")
     }
     for name in before:
-        torch.testing.assert_close(found[name], wanted[name])
+        torch.testing.assert_close(after[name], expected[name])
 
 
-def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tmp_path: Path) -> None:
-    """transformers draws their rows at random when it makes room for them."""
+def test_new_tokens_of_an_untied_head_are_deterministic(rows_file: Path, tmp_path: Path) -> None:
+    """transformers initializes new rows at random."""
     base = tmp_path / "base"
     tiny.model(tie_word_embeddings=False).save_pretrained(base)
     tiny.tokenizer("chatml").save_pretrained(base)
@@ -208,10 +215,10 @@ def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tm
     run = strop.train(
         model=str(base), data=str(rows_file), out=tmp_path / "run", **{"lora.new_tokens": ["<call>"]}, **options
     ).folder
-    on = strop.train(
-        model={"name": str(base), "adapter": str(run)}, data=str(rows_file), out=tmp_path / "on", **options
+    continued = strop.train(
+        model={"name": str(base), "adapter": str(run)}, data=str(rows_file), out=tmp_path / "continued", **options
     )
-    for trained in (run, on.folder):
+    for trained in (run, continued.folder):
         ours = strop.load(trained, dtype="fp32")
         ids = torch.tensor([[5, 6, ours.tokenizer.convert_tokens_to_ids("<call>"), 7]])
         merge(str(trained), tmp_path / f"merged-{trained.name}", dtype="fp32")
@@ -228,42 +235,40 @@ def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tm
     assert sorted(name.split(".")[-3] for name in rows) == ["embed_tokens", "lm_head"]
 
 
-def test_rows_that_were_judged_bad_are_not_measured_on(tiny_folder: Path, tmp_path: Path) -> None:
+def test_rows_with_bad_labels_are_not_measured_on(tiny_folder: Path, tmp_path: Path) -> None:
     rows = preferences.write_labelled(tmp_path / "judged.jsonl", 12)
     lines = rows.read_text().splitlines()
     good = [number for number, line in enumerate(lines, 1) if json.loads(line)["label"]]
     assert 0 < len(good) < len(lines)
     options: dict[str, Any] = {"train.max_steps": 1, "model.dtype": "fp32", "train.objective": "kto"}
     run = strop.train(model=str(tiny_folder), data=str(rows), out=tmp_path / "run", **options).folder
-    measured = module.rows_to_measure(str(run), run / "adapter", locate(str(tiny_folder)), None)
-    assert sorted(example.line for example in measured) == good
+    assert sorted(example.line for example in TunedModel.open(str(run)).load_rows(None).examples) == good
 
 
-def test_what_lies_beside_the_weights(
+def test_merged_folder_has_config_and_tokenizer(
     trained: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, out = trained(), tmp_path / "merged"
     with caplog.at_level("INFO", "strop"):
         merged = merge(str(run), out)
-    said = [record.getMessage() for record in caplog.records]  # what takes long is not shown as loading
-    assert [text.split()[0].strip(",") for text in said][-4:] == ["loading", "measuring"] * 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert [text.split()[0] for text in messages][-4:] == ["loading", "measuring"] * 2
     names = {file.name for file in out.iterdir()}
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= names and sorted(names) == merged.files
     assert not {"strop.json", "adapter_config.json", "merge.json"} & names
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (run / "adapter", out))
-    said = [{"role": "user", "content": "what is 3"}]
-    assert before.apply_chat_template(said, tokenize=False) == after.apply_chat_template(said, tokenize=False)
+    turns = [{"role": "user", "content": "what is 3"}]
+    assert before.apply_chat_template(turns, tokenize=False) == after.apply_chat_template(turns, tokenize=False)
     assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
 
 
-def test_a_merged_model_ends_its_answers_where_they_were_trained_to_end(
+def test_generation_config_has_the_end_tokens_of_a_custom_template(
     trained: Callable[..., Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Its base's generation config knows nothing of a template of the user's."""
     turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<done>{% endfor %}"
-    (tmp_path / "own.jinja").write_text(turns + "{% if add_generation_prompt %}[assistant]{% endif %}")
-    run = trained(**{"data.template": str(tmp_path / "own.jinja"), "lora.new_tokens": ["<done>"]})
+    (tmp_path / "custom.jinja").write_text(turns + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    run = trained(**{"data.template": str(tmp_path / "custom.jinja"), "lora.new_tokens": ["<done>"]})
     merge(str(run), tmp_path / "merged", measure=False)
     done = AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<done>")
     before, after = (
@@ -273,68 +278,62 @@ def test_a_merged_model_ends_its_answers_where_they_were_trained_to_end(
 
 
 @pytest.mark.parametrize(("dtype", "small"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
-def test_rounding_keeps_the_mean_of_a_small_change_and_is_the_same_each_time(dtype: torch.dtype, small: float) -> None:
+def test_rounding_keeps_the_mean_of_a_small_change_and_is_deterministic(dtype: torch.dtype, small: float) -> None:
     base = torch.randn(200, 200).bfloat16().float()
     change = small * base.abs()
-    first, again = (module.rounded("x", base + change, base, dtype).float() for _ in range(2))
+    first, again = (module.round_weight("x", base + change, base, dtype).float() for _ in range(2))
     assert torch.equal(first, again)
     assert (first - base).mean() == pytest.approx(change.mean().item(), rel=0.1)
     nearest = (base + change).to(dtype).float()
     assert (nearest - base).mean() < 0.2 * change.mean()
-    assert torch.equal(module.rounded("x", base, base, dtype).float(), base)
+    assert torch.equal(module.round_weight("x", base, base, dtype).float(), base)
 
 
-def test_what_fp16_holds_stays_and_all_else_moves_by_less_than_a_step() -> None:
+def test_fp16_rounding_moves_values_by_less_than_a_step() -> None:
     whole = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     whole = whole[whole.isfinite()]
-    assert torch.equal(module.rounded("x", whole, whole + 1, torch.float16).float(), whole)
+    assert torch.equal(module.round_weight("x", whole, whole + 1, torch.float16).float(), whole)
     between = torch.cat([8 * torch.randn(5000), 6e-5 * torch.randn(5000), 3e-8 * torch.randn(5000)])
-    found = module.rounded("x", between, between + 1, torch.float16).float()
+    rounded = module.round_weight("x", between, between + 1, torch.float16).float()
     step = 2.0 ** (between.double().abs().log2().floor().clamp(min=-14) - 10)
-    assert ((found - between).abs() < step).all() and (found != between.half()).any()
-    assert not module.rounded("x", torch.tensor([1e6]), torch.zeros(1), torch.float16).isfinite().any()
+    assert ((rounded - between).abs() < step).all() and (rounded != between.half()).any()
+    assert not module.round_weight("x", torch.tensor([1e6]), torch.zeros(1), torch.float16).isfinite().any()
 
 
-def scaled(adapter: Path, factor: float) -> None:
-    """Changes an adapter behind strop's back."""
-    file = adapter / "adapter_model.safetensors"
-    save_file({k: t * (factor if "lora_B" in k else 1) for k, t in load_file(file).items()}, file, {"format": "pt"})
-
-
-def test_a_changed_adapter_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_changed_adapter_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
     run = trained()
-    scaled(run / "adapter", 1.5)
+    _edit_tensors(run / "adapter", lambda name, weight: weight * (1.5 if "lora_B" in name else 1))
     with pytest.raises(ModelError, match="not the file that was saved"):
         merge(str(run), tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))
 
 
 @pytest.mark.parametrize("fault", ["scale", "zero", "noise"])
-def test_a_merge_that_is_not_the_tuned_model_is_refused(
+def test_wrong_merge_is_refused(
     trained: Callable[..., Path], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, changes = trained(), module.changes
+    run, load_merger = trained(), module.load_merger
 
-    def wrong(*args: Any) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        change = changes(*args)
+    def load_wrong_merger(*args: Any) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        merge_tensor = load_merger(*args)
 
-        def bad(name: str, weight: torch.Tensor) -> torch.Tensor:
-            merged = change(name, weight)
+        def merge_wrong(name: str, weight: torch.Tensor) -> torch.Tensor:
+            merged = merge_tensor(name, weight)
             if merged is weight or fault == "zero":
                 return weight
             if fault == "scale":
                 return weight + 1.5 * (merged - weight)
             return merged + 0.05 * weight.std() * torch.randn_like(merged)
 
-        return bad
+        return merge_wrong
 
-    monkeypatch.setattr(module, "changes", wrong)
+    monkeypatch.setattr(module, "load_merger", load_wrong_merger)
     with pytest.raises(ParityError, match="mean KL"):
         merge(str(run), tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_a_merge_that_was_cut_short_goes_on(
+def test_interrupted_merge_resumes(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained()
@@ -362,30 +361,30 @@ def test_a_merge_that_was_cut_short_goes_on(
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_two_merges_into_one_folder_do_not_mix(
+def test_second_merge_into_the_same_folder_is_refused(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out, synced = trained(), tmp_path / "merged", set[str]()
     fsync = os.fsync
 
-    def saving(tensors: Any, file: Path, metadata: Any) -> None:
+    def merge_again(tensors: Any, file: Path, metadata: Any) -> None:
         with pytest.raises(FolderError, match="another process is writing it"):
             merge(str(run), out, dtype="fp32", measure=False)
         save_file(tensors, file, metadata)
 
-    def syncing(handle: int) -> None:
+    def record_sync(handle: int) -> None:
         if sys.platform == "linux":
             synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
         fsync(handle)
 
-    monkeypatch.setattr(module, "save_file", saving)
-    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(module, "save_file", merge_again)
+    monkeypatch.setattr(os, "fsync", record_sync)
     merged = merge(str(run), out, measure=False)
-    assert synced >= set(merged.files) or sys.platform != "linux"  # a power cut leaves no half of it
+    assert synced >= set(merged.files) or sys.platform != "linux"  # complete after a power failure
     assert not list(tmp_path.glob(".merged*"))
 
 
-def test_what_is_refused_before_anything_is_written(
+def test_invalid_merges_are_refused_before_writing(
     trained: Callable[..., Path], tiny_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = trained()
@@ -408,7 +407,7 @@ def test_what_is_refused_before_anything_is_written(
         merge(str(run), tmp_path / "n")
 
 
-def test_without_memory_to_measure_it_says_so_first(
+def test_too_little_memory_is_reported_before_merging(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained(**{"model.quantization": "nf4"})
@@ -425,31 +424,29 @@ def test_without_memory_to_measure_it_says_so_first(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_fp32_on_weights_that_stay_in_bf16(tied: bool) -> None:
-    """The same numbers as the whole model in fp32, with linear weights still in bf16."""
+def test_fp32_compute_on_bf16_weights_equals_an_fp32_model(tied: bool) -> None:
     whole = tiny.model(tie_word_embeddings=tied).bfloat16().float()
-    narrow = in_fp32(tiny.model(tie_word_embeddings=tied).bfloat16())
+    narrow = compute_in_fp32(tiny.model(tie_word_embeddings=tied).bfloat16())
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         torch.testing.assert_close(narrow(ids).logits, whole(ids).logits, rtol=0, atol=0)
     assert narrow.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
-def test_what_rows_begin_with_alike_counts_once() -> None:
+def test_shared_prefixes_count_once() -> None:
     def row(*ids: int) -> Example:
         return Example(np.array(ids, np.int32), np.ones(len(ids), np.float32), "f", 1)
 
-    assert new_from([row(1, 2, 3, 4), row(1, 2, 5), row(1, 2, 3, 4), row(9, 2, 3)]) == [0, 2, 3, 0]
+    rows = [row(1, 2, 3, 4), row(1, 2, 5), row(1, 2, 3, 4), row(9, 2, 3)]
+    assert select_rows(rows) == (rows, [0, 2, 3, 0])
 
 
-def test_rows_of_a_run_that_are_gone_are_named_with_the_way_out(
-    trained: Callable[..., Path], rows_file: Path, tmp_path: Path
-) -> None:
+def test_missing_rows_are_named_with_a_fix(trained: Callable[..., Path], rows_file: Path, tmp_path: Path) -> None:
     run = trained()
     rows_file.rename(rows_file.with_name("elsewhere.jsonl"))
-    with pytest.raises(DataError, match="no such file") as refused:
+    with pytest.raises(DataError, match="no such file") as error:
         merge(str(run), tmp_path / "merged", dtype="fp32")
-    assert "give --data with others" in refused.value.lines()[0] and not (tmp_path / "merged").exists()
-    with pytest.raises(DataError) as refused:
+    assert "give --data" in error.value.lines()[0] and not (tmp_path / "merged").exists()
+    with pytest.raises(DataError) as error:
         merge(str(run), tmp_path / "merged", dtype="fp32", data=str(rows_file))
-    assert "the run's own rows" not in refused.value.lines()[0]
+    assert "the run's rows" not in error.value.lines()[0]

@@ -1,4 +1,4 @@
-"""Modelfiles: the prompts that Ollama makes of them are the trained ones, rendered by Go's own template engine."""
+"""Ollama exports: prompts rendered by Go's template engine are equal to those of training."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ import pytest
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
 from strop.errors import FolderError, ModelError, ParityError
-from strop.exporting import go_template, llama_cpp
+from strop.exporting import llama_cpp
 from strop.exporting import ollama as module
-from strop.exporting.go_template import Pieces, rendered_by_go, trims
-from strop.exporting.ollama import export_ollama, modelfile
-from strop.exporting.template_strings import conversations
+from strop.exporting.llama_cpp import sample_conversations
+from strop.exporting.ollama import TemplatePieces, export_ollama, render_with_go, strips_messages, write_modelfile
 from tests.support import gguf_models
 from tests.support.families import TEMPLATES, tokenizer
 from tests.support.tiny import write_rows
 
-needs_go = pytest.mark.skipif(not go_template.go_is_installed(), reason="no Go toolchain")
-SMOLLM2 = (  # a default system prompt where there is none
+needs_go = pytest.mark.skipif(not module.go_is_installed(), reason="no Go toolchain")
+SMOLLM2 = (  # has a default system prompt
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a \"helpful\" one.<|im_end|>\\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -36,96 +35,91 @@ SMOLLM2 = (  # a default system prompt where there is none
 def renderer(style: str) -> Renderer:
     if style != "smollm2":
         return Renderer(tokenizer(style))
-    copied = copy.deepcopy(gguf_models.byte_level("chatml", ("digits",)))  # that one is kept for other tests
-    copied.chat_template = SMOLLM2
+    return with_template(SMOLLM2)
+
+
+def with_template(template: str) -> Renderer:
+    copied = copy.deepcopy(gguf_models.byte_level("chatml", ("digits",)))  # the original is cached for other tests
+    copied.chat_template = template
     return Renderer(copied)
 
 
 @pytest.mark.parametrize("style", [*sorted(TEMPLATES), "smollm2"])
-def test_a_template_is_put_together_again_from_its_pieces(style: str) -> None:
-    own = renderer(style)
-    pieces = Pieces.of(own)
-    for messages in conversations(own.supports_system):
-        assert pieces.prompt(messages) == own.chat.prompt(messages).text
-    assert (pieces.system is not None) == own.supports_system
-    assert trims(own) == (style in ("llama3", "gemma"))
+def test_pieces_render_the_trained_prompts(style: str) -> None:
+    trained = renderer(style)
+    pieces = TemplatePieces.split(trained)
+    for messages in sample_conversations(trained.supports_system):
+        assert pieces.render(messages) == trained.chat.prompt(messages).text
+    assert (pieces.system is not None) == trained.supports_system
+    assert strips_messages(trained) == (style in ("llama3", "gemma"))
 
 
 @needs_go
 @pytest.mark.parametrize("style", [*sorted(TEMPLATES), "smollm2"])
 def test_go_renders_the_trained_prompt(style: str) -> None:
-    own = renderer(style)
-    bos = own.tokenizer.bos_token or ""
-    pieces = Pieces.of(own)
-    asked = conversations(own.supports_system)
-    trained = [own.chat.prompt(messages).text for messages in asked]
-    assert rendered_by_go(pieces.go(), asked) == trained
-    if own.chat.opening.startswith(bos):
-        assert [bos + prompt for prompt in rendered_by_go(pieces.without_bos(bos).go(), asked)] == trained
-    begun = [*asked[0], Message("assistant", "Well")]  # an answer that is to be gone on with
-    assert rendered_by_go(pieces.go(), [begun]) == [trained[0].removesuffix(pieces.asked) + pieces.given + "Well"]
-    with pytest.raises(ModelError, match="Go refuses"):
-        rendered_by_go("{{ if }}", asked)
+    trained = renderer(style)
+    bos = trained.tokenizer.bos_token or ""
+    pieces = TemplatePieces.split(trained)
+    conversations = sample_conversations(trained.supports_system)
+    prompts = [trained.chat.prompt(messages).text for messages in conversations]
+    assert render_with_go(pieces.to_go(), conversations) == prompts
+    if trained.chat.opening.startswith(bos):
+        without_bos = render_with_go(pieces.without_bos(bos).to_go(), conversations)
+        assert [bos + prompt for prompt in without_bos] == prompts
+    unfinished = [*conversations[0], Message("assistant", "Well")]
+    expected = prompts[0].removesuffix(pieces.last_user_end) + pieces.user_end + "Well"
+    assert render_with_go(pieces.to_go(), [unfinished]) == [expected]
+    with pytest.raises(ModelError, match="Go rejects"):
+        render_with_go("{{ if }}", conversations)
 
 
-@pytest.mark.parametrize(
-    ("template", "why"),
-    [
-        (
-            "{% for m in messages %}<|im_start|>{{ '!' if loop.index > 4 }}{{ m.content }}<|im_end|>{% endfor %}",
-            "not the same around",
-        ),
-    ],
-)
-def test_a_template_without_such_pieces_is_refused(template: str, why: str) -> None:
-    copied = copy.deepcopy(gguf_models.byte_level("chatml", ("digits",)))  # that one is kept for other tests
-    copied.chat_template = template
-    with pytest.raises(ModelError, match=why):
-        Pieces.of(Renderer(copied))
+def test_template_with_varying_pieces_is_refused() -> None:
+    template = "{% for m in messages %}<|im_start|>{{ '!' if loop.index > 4 }}{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(ModelError, match="cannot be translated"):
+        TemplatePieces.split(with_template(template))
 
 
-def test_a_prompt_that_closes_a_block_of_reasoning_has_a_translation() -> None:
-    copied = gguf_models.byte_level("chatml", ("digits",))
+def test_prompt_with_an_empty_block_of_reasoning_is_translated() -> None:
     block = "<think>\n\n</think>\n\n"
-    copied.chat_template = TEMPLATES["chatml"].replace("assistant\n{%", f"assistant\n{block}{{%")
-    pieces = Pieces.of(Renderer(copied))
-    assert pieces.asked == pieces.given + block
-    assert "<think>" in pieces.go() and pieces.go().count("{{ else }}") == 2  # no system prompt; the last user turn
+    template = TEMPLATES["chatml"].replace("assistant\n{%", f"assistant\n{block}{{%")
+    pieces = TemplatePieces.split(with_template(template))
+    assert pieces.last_user_end == pieces.user_end + block
+    go_template = pieces.to_go()
+    assert "<think>" in go_template and go_template.count("{{ else }}") == 2  # no system prompt; the last user turn
 
 
-def test_the_modelfile(tmp_path: Path) -> None:
-    own = renderer("chatml")
-    text = modelfile(Pieces.of(own).go(), own, "Be brief.")
+def test_modelfile_sets_template_system_and_sampling(tmp_path: Path) -> None:
+    trained = renderer("chatml")
+    text = write_modelfile(TemplatePieces.split(trained).to_go(), trained, "Be brief.")
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """')
     assert 'SYSTEM """Be brief."""' in text and 'PARAMETER stop "<|im_end|>"' in text
     assert {"PARAMETER temperature 0", "PARAMETER repeat_penalty 1"} <= set(text.splitlines())
-    assert "SYSTEM" not in modelfile("x", own, None)
+    assert "SYSTEM" not in write_modelfile("x", trained, None)
 
 
-def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_writes_gguf_and_modelfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     monkeypatch.setattr(module, "go_is_installed", lambda: False)
-    monkeypatch.setattr(module, "_ollama_runs", lambda: False)
+    monkeypatch.setattr(module, "_ollama_is_running", lambda: False)
     rows = str(write_rows(tmp_path / "rows.jsonl", 8))
     tuned = gguf_models.adapt(gguf_models.save("qwen2", tmp_path / "base"), tmp_path / "My run")
-    prepared = export_ollama(str(tuned), tmp_path / "made", data=rows)
-    told = prepared.as_json()
-    assert sorted(file.name for file in (tmp_path / "made").iterdir()) == told["files"] == ["Modelfile", "model.gguf"]
-    assert told["template"] == {"rendered_by": None, "prompts_equal": None} and told["parity"] is None
-    assert any("untested" in note for note in told["notes"]) and told["out"] == str(tmp_path / "made")
-    assert told["commands"] == [f"ollama create my-run -f {tmp_path}/made/Modelfile", "ollama run my-run"]
+    result = export_ollama(str(tuned), tmp_path / "out", data=rows).as_json()
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == result["files"] == ["Modelfile", "model.gguf"]
+    assert result["template"] == {"rendered_by": None, "prompts_equal": None} and result["parity"] is None
+    assert any("untested" in note for note in result["notes"]) and result["out"] == str(tmp_path / "out")
+    assert result["commands"] == [f"ollama create my-run -f {tmp_path}/out/Modelfile", "ollama run my-run"]
     with pytest.raises(FolderError, match="already exists"):
-        export_ollama(str(tuned), tmp_path / "made", data=rows)
-    # a real Ollama is asked where it runs; here one that renders something else
-    monkeypatch.setattr(module, "_ollama_runs", lambda: True)
-    monkeypatch.setattr(module, "_rendered_by_ollama", lambda folder, asked: ["other"] * len(asked))
+        export_ollama(str(tuned), tmp_path / "out", data=rows)
+    # a running Ollama that renders other prompts
+    monkeypatch.setattr(module, "_ollama_is_running", lambda: True)
+    monkeypatch.setattr(module, "_render_with_ollama", lambda folder, conversations: ["other"] * len(conversations))
     with pytest.raises(ParityError, match="Ollama's prompt is 'other'"):
         export_ollama(str(tuned), tmp_path / "again", data=rows)
     assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "url"),
+    ("address", "url"),
     [
         ("", "http://127.0.0.1:11434"),
         ("0.0.0.0", "http://127.0.0.1:11434"),
@@ -136,42 +130,41 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("[::1]:8000", "http://[::1]:8000"),
     ],
 )
-def test_where_ollama_is(given: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", given)
-    assert module.server() == url
+def test_server_url_follows_ollama_host(address: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", address)
+    assert module.server_url() == url
     monkeypatch.setattr(module.shutil, "which", lambda _: "/bin/ollama")
-    monkeypatch.setattr(module._local, "open", lambda *_, **__: nullcontext())
-    assert module._ollama_runs() == ("gpu-box" not in url)
+    monkeypatch.setattr(module._opener, "open", lambda *_, **__: nullcontext())
+    assert module._ollama_is_running() == ("gpu-box" not in url)
 
 
-def test_an_ollama_that_does_not_answer_leaves_prompts_untested(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_untested_if_ollama_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise urllib.error.HTTPError("u", 500, "no such model", Headers(), None)
 
     monkeypatch.setattr(module, "go_is_installed", lambda: False)
-    monkeypatch.setattr(module, "_ollama_runs", lambda: True)
-    monkeypatch.setattr(module, "_rendered_by_ollama", refuse)
-    own = renderer("chatml")
-    by, number, why = module._check(Pieces.of(own).go(), own, "", None, tmp_path)
-    assert (by, number) == (None, 0) and "did not answer" in why and "500" in why
+    monkeypatch.setattr(module, "_ollama_is_running", lambda: True)
+    monkeypatch.setattr(module, "_render_with_ollama", refuse)
+    trained = renderer("chatml")
+    template = TemplatePieces.split(trained).to_go()
+    engine, count, reason = module._check_prompts(template, trained, "", None, tmp_path)
+    assert (engine, count) == (None, 0) and "did not answer" in reason and "500" in reason
 
 
-def test_names_that_ollama_takes() -> None:
+def test_model_names_are_valid_for_ollama() -> None:
     assert [module._model_name(name) for name in ("runs/My run", "Ünsinn-7", "模型")] == ["my-run", "nsinn-7", "tuned"]
 
 
-def test_how_a_real_ollama_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in for the program and its server: created, asked to render only, removed."""
-    ran: list[list[str]] = []
+def test_ollama_creates_renders_and_removes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the program and its server by stand-ins."""
+    commands: list[list[str]] = []
     bodies: list[dict[str, Any]] = []
 
-    class Done:
+    class Process:
         returncode, stderr = 0, ""
 
-    class Answer:
-        def __enter__(self) -> Answer:
+    class Response:
+        def __enter__(self) -> Response:
             return self
 
         def __exit__(self, *_: object) -> None:
@@ -180,19 +173,20 @@ def test_how_a_real_ollama_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def read(self) -> bytes:
             return json.dumps({"_debug_info": {"rendered_template": f"prompt {len(bodies)}"}}).encode()
 
-    def ask(request: Any, timeout: float) -> Answer:
+    def send(request: Any, timeout: float) -> Response:
         bodies.append(json.loads(request.data))
-        return Answer()
+        return Response()
 
-    def run(command: list[str], **_: Any) -> Done:
-        ran.append(command)
-        return Done()
+    def run(command: list[str], **_: Any) -> Process:
+        commands.append(command)
+        return Process()
 
     monkeypatch.setattr(module.subprocess, "run", run)
-    monkeypatch.setattr(module._local, "open", ask)
-    asked = conversations(True)[:2]
-    assert module._rendered_by_ollama(tmp_path, asked) == ["prompt 1", "prompt 2"]
-    assert [command[1] for command in ran] == ["create", "rm"] and ran[0][2] == ran[1][2] == bodies[0]["model"]
+    monkeypatch.setattr(module._opener, "open", send)
+    conversations = sample_conversations(True)[:2]
+    assert module._render_with_ollama(tmp_path, conversations) == ["prompt 1", "prompt 2"]
+    assert [command[1] for command in commands] == ["create", "rm"]
+    assert commands[0][2] == commands[1][2] == bodies[0]["model"]
     assert all(body["_debug_render_only"] and body["stream"] is False for body in bodies)
-    monkeypatch.setattr(Answer, "read", lambda self: b'{"message": {"content": "an answer"}}')  # an older one
-    assert module._rendered_by_ollama(tmp_path, asked) is None
+    monkeypatch.setattr(Response, "read", lambda self: b'{"message": {"content": "an answer"}}')  # an older version
+    assert module._render_with_ollama(tmp_path, conversations) is None

@@ -102,13 +102,14 @@ def _page(result: dict[str, Any]) -> str:
     lines = [
         "# Reliability",
         "",
-        "Made by `make faults`, which hurts runs on purpose, lets a person's next command go on, and compares the",
-        "adapter with that of an unbroken run, bit by bit. A run is 20 steps that save after each step, of a tiny",
-        "model in forked processes where nothing else is said. Every second kill hits a run with dropout.",
+        "`make faults` writes this page. It injects faults into runs, continues with the command that a user would",
+        "run next, and compares the adapter with that of an uninterrupted run, bit by bit. Unless noted, a run has",
+        "20 steps with a checkpoint after each, of a tiny model in forked processes. Every second kill hits a run",
+        "with dropout.",
         "",
         f"{where}; {what}.",
         "",
-        "| fault | times | strop: ended as it should | plain SFTTrainer |",
+        "| fault | times | strop: ended as expected | plain SFTTrainer |",
         "|---|---|---|---|",
     ]
     tallies = {name: result[name] for name in ORDER if name in result}
@@ -136,7 +137,7 @@ def _short(text: str) -> str:
     return f"{head}, then {rest.split(': ')[0]}" if rest else text
 
 
-_MEANING = """What "as it should" means:
+_MEANING = """What "as expected" means:
 
 - **kill -9**: `strop resume` (or `strop train` where the run had not begun) ends with the same adapter, bit for bit,
   and leaves no half-written file. Calls that change the disk are hit one by one: before each fsync, rename, removal.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from strop.interop.kubernetes import manifests
+from strop.interop.job import kubernetes_manifests
 from tests.interop.test_launch import job
 
 PYTHON = os.environ.get("STROP_KUBEFLOW_PYTHON")
@@ -39,11 +39,13 @@ def kept(given: list[dict[str, Any]]) -> Any:
 @pytest.mark.parametrize("gpus", [True, False])
 def test_every_field_exists_in_the_api(gpus: bool) -> None:
     result = replace(job("it's $(x)"), gpus=gpus, folder=Path("/"))
-    given = list(yaml.safe_load_all(manifests(result, "model: {name: demo}\n", image="strop:1", claim="disk")))
+    given = list(
+        yaml.safe_load_all(kubernetes_manifests(result, "model: {name: demo}\n", image="strop:1", claim="disk"))
+    )
     assert kept(given) == given
 
 
 def test_unknown_field_is_detected() -> None:
-    given = list(yaml.safe_load_all(manifests(job(), "", image="strop:1", claim="disk")))
+    given = list(yaml.safe_load_all(kubernetes_manifests(job(), "", image="strop:1", claim="disk")))
     given[1]["spec"]["trainer"]["numGpus"] = 1
     assert kept(given) != given

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strop.interop import kubernetes, ray, skypilot, slurm
+from strop.interop import job as job_files
 from strop.interop.job import BlockText, Job, dump_with_comments, make_job
 from tests.support.runs import run
 
@@ -142,7 +142,7 @@ def test_needed_files_are_listed(folder: Path, capsys: pytest.CaptureFixture[str
 def pods(*jobs: Job) -> Iterator[Any]:
     """Yield the pod that each job patches, for Kubernetes."""
     for one in jobs:
-        train_job = list(yaml.safe_load_all(kubernetes.manifests(one, "", image="i", claim="c")))[1]
+        train_job = list(yaml.safe_load_all(job_files.kubernetes_manifests(one, "", image="i", claim="c")))[1]
         [patch] = train_job["spec"]["runtimePatches"]
         [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
         pod = node["template"]["spec"]["template"]["spec"]
@@ -153,15 +153,15 @@ def pods(*jobs: Job) -> Iterator[Any]:
 
 def test_gpus_are_requested() -> None:
     with_cards = job(gpus=True)
-    assert "#SBATCH --gpus-per-node=3\n" in slurm.script(with_cards, time="1")
-    assert "use_gpu=True" in ray.script(with_cards) and "'GPU': 1" in ray.script(with_cards)
-    train_job = list(yaml.safe_load_all(kubernetes.manifests(with_cards, "", image="i", claim="c")))[1]
+    assert "#SBATCH --gpus-per-node=3\n" in job_files.slurm_script(with_cards, time="1")
+    assert "use_gpu=True" in job_files.ray_script(with_cards) and "'GPU': 1" in job_files.ray_script(with_cards)
+    train_job = list(yaml.safe_load_all(job_files.kubernetes_manifests(with_cards, "", image="i", claim="c")))[1]
     assert train_job["spec"]["trainer"]["resourcesPerNode"]["limits"] == {"cpu": 12, "nvidia.com/gpu": 3}
     volumes = [str(of_pod["volumes"]) for of_pod in pods(with_cards, job(gpus=True, devices=1), job())]
     assert ["'medium': 'Memory'" in text for text in volumes] == [True, False, False]  # what cards share
-    task = yaml.safe_load(skypilot.task(with_cards, gpus="H100", store=skypilot.Store("b"), spot=True))
+    task = yaml.safe_load(job_files.skypilot_task(with_cards, gpus="H100", bucket="b", spot=True))
     assert task["resources"]["accelerators"] == "H100:3" and task["resources"]["use_spot"] is True
-    assert "gpu" not in slurm.script(job(), time="1")
+    assert "gpu" not in job_files.slurm_script(job(), time="1")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -190,21 +190,23 @@ def names_reach_strop(name: str, tmp_path: Path) -> None:
     words = ["-m", "strop.cli", *result.words]
     place, started = started_by_slurm(result, tmp_path)
     assert place == str(result.folder) and started == words
-    tree = ast.parse(ray.script(result))
+    tree = ast.parse(job_files.ray_script(result))
     values = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
     assert (values["FOLDER"], values["TRAIN"]) == (str(result.folder), result.words)
-    recipe, train_job = yaml.safe_load_all(kubernetes.manifests(result, f"# {name}\n", image=name, claim=name))
+    recipe, train_job = yaml.safe_load_all(
+        job_files.kubernetes_manifests(result, f"# {name}\n", image=name, claim=name)
+    )
     assert recipe["data"]["recipe.yaml"] == f"# {name}\n"
     trainer = train_job["spec"]["trainer"]
     assert trainer["image"] == name
     inside = ["train", "/etc/strop/recipe.yaml", *result.words[2:]]
     assert [word.replace("$$", "$") for word in trainer["args"]] == ["torchrun", "-m", "strop.cli", *inside]
     assert not [word for word in trainer["args"] if "$" in word.replace("$$", "")]
-    task = yaml.safe_load(skypilot.task(result, gpus=None, store=skypilot.Store(name), spot=False))
+    task = yaml.safe_load(job_files.skypilot_task(result, gpus=None, bucket=name, spot=False))
     assert task["file_mounts"]["/strop"]["name"] == name
     asked = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
     _, output = started_by(task["run"], "torchrun", asked, tmp_path)
@@ -231,12 +233,12 @@ def started_by(script: str, program: str, variables: dict[str, str], tmp_path: P
 
 def started_by_slurm(result: Job, tmp_path: Path) -> tuple[str, list[str]]:
     """Return the folder and the arguments after Python of a batch script."""
-    script = slurm.script(result, time="1:00", python=f"/{result.name}/python")
+    script = job_files.slurm_script(result, time="1:00", python=f"/{result.name}/python")
     asked = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     assert len(asked) == 9 and "#SBATCH --nodes=2" in asked
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "4"}
     folder, output = started_by(script, "srun", variables, tmp_path)
-    assert output[:3] == ["--cpus-per-task=4", f"--wait={slurm.WAIT_S}", f"/{result.name}/python"]
+    assert output[:3] == ["--cpus-per-task=4", f"--wait={job_files.SLURM_WAIT_S}", f"/{result.name}/python"]
     return folder, output[3:]
 
 
@@ -273,7 +275,7 @@ def ended_by_slurm(srun: str, tmp_path: Path, *, warn: bool) -> tuple[int, list[
         **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "1",
     }  # fmt: skip
-    script = slurm.script(job(folder=tmp_path), time="1")
+    script = job_files.slurm_script(job(folder=tmp_path), time="1")
     with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, env=env, text=True) as shell:
         assert shell.stdout is not None and shell.stdout.readline() == "ready\n"
         if warn:

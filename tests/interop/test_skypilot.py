@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from strop.interop.skypilot import Store, task
+from strop.interop.job import skypilot_task
 from tests.interop.test_launch import job
 
 PYTHON = os.environ.get("STROP_SKYPILOT_PYTHON")
@@ -42,7 +42,7 @@ def parsed(text: str, folder: Path) -> Any:
 
 def test_gpu_task_parses(tmp_path: Path) -> None:
     result = replace(job("it's $(x)"), gpus=True, folder=tmp_path)
-    text = task(result, gpus="H100", store=Store(volume="disk"), spot=True)
+    text = skypilot_task(result, gpus="H100", volume="disk", spot=True)
     found = parsed(text, tmp_path)
     assert found["accelerators"] == {"H100": 3} and found["nodes"] == 2 and found["spot"] is True
     assert found["recovery"]["max_restarts_on_errors"] == 3
@@ -51,12 +51,12 @@ def test_gpu_task_parses(tmp_path: Path) -> None:
 
 def test_cpu_task_parses(tmp_path: Path) -> None:
     result = replace(job(), nodes=1, folder=tmp_path)
-    found = parsed(task(result, gpus=None, store=Store(bucket="strop-runs-of-mine"), spot=False), tmp_path)
+    found = parsed(skypilot_task(result, gpus=None, bucket="strop-runs-of-mine", spot=False), tmp_path)
     assert found["cpus"] == "12+" and found["accelerators"] is None and found["spot"] is False
     assert found["mounts"] == {"/strop": ["strop-runs-of-mine", "MOUNT_CACHED"]}
 
 
 def test_invalid_task_is_rejected_by_the_parser(tmp_path: Path) -> None:
-    text = task(job(), gpus=None, store=Store(volume="disk"), spot=False)
+    text = skypilot_task(job(), gpus=None, volume="disk", spot=False)
     with pytest.raises(AssertionError, match="num_nodes"):
         parsed(text.replace("num_nodes: 2", "num_nodes: two"), tmp_path)

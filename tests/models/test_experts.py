@@ -16,7 +16,7 @@ import strop
 from strop.config.schema import LoraSection
 from strop.engine.train.plain import PlainLoss
 from strop.errors import ModelError
-from strop.exporting.adapters import combine, compare, norm
+from strop.exporting.adapters import combine, compare, compute_norm
 from strop.exporting.merge import merge
 from strop.models.experts import QuantizedExperts
 from strop.models.introspect import linear_kinds
@@ -109,7 +109,7 @@ def test_run_trains_loads_in_peft_and_merges(kind: str, tmp_path: Path) -> None:
     assert comparison["cosine"] == pytest.approx(1) and {"gate_up_proj", "down_proj"} <= set(comparison["modules"])
     changes = [m.get_delta_weight("default") for m in theirs.modules() if isinstance(m, LoraLayer)]
     expected_norm = sum(float(change.detach().square().sum()) for change in changes) ** 0.5
-    assert norm(str(run.folder)) == pytest.approx(expected_norm, rel=1e-4)
+    assert compute_norm(str(run.folder)) == pytest.approx(expected_norm, rel=1e-4)
     with pytest.raises(ModelError, match="mixture's experts"):
         combine([str(run.folder)] * 2, [1, 1], tmp_path / "sum")
 

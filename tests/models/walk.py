@@ -82,7 +82,7 @@ def walk(kind: str, folder: Path) -> dict[str, str]:
     def plan() -> str:
         shown = strop.plan(model=base, data=rows, memory=8 << 30, **QUICK)
         weights = sum(weight.numel() for weight in load_without_weights(locate(str(base))).parameters())
-        off = shown.workload.parameters / weights - 1
+        off = shown.workload.base.parameters / weights - 1
         return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
 
     def modules() -> str:
@@ -136,21 +136,21 @@ def _walk_one(kind: str) -> dict[str, str]:
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 HEAD = """# Models
 
-What strop does with each class that transformers {version} maps to a causal language model, and with multimodal
-checkpoints whose text half is trained. Each row was made by `python -m tests.models.walk`: a tiny random checkpoint of
-that class, saved, then `plan`, three steps of training with adapters on all linear layers and experts, an answer,
-merges in bf16 and fp32 that are measured against the adapter, and training on the base in nf4. It shows that the
-machinery is right for the class, not how good a model becomes.
+This table shows how strop works with each class that transformers {version} maps to a causal language model, and with
+multimodal checkpoints whose language model is trained. `python -m tests.models.walk` wrote each row: it saves a tiny
+random checkpoint of the class, then runs `plan`, three steps of training with adapters on all linear layers and
+experts, one generation, merges in bf16 and fp32 that are compared with the adapter, and training on the base in nf4.
+The table shows that the code is correct for the class, not how good a model becomes.
 
-- **train**: fast or plain, the step that trains it (docs/performance.md); or why not. Where the reason begins with
-  transformers or peft, it is theirs: plain transformers fails on the same checkpoint.
-  Models of BERT's kind are walked with `is_decoder: true` in their config; without it a token sees those behind it,
-  and training them is refused.
-  A config of a fast class may ask for what takes the plain step, and the run says so: rotary embeddings of type
-  `dynamic` or `longrope` (Phi-3 and Phi-4-mini with 128k), whose angles follow the longest row computed together,
-  dropout of the model's own, a loss that balances experts.
-- **merge**: ok where the merged model is the tuned one ([limits](after.md#merging)).
-- **nf4**: ok where the base in 4 bit was trained.
+- **train**: the step that trains it, fast or plain (docs/performance.md), or why it is refused. If the reason begins
+  with transformers or peft, the error is theirs: plain transformers fails on the same checkpoint.
+  Models like BERT are tested with `is_decoder: true` in their config; without it a token attends to later tokens, and
+  training is refused.
+  Some configs of a fast class need the plain step, which the run reports: rotary embeddings of type `dynamic` or
+  `longrope` (Phi-3 and Phi-4-mini with 128k), whose angles depend on the longest row computed together, dropout in the
+  model, a loss that balances experts.
+- **merge**: ok if the merged model equals the tuned one ([limits](after.md#merging)).
+- **nf4**: ok if the model was trained on the base in 4 bit.
 
 {counts}
 

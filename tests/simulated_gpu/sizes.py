@@ -66,9 +66,7 @@ class Case:
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
         workload = Workload.from_recipe(resolve(None, options).recipe, ModelShape.from_config(self.config.to_dict()))
-        return train_phase(
-            workload, MicroBatch.rows([self.tokens // self.documents] * self.documents, accumulates=False)
-        )
+        return train_phase(workload, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
 
 
 def build_model(case: Case) -> torch.nn.Module:

@@ -19,11 +19,17 @@ def test_runs_launch_the_kernels_of_their_options(simulate: Simulate) -> None:
         (STREAMED, {"_four_bit"}),
         ({**NF4, "model.resident_layers": 1, "model.double_quantization": False}, {"_four_bit"}),
         ({"model.quantization": "int8", "model.resident_layers": 0}, {"_eight_bit"}),
-        ({"lora.dropout": 0.1, "train.gradient_checkpointing": "on"}, {"_dropout", "_dropout_backward"}),
+        ({"lora.dropout": 0.1, "train.gradient_checkpointing": "on"}, {"_apply_masks", "_apply_masks_backward"}),
         ({"lora.use_dora": True}, {"_scale", "_scale_backward"}),
-        ({"lora.use_dora": True, "lora.dropout": 0.1}, {"_scale", "_scale_backward", "_dropout", "_dropout_backward"}),
+        (
+            {"lora.use_dora": True, "lora.dropout": 0.1},
+            {"_scale", "_scale_backward", "_apply_masks", "_apply_masks_backward"},
+        ),
         ({"lora.modules_to_save": ["input_layernorm", "norm"]}, {"_scale_backward"}),
-        ({"lora.target_modules": ["all-linear", "lm_head"], "lora.dropout": 0.1}, {"_dropout", "_dropout_backward"}),
+        (
+            {"lora.target_modules": ["all-linear", "lm_head"], "lora.dropout": 0.1},
+            {"_apply_masks", "_apply_masks_backward"},
+        ),
         ({"capability": [7, 5]}, set()),
     ]
     runs = simulate(*({"scenario": "train", "kernels": True, **QUICK, **kind} for kind, _ in kinds))

@@ -12,12 +12,12 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from strop.exporting.template_strings import STRINGS
+from strop.exporting.llama_cpp import SAMPLE_STRINGS
 from strop.models.adapters import save_adapter
 from strop.models.source import fingerprint, locate
 from tests.support.families import CORPUS, TEMPLATES
 
-TEXTS = [*CORPUS, *STRINGS, *(f"what is {n}, it is {n * n}!" for n in range(40))]
+TEXTS = [*CORPUS, *SAMPLE_STRINGS, *(f"what is {n}, it is {n * n}!" for n in range(40))]
 SPECIAL: dict[str, tuple[list[str], str | None, str]] = {  # control tokens, bos, eos
     "chatml": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|endoftext|>"),
     "llama3": (

@@ -72,7 +72,7 @@ def test_forecast_uses_the_largest_micro_batch(tmp_path: Path) -> None:
     examples[13] = replace(examples[13], ids=examples[0].ids.repeat(9), weights=examples[0].weights.repeat(9))
     job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 2})
     expected = forecast(job, setting(job), 8 << 30)
-    assert examples[13] in [*expected.items] and expected.batch.accumulates
+    assert examples[13] in [*expected.items] and expected.batch.more
     assert expected.batch.tokens == len(expected.items) * len(examples[13])  # the plain step pads
 
 

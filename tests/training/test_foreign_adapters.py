@@ -13,7 +13,7 @@ import yaml
 
 import strop
 from strop.errors import ModelError
-from strop.exporting.weight_changes import changes
+from strop.exporting.adapter_weights import load_merger
 from strop.models.source import locate
 from tests.models.walk import QUICK
 from tests.support import tiny, tiny_families
@@ -99,4 +99,4 @@ def test_merging_a_trained_embedding_with_an_untrained_tied_head_is_refused(base
     """The head is not trained, and a merged model has one weight for both."""
     adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     with pytest.raises(ModelError, match=r"model.embed_tokens.weight was trained in full"):
-        changes(locate(str(base)), adapter)
+        load_merger(locate(str(base)), adapter)

@@ -20,29 +20,14 @@ from typing import Annotated, Any
 import typer
 
 from strop import __version__
-from strop.cli.commands.adapters import adapters
-from strop.cli.commands.chat import chat
-from strop.cli.commands.check import check
-from strop.cli.commands.dash import dash
-from strop.cli.commands.demo import demo
-from strop.cli.commands.doctor import doctor
-from strop.cli.commands.evaluate import evaluate
-from strop.cli.commands.export import gguf, ollama
-from strop.cli.commands.export_script import export_script
-from strop.cli.commands.import_ import import_
-from strop.cli.commands.launch import kubernetes, ray, skypilot, slurm
-from strop.cli.commands.merge import merge
-from strop.cli.commands.modules import modules
-from strop.cli.commands.plan import plan
-from strop.cli.commands.push import push
-from strop.cli.commands.resume import resume
-from strop.cli.commands.runs import runs
-from strop.cli.commands.schema import schema
-from strop.cli.commands.serve import serve
-from strop.cli.commands.train import train
-from strop.cli.invocation import with_command_name
+from strop.cli.commands.export import adapters, export_script, gguf, merge, ollama, push
+from strop.cli.commands.generate import chat, evaluate, serve
+from strop.cli.commands.interop import import_, kubernetes, ray, skypilot, slurm
+from strop.cli.commands.prepare import check, doctor, modules, plan, schema
+from strop.cli.commands.runs import dash, runs
+from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import add_recipe_options
-from strop.cli.tables import console, print_json
+from strop.cli.tables import console, print_json, with_command_name
 from strop.errors import DiskError, FolderError, PeerFailed, StropError
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
@@ -124,7 +109,9 @@ def main() -> None:
         signals.append(number)
         raise KeyboardInterrupt
 
-    _tolerate_any_encoding()
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # tolerate characters that the locale cannot decode or write
+            stream.reconfigure(errors=errors)
     for number in (signal.SIGINT, signal.SIGTERM):  # `stop_signals` replaces the handlers while training
         signal.signal(number, interrupt)
     atexit.register(_shorten_exit)
@@ -132,7 +119,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns about missing parts
     try:
-        words = [*sys.argv[1:], *_completion_words()]
+        words = sys.argv[1:]
+        for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # the line that a shell asks strop to complete
+            words += os.environ.get(name, "").split()
         code = build(words)(standalone_mode=False, prog_name="strop") or 0
         if signals and code == 130:  # typer caught the interrupt and printed nothing
             _exit_interrupted()
@@ -159,10 +148,7 @@ def main() -> None:
 
 
 def build(words: Sequence[str]) -> typer.Typer:
-    """Return the command line for these arguments.
-
-    Recipe flags are generated only for commands among the arguments: they take 0.1 s, which `strop --help` saves.
-    """
+    """Return the command line; only commands among `words` get recipe flags, whose generation takes 0.1 s."""
     app = typer.Typer(
         help="Fine-tune open language models with LoRA on your own hardware, and measure the result.",
         no_args_is_help=True,
@@ -187,26 +173,12 @@ def _epilog(name: str) -> str:
 
 
 def _shorten_exit() -> None:
-    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide what libraries print after it.
-
-    nanobind (in triton from 3.9) reports objects that are alive at exit as leaks, in about 100 lines.
-    """
+    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide what libraries print after it."""
     gc.freeze()
+    # nanobind (in triton from 3.9) reports objects that are alive at exit as leaks, in about 100 lines
     if "triton" in sys.modules and not os.environ.get("STROP_DEBUG"):
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _tolerate_any_encoding() -> None:
-    """Escape characters that the locale cannot write, and keep input that it cannot decode as bytes."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-
-
-def _completion_words() -> list[str]:
-    """Return the words of the line that a shell asks strop to complete."""
-    return " ".join(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")).split()
 
 
 def _show_version(requested: bool) -> None:

@@ -31,15 +31,7 @@ SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": 
 
 
 class Session:
-    """A conversation with a model. The history is the model's.
-
-    Args:
-        model: the model that answers.
-        side: "base", "tuned" or "compare".
-        system: the system prompt, None for the model's default.
-        max_new_tokens: maximum length of an answer.
-        sampling: how tokens are sampled.
-    """
+    """A conversation with a model, whose history it uses. side: "base", "tuned" or "compare"."""
 
     def __init__(self, model: Model, side: str, system: str | None, max_new_tokens: int, sampling: Sampling) -> None:
         self.model, self.side = model, side
@@ -117,10 +109,7 @@ def chat_in_terminal(
     quantization: str = "auto",
     force: bool = False,
 ) -> None:
-    """Load a model and answer the lines of stdin until its end.
-
-    sampling: fields of Sampling; None for the value in the model's generation config. adapters: loaded in addition.
-    """
+    """Load a model and answer the lines of stdin until its end. sampling: a None is taken from the model's config."""
     with status_line("loading the model"):
         model = api.load(name, quantization=quantization, force=force)
         for adapter in adapters:

@@ -44,7 +44,12 @@ def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collect
     enabled: if False, add no flags. only: add only these fields, whose default is the value of an existing run.
     """
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    fields, short_forms = _recipe_fields() if enabled else ({}, {})
+    fields: dict[str, Any] = {}
+    if enabled:
+        from strop.config.load import SHORT_FORMS
+        from strop.config.schema import option_fields
+
+        fields, short_forms = dict(option_fields()), {field: name for name, field in SHORT_FORMS.items()}
     flags = {field.replace(".", "__"): field for field in fields if not only or field in only}
     added = []
     for name, field in flags.items():
@@ -85,14 +90,6 @@ def _choices(hint: Any) -> tuple[str, ...]:
         return tuple(map(str, get_args(hint)))
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     return tuple(choice for part in parts for choice in _choices(part))
-
-
-def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the field infos by dotted name, and the short form of fields that have one."""
-    from strop.config.load import SHORT_FORMS
-    from strop.config.schema import option_fields
-
-    return dict(option_fields()), {field: name for name, field in SHORT_FORMS.items()}
 
 
 def _parse_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -32,11 +32,7 @@ GENERATION_INTERVAL = 4.0  # without a terminal: seconds between lines of genera
 
 
 class StatusLine(logging.Handler):
-    """Show the current activity and its elapsed time until something else is printed.
-
-    On a terminal it is one line that counts the seconds; in a file or a pipe, a line every few seconds. The activity
-    is set by `update`, or by what modules of strop log at level INFO: a few words such as "loading the weights".
-    """
+    """Show an activity (from `update` or strop's log at level INFO) and its seconds until something is printed."""
 
     def __init__(self, out: Console, activity: str) -> None:
         super().__init__(logging.INFO)
@@ -112,10 +108,7 @@ def status_line(activity: str, out: Console = console) -> Iterator[StatusLine]:
 
 
 class RunProgress:
-    """Print the events of a run: machine, choices, data, then a bar with loss, tokens/s and the remaining time.
-
-    Without a terminal, lines at intervals replace the bar.
-    """
+    """Print the events of a run, and its steps as a bar; without a terminal, as lines at intervals."""
 
     def __init__(self, out: Console, status: StatusLine) -> None:
         self._out, self._status = out, status

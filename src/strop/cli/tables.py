@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -14,7 +16,6 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Table
 
-from strop.cli.invocation import command_name
 from strop.errors import Where
 
 if TYPE_CHECKING:
@@ -62,6 +63,26 @@ def print_notes(notes: Sequence[str], out: Console = console) -> None:
 def abbreviate(rows: Sequence[str]) -> str:
     """Join the first three names, and "..." for the rest."""
     return ", ".join([*rows[:3], *(["..."] if len(rows) > 3 else [])])
+
+
+def command_name() -> str:
+    """Return how strop was called: `strop` if it is on the PATH, otherwise a path or `python -m strop`."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{Path(sys.executable).name} -m strop"
+    on_path = shutil.which(called.name)
+    if called.name != "strop" or (on_path is not None and Path(on_path).resolve() == called.resolve()):
+        return "strop"
+    try:
+        return str(called.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(called)
+
+
+def with_command_name(text: str) -> str:
+    """Replace `strop COMMAND` in a message by a command that works in this environment."""
+    name = command_name()
+    return text if name == "strop" else re.sub(r"(?<![\w/.-])strop (?=[a-z])", f"{name} ", text)
 
 
 # --- runs and artifacts ------------------------------------------------------------------------------------------

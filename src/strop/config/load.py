@@ -1,8 +1,4 @@
-"""Combine defaults, a preset, a recipe file and options into one Recipe, and record the origin of each value.
-
-Later layers win: default < preset < recipe file < option. Values that are still `auto` or unset after that are decided
-by planning/choose.py and have the origin `plan`.
-"""
+"""Combine layers into a Recipe and record each value's origin: default < preset < recipe file < option, then plan."""
 
 from __future__ import annotations
 
@@ -12,13 +8,14 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
 
-from strop.config.schema import Recipe, Section, option_fields
+from strop.config.schema import Recipe, option_fields
 from strop.errors import RecipeError, Where, nearest
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
@@ -80,10 +77,7 @@ class Resolved:
 
 
 def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None = None) -> Resolved:
-    """Apply a recipe file and options (by dotted name or short form) over the preset and the defaults.
-
-    Raises RecipeError for unknown keys, with the most similar known one, and for invalid values.
-    """
+    """Apply a recipe file and options (dotted names or short forms) over preset and defaults. Raises RecipeError."""
     given: dict[str, tuple[Any, Origin, str]] = {}
     if recipe_file is not None:
         given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read_recipe(recipe_file).items()})
@@ -105,13 +99,10 @@ def read_resolved(path: Path) -> Resolved:
 
 
 def parse_option(name: str, text: str) -> Any:
-    """Convert the text of a command-line option to the recipe's value.
-
-    Lists are split at commas, maps are written as a=b,c=d, and `none` is None. A list may be written in brackets, as
-    in a recipe, except for `lora.new_tokens`, where brackets belong to the tokens.
-    """
+    """Convert an option's text to the recipe's value: a,b or [a,b] to a list, a=b,c=d to a map, `none` to None."""
     hint = dict(option_fields())[name].annotation
-    kinds = {typing.get_origin(part) or part for part in _union_members(hint)}
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = {typing.get_origin(part) or part for part in members}
     if text.lower() in ("none", "null", "") and type(None) in kinds:
         return None
     if dict in kinds:
@@ -127,20 +118,21 @@ def parse_option(name: str, text: str) -> Any:
             what = f"--{name} {text}: not YAML: {getattr(error, 'problem', None) or error}"
             raise RecipeError(what, fix="put the value in quotes, inside the quotes of the shell") from None
     if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
+        # brackets belong to the tokens in lora.new_tokens
         bare = text if name == "lora.new_tokens" or not re.fullmatch(r"\[.*\]", text) else text[1:-1]
         return [part.strip() for part in bare.split(",") if part.strip()]
     return text
-
-
-def _union_members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     known = dict(option_fields())
     unknown = [name for name in given if name not in known]
     if unknown:
-        places = [Where(given[name][2] or f"--{name}", None, _unknown_key(name, known)) for name in unknown]
+        places = []
+        for name in unknown:
+            same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+            hint = f" (did you mean {same_leaf[0]}?)" if same_leaf else nearest(name, known)
+            places.append(Where(given[name][2] or f"--{name}", None, f"unknown key {name}{hint}"))
         raise RecipeError("unknown recipe key", fix="see `strop schema` for every key", where=places)
     tree: dict[str, Any] = {}
     for name, (value, _, _) in given.items():
@@ -148,16 +140,9 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     recipe = _validate(tree, given)
     choices = {}
     for name in known:
-        value = _get_field(recipe, name)
         _, origin, source = given.get(name, (None, "default", ""))
-        choices[name] = Choice(name, value, origin, source if origin == "preset" else "")
+        choices[name] = Choice(name, attrgetter(name)(recipe), origin, source if origin == "preset" else "")
     return Resolved(recipe, choices)
-
-
-def _unknown_key(name: str, known: Mapping[str, Any]) -> str:
-    same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    hint = f" (did you mean {same_leaf[0]}?)" if same_leaf else nearest(name, known)
-    return f"unknown key {name}{hint}"
 
 
 def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]) -> Recipe:
@@ -173,16 +158,13 @@ def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]
             value, origin, source = given.get(name, (None, "", ""))
             key = f"{location[-1]}: " if isinstance(value, dict) and len(location) > 2 else ""
             file = source if origin == "recipe" else f"--{name}" if name else "recipe"
-            shown = "" if kind in ("missing", "value_error") and not name else f" (got {_shorten(issue['input'])})"
+            text = repr(issue["input"])
+            text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+            shown = "" if kind in ("missing", "value_error") and not name else f" (got {text})"
             message = "is required" if kind == "missing" else issue["msg"].removeprefix("Value error, ") + shown
             field = f"{name}: " if origin == "recipe" else ""
             places.setdefault(name + key, Where(file, None, f"{field}{key}{message}"))
         raise RecipeError("the recipe is not valid", fix="", where=list(places.values())) from None
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:
@@ -277,11 +259,3 @@ def _set_field(tree: dict[str, Any], name: str, value: Any) -> None:
         inner[leaf] = value
     else:
         tree[leaf] = value
-
-
-def _get_field(recipe: Recipe, name: str) -> Any:
-    value: Any = recipe
-    for part in name.split("."):
-        value = getattr(value, part)
-    assert not isinstance(value, Section)
-    return value

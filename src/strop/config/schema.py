@@ -1,8 +1,4 @@
-"""The recipe: every option of a run, stated once, with its unit, bounds and help text.
-
-Command-line flags, the JSON schema and the table in the docs are generated from these classes. A recipe is frozen and
-complete. config/load.py stores the origin of each value.
-"""
+"""The recipe: every option of a run. Flags, the JSON schema and the table in the docs are generated from it."""
 
 from __future__ import annotations
 
@@ -106,8 +102,7 @@ class DataSection(Section):
     )
     template: str | None = Field(None, description="chat template (name or file) to use instead of the model's")
     template_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="values passed to the chat template, such as enable_thinking=false",
+        default_factory=dict, description="values passed to the chat template, such as enable_thinking=false"
     )
     reasoning: Literal["auto", "as-is", "empty", "drop", "refuse"] = Field(
         "auto",
@@ -319,28 +314,37 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Recipe:
-        if self.train.micro_batch is not None and self.train.micro_batch > self.train.batch_size:
-            raise ValueError("train.micro_batch: larger than train.batch_size")
-        if self.train.micro_batch is not None and self.train.micro_batch_tokens is not None:
-            raise ValueError("train.micro_batch: give it or train.micro_batch_tokens, not both")
-        if self.train.objective != "sft" and self.data.overlong == "split":
-            raise ValueError(
-                f"data.overlong split: objective {self.train.objective} cannot split rows; use drop or truncate-start"
-            )
-        if self.train.objective != "sft" and self.data.loss == "all":
-            raise ValueError(f"data.loss all: objective {self.train.objective} trains on answers only")
-        if self.train.beta == 0 and self.train.objective not in ("sft", "grpo"):
-            raise ValueError(f"train.beta 0: objective {self.train.objective} needs a value above 0")
-        if self.train.desirable_weight == 0 == self.train.undesirable_weight:
-            raise ValueError("train.undesirable_weight 0: train.desirable_weight is 0 too, so the loss would be 0")
-        if self.train.objective == "grpo":
-            self._check_grpo()
-        if self.train.early_stopping is not None and self.data.eval is None:
-            raise ValueError("train.early_stopping: needs data.eval")
-        if self.lora.init == "loftq" and self.lora.use_dora:
-            raise ValueError("lora.init loftq: cannot be combined with lora.use_dora")
-        if self.train.int8_matmul and (conflict := self.int8_matmul_conflict()) is not None:
-            raise ValueError(f"train.int8_matmul: cannot be combined with {conflict}")
+        train, data, lora = self.train, self.data, self.lora
+        objective, is_grpo = f"objective {train.objective}", train.objective == "grpo"
+        conflict = self.int8_matmul_conflict() if train.int8_matmul else None
+        problems = {
+            "train.micro_batch: larger than train.batch_size": (train.micro_batch or 0) > train.batch_size,
+            "train.micro_batch: give it or train.micro_batch_tokens, not both": (
+                train.micro_batch is not None and train.micro_batch_tokens is not None
+            ),
+            f"data.overlong split: {objective} cannot split rows; use drop or truncate-start": (
+                train.objective != "sft" and data.overlong == "split"
+            ),
+            f"data.loss all: {objective} trains on answers only": train.objective != "sft" and data.loss == "all",
+            f"train.beta 0: {objective} needs a value above 0": (
+                train.beta == 0 and train.objective not in ("sft", "grpo")
+            ),
+            "train.undesirable_weight 0: train.desirable_weight is 0 too, so the loss would be 0": (
+                train.desirable_weight == 0 == train.undesirable_weight
+            ),
+            "lora.dropout: objective grpo needs 0, so that training and sampling compute the same log-probabilities": (
+                is_grpo and lora.dropout > 0
+            ),
+            "data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse": (
+                is_grpo and data.overlong == "truncate-start"
+            ),
+            "train.early_stopping: needs data.eval": train.early_stopping is not None and data.eval is None,
+            "lora.init loftq: cannot be combined with lora.use_dora": lora.init == "loftq" and lora.use_dora,
+            f"train.int8_matmul: cannot be combined with {conflict}": conflict is not None,
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise ValueError(problem)
         return self
 
     def int8_matmul_conflict(self) -> str | None:
@@ -355,14 +359,6 @@ class Recipe(Section):
             "model.placement sharded, which does not keep all weights in memory": model.placement == "sharded",
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
-
-    def _check_grpo(self) -> None:
-        if self.lora.dropout:
-            raise ValueError(
-                "lora.dropout: objective grpo needs 0, so that training and sampling compute the same log-probabilities"
-            )
-        if self.data.overlong == "truncate-start":
-            raise ValueError("data.overlong truncate-start: objective grpo cannot truncate prompts; use drop or refuse")
 
 
 def option_fields() -> list[tuple[str, Any]]:
@@ -383,11 +379,7 @@ def options_table() -> str:
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for name, info in option_fields():
         default = "required" if info.is_required() else f"`{info.get_default(call_default_factory=True)}`"
-        choices = [str(choice) for choice in _choices(info.annotation)]
-        meaning = f"{info.description}{': ' if choices else ''}{', '.join(choices)}"
+        choices = map(str, get_args(info.annotation) if get_origin(info.annotation) is Literal else ())
+        meaning = ": ".join(filter(None, (info.description, ", ".join(choices))))
         lines.append(f"| `{name}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) is Literal else ()

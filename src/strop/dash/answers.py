@@ -32,10 +32,8 @@ def answers(folder: RunFolder, wanted: str, order: str, search: str, offset: int
         raise InputError(f"filter is one of {', '.join(FILTERS)}; order is row or worst")
     report = read_json(folder.report)
     rows, complete = _rows(folder, report)
-    counts = dict.fromkeys(("gained", "lost", "both", "neither"), 0)
-    for row in rows:
-        if row["kind"]:
-            counts[row["kind"]] += 1
+    found = [row["kind"] for row in rows]
+    counts = {kind: found.count(kind) for kind in ("gained", "lost", "both", "neither")}
     kinds = {"changed": ("gained", "lost"), "wrong": ("lost", "neither"), "right": ("gained", "both")}
     chosen = rows if wanted == "all" else [row for row in rows if row["kind"] in kinds.get(wanted, (wanted,))]
     if search:
@@ -76,14 +74,11 @@ def _rows(folder: RunFolder, report: dict[str, Any]) -> tuple[list[dict[str, Any
 
 def _with_marked_answers(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with its answers split into pieces that are the same as the reference, added or missing."""
-    gold = row.get("gold")
-    sides = [side for side in ("base", "tuned") if isinstance(row.get(side), str)]
-    marked = {}
-    for side in sides:
-        if isinstance(gold, str) and len(gold) + len(row[side]) <= MOST_MARKED:
-            marked[side] = mark_differences(gold, row[side])
-        else:
-            marked[side] = [(row[side], "same")]
+    gold, marked = row.get("gold"), {}
+    for side in ("base", "tuned"):
+        if isinstance(answer := row.get(side), str):
+            comparable = isinstance(gold, str) and len(gold) + len(answer) <= MOST_MARKED
+            marked[side] = mark_differences(str(gold), answer) if comparable else [(answer, "same")]
     return {**row, "marked": marked}
 
 
@@ -127,20 +122,15 @@ def tally(folder: RunFolder) -> dict[str, Any]:
     """Return the votes on the current answers, and tuned's share of decided votes with a 95 % interval."""
     keys = {row["key"] for row in _pairs(folder)}
     last = {vote["key"]: vote["choice"] for vote in _votes(folder) if vote["key"] in keys}
-    number = {side: list(last.values()).count(side) for side in ("tuned", "base", "tie")}
-    chose = number["tuned"] + number["base"]
-    result: dict[str, Any] = {
-        "votes": len(last),
-        "tuned": number["tuned"],
-        "base": number["base"],
-        "ties": number["tie"],
-    }
+    tuned, base, ties = (list(last.values()).count(side) for side in ("tuned", "base", "tie"))
+    result: dict[str, Any] = {"votes": len(last), "tuned": tuned, "base": base, "ties": ties}
+    chose = tuned + base
     if not chose:
         return {**result, "share": None, "low": None, "high": None, "words": "no decided votes yet"}
-    low, high = wilson(number["tuned"], chose)
+    low, high = wilson(tuned, chose)
     judged = "tuned is preferred" if low > 0.5 else "base is preferred" if high < 0.5 else "no clear preference"
-    share = number["tuned"] / chose
-    words = f"{judged}: tuned won {number['tuned']} of {chose} ({share:.0%}, 95 % interval {low:.0%} to {high:.0%})"
+    share = tuned / chose
+    words = f"{judged}: tuned won {tuned} of {chose} ({share:.0%}, 95 % interval {low:.0%} to {high:.0%})"
     return {**result, "share": share, "low": low, "high": high, "words": words}
 
 
@@ -161,11 +151,8 @@ def _votes(folder: RunFolder) -> Iterator[dict[str, Any]]:
             vote = json.loads(line)
         except ValueError:
             continue
-        if (
-            isinstance(vote, dict)
-            and vote.get("choice") in ("base", "tuned", "tie")
-            and isinstance(vote.get("key"), str)
-        ):
+        complete = isinstance(vote, dict) and isinstance(vote.get("key"), str)
+        if complete and vote.get("choice") in ("base", "tuned", "tie"):
             yield vote
 
 
@@ -179,10 +166,7 @@ def _append(file: Path, value: dict[str, Any]) -> None:
 
 
 def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Compare runs: settings that differ, scores, and each pair of runs on their common rows.
-
-    rows: rows of the table. recipes: values by field, by name of the run.
-    """
+    """Compare runs, given as rows of the table: settings that differ, scores, and each pair on its common rows."""
     names = [row["name"] for row in rows]
     fields = dict.fromkeys(field for name in names for field in recipes[name])
     settings = []
@@ -205,12 +189,12 @@ def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> d
 def _hits(folder: RunFolder) -> tuple[str, dict[str, bool]]:
     """Return the metric of the last evaluation, and whether tuned is right by row."""
     report = read_json(folder.report)
-    found = {}
-    for row in _rows(folder, report)[0]:
-        if isinstance(row.get("tuned_hit"), bool):
-            key = json.dumps([row.get(name) for name in ("prompt", "gold", "chosen", "rejected")])
-            found[key] = row["tuned_hit"]
-    return str((report.get("evaluation") or {}).get("metric") or ""), found
+    hits = {
+        json.dumps([row.get(name) for name in ("prompt", "gold", "chosen", "rejected")]): row["tuned_hit"]
+        for row in _rows(folder, report)[0]
+        if isinstance(row.get("tuned_hit"), bool)
+    }
+    return str((report.get("evaluation") or {}).get("metric") or ""), hits
 
 
 def _pair(a: str, b: str, hits: dict[str, tuple[str, dict[str, bool]]]) -> dict[str, Any]:

@@ -126,10 +126,8 @@ class Dashboard:
         places = history.axis(by, list(history.steps[start:]))
         rows = []
         for number, x in enumerate(places, start):
-            row: dict[str, Any] = {"step": history.steps[number], "x": float(x), "tokens": history.tokens[number]}
-            for name, column in history.columns.items():
-                row[name] = short(column[number])
-            rows.append(row)
+            values = {name: short(column[number]) for name, column in history.columns.items()}
+            rows.append({"step": history.steps[number], "x": float(x), "tokens": history.tokens[number], **values})
         return rows
 
     def look(self, name: str | None) -> dict[str, Any]:
@@ -193,7 +191,7 @@ class Dashboard:
 
     # --- actions ------------------------------------------------------------------------------------
 
-    def stop(self, name: str, *, force: bool) -> dict[str, Any]:
+    def stop(self, name: str, force: bool) -> dict[str, Any]:
         """Stop a run after its current step, with a checkpoint; with force, kill it at once."""
         row = self.row(name)
         if row["pid"] is None:

@@ -1,4 +1,4 @@
-"""Read files of a run safely: inside its folder, no links, bounded file_sizes.
+"""Read files of a run safely: inside its folder, no links, bounded sizes.
 
 A run folder may come from anyone, and a link in it could expose any file of this user.
 """

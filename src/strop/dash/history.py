@@ -62,7 +62,7 @@ class History:
         self.columns: dict[str, array[float]] = {}
         self.eval_steps, self.evals = array("l"), array("d")
         self.eval_seconds = array("d")
-        self.undone: list[tuple[int, float]] = []
+        self.undone: list[tuple[int, float]] = []  # step and loss, replaced by a resume or a rollback
         self.marks: list[dict[str, Any]] = []
         self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
         self.newest: dict[str, Event] = {}
@@ -319,10 +319,7 @@ def _within(x: Values, y: Values, start: float | None, end: float | None, points
 
 
 def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
-    """Return the indices of minimum and maximum in each of `parts` equal parts of the axis, and both ends.
-
-    x must be increasing. LTTB, the usual method, may drop a single spike; this cannot.
-    """
+    """Return the indices of both ends and of each part's extremes: LTTB may drop a spike. x: must be increasing."""
     edges = np.searchsorted(x, np.linspace(x[0], x[-1], parts + 1)[1:-1], side="left")
     chosen = {0, len(x) - 1}
     for low, high in zip([0, *edges.tolist()], [*edges.tolist(), len(x)], strict=True):
@@ -370,20 +367,10 @@ def _describe(kind: str, event: dict[str, Any]) -> str:
         parameters = event.get("parameters") or {}
         trained = f", {parameters['trainable']:,} trainable parameters" if _is_int(parameters.get("trainable")) else ""
         return f"starts at step {step} of {event.get('steps')} with the {event.get('engine')} step{trained}"
-    if kind == "resume":
-        return f"resumed from step {step} ({event.get('checkpoint')})"
-    if kind == "save":
-        return f"saved {event.get('checkpoint')}"
-    if kind == "skip":
-        return f"step {step} skipped: {why}{_rows(event)}"
-    if kind == "doubt":
-        return f"step {step} accepted but suspicious: {why}{_rows(event)}"
     if kind == "rollback":
         scale = event.get("rate_scale")
         slower = f"; learning rate times {scale:g}" if isinstance(scale, (int, float)) else ""
         return f"rolled back from step {step} to {event.get('to')}: {why}{slower}"
-    if kind == "override":
-        return f"{event.get('field')} changed from {event.get('was')} to {event.get('now')}"
     if kind == "stop":
         advice = [str(one) for one in event.get("advice") or []]
         text = "stopped by a signal, after saving" if why == "signal" else f"stopped: {why}"
@@ -392,20 +379,23 @@ def _describe(kind: str, event: dict[str, Any]) -> str:
         need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
         tried = "dry run of the largest micro-batch" if event.get("done") else "fits easily, dry run skipped"
         return f"{need:.2f} GiB predicted, {usable:.1f} usable: {tried}"
-    if kind == "shrink":
-        return f"out of memory at step {step}; now {event.get('to')}: {why}"
-    if kind == "end":
-        return f"finished at step {step}"
-    if kind == "note":
-        return str(event.get("text", ""))
+    places = [str(row) for row in event.get("rows") or []] if kind in ("skip", "doubt") else []
+    rows = f" (rows {', '.join(places[:4])}{', ...' if len(places) > 4 else ''})" if places else ""
+    texts = {
+        "resume": f"resumed from step {step} ({event.get('checkpoint')})",
+        "save": f"saved {event.get('checkpoint')}",
+        "skip": f"step {step} skipped: {why}{rows}",
+        "doubt": f"step {step} accepted but suspicious: {why}{rows}",
+        "override": f"{event.get('field')} changed from {event.get('was')} to {event.get('now')}",
+        "shrink": f"out of memory at step {step}; now {event.get('to')}: {why}",
+        "end": f"finished at step {step}",
+        "note": str(event.get("text", "")),
+    }
+    if kind in texts:
+        return texts[kind]
     rest = {key: value for key, value in event.items() if key not in ("event", "time", "step", "rows")}
     text = ", ".join(f"{key} {_format(value)}" for key, value in rest.items() if value is not None)
     return f"{kind}: {text}" if text else kind
-
-
-def _rows(event: dict[str, Any]) -> str:
-    rows = [str(row) for row in event.get("rows") or []]
-    return f" (rows {', '.join(rows[:4])}{', ...' if len(rows) > 4 else ''})" if rows else ""
 
 
 def _format(value: Any) -> str:

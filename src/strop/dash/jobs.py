@@ -1,7 +1,4 @@
-"""Run CLI commands as child processes, each in its own session, with a folder for its state and output.
-
-Jobs outlive the page and the server. Their state is read from their folders and processes.
-"""
+"""Run CLI commands as child processes that outlive the server, each with a folder for its state and output."""
 
 from __future__ import annotations
 
@@ -276,11 +273,8 @@ class ChatServer:
             return result
         about = self._jobs.about(last["id"])
         ready = about["result"] if about["error"] is None else None
-        result |= {
-            "job": last["id"],
-            "names": split_names(str(about["run"] or "")),
-            "log": self._jobs.log(last["id"])[0][-4000:],
-        }
+        names, log = split_names(str(about["run"] or "")), self._jobs.log(last["id"])[0][-4000:]
+        result |= {"job": last["id"], "names": names, "log": log}
         if about["state"] == "running":
             about_models = {"models": ready["models"], "context": ready.get("context")} if ready else {}
             return {**result, "state": "ready" if ready else "starting", **about_models}

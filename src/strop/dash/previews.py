@@ -1,7 +1,4 @@
-"""Previews for the form of a new run: its plan, and its rows as tokens.
-
-Runs in a worker process of the server. It imports tokenizers, but not torch.
-"""
+"""Plan and rows for the form of a new run, in a worker process of the server. Imports tokenizers, but not torch."""
 
 from __future__ import annotations
 
@@ -52,10 +49,7 @@ class Planner:
     def plan(
         self, options: dict[str, Any], memory: str | None, gpu: str | None, out: str | None, thorough: bool
     ) -> dict[str, Any]:
-        """Return `strop plan --json` for these options, with the origin of each value and the train command.
-
-        Raises InputError.
-        """
+        """Return `strop plan --json` for these options, with the origin of each value and the train command."""
         started = time.perf_counter()
         words = [word for field, value in options.items() for word in option(field, value)]
         given = typed_options(options)
@@ -210,10 +204,7 @@ class DataReader:
     def rows(
         self, options: dict[str, Any], part: str, order: str, offset: int, count: int, ids: bool
     ) -> dict[str, Any]:  # fmt: skip
-        """Return the data report and a page of rows. Raises InputError for unreadable data.
-
-        order: file (original order), long or short first.
-        """
+        """Return the data report and a page of rows. order: file (original order), long or short first."""
         recipe = resolve(None, {"model.name": "demo", **typed_options(options)}).recipe
         prepared, recipe, about = self._prepared(recipe)
         examples = prepared.train if part == "train" else prepared.eval
@@ -317,10 +308,7 @@ def _repeats(conversations: Conversations) -> list[dict[str, Any]]:
 
 
 def _sharing(examples: Examples, batch: int, *, pairs: bool) -> dict[str, Any]:
-    """Return the shared prefix: of all rows (computed once per batch), or of the two answers of each pair.
-
-    prefix_saves: lower bound of the share of tokens saved; rows within a batch may share more.
-    """
+    """Return the prefix that all rows, or both rows of each pair, share, and a lower bound of the tokens it saves."""
     facts = [examples[number] for number in range(min(len(examples), 2000))]
     total = sum(map(len, facts))
     if len(facts) < 2 or not total:

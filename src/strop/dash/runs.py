@@ -205,11 +205,8 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _end(file: Path, size: int, *, live: bool) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """Return the last step, the last evaluation and the last events (more for a live run, to see its pace).
-
-    After a fresh resume, earlier events are searched too.
-    """
-    for reach in (END_BYTES, 64 * END_BYTES):
+    """Return the last step, the last evaluation and the last events (more for a live run, to see its pace)."""
+    for reach in (END_BYTES, 64 * END_BYTES):  # after a fresh resume, steps are further back
         start = max(0, size - reach)
         lines = read_bytes(file, start, reach).split(b"\n")[1 if start else 0 : -1]
         steps, evaluated = ([line for line in lines if line.startswith(kind)][-1:] for kind in (_OF_STEP, _OF_EVAL))
@@ -362,10 +359,7 @@ class CpuUsage:
 def run_status(
     events: list[dict[str, Any]], report: dict[str, Any], holder: int | None, heartbeat: float, watch: CpuUsage
 ) -> RunStatus:
-    """Return the state of a run.
-
-    events: the last events. holder: id of the live process that owns the folder. heartbeat: Unix time in seconds.
-    """
+    """Return the state of a run. holder: id of the process that owns the folder. heartbeat: Unix time in seconds."""
     if holder is not None:
         return _live_status(events, holder, heartbeat, watch)
     if report.get("exit") == 0 and report.get("ended") != "time":

@@ -1,7 +1,4 @@
-"""Worker processes of the server that plan or read data, with one JSON object per line in and out.
-
-The server imports neither tokenizers nor the planner, so that it starts quickly and stays small.
-"""
+"""Worker processes that plan or read data for the server, which stays small; one JSON object per line in and out."""
 
 from __future__ import annotations
 
@@ -22,10 +19,12 @@ LONGEST_LINE = 256 << 20
 
 
 def main() -> None:
-    """Serve the methods of `plan` or `data`, as given on the command line."""
+    """Serve plans and rows until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # keep output printed by libraries out of the protocol
-    methods = _methods(sys.argv[1])
+    from strop.dash.previews import DataReader, Planner, schema  # which the server, importing this module, must not
+
+    methods: dict[str, Callable[..., Any]] = {"plan": Planner().plan, "schema": schema, "rows": DataReader().rows}
     for line in sys.stdin:
         request = json.loads(line)
         result: dict[str, Any]
@@ -39,16 +38,6 @@ def main() -> None:
         text = json.dumps(result, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
         answers.write(text + "\n")
         answers.flush()
-
-
-def _methods(kind: str) -> dict[str, Callable[..., Any]]:
-    if kind == "data":
-        from strop.dash.previews import DataReader
-
-        return {"rows": DataReader().rows}
-    from strop.dash.previews import Planner, schema
-
-    return {"plan": Planner().plan, "schema": schema}
 
 
 class Worker:
@@ -85,13 +74,15 @@ class Worker:
             self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.end)
         result = json.loads(answer)
         if "error" in result:
-            raise _error(result)
+            error = result["error"]
+            kind: type[StropError] = InputError if result["exit"] == InputError.exit_code else RunError
+            raise kind(error["message"], fix=error["fix"], where=[Where(**place) for place in error["where"]])
         return result["result"]
 
     async def _start(self) -> asyncio.subprocess.Process:
         own = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "strop.dash.worker", self._kind, stdin=asyncio.subprocess.PIPE,
+            sys.executable, "-m", "strop.dash.worker", stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE, limit=LONGEST_LINE, env={**own, **safe_path_env()},
         )  # fmt: skip
 
@@ -100,12 +91,6 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         self._process = None
-
-
-def _error(result: dict[str, Any]) -> StropError:
-    error = result["error"]
-    kind: type[StropError] = InputError if result["exit"] == InputError.exit_code else RunError
-    return kind(error["message"], fix=error["fix"], where=[Where(**place) for place in error["where"]])
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def find_row_warnings(
     if lost := sorted(set().union(*map(renderer.lost_characters, texts))):
         codes = ", ".join(f"U+{ord(character):04X}" for character in lost[:3])
         yield "characters that the tokenizer drops or changes", f": {codes}"
-    if any(renderer.control.is_in(text) for text in texts):
+    if any(renderer.control.occurs_in(text) for text in texts):
         yield "control tokens in the text, encoded as plain text", ""
     if not isinstance(rendered, RenderError) and any(example.encoded_separately for example in rendered):
         yield "answers that share a token with the end of the prompt; they are encoded separately, as at inference", ""

@@ -1,4 +1,4 @@
-"""Convert a row to conversations: one function for each shape of rows. Each raises InvalidRow."""
+"""Convert a row to conversations, with one function for each row format. Each raises InvalidRow."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from strop.data.types import Message, Role
 from strop.errors import nearest
 
 Value = Mapping[str, Any]
-Keys = tuple[str, ...]  # the columns that give a row its shape
+Keys = tuple[str, ...]  # the columns that determine a row's format
 
-# Every role name, as LLaMA-Factory, ShareGPT, OpenAI, OpenAssistant and Llama write them. Others are refused.
+# Role names of LLaMA-Factory, ShareGPT, OpenAI, OpenAssistant and Llama. Others are an error.
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
-# Columns without content, which can be left out without losing anything.
+# Columns that are ignored, because they have no content to train on.
 METADATA = frozenset(
     {
         *("id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name"),
@@ -313,7 +313,7 @@ def prompt_alone(value: Value, keys: Keys) -> list[ParsedRow]:
 
 
 def is_prompt_alone(value: Value, keys: Keys) -> bool:
-    """Return whether a row has no answer on purpose; a null column may be a missing answer."""
+    """Return whether a row has no null column, which may be a missing answer."""
     return all(item is not None for item in value.values())
 
 
@@ -345,14 +345,14 @@ def type_name(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-# --- answers that are compared or judged ---------------------------------------------------------------------------
+# --- preference pairs and labelled answers --------------------------------------------------------------------------
 
-# Values of a label, case-insensitive. Numbers count only in a column that can have no other meaning.
+# Values of a label, case-insensitive. A format is not detected by a number in `label`.
 GOOD = frozenset({"true", "up", "thumbs_up", "good", "desirable", "chosen", "\N{THUMBS UP SIGN}", "+1"})
 BAD = frozenset({"false", "down", "thumbs_down", "bad", "undesirable", "rejected", "\N{THUMBS DOWN SIGN}", "-1"})
 RANKED: tuple[Keys, ...] = tuple(product(("prompt", "question"), ("answers", "responses", "completions"), ("scores",)))
 LABELS = ("label", "kto_tag", "thumbs")
-_CONTEXT_KEYS = ("messages", "conversation")  # the prompt only if the answers do not include it
+_CONTEXT_KEYS = ("messages", "conversation")  # used as the prompt only if the answers do not include it
 _PROMPT_KEYS = ("conversations", "prompt", "question", "instruction", *_CONTEXT_KEYS)
 _LABELLED_CONVERTERS: dict[Keys, Any] = {
     ("messages",): messages,
@@ -367,7 +367,7 @@ LABELLED: tuple[Keys, ...] = tuple((*keys, label) for keys in _LABELLED_CONVERTE
 
 
 def preference(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert a chosen and a rejected answer to a prompt, or two whole conversations with a shared beginning."""
+    """Convert a chosen and a rejected answer to a prompt, or two whole conversations with a shared prefix."""
     chosen_key, rejected_key = keys
     if rejected_key == "rejected_response":  # next to messages whose last turn is the chosen answer
         turns = _column_turns(value, chosen_key, "assistant")
@@ -378,10 +378,10 @@ def preference(value: Value, keys: Keys) -> list[ParsedRow]:
 
 
 def ranking(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert scored answers to one prompt: a pair of each two answers whose scores differ."""
+    """Convert scored answers to one prompt, with a pair for any two answers with different scores."""
     prompt, answers, scores = (value[key] for key in keys)
     if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
-        raise InvalidRow("bad-ranking", f"{keys[1]} and {keys[2]} are not two lists of one length")
+        raise InvalidRow("bad-ranking", f"{keys[1]} and {keys[2]} are not two lists of the same length")
     if not all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores):
         raise InvalidRow("bad-ranking", f"{keys[2]} has an item that is not a number")
     prompt = _preference_prompt(value, prompt)
@@ -393,7 +393,7 @@ def ranking(value: Value, keys: Keys) -> list[ParsedRow]:
 
 
 def labelled(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert an answer with a label. Only the last turn was judged; earlier answers are context."""
+    """Convert an answer with a label. The label is for the last turn only; earlier answers are context."""
     *columns, label = keys
     desirable = _parse_label(value[label], numbers=True)
     if desirable is None:
@@ -402,7 +402,7 @@ def labelled(value: Value, keys: Keys) -> list[ParsedRow]:
     rows = []
     for parsed in _LABELLED_CONVERTERS[tuple(columns)](value, tuple(columns)):
         if parsed.messages[-1].role != "assistant":
-            raise InvalidRow("no-assistant", "the last message, which the label judges, is not the assistant's")
+            raise InvalidRow("no-assistant", "the last message, to which the label belongs, is not the assistant's")
         answer = _check_weights([parsed.messages[-1]])
         turns = (*_as_context([*parsed.messages[:-1]]), *answer)
         rows.append(replace(parsed, messages=turns, desirable=desirable))
@@ -410,7 +410,7 @@ def labelled(value: Value, keys: Keys) -> list[ParsedRow]:
 
 
 def is_labelled(value: Value, keys: Keys) -> bool:
-    """Return whether the label of a row can only be a judgement; a number in `label` may be a class."""
+    """Return whether a row's label means good or bad; a number in `label` may be a class instead."""
     return value[keys[-1]] is not None and _parse_label(value[keys[-1]], numbers=keys[-1] != "label") is not None
 
 
@@ -438,7 +438,7 @@ def _preference_prompt(value: Value, answer: Any) -> list[Message]:
 
 
 def _is_whole_conversation(answer: Any) -> bool:
-    """Return whether an answer includes its prompt; `messages` next to it then often repeats one side."""
+    """Return whether an answer includes its prompt; `messages` is then often a copy of one of the answers."""
     first = answer[0] if isinstance(answer, list) and answer else answer
     role = first.get("role", first.get("from")) if isinstance(first, dict) else "assistant"
     return role in ("system", "user", "human")
@@ -464,18 +464,18 @@ def _pair(chosen: list[Message], rejected: list[Message], value: Value) -> Parse
         raise InvalidRow("same-answers", "chosen and rejected are the same")
     pairs = enumerate(zip(chosen, rejected, strict=False))
     num_shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    sides = [_answered_prompt(side, num_shared, value) for side in (chosen, rejected)]
+    sides = [_answer_turns(side, num_shared, value) for side in (chosen, rejected)]
     return replace(sides[0], rejected=sides[1].messages)
 
 
-def _answered_prompt(side: Sequence[Message], num_prompt: int, value: Value) -> ParsedRow:
+def _answer_turns(side: Sequence[Message], num_prompt: int, value: Value) -> ParsedRow:
     if len(side) == num_prompt or side[num_prompt].role != "assistant":
         raise InvalidRow("prompts-differ", "chosen and rejected do not answer the same prompt")
     return parsed_row([*_as_context([*side[:num_prompt]]), *_check_weights(side[num_prompt:])], value)
 
 
 def _check_weights(answer: Sequence[Message]) -> Sequence[Message]:
-    """Refuse other weights than 0 and 1: they would scale the log-probability, and so change the loss."""
+    """Raise InvalidRow for weights other than 0 and 1, which would scale the log-probability in the loss."""
     for turn in answer:
         if turn.role == "assistant" and turn.weight not in (0.0, 1.0):
             what = f"a message of the answer has the weight {turn.weight:g}; here it must be 1 or 0"

@@ -23,16 +23,16 @@ from strop.errors import DataError, Where, nearest
 
 @dataclass(frozen=True)
 class Format:
-    """A shape of rows."""
+    """A row format: its columns and their conversion."""
 
     name: str  # value of data.format
-    keys: tuple[Keys, ...]  # alternatives; a row has all columns of one of them
-    optional: Keys  # further columns that `convert` reads
+    keys: tuple[Keys, ...]  # alternative sets of required columns; a row has all columns of one set
+    optional: Keys  # other columns that `convert` reads
     convert: Callable[[Value, Keys], list[ParsedRow]]
     what: str  # description for the documentation
     example: dict[str, Any]  # a row, for the documentation and a test
-    exact: bool = False  # other columns that may have content make the format unclear (`text` next to `summary`)
-    fits: Callable[[Value, Keys], bool] | None = None  # if column names alone do not decide
+    exact: bool = False  # do not detect the format next to other columns that may have content (`text` with `summary`)
+    fits: Callable[[Value, Keys], bool] | None = None  # further condition on the values, if column names are not enough
 
     def matching_keys(self, columns: Iterable[str]) -> Keys | None:
         """Return the first of `keys` whose columns are all in `columns`."""
@@ -59,7 +59,7 @@ FORMATS: dict[str, Format] = {
             ),
             converters.preference,
             "pairs of a chosen and a rejected answer, as strings, messages, or whole conversations with a shared "
-            "beginning: [preferences.md](preferences.md)",
+            "prefix: [preferences.md](preferences.md)",
             {"prompt": "hi", "chosen": "yo", "rejected": "no"},
         ),
         Format(
@@ -67,7 +67,7 @@ FORMATS: dict[str, Format] = {
             converters.RANKED,
             ("system", "tools"),
             converters.ranking,
-            "answers to one prompt, each with a score; each two answers whose scores differ make a pair",
+            "answers to one prompt, each with a score; any two answers with different scores make a pair",
             {"prompt": "hi", "answers": ["yo", "no"], "scores": [1, 0]},
         ),
         Format(
@@ -158,7 +158,7 @@ FORMATS: dict[str, Format] = {
 IMAGE_PLACEHOLDER = "<image>"
 PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
 
-# Not content next to two columns, but next to `text` they may be the answer (banking77: text, category).
+# Metadata in formats of two columns, but next to `text` they may be the answer (banking77: text, category).
 _TOPICS = frozenset({"category", "subject", "topic", "domain", "difficulty", "level", "type", "task", "tags", "tag"})
 
 
@@ -177,7 +177,7 @@ def _present_columns(value: Value) -> list[str]:
 
 
 def _ambiguous_columns(value: Value, entry: Format) -> list[str]:
-    """Return the columns that may have content and that the format would leave out."""
+    """Return the columns that the format does not read although they may have content."""
     used = {*(entry.matching_keys(value) or ()), *entry.optional} | METADATA
     used |= _TOPICS if entry.name != "text" else set()
     columns = [key for key, item in value.items() if isinstance(item, bool | str | list | dict) and item != ""]
@@ -187,8 +187,8 @@ def _ambiguous_columns(value: Value, entry: Format) -> list[str]:
 class ConversationReader(Iterator[Conversation]):
     """An iterator over the conversations of rows, in order. A self-instruct or ranking row may give several.
 
-    format: name of a format, or `auto`. columns: names of a format's columns -> names in the file; no other column is
-    then read. bad: receives the errors of rows. answerless: treat conversations without an answer as prompts.
+    format: name of a format, or `auto`. columns: names of a format's columns -> names in the file; other columns are
+    then ignored. bad: receives the errors of rows. answerless: treat conversations without an answer as prompts.
 
     Raises DataError for an unknown format or column name, two formats in one file, or a file without a row of known
     format.
@@ -200,7 +200,7 @@ class ConversationReader(Iterator[Conversation]):
     ) -> None:  # fmt: skip
         self.formats: dict[str, str] = {}  # by file
         self.unused: Counter[str] = Counter()  # for each column that is not read, the number of rows with it
-        self.num_rows = self.num_used = 0  # rows read, and rows that gave conversations; the others are in `bad`
+        self.num_rows = self.num_used = 0  # rows read, and rows that were converted; the others are in `bad`
         self._bad = bad
         self._answerless = answerless
         self._columns = columns or {}
@@ -225,9 +225,9 @@ class ConversationReader(Iterator[Conversation]):
                 self.num_used += 1
                 for parsed in parsed_rows:
                     yield Conversation(row.file, row.line, **vars(parsed))
-            if (unknown := self._first_unknown) and not self._first_known:  # no row has a format: an error of the file
-                what = f"no format has the columns {_listed(unknown.value)}"
-                raise file_error(unknown.file, what, _hint(unknown.value), unknown.line)
+            if (unknown := self._first_unknown) and not self._first_known:  # no row of the file has a known format
+                what = f"no format has the columns {_list_columns(unknown.value)}"
+                raise file_error(unknown.file, what, _suggest_options(unknown.value), unknown.line)
 
     def _convert(self, row: Row) -> list[ParsedRow]:
         value = self._renamed(row.value)
@@ -236,7 +236,9 @@ class ConversationReader(Iterator[Conversation]):
         keys = entry.matching_keys(_present_columns(value)) or entry.matching_keys(value)
         if keys is None:
             needed = " or ".join("+".join(keys) for keys in entry.keys)
-            raise InvalidRow("missing-column", f"format {entry.name} needs {needed}; the row has {_listed(row.value)}")
+            raise InvalidRow(
+                "missing-column", f"format {entry.name} needs {needed}; the row has {_list_columns(row.value)}"
+            )
         self.unused.update(set(value) - {*keys, *entry.optional})
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
@@ -266,12 +268,13 @@ class ConversationReader(Iterator[Conversation]):
         if self._first_known is None:
             if detected is None:
                 self._first_unknown = self._first_unknown or row
-                raise InvalidRow("unknown-shape", f"no format has the columns {_listed(row.value)}")
+                raise InvalidRow("unknown-shape", f"no format has the columns {_list_columns(row.value)}")
             self._first_known = row
             return FORMATS[detected]
         expected = FORMATS[self.formats[row.file]]
-        if detected is None and not expected.matching_keys(row.value):  # with null columns it is an invalid row of it
-            what = f"not {expected.name}, nor another format: columns {_listed(row.value)}"
+        # A row that has the columns, but with null values, is an invalid row of the format.
+        if detected is None and not expected.matching_keys(row.value):
+            what = f"not {expected.name}, nor another format: columns {_list_columns(row.value)}"
             raise InvalidRow("unknown-shape", what)
         if detected not in (None, expected.name):
             places = [(self._first_known.line, expected.name), (row.line, detected)]
@@ -295,21 +298,21 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
     known = {key for entry in FORMATS.values() for keys in (*entry.keys, entry.optional) for key in keys}
     for key in columns:
         if key not in known:
-            fix = f"left of = is the column of a format: {', '.join(sorted(known))}"
+            fix = f"use a column of a format before the =: {', '.join(sorted(known))}"
             raise DataError(f"--data.columns {key}={columns[key]}: no format has {key}{nearest(key, known)}", fix=fix)
     for entry in [named] if named else FORMATS.values():
         if entry.matching_keys(columns):
             return entry
     what = f"--data.columns names {', '.join(columns)}: no format has these columns"
-    raise DataError(what, fix="name two, as prompt=A,completion=B")
+    raise DataError(what, fix="give two columns, for example prompt=A,completion=B")
 
 
-def _listed(value: Value) -> str:
+def _list_columns(value: Value) -> str:
     names = [key[:40] + (" (null)" if item is None else "") for key, item in list(value.items())[:12]]
     return (", ".join(names) or "(none)") + (", ..." if len(value) > 12 else "")
 
 
-def _hint(value: Value) -> str:
+def _suggest_options(value: Value) -> str:
     """Return the options with which a row without a format can be read."""
     present = _present_columns(value)
     options = [

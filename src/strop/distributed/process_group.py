@@ -31,8 +31,8 @@ R = TypeVar("R")
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 PREPARE_TIMEOUT = timedelta(days=1)  # rank 0 may read rows for hours
-STORE_TIMEOUT_S = 5.0  # for the store, on rank 0's host, to answer which ranks are alive
-GRACE_S = 2.0  # after a rank was not heard from, for those that waited to register
+STORE_TIMEOUT_S = 5.0  # for a reply of the store on rank 0's host
+GRACE_S = 2.0  # after a failed collective, for the remaining ranks to register in the store
 MAX_FLAGS = 3
 OK, NO_MEMORY, FAILED = 0, 1, 2
 SHARED = "known_to_all_ranks"  # attribute of an error that has been exchanged
@@ -44,14 +44,14 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 class Group(Devices):
-    """The connected ranks of a run. Raises RunError if they do not meet at MASTER_ADDR."""
+    """The connected ranks of a run. Raises RunError if they cannot connect at MASTER_ADDR."""
 
     def __init__(self, place: Place) -> None:
         self.rank, self.world_size = place.rank, place.world_size
         self.local_rank, self.local_world_size = place.local_rank, place.local_world_size
         self.communication_s = self.waiting_s = 0.0
-        self._failed = False  # all ranks know of a failure: nothing more is exchanged
-        self._silent = False  # another rank reports it
+        self._failed = False  # all ranks know of a failure; no more collectives are run
+        self._silent = False  # another rank reports the failure
         self._exit_code = 1
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._timeout_s = PREPARE_TIMEOUT.total_seconds()
@@ -121,15 +121,15 @@ class Group(Devices):
         if self.base is None:
             return super().run_passes(share, compute, backward=backward)
         own, results, failure = share(self.rank), list[R](), None
-        for turn in range(max(len(share(rank)) for rank in range(self.world_size))):
+        for index in range(max(len(share(rank)) for rank in range(self.world_size))):
             self.base.begin(backward=backward)
             try:
-                if failure is None and turn < len(own):
-                    results.append(compute(own[turn]))
+                if failure is None and index < len(own):
+                    results.append(compute(own[index]))
             except BaseException as error:
                 if self._failed:
                     raise
-                failure = error  # the others are in the middle of the pass and need this rank's shards
+                failure = error  # the other ranks have not finished the pass and need this rank's shards
                 traceback.clear_frames(error.__traceback__)
             self.base.end()
         if failure is not None:
@@ -165,7 +165,7 @@ class Group(Devices):
         different = (table != table.mode(dim=0).values).nonzero().tolist()
         if different:
             what = "the ranks' weights or optimizer states differ: "
-            if self.world_size == 2:  # there is no majority to tell which one is wrong
+            if self.world_size == 2:  # without a majority, either could be wrong
                 what += f"{list(named)[different[0][1]]} differs between rank 0 and rank 1"
             else:
                 places = [f"{list(named)[column]} of rank {rank}" for rank, column in different]
@@ -202,8 +202,8 @@ class Group(Devices):
     ) -> Tensor:
         """Exchange each rank's status and flags, and return them: (world_size, 1 + MAX_FLAGS) uint8.
 
-        final: this rank will not try again with less memory. Raises the error that this rank raises because of
-        another's status.
+        final: an out-of-memory error is a failure, because this rank will not retry. Raises PeerFailed or MemoryError
+        if another rank failed.
         """
         if self._failed:
             return torch.zeros(self.world_size, 1 + MAX_FLAGS, dtype=torch.uint8)
@@ -242,7 +242,7 @@ class Group(Devices):
 
     @contextmanager
     def _communicating(self) -> Iterator[None]:
-        """Count the time, and name the missing ranks if one has ended or does not answer."""
+        """Measure the time of a collective; if it fails, raise an error that names the missing ranks."""
         if self._parent is not None and os.getppid() != self._parent:
             self._failed = True
             raise RunError("torchrun, which started this process, has ended", fix=RESUME)
@@ -255,28 +255,30 @@ class Group(Devices):
         self.communication_s += time.perf_counter() - started
 
     def _missing_rank_error(self, error: RuntimeError, waited: float) -> StropError:
-        """Find the ranks that are missing: all that were waiting register in the store; the others are missing."""
+        """Return an error that names the missing ranks: those that do not register in the store."""
         missing: list[int] = []
 
-        def ask() -> None:
+        def register() -> None:
             with suppress(RuntimeError):
                 self._waiting_store.set(f"waiting-{self.rank}", str(waited))
                 time.sleep(GRACE_S)
                 ranks = range(self.world_size)
                 missing.extend(rank for rank in ranks if not self._waiting_store.check([f"waiting-{rank}"]))
 
-        thread = threading.Thread(target=ask, daemon=True)  # if rank 0's host is unreachable, the store takes minutes
+        thread = threading.Thread(
+            target=register, daemon=True
+        )  # if rank 0's host is unreachable, the store takes minutes
         thread.start()
         thread.join(GRACE_S + STORE_TIMEOUT_S)
         if thread.is_alive():
             missing = [0]
         timed_out = waited > 0.9 * self._timeout_s
-        several = len(missing) > 1
-        names = f"rank{'s' * several} {', '.join(map(str, missing)) or '0'} {'have' if several else 'has'}"
+        plural = len(missing) > 1
+        names = f"rank{'s' * plural} {', '.join(map(str, missing)) or '0'} {'have' if plural else 'has'}"
         what = f"{names} not answered for {waited:.0f} s (train.timeout)" if timed_out else f"{names} ended"
         reporter = min(set(range(self.world_size)) - set(missing), default=self.rank)
         own_agent = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(AGENT_PREFIX)
-        if self.rank != reporter or (not timed_out and own_agent):  # strop's agent reports how a process ended
+        if self.rank != reporter or (not timed_out and own_agent):  # strop's torchrun agent reports how a process ended
             return PeerFailed(1)
         fix = "find out what that process was doing, then continue with `strop resume`"
         return RunError(f"{what}: {_first_line(error)}", fix=fix)
@@ -308,22 +310,22 @@ def _mark_shared(error: BaseException) -> BaseException:
 def _fresh_store(store: Store, rank: int, world_size: int) -> Store:
     """Return a prefix of the store that only the present ranks write to.
 
-    torchrun keeps one store over restarts, with addresses of processes that have ended. Each rank therefore shows rank
-    0 a random number, and receives the name of the prefix under that number.
+    torchrun keeps one store over restarts, with addresses of processes that have ended. Each rank therefore sends a
+    random number to rank 0, which replies with the name of the prefix under that number.
     """
     name = number = uuid.uuid4().hex
     if rank:
         store.set(f"strop-rank-{rank}", number)
         store.wait([f"strop-name-{number}"], RENDEZVOUS_TIMEOUT)
         name = store.get(f"strop-name-{number}").decode()
-        store.set(f"strop-met-{name}-{rank}", "yes")
+        store.set(f"strop-joined-{name}-{rank}", "yes")
     missing = set(range(1, world_size)) if rank == 0 else set()
     deadline = time.monotonic() + RENDEZVOUS_TIMEOUT.total_seconds()
     while missing:
         for peer in sorted(missing):
             if store.check([f"strop-rank-{peer}"]):
                 store.set(f"strop-name-{store.get(f'strop-rank-{peer}').decode()}", name)
-            if store.check([f"strop-met-{name}-{peer}"]):
+            if store.check([f"strop-joined-{name}-{peer}"]):
                 missing.discard(peer)
         if time.monotonic() > deadline:
             raise RuntimeError(f"ranks {', '.join(map(str, sorted(missing)))} did not connect")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.train.peft_modules import base_of, current_module, embed, unwrapped
+from strop.engine.train.peft_modules import base_module, current_module, embed, unwrap
 from strop.models.families.layers import activation_name, find_rotary, linears, mixer_module, moe_module, text_decoder
 from strop.models.families.table import FAMILIES, Family
 
@@ -91,7 +91,7 @@ class DecoderLayers:
         self.decoder, self.config = text_decoder(base)
         self.family: Family = FAMILIES[self.config.model_type]
         self.output = base.get_output_embeddings()
-        self.head = base_of(self.output)
+        self.head = base_module(self.output)
         self.embedding = self.decoder.get_input_embeddings()
         self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0)
         family = self.family
@@ -192,7 +192,7 @@ class DecoderLayers:
 
     def _key_value_heads(self, attention: Any, size: int) -> int:
         if self.family.per_layer_inputs:  # the number differs between layers
-            return int(base_of(attention.k_proj).out_features // size)
+            return int(base_module(attention.k_proj).out_features // size)
         count = None if self.family.fused_heads else getattr(self.config, "num_key_value_heads", None)
         return int(count or self.config.num_attention_heads)
 
@@ -209,7 +209,7 @@ class DecoderLayers:
         return None if module is None else self._norm(module, width)
 
     def _norm(self, module: Any, width: int) -> NormSpec:
-        base = unwrapped(module)
+        base = unwrap(module)
         eps = float(base.variance_epsilon if hasattr(base, "variance_epsilon") else base.eps)
         weight = getattr(base, "weight", None)
         weight = self.head.weight.new_ones(width) if weight is None else weight.data

@@ -21,11 +21,11 @@ class Step(Protocol):
 
     @property
     def name(self) -> str:
-        """fast or plain."""
+        """The name of the step, `fast` or `plain`."""
 
     @property
     def why(self) -> str:
-        """plain: why not fast. fast: the parts that the model's own modules compute."""
+        """The reason for the plain step, or the parts of the fast step that run the model's own modules."""
 
     @property
     def masks(self) -> Masks:
@@ -33,19 +33,19 @@ class Step(Protocol):
 
     @property
     def packed(self) -> bool:
-        """Whether the step computes no padding, so that a micro-batch may mix rows of any lengths."""
+        """True if the step packs rows without padding, so that a micro-batch may mix rows of any lengths."""
 
     @property
     def prefix_sharing(self) -> bool:
-        """Whether a prefix that rows share is computed once."""
+        """True if a prefix that rows share is computed once."""
 
     @property
     def why_no_triton(self) -> str:
-        """Why a GPU runs PyTorch's operations instead of strop's kernels; empty if it does not."""
+        """The reason why a GPU runs PyTorch's operations instead of strop's kernels; empty if it runs the kernels."""
 
     @property
     def can_offload(self) -> bool:
-        """Whether `offload` is supported."""
+        """True if `offload` is supported."""
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
         """Return the sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
@@ -60,7 +60,7 @@ class Step(Protocol):
         """Return the normalized hidden state of the last token of each example (N, h), differentiable."""
 
     def checkpoint(self, layers: int | None = None) -> None:
-        """Save only the input of the first `layers` layers (None: all), and recompute these in the backward.
+        """Save only the input of the first `layers` layers (None: all), and recompute these layers in the backward.
 
         The plain step can only do this for all layers.
         """
@@ -69,7 +69,7 @@ class Step(Protocol):
         """Recompute all layers in the backward and keep their inputs in the host's memory."""
 
     def replace_weights(self, replace: Callable[[], None]) -> None:
-        """Drop the frozen weights, call `replace`, which replaces them in the model, and use the new ones."""
+        """Release the frozen weights, call `replace`, which replaces them in the model, and use the new weights."""
 
     def release_buffers(self) -> None:
         """Free the memory kept between micro-batches. It is allocated again when needed."""

@@ -33,12 +33,10 @@ LOG = logging.getLogger(__name__)
 
 LOSS_TOKENS = 2048  # per micro-batch
 FIGURES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # scores besides the metric's
-Advance = Callable[[str, int, int], None]
-"""Progress callback (what, done, total)."""
+Advance = Callable[[str, int, int], None]  # progress callback (what, done, total)
+# Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar.
 TokenLoss = Callable[[Sequence[Example]], Tensor]
-"""Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar."""
-Cut = Callable[[Sequence[Example]], list[list[int]]]
-"""Examples -> micro-batches, as lists of indices."""
+Cut = Callable[[Sequence[Example]], list[list[int]]]  # examples -> micro-batches, as lists of indices
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,9 @@ def make_questions(conversations: Sequence[Conversation], renderer: Renderer | N
 
 def left_out(conversations: Sequence[Conversation]) -> list[Where]:
     """Return the rows without a right answer, and why. They count in neither score nor loss."""
-    places = []
-    for row in conversations:
-        if row.answer is None:
-            places.append(Where(row.file, row.line, "does not end with an answer"))
-        elif not row.messages[-1].weight:
-            places.append(Where(row.file, row.line, "its answer has weight 0"))
-    return places
-
-
-def rows_with_calls(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Return the rows whose right answers have tool calls, whose text depends on the chat template."""
-    return [row for row in conversations if row.answer is not None and row.messages[-1].tool_calls]
+    reasons = {True: "does not end with an answer", False: "its answer has weight 0"}
+    rows = (row for row in conversations if row.answer is None or not row.messages[-1].weight)
+    return [Where(row.file, row.line, reasons[row.answer is None]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -96,16 +85,11 @@ def compare(
     base: Side | None = None,
     devices: Devices = ALONE,
 ) -> dict[str, Any]:
-    """Score base and tuned model in one batch, with 95 % intervals.
-
-    base: earlier results of the same base on the same rows, which are not computed again. Ctrl-C keeps the rows that
-    are answered, and `interrupted` reports it.
-
-    Returns {rows, left_out, metric, base, tuned, intervals, difference, changed, samples}. `base` and `tuned`: {the
-    metric's scores, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; the last three are absent for the
-    metric `choice`, which generates nothing. `left_out`: {file, line, what} of each row without a right answer.
-    `tuned`, `difference` and `changed` (rows that only one gets right) are absent for a model without an adapter.
-    """
+    """Score base and tuned model in one batch, with 95 % intervals. Ctrl-C keeps the answered rows (`interrupted`)."""
+    # base: earlier results of the same base on the same rows. Returns {rows, left_out, metric, base, tuned, intervals,
+    # difference, changed, samples}; `base` and `tuned`: {the metric's scores, loss, perplexity, and for metrics other
+    # than `choice` stop_rate, tokens_per_answer, tokens_per_s}. `left_out`: {file, line, what} of each row without a
+    # right answer. `tuned`, `difference` and `changed` (rows that only one gets right) need an adapter.
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
@@ -127,9 +111,8 @@ def compare(
                 "tokens_per_answer": sum(answer.tokens for answer in answers) / len(questions),
                 "tokens_per_s": rate,
             }  # fmt: skip
-        judged = score(
-            metric, [question.gold for question in questions], judged_texts(model.renderer, questions, texts)
-        )
+        golds = [question.gold for question in questions]
+        judged = score(metric, golds, judged_texts(model.renderer, questions, texts))
         losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         return Side({**judged.rates, **losses, **figures}, [*judged.hits], texts)
 
@@ -173,20 +156,16 @@ def side_of(result: dict[str, Any], name: str) -> Side:
 def _loss(
     model: Model, questions: Sequence[Question], answers: Sequence[Completion], devices: Devices = ALONE
 ) -> float:
-    """Return the mean loss of the right answers, by their log-probabilities where they came with the generation.
-
-    The other rows go through the training step. answers: one per question, or none.
-    """
+    """Return the mean loss of the right answers, by log-probabilities of the generation or the training step."""
     total = weight = 0.0
     remaining = []
     for question, answer in zip_longest(questions, answers):
         examples = model.renderer.render(question.conversation)
-        logprobs = None if answer is None else answer.logprobs
-        if logprobs is None:
+        if answer is None or (logprobs := answer.logprobs) is None:
             remaining += examples
             continue
         [example] = examples
-        end = _last_supervised(example) + 1
+        end = int(np.flatnonzero(example.weights)[-1]) + 1  # after the last supervised token
         weights = example.weights[end - len(logprobs) : end].astype(np.float64)
         total -= float(weights @ logprobs)
         weight += float(weights.sum())
@@ -204,7 +183,6 @@ def _loss(
 def mean_loss(
     token_loss: TokenLoss, examples: Sequence[Example], cut: Cut, rows: int = 64, devices: Devices = ALONE
 ) -> float:
-    """Return the mean cross entropy over all supervised tokens; see summed_loss."""
     total, weight = summed_loss(token_loss, examples, cut, rows, devices)
     assert weight > 0
     return total / weight
@@ -275,10 +253,8 @@ def _generate_all(
 ) -> dict[str, tuple[list[Completion], float]]:
     """Return the answers of base, tuned or both, generated in one batch, and the batch's tokens/s."""
     prompts, started = [_prompt(model, question.conversation) for question in questions], time.perf_counter()
-    expected = [
-        _expected(prompt, model.renderer.render(question.conversation))
-        for prompt, question in zip(prompts, questions, strict=True)
-    ]
+    rendered = (model.renderer.render(question.conversation) for question in questions)
+    expected = list(map(_expected, prompts, rendered))
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
         answers = generate_answers(
             model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
@@ -292,18 +268,13 @@ def _generate_all(
     return {side: (answers[place * rows :][:rows], rate) for place, side in enumerate(sides)}
 
 
-def _last_supervised(example: Example) -> int:
-    """Return the index of the last supervised token."""
-    return int(np.flatnonzero(example.weights)[-1])
-
-
 def _expected(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | None:
     """Return the supervised continuation of a prompt, if the row is one example that begins with the prompt."""
     n = len(prompt)
     if len(examples) != 1 or not examples[0].supervised:
         return None
     [example] = examples
-    end = _last_supervised(example) + 1
+    end = int(np.flatnonzero(example.weights)[-1]) + 1  # after the last supervised token
     if end <= n or not np.array_equal(example.ids[:n], prompt):
         return None
     return ExpectedCompletion(example.ids[n:end], min(example.prompt_length, n) - 1)
@@ -324,9 +295,8 @@ def _choose_all(
 
     def choose(question: Question) -> str:
         *before, last = question.conversation.messages
-        messages = [
-            replace(last, content=text, reasoning=None) for text in candidates
-        ]  # reasoning would reveal the gold
+        # Reasoning would reveal the gold.
+        messages = [replace(last, content=text, reasoning=None) for text in candidates]
         conversations = [replace(question.conversation, messages=(*before, message)) for message in messages]
         with torch.no_grad():
             losses = [float(token_loss(model.renderer.render(conversation))) for conversation in conversations]

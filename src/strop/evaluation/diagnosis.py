@@ -26,12 +26,8 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
     recoveries = dict.fromkeys(_describe(event) for event in events if event["event"] in RECOVERIES)
     if reward_steps := [event for event in events if event["event"] == "step" and "reward" in event]:
         return [*_check_rewards(reward_steps), *recoveries]
-    return [
-        *_check_overfitting(train, evaluated),
-        *_check_learning(train, weight_change),
-        *_check_chosen(events),
-        *recoveries,
-    ]
+    findings = _check_overfitting(train, evaluated) + _check_learning(train, weight_change) + _check_chosen(events)
+    return [*findings, *recoveries]
 
 
 def _check_overfitting(train: Series, evaluated: Series) -> list[str]:
@@ -98,14 +94,11 @@ def _trend(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _check_chosen(events: Sequence[dict[str, Any]]) -> list[str]:
     """Report chosen answers that became less likely: the margin then grows at their cost."""
-    changes = [
-        (event["chosen_change"], event["rejected_change"])
-        for event in events
-        if event["event"] == "step" and "chosen_change" in event
-    ]
-    if len(changes) < MIN_STEPS:
+    steps = [event for event in events if event["event"] == "step" and "chosen_change" in event]
+    if len(steps) < MIN_STEPS:
         return []
-    chosen, rejected = (statistics.mean(side) for side in zip(*changes[-max(5, len(changes) // 5) :], strict=True))
+    last = steps[-max(5, len(steps) // 5) :]
+    chosen, rejected = (statistics.mean(event[f"{side}_change"] for event in last) for side in ("chosen", "rejected"))
     if chosen > -MAX_CHOSEN_LOSS:
         return []
     return [
@@ -128,6 +121,5 @@ def _describe(event: dict[str, Any]) -> str:
 
 def _series(events: Sequence[dict[str, Any]], kind: str) -> Series:
     """Return losses by step. A repeated step counts as computed last."""
-    return {
-        event["step"]: event["loss"] for event in events if event["event"] == kind and event.get("loss") is not None
-    }
+    with_loss = (event for event in events if event["event"] == kind and event.get("loss") is not None)
+    return {event["step"]: event["loss"] for event in with_loss}

@@ -1,10 +1,8 @@
-"""Measure what training broke: base and tuned model on a small general set and on tasks of lm-evaluation-harness.
+"""Measure what training broke: base and tuned model on a small general set and on tasks of lm-evaluation-harness."""
 
-general.jsonl has 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
-questions for, memory of earlier turns), each with a regular expression that a good answer matches. The set is small: it
-shows a model that has lost an ability, not one that has become two points worse. Prompts and scores of the harness are
-its own, so that they compare with published ones.
-"""
+# general.jsonl has 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
+# asked for, memory of earlier turns), each with a regular expression that a good answer matches. So small a set shows a
+# lost ability, not a loss of two points. Prompts and scores of the harness are its own, comparable with published ones.
 
 from __future__ import annotations
 
@@ -42,21 +40,13 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Return the general set."""
-    text = (files(__package__) / "general.jsonl").read_text(encoding="utf-8")
-    parsed = [json.loads(line) for line in text.splitlines()]
-    return [
-        Row(row["kind"], tuple(Message(x["role"], x["content"]) for x in row["messages"]), row["pattern"])
-        for row in parsed
-    ]
+    lines = (files(__package__) / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    parsed = map(json.loads, lines)
+    return [Row(row["kind"], tuple(Message(**turn) for turn in row["messages"]), row["pattern"]) for row in parsed]
 
 
 def compare_general(model: Model, advance: Advance | None = None, devices: Devices = ALONE) -> dict[str, Any]:
-    """Return the shares of good answers of base and tuned model, over all rows and by kind.
-
-    Returns {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base, tuned, difference}}, lost: [{prompt,
-    base, tuned}]}.
-    """
+    """Return {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base, tuned, difference}}, lost}."""
     questions = rows()
     prompts = [model.renderer.prompt(list(row.messages)) for row in questions]
     answers = generate_answers(
@@ -104,18 +94,14 @@ def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
     names = [_task_name(Path(task)) if task.endswith(".yaml") else task for task in tasks]
     for name in names:
         if name not in manager.all_tasks:
-            raise RecipeError(
-                f"--tasks {name}: no such task{nearest(name, manager.all_tasks)}", fix="see `lm-eval ls tasks`"
-            )
+            what = f"--tasks {name}: no such task{nearest(name, manager.all_tasks)}"
+            raise RecipeError(what, fix="see `lm-eval ls tasks`")
     return names, manager
 
 
 def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | None = None) -> dict[str, Any]:
-    """Run tasks on base and tuned model (without an adapter, the base only), on `limit` documents of each.
-
-    Returns {task: {metric: {base, tuned, difference: {value, low, high} | None, documents}}}. The interval is the
-    normal one of the mean of paired differences.
-    """
+    """Return {task: {metric: {base, tuned, difference, documents}}} of tasks, on `limit` documents of each."""
+    # difference: {value, low, high}, the normal interval of the mean of paired differences; None without an adapter.
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -136,7 +122,12 @@ def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | Non
             rows = {side: _by_document(outputs[side]["samples"].get(task, []), key) for side in outputs}
             values = {side: outputs[side]["results"][task][key] for side in outputs}
             pairs = [(rows["base"][doc], rows["tuned"][doc]) for doc in rows["base"]] if "tuned" in rows else []
-            result[task][metric] = {**values, "documents": len(rows["base"]), "difference": _difference(pairs)}
+            difference = None
+            if len(pairs) > 1:
+                changes = [after - before for before, after in pairs]
+                mean, reach = statistics.mean(changes), Z_95 * statistics.stdev(changes) / math.sqrt(len(changes))
+                difference = vars(Difference(mean, mean - reach, mean + reach))
+            result[task][metric] = {**values, "documents": len(rows["base"]), "difference": difference}
     return result
 
 
@@ -144,17 +135,8 @@ def _by_document(samples: Sequence[dict[str, Any]], key: str) -> dict[Any, float
     """Return the value of a metric (`metric,filter`) for each document."""
     metric, _, chosen = key.partition(",")
     filtered = [sample for sample in samples if sample.get("filter", "none") == chosen]
-    return {
-        sample["doc_id"]: float(sample[metric]) for sample in filtered if isinstance(sample.get(metric), (int, float))
-    }
-
-
-def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float] | None:
-    if len(pairs) < 2:
-        return None
-    changes = [after - before for before, after in pairs]
-    value, reach = statistics.mean(changes), Z_95 * statistics.stdev(changes) / math.sqrt(len(changes))
-    return vars(Difference(value, value - reach, value + reach))
+    scored = [sample for sample in filtered if isinstance(sample.get(metric), (int, float))]
+    return {sample["doc_id"]: float(sample[metric]) for sample in scored}
 
 
 def _task_name(file: Path) -> str:

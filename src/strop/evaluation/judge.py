@@ -1,8 +1,6 @@
-"""Compare base's and tuned's answers with a judge: a user-defined function, or a model behind a server.
+"""Compare base's and tuned's answers with a judge: a user-defined function, or a model behind a server."""
 
-The judge is asked twice, with the two answers in either order, because judges prefer one position. Different verdicts
-are a tie.
-"""
+# The judge is asked twice, in either order, because judges prefer one position. Different verdicts are a tie.
 
 from __future__ import annotations
 
@@ -43,16 +41,12 @@ KEY = "STROP_JUDGE_KEY"  # environment variable: sent as a bearer token
 ARGUMENTS = ("conversation", "right answer", "first answer", "second answer")  # of a function, by position
 RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
 
+# (conversation, right answer, first, second answer) -> 1: the first is better, -1: the second, 0: a tie, None: unclear
 Judge = Callable[[str, str, str, str], int | None]
-"""(conversation, right answer, first answer, second answer) -> 1: the first is better, -1: the second, 0: a tie,
-None: no verdict."""
 
 
 def judge_for(name: str, model: str | None = None) -> Judge:
-    """Return the judge of `file.py:function`, or of an OpenAI-compatible server (`http://.../v1`).
-
-    model: one of the server's; default: the first that it lists.
-    """
+    """Return the judge of `file.py:function`, or of an OpenAI-compatible server (default: its first model)."""
     if ".py:" in name:
         if model is not None:
             raise RecipeError("--judge-model: the judge is a function", fix="leave it out")
@@ -65,7 +59,9 @@ def judge_for(name: str, model: str | None = None) -> Judge:
         what = f"--judge {name}: neither file.py:function nor the address of a server"
         raise RecipeError(what, fix="write it as http://127.0.0.1:8000/v1")
     server = _ServerJudge(name.rstrip("/"), model)
-    return server if model is not None else replace(server, model=server.first_model())
+    if model is None:
+        return replace(server, model=str(server.request("/models", lambda data: data["data"][0]["id"])))
+    return server
 
 
 def compare_by_judge(
@@ -76,13 +72,9 @@ def compare_by_judge(
     tuned: Sequence[str],
     advance: Advance | None,
 ) -> dict[str, Any]:
-    """Measure how often the tuned answer beats the base's.
-
-    Returns {name, rows, wins, ties, losses, win_rate, interval, difference, order_decided, unsaid, lost}. win_rate and
-    its 95 % interval: wins and half of the ties, from the paired difference of wins and losses. order_decided: rows
-    whose verdict changed with the order. unsaid: replies without a verdict, which count as ties. lost: places of the
-    rows that tuned lost.
-    """
+    """Measure how often the tuned answer beats the base's, with 95 % intervals."""
+    # win_rate: wins and half of the ties, from the paired difference of wins and losses. order_decided: rows whose
+    # verdict changed with the order. unsaid: replies without a verdict, counted as ties. lost: places of lost rows.
     outcomes, order_decided, unsaid = [], 0, 0
     for number, (question, before, after) in enumerate(zip(questions, base, tuned, strict=True), 1):
         verdicts = [0, 0]
@@ -120,9 +112,8 @@ def _function_judge(name: str) -> Judge:
             fix = "it gets (conversation, right answer, first, second); above 0 the first is better, below 0 the second"
             raise RunError(what, fix=fix) from None
         if math.isnan(value):
-            raise RunError(
-                f"judge {name}: returns nan (for {conversation[-80:]!r})", fix="return a number for any answers"
-            )
+            what = f"judge {name}: returns nan (for {conversation[-80:]!r})"
+            raise RunError(what, fix="return a number for any answers")
         return (value > 0) - (value < 0)
 
     return judge
@@ -148,14 +139,10 @@ class _ServerJudge:
     def __call__(self, conversation: str, gold: str, first: str, second: str) -> int | None:
         text = PROMPT.format(conversation=conversation, gold=gold, first=first, second=second)
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-        reply = self._request("/chat/completions", lambda data: data["choices"][0]["message"].get("content"), body)
+        reply = self.request("/chat/completions", lambda data: data["choices"][0]["message"].get("content"), body)
         return verdict_in(reply if isinstance(reply, str) else "")
 
-    def first_model(self) -> str:
-        return str(self._request("/models", lambda data: data["data"][0]["id"]))
-
-    def _request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
-        """Return what `select` takes from the response."""
+    def request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"

@@ -36,6 +36,7 @@ _NOT_THE_ANSWER = _NOT_THE_GOLD | {
     *("gold", "right_answer", "reference", "target", "expected", "truth", "ground_truth", "y_true"),
 }  # parameter names that show that a function expects other arguments
 MAX_OPTIONS = 50  # for the metric choice, which computes the loss of each option for each row
+WORD = r"[^\W_]+|[\W_]"  # a word, or a character between words
 SIMILAR = 0.6  # differences between less similar answers are not marked
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 Judgement = dict[str, bool]  # the hit under the metric's name first, then side scores
@@ -44,8 +45,6 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by name."""
-
     name: str  # the key of its score
     # (gold, answer) -> judgement; raises ValueError for a gold answer that the metric cannot use
     judge: Callable[[str, str], Judgement]
@@ -151,10 +150,7 @@ METRICS: dict[str, Metric] = {
 
 
 def metric(name: str, arguments: Sequence[str] = METRIC_ARGUMENTS) -> Metric:
-    """Return a metric by name, or of the user's function `file.py:function`, which returns True or False.
-
-    arguments: what the function gets.
-    """
+    """Return a metric by name, or the user's function `file.py:function` of `arguments`, which returns a bool."""
     if not isinstance(name, str):
         raise RecipeError("metric: give a function by its name", fix="give 'file.py:function'")
     if ".py:" in name:
@@ -316,10 +312,7 @@ def general_verdict(result: Mapping[str, Any]) -> str:
 
 
 def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
-    """Return the score interval of a proportion of `successes` in `n` >= 1 trials.
-
-    E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927), 209-212.
-    """
+    """Return the score interval of `successes` in `n` >= 1 trials (E. B. Wilson, JASA 22 (1927), 209-212)."""
     assert 0 <= successes <= n and n > 0
     rate = successes / n
     middle = rate + z * z / (2 * n)
@@ -332,13 +325,9 @@ def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
 
 
 def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> Difference:
-    """Return tuned rate minus base rate on the same rows, at least one, with a 95 % interval.
-
-    R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on paired
-    data, Statistics in Medicine 17 (1998), 2635-2650, method 10: the Wilson intervals of both rates, combined with
-    their correlation phi (lowered by a continuity correction where it is positive). The interval is within -1 to 1, and
-    has a width even if all rows agree or there is only one.
-    """
+    """Return tuned rate minus base rate on the same rows (at least one) with a 95 % interval within -1 to 1."""
+    # R. G. Newcombe, Statistics in Medicine 17 (1998), 2635-2650, method 10: the Wilson intervals of both rates,
+    # combined with their correlation phi (lowered by a continuity correction where positive).
     pairs = [(bool(tuned), bool(base)) for base, tuned in zip(base_hits, tuned_hits, strict=True)]
     n = len(pairs)
     assert n > 0, "nothing to compare"
@@ -370,7 +359,7 @@ def changed_rows(places: Sequence[str], before: Sequence[bool], after: Sequence[
 
 def mark_differences(gold: str, answer: str) -> list[tuple[str, str]]:
     """Return the answer in pieces (text, same | added | missing) compared with the gold, word by word."""
-    gold_words, answer_words = _words(gold), _words(answer)
+    gold_words, answer_words = (re.findall(WORD, text) for text in (gold, answer))
     matcher = difflib.SequenceMatcher(None, gold_words, answer_words, autojunk=False)
     if matcher.ratio() < SIMILAR:
         return [(answer, "same")]
@@ -381,17 +370,6 @@ def mark_differences(gold: str, answer: str) -> list[tuple[str, str]]:
         if b2 > b1:
             parts.append(("".join(answer_words[b1:b2]), "same" if tag == "equal" else "added"))
     return parts
-
-
-def _words(text: str) -> list[str]:
-    """Split a text into words and the single characters between them."""
-    words: list[str] = []
-    for character in text:
-        if words and character.isalnum() and words[-1][-1].isalnum():
-            words[-1] += character
-        else:
-            words.append(character)
-    return words
 
 
 @dataclass(frozen=True)
@@ -407,7 +385,6 @@ class Reward:
         return self.metric.name
 
     def __call__(self, gold: str | None, answer: str, place: tuple[str, int]) -> float:
-        """Return the reward of an answer."""
         if self.metric.function is None:
             return float(self.metric.judge(gold or "", answer)[self.name])
         prefix = f"reward {self.spec}: row {place[0]}:{place[1]}"

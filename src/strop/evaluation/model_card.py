@@ -89,11 +89,8 @@ def hub_id(name: str) -> str | None:
 
 
 def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[str, Any] | None = None) -> str:
-    """Return the card of a run's adapter, or of a model that it was merged into.
-
-    base: Hub id of the base, if the adapter was trained on a local copy. merged: dtype and parity of a
-    merged model, as in `strop merge --json` (parity None: not measured).
-    """
+    """Return the card of a run's adapter, or of a model that it was merged into."""
+    # base: Hub id, if trained on a local copy. merged: dtype and parity (None: not measured) of a merged model.
     settings = {choice["field"]: choice["value"] for choice in report["recipe"]}
     lock, name = report["lock"], Path(str(report["run"])).name
     base_id = base or hub_id(lock["base"]["name"])
@@ -103,13 +100,17 @@ def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
     head = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
+    template_notes = report.get("data_report", {}).get("template", [])
+    scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
+    if scheme != "none":
+        storage = f"{scheme}, computed in {storage}"
     rows = [
-        ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {_storage(settings)}"),
+        ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {storage}"),
         ("adapter", _adapter(settings)),
         *([("merged", _merged(merged))] if merged is not None else []),
         ("training", _training(report, settings)),
         ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`"),
-        *_template(report),
+        *([("chat template", "; ".join(template_notes).replace("|", "\\|"))] if template_notes else []),
         *_scores(report),
     ]
     title = f"A LoRA adapter for {base_text}"
@@ -158,16 +159,6 @@ def _merged(merged: Mapping[str, Any]) -> str:
     figures = f"mean KL {parity['kl_mean']:.2g}, top-1 agreement {parity['top1_agreement']:.2%}"
     measured = f"{figures}, {parity['positions']:,} positions"
     return f"in {merged['dtype']}; measured against the adapter on its base: {measured}"
-
-
-def _template(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    notes = report.get("data_report", {}).get("template", [])
-    return [("chat template", "; ".join(notes).replace("|", "\\|"))] if notes else []
-
-
-def _storage(settings: Mapping[str, Any]) -> str:
-    scheme = settings.get("model.quantization", "none")
-    return str(settings["model.dtype"]) if scheme == "none" else f"{scheme}, computed in {settings['model.dtype']}"
 
 
 def _training(report: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

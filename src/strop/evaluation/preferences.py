@@ -35,14 +35,18 @@ PairValues = list[tuple[float, float]]  # of the chosen and the rejected answer 
 def compare_preferences(
     model: Model, conversations: Sequence[Conversation], advance: Advance | None = None, devices: Devices = ALONE
 ) -> dict[str, Any]:
-    """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals.
-
-    Returns {rows, metric, base, tuned, intervals, difference, changed, samples}, as compare.compare does. `base` and
-    `tuned`: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}. With an adapter
-    also `rewards`: {accuracy, accuracy_interval, margin, margin_interval} of log pi - log base, summed over an answer,
-    in nats. A reward model has no base: preference is by its scores, and `rewards` has their margin.
-    """
-    pairs = _rendered(model, conversations)
+    """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals."""
+    # `base` and `tuned`: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}.
+    # `rewards`, with an adapter: {accuracy, accuracy_interval, margin, margin_interval} of log pi - log base, summed
+    # over an answer, in nats. A reward model has no base: preference is by its scores, and `rewards` has their margin.
+    pairs, bad = list[tuple[Example, Example]](), list[Where]()
+    for conversation, rendered in render_pairs(model.renderer, conversations):
+        if isinstance(rendered, RenderError):
+            bad.append(Where(conversation.file, conversation.line, rendered.what))
+        else:
+            pairs.append((rendered[0], rendered[1]))
+    if bad:
+        raise DataError(f"{len(bad)} pairs cannot be compared", fix="fix or remove them", where=bad)
     if model.adapter is not None and is_reward_adapter(model.adapter):
         return _compare_scores(model, conversations, pairs, advance, devices)
     sides: dict[str, PairValues] = {}
@@ -100,18 +104,6 @@ def _compare_scores(
         "intervals": {"tuned": figures["accuracy_interval"]}, "rewards": figures,
         "samples": _samples(conversations, hits),
     }  # fmt: skip
-
-
-def _rendered(model: Model, conversations: Sequence[Conversation]) -> Pairs:
-    pairs, bad = [], []
-    for conversation, rendered in render_pairs(model.renderer, conversations):
-        if isinstance(rendered, RenderError):
-            bad.append(Where(conversation.file, conversation.line, rendered.what))
-        else:
-            pairs.append((rendered[0], rendered[1]))
-    if bad:
-        raise DataError(f"{len(bad)} pairs cannot be compared", fix="fix or remove them", where=bad)
-    return pairs
 
 
 def _by_micro_batch(

@@ -1,8 +1,6 @@
-"""Write report.html: report.json and the events of a run as one page.
+"""Write report.html: report.json and the events of a run as one page, without scripts or anything to load."""
 
-The page has no script and loads nothing, so it opens anywhere and keeps working. Everything is escaped, because an
-attacker may choose the text of samples. A section without figures is left out.
-"""
+# Everything is escaped, because an attacker may choose the text of samples.
 
 from __future__ import annotations
 
@@ -35,6 +33,7 @@ from strop.runs.folder import write_atomic
 Series = dict[float, float]  # step -> value
 MAX_CHARACTERS = 600  # shown of a sample
 MAX_SAMPLES = 12
+NORMAL_EVENTS = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
 SMOOTH_STEPS = 10  # on each side, in the smoothed training loss; at most a twentieth of the run
 # matplotlib has no CSS: these placeholders are replaced by the page's colours, light or dark.
 INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
@@ -50,13 +49,13 @@ def write_report(folder: Path, report: dict[str, Any], events: Iterable[dict[str
 
 
 def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     evaluation = report.get("evaluation") or {}
     samples = evaluation.get("samples") or report.get("samples") or []
     step = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced, for an unbiased selection
     recipe, regression = report.get("recipe") or [], _verdict(report.get("regression") or {})
+    kinds = Counter(str(event.get("event")) for event in events)
     page = template.render(
         title=Path(str(report.get("run") or "run")).name,
         verdict=_verdict(evaluation),
@@ -74,7 +73,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         chosen=[_choice(choice) for choice in recipe if choice.get("origin") != "default"],
         defaults=[_choice(choice) for choice in recipe if choice.get("origin") == "default"],
         origins=[(name, list(_flatten(report[name]))) for name in ("lock", "machine") if report.get(name)],
-        recoveries=_recoveries(events),
+        recoveries=", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in NORMAL_EVENTS),
         general=_general(report.get("general") or {}),
         tasks=list(task_rows(report.get("tasks") or {})),
         regression=f"{regression[1]} (rows that should not get worse)" if regression else "",
@@ -95,7 +94,7 @@ def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     if not difference:
         return "plain", f"{change}."
     kind, text = verdict(Difference(*(difference[name] for name in ("value", "low", "high"))))
-    return kind, f"{_capitalized(text)}: {change}."
+    return kind, f"{text[0].upper()}{text[1:]}: {change}."
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -142,10 +141,8 @@ def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iter
             value = evaluation[side].get(name)
             cell: dict[str, Any] = {"side": side, "text": "", "share": None, "interval": None}
             if _is_number(value):
-                cell |= {
-                    "text": _percent(value) if is_rate else f"{value:,.4g}",
-                    "share": 100 * value if is_rate else None,
-                }
+                cell["text"] = _percent(value) if is_rate else f"{value:,.4g}"
+                cell["share"] = 100 * value if is_rate else None
             if name == metric and intervals.get(side):
                 low, high = (100 * float(end) for end in intervals[side])
                 cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f} %"}
@@ -161,11 +158,8 @@ def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
     for kind, values in [*general["kinds"].items(), ("all", general)]:
         rates = (_percent(values["base"]), _percent(values["tuned"]))
         rows.append((kind, f"{values['rows']}", *rates, in_points(values["difference"])))
-    return {"verdict": f"{_capitalized(general_verdict(general))}.", "rows": rows}
-
-
-def _capitalized(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}"
+    text = general_verdict(general)
+    return {"verdict": f"{text[0].upper()}{text[1:]}.", "rows": rows}
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,13 +211,6 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"
     else:
         yield name, "-" if value is None else str(value)
-
-
-def _recoveries(events: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of unusual events by kind, such as '2 x skip, 1 x resume'."""
-    normal = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
-    kinds = Counter(str(event.get("event")) for event in events)
-    return ", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in normal)
 
 
 def _is_number(value: Any) -> bool:

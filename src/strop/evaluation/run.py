@@ -30,7 +30,6 @@ from strop.evaluation.compare import (
     judged_texts,
     left_out,
     make_questions,
-    rows_with_calls,
     side_of,
 )
 from strop.evaluation.general import check_tasks, compare_general, run_tasks
@@ -52,8 +51,6 @@ READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Options of `strop eval`."""
-
     metric: str = "exact"  # name of the metric, or file.py:function
     max_new_tokens: int = 80  # longest answer
     quantization: str = "auto"  # how the base is stored
@@ -76,12 +73,10 @@ def evaluate_models(
     advance: Advance | None = None,
     devices: Devices = ALONE,
 ) -> list[dict[str, Any]]:
-    """Evaluate base and tuned model on the rows of `data`, for each model in turn; without an adapter, the base only.
-
-    Returns for each model what compare.compare returns (for pairs, preferences.compare_preferences), with `run`,
-    `notes`, and `train_rows`: how many of the rows the run was trained on, None if that is unknown. All input errors
-    but ModelError are raised before a model loads. A RunError of the judge has the answers as `partial_result`.
-    """
+    """Evaluate base and tuned model on the rows of `data`, for each model; without an adapter, the base only."""
+    # Returns compare.compare's (for pairs, compare_preferences's) result of each, with `run`, `notes` and `train_rows`:
+    # the number of rows that the run was trained on, None if unknown. Input errors but ModelError are raised before a
+    # model loads. A RunError of the judge has the answers as `partial_result`.
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
     bases: dict[tuple[str, str, str], Side] = {}
@@ -98,8 +93,6 @@ def evaluate_models(
 
 @dataclass(frozen=True)
 class _Request:
-    """A checked evaluation."""
-
     options: EvalOptions
     rows: list[Conversation]
     regression: list[Conversation]  # rows that should not get worse
@@ -121,7 +114,11 @@ def _check_request(
         raise RecipeError("--tasks: the harness runs on one device", fix="run tasks in a separate command")
     if options.task_limit and not options.tasks:
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
-    judge = _judge(options)
+    if options.judge is None and options.judge_model is not None:
+        raise RecipeError("--judge-model: there is no judge", fix="give --judge")
+    if options.judge is not None and options.metric == "choice":
+        raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
+    judge = None if options.judge is None else judge_for(options.judge, options.judge_model)
     read, notes = read_options(names, options.read)
     rows = _scorable_rows(names, read, notes, data, options.metric)
     regression: list[Conversation] = []
@@ -173,9 +170,8 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
     count_train_rows(result, train_rows)
     store = devices.is_main and is_run(Path(name))
-    judge = None
+    judge = None if "interrupted" in compared else request.judge
     if "interrupted" not in compared:
-        judge = request.judge
         if store and (options.general or request.regression or request.tasks or judge is not None):
             _store(RunFolder(Path(name)), result)  # the following may fail, or be stopped
         if options.general:
@@ -193,7 +189,14 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
         result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
     del model, compare_rows  # frees the memory, as the judge may be another model
     if judge is not None:
-        _add_judgement(result, judge, request, renderer)
+        questions = make_questions(request.rows, renderer)
+        base, tuned = (judged_texts(renderer, questions, side_of(result, side).texts) for side in ("base", "tuned"))
+        call = partial(compare_by_judge, judge, str(options.judge), questions, base, tuned, advance)
+        try:
+            result["judge"] = devices.run_on_main(call)
+        except RunError as fault:
+            fault.partial_result = result
+            raise
     if store:
         _store(RunFolder(Path(name)), result)
     return result
@@ -204,35 +207,10 @@ def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
         return load(name, quantization=request.options.quantization, force=request.options.force, scores=scores)
 
 
-def _add_judgement(result: dict[str, Any], judge: Judge, request: _Request, renderer: Any) -> None:
-    """Add the judge's verdicts to the result. A RunError gets the result as `partial_result`."""
-    questions = make_questions(request.rows, renderer)
-    base, tuned = (judged_texts(renderer, questions, side_of(result, side).texts) for side in ("base", "tuned"))
-    call = partial(compare_by_judge, judge, str(request.options.judge), questions, base, tuned, request.advance)
-    try:
-        result["judge"] = request.devices.run_on_main(call)
-    except RunError as fault:
-        fault.partial_result = result
-        raise
-
-
-def _judge(options: EvalOptions) -> Judge | None:
-    if options.judge is None:
-        if options.judge_model is not None:
-            raise RecipeError("--judge-model: there is no judge", fix="give --judge")
-        return None
-    if options.metric == "choice":
-        raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
-    return judge_for(options.judge, options.judge_model)
-
-
 def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rank models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
-
-    A model whose evaluation was interrupted is left out, as it has not answered the same rows. `loss` is None for a
-    reward model. `behind` is the score minus the best score on the same rows, with its interval; the verdict is on that
-    difference.
-    """
+    """Rank models by score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}."""
+    # Interrupted ones, which have not answered the same rows, are left out. `loss` is None for a reward model.
+    # `behind`: score minus the best score on the same rows, and the verdict is on that difference.
     sides = [(result, "tuned" if "tuned" in result else "base") for result in results if "interrupted" not in result]
     ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]].get("loss", 0.0)))
     best = side_of(*ordered[0])
@@ -272,14 +250,10 @@ def read_conversations(
 
 
 def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return how rows are read (format, columns, encoding), and notes on options that come from a run's recipe.
-
-    Options that are not given are those of the runs' recipes, which must agree.
-    """
+    """Return how rows are read (format, columns, encoding), by default as in the runs' recipes, and notes."""
     if unknown := sorted(set(options) - set(READ_FIELDS)):
-        raise RecipeError(
-            f"--{unknown[0]}: not an option of eval{nearest(unknown[0], READ_FIELDS)}", fix=", ".join(READ_FIELDS)
-        )
+        what = f"--{unknown[0]}: not an option of eval{nearest(unknown[0], READ_FIELDS)}"
+        raise RecipeError(what, fix=", ".join(READ_FIELDS))
     read, notes = {name.removeprefix("data."): value for name, value in options.items()}, []
     sections = [recipe.data for recipe in map(recipe_of, names) if recipe is not None]
     for name in (name.removeprefix("data.") for name in READ_FIELDS if name not in options):
@@ -296,7 +270,6 @@ def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict
 
 
 def _as_option(value: str | Mapping[str, str] | None) -> str:
-    """Return a recipe's value as written on the command line."""
     pairs = value.items() if isinstance(value, Mapping) else ()
     return ",".join(f"{name}={column}" for name, column in pairs) or str(value or "none")
 
@@ -323,7 +296,9 @@ def _scorable_rows(
         return rows
     if metric == METRIC:
         raise RecipeError(f"--metric {METRIC}: the rows are not pairs", fix="give rows with chosen and rejected")
-    calls = [Where(row.file, row.line, "the right answer is a call") for row in rows_with_calls(rows)]
+    # The text of a tool call depends on the chat template.
+    called = (row for row in rows if row.answer is not None and row.messages[-1].tool_calls)
+    calls = [Where(row.file, row.line, "the right answer is a call") for row in called]
     if calls and metric == "choice":
         raise DataError("choice: tool calls cannot be chosen from", fix="use another metric", where=calls)
     for renderer in map(load_renderer, names) if calls else [None]:
@@ -358,11 +333,8 @@ def recipe_of(name: str) -> Recipe | None:
 
 
 def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
-    """Return for each row whether a run, or a run it started from, was trained on it, by content.
-
-    None if that is unknown: there is no run, or its data can no longer be read or has changed. Needs no weights. Rows
-    that are in the cache of their run are not tokenized again.
-    """
+    """Return for each row whether a run, or a run it started from, was trained on it (by content); None if unknown."""
+    # Unknown: there is no run, or its data is unreadable or has changed. Cached rows are not tokenized again.
     try:
         run, recipe = run_of(name), recipe_of(name)
         if run is None or recipe is None:
@@ -398,10 +370,7 @@ def count_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) 
 
 
 def _store(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Store a result in the run's report, or add a note to it if that cannot be written.
-
-    An interrupted evaluation does not replace a complete one.
-    """
+    """Store a result in the run's report, unless it would replace a complete one, or note why it cannot be."""
     before = folder.read_report().get("evaluation") or {}
     if "interrupted" in result and before and "interrupted" not in before:
         note = f"the report of {folder.path} keeps the earlier evaluation, of {before.get('rows')} rows"
@@ -419,11 +388,8 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     """Store scores, intervals and some samples in report.json and report.html of a run; all samples in answers.json."""
     report = folder.read_report() or {"run": str(folder.path)}
     every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # evenly spaced, whether hit or miss
-    report["evaluation"] = {
-        key: value
-        for key, value in result.items()
-        if key not in ("samples", "intervals", "run", "general", "regression", "tasks")
-    }
+    apart = ("samples", "intervals", "run", "general", "regression", "tasks")
+    report["evaluation"] = {key: value for key, value in result.items() if key not in apart}
     report["intervals"] = result["intervals"]
     report |= {key: result[key] for key in ("general", "tasks") if key in result}
     complete = "regression" in report and "interrupted" not in report["regression"]

@@ -1,7 +1,7 @@
-"""The tokenizer in a GGUF file: carried over from the GGUF that the base came from, else made from tokenizer.json.
+"""Write the tokenizer of a GGUF file: copied from the base's GGUF file, or else built from tokenizer.json.
 
-llama.cpp knows pre-tokenizers by name only. The name is found from what the tokenizer does, pattern by pattern; one
-that is not known here is refused: under a wrong name the file loads, answers, and cuts some words differently.
+llama.cpp identifies a pre-tokenizer by name only. The name is looked up by what the tokenizer does, pattern by pattern,
+and an unknown one is refused: with a wrong name the file loads and answers, but splits some words differently.
 """
 
 from __future__ import annotations
@@ -37,55 +37,45 @@ PRE_TOKENIZERS = {
         False,
     ): "gpt-4o",  # Phi-4 mini
 }
-# llama.cpp's own patterns for these leave combining marks out: Devanagari and Thai come out otherwise (10 of 200)
+# For these, llama.cpp's patterns ignore combining marks: Devanagari and Thai are split differently (10 of 200 strings).
 APPROXIMATE = ("tekken", "gpt-4o")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """model: gpt2 (byte-level BPE) or llama (SentencePiece's). carried: taken from the base's own GGUF.
+    """The tokenizer's entries in a GGUF file."""
 
-    plain_text: is text outside a chat prompt tokenized as the tokenizer does it? eos, eot, bos: ids, or None.
-    """
-
-    carried: bool
+    exact: bool  # llama.cpp must tokenize every string as the tokenizer does
     entries: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
-    template: str | None
     bos: int | None
     eos: int
-    eot: int
-    add_bos: bool
-    plain_text: bool = True
+    add_bos: bool  # llama.cpp puts bos before a text
+    plain_text: bool = True  # text outside chat prompts is tokenized exactly
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def exact(self) -> bool:
-        """Is every string to be tokenized as the tokenizer does? A GGUF's own vocabulary is as good as it was."""
-        return not self.carried and self.entries["tokenizer.ggml.pre"][0] not in APPROXIMATE
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         for key, (value, kind, inner) in self.entries.items():
             writer.add_key_value(key, value, kind, inner)
 
 
-def vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabulary:
-    """The vocabulary of a model with `size` embedding rows. Raises ModelError where it cannot be told exactly."""
+def build_vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabulary:
+    """Build the vocabulary of a model with `size` embedding rows. Raises ModelError if it cannot be exact."""
     tokenizer = renderer.tokenizer
-    carried = source.kind == "gguf"
-    entries = _carried(source) if carried else _rebuilt(tokenizer, renderer, size)
-    plain, notes = (True, []) if carried else _oddities(tokenizer, entries)
+    copied = source.kind == "gguf"
+    entries = _copy_entries(source) if copied else _build_entries(tokenizer, renderer, size)
+    plain_text, notes = (True, []) if copied else _find_differences(tokenizer, entries)
     tokens = entries["tokenizer.ggml.tokens"][0]
-    if len(tokens) < len(tokenizer) or (carried and len(tokens) != size):
+    if len(tokens) < len(tokenizer) or (copied and len(tokens) != size):
         what = f"{source.name}: {len(tokenizer)} tokens in the tokenizer, {len(tokens)} in its GGUF"
         raise ModelError(what, fix="use strop merge")
     if not renderer.stop_ids:
         raise ModelError(f"{source.name}: its tokenizer has no token that ends a text", fix="use strop merge")
-    # llama.cpp stops at either; the stop token of the training text comes first, the tokenizer's own end after it
+    # llama.cpp stops at both: eot is the stop token of the training text, eos the tokenizer's end of text
     eot = renderer.stop_ids[0]
     eos = eot if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-    more = [stop for stop in renderer.stop_ids if stop not in (eot, eos)]
+    further = [stop for stop in renderer.stop_ids if stop not in (eot, eos)]
     ids: dict[str, int | None] = {
-        "bos": tokenizer.bos_token_id, "eos": eos, "eot": eot, "eom": more[0] if more else None,
+        "bos": tokenizer.bos_token_id, "eos": eos, "eot": eot, "eom": further[0] if further else None,
         "padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id,
     }  # fmt: skip
     for name, token in ids.items():
@@ -98,25 +88,25 @@ def vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabulary:
         # a chat prompt has one bos token: the one its template writes
         add_bos = add_bos and renderer.chat.opening.startswith(tokenizer.bos_token)
     entries["tokenizer.ggml.add_bos_token"] = (add_bos, gguf.GGUFValueType.BOOL, None)
-    return Vocabulary(carried, entries, template, ids["bos"], eos, eot, add_bos, plain, notes)
+    exact = not copied and entries["tokenizer.ggml.pre"][0] not in APPROXIMATE  # a copied vocabulary may be inexact
+    return Vocabulary(exact, entries, ids["bos"], eos, add_bos, plain_text, notes)
 
 
-def _carried(source: Source) -> dict[str, Any]:
+def _copy_entries(source: Source) -> dict[str, Any]:
     entries = {}
-    for key, found in gguf.GGUFReader(source.path).fields.items():
+    for key, entry in gguf.GGUFReader(source.path).fields.items():
         if key.startswith("tokenizer."):
-            inner = found.types[-1] if found.types[0] == gguf.GGUFValueType.ARRAY else None
-            entries[key] = (found.contents(), found.types[0], inner)
+            inner = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+            entries[key] = (entry.contents(), entry.types[0], inner)
     return entries
 
 
-def _rebuilt(tokenizer: Any, renderer: Renderer, size: int) -> dict[str, Any]:
+def _build_entries(tokenizer: Any, renderer: Renderer, size: int) -> dict[str, Any]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"GGUF: no exporter for {model['type']} tokenizers", fix="use strop merge")
+        raise ModelError(f"GGUF: {model['type']} tokenizers are not supported", fix="use strop merge")
     pieces = dict(model["vocab"])
-    added = {token["id"]: token for token in state["added_tokens"]}
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     sentencepiece = bool(model["byte_fallback"])
     if not sentencepiece and not merges:
@@ -124,77 +114,79 @@ def _rebuilt(tokenizer: Any, renderer: Renderer, size: int) -> dict[str, Any]:
     if sentencepiece and model.get("ignore_merges"):
         raise ModelError("GGUF: llama.cpp has no SentencePiece tokenizer that keeps known words", fix="use strop merge")
     if sentencepiece:
-        _check_blanks(state)
+        _check_sentencepiece(state)
     texts, kinds = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
     for text, token in pieces.items():
         texts[token], kinds[token] = text, gguf.TokenType.NORMAL
         if sentencepiece and len(text) == 6 and text.startswith("<0x"):
             kinds[token] = gguf.TokenType.BYTE
-    for token, known in added.items():
-        control = known["special"] or token in renderer.stop_ids
+    for added in state["added_tokens"]:
+        token, control = added["id"], added["special"] or added["id"] in renderer.stop_ids
         kinds[token] = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
-        texts[token] = known["content"] if control else known["content"].replace("▁", " ")
+        texts[token] = added["content"] if control else added["content"].replace("▁", " ")
     if sentencepiece and model["unk_token"] in pieces:
         kinds[pieces[model["unk_token"]]] = gguf.TokenType.UNKNOWN
     string, array = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
     entries: dict[str, Any] = {
         "tokenizer.ggml.model": ("llama" if sentencepiece else "gpt2", string, None),
-        "tokenizer.ggml.pre": ("default" if sentencepiece else pre_tokenizer(state), string, None),
+        "tokenizer.ggml.pre": ("default" if sentencepiece else find_pre_tokenizer(state), string, None),
         "tokenizer.ggml.tokens": (texts, array, string),
         "tokenizer.ggml.token_type": ([int(kind) for kind in kinds], array, gguf.GGUFValueType.INT32),
     }
     if sentencepiece:
-        # llama.cpp joins the pair whose whole has the highest score; the first merges come first
+        # llama.cpp merges the pair with the highest score; earlier merges get higher scores
         scores = [0.0] * size
         for rank, (left, right) in enumerate(merges):
             token = pieces[left + right]
             scores[token] = scores[token] or -float(rank + 1)
         entries["tokenizer.ggml.scores"] = (scores, array, gguf.GGUFValueType.FLOAT32)
-        prefix = _starts_with_blank(tokenizer) and _starts_with_blank(tokenizer, after=_a_control_token(tokenizer))
+        added_tokens = tokenizer.added_tokens_decoder.values()
+        control_token = next((str(token.content) for token in added_tokens if token.special and not token.rstrip), "")
+        prefix = _adds_space(tokenizer) and _adds_space(tokenizer, after=control_token)
         entries["tokenizer.ggml.add_space_prefix"] = (prefix, gguf.GGUFValueType.BOOL, None)
     else:
         entries["tokenizer.ggml.merges"] = ([" ".join(merge) for merge in merges], array, string)
     return entries
 
 
-def pre_tokenizer(state: dict[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json. Raises ModelError for an unknown one."""
-    found = state["pre_tokenizer"] or {}
-    steps = found["pretokenizers"] if found.get("type") == "Sequence" else [found]
+def find_pre_tokenizer(state: dict[str, Any]) -> str:
+    """Return llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json, or raise ModelError."""
+    pre_tokenizer = state["pre_tokenizer"] or {}
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     level = steps[-1]
-    described = tuple(_step(step) for step in steps[:-1])
-    key = (described, bool(level.get("use_regex", True)), bool(state["model"].get("ignore_merges", False)))
-    known = level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and key in PRE_TOKENIZERS
-    if not known or (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
-        raise _unknown(state["normalizer"], found)
+    ignore_merges = bool(state["model"].get("ignore_merges", False))
+    key = (tuple(map(_describe_step, steps[:-1])), bool(level.get("use_regex", True)), ignore_merges)
+    supported = level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and key in PRE_TOKENIZERS
+    if not supported or (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
+        raise _unknown_pre_tokenizer(state["normalizer"], pre_tokenizer)
     return PRE_TOKENIZERS[key]
 
 
-def _check_blanks(state: dict[str, Any]) -> None:
-    """Raises ModelError where a SentencePiece tokenizer does more to a text than to make its blanks ▁ (Llama 2, Phi 3
-    and Gemma in their normalizer, Mistral by Metaspace): llama.cpp has nothing else."""
+def _check_sentencepiece(state: dict[str, Any]) -> None:
+    """Raise ModelError if a SentencePiece tokenizer does more than replace spaces by ▁, which llama.cpp cannot do."""
+    # Llama 2, Phi 3 and Gemma replace them in the normalizer, Mistral in the Metaspace pre-tokenizer.
     normalizer, pre = state["normalizer"] or {}, state["pre_tokenizer"] or {}
     steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] if normalizer else []
-    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    others = [step for step in steps if step != blanks]
-    if blanks in steps:  # a split at blanks comes too late then: there are none
-        known = not pre or (pre["type"] == "Split" and pre["pattern"] == {"String": " "} and not pre["invert"])
-        known = known and others in ([], [{"type": "Prepend", "prepend": "▁"}])
+    replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if replace_spaces in steps:  # a later split at spaces has no effect
+        further = [step for step in steps if step != replace_spaces]
+        supported = not pre or (pre["type"] == "Split" and pre["pattern"] == {"String": " "} and not pre["invert"])
+        supported = supported and further in ([], [{"type": "Prepend", "prepend": "▁"}])
     else:
-        known = not steps and pre.get("type") == "Metaspace" and pre["replacement"] == "▁" and not pre["split"]
-    if not known:
-        raise _unknown(normalizer, pre)
+        supported = not steps and pre.get("type") == "Metaspace" and pre["replacement"] == "▁" and not pre["split"]
+    if not supported:
+        raise _unknown_pre_tokenizer(normalizer, pre)
 
 
-def _unknown(normalizer: Any, pre_tokenizer: Any) -> ModelError:
+def _unknown_pre_tokenizer(normalizer: Any, pre_tokenizer: Any) -> ModelError:
+    details = json.dumps([normalizer, pre_tokenizer], ensure_ascii=False)[:300]
     return ModelError(
-        "GGUF: llama.cpp knows no such pre-tokenizer, or strop does not know its name for it: "
-        f"{json.dumps([normalizer, pre_tokenizer], ensure_ascii=False)[:300]}",
+        f"GGUF: unknown pre-tokenizer, which llama.cpp may not support: {details}",
         fix="use strop merge, or please report the model's name",
     )
 
 
-def _step(step: dict[str, Any]) -> str:
+def _describe_step(step: dict[str, Any]) -> str:
     if step.get("type") == "Digits" and step.get("individual_digits"):
         return "digits"
     if step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
@@ -202,22 +194,18 @@ def _step(step: dict[str, Any]) -> str:
     return json.dumps(step)
 
 
-def _oddities(tokenizer: Any, entries: dict[str, Any]) -> tuple[bool, list[str]]:
-    """(is plain text tokenized alike, what the user should know)"""
-    state, notes, plain = json.loads(tokenizer.backend_tokenizer.to_str()), [], True
+def _find_differences(tokenizer: Any, entries: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Return (whether llama.cpp tokenizes plain text exactly, notes for the user on what it does differently)."""
+    state, notes, plain_text = json.loads(tokenizer.backend_tokenizer.to_str()), [], True
     if (state["normalizer"] or {}).get("type") == "NFC":
-        notes.append("llama.cpp does not compose accents (Unicode NFC): decomposed text becomes other tokens there")
+        notes.append("llama.cpp does not compose accents (Unicode NFC): decomposed text gets other tokens")
     prefix = entries.get("tokenizer.ggml.add_space_prefix")
-    if prefix is not None and _starts_with_blank(tokenizer) and not prefix[0]:
-        plain = False  # llama.cpp has this blank after every control token or never; a chat prompt has none
-        notes.append("plain completions start without the blank that the tokenizer puts first; chat prompts are exact")
-    return plain, notes
+    if prefix is not None and _adds_space(tokenizer) and not prefix[0]:
+        plain_text = False  # llama.cpp adds the space after every control token or never; a chat prompt has none
+        notes.append("plain completions start without the space that the tokenizer adds; chat prompts are exact")
+    return plain_text, notes
 
 
-def _starts_with_blank(tokenizer: Any, after: str = "") -> bool:
+def _adds_space(tokenizer: Any, after: str = "") -> bool:
     tokens = tokenizer.backend_tokenizer.encode(f"{after}a", add_special_tokens=False).tokens
     return bool(tokens[1 if after else 0].startswith("▁"))
-
-
-def _a_control_token(tokenizer: Any) -> str:
-    return next(str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and not t.rstrip)

@@ -1,6 +1,6 @@
-"""An adapter or a merged model onto the Hugging Face Hub: one commit, with its card, private unless asked otherwise.
+"""Push an adapter or a merged model to the Hugging Face Hub: one commit with a model card, private by default.
 
-What is sent tells nobody where things are on this machine, and is compared with what the Hub says that it received.
+Uploaded files contain no local paths, and are compared with what the Hub reports to have received.
 """
 
 from __future__ import annotations
@@ -22,33 +22,31 @@ from strop.models.source import download_config, locate, read_config, read_safet
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# By name: another JSON or text file may be the user's rows or notes.
-SENT = (
+# Listed by name: any other JSON or text file may be the user's rows or notes.
+UPLOADED = (
     "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "tekken.json", "vocab.json",
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "vocab.txt", "merges.txt", "*.jinja",
     "*.model", STROP_FILE, CARD_FILE, "LICENSE*", "NOTICE*",
 )  # fmt: skip
-KEPT = (CARD_FILE, "LICENSE*", "NOTICE*", "*/*")  # of an earlier push, or somebody's own
-# Where in JSON files tools put down the path that something was loaded from.
-PATHS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
-# What two configs have alike where an adapter for one fits the other.
+NEVER_REMOVED = (CARD_FILE, "LICENSE*", "NOTICE*", "*/*")  # from the repository
+PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # that tools write local paths to
+# Settings that are equal in two configs if an adapter for one fits the other.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """kind: adapter or model. files: what the Hub has now, compared with what was sent; left_out: files of the folder
-    that were not sent; removed: weights of an earlier push; base: the Hub id that an adapter loads its base from."""
+    """A pushed adapter or model."""
 
     repo: str
     url: str
     commit: str
     private: bool
-    kind: str
-    base: str | None
-    files: list[str]
-    left_out: list[str]
-    removed: list[str]
+    kind: str  # adapter or model
+    base: str | None  # Hub id of an adapter's base
+    files: list[str]  # uploaded and verified
+    left_out: list[str]  # not uploaded from the folder
+    removed: list[str]  # from an earlier push
     size_bytes: int
 
     def as_json(self) -> dict[str, Any]:
@@ -62,153 +60,148 @@ def push(
     public: bool = False,
     base: str | None = None,
     message: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Pushed:
-    """Sends the adapter of a run or adapter folder, or a model folder, to `repo` (OWNER/NAME), and compares.
-
-    public: make a new repository that everybody can read, or send to one; without it a public one is refused.
-    base: the Hub id of an adapter's base, where it was trained on a folder, a GGUF file or the demo's model.
-    Raises InputError before anything is sent, RunError where the Hub cannot be reached or holds other bytes after.
-    """
+    """Upload an adapter or a model folder, and compare the result. See `strop.push` for arguments and errors."""
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
     api, folder = HfApi(), adapter_folder(name)
     if "/" not in repo:
-        with _faults(api, repo):
+        with _translated_errors(api, repo):
             repo = f"{api.whoami()['name']}/{repo}"
     kind = "model" if folder is None else "adapter"
-    contents, left_out, base = _adapter(folder, repo, base) if folder is not None else _model(Path(name), repo, base)
-    with _faults(api, repo):
-        private, there = _repository(api, repo, public)
-        adds = [CommitOperationAdd(path, held if isinstance(held, bytes) else str(held)) for path, held in contents]
+    read = _read_model(Path(name), base) if folder is None else _read_adapter(folder, base)
+    contents, left_out, base = read
+    _prepare_card(folder or Path(name), contents, repo)
+    with _translated_errors(api, repo):
+        private, existing = _open_repository(api, repo, public)
+        adds = [
+            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+            for path, content in sorted(contents.items())
+        ]
         for number, add in enumerate(adds, 1):
-            say(f"sending {add.path_in_repo} ({_size(add.upload_info.size)}, {number} of {len(adds)}) to {repo}")
+            size = _format_size(add.upload_info.size)
+            progress(f"uploading {add.path_in_repo} ({size}, {number} of {len(adds)}) to {repo}")
             api.preupload_lfs_files(repo, [add], free_memory=False)
-        sent = {add.path_in_repo for add in adds}
-        # an adapter_config.json beside a merged model, for one, would have it loaded as an adapter
-        stale = sorted(file for file in there if file not in sent and _fits(file, SENT) and not _fits(file, KEPT))
+        # an adapter_config.json next to a merged model, for example, would make it load as an adapter
+        removed = sorted(
+            file
+            for file in existing
+            if file not in contents and _matches(file, UPLOADED) and not _matches(file, NEVER_REMOVED)
+        )
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [*adds]
-        operations += [CommitOperationDelete(file) for file in stale]
-        done = api.create_commit(repo, operations, commit_message=message or f"strop push: {kind} {Path(name).name}")
-    say("comparing what the Hub has with what was sent")
-    with _faults(api, repo, "it was sent, and not compared; push it again"):
-        _compare(api, repo, adds)
-    size = sum(add.upload_info.size for add in adds)
-    url = f"{api.endpoint}/{repo}"
-    return Pushed(repo, url, str(done.oid), private, kind, base, sorted(sent), left_out, stale, size)
+        operations += [CommitOperationDelete(file) for file in removed]
+        commit = api.create_commit(repo, operations, commit_message=message or f"strop push: {kind} {Path(name).name}")
+    progress("comparing the files on the Hub with those uploaded")
+    with _translated_errors(api, repo, "it was uploaded but not compared; push it again"):
+        _verify(api, repo, adds)
+    size_bytes, url = sum(add.upload_info.size for add in adds), f"{api.endpoint}/{repo}"
+    return Pushed(repo, url, str(commit.oid), private, kind, base, sorted(contents), left_out, removed, size_bytes)
 
 
-def _adapter(folder: Path, repo: str, base: str | None) -> tuple[list[tuple[str, bytes | Path]], list[str], str]:
-    """(name there and content of each file, what is left out, the base's Hub id)."""
+def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path], list[str], str]:
+    """Return (content by file name, files left out, the base's Hub id)."""
     check_adapter_weights(folder)
     config = read_adapter_config(folder)
     if not (trained_on := str(config.get("base_model_name_or_path") or "")):
         what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
         raise ModelError(what, fix="write it into its adapter_config.json")
-    known, (base, _, at) = hub_id(trained_on), (base or "").partition("@")
-    base = base or None
-    if known is None and base is None:
+    base_id, (base, _, base_revision) = hub_id(trained_on), (base or "").partition("@")
+    if base_id is None and not base:
         what = f"{folder}: its base is {trained_on}, which nobody else can load"
         raise ModelError(what, fix="give the same model's Hub id (--base OWNER/NAME), or push a merged model")
-    if known is not None and base not in (None, known):
-        raise ModelError(f"--base {base}: the adapter was trained on {known}", fix="leave --base out")
-    if known is None:
-        _check_alike(folder, trained_on, str(base), at or None)
-    shown = known or str(base)
-    revision = (trained_on.partition("@")[2] if known else at) or config.get("revision")
-    report = find_report(folder)
-    contents, left_out = _files(folder)
-    made: dict[str, bytes] = {
-        "adapter_config.json": _json({**config, "base_model_name_or_path": shown, "revision": revision})
-    }
+    if base_id is not None and base not in ("", base_id):
+        raise ModelError(f"--base {base}: the adapter was trained on {base_id}", fix="leave --base out")
+    if base_id is None:
+        _check_sizes(folder, trained_on, base, base_revision or None)
+    shown = base_id or base
+    revision = (trained_on.partition("@")[2] if base_id else base_revision) or config.get("revision")
+    contents, left_out = _read_folder(folder)
+    contents["adapter_config.json"] = _to_json({**config, "base_model_name_or_path": shown, "revision": revision})
     if identity := read_identity(folder):
-        told = {**identity, "base": {**identity["base"], "name": shown}}
-        if "combined" in told:  # of a sum: its parts lie somewhere here too
-            told["combined"] = [{**part, "name": Path(part["name"]).name} for part in told["combined"]]
-        made[STROP_FILE] = _json(told)
-    if report is not None:
-        made[CARD_FILE] = card(report, base=base).encode()
-    return _with_card(folder, {**contents, **made}, repo), left_out, shown
+        identity = {**identity, "base": {**identity["base"], "name": shown}}
+        if "combined" in identity:  # its parts are local paths too
+            identity["combined"] = [{**part, "name": Path(part["name"]).name} for part in identity["combined"]]
+        contents[STROP_FILE] = _to_json(identity)
+    if (report := find_report(folder)) is not None:
+        contents[CARD_FILE] = card(report, base=base or None).encode()
+    return contents, left_out, shown
 
 
-def _model(folder: Path, repo: str, base: str | None) -> tuple[list[tuple[str, bytes | Path]], list[str], None]:
+def _read_model(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path], list[str], None]:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: neither a run, an adapter nor a model folder", fix="give one of these")
+        raise ModelError(f"{folder}: not a run, an adapter or a model folder", fix="give one of these")
     if base is not None:
-        raise InputError("--base: is of an adapter, and this is a whole model", fix="leave --base out")
+        raise InputError("--base: applies to adapters, and this is a whole model", fix="leave --base out")
     read_config(folder)
     for file in weight_files(folder):
         read_safetensors_header(file)
-    contents, left_out = _files(folder)
-    return _with_card(folder, contents, repo), left_out, None
+    return *_read_folder(folder), None
 
 
-def _files(folder: Path) -> tuple[dict[str, bytes | Path], list[str]]:
-    """(what is sent of a folder, by name; what is not). JSON files without the paths that tools leave in them."""
+def _read_folder(folder: Path) -> tuple[dict[str, bytes | Path], list[str]]:
+    """Return (content by file name, files left out). Local paths are removed from JSON files."""
     contents: dict[str, bytes | Path] = {}
     left_out = []
     for file in sorted(folder.iterdir()):
-        if not file.is_file() or not _fits(file.name, SENT):
+        if not file.is_file() or not _matches(file.name, UPLOADED):
             left_out.append(file.name)
             continue
         contents[file.name] = file
         if file.suffix == ".json":
             try:
-                held = json.loads(file.read_text(encoding="utf-8"))
+                value = json.loads(file.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
-                raise ModelError(
-                    f"{file}: not JSON: {error}", fix="put it back, or take it out of the folder"
-                ) from None
-            if (told := _without_paths(held)) != held:
-                contents[file.name] = _json(told)
+                fix = "restore it, or move it out of the folder"
+                raise ModelError(f"{file}: not JSON: {error}", fix=fix) from None
+            if (cleaned := _remove_paths(value)) != value:
+                contents[file.name] = _to_json(cleaned)
     return contents, left_out
 
 
-def _fits(name: str, patterns: Iterable[str]) -> bool:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _without_paths(held: Any) -> Any:
-    if isinstance(held, dict):
-        gone = [key for key in PATHS if isinstance(held.get(key), str) and hub_id(held[key]) is None]
-        return {key: _without_paths(value) for key, value in held.items() if key not in gone}
-    return [_without_paths(one) for one in held] if isinstance(held, list) else held
+def _remove_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        local = [key for key in PATH_KEYS if isinstance(value.get(key), str) and hub_id(value[key]) is None]
+        return {key: _remove_paths(item) for key, item in value.items() if key not in local}
+    return [_remove_paths(item) for item in value] if isinstance(value, list) else value
 
 
-def _with_card(folder: Path, contents: dict[str, bytes | Path], repo: str) -> list[tuple[str, bytes | Path]]:
-    """Raises ModelError where there is no card; in one that strop wrote, the folder becomes the repository."""
-    written = contents.get(CARD_FILE)
-    if written is None:
-        what = f"{folder}: has no card: nobody would know what it is"
-        raise ModelError(what, fix=f"say so in {folder / CARD_FILE}, or push a run that has ended")
+def _prepare_card(folder: Path, contents: dict[str, bytes | Path], repo: str) -> None:
+    """Put the repository's name into a card written by strop. Raises ModelError if there is no card."""
+    content = contents.get(CARD_FILE)
+    if content is None:
+        what = f"{folder}: has no model card ({CARD_FILE}), so nobody would know what it is"
+        raise ModelError(what, fix=f"write {folder / CARD_FILE}, or push a run that has ended")
     try:
-        text = (written if isinstance(written, bytes) else written.read_bytes()).decode()
+        text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{folder / CARD_FILE}: {error}", fix="save it as UTF-8") from None
-    loads, name = 'strop.load("{}")', repo.rpartition("/")[2]  # strop reads an adapter from a folder
-    fetched = f'{loads.format(name)}.chat("..."))  # after `hf download {repo} --local-dir {name}`'
-    text = text.replace(f'{loads.format(PLACE)}.chat("..."))', fetched)
-    return sorted({**contents, CARD_FILE: text.replace(PLACE, repo).encode()}.items())
+    load, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]  # strop loads adapters from folders only
+    after_download = f"{load.format(name)}  # after `hf download {repo} --local-dir {name}`"
+    contents[CARD_FILE] = text.replace(load.format(PLACE), after_download).replace(PLACE, repo).encode()
 
 
-def _json(value: Any) -> bytes:
+def _to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _check_alike(folder: Path, trained_on: str, base: str, revision: str | None) -> None:
-    """Raises ModelError where the config of the Hub's model has other sizes than the base of an adapter."""
+def _check_sizes(folder: Path, trained_on: str, base: str, revision: str | None) -> None:
+    """Raise ModelError if the model on the Hub has other sizes than the adapter's base."""
     from strop.models.load import load_config
 
-    here, there = load_config(locate(trained_on)).to_dict(), download_config(base, revision)
-    wrong = [key for key in SIZES if key in here and key in there and here[key] != there[key]]
-    if wrong:
-        key = wrong[0]
-        what = f"--base {base}: not the base of {folder}: its {key} is {there[key]}, {here[key]} expected"
-        raise ModelError(what, fix="give the Hub id of the model that it was trained on")
+    expected, config = load_config(locate(trained_on)).to_dict(), download_config(base, revision)
+    for key in SIZES:
+        if key in expected and key in config and expected[key] != config[key]:
+            what = f"--base {base}: not the base of {folder}: its {key} is {config[key]}, {expected[key]} expected"
+            raise ModelError(what, fix="give the Hub id of the model that it was trained on")
 
 
-def _repository(api: HfApi, repo: str, public: bool) -> tuple[bool, list[str]]:
-    """(whether it is private, the files in it); made where it is missing."""
+def _open_repository(api: HfApi, repo: str, public: bool) -> tuple[bool, list[str]]:
+    """Return (whether the repository is private, its files), and create it if it does not exist."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -217,67 +210,61 @@ def _repository(api: HfApi, repo: str, public: bool) -> tuple[bool, list[str]]:
         api.create_repo(repo, private=not public, exist_ok=True)
         return not public, []
     if not info.private and not public:
-        what = f"{repo}: is public: everybody could load it"
-        raise InputError(what, fix="give --public if that is meant, or another name")
+        raise InputError(f"{repo}: is public", fix="give --public to push to it anyway, or another name")
     if info.private and public:
         raise InputError(f"--public: {repo} is private", fix="make it public on its page, or leave --public out")
     return bool(info.private), [file.rfilename for file in info.siblings or []]
 
 
-def _compare(api: HfApi, repo: str, adds: list[Any]) -> None:
-    """Raises RunError where the Hub's sums of files are not those of what was sent."""
-    found = {entry.path: entry for entry in api.get_paths_info(repo, [add.path_in_repo for add in adds])}
-    wrong = []
+def _verify(api: HfApi, repo: str, adds: list[Any]) -> None:
+    """Raise RunError if a checksum on the Hub differs from that of the uploaded file: SHA-256 in LFS, else Git's."""
+    from huggingface_hub.utils.sha import git_hash
+
+    entries = {entry.path: entry for entry in api.get_paths_info(repo, [add.path_in_repo for add in adds])}
+    different = []
     for add in adds:
-        entry = found.get(add.path_in_repo)
-        large = getattr(entry, "lfs", None)
-        same = large.sha256 == add.upload_info.sha256.hex() if large else getattr(entry, "blob_id", "") == _git_sum(add)
-        wrong += [] if same else [add.path_in_repo]
-    if wrong:
-        raise RunError(f"{repo}: the Hub has other bytes than were sent: {', '.join(wrong)}", fix="push it again")
-
-
-def _git_sum(add: Any) -> str:
-    """Git's own sum of a file that is not stored apart: sha1 of "blob SIZE\\0" and its content."""
-    import hashlib
-
-    with add.as_file() as file:
-        content = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry = entries.get(add.path_in_repo)
+        if lfs := getattr(entry, "lfs", None):
+            same = lfs.sha256 == add.upload_info.sha256.hex()
+        else:
+            with add.as_file() as file:
+                same = getattr(entry, "blob_id", "") == git_hash(file.read())
+        different += [] if same else [add.path_in_repo]
+    if different:
+        raise RunError(f"{repo}: the Hub has other bytes than uploaded: {', '.join(different)}", fix="push it again")
 
 
 @contextmanager
-def _faults(api: HfApi, repo: str, again: str = "nothing was changed there; try again") -> Iterator[None]:
-    """What the Hub's client raises while something is sent, as one line that says what to do."""
+def _translated_errors(api: HfApi, repo: str, retry: str = "nothing was changed there; try again") -> Iterator[None]:
+    """Raise errors of the Hub's client as one line with a fix."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    # httpx's or httpx2's, as huggingface_hub's version has it
+    # of httpx or httpx2, depending on the version of huggingface_hub
     from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
-    login = "`hf auth login` with a token that may write, or set HF_TOKEN"
+    login = "run `hf auth login` with a token that may write, or set HF_TOKEN"
     try:
         yield
     except HFValidationError:
-        raise InputError(f"{repo}: no name for a repository", fix="give OWNER/NAME") from None
+        raise InputError(f"{repo}: not a valid repository name", fix="give OWNER/NAME") from None
     except LocalTokenNotFoundError:
         raise InputError("not logged in to the Hub", fix=login) from None
     except OfflineModeIsEnabled:
-        raise InputError("nothing can be sent while offline", fix="unset HF_HUB_OFFLINE") from None
+        raise InputError("the Hub cannot be reached in offline mode", fix="unset HF_HUB_OFFLINE") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        said = (error.server_message or str(error)).strip().splitlines()[0]
+        reason = (error.server_message or str(error)).strip().splitlines()[0]
         if status == 401:
-            raise InputError(f"the Hub does not know this account: {said}", fix=login) from None
+            raise InputError(f"the Hub does not know this account: {reason}", fix=login) from None
         if status == 403:
-            raise InputError(f"{repo}: this account may not write there: {said}", fix=f"check OWNER; {login}") from None
-        raise RunError(f"{repo}: the Hub answers {status}: {said}", fix=again) from None
-    except (RuntimeError, ValueError) as error:  # of a file that was not taken, and of a card that the Hub refuses
-        said = str(error.__cause__ or error).strip().splitlines()[0]
-        raise RunError(f"{repo}: {said}", fix=again) from None
+            raise InputError(f"{repo}: no permission to write: {reason}", fix=f"check OWNER; {login}") from None
+        raise RunError(f"{repo}: the Hub answered with status {status}: {reason}", fix=retry) from None
+    except (RuntimeError, ValueError) as error:  # a file that was not accepted, or an invalid card
+        raise RunError(f"{repo}: {str(error.__cause__ or error).strip().splitlines()[0]}", fix=retry) from None
     except TransportError as error:
         what = f"{api.endpoint}: cannot be reached ({type(error).__name__})"
-        raise RunError(what, fix=f"{again}; check the connection and HF_ENDPOINT") from None
+        raise RunError(what, fix=f"{retry}; check the connection and HF_ENDPOINT") from None
 
 
-def _size(size_bytes: int) -> str:
+def _format_size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:,.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:,.1f} kB"

@@ -1,4 +1,4 @@
-"""Whether two models are the same: their next-token distributions, position by position, on the same rows."""
+"""Compare two models by their next-token distributions, position by position on the same rows."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ from strop.models.adapters import adapter_disabled
 from strop.planning.memory import POSITIONS
 
 LOG = logging.getLogger(__name__)
-MEASURING = "measuring, row by row"
-AT_ONCE_BYTES = 4 << 20  # of log-probabilities that something is computed of
+MEASURING = "measuring on the rows"
+CHUNK_BYTES = 4 << 20  # of log-probabilities that are processed at once
 
 
 @dataclass(frozen=True)
 class Limit:
-    """kl_mean: nats, at most. agreement: share of positions without a clear flip, at least."""
+    """Limits of a comparison: the highest mean KL in nats, the lowest share of positions without a clear flip."""
 
     kl_mean: float
     agreement: float
 
     @property
     def tie(self) -> float:
-        """How far apart in probability two words may be that rounding alone may swap.
+        """The largest difference in probability between two tokens that rounding alone may swap.
 
         Models whose distributions p and q have KL(p || q) = k differ by sum |p - q| <= sqrt(2 k) (Pinsker's inequality;
-        Tsybakov, Introduction to Nonparametric Estimation, 2009, lemma 2.5). q prefers another word than p does only
-        where p's two words are no further apart than that. k: what the type may cost at a position, on average.
+        Tsybakov, Introduction to Nonparametric Estimation, 2009, lemma 2.5). Only where p's two tokens are at most that
+        far apart may q prefer the other one. k is the average divergence that the type is allowed.
         """
         return math.sqrt(2 * self.kl_mean)
 
 
-# Measured on right merges of SmolLM2-135M (docs/log): fp32 8e-10 to 4e-8, bf16 6e-5 to 1.4e-4, fp16 5e-7 to 4e-6. One
-# layer of thirty left out costs 1.2e-3 and more. Of 206 tiny random models three lie above the limit of bf16.
+# Measured on correct merges of SmolLM2-135M (docs/log): fp32 8e-10 to 4e-8, bf16 6e-5 to 1.4e-4, fp16 5e-7 to 4e-6.
+# Leaving out one layer of thirty costs 1.2e-3 or more. Of 206 tiny random models three exceed the limit of bf16.
 LIMITS = {"fp32": Limit(1e-6, 0.995), "bf16": Limit(5e-4, 0.995), "fp16": Limit(5e-5, 0.995)}
-EFFECT = 0.02  # what may be missing of the adapter's effect, or too much; with 10 % of alpha too much it is 0.07
-FEW = 1000  # positions of which a single one may take a mean beyond its limit
-SURE = 3.0  # standard errors that a figure must lie beyond its limit
-FAINT = 5.0  # an effect below this many times the KL limit is not judged: rounding could look like a part of it
+EFFECT_TOLERANCE = 0.02  # of the adapter's effect; with 10 % too much alpha it is off by 0.07
+FEW_POSITIONS = 1000  # below this, a single position may move a mean beyond its limit
+STANDARD_ERRORS = 3.0  # by which a figure must exceed its limit
+WEAK_EFFECT = 5.0  # multiple of the KL limit below which an effect is not judged: rounding may look like part of it
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share with its interval of 95 %."""
+    """A share with its 95 % interval."""
 
     value: float
     low: float
@@ -70,207 +70,198 @@ class Share:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far another model is from a reference.
-
-    kl_mean, kl_max: KL(reference || other) in nats. top1_agreement: positions with the same likeliest word. agreement:
-    positions without a clear flip, which is another likeliest word where the reference's two words are no near tie
-    (Limit.tie). loss_difference: of the supervised tokens, other - reference; loss_error: its standard error. effect:
-    how much of what the adapter does to its base arrives, 1 being all; None where the reference has no adapter, or one
-    that does too little to tell.
-    """
+    """Difference of a model from a reference."""
 
     positions: int
-    kl_mean: float
+    kl_mean: float  # KL(reference || model), nats
     kl_max: float
-    top1_agreement: float
-    loss_difference: float
-    loss_error: float
+    top1_agreement: float  # share of positions with the same most likely token
+    loss_difference: float  # model - reference, on the supervised tokens
+    loss_error: float  # standard error of loss_difference
     limit: Limit
-    clear_flips: int
-    agreement: Share
-    effect: Share | None
+    clear_flips: int  # positions with another most likely token that is not a near tie (Limit.tie)
+    agreement: Share  # of positions without a clear flip
+    effect: Share | None  # of the adapter, ideally 1; None without an adapter, or if its effect is too weak to judge
 
     @property
-    def faults(self) -> list[str]:
-        """What is beyond its limit; NaN is."""
-        limit, found = self.limit, []
+    def violations(self) -> list[str]:
+        """The figures that exceed their limits, or are NaN."""
+        limit, violations = self.limit, []
         if not self.kl_mean <= limit.kl_mean:
-            found.append(f"mean KL {self.kl_mean:.2g} (limit {limit.kl_mean:.2g})")
+            violations.append(f"mean KL {self.kl_mean:.2g} (limit {limit.kl_mean:.2g})")
         if not self.agreement.high >= limit.agreement:
-            found.append(
+            violations.append(
                 f"{self.clear_flips} clear flips in {self.positions} positions, agreement {self.agreement.value:.2%} "
                 f"(limit {limit.agreement:.2%})"
             )
-        if not abs(self.loss_difference) <= limit.tie + SURE * self.loss_error:
-            found.append(f"loss {self.loss_difference:+.2g} (limit {limit.tie:.2g})")
+        if not abs(self.loss_difference) <= limit.tie + STANDARD_ERRORS * self.loss_error:
+            violations.append(f"loss {self.loss_difference:+.2g} (limit {limit.tie:.2g})")
         if self.effect is not None:
-            off, error = abs(self.effect.value - 1), (self.effect.high - self.effect.low) / (2 * Z_95)
-            if not off <= EFFECT + SURE * error:
-                found.append(f"{self.effect.value:.1%} of the adapter's effect (limit {EFFECT:.0%} off)")
-        return found
+            difference, error = abs(self.effect.value - 1), (self.effect.high - self.effect.low) / (2 * Z_95)
+            if not difference <= EFFECT_TOLERANCE + STANDARD_ERRORS * error:
+                violations.append(f"{self.effect.value:.1%} of the adapter's effect (limit {EFFECT_TOLERANCE:.0%} off)")
+        return violations
 
     @property
     def passed(self) -> bool:
-        return not self.faults
+        return not self.violations
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
 
-    def check(self, what: str) -> None:
-        """Raises ParityError beyond the limit."""
-        if self.faults:
+    def check(self, name: str) -> None:
+        """Raise ParityError if a limit is exceeded."""
+        if self.violations:
             fix = "please report it with the base's name"
-            if self.positions < FEW:  # one of them may make the mean
+            if self.positions < FEW_POSITIONS:
                 fix = (
                     f"{self.positions} positions are few: measure on more rows (--data FILE); if that fails too, {fix}"
                 )
-            raise ParityError(f"{what}: not the same model: {'; '.join(self.faults)}", fix=f"nothing was kept; {fix}")
+            raise ParityError(
+                f"{name}: not the same model: {'; '.join(self.violations)}", fix=f"nothing was kept; {fix}"
+            )
 
 
 def compare(
-    reference: Callable[[], Any], other: Callable[[], Any], examples: Sequence[Example], limit: Limit
+    reference: Callable[[], Any], model: Callable[[], Any], examples: Sequence[Example], limit: Limit
 ) -> Parity:
-    """Both models, loaded one after the other, on the first POSITIONS positions of the rows.
+    """Load two models one after the other, and compare them on the first POSITIONS positions of the rows.
 
-    reference, other: each loads a transformers model that computes in fp32, or something with `log_probabilities`; only
-    one is in memory at a time, the reference's distributions wait in a file. Each context counts once for KL and
-    agreement (what rows begin with alike is one text, not many), supervised positions for the loss.
+    reference, model: load a transformers model that computes in fp32, or an object with `log_probabilities`. Each
+    context counts once for KL and agreement (a prefix that rows share is one text), all supervised tokens for the loss.
     """
-    with measuring(reference, examples) as measure:
-        return measure(other, limit)
+    with measure_against(reference, examples) as measure:
+        return measure(model, limit)
 
 
 @contextmanager
-def measuring(
+def measure_against(
     reference: Callable[[], Any], examples: Sequence[Example]
 ) -> Iterator[Callable[[Callable[[], Any], Limit], Parity]]:
-    """Inside the block, what is given measures any number of models against one reference, as `compare` does."""
-    examples = enough(examples)
-    starts = new_from(examples)
+    """Yield a function that compares any number of models with one reference, as `compare` does."""
+    examples, starts = select_rows(examples)
     sizes = [len(example) - 1 - start for example, start in zip(examples, starts, strict=True)]
     ends = list(accumulate(sizes))
     with tempfile.TemporaryDirectory() as folder:
         model = reference()
         LOG.info(MEASURING)
-        kept = _Kept(Path(folder) / "kept")
-        losses = []
+        stored, losses = _LogprobFile(Path(folder) / "tuned"), []
         for example, start in zip(examples, starts, strict=True):
-            logs = _log_probabilities(model, example)
-            losses.append(_loss(logs, example))
-            kept.add(logs[start:])
-        changed = _keep_effect(model, examples, starts, ends, kept, Path(folder) / "changed")
-        del model, logs
-        freed()
+            logprobs = _log_probabilities(model, example)
+            losses.append(_loss(logprobs, example))
+            stored.append(logprobs[start:])
+        effect = _store_effect(model, examples, starts, ends, stored, Path(folder) / "effect")
+        del model, logprobs
+        free_memory()
 
-        def measure(other: Callable[[], Any], limit: Limit) -> Parity:
-            model = other()
+        def measure(load: Callable[[], Any], limit: Limit) -> Parity:
+            model = load()
             LOG.info(MEASURING)
-            divergences, apart, clear, others, effects = [], 0, 0, [], []
+            divergences, flips, clear_flips, model_losses, projections = [], 0, 0, [], []
             for example, start, size, end in zip(examples, starts, sizes, ends, strict=True):
-                logs = _log_probabilities(model, example)
-                others.append(_loss(logs, example))
-                along = np.zeros(2)
-                for at, part in _parts(logs[start:]):
-                    wanted = kept.rows(end - size + at, len(part))
-                    divergences.append((wanted.exp() * (wanted - part)).sum(1))
-                    first, second = wanted.argmax(1, keepdim=True), part.argmax(1, keepdim=True)
-                    margins = (wanted.gather(1, first).exp() - wanted.gather(1, second).exp())[:, 0]
+                logprobs = _log_probabilities(model, example)
+                model_losses.append(_loss(logprobs, example))
+                projection = np.zeros(2)
+                for offset, chunk in _chunks(logprobs[start:]):
+                    expected = stored.read(end - size + offset, len(chunk))
+                    divergences.append((expected.exp() * (expected - chunk)).sum(1))
+                    first, second = expected.argmax(1, keepdim=True), chunk.argmax(1, keepdim=True)
+                    margins = (expected.gather(1, first).exp() - expected.gather(1, second).exp())[:, 0]
                     flipped = (first != second)[:, 0]
-                    apart += int(flipped.sum())
-                    clear += int((flipped & (margins > limit.tie)).sum())
-                    if changed is not None:
-                        along += _along(wanted, part, changed.rows(end - size + at, len(part)))
-                effects += [(float(along[0]), float(along[1]))] if changed is not None else []
-            kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
+                    flips += int(flipped.sum())
+                    clear_flips += int((flipped & (margins > limit.tie)).sum())
+                    if effect is not None:
+                        projection += _project(expected, chunk, effect.read(end - size + offset, len(chunk)))
+                projections += [(float(projection[0]), float(projection[1]))] if effect is not None else []
+            kl = torch.cat(divergences).clamp(min=0)  # rounding may make it negative; NaN stays
             weights = np.array([float(example.weights[1:].sum()) for example in examples])
-            further, further_error = _ratio(np.array(others) - np.array(losses), weights)
+            loss_difference, loss_error = _ratio(np.array(model_losses) - np.array(losses), weights)
             total = ends[-1]
-            agreement = Share(1 - clear / total, *wilson(total - clear, total))
             return Parity(
-                total, float(kl.mean()), float(kl.max()), 1 - apart / total, further, further_error, limit,
-                clear, agreement, _share(effects, 2 * FAINT * limit.kl_mean * total),
+                total, float(kl.mean()), float(kl.max()), 1 - flips / total, loss_difference, loss_error, limit,
+                clear_flips, Share(1 - clear_flips / total, *wilson(total - clear_flips, total)),
+                _estimate_effect(projections, 2 * WEAK_EFFECT * limit.kl_mean * total),
             )  # fmt: skip
 
         yield measure
 
 
-def freed() -> None:
-    """Gives back what a model held that nobody names any more. Its modules and their forwards name each other, so that
-    it would stay until Python looks for such circles: two models in memory in place of one."""
+def free_memory() -> None:
+    """Free a model that is no longer referenced. Its modules and their forwards form reference cycles, so without a
+    garbage collection two models would be in memory at once."""
     gc.collect()
     trim_heap()
 
 
-class _Kept:
-    """Log-probabilities (positions, vocabulary) in a file. Not mapped: pages of a mapped file count as memory of the
-    process, and of 2,048 positions over 49,152 words they are 384 MiB."""
+class _LogprobFile:
+    """Log-probabilities (positions, vocabulary) in a file. It is not memory-mapped: mapped pages count as memory of the
+    process, 384 MiB for 2,048 positions with 49,152 tokens."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._width = file, 0
 
-    def add(self, logs: Tensor) -> None:
-        self._width = logs.shape[1]
+    def append(self, logprobs: Tensor) -> None:
+        self._width = logprobs.shape[1]
         with self._file.open("ab") as handle:
-            for _, part in _parts(logs):
-                part.numpy().tofile(handle)
+            for _, chunk in _chunks(logprobs):
+                chunk.numpy().tofile(handle)
 
-    def rows(self, begin: int, count: int) -> Tensor:
-        offset = 4 * begin * self._width
-        found = np.fromfile(self._file, np.float32, count * self._width, offset=offset)
-        return torch.from_numpy(found).view(count, self._width)
-
-
-def _parts(logs: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """A few positions at a time, and where they begin: what is computed of them takes several times their memory."""
-    rows = max(1, AT_ONCE_BYTES // (4 * logs.shape[1]))
-    return ((at, logs[at : at + rows]) for at in range(0, len(logs), rows))
+    def read(self, begin: int, count: int) -> Tensor:
+        values = np.fromfile(self._file, np.float32, count * self._width, offset=4 * begin * self._width)
+        return torch.from_numpy(values).view(count, self._width)
 
 
-def _keep_effect(
-    model: Any, examples: Sequence[Example], starts: Sequence[int], ends: Sequence[int], tuned: _Kept, file: Path
-) -> _Kept | None:
-    """What the adapter does to its base's log-probabilities, in a file; None without an adapter."""
+def _chunks(logprobs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first position, a few positions) at a time: processing takes several times their memory."""
+    rows = max(1, CHUNK_BYTES // (4 * logprobs.shape[1]))
+    return ((start, logprobs[start : start + rows]) for start in range(0, len(logprobs), rows))
+
+
+def _store_effect(
+    model: Any, examples: Sequence[Example], starts: Sequence[int], ends: Sequence[int], tuned: _LogprobFile, file: Path
+) -> _LogprobFile | None:
+    """Store how the adapter changes the base's log-probabilities. Return None if the model has no adapter."""
     if not isinstance(model, peft.PeftModel):
         return None
-    changed = _Kept(file)
+    effect = _LogprobFile(file)
     with adapter_disabled(model):
         for example, start, end in zip(examples, starts, ends, strict=True):
             base = _log_probabilities(model, example)[start:]
-            for at, part in _parts(base):
-                part.copy_(tuned.rows(end - len(base) + at, len(part)) - part)
-            changed.add(base)
-    return changed
+            for offset, chunk in _chunks(base):
+                chunk.copy_(tuned.read(end - len(base) + offset, len(chunk)) - chunk)
+            effect.append(base)
+    return effect
 
 
-def _along(wanted: Tensor, logs: Tensor, changed: Tensor) -> tuple[float, float]:
-    """(of other - reference along the adapter's effect, of the effect along itself), summed over a row's positions, in
-    the metric in which half of a square is a small change's KL (Fisher's, at the reference)."""
-    p = wanted.exp()
-    changed = changed - (p * changed).sum(1, keepdim=True)
-    return float((p * (logs - wanted) * changed).sum()), float((p * changed.square()).sum())
+def _project(expected: Tensor, logprobs: Tensor, effect: Tensor) -> tuple[float, float]:
+    """Return the inner products of (logprobs - expected) and of the adapter's effect with that effect, summed over the
+    positions. The metric is Fisher's at the reference, in which half the square of a small change is its KL."""
+    p = expected.exp()
+    effect = effect - (p * effect).sum(1, keepdim=True)
+    return float((p * (logprobs - expected) * effect).sum()), float((p * effect.square()).sum())
 
 
-def _share(effects: Sequence[tuple[float, float]], least: float) -> Share | None:
-    """1 + the slope of what differs on the effect. least: None where the effect's squares sum up to no more."""
-    if sum(whole for _, whole in effects) <= least:
+def _estimate_effect(projections: Sequence[tuple[float, float]], least: float) -> Share | None:
+    """Return 1 + the slope of the difference on the effect, or None if the squared effect is at most `least`."""
+    if sum(square for _, square in projections) <= least:
         return None
-    slope, error = _ratio(*np.array(effects).T)
+    slope, error = _ratio(*np.array(projections).T)
     return Share(1 + slope, 1 + slope - Z_95 * error, 1 + slope + Z_95 * error)
 
 
 def _ratio(parts: Any, wholes: Any) -> tuple[float, float]:
-    """(sum of parts / sum of wholes, its standard error) from the rows, whose positions are not independent."""
+    """Return (sum of parts / sum of wholes, its standard error over rows: positions of a row are not independent)."""
     ratio = float(parts.sum() / wholes.sum())
     return ratio, float(math.sqrt(((parts - ratio * wholes) ** 2).sum()) / wholes.sum())
 
 
-def in_fp32(model: Any) -> Any:
-    """The model, computing in fp32 on linear weights that stay in their own type: each is cast for its product."""
+def compute_in_fp32(model: Any) -> Any:
+    """Make a model compute in fp32 while linear weights keep their type: each is cast for its matmul."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype != torch.float32:
             module.forward = partial(_linear, module)  # type: ignore[method-assign]
     cast = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
-    embedding = model.get_input_embeddings().weight  # in fp32 even where the head shares it
+    embedding = model.get_input_embeddings().weight  # in fp32 even if the head shares it
     for parameter in model.parameters():
         if parameter.is_floating_point() and (id(parameter) not in cast or parameter is embedding):
             parameter.data = parameter.data.float()
@@ -282,50 +273,42 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, module.weight.float(), bias)
 
 
-def enough(examples: Sequence[Example]) -> list[Example]:
-    """The first rows that hold POSITIONS positions with contexts of their own, or all."""
-    found, total, seen = list[Example](), 0, set[bytes]()
-    for example in (examples[row] for row in range(len(examples))):
-        found.append(example)
-        total += len(example) - 1 - _new_from(example, seen)
+def select_rows(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
+    """Return the first rows that have POSITIONS distinct contexts (or all rows), and for each row its first position
+    whose context is in no earlier row."""
+    rows, starts, total, seen = list[Example](), list[int](), 0, set[bytes]()
+    for number in range(len(examples)):
+        example = examples[number]
+        contexts = [example.ids[: end + 1].tobytes() for end in range(len(example) - 1)]
+        starts.append(sum(context in seen for context in contexts))  # prefixes of a known context are known
+        rows.append(example)
+        seen.update(contexts)
+        total += len(contexts) - starts[-1]
         if total >= POSITIONS:
             break
     assert total, "parity needs rows"
-    return found
-
-
-def new_from(examples: Sequence[Example]) -> list[int]:
-    """Of each row, the first position whose context no row before it has."""
-    seen: set[bytes] = set()
-    return [_new_from(example, seen) for example in examples]
-
-
-def _new_from(example: Example, seen: set[bytes]) -> int:
-    contexts = [example.ids[: end + 1].tobytes() for end in range(len(example) - 1)]
-    known = sum(context in seen for context in contexts)  # a context is known only where those within it are
-    seen.update(contexts)
-    return known
+    return rows, starts
 
 
 def _log_probabilities(model: Any, example: Example) -> Tensor:
-    """(positions - 1, vocabulary) in fp32: what is predicted for each token but the first."""
+    """Return the predictions for each token but the first: (tokens - 1, vocabulary), fp32."""
     if hasattr(model, "log_probabilities"):
-        found: Tensor = model.log_probabilities(example)
-        return found
+        logprobs: Tensor = model.log_probabilities(example)
+        return logprobs
     ids = torch.from_numpy(example.ids.astype(np.int64))[None].to(next(model.parameters()).device)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()
-    return normalized(logits)
+    return log_softmax_(logits)
 
 
-def normalized(logits: Tensor) -> Tensor:
-    """Their log softmax, in their place: (positions, vocabulary) fp32."""
-    for _, part in _parts(logits):
-        part.copy_(F.log_softmax(part, -1))
+def log_softmax_(logits: Tensor) -> Tensor:
+    """Replace logits (positions, vocabulary) in fp32 by their log softmax, in place."""
+    for _, chunk in _chunks(logits):
+        chunk.copy_(F.log_softmax(chunk, -1))
     return logits
 
 
-def _loss(logs: Tensor, example: Example) -> float:
+def _loss(logprobs: Tensor, example: Example) -> float:
     labels = torch.from_numpy(example.ids[1:].astype(np.int64))
     weights = torch.from_numpy(example.weights[1:].copy())
-    return float(-(logs.gather(1, labels[:, None])[:, 0] * weights).sum())
+    return float(-(logprobs.gather(1, labels[:, None])[:, 0] * weights).sum())

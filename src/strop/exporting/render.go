@@ -1,4 +1,4 @@
-// Renders conversations with a template as Ollama does: Go's text/template, given .System, .Messages and .Response.
+// Render conversations with a template like Ollama: Go's text/template with .System, .Messages and .Response.
 // stdin: {"template": "...", "conversations": [[{"role": "user", "content": "..."}]]}; stdout: the prompts as a list.
 package main
 
@@ -12,19 +12,19 @@ import (
 type message struct{ Role, Content string }
 
 func main() {
-	var asked struct {
+	var request struct {
 		Template      string
 		Conversations [][]message
 	}
-	check(json.NewDecoder(os.Stdin).Decode(&asked))
-	parsed, err := template.New("").Option("missingkey=zero").Parse(asked.Template)
+	check(json.NewDecoder(os.Stdin).Decode(&request))
+	parsed, err := template.New("").Option("missingkey=zero").Parse(request.Template)
 	check(err)
 	prompts := []string{}
-	for _, messages := range asked.Conversations {
+	for _, messages := range request.Conversations {
 		var system []string
-		for _, said := range messages {
-			if said.Role == "system" {
-				system = append(system, said.Content)
+		for _, m := range messages {
+			if m.Role == "system" {
+				system = append(system, m.Content)
 			}
 		}
 		var prompt strings.Builder

@@ -1,11 +1,12 @@
-"""A run as a plain script: transformers, peft and torch, its rows and its tokenizer, in a folder of their own."""
+"""`strop export-script`: write a run as a script for transformers, peft and torch, with its rows and tokenizer."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -38,13 +39,21 @@ OPTIMIZERS = {
     "lion": '__import__("bitsandbytes").optim.Lion(groups, lr=1.0, weight_decay={decay})',
     "sgd": "torch.optim.SGD(groups, lr=0.0, weight_decay={decay})",
 }
-SHOWN_VERSIONS = ("torch", "transformers", "peft")
+# Arguments of LoraConfig in a script: the rank, and values that differ from peft's defaults.
+LORA_FIELDS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "init_lora_weights",
+    "rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules", "fan_in_fan_out", "task_type",
+)  # fmt: skip
+LORA_DEFAULTS = {"bias": "none", "init_lora_weights": True}
 
 
 @dataclass(frozen=True)
-class Written:
-    """out: the folder. files: what is in it. rows: how many. encoded: whether the script renders the rows by the chat
-    template itself (it was compared on every row), or the rows hold their tokens. notes: what the script leaves out."""
+class ExportedScript:
+    """An exported script.
+
+    encoded: whether the script renders the rows with the chat template (compared on every row); otherwise the rows hold
+    tokens. notes: differences from the run.
+    """
 
     out: Path
     files: list[str]
@@ -53,61 +62,53 @@ class Written:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "files": self.files,
-            "rows": self.rows,
-            "encoded": self.encoded,
-            "notes": self.notes,
-        }
+        return {**asdict(self), "out": str(self.out)}
 
 
-def export_script(run: Path, out: Path) -> Written:
-    """Writes train.py, rows.jsonl and tokenizer/ into the new folder `out`.
+def export_script(run: Path, out: Path) -> ExportedScript:
+    """Write train.py, rows.jsonl and tokenizer/ into the new folder `out`.
 
-    Raises InputError where the run has what plain peft does not do alike, or its rows are not there any more.
+    Raises InputError if the run uses a feature that a script does not support, or if its rows are missing or changed.
     """
     folder = open_run(run)
     recipe = read_resolved(folder.recipe).recipe
-    _refuse(recipe)
+    _check_supported(recipe)
     source = locate(recipe.model.name, recipe.model.revision)
     start = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
     tokenizer = load_tokenizer(source if start is None else tokenizer_source(start, source))
     data_kind = data_kind_of(recipe.train)
     data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
-    then = folder.read_lock()["data"]
-    if data.hash != then:
-        raise InputError(f"{run}: its rows are not those it was trained on", fix="put the data files back as they were")
+    if data.hash != folder.read_lock()["data"]:
+        raise InputError(f"{run}: its rows have changed since the training", fix="restore the data files")
     if data.renderer.template is not None:
         tokenizer.chat_template = data.renderer.template
     if recipe.model.quantization != "none" and source.kind == "gguf":
         what = f"{run}: transformers does not quantize the weights of a GGUF file"
         raise InputError(what, fix="train on a model folder or a Hub id")
-    settings = _settings(recipe, source, start, data, run)
-    encoded = recipe.data.loss == "assistant" and _encoded(data, tokenizer)
-    lines = _as_messages(data) if encoded else _as_tokens(data)
-    own = _untyped(inspect.getsource(encode).strip()) if encoded else ""
-    text = _template().render(settings, encode=own, ends=list(data.renderer.stop_ids))
+    settings = _template_settings(recipe, source, start, data, run)
+    encoded = recipe.data.loss == "assistant" and _encodes_all_rows(data, tokenizer)
+    rows = _message_rows(data) if encoded else _token_rows(data)
+    encode_source = inspect.getsource(encode).strip().replace("  # type: ignore[no-untyped-def]", "") if encoded else ""
+    template = (files("strop.exporting") / "script.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    text = environment.from_string(template).render(settings, encode=encode_source, ends=list(data.renderer.stop_ids))
     create(out)
-    write_atomic(out / "rows.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_atomic(out / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     tokenizer.save_pretrained(out / "tokenizer")
     write_atomic(out / "train.py", text)
-    return Written(out, ["train.py", "rows.jsonl", "tokenizer"], _count(data), encoded, settings["notes"])
+    return ExportedScript(out, ["train.py", "rows.jsonl", "tokenizer"], _count_rows(data), encoded, settings["notes"])
 
 
-def encode(tokenizer: Any, row: Any, ends: Sequence[int]) -> tuple[list[int], list[float]]:
-    """The tokens of a row, and the weight of each as a label: 1 for the words of an answer and the end of its turn."""
-
-    def tokens(messages: Any, prompt: bool) -> list[int]:
-        return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-        )
-
+# The source of this function is copied into the script.
+def encode(tokenizer, row, ends):  # type: ignore[no-untyped-def]
+    """Return a row's token ids and loss weights: 1 for the tokens of each answer, including its end-of-turn token."""
+    tokenize = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
     messages = row["messages"]
-    ids = tokens(messages, False)
+    ids = list(tokenize(messages))
     weights = [0.0] * len(ids)
     for turn in row["trained"]:
-        begin, end = len(tokens(messages[:turn], True)), len(tokens(messages[: turn + 1], False))
+        begin = len(tokenize(messages[:turn], add_generation_prompt=True))
+        end = len(tokenize(messages[: turn + 1]))
         while end > begin and ids[end - 1] not in ends:
             end -= 1
         weights[begin:end] = [1.0] * (end - begin)
@@ -115,176 +116,132 @@ def encode(tokenizer: Any, row: Any, ends: Sequence[int]) -> tuple[list[int], li
     return ids[:last], weights[:last]
 
 
-def _untyped(source: str) -> str:
-    """A function's text without the types that the script does not import."""
-    for said, plain in (
-        ("tokenizer: Any, row: Any, ends: Sequence[int]) -> tuple[list[int], list[float]]", "tokenizer, row, ends)"),
-        ("messages: Any, prompt: bool) -> list[int]", "messages, prompt)"),
-    ):
-        source = source.replace(said, plain)
-    return source
-
-
-def _refuse(recipe: Recipe) -> None:
-    """Raises InputError for what plain peft and torch do not do, or not alike."""
-    reasons = {
+def _check_supported(recipe: Recipe) -> None:
+    """Raise InputError for features that a script does not support."""
+    unsupported = {
         f"train.objective {recipe.train.objective}": recipe.train.objective not in ("sft", "dpo"),
         f"train.optimizer {recipe.train.optimizer}": recipe.train.optimizer not in OPTIMIZERS,
         "lora.init loftq": recipe.lora.init == "loftq",
         "lora.new_tokens": bool(recipe.lora.new_tokens),
         "model.quantization int8": recipe.model.quantization == "int8",
     }
-    for what, there in reasons.items():
-        if there:
-            raise InputError(f"{what}: the script cannot do it", fix="export the adapter; or train without it")
+    for what, used in unsupported.items():
+        if used:
+            raise InputError(f"{what}: not supported in a script", fix="export the adapter, or train without it")
 
 
-def _settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared, run: Path) -> dict[str, Any]:
-    """What the template is filled in with."""
+def _template_settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared, run: Path) -> dict[str, Any]:
+    """Return the variables of script.jinja, except `encode` and `ends`."""
     train, pairs = recipe.train, recipe.train.objective == "dpo"
-    lora = None if start else _lora(recipe, source)
-    count = _count(data)
     stream = BatchStream(
-        count, batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
+        _count_rows(data), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
     )
     longest = max(len(example) for example in data.train) * (2 if pairs else 1)
-    at_once = train.micro_batch or max(1, min(train.batch_size, (train.micro_batch_tokens or longest) // longest))
-    warmup = int(np.ceil(train.warmup * stream.total_steps)) if train.warmup < 1 else round(train.warmup)
-    kind = recipe.model.quantization
-    base = {"folder": repr(source.name)} | (
-        {"gguf": f"{str(source.path.parent)!r}, gguf_file={source.path.name!r}"} if source.kind == "gguf" else {}
-    )
-    where = base[source.kind] + (f", revision={recipe.model.revision!r}" if recipe.model.revision else "")
-    four = f'load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_compute_dtype=DTYPE, '
-    four += f"bnb_4bit_use_double_quant={recipe.model.double_quantization}"
+    is_gguf, scheme = source.kind == "gguf", recipe.model.quantization
+    base = f"{str(source.path.parent)!r}, gguf_file={source.path.name!r}" if is_gguf else repr(source.name)
+    quantization = f'load_in_4bit=True, bnb_4bit_quant_type="{scheme}", bnb_4bit_compute_dtype=DTYPE, '
+    quantization += f"bnb_4bit_use_double_quant={recipe.model.double_quantization}"
     return {
-        "title": f"{'DPO' if pairs else 'Supervised fine-tuning'} of {recipe.model.name} with LoRA.",
+        "recipe": recipe,
+        "train": train,
+        "pairs": pairs,
         "strop": __version__,
         "run": str(run),
-        "versions": ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS),
-        "notes": _notes(recipe, find_model_dropout(load_without_weights(source))),
-        "pairs": pairs,
-        "device": repr(recipe.model.device),
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")),
+        "notes": _find_differences(recipe, find_model_dropout(load_without_weights(source))),
         "dtype": str(DTYPES[recipe.model.dtype]).removeprefix("torch."),
-        "seed": recipe.seed,
-        "batch": train.batch_size,
-        "at_once": at_once,
-        "rate": train.learning_rate,
-        "warmup": warmup,
+        "rows_at_once": train.micro_batch
+        or max(1, min(train.batch_size, (train.micro_batch_tokens or longest) // longest)),
+        "warmup": int(np.ceil(train.warmup * stream.total_steps)) if train.warmup < 1 else round(train.warmup),
         "steps": stream.total_steps,
-        "schedule": train.lr_scheduler,
-        "beta": train.beta,
-        "label_smoothing": train.label_smoothing,
-        "sft_weight": train.sft_weight,
-        "by_length": train.length_normalized,
-        "quantization": four if kind in ("nf4", "fp4") else "",
-        "unpack": source.kind == "gguf" and hasattr(transformers, "GgufConfig"),
-        "gguf": source.kind == "gguf",
-        "base": where,
+        "quantization": quantization if scheme in ("nf4", "fp4") else "",
+        "gguf": is_gguf,
+        "unpack": is_gguf and hasattr(transformers, "GgufConfig"),
+        "base": base + (f", revision={recipe.model.revision!r}" if recipe.model.revision else ""),
         "start": repr(str(start.resolve())) if start else "",
-        "dropout": recipe.lora.dropout,
-        "lora": lora,
-        "checkpointing": train.gradient_checkpointing not in ("off", "auto"),
-        "ratio": train.lora_plus_ratio,
+        "lora": None if start else _lora_arguments(recipe, source),
         "optimizer": OPTIMIZERS[train.optimizer].format(decay=train.weight_decay),
-        "clip": train.max_grad_norm,
     }
 
 
-def _lora(recipe: Recipe, source: Source) -> str:
-    """peft's LoraConfig as strop makes it for this model, as the arguments of a call."""
-    made = add_lora(load_without_weights(source), recipe.lora, None).peft_config["default"]
-    if getattr(made, "target_parameters", None):
-        raise InputError("adapters on a mixture's experts: the script cannot do it", fix="export the adapter")
-    names = sorted(made.target_modules) if isinstance(made.target_modules, set) else made.target_modules
-    given = {
-        "r": made.r,
-        "lora_alpha": made.lora_alpha,
-        "lora_dropout": made.lora_dropout,
-        "target_modules": names,
-        "bias": made.bias,
-        "use_rslora": made.use_rslora,
-        "use_dora": made.use_dora,
-        "init_lora_weights": made.init_lora_weights,
-        "rank_pattern": made.rank_pattern,
-        "alpha_pattern": made.alpha_pattern,
-        "modules_to_save": made.modules_to_save,
-        "exclude_modules": made.exclude_modules,
-        "fan_in_fan_out": made.fan_in_fan_out,
-        "task_type": str(getattr(made.task_type, "value", made.task_type)),
+def _lora_arguments(recipe: Recipe, source: Source) -> str:
+    """Return the arguments of the LoraConfig that strop uses for this model, as Python."""
+    config = add_lora(load_without_weights(source), recipe.lora, None).peft_config["default"]
+    if getattr(config, "target_parameters", None):
+        raise InputError("adapters on experts: not supported in a script", fix="export the adapter")
+    values = {name: getattr(config, name) for name in LORA_FIELDS}
+    values["task_type"] = str(getattr(config.task_type, "value", config.task_type))
+    if isinstance(config.target_modules, set):
+        values["target_modules"] = sorted(config.target_modules)
+    used = {
+        name: value for name, value in values.items() if (value and LORA_DEFAULTS.get(name) != value) or name == "r"
     }
-    usual = {"bias": "none", "init_lora_weights": True}
-    kept = {name: value for name, value in given.items() if (value and usual.get(name) != value) or name == "r"}
-    return ", ".join(f"{name}={value!r}" for name, value in kept.items())
+    return ", ".join(f"{name}={value!r}" for name, value in used.items())
 
 
-def _notes(recipe: Recipe, dropout: str | None) -> list[str]:
-    """What the script does not do as the run did. dropout: of the base itself, by name."""
+def _find_differences(recipe: Recipe, base_dropout: str | None) -> list[str]:
+    """Return notes on what the script does differently. base_dropout: the name of a dropout setting of the base."""
     train = recipe.train
-    said = {
+    notes = {
         "It does not evaluate, and keeps the last weights, not the best.": recipe.data.eval is not None,
         "It does not stop early.": bool(train.early_stopping or train.max_time),
         "It multiplies frozen weights in fp32.": train.int8_matmul,
-        "Dropout draws other masks than strop's: losses differ by chance.": recipe.lora.dropout > 0
-        or dropout is not None,
-        "In 16 bit, peft rounds what a young adapter adds away: its losses are higher than strop's at first.": (
+        "Dropout masks differ from strop's, so losses vary randomly.": recipe.lora.dropout > 0
+        or base_dropout is not None,
+        "In 16 bit, peft rounds small LoRA updates away, so its losses are higher than strop's at first.": (
             recipe.model.dtype != "fp32"
         ),
     }
-    return [note for note, there in said.items() if there]
+    return [note for note, applies in notes.items() if applies]
 
 
-def _count(data: Prepared) -> int:
+def _count_rows(data: Prepared) -> int:
     return len(data.train_items if data.train_items is not None else data.train)
 
 
-def _plain(message: Message) -> bool:
+def _is_plain(message: Message) -> bool:
     return message.weight == 1 and not (message.tool_calls or message.reasoning or message.name or message.call_id)
 
 
-def _messages(conversation: Conversation, only_last: bool) -> dict[str, Any]:
+def _message_row(conversation: Conversation, *, only_last: bool) -> dict[str, Any]:
     turns = [place for place, message in enumerate(conversation.messages) if message.role == "assistant"]
-    said = [{"role": message.role, "content": message.content} for message in conversation.messages]
-    return {"messages": said, "trained": turns[-1:] if only_last else turns}
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    return {"messages": messages, "trained": turns[-1:] if only_last else turns}
 
 
-def _encoded(data: Prepared, tokenizer: Any) -> bool:
-    """Whether `encode` gives the run's own tokens and weights for each of its rows."""
+def _encodes_all_rows(data: Prepared, tokenizer: Any) -> bool:
+    """Return whether `encode` gives the run's tokens and weights for every row."""
     conversations, pairs = data.train_conversations, data.train_items is not None
     if len(data.train) != len(conversations) * (2 if pairs else 1):
         return False
     examples: Iterator[Example] = iter(data.train)
     for conversation in conversations:
-        if conversation.text is not None or conversation.tools or not all(map(_plain, conversation.messages)):
+        if conversation.text is not None or conversation.tools or not all(map(_is_plain, conversation.messages)):
             return False
         for side in conversation.sides:
             example = next(examples)
-            ids, weights = encode(tokenizer, _messages(side, pairs), data.renderer.stop_ids)
+            row = _message_row(side, only_last=pairs)
+            ids, weights = encode(tokenizer, row, data.renderer.stop_ids)  # type: ignore[no-untyped-call]
             if ids != example.ids.tolist() or weights != example.weights.tolist():
                 return False
     return True
 
 
-def _as_messages(data: Prepared) -> Iterator[dict[str, Any]]:
+def _message_rows(data: Prepared) -> Iterator[dict[str, Any]]:
     for conversation in data.train_conversations:
         if data.train_items is None:
-            yield _messages(conversation, False)
+            yield _message_row(conversation, only_last=False)
         else:
-            chosen, rejected = (_messages(side, True) for side in conversation.sides)
+            chosen, rejected = (_message_row(side, only_last=True) for side in conversation.sides)
             yield {"chosen": chosen, "rejected": rejected}
 
 
-def _as_tokens(data: Prepared) -> Iterator[dict[str, Any]]:
+def _token_rows(data: Prepared) -> Iterator[dict[str, Any]]:
     def row(example: Example) -> dict[str, Any]:
         return {"ids": example.ids.tolist(), "weights": example.weights.tolist()}
 
     if data.train_items is None:
         yield from map(row, data.train)
     else:
-        for unit in data.train_items:
-            yield dict(zip(("chosen", "rejected"), map(row, unit.examples), strict=True))
-
-
-def _template() -> jinja2.Template:
-    text = (files("strop.exporting") / "script.jinja").read_text(encoding="utf-8")
-    return jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined).from_string(text)
+        for pair in data.train_items:
+            yield dict(zip(("chosen", "rejected"), map(row, pair.examples), strict=True))

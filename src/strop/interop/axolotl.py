@@ -5,33 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import (
-    IGNORED_KEYS,
-    INT8_NOTE,
-    WARMUP_NOTE,
-    Draft,
-    Keys,
-    as_float,
-    as_int,
-    check_adam_betas,
-    disable_dropout_for_preferences,
-    format_value,
-    lora_init,
-    note_packing,
-    objective_for,
-    put_batch_size,
-    put_checkpointing,
-    put_dtype_flags,
-    put_eval_share,
-    put_fields,
-    put_lora,
-    put_optimizer,
-    put_schedule,
-    put_simpo,
-    put_tracker,
-    read_yaml,
-    schedule_and_output,
-)
+from strop.interop.draft import IGNORED_KEYS, WARMUP_NOTE, Draft, Keys, as_float, as_int, format_value, objective_for
 
 OBJECTIVES = {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")}
 MORE_IGNORED_KEYS = (
@@ -59,14 +33,14 @@ _WANDB = {
 _TEXT = ("completion", "pretrain")
 _TURNS = ("messages", "conversation", "conversations")
 _OWN_PROMPT_NOTE = (
-    'adds its own prompt there ("Below is an instruction ..."); strop uses the model\'s chat template '
+    'axolotl adds its own prompt ("Below is an instruction ..."); strop uses the model\'s chat template '
     "(for a base model without one, set data.template chatml)"
 )
 
 
 def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported objective."""
-    keys = Keys(read_yaml(draft.file))
+    keys = Keys(draft.read_yaml())
     _model(draft, keys)
     objective = keys.take("rl")
     if keys.take("reward_model"):
@@ -84,26 +58,29 @@ def _model(draft: Draft, keys: Keys) -> None:
     if adapter not in ("lora", "qlora"):
         what = f"{draft.file}: adapter: {adapter}: strop trains LoRA adapters only"
         raise InputError(what, fix="set adapter: lora or qlora in the file")
-    if (base := keys.take("base_model")) is not None:
-        draft.put("model.name", str(base), "base_model")
-    for key, name in (("revision_of_model", "model.revision"), ("lora_model_dir", "model.adapter")):
-        if (value := keys.take(key)) is not None:
-            draft.put(name, str(value), key)
+    base = keys.peek("base_model")
+    names = {"base_model": "model.name", "revision_of_model": "model.revision", "lora_model_dir": "model.adapter"}
+    draft.put_fields(keys, names, str)
     for key in ("base_model_config", "tokenizer_config"):
         if keys.peek(key) == base:
             keys.take(key)
-    _quantization(draft, keys.take("load_in_4bit"), keys.take("load_in_8bit"))
+    four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
+    if four:
+        draft.put("model.quantization", "nf4", "load_in_4bit")
+    elif eight:
+        draft.put_int8("load_in_8bit")
+    else:
+        draft.put("model.quantization", "none", "neither load_in_4bit nor load_in_8bit")
     named = "lora_target_modules" in keys
-    put_lora(
-        draft, keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
+    draft.put_lora(keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
         defaults={"lora.dropout": 0.0},
     )  # fmt: skip
     if keys.take("lora_target_linear"):
         draft.put("lora.target_modules", "all-linear", "lora_target_linear")
     elif not named:
         draft.add_difference("lora_target_modules", "not given: strop uses all linear layers")
-    lora_init(draft, keys, "peft_init_lora_weights")
-    put_fields(draft, keys, {
+    draft.put_lora_init(keys, "peft_init_lora_weights")
+    draft.put_fields(keys, {
         "peft_use_dora": "lora.use_dora", "peft_use_rslora": "lora.use_rslora", "tokens": "lora.new_tokens",
         "lora_modules_to_save": "lora.modules_to_save", "lora_rank_pattern": "lora.rank_pattern",
         "lora_alpha_pattern": "lora.alpha_pattern", "loraplus_lr_ratio": "train.lora_plus_ratio",
@@ -115,21 +92,11 @@ def _model(draft: Draft, keys: Keys) -> None:
         draft.add_difference("peft.loftq_config", "one iteration here, starting from the quantized base")
     special = keys.take("special_tokens")
     for key, token in (special or {}).items():
+        text = f"{token}: strop uses the tokens of the tokenizer and the chat template"
         if key == "pad_token":
-            draft.add_ignored(f"special_tokens.{key}", "no trained token is padded")
+            draft.add_ignored("special_tokens.pad_token", "no trained token is padded")
         else:
-            text = f"{token}: strop uses the tokens of the tokenizer and the chat template"
             draft.add_unsupported(f"special_tokens.{key}", text)
-
-
-def _quantization(draft: Draft, four: Any, eight: Any) -> None:
-    if four:
-        draft.put("model.quantization", "nf4", "load_in_4bit")
-    elif eight:
-        draft.put("model.quantization", "int8", "load_in_8bit")
-        draft.add_difference("load_in_8bit", INT8_NOTE)
-    else:
-        draft.put("model.quantization", "none", "neither load_in_4bit nor load_in_8bit")
 
 
 def _data(draft: Draft, keys: Keys) -> None:
@@ -172,7 +139,7 @@ def _data(draft: Draft, keys: Keys) -> None:
     draft.put("data.overlong", "refuse" if strategy == "raise" else "drop", f"excess_length_strategy {strategy}")
     if keys.take("train_on_inputs"):
         draft.put("data.loss", "all", "train_on_inputs")
-    put_eval_share(draft, "val_set_size", keys.take("val_set_size"))
+    draft.put_eval_share("val_set_size", keys.take("val_set_size"))
     template = keys.take("chat_template")
     if template == "chatml":
         draft.put("data.template", "chatml", "chat_template")
@@ -186,9 +153,9 @@ def _data(draft: Draft, keys: Keys) -> None:
         else:
             draft.add_unsupported("chat_template_jinja", "an inline template: save it to a file and set data.template")
     if keys.take("sample_packing"):
-        note_packing(draft, "sample_packing")
+        draft.note_packing("sample_packing")
     if keys.take("shuffle_merged_datasets") is False:
-        text = "false: rows keep their order there; strop shuffles them with the seed"
+        text = "false: rows keep their order in axolotl; strop shuffles them with the seed"
         draft.add_unsupported("shuffle_merged_datasets", text)
 
 
@@ -256,21 +223,21 @@ def _has_usual_names(mapping: dict[str, Any]) -> bool:
 
 def _training(draft: Draft, keys: Keys) -> None:
     rows, steps = keys.take("micro_batch_size", 1), keys.take("gradient_accumulation_steps", 1)
-    put_batch_size(draft, rows, steps, "micro_batch_size x gradient_accumulation_steps")
+    draft.put_batch_size(rows, steps, "micro_batch_size x gradient_accumulation_steps")
     if (total := keys.take("batch_size")) is not None:
         draft.put("train.batch_size", as_int("batch_size", total), "batch_size")
     draft.put("train.epochs", 1.0, "axolotl's default")
-    put_fields(draft, keys, {"num_epochs": "train.epochs", "learning_rate": "train.learning_rate"})
+    draft.put_fields(keys, {"num_epochs": "train.epochs", "learning_rate": "train.learning_rate"})
     for name, value in {"train.weight_decay": 0.0, "train.max_grad_norm": 1.0, "seed": 42}.items():
         draft.put(name, value, "axolotl's default")
-        put_fields(draft, keys, {name.removeprefix("train."): name})
+        draft.put_fields(keys, {name.removeprefix("train."): name})
     _schedule(draft, keys)
-    put_optimizer(draft, "optimizer", keys.take("optimizer", "adamw_torch_fused"))
-    check_adam_betas(draft, keys)
+    draft.put_optimizer("optimizer", keys.take("optimizer", "adamw_torch_fused"))
+    draft.check_adam_betas(keys)
     if keys.peek("bf16") in ("auto", "full"):
         draft.add_ignored("bf16", f"{keys.take('bf16')}: strop chooses model.dtype for the machine")
-    put_dtype_flags(draft, keys)
-    put_checkpointing(draft, "gradient_checkpointing", keys.take("gradient_checkpointing"))
+    draft.put_dtype_flags(keys)
+    draft.put_checkpointing("gradient_checkpointing", keys.take("gradient_checkpointing"))
     for key, ours in (("evals_per_epoch", "train.eval_steps"), ("saves_per_epoch", "train.save_steps")):
         often = keys.take(key)
         if often and often != 1:
@@ -279,9 +246,9 @@ def _training(draft: Draft, keys: Keys) -> None:
         draft.put("train.early_stopping", as_int("early_stopping_patience", patience), "early_stopping_patience")
     _tracking(draft, keys)
     _plugins(draft, keys)
-    schedule_and_output(draft, keys)
+    draft.put_intervals_and_output(keys)
     if draft.get("out") is None:
-        draft.add_difference("output_dir", "./model-out there; runs/<data>-N here")
+        draft.add_difference("output_dir", "./model-out in axolotl; runs/<data>-N in strop")
 
 
 def _schedule(draft: Draft, keys: Keys) -> None:
@@ -289,26 +256,26 @@ def _schedule(draft: Draft, keys: Keys) -> None:
     warm, source = (steps, "warmup_steps") if steps is not None else (ratio, "warmup_ratio")
     warmup = as_float(source, 0.03 if warm is None else warm)
     draft.put("train.warmup", warmup, "axolotl's default" if warm is None else source)
-    put_schedule(draft, "lr_scheduler", name)
+    draft.put_schedule("lr_scheduler", name)
     if name == "constant":
         if warm:
-            draft.add_ignored(source, f"{warm}: ignored there too: lr_scheduler constant has no warmup")
+            draft.add_ignored(source, f"{warm}: ignored by axolotl too: lr_scheduler constant has no warmup")
     elif warm is None:
-        draft.add_difference("warmup", f"not given: 3 % of the steps, at most 100 there; {WARMUP_NOTE}")
+        draft.add_difference("warmup", f"not given: 3 % of the steps, at most 100 in axolotl; {WARMUP_NOTE}")
     elif warmup:
-        draft.add_difference("warmup", f"{WARMUP_NOTE}" + "; a share is rounded up here, down there" * (0 < warmup < 1))
+        draft.add_difference("warmup", f"{WARMUP_NOTE}" + "; strop rounds a share up, axolotl down" * (0 < warmup < 1))
 
 
 def _tracking(draft: Draft, keys: Keys) -> None:
     if (project := keys.take("wandb_project")) is not None:
-        put_tracker(draft, "wandb_project", "wandb")
+        draft.put_tracker("wandb_project", "wandb")
         draft.add_unsupported("wandb_project", f"{project}: set WANDB_PROJECT={project} in the environment")
     for key, name in _WANDB.items():
         if (value := keys.take(key)) is not None:
             draft.add_unsupported(key, f"{value}: set {name}={value} in the environment")
     for key in ("use_tensorboard", "use_trackio", "use_mlflow", "use_comet"):
         if keys.take(key):
-            put_tracker(draft, key, key.removeprefix("use_"))
+            draft.put_tracker(key, key.removeprefix("use_"))
 
 
 def _plugins(draft: Draft, keys: Keys) -> None:
@@ -324,16 +291,16 @@ def _plugins(draft: Draft, keys: Keys) -> None:
 
 
 def _preferences(draft: Draft, keys: Keys) -> None:
-    disable_dropout_for_preferences(draft, "lora_dropout")
+    draft.disable_dropout_for_preferences("lora_dropout")
     kinds = keys.peek("dpo_loss_type")
     if kinds in (["ipo"], ["sigmoid"]) and draft.get("train.objective") == "dpo":
         keys.take("dpo_loss_type")
         draft.put("train.objective", "ipo" if kinds == ["ipo"] else "dpo", "dpo_loss_type")
-    put_fields(draft, keys, {
+    draft.put_fields(keys, {
         "rl_beta": "train.beta", "orpo_alpha": "train.beta", "dpo_label_smoothing": "train.label_smoothing",
         "kto_desirable_weight": "train.desirable_weight", "kto_undesirable_weight": "train.undesirable_weight",
     })  # fmt: skip
     if draft.get("train.objective") == "simpo":
-        put_simpo(draft, keys)
+        draft.put_simpo(keys)
     if draft.get("train.objective") == "ipo" and draft.get("train.beta") is not None:
         draft.add_difference("rl_beta", "the tau of the paper here")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,91 @@ _GIVE = {"model": ("model.name", "give the model here, or with --model"),
          "data": ("data.train", "give your rows here, or with --data")}  # fmt: skip
 
 
+OPTIMIZERS: dict[str, str] = {
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "adamw"),
+    **dict.fromkeys(("lion", "lion_32bit", "paged_lion_32bit"), "lion"),
+    "paged_adamw_8bit": "paged_adamw_8bit", "adafactor": "adafactor", "sgd": "sgd",
+}  # fmt: skip
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+# keys that decide how a run is computed, watched and stored, not what is learned
+IGNORED_KEYS = (
+    "bf16_full_eval", "data_seed", "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_train",
+    "eval_accumulation_steps", "eval_strategy", "evaluation_strategy", "fp16_full_eval",
+    "gradient_checkpointing_kwargs", "group_by_length", "include_tokens_per_second", "load_best_model_at_end",
+    "log_level", "logging_dir", "logging_first_step", "logging_strategy", "optim_args", "overwrite_output_dir",
+    "pad_to_multiple_of", "padding_free", "per_device_eval_batch_size", "prediction_loss_only",
+    "remove_unused_columns", "report_to", "run_name", "save_only_model", "save_safetensors", "save_strategy", "tf32",
+    "torch_empty_cache_steps", "use_cpu", "use_liger_kernel", "eval_packing", "packing_strategy",
+    "activation_offloading", "precompute_ref_log_probs", "precompute_ref_batch_size", "metric_for_best_model",
+    "greater_is_better", "dataset_kwargs", "accelerator_config", "activation_checkpointing_kwargs",
+    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "dataloader_in_order",
+    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "ddp_backend", "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "do_predict",
+    "enable_jit_checkpoint", "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_use_gather_object",
+    "full_determinism", "hub_always_push", "hub_private_repo", "hub_revision", "ignore_data_skip",
+    "include_for_metrics", "include_num_input_tokens_seen", "label_names", "length_column_name",
+    "liger_kernel_config", "local_rank", "log_level_replica", "log_on_each_node", "logging_nan_inf_filter",
+    "pad_token", "restore_callback_states_from_checkpoint", "save_on_each_node", "shuffle_dataset",
+    "skip_memory_metrics", "torch_compile", "torch_compile_backend", "torch_compile_mode", "trust_remote_code",
+    "use_cache",
+)  # fmt: skip
+# transformers reads these step counts only if the strategy is "steps"
+STRATEGY_KEYS = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_steps": ("save_strategy",)}
+LAYER_NAME = re.compile(r"[\w.\- ]*$")  # a plain layer name, not a regular expression
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # the defaults of strop and of all tools here
+TRUNCATION_NOTE = (
+    "the other tool cuts longer rows at their end, and the answer loses its stop token; strop refuses such rows: "
+    "raise data.max_length, or choose data.overlong"
+)
+NO_LIMIT_NOTE = "null or None: no limit in the other tool; at most data.max_length tokens in strop"
+WARMUP_NOTE = "the first step has learning rate 0 in the other tool, and one warmup step's rate in strop"
+NO_GRPO = (  # message, fix
+    "its reward functions are code, which is not executed",
+    "write the recipe yourself: train.objective grpo, train.rewards file.py:function",
+)
+# how several GPUs share the work
+PARALLELISM_KEYS = (
+    "deepspeed", "ds_config", "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap",
+    "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree",
+    "parallelism_config",
+)  # fmt: skip
+_PARALLELISM_NOTE = (
+    "parallelism is configured differently: use `strop train --devices N`; a base that does not fit on one GPU is "
+    "sharded (model.placement)"
+)
+
+
+def as_int(key: str, value: Any) -> int:
+    """Convert a value to int; YAML may hold it as text. Raises RecipeError."""
+    try:
+        if not isinstance(value, bool) and int(value) == float(value):
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise RecipeError(f"{key}: {format_value(value)}: not a whole number", fix="set a whole number in the file")
+
+
+def as_float(key: str, value: Any) -> float:
+    """Convert a value to float; YAML may hold it as text. Raises RecipeError."""
+    converted = as_number(value)
+    if isinstance(converted, bool) or not isinstance(converted, int | float):
+        raise RecipeError(f"{key}: {format_value(value)}: not a number", fix="set a number in the file")
+    return converted
+
+
+def as_number(value: Any) -> Any:
+    """Convert numeric text to float, because YAML reads 1e-4 as text; return other values unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 @dataclass(frozen=True)
 class Note:
     """A key of the other tool's config, what the user should know about it, and its line if known."""
@@ -35,20 +120,14 @@ class Note:
 
 @dataclass
 class Draft:
-    """The result of reading another tool's config, before validation.
-
-    fields: recipe values by dotted name, each with the key it came from.
-    differs: keys that were imported but have another meaning in strop.
-    unsupported: keys without an equivalent, left out.
-    ignored: keys left out because strop decides them itself and they do not change what is learned.
-    """
+    """The result of reading another tool's config, before validation."""
 
     peer: str
     file: Path
-    fields: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    differs: list[Note] = field(default_factory=list)
-    unsupported: list[Note] = field(default_factory=list)
-    ignored: list[Note] = field(default_factory=list)
+    fields: dict[str, tuple[Any, str]] = field(default_factory=dict)  # by dotted name: value, and the key it came from
+    differs: list[Note] = field(default_factory=list)  # keys that have another meaning in strop
+    unsupported: list[Note] = field(default_factory=list)  # keys without an equivalent
+    ignored: list[Note] = field(default_factory=list)  # keys that strop decides itself; they do not change the result
     model_unreadable: bool = False  # a model is given as an expression that only running the script would evaluate
 
     def put(self, name: str, value: Any, source: str) -> None:
@@ -80,6 +159,231 @@ class Draft:
         resolved = resolve(None, {**values, **{name: MISSING[name] for name in missing}})
         return Imported(self, resolved, missing)
 
+    def read_yaml(self) -> dict[str, Any]:
+        """Return the mapping in the config, a YAML file. Raises InputError."""
+        path = self.file
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+            raise InputError(what, fix="give the path of a YAML file") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}", fix="fix the syntax") from None
+        except RecursionError:
+            raise InputError(f"{path}: nested too deeply to be a config", fix="check the file") from None
+        if not isinstance(tree, dict):
+            raise InputError(f"{path}: not a mapping of keys", fix="give the config that the other tool trains with")
+        return tree
+
+    # --- settings that several tools share: TrainingArguments, LoraConfig, optimizers, schedules
+
+    def put_fields(self, keys: Keys, fields: Mapping[str, str], convert: Callable[[Any], Any] = as_number) -> None:
+        """Import keys whose values mean the same in strop. fields: recipe fields by key."""
+        for key, name in fields.items():
+            if (value := keys.take(key)) is not None:
+                self.put(name, convert(value), key)
+
+    def put_batch_size(self, rows: Any, steps: Any, key: str) -> None:
+        """Set the effective batch size from the micro-batch and gradient accumulation of one device."""
+        at_once = as_int(key, rows)
+        self.put("train.batch_size", at_once * as_int(key, steps), key)
+        self.put("train.micro_batch", at_once, key)
+        text = "per device in the other tool; strop's batch_size is the effective batch over all devices"
+        self.add_difference(key, text)
+
+    def put_int8(self, key: str) -> None:
+        self.put("model.quantization", "int8", key)
+        text = "strop scales each weight row by its largest value; the other tool keeps outliers in 16 bit"
+        self.add_difference(key, text)
+
+    def note_max_length(self, key: str) -> None:
+        self.add_difference(key, NO_LIMIT_NOTE if self.get("data.max_length") is None else TRUNCATION_NOTE)
+
+    def note_packing(self, key: str) -> None:
+        text = (
+            "the other tool's batch counts packed sequences of many rows; strop counts rows and packs automatically: "
+        )
+        text += "multiply train.batch_size by the number of rows that fit into one sequence"
+        self.add_difference(key, text)
+
+    def put_eval_share(self, key: str, share: Any) -> None:
+        if not share:
+            return
+        if isinstance(share, float) and 0 < share < 1:
+            self.put("data.eval", f"{100 * share:g}%", key)
+            self.add_difference(key, "held-out rows are chosen by their content here, not by a seed")
+        else:
+            self.add_unsupported(
+                key, f"{format_value(share)}: a row count; set data.eval to a file or a share such as 5%"
+            )
+
+    def put_optimizer(self, key: str, name: Any) -> None:
+        known = OPTIMIZERS.get(str(name).lower())
+        if known is None:
+            self.add_unsupported(key, f"{name}: not supported; strop uses adamw unless train.optimizer is set")
+            return
+        self.put("train.optimizer", known, key)
+        if "paged" in str(name) and "paged" not in known:
+            self.add_difference(key, f"{name}: {known} here, not paged; the results are the same")
+        if known == "adafactor":
+            self.add_difference(key, "the learning rate is used unchanged here, not scaled by the norm of the weights")
+
+    def check_adam_betas(self, keys: Keys) -> None:
+        """Report AdamW's betas and epsilon, which strop does not expose, if they differ from strop's."""
+        for key, ours in ADAM.items():
+            if (value := as_number(keys.take(key))) is not None and value != ours:
+                self.add_unsupported(key, f"{value}: {ours:g} here", keys.line(key))
+
+    def disable_dropout_for_preferences(self, key: str) -> None:
+        """Set dropout to 0 for preference objectives, as TRL and tools built on it do (disable_dropout)."""
+        if self.get("train.objective") is not None and (share := self.get("lora.dropout")):
+            self.put("lora.dropout", 0.0, "disable_dropout")
+            self.add_difference(key, f"{share}: not used by the other tool: its preference objectives disable dropout")
+
+    def put_schedule(self, key: str, name: Any) -> None:
+        known = SCHEDULES.get(str(name).lower())
+        if known is None:
+            self.add_unsupported(
+                key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is taken"
+            )
+            self.put("train.lr_scheduler", "cosine", f"{key} has no equivalent")
+            return
+        self.put("train.lr_scheduler", known, key)
+        if name == "constant":
+            self.put("train.warmup", 0, f"{key}: no warmup")
+
+    def put_dtype_flags(self, keys: Keys) -> None:
+        for key in ("bf16", "fp16"):
+            if keys.take(key) is True:
+                self.put("model.dtype", key, key)
+
+    def put_checkpointing(self, key: str, on: Any) -> None:
+        if isinstance(on, str):
+            self.add_ignored(key, f"{on}: the plan decides")
+        elif on is not None:
+            self.put("train.gradient_checkpointing", "on" if on else "off", key)
+
+    def put_training_arguments(self, keys: Keys, defaults: dict[str, Any], *, tool: str) -> None:
+        """Read TrainingArguments and its subclasses. defaults: by key; tool: the tool they belong to."""
+
+        def value(key: str) -> tuple[Any, str]:
+            given = keys.take(key)
+            return (given, key) if given is not None else (defaults.get(key), keys.default(key, f"{tool}'s default"))
+
+        rows, at = value("per_device_train_batch_size")
+        steps, _ = value("gradient_accumulation_steps")
+        self.put_batch_size(rows, steps, "per_device_train_batch_size" if at == f"{tool}'s default" else at)
+        for key, name in (
+            ("learning_rate", "train.learning_rate"), ("num_train_epochs", "train.epochs"),
+            ("weight_decay", "train.weight_decay"), ("max_grad_norm", "train.max_grad_norm"), ("seed", "seed"),
+        ):  # fmt: skip
+            given, source = value(key)
+            if given is not None:
+                self.put(name, as_number(given), source)
+        schedule, _ = value("lr_scheduler_type")
+        self.put_warmup(keys, constant=schedule == "constant")
+        self.put_schedule("lr_scheduler_type", schedule)
+        self.put_optimizer("optim", value("optim")[0])
+        self.check_adam_betas(keys)
+        self.put_dtype_flags(keys)
+        for key in ("gradient_checkpointing", "activation_checkpointing"):  # its name since transformers 5.24
+            self.put_checkpointing(key, keys.take(key))
+        self.put_intervals_and_output(keys)
+
+    def put_warmup(self, keys: Keys, *, constant: bool) -> None:
+        """Read the warmup. constant: the schedule is `constant`, which ignores warmup in transformers."""
+        steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
+        value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
+        self.put("train.warmup", as_number(value or 0), key if value else "no warmup")
+        if value and constant:
+            self.add_ignored(key, f"{value}: ignored by the other tool too: lr_scheduler_type constant has no warmup")
+        elif value:
+            self.add_difference(key, WARMUP_NOTE)
+
+    def put_intervals_and_output(self, keys: Keys) -> None:
+        """Read step limits and intervals, output folder, parallelism and trackers."""
+        if (max_steps := keys.take("max_steps")) is not None and as_int("max_steps", max_steps) > 0:
+            self.put("train.max_steps", as_int("max_steps", max_steps), "max_steps")
+        for key, name in (("logging_steps", "log_steps"), ("eval_steps", "eval_steps"), ("save_steps", "save_steps")):
+            interval, at = as_number(keys.take(key)), keys.line(key)
+            if interval is None:
+                continue
+            strategies = [keys.peek(strategy) for strategy in STRATEGY_KEYS.get(key, ())]
+            if unused := [strategy for strategy in strategies if strategy not in (None, "steps")]:
+                strategy = f"{key.partition('_')[0]}_strategy"
+                self.add_ignored(key, f"{interval}: ignored by the other tool: {strategy} is {unused[0]}", at)
+                continue
+            if isinstance(interval, int) and interval >= 1:
+                self.put(f"train.{name}", interval, key)
+            elif interval:
+                text = f"{interval}: a share of all steps in the other tool; set train.{name} to a number of steps"
+                self.add_unsupported(key, text, at)
+        for key in PARALLELISM_KEYS:
+            if keys.take(key):
+                self.add_unsupported(key, _PARALLELISM_NOTE, keys.line(key))
+        if (most := keys.take("save_total_limit")) is not None:
+            self.put("train.keep_checkpoints", max(1, as_int("save_total_limit", most)), "save_total_limit")
+        self.put_fields(keys, {"output_dir": "out"}, str)
+        for key in ("push_to_hub", "hub_model_id", "hub_strategy"):
+            if value := keys.take(key):
+                text = f"{value}: run `strop push RUN OWNER/NAME` after training"
+                self.add_unsupported(key, text, keys.line(key))
+        if resume := keys.take("resume_from_checkpoint"):
+            self.add_unsupported("resume_from_checkpoint", f"{resume}: use `strop resume RUN`")
+        trackers = keys.take("report_to")
+        for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
+            self.put_tracker("report_to", tracker)
+
+    def put_tracker(self, key: str, tracker: str) -> None:
+        if tracker in ("tensorboard", "wandb", "trackio"):
+            self.put("track", [*(self.get("track") or []), tracker], key)
+        elif tracker not in ("none", "all"):
+            self.add_unsupported(key, f"{tracker}: strop has tensorboard, wandb and trackio")
+
+    def put_lora(
+        self, keys: Keys, *, rank: str, alpha: str, dropout: str, modules: str, defaults: dict[str, Any]
+    ) -> None:
+        """Read rank, alpha, dropout and target modules under a tool's key names."""
+        for key, name in ((rank, "lora.r"), (alpha, "lora.alpha"), (dropout, "lora.dropout")):
+            given = keys.take(key)
+            value, source = (given, key) if given is not None else (defaults.get(name), None)
+            source = source or keys.default(key, f"default of {key}")
+            if value is not None:
+                self.put(name, as_number(value), source)
+        given = keys.take(modules)
+        if isinstance(given, str):
+            given = given if given.strip() in ("all", "all-linear") else [part.strip() for part in given.split(",")]
+        if odd := [name for name in given if not LAYER_NAME.match(str(name))] if isinstance(given, list) else []:
+            text = "a regular expression; strop takes names of linear layers, by default all of them: set "
+            text += "lora.target_modules (`strop modules MODEL` lists the names)"
+            self.add_unsupported(modules, f"{odd[0]}: {text}", keys.line(modules))
+        elif isinstance(given, list):
+            self.put("lora.target_modules", given, modules)
+        elif given is not None:
+            self.put("lora.target_modules", "all-linear", modules)
+        for key in ("use_rslora", "use_dora"):
+            if keys.peek(key) is not None:
+                self.put(f"lora.{key}", bool(keys.take(key)), key)
+
+    def put_lora_init(self, keys: Keys, key: str) -> None:
+        """Read PEFT's `init_lora_weights`."""
+        start = keys.take(key)
+        if start in ("gaussian", "loftq"):
+            self.put("lora.init", start, key)
+        elif start not in (None, True):
+            self.add_unsupported(key, format_value(start))
+
+    def put_simpo(self, keys: Keys) -> None:
+        """Read SimPO as in TRL's CPOTrainer, which Axolotl uses too: other defaults and an additional loss."""
+        if self.get("train.beta") is None:
+            self.put("train.beta", 0.1, "trl's default")
+        self.put("train.gamma", 0.5, "trl's default")
+        self.put_fields(keys, {"simpo_gamma": "train.gamma"})
+        alpha = keys.take("cpo_alpha")
+        if alpha or alpha is None:
+            value = "1.0, trl's default" if alpha is None else alpha
+            self.add_unsupported("cpo_alpha", f"{value}: train.sft_weight is similar (a mean over tokens)")
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -93,7 +397,8 @@ class Imported:
         """Return the recipe as YAML, each value with its source key; keys that were not imported follow as comments."""
         lines = [f"# From {self.draft.file.name} ({self.draft.peer}), by `strop import`."]
         section = ""
-        for name in sorted(self.draft.fields, key=_sort_key):
+        order = ["preset", "model", "data", "lora", "train", "track", "seed", "out"]
+        for name in sorted(self.draft.fields, key=lambda name: (order.index(name.partition(".")[0]), name)):
             value, source = self.draft.fields[name]
             head, _, leaf = name.rpartition(".")
             if head and head != section:
@@ -103,9 +408,15 @@ class Imported:
             section = head
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
             lines.append(f"{'  ' if head else ''}{leaf}: {text.removesuffix('...' + chr(10)).strip()}  # {source}")
-        for title, notes in self._note_sections().items():
+        for title, notes in (
+            ("Imported, with a different meaning", self.draft.differs),
+            ("Left out: no equivalent in strop", self.draft.unsupported),
+            ("Left out: strop decides it itself, and it does not change what is learned", self.draft.ignored),
+        ):
             lines += [f"# {title}:"] * bool(notes)
-            lines += [f"#   {_format_note(note)}" for note in notes]
+            for note in notes:
+                at = f" (line {note.line})" if note.line else ""
+                lines.append(f"#   {note.key}{at}{': ' if note.text else ''}{note.text}".replace("\n", " "))
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> dict[str, Any]:
@@ -117,21 +428,9 @@ class Imported:
         }
         return {"peer": self.draft.peer, "fields": fields, "missing": self.missing, **notes_by_kind}
 
-    def _note_sections(self) -> dict[str, list[Note]]:
-        return {
-            "Imported, with a different meaning": self.draft.differs,
-            "Left out: no equivalent in strop": self.draft.unsupported,
-            "Left out: strop decides it itself, and it does not change what is learned": self.draft.ignored,
-        }
-
 
 def import_config(peer: str, path: Path) -> Imported:
-    """Import another tool's config as a recipe, with a note on every key that differs or is left out.
-
-    Raises:
-        RecipeError: for an unknown tool, or a value that strop does not accept.
-        InputError: if the file is not a config of this tool, or trains in a way strop does not support.
-    """
+    """Import another tool's config as a recipe, with a note on every key that differs or is left out."""
     if peer not in IMPORTERS:
         what = f"{peer}: not a tool that strop imports from{nearest(peer, IMPORTERS)}"
         raise RecipeError(what, fix=f"give {', '.join(IMPORTERS)}")
@@ -141,10 +440,7 @@ def import_config(peer: str, path: Path) -> Imported:
 
 
 class Keys:
-    """The keys of a config. Each is taken once; keys left at the end are reported.
-
-    lines: line of each key in its file. unread: keys whose values cannot be evaluated. none: keys given as None.
-    """
+    """The keys of a config, taken one by one. unread: keys whose values cannot be evaluated. none: given as None."""
 
     def __init__(
         self, values: Mapping[str, Any], lines: Mapping[str, int] | None = None, unread: Iterable[str] = ()
@@ -183,293 +479,9 @@ class Keys:
                 draft.add_unsupported(key, format_value(value), self.line(key))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises InputError."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise InputError(what, fix="give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}", fix="fix the syntax") from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a config", fix="check the file") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: not a mapping of keys", fix="give the config that the other tool trains with")
-    return tree
-
-
 def format_value(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _format_note(note: Note) -> str:
-    at = f" (line {note.line})" if note.line else ""
-    return f"{note.key}{at}{': ' if note.text else ''}{note.text}".replace("\n", " ")
-
-
-def _sort_key(name: str) -> tuple[int, str]:
-    sections = ["preset", "model", "data", "lora", "train", "track", "seed", "out"]
-    return sections.index(name.partition(".")[0]), name
-
-
-# --- settings that several tools share: TrainingArguments, LoraConfig, optimizers, schedules ----------------------
-
-OPTIMIZERS: dict[str, str] = {
-    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam"), "adamw"),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
-    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "adamw"),
-    **dict.fromkeys(("lion", "lion_32bit", "paged_lion_32bit"), "lion"),
-    "paged_adamw_8bit": "paged_adamw_8bit", "adafactor": "adafactor", "sgd": "sgd",
-}  # fmt: skip
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
-# keys that decide how a run is computed, watched and stored, not what is learned
-IGNORED_KEYS = (
-    "bf16_full_eval", "data_seed", "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_train",
-    "eval_accumulation_steps", "eval_strategy", "evaluation_strategy", "fp16_full_eval",
-    "gradient_checkpointing_kwargs", "group_by_length", "include_tokens_per_second", "load_best_model_at_end",
-    "log_level", "logging_dir", "logging_first_step", "logging_strategy", "optim_args", "overwrite_output_dir",
-    "pad_to_multiple_of", "padding_free", "per_device_eval_batch_size", "prediction_loss_only",
-    "remove_unused_columns", "report_to", "run_name", "save_only_model", "save_safetensors", "save_strategy", "tf32",
-    "torch_empty_cache_steps", "use_cpu", "use_liger_kernel", "eval_packing", "packing_strategy",
-    "activation_offloading", "precompute_ref_log_probs", "precompute_ref_batch_size", "metric_for_best_model",
-    "greater_is_better", "dataset_kwargs", "accelerator_config", "activation_checkpointing_kwargs",
-    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "dataloader_in_order",
-    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "ddp_backend", "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "do_predict",
-    "enable_jit_checkpoint", "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_use_gather_object",
-    "full_determinism", "hub_always_push", "hub_private_repo", "hub_revision", "ignore_data_skip",
-    "include_for_metrics", "include_num_input_tokens_seen", "label_names", "length_column_name",
-    "liger_kernel_config", "local_rank", "log_level_replica", "log_on_each_node", "logging_nan_inf_filter",
-    "pad_token", "restore_callback_states_from_checkpoint", "save_on_each_node", "shuffle_dataset",
-    "skip_memory_metrics", "torch_compile", "torch_compile_backend", "torch_compile_mode", "trust_remote_code",
-    "use_cache",
-)  # fmt: skip
-# transformers reads these step counts only if the strategy is "steps"
-STRATEGY_KEYS = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_steps": ("save_strategy",)}
-LAYER_NAME = re.compile(r"[\w.\- ]*$")  # a plain layer name, not a regular expression
-ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # the defaults of strop and of all tools here
-TRUNCATION_NOTE = (
-    "longer rows lose their end there, including the stop token of the answer; strop refuses such rows: "
-    "raise data.max_length, or choose data.overlong"
-)
-INT8_NOTE = "each weight row is scaled by its largest value here; outliers stay in 16 bit there"
-NO_LIMIT_NOTE = "null or None: no limit there; at most data.max_length tokens here"
-WARMUP_NOTE = "the first step has learning rate 0 there, and one warmup step's rate here"
-NO_GRPO = (  # message, fix
-    "its reward functions are code, which is not executed",
-    "write the recipe yourself: train.objective grpo, train.rewards file.py:function",
-)
-# how several GPUs share the work
-PARALLELISM_KEYS = (
-    "deepspeed", "ds_config", "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap",
-    "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree",
-    "parallelism_config",
-)  # fmt: skip
-_PARALLELISM_NOTE = (
-    "parallelism is configured differently: use `strop train --devices N`; a base that does not fit on one GPU is "
-    "sharded (model.placement)"
-)
-
-
-def put_fields(draft: Draft, keys: Keys, fields: Mapping[str, str]) -> None:
-    """Import keys whose values mean the same in strop. fields: recipe fields by key."""
-    for key, name in fields.items():
-        if (value := keys.take(key)) is not None:
-            draft.put(name, as_number(value), key)
-
-
-def put_batch_size(draft: Draft, rows: Any, steps: Any, key: str) -> None:
-    """Set the effective batch size from the micro-batch and gradient accumulation of one device."""
-    at_once = as_int(key, rows)
-    draft.put("train.batch_size", at_once * as_int(key, steps), key)
-    draft.put("train.micro_batch", at_once, key)
-    draft.add_difference(key, "per device there; strop's batch_size is the effective batch over all devices")
-
-
-def note_packing(draft: Draft, key: str) -> None:
-    text = "the batch counts packed sequences of many rows there; strop counts rows and packs automatically: "
-    text += "multiply train.batch_size by the number of rows that fit into one sequence"
-    draft.add_difference(key, text)
-
-
-def put_eval_share(draft: Draft, key: str, share: Any) -> None:
-    if not share:
-        return
-    if isinstance(share, float) and 0 < share < 1:
-        draft.put("data.eval", f"{100 * share:g}%", key)
-        draft.add_difference(key, "held-out rows are chosen by their content here, not by a seed")
-    else:
-        draft.add_unsupported(key, f"{format_value(share)}: a row count; set data.eval to a file or a share such as 5%")
-
-
-def put_optimizer(draft: Draft, key: str, name: Any) -> None:
-    known = OPTIMIZERS.get(str(name).lower())
-    if known is None:
-        draft.add_unsupported(key, f"{name}: not supported; strop uses adamw unless train.optimizer is set")
-        return
-    draft.put("train.optimizer", known, key)
-    if "paged" in str(name) and "paged" not in known:
-        draft.add_difference(key, f"{name}: {known} here, not paged; the results are the same")
-    if known == "adafactor":
-        draft.add_difference(key, "the learning rate is used unchanged here, not scaled by the norm of the weights")
-
-
-def check_adam_betas(draft: Draft, keys: Keys) -> None:
-    """Report AdamW's betas and epsilon, which strop does not expose, if they differ from strop's."""
-    for key, ours in ADAM.items():
-        if (value := as_number(keys.take(key))) is not None and value != ours:
-            draft.add_unsupported(key, f"{value}: {ours:g} here", keys.line(key))
-
-
-def disable_dropout_for_preferences(draft: Draft, key: str) -> None:
-    """Set dropout to 0 for preference objectives, as TRL and tools built on it do (disable_dropout)."""
-    if draft.get("train.objective") is not None and (share := draft.get("lora.dropout")):
-        draft.put("lora.dropout", 0.0, "disable_dropout")
-        draft.add_difference(key, f"{share}: not used there: preference objectives disable dropout")
-
-
-def put_schedule(draft: Draft, key: str, name: Any) -> None:
-    known = SCHEDULES.get(str(name).lower())
-    if known is None:
-        draft.add_unsupported(key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is taken")
-        draft.put("train.lr_scheduler", "cosine", f"{key} has no equivalent")
-        return
-    draft.put("train.lr_scheduler", known, key)
-    if name == "constant":
-        draft.put("train.warmup", 0, f"{key}: no warmup there")
-
-
-def put_dtype_flags(draft: Draft, keys: Keys) -> None:
-    for key in ("bf16", "fp16"):
-        if keys.take(key) is True:
-            draft.put("model.dtype", key, key)
-
-
-def put_checkpointing(draft: Draft, key: str, on: Any) -> None:
-    if isinstance(on, str):
-        draft.add_ignored(key, f"{on}: the plan decides")
-    elif on is not None:
-        draft.put("train.gradient_checkpointing", "on" if on else "off", key)
-
-
-def training_arguments(draft: Draft, keys: Keys, defaults: dict[str, Any], *, tool: str) -> None:
-    """Read TrainingArguments and its subclasses. defaults: by key; tool: the tool they belong to."""
-
-    def value(key: str) -> tuple[Any, str]:
-        given = keys.take(key)
-        return (given, key) if given is not None else (defaults.get(key), keys.default(key, f"{tool}'s default"))
-
-    rows, at = value("per_device_train_batch_size")
-    steps, _ = value("gradient_accumulation_steps")
-    put_batch_size(draft, rows, steps, "per_device_train_batch_size" if at == f"{tool}'s default" else at)
-    for key, name in (
-        ("learning_rate", "train.learning_rate"), ("num_train_epochs", "train.epochs"),
-        ("weight_decay", "train.weight_decay"), ("max_grad_norm", "train.max_grad_norm"), ("seed", "seed"),
-    ):  # fmt: skip
-        given, source = value(key)
-        if given is not None:
-            draft.put(name, as_number(given), source)
-    schedule, _ = value("lr_scheduler_type")
-    put_warmup(draft, keys, constant=schedule == "constant")
-    put_schedule(draft, "lr_scheduler_type", schedule)
-    put_optimizer(draft, "optim", value("optim")[0])
-    check_adam_betas(draft, keys)
-    put_dtype_flags(draft, keys)
-    for key in ("gradient_checkpointing", "activation_checkpointing"):  # its name since transformers 5.24
-        put_checkpointing(draft, key, keys.take(key))
-    schedule_and_output(draft, keys)
-
-
-def put_warmup(draft: Draft, keys: Keys, *, constant: bool) -> None:
-    """Read the warmup. constant: the schedule is `constant`, which ignores warmup in transformers."""
-    steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
-    value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
-    draft.put("train.warmup", as_number(value or 0), key if value else "no warmup there")
-    if value and constant:
-        draft.add_ignored(key, f"{value}: ignored there too: lr_scheduler_type constant has no warmup")
-    elif value:
-        draft.add_difference(key, WARMUP_NOTE)
-
-
-def schedule_and_output(draft: Draft, keys: Keys) -> None:
-    """Read step limits and intervals, output folder, parallelism and trackers."""
-    if (most := keys.take("max_steps")) is not None and as_int("max_steps", most) > 0:
-        draft.put("train.max_steps", as_int("max_steps", most), "max_steps")
-    for key, name in (("logging_steps", "log_steps"), ("eval_steps", "eval_steps"), ("save_steps", "save_steps")):
-        interval, at = as_number(keys.take(key)), keys.line(key)
-        if interval is None:
-            continue
-        strategies = [keys.peek(strategy) for strategy in STRATEGY_KEYS.get(key, ())]
-        if unused := [strategy for strategy in strategies if strategy not in (None, "steps")]:
-            draft.add_ignored(key, f"{interval}: ignored there: {key.partition('_')[0]}_strategy is {unused[0]}", at)
-            continue
-        if isinstance(interval, int) and interval >= 1:
-            draft.put(f"train.{name}", interval, key)
-        elif interval:
-            text = f"{interval}: a share of all steps there; set train.{name} to a number of steps"
-            draft.add_unsupported(key, text, at)
-    for key in PARALLELISM_KEYS:
-        at = keys.line(key)
-        if keys.take(key):
-            draft.add_unsupported(key, _PARALLELISM_NOTE, at)
-    if (most := keys.take("save_total_limit")) is not None:
-        draft.put("train.keep_checkpoints", max(1, as_int("save_total_limit", most)), "save_total_limit")
-    if (out := keys.take("output_dir")) is not None:
-        draft.put("out", str(out), "output_dir")
-    for key in ("push_to_hub", "hub_model_id", "hub_strategy"):
-        at = keys.line(key)
-        if value := keys.take(key):
-            draft.add_unsupported(key, f"{value}: run `strop push RUN OWNER/NAME` after training", at)
-    if resume := keys.take("resume_from_checkpoint"):
-        draft.add_unsupported("resume_from_checkpoint", f"{resume}: use `strop resume RUN`")
-    trackers = keys.take("report_to")
-    for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
-        put_tracker(draft, "report_to", tracker)
-
-
-def put_tracker(draft: Draft, key: str, tracker: str) -> None:
-    if tracker in ("tensorboard", "wandb", "trackio"):
-        draft.put("track", [*(draft.get("track") or []), tracker], key)
-    elif tracker not in ("none", "all"):
-        draft.add_unsupported(key, f"{tracker}: strop has tensorboard, wandb and trackio")
-
-
-def put_lora(
-    draft: Draft, keys: Keys, *, rank: str, alpha: str, dropout: str, modules: str, defaults: dict[str, Any]
-) -> None:
-    """Read rank, alpha, dropout and target modules under a tool's key names."""
-    for key, name in ((rank, "lora.r"), (alpha, "lora.alpha"), (dropout, "lora.dropout")):
-        given = keys.take(key)
-        value, source = (given, key) if given is not None else (defaults.get(name), None)
-        source = source or keys.default(key, f"default of {key} there")
-        if value is not None:
-            draft.put(name, as_number(value), source)
-    given = keys.take(modules)
-    if isinstance(given, str):
-        given = given if given.strip() in ("all", "all-linear") else [part.strip() for part in given.split(",")]
-    if odd := [name for name in given if not LAYER_NAME.match(str(name))] if isinstance(given, list) else []:
-        text = "a regular expression; strop takes names of linear layers, by default all of them: set "
-        text += "lora.target_modules (`strop modules MODEL` lists the names)"
-        draft.add_unsupported(modules, f"{odd[0]}: {text}", keys.line(modules))
-    elif isinstance(given, list):
-        draft.put("lora.target_modules", given, modules)
-    elif given is not None:
-        draft.put("lora.target_modules", "all-linear", modules)
-    for key in ("use_rslora", "use_dora"):
-        if keys.peek(key) is not None:
-            draft.put(f"lora.{key}", bool(keys.take(key)), key)
-
-
-def lora_init(draft: Draft, keys: Keys, key: str) -> None:
-    """Read PEFT's `init_lora_weights`."""
-    start = keys.take(key)
-    if start in ("gaussian", "loftq"):
-        draft.put("lora.init", start, key)
-    elif start not in (None, True):
-        draft.add_unsupported(key, format_value(start))
 
 
 def objective_for(kind: str, value: Any, known: dict[str, str]) -> str:
@@ -480,43 +492,3 @@ def objective_for(kind: str, value: Any, known: dict[str, str]) -> str:
         what = f"{kind}: {value}: not an objective of strop{nearest(str(value), known)}"
         raise InputError(what, fix=f"it has {', '.join(dict.fromkeys(known))}")
     return known[value]
-
-
-def put_simpo(draft: Draft, keys: Keys) -> None:
-    """Read SimPO as in TRL's CPOTrainer, which Axolotl uses too: other defaults and an additional loss."""
-    if draft.get("train.beta") is None:
-        draft.put("train.beta", 0.1, "trl's default")
-    draft.put("train.gamma", 0.5, "trl's default")
-    put_fields(draft, keys, {"simpo_gamma": "train.gamma"})
-    alpha = keys.take("cpo_alpha")
-    if alpha or alpha is None:
-        value = "1.0, trl's default" if alpha is None else alpha
-        draft.add_unsupported("cpo_alpha", f"{value}: train.sft_weight is similar (a mean over tokens)")
-
-
-def as_int(key: str, value: Any) -> int:
-    """Convert a value to int; YAML may hold it as text. Raises RecipeError."""
-    try:
-        if not isinstance(value, bool) and int(value) == float(value):
-            return int(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise RecipeError(f"{key}: {format_value(value)}: not a whole number", fix="set a whole number in the file")
-
-
-def as_float(key: str, value: Any) -> float:
-    """Convert a value to float; YAML may hold it as text. Raises RecipeError."""
-    converted = as_number(value)
-    if isinstance(converted, bool) or not isinstance(converted, int | float):
-        raise RecipeError(f"{key}: {format_value(value)}: not a number", fix="set a number in the file")
-    return converted
-
-
-def as_number(value: Any) -> Any:
-    """Convert numeric text to float, because YAML reads 1e-4 as text; return other values unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value

@@ -1,18 +1,20 @@
-"""Describe a cluster job and write its file. Job files are plain text: no SDK and no torch are needed."""
+"""Describe a cluster job and write its file, as plain text for Slurm, Ray, Kubernetes and SkyPilot, without an SDK."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from strop import __version__
 from strop.config.load import resolve
 from strop.config.schema import Recipe
 from strop.errors import DeviceError, FolderError, RecipeError
@@ -23,21 +25,17 @@ LONGEST_NAME = 40  # Kubernetes allows 63 characters and appends suffixes such a
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe to run on several nodes.
+    """A recipe to run on several nodes."""
 
-    name: job name of letters, digits and dashes. recipe, out: paths relative to `folder`. devices: per node.
-    cores: per device. gpus: whether a device is a GPU; otherwise it is a CPU process. needs: files the recipe uses.
-    """
-
-    name: str
-    recipe: str
+    name: str  # letters, digits and dashes
+    recipe: str  # relative to `folder`, as `out`
     folder: Path
     out: str
     nodes: int
-    devices: int
-    cores: int
-    gpus: bool
-    needs: tuple[str, ...]
+    devices: int  # per node
+    cores: int  # per device
+    gpus: bool  # devices are GPUs, not CPU processes
+    needs: tuple[str, ...]  # files that the recipe refers to
 
     @property
     def words(self) -> list[str]:
@@ -68,10 +66,7 @@ class Launched:
 
 
 def make_job(recipe: Path, *, nodes: int, devices: int, cores: int, out: str | None) -> Job:
-    """Validate a recipe and fix its run folder, so that a restarted job resumes the same run.
-
-    Raises RecipeError for an invalid recipe, DeviceError for one that cannot run on several devices.
-    """
+    """Validate a recipe and fix its run folder, so that a restarted job resumes the same run."""
     resolved = resolve(recipe).recipe
     device = resolved.model.device
     if device == "mps":
@@ -171,10 +166,7 @@ _Dumper.add_representer(BlockText, _represent_str)
 
 
 def dump_with_comments(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str]) -> str:
-    """Return a YAML document with comments above some of its keys.
-
-    comments: by path of keys (list positions as text). Raises KeyError for a path that does not exist.
-    """
+    """Return a YAML document with comments above keys, given by their path (list positions as text)."""
     text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     lines = text.removesuffix("\n").split("\n")
     places = dict(_key_positions(yaml.compose(text, Loader=yaml.SafeLoader), ()))
@@ -194,3 +186,349 @@ def _key_positions(node: Any, path: tuple[str, ...]) -> Any:
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             yield from _key_positions(value, (*path, str(number)))
+
+
+# --- Slurm --------------------------------------------------------------------------------------------------------
+# Batch scripts for Slurm: one task per device, saved and requeued near the time limit (sbatch(1), --signal)
+
+SLURM_WARNING_S = 120  # seconds before the time limit
+SLURM_WAIT_S = 120  # seconds that srun waits for other tasks after the first has ended; rank 0 ends last
+
+
+def launch_slurm(job: Job, file: Path | None, *, time: str, force: bool) -> Launched:
+    """Write a batch script. time: minutes, H:MM:SS or D-HH:MM:SS. Raises RecipeError, FolderError."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        raise RecipeError(f"--time {time}: not a Slurm time limit", fix="write 30 (minutes), 12:00:00 or 2-00:00:00")
+    if 0 < _slurm_seconds(time) <= 2 * SLURM_WARNING_S:  # it would save and be requeued forever; 0: no limit
+        what = f"--time {time}: too short: the job saves {SLURM_WARNING_S // 60} minutes before the limit"
+        raise RecipeError(what, fix="give it 10 minutes or more")
+    file = file or Path(f"{job.name}.slurm.sh")
+    return write(job, file, slurm_script(job, time=time), f"sbatch {quote_path(file)}", force=force)
+
+
+def _slurm_seconds(time: str) -> int:
+    """Convert MINUTES, MINUTES:SECONDS, H:MM:SS, or D-H[:MM[:SS]] to seconds (sbatch(1), --time)."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
+def slurm_script(job: Job, *, time: str, python: str = sys.executable) -> str:
+    """Return the text of the batch script. python: a path that exists on every node."""
+    gpu_line = f"#SBATCH --gpus-per-node={job.devices}\n" if job.gpus else ""
+    return f"""\
+#!/bin/bash
+# strop on {job.size}, written by `strop launch slurm`. Edit as needed.
+# Your cluster may require more options, such as --partition, --account or --mem.
+#SBATCH --job-name={job.name}
+#SBATCH --nodes={job.nodes}
+#SBATCH --ntasks-per-node={job.devices}
+{gpu_line}#SBATCH --cpus-per-task={job.cores}
+#SBATCH --time={time}
+# Signal this script {SLURM_WARNING_S} s before the limit: the run is saved and the job is requeued.
+#SBATCH --signal=B:TERM@{SLURM_WARNING_S}
+# After a node failure or preemption, Slurm restarts the job.
+#SBATCH --requeue
+# One log for all restarts.
+#SBATCH --output={job.name}-%j.log
+#SBATCH --open-mode=append
+
+# This folder must exist on every node: recipe, data and run folder are relative to it.
+cd -- {shlex.quote(str(job.folder))} || exit 2
+python={shlex.quote(python)}
+
+# Rendezvous on the first node. The port depends on the job id, so that two jobs can share a node.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
+
+# One process per device; each reads its rank from Slurm's variables.
+# The command is the same at every restart: an existing run is resumed.
+# Since Slurm 22.05, srun does not inherit --cpus-per-task and may give a process one core.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait={SLURM_WAIT_S} "$python" -m strop.cli \\
+    {quote_words(job.words)} &
+steps=$!
+
+warned=
+trap 'warned=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM # forward to every process; srun itself would kill them
+wait "$steps"
+code=$?
+if [ -n "$warned" ]; then
+    wait "$steps" # the first wait was interrupted by the signal
+    code=$?
+    if [ "$code" -ne 0 ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+fi
+exit "$code"
+"""
+
+
+# --- Ray Train ----------------------------------------------------------------------------------------------------
+# Python files for Ray Train. Each worker runs strop as a child process: Ray's threads receive no signals
+
+RAY_MAX_FAILURES = 3
+
+
+def launch_ray(job: Job, file: Path | None, *, force: bool) -> Launched:
+    """Write a Python file for Ray. Raises RecipeError, FolderError."""
+    file = file or Path(f"{job.name}.ray.py")
+    return write(
+        job, file, ray_script(job), f"ray job submit -- python {_quote_for_two_shells(file.absolute())}", force=force
+    )
+
+
+def _quote_for_two_shells(path: Path) -> str:
+    """Quote a path for the user's shell, and for the cluster's, where Ray adds double quotes if there are spaces."""
+    odd = r"[$`\\]" if " " in str(path) else r'[^\w@%+=:,./"-]'
+    return shlex.quote(re.sub(odd, r"\\\g<0>", str(path)))
+
+
+def ray_script(job: Job) -> str:
+    """Return the text of the Python file."""
+    resources = {"CPU": job.cores, **({"GPU": 1} if job.gpus else {})}
+    words = ",\n    ".join(repr(word) for word in job.words)
+    return f'''\
+"""strop on {job.size}, written by `strop launch ray`. Edit as needed."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import ray.train
+import torch.distributed
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+# This folder must exist on every node: recipe, data and run folder are relative to it.
+FOLDER = {str(job.folder)!r}
+NODES, DEVICES, CORES = {job.nodes}, {job.devices}, {job.cores}  # devices per node, cores per device
+
+# The command is the same at every restart: an existing run is resumed.
+TRAIN = [
+    {words},
+]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def work() -> None:
+    """Run strop on one worker, as a child process that joins the other ranks and ends with this worker."""
+    context = ray.train.get_context()
+    port = [free_port() if context.get_world_rank() == 0 else 0]
+    torch.distributed.broadcast_object_list(port)
+    ranks = {{
+        "RANK": context.get_world_rank(), "WORLD_SIZE": context.get_world_size(),
+        "LOCAL_RANK": context.get_local_rank(), "LOCAL_WORLD_SIZE": context.get_local_world_size(),
+        "MASTER_PORT": port[0], "OMP_NUM_THREADS": CORES,
+    }}
+    environment = {{**os.environ, **{{name: str(value) for name, value in ranks.items()}}}}
+    command = [sys.executable, "-m", "strop.cli", *TRAIN]
+    if shutil.which("setpriv"):  # Linux: strop is killed with its worker
+        command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
+    done = subprocess.run(command, cwd=FOLDER, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"strop ended with {{done.returncode}} on rank {{context.get_world_rank()}}; see above")
+
+
+if __name__ == "__main__":
+    TorchTrainer(
+        work,
+        # Ray's process group provides MASTER_ADDR; the workers use it only to agree on a port.
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=NODES * DEVICES,
+            use_gpu={job.gpus},
+            resources_per_worker={resources},
+            placement_strategy={"STRICT_PACK" if job.nodes == 1 else "SPREAD"!r},
+        ),
+        # If a worker or node is lost, all restart from the last checkpoint.
+        run_config=RunConfig(
+            storage_path=os.path.join(FOLDER, ".ray"),
+            failure_config=FailureConfig(max_failures={RAY_MAX_FAILURES}),
+        ),
+    ).fit()
+'''
+
+
+# --- Kubernetes ---------------------------------------------------------------------------------------------------
+# Manifests for Kubernetes: the recipe as a ConfigMap, and a Kubeflow Trainer v2 TrainJob that runs torchrun
+
+VOLUME, RECIPES = "/work", "/etc/strop"
+GRACE_S = 120  # seconds between TERM and KILL, for the last checkpoint
+CLAIM_NAME = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
+LARGEST_RECIPE = 1 << 20  # bytes, the limit of a ConfigMap
+
+
+def launch_kubernetes(job: Job, file: Path | None, *, image: str, claim: str, force: bool) -> Launched:
+    """Write the manifests. image: contains strop. claim: the PersistentVolumeClaim for data and run folder."""
+    require_relative_out(job, "on the volume")
+    if not re.fullmatch(CLAIM_NAME, claim):
+        fix = "give the claim's name, as `kubectl get pvc` has it"
+        raise RecipeError(f"--claim {claim}: not a Kubernetes name", fix=fix)
+    if not re.fullmatch(r"\S+", image):
+        what = f"--image {image!r}: not a container image"
+        raise RecipeError(what, fix="give its name, such as registry/team/strop:1")
+    recipe = (job.folder / job.recipe).read_text(encoding="utf-8")
+    if len(recipe.encode("utf-8")) > LARGEST_RECIPE:
+        raise RecipeError(f"{job.recipe}: too large for a ConfigMap (1 MiB)", fix="put it on the volume")
+    file = file or Path(f"{job.name}.trainjob.yaml")
+    text = kubernetes_manifests(job, recipe, image=image, claim=claim)
+    return write(job, file, text, f"kubectl apply -f {quote_path(file)}", force=force, needs=job.needs)
+
+
+def kubernetes_manifests(job: Job, recipe: str, *, image: str, claim: str) -> str:
+    """Return the text of both manifests."""
+    settings = {
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": job.name},
+        "data": {"recipe.yaml": BlockText(recipe)},
+    }  # fmt: skip
+    comments: dict[tuple[str, ...], str] = {
+        ("apiVersion",): f"strop on {job.size}, written by `strop launch kubernetes`. Edit as needed.\n"
+        "The recipe, unchanged; the job below reads it."
+    }
+    documents = (
+        dump_with_comments(settings, comments),
+        dump_with_comments(_train_job(job, image, claim), _COMMENTS),
+    )
+    return "---\n".join(documents)
+
+
+def _train_job(job: Job, image: str, claim: str) -> dict[str, Any]:
+    kind = {"nvidia.com/gpu": job.devices} if job.gpus else {}
+    resources = {"cpu": job.cores * job.devices, **kind}
+    # Kubernetes expands $(NAME) in a container's args
+    words = [word.replace("$", "$$") for word in replace(job, recipe=f"{RECIPES}/recipe.yaml").words]
+    volumes: list[dict[str, Any]] = [
+        {"name": "work", "persistentVolumeClaim": {"claimName": claim}},
+        {"name": "recipe", "configMap": {"name": job.name}},
+    ]
+    mounts: list[dict[str, Any]] = [
+        {"name": "work", "mountPath": VOLUME},
+        {"name": "recipe", "mountPath": RECIPES, "readOnly": True},
+    ]
+    if job.gpus and job.devices > 1:  # a pod has 64 MiB by default; NCCL needs more between GPUs
+        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
+        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+    pod = {
+        "terminationGracePeriodSeconds": GRACE_S,
+        "volumes": volumes,
+        "containers": [{"name": "node", "volumeMounts": mounts}],
+    }
+    patch = {
+        "template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {"spec": pod}}}}]}}
+    }
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": job.name},
+        "spec": {
+            # sets PET_NNODES and others for torchrun, which restarts nothing, so that all pods count equal restarts
+            "runtimeRef": {
+                "apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": "torch-distributed",
+            },
+            "trainer": {
+                "image": image, "numNodes": job.nodes, "numProcPerNode": job.devices,
+                "resourcesPerNode": {"requests": resources, "limits": resources},
+                "env": [{"name": "OMP_NUM_THREADS", "value": str(job.cores)}],
+                "command": ["bash", "-c", f'cd {VOLUME} && exec "$@"', "strop"],
+                "args": ["torchrun", "-m", "strop.cli", *words],
+            },
+            "runtimePatches": [{"manager": "strop.launch/manager", "trainingRuntimeSpec": patch}],
+        },
+    }  # fmt: skip
+
+
+_COMMENTS = {
+    ("spec", "runtimeRef"): "Installed with Kubeflow Trainer: sets up the pods for torchrun.",
+    ("spec", "trainer", "image"): "An image with strop, and PyTorch for your devices.",
+    ("spec", "trainer", "numProcPerNode"): "One process per device.",
+    ("spec", "trainer", "command"): "Relative paths in the recipe (data, run folder) start at the volume.",
+    ("spec", "trainer", "args"): "The same at every restart: an existing run is resumed.",
+    ("spec", "runtimePatches"): "The volume, the recipe and shared memory for every pod, and time for a last "
+    "checkpoint.\n"
+    "All pods write to the volume: with several nodes its access mode must be ReadWriteMany.",
+}  # fmt: skip
+
+
+# --- SkyPilot -----------------------------------------------------------------------------------------------------
+# Tasks for SkyPilot, run as managed jobs: they continue on other machines, so local disks hold no run folder
+
+MOUNT, MAX_RESTARTS = "/strop", 3
+
+
+def launch_skypilot(
+    job: Job, file: Path | None, *, gpus: str | None, bucket: str | None, volume: str | None, spot: bool, force: bool
+) -> Launched:
+    """Write a SkyPilot task. gpus: SkyPilot's name of the GPU (`sky show-gpus`)."""
+    require_relative_out(job, "in the bucket or on the volume")
+    if (bucket is None) == (volume is None):
+        what = "--bucket, --volume: one of them is needed for the run folder"
+        raise RecipeError(what, fix="give --bucket NAME or --volume NAME")
+    if bucket is not None and job.nodes > 1:
+        what = f"--bucket {bucket}: {job.nodes} nodes would see each other's files with a delay"
+        raise RecipeError(what, fix="give --volume NAME, or one node with more --devices")
+    if job.gpus and not gpus:
+        raise RecipeError("--gpus: missing", fix="name the GPU, such as --gpus H100, or set model.device to cpu")
+    if gpus and not job.gpus:
+        raise RecipeError(f"--gpus {gpus}: the recipe uses the CPU", fix="remove it, or change model.device")
+    if gpus and not re.fullmatch(r"[\w.-]+", gpus):
+        what = f"--gpus {gpus}: not a GPU name"
+        raise RecipeError(what, fix="give --gpus a name only, such as H100; --devices sets the number")
+    if Path(job.recipe).is_absolute() or ".." in Path(job.recipe).parts:
+        what = f"{job.recipe}: outside this folder, which SkyPilot syncs"
+        raise RecipeError(what, fix="run the command in the recipe's folder")
+    file = file or Path(f"{job.name}.sky.yaml")
+    text = skypilot_task(job, gpus=gpus, bucket=bucket, volume=volume, spot=spot)
+    outside = tuple(name for name in job.needs if os.path.relpath(Path(name).expanduser()).startswith(".."))
+    return write(job, file, text, f"sky jobs launch -n {job.name} {quote_path(file)}", force=force, needs=outside)
+
+
+def skypilot_task(
+    job: Job, *, gpus: str | None, bucket: str | None = None, volume: str | None = None, spot: bool = False
+) -> str:
+    """Return the text of the task; its run folder is in a bucket, created if needed, or on an existing volume."""
+    inside = replace(job, out=f"{MOUNT}/{job.out}")
+    kind = {"accelerators": f"{gpus}:{job.devices}"} if job.gpus else {"cpus": f"{job.devices * job.cores}+"}
+    resources: dict[str, Any] = {**kind, "job_recovery": {"max_restarts_on_errors": MAX_RESTARTS}}
+    if spot:
+        resources["use_spot"] = True
+    run = f"""\
+# SkyPilot sets the number of nodes and this node's rank; torchrun starts one process per device.
+export OMP_NUM_THREADS={job.cores}
+torchrun \\
+    --nnodes="$SKYPILOT_NUM_NODES" --node-rank="$SKYPILOT_NODE_RANK" --nproc-per-node={job.devices} \\
+    --master-addr="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)" --master-port=29500 \\
+    -m strop.cli \\
+    {quote_words(inside.words)}
+"""
+    file_mount = {MOUNT: {"name": bucket, "mode": "MOUNT_CACHED"}}
+    mount = {"volumes": {MOUNT: volume}} if volume is not None else {"file_mounts": file_mount}
+    tree = {
+        "name": job.name, "num_nodes": job.nodes, "resources": resources, "workdir": ".", **mount,
+        "setup": BlockText(f"pip install strop=={__version__}\n"), "run": BlockText(run),
+    }  # fmt: skip
+    comments: dict[tuple[str, ...], str] = {
+        ("name",): f"strop on {job.size}, written by `strop launch skypilot`. Edit as needed.",
+        ("resources", "job_recovery"): "Lost machines are replaced; after an error the job is restarted up to this "
+        "many times.",
+        ("workdir",): "Recipe and data: this folder, except files excluded by .gitignore or .skyignore.",
+        ("setup",): "Or install your own wheel.",
+        ("run",): "The same at every restart: an existing run is resumed.",
+    }
+    text = "For the run folder, which outlives the machines."
+    if volume is not None:
+        comments["volumes",] = f"{text} Every node must be able to write to it."
+    else:
+        comments["file_mounts",] = f"{text} Checkpoints need rename, which MOUNT_CACHED supports."
+    if spot:
+        comments["resources", "use_spot"] = "Cheaper machines that may be preempted: the job continues on others."
+    return dump_with_comments(tree, comments)

@@ -7,22 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import (
-    IGNORED_KEYS,
-    Draft,
-    Keys,
-    as_int,
-    as_number,
-    disable_dropout_for_preferences,
-    format_value,
-    note_packing,
-    objective_for,
-    put_eval_share,
-    put_fields,
-    put_lora,
-    read_yaml,
-    training_arguments,
-)
+from strop.interop.draft import IGNORED_KEYS, Draft, Keys, as_int, as_number, format_value, objective_for
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -44,7 +29,7 @@ _SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
 
 def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported stage."""
-    keys = Keys(read_yaml(draft.file))
+    keys = Keys(draft.read_yaml())
     kind = keys.take("finetuning_type", "lora")
     if kind != "lora":
         what = f"{draft.file}: finetuning_type: {kind}: strop trains LoRA adapters only"
@@ -57,7 +42,7 @@ def read(draft: Draft) -> None:
         draft.put("train.objective", objective, "stage")
     _model(draft, keys)
     _data(draft, keys, stage)
-    training_arguments(draft, keys, DEFAULTS, tool="llamafactory")
+    draft.put_training_arguments(keys, DEFAULTS, tool="llamafactory")
     if (patience := keys.take("early_stopping_steps")) is not None:
         draft.put("train.early_stopping", as_int("early_stopping_steps", patience), "early_stopping_steps")
     _preferences(draft, keys, objective)
@@ -65,10 +50,8 @@ def read(draft: Draft) -> None:
 
 
 def _model(draft: Draft, keys: Keys) -> None:
-    for key, name in (("model_name_or_path", "model.name"), ("adapter_name_or_path", "model.adapter")):
-        if (value := keys.take(key)) is not None:
-            draft.put(name, str(value), key)
-    put_fields(draft, keys, {"loraplus_lr_ratio": "train.lora_plus_ratio"})
+    draft.put_fields(keys, {"model_name_or_path": "model.name", "adapter_name_or_path": "model.adapter"}, str)
+    draft.put_fields(keys, {"loraplus_lr_ratio": "train.lora_plus_ratio"})
     if (revision := keys.take("model_revision", "main")) != "main":
         draft.put("model.revision", revision, "model_revision")
     bits, method, kind = keys.take("quantization_bit"), keys.take("quantization_method"), keys.take("quantization_type")
@@ -85,13 +68,11 @@ def _model(draft: Draft, keys: Keys) -> None:
         if bits is not None:
             draft.add_unsupported("quantization_bit", f"{bits} by {method}: strop has nf4, fp4 and int8")
     rank = as_int("lora_rank", keys.peek("lora_rank", 8))
-    put_lora(
-        draft, keys, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target",
+    draft.put_lora(keys, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target",
         defaults={"lora.r": 8, "lora.alpha": 2 * rank, "lora.dropout": 0.0},
     )  # fmt: skip
-    for key, name in (("additional_target", "lora.modules_to_save"), ("add_tokens", "lora.new_tokens")):
-        if (value := keys.take(key)) is not None:
-            draft.put(name, [part.strip() for part in str(value).split(",")], key)
+    lists = {"additional_target": "lora.modules_to_save", "add_tokens": "lora.new_tokens"}
+    draft.put_fields(keys, lists, lambda value: [part.strip() for part in str(value).split(",")])
 
 
 def _data(draft: Draft, keys: Keys, stage: str) -> None:
@@ -118,7 +99,7 @@ def _data(draft: Draft, keys: Keys, stage: str) -> None:
     length = keys.take("cutoff_len")
     source = "cutoff_len" if length else "llamafactory's default"
     draft.put("data.max_length", as_int("cutoff_len", length or 2048), source)
-    text = "longer rows are truncated there (prompt and answer each at the end), or dropped with packing; strop "
+    text = "LLaMA-Factory truncates longer rows (prompt and answer each at the end), or drops them with packing; strop "
     text += "refuses such rows: raise data.max_length, or choose data.overlong"
     draft.add_difference("cutoff_len", text)
     if stage == "pt":
@@ -131,9 +112,9 @@ def _data(draft: Draft, keys: Keys, stage: str) -> None:
     if (thinking := keys.take("enable_thinking")) is not None:
         draft.put("data.template_options", {"enable_thinking": bool(thinking)}, "enable_thinking")
         draft.add_difference("enable_thinking", "passed to the model's template, which must support it")
-    put_eval_share(draft, "val_size", keys.take("val_size"))
+    draft.put_eval_share("val_size", keys.take("val_size"))
     if keys.take("packing") or keys.take("neat_packing"):
-        note_packing(draft, "packing")
+        draft.note_packing("packing")
         keys.take("neat_packing")
 
 
@@ -186,7 +167,7 @@ def _source(
 def _preferences(draft: Draft, keys: Keys, objective: str) -> None:
     beta = keys.take("pref_beta")
     if objective in ("dpo", "ipo", "kto", "orpo", "simpo"):
-        disable_dropout_for_preferences(draft, "lora_dropout")
+        draft.disable_dropout_for_preferences("lora_dropout")
         source = "pref_beta" if beta else "llamafactory's default"
         draft.put("train.beta", as_number(0.1 if beta is None else beta), source)
         if objective == "simpo":

@@ -8,7 +8,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,15 @@ _TYPES = ("bfloat16", "float16", "float32", "half", "float")  # torch dtypes
 
 @dataclass(frozen=True)
 class Call:
-    """A call in the script.
+    """A call in the script."""
 
-    name: the last part of the callee, such as SFTConfig. owner: the part before it. into: the name it is assigned to.
-    unpacked: expressions passed with ** that cannot be read.
-    """
-
-    name: str
-    owner: str
+    name: str  # last part of the callee, such as SFTConfig
+    owner: str  # the part before it
     line: int
     arguments: list[ast.expr]
     keywords: dict[str, ast.expr]
-    into: str
-    unpacked: list[ast.expr] = field(default_factory=list)
+    into: str  # the name that the result is assigned to
+    unpacked: list[ast.expr]  # arguments passed with ** that cannot be read
 
 
 class Script:
@@ -119,12 +115,9 @@ class Script:
 
     def subclasses_of(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
         """Return classes derived from one of `names`, as (class, base, line)."""
-        found = []
-        for node in ast.walk(self._tree):
-            if isinstance(node, ast.ClassDef):
-                bases = [ast.unparse(base).rpartition(".")[2] for base in node.bases]
-                found += [(node.name, base, node.lineno) for base in bases if base in names]
-        return found
+        classes = [node for node in ast.walk(self._tree) if isinstance(node, ast.ClassDef)]
+        bases = [(node, ast.unparse(base).rpartition(".")[2]) for node in classes for base in node.bases]
+        return [(node.name, base, node.lineno) for node, base in bases if base in names]
 
     def _find_calls(self) -> Iterator[Call]:
         into: dict[int, str] = {}
@@ -175,11 +168,7 @@ class Script:
         return list(resolved.elts) if isinstance(resolved, ast.List | ast.Tuple) else [resolved]
 
     def value(self, node: ast.expr, depth: int = 0) -> Any:
-        """Return the value of an expression, or UNREADABLE.
-
-        Supported: literals, lists and dicts of them, arithmetic, f-strings, torch dtypes, names assigned once, and
-        argparse defaults.
-        """
+        """Return the value of a literal, arithmetic, f-string, dtype, constant or argparse default, or UNREADABLE."""
         if depth > 8:
             return UNREADABLE
         if isinstance(node, ast.Name):

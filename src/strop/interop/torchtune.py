@@ -6,19 +6,7 @@ import re
 from typing import Any
 
 from strop.errors import InputError
-from strop.interop.draft import (
-    NO_LIMIT_NOTE,
-    TRUNCATION_NOTE,
-    WARMUP_NOTE,
-    Draft,
-    Keys,
-    as_int,
-    as_number,
-    format_value,
-    note_packing,
-    put_batch_size,
-    read_yaml,
-)
+from strop.interop.draft import WARMUP_NOTE, Draft, Keys, as_int, as_number, format_value
 
 IGNORED_KEYS = (
     "activation_offloading", "compile", "custom_sharded_layers", "device", "enable_activation_offloading",
@@ -39,13 +27,13 @@ BUILT_IN_SOURCES = {
     "grammar_dataset": "liweili/c4_200m", "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
     "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
 }  # fmt: skip
-# data sets whose prompts are is_train on by default
+# data sets that train on the prompt by default
 TRAIN_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset")
 
 
 def read(draft: Draft) -> None:
     """Import a config. Raises InputError if it is not a LoRA config, or has an unsupported loss."""
-    tree = read_yaml(draft.file)
+    tree = draft.read_yaml()
     keys = Keys(_interpolate(tree, tree))
     _model(draft, keys)
     _loss(draft, keys)
@@ -138,9 +126,7 @@ def _data(draft: Draft, keys: Keys) -> None:
     length = tokenizer.pop("max_seq_len", None)
     if length is not None:
         draft.put("data.max_length", as_int("tokenizer.max_seq_len", length), "tokenizer.max_seq_len")
-        draft.add_difference("tokenizer.max_seq_len", TRUNCATION_NOTE)
-    else:
-        draft.add_difference("tokenizer.max_seq_len", NO_LIMIT_NOTE)
+    draft.note_max_length("tokenizer.max_seq_len")
     for key, value in tokenizer.items():
         if value is not None:
             text = f"{format_value(value)}: strop uses the model's chat template (or data.template)"
@@ -160,7 +146,7 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], is_train: bool) -> l
     if split != "train":
         draft.add_unsupported(f"{key}.split", f"{split}: strop reads the train split")
     if entry.pop("packed", False):
-        note_packing(draft, f"{key}.packed")
+        draft.note_packing(f"{key}.packed")
     columns: dict[str, str] = {}
     if column := entry.pop("conversation_column", None):
         columns = {"conversations": column} if column not in ("conversations", "messages") else {}
@@ -194,7 +180,7 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any], is_train: bool) -> l
 
 def _training(draft: Draft, keys: Keys) -> None:
     rows, steps = keys.take("batch_size", 1), keys.take("gradient_accumulation_steps", 1)
-    put_batch_size(draft, rows, steps, "batch_size x gradient_accumulation_steps")
+    draft.put_batch_size(rows, steps, "batch_size x gradient_accumulation_steps")
     epochs, max_steps = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
     draft.put("train.epochs", as_number(epochs), "epochs")
     if max_steps is not None:

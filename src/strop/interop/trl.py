@@ -1,7 +1,4 @@
-"""Import training scripts for TRL or Unsloth, and TRL's YAML.
-
-Names and defaults are those of TRL 1.10 and of Unsloth as of August 2026.
-"""
+"""Import scripts for TRL or Unsloth, and TRL's YAML. Names and defaults: TRL 1.10, Unsloth as of August 2026."""
 
 from __future__ import annotations
 
@@ -10,25 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import (
-    IGNORED_KEYS,
-    INT8_NOTE,
-    NO_GRPO,
-    NO_LIMIT_NOTE,
-    TRUNCATION_NOTE,
-    Draft,
-    Keys,
-    as_int,
-    as_number,
-    disable_dropout_for_preferences,
-    format_value,
-    lora_init,
-    note_packing,
-    put_lora,
-    put_simpo,
-    read_yaml,
-    training_arguments,
-)
+from strop.interop.draft import IGNORED_KEYS, NO_GRPO, Draft, Keys, as_int, as_number, format_value
 from strop.interop.script_parser import UNREADABLE, Call, Script, readable_arguments, shorten_source
 
 CONFIGS = {
@@ -51,7 +30,7 @@ DEFAULTS = {
 EARLY_STOPPING = "EarlyStoppingCallback"
 _MESSAGES = ("dataset_text_field", "messages")
 LOSS_ON_ALL_NOTE = (
-    "without assistant_only_loss, all tokens of `messages` and `text` rows are trained on there, and the completion of "
+    "without assistant_only_loss, TRL trains on all tokens of `messages` and `text` rows, and on the completion of "
     "prompt-completion rows; strop trains on assistant turns: set data.loss all to train on everything"
 )
 
@@ -127,7 +106,7 @@ def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
         elif key == "dataset_text_field" and isinstance(value, str) and value not in ("text", "messages"):
             draft.put("data.columns", {"text": value}, key)
         elif key == "packing" and value is True:
-            note_packing(draft, key)
+            draft.note_packing(key)
         elif value is not None and (key, value) not in (("packing", False), ("dataset_text_field", "text"), _MESSAGES):
             draft.add_unsupported(f"{call.name}.{key}", shorten_source(node), node.lineno)
     return keywords, call.line
@@ -152,7 +131,7 @@ def _callbacks(draft: Draft, script: Script, node: ast.expr | None, best_by: Any
                 text = f"{format_value(threshold)}: any lower loss counts as better here"
                 draft.add_unsupported("early_stopping_threshold", text, call.line)
             if best_by not in (None, "loss", "eval_loss"):
-                text = f"{format_value(best_by)} is monitored there, the loss here"
+                text = f"{format_value(best_by)} is monitored in TRL, the loss in strop"
                 draft.add_difference(EARLY_STOPPING, text, call.line)
 
 
@@ -178,7 +157,7 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
         draft.put("train.objective", objective, "the config's class")
     rate = 5e-5 if objective == "sft" and peer == "unsloth" else RATES.get(objective, 1e-6)
     tool = "trl" if peer == "trl" else "transformers"
-    training_arguments(draft, keys, {**DEFAULTS, "learning_rate": rate}, tool=tool)
+    draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": rate}, tool=tool)
     for key, used in (
         ("beta", ("dpo", "ipo", "kto", "orpo", "simpo")), ("label_smoothing", ("dpo", "simpo")),
         ("desirable_weight", ("kto",)), ("undesirable_weight", ("kto",)),
@@ -188,7 +167,7 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
         elif value:
             draft.add_unsupported(key, f"{format_value(value)}: not used by {objective}")
     if objective == "simpo":
-        put_simpo(draft, keys)
+        draft.put_simpo(keys)
     elif gamma := keys.take("simpo_gamma"):
         draft.add_unsupported("simpo_gamma", f"{gamma}: not used by {objective}")
     if isinstance(init_kwargs := keys.take("model_init_kwargs"), dict):
@@ -202,12 +181,12 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
         draft.put("data.max_length", as_int("max_length", length), "max_length")
     elif draft.get("data.max_length") is None and "max_length" not in keys.none:
         draft.put("data.max_length", 1024, "trl's default")
-    draft.add_difference("max_length", TRUNCATION_NOTE if draft.get("data.max_length") is not None else NO_LIMIT_NOTE)
+    draft.note_max_length("max_length")
     keys.take("truncation_mode")
     if keys.take("disable_dropout", True):
-        disable_dropout_for_preferences(draft, "lora_dropout")
+        draft.disable_dropout_for_preferences("lora_dropout")
     if keys.take("packing"):
-        note_packing(draft, "packing")
+        draft.note_packing("packing")
     column = keys.take("dataset_text_field", "text")
     if column not in ("text", "messages"):
         draft.put("data.columns", {"text": str(column)}, "dataset_text_field")
@@ -229,7 +208,7 @@ def _masks(draft: Draft, script: Script, keys: Keys, objective: str) -> None:
 
 def _from_yaml(draft: Draft) -> None:
     """Import a YAML file for `trl sft --config FILE`: script, training and model arguments in one mapping."""
-    keys = Keys(read_yaml(draft.file))
+    keys = Keys(draft.read_yaml())
     if not keys.take("use_peft"):
         raise InputError(f"{draft.file}: use_peft is not on: strop trains LoRA adapters only", fix="set use_peft: true")
     for key, name in (
@@ -239,7 +218,7 @@ def _from_yaml(draft: Draft) -> None:
             draft.put(name, str(value), key)
     put_dtype(draft, keys.take("dtype") or keys.take("torch_dtype"))
     named = "lora_target_modules" in keys
-    put_lora(draft, keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
+    draft.put_lora(keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
          defaults={"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05})  # fmt: skip
     if not named:
         draft.add_difference("lora_target_modules", DEFAULT_TARGETS_NOTE)
@@ -254,7 +233,7 @@ def _from_yaml(draft: Draft) -> None:
         draft.add_unsupported("dataset_train_split", f"{split}: strop reads the train split; give the files of {split}")
     if str(keys.peek("eval_strategy", "no")) not in ("no", "False"):
         split = keys.take("dataset_test_split", "test")
-        text = f"evaluated on {split} there: set data.eval to its file, or to a share such as 5%"
+        text = f"evaluated on {split} in TRL: set data.eval to its file, or to a share such as 5%"
         draft.add_unsupported("dataset_test_split", text)
     loss = str(keys.peek("loss_type", ""))
     objective = "dpo" if "beta" in keys or loss in ("sigmoid", "ipo") else "sft"
@@ -292,10 +271,7 @@ _MODEL_CHANGES = {
 
 
 def read_model(draft: Draft, script: Script, given: ast.expr | None, trainer_line: float) -> None:
-    """Import the model from its from_pretrained call, or from `given`, the trainer's model argument.
-
-    Models loaded after the trainer is created (to merge or to test) are not read.
-    """
+    """Import the model loaded before the trainer is created, or `given`, the trainer's model argument."""
     loads = [call for call in script.calls if call.name == "from_pretrained" and "Model" in call.owner]
     starts = [call for call in loads if "Peft" in call.owner and call.line < trainer_line]
     loads = [call for call in loads if "Peft" not in call.owner]
@@ -331,11 +307,8 @@ def _load(draft: Draft, script: Script, call: Call, fast: bool) -> None:
     nodes = {key: node for key, node in call.keywords.items() if key != "quantization_config"}
     positional = ("model_name" if fast else "pretrained_model_name_or_path",)
     keys = readable_arguments(draft, script, replace(call, keywords=nodes, into=""), positional)
-    for key in ("model_name", "pretrained_model_name_or_path"):
-        if (name := keys.take(key)) is not None:
-            draft.put("model.name", str(name), key)
-    if (revision := keys.take("revision")) is not None:
-        draft.put("model.revision", str(revision), "revision")
+    names = {"model_name": "model.name", "pretrained_model_name_or_path": "model.name", "revision": "model.revision"}
+    draft.put_fields(keys, names, str)
     put_dtype(draft, keys.take("dtype") or keys.take("torch_dtype"))
     keys.take("torch_dtype")
     if (length := keys.take("max_seq_length")) is not None:
@@ -386,8 +359,7 @@ def _bits(draft: Draft, keys: Keys) -> None:
         draft.put("model.quantization", str(kind), "bnb_4bit_quant_type")
         draft.put("model.double_quantization", bool(double), "bnb_4bit_use_double_quant")
     elif eight:
-        draft.put("model.quantization", "int8", "load_in_8bit")
-        draft.add_difference("load_in_8bit", INT8_NOTE)
+        draft.put_int8("load_in_8bit")
     keys.report_rest(draft, ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold"))
 
 
@@ -406,7 +378,7 @@ def read_adapter(draft: Draft, script: Script) -> None:
     keys = readable_arguments(draft, script, replace(call, arguments=arguments, into="" if fast else call.into), ("r",))
     rank = {"lora.r": 16 if fast else 8, "lora.alpha": 16 if fast else 8, "lora.dropout": 0.0}
     modules = keys.peek("target_modules")
-    put_lora(draft, keys, rank="r", alpha="lora_alpha", dropout="lora_dropout", modules="target_modules", defaults=rank)
+    draft.put_lora(keys, rank="r", alpha="lora_alpha", dropout="lora_dropout", modules="target_modules", defaults=rank)
     if modules is None and fast:
         named = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         draft.put("lora.target_modules", named, "unsloth's default")
@@ -419,7 +391,7 @@ def read_adapter(draft: Draft, script: Script) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         if value := keys.take(key):
             draft.put(f"lora.{key}", value, key)
-    lora_init(draft, keys, "init_lora_weights")
+    draft.put_lora_init(keys, "init_lora_weights")
     if loftq := keys.take("loftq_config"):
         draft.add_unsupported("loftq_config", f"{format_value(loftq)}: lora.init loftq is similar")
     keys.take("task_type"), keys.take("inference_mode")

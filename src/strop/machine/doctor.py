@@ -1,7 +1,4 @@
-"""Collect the facts and checks of `strop doctor`. Only the checks need torch.
-
-Each finding says what is wrong, why it matters, and which command fixes it.
-"""
+"""Collect the facts and checks of `strop doctor`: what is wrong, why it matters, and which command fixes it."""
 
 from __future__ import annotations
 
@@ -52,17 +49,12 @@ class DoctorReport:
     rates: Rates | None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields of `strop doctor --json`."""
         rates = asdict(self.rates) if self.rates else {"bf16_flops": None, "fp32_flops": None}
         return {"machine": self.machine, "findings": [asdict(f) for f in self.findings], "rates": rates}
 
 
 def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
-    """Examine this machine.
-
-    try_out: checks that need torch (planning.calibrate), run where it is installed. folder: where runs will be written;
-    default: the current directory.
-    """
+    """Examine this machine. try_out: checks that need torch. folder: where runs will be written."""
     machine, folder = probe(), folder or Path.cwd()
     findings = [*_versions(), *_resources(machine, folder), _hub(), _disk(folder)]
     rates = None
@@ -80,7 +72,6 @@ def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
 
 
 def crash_finding(check: str, error: Exception, fix: str = "") -> Finding:
-    """Return the finding for a check that crashed."""
     message = next((line for line in str(error).splitlines() if line.strip()), "")
     what = f"{check} ends with {type(error).__name__}: {message.strip()}"
     reinstall = f"{pip_command()} install --force-reinstall torch"
@@ -88,17 +79,12 @@ def crash_finding(check: str, error: Exception, fix: str = "") -> Finding:
 
 
 def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
-    free = shutil.disk_usage(folder).free
+    facts = {name: value for name, value in asdict(machine).items() if name != "card_free_bytes"}
     return {
-        "system": machine.system,
-        "python": machine.python,
-        "cpu": machine.cpu,
+        **facts,
         "vector": list(machine.vector),
-        "cores": machine.cores,
-        "memory_bytes": machine.memory_bytes,
-        "free_bytes": machine.free_bytes,
         "gpus": list(nvidia_smi("name,memory.total,driver_version,compute_cap")),
-        "disk_free_bytes": free,
+        "disk_free_bytes": shutil.disk_usage(folder).free,
         "versions": {name: installed for name, installed, _ in libraries() if installed},
         "hub_token": _has_token(),
     }
@@ -125,19 +111,17 @@ def is_installed(name: str) -> bool:
     return True
 
 
-def _versions() -> Iterator[Finding]:
-    has_errors = False
+def _versions() -> list[Finding]:
+    findings, install = [], f"{pip_command()} install"
     for name, installed, supported in libraries():
+        wanted = f"{name}{supported}"
         if installed is None:
-            has_errors = True
-            fix = f"{pip_command()} install '{name}{supported}'"
-            yield Finding("error", f"{name} is not installed", f"strop needs {name}{supported}", fix)
-        elif not Requirement(f"{name}{supported}").specifier.contains(installed, prereleases=True):
-            has_errors = True
-            fix = f"{pip_command()} install -U '{name}{supported}'"
-            yield Finding("error", f"{name} {installed}", f"strop is tested with {name}{supported}", fix)
-    if not has_errors:
-        yield Finding("ok", "every library is in the range that strop supports")
+            why = f"strop needs {wanted}"
+            findings.append(Finding("error", f"{name} is not installed", why, f"{install} '{wanted}'"))
+        elif not Requirement(wanted).specifier.contains(installed, prereleases=True):
+            why = f"strop is tested with {wanted}"
+            findings.append(Finding("error", f"{name} {installed}", why, f"{install} -U '{wanted}'"))
+    return findings or [Finding("ok", "every library is in the range that strop supports")]
 
 
 def pip_command() -> str:

@@ -29,11 +29,8 @@ _NO_MEMORY = (
     "unable to allocate",
     "could not create a memory",
     "could not create a primitive",
-    "cublas_status_alloc_failed",
     "cublas_status_not_initialized",
-    "cusolver_status_alloc_failed",
-    "cusparse_status_alloc_failed",
-    "cudnn_status_alloc_failed",
+    "_status_alloc_failed",  # of cuBLAS, cuSOLVER, cuSPARSE and cuDNN
     "cudnn_status_internal_error_host_allocation_failed",
     "cudnn_status_internal_error_device_allocation_failed",
     "nvml_success ==",  # PyTorch, where it cannot ask the driver how full the GPU is (pytorch#112377)
@@ -41,11 +38,9 @@ _NO_MEMORY = (
 
 
 def keep_heap_pages() -> None:
-    """Allocate blocks below 32 MiB from the heap, whose pages stay mapped when a block is freed.
-
-    Short-lived tensors of a step then reuse pages. glibc reaches this state too, but only as such blocks are freed;
-    mapping and clearing new pages for each block took a quarter of a step (docs/log).
-    """
+    """Allocate blocks below 32 MiB from the heap, whose pages stay mapped for reuse when a block is freed."""
+    # glibc reaches this state too, but only as such blocks are freed; mapping and clearing new pages for each block
+    # took a quarter of a step (docs/log).
     if sys.platform == "linux" and not any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         with suppress(AttributeError):
             library = ctypes.CDLL(None)
@@ -68,10 +63,7 @@ def map_pages(size: int) -> mmap.mmap:
 
 @dataclass(frozen=True)
 class PeakTracker:
-    """Peak memory since `start_peak`.
-
-    resident_bytes: of the process at the start. device: the CUDA device to measure instead, if it is one.
-    """
+    """Peak memory since `start_peak`, of the process (`resident_bytes` at the start) or of a CUDA device."""
 
     resident_bytes: int
     device: str
@@ -82,7 +74,12 @@ class PeakTracker:
             import torch
 
             return int(torch.cuda.max_memory_allocated(self.device))
-        return max(0, _peak_resident_bytes() - self.resident_bytes)
+        info = psutil.Process().memory_info()
+        peak = int(getattr(info, "peak_wset", info.rss))
+        if sys.platform == "linux":
+            status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            peak = next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), peak)
+        return max(0, peak - self.resident_bytes)
 
 
 def start_peak(device: str) -> PeakTracker:
@@ -95,15 +92,6 @@ def start_peak(device: str) -> PeakTracker:
         with suppress(OSError):  # forbidden in some sandboxes: the peak then counts from the start of the process
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     return PeakTracker(psutil.Process().memory_info().rss, device)
-
-
-def _peak_resident_bytes() -> int:
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    info = psutil.Process().memory_info()
-    return int(getattr(info, "peak_wset", info.rss))
 
 
 def parse_bytes(text: str | int) -> int:
@@ -131,11 +119,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class MemoryWatch:
-    """Raises MemoryError before this process exceeds its limit; on a CPU the system would kill it silently.
+    """Raises MemoryError before this process exceeds its limit; on a CPU the system would kill it silently."""
 
-    Memory grows between layers: call `begin` before each micro-batch, and the watch itself before each layer. Resident
-    memory is compared with the limit. (RLIMIT_DATA was tried instead: small allocations inside oneDNN then fail too.)
-    """
+    # Memory grows between layers: call `begin` before each micro-batch, and the watch itself before each layer.
+    # (RLIMIT_DATA was tried instead: small allocations inside oneDNN then fail too.)
 
     def __init__(self, limit_bytes: int, free_bytes: int) -> None:
         """Set the limit to the smaller of `limit_bytes` and what the machine has left, `free_bytes`."""
@@ -171,5 +158,4 @@ def save_measured(key: str, value: dict[str, Any]) -> None:
 
 
 def load_measured(key: str) -> dict[str, Any]:
-    file = cache_folder() / "memory" / f"{key}.json"
-    return read_json(file)
+    return read_json(cache_folder() / "memory" / f"{key}.json")

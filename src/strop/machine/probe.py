@@ -20,21 +20,17 @@ _KNOWN_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni"
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources available to this process; fields are stored as `machine` in lock.json.
-
-    vector: the CPU's instruction sets, named as in Linux's /proc/cpuinfo. memory_bytes: RAM or the cgroup's limit.
-    card_free_bytes: free memory of the GPU that a run uses; None until the run has measured it.
-    """
+    """The resources available to this process; fields are stored as `machine` in lock.json."""
 
     system: str
     python: str
     cpu: str
-    vector: tuple[str, ...]
+    vector: tuple[str, ...]  # the CPU's instruction sets, named as in Linux's /proc/cpuinfo
     cores: int
-    memory_bytes: int
+    memory_bytes: int  # RAM or the cgroup's limit
     free_bytes: int
     gpus: tuple[str, ...]
-    card_free_bytes: int | None = None
+    card_free_bytes: int | None = None  # free memory of the run's GPU; None until the run has measured it
 
     @property
     def has_avx512_bf16(self) -> bool:
@@ -55,7 +51,6 @@ class Machine:
         return self.has_avx512_bf16 and "amx_bf16" not in self.vector and all(size % 32 == 0 for size in sizes)
 
     def describe(self) -> list[str]:
-        """Return a description in two lines."""
         gpus = ", ".join(self.gpus) or "no GPU"
         memory = f"{self.memory_bytes / 2**30:.1f} GiB memory, {self.free_bytes / 2**30:.1f} free"
         return [
@@ -114,7 +109,6 @@ def compute_capability(index: int = 0) -> float | None:
 
 @cache  # a plan probes the machine hundreds of times
 def _cpu() -> tuple[str, set[str]]:
-    """Return the CPU's name and its flags."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -164,10 +158,7 @@ def _gpus() -> tuple[str, ...]:
 
 
 def _query_gpus(fields: str) -> tuple[str, ...]:
-    """Query the driver about the GPUs that are visible to CUDA, in CUDA's order.
-
-    The order is that of CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets.
-    """
+    """Query the driver about visible GPUs, in the order of CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets."""
     uuids, lines = nvidia_smi("uuid"), nvidia_smi(fields)
     selection = os.environ.get("CUDA_VISIBLE_DEVICES")
     if selection is None or selection.startswith("MIG-") or len(uuids) != len(lines):
@@ -176,16 +167,13 @@ def _query_gpus(fields: str) -> tuple[str, ...]:
 
 
 def visible_gpus(selection: str, uuids: Sequence[str]) -> list[int]:
-    """Return the indices of the GPUs in CUDA_VISIBLE_DEVICES, which are numbers or prefixes of a uuid.
-
-    Like CUDA, ignore everything after the first invalid entry, and return nothing if a GPU is listed twice.
-    """
+    """Return the indices of the GPUs in CUDA_VISIBLE_DEVICES, which are numbers or prefixes of a uuid."""
+    # Like CUDA, ignore everything after the first invalid entry, and return nothing if a GPU is listed twice.
     indices: list[int] = []
     for entry in (entry.strip() for entry in selection.split(",")):
+        matches = [index for index, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
         if entry.isdigit():
             matches = [int(entry)] if int(entry) < len(uuids) else []
-        else:
-            matches = [index for index, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
         if len(matches) != 1:
             return indices
         if matches[0] in indices:

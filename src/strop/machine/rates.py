@@ -17,20 +17,13 @@ RATES_VERSION = 3  # part of the cache key; increase it when Rates changes
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured speeds of one device.
-
-    bf16_flops, fp32_flops: FLOP/s of frozen matmuls. bandwidth: of memory, bytes/s. costs: fields of
-    planning.time.Rate, by dtype. unpacked_per_s: weights dequantized per second, by quantization scheme. integers:
-    FLOP/s of frozen matmuls with train.int8_matmul, by scheme; empty if the CPU does not support it.
-    """
-
-    bf16_flops: float
+    bf16_flops: float  # FLOP/s of frozen matmuls, as in fp32_flops
     fp32_flops: float
-    bandwidth: float
+    bandwidth: float  # of memory, bytes/s
     threads: int
-    costs: dict[str, dict[str, float]]
-    unpacked_per_s: dict[str, float]
-    integers: dict[str, float]
+    costs: dict[str, dict[str, float]]  # fields of planning.time.Rate, by dtype
+    unpacked_per_s: dict[str, float]  # weights dequantized per second, by quantization scheme
+    integers: dict[str, float]  # FLOP/s of frozen matmuls with train.int8_matmul, by scheme; empty without support
 
     @property
     def dtype(self) -> str:

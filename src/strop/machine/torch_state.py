@@ -31,13 +31,9 @@ def default_torch_state() -> Iterator[None]:
 
 @contextmanager
 def isolated_torch_state() -> Iterator[None]:
-    """Extend `default_torch_state` with the process-wide state: fp32 as default dtype, and preserved random streams.
-
-    After the block the program's random numbers continue as if none had been sampled inside. Default dtype and random
-    state belong to all threads, and transformers changes more of that kind while it loads, so a second thread waits.
-
-    Raises RunError in a process that was forked from one that has used strop: torch's compute threads are missing.
-    """
+    """Extend `default_torch_state` with the process-wide state: fp32 as default dtype, preserved random streams."""
+    # transformers changes more of that kind while it loads, so a second thread waits. A process forked from one that
+    # has used strop gets a RunError: torch's compute threads are missing.
     if _USED_BY - {os.getpid()}:
         what = "this process was forked from one that has used strop, so torch's compute threads are missing"
         raise RunError(what, fix='start it with multiprocessing.get_context("spawn")')

@@ -46,7 +46,6 @@ _RESTORE = "restore the values that the adapter was trained with"
 
 
 def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
-    """Raise ModelError where a rank or an alpha is not a valid number."""
     numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
@@ -71,11 +70,8 @@ def peft_load_errors(folder: Path, base: str) -> Iterator[None]:
 def check_adapter_fits(
     shapes: Mapping[str, Sequence[int]], folder: Path, base: str, *, lora_only: bool = False
 ) -> None:
-    """Raise ModelError where an adapter file has other tensors or shapes than the model; PEFT only warns.
-
-    shapes: of the model's adapter tensors, by the name under which PEFT saves them. base: its name, for messages.
-    lora_only: compare LoRA's own matrices alone; the caller checks the others.
-    """
+    """Raise ModelError where an adapter file has other tensors or shapes than the model (`shapes`); PEFT only warns."""
+    # base: name for messages. lora_only: compare LoRA's own matrices alone; the caller checks the others.
     saved = {name: entry["shape"] for name, entry in read_safetensors_header(folder / WEIGHTS_FILE).items()}
     expected = {name: list(shape) for name, shape in shapes.items() if not lora_only or ".lora_" in name}
     if lora_only:
@@ -92,10 +88,8 @@ def check_adapter_fits(
 
 
 def expand_adapter_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return adapter_config.json for a run that starts from the adapter.
-
-    `new_tokens` holds the texts of the trained token rows, and `target_modules` the adapted layers and experts by name.
-    """
+    """Return adapter_config.json for a run that starts from the adapter."""
+    # `new_tokens`: texts of the trained token rows. `target_modules`: names of the adapted layers and experts.
     targets = _adapted_names(config, folder / WEIGHTS_FILE)
     return {**config, "new_tokens": trained_token_texts(folder, config), "target_modules": targets}
 
@@ -112,10 +106,7 @@ def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
 
 
 def why_base_changed(config: Mapping[str, Any]) -> str | None:
-    """Return why an adapter does not fit its base as stored, or None.
-
-    Some initializations subtract the first adapter weights from the base (PiSSA, arXiv:2404.02948).
-    """
+    """Return why an adapter does not fit its base as stored (PiSSA, arXiv:2404.02948, changes it), or None."""
     init = str(config.get("init_lora_weights", True)).lower()
     if not init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq")):
         return None

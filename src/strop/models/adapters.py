@@ -1,7 +1,4 @@
-"""Adapters on disk: save and load PEFT folders with the fingerprint of their base.
-
-Also restores the base's biases while an adapter with trained biases is disabled, which PEFT does not.
-"""
+"""Save and load PEFT adapter folders with the fingerprint of their base; disable adapters with trained biases fully."""
 
 from __future__ import annotations
 
@@ -38,11 +35,8 @@ STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, temp
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
-    """Write a PEFT adapter folder, complete or not at all: weights, config, tokenizer, template, strop.json.
-
-    identity: {base: {name, fingerprint}, template, data, system, reasoning}. The base is checked on loading; `chat`
-    starts with `system`, the prompt that every training row had, or None.
-    """
+    """Write a PEFT adapter folder, complete or not at all: weights, config, tokenizer, template, strop.json."""
+    # identity: {base: {name, fingerprint}, template, data, system (prompt of every training row, or None), reasoning}
     with new_folder(folder) as temp:
         # PEFT would look up the base on the Hub to see whether embeddings were resized; trained rows are saved anyway.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
@@ -53,10 +47,7 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
 
 
 def adapter_folder(name: str) -> Path | None:
-    """Return the adapter folder of a run or adapter folder; None for any other name.
-
-    Raises ModelError for a run that has no adapter yet.
-    """
+    """Return the adapter folder of a run (ModelError if it has none yet) or adapter folder; None for any other name."""
     path = Path(name).expanduser()
     if is_run(path):
         adapter = RunFolder(path).adapter
@@ -118,21 +109,9 @@ def attach_adapter(
     name: str = "default",
     scores: bool = False,
 ) -> tuple[peft.PeftModel, list[str]]:
-    """Load an adapter onto its base, and return the model and notes on what `force` accepted.
-
-    Args:
-        base: a model without adapters, or one with adapters of other names.
-        folder: the adapter folder.
-        source: where the base came from.
-        trainable: keep the adapter trainable.
-        force: accept another base than the one it was trained on, if names and shapes fit.
-        name: of the adapter in the model.
-        scores: load a reward model.
-
-    Raises:
-        ModelError: if the adapter was trained on another base (unless forced), does not fit this one, was changed
-            since it was saved, or holds NaN.
-    """
+    """Load an adapter onto its base (`source`), and return the model and notes on what `force` accepted."""
+    # force: accept another base than it was trained on, if names and shapes fit. scores: load a reward model. Raises
+    # ModelError if the adapter does not belong to the base, does not fit, was changed since it was saved, or holds NaN.
     config = read_adapter_config(folder)
     check_adapter_kind(folder, scores)
     notes = check_adapter_base(folder, source, force=force)
@@ -146,7 +125,8 @@ def attach_adapter(
     if isinstance(base, peft.PeftModel) and (trains_biases or has_trained_biases(base)):
         what = f"{folder}: an adapter with trained biases (lora.bias) cannot share a base with another"
         raise ModelError(what, fix="load each by itself")
-    base_biases = copy_biases(base) if trains_biases else {}
+    weights = base.named_parameters() if trains_biases else ()
+    base_biases = {name: weight.detach().clone() for name, weight in weights if name.endswith("bias")}
     # By default PEFT loads onto a GPU if there is one, which starts CUDA even for a model on the CPU.
     devices = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     options: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(devices, "cpu"))}
@@ -159,15 +139,16 @@ def attach_adapter(
     state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name)
     if trains_biases:
-        store_base_biases(model, base_biases)
+        # For `adapter_disabled`; PEFT overwrites the base's biases with the adapter's.
+        plain_names = {name: name.removeprefix("base_model.model.") for name, _ in model.named_parameters()}
+        plain_names = {name: plain.replace(".base_layer.", ".") for name, plain in plain_names.items()}
+        biases = {name: base_biases[plain] for name, plain in plain_names.items() if plain in base_biases}
+        cast(Any, model).biases_of_base = biases
     return patch_lora_forward(model), notes
 
 
 def attach_second(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
-    """Load a further adapter onto a base (`source`) that has one, and return notes on what `force` accepted.
-
-    Raises ModelError where it was trained on another base (unless forced), or does not fit.
-    """
+    """Load a further adapter onto a base (`source`) that has one, and return notes on what `force` accepted."""
     trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(base_source(folder))}
     if not force and trained_on["fingerprint"] != fingerprint(source):
         raise ModelError(f"{folder}: trained on another base than {source.name}", fix="load it by itself")
@@ -206,21 +187,7 @@ def check_adapter_weights(folder: Path) -> None:
         raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was intended")
 
 
-def copy_biases(base: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all biases of a model without an adapter, by name."""
-    return {name: bias.detach().clone() for name, bias in base.named_parameters() if name.endswith("bias")}
-
-
-def store_base_biases(model: peft.PeftModel, base: Mapping[str, Tensor]) -> None:
-    """Store the base's biases on the model, for `adapter_disabled`; PEFT overwrites them with the adapter's."""
-    names = ((name, name.removeprefix("base_model.model.")) for name, _ in model.named_parameters())
-    cast(Any, model).biases_of_base = {
-        name: base[plain] for name, inner in names if (plain := inner.replace(".base_layer.", ".")) in base
-    }
-
-
 def has_trained_biases(model: nn.Module) -> bool:
-    """Return whether the model's adapter has trained biases."""
     return bool(getattr(model, "biases_of_base", None))
 
 

@@ -1,10 +1,8 @@
-"""Adapters and quantization for mixture-of-experts layers, which transformers 5 stores as 3-d parameters.
+"""Adapters and quantization for mixture-of-experts layers, which transformers 5 stores as 3-d parameters."""
 
-PEFT adapts such a parameter by adding B A to all of it before each matmul (`target_parameters`). In bf16 this rounds
-small LoRA updates away, and the sum, as large as the experts, is kept for the backward. Here the expert's matmul and
-its adapter's are separate, added and rounded once, and only the chosen experts are computed. The adapter's format and
-values are PEFT's.
-"""
+# PEFT adds B A to the whole parameter before each matmul (`target_parameters`). In bf16 this rounds small LoRA updates
+# away, and the sum, as large as the experts, is kept for the backward. Here the expert's matmul and its adapter's are
+# separate, added and rounded once, and only the chosen experts are computed. Format and values are PEFT's.
 
 from __future__ import annotations
 
@@ -45,11 +43,8 @@ def expert_sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
 
 
 def adapted_as_parameters(model: nn.Module) -> set[str]:
-    """Return the leaf names of linear layers that PEFT must adapt as parameters in this model.
-
-    In a mixture PEFT reads the experts' names of transformers 4 in `target_modules` as the experts, and leaves out the
-    dense and shared layers of the same name.
-    """
+    """Return the leaf names of linear layers that PEFT must adapt as parameters in this model."""
+    # In a mixture PEFT reads transformers 4's expert names as the experts, and skips dense layers of the same name.
     return set(EXPERT_NAMES) if next(expert_parameters(model), None) is not None else set()
 
 
@@ -105,16 +100,12 @@ class PackedExperts:
 
 
 class QuantizedExperts(nn.Module):
-    """An experts layer with quantized parameters.
-
-    Each parameter is still there under its name, for its shape, dtype and device: one element, expanded to the shape.
-    """
+    """An experts layer with quantized parameters, each replaced by one element expanded to its shape."""
 
     packed: dict[str, PackedExperts]
     num_experts: int
 
     def set_packed(self, name: str, packed: PackedExperts) -> None:
-        """Replace a plain parameter by a packed one."""
         self.packed = {**self.__dict__.get("packed", {}), name: packed}
         device = next(iter(packed.packed.values())).device
         placeholder = torch.zeros((), dtype=packed.dtype, device=device).expand(packed.shape)
@@ -142,20 +133,15 @@ def make_quantized(module: nn.Module) -> QuantizedExperts:
     return module
 
 
-def make_dequantized(module: QuantizedExperts) -> None:
-    """Dequantize the layer's weights for good: the same values, faster, in 16-bit memory."""
-    for name, packed in module.packed.items():
-        setattr(module, name, nn.Parameter(packed.dequantize_all(), requires_grad=False))
-    module.packed = {}
-    module.__class__ = type(module).__mro__[2]
-
-
 def dequantize_experts(model: nn.Module, layers: int) -> None:
     """Dequantize the experts of the first `layers` decoder layers, as `quantize.dequantize_layers` does for linears."""
     for name, module in model.named_modules():
         index = layer_index(name)
         if isinstance(module, QuantizedExperts) and (index is None or index < layers):
-            make_dequantized(module)
+            for leaf, packed in module.packed.items():
+                setattr(module, leaf, nn.Parameter(packed.dequantize_all(), requires_grad=False))
+            module.packed = {}
+            module.__class__ = type(module).__mro__[2]
 
 
 def dequantized_growth(model: nn.Module) -> list[int]:
@@ -176,7 +162,6 @@ def dequantized_growth(model: nn.Module) -> list[int]:
 
 
 def count_trained_in_experts(model: nn.Module) -> int:
-    """Count the trained weights of adapters on experts."""
     wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.get_param().dim() == 3]
     weights = [p for m in wrappers for part in (m.lora_A, m.lora_B) for p in part.parameters()]
     return sum(weight.numel() for weight in weights)
@@ -208,10 +193,7 @@ Factors = tuple[Tensor, Tensor, float]  # A (experts, r, in), B (experts, out, r
 
 
 def split_by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return A (experts, r, in) and B (experts, out, r) from PEFT's a (experts x r, in) and b (out, r x experts).
-
-    In b the experts are the innermost dimension.
-    """
+    """Return A (experts, r, in) and B (experts, out, r) from PEFT's a (experts x r, in) and b (out, r x experts)."""
     return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
@@ -223,15 +205,8 @@ def adapter_factors(wrapper: ParamWrapper, name: str) -> Factors:
 def experts_forward(
     module: Any, adapters: dict[str, list[Factors]], x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """Compute an experts layer with adapters; experts that no token has chosen are skipped.
-
-    Args:
-        module: the experts layer.
-        adapters: by the name of the adapted parameter.
-        x: hidden states, shape (tokens, hidden).
-        index: the chosen experts, shape (tokens, k).
-        weights: their routing weights, shape (tokens, k).
-    """
+    """Compute an experts layer with adapters (by parameter name); experts that no token has chosen are skipped."""
+    # x: hidden states (tokens, hidden). index, weights: the chosen experts and their routing weights, (tokens, k).
     k = index.shape[-1]
     chosen, order = torch.sort(index.reshape(-1), stable=True)
     counts = torch.bincount(chosen, minlength=module.num_experts)[: module.num_experts].tolist()
@@ -266,7 +241,6 @@ def _expert_linear(module: Any, name: str, expert: int, x: Tensor, adapters: lis
 
 
 def patch_experts_forward(model: nn.Module) -> None:
-    """Make adapted experts layers compute by `experts_forward`."""
     inner = {id(module.base_layer) for module in model.modules() if isinstance(module, ParamWrapper)}
     for module in model.modules():
         if isinstance(module, ParamWrapper) and id(module) not in inner and is_experts(module.get_base_layer()):

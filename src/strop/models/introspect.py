@@ -1,8 +1,4 @@
-"""Inspect a model through its modules, usually on meta tensors without weights.
-
-Finds the linear layers that can be adapted, the text half of a multimodal model, and the exact sizes of a family that
-`families.table` does not list.
-"""
+"""Inspect a model's modules, usually on meta tensors: linear layers, text half, sizes of unlisted families."""
 
 from __future__ import annotations
 
@@ -42,10 +38,7 @@ NOT_CAUSAL = "its tokens attend to later tokens, so it cannot be trained to pred
 
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
-    """List every kind of linear layer and expert that text passes through, in the model's order.
-
-    Routers and the output head are listed, but belong to no target set.
-    """
+    """List every kind of linear layer and expert that text passes through, in the model's order."""
     whole: Any = model
     head, is_text, parameter_leaves = whole.get_output_embeddings(), in_text(model), adapted_as_parameters(model)
     read_directly = directly_read_leaves(model)
@@ -74,10 +67,7 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
 
 
 def _distinct_suffix(path: str) -> str:
-    """Return the path after its last number or, for one that ends with numbers, from the word before them.
-
-    Layers with the same leaf name differ in it.
-    """
+    """Return the path after its last number or, for one that ends with numbers, from the word before them."""
     parts = path.split(".")
     last_word = max(n for n, part in enumerate(parts) if not part.isdigit())
     if last_word < len(parts) - 1:
@@ -87,12 +77,12 @@ def _distinct_suffix(path: str) -> str:
 
 
 def _expert_kinds(model: nn.Module, is_text: Callable[[str], bool]) -> list[LinearKind]:
-    counts: dict[tuple[str, int, int, tuple[str, ...], bool], int] = {}
+    counts: Counter[tuple[str, int, int, tuple[str, ...], bool]] = Counter()
     for path, name, module, weight in expert_parameters(model):
         if is_text(path):
             sizes = expert_sizes(module, weight)
             key = (f"{path.rpartition('.')[2]}.{name}", *sizes, expert_target_sets(name), is_experts(module))
-            counts[key] = counts.get(key, 0) + len(weight)
+            counts[key] += len(weight)
     return [
         LinearKind(name, EXPERTS, inputs, outputs, count, sets, None if is_usual else "an unusual layer of experts")
         for (name, inputs, outputs, sets, is_usual), count in counts.items()
@@ -109,10 +99,7 @@ def embedding_kinds(model: nn.Module) -> list[LinearKind]:
 
 
 def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
-    """Check `lora.modules_to_save`.
-
-    Raises ModelError where a name matches no module or tied weights, RecipeError where a module has no weights.
-    """
+    """Raise an error where `lora.modules_to_save` names no module, tied weights, or a module without weights."""
     for name in names:
         modules = find_modules_to_save(model, name)
         if not name or not any(has_suffix(path, [name]) for path in modules):
@@ -122,10 +109,9 @@ def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
             others = ", ".join(path for path in count_path_kinds(modules) if path not in count_path_kinds(empty))
             raise RecipeError(what, fix=f"give a longer path, such as {others}" if others else "leave it out")
         if has_tied_embeddings(model) and any(path.rpartition(".")[2] in EMBEDDINGS for path in modules):
-            raise ModelError(
-                f"lora.modules_to_save: {name} shares its weights with another module in this model",
-                fix="list new tokens in lora.new_tokens, which trains only their rows and keeps the weights tied",
-            )
+            what = f"lora.modules_to_save: {name} shares its weights with another module in this model"
+            fix = "list new tokens in lora.new_tokens, which trains only their rows and keeps the weights tied"
+            raise ModelError(what, fix=fix)
 
 
 def find_modules_to_save(model: nn.Module, name: str) -> dict[str, nn.Module]:
@@ -144,10 +130,7 @@ def has_suffix(path: str, names: Sequence[str]) -> bool:
 
 
 def has_tied_embeddings(model: nn.Module) -> bool:
-    """Return whether the input and output embeddings are one weight.
-
-    The config of a multimodal model may mean another tower, so there the weights themselves are compared.
-    """
+    """Return whether input and output embeddings are one weight; a multimodal config may mean another tower's."""
     whole: Any = model
     if whole.config.get_text_config() is whole.config:
         return bool(getattr(whole.config, "tie_word_embeddings", False))
@@ -175,29 +158,21 @@ def in_text(model: nn.Module) -> Callable[[str], bool]:
 
 
 def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
-    """Return a model's shape; for a family that is not in the table, its linear layers come from the model.
-
-    config: with transformers' defaults filled in. stored: config.json. bare: the model on meta tensors.
-    """
+    """Return a model's shape; linear layers of an unknown family come from `bare`, the model on meta tensors."""
     whole: Any = bare
     embedding, lists = whole.get_input_embeddings(), [m for m in bare.modules() if isinstance(m, nn.ModuleList)]
-    sizes = {
-        "hidden_size": embedding.embedding_dim,
-        "vocab_size": embedding.num_embeddings,
-        "num_hidden_layers": max([1, *map(len, lists)]),
-    }
     try:
         shape = ModelShape.from_config(config)
     except ModelError:  # its config has other names for its sizes
+        sizes = {"hidden_size": embedding.embedding_dim, "vocab_size": embedding.num_embeddings}
+        sizes["num_hidden_layers"] = max([1, *map(len, lists)])
         shape = ModelShape.from_config({**sizes, "model_type": config.get("model_type")})
     shape = replace(shape, prequantized=prequantized(stored), learned=learned_positions(bare) is not None)
     if shape.known:
         return shape
     active = next((linear.active for linear in shape.expert_linears), 1.0)
     kinds = [kind for kind in linear_kinds(bare) if kind.sets or kind.type == EXPERTS]
-    biased = {
-        name.rpartition(".")[2] for name, module in bare.named_modules() if getattr(module, "bias", None) is not None
-    }
+    biased = {name.rpartition(".")[2] for name, m in bare.named_modules() if getattr(m, "bias", None) is not None}
     linears = tuple(_linear_shape(kind, shape.layers, active, kind.name in biased) for kind in kinds)
     shape = replace(shape, linears=linears or shape.linears)
     # PEFT's bias="all" trains every parameter with this suffix.
@@ -206,10 +181,7 @@ def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], bare:
 
 
 def why_not_causal(config: Any) -> str | None:
-    """Return why a model is not causal (a BERT-like encoder without `is_decoder`), or None for a causal one.
-
-    GPT-NeoX is causal whatever its `is_decoder` is.
-    """
+    """Return why a model is not causal (a BERT-like encoder without `is_decoder`; GPT-NeoX always is), or None."""
     model_type = str(config.model_type)
     if getattr(config, "is_decoder", None) is not False or model_type.startswith("gpt_neox"):
         return None
@@ -217,11 +189,7 @@ def why_not_causal(config: Any) -> str | None:
 
 
 def refine_with_model(info: ModelInfo, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> ModelInfo:
-    """Return the info with exact sizes, taken from the model that transformers builds from its config.
-
-    predicts: whether the objective trains next-token prediction. Raises ModelError or RecipeError where one of
-    `whole_modules` cannot be trained in full.
-    """
+    """Return the info with exact sizes, taken from the model that transformers builds from its config."""
     config = info.config
     if config is None:
         return info

@@ -1,7 +1,4 @@
-"""Load a frozen base model from a Source.
-
-A GGUF file is dequantized once into a cached folder, and then loaded like any other model.
-"""
+"""Load a frozen base model from a Source; a GGUF file is dequantized once into a cached folder."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from strop.config.schema import DEVICE_PATTERN
 from strop.errors import ModelError, RecipeError, first_line
 from strop.models.experts import dequantize_experts, dequantized_growth
 from strop.models.families.gguf import read_gguf_tensors
-from strop.models.quantize import cache_name, dequantize_layers
+from strop.models.quantize import FOUR_BIT, dequantize_layers
 from strop.models.source import Source, fingerprint, prequantized, quantization_method, read_config, read_headers
 from strop.models.tensor_files import (
     CheckpointLayout,
@@ -34,7 +31,6 @@ from strop.models.tensor_files import (
     build_quantized,
     check_packed_checkpoint,
     check_unused_tensors,
-    floating_parameters,
     has_all_weights,
     is_finite,
     quantize_folder,
@@ -53,7 +49,6 @@ transformers.utils.logging.disable_progress_bar()  # strop shows its own
 
 
 def check_device_and_dtype(device: str, dtype: str) -> None:
-    """Raise RecipeError for an unknown device or dtype."""
     if not re.fullmatch(DEVICE_PATTERN, device):
         raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
     if dtype not in ("auto", *DTYPES):
@@ -77,7 +72,6 @@ def load_config(source: Source) -> Any:
 
 
 def load_without_weights(source: Source) -> nn.Module:
-    """Return the model on meta tensors."""
     return model_without_weights(load_config(source))
 
 
@@ -96,20 +90,10 @@ def load_base(
     double: bool = True,
     resident_layers: int | None = 0,
 ) -> nn.Module:
-    """Load the frozen model in eval mode.
-
-    Args:
-        source: the model's files.
-        dtype: of the weights that are not quantized.
-        device: cpu, cuda, cuda:N or mps.
-        quantization: none, nf4, fp4 or int8.
-        double: also quantize the scales of 4-bit weights.
-        resident_layers: number of decoder layers, from the first, to dequantize permanently. None: all, or on a GPU as
-            many as fit in memory together with generation.
-
-    Raises:
-        ModelError: if weights are missing or have the wrong shape; transformers would fill them with random values.
-    """
+    """Load the frozen model in eval mode; raise ModelError for missing or misshapen weights."""
+    # dtype: of unquantized weights. device: cpu, cuda, cuda:N or mps. quantization: none, nf4, fp4 or int8. double:
+    # also quantize the scales of 4-bit weights. resident_layers: number of decoder layers, from the first, to
+    # dequantize permanently; None: all, or on a GPU as many as fit in memory together with generation.
     LOG.info("loading the weights of %s", source.name)
     has_generation_config = source.kind == "folder" and (source.path / "generation_config.json").is_file()
     if has_generation_config:  # transformers ignores a damaged one, and the model would not stop
@@ -128,7 +112,8 @@ def load_base(
         layers = resident_layers if resident_layers is not None else _count_fitting_layers(model, device)
         dequantize_layers(model, layers)
         dequantize_experts(model, layers)
-    bad = [name for name, weight in floating_parameters(model) if not is_finite(weight)]
+    floats = ((name, weight) for name, weight in model.named_parameters() if weight.is_floating_point())
+    bad = [name for name, weight in floats if not is_finite(weight)]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="download the model again")
     return prepare_frozen(model, source)
@@ -145,10 +130,7 @@ def prepare_frozen(model: Any, source: Source) -> nn.Module:
 
 
 def _fix_text_forward(model: nn.Module) -> None:
-    """Make Llama 4 accept text without images.
-
-    Its class reads `image_outputs` of a result that has none, in transformers up to at least 5.24.
-    """
+    """Make Llama 4 accept text alone: it reads `image_outputs`, which is absent then (transformers 5.24)."""
     wrapper: Any = model
     if type(model).__name__ != "Llama4ForConditionalGeneration":
         return
@@ -161,10 +143,7 @@ def _fix_text_forward(model: nn.Module) -> None:
 
 
 def keep_attention_softcap(model: Any) -> None:
-    """Use eager attention where scores have a soft cap (Gemma 2).
-
-    transformers 5.20, the newest for Python 3.10, uses PyTorch's attention, which silently ignores the cap.
-    """
+    """Use eager attention where scores have a soft cap (Gemma 2), which transformers 5.20 silently ignores."""
     text = model.config.get_text_config()
     if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
@@ -198,11 +177,8 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 def check_not_prequantized(source: Source) -> None:
     """Raise ModelError if the weights on disk are quantized; for callers that need 16-bit weights."""
-    if prequantized(source.config()):
-        raise ModelError(
-            f"{source.name}: its weights are already quantized",
-            fix=f"use --model.quantization {prequantized(source.config())}",
-        )
+    if scheme := prequantized(source.config()):
+        raise ModelError(f"{source.name}: its weights are already quantized", fix=f"use --model.quantization {scheme}")
 
 
 def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
@@ -231,20 +207,18 @@ def copies_needed(source: Source, scheme: str, double: bool, dtype: torch.dtype)
     """Return whether loading will write a 16-bit copy of a GGUF file, and a quantized copy, into the cache."""
     needs_quantized = scheme != "none" and not has_all_weights(_quantized_cache(source, scheme, double, dtype))
     needs_quantized = needs_quantized and prequantized(source.config()) is None
-    needs_16_bit = source.kind == "gguf" and not _is_complete(_bf16_cache(source))
+    needs_16_bit = source.kind == "gguf" and not _is_complete(gguf_cache(source) / "bf16")
     return needs_16_bit and (needs_quantized or scheme == "none"), needs_quantized
 
 
 def _quantized_cache(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
     folder = cache_folder() / "quantized" / fingerprint(source)[:24]
-    return folder / cache_name(scheme, double, str(dtype).removeprefix("torch."))
+    constants = "-double" if double and scheme in FOUR_BIT else ""
+    return folder / f"{scheme}{constants}-{str(dtype).removeprefix('torch.')}-v2"  # increase it if the content changes
 
 
 def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
-    """Return the folder with the quantized weights: the source itself, or a cached one created on first use.
-
-    device: where to quantize.
-    """
+    """Return the folder with the quantized weights: the source itself, or a cached one created on first use."""
     stored = prequantized(source.config())
     if stored == scheme:
         check_packed_checkpoint(source, load_without_weights(source))
@@ -269,7 +243,6 @@ def build_from_config(config: Any) -> nn.Module:
 
 @contextmanager
 def _build_errors(config: Any) -> Iterator[None]:
-    """Raise ModelError where transformers cannot build a model."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -287,20 +260,13 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if needs_multimodal else AutoModelForCausalLM
 
 
-def _bf16_cache(source: Source) -> Path:
-    return gguf_cache(source) / "bf16"
-
-
 def _is_complete(folder: Path) -> bool:
     return has_all_weights(folder) and "architectures" in read_config(folder)
 
 
 def _dequantize_gguf(source: Source) -> Path:
-    """Return a GGUF file as a cached folder of bf16 safetensors.
-
-    Families that strop supports are converted tensor by tensor; others are loaded by transformers, which needs memory
-    for the whole model.
-    """
+    """Return a GGUF file as a cached folder of bf16 safetensors."""
+    # Supported families are converted tensor by tensor; transformers loads others, with memory for the whole model.
 
     def make(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
@@ -308,20 +274,16 @@ def _dequantize_gguf(source: Source) -> Path:
         with gguf_errors(source.path), new_folder(folder) as temp:
             tensors = read_gguf_tensors(source.path, meta_model, meta_model.config)
             if tensors is not None:
-                fields = {
-                    "architectures": [type(meta_model).__name__],
-                    "dtype": "bfloat16",
-                }  # required by other programs
-                write_json(temp / "config.json", {**read_config(config_folder(source)), **fields})
+                required = {"architectures": [type(meta_model).__name__], "dtype": "bfloat16"}  # by other programs
+                write_json(temp / "config.json", {**read_config(config_folder(source)), **required})
                 write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
                 return
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}
             gguf_config = getattr(transformers, "GgufConfig", None)
             if gguf_config is not None:  # transformers 5.2x keeps GGUF blocks packed by default
                 options["quantization_config"] = gguf_config(dequantize=True)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(source.path.parent), output_loading_info=True, **options
-            )
+            options["output_loading_info"] = True
+            model, info = AutoModelForCausalLM.from_pretrained(str(source.path.parent), **options)
             if missing := sorted(info.get("missing_keys") or []):  # transformers has filled them with random values
                 what = f"{source.path}: {len(missing)} weights are missing, first {missing[0]}"
                 raise ModelError(what, fix="download it again")
@@ -332,4 +294,4 @@ def _dequantize_gguf(source: Source) -> Path:
             model.is_quantized = False
             model.save_pretrained(temp)
 
-    return build_once(_bf16_cache(source), _is_complete, make)
+    return build_once(gguf_cache(source) / "bf16", _is_complete, make)

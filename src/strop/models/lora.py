@@ -46,11 +46,9 @@ LOFTQ_ITERATIONS, LOFTQ_OVERSAMPLING = 8, 8
 
 
 def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
-    """Check a LoRA section against a model, which needs no weights, and return the leaf names to adapt.
-
-    Raises ModelError where targets or patterns match nothing, or tied embeddings would be trained as two copies, one of
-    which is lost on reload (peft#2018, transformers#45127), and RecipeError where nothing is left to adapt.
-    """
+    """Check a LoRA section against a model, which needs no weights, and return the leaf names to adapt."""
+    # ModelError: targets or patterns match nothing, or tied embeddings would be trained as two copies, one of which is
+    # lost on reload (peft#2018, transformers#45127). RecipeError: nothing is left to adapt.
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
     _check_experts(kinds, names, section)
@@ -68,14 +66,8 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
 
 
 def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: bool = False) -> peft.PeftModel:
-    """Return the model with trainable fp32 adapters on its frozen base.
-
-    Args:
-        model: the base; it is changed in place.
-        section: with `alpha` resolved.
-        tokenizer: receives `section.new_tokens`; their embedding rows are trained and saved with the adapter.
-        scored: add a trained score head, for a reward model.
-    """
+    """Return the model with trainable fp32 adapters on its frozen base, which is changed in place."""
+    # `tokenizer` receives `section.new_tokens`, whose embedding rows are trained and saved. scored: add a score head.
     assert section.alpha is not None
     names = check_lora(model, section)
     token_rows = _add_tokens(model, section.new_tokens, tokenizer)
@@ -130,10 +122,7 @@ def _peft_placement(model: nn.Module, names: list[str]) -> dict[str, Any]:
 
 
 def _adapted_paths(model: nn.Module, names: list[str], modules_to_save: Sequence[str]) -> list[str]:
-    """Return the paths of layers and expert parameters with adapters, as PEFT's patterns match them.
-
-    A module that is trained in full has none, on or inside it.
-    """
+    """Return the paths of layers and expert parameters with adapters, as PEFT's patterns match them."""
     placement, is_text = _peft_placement(model, names), in_text(model)
     layers = [path for path, _ in model.named_modules() if has_suffix(path, placement["target_modules"])]
     targets = placement.get("target_parameters", ())
@@ -156,11 +145,8 @@ def _check_experts(kinds: Sequence[LinearKind], names: Sequence[str], section: L
 
 
 def patch_lora_forward(model: peft.PeftModel) -> peft.PeftModel:
-    """Make plain LoRA layers add the base's matmul onto the adapter's output and round once.
-
-    In bf16 the base's output is rounded, and a small LoRA update is below half of its last bit, so PEFT's own forward
-    loses it (docs/performance.md has the cost).
-    """
+    """Make plain LoRA layers add the base's matmul onto the adapter's output and round once."""
+    # PEFT rounds the base's output to bf16 first, where small LoRA updates vanish (docs/performance.md has the cost).
     for module in model.modules():
         if (type(module) is PeftLinear or is_weight_adapter(module)) and isinstance(module.base_layer, nn.Linear):
             module.forward = partial(_forward_rounded_once, module)
@@ -196,10 +182,7 @@ def add_to_base(base: nn.Linear, x: Tensor, delta: Tensor) -> Tensor:
 
 
 def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
-    """Keep trainable weights in fp32 whatever the base's dtype: in bf16 small updates round away.
-
-    A module trained in full still takes and returns the base's dtype.
-    """
+    """Keep trainable weights in fp32, as bf16 rounds small updates away; full modules return the base's dtype."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -213,13 +196,11 @@ def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast floating-point inputs to the dtype of the module's weights."""
     dtype = next(module.parameters()).dtype
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def set_dropout(model: peft.PeftModel, share: float) -> None:
-    """Set the dropout of all adapters, replacing what they were saved with."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_dropout:
@@ -242,17 +223,12 @@ def count_trainable(bare: nn.Module, section: LoraSection, *, scored: bool = Fal
 
 
 def weight_change(parts: Iterable[nn.Module]) -> float | None:
-    """Return the median over layers of |s B A| / |W| (Frobenius norms): how far the adapters move the weights.
-
-    parts: of the model; each is processed before the next is requested. Returns None without plain LoRA on
-    floating-point weights.
-    """
+    """Return the median over layers of |s B A| / |W| (Frobenius norms), or None without plain LoRA on float weights."""
+    # Each of the model's `parts` is processed before the next is requested.
     ratios = []
     for module in (module for part in parts for module in part.modules()):
         base = getattr(module, "base_layer", None)
-        if not (isinstance(module, PeftLinear) and isinstance(base, nn.Linear)):
-            continue
-        if not base.weight.is_floating_point():
+        if not (isinstance(module, PeftLinear) and isinstance(base, nn.Linear) and base.weight.is_floating_point()):
             continue
         squared = 0.0
         for name in module.active_adapters:
@@ -277,10 +253,7 @@ def _add_tokens(model: nn.Module, tokens: Sequence[str], tokenizer: Any) -> dict
 
 
 def grow_vocabulary(model: Any, size: int) -> None:
-    """Extend a model's embeddings to `size` rows; new rows are the mean of the existing ones.
-
-    transformers would sample them at random, so rows of an untied head would differ each time the model is loaded.
-    """
+    """Extend a model's embeddings to `size` rows by the mean row; transformers samples, so each load would differ."""
     before = model.get_input_embeddings().num_embeddings
     if size <= before:
         return
@@ -312,10 +285,7 @@ def check_score_head(config: Any) -> None:
 
 
 def add_score_head(model: nn.Module) -> None:
-    """Add a randomly initialized score head to a causal language model; PEFT trains and saves a copy of it.
-
-    It maps the hidden state of a text's last token to one number.
-    """
+    """Add a random score head (hidden state of the last token to one number), of which PEFT trains a copy."""
     output = cast(Any, model).get_output_embeddings().weight
     head = nn.Linear(output.shape[1], 1, bias=False, device=output.device, dtype=torch.float32)
     if not output.is_meta:
@@ -329,17 +299,12 @@ def find_score_head(model: nn.Module) -> nn.Module | None:
 
 
 def init_loftq(model: peft.PeftModel, source: Source) -> None:
-    """Initialize A and B of each quantized layer so that scale * B A is nearest to its quantization error.
-
-    One round of LoftQ (arXiv:2310.08659). peft's replace_lora_weights_loftq needs a CUDA device and ignores LoRA's
-    scale. Reads the 16-bit weights one at a time, and samples from torch's generator. Raises ModelError where the
-    source has no 16-bit weights.
-    """
+    """Initialize A and B of each quantized layer so that scale * B A is nearest to its quantization error."""
+    # One round of LoftQ (arXiv:2310.08659). peft's replace_lora_weights_loftq needs a CUDA device and ignores LoRA's
+    # scale. Reads 16-bit weights (ModelError without them) one at a time, and samples from torch's generator.
     if prequantized(source.config()):
-        raise ModelError(
-            f"{source.name}: its weights are already quantized, so the quantization error is unknown",
-            fix="use --lora.init default",
-        )
+        what = f"{source.name}: its weights are already quantized, so the quantization error is unknown"
+        raise ModelError(what, fix="use --lora.init default")
     tensors = CheckpointTensors(weights_folder(source))
     layout = CheckpointLayout(load_without_weights(source), tensors)
     for path, module in model.get_base_model().named_modules():

@@ -1,9 +1,8 @@
-"""Keep the frozen base in 4 or 8 bit: quantize each weight once, store it on disk, dequantize it for each matmul.
+"""Keep the frozen base in 4 or 8 bit: quantize each weight once, store it on disk, dequantize it for each matmul."""
 
-NF4 and FP4 with double quantization (QLoRA, arXiv:2305.14314) and row-wise int8 (absmax / 127) use bitsandbytes'
-functions and its names on disk, so that checkpoints quantized by bitsandbytes load too. Its Linear4bit is not used: on
-a CPU with AVX512-BF16 it repacks its weight in eval mode and gives no gradient afterwards.
-"""
+# NF4 and FP4 with double quantization (QLoRA, arXiv:2305.14314) and row-wise int8 (absmax / 127) use bitsandbytes'
+# functions and names on disk, so its checkpoints load too. Its Linear4bit is not used: on a CPU with AVX512-BF16 it
+# repacks its weight in eval mode and gives no gradient afterwards.
 
 from __future__ import annotations
 
@@ -35,10 +34,7 @@ _find_kernels: list[FindKernels] = []  # at most one; set when strop.engine.kern
 
 
 def set_dequantize_kernels(find: FindKernels) -> None:
-    """Register a function that returns the GPU's dequantization kernels, or None where it has none.
-
-    The kernels belong to strop.engine, which this package does not import.
-    """
+    """Register a function that returns the GPU's dequantization kernels (of strop.engine), or None for none."""
     _find_kernels[:] = [find]
 
 
@@ -64,10 +60,7 @@ def _unusable(error: Exception) -> QuantizerError:
 
 @contextmanager
 def _native_errors() -> Iterator[None]:
-    """Raise QuantizerError where bitsandbytes' native library fails.
-
-    A library built for another CUDA version can be imported and then fails in each call. Out-of-memory errors pass.
-    """
+    """Raise QuantizerError where bitsandbytes' library fails; one for another CUDA version fails in each call."""
     try:
         yield
     except (RuntimeError, AttributeError) as error:
@@ -84,11 +77,10 @@ def _supports_out() -> bool:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A quantized weight of shape (n, k).
+    """A quantized weight of shape (n, k)."""
 
-    8 bit: `weight` is int8 (n, k) and `scale` fp32 (n,). 4 bit: `weight` is bytes (n k / 2), each with two indices into
-    `code` (16,) fp32, the first in the upper half; `share` consecutive values of a row have one `scale`.
-    """
+    # 8 bit: `weight` is int8 (n, k) and `scale` fp32 (n,). 4 bit: `weight` is bytes (n k / 2), each with two indices
+    # into `code` (16,) fp32, the first in the upper half; `share` consecutive values of a row have one `scale`.
 
     weight: Tensor
     scale: Tensor
@@ -97,10 +89,7 @@ class PackedWeight:
 
 
 class QuantizedLinear(nn.Linear):
-    """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each matmul and again in the backward.
-
-    weight: the packed bytes. constants: tensors by bitsandbytes' names (absmax, nested_absmax, quant_map, ...).
-    """
+    """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each matmul and again in the backward."""
 
     def __init__(self, like: nn.Linear, scheme: str, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -112,11 +101,7 @@ class QuantizedLinear(nn.Linear):
         self._offset = torch.empty(0)  # kept on the device: each transfer of a number to a GPU blocks the host
 
     def load_packed(self, packed: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> None:
-        """Take over the tensors of a quantized weight. Raises KeyError or ValueError if they are incomplete.
-
-        packed: as `quantize_weight` returns it. sizes: bytes of the weight and elements of each constant, for tensors
-        that are filled in later.
-        """
+        """Take over a quantized weight's tensors. Raises KeyError or ValueError if they are incomplete."""
         weight = packed["weight"]
         if weight.is_floating_point():  # bitsandbytes can store the bytes as a float dtype, for FSDP
             weight = weight.contiguous().view(torch.uint8).view(-1, 1)
@@ -124,7 +109,8 @@ class QuantizedLinear(nn.Linear):
         self.constants = {name: tensor for name, tensor in packed.items() if name != "weight"}
         sizes = {name: tensor.numel() for name, tensor in {**packed, "weight": weight}.items()} | dict(sizes or {})
         if self.scheme in FOUR_BIT:
-            self._state = json.loads(bytes(self.constants.pop(_state_name(self.scheme)).tolist()))
+            state = self.constants.pop(f"quant_state.bitsandbytes__{self.scheme}")
+            self._state = json.loads(bytes(state.tolist()))
             if not isinstance(self._state, dict):
                 raise ValueError("its quantization state is not an object")
             if tuple(self._state["shape"]) != (self.out_features, self.in_features):
@@ -150,24 +136,19 @@ class QuantizedLinear(nn.Linear):
         return sizes
 
     def dequantize(self, out: Tensor | None = None) -> Tensor:
-        """Return the weight (out_features, in_features) in `dtype`, written into `out` where it is given.
-
-        PEFT's DoRA calls this method too.
-        """
+        """Return the weight (out_features, in_features) in `dtype`, in `out` if given; PEFT's DoRA calls it too."""
         if out is not None and (out.dtype != self.dtype or not out.is_contiguous()):
             return out.copy_(self.dequantize())
         if (kernels := dequantize_kernels(self.weight.device, self.dtype)) is not None:
             return self._dequantize_by_kernels(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
-            return torch.mul(self.weight.data, self._row_scale()[:, None], out=out)
+            return torch.mul(self.weight.data, self.constants["SCB"][:, None] / 127, out=out)
         bnb, constants, state = _bitsandbytes(), self.constants, self._state
         nested, offset = self._nested_state(bnb)
         # bitsandbytes' AVX512 kernel uses wrong constants where rows are not whole blocks: then treat all as one row.
-        rows_are_blocks = self.in_features % state["blocksize"] == 0
-        shape = torch.Size(
-            (self.out_features, self.in_features) if rows_are_blocks else (self.out_features * self.in_features,)
-        )
+        sizes = self.out_features, self.in_features
+        shape = torch.Size([sizes[0] * sizes[1]] if self.in_features % state["blocksize"] else sizes)
         bnb_state = bnb.QuantState(
             constants["absmax"], shape, constants["quant_map"], state["blocksize"], self.scheme, self.dtype, offset,
             nested,
@@ -179,7 +160,6 @@ class QuantizedLinear(nn.Linear):
         return weight if out is None or view is not None else out.copy_(weight)
 
     def _dequantize_by_kernels(self, kernels: Any, out: Tensor | None) -> Tensor:
-        """Dequantize with strop.engine.kernels.cuda.dequantize."""
         constants = self.constants
         out = self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype) if out is None else out
         if self.scheme == "int8":
@@ -199,7 +179,7 @@ class QuantizedLinear(nn.Linear):
     def packed_weight(self) -> PackedWeight | None:
         """Return the weight as stored, with constants in fp32; None where a block crosses the end of a row."""
         if self.scheme == "int8":
-            return PackedWeight(self.weight.data, self._row_scale())
+            return PackedWeight(self.weight.data, self.constants["SCB"] / 127)
         bnb, constants, state = _bitsandbytes(), self.constants, self._state
         if self.in_features % state["blocksize"]:
             return None
@@ -209,9 +189,6 @@ class QuantizedLinear(nn.Linear):
             with _native_errors():
                 scale = bnb.dequantize_blockwise(scale, nested) + offset
         return PackedWeight(self.weight.data, scale.float(), constants["quant_map"].float(), state["blocksize"])
-
-    def _row_scale(self) -> Tensor:
-        return self.constants["SCB"] / 127
 
     def _nested_state(self, bnb: Any) -> tuple[Any, Tensor | None]:
         """Return the state of double quantization and the constants' offset; (None, None) without it."""
@@ -257,15 +234,12 @@ class _Matmul(Function):
 
 
 def addmm_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Return onto (.., n) + x (.., k) W^T, rounded once."""
     return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.t()).view(onto.shape)
 
 
 def quantize_weight(weight: Tensor, scheme: str, *, double: bool = True, device: str = "cpu") -> dict[str, Tensor]:
-    """Quantize a weight (out, in) and return `weight` and its constants by bitsandbytes' names.
-
-    double: quantize the constants too. device: a GPU is faster if it has room for the weight in fp32; same bits.
-    """
+    """Quantize a weight (out, in) and return `weight` and its constants by bitsandbytes' names."""
+    # double: quantize the constants too. device: a GPU is faster if it has room for the weight in fp32; same bits.
     bnb = _bitsandbytes()
     if device.startswith("cuda") and (scheme == "int8" or weight.numel() % BLOCK == 0):
         try:
@@ -284,10 +258,7 @@ def quantize_weight(weight: Tensor, scheme: str, *, double: bool = True, device:
 
 
 def _quantize_by_torch(weight: Tensor, scheme: str, double: bool, device: str) -> dict[str, Tensor]:
-    """Return what bitsandbytes computes on a CPU, by PyTorch's operations on any device; the result is on the CPU.
-
-    bitsandbytes' CUDA kernels divide differently.
-    """
+    """Return what bitsandbytes computes on a CPU, on any device; its CUDA kernels divide differently."""
     bnb, wide = _bitsandbytes(), weight.to(device).float()
     if scheme == "int8":
         scale = wide.abs().amax(1)
@@ -318,10 +289,6 @@ def dequantize_weight(packed: dict[str, Tensor], scheme: str, shape: torch.Size,
     return layer.dequantize()
 
 
-def _state_name(scheme: str) -> str:
-    return f"quant_state.bitsandbytes__{scheme}"
-
-
 def why_kept_16_bit(
     name: str, module: nn.Linear, head: nn.Module | None, read_directly: Sequence[str] = ()
 ) -> str | None:
@@ -336,10 +303,8 @@ def why_kept_16_bit(
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a module computes y = x W^T + b and nothing else.
-
-    A subclass with its own forward is tried on one row (Falcon's is plain, DeepSeek V4's grouped matmul is not).
-    """
+    """Return whether a module computes y = x W^T + b and nothing else."""
+    # A subclass with its own forward is tried on one row (Falcon's is plain, DeepSeek V4's grouped matmul is not).
     if not isinstance(module, nn.Linear) or type(module).forward in (nn.Linear.forward, QuantizedLinear.forward):
         return isinstance(module, nn.Linear)
     row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
@@ -352,15 +317,11 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def directly_read_leaves(model: Any) -> tuple[str, ...]:
-    """Return the leaf names of linear layers whose weight the model's code reads without calling the layer.
-
-    An adapter on them would be ignored, and a quantized weight misread.
-    """
+    """Return leaf names of linears whose weight the model's code reads without a call; adapters have no effect."""
     return DIRECTLY_READ.get(model.config.get_text_config().model_type, ())
 
 
 def quantizable_linears(model: Any) -> set[str]:
-    """Return the weights of linear layers that are quantized, by name."""
     head, modules, read_directly = model.get_output_embeddings(), model.named_modules(), directly_read_leaves(model)
     linears = [(name, module) for name, module in modules if is_plain_linear(module)]
     return {f"{name}.weight" for name, module in linears if why_kept_16_bit(name, module, head, read_directly) is None}
@@ -394,11 +355,5 @@ def layer_index(name: str) -> int | None:
 
 
 def set_attribute(model: nn.Module, name: str, value: nn.Module | Tensor) -> None:
-    """Set a module, parameter or buffer by its path."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, value)
-
-
-def cache_name(scheme: str, double: bool, dtype: str) -> str:
-    """Return the folder name of a cached quantized base; raise the version when its content changes."""
-    return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v2"

@@ -1,14 +1,11 @@
-"""Load a frozen base of which each process keeps one share, and gather its weights unit by unit.
+"""Load a frozen base of which each process keeps one share, and gather its weights unit by unit."""
 
-A unit is the weights of a decoder layer, or of an embedding, as contiguous bytes cut into equal shares. Bytes are
-stored, sent and compared, so 4-bit weights are never seen as floats. The modules' weights are views of a buffer that is
-empty until all shares are gathered, and is emptied again afterwards; the views stay valid, so what autograd has saved
-of them is correct again when the bytes are back.
-
-For weights that are in the file as they are computed with, and for quantized ones, a process reads only the bytes of
-its share. Others (another dtype, a mixture's experts that are joined while loading, layers that are dequantized for
-good) are made one tensor at a time, and only the share is kept. Small tensors, norms and biases, are loaded whole.
-"""
+# A unit is the weights of a decoder layer, or of an embedding, as contiguous bytes cut into equal shares; bytes are
+# stored, sent and compared, so 4-bit weights are never seen as floats. The modules' weights are views of a buffer that
+# is empty but while all shares are gathered; the views stay valid, so what autograd saved of them is right when the
+# bytes are back. For quantized weights, and those stored as they are computed with, a process reads only its share's
+# bytes. Others (another dtype, experts joined while loading, resident layers) are made one tensor at a time, and only
+# the share is kept. Small tensors, norms and biases, are loaded whole.
 
 from __future__ import annotations
 
@@ -61,28 +58,23 @@ LARGE = ("weight", "absmax", "nested_absmax", "SCB")  # sharded parts of a quant
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """One tensor of a unit.
-
-    put: sets the tensor in its module. read: returns its bytes from `low` to `high`, shape (high - low,), uint8.
-    """
+    """One tensor of a unit."""
 
     name: str
     shape: Sequence[int]
     dtype: torch.dtype
-    put: Callable[[Tensor], None]
-    read: Callable[[int, int], Tensor]
+    put: Callable[[Tensor], None]  # sets the tensor in its module
+    read: Callable[[int, int], Tensor]  # returns its bytes from `low` to `high`, shape (high - low,), uint8
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
 class ShardedUnit:
-    """The tensors of one module that are gathered together.
+    """The tensors of one module that are gathered together."""
 
-    shard: this process's share, (n,) uint8. whole: all shares, (world * n,) uint8, between `allocate` and `free`.
-    """
+    # shard: this process's share, (n,) uint8. whole: all shares, (world * n,) uint8, between `allocate` and `free`.
 
     def __init__(self, name: str, tensors: Sequence[ShardedTensor], rank: int, world: int, device: str) -> None:
         """Read this process's share. Raises ModelError where a weight in it is not finite."""
@@ -113,7 +105,6 @@ class ShardedUnit:
         self.free()
 
     def allocate(self) -> Tensor:
-        """Allocate `whole` and return it."""
         self.is_gathered = True
         if self._pages is None:
             self.whole.untyped_storage().resize_(self.whole.numel())
@@ -136,10 +127,7 @@ class ShardedUnit:
 
 
 def digest(data: Tensor, begin: int) -> int:
-    """Return the sum over 32-bit words of word * (2 * index + 1), modulo 2^64; begin: offset of the bytes in the unit.
-
-    Any change of one word changes the digest.
-    """
+    """Return the sum over 32-bit words of word * (2 * index + 1), modulo 2^64, which any changed word changes."""
     words, first, total = data.view(WORD), begin // WORD.itemsize, 0
     for start in range(0, len(words), DIGEST_WORDS):
         chunk = words[start : start + DIGEST_WORDS].long()
@@ -150,15 +138,12 @@ def digest(data: Tensor, begin: int) -> int:
 
 @dataclass(frozen=True)
 class ModelShards:
-    """The units of a model and their modules, in the order in which a forward needs them.
-
-    whole_bytes: size of all sharded weights. held_bytes: this process's share of them, in memory between two steps.
-    """
+    """The units of a model and their modules, in the order in which a forward needs them."""
 
     units: dict[ModuleKey, ShardedUnit]
     modules: dict[ModuleKey, nn.Module]
-    whole_bytes: int
-    held_bytes: int
+    whole_bytes: int  # size of all sharded weights
+    held_bytes: int  # this process's share of them, in memory between two steps
 
     @property
     def forward(self) -> list[ModuleKey]:
@@ -177,11 +162,10 @@ def shard_model(
     world: int,
     device: str,
 ) -> ModelShards:
-    """Shard a model on meta tensors over `world` processes.
-
-    tensors_of: returns how to read the tensors of a parameter, given by name; None if it is loaded whole.
-    """
-    modules, paths = _sharded_modules(model), {id(module): path for path, module in model.named_modules()}
+    """Shard a model on meta tensors over `world` processes. tensors_of: None for parameters loaded whole."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules: dict[ModuleKey, nn.Module] = {EMBEDDING: inputs, **dict(enumerate(_decoder_layers(model))), HEAD: head}
+    paths = {id(module): path for path, module in model.named_modules()}
     units: dict[ModuleKey, ShardedUnit] = {}
     unit_of: dict[int, tuple[ShardedUnit, nn.Parameter]] = {}  # holds the weight, so that its id is not reused
     whole_bytes = held_bytes = 0
@@ -204,12 +188,6 @@ def shard_model(
     return ModelShards(units, {key: modules[key] for key in units}, whole_bytes, held_bytes)
 
 
-def _sharded_modules(model: Any) -> dict[ModuleKey, nn.Module]:
-    """Return the embedding, each decoder layer and the output head."""
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return {EMBEDDING: inputs, **dict(enumerate(_decoder_layers(model))), HEAD: head}
-
-
 def _decoder_layers(model: Any) -> nn.ModuleList:
     decoder = text_decoder(model)[0]
     layers = getattr(decoder, "layers", None)
@@ -229,10 +207,7 @@ def load_sharded(
     double: bool = True,
     resident_layers: int = 0,
 ) -> tuple[nn.Module, ModelShards]:
-    """Return the model in eval mode, whose large weights are empty until gathered, and this process's share of them.
-
-    Arguments are those of `load_base`. Raises ModelError if weights are missing, not finite or of another shape.
-    """
+    """Return the model in eval mode, its large weights empty until gathered, and this process's share of them."""
     LOG.info("loading 1/%d of the weights of %s", world, source.name)
     if quantization == "none":
         check_not_prequantized(source)
@@ -259,8 +234,6 @@ def load_sharded(
 
 
 class _ShardReader:
-    """Reads the parameters of a model that was built without weights."""
-
     def __init__(
         self, model: Any, source: Source, folder: Path, dtype: torch.dtype, device: str, scheme: str, resident: int
     ) -> None:
@@ -300,13 +273,12 @@ class _ShardReader:
         return tensor
 
     def _is_stored(self, key: str, shape: torch.Size) -> bool:
+        group, name = self._groups.get(key), key
         if self.scheme == "none":
-            group = self._groups.get(key)
-            return group is not None and (group.converter is not None or self._has_shape(group.names[0], shape))
-        return key in self.tensors and self._has_shape(key, shape)
-
-    def _has_shape(self, name: str, shape: torch.Size) -> bool:
-        return self.tensors.shape(name) == list(shape)
+            if group is None or group.converter is not None:
+                return group is not None
+            name = group.names[0]
+        return name in self.tensors and self.tensors.shape(name) == list(shape)
 
     def _read_function(self, key: str, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
         """Read only the share's bytes where the file has the dtype that is needed."""
@@ -341,7 +313,9 @@ class _ShardReader:
         names = {"weight": key, **self.tensors.constant_names(key)}
         small = {short: self.tensors.get(name) for short, name in names.items() if short not in LARGE}
         packed = {"weight": torch.empty(0, dtype=torch.uint8), **small}
-        load_packed(layer, packed, f"{self.source.name}: {key}", self._sizes(names))
+        sizes = {short: math.prod(self.tensors.shape(name)) for short, name in names.items()}  # elements
+        sizes["weight"] = sizes["weight"] * DTYPE_BITS[self.tensors.stored_dtype(key)] // 8  # bytes
+        load_packed(layer, packed, f"{self.source.name}: {key}", sizes)
         layer.constants = {short: tensor.to(self.device) for short, tensor in layer.constants.items()}
 
         def put(short: str, view: Tensor) -> None:
@@ -351,11 +325,6 @@ class _ShardReader:
                 layer.constants[short] = view
 
         return self._packed_tensors(names, put)
-
-    def _sizes(self, names: dict[str, str]) -> dict[str, int]:
-        """Return the bytes of a packed weight, and the elements of each constant."""
-        sizes = {short: math.prod(self.tensors.shape(name)) for short, name in names.items()}
-        return {**sizes, "weight": sizes["weight"] * DTYPE_BITS[self.tensors.stored_dtype(names["weight"])] // 8}
 
     def _experts_tensors(self, key: str, path: str, leaf: str, shape: torch.Size) -> list[ShardedTensor]:
         names, index = {"weight": key, **self.tensors.constant_names(key)}, layer_index(path)
@@ -380,7 +349,6 @@ class _ShardReader:
         return ShardedTensor(key, shape, dtype, put, read)
 
     def _packed_tensors(self, names: dict[str, str], put: Callable[[str, Tensor], None]) -> list[ShardedTensor]:
-        """Return the large tensors of a quantized weight."""
         tensors = []
         for short, name in names.items():
             if short in LARGE:

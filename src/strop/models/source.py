@@ -1,7 +1,4 @@
-"""Find a model's files by name, and read its config and weight headers without its weights or torch.
-
-A name is a Hub id, a local folder, a .gguf file, a run folder (meaning its base) or `demo`.
-"""
+"""Find a model's files by Hub id, folder, .gguf, run or `demo`, and read config and weight headers without torch."""
 
 from __future__ import annotations
 
@@ -40,35 +37,26 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Source:
-    """The location of a model's files.
+    """The location of a model's files."""
 
-    name: what can be loaded again; it is written into adapters. path: a folder with config.json and safetensors (kind
-    folder), or the .gguf file (kind gguf).
-    """
-
-    name: str
+    name: str  # what can be loaded again; it is written into adapters
     kind: Literal["folder", "gguf"]
-    path: Path
+    path: Path  # a folder with config.json and safetensors, or the .gguf file
 
     def config(self) -> dict[str, Any]:
-        """Return config.json of a folder; {} for a GGUF file."""
         return read_config(self.path) if self.kind == "folder" else {}
 
 
 def locate(name: str, revision: str | None = None) -> Source:
-    """Find a model's files; a Hub id is downloaded (safetensors, config and tokenizer only, never pickle or code).
-
-    Raises ModelError where there is no such model, or it has no safetensors.
-    """
+    """Find a model's files; from the Hub only safetensors, config and tokenizer are downloaded, never code."""
     path = Path(name).expanduser()
     is_local = name == "demo" or name.startswith(("demo:", "gguf:")) or name.endswith(".gguf") or path.is_dir()
     if is_local and revision:
-        what = f"{name}: a local model, which has no revision {revision}"
-        raise ModelError(
-            what, fix="leave --model.revision out, or run strop in a directory without a folder of this name"
-        )
+        fix = "leave --model.revision out, or run strop in a directory without a folder of this name"
+        raise ModelError(f"{name}: a local model, which has no revision {revision}", fix=fix)
     if name == "demo" or name.startswith("demo:"):
-        return _demo()
+        file = demo_file()
+        return Source(f"demo:{DEMO_PACKAGE}=={version(DEMO_PACKAGE)}/{file.name}", "gguf", file)
     if name.startswith("gguf:"):
         return _gguf(Path(name.removeprefix("gguf:").partition("#")[0]), name.partition("#sha256=")[2])
     if is_run(path):
@@ -78,10 +66,8 @@ def locate(name: str, revision: str | None = None) -> Source:
     if path.is_dir():
         return _folder(path)
     if os.sep in name and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ModelError(
-            f"{name}: no such model folder{nearest(name, _paths_nearby(path))}",
-            fix="give a folder, a .gguf file or a Hub id",
-        )
+        near = nearest(name, _paths_nearby(path))
+        raise ModelError(f"{name}: no such model folder{near}", fix="give a folder, a .gguf file or a Hub id")
     return _hub(*name.split("@", 1)) if "@" in name else _hub(name, revision)
 
 
@@ -111,17 +97,13 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
     if not isinstance(config.get("model_type") or "", str):
         raise ModelError(f"{folder}/{file}: model_type is not a string", fix="download it again")
     if "auto_map" in config:
-        raise ModelError(
-            f"{folder}/{file}: requires running its own code ({config['auto_map']})",
-            fix="use a model that transformers knows; strop never runs code from a model folder",
-        )
+        fix = "use a model that transformers knows; strop never runs code from a model folder"
+        raise ModelError(f"{folder}/{file}: requires running its own code ({config['auto_map']})", fix=fix)
     method = quantization_method(config)
     if method not in ("", "bitsandbytes", *WIDENED) or prequantized(config) not in (None, *SCHEMES):
         scheme = f" as {prequantized(config)}" if prequantized(config) else ""
-        raise ModelError(
-            f"{folder}: its weights are quantized by {method}{scheme}, which strop does not support",
-            fix="use the model with 16-bit weights, and --model.quantization nf4 for a small base",
-        )
+        what = f"{folder}: its weights are quantized by {method}{scheme}, which strop does not support"
+        raise ModelError(what, fix="use the model with 16-bit weights, and --model.quantization nf4 for a small base")
     for section in (config, *(part for part in config.values() if isinstance(part, Mapping))):
         if field := _conflicting_rope_field(section):
             what = f"{folder}/{file}: rope_parameters and {field} contradict each other, and one of them is ignored"
@@ -130,10 +112,7 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
 
 
 def _conflicting_rope_field(section: Mapping[str, Any]) -> str | None:
-    """Return the config field that contradicts `rope_parameters`, or None.
-
-    transformers uses rope_scaling with rope_theta where it is there, and rope_parameters otherwise.
-    """
+    """Return the config field that contradicts `rope_parameters`; transformers prefers rope_scaling with rope_theta."""
     params, scaling = section.get("rope_parameters"), section.get("rope_scaling")
     if not (isinstance(params, Mapping) and params):
         return None
@@ -171,11 +150,8 @@ def check_not_widened(folder: Path) -> None:
 
 
 def fingerprint(source: Source) -> str:
-    """Return a sha256 that identifies a base.
-
-    It covers a GGUF file whole and, of a folder, the config and the name, dtype, shape and first bytes of each tensor:
-    reading gigabytes at each start would be slow.
-    """
+    """Return a sha256 that identifies a base."""
+    # A GGUF file is read whole; of a folder, to be fast, config and the name, dtype, shape and first bytes of tensors.
     if source.kind == "gguf":
         return sha256_file(source.path)
     digest = hashlib.sha256(json.dumps(source.config(), sort_keys=True).encode())
@@ -192,10 +168,7 @@ def fingerprint(source: Source) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder, by name; only model.safetensors if there is one.
-
-    transformers prefers that file too. Raises ModelError where a file is missing, or the index is damaged.
-    """
+    """Return the safetensors files of a model folder, by name; only model.safetensors if there is one."""
     index = folder / "model.safetensors.index.json"
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
@@ -216,10 +189,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_headers(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the weight files of a model folder with their headers.
-
-    Raises ModelError where a file is missing or damaged, or two files have a tensor of the same name.
-    """
+    """Return the weight files of a model folder with their headers; raise ModelError if damaged or ambiguous."""
     headers = [(file, read_safetensors_header(file)) for file in weight_files(folder)]
     file_of: dict[str, Path] = {}
     for file, header in headers:
@@ -260,7 +230,6 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
 
 
 def _is_tensor_entry(entry: Any) -> bool:
-    """Return whether a header's entry has a dtype, a shape and offsets."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -279,11 +248,6 @@ def demo_file() -> Path:
     return Path(files[0])
 
 
-def _demo() -> Source:
-    file = demo_file()
-    return Source(f"demo:{DEMO_PACKAGE}=={version(DEMO_PACKAGE)}/{file.name}", "gguf", file)
-
-
 def _gguf(path: Path, sha256: str) -> Source:
     if not path.is_file():
         raise ModelError(f"{path}: no such GGUF file{nearest(str(path), _paths_nearby(path))}")
@@ -299,9 +263,8 @@ def _gguf(path: Path, sha256: str) -> Source:
 
 def _folder(path: Path) -> Source:
     if _is_adapter(path):
-        raise ModelError(
-            f"{path}: an adapter, not a model", fix=f"use --model.adapter {path} and name its base as --model"
-        )
+        fix = f"use --model.adapter {path} and name its base as --model"
+        raise ModelError(f"{path}: an adapter, not a model", fix=fix)
     read_config(path)
     read_headers(path)
     return Source(str(path.resolve()), "folder", path.resolve())
@@ -337,7 +300,6 @@ def _hub(name: str, revision: str | None) -> Source:
 
 @contextmanager
 def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Raise ModelError with a fix for what the Hub's client raises."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -1,10 +1,8 @@
-"""Read, quantize and write checkpoint tensors one at a time, so that a model is never in memory whole in 16 bit.
+"""Read, quantize and write checkpoint tensors one at a time, so that a model is never in memory whole in 16 bit."""
 
-`CheckpointLayout` maps the checkpoint's tensor names to the model's parameters. transformers 5 renames and joins
-weights while it loads them: a mixture's experts are one tensor each on disk and one parameter in the model, and a text
-half has another prefix. Its own rules are applied here in both directions, a few tensors at a time. For most dense
-families the names agree and nothing happens.
-"""
+# `CheckpointLayout` maps the checkpoint's tensor names to the model's parameters. transformers 5 renames and joins
+# weights while it loads them: a mixture's experts are one tensor each on disk and one parameter in the model, and a
+# text half has another prefix. Its own rules are applied in both directions; for most dense families nothing happens.
 
 from __future__ import annotations
 
@@ -48,11 +46,9 @@ MASKS = ("bias", "masked_bias", "causal_mask")  # attention buffers in older che
 
 
 class CheckpointTensors:
-    """The tensors of a folder of safetensors files, each read on request.
+    """The tensors of a folder of safetensors files, each read on request."""
 
-    A file is opened anew for each tensor: what is read stays mapped, and counts as memory, as long as its file is open.
-    Raises ModelError for weights in a quantization that only transformers can undo.
-    """
+    # A file is opened anew for each tensor: what is read stays mapped, and counts as memory, until its file is closed.
 
     def __init__(self, folder: Path) -> None:
         check_not_widened(folder)
@@ -88,7 +84,6 @@ class CheckpointTensors:
         return DTYPES.get(self._dtypes[name])
 
     def stored_dtype(self, name: str) -> str:
-        """Return a tensor's dtype as safetensors names it."""
         return self._dtypes[name]
 
     def equal(self, name: str, other: str) -> bool:
@@ -96,12 +91,8 @@ class CheckpointTensors:
         if (self.stored_dtype(name), self.shape(name)) != (self.stored_dtype(other), self.shape(other)):
             return False
         size = self.size_bytes(name) // 4 * DTYPE_BITS[self.stored_dtype(name)] // 8
-        starts = range(0, size, COMPARED_BYTES)
-        pairs = (
-            [self.read_bytes(tensor, start, min(start + COMPARED_BYTES, size)) for tensor in (name, other)]
-            for start in starts
-        )
-        return all(torch.equal(*pair) for pair in pairs)
+        parts = ((start, min(start + COMPARED_BYTES, size)) for start in range(0, size, COMPARED_BYTES))
+        return all(torch.equal(self.read_bytes(name, *part), self.read_bytes(other, *part)) for part in parts)
 
     def shape(self, name: str) -> list[int]:
         return self._shapes[name]
@@ -122,7 +113,6 @@ class CheckpointTensors:
         return names | ({"SCB": f"{parent}SCB"} if f"{parent}SCB" in self._files else {})
 
     def constants(self, name: str) -> dict[str, Tensor]:
-        """Read the tensors of `constant_names`."""
         return {short: self.get(key) for short, key in self.constant_names(name).items()}
 
     def get_packed(self, name: str) -> dict[str, Tensor]:
@@ -132,16 +122,12 @@ class CheckpointTensors:
 
 @dataclass
 class TensorGroup:
-    """Checkpoint tensors that become one or more parameters together.
+    """Checkpoint tensors that become one or more parameters together."""
 
-    parameter: the first of them; None where the model does not use the tensors. patterns: for each tensor, the
-    converter's pattern that it matches.
-    """
-
-    parameter: str | None
+    parameter: str | None  # the first of them; None where the model does not use the tensors
     names: list[str] = field(default_factory=list)
     converter: Any = None
-    patterns: list[str] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)  # for each tensor, the converter's pattern that it matches
 
 
 class CheckpointLayout:
@@ -178,10 +164,7 @@ class CheckpointLayout:
         return None, None
 
     def check(self, name: str, tensors: CheckpointTensors) -> CheckpointLayout:
-        """Raise ModelError where the tensors would make another model than they were saved from; return the layout.
-
-        name: of the model, for messages.
-        """
+        """Return the layout; raise ModelError where the tensors would make another model than they came from."""
         if all(group.parameter is None for group in self.groups):
             model_type, first = self._model.config.model_type, next(iter(self.unused), "it has none")
             raise ModelError(f"{name}: none of its tensors is a weight of a model of type {model_type}, first {first}")
@@ -197,7 +180,15 @@ class CheckpointLayout:
             if odd := next((key for key in group.names if tensors.stored_dtype(key) not in FLOATS), None):
                 what = f"{name}: {odd} is stored as {tensors.stored_dtype(odd)}, and config.json does not give a scale"
                 raise ModelError(what, fix="use the model with 16-bit weights")
-        self._check_shapes(name, tensors)
+        wrong = []
+        for group in self.groups:
+            if group.parameter is None or group.converter is not None:
+                continue
+            has_shape = tensors.stored_dtype(group.names[0]) == "I8" or not tensors.is_packed(group.names[0])
+            if has_shape and tensors.shape(group.names[0]) != list(self._state[group.parameter].shape):
+                wrong.append(group.parameter)
+        if wrong:
+            raise ModelError(f"{name}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}")
         check_unused_tensors(name, self._model, self.unused.values())
         for target, source in getattr(self._model, "all_tied_weights_keys", {}).items():
             stored = {group.parameter: group.names[0] for group in self.groups if group.parameter in (target, source)}
@@ -207,18 +198,6 @@ class CheckpointLayout:
                 raise ModelError(what, fix=fix)
         return self
 
-    def _check_shapes(self, name: str, tensors: CheckpointTensors) -> None:
-        wrong = []
-        for group in self.groups:
-            if group.parameter is None or group.converter is not None:
-                continue
-            tensor = group.names[0]
-            has_shape = tensors.stored_dtype(tensor) == "I8" or not tensors.is_packed(tensor)
-            if has_shape and tensors.shape(tensor) != list(self._state[group.parameter].shape):
-                wrong.append(group.parameter)
-        if wrong:
-            raise ModelError(f"{name}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}")
-
     def group_of(self, parameter: str) -> TensorGroup:
         """Return the group of a parameter. Raises KeyError where the checkpoint does not have it."""
         group = next((group for group in self.groups if parameter in self.parameters(group)), None)
@@ -227,17 +206,12 @@ class CheckpointLayout:
         return group
 
     def parameters(self, group: TensorGroup) -> list[str]:
-        """Return the names of the parameters that a group becomes."""
         if group.parameter is None:
             return []
         if group.converter is None or len(group.converter.target_patterns) == 1:
             return [group.parameter]
-        first, *others = group.converter.target_patterns
-        plain = re.sub(r"\\(.)", r"\1", first)
-        return [
-            group.parameter,
-            *(group.parameter.replace(plain, re.sub(r"\\(.)", r"\1", other)) for other in others),
-        ]
+        first, *others = (re.sub(r"\\(.)", r"\1", pattern) for pattern in group.converter.target_patterns)
+        return [group.parameter, *(group.parameter.replace(first, other) for other in others)]
 
     def read(self, group: TensorGroup, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return the parameters of a group by the model's names; get: reads a checkpoint tensor."""
@@ -252,10 +226,7 @@ class CheckpointLayout:
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def write(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the checkpoint tensors of a group from its parameters.
-
-        Raises ModelError where transformers cannot reverse its conversion.
-        """
+        """Return a group's checkpoint tensors from its parameters, where transformers can reverse its conversion."""
         if group.converter is None:
             assert group.parameter is not None
             return {group.names[0]: parameters[group.parameter].contiguous()}
@@ -268,11 +239,7 @@ class CheckpointLayout:
 
 
 def check_unused_tensors(name: str, model: Any, unused: Iterable[str]) -> None:
-    """Check tensors that become no parameter, given by the model's names for them.
-
-    Raises ModelError where they are further decoder layers or parts of the model's layers. Heads and towers that a
-    language model does not have are accepted.
-    """
+    """Raise ModelError where unused tensors are decoder layers or parts of them; heads and towers are accepted."""
     state, modules = model.state_dict(), dict(model.named_modules())
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
     has_extra_layers = int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0)
@@ -302,10 +269,7 @@ def _without_numbers(parameter: str) -> str:
 def quantize_folder(
     source: Source, bare: nn.Module, folder: Path, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
-    """Quantize a 16-bit source into a new folder, in small shards, under the model's own tensor names.
-
-    bare: the model on meta tensors. dtype: of the weights before quantization, and of those that stay in 16 bit.
-    """
+    """Quantize a 16-bit source into a new folder of small shards, by the model's names. bare: it, on meta tensors."""
     quantizable, cast = quantizable_names(bare), dtype_caster(bare, dtype)
     tensors = CheckpointTensors(source.path)
     layout = CheckpointLayout(bare, tensors).check(source.name, tensors)
@@ -370,11 +334,8 @@ def has_all_weights(folder: Path) -> bool:
 
 
 def build_quantized(make: Callable[[], Any], folder: Path, name: str, scheme: str, dtype: torch.dtype) -> nn.Module:
-    """Build a model whose linear weights are quantized where those of the folder are, tensor by tensor.
-
-    make: builds the model; its weights are never allocated, its buffers are. dtype: of the weights that are not
-    quantized. Raises ModelError where a weight is missing or does not fit.
-    """
+    """Build a model whose linear weights are quantized where those of the folder are, tensor by tensor."""
+    # make: builds the model; its weights are never allocated, its buffers are. dtype: of the unquantized weights.
     with init_empty_weights(include_buffers=False):
         model: Any = make()
     tensors = CheckpointTensors(folder)
@@ -411,10 +372,7 @@ def build_quantized(make: Callable[[], Any], folder: Path, name: str, scheme: st
 
 
 def check_packed_checkpoint(source: Source, model: nn.Module) -> None:
-    """Check a checkpoint that is quantized on disk; model: on meta tensors.
-
-    Raises ModelError where it would make another model than its config says.
-    """
+    """Raise ModelError where a checkpoint quantized on disk would make another model than its config says."""
     tensors = CheckpointTensors(source.path)
     packed = {name for name in tensors if name.endswith("weight") and tensors.is_packed(name)}
     if not packed:
@@ -466,15 +424,9 @@ def _stored_name(name: str, short: str) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity.
-
-    `torch.isfinite` makes a copy, which for an embedding of 262,144 rows sets the peak memory of a whole run.
-    """
+    """Return whether a tensor holds neither NaN nor infinity."""
+    # `torch.isfinite` makes a copy, which for an embedding of 262,144 rows sets the peak memory of a whole run.
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())  # NaN where there is any
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def floating_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, p) for name, p in module.named_parameters() if p.is_floating_point())

@@ -1,7 +1,4 @@
-"""Load a model's tokenizer without its weights, and decode tokens to text as they are generated.
-
-For most model folders no torch is imported.
-"""
+"""Load a model's tokenizer without its weights (mostly without torch), and decode tokens as they are generated."""
 
 from __future__ import annotations
 
@@ -23,19 +20,15 @@ CONTEXT_TOKENS = 5  # last tokens of a prompt with which the first word of a com
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Load the model's tokenizer, which must be a fast one: token offsets are needed to find the supervised tokens.
-
-    Raises ModelError where there is none.
-    """
+    """Load the model's fast tokenizer, whose offsets find the supervised tokens, or raise ModelError."""
     folder = config_folder(source)
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
     except Exception as error:  # the tokenizers package raises plain Exception for a file that it cannot parse
         raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
-        raise ModelError(
-            f"{source.name}: no fast tokenizer (tokenizer.json)", fix="save the tokenizer with a current transformers"
-        )
+        fix = "save the tokenizer with a current transformers"
+        raise ModelError(f"{source.name}: no fast tokenizer (tokenizer.json)", fix=fix)
     return tokenizer
 
 
@@ -53,10 +46,7 @@ def _tokenizer_class(folder: Path) -> Any:
 
 
 def trained_token_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the embedding rows that an adapter trains, by the leaf name of their module.
-
-    config: adapter_config.json.
-    """
+    """Return the embedding rows that an adapter (its adapter_config.json) trains, by the leaf name of their module."""
     rows = config.get("trainable_token_indices") or {}
     return {"embed_tokens": rows} if isinstance(rows, list) else dict(rows)
 
@@ -88,7 +78,6 @@ def config_folder(source: Source) -> Path:
 
 @contextmanager
 def gguf_errors(file: Path) -> Iterator[None]:
-    """Raise ModelError where gguf or transformers cannot read a GGUF file."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -99,7 +88,6 @@ def gguf_errors(file: Path) -> Iterator[None]:
 
 
 def gguf_cache(source: Source) -> Path:
-    """Return the cache folder of a GGUF file."""
     digest = source.name.partition("#sha256=")[2][:16] or source.name.removeprefix("demo:").replace("/", "-")
     stat = source.path.stat()
     return cache_folder() / "gguf" / f"{digest}-{stat.st_size}"
@@ -113,11 +101,10 @@ def unpacked_config(config: Any) -> Any:
 
 
 class TextStream:
-    """Decode one completion token by token.
+    """Decode one completion token by token."""
 
-    Only whole characters are returned, and no text that may turn out to be the start of a stop string. `stopped` is set
-    when a stop string is complete; neither it nor what follows is returned.
-    """
+    # Only whole characters are returned, and no text that may become a stop string. `stopped` is set when one is
+    # complete; neither it nor what follows is returned.
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
         """Start a stream. prompt: token ids whose text the completion continues, so its leading space is kept."""
@@ -162,21 +149,15 @@ class TextStream:
         if positions:
             self.stopped, self._pending = True, ""
             return text[: min(positions)]
-        overlap = max((_overlap(text, stop) for stop in self._stops), default=0)
+        # The longest suffix of the text that is a prefix of a stop string.
+        starts = {stop[:size] for stop in self._stops for size in range(1, len(stop))}
+        overlap = max((len(start) for start in starts if text.endswith(start)), default=0)
         self._pending = text[len(text) - overlap :]
         return text[: len(text) - overlap]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
 class TokenBytes:
-    """Map tokens to the bytes they have inside a text, with their leading space.
-
-    A token that is a part of a character maps to that part of its UTF-8 bytes.
-    """
+    """Map tokens to their (possibly partial) UTF-8 bytes inside a text, with their leading space."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -185,7 +166,6 @@ class TokenBytes:
         self._cache: dict[int, bytes] = {}
 
     def of(self, token: int) -> bytes:
-        """Return the bytes of a token id."""
         if token not in self._cache:
             self._cache[token] = self._bytes_of(token)
         return self._cache[token]

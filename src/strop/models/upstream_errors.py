@@ -17,10 +17,7 @@ PACKAGES = ("transformers", "peft")
 
 @contextmanager
 def attribute_errors(family: str) -> Iterator[None]:
-    """Raise RunError for an error from transformers' or peft's model code, naming the package and the line.
-
-    Errors from strop's own code and out-of-memory errors pass unchanged. family: the model's type.
-    """
+    """Raise RunError for an error from transformers' or peft's model code, naming the package and the line."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:

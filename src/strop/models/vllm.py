@@ -26,10 +26,7 @@ print(json.dumps({"version": vllm.__version__, "known": known, "lora": bool(lora
 
 
 def find_vllm_python(given: str | None, option: str = "--vllm-python") -> str:
-    """Return the Python that has vLLM: the given one, or that of `vllm` on the PATH. Raises InputError.
-
-    option: the command-line option for it, for messages.
-    """
+    """Return the given Python with vLLM or that of `vllm` on the PATH, or raise InputError that names `option`."""
     fix = f"give {option} /path/to/environment/bin/python (see docs/serve.md)"
     if given is not None:
         if shutil.which(given) is None:
@@ -43,11 +40,7 @@ def find_vllm_python(given: str | None, option: str = "--vllm-python") -> str:
 
 
 def query_vllm(python: str, architecture: str, *, lora: bool) -> dict[str, Any]:
-    """Return {version, known, lora, cuda} of a vLLM installation, for a model architecture.
-
-    lora: adapters are needed. Raises InputError where vLLM does not start, ModelError where it does not support the
-    architecture.
-    """
+    """Return {version, known, lora, cuda} of a vLLM installation, or raise if it cannot run the architecture."""
     done = subprocess.run([python, "-c", QUERY, architecture], capture_output=True, text=True, env=vllm_environment())
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -67,10 +60,7 @@ def vllm_environment(without: str = "") -> dict[str, str]:
 
 
 def max_lora_rank(config: Mapping[str, Any], name: str, fix: str) -> int:
-    """Return the --max-lora-rank with which vLLM accepts an adapter.
-
-    config: its adapter_config.json. Raises ModelError, with this fix, for an adapter that vLLM cannot run.
-    """
+    """Return the --max-lora-rank for an adapter_config.json, or raise ModelError if vLLM cannot run it."""
     unsupported = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
     unsupported += ["bias"] if config.get("bias", "none") != "none" else []
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])

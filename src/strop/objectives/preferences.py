@@ -1,6 +1,6 @@
 """Preference losses: DPO, IPO, KTO, ORPO, SimPO and the Bradley-Terry loss of reward models.
 
-A loss receives log-probabilities (or scores) of whole answers. It knows neither the model nor the training loop.
+A loss receives log-probabilities (or scores) of whole answers, and is independent of the model and the training loop.
 
 Notation: y_w is the chosen answer, y_l the rejected one, pi the policy, ref the reference model.
 """
@@ -18,7 +18,7 @@ from strop.objectives import Objective, require
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOG_P_MAX = -1e-12  # ORPO: an answer of probability 1 has no odds
+LOG_P_MAX = -1e-12  # ORPO: the odds of probability 1 are infinite
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class AnswerLogprobs:
         return self.sums / self.counts
 
     @property
-    def change(self) -> Tensor:
+    def log_ratio(self) -> Tensor:
         """Log-ratio of policy and reference, in nats."""
         return self.sums - self.reference
 
     @property
-    def change_per_token(self) -> Tensor:
-        return self.change / self.counts
+    def log_ratio_per_token(self) -> Tensor:
+        return self.log_ratio / self.counts
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,11 @@ class PreferenceBatch:
 
 @dataclass(frozen=True)
 class PreferenceResult:
-    """losses: per row, shape (N,); the caller divides by the number of rows. rewards: implicit reward of each answer,
-    shape (N,) each."""
+    """Output of a preference loss.
+
+    losses: per row, shape (N,); the caller divides by the number of rows. rewards: implicit reward of each answer,
+    shape (N,) each.
+    """
 
     losses: Tensor
     rewards: tuple[Tensor, ...]
@@ -93,7 +96,8 @@ def dpo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
     chosen, rejected = batch.answers
     beta = require(options.beta)
     rewards = [
-        beta * (side.change_per_token if options.length_normalized else side.change) for side in (chosen, rejected)
+        beta * (side.log_ratio_per_token if options.length_normalized else side.log_ratio)
+        for side in (chosen, rejected)
     ]
     losses = _smoothed_log_loss(rewards[0] - rewards[1], require(options.label_smoothing))
     return PreferenceResult(losses - require(options.sft_weight) * chosen.mean, (rewards[0], rewards[1]))
@@ -108,10 +112,12 @@ def ipo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
     The paper's results use means, according to its authors (TRL's documentation of `loss_type="ipo"`).
     """
     chosen, rejected = batch.answers
-    changes = [side.change_per_token if options.length_normalized else side.change for side in (chosen, rejected)]
+    log_ratios = [
+        side.log_ratio_per_token if options.length_normalized else side.log_ratio for side in (chosen, rejected)
+    ]
     beta = require(options.beta)
-    losses = (changes[0] - changes[1] - 1 / (2 * beta)).square() - require(options.sft_weight) * chosen.mean
-    return PreferenceResult(losses, (beta * changes[0], beta * changes[1]))
+    losses = (log_ratios[0] - log_ratios[1] - 1 / (2 * beta)).square() - require(options.sft_weight) * chosen.mean
+    return PreferenceResult(losses, (beta * log_ratios[0], beta * log_ratios[1]))
 
 
 def kto(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
@@ -128,8 +134,8 @@ def kto(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
     desirable, undesirable = require(options.desirable_weight), require(options.undesirable_weight)
     weight = batch.desirable.double() * (desirable - undesirable) + undesirable
     beta = require(options.beta)
-    losses = weight * (1 - (beta * sign * (answer.change - batch.divergence)).sigmoid())
-    return PreferenceResult(losses, (beta * answer.change,))
+    losses = weight * (1 - (beta * sign * (answer.log_ratio - batch.divergence)).sigmoid())
+    return PreferenceResult(losses, (beta * answer.log_ratio,))
 
 
 def orpo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
@@ -176,8 +182,8 @@ def _log_sigmoid(x: Tensor) -> Tensor:
 
 
 def _smoothed_log_loss(margin: Tensor, smoothing: float) -> Tensor:
-    """Return -log sigmoid(margin), with a share `smoothing` of the labels assumed flipped (E. Mitchell, "A note on DPO
-    with noisy preferences", 2023: conservative DPO)."""
+    """Return -log sigmoid(margin) if a fraction `smoothing` of the labels is flipped: conservative DPO (E. Mitchell,
+    "A note on DPO with noisy preferences", 2023)."""
     loss = -_log_sigmoid(margin)
     return loss if not smoothing else (1 - smoothing) * loss - smoothing * _log_sigmoid(-margin)
 

@@ -1,9 +1,7 @@
-"""Predict the activation memory of a micro-batch from the tensors that the engine allocates. Imports no torch.
+"""Predict the activation memory of a micro-batch from the tensors that the engine allocates. Imports no torch."""
 
-Symbols are those of the engine: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
-values, I intermediate size, b bytes per value. The peak of a step is the largest of a few moments, each
-a sum of the tensors that are alive then.
-"""
+# Symbols are the engine's: T tokens, N supervised rows, h hidden size, q and kv width of queries and of keys and
+# values, I intermediate size, b bytes per value. A step's peak is the largest of a few moments.
 
 from __future__ import annotations
 
@@ -39,27 +37,20 @@ class MicroBatch:
     tokens: int  # number of packed tokens; a shared prefix counts once
     supervised: int  # number of rows of the output head
     documents: tuple[tuple[int, int, int], ...]  # (number, queries, keys) of each bucket of documents
-    accumulates: bool = (
-        False  # the step has other micro-batches (gradient accumulation), whose gradients stay allocated
-    )
+    more: bool = False  # the step has other micro-batches (gradient accumulation), whose gradients stay allocated
     shared: int = 0  # tokens saved by a shared prefix, less the tokens added by padding
 
     @staticmethod
-    def rows(lengths: Sequence[int], *, share: float = 1.0, accumulates: bool = True) -> MicroBatch:
+    def rows(lengths: Sequence[int], *, share: float = 1.0, more: bool = True) -> MicroBatch:
         """Return documents of these lengths without a shared prefix. share: supervised share of the tokens."""
         tokens = sum(lengths)
         documents = tuple((number, length, length) for length, number in sorted(Counter(lengths).items()))
-        return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, accumulates)
+        return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, more)
 
     @property
     def number(self) -> int:
         """Number of rows. A shared prefix is a document, but not a row."""
         return sum(number for number, _, _ in self.documents) - (self.shared > 0)
-
-    @property
-    def saved_pairs(self) -> int:
-        """Number of query-key pairs whose probabilities are kept for the backward pass (attention in buckets)."""
-        return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= MAX_SAVED_KEYS)
 
 
 def pairs(workload: Workload, batch: MicroBatch) -> int:
@@ -71,7 +62,6 @@ def pairs(workload: Workload, batch: MicroBatch) -> int:
 
 
 def _blocks(queries: int, keys: int, block: int = BLOCK) -> list[tuple[int, int]]:
-    """Return (queries, keys) of each block of a document."""
     prefix = keys - queries
     return [(min(block, queries - at), prefix + min(at + block, queries)) for at in range(0, queries, block)]
 
@@ -105,11 +95,11 @@ def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
     # After its attention, the last layer computes only the supervised rows.
     saved = on_device * inputs + (layers - recomputed) * block - (0 if recomputed == layers else block - last)
     # The head's gradient during a layer's backward pass, unless it is allocated already by earlier micro-batches.
-    head_gradient = 0 if batch.accumulates or compute.device == "cpu" else head_gradient_bytes(workload)
+    head_gradient = 0 if batch.more or compute.device == "cpu" else head_gradient_bytes(workload)
     outer, head_rows = outer_bytes(workload, batch)
     saved += outer
     moments = [LiveBytes(saved, head_rows, head_bytes(workload, batch))]
-    if workload.adapter.full_embedding and batch.accumulates:
+    if workload.adapter.full_embedding and batch.more:
         # The embedding's gradient comes last, in addition to that of earlier micro-batches. The arena stays allocated.
         gradient = batch.tokens * workload.shape.hidden * (4 + compute.dtype_bytes)
         arena = saved if compute.device == "cpu" and compute.step == "fast" and not recomputed else 0
@@ -128,11 +118,9 @@ def peak_live_bytes(workload: Workload, batch: MicroBatch) -> LiveBytes:
 
 
 def outer_bytes(workload: Workload, batch: MicroBatch) -> tuple[int, int]:
-    """Return the bytes of the fast step outside its layers: alive from forward to backward, and alive at the head.
-
-    Per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and the rotary
-    angles in fp32; at the head, on a CPU, one more copy of the supervised rows.
-    """
+    """Return the fast step's bytes outside its layers: alive from forward to backward, and alive at the head."""
+    # Per-layer embeddings (Gemma 4; counted with saved-tensor hooks) and, on a CPU, the embedding's output and fp32
+    # rotary angles; at the head, on a CPU, one more copy of the supervised rows.
     if workload.compute.step == "plain":
         return 0, 0
     shape, b = workload.shape, workload.compute.dtype_bytes
@@ -181,7 +169,8 @@ def layer_bytes(workload: Workload, batch: MicroBatch, rows: int) -> int:
         saved = batch.tokens * (q * b + 4 * shape.heads)
         after -= q if o_ranks and rows == batch.tokens else 0
     elif device == "cpu":
-        saved = shape.heads * batch.saved_pairs * b
+        short = (document for document in batch.documents if document[2] <= MAX_SAVED_KEYS)  # their probabilities stay
+        saved = shape.heads * sum(number * _pairs(queries, keys) for number, queries, keys in short) * b
     else:  # PyTorch's attention keeps copies of q, k, v (on CUDA, one per query head), its output and its statistics
         copies = 5 * q if device == "cuda" else 2 * q + 2 * kv
         saved = batch.tokens * (copies * b + 4 * shape.heads)
@@ -272,11 +261,9 @@ def backward_bytes(workload: Workload, batch: MicroBatch, rows: int | None = Non
 
 
 def _mlp_backward_blocks(workload: Workload, rows: int) -> list[int]:
-    """Return the sizes of the buffers of the MLP's backward pass.
-
-    d(gate, up) (2 I), dz (I), z (I), and the gradient of the residual (h). With dropout also the masked z (I). With
-    DoRA and dropout also, for gate and up: z, the masked z and two gradients.
-    """
+    """Return the sizes of the buffers of the MLP's backward pass."""
+    # d(gate, up) (2 I), dz (I), z (I), the residual's gradient (h); with dropout also the masked z (I); with DoRA and
+    # dropout also, for gate and up: z, the masked z and two gradients.
     h, inner, adapter = workload.shape.hidden, workload.shape.intermediate, workload.adapter
     sizes = [2 * inner, inner, inner, h] + ([inner] if adapter.dropout else [])
     if adapter.dora and adapter.dropout and workload.compute.step == "fast":
@@ -297,11 +284,9 @@ def _tile_bytes(workload: Workload, batch: MicroBatch, *, backward: bool) -> int
 
 
 def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return the peak bytes of the backward pass through the attention blocks of a bucket, largest block first.
-
-    Each block has probabilities and their gradient (the old ones until the new ones are computed), and adds to the
-    gradients of keys and values, which are summed in fp32.
-    """
+    """Return the peak bytes of the backward pass through the attention blocks of a bucket, largest block first."""
+    # Each block has probabilities and their gradient (the old ones until the new ones are computed), and adds to the
+    # gradients of keys and values, which are summed in fp32.
     shape, b, sizes = workload.shape, workload.compute.dtype_bytes, [0]
     for number, queries, keys in batch.documents:
         blocks = list(reversed(_blocks(queries, keys)))
@@ -319,14 +304,11 @@ def _block_bytes(workload: Workload, batch: MicroBatch) -> int:
 
 
 def head_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return the bytes of the output head: the last norm's output, its gradient, and a chunk of logits.
-
-    The plain step has all logits at once. A trained head adds its gradient, next to that of earlier micro-batches, and
-    its weight in the compute dtype.
-    """
+    """Return the output head's bytes: the last norm's output, its gradient, and a chunk of logits (plain step: all)."""
+    # A trained head adds its gradient, next to that of earlier micro-batches, and its weight in the compute dtype.
     shape, adapter, compute = workload.shape, workload.adapter, workload.compute
     b = compute.dtype_bytes
-    trained = head_gradient_bytes(workload) if batch.accumulates or compute.device != "cpu" else 0
+    trained = head_gradient_bytes(workload) if batch.more or compute.device != "cpu" else 0
     if compute.step == "plain":
         return batch.supervised * shape.vocabulary * 2 * b + trained  # logits and their gradient
     trained += b * (shape.embedding if adapter.full_head and b < 4 else 0) + b * adapter.head_rank * shape.vocabulary
@@ -345,6 +327,5 @@ def head_gradient_bytes(workload: Workload) -> int:
 
 
 def head_rows(workload: Workload) -> int:
-    """Return the number of rows of logits computed at once."""
     budget = GPU_HEAD_BYTES if workload.compute.device == "cuda" else HEAD_BYTES
     return max(16, budget // (workload.shape.vocabulary * workload.compute.dtype_bytes))

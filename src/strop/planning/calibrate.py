@@ -1,9 +1,7 @@
-"""Measurements of `strop doctor` with torch: the GPU, matmul and memory rates, the cost of a step, one 4-bit step.
+"""Measurements of `strop doctor` with torch: the GPU, matmul and memory rates, the cost of a step, one 4-bit step."""
 
-A step's time is a sum: matmuls of frozen weights and of adapters by their FLOPs, reading the weights once in each
-direction, and three costs that are fitted here on small models with random weights: of a layer, of the bytes its
-element-wise work moves, and of attention.
-"""
+# A step's time is a sum: matmuls of frozen weights and of adapters by their FLOPs, reading the weights once in each
+# direction, and three costs fitted here on small random models: of a layer, of bytes moved, and of attention.
 
 from __future__ import annotations
 
@@ -154,22 +152,17 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> dict[str, float]:
         totals.append(repeated)
         compiling += [max(0.0, first - repeated)] if sizes is SMALL else []
     layer, moved, attention = _least_squares(terms, residuals, totals)
-    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]).token_loss, *TRIALS[2][1])[1]
-    fast = _seconds(steps[SMALL["hidden_size"]], *TRIALS[2][1])[1]
-    wide = step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss
-    thin = _thin_flops(dtype, rate, _seconds(wide, *TRIALS[2][1])[1] - fast)
+    number, length = TRIALS[2][1]
+    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]).token_loss, number, length)[1]
+    fast = _seconds(steps[SMALL["hidden_size"]], number, length)[1]
+    wide = _seconds(step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss, number, length)[1]
+    batch = MicroBatch.rows([length] * number)
+    low, high = (work_of(_workload(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
+    thin = high.thin / max(wide - fast + low.adapters / rate.flops, high.thin / rate.flops)
     return {
         "layer_s": layer, "moved": 1 / moved, "attention_flops": 1 / attention, "kinds_s": float(np.mean(compiling)),
         "plain": plain / fast, "thin_flops": thin,
     }  # fmt: skip
-
-
-def _thin_flops(dtype: torch.dtype, rate: Rate, more_s: float) -> float:
-    """Return FLOP/s at WIDE_RANK, from the extra seconds of a step compared with RANK."""
-    number, length = TRIALS[2][1]
-    batch = MicroBatch.rows([length] * number)
-    low, high = (work_of(_workload(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
-    return high.thin / max(more_s + low.adapters / rate.flops, high.thin / rate.flops)
 
 
 def pace(dtype: torch.dtype) -> float:
@@ -184,14 +177,12 @@ def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
 
 
 def unpacked_per_s(scheme: str) -> float:
-    """Measure the weights dequantized per second."""
     weight = torch.randn(DEQUANTIZED_SHAPE)
     packed = quantize_weight(weight, scheme)
     return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, torch.bfloat16), 8)
 
 
 def fastest(work: Callable[[], object], rounds: int = 4) -> float:
-    """Return the seconds of the fastest of several calls."""
     best = math.inf
     for _ in range(rounds):
         started = time.perf_counter()

@@ -47,12 +47,9 @@ def choose(
     parameters: int | None = None,
     devices: int = 1,
 ) -> Resolved:
-    """Fill in every open option of a recipe.
-
-    device and dtype (name, reason): for a recipe that leaves them open. adapter: adapter_config.json of
-    `model.adapter`, with the texts of its new tokens; the recipe takes its shape. With several devices, the machine is
-    one device's part. Raises RecipeError if options conflict with each other, or with the adapter.
-    """
+    """Fill in every open option of a recipe; raise RecipeError if options conflict with each other or the adapter."""
+    # device, dtype (name, reason): for a recipe that leaves them open. adapter: adapter_config.json of `model.adapter`
+    # with the texts of its new tokens; the recipe takes its shape. machine: one device's part.
     check_devices(resolved.recipe.train, devices)
     if adapter is not None:
         resolved = resolved.decide(_adapter_choices(resolved, adapter))
@@ -68,7 +65,12 @@ def choose(
     budget = MemoryBudget(shape, parameters or shape.parameters, usable, devices, rate_of)
     fit_memory, unfitted = fit if devices == 1 else fit_devices, resolved.decide(default_micro_batch(recipe))
     resolved = fit_memory(unfitted, budget)
-    _check_quantized_options(resolved.recipe)
+    model, fix = resolved.recipe.model, "leave it out, or give --model.quantization nf4"
+    if model.quantization == "none" and model.resident_layers is not None:
+        what = f"--model.resident_layers {model.resident_layers}: the base is in 16 bit and is not dequantized"
+        raise RecipeError(what, fix=fix)
+    if model.quantization == "none" and recipe.lora.init == "loftq":
+        raise RecipeError("--lora.init loftq: the base is in 16 bit, without a quantization error", fix=fix)
     limits = load_measured(memory_key(resolved.recipe, machine, shape))
     if usable > FREED_FACTOR * limits.get("usable_bytes", usable):  # another program used memory at the time
         limits = {}
@@ -83,7 +85,7 @@ def _plain_choices(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[
     if recipe.model.device == "auto":
         values.append(("model.device", device, "the fastest device torch can use here"))
     if recipe.model.dtype == "auto":
-        dtype = ("fp32", "train.int8_matmul accumulates in fp32") if recipe.train.int8_matmul else dtype
+        dtype = ("fp32", "train.int8_matmul more in fp32") if recipe.train.int8_matmul else dtype
         values.append(("model.dtype", *dtype))
     if recipe.lora.alpha is None:
         values.append(("lora.alpha", alpha_of(recipe), "2 r"))
@@ -93,18 +95,6 @@ def _plain_choices(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         values.append(("train.optimizer", "adamw_8bit", "paging needs CUDA"))
     return [Choice(field, value, "plan", why) for field, value, why in values]
-
-
-def _check_quantized_options(recipe: Recipe) -> None:
-    """Refuse options of a quantized base on a base in 16 bit."""
-    if recipe.model.quantization != "none":
-        return
-    fix = "leave it out, or give --model.quantization nf4"
-    if recipe.model.resident_layers is not None:
-        what = f"--model.resident_layers {recipe.model.resident_layers}: the base is in 16 bit and is not dequantized"
-        raise RecipeError(what, fix=fix)
-    if recipe.lora.init == "loftq":
-        raise RecipeError("--lora.init loftq: the base is in 16 bit, without a quantization error", fix=fix)
 
 
 def _apply_memory_limits(resolved: Resolved, limits: Mapping[str, Any]) -> Resolved:
@@ -132,10 +122,7 @@ def why_no_integers(recipe: Recipe, machine: Machine, shape: ModelShape) -> str 
 
 
 def usable_bytes(machine: Machine, device: str) -> int:
-    """Return the bytes a run may use: a share of what this process can still allocate, or of the GPU's memory.
-
-    If a run has read the free memory of the GPU, it is a share of that.
-    """
+    """Return the bytes a run may use: a share of what this process can allocate, or of the GPU's (free) memory."""
     kind, _, index = device.partition(":")
     free = machine.free_bytes
     if kind == "cuda" and machine.gpus:
@@ -203,7 +190,13 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     rate, why = learning_rate(size), f"rule for {size / 1e6:,.0f}M parameters, {rule_evidence(size)}"
     scale = adapter_scale(recipe)
     if (factor := rate_factor(scale, train.batch_size, train.lora_plus_ratio)) != 1:
-        rate, why = float(f"{rate * factor:.2g}"), f"{why}; times {factor:.2g} for {_differences(recipe, scale)}"
+        differences = {
+            f"alpha {alpha_of(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": scale != REFERENCE_SCALE,
+            f"batches of {train.batch_size}": train.batch_size != REFERENCE_ROWS,
+            "LoRA+": train.lora_plus_ratio != 1,
+        }
+        differing = ", ".join(name for name, differs in differences.items() if differs)
+        rate, why = float(f"{rate * factor:.2g}"), f"{why}; times {factor:.2g} for {differing}"
     if objective is not None:
         rate = float(f"{objective.rate_share * objective_base_rate(size):.2g}")
         why = f"2e-4 (7e9 / parameters)^0.41, {objective.rate_share:g} of it for {objective.name}"
@@ -213,10 +206,8 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
 
 
 def stale_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
-    """Yield a sentence for alpha and the learning rate if the recipe has them, but an option would change them.
-
-    The recipe.yaml of a run has all values, so they do not follow a changed rank or model.
-    """
+    """Yield a sentence for alpha and the learning rate if the recipe sets them, but an option would change them."""
+    # The recipe.yaml of a run has all values, so they do not follow a changed rank or model.
     recipe, choices = resolved.recipe, resolved.choices
     open_alpha = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"alpha": None})})
     rule_values = {"lora.alpha": alpha_of(open_alpha)}
@@ -241,28 +232,14 @@ def alpha_of(recipe: Recipe) -> float:
 
 
 def rate_factor(scale: float, batch: int, ratio: float = 1.0) -> float:
-    """Return the factor on the rate for another `adapter_scale`, rows per step, or LoRA+ ratio than the rule's.
-
-    The best rates were measured at ranks 4 to 128, scales 1 to 8, 2 to 32 rows, and a ratio of 16
-    (docs/learning_rate.md). With one alpha for all ranks the rate is the same, as "LoRA Without Regret" (Schulman and
-    Thinking Machines, 2025) found for larger models.
-    """
+    """Return the factor on the rate for another `adapter_scale`, rows per step, or LoRA+ ratio than the rule's."""
+    # Measured at ranks 4 to 128, scales 1 to 8, 2 to 32 rows, and a ratio of 16 (docs/learning_rate.md). With one alpha
+    # for all ranks the rate is the same, as in "LoRA Without Regret" (Schulman and Thinking Machines, 2025).
     rows = min(max(batch, ROWS_RANGE[0]), ROWS_RANGE[1])
     return float((REFERENCE_SCALE / max(scale, MIN_SCALE)) ** 0.5 * (rows / REFERENCE_ROWS) ** 0.2 / ratio**0.5)
 
 
-def _differences(recipe: Recipe, scale: float) -> str:
-    batch = recipe.train.batch_size
-    parts = {
-        f"alpha {alpha_of(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": scale != REFERENCE_SCALE,
-        f"batches of {batch}": batch != REFERENCE_ROWS,
-        "LoRA+": recipe.train.lora_plus_ratio != 1,
-    }
-    return ", ".join(name for name, differs in parts.items() if differs)
-
-
 def rule_evidence(parameters: int) -> str:
-    """Return whether the rule was measured at a model of this size."""
     smallest, largest = MEASURED_PARAMETERS
     if parameters >= PUBLISHED_PARAMETERS:
         return "as published for 7B and more"

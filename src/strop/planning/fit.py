@@ -62,17 +62,13 @@ class MemoryBudget:
 
 
 def fit(resolved: Resolved, budget: MemoryBudget) -> Resolved:
-    """Choose the open options that decide memory."""
     for decide in (_lower_dtype, _quantize, _shrink_micro_batch, _grow_micro_batch, _apply_last_resorts):
         resolved = resolved.decide(decide(resolved, budget))
     return _fastest_micro_batch(resolved, budget)
 
 
 def fit_devices(resolved: Resolved, budget: MemoryBudget) -> Resolved:
-    """Choose the open options for several devices: the whole base on each if it fits, otherwise a share on each.
-
-    Raises RecipeError for a sharded base with an option that needs the whole base.
-    """
+    """Choose the open options for several devices: the whole base on each if it fits, otherwise a share on each."""
     field, placement, blocker = "model.placement", resolved.recipe.model.placement, _why_not_sharded(resolved.recipe)
     if placement == "sharded" and blocker:
         raise RecipeError(f"--{field} sharded: not with {blocker}", fix="leave one of them out")
@@ -103,11 +99,8 @@ def smaller_scheme(recipe: Recipe) -> str:
 
 
 def _fastest_micro_batch(resolved: Resolved, budget: MemoryBudget) -> Resolved:
-    """Lower `train.micro_batch_tokens` on a CPU if the predicted time per token, on the longest rows, falls.
-
-    A smaller micro-batch leaves memory to recompute fewer layers or to dequantize more of them once, but has the same
-    constant cost per layer.
-    """
+    """Lower `train.micro_batch_tokens` on a CPU if the predicted time per token, on the longest rows, falls."""
+    # A smaller micro-batch leaves memory for recomputing fewer layers or dequantizing more of them once.
     best, field = _fill_memory(resolved, budget), "train.micro_batch_tokens"
     size, smallest = resolved.recipe.train.micro_batch_tokens, max(MIN_LENGTH, resolved.recipe.data.max_length)
     if budget.rate_of is None or size is None or resolved.choices[field].origin != "plan":
@@ -172,7 +165,6 @@ def _quantize(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
 
 
 def _may_quantize(resolved: Resolved) -> bool:
-    """Return whether the plan decides about quantization."""
     recipe = resolved.recipe
     default = resolved.choices["model.quantization"].origin == "default"
     return recipe.model.quantization == "auto" or (recipe.preset == "auto" and default and recipe.model.adapter is None)
@@ -223,7 +215,6 @@ def _grow_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
 
 
 def _max_checkpointed(recipe: Recipe, budget: MemoryBudget) -> int:
-    """Return the most layers that the plan may checkpoint."""
     setting = recipe.train.gradient_checkpointing
     if setting in ("auto", "on", "offload"):
         return budget.shape.layers
@@ -231,10 +222,7 @@ def _max_checkpointed(recipe: Recipe, budget: MemoryBudget) -> int:
 
 
 def _apply_last_resorts(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
-    """Offload, or use an 8-bit optimizer and then shorter rows, if nothing else fits and these options are unset.
-
-    Return no choice if all of them together do not fit.
-    """
+    """Offload, or use an 8-bit optimizer and then shorter rows, where unset; no choice if all of them do not fit."""
     recipe, layers = resolved.recipe, _max_checkpointed(resolved.recipe, budget)
     needed = budget.needed(recipe, checkpointed_layers=layers)
     if needed <= budget.usable:

@@ -32,10 +32,6 @@ class DeviceSpec:
     bf16: bool = True
 
     @property
-    def memory_bytes(self) -> int:
-        return int(self.memory_gb * (1 << 30))
-
-    @property
     def rate(self) -> Rate:
         source = f"data sheet of {self.name}" if self.kind != UNKNOWN.kind else f"a guess: {self.name}"
         return Rate(self.tflops * 1e12, self.bandwidth_gbs * 1e9, source, peak=True)
@@ -129,9 +125,7 @@ def find_spec(name: str) -> DeviceSpec:
     by_name = {_normalized(spec.name): spec for spec in SPECS}
     if normalized_name in by_name:
         return by_name[normalized_name]
-    longer = [
-        spec for normalized, spec in by_name.items() if normalized_name and normalized.startswith(normalized_name)
-    ]
+    longer = [spec for key, spec in by_name.items() if normalized_name and key.startswith(normalized_name)]
     if longer:
         return min(longer, key=lambda spec: (len(spec.name), spec.memory_gb))
     matched = match_driver_name(name)
@@ -140,16 +134,13 @@ def find_spec(name: str) -> DeviceSpec:
     near = difflib.get_close_matches(normalized_name, by_name, n=1, cutoff=0.5)
     hint = f" (did you mean {by_name[near[0]].name}?)" if near else ""
     known = ", ".join(spec.name for spec in SPECS)
-    raise RecipeError(
-        f"--gpu {name}: not in the table{hint}", fix=f"choose one of {known}; or give --memory and --device"
-    )
+    fix = f"choose one of {known}; or give --memory and --device"
+    raise RecipeError(f"--gpu {name}: not in the table{hint}", fix=fix)
 
 
 def match_driver_name(name: str) -> DeviceSpec | None:
-    """Return the GPU of a driver's name ("NVIDIA A100-SXM4-80GB, 81920 MiB"), or None if it is not in the table.
-
-    Every word of the table's name must be in the driver's name. Words such as Ti, Super and Laptop must be in both.
-    """
+    """Return the GPU of a driver's name ("NVIDIA A100-SXM4-80GB, 81920 MiB"), or None if it is not in the table."""
+    # Every word of the table's name must be in the driver's name. Words such as Ti, Super and Laptop must be in both.
     words = set(re.findall(r"[a-z0-9]+", name.partition(",")[0].lower()))
     table = {spec: set(spec.name.lower().replace(" sxm", "").split()) for spec in SPECS if spec.device == "cuda"}
     matching = [spec for spec, names in table.items() if names <= words and not (_VARIANTS & words) - names]
@@ -163,8 +154,6 @@ def _normalized(name: str) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """The machine and device that a plan is for."""
-
     machine: Machine  # facts of the machine, with the memory that counts
     device: str  # device for a recipe that leaves it open
     dtype: tuple[str, str]  # (name, reason) of the compute dtype for a recipe that leaves it open
@@ -172,7 +161,6 @@ class Target:
 
 
 def target_for(device: str, memory: int | None = None, gpu: str | None = None) -> Target:
-    """Return the target of a plan."""
     machine = probe()
     if gpu is not None:
         return _target_of_spec(machine, find_spec(gpu), memory)
@@ -200,7 +188,7 @@ def target_for(device: str, memory: int | None = None, gpu: str | None = None) -
 
 
 def _target_of_spec(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: tuple[str, ...] = ()) -> Target:
-    size = memory or spec.memory_bytes
+    size = memory or int(spec.memory_gb * (1 << 30))
     dtype = ("bf16", "the GPU computes in bf16") if spec.bf16 else ("fp32", "the GPU has no fast bf16")
     if spec.device != "cuda":
         machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())

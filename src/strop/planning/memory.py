@@ -1,10 +1,8 @@
-"""Peak memory of every phase of a run and of the commands after it, by part. Imports no torch and reads no weights.
+"""Peak memory of every phase of a run and of the commands after it, by part. Imports no torch and reads no weights."""
 
-Each term has a cause that was measured alone; docs/plan.md has the measurements and the errors of the sums. On a CPU,
-memory is resident memory of the process above its value before the model loads. On CUDA, it is what the GPU must have,
-its context included. Evaluating, merging, exporting and serving read the base first, so their peak is the larger of
-`load_phase` and their own.
-"""
+# Each term has a cause that was measured alone; docs/plan.md has the measurements and the errors of the sums. On a CPU,
+# memory is the process's resident memory above its value before the model loads; on CUDA, all that the GPU must have,
+# its context included. Commands after training read the base first: their peak is at least `load_phase`.
 
 from __future__ import annotations
 
@@ -140,7 +138,6 @@ def dense_weights(workload: Workload) -> int:
 
 
 def packed_weights(workload: Workload) -> int:
-    """Return the number of base weights stored quantized."""
     return workload.base.parameters - dense_weights(workload)
 
 
@@ -150,11 +147,8 @@ def weight_bytes(workload: Workload) -> int:
 
 
 def constant_bytes(workload: Workload) -> int:
-    """Return bytes of the quantization constants.
-
-    4 bit: one constant per block of 64, in fp32, or with double quantization in 8 bit with one fp32 constant for 256 of
-    them, which makes 4.127 bits per weight (QLoRA, arXiv:2305.14314, section 3). int8: one fp32 constant per row.
-    """
+    # 4 bit: an fp32 constant per block of 64; double: 8 bit with one fp32 constant for 256 of them, 4.127 bits per
+    # weight in all (QLoRA, arXiv:2305.14314, section 3). int8: one fp32 constant per row.
     packed, base, shape = packed_weights(workload), workload.base, workload.shape
     if not packed:
         return 0
@@ -164,16 +158,15 @@ def constant_bytes(workload: Workload) -> int:
     return int(blocks + 4 * blocks / NESTED if base.double_quantization else 4 * blocks)
 
 
-def optimizer_bytes(workload: Workload) -> int:
-    return int(STATE_BYTES[workload.compute.optimizer] * workload.adapter_weights)
-
-
 def workspace_bytes(workload: Workload) -> int:
     """Return bytes of the largest dequantized weight, gathered shards, 8-bit integer copies, and small scratch."""
     compute = workload.compute
     scratch = 32 * MIB if compute.device != "cpu" else SCRATCH_BYTES if compute.step == "plain" else 0
-    dequantized = _largest_dequantized(workload) if workload.dequantizes else 0
-    return scratch + dequantized + gathered_bytes(workload) + integer_bytes(workload)
+    dequantized, gathered = _largest_dequantized(workload) if workload.dequantizes else 0, 0
+    if workload.base.shards > 1:  # gathered at once: two layers, or a layer and the embedding or head
+        layer = base_layer_bytes(workload)
+        gathered = layer + max(layer, compute.dtype_bytes * workload.shape.embedding)
+    return scratch + dequantized + gathered + integer_bytes(workload)
 
 
 def integer_bytes(workload: Workload) -> int:
@@ -186,16 +179,7 @@ def integer_bytes(workload: Workload) -> int:
     return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
 
 
-def gathered_bytes(workload: Workload) -> int:
-    """Return bytes of a sharded base that are gathered at once: two layers, or a layer and the embedding or head."""
-    if workload.base.shards == 1:
-        return 0
-    layer = base_layer_bytes(workload)
-    return layer + max(layer, workload.compute.dtype_bytes * workload.shape.embedding)
-
-
 def base_layer_bytes(workload: Workload) -> int:
-    """Return bytes of one decoder layer's weights and quantization constants."""
     outside = workload.compute.dtype_bytes * workload.shape.embedding * (1 if workload.shape.tied else 2)
     return (weight_bytes(workload) + constant_bytes(workload) - outside) // workload.shape.layers
 
@@ -227,7 +211,7 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
         "weights": weight_bytes(workload) // workload.base.shards,
         "quantization_constants": constant_bytes(workload) // workload.base.shards,
         "adapters": 4 * workload.adapter_weights,
-        "optimizer": optimizer_bytes(workload) if trained else 0,
+        "optimizer": int(STATE_BYTES[workload.compute.optimizer] * workload.adapter_weights) if trained else 0,
         "workspace": workspace_bytes(workload),
         "mapped_files": _mapped_copies(workload),
         "framework": framework_bytes(workload),
@@ -235,11 +219,9 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 
 
 def _mapped_copies(workload: Workload) -> int:
-    """Return bytes of mapped weight files whose weights were copied, on a CPU in 16 bit.
-
-    The fast step joins weights on the same input, transformers joins experts that a file stores one by one, and an
-    embedding with new tokens is copied. Pages stay mapped while any other weight of the file is in use.
-    """
+    """Return bytes of mapped weight files whose weights were copied, on a CPU in 16 bit."""
+    # The fast step joins weights on the same input, transformers joins experts stored one by one, and an embedding with
+    # new tokens is copied. Pages stay mapped while any other weight of the file is in use.
     shape, compute, base = workload.shape, workload.compute, workload.base
     if compute.device != "cpu" or base.scheme != "none" or compute.dtype_bytes != 2 or base.shards > 1:
         return 0  # a share of a sharded base is read into its own memory
@@ -251,11 +233,9 @@ def _mapped_copies(workload: Workload) -> int:
 
 
 def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
-    """Return the peak of training from the second step on; the first step has no optimizer state yet.
-
-    Gradients (fp32) grow while activations are freed. On a GPU they count at the peak only if an earlier micro-batch of
-    the step has left some. On a CPU they are small blocks, whose memory the C library keeps from step to step.
-    """
+    """Return the peak of training from the second step on; the first step has no optimizer state yet."""
+    # fp32 gradients grow while activations are freed: on a GPU they count at the peak only if an earlier micro-batch
+    # has left some. On a CPU they are small blocks, whose memory the C library keeps from step to step.
     adapter, compute = workload.adapter, workload.compute
     parts = constant_parts(workload, trained=True)
     trainable = 4 * workload.adapter_weights
@@ -265,21 +245,15 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
         # Each layer that saves activations keeps the adapter in the compute dtype for its backward pass.
         share = 1 - compute.checkpointed_layers / workload.shape.layers if compute.dtype_bytes < 4 else 0.5
         parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.extra_weights) * share)
-    gradients_at_peak = trainable if batch.accumulates or compute.device == "cpu" else 0
-    moments = [
-        (peak_live_bytes(workload, batch), gradients_at_peak),
-        (LiveBytes(), trainable),
-    ]  # the second: the optimizer step
+    gradients_at_peak = trainable if batch.more or compute.device == "cpu" else 0
+    moments = [(peak_live_bytes(workload, batch), gradients_at_peak), (LiveBytes(), trainable)]  # and the optimizer's
     live, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
     return phase_of({**parts, "gradients": gradients, **vars(live)})
 
 
 def load_phase(workload: Workload) -> Phase:
-    """Return the peak of reading the base.
-
-    On a CPU, 16-bit weights stay in their mapped files; for fp32 they are copied, and the files' pages count until the
-    last copy. A quantized base is read tensor by tensor. Each device reads its share of a sharded base.
-    """
+    """Return the peak of reading the base (a device's share of a sharded one; a quantized one tensor by tensor)."""
+    # On a CPU, 16-bit weights stay in their mapped files; fp32 copies count next to the files' pages.
     constant = constant_parts(workload, trained=False)
     compute = workload.compute
     copied = compute.device == "cpu" and workload.base.scheme == "none" and compute.dtype_bytes != 2
@@ -292,7 +266,6 @@ def load_phase(workload: Workload) -> Phase:
 
 
 def phase_of(parts: Mapping[str, int]) -> Phase:
-    """Return the phase with these parts, in the order of PARTS."""
     return Phase({name: int(parts.get(name, 0)) for name in PARTS})
 
 
@@ -321,15 +294,13 @@ def rollout_phase(workload: Workload, rollouts: RolloutLoad) -> Phase:
     """Return the peak of sampling before a step: as serving as many as are sampled at once, plus the optimizer."""
     context, rows = rollouts.prompt + rollouts.answer, min(rollouts.completions, MAX_SEQUENCES)
     parts = serve_phase(workload, context, completions=rows).parts
-    return phase_of({**parts, "optimizer": optimizer_bytes(workload)})
+    return phase_of({**parts, "optimizer": constant_parts(workload, trained=True)["optimizer"]})
 
 
 def merge_phase(workload: Workload, longest: int) -> Phase:
     """Return the peak of merging, on a CPU: two models are measured in turn, on rows of `longest` tokens."""
-    shape = workload.shape
-    weights, head = parity_model_bytes(
-        workload.base.parameters, shape.vocabulary, shape.hidden, shape.tied, longest=longest
-    )
+    sizes = workload.shape.vocabulary, workload.shape.hidden, workload.shape.tied
+    weights, head = parity_model_bytes(workload.base.parameters, *sizes, longest=longest)
     return phase_of({
         "weights": weights,
         "adapters": 4 * workload.adapter_weights,
@@ -342,21 +313,17 @@ def merge_phase(workload: Workload, longest: int) -> Phase:
 def parity_model_bytes(
     parameters: int, vocabulary: int, hidden: int, tied: bool, *, dtype_bytes: int = 2, longest: int = 1024
 ) -> tuple[int, int]:
-    """Return bytes of (weights, head) of a model that converts weights of `dtype_bytes` to fp32 for each matmul.
-
-    The embedding is in fp32 too, an untied head is the largest converted weight, and a row has a matrix of logits.
-    """
+    """Return bytes of (weights, head) of a model that converts weights of `dtype_bytes` to fp32 for each matmul."""
+    # The embedding is in fp32 too, an untied head is the largest converted weight, and a row has a matrix of logits.
     embedding = 4 * vocabulary * hidden
     head = (0 if tied else embedding) + 4 * vocabulary * longest + PARITY_BYTES
     return dtype_bytes * parameters + embedding, head
 
 
 def export_phase(workload: Workload, longest: int, kind: str = "q8_0") -> Phase:
-    """Return the peak of writing a GGUF file of this type, without a measurement by llama.cpp.
-
-    Tensors are written one by one: the largest as stored, in fp32, and as written. An adapter trained on quantized
-    weights is first measured on both possible bases, on rows of `longest` tokens.
-    """
+    """Return the peak of writing a GGUF file of this type, without a measurement by llama.cpp."""
+    # Tensors are written one by one: the largest as stored, in fp32, and as written. An adapter trained on quantized
+    # weights is first measured on both possible bases, on rows of `longest` tokens.
     largest = max(workload.shape.embedding, *(x.inputs * x.outputs for x in workload.shape.linears))
     written = phase_of({
         "adapters": 4 * workload.adapter_weights,
@@ -377,7 +344,6 @@ def _has_decoder(workload: Workload) -> bool:
 
 
 def position_bytes(workload: Workload) -> int:
-    """Return bytes of one position in the KV cache."""
     shape = workload.shape
     width = -(-shape.head_size // LANES) * LANES
     return 2 * shape.layers * shape.key_value_heads * width * workload.compute.dtype_bytes
@@ -391,10 +357,13 @@ def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Ph
         live = _prompt_bytes(workload, MicroBatch.rows([context]))
         return phase_of({**constant, "saved_activations": cache, "live_layer": live})
     constants = 4 * packed_weights(workload) // BLOCK if workload.base.scheme in ("nf4", "fp4") else 0
+    b, ranked = workload.compute.dtype_bytes, workload.ranked_linears()
+    # The decoder's copy of the adapter, next to peft's: A in the compute dtype, B in fp32.
+    adapter = shape.layers * sum(rank * (b * x.inputs + 4 * x.total_outputs) for x, rank in ranked)
     return phase_of({
         **constant,
         "quantization_constants": constant["quantization_constants"] + constants,
-        "adapters": constant["adapters"] + _decoder_adapter_bytes(workload),
+        "adapters": constant["adapters"] + adapter,
         "mapped_files": 0,
         "workspace": SCRATCH_BYTES,
         "saved_activations": positions * position_bytes(workload),
@@ -411,14 +380,6 @@ def _screening_head_bytes(workload: Workload) -> int:
     head = workload.compute.dtype_bytes * shape.vocabulary * shape.hidden
     read = weight_bytes(workload) - (0 if shape.tied else head)
     return 0 if shape.softcap or head <= SCREENED_SHARE * read else shape.vocabulary * (shape.hidden + 8)
-
-
-def _decoder_adapter_bytes(workload: Workload) -> int:
-    """Return bytes of the decoder's copy of the adapter, next to peft's: A in the compute dtype, B in fp32."""
-    b = workload.compute.dtype_bytes
-    return workload.shape.layers * sum(
-        rank * (b * x.inputs + 4 * x.total_outputs) for x, rank in workload.ranked_linears()
-    )
 
 
 def _pass_bytes(workload: Workload, rows: int) -> int:

@@ -43,10 +43,8 @@ def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[
 
 
 def row_sizes(recipe: Recipe) -> Rows:
-    """Return the size of each row, if the rows and the model's tokenizer are on this machine.
-
-    For pairs, each answer counts. For prompts, each sampled answer counts at its longest length.
-    """
+    """Return the size of each row, if the rows and the model's tokenizer are on this machine."""
+    # For pairs, each answer counts. For prompts, each sampled answer counts at its longest length.
     sizes = Rows()
     source = _tokenizer_source(recipe)
     if isinstance(source, str):
@@ -93,8 +91,8 @@ def _shared_prefix(prefix: Any, ids: Any) -> Any:
 
 
 def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None = None) -> MicroBatch:
-    """Return the micro-batch of a recipe that needs the most memory: rows of the maximum length (or `longest` tokens)
-    and a shorter one, or rows that are short enough to keep attention probabilities for the backward pass."""
+    """Return the micro-batch that needs the most memory."""
+    # Rows of the maximum length (or `longest` tokens) and a shorter one, or rows short enough to keep probabilities.
     limit = recipe.data.max_length + max_completion_tokens(recipe.train)
     longest = min(longest or limit, limit)
     candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, MAX_SAVED_KEYS)})]
@@ -111,15 +109,12 @@ def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
         lengths = [length] * answers * min(budget // (length * answers), train.batch_size)
         rest = (budget - sum(lengths)) // answers
         lengths += [rest] * answers if len(lengths) < answers_per_step and rest > 1 else []
-    return MicroBatch.rows(lengths, accumulates=len(lengths) < answers_per_step)
+    return MicroBatch.rows(lengths, more=len(lengths) < answers_per_step)
 
 
 def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
-    """Return a typical micro-batch, of rows of the mean length, from which the run's time is predicted.
-
-    rows: (tokens, supervised tokens) of each answer. Unknown rows count as rows of the maximum length with every token
-    supervised. A prefix that all rows share is computed once.
-    """
+    """Return a typical micro-batch, of rows of the mean length, from which the run's time is predicted."""
+    # rows: (tokens, supervised tokens) of each answer; unknown rows have the maximum length, all tokens supervised.
     prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
     answers = sequences_per_row(recipe.train)
     if not rows:
@@ -130,9 +125,8 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
     number = answers * min(number, train.batch_size, len(rows) // answers)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    batch = MicroBatch.rows(
-        [mean] * number, share=share, accumulates=number < min(answers * train.batch_size, len(rows))
-    )
+    more = number < min(answers * train.batch_size, len(rows))
+    batch = MicroBatch.rows([mean] * number, share=share, more=more)
     return _with_shared_prefix(batch, [mean] * number, prefix)
 
 
@@ -156,12 +150,12 @@ def _cut(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: b
     return [_micro_batch([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
 
 
-def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, accumulates: bool) -> MicroBatch:
+def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
     lengths, supervised = [tokens for tokens, _ in rows], sum(count for _, count in rows)
     if not packed:
-        batch = MicroBatch.rows([max(lengths)] * len(rows), accumulates=accumulates)
+        batch = MicroBatch.rows([max(lengths)] * len(rows), more=more)
         return replace(batch, supervised=supervised, shared=sum(lengths) - batch.tokens)
-    batch = MicroBatch.rows(lengths, accumulates=accumulates)
+    batch = MicroBatch.rows(lengths, more=more)
     return _with_shared_prefix(replace(batch, supervised=supervised), lengths, prefix)
 
 

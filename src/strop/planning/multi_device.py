@@ -1,13 +1,10 @@
-"""Training on several devices: bytes sent per step, seconds of communication on each link, tokens/s.
+"""Training on several devices: bytes sent per step, seconds of communication on each link, tokens/s."""
 
-A step all-reduces status flags (four bytes per device, twice, with gloo), and then one fp32 buffer with all gradients
-and the loss (gloo between CPU processes, NCCL between GPUs). LoRA gradients are a few megabytes, so communication does
-not overlap with computation. With `train.exact`, the buffers of the ranks' micro-batches are broadcast one after the
-other and summed in a fixed order.
-
-Each layer of a sharded base is gathered before it is computed, forward and backward, once per micro-batch: much more
-than the gradients. The next layer is gathered while one computes, so only the time beyond the computation counts.
-"""
+# A step all-reduces status flags (four bytes per device, twice, with gloo), then one fp32 buffer of all gradients and
+# the loss (gloo between CPU processes, NCCL between GPUs), a few megabytes, so nothing overlaps with computation. With
+# `train.exact`, the buffers of the ranks' micro-batches are broadcast one after the other and summed in a fixed order.
+# A sharded base's layers are gathered for forward and backward of each micro-batch, much more than the gradients. The
+# next layer is gathered while one computes, so only the time beyond the computation counts.
 
 from __future__ import annotations
 
@@ -29,8 +26,6 @@ from strop.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between devices."""
-
     name: str
     bytes_per_s: float  # bandwidth in one direction, from the data sheet
     hop_s: float  # seconds of a small message to the next device
@@ -56,16 +51,13 @@ MIN_MICRO_BATCHES = 8  # minimum number of micro-batches in a step with train.ex
 
 @dataclass(frozen=True)
 class Devices:
-    """Number of devices per node, and number of nodes."""
-
     per_node: int = 1
     nodes: int = 1
 
     def __post_init__(self) -> None:
         if min(self.per_node, self.nodes) < 1:
-            raise RecipeError(
-                f"--devices {self.per_node} --nodes {self.nodes}: must be at least 1", fix="give 1 or more"
-            )
+            what = f"--devices {self.per_node} --nodes {self.nodes}: must be at least 1"
+            raise RecipeError(what, fix="give 1 or more")
 
     @property
     def count(self) -> int:
@@ -89,8 +81,6 @@ class LinkTime:
 
 @dataclass(frozen=True)
 class MultiDevicePlan:
-    """A run on several devices."""
-
     devices: Devices
     sent_bytes: int  # bytes that each device sends per step
     compute_s: float  # seconds of computation per step, on the busiest device
@@ -110,10 +100,7 @@ class MultiDevicePlan:
 
 
 def target_share(target: Target, devices: Devices, *, local: bool) -> Target:
-    """Return one device's share of a target: processes on a CPU share its cores, memory and bandwidth.
-
-    local: the target is this machine, which is refused if it has fewer devices.
-    """
+    """Return one device's share of a target: processes on a CPU share its cores, memory and bandwidth."""
     if devices.count == 1:
         return target
     kind, machine = target.device.partition(":")[0], target.machine
@@ -143,11 +130,9 @@ def _rate_share(rate: Rate, processes: int) -> Rate:
 def plan_devices(
     recipe: Recipe, workload: Workload, rate: Rate, devices: Devices, rows: Sequence[tuple[int, int]] = ()
 ) -> MultiDevicePlan:
-    """Predict the communication and speed of a run on several devices.
-
-    A step takes as long as its busiest device, which has the batch's rows divided by the devices, rounded up (for rows
-    of one length; rows of different lengths are assigned by their tokens). rate: of one device.
-    """
+    """Predict the communication and speed of a run on several devices. rate: of one device."""
+    # A step takes as long as its busiest device: the batch's rows divided by the devices, rounded up (rows of one
+    # length; rows of different lengths are assigned by their tokens).
     train, answers = recipe.train, sequences_per_row(recipe.train)
     busiest_rows = -(-train.batch_size // devices.count)  # rows of the busiest device
     if exact := train.exact and devices.count > 1:
@@ -161,7 +146,9 @@ def plan_devices(
         busiest_rows = min(train.batch_size, -(-micro_batches // devices.count) * at_once // answers)
     compute = step_seconds(workload, batch, busiest_rows * answers / at_once, rate)
     tokens = (batch.tokens + batch.shared) / at_once * train.batch_size * answers
-    size, buffers = gradient_bytes(workload, devices), _exact_buffers(micro_batches, devices) if exact else 0
+    size = gradient_bytes(workload, devices)
+    assigned = assign_contiguous([1.0] * micro_batches, devices.count) if exact else ()
+    buffers = sum(len(nodes_to_send(micro_batches, own)) for own in assigned)  # broadcasts of ranks' partial sums
     sent = buffers * size if buffers else ring_bytes(size, devices.count)
     sent += FLAG_SUMS * ring_bytes(FLAG_BYTES * devices.count, devices.count)
     passes = -(-busiest_rows * answers // at_once) if workload.base.shards > 1 else 0
@@ -185,18 +172,12 @@ def gradient_bytes(workload: Workload, devices: Devices) -> int:
 
 
 def ring_bytes(size: int, count: int) -> int:
-    """Return bytes that each of `count` devices sends to sum `size` bytes in a ring: 2 (n - 1) / n of them.
-
-    Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms", JPDC 69(2), 2009.
-    """
+    """Return bytes that each device sends to sum `size` bytes in a ring (Patarasu and Yuan, JPDC 69(2), 2009)."""
     return round(2 * (count - 1) / count * size)
 
 
 def ring_seconds(size: int, devices: Devices, link: Link) -> float:
-    """Return the seconds of a ring all-reduce: 2 (n - 1) sequential steps, each a hop and an n-th of the bytes.
-
-    With several nodes, 2 (nodes - 1) hops of the longest path are over the network.
-    """
+    """Return the seconds of a ring all-reduce: 2 (n - 1) sequential steps, each a hop and an n-th of the bytes."""
     steps = 2 * (devices.count - 1)
     across = 2 * (devices.nodes - 1)
     hops = across * link.hop_s + (steps - across) * (link.node_hop_s or link.hop_s)
@@ -204,11 +185,8 @@ def ring_seconds(size: int, devices: Devices, link: Link) -> float:
 
 
 def tree_seconds(size: int, devices: Devices, link: Link) -> float:
-    """Return the seconds of NCCL's double binary tree: fewer hops than a ring, and twice the bytes over a link.
-
-    Sanders, Speck and Traeff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan", Parallel
-    Computing 35(12), 2009.
-    """
+    """Return the seconds of NCCL's double binary tree: fewer hops than a ring, and twice the bytes over a link."""
+    # Sanders, Speck and Traeff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan", 2009.
     inside = 2 * (devices.per_node - 1) * (link.node_hop_s or link.hop_s)
     across = 2 * math.ceil(math.log2(devices.nodes)) * link.hop_s
     return link.start_s + inside + across + 2 * size / link.bytes_per_s
@@ -241,13 +219,6 @@ def gather_seconds(workload: Workload, devices: Devices, link: Link) -> float:
     return hops + gather_bytes(workload) * (devices.count - 1) / devices.count / link.bytes_per_s
 
 
-def _exact_buffers(micro_batches: int, devices: Devices) -> int:
-    """Return the number of buffers broadcast in a step with `train.exact`: each rank's partial sums."""
-    return sum(
-        len(nodes_to_send(micro_batches, own)) for own in assign_contiguous([1.0] * micro_batches, devices.count)
-    )
-
-
 def flags_seconds(devices: Devices, link: Link) -> float:
     """Return the seconds to sum the flags, in gloo's ring over TCP, also between GPUs."""
     hop = max(link.hop_s, LOOPBACK.hop_s)
@@ -273,10 +244,8 @@ def _notes(recipe: Recipe, workload: Workload, devices: Devices) -> tuple[str, .
         note = f"every device has 1/{workload.base.shards} of the base; {gather_bytes(workload) / 1e6:,.0f} MB of it "
         note += "are gathered for each micro-batch: larger micro-batches, if they fit, are faster"
     elif workload.compute.device == "cpu":
-        note = (
-            f"the processes share one machine's cores and memory: {devices.per_node} copies of the base on each node, "
-        )
-        note += "and no more cores than one process would have"
+        note = f"the processes share one machine's cores and memory: {devices.per_node} copies of the base on each "
+        note += "node, and no more cores than one process would have"
     idle = devices.count - recipe.train.batch_size
     if idle <= 0:
         return (note,)

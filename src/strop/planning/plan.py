@@ -1,7 +1,4 @@
-"""`strop plan`: facts about the model, whether a recipe fits a machine, how long it takes, and what to change.
-
-Imports no torch, except for models of unknown families.
-"""
+"""`strop plan`: model facts, fit, time and what to change. Imports no torch, except for models of unknown families."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from strop.models.adapter_config import expand_adapter_config, read_adapter_conf
 from strop.models.families.shape import (
     LinearKind,
     ModelInfo,
-    ModelShape,
     embedding_kind,
     linear_kinds_from_headers,
     read_model_info,
@@ -60,7 +56,7 @@ class Plan:
     tokens_per_s: float
     seconds: float | None  # predicted time of the run; None if its number of rows is unknown
     rate: Rate
-    data: dict[str, Any]  # facts about the rows
+    data: dict[str, Any]  # number of rows, tokens of the longest, and what is wrong with them or why they are unknown
     largest: dict[str, int]  # the longest row, and the most tokens at once, that fit
     disk_bytes: int
     ladder: list[Rung]  # changes with which the plan fits; empty if it fits
@@ -99,29 +95,25 @@ def make_plan(
     devices: Devices = SINGLE_DEVICE,
     thorough: bool = True,
 ) -> Plan:
-    """Plan a run.
-
-    target: with several devices, one device's part. adapter: adapter_config.json of the adapter to start from.
-    thorough: also find the largest rows that fit and the changes with which the plan fits, which takes longer than
-    everything else.
-    """
+    """Plan a run. thorough: also find the largest rows that fit and changes that fit, which takes the longest."""
     machine, shape = target.machine, model.shape
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
     recipe = resolved.recipe
     workload = Workload.from_recipe(
         recipe, shape, parameters=model.parameters, threads=machine.cores, devices=devices.count
     )
-    data = _data_facts(rows, shape)
-    if not workload.shares_prefix:
+    lengths = [tokens for tokens, _ in rows]
+    longest, beyond = max(lengths, default=None), shape.count_too_long(lengths)
+    unknown, refused = rows.unknown or None, rows.refused or None
+    if workload.family.mixer is not None:  # the fast step then computes the prefix of each row
         rows = Rows(rows)  # without the shared prefix
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
-    batch = largest_micro_batch(recipe, workload, max((tokens for tokens, _ in rows), default=None))
+    batch = largest_micro_batch(recipe, workload, longest)
     usual, rate = usual_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
     evaluation = EvaluationLoad.of(rows, recipe.data.max_length)
-    run_phases = phases(
-        workload, batch, evaluation, budget.usable, RolloutLoad.of(recipe, prompt), dtype=target.dtype[0]
-    )
+    rollouts = RolloutLoad.of(recipe, prompt)
+    run_phases = phases(workload, batch, evaluation, budget.usable, rollouts, dtype=target.dtype[0])
     needed = max(run_phases[name].needed_bytes for name in ("load", "draw", "train") if name in run_phases)
     fits = needed <= budget.usable
     multi_device = plan_devices(recipe, workload, rate, devices, rows)
@@ -144,7 +136,7 @@ def make_plan(
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
         seconds=_run_seconds(recipe, workload, usual, rate, rows, multi_device, steps),
         rate=rate,
-        data=data,
+        data={"rows": len(rows) or None, "longest": longest, "unknown": unknown, "refused": refused, "beyond": beyond},
         largest=_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
         ladder=[] if fits or not thorough else list_rungs(recipe, budget, rate),
@@ -162,10 +154,7 @@ def _run_seconds(
     multi_device: MultiDevicePlan,
     steps: Sequence[Sequence[MicroBatch]],
 ) -> float | None:
-    """Return the seconds of the run, over the slowest link, or None if the number of steps is unknown.
-
-    With known rows they are extrapolated from the first steps, otherwise from typical micro-batches.
-    """
+    """Return the seconds of the run, over the slowest link, or None if the number of steps is unknown."""
     train, rows = recipe.train, len(sizes) // sequences_per_row(recipe.train)
     if not rows and train.max_steps is None:
         return None
@@ -185,18 +174,6 @@ def _run_seconds(
     return stream.total_steps * step
 
 
-def _data_facts(sizes: Rows, shape: ModelShape) -> dict[str, Any]:
-    """Return the number of rows, the longest one's tokens, and what is wrong with the rows or why they are unknown."""
-    lengths = [tokens for tokens, _ in sizes]
-    return {
-        "rows": len(sizes) or None,
-        "longest": max(lengths, default=None),
-        "unknown": sizes.unknown or None,
-        "refused": sizes.refused or None,
-        "beyond": shape.count_too_long(lengths),
-    }
-
-
 def _largest(recipe: Recipe, budget: MemoryBudget, positions: int) -> dict[str, int]:
     """Return the longest row that fits in a context of `positions`, and the most tokens of rows of this length."""
 
@@ -207,14 +184,11 @@ def _largest(recipe: Recipe, budget: MemoryBudget, positions: int) -> dict[str, 
 
     length = recipe.data.max_length
     rows = _largest_fitting(lambda rows: fits(rows * length, length), MAX_TOKENS // length)
-    return {
-        "max_length": _largest_fitting(lambda tokens: fits(tokens, tokens), min(positions, MAX_TOKENS)),
-        "micro_batch_tokens": length * rows,
-    }
+    longest = _largest_fitting(lambda tokens: fits(tokens, tokens), min(positions, MAX_TOKENS))
+    return {"max_length": longest, "micro_batch_tokens": length * rows}
 
 
 def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number up to the limit that fits, by bisection."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -223,8 +197,7 @@ def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
-    """Return bytes on disk: checkpoints (those kept, the best, one being written), the adapter, and copies of the base
-    that is quantized or converted from a GGUF file."""
+    """Return bytes on disk: checkpoints (kept, best, one being written), adapter, and quantized or converted base."""
     trained = workload.adapter_weights
     resident = workload.replace(resident_layers=0)
     quantized = workload.base.scheme != "none" and workload.shape.prequantized is None
@@ -238,16 +211,12 @@ def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
     """Return what the plan does without to fit, among the options that it chose itself."""
     layers, choices, base, compute = workload.shape.layers, resolved.choices, workload.base, workload.compute
     train, data = resolved.recipe.train, resolved.recipe.data
-    streamed, recomputed = layers - base.resident_layers, compute.checkpointed_layers
+    packed, recomputed = layers - base.resident_layers, compute.checkpointed_layers
     inputs = ", with their inputs in host memory" if compute.offload else ""
     shrunk = "would not fit" in choices["train.micro_batch_tokens"].why
     sentences = (
         ("model.quantization", base.scheme != "none", f"the base is stored in {base.scheme}"),
-        (
-            "model.resident_layers",
-            workload.dequantizes,
-            f"{streamed} of {layers} layers are dequantized for each matmul",
-        ),
+        ("model.resident_layers", workload.dequantizes, f"{packed} of {layers} layers are dequantized for each matmul"),
         ("train.gradient_checkpointing", recomputed, f"{recomputed} of {layers} layers are recomputed{inputs}"),
         ("train.optimizer", compute.optimizer == "adamw_8bit", "the optimizer's moments are in 8 bit"),
         ("data.max_length", True, f"rows of at most {data.max_length} tokens; longer ones are split"),
@@ -258,11 +227,9 @@ def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
 
 
 def read_model_facts(recipe: Recipe) -> ModelInfo:
-    """Return the model's sizes, by its config.
-
-    For a family that is not in the table, or modules trained in full, they come from the model itself, built without
-    weights; without torch, from its config and the headers of its weight files.
-    """
+    """Return the model's sizes, by its config."""
+    # An unknown family's, or with modules trained in full, come from the model built without weights, if torch is
+    # there; else from its config and the headers of its weight files.
     facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
     whole_modules = recipe.lora.modules_to_save
     if (facts.shape.known and not whole_modules) or not is_installed("torch"):
@@ -276,12 +243,8 @@ def read_model_facts(recipe: Recipe) -> ModelInfo:
 def _check_weight_files(facts: ModelInfo) -> ModelInfo:
     """Set `refused` if the model's weight files have fewer weights than its config describes, or more layers."""
     folder, shape = Path(facts.name).expanduser(), facts.shape
-    if (
-        facts.config is None
-        or not shape.known
-        or quantization_method(facts.config)
-        or not any(folder.glob("*.safetensors"))
-    ):
+    is_plain = facts.config is not None and shape.known and not quantization_method(facts.config)
+    if not is_plain or not any(folder.glob("*.safetensors")):
         return facts
     names = (name for _, header in read_headers(folder) for name in header)
     layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}

@@ -71,7 +71,6 @@ def print_plan(plan: Plan, out: Console) -> None:
 
 
 def _model_lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield the label and text of the lines on the model and the machine."""
     workload, parameters = plan.workload, plan.workload.base.parameters
     trainable, on_experts = workload.adapter_weights, workload.expert_adapter_weights
     idle = workload.shape.idle_expert_weights
@@ -155,36 +154,22 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
-def _llama(hidden: int, layers: int, heads: int, key_value_heads: int, inner: int, tied: bool) -> dict[str, Any]:
-    return {
-        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads, "intermediate_size": inner, "vocab_size": 128256,
-        "tie_word_embeddings": tied, "head_dim": 64 if hidden == 2048 else 128,
-    }  # fmt: skip
-
-
-def _qwen(hidden: int, layers: int, heads: int, inner: int, tied: bool) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": inner, "vocab_size": 151936,
-        "tie_word_embeddings": tied,
-    }  # fmt: skip
-
-
 # Configs of well-known models, from their config.json files.
-KNOWN = {
-    "SmolLM2-135M": {
-        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
-    "Qwen3-0.6B": _qwen(1024, 28, 16, 3072, True),
-    "Llama-3.2-1B": _llama(2048, 16, 32, 8, 8192, True),
-    "Llama-3.2-3B": _llama(3072, 28, 24, 8, 8192, True),
-    "Qwen3-4B": _qwen(2560, 36, 32, 9728, True),
-    "Llama-3.1-8B": _llama(4096, 32, 32, 8, 14336, False),
-    "Qwen3-14B": _qwen(5120, 40, 40, 17408, False),
-    "Llama-3.1-70B": _llama(8192, 80, 64, 8, 28672, False),
-}  # fmt: skip
+_FIELDS = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+_CONFIGS = {
+    "SmolLM2-135M": ("llama", 576, 30, 9, 3, 64, 1536, 49152, True),
+    "Qwen3-0.6B": ("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, True),
+    "Llama-3.2-1B": ("llama", 2048, 16, 32, 8, 64, 8192, 128256, True),
+    "Llama-3.2-3B": ("llama", 3072, 28, 24, 8, 128, 8192, 128256, True),
+    "Qwen3-4B": ("qwen3", 2560, 36, 32, 8, 128, 9728, 151936, True),
+    "Llama-3.1-8B": ("llama", 4096, 32, 32, 8, 128, 14336, 128256, False),
+    "Qwen3-14B": ("qwen3", 5120, 40, 40, 8, 128, 17408, 151936, False),
+    "Llama-3.1-70B": ("llama", 8192, 80, 64, 8, 128, 28672, 128256, False),
+}
+KNOWN: dict[str, dict[str, Any]] = {name: dict(zip(_FIELDS, values, strict=True)) for name, values in _CONFIGS.items()}
 
 
 @dataclass(frozen=True)
@@ -221,7 +206,6 @@ def compare_methods(
 
 
 def known_models() -> list[tuple[str, ModelShape, int]]:
-    """Return (name, shape, parameters) of well-known models."""
     return [(name, shape := ModelShape.from_config(config), shape.parameters) for name, config in KNOWN.items()]
 
 

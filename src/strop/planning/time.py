@@ -1,8 +1,7 @@
-"""Predicted time of a training step: FLOPs by kind, each at the rate of that kind of matmul, and bytes moved.
+"""Predicted time of a training step: FLOPs by kind, each at the rate of that kind of matmul, and bytes moved."""
 
-Each layer and each micro-batch also has a constant cost. On a CPU, rates and costs are those that `strop doctor` has
-measured (planning.calibrate). A GPU's come from its data sheet.
-"""
+# Each layer and each micro-batch also has a constant cost. On a CPU, rates and costs are those that `strop doctor` has
+# measured (planning.calibrate). A GPU's come from its data sheet.
 
 from __future__ import annotations
 
@@ -41,7 +40,6 @@ GPU_SHARE = 0.45  # of a GPU's dense rate: 43 % at 8B LoRA on an H100 (published
 
 
 def has_bf16(machine: Machine) -> bool:
-    """Return whether the machine's CPU multiplies bf16."""
     return "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
 
 
@@ -94,8 +92,6 @@ class Rate:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one micro-batch, forward and backward."""
-
     frozen: float
     adapters: float
     attention: float
@@ -107,12 +103,10 @@ class Flops:
 
 
 def flops(workload: Workload, batch: MicroBatch) -> Flops:
-    """Count the FLOPs of a micro-batch; exact for the fast step.
-
-    It has no dW for frozen weights, no dX before the first layer, and only supervised rows in the head and after the
-    last layer's attention (the plain step: all rows). A checkpointed layer computes its forward pass twice. DoRA with
-    dropout has one more frozen matmul in the forward pass and two in the backward pass.
-    """
+    """Count the FLOPs of a micro-batch; exact for the fast step."""
+    # It has no dW for frozen weights, no dX before the first layer, and only supervised rows in the head and after the
+    # last attention (plain step: all rows). A checkpointed layer computes its forward pass twice. DoRA with dropout has
+    # one more frozen matmul in the forward pass and two in the backward pass.
     shape, layers, adapter = workload.shape, workload.shape.layers, workload.adapter
     qkv = sum(x.active_weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
     rest = sum(x.active_weights for x in shape.linears) - qkv
@@ -131,9 +125,8 @@ def flops(workload: Workload, batch: MicroBatch) -> Flops:
         attention = (7 + 2 * again) * matmul
     else:
         attention = (6 + 2 * again) * matmul + layers * shape.query_size * long
-    head = (6.0 if adapter.full_head else 4.0) * shape.embedding + 6.0 * adapter.head_rank * (
-        shape.hidden + shape.vocabulary
-    )
+    head = (6.0 if adapter.full_head else 4.0) * shape.embedding
+    head += 6.0 * adapter.head_rank * (shape.hidden + shape.vocabulary)
     return Flops(frozen, adapters, attention, head * batch.supervised)
 
 
@@ -156,7 +149,11 @@ def work_of(workload: Workload, batch: MicroBatch) -> Work:
     again = 1 + FORWARD * compute.checkpointed_layers / shape.layers
     weights = shape.layers * sum(linear.active_weights for linear in shape.linears)
     passes = 2 + compute.checkpointed_layers / shape.layers
-    moved = batch.tokens * shape.layers * (elementwise_bytes(workload) + lora_bytes(workload))
+    # Values per layer and token, forward and backward: of element-wise work, and of LoRA's narrow matmuls, which move
+    # each whole input and output four times.
+    elementwise = 20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size)
+    lora = sum(round(4 * x.active * x.adapter_size) for x, rank in workload.ranked_linears() if rank)
+    moved = batch.tokens * shape.layers * compute.dtype_bytes * (elementwise + lora)
     untiled = max(workload.adapter.ranks, default=0) > TILED_RANK
     weight = compute.dtype_bytes if not compute.int8_matmul else 1 if workload.base.scheme == "int8" else 2
     adapters, thin = (0.0, count.adapters) if untiled else (count.adapters / LORA_SHARE, 0.0)
@@ -204,25 +201,10 @@ def micro_batch_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> fl
 
 
 def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, own_matmul: bool) -> int:
-    """Return the bytes moved to repack the head's weight, for both matmuls of each chunk of rows.
-
-    own_matmul: strop's kernel repacks in the cache, so the weight is only read.
-    """
+    """Return the bytes moved to repack the head's weight, for both matmuls of each chunk of rows."""
+    # strop's kernel (own_matmul) repacks in the cache, so the weight is only read.
     chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * dtype_bytes)))
     return chunks * 2 * (1 if own_matmul else 2) * vocabulary * hidden * dtype_bytes
-
-
-def elementwise_bytes(workload: Workload) -> int:
-    """Return bytes read and written per layer and token by element-wise work, forward and backward."""
-    shape, b = workload.shape, workload.compute.dtype_bytes
-    return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size))
-
-
-def lora_bytes(workload: Workload) -> int:
-    """Return bytes moved per layer and token by LoRA's narrow matmuls: each whole input and output, four times."""
-    return workload.compute.dtype_bytes * sum(
-        round(4 * x.active * x.adapter_size) for x, r in workload.ranked_linears() if r
-    )
 
 
 def step_seconds(workload: Workload, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
@@ -231,7 +213,6 @@ def step_seconds(workload: Workload, batch: MicroBatch, micro_batches: float, ra
 
 
 def steps_seconds(workload: Workload, steps: Sequence[Sequence[MicroBatch]], rate: Rate) -> float:
-    """Return the seconds of all these steps."""
     batches = sum(micro_batch_seconds(workload, batch, rate) for step in steps for batch in step)
     return batches + len(steps) * _update_seconds(workload, rate)
 

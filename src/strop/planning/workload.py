@@ -22,8 +22,6 @@ JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers th
 
 @dataclass(frozen=True, kw_only=True)
 class BaseWeights:
-    """The frozen base model and how it is stored."""
-
     shape: ModelShape
     parameters: int
     scheme: str = "none"  # quantization scheme, or "none"
@@ -34,12 +32,8 @@ class BaseWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterWeights:
-    """The trainable weights."""
-
     ranks: tuple[int, ...] = ()  # LoRA rank on each of `shape.linears`; 0 for a layer without an adapter
-    extra_weights: int = (
-        0  # other trainable weights: modules trained in full, biases, DoRA magnitudes, the head's adapter
-    )
+    extra_weights: int = 0  # others: modules trained in full, biases, DoRA magnitudes, the head's adapter
     head_rank: int = 0  # LoRA rank on the output head; 0 without an adapter
     dropout: bool = False
     dora: bool = False
@@ -51,8 +45,6 @@ class AdapterWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Settings of the computation of a step."""
-
     device: str = "cpu"
     dtype_bytes: int = 2  # bytes per value of the compute dtype
     step: str = "fast"  # fast or plain, as `strop.engine.step` chooses it
@@ -85,6 +77,8 @@ class Workload:
         scheme = model.quantization if model.quantization != "auto" else "none"
         plain = why_plain(recipe, shape) is not None
         bf16_cpu = device == "cpu" and model.dtype == "bf16"
+        # Where layers have different ranks, the mean, rounded up; `_extra_weights` corrects the rounding.
+        ranks = tuple(-(-sum(ranks) // shape.layers) for ranks in layer_ranks)
         head_rank = _rank("lm_head", lora) if "lm_head" in names else 0
         return Workload(
             base=BaseWeights(
@@ -96,8 +90,8 @@ class Workload:
                 shards=devices if model.placement == "sharded" else 1,
             ),
             adapter=AdapterWeights(
-                ranks=_mean_ranks(layer_ranks, shape),
-                extra_weights=_extra_weights(recipe, shape, layer_ranks, head_rank),
+                ranks=ranks,
+                extra_weights=_extra_weights(recipe, shape, ranks, layer_ranks, head_rank),
                 head_rank=head_rank,
                 dropout=lora.dropout > 0,
                 dora=lora.use_dora,
@@ -138,7 +132,6 @@ class Workload:
 
     @property
     def expert_adapter_weights(self) -> int:
-        """Number of trainable weights in adapters of experts."""
         experts = self.shape.expert_linears
         return self.shape.layers * sum(rank * x.adapter_size for x, rank in self.ranked_linears() if x in experts)
 
@@ -170,7 +163,6 @@ class Workload:
 
     @property
     def mlp_linears(self) -> tuple[LinearShape, ...]:
-        """Linear layers of the MLP, experts included."""
         family, experts = self.family, self.shape.expert_linears
         return tuple(x for x in self.shape.linears if x.leaf in (*family.gate_up, family.down) or x in experts)
 
@@ -184,14 +176,8 @@ class Workload:
 
     @property
     def attention_share(self) -> float:
-        """Share of the layers that have attention."""
         keys = self.family.qkv[-1]
         return min(1.0, sum(x.share for x in self.shape.linears if x.leaf == keys)) if self.family.mixer else 1.0
-
-    @property
-    def shares_prefix(self) -> bool:
-        """True if the fast step computes a prefix that rows share only once."""
-        return self.family.mixer is None
 
     @property
     def model_code_share(self) -> float:
@@ -300,23 +286,17 @@ def _rank(path: str, lora: LoraSection) -> int:
     return next((rank for pattern, rank in lora.rank_pattern.items() if matches_pattern(pattern, path)), lora.r)
 
 
-def _mean_ranks(layer_ranks: list[list[int]], shape: ModelShape) -> tuple[int, ...]:
-    """Return the mean rank on each linear, rounded up, where layers have different ranks."""
-    return tuple(-(-sum(ranks) // shape.layers) for ranks in layer_ranks)
-
-
-def _extra_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int]], head_rank: int) -> int:
+def _extra_weights(
+    recipe: Recipe, shape: ModelShape, mean_ranks: tuple[int, ...], layer_ranks: list[list[int]], head_rank: int
+) -> int:
     """Return the number of trainable weights that are not in adapters on `shape.linears`."""
     lora = recipe.lora
     total = _num_trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
-    for x, rank, ranks in zip(shape.linears, _mean_ranks(layer_ranks, shape), layer_ranks, strict=True):
+    for x, rank, ranks in zip(shape.linears, mean_ranks, layer_ranks, strict=True):
         total -= x.adapter_size * (shape.layers * rank - sum(ranks))  # the rounding of the mean rank
+        total += x.total_outputs * sum(map(bool, ranks)) if lora.use_dora else 0
     total += len(lora.new_tokens) * shape.hidden
-    if lora.use_dora:
-        total += sum(
-            x.total_outputs * sum(map(bool, ranks)) for x, ranks in zip(shape.linears, layer_ranks, strict=True)
-        )
-        total += shape.vocabulary if head_rank else 0
+    total += shape.vocabulary if lora.use_dora and head_rank else 0
     total += shape.hidden if recipe.train.objective == "reward" else 0  # the score head
     return total + _num_trained_biases(lora, shape)
 

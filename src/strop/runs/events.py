@@ -1,7 +1,12 @@
 """The events of a run, one JSON object per line. Callbacks, the progress bar and trackers get the same objects.
 
-Every event has `event` (its kind) and `time` (seconds since 1970). Kinds: machine, recipe, data, start, resume,
-override, rehearsal, reference, reference-check, step, eval, save, skip, doubt, rollback, shrink, note, stop, end.
+Every event has `event` (its kind) and `time` (seconds since 1970). The kinds are:
+
+- machine, recipe, data, reference, rehearsal (the dry run): before the first step
+- start, resume, override (a changed setting), stop, end: of the run
+- step, eval, save, reference-check, note
+- skip (a rejected update), doubt (an applied update with an unusual loss), rollback
+- shrink: a setting that was changed after running out of memory
 """
 
 from __future__ import annotations
@@ -13,17 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# `event` (kind), `time` (seconds since 1970), and fields by kind: machine, recipe, data, start, resume, override,
+# rehearsal, reference, reference-check, step, eval, save, skip, doubt, rollback, shrink, note, stop, end
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 
 class EventLog:
-    """Append events to a file and pass each to the listeners.
-
-    Args:
-        path: the file; None for processes other than the main one, which emit nothing.
-        listeners: called with each event.
-    """
+    """Append events to a file and pass each to the listeners. path: None for processes that emit nothing."""
 
     def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
         self._path = path

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,47 +27,23 @@ _DISK_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno
 _CLAIM_FILE, _CLAIM_LOCK = "claim.json", ".claim.lock"
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    path: Path
+    """A run folder, the paths of the files in it, and its checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.lock = path / "lock.json"
+        self.events = path / "events.jsonl"
+        self.adapter = path / "adapter"
+        self.reference = path / "reference.safetensors"  # log-probabilities under the reference model
+        self.report = path / "report.json"
+        self.page = path / "report.html"
+        self.answers = path / "answers.json"  # of base and tuned model in the last evaluation
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock.json"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def reference(self) -> Path:
-        """Log-probabilities under the reference model, for objectives that compare with it."""
-        return self.path / "reference.safetensors"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def page(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def answers(self) -> Path:
-        """The answers of base and tuned model in the last evaluation."""
-        return self.path / "answers.json"
 
     @property
     def holder(self) -> int | None:
@@ -113,10 +88,7 @@ class RunFolder:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Claim the folder for this process. Raises FolderError if another running process has claimed it.
-
-        The file lock belongs to the operating system and ends with the process. claim.json names the process.
-        """
+        """Claim the folder for this process, with a file lock and claim.json. Raises FolderError if it is in use."""
         file, lock = self.path / _CLAIM_FILE, FileLock(self.path / _CLAIM_LOCK, timeout=0)
         try:
             acquired = lock.acquire()
@@ -128,12 +100,8 @@ class RunFolder:
                 raise self._in_use(holder)
             for place in (self.path, self.path / "checkpoints"):
                 _remove_leftovers(place)
-            claim = {
-                "pid": os.getpid(),
-                "started": psutil.Process().create_time(),
-                "folder": str(self.path.resolve()),
-            }
-            write_atomic(file, json.dumps(claim))
+            started, folder = psutil.Process().create_time(), str(self.path.resolve())
+            write_atomic(file, json.dumps({"pid": os.getpid(), "started": started, "folder": folder}))
             try:
                 yield
             finally:
@@ -149,11 +117,7 @@ def is_run(path: Path) -> bool:
 
 
 def create(path: Path) -> RunFolder:
-    """Create an empty run folder and check with a real write that it is writable.
-
-    A folder whose run was killed before it had a recipe and a lock counts as empty. Raises FolderError if the path is a
-    file, is not empty, or cannot be written.
-    """
+    """Create an empty run folder (or use one whose run was killed early), and check that it is writable."""
     if not _VALID_NAME.fullmatch(path.name):
         raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give --out another folder")
     new = "give --out a new folder"
@@ -184,10 +148,7 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert errors of a full, broken or read-only disk to DiskError, in a `with` block.
-
-    The error names `path`, or the file if it is outside of `path` (such as a file in the cache).
-    """
+    """Convert errors of a full, broken or read-only disk to a DiskError that names `path`, or a file outside it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -216,10 +177,7 @@ def open_run(path: Path) -> RunFolder:
 
 
 def _remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files of killed processes from a folder, and restore entries they were about to replace.
-
-    name: clean up only after this entry; default: all.
-    """
+    """Remove temporary files of killed processes (of one entry: `name`), and restore entries they were replacing."""
     for entry in _entries(folder):
         match = re.fullmatch(r"\.?(.+)\.(tmp|old)-\d+", entry.name)
         if match is None or name not in (None, match[1]):
@@ -237,12 +195,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _claim_holder(file: Path) -> int | None:
-    """Return the id of another running process with this claim (same id and start time), or None.
-
-    A claim.json in a copied folder belongs to the original and is ignored.
-    """
+    """Return the id of another running process with this claim (same id and start time), or None."""
     try:
-        claim = json.loads(file.read_text(encoding="utf-8"))
+        claim = json.loads(file.read_text(encoding="utf-8"))  # in a copied folder, it belongs to the original
         if claim.get("folder", str(file.parent.resolve())) != str(file.parent.resolve()):
             return None
         process = psutil.Process(int(claim["pid"]))
@@ -328,10 +283,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def publish(temp: Path, final: Path) -> None:
-    """Flush a finished folder to disk and rename it to `final`, replacing what was there.
-
-    After a power cut, `final` is never incomplete.
-    """
+    """Flush a finished folder to disk and rename it to `final`, which a power cut cannot leave incomplete."""
     for file in temp.rglob("*"):
         if file.is_file():
             apply_umask(file)
@@ -347,10 +299,7 @@ def publish(temp: Path, final: Path) -> None:
 
 
 def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
-    """Build a folder of the cache, or wait while another process builds it.
-
-    A complete folder is never replaced. Leftovers of a killed process are removed.
-    """
+    """Build a folder of the cache unless it is complete, or wait while another process builds it."""
     if not is_complete(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -362,10 +311,7 @@ def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callabl
 
 @contextmanager
 def exclusive_output(out: Path) -> Iterator[None]:
-    """Keep other processes from writing the same output, in a `with` block.
-
-    Raises FolderError if another process is writing it, or it exists.
-    """
+    """Keep other processes from writing the same output. Raises FolderError if one is writing it, or it exists."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(f".{out.name}.lock")
     was_killed = lock.exists()  # a process that ends normally removes its lock

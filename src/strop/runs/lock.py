@@ -69,11 +69,7 @@ class Difference:
 
 
 def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return the differences between two locks that can change a run's numbers.
-
-    Compared are the base, data, template and reward functions, the recipe values, and the major version of each
-    library.
-    """
+    """Return the differences between two locks that can change a run's numbers, such as major versions of libraries."""
     changes = []
     for name in HASHED_PARTS:
         was, now = old.get(name), new.get(name)

@@ -50,7 +50,7 @@ class ServedModel:
         """Return the token ids of a chat with the generation prompt, as in training. Raises ApiError if invalid."""
         if self.renderer.template is None:
             raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
-        if self.renderer.control.is_in(dict(template_options or {})):
+        if self.renderer.control.occurs_in(dict(template_options or {})):
             message = "chat_template_kwargs: a value contains a control token"
             raise ApiError(400, message, param="chat_template_kwargs")
         try:

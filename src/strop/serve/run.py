@@ -63,7 +63,7 @@ def serve(
         "url": address.url, "models": list(loaded.models), "slots": prepared.slots, "context": context,
         "key": address.key is not None, "pid": os.getpid(), "notes": prepared.notes,
     }  # fmt: skip
-    server = Server(app, lambda: ready(about), closing_s=CLOSING_SECONDS)
+    server = Server(app, lambda: ready(about), shutdown_timeout=CLOSING_SECONDS)
     server.run(sockets=[address.socket])
     if engine.failed:
         raise RunError("the engine failed while decoding", fix="see the traceback above, and please report it")

@@ -64,10 +64,12 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
 
 @dataclass(frozen=True)
 class AccessRules:
+    """Checks that requests must pass before routing."""
+
     hosts: Collection[str]  # exact values of the Host header, with port
     key: str | None  # the API key; None if none is needed
     max_body_bytes: int
-    open: Collection[str] = ()  # paths that need no key, because they reveal nothing
+    open: Collection[str] = ()  # paths that need no key
 
 
 class HeaderTimeoutProtocol(H11Protocol):
@@ -242,13 +244,14 @@ def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str
 class Server(uvicorn.Server):
     """uvicorn with a timeout for headers, and without re-raising signals.
 
-    ready: called once the server accepts requests. closing_s: seconds that running requests have after a signal.
+    ready: called once the server accepts requests. shutdown_timeout: seconds that requests have to finish after a
+    signal.
     """
 
-    def __init__(self, app: Any, ready: Callable[[], None], *, closing_s: int) -> None:
+    def __init__(self, app: Any, ready: Callable[[], None], *, shutdown_timeout: int) -> None:
         config = uvicorn.Config(
             app, http=HeaderTimeoutProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=closing_s,
+            server_header=False, proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=shutdown_timeout,
             limit_concurrency=512,
         )  # fmt: skip
         super().__init__(config)

@@ -56,7 +56,7 @@ from strop.serve.server import KEY_VARIABLE, Address
 
 GENERATION_CONFIG = "generation_config.json"
 START_SECONDS = 900.0  # compiling for a GPU takes minutes
-NUM_TEXTS, MAX_TEXT_TOKENS = 12, 256  # compared for each model
+NUM_TEXTS, MAX_TEXT_TOKENS = 12, 256  # of the parity check of each model
 LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # mean |difference| of a token's log-probability, in nats
 
 
@@ -68,13 +68,13 @@ class ParityResult:
     tokens: int
     mean: float  # |difference| of a token's log-probability, in nats
     max: float
-    # the mean between vLLM's tuned model and strop's base model, larger if training changed anything; None for a base
+    # like mean, between vLLM's tuned model and strop's base model: it shows how far training moved; None for a base
     control: float | None
     limit: float
 
     @property
     def passed(self) -> bool:
-        # a control below twice the limit cannot tell the tuned model from the base
+        # below twice the limit, the control does not distinguish the tuned model from the base
         closer_than_base = self.control is None or self.control < 2 * self.limit or self.mean < self.control / 2
         return self.mean <= self.limit and closer_than_base
 
@@ -99,7 +99,7 @@ def serve_vllm(
     """Start vLLM, check its parity, run until a signal arrives, and return the signal's number.
 
     ready: called with the fields of `strop serve --json` when requests are accepted. Raises InputError before anything
-    is loaded, RunError if vLLM does not start, ParityError if its log-probabilities are not those of strop.
+    is loaded, RunError if vLLM does not start, ParityError if its log-probabilities differ from strop's.
     """
     program, ids = find_vllm_python(python), check_names(names)
     folders = [adapter_folder(name) for name in names]
@@ -118,7 +118,7 @@ def serve_vllm(
     vllm = query_vllm(program, architecture, lora=first is not None)
     dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
     max_tokens = min(MAX_TEXT_TOKENS, context - 1)
-    texts = {model: _texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
+    texts = {model: _parity_texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
     references = {model: _reference(name, texts[model]) for model, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
         # the template may end turns with another token than eos, and some models have further stop tokens
@@ -196,8 +196,8 @@ def _checked_rank(folder: Path, source: Source) -> int:
     return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
-def _texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
-    """Return token ids to compare on: of a run its rows, otherwise questions of the general set."""
+def _parity_texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
+    """Return the texts of the parity check: rows of a run, or questions of the general set for other models."""
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
         data_kind = data_kind_of(recipe.train)
@@ -208,9 +208,10 @@ def _texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
 
 
 def _reference(name: str, texts: list[Ids]) -> tuple[list[list[float]], list[list[float]] | None]:
-    """Return the log-probabilities of the texts' tokens (but the first) for the tuned model and for its base, or None.
+    """Return the log-probabilities of the texts' tokens (but the first) under the tuned model and under its base.
 
-    In fp32 on unquantized weights, which vLLM has too. On the CPU, because the GPU's memory is for vLLM.
+    The base is None for a model without an adapter. Computed in fp32 on unquantized weights, as vLLM also loads them,
+    and on the CPU, because vLLM needs the GPU's memory.
     """
     model = load(name, device="cpu", dtype="fp32", quantization="none")
     tuned = [_logprobs(model.module, ids) for ids in texts]

@@ -154,13 +154,13 @@ class PreferenceCriterion(Criterion):
         with torch.no_grad():
             rewards = [reward.detach() for reward in result.rewards]
             nats = [] if self.objective.scored else [answer.mean.detach() for answer in answers]
-            changes = [answer.change_per_token.detach() for answer in answers] if self.objective.reference else []
+            changes = [answer.log_ratio_per_token.detach() for answer in answers] if self.objective.reference else []
             if len(answers) == 2:
                 figures: Figures = {"accuracy": (rewards[0] > rewards[1]).double(), "margin": rewards[0] - rewards[1]}
                 sides = {"chosen": 0, "rejected": 1}
                 masks = {name: torch.ones_like(desirable) for name in sides}
             else:
-                figures = {"accuracy": ((answers[0].change.detach() > divergence) == desirable).double()}
+                figures = {"accuracy": ((answers[0].log_ratio.detach() > divergence) == desirable).double()}
                 figures["kl"] = torch.full_like(rewards[0], divergence)
                 sides = {"desirable": 0, "undesirable": 0}
                 masks = {"desirable": desirable, "undesirable": ~desirable}

@@ -1,7 +1,7 @@
-"""Try the model on the run's rows before the first step: memory of the largest micro-batch, int8 accuracy, causality.
+"""Checks on the run's rows before the first step: memory of the largest micro-batch, int8 accuracy, causality.
 
-A run that would run out of memory in its second hour does so in its first minute. Nothing tried here changes the
-results: gradients are dropped and the random generators restored.
+A run that would run out of memory after two hours does so in its first minute. The checks do not change the results:
+gradients are dropped and the random generators are restored.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ from strop.training.state import Job, batch_stream, random_states, set_random_st
 
 LOG = logging.getLogger(__name__)
 
-MAX_STEPS = 20_000  # that the largest micro-batch is searched in
-MAX_ROWS = 50_000  # the same if an epoch is shorter, because later epochs have the same rows in another order
-MAX_PACKED = 32  # micro-batches that are packed to predict their memory exactly, the largest by row lengths
-SAFE_SHARE = 0.5  # of the usable memory: no prediction was ever off by a factor of two
+MAX_STEPS = 20_000  # steps in which the largest micro-batch is searched
+MAX_ROWS = 50_000  # rows in which it is searched if an epoch is shorter: later epochs combine the same rows differently
+MAX_PACKED = 32  # micro-batches, the largest by row lengths, that are packed to predict their memory exactly
+SAFE_SHARE = 0.5  # share of the usable memory below which there is no dry run: no prediction was off by a factor of 2
 
-INT8_TOKENS = 512  # of the rows that int8 matmuls are compared on
-INT8_MAX_LOSS_ERROR, INT8_MAX_GRADIENT_ERROR = 1e-3, 0.02  # relative; of the gradient by its norm
+INT8_TOKENS = 512  # tokens of the rows on which int8 matmuls are compared with fp32
+INT8_MAX_LOSS_ERROR, INT8_MAX_GRADIENT_ERROR = 1e-3, 0.02  # relative; for the gradient, of its norm
 
-CAUSAL_TOKENS = 32  # of the row that is tried; tokens of its second half are changed, then those of its first quarter
-CAUSAL_MAX_CHANGE = 5e-3  # nats: median change of log-probabilities by tokens that come later
-CAUSAL_MAX_SHARE = 0.15  # the same as a share of the change by earlier tokens
+CAUSAL_TOKENS = 32  # length of the test row; its second half is changed, then its first quarter
+CAUSAL_MAX_CHANGE = 5e-3  # nats: allowed median change of log-probabilities when later tokens change
+CAUSAL_MAX_SHARE = 0.15  # the same, relative to the change when earlier tokens change
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """items: the micro-batch that needs most memory. phases: of the run, with that micro-batch.
+    """Predicted memory of a run.
 
+    items, batch: the micro-batch that needs most memory. phases: memory of the run's phases with this micro-batch.
     error_bytes: measured minus predicted bytes of the dry run; None without one.
     """
 
@@ -70,9 +71,9 @@ class Forecast:
         return max(phase.peak_bytes - (phase.parts["framework"] if has_context else 0) for phase in used)
 
     def dry_run_bytes(self, device: str) -> int:
-        """Predict it after the dry run: without optimizer state and what earlier micro-batches leave."""
+        """Predict PeakTracker.peak_bytes after the dry run, without optimizer state and accumulated gradients."""
         step = self.phases["train"]
-        later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.accumulates else 0)
+        later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.more else 0)
         context = step.parts["framework"] if device.startswith("cuda") else 0
         return max(self.phases["load"].peak_bytes, step.peak_bytes - later) - context
 
@@ -86,7 +87,7 @@ class Forecast:
 
 
 def watch_memory(job: Job, machine: Machine) -> int:
-    """Return the memory that the run may use, in bytes. On a CPU, make the step raise an error beyond its limit."""
+    """Return the memory that the run may use, in bytes. On a CPU, also make the step raise an error above the limit."""
     device = str(job.recipe.model.device)
     if device == "cpu":  # CUDA reports out of memory by itself
         free = probe().free_bytes // job.devices.local_world_size
@@ -94,62 +95,64 @@ def watch_memory(job: Job, machine: Machine) -> int:
     return usable_bytes(machine, device)
 
 
-def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
+def forecast(job: Job, workload: Workload, usable: int) -> Forecast:
     """Predict the run's memory from its rows: their micro-batches, shared prefixes and supervised tokens."""
-    setting = setting.replace(step=job.step.name)
+    workload = workload.replace(step=job.step.name)
     if job.state.progress.recompute:
-        setting = setting.replace(checkpointed_layers=setting.shape.layers)
+        workload = workload.replace(checkpointed_layers=workload.shape.layers)
     if job.state.progress.offload:
-        setting = setting.replace(offload=True)
+        workload = workload.replace(offload=True)
     if job.state.progress.streamed:
-        setting = setting.replace(resident_layers=0)
+        workload = workload.replace(resident_layers=0)
     candidates = [
-        (items, describe_batch(job, items, accumulates, setting.compute.attention_tiles))
-        for items, accumulates in _largest_batches(job, setting)
+        (items, describe_batch(job, items, more, workload.compute.attention_tiles))
+        for items, more in _largest_batches(job, workload)
     ]
-    items, batch = max(candidates, key=lambda pair: peak_live_bytes(setting, pair[1]).total)
+    items, batch = max(candidates, key=lambda pair: peak_live_bytes(workload, pair[1]).total)
     dtype = _decode_dtype(job.recipe.model.device)
-    return Forecast(items, batch, phases(setting, batch, _evaluation(job), usable, _sampling(job), dtype=dtype))
+    return Forecast(
+        items, batch, phases(workload, batch, _evaluation_load(job), usable, _rollout_load(job), dtype=dtype)
+    )
 
 
 def _decode_dtype(device: str) -> str:
-    """Return the dtype that decoding uses. On a CPU whose precision is unknown it is guessed, not measured."""
+    """Return the dtype that decoding uses. On a CPU that was not measured, it depends on the instruction set."""
     if device != "cpu":
         return pick_dtype(device)[0]
     known = load_precision(probe(), torch.get_num_threads())
     return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
-def _evaluation(job: Job) -> EvaluationLoad:
+def _evaluation_load(job: Job) -> EvaluationLoad:
     rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
     examples = (example for row in rows for example in row.examples)
     return EvaluationLoad.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
 
 
-def _sampling(job: Job) -> RolloutLoad | None:
+def _rollout_load(job: Job) -> RolloutLoad | None:
     if not max_completion_tokens(job.recipe.train):
         return None
     return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
 
 
-def describe_batch(job: Job, items: Sequence[Item], accumulates: bool, tiles: bool) -> MicroBatch:
+def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
     """Return the sizes of a micro-batch as the step computes it: packed with shared prefixes, or padded."""
     examples = [example for item in items for example in item.examples]
     supervised = sum(example.supervised for example in examples)
     if not job.step.packed:
         longest = max(len(example) for example in examples)
-        return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), accumulates)
+        return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
     pack_examples = pack if isinstance(items[0], Example) else pack_separately
     packed = pack_examples(examples, prefix_sharing=job.step.prefix_sharing, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
     num_outputs = len(examples) if is_scored(job.criterion) else len(packed.label_rows)
-    return MicroBatch(len(packed.ids), num_outputs, documents, accumulates)
+    return MicroBatch(len(packed.ids), num_outputs, documents, more)
 
 
-def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
-    """Return the micro-batches that need most by their rows' lengths, and whether others share their step.
+def _largest_batches(job: Job, workload: Workload) -> list[tuple[list[Item], bool]]:
+    """Return the largest micro-batches by row lengths, each with whether its step has other micro-batches.
 
-    What a shared prefix saves is known only after packing.
+    The savings of shared prefixes are known only after packing.
     """
     sizes: list[tuple[int, tuple[int, ...], bool]] = []
     stream = batch_stream(job.recipe, len(job.train))
@@ -158,21 +161,19 @@ def _largest_batches(job: Job, setting: Workload) -> list[tuple[list[Item], bool
         items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:
-            chosen, accumulates = [items[row] for row in group], len(groups) > 1
+            chosen, more = [items[row] for row in group], len(groups) > 1
             lengths = [len(example) for item in chosen for example in item.examples]
-            batch = MicroBatch.rows(
-                lengths if job.step.packed else [max(lengths)] * len(lengths), accumulates=accumulates
-            )
+            batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
             batch = replace(batch, supervised=sum(item.supervised for item in chosen))
-            sizes.append((peak_live_bytes(setting, batch).total, tuple(step.rows[row] for row in group), accumulates))
+            sizes.append((peak_live_bytes(workload, batch).total, tuple(step.rows[row] for row in group), more))
     largest = heapq.nlargest(MAX_PACKED, sizes)
-    return [([job.criterion.longest(job.train[row]) for row in rows], accumulates) for _, rows, accumulates in largest]
+    return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
 def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTracker) -> Forecast:
     """Run forward and backward of the largest micro-batch, and return the forecast with the measured error.
 
-    Skipped if the forecast fits easily. Micro-batches shrink as they would in a step. Raises MemoryLimitError if no
+    Skipped if the forecast fits easily. Micro-batches are reduced as in a training step. Raises MemoryLimitError if no
     reduction is left.
     """
     apply_memory_settings(job)
@@ -202,7 +203,7 @@ def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTra
     set_random_states(random, device)
     measured = memory.peak_bytes()
     job.log.emit("rehearsal", done=True, measured_bytes=measured, **fields)
-    if _memory_options(job) != options:  # the prediction was for other options
+    if _memory_options(job) != options:  # the prediction was made for the previous options
         return expected
     return replace(expected, error_bytes=measured - expected.dry_run_bytes(memory.device))
 
@@ -215,7 +216,7 @@ def _memory_options(job: Job) -> tuple[int, bool, bool, bool]:
 def check_int8(job: Job, items: Sequence[Item]) -> None:
     """Compare loss and gradient with int8 matmuls to those in fp32, on the shortest of these rows.
 
-    Raises RunError if they differ too much, or if the plain step trains the model.
+    Raises RunError if they differ too much, or if the model needs the plain step.
     """
     if job.step.name == "plain":
         what = f"train.int8_matmul: the plain step does not support it: {job.step.why}"
@@ -223,10 +224,10 @@ def check_int8(job: Job, items: Sequence[Item]) -> None:
     rows = _shortest(items)
     with job.devices.all_or_none():
         loss, gradient = _loss_and_gradient(job, job.step, rows)
-        true_loss, true_gradient = _loss_and_gradient(job, step_for(job.model), rows)
-        loss_error = abs(loss - true_loss) / max(abs(true_loss), 1e-12)
+        reference_loss, reference_gradient = _loss_and_gradient(job, step_for(job.model), rows)
+        loss_error = abs(loss - reference_loss) / max(abs(reference_loss), 1e-12)
         norm = torch.linalg.vector_norm
-        gradient_error = float(norm(gradient - true_gradient) / norm(true_gradient))
+        gradient_error = float(norm(gradient - reference_gradient) / norm(reference_gradient))
         errors = f"relative error {loss_error:.1e} of the loss and {gradient_error:.1e} of the gradient against fp32"
         if not (loss_error <= INT8_MAX_LOSS_ERROR and gradient_error <= INT8_MAX_GRADIENT_ERROR):  # true for NaN
             limits = f"{INT8_MAX_LOSS_ERROR:.0e} and {INT8_MAX_GRADIENT_ERROR:.0e}"

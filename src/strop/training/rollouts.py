@@ -1,7 +1,8 @@
 """Policy objectives in training: sample a group of completions per prompt before each step, and reward them.
 
 A completion depends only on the weights, the seed, the step, the row and its number in the group, so that a resumed run
-samples what an unbroken one would have. Completions come from strop's decoder, or from vLLM in a separate process.
+samples the same completions as an uninterrupted one. Completions come from strop's decoder, or from vLLM in a separate
+process.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from strop.runs.events import EventLog
 from strop.training.criteria import BLOCK, Criterion, Figures, Split, mean_interval
 from strop.training.state import temporary_values
 
-LOGGED_CHARACTERS = 400  # of a completion in an event
+LOGGED_CHARACTERS = 400  # of a completion that are logged
 VLLM_GPU_SHARE = 0.3  # of the GPU's memory, for vLLM's copy of the base and its cache
 VLLM_MAX_SEQUENCES = 256
 OPTION = "--train.vllm_python"
-WITHOUT_VLLM = "leave --train.vllm_python out, and strop's engine samples"
+WITHOUT_VLLM = "leave --train.vllm_python out to sample with strop's engine"
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
@@ -54,9 +55,9 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 class PolicyCriterion(Criterion):
     """Trains a policy objective (GRPO) on completions that the model samples.
 
-    model: the policy. tokenizer, stop_ids: decode completions, and end them. weights: the trained parameters.
-    start: their values at the start of training, which make the reference; empty if there is no reference.
-    sampler: replaces strop's engine.
+    model: the policy. tokenizer, stop_ids: to decode completions, and the tokens that end them. weights: the trained
+    parameters. start: their values in the reference model, those at the start of training; empty without a reference.
+    sampler: used instead of strop's decoder.
     """
 
     objective: PolicyLoss
@@ -84,7 +85,7 @@ class PolicyCriterion(Criterion):
         return int(require(self.options.group))
 
     def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
-        """Sample a group of completions for each prompt of step `index`, reward them, and compute their reference."""
+        """Sample completions for each prompt of step `index`, and compute rewards and reference log-probabilities."""
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
         seeds = [[self._sample_seed(index, prompt.row, number) for number in range(self._group_size)]
                  for prompt in prompts]  # fmt: skip
@@ -100,7 +101,7 @@ class PolicyCriterion(Criterion):
         return [*self._with_reference(step, groups, split)] if self.options.beta else [*groups]
 
     def longest(self, item: Item) -> Item:
-        """Return a prompt's group with different completions, all at the length limit."""
+        """Return the largest possible group of a prompt: different completions, all at the length limit."""
         prompt = item.examples[0]
         completions = [
             SampledCompletion(np.full(self._max_tokens, number + 1, np.int32), np.zeros(self._max_tokens), True)
@@ -215,7 +216,7 @@ class PolicyCriterion(Criterion):
 
 
 def disable_model_dropout(model: nn.Module) -> None:
-    """Set the base model's dropout to 0, with which log-probabilities would differ from those at sampling."""
+    """Set the base model's dropout to 0, so that log-probabilities are those at sampling."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -247,7 +248,7 @@ def _group_figures(groups: Sequence[RolloutGroup], like: Tensor) -> Figures:
 
 
 def check_vllm(recipe: Recipe) -> None:
-    """Raise RecipeError if the recipe names vLLM without sampling, or with a quantized base; ModelError if vLLM does
+    """Raise RecipeError if the recipe uses vLLM without rollouts or with a quantized base, and ModelError if vLLM does
     not support the adapter."""
     python, lora = recipe.train.vllm_python, recipe.lora
     if python is None:
@@ -267,8 +268,8 @@ def check_vllm(recipe: Recipe) -> None:
 class VllmSampler:
     """Samples like engine.decode.generate.sample_completions, in a vLLM process.
 
-    A seed does not fully determine a completion, because vLLM's sums depend on what is computed in the same batch. A
-    resumed run may therefore sample others.
+    A seed does not fully determine a completion, because vLLM's results depend on the other requests in a batch. A
+    resumed run may therefore sample other completions.
     """
 
     process: subprocess.Popen[str]
@@ -303,16 +304,16 @@ def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Itera
     train, weights = recipe.train, weights_folder(source)
     python = find_vllm_python(train.vllm_python, OPTION)
     config, longest = read_config(weights), recipe.data.max_length + max_completion_tokens(train)
-    facts = query_vllm(python, config["architectures"][0], lora=True)
+    vllm_info = query_vllm(python, config["architectures"][0], lora=True)
     arguments: dict[str, Any] = {
         "model": str(weights), "skip_tokenizer_init": True, "dtype": DTYPE_NAMES[recipe.model.dtype],
         "max_model_len": min(longest, int(config.get("max_position_embeddings", longest))),
         "max_num_seqs": min(VLLM_MAX_SEQUENCES, train.batch_size * sequences_per_row(train)),
-        "enforce_eager": not facts["cuda"], "seed": recipe.seed, "disable_log_stats": True,
+        "enforce_eager": not vllm_info["cuda"], "seed": recipe.seed, "disable_log_stats": True,
         "enable_lora": True, "max_loras": 1, "max_cpu_loras": 1,
         "max_lora_rank": max_lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT_VLLM),
     }  # fmt: skip
-    arguments |= {"gpu_memory_utilization": VLLM_GPU_SHARE} if facts["cuda"] else {}
+    arguments |= {"gpu_memory_utilization": VLLM_GPU_SHARE} if vllm_info["cuda"] else {}
     environment = {**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryFile("w+") as log:
         command, pipe = [python, "-c", WORKER.read_text("utf-8")], subprocess.PIPE

@@ -1,21 +1,84 @@
-"""`strop export`: write files for llama.cpp and Ollama."""
+"""Commands for adapters and models: adapters, merge, export, export-script and push."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import AdapterName, Data, Json, NoParity
+from strop.cli.options import AdapterName, Data, Json, NoParity, parse_numbers
 from strop.cli.progress import status_line
-from strop.cli.tables import console, print_base, print_json, print_notes, print_parity
+from strop.cli.tables import console, print_adapters, print_base, print_fields, print_json, print_notes, print_parity
 from strop.engine.kernels import warmup
+from strop.errors import RecipeError
 
 if TYPE_CHECKING:
     from strop.exporting.gguf import Exported
+
+
+def adapters(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER|ADAPTER...]", help="A folder to list (default: runs), or one or two adapters to show."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a weighted sum of the adapters to this folder.")] = None,
+    weights: Annotated[str, typer.Option(help="Weights of the sum, one per adapter, such as 0.7,0.3.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List adapters, show one, compare two, or write a weighted sum of several."""
+    names = names or ["runs"]
+    if weights and out is None:
+        raise RecipeError("--weights: has no effect without --out", fix="give --out")
+    if out is None and len(names) > 2:
+        raise RecipeError(f"{len(names)} adapters: only two can be compared", fix="add them with --out and --weights")
+    result: dict[str, Any]
+    with status_line("loading the libraries") as status:
+        from strop.exporting import adapters as exporting
+
+        status.update("reading the adapters")
+        if out is not None:
+            combined = exporting.combine(names, parse_numbers(weights), out)
+            result = {**combined, "notes": exporting.find_prompt_differences(names)}
+        elif len(names) == 2:
+            result = exporting.compare(*names)
+        elif exporting.is_adapter(names[0]):
+            result = {**exporting.read_info(names[0]), "norm": exporting.compute_norm(names[0])}
+            result["not_measured"] = exporting.why_not_measured(names[0])
+        else:
+            result = {"adapters": exporting.find_adapters(Path(names[0]))}
+    if out is not None:
+        print_notes(result["notes"])
+        console.print(f"[bold]wrote[/]    {escape(str(result['folder']))}: rank {result['rank']}")
+    elif "adapters" in result:
+        print_adapters(result["adapters"])
+    else:
+        print_fields(result)
+    print_json(result, as_json)
+
+
+def merge(
+    run: AdapterName,
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    data: Data = None,
+    no_parity: NoParity = False,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base, and compare the merged model with the tuned one."""
+    with status_line("loading the libraries") as status:
+        warmup.load(warmup.DECODE)
+        merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
+    print_base(merged.base, merged.base_losses)
+    print_parity(merged.parity)
+    console.print(f"[bold]merged[/]   {escape(str(merged.out))}")
+    print_json(merged.as_json(), as_json)
+
 
 Type = Annotated[
     str | None,
@@ -70,12 +133,56 @@ def ollama(
 
 def _print_exported(exported: Exported) -> None:
     print_base(exported.base, exported.base_losses)
-    found = exported.found
-    if found is None or found.parity is None:
+    check = exported.check
+    if check is None or check.parity is None:
         console.print(f"[bold]parity[/]   {escape(str(exported.unmeasured))}", style="yellow")
         return
-    print_parity(found.parity)
+    print_parity(check.parity)
     console.print(
-        f"[bold]text[/]     {found.strings} of 200 strings tokenized identically, {found.conversations} prompts equal; "
-        f"{found.answers_equal} of {found.answers} greedy answers equal, {found.answers_stopped} stopped"
+        f"[bold]text[/]     {check.strings} of 200 strings tokenized identically, {check.conversations} prompts equal; "
+        f"{check.answers_equal} of {check.answers} greedy answers equal, {check.answers_stopped} stopped"
     )
+
+
+def export_script(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: train.py, rows.jsonl, tokenizer/.")],
+    as_json: Json = False,
+) -> None:
+    """Write a run as a plain transformers and peft script that trains the same way without strop."""
+    with status_line("loading the libraries"):
+        from strop.exporting.script import export_script as write
+
+        written = write(run, out)
+    rows = "rendered by the script with the chat template" if written.encoded else "stored as tokens"
+    console.print(
+        f"[bold]wrote[/]    {escape(str(written.out))}: {', '.join(written.files)}; {written.rows} rows, {rows}"
+    )
+    print_notes(written.notes)
+    console.print(f"next     python {shlex.quote(str(written.out))}/train.py", markup=False)
+    print_json(written.as_json(), as_json)
+
+
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="Run, adapter folder, or merged model.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository; created if it does not exist.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Hub id of the base, if it was trained from a folder or a file.", metavar="OWNER/NAME"),
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload an adapter or a merged model with its model card to the Hugging Face Hub, private by default."""
+    with status_line("loading the libraries") as status:
+        pushed = api.push(run, repo, public=public, base=base, message=message, progress=status.print)
+    for file in pushed.left_out:
+        console.print(f"not sent {file}", markup=False)
+    for file in pushed.removed:
+        console.print(f"removed  {file}, left by an earlier push", markup=False)
+    console.print(
+        f"[bold]pushed[/]   {pushed.url} ({'private' if pushed.private else 'public'}): {len(pushed.files)} files, "
+        f"{pushed.size_bytes / 1e6:.1f} MB, each verified against the Hub's copy"
+    )
+    print_json(pushed.as_json(), as_json)

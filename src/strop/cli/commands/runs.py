@@ -1,4 +1,4 @@
-"""`strop runs`: list the runs in a folder, or delete one."""
+"""Commands for folders of runs: runs and dash."""
 
 from __future__ import annotations
 
@@ -74,10 +74,7 @@ def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
 
 
 def _summarize(run: RunFolder) -> dict[str, Any]:
-    """Return the figures of a run; values that a damaged file lacks are None.
-
-    loss: of the last evaluation while training, else of the last step. score: of the newest `strop eval`.
-    """
+    """Return the figures of a run; None where a damaged file lacks them. score: of the newest `strop eval`."""
     report, recipe = run.read_report(), _read_yaml(run.recipe)
     rows, metric = _get(recipe, "data", "train"), _get(report, "evaluation", "metric")
     steps, loss = _number(_get(report, "steps")), _number(_get(report, "eval_loss"))
@@ -125,3 +122,26 @@ def _format_time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def dash(
+    folder: Annotated[Path, typer.Argument(help="Folder that contains run folders.")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8800,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Additional host name that browsers may use; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs in a browser: view, compare, start, stop and export them."""
+    from strop.dash.app import dash as run_server
+    from strop.serve.server import exit_code
+
+    def ready(about: dict[str, Any]) -> None:
+        console.print(f"[bold]page[/]     {about['url']}", soft_wrap=True)
+        console.print("the address contains the access key: keep it secret  (Ctrl-C stops the page; runs continue)")
+        print_json(about, as_json)
+
+    ended = run_server(folder, host=host, port=port, more_hosts=allow_host or [], ready=ready)
+    console.print("[bold]stopped[/]")
+    raise typer.Exit(exit_code(ended))

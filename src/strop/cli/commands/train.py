@@ -1,17 +1,18 @@
-"""`strop train`: train a recipe."""
+"""Commands that train: train, resume and demo."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from strop import api
 from strop.cli.options import Devices, Json, Memory, RecipeFile
-from strop.cli.progress import console_for, is_main_process, run_progress
-from strop.cli.tables import print_json, print_run_summary
+from strop.cli.progress import console_for, generation_progress, is_main_process, run_progress
+from strop.cli.tables import command_name, console, print_json, print_run_summary, print_samples, print_scores
 from strop.engine.kernels import warmup
 
 
@@ -54,3 +55,72 @@ def train(
         run = api.train(recipe, callback=progress, memory=memory, resume_existing=resume_existing, **(options or {}))
     if main:
         print_run_summary(run.report, as_json)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What may differ from the start of the run: lr, schedule, base, data, template, versions, or a field."
+        ),
+    ] = None,
+    devices: Devices = None,
+    memory: Memory = None,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Resume a run from its newest complete checkpoint; recipe flags change values that --allow-changed names."""
+    from strop.config.load import read_resolved
+    from strop.distributed.launch import count_processes, launch_processes
+    from strop.runs.folder import open_run
+
+    folder = open_run(run)
+    if number := count_processes(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
+        launch_processes(number, sys.argv[1:])
+        return
+    main, finished = is_main_process(), folder.finished
+    with run_progress(console_for(main)) as progress:
+        warmup.load(warmup.TRAIN if main else None)
+        report = api.resume(
+            run, callback=progress, allow_changed=allow_changed or (), memory=memory, **(options or {})
+        ).report
+    if main:
+        if finished:
+            console.print(f"{run} is finished; nothing to resume", markup=False)
+        print_run_summary(report, as_json)
+
+
+METRIC = "exact_json"
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/demo-N.")] = None, as_json: Json = False
+) -> None:
+    """Fine-tune a small real model on this CPU in minutes, and compare it with its base."""
+    from strop.demo import data_files
+    from strop.runs.folder import next_numbered
+
+    rows, held_out = data_files()
+    folder = out or next_numbered(Path("runs"), "demo")
+    with run_progress() as progress:
+        warmup.load()
+        run = api.train(model="demo", data=rows, out=folder, callback=progress)
+    console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
+    with generation_progress() as advance:
+        result = api.evaluate(folder, held_out, metric=METRIC, progress=advance)
+    print_scores(result)
+    samples = result["samples"]
+    print_samples(samples[:: max(1, len(samples) // 3)][:3])  # spread over the rows
+    console.print(
+        f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json"
+    )
+    strop = command_name()
+    console.print(
+        f"\ntalk to it:\n  {strop} chat {folder}\n"
+        "now with your own data:\n"
+        f"  {strop} check --model demo --data YOURS.jsonl --show 3\n"
+        f"  {strop} train --model demo --data YOURS.jsonl --out {folder.parent}/mine",
+        markup=False,
+    )
+    print_json(result, as_json)

@@ -20,11 +20,11 @@ from strop.errors import DataError, Where
 # RFC 8259 without extensions: no NaN, no duplicate keys, no lone surrogates. Python's parser accepts all three; the
 # hooks below cost little, because its C scanner calls them.
 
-BLANK = " \t\r\n"  # white space of JSON; str.strip() without argument also removes U+2028 and U+001C
+BLANK = " \t\r\n"  # JSON's whitespace; str.strip() without argument also removes U+2028 and U+001C
 
 
 class JsonError(ValueError):
-    """Raised for invalid JSON. code: a key of READING_REASONS. pos: offset in the text; None: somewhere in it."""
+    """Raised for invalid JSON. code: a key of READING_REASONS. pos: offset in the text, None if unknown."""
 
     def __init__(self, code: str, what: str, pos: int | None = None) -> None:
         super().__init__(what)
@@ -36,7 +36,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
         duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise JsonError("duplicate-key", f"the key {duplicate[:40]!r} is twice in one object")
+        raise JsonError("duplicate-key", f"the key {duplicate[:40]!r} is duplicated in one object")
     return value
 
 
@@ -95,10 +95,10 @@ def loads(text: str) -> Any:
 
 def json_rows(name: str, path: str, encoding: str, columns: Mapping[str, str], bad: list[RowError]) -> Iterator[Row]:
     """Yield the rows of a JSON file. Invalid rows go to `bad`. Raises DataError for a file that is not JSON."""
-    known = {*COLUMN_NAMES, *columns.values()}
+    known_columns = {*COLUMN_NAMES, *columns.values()}
     top = islice((text for _, text in decoded_lines(name, path, encoding, []) if text.strip(BLANK)), 2)
-    if _is_document(list(top), path, known):
-        yield from _document_rows(name, read_text(path, encoding), known, bad)
+    if _is_document(list(top), path, known_columns):
+        yield from _document_rows(name, read_text(path, encoding), known_columns, bad)
         return
     for number, text in decoded_lines(name, path, encoding, bad):
         line = text.strip(BLANK)
@@ -141,7 +141,7 @@ def _row(name: str, number: int, value: Any, bad: list[RowError]) -> Iterator[Ro
 # --- a file that is one JSON value ---------------------------------------------------------------------------------
 
 
-def _is_document(top: list[str], path: str, known: set[str]) -> bool:
+def _is_document(top: list[str], path: str, known_columns: set[str]) -> bool:
     """Return whether a file that starts with these lines (the first two that are not blank) is one JSON value."""
     first = top[0].strip(BLANK) if top else ""
     if not first.startswith("{"):
@@ -151,24 +151,24 @@ def _is_document(top: list[str], path: str, known: set[str]) -> bool:
     except JsonError:
         stem, suffix = os.path.splitext(path.lower())
         return first == "{" or ".json" in (suffix, os.path.splitext(stem)[1])
-    return len(top) == 1 and not known & set(value) and any(map(_is_row_list, value.values()))
+    return len(top) == 1 and not known_columns & set(value) and any(map(_is_row_list, value.values()))
 
 
 def _is_row_list(value: Any) -> bool:
     return isinstance(value, list) and (not value or any(isinstance(item, dict) for item in value))
 
 
-def _document_rows(name: str, text: str, known: set[str], bad: list[RowError]) -> Iterator[Row]:
+def _document_rows(name: str, text: str, known_columns: set[str], bad: list[RowError]) -> Iterator[Row]:
     start = _skip_blank(text, 0)
     if text[start] == "[":
         yield from _elements(name, text, start, bad)
         return
     members, end = _members(name, text, start)
     if _skip_blank(text, end) < len(text):
-        what = "several JSON values that are not one a line"
+        what = "several JSON values that are not on separate lines"
         raise _syntax_error(name, text, end, what, "write one object a line (jq -c)")
     lists = [(key, pos) for key, (pos, value) in members.items() if _is_row_list(value)]
-    if known & set(members) or not lists:
+    if known_columns & set(members) or not lists:
         value = {key: value for key, (_, value) in members.items()}
         yield from _row(name, text.count("\n", 0, start) + 1, value, bad)
     elif len(lists) > 1:
@@ -195,13 +195,13 @@ def _members(name: str, text: str, pos: int) -> tuple[dict[str, tuple[int, Any]]
 
 
 def _elements(name: str, text: str, pos: int, bad: list[RowError], *, to_end: bool = True) -> Iterator[Row]:
-    """Yield the rows of the array at `pos` with the line on which each starts, or their number if all are on one."""
+    """Yield the rows of the array at `pos`. A row's number is its line, or its index from 1 in a one-line array."""
     newline = text.find("\n", pos)
-    numbered = newline < 0 or _skip_blank(text, newline) == len(text)
-    line, counted = 0 if numbered else 1, 0
+    on_one_line = newline < 0 or _skip_blank(text, newline) == len(text)
+    line, counted = 0 if on_one_line else 1, 0
     pos = _skip_blank(text, pos + 1)
     while text[pos : pos + 1] != "]":
-        line, counted = line + (1 if numbered else text.count("\n", counted, pos)), pos
+        line, counted = line + (1 if on_one_line else text.count("\n", counted, pos)), pos
         try:
             value, end = scan(text, pos)
             yield from _row(name, line, value, bad)

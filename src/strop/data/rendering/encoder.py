@@ -1,4 +1,4 @@
-"""Encode texts to token ids, map spans of a text to spans of tokens, and keep control tokens in user text plain."""
+"""Encode texts to token ids, map character spans to token spans, and escape control tokens in user text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from strop.data.types import Ids, Message
 
 
 class ControlText:
-    """Control tokens, and the private-use characters that replace them where they are user text.
+    """Escapes control tokens in user text as private-use characters, one for each token.
 
-    `swap` exchanges the two, so that tokens of the template become private characters and user text is itself again.
+    `mask` escapes user text before it is rendered. `swap` then exchanges tokens and characters in the rendered text:
+    the template's control tokens become private-use characters, and user text is restored.
     """
 
     FIRST = 0xF0000  # start of supplementary private use area A
@@ -32,19 +33,19 @@ class ControlText:
         self.marks = re.compile(f"[{chr(self.FIRST)}-{chr(self.FIRST + max(len(tokens) - 1, 0))}]")
         self._either = re.compile(f"{self.pattern.pattern}|{self.marks.pattern}")
 
-    def is_in(self, value: Any) -> bool:
+    def occurs_in(self, value: Any) -> bool:
         """Return whether any string of `value` contains a control token."""
         if isinstance(value, str):
             return self.pattern.search(value) is not None
         if isinstance(value, Message):
             fields = (value.reasoning, value.tool_calls, value.name, value.call_id)
-            return self.pattern.search(value.content) is not None or (any(fields) and self.is_in(fields))
+            return self.pattern.search(value.content) is not None or (any(fields) and self.occurs_in(fields))
         if isinstance(value, dict):
-            return any(self.is_in(item) for item in (*value.keys(), *value.values()))
-        return isinstance(value, (list, tuple)) and any(self.is_in(item) for item in value)
+            return any(self.occurs_in(item) for item in (*value.keys(), *value.values()))
+        return isinstance(value, (list, tuple)) and any(self.occurs_in(item) for item in value)
 
     def mask(self, value: Any) -> Any:
-        """Replace each control token in the strings of `value` with its private character. Raises RenderError."""
+        """Replace each control token in the strings of `value` with its private-use character. Raises RenderError."""
         if isinstance(value, str):
             if self.marks.search(value):
                 raise RenderError("control-token", "the row also contains private-use characters")
@@ -64,8 +65,8 @@ class TokenStraddlesPrompt(Exception):
 class Encoder:
     """Encode whole texts, and find the tokens of spans.
 
-    private: recognize control tokens only by their private characters, so that their names in a text are plain text;
-    the ids are still those of the tokenizer.
+    private: parse only private-use characters as control tokens, and the tokens' names as plain text. `true_ids`
+    converts the ids to those of the original tokenizer.
     """
 
     def __init__(self, tokenizer: Any, control: ControlText, *, private: bool = False) -> None:
@@ -76,7 +77,7 @@ class Encoder:
         self._is_control[[added[token] for token in control.private]] = True
         self._true_ids: dict[int, int] = {}  # id of the modified tokenizer -> id of the original one
         self._forbidden: frozenset[int] = frozenset()
-        self._tails: dict[str, list[int]] = {}
+        self._tails: dict[str, list[int]] = {}  # cache of _encode_tail
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         if private:
             state = json.loads(self._backend.to_str())
@@ -110,7 +111,7 @@ class Encoder:
         return alone
 
     def true_ids(self, encoded: list[int]) -> Ids:
-        """Return the tokenizer's own ids. Raises RenderError if plain text became a control token."""
+        """Convert ids to those of the original tokenizer. Raises RenderError if plain text became a control token."""
         if self._true_ids:
             if not self._forbidden.isdisjoint(encoded):
                 raise RenderError("control-token", "the tokenizer makes the token from plain text")
@@ -122,9 +123,9 @@ class Encoder:
     ) -> Iterator[tuple[int, int, float]]:
         """Convert spans of characters to spans of tokens.
 
-        Control tokens of the text are matched with those of the ids. A span ends with one, and begins as many tokens
-        after one as the text between them encodes to. Tokenizers encode the pieces between control tokens separately,
-        so the text up to such a point is, token for token, a prefix of the whole. Raises TokenStraddlesPrompt if a span
+        The n-th control token of the text is the n-th control token of the ids. A span must end with a control token.
+        Its start is the position of the preceding control token plus the number of tokens in the text between the two:
+        tokenizers encode the pieces between control tokens separately. Raises TokenStraddlesPrompt if a span
         does not begin with a token, RenderError if it does not end with a control token.
         """
         if not spans:

@@ -29,7 +29,7 @@ def truncate_start(
 ) -> list[Example] | None:
     """Return the end of the row within `limit` tokens: the system turn and the last turns. Raises RenderError.
 
-    If one exchange alone is too long, the end of its first user turn is kept. Returns None if the answer alone is.
+    If the last exchange is too long, only the end of its user turn is kept. Returns None if the answer is too long.
     """
     if conversation.text is not None:
         [example] = examples
@@ -45,9 +45,10 @@ def truncate_start(
 
 
 def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int) -> list[list[Example]] | None:
-    """Truncate conversations with a shared beginning, all at the same place of it.
+    """Remove the same start of the shared prefix from all conversations, so that each fits in `limit` tokens.
 
-    A single conversation is truncated anywhere before its last exchange.
+    Whole exchanges are removed first, then the start of the last exchange's user turn. Returns None if that is not
+    enough.
     """
     head, exchanges = _exchanges(sides[0])
     turns = [side.messages for side in sides]
@@ -61,16 +62,16 @@ def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int
     def render_sides(parts: list[list[Message]]) -> list[list[Example]]:
         return [_render(renderer, side, head, [*parts, end]) for side, end in zip(sides, ends, strict=True)]
 
-    kept: list[list[Example]] = []
+    truncated: list[list[Example]] = []
     for first in range(len(exchanges) - 1, 0, -1):
         shorter = render_sides(exchanges[first:])
         if any(is_too_long(side, limit) for side in shorter):
             break
-        kept = shorter
-    if kept and all(kept):
-        return kept
+        truncated = shorter
+    if truncated and all(truncated):
+        return truncated
     question, *rest = exchanges[-1]
-    low, high = 1, len(question.content.rstrip()) - 1  # characters to cut, so that some text is left
+    low, high = 1, len(question.content.rstrip()) - 1  # characters to remove; at least one is left
     while low <= high:
         middle = (low + high) // 2
         cut = replace(question, content=question.content[middle:].lstrip())
@@ -78,12 +79,12 @@ def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int
         if any(is_too_long(side, limit) for side in shorter):
             low = middle + 1
         else:
-            kept, high = shorter, middle - 1
-    return kept if kept and all(kept) else None
+            truncated, high = shorter, middle - 1
+    return truncated if truncated and all(truncated) else None
 
 
 def truncate_pair(renderer: Renderer, conversation: Conversation, limit: int) -> list[Example] | None:
-    """Truncate the prompt's start on both sides alike; None if the longer answer leaves no room. Raises RenderError."""
+    """Remove the prompt's start from chosen and rejected alike; None if they still do not fit. Raises RenderError."""
     sides = truncate_sides(renderer, conversation.sides, limit)
     if sides is None:
         return None

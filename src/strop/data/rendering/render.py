@@ -243,7 +243,7 @@ class Renderer:
             return self.chat.drafts(conversation, include_untrained=self.loss == "all")
         if self.tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no eos token to end a text with", fix="choose another model")
-        masked = self.control.is_in(conversation.text)
+        masked = self.control.occurs_in(conversation.text)
         return [Draft(self.control.mask(conversation.text) if masked else conversation.text, (), masked)]
 
     def _encoder_for(self, draft: Draft) -> tuple[Encoder, str, tuple[tuple[int, int, float], ...]]:

@@ -167,7 +167,7 @@ class ChatTemplate:
     ) -> Draft:  # fmt: skip
         """Return a prompt at inference, with the generation prompt and without spans. Raises RenderError."""
         values, tool_values, masked = self._input_values(messages, tools, self.shows_reasoning(messages))
-        if self.control.is_in(dict(options or {})):
+        if self.control.occurs_in(dict(options or {})):
             raise RenderError("control-token", "in an option of the template")
         text = self._render(values, self._template_variables(tool_values, options or {}), generation=True)
         self._check_shown(messages, values, text)
@@ -236,7 +236,7 @@ class ChatTemplate:
                 raise RenderError("tools-unsupported", "more than one call in a turn")
         values = self.traits.input_format.values(messages, reasoning=reasoning)
         tool_values = list(tools) or None
-        if any(map(self.control.is_in, messages)) or self.control.is_in(tool_values):
+        if any(map(self.control.occurs_in, messages)) or self.control.occurs_in(tool_values):
             return self.control.mask(values), self.control.mask(tool_values), True
         return values, tool_values, False
 
@@ -259,7 +259,7 @@ class ChatTemplate:
                 raise RenderError("text-lost", "a tool call")
 
     def _masked(self, text: str) -> str:
-        return str(self.control.mask(text)) if self.control.is_in(text) else text
+        return str(self.control.mask(text)) if self.control.occurs_in(text) else text
 
     def _check_shown(
         self, messages: Sequence[Message], values: list[dict[str, Any]], text: str, skip: str = ""

@@ -23,8 +23,8 @@ from strop.machine.probe import probe
 
 MAX_LOGIT_ROWS = 128  # rows of a pass with logits; more would take more memory than the pass itself
 NGRAM = 3  # last tokens of a sequence that must have occurred before to propose a draft
-CACHE_SHARE = 0.5  # of the free memory, at most for keys and values
-_ATTRIBUTE = "_strop_decoder"  # of a model, for the decoder that is kept with it
+CACHE_SHARE = 0.5  # share of the free memory that the KV cache may use
+_ATTRIBUTE = "_strop_decoder"  # attribute of a model that holds its cached decoder
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Progress:
 class Batch:
     """Sequences that are decoded together, at most `max_sequences` of them.
 
-    prefill_rows: prompt tokens of a pass. speculative: propose drafts where rows are spare.
+    prefill_rows: maximum number of prompt tokens in a pass. speculative: use spare rows for speculative decoding.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Batch:
     def step(self) -> list[Progress]:
         """Run one pass and return what it added. Finished sequences have left the batch.
 
-        A sequence with an expected completion gets its tokens when all of that is scored.
+        A sequence with an expected completion gets no tokens until the whole completion is scored.
         """
         chunks = self._chunks()
         progress = []
@@ -217,7 +217,7 @@ def decode_groups(batch: Batch, groups: Sequence[Sequence[SequenceState]]) -> It
 def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
     """Return a batch for these sequences: as many together as fit into memory, at most MAX_SEQUENCES.
 
-    Its decoder is kept with the model and reused until a weight changes. Raises ModelError if a sequence does not fit.
+    The decoder is cached on the model and reused until a weight changes. Raises ModelError if a sequence does not fit.
     """
     blocks = sorted((blocks_for(sequence.max_length) for sequence in sequences), reverse=True)
     block_bytes = BLOCK_SIZE * kv_bytes_per_position(model)
@@ -242,7 +242,7 @@ def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
 
 
 def drop_decoder(model: nn.Module) -> None:
-    """Free the decoder that is kept with a model, and its cache."""
+    """Free a model's cached decoder and its KV cache."""
     setattr(model, _ATTRIBUTE, None)
 
 

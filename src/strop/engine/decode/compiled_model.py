@@ -20,7 +20,7 @@ from strop.engine.decode.cache import BLOCK_SIZE
 from strop.engine.decode.sampling import PassOutput
 from strop.engine.kernels.dispatch import argmax_kernels, decode_kernels
 from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
-from strop.engine.train.peft_modules import base_of
+from strop.engine.train.peft_modules import base_module
 from strop.machine.memory import map_pages
 from strop.models.families.layers import ACTIVATIONS
 from strop.models.quantize import QuantizedLinear
@@ -176,7 +176,7 @@ class CompiledModel:
             rope_before_norm=self._layers.family.rope_before_norm,
             window=part.window, scale=np.float32(part.scale), softcap=np.float32(part.softcap),
         )  # fmt: skip
-        inner, gated = base_of(part.down[0]).in_features, self._layers.family.gated
+        inner, gated = base_module(part.down[0]).in_features, self._layers.family.gated
         return self._kernels.Layer(
             *(self._build_linear(modules) for modules in (part.qkv, part.o, part.gate_up, part.down)),
             before_attention=self._build_norm(part.before_attention),
@@ -191,7 +191,7 @@ class CompiledModel:
         )  # fmt: skip
 
     def _build_linear(self, modules: list[Any]) -> Any:
-        bases = [base_of(module) for module in modules]
+        bases = [base_module(module) for module in modules]
         kinds = {(type(base), getattr(base, "scheme", None)) for base in bases}
         weights = tuple(self._build_weight(base, dequantize=len(kinds) > 1) for base in bases)
         bias = np.empty(0, np.float32)

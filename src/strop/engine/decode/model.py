@@ -44,11 +44,11 @@ class Model:
     renderer: Renderer
     adapter: Path | None  # the adapter's folder; None for a base without one
     default_system: str | None = None  # the system prompt that every training row had
-    notes: Sequence[str] = ()  # what `force` accepted
+    notes: Sequence[str] = ()  # differences that `force` accepted
     source: Source | None = None  # of the base
     quantization: str = "none"  # of the base
     history: list[Message] = field(default_factory=list)
-    others: dict[str, str] = field(default_factory=dict)  # further adapters: name -> name in the module
+    others: dict[str, str] = field(default_factory=dict)  # added adapters: name -> name in PEFT
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
@@ -58,12 +58,12 @@ class Model:
         return Sampling.from_generation_config(self.module.generation_config)
 
     def add(self, name: str, *, force: bool = False, own_template: bool = False) -> None:
-        """Load a further adapter onto the same base; `use` switches to it.
+        """Load another adapter onto the same base; `use` switches to it.
 
         Args:
             name: a run or adapter folder.
             force: accept another base or template.
-            own_template: prompts will be made with the adapter's own template; otherwise it must be this model's.
+            own_template: allow another chat template, which is then used for this adapter's prompts.
 
         Raises:
             ModelError: if it was trained on another base or with another template, or does not fit.
@@ -86,7 +86,7 @@ class Model:
         self._settings[name] = make_renderer(self.tokenizer, identity), identity.get("system")
 
     def use(self, name: str) -> None:
-        """Switch to an adapter, and to the prompts of its training; name: the model's own, or one that was added."""
+        """Switch to an adapter, its template and its system prompt. name: this model's name, or an added adapter."""
         self.renderer, self.default_system = self._settings.get(name, (self.renderer, self.default_system))
         self.module.set_adapter("default" if name == self.name else self.others[name])
 
@@ -116,7 +116,7 @@ class Model:
             prompts: one text or several.
             system: the system prompt; None: that of the training rows, if they all had the same one.
             max_new_tokens: the limit for each answer.
-            sampling: None: greedy.
+            sampling: None: greedy decoding.
         """
         texts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if not all(isinstance(text, str) for text in texts):
@@ -140,7 +140,7 @@ class Model:
             system: starts a new history with this system prompt. None: continue; a new history starts with the system
                 prompt of the training rows, if they all had the same one.
             max_new_tokens: the limit for the answer.
-            sampling: None: the model's own.
+            sampling: None: the settings in the model's generation config.
             on_text: receives pieces of the answer as they are generated.
 
         Raises:
@@ -192,9 +192,9 @@ def load(
     Args:
         name: a run, adapter or model folder, a .gguf file, a Hub id or `demo`.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: auto, bf16, fp32 or fp16. auto: bf16 on CUDA, and on a CPU what the precision probe found faster.
-        quantization: none, nf4, fp4 or int8. auto: what the adapter was trained on, dequantized once as far as the
-            GPU's memory allows; without an adapter, as the weights are on disk.
+        dtype: auto, bf16, fp32 or fp16. auto: bf16 on CUDA; on a CPU the dtype that was measured to be faster.
+        quantization: none, nf4, fp4 or int8. auto: the scheme that the adapter was trained with, or that of the
+            weights on disk. As many layers as fit into the GPU's memory are then dequantized once.
         force: accept an adapter that was trained on another base, if it fits; `notes` say what differs.
         scores: load a reward model, which generates nothing.
 

@@ -1,6 +1,6 @@
 """Causal attention over packed documents. A document attends to itself and to its shared prefix, if it has one.
 
-Only inside attention, documents of similar length are padded to one matrix (a bucket). Scores, an in-place softmax and
+Inside attention only, documents of similar length are padded to one length (a bucket). Scores, an in-place softmax and
 the output are computed with batched matmuls: on documents of chat length PyTorch's CPU attention takes 25 % of a step
 for 4 % of its FLOPs. kernels/cpu/attention.py is faster on CPUs with AVX512-BF16. kernels/cuda/attention.py is for
 GPUs.
@@ -22,7 +22,7 @@ from strop.engine.train.buffers import Allocate, heap_empty
 from strop.engine.train.norms import Norm
 from strop.engine.train.packing import Bucket, Documents, Layout
 
-BLOCK = 256  # queries a matmul; keys after the block's last query are skipped
+BLOCK = 256  # queries of a matmul; keys after the block's last query are skipped
 MAX_SAVED_KEYS = 512  # documents with more keys recompute their probabilities in the backward
 
 
@@ -32,7 +32,7 @@ class Heads:
 
     query, key_value: numbers of heads. size: features of a head. window: keys that a query attends to, itself included;
     0: all. softcap: scores become softcap * tanh(scores / softcap); 0: unchanged. new: allocates saved tensors. sinks:
-    (query,), fp32, a score that each head's softmax counts next to those of the keys.
+    attention sinks (query,), fp32, an extra score in each head's softmax.
     """
 
     ops: Ops
@@ -78,38 +78,38 @@ class Heads:
 
 
 def as_norm_input(x: Tensor, norm: Norm) -> Tensor:
-    """Return x (T, heads, size) as the norm takes it: head by head, or all heads as one vector (OLMo)."""
+    """Return x (T, heads, size) in the shape that the norm expects: unchanged, or (T, heads * size) for OLMo."""
     return x if norm.weight.shape[-1] == x.shape[-1] else x.flatten(1)
 
 
 class ApplyRope(Function):
     """Apply the rotary embedding to q and k of qkv, in the cases that `Attention` does not cover. Saves no input.
 
-    These are a rotation before the norms of q and k, and adjacent features that rotate in pairs (`neighbours`). The
-    latter are reordered into halves, which leaves q k^T the same. cos, sin: (T, m). scale: (T,) or None, a factor of q.
+    These are a rotation before the norms of q and k, and interleaved pairs of features (`interleaved`), which are
+    reordered into halves. q k^T does not change. cos, sin: (T, m). scale: (T,) or None, a factor of q.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, neighbours: bool, scale: Tensor | None
+        ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None
     ) -> Tensor:
-        ctx.args = heads, cos, sin, neighbours, scale
+        ctx.args = heads, cos, sin, interleaved, scale
         out = qkv.clone()
         for x, to, factor in zip(heads.views(qkv), heads.views(out), (scale, None), strict=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            wide = _to_halves(wide, cos.shape[1]) if neighbours else wide
+            wide = _to_halves(wide, cos.shape[1]) if interleaved else wide
             rotated = rotate(wide, cos, sin)
             to.copy_(rotated if factor is None else rotated * factor[:, None, None])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        heads, cos, sin, neighbours, scale = ctx.args
+        heads, cos, sin, interleaved, scale = ctx.args
         out = grad.clone()
         for x, to, factor in zip(heads.views(grad.contiguous()), heads.views(out), (scale, None), strict=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             rotated = rotate(wide if factor is None else wide * factor[:, None, None], cos, -sin)
-            to.copy_(_from_halves(rotated, cos.shape[1]) if neighbours else rotated)
+            to.copy_(_from_halves(rotated, cos.shape[1]) if interleaved else rotated)
         return out, None, None, None, None, None
 
 
@@ -265,7 +265,8 @@ def _probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: Allocate = heap_
 def _bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return a @ b, matrix by matrix.
 
-    torch.bmm gives each thread whole matrices. The matrices that remain are split among the threads with torch.mm.
+    torch.bmm assigns whole matrices to threads. A remainder smaller than the number of threads is computed with
+    torch.mm, which divides each matrix among the threads.
     """
     if out is None:
         out = a.new_empty(len(a), a.shape[1], b.shape[2])

@@ -14,7 +14,7 @@ from torch import nn
 
 from strop.engine.eligibility import active_dropout, why_architecture_unsupported, why_config_not_fast
 from strop.engine.train.dropout import CounterDropout
-from strop.engine.train.peft_modules import base_of, current_module
+from strop.engine.train.peft_modules import base_module, current_module
 from strop.models.experts import is_weight_adapter
 from strop.models.families.layers import layer_norms, linears, model_computed_modules, text_decoder
 from strop.models.families.table import FAMILIES, Family
@@ -80,7 +80,7 @@ def why_adapter_unsupported(name: str, module: LoraLayer, known: set[int]) -> st
 def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -> str | None:
     """Return why a base model of a known family is not computed as its entry in the table says."""
     for layer in decoder.layers:
-        for module in (base_of(module) for group in linears(layer, family) for module in group):
+        for module in (base_module(module) for group in linears(layer, family) for module in group):
             if type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
                 return f"unknown weights ({type(module).__name__})"
     own = {
@@ -107,7 +107,9 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
     experts = ("experts", "block_sparse_moe")
     if any(getattr(layer, name, None) is not None for layer in decoder.layers for name in experts):
         return "experts next to the MLP"
-    if config.model_type.startswith("gemma") and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
+    if config.model_type.startswith("gemma") and not hasattr(
+        base_module(decoder.get_input_embeddings()), "embed_scale"
+    ):
         return "a transformers version that scales the embeddings outside of them"
     return None
 
@@ -132,9 +134,11 @@ def _why_adapters_unsupported(model: Any, base: Any, decoder: Any, family: Famil
         why = _why_tokens_unsupported(name, module, base) if isinstance(module, TrainableTokensWrapper) else None
         if why is not None:
             return why
-    biases = [base_of(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group]
+    biases = [
+        base_module(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group
+    ]
     dense = [current_module(module) for module in (head, decoder.get_input_embeddings(), *layer_norms(decoder, family))]
-    dense_parameters = [parameter for module in dense for parameter in base_of(module).parameters()]
+    dense_parameters = [parameter for module in dense for parameter in base_module(module).parameters()]
     own_parameters = [parameter for part in parts for parameter in part.parameters()]
     supported = {id(parameter) for parameter in (*biases, *dense_parameters, *own_parameters)}
     for name, parameter in model.named_parameters():
@@ -147,7 +151,7 @@ def _why_tokens_unsupported(name: str, module: TrainableTokensWrapper, base: Any
     head = base.get_output_embeddings()
     if module is not head and module is not base.get_input_embeddings():
         return f"rows of {name} are trained"
-    if module is head and base_of(module).bias is not None:
+    if module is head and base_module(module).bias is not None:
         return "new tokens with an output head that has a bias"  # which peft ignores
     adapter = module.token_adapter
     if len([name for name in adapter.active_adapters if name in adapter.trainable_tokens_delta]) > 1:

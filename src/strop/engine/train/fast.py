@@ -43,7 +43,7 @@ from strop.engine.train.packing import (
     pack_separately,
     sum_by_example,
 )
-from strop.engine.train.peft_modules import base_of, current_module, dropout_spec, find_active_adapters, new_rows
+from strop.engine.train.peft_modules import base_module, current_module, dropout_spec, find_active_adapters, new_rows
 from strop.engine.train.plain import LayerWatch, WeightGatherer, call_before_gradient
 from strop.models.families.layers import ACTIVATIONS
 from strop.models.families.table import Family
@@ -387,7 +387,7 @@ class FastLoss:
 
     def _output_head(self, batch: PackedBatch) -> tuple[Any, ...]:
         model = self._model
-        head, new = base_of(current_module(model.output)), new_rows(model.output)
+        head, new = base_module(current_module(model.output)), new_rows(model.output)
         active, keys = find_active_adapters([model.output], [self._head]), batch.keys[batch.rows]
         keys = keys if len(batch.label_rows) == len(batch.rows) else keys[batch.label_rows]
         rows, ids = (None, None) if new is None else (new.rows, new.token_ids())
@@ -423,7 +423,7 @@ class FastLoss:
             arguments = layer, hidden, context, batch.rows if i == last else None, reused
             self._gather(i)
             if i < self.checkpoint_layers and trains:
-                with nullcontext() if self.host_memory is None else self.host_memory.keeping(last=i == last):
+                with nullcontext() if self.host_memory is None else self.host_memory.offload_inputs(last=i == last):
                     hidden, stored_kv = checkpoint(
                         self._compute_layer, *arguments, use_reentrant=False, preserve_rng_state=False,
                         context_fn=lambda: (nullcontext(), self._arena or nullcontext()),  # forward, recomputation

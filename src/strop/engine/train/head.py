@@ -1,4 +1,4 @@
-"""The output head and cross entropy on supervised rows, in chunks, with the gradient computed in the forward.
+"""Output head and cross entropy of supervised rows, in chunks, with the gradient computed in the forward.
 
 The logits of the whole batch never exist at once. A chunk's logits are replaced in place by their gradient, which is
 added to the gradients of the hidden states and of the trained parts of the head while it is in the cache.
@@ -20,9 +20,9 @@ from strop.engine.train import lora
 from strop.engine.train.dropout import DropoutOps, DropoutSpec
 from strop.engine.train.lora import Adapters, Product
 
-CHUNK_BYTES = 24 * 2**20  # of logits at once: 256 rows of a vocabulary of 49,152 in bf16
+CHUNK_BYTES = 24 * 2**20  # of a chunk's logits: 256 rows of a vocabulary of 49,152 in bf16
 GPU_CHUNK_BYTES = 256 * 2**20  # on a GPU, which needs more rows: each chunk reads the whole head twice
-# Pieces of a trained head's gradient (computed in the dtype of x, then summed), and of logits that exist already.
+# Size of the pieces in which a trained head's gradient is summed, and in which CrossEntropy reads existing logits.
 PIECE_BYTES, GPU_PIECE_BYTES = 4 * 2**20, 64 * 2**20
 
 
@@ -51,7 +51,7 @@ class OutputHead:
 
     @property
     def trained(self) -> list[Tensor]:
-        """The trained tensors, which `SupervisedLoss` and `LabelLogProbs` take as arguments to give them gradients."""
+        """The trained tensors, passed to `SupervisedLoss` and `LabelLogProbs` so that they get gradients."""
         dense = [self.weight] * self.weight_trained + ([self.bias] * self.bias_trained if self.bias is not None else [])
         return [*([] if self.new_rows is None else [self.new_rows]), *self.adapters, *dense]
 
@@ -80,7 +80,7 @@ class SupervisedLoss(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad_x, *grads = ctx.saved_tensors
-        # In place where the gradient is large, so that this backward cannot run twice.
+        # A large gradient is scaled in place, so this backward cannot run twice.
         scale = torch.Tensor.mul_ if ctx.weight_trained else torch.mul
         scaled = [scale(x, grad.to(x.dtype)) for x in grads]
         return grad_x * grad.to(grad_x.dtype), None, None, None, *scaled
@@ -129,7 +129,7 @@ class LabelLogProbs(Function):
 class CrossEntropy(Function):
     """Cross entropy (N,) of logits (N, V) that a model computed, against labels (N,): fp32 (fp64 for fp64).
 
-    Works on some rows at a time, so that the only copy of all logits is their gradient.
+    Processes some rows at a time, so that only the gradient has the size of the logits.
     """
 
     @staticmethod
@@ -244,7 +244,7 @@ def _pieces(like: Tensor, number: int) -> Iterator[slice]:
 
 
 def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Add grad^T x to total (V, k), which is wide. grad (n, V), x (n, k). In pieces where the product is narrower."""
+    """Add grad^T x to total (V, k); grad (n, V), x (n, k). In pieces if the product's dtype is not that of total."""
     if total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
         return
@@ -255,7 +255,7 @@ def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
 def _chunk_losses(
     x: Tensor, labels: Tensor, weights: Tensor, output: OutputHead, grads: _HeadGradients | None
 ) -> Iterator[Tensor]:
-    """Yield weights * cross entropy of one chunk of rows after the other, and add the gradients to `grads`."""
+    """Yield weights * cross entropy of each chunk of rows, and add the gradients to `grads`."""
     limit = GPU_CHUNK_BYTES if x.device.type == "cuda" else CHUNK_BYTES
     chunk = max(16, limit // (output.weight.shape[0] * x.element_size()))
     weight = output.weight.detach().to(x.dtype)

@@ -28,7 +28,7 @@ from strop.engine.train.buffers import Allocate, Arena, heap_empty
 from strop.engine.train.dropout import DropoutOps, DropoutSpec, keep_scale
 from strop.engine.train.lora import Adapters, Addend, InPlace, frozen_matmul
 from strop.engine.train.norms import Norm
-from strop.engine.train.peft_modules import ActiveAdapters, base_of, dropout_spec, find_active_adapters
+from strop.engine.train.peft_modules import ActiveAdapters, base_module, dropout_spec, find_active_adapters
 from strop.models.quantize import QuantizedLinear
 
 LoraOpsFor = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraOps]]
@@ -372,8 +372,8 @@ class FusedLinear:
         self.modules, self.prologue = modules, prologue
         self._dropout_ops, self._ops, self._arena = dropout_ops, ops, arena
         self._dora: Dora | None = None
-        self._buffer = workspace.prologue_output if base_of(modules[0]).weight.device.type == "cpu" else None
-        self.bases = [base_of(module) for module in modules]
+        self._buffer = workspace.prologue_output if base_module(modules[0]).weight.device.type == "cpu" else None
+        self.bases = [base_module(module) for module in modules]
         sizes = [size for base in self.bases for size in (base.in_features, base.out_features)]
         self._lora_ops, self._matmul = lora_ops_for(sizes), matmul_for(sizes)
         biases = [base.bias for base in self.bases]

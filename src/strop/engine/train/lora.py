@@ -146,19 +146,19 @@ def forward(
     return Product(za, b.t()), (za, a, b)
 
 
-def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
+def backward(grad: Tensor, saved: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
     """Return grad_za A (T, input_columns) and grad_za (T, sum of r), without the scale. grad: (T, n)."""
-    _, a, b = kept
+    _, a, b = saved
     grad_za = grad @ b
     addend = ColumnBlocks(grad_za, a, adapters.ranks) if adapters.separate_inputs else Product(grad_za, a)
     return addend, grad_za
 
 
 def gradients(
-    grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
+    grad: Tensor, z: Tensor, grad_za: Tensor, saved: tuple[Tensor, ...], adapters: Adapters
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of A_1, B_1, A_2, ... Adapters are fp32; autograd casts a gradient to its input's dtype."""
-    za, ranks = kept[0], list(adapters.ranks)
+    za, ranks = saved[0], list(adapters.ranks)
     if adapters.separate_inputs:
         pairs = zip(torch.split(grad_za, ranks, 1), torch.split(z, adapters.width, 1), strict=True)
         grads_a: Sequence[Tensor] = [part.t() @ z_i for part, z_i in pairs]

@@ -1,4 +1,4 @@
-"""Read what PEFT's wrappers compute now: the base module, the active adapters, modules trained in full, new tokens.
+"""Read the current state of PEFT's wrappers: base module, active adapters, modules trained in full, new tokens.
 
 New tokens are trained rows of the embedding and of the output head (PEFT's trainable tokens). Only these rows get a
 gradient here. PEFT's own forward copies the whole embedding and computes a gradient of the same size.
@@ -36,8 +36,8 @@ class NewRows:
 class ActiveAdapters:
     """The active adapters of linear modules that share their input.
 
-    parts: A_1, B_1, A_2, ... magnitudes: DoRA's, one an adapter or none. columns, scales: as in lora.Adapters.
-    dropouts: the dropout module of each adapter.
+    parts: A_1, B_1, A_2, ... magnitudes: DoRA's magnitude vectors, one an adapter, or empty. columns, scales: as in
+    lora.Adapters. dropouts: the dropout module of each adapter.
     """
 
     parts: list[Tensor]
@@ -47,20 +47,20 @@ class ActiveAdapters:
     dropouts: list[Any]
 
 
-def unwrapped(module: Any) -> Any:
+def unwrap(module: Any) -> Any:
     """Return the model's module under PEFT's wrapper for full training or new tokens."""
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
-def base_of(module: Any) -> Any:
+def base_module(module: Any) -> Any:
     """Return the model's module under an adapter or any other wrapper of PEFT."""
-    return module.base_layer if isinstance(module, LoraLayer) else unwrapped(module)
+    return module.base_layer if isinstance(module, LoraLayer) else unwrap(module)
 
 
 def current_module(module: Any) -> Any:
-    """Return the module that computes now: the trained copy of a fully trained module, unless adapters are disabled."""
+    """Return the module in use: the trained copy of a module trained in full, unless adapters are disabled."""
     if not isinstance(module, ModulesToSaveWrapper):
-        return unwrapped(module)
+        return unwrap(module)
     active = module.active_adapters
     if module.disable_adapters or not active or active[0] not in module.modules_to_save:
         return module.original_module
@@ -68,7 +68,7 @@ def current_module(module: Any) -> Any:
 
 
 def new_rows(module: Any) -> NewRows | None:
-    """Return the trained and active rows of an embedding or head."""
+    """Return the active trained rows of an embedding or head, or None."""
     if not isinstance(module, TrainableTokensWrapper) or module.disable_adapters:
         return None
     adapter = module.token_adapter
@@ -80,7 +80,7 @@ def new_rows(module: Any) -> NewRows | None:
 
 def embed(module: Any, ids: Tensor) -> Tensor:
     """Return the embeddings (T, h) of tokens (T,) in the model's dtype, equal to the module's own forward."""
-    trained, base = new_rows(module), unwrapped(module)
+    trained, base = new_rows(module), unwrap(module)
     x: Tensor = current_module(module)(ids).to(base.weight.dtype)
     if trained is None:
         return x
@@ -92,7 +92,7 @@ def embed(module: Any, ids: Tensor) -> Tensor:
 
 
 def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> ActiveAdapters:
-    """Return the adapters that are active on the modules. bases: base_of each module."""
+    """Return the adapters that are active on the modules. bases: base_module each module."""
     parts: list[Tensor] = []
     dropouts: list[Any] = []
     magnitudes: list[Tensor] = []
@@ -113,7 +113,7 @@ def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> Active
 
 
 def dropout_spec(dropouts: Sequence[Any], keys: Tensor) -> DropoutSpec | None:
-    """Return what the adapters' dropouts (CounterDropout or Identity) drop now, or None if nothing.
+    """Return the masks of the adapters' dropout modules (CounterDropout or Identity), or None without dropout.
 
     keys: the key of each input row (dropout.token_keys), shape (T,).
     """
@@ -131,7 +131,7 @@ def _level(dropout: Any) -> int:
 
 @lru_cache(4)
 def _row_of_token(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
-    """Return the index into ids of each token, shape (vocabulary,), with -1 for tokens that are not there."""
+    """Return the index into ids of each token, shape (vocabulary,), with -1 for tokens that are not in ids."""
     rows = torch.full((vocabulary,), -1, device=device)
     rows[_token_ids(ids, device)] = torch.arange(len(ids), device=device)
     return rows

@@ -1,8 +1,6 @@
-"""Read and write the tensors and settings of GGUF files in llama.cpp's layout.
+"""Read and write the tensors and settings of GGUF files in llama.cpp's layout."""
 
-llama.cpp interleaves the rows of Llama's q and k, and adds 1 to Gemma's norms. The differences between
-families are in `families.table`. Settings that llama.cpp does not support raise ModelError.
-"""
+# llama.cpp interleaves the rows of Llama's q and k, and adds 1 to Gemma's norms; `families.table` has the differences.
 
 from __future__ import annotations
 
@@ -20,11 +18,8 @@ from strop.models.families.table import FAMILIES, Family, GgufFormat, find_gguf_
 
 
 def read_gguf_tensors(file: Path, meta_model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
-    """Return an iterator over (parameter name, fp32 tensor), dequantized one tensor at a time by the gguf package.
-
-    Returns None if the family is not supported, or if a parameter of `meta_model` is not in the file. Raises ModelError
-    if the file has layer tensors that the model does not have.
-    """
+    """Return an iterator over (parameter name, fp32 tensor), dequantized one at a time, or None."""
+    # None: the family is not supported, or the file lacks a parameter. Surplus layer tensors raise ModelError.
     reader = gguf.GGUFReader(file)
     found = find_gguf_family(str(reader.fields["general.architecture"].contents()))
     if found is None or found[1].gguf is None or not found[1].gguf.reads_weights:
@@ -32,10 +27,8 @@ def read_gguf_tensors(file: Path, meta_model: nn.Module, config: Any) -> Iterato
     family = found[1]
     names = gguf.get_tensor_name_map(_model_arch(found[1].gguf), config.num_hidden_layers)
     in_file = {tensor.name: tensor for tensor in reader.tensors}
-    tensors = {
-        name: in_file.get(names.get_name(name, (".weight", ".bias"))) for name, _ in meta_model.named_parameters()
-    }
     shapes = {name: list(weight.shape) for name, weight in meta_model.named_parameters()}
+    tensors = {name: in_file.get(names.get_name(name, (".weight", ".bias"))) for name in shapes}
     if any(tensor is None or tensor.shape.tolist()[::-1] != shapes[name] for name, tensor in tensors.items()):
         return None
     used = {tensor.name for tensor in tensors.values() if tensor is not None}
@@ -62,10 +55,7 @@ def _model_arch(gguf_format: GgufFormat) -> Any:
 
 
 class GgufLayout:
-    """Write one model's settings, and map its tensors to llama.cpp's names and layout.
-
-    Raises ModelError for a setting or tensor that llama.cpp does not support.
-    """
+    """Write one model's settings, and map its tensors to llama.cpp's names and layout, or raise ModelError."""
 
     def __init__(self, config: Any) -> None:
         family = FAMILIES.get(str(config.model_type))
@@ -77,7 +67,11 @@ class GgufLayout:
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.notes: list[str] = []
         self._names = gguf.get_tensor_name_map(_model_arch(self._format), config.num_hidden_layers)
-        self._ropes = _rope_settings(config)
+        parameters = dict(config.rope_parameters)  # of full-attention and, if they differ, of sliding-window layers
+        by_layer_type = parameters if "full_attention" in parameters else {"full_attention": parameters}
+        self._ropes: dict[str, dict[str, Any]] = {
+            kind: {"rope_type": "default", **settings} for kind, settings in by_layer_type.items() if settings
+        }
         self._check()
 
     def _check(self) -> None:
@@ -95,29 +89,22 @@ class GgufLayout:
             pattern = gguf_format.window_pattern
             if is_sliding != [(layer + 1) % pattern != 0 for layer in range(config.num_hidden_layers)]:
                 self._refuse("order of sliding-window layers", "layer_types")
-            self._check_attention_scale()
+            per_head = config.hidden_size // config.num_attention_heads
+            expected = per_head if config.num_hidden_layers == gguf_format.double_scale_layers else self.head_dim
+            if config.query_pre_attn_scalar != expected:
+                self._refuse("query_pre_attn_scalar", config.query_pre_attn_scalar)
         elif gguf_format.sliding_window == "refused" and any(is_sliding):
             self._refuse("sliding window", config.sliding_window)
         window = getattr(config, "sliding_window", None)
         if gguf_format.sliding_window == "ignored" and window:
-            self.notes.append(
-                f"llama.cpp has no sliding window for this family: after {window} tokens it attends further back"
-            )
-
-    def _check_attention_scale(self) -> None:
-        config = self.config
-        per_head = config.hidden_size // config.num_attention_heads
-        expected = per_head if config.num_hidden_layers == self._format.double_scale_layers else self.head_dim
-        if config.query_pre_attn_scalar != expected:
-            self._refuse("query_pre_attn_scalar", config.query_pre_attn_scalar)
+            note = f"after {window} tokens it attends further back"
+            self.notes.append(f"llama.cpp has no sliding window for this family: {note}")
 
     def _refuse(self, what: str, value: object) -> None:
-        raise ModelError(
-            f"GGUF: llama.cpp's {self.arch} does not support this model's {what} ({value})", fix="use strop merge"
-        )
+        problem = f"GGUF: llama.cpp's {self.arch} does not support this model's {what} ({value})"
+        raise ModelError(problem, fix="use strop merge")
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
-        """Write the model's settings."""
         config = self.config
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)
@@ -148,20 +135,15 @@ class GgufLayout:
 
     def _write_rope(self, writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
         rope_type = rope["rope_type"]
-        original = rope.get("original_max_position_embeddings") or getattr(
-            self.config, "original_max_position_embeddings", self.config.max_position_embeddings
-        )
+        field, longest = "original_max_position_embeddings", self.config.max_position_embeddings
+        original = rope.get(field) or getattr(self.config, field, longest)
         if rope_type in ("linear", "yarn"):
             is_linear = rope_type == "linear"
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if is_linear else gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope["factor"])
         if rope_type == "yarn":
-            unsupported = {"attention_factor", "mscale", "mscale_all_dim"} & {
-                key for key, value in rope.items() if value
-            }
-            unsupported |= (
-                {"truncate: false"} if not rope.get("truncate", True) else set()
-            )  # llama.cpp always truncates
+            unsupported = {name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name)}
+            unsupported |= set() if rope.get("truncate", True) else {"truncate: false"}  # llama.cpp always truncates
             if unsupported:
                 self._refuse("rope scaling", f"yarn with {min(unsupported)}")
             writer.add_rope_scaling_orig_ctx_len(original)
@@ -213,13 +195,6 @@ def interleave_heads(weight: Tensor, heads: int) -> Tensor:
     """Reorder the rows of each head from transformers' rotary layout (halves) to llama.cpp's (interleaved pairs)."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def _rope_settings(config: Any) -> dict[str, dict[str, Any]]:
-    """Return the rope settings of full-attention layers and, if they differ, of sliding-window layers."""
-    parameters = dict(config.rope_parameters)
-    by_layer_type = parameters if "full_attention" in parameters else {"full_attention": parameters}
-    return {kind: {"rope_type": "default", **settings} for kind, settings in by_layer_type.items() if settings}
 
 
 def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:

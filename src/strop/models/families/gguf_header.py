@@ -1,9 +1,7 @@
-"""Read the metadata of a GGUF file under the field names of a transformers config, without torch.
+"""Read the metadata of a GGUF file under the field names of a transformers config, without torch."""
 
-Lists of strings are skipped: gguf's own reader makes an array of each of the tokenizer's strings, which takes 13 s for
-SmolLM2's file; this module takes 0.2 s.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-"""
+# Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Lists of strings are skipped: gguf's own reader
+# makes an array of each of the tokenizer's strings, which takes 13 s for SmolLM2's file; this module takes 0.2 s.
 
 from __future__ import annotations
 
@@ -34,10 +32,7 @@ _CONFIG_FIELDS = {
 
 
 def read_gguf_config(file: Path) -> dict[str, Any]:
-    """Return the model's sizes as config.json would name them.
-
-    Raises ModelError where the file is not GGUF or is cut short.
-    """
+    """Return the model's sizes as config.json would name them. Raises ModelError for a damaged file."""
     try:
         with file.open("rb") as handle:
             return _config(*_read_header(handle))
@@ -74,31 +69,26 @@ def _read_header(handle: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int,
         value = _read_value(handle, *struct.unpack("<I", handle.read(4)))
         if value is not None:
             values[key] = value
+    import gguf
+
+    block_sizes = {int(kind): (block, size) for kind, (block, size) in gguf.GGML_QUANT_SIZES.items()}
     tensors, end = {}, 0
     for _ in range(num_tensors):
         name = _read_string(handle)
         (rank,) = struct.unpack("<I", handle.read(4))
         tensors[name] = struct.unpack(f"<{rank}Q", handle.read(8 * rank))
         type_id, offset = struct.unpack("<IQ", handle.read(12))
-        end = max(end, offset + _tensor_bytes(type_id, math.prod(tensors[name])))
+        elements = math.prod(tensors[name])
+        block, size = block_sizes.get(type_id, (elements or 1, 1))  # 1 byte for a type that gguf does not know yet
+        end = max(end, offset + -(-elements // block) * size)
     alignment = int(values.get("general.alignment", 32))
     needed = -(-handle.tell() // alignment) * alignment + end  # weights begin at a multiple of the alignment
-    if (size := handle.seek(0, 2)) < needed:
-        raise ValueError(f"cut short: {size} bytes, {needed} expected")
+    if (file_size := handle.seek(0, 2)) < needed:
+        raise ValueError(f"cut short: {file_size} bytes, {needed} expected")
     return values, tensors
 
 
-def _tensor_bytes(type_id: int, elements: int) -> int:
-    """Return the bytes of a tensor; 1 for a type that the gguf package does not know yet."""
-    import gguf
-
-    sizes: dict[int, tuple[int, int]] = {int(name): size for name, size in gguf.GGML_QUANT_SIZES.items()}
-    block, size = sizes.get(type_id, (elements or 1, 1))
-    return -(-elements // block) * size
-
-
 def _read_value(handle: BinaryIO, type_id: int) -> Any:
-    """Return a number or a string; None for a list."""
     if type_id == _STRING:
         return _read_string(handle)
     if type_id == _LIST:

@@ -15,10 +15,7 @@ ACTIVATIONS = {
 
 
 def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
-    """Yield a layer's linear modules in groups that share their input: q k v, o, gate up, down.
-
-    Groups of parts that are computed by the model are empty.
-    """
+    """Yield a layer's linears in groups with one input (q k v, o, gate up, down); empty if computed by the model."""
     has_mixer, has_moe = mixer_module(layer, family) is not None, moe_module(layer, family) is not None
     attention = getattr(layer, family.attention, None)
     # Some layers of Gemma 4 have no v_proj and no k_proj.
@@ -31,7 +28,6 @@ def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
 
 
 def find_rotary(decoder: Any) -> Any | None:
-    """Return the decoder's rotary embedding module, or None."""
     return next((getattr(decoder, name) for name in ("rotary_emb", "pos_emb") if hasattr(decoder, name)), None)
 
 

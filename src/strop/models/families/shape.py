@@ -1,7 +1,4 @@
-"""The sizes of a model from its config alone, for `strop plan` and `strop modules`: no torch and no weights.
-
-Also lists linear layers by kind, and resolves which of them an adapter's targets name.
-"""
+"""The sizes and linear layers of a model from its config alone, and the layers that an adapter's targets name."""
 
 from __future__ import annotations
 
@@ -59,10 +56,8 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
         matching = [kind.name for kind in kinds if target in kind.sets or kind.name in (target, leaf)]
         if not matching:
             known = list(dict.fromkeys(kind.name for kind in kinds))
-            raise ModelError(
-                f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}",
-                fix=f"choose among {', '.join([*TARGET_SETS, *known])}",
-            )
+            what = f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}"
+            raise ModelError(what, fix=f"choose among {', '.join([*TARGET_SETS, *known])}")
         names += matching
     return list(dict.fromkeys(names))
 
@@ -78,7 +73,6 @@ def embedding_kind(name: str, rows: int, size: int, count: int = 1) -> LinearKin
 
 
 def target_sets(path: str) -> tuple[str, ...]:
-    """Return the named target sets that contain the linear layer at this path."""
     parent, _, leaf = path.rpartition(".")
     if leaf in EMBEDDINGS or not parent:
         return ()
@@ -91,7 +85,6 @@ def target_sets(path: str) -> tuple[str, ...]:
 
 
 def expert_target_sets(parameter: str) -> tuple[str, ...]:
-    """Return the named target sets that contain a parameter with experts."""
     return ("all-linear", "experts", *(("gate",) if parameter in ("gate_proj", "gate_up_proj") else ()))
 
 
@@ -103,21 +96,16 @@ def is_router(path: str) -> bool:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer of the decoder layers, or the experts of one.
+    """A linear layer of the decoder layers, or the experts of one."""
 
-    path: inside the decoder layer. share: how many there are in a layer on average (1/4 if one layer of four has one,
-    128 for 128 experts). active: the fraction of them that a token passes through. sets: its target sets; None: from
-    the path. kept_16_bit: a quantized base keeps it in 16 bit.
-    """
-
-    path: str
+    path: str  # inside the decoder layer
     inputs: int
     outputs: int
     bias: bool = False
-    share: float = 1
-    active: float = 1
-    sets: tuple[str, ...] | None = None
-    kept_16_bit: bool = False
+    share: float = 1  # mean number in a layer: 1/4 if one layer of four has one, 128 for 128 experts
+    active: float = 1  # the fraction of them that a token passes through
+    sets: tuple[str, ...] | None = None  # its target sets; None: from the path
+    kept_16_bit: bool = False  # in a quantized base
 
     @property
     def name(self) -> str:
@@ -156,8 +144,6 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder-only model."""
-
     family: str
     layers: int
     hidden: int
@@ -196,7 +182,6 @@ class ModelShape:
 
     @property
     def embedding(self) -> int:
-        """Weights of the embedding."""
         return self.vocabulary * self.hidden
 
     @property
@@ -206,7 +191,6 @@ class ModelShape:
 
     @property
     def idle_expert_weights(self) -> int:
-        """Weights of experts that a token does not pass through."""
         return self.layers * sum(linear.weights - linear.active_weights for linear in self.linears)
 
     @property
@@ -215,14 +199,10 @@ class ModelShape:
 
     @property
     def biases(self) -> int:
-        """Elements of all biases."""
         return self.layers * sum(linear.total_outputs for linear in self.linears if linear.bias) + self.other_biases
 
     def count_too_long(self, lengths: Sequence[int] | npt.NDArray[np.int64], completion_tokens: int = 0) -> str | None:
-        """Return a message on how many rows exceed the model's maximum length, or None.
-
-        lengths: of the rows, in tokens. completion_tokens: the most that are sampled for each row.
-        """
+        """Return a message on how many rows (lengths in tokens) exceed the model's maximum length, or None."""
         if self.positions is None:
             return None
         too_long = int((np.asarray(lengths) + completion_tokens > self.positions).sum())
@@ -365,10 +345,8 @@ def _size_getter(config: Mapping[str, Any], family: str) -> Any:
 
 
 def linear_kinds_from_headers(folder: Path) -> list[LinearKind]:
-    """List the linear layers and embeddings of any family by its weight files' headers, without torch.
-
-    The headers do not say whether a matrix is a transposed one (Conv1D); only the model's code does.
-    """
+    """List the linear layers and embeddings of any family by its weight files' headers, without torch."""
+    # The headers do not say whether a matrix is a transposed one (Conv1D); only the model's code does.
     matrices: dict[tuple[str, int, int], tuple[int, str]] = {}
     for _, header in read_headers(folder):
         for name, entry in header.items():
@@ -398,10 +376,7 @@ class ModelInfo:
 
 
 def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
-    """Return a model's info from config.json, a GGUF file's header or a run's base.
-
-    Of a Hub id only the config is downloaded. Raises ModelError where there is no such model, or its files lack sizes.
-    """
+    """Return a model's info from config.json (downloaded for a Hub id), a GGUF file's header or a run's base."""
     path = Path(name.removeprefix("gguf:").partition("#sha256=")[0]).expanduser()
     if name == "demo" or name.startswith("demo:"):
         path = demo_file()
@@ -420,7 +395,9 @@ def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
     folder = path if path.is_dir() else None
     config = read_config(folder) if folder else download_config(name, revision)
     shape = _shape_with_defaults(config)
-    parameters = _count_parameters(folder) if folder and not shape.prequantized else shape.parameters
+    parameters = shape.parameters
+    if folder and not shape.prequantized and any(folder.glob("*.safetensors")):
+        parameters = sum(math.prod(entry["shape"]) for _, header in read_headers(folder) for entry in header.values())
     return ModelInfo(name, shape, parameters, config)
 
 
@@ -437,10 +414,3 @@ def _shape_with_defaults(config: Mapping[str, Any]) -> ModelShape:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
             return ModelShape.from_config(AutoConfig.from_pretrained(folder).to_dict())
-
-
-def _count_parameters(folder: Path) -> int:
-    """Count parameters by the headers of the weight files, or by the config of a folder without weights."""
-    if not any(folder.glob("*.safetensors")):
-        return _shape_with_defaults(read_config(folder)).parameters
-    return sum(math.prod(entry["shape"]) for _, header in read_headers(folder) for entry in header.values())

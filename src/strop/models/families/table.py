@@ -33,10 +33,9 @@ class ConfigDefaults:
 
 @dataclass(frozen=True)
 class GgufFormat:
-    """llama.cpp's storage format of a family.
+    """llama.cpp's storage format of a family."""
 
-    Checked against llama.cpp at 0c1e57098 (in llama-cpp-python 0.3.36), whose loaders under src/models/ read the keys.
-    """
+    # Checked against llama.cpp at 0c1e57098 (llama-cpp-python 0.3.36), whose loaders under src/models/ read the keys.
 
     arch: str  # llama.cpp's name of the architecture
     activation: str = "silu"
@@ -50,11 +49,9 @@ class GgufFormat:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts about a family: how its decoder layer differs from Llama's, its config and its GGUF format.
+    """Facts about a family: how its decoder layer differs from Llama's, its config and its GGUF format."""
 
-    Names are those of transformers' modules. "Computed by the model": the fast step calls the model's own module,
-    one row at a time.
-    """
+    # Names are those of transformers' modules. "Computed by the model": by the model's own module, one row at a time.
 
     config_defaults: ConfigDefaults | None = None
     gguf: GgufFormat | None = None
@@ -263,16 +260,9 @@ FAMILIES = {
 # above. PEFT refuses some of them; in Bamba, Granite 4 and Zamba 2 optional fused kernels read them.
 _FUSED_KERNEL = ("out_proj", "conv1d")
 DIRECTLY_READ = {
-    "falcon_h1": _FUSED_KERNEL,
-    "mamba": (*_FUSED_KERNEL, "dt_proj"),
-    "mamba2": _FUSED_KERNEL,
-    "falcon_mamba": (*_FUSED_KERNEL, "dt_proj"),
-    "nemotron_h": _FUSED_KERNEL,
-    "bamba": _FUSED_KERNEL,
-    "granitemoehybrid": _FUSED_KERNEL,
-    "zamba2": _FUSED_KERNEL,
-    "jamba": ("dt_proj",),
-    "zamba": ("dt_proj",),
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"), _FUSED_KERNEL),
+    **dict.fromkeys(("mamba", "falcon_mamba"), (*_FUSED_KERNEL, "dt_proj")),
+    **dict.fromkeys(("jamba", "zamba"), ("dt_proj",)),
 }
 
 

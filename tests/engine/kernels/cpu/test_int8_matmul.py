@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.lora import Product
-from strop.engine.train.peft_modules import base_of
+from strop.engine.train.peft_modules import base_module
 from strop.machine.probe import probe
 from strop.models.quantize import QuantizedLinear, quantize_weight
 from tests.engine.train.test_fast import NEW_TOKENS, answers, some, step, with_new_tokens
@@ -149,7 +149,7 @@ def assert_near(model: PeftModel, **how: Any) -> None:
 def quantized(model: PeftModel) -> PeftModel:
     """Quantize all adapted layers to 8 bits."""
     for module in [*model.modules()]:
-        base = base_of(module)
+        base = base_module(module)
         if hasattr(module, "lora_A") and type(base) is nn.Linear:
             layer = QuantizedLinear(base, "int8", torch.float32)
             layer.fill(quantize_weight(base.weight.data, "int8"))
@@ -166,11 +166,11 @@ def test_step_of_each_family_is_close_to_fp32(family: str) -> None:
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.2}, {"bias": "all"}, {"target_modules": ["v_proj", "o_proj"]}])
 def test_base_in_8_bits_is_multiplied_without_dequantization(lora: dict[str, Any]) -> None:
     model = quantized(adapted(LlamaConfig, lora, attention_bias=True))
-    storage = [base_of(module).weight for module in model.modules() if hasattr(module, "lora_A")]
+    storage = [base_module(module).weight for module in model.modules() if hasattr(module, "lora_A")]
     values = [weight.clone() for weight in storage]
     assert_near(model)
     assert_near(model, checkpoint_layers=1)
-    now = [base_of(module).weight for module in model.modules() if hasattr(module, "lora_A")]
+    now = [base_module(module).weight for module in model.modules() if hasattr(module, "lora_A")]
     assert all(torch.equal(a, b) for a, b in zip(now, values, strict=True))
 
 

@@ -129,7 +129,7 @@ def test_copies_and_computation_wait_for_each_other(monkeypatch: pytest.MonkeyPa
     inputs = [torch.randn(3, 4, requires_grad=True) for _ in range(3)]
     kept = []
     for n, x in enumerate(inputs):
-        hooks: Any = host.keeping(last=n == 2)
+        hooks: Any = host.offload_inputs(last=n == 2)
         kept.append(hooks.pack_hook(x))
     copies_out = ["copy waits for main", "copy marks"]
     assert log == [*copies_out, "main waits for a mark", *copies_out, "main waits for a mark"]

@@ -33,7 +33,7 @@ from strop.machine.probe import vector_extensions
 ROWS = LANES = 16  # rows of a register, and 32-bit elements of a row
 STEP = 16  # pairs at a time
 COLUMNS = 4 * LANES  # input rows that are multiplied together
-AHEAD = 2 * LANES  # distance of prefetching, in weight rows
+PREFETCH_ROWS = 2 * LANES  # distance of prefetching, in weight rows
 DEEP = 4 * LANES  # weight rows whose results are written together
 _REQUEST_PERMISSION, _TILE_DATA = 0x1023, 18  # arch_prctl's ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
 _ARCH_PRCTL = 158
@@ -156,7 +156,7 @@ def _tiles(vectors: int) -> Any:
             kinds, lda, pairs = signature.args, args[2], args[8]
             a_start, b_start, c_start = (pointer(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 5))
             a_row, b_row, c_row = (b.mul(elements, I64(4)) for elements in (lda, I64(COLUMNS), args[7]))
-            ahead = b.mul(lda, I64(AHEAD))
+            ahead = b.mul(lda, I64(PREFETCH_ROWS))
             for j in range(vectors):
                 _amx(b, "tilezero", _register(j))
 

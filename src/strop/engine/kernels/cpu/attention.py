@@ -1,7 +1,7 @@
-"""Causal attention over packed documents in one compiled kernel, for CPUs with AVX512-BF16: no buckets, no padding.
+"""Causal attention over packed documents in one compiled kernel, for CPUs with AVX512-BF16, without padding.
 
-A task is one document and one key-value head. Its keys and values are rotated, packed for the tile multiplication, and
-stay in the cache while blocks of queries pass over them; scores are fp32 and never leave the cache. The backward
+A task is one document and one key-value head. Its keys (rotated) and values are packed for the tile multiplication and
+stay in the CPU cache while blocks of queries are multiplied with them; so do the scores, in fp32. The backward
 recomputes the probabilities from the saved log-sum-exp (arXiv:2205.14135), so memory is linear in the length.
 """
 
@@ -43,7 +43,7 @@ from strop.engine.kernels.cpu.vectors import (
 from strop.engine.train.attention import Heads
 from strop.engine.train.packing import Documents
 
-BLOCK = 64  # query rows (the heads of a token one after another) that pass over the keys together
+BLOCK = 64  # query rows (the heads of a token one after another) that are multiplied with the keys together
 
 
 @subroutine
@@ -90,19 +90,19 @@ def _cap(scores: Any, softcap: Any) -> None:
 def _capped_softmax_gradient(
     scores: Any, grads: Any, begin: Any, end: Any, logsumexp: Any, dot: Any, softcap: Any, out: Any
 ) -> None:  # fmt: skip
-    """Compute vectors.softmax_gradient for scores with a soft cap, which is applied here."""
-    none = np.float32(0.0)
-    scores[:begin] = none
-    scores[end:] = none
-    grads[:begin] = none
-    grads[end:] = none
+    """Compute vectors.softmax_gradient for scores to which the soft cap is not applied yet."""
+    zero = np.float32(0.0)
+    scores[:begin] = zero
+    scores[end:] = zero
+    grads[:begin] = zero
+    grads[end:] = zero
     # Loops over slices from 0: numba checks other ranges for negative indices, and they are not vectorized.
-    probs, slopes = scores[begin:end], grads[begin:end]
+    probs, grad_scores = scores[begin:end], grads[begin:end]
     for j in range(len(probs)):
         t = tanh(probs[j] / softcap)
         # Rounding alone can make the difference negative, and exp is for x <= 0.
-        probs[j] = exp(-maximum(logsumexp - softcap * t, none))
-        slopes[j] = probs[j] * (slopes[j] - dot) * (np.float32(1.0) - t * t)
+        probs[j] = exp(-maximum(logsumexp - softcap * t, zero))
+        grad_scores[j] = probs[j] * (grad_scores[j] - dot) * (np.float32(1.0) - t * t)
     for j in range(len(grads)):
         out[j] = from_fp32(grads[j], out)
 
@@ -115,7 +115,7 @@ def _pair_all_rows(rows: Any, count: Any, n: Any, out: Any) -> None:
 
 
 @subroutine
-def _by_columns(pairs: Any, count: Any, half: Any, out: Any) -> None:
+def _transpose_blocks(pairs: Any, count: Any, half: Any, out: Any) -> None:
     """Transpose each block of COLUMNS rows of pairs (count, half) to (half, COLUMNS); multiples of COLUMNS and SIDE."""
     for first in range(0, count, COLUMNS):
         for i in range(0, COLUMNS, SIDE):
@@ -191,8 +191,8 @@ def _attend(
         queries = np.zeros(BLOCK * d + GAP, np.uint16)
         scores = np.zeros(BLOCK * longest + GAP, np.float32)
         probs = np.zeros(BLOCK * longest + GAP, np.uint16)
-        mixed = np.zeros(BLOCK * d + GAP, np.float32)
-        tops, totals = np.zeros(BLOCK + GAP, np.float32), np.zeros(BLOCK + GAP, np.float32)
+        block_out = np.zeros(BLOCK * d + GAP, np.float32)
+        row_max, totals = np.zeros(BLOCK + GAP, np.float32), np.zeros(BLOCK + GAP, np.float32)
         row_pairs, query_pairs, prob_pairs = rows16.view(np.uint32), queries.view(np.uint32), probs.view(np.uint32)
         for place in range(lanes[lane], lanes[lane + 1]):
             doc, head = tasks[place] // key_value, tasks[place] % key_value
@@ -200,7 +200,7 @@ def _attend(
             count = prefix + length
             padded = _round_up(count, COLUMNS)
             _load_keys(k, k_step, head, d, cos, sin, prefix, start, prefix_start, count, padded, rows16)
-            _by_columns(row_pairs, padded, half, keys)
+            _transpose_blocks(row_pairs, padded, half, keys)
             _load_values(v, v_step, head, d, prefix, start, prefix_start, count, padded, rows16)
             _pair_all_rows(rows16, padded, d, values)
             for first in range(0, length * group, BLOCK):
@@ -218,15 +218,15 @@ def _attend(
                     at = r * width
                     if softcap > 0:
                         _cap(scores[at + begin : at + end], softcap)
-                    tops[r] = max_within(scores, at, width, begin, end)
-                    totals[r] = exp_within(scores, at, width, begin, end, tops[r], probs, at)
+                    row_max[r] = max_within(scores, at, width, begin, end)
+                    totals[r] = exp_within(scores, at, width, begin, end, row_max[r], probs, at)
                     if len(sinks):
-                        totals[r] += np.exp(sinks[head * group + min(first + r, last - 1) % group] - tops[r])
-                matmul(prob_pairs, 0, width // 2, values, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
+                        totals[r] += np.exp(sinks[head * group + min(first + r, last - 1) % group] - row_max[r])
+                matmul(prob_pairs, 0, width // 2, values, 0, d, COLUMNS, block_out, 0, d, rows, d, width // 2, False)
                 for r in range(first, last):
                     row, to = start + r // group, (head * group + r % group) * d
-                    scale_row(mixed, (r - first) * d, d, one / totals[r - first], out, row * out.shape[1] + to)
-                    logsumexps[row, head * group + r % group] = tops[r - first] + np.log(totals[r - first])
+                    scale_row(block_out, (r - first) * d, d, one / totals[r - first], out, row * out.shape[1] + to)
+                    logsumexps[row, head * group + r % group] = row_max[r - first] + np.log(totals[r - first])
         release()
 
 
@@ -234,13 +234,14 @@ def _attend(
 def _attend_backward(
     grad: Any, grad_step: Any, out: Any, logsumexps: Any, q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any,
     cos: Any, sin: Any, scale: Any, docs: Any, tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any,
-    softcap: Any, sinks: Any, dq: Any, dk: Any, dv: Any, out_step: Any, shared: Any,
+    softcap: Any, sinks: Any, dq: Any, dk: Any, dv: Any, out_step: Any, prefix_grads: Any,
 ) -> None:  # fmt: skip
     """Write the gradients of q, k, v to dq, dk, dv: one-dimensional, with rows `out_step` apart; the rest as _attend.
 
-    shared (D, key_value, 2, prefix, d) fp32: what each document adds to the gradients of the prefix's keys and values.
+    prefix_grads (D, key_value, 2, prefix, d) fp32: each document's term of the gradients of its prefix's keys and
+    values.
     """
-    half, block, one, none = d // 2, d // 2 * COLUMNS, np.float32(1.0), np.float32(0.0)
+    half, block, one, zero = d // 2, d // 2 * COLUMNS, np.float32(1.0), np.float32(0.0)
     longest = 0
     for doc in range(len(docs)):
         longest = max(longest, _round_up(docs[doc, 1] + docs[doc, 2], COLUMNS))
@@ -256,30 +257,30 @@ def _attend_backward(
         grads = np.zeros(BLOCK * d + GAP, np.uint16)
         grads_t = np.zeros(BLOCK // 2 * d + GAP, np.uint32)
         scores = np.zeros(BLOCK * longest + GAP, np.float32)
-        slopes = np.zeros(BLOCK * longest + GAP, np.float32)
-        slopes16 = np.zeros(BLOCK * longest + GAP, np.uint16)
+        grad_scores = np.zeros(BLOCK * longest + GAP, np.float32)
+        grad_scores16 = np.zeros(BLOCK * longest + GAP, np.uint16)
         score_pairs = np.zeros(BLOCK // 2 * longest + GAP, np.uint32)
-        slope_pairs = np.zeros(BLOCK // 2 * longest + GAP, np.uint32)
+        grad_score_pairs = np.zeros(BLOCK // 2 * longest + GAP, np.uint32)
         dots = np.zeros(BLOCK + GAP, np.float32)
-        mixed = np.zeros(BLOCK * d + GAP, np.float32)
+        dq_block = np.zeros(BLOCK * d + GAP, np.float32)
         dk_t = np.zeros(longest * d + GAP, np.float32)
         dv_t = np.zeros(longest * d + GAP, np.float32)
-        lines = np.zeros(SIDE * 2 * d + GAP, np.float32)
+        transposed = np.zeros(SIDE * 2 * d + GAP, np.float32)
         row_pairs, query_pairs = rows16.view(np.uint32), queries.view(np.uint32)
-        grad_pairs, slope_rows = grads.view(np.uint32), slopes16.view(np.uint32)
+        grad_pairs, grad_score_rows = grads.view(np.uint32), grad_scores16.view(np.uint32)
         for place in range(lanes[lane], lanes[lane + 1]):
             doc, head = tasks[place] // key_value, tasks[place] % key_value
             start, length, prefix, prefix_start = docs[doc, 0], docs[doc, 1], docs[doc, 2], docs[doc, 3]
             count = prefix + length
             padded = _round_up(count, COLUMNS)
-            common = prefix + length * docs[doc, 4]  # keys that other documents see as well
+            num_shared = prefix + length * docs[doc, 4]  # keys that other documents also attend to
             _load_keys(k, k_step, head, d, cos, sin, prefix, start, prefix_start, count, padded, rows16)
-            _by_columns(row_pairs, padded, half, keys)
+            _transpose_blocks(row_pairs, padded, half, keys)
             _pair_all_rows(rows16, padded, d, key_rows)
             _load_values(v, v_step, head, d, prefix, start, prefix_start, count, padded, rows16)
-            _by_columns(row_pairs, padded, half, values)
-            dk_t[: padded * d] = none
-            dv_t[: padded * d] = none
+            _transpose_blocks(row_pairs, padded, half, values)
+            dk_t[: padded * d] = zero
+            dv_t[: padded * d] = zero
             for first in range(0, length * group, BLOCK):
                 last = min(first + BLOCK, length * group)
                 rows = _round_up(last - first, ROWS)
@@ -299,7 +300,7 @@ def _attend_backward(
                 _transpose(block_pairs, 0, d, BLOCK // 2, d, grads_t, 0, BLOCK // 2)
                 width = _round_up(visible(last - 1, group, prefix, window)[1], COLUMNS)
                 matmul(query_pairs, 0, half, keys, 0, COLUMNS, block, scores, 0, width, rows, width, half, False)
-                matmul(grad_pairs, 0, half, values, 0, COLUMNS, block, slopes, 0, width, rows, width, half, False)
+                matmul(grad_pairs, 0, half, values, 0, COLUMNS, block, grad_scores, 0, width, rows, width, half, False)
                 for r in range(rows):
                     begin, end = visible(min(first + r, last - 1), group, prefix, window)
                     if first + r >= last:
@@ -308,31 +309,41 @@ def _attend_backward(
                     top = logsumexps[row, head * group + min(first + r, last - 1) % group]
                     from_, to = r * width, (r + 1) * width
                     if softcap > 0:
-                        row_scores, row_slopes, row_out = scores[from_:to], slopes[from_:to], slopes16[from_:to]
-                        _capped_softmax_gradient(row_scores, row_slopes, begin, end, top, dots[r], softcap, row_out)
+                        row_scores, row_grads, row_out = (
+                            scores[from_:to],
+                            grad_scores[from_:to],
+                            grad_scores16[from_:to],
+                        )
+                        _capped_softmax_gradient(row_scores, row_grads, begin, end, top, dots[r], softcap, row_out)
                     else:
-                        softmax_gradient(scores, from_, width, begin, end, top, dots[r], slopes, from_, slopes16, from_)
+                        softmax_gradient(
+                            scores, from_, width, begin, end, top, dots[r], grad_scores, from_, grad_scores16, from_
+                        )
                 for r in range(0, rows, 2):
                     at, odd = r * width, (r + 1) * width
                     pair_rows(scores, at, scores, odd, width, score_pairs, r // 2 * width)
-                    pair_rows(slopes, at, slopes, odd, width, slope_pairs, r // 2 * width)
-                matmul(slope_rows, 0, width // 2, key_rows, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
-                step, deep = BLOCK // 2, rows // 2
-                matmul(queries_t, 0, step, slope_pairs, 0, width, COLUMNS, dk_t, 0, padded, d, width, deep, True)
-                matmul(grads_t, 0, step, score_pairs, 0, width, COLUMNS, dv_t, 0, padded, d, width, deep, True)
+                    pair_rows(grad_scores, at, grad_scores, odd, width, grad_score_pairs, r // 2 * width)
+                matmul(
+                    grad_score_rows, 0, width // 2, key_rows, 0, d, COLUMNS, dq_block, 0, d, rows, d, width // 2, False
+                )
+                step, num_pairs = BLOCK // 2, rows // 2
+                matmul(
+                    queries_t, 0, step, grad_score_pairs, 0, width, COLUMNS, dk_t, 0, padded, d, width, num_pairs, True
+                )
+                matmul(grads_t, 0, step, score_pairs, 0, width, COLUMNS, dv_t, 0, padded, d, width, num_pairs, True)
                 for r in range(first, last):
                     row, query = start + r // group, head * group + r % group
-                    _rotate_backward(mixed, (r - first) * d, d, cos, sin, row, scale, dq, row * out_step + query * d)
+                    _rotate_backward(dq_block, (r - first) * d, d, cos, sin, row, scale, dq, row * out_step + query * d)
             for n in range(count):
                 if n % SIDE == 0:
-                    _transpose(dk_t, n, padded, d, SIDE, lines, 0, 2 * d)
-                    _transpose(dv_t, n, padded, d, SIDE, lines, d, 2 * d)
-                line = lines[n % SIDE * 2 * d : (n % SIDE + 1) * 2 * d]
+                    _transpose(dk_t, n, padded, d, SIDE, transposed, 0, 2 * d)
+                    _transpose(dv_t, n, padded, d, SIDE, transposed, d, 2 * d)
+                line = transposed[n % SIDE * 2 * d : (n % SIDE + 1) * 2 * d]
                 row = _key_row(n, prefix, start, prefix_start)
-                if n < common:
+                if n < num_shared:
                     for j in range(d):
-                        shared[doc, head, 0, n, j] = line[j]
-                        shared[doc, head, 1, n, j] = line[d + j]
+                        prefix_grads[doc, head, 0, n, j] = line[j]
+                        prefix_grads[doc, head, 1, n, j] = line[d + j]
                 else:
                     to = row * out_step + head * d
                     _rotate_backward(line, 0, d, cos, sin, row, one, dk, to)
@@ -342,22 +353,22 @@ def _attend_backward(
 
 @kernel
 def _add_shared(
-    shared: Any, docs: Any, rows: Any, cos: Any, sin: Any, d: Any, dk: Any, dv: Any, out_step: Any
+    prefix_grads: Any, docs: Any, rows: Any, cos: Any, sin: Any, d: Any, dk: Any, dv: Any, out_step: Any
 ) -> None:  # fmt: skip
-    """Write the gradients of the prefixes' keys and values: the sums over the documents that follow each prefix.
+    """Write the gradients of the prefixes' keys and values, summed over the documents that share each prefix.
 
     rows (P, 2): each packed row of a prefix, and the prefix's first row.
     """
     for place in prange(len(rows)):
         row, prefix_start = rows[place, 0], rows[place, 1]
         total = np.zeros(2 * d + GAP, np.float32)
-        for head in range(shared.shape[1]):
+        for head in range(prefix_grads.shape[1]):
             total[: 2 * d] = np.float32(0.0)
             for doc in range(len(docs)):
                 if docs[doc, 3] == prefix_start and (docs[doc, 2] or docs[doc, 4]):
                     for j in range(d):
-                        total[j] += shared[doc, head, 0, row - prefix_start, j]
-                        total[d + j] += shared[doc, head, 1, row - prefix_start, j]
+                        total[j] += prefix_grads[doc, head, 0, row - prefix_start, j]
+                        total[d + j] += prefix_grads[doc, head, 1, row - prefix_start, j]
             to = row * out_step + head * d
             _rotate_backward(total, 0, d, cos, sin, row, np.float32(1.0), dk, to)
             scale_row(total, d, d, np.float32(1.0), dv, to)
@@ -389,15 +400,15 @@ class TiledAttention(Function):
         grad = grad.reshape(len(qkv), heads.query, heads.size)
         work, inputs = _work(heads, ctx.documents), _inputs(heads.normalized(qkv), heads, cos, sin)
         docs, prefix = work[0], int(work[0][:, 2].max())
-        shared = np.empty((len(docs) if prefix else 0, heads.key_value, 2, prefix, heads.size), np.float32)
+        prefix_grads = np.empty((len(docs) if prefix else 0, heads.key_value, 2, prefix, heads.size), np.float32)
         targets = *(flatten(x) for x in views), views[0].stride(0)
         cast(Any, _attend_backward)(
-            flatten(grad), grad.stride(0), array(out), array(logsumexps), *inputs, *work, *targets, shared
+            flatten(grad), grad.stride(0), array(out), array(logsumexps), *inputs, *work, *targets, prefix_grads
         )  # fmt: skip
         if prefix:
             lengths = dict(docs[docs[:, 2] > 0][:, [3, 2]].tolist())
             pairs = [(row, start) for start, n in lengths.items() for row in range(start, start + n)]
-            _add_shared(shared, docs, np.array(pairs, np.int64), array(cos), array(sin), heads.size, *targets[1:])
+            _add_shared(prefix_grads, docs, np.array(pairs, np.int64), array(cos), array(sin), heads.size, *targets[1:])
         heads.backward_norms_(views, qkv)
         return result, None, None, None, None
 

@@ -1,8 +1,8 @@
-"""Attention of decoding: a few rows of many texts over keys and values cached in blocks, in one compiled kernel.
+"""Attention for decoding: a few rows of many sequences over a KV cache in blocks, in one compiled kernel.
 
-Values are stored position by position. Keys are stored by element (by pair of elements in bf16), each for all positions
-of the block: a query meets a vector of positions, and no sum crosses a vector. The scores of a query have the same bits
-whatever other rows there are.
+A block of values has the shape (position, element). A block of keys is transposed, (element, position), in bf16 with
+pairs of elements, so that the lanes of a vector are positions and no horizontal sums are needed. The scores of a query
+are bit-identical whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ from strop.engine.kernels.cpu.compiled import (
 )
 from strop.engine.kernels.cpu.dots import LANES, Operands, add_weighted_rows, prefetch_array
 
-BLOCK = 32  # positions of a text in a cache block
+BLOCK = 32  # positions of a sequence in a cache block
 _MASKED = np.float32(-3e38)
-_VECTORS, _PARTS = BLOCK // LANES, 2  # vectors of positions in a block; partial sums of a score (even, odd units)
+_VECTORS, _PARTS = (
+    BLOCK // LANES,
+    2,
+)  # vectors of positions in a block; partial sums of a score (even and odd elements or pairs)
 _SUMS, _NUMBERS, _PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
 
 
 @subroutine
 def key_at(begin: Any, slot: Any, d: Any, like: Any) -> Any:
-    """Return the index of element d of the key in a block's slot; begin: index of the block's head; like: the keys."""
+    """Return the index of element d of the key in a block's slot. begin: index of the block's head; like: the keys."""
     unit = 4 // like.itemsize
     return begin + (d // unit * BLOCK + slot) * unit + d % unit
 
@@ -103,7 +106,7 @@ _scores_1, _scores_2, _scores_3, _scores_4 = (_scores(queries) for queries in (1
 def _score(q: Any, q_at: Any, keys: Any, k_at: Any, c: Any, queries: Any, width: Any) -> None:
     """Compute c (queries, BLOCK) = q_i k_j for contiguous queries."""
     i = 0
-    while LANES == 16 and i + 4 <= queries:  # with half as many registers of half the width, one query at a time
+    while LANES == 16 and i + 4 <= queries:  # AVX2 has half as many registers of half the width: one query at a time
         _scores_4(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
         i += 4
     if LANES == 16 and queries - i == 3:
@@ -144,7 +147,7 @@ def _softmax_block(scores: Any, first: Any, end: Any, scale: Any, weights: Any, 
 
 @kernel
 def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lanes: Any) -> None:
-    """Compute softmax(q K^T) V of each row over the keys of its text, up to its position and within the window.
+    """Compute softmax(q K^T) V of each row over the keys of its sequence, up to its position and within the window.
 
     q (key_value, T, group, width), keys and values (blocks, key_value, BLOCK, width), out (T, query * size). One block
     of keys at a time, with FlashAttention's running sum (arXiv:2205.14135).
@@ -153,12 +156,16 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
     size, window, scale, softcap = shape.size, shape.window, shape.scale, shape.softcap
     chunks, table = rows.chunks, rows.table
     qs, ks, vs = q.reshape(-1), keys.reshape(-1), values.reshape(-1)
-    most, tasks = 0, len(chunks) * kv
+    max_rows, tasks = 0, len(chunks) * kv
     for c in range(len(chunks)):
-        most = max(most, chunks[c, 1] * group)
+        max_rows = max(max_rows, chunks[c, 1] * group)
     for lane in prange(lanes):
-        sums, tops, totals = np.empty(most * width, np.float32), np.empty(most, np.float32), np.empty(most, np.float32)
-        scores, weights = np.empty(most * BLOCK, np.float32), np.empty(most * BLOCK, np.float32)
+        sums, row_max, totals = (
+            np.empty(max_rows * width, np.float32),
+            np.empty(max_rows, np.float32),
+            np.empty(max_rows, np.float32),
+        )
+        scores, weights = np.empty(max_rows * BLOCK, np.float32), np.empty(max_rows * BLOCK, np.float32)
         for task in range(lane, tasks, lanes):
             chunk, head = task // kv, task % kv
             row, count, at, text = chunks[chunk]
@@ -167,13 +174,13 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
             next_head, next_at, next_text = (task + lanes) % kv, chunks[next_chunk, 2], chunks[next_chunk, 3]
             next_first = max(0, next_at - window + 1) // BLOCK if window else 0
             sums[: queries * width] = 0
-            tops[:queries] = _MASKED
+            row_max[:queries] = _MASKED
             totals[:queries] = 0
             q_at = (head * all_rows + row) * group * width
             for part in range(max(0, at - window + 1) // BLOCK if window else 0, last // BLOCK + 1):
                 begin = part * BLOCK
                 here, valid = (table[text, part] * kv + head) * BLOCK * width, min(BLOCK, last + 1 - begin)
-                if part < last // BLOCK:  # what follows this block
+                if part < last // BLOCK:  # prefetch the next block of this task or of the next one
                     next_block = (table[text, part + 1] * kv + head) * BLOCK * width
                 else:
                     next_block = (table[next_text, next_first] * kv + next_head) * BLOCK * width
@@ -191,15 +198,17 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
                         continue
                     if softcap:
                         _cap(row_scores, scale, softcap)
-                        tops[i], fade, total = _softmax_block(
-                            row_scores, first, end, np.float32(1.0), row_weights, tops[i]
+                        row_max[i], rescale, total = _softmax_block(
+                            row_scores, first, end, np.float32(1.0), row_weights, row_max[i]
                         )
                     else:
-                        tops[i], fade, total = _softmax_block(row_scores, first, end, scale, row_weights, tops[i])
-                    totals[i] = totals[i] * fade + total
-                    if fade != 1:
+                        row_max[i], rescale, total = _softmax_block(
+                            row_scores, first, end, scale, row_weights, row_max[i]
+                        )
+                    totals[i] = totals[i] * rescale + total
+                    if rescale != 1:
                         for d in range(i * width, (i + 1) * width):
-                            sums[d] *= fade
+                            sums[d] *= rescale
                 add_weighted_rows(weights, 0, BLOCK, vs, here, width, sums, 0, width, queries, valid, width)
             for i in range(queries):
                 share = np.float32(1.0) / totals[i]

@@ -15,7 +15,14 @@ from numba import prange, types
 from strop.engine.kernels.cpu.amx import AVAILABLE, pack_rows, packed_buffer
 from strop.engine.kernels.cpu.compiled import kernel, sequence, specialization_of, subroutine
 from strop.engine.kernels.cpu.dequantize import UNIT, can_dequantize, dequantize_row, quantized_block
-from strop.engine.kernels.cpu.dots import AHEAD, LANES, add_weighted_rows, block, edge, single_row_block
+from strop.engine.kernels.cpu.dots import (
+    LANES,
+    PREFETCH_ROWS,
+    add_weighted_rows,
+    block,
+    partial_block,
+    single_row_block,
+)
 from strop.engine.kernels.cpu.int8_dots import (
     INT8_DOTS,
     STRETCH,
@@ -120,10 +127,10 @@ def _dots(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
         low, high = columns_of(lane, lanes, n)
         for at in range(low, high, LANES):
             if at + LANES <= n:
-                until = min(at + AHEAD + LANES, high) * k
-                block(w, at * k, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * k, until)
+                until = min(at + PREFETCH_ROWS + LANES, high) * k
+                block(w, at * k, k, x, 0, k, out, column + at, width, rows, k, w, (at + PREFETCH_ROWS) * k, until)
             else:
-                edge(w, at * k, k, n - at, x, 0, k, out, column + at, width, rows, k)
+                partial_block(w, at * k, k, n - at, x, 0, k, out, column + at, width, rows, k)
 
 
 @kernel
@@ -137,7 +144,7 @@ def _single_row_dots(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None
             if at + LANES <= n:
                 single_row_block(w, at * k, k, x, 0, out, column + at, k)
             else:
-                edge(w, at * k, k, n - at, x, 0, k, out, column + at, y.shape[1], 1, k)
+                partial_block(w, at * k, k, n - at, x, 0, k, out, column + at, y.shape[1], 1, k)
 
 
 @kernel
@@ -160,10 +167,12 @@ def quantized_matmul(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: A
             for i in range(valid):
                 dequantize_row(w, at + i, scale, block_size, code, weights, i * k, k)
             if valid == LANES:
-                until = min(at + AHEAD + LANES, high) * row_bytes
-                block(weights, 0, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * row_bytes, until)
+                until = min(at + PREFETCH_ROWS + LANES, high) * row_bytes
+                block(
+                    weights, 0, k, x, 0, k, out, column + at, width, rows, k, w, (at + PREFETCH_ROWS) * row_bytes, until
+                )
             else:
-                edge(weights, 0, k, valid, x, 0, k, out, column + at, width, rows, k)
+                partial_block(weights, 0, k, valid, x, 0, k, out, column + at, width, rows, k)
 
 
 @kernel
@@ -180,7 +189,7 @@ def int8_matmul(part: Any, x: Any, scales: Any, y: Any, column: Any, lanes: Any)
         low, high = columns_of(lane, lanes, n)
         more = np.empty(rows * LANES if k > STRETCH else 0, np.float32)
         for at in range(low, high, LANES):
-            ask, until = (at + AHEAD) * k, min(at + AHEAD + LANES, high) * k
+            ask, until = (at + PREFETCH_ROWS) * k, min(at + PREFETCH_ROWS + LANES, high) * k
             to, count = column + at, min(k, STRETCH)
             if rows <= 2:
                 int8_block_by_row(w, at, k, w_scales, inputs, scales, out, to, width, rows, 0, count)

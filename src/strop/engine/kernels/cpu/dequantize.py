@@ -30,7 +30,7 @@ from strop.engine.kernels.cpu.compiled import (
     repeat,
     subroutine,
 )
-from strop.engine.kernels.cpu.dots import AHEAD, LANES, Operands, store_rows, sums_of
+from strop.engine.kernels.cpu.dots import LANES, PREFETCH_ROWS, Operands, reduce_vectors, store_rows
 
 _FLOATS, _NUMBERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 GROUP = 2 * LANES  # elements that are dequantized together
@@ -164,7 +164,7 @@ def _dots(rows: int, inputs: int) -> Any:
             kind = types.uint16 if bf16 else types.float32
             operands = Operands(kind, kind)
             shift = call_llvm(b, "llvm.cttz.i64", I64, block, ir.Constant(ir.IntType(1), 1))
-            further = dequantizer.bytes_of(b.mul(count, I64(AHEAD)))
+            further = dequantizer.bytes_of(b.mul(count, I64(PREFETCH_ROWS)))
 
             def body(at: Any, sums: list[Any]) -> list[Any]:
                 for row in w_rows:
@@ -184,7 +184,7 @@ def _dots(rows: int, inputs: int) -> Any:
             zeros = [ir.Constant(_FLOATS, [0.0] * LANES)] * (rows * inputs)
             total = repeat(b, count, UNIT, zeros, body)
             to = pointer(context, b, kinds[8], args[8], args[9])
-            store_rows(b, sums_of(b, total), rows, inputs, to, ldc)
+            store_rows(b, reduce_vectors(b, total), rows, inputs, to, ldc)
             return context.get_dummy_value()
 
         return signature, generate

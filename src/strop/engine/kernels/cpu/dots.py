@@ -1,8 +1,8 @@
-"""Dot products of weight rows with a few input rows: intrinsics for the kernels of decoding.
+"""Numba intrinsics for decoding: dot products of weight rows with a few input rows.
 
-Decoding reads each weight once for a handful of rows, so memory bandwidth sets the pace: weight rows are read in memory
-order and prefetched. The order in which a result is summed does not depend on the other rows, so a completion has the
-same bits alone and in a batch.
+Decoding reads each weight once for a handful of rows, so memory bandwidth is the limit: weight rows are read in memory
+order and prefetched. The order of summation does not depend on the other rows, so a completion is bit-identical alone
+and in a batch.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from strop.engine.kernels.cpu.compiled import (
 )
 from strop.machine.probe import vector_extensions
 
-LANES = 16 if "avx512f" in vector_extensions() else 8  # partial sums of a result, and results of a block
-AHEAD = 2 * LANES  # distance of prefetching, in weight rows
-AHEAD_BYTES = 4096  # distance of prefetching where one row is read at a time
-LINE = 64  # bytes of a cache line
-DEEP = 1024  # elements of a row up to which LANES rows fit the first-level cache
+LANES = 16 if "avx512f" in vector_extensions() else 8  # fp32 values in a register; also weight rows of a block
+PREFETCH_ROWS = 2 * LANES  # prefetch distance in weight rows
+PREFETCH_BYTES = 4096  # prefetch distance where one row is read at a time
+CACHE_LINE = 64  # bytes
+MAX_CACHED_WIDTH = 1024  # LANES rows of up to this many elements fit into the L1 cache
 
 _SUMS = ir.VectorType(F32, LANES)
 _LONG = types.int64
@@ -56,7 +56,7 @@ class Operands:
         self.step = 2 * LANES if self.pairs else LANES
 
     def load(self, b: Any, place: Any, bf16: bool, left: Any) -> Any:
-        """Load a vector; left: None, or how many elements are loaded, with zeros in place of the others."""
+        """Load a vector. left: load only the first `left` elements and set the others to zero; None: load all."""
         element = I16 if bf16 else F32
         kind, align = ir.VectorType(element, self.step), 2 if bf16 else 4
         at = b.bitcast(place, kind.as_pointer())
@@ -90,21 +90,21 @@ def prefetch_array(context: Any, array: Any, at: Any, count: Any) -> Any:
             prefetch(b, b.gep(start, [i]))
             return []
 
-        repeat(b, args[2], LINE // size, [], body, may_be_empty=True)
+        repeat(b, args[2], CACHE_LINE // size, [], body, may_be_empty=True)
         return context.get_dummy_value()
 
     return types.void(array, _LONG, _LONG), generate
 
 
-def sums_of(b: Any, vectors: list[Any]) -> Any:
+def reduce_vectors(b: Any, vectors: list[Any]) -> Any:
     """Reduce LANES vectors to one vector of their sums."""
-    numbers, distance = ir.VectorType(I32, LANES), LANES // 2
+    index_type, distance = ir.VectorType(I32, LANES), LANES // 2
     while distance:
         half, halves = len(vectors) // 2, []
         for u, v in zip(vectors[:half], vectors[half:], strict=True):
             here = [LANES + i if i & distance else i for i in range(LANES)]
             across = [LANES + (i ^ distance) if i & distance else i ^ distance for i in range(LANES)]
-            shuffled = (b.shuffle_vector(u, v, ir.Constant(numbers, places)) for places in (here, across))
+            shuffled = (b.shuffle_vector(u, v, ir.Constant(index_type, places)) for places in (here, across))
             halves.append(add_ordered(b, *shuffled))
         vectors, distance = halves, distance // 2
     return vectors[0]
@@ -138,8 +138,8 @@ def _dots(rows: int, inputs: int, lines: int = 0) -> Any:
                 results: list[Any] = [None] * (rows * inputs)
                 xs = [operands.load(b, b.gep(row, [at]), x.dtype == types.uint16, left) for row in x_rows]
                 for line in range(lines if left is None else 0):
-                    begin = b.mul(b.lshr(at, I64(operands.step.bit_length() - 1)), I64(lines * LINE))
-                    prefetch(b, b.gep(ahead_start, [b.add(begin, I64(line * LINE))]))
+                    begin = b.mul(b.lshr(at, I64(operands.step.bit_length() - 1)), I64(lines * CACHE_LINE))
+                    prefetch(b, b.gep(ahead_start, [b.add(begin, I64(line * CACHE_LINE))]))
                 for i, row in enumerate(a_rows):
                     weights = operands.load(b, b.gep(row, [at]), a.dtype == types.uint16, left)
                     for j, values in enumerate(xs):
@@ -150,7 +150,7 @@ def _dots(rows: int, inputs: int, lines: int = 0) -> Any:
             sums = repeat(b, whole, operands.step, zeros, multiply, may_be_empty=True)
             partial = b.icmp_signed("<", whole, count)
             sums = update_if(b, partial, sums, lambda: multiply(whole, sums, b.sub(count, whole)))
-            store_rows(b, sums_of(b, sums), rows, inputs, starts[2], ldc)
+            store_rows(b, reduce_vectors(b, sums), rows, inputs, starts[2], ldc)
             return context.get_dummy_value()
 
         signature = types.void(
@@ -161,8 +161,8 @@ def _dots(rows: int, inputs: int, lines: int = 0) -> Any:
     typing.__doc__ = f"""Compute c[j * ldc + i] = a_i x_j for {rows} rows of a and {inputs} of x, of `count` elements.
 
     a, x: fp32, or uint16 with the bits of bf16. If both are bf16, the CPU must multiply bf16. c: fp32.
-    a_at, x_at, c_at: where they begin; lda, ldx, ldc: distance between rows. valid: rows that a has; the last of them
-    is read in place of rows beyond. Each step prefetches {lines} cache lines of `ahead`, from element `ahead_at`.
+    a_at, x_at, c_at: where they begin; lda, ldx, ldc: distance between rows. valid: number of rows of a; beyond, the
+    last row is read again. Each step prefetches {lines} cache lines of `ahead`, from element `ahead_at`.
     """
     return intrinsic(typing)
 
@@ -179,17 +179,16 @@ def block(
 ) -> None:  # fmt: skip
     """Compute c[j, i] = a_i x_j for LANES rows of a and `inputs` rows of x; arguments as in _dots.
 
-    Each step prefetches a few of the elements of `ahead` from `ahead_at` to `ahead_end`: the memory would otherwise
-    be idle.
+    Meanwhile, elements `ahead_at` to `ahead_end` of `ahead` are prefetched, because memory would otherwise be idle.
     """
     steps = count // (2 * LANES if a.itemsize + x.itemsize == 4 else LANES)
-    unit = LINE // ahead.itemsize
-    fours, deep = inputs // 4, LANES if count <= DEEP else LANES // 2
-    lines_a_step = (ahead_end - ahead_at) / unit / max(1, 4 * fours * steps)
+    unit = CACHE_LINE // ahead.itemsize
+    groups_of_4, rows_a_pass = inputs // 4, LANES if count <= MAX_CACHED_WIDTH else LANES // 2
+    lines_a_step = (ahead_end - ahead_at) / unit / max(1, 4 * groups_of_4 * steps)
     lines = 1 if lines_a_step <= 1 else 2 if lines_a_step <= 2 else 4
-    for begin in range(0, LANES, deep):
-        for j in range(0, 4 * fours, 4):
-            for q in range(begin, begin + deep, LANES // 4):
+    for begin in range(0, LANES, rows_a_pass):
+        for j in range(0, 4 * groups_of_4, 4):
+            for q in range(begin, begin + rows_a_pass, LANES // 4):
                 row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
                 if ahead_at >= ahead_end:
                     _dots_4(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ahead, ahead_at)
@@ -200,7 +199,7 @@ def block(
                 else:
                     _dots_4_prefetch_4(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ahead, ahead_at)
                 ahead_at += lines * steps * unit
-    j = 4 * fours
+    j = 4 * groups_of_4
     if j + 2 <= inputs:
         for q in range(0, LANES, LANES // 2):
             row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
@@ -219,7 +218,7 @@ def block(
 
 
 @subroutine
-def edge(
+def partial_block(
     a: Any, a_at: Any, lda: Any, rows: Any, x: Any, x_at: Any, ldx: Any, c: Any, c_at: Any, ldc: Any, inputs: Any,
     count: Any,
 ) -> None:  # fmt: skip
@@ -231,15 +230,15 @@ def edge(
             c[c_at + j * ldc + i] = results[i]
 
 
-def row_by_row(
+def emit_row_by_row(
     b: Any, start: Any, rows: int, lda: Any, count: Any, step: int, zeros: list[Any],
     multiply: Callable[[Any, Any, list[Any]], list[Any]],
 ) -> list[Any]:  # fmt: skip
-    """Emit the sums of `rows` times len(zeros) dot products, reading one row of the weight after another.
+    """Emit `rows` times len(zeros) dot products that read one weight row after another.
 
-    With one or two input rows the transfer of the weight takes the time, and memory that is read in order arrives
-    sooner. count: elements of a row, a multiple of `step`. multiply(place, at, sums): the sums after the next step, of
-    the row's elements at `place`. Sums have the order of `_dots`.
+    With one or two input rows, memory bandwidth is the limit, and sequential reads are faster. count: elements of a
+    row, a multiple of `step`. multiply(place, at, sums): emit the multiplication of the row's elements at `place` and
+    return the new sums. The order of summation is that of `_dots`.
     """
     inputs = len(zeros)
     with b.goto_entry_block():
@@ -250,7 +249,7 @@ def row_by_row(
 
         def body(at: Any, sums: list[Any]) -> list[Any]:
             place = b.gep(here, [at])
-            prefetch(b, b.gep(b.bitcast(place, I8.as_pointer()), [I64(AHEAD_BYTES)]))
+            prefetch(b, b.gep(b.bitcast(place, I8.as_pointer()), [I64(PREFETCH_BYTES)]))
             return multiply(place, at, sums)
 
         for j, total in enumerate(repeat(b, count, step, zeros, body)):
@@ -278,8 +277,8 @@ def single_row_block(
             return [operands.multiply_add(b, weights, values, sums[0])]
 
         zeros = [ir.Constant(_SUMS, [0.0] * LANES)]
-        sums = row_by_row(b, start, LANES, args[2], args[7], operands.step, zeros, multiply)
-        store_rows(b, sums_of(b, sums), LANES, 1, to, I64(0))
+        sums = emit_row_by_row(b, start, LANES, args[2], args[7], operands.step, zeros, multiply)
+        store_rows(b, reduce_vectors(b, sums), LANES, 1, to, I64(0))
         return context.get_dummy_value()
 
     return signature, generate

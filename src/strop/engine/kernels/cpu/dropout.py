@@ -19,14 +19,14 @@ W0, W1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
 
 @subroutine
 def _round(a: Any, b: Any, c: Any, d: Any, key0: Any, key1: Any) -> Any:
-    """Compute one round of Philox. All values are 32 bits in 64; where LLVM cannot see that, it is 3 times as slow."""
+    """Compute one round of Philox on 32-bit values in uint64. The masks let LLVM see that: 3 times as fast."""
     first, second = a * M0, c * M1
     return (second >> HALF) ^ b ^ key0, second & MASK, (first >> HALF) ^ d ^ key1, first & MASK
 
 
 @subroutine
 def _random_words(seed: Any, step: Any, number: Any, token: Any, out: Any) -> None:
-    """Write the four random words of each counter of one row and adapter to `out`, word by word."""
+    """Write the random words of one row and adapter: all first words of the counters, then all second words, ..."""
     count = len(out) // 4
     k, q = np.uint64(seed) & MASK, np.uint64(step) & MASK
     k1, q1 = (k + W0) & MASK, (q + W1) & MASK
@@ -35,10 +35,10 @@ def _random_words(seed: Any, step: Any, number: Any, token: Any, out: Any) -> No
     k4, q4 = (k3 + W0) & MASK, (q3 + W1) & MASK
     k5, q5 = (k4 + W0) & MASK, (q4 + W1) & MASK
     k6, q6 = (k5 + W0) & MASK, (q5 + W1) & MASK
-    of, low, high = np.uint64(number) & MASK, np.uint64(token) & MASK, np.uint64(token) >> HALF
+    adapter, low, high = np.uint64(number) & MASK, np.uint64(token) & MASK, np.uint64(token) >> HALF
     first, second, third, fourth = out[:count], out[count : 2 * count], out[2 * count : 3 * count], out[3 * count :]
     for i in range(count):
-        a, b, c, d = _round(np.uint64(i) & MASK, of, low, high, k, q)
+        a, b, c, d = _round(np.uint64(i) & MASK, adapter, low, high, k, q)
         a, b, c, d = _round(a, b, c, d, k1, q1)
         a, b, c, d = _round(a, b, c, d, k2, q2)
         a, b, c, d = _round(a, b, c, d, k3, q3)
@@ -61,7 +61,7 @@ def _add_kept(source: Any, halves: Any, level: Any, sums: Any) -> None:
 
 
 @kernel
-def _dropout(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
+def _apply_masks(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
     rows, n = z.shape
     for task in prange(TASKS):
         words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
@@ -73,7 +73,7 @@ def _dropout(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, 
 
 
 @kernel
-def _dropout_backward(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
+def _apply_masks_backward(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
     rows, n = out.shape
     for task in prange(TASKS):
         words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
@@ -96,11 +96,11 @@ def _arguments(dropped: DropoutSpec) -> Any:
 
 def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
     out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1]) if out is None else out
-    _dropout(array(z.contiguous()), array(out), *_arguments(dropped))
+    _apply_masks(array(z.contiguous()), array(out), *_arguments(dropped))
     return out
 
 
 def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     out = torch.empty(len(grad), grad.shape[1] // len(dropped.numbers), dtype=grad.dtype)
-    _dropout_backward(array(grad), array(out), *_arguments(dropped))
+    _apply_masks_backward(array(grad), array(out), *_arguments(dropped))
     return out

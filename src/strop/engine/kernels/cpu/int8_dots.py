@@ -31,7 +31,7 @@ from strop.engine.kernels.cpu.compiled import (
     subroutine,
     to_fp32,
 )
-from strop.engine.kernels.cpu.dots import LANES, LINE, row_by_row, store_rows, sums_of
+from strop.engine.kernels.cpu.dots import CACHE_LINE, LANES, emit_row_by_row, reduce_vectors, store_rows
 from strop.machine.probe import vector_extensions
 
 INT8_DOTS = HAS_BF16 and "avx512_vnni" in vector_extensions()
@@ -112,22 +112,22 @@ def _dots(rows: int, inputs: int, lines: int | None = 0) -> Any:
 
             def all_rows(at: Any, sums: list[Any]) -> list[Any]:
                 xs, results = load_inputs(at), list(sums)
-                begin = b.mul(at, I64((lines or 0) * LINE // STEP))
+                begin = b.mul(at, I64((lines or 0) * CACHE_LINE // STEP))
                 for line in range(lines or 0):
-                    prefetch(b, b.gep(ahead_start, [b.add(begin, I64(line * LINE))]))
+                    prefetch(b, b.gep(ahead_start, [b.add(begin, I64(line * CACHE_LINE))]))
                 for i, row in enumerate(w_rows):
                     results[i::rows] = multiply(b.gep(row, [at]), xs, results[i::rows])
                 return results
 
             zero = ir.Constant(_INT32S, [0] * LANES)
             if lines is None:
-                totals = row_by_row(
+                totals = emit_row_by_row(
                     b, w_start, rows, k, args[12], STEP, [zero] * inputs,
                     lambda place, at, sums: multiply(place, load_inputs(at), sums),
                 )  # fmt: skip
             else:
                 totals = repeat(b, args[12], STEP, [zero] * (rows * inputs), all_rows)
-            results = sums_of(b, [b.sitofp(total, _SUMS) for total in totals])
+            results = reduce_vectors(b, [b.sitofp(total, _SUMS) for total in totals])
             for start, count, places in (
                 (ws_start, rows, [i % rows for i in range(LANES)]),
                 (xs_start, inputs, [i // rows for i in range(LANES)]),

@@ -312,7 +312,7 @@ def forward(
     return LoraTerm(z, first, enter, second, leave, thin, plan.filled, columns), (thin,)
 
 
-def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[LoraTerm, Tensor]:
+def backward(grad: Tensor, saved: tuple[Tensor, ...], adapters: Adapters) -> tuple[LoraTerm, Tensor]:
     plan, width = _plan_of(adapters), adapters.width
     first, second = plan.matrices[2:]
     for at, span, (a, b, scale) in zip(plan.slot_starts, plan.backward[0], adapters, strict=True):
@@ -324,7 +324,7 @@ def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tupl
 
 
 def gradients(
-    grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
+    grad: Tensor, z: Tensor, grad_za: Tensor, saved: tuple[Tensor, ...], adapters: Adapters
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients in fp32, in which they are summed."""
     plan, width = _plan_of(adapters), adapters.width
@@ -332,7 +332,7 @@ def gradients(
     a, b = np.empty((plan.rank, width), np.float32), np.empty(spans[-1, 5] + spans[-1, 3] * spans[-1, 4], np.float32)
     lanes = get_num_threads()
     _gradients(
-        array(grad), array(z), array(kept[0]), array(grad_za), *plan.gradients, plan.factors, lanes, a.reshape(-1), b
+        array(grad), array(z), array(saved[0]), array(grad_za), *plan.gradients, plan.factors, lanes, a.reshape(-1), b
     )  # fmt: skip
     results: list[Tensor] = []
     for at, _, _, count, rank, to in spans:

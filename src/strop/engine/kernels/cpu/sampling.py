@@ -1,9 +1,9 @@
 """Compiled kernels over logits: argmax, log-probabilities, sampling, and the candidates of an exact argmax.
 
-`find_candidates` finds the most likely token without the whole head. A logit w z of a row w of the head and the
-estimate v z, where v is w in 8 bits, differ by at most |w - v| |z| (Cauchy and Schwarz). Rows whose logit cannot be the
-greatest are left out; the logits of the others, a few in most passes, are computed exactly. The token is the same, and
-half of the head's bytes are read.
+`find_candidates` helps to find the argmax without reading the whole output head. Let w be a row of the head, v the row
+quantized to 8 bits and z a hidden state. The logit w z and its estimate v z differ by at most |w - v| |z|
+(Cauchy-Schwarz). Only rows whose logit can be the greatest, usually a few, are computed exactly. The result is the
+same, and half as many bytes are read.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = [
 
 _SIGNLESS, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _LOWEST = np.float32(-3e38)
-_SUMMED = 512  # elements that are summed in fp32
-_FIRST_DEPTH = 12.0  # nats below the greatest logit: where the search for the tokens that count begins
-MAX_CANDIDATES = 512  # rows of the head whose logits are computed exactly; beyond, all are
-_TOGETHER = 256  # logits whose maximum is compared at once
+_SUM_BLOCK = 512  # elements that are summed in fp32 before they are added to an fp64 total
+_INITIAL_DEPTH = 12.0  # nats below the greatest logit, of the first search for likely tokens
+MAX_CANDIDATES = 512  # with more candidate rows, the logits of all rows are computed
+_MAX_BLOCK = 256  # logits that are skipped together if their maximum is too low
 _LENGTH_MARGIN = np.float32(1.001)  # a computed length may be slightly less than the exact one
 
 
@@ -46,7 +46,7 @@ def argmax_rows(logits: Any, indices: Any, finite: Any) -> None:
 
     logits (P, n) fp32. A row is valid if it has no NaN, no +infinity, and a finite logit.
     """
-    bits = logits.view(np.uint32)  # compiled loops may assume that values are finite
+    bits = logits.view(np.uint32)  # compiled kernels may assume that values are finite
     for i in prange(len(logits)):
         row, best, at, bad = logits[i], logits[i, 0], 0, False
         for j in range(1, len(row)):
@@ -74,9 +74,9 @@ def token_logprobs(logits: Any, tokens: Any, logprobs: Any) -> None:
         row, top, total = logits[i], logits[i, 0], 0.0
         for j in range(1, n):
             top = maximum(top, row[j])
-        for begin in range(0, n, _SUMMED):
+        for begin in range(0, n, _SUM_BLOCK):
             part = np.float32(0.0)
-            for j in range(begin, min(n, begin + _SUMMED)):
+            for j in range(begin, min(n, begin + _SUM_BLOCK)):
                 part += exp(row[j] - top)
             total += np.float64(part)
         logprobs[i] = np.float64(row[tokens[i]]) - np.float64(top) - np.log(total)
@@ -86,8 +86,8 @@ def token_logprobs(logits: Any, tokens: Any, logprobs: Any) -> None:
 def sample(row: Any, temperature: Any, top_k: Any, top_p: Any, u: Any) -> Any:
     """Sample a token of logits (n,) from softmax(row / temperature).
 
-    top_k: sample among the k most likely tokens (0: all); top_p: of these, among the fewest that hold this share of the
-    probability (Holtzman et al., arXiv:1904.09751). u: a random number from [0, 1).
+    top_k: sample among the k most likely tokens (0: all). top_p: keep the smallest set of these tokens whose
+    probabilities sum to top_p (Holtzman et al., arXiv:1904.09751). u: a random number from [0, 1).
     """
     n, scale = len(row), 1.0 / temperature
     top = np.float64(row.max())
@@ -103,22 +103,22 @@ def sample(row: Any, temperature: Any, top_k: Any, top_p: Any, u: Any) -> Any:
                 if left < 0.0:
                     return j
         return last
-    # Only the few tokens near the greatest logit matter. Widen the search until it holds enough of them.
-    depth, most = _FIRST_DEPTH, n if top_k <= 0 else min(top_k, n)
+    # Sort only the tokens near the greatest logit. Lower the threshold until there are enough of them.
+    depth, max_tokens = _INITIAL_DEPTH, n if top_k <= 0 else min(top_k, n)
     while True:
         floor = top - depth / scale
         candidates = np.nonzero(row >= floor)[0] if depth < 1e6 else np.arange(n)
         values = row[candidates]
         order = np.argsort(-values, kind="mergesort")
         weights = np.exp((values[order].astype(np.float64) - top) * scale)
-        enough = len(candidates) == n or (len(candidates) >= most if top_k > 0 else weights.sum() >= top_p * mass)
+        enough = len(candidates) == n or (len(candidates) >= max_tokens if top_k > 0 else weights.sum() >= top_p * mass)
         if enough:
             break
         depth = depth * 4.0 if depth < 1e5 else 1e7
-    limit = min(len(order), most)
-    whole = weights[:limit].sum() if top_k > 0 else mass
+    limit = min(len(order), max_tokens)
+    kept_mass = weights[:limit].sum() if top_k > 0 else mass
     before, count = 0.0, 0
-    while count < limit and before < top_p * whole:
+    while count < limit and before < top_p * kept_mass:
         before += weights[count]
         count += 1
     left = u * before
@@ -138,27 +138,27 @@ def _length(z: Any) -> Any:
 
 
 @kernel
-def find_candidates(near: Any, reach: Any, z: Any, lengths: Any, chosen: Any, counts: Any) -> None:
+def find_candidates(estimates: Any, error_bounds: Any, z: Any, lengths: Any, chosen: Any, counts: Any) -> None:
     """Write the rows of the head whose logits may be the greatest of a row of z (P, k).
 
-    near (P, n or more): estimated logits; reach (n,): the greatest error of an estimate for a row of length 1. lengths
-    (P,): written, the lengths of the rows of z. chosen (P, MAX_CANDIDATES), counts (P,): written; a count beyond
-    MAX_CANDIDATES means too many.
+    estimates (P, n or more): estimated logits. error_bounds (n,): greatest error of an estimate for a row of norm 1.
+    lengths (P,): output, the norms of the rows of z. chosen (P, MAX_CANDIDATES), counts (P,): output; a count above
+    MAX_CANDIDATES means that not all are in `chosen`.
     """
-    n = len(reach)
-    for i in prange(len(near)):
-        row, length, count = near[i], _length(z[i]), 0
+    n = len(error_bounds)
+    for i in prange(len(estimates)):
+        row, length, count = estimates[i], _length(z[i]), 0
         lengths[i] = length
-        low = row[0] - length * reach[0]
+        low = row[0] - length * error_bounds[0]
         for j in range(1, n):
-            low = maximum(low, row[j] - length * reach[j])
-        for begin in range(0, n, _TOGETHER):
-            end, high = min(n, begin + _TOGETHER), row[begin] + length * reach[begin]
+            low = maximum(low, row[j] - length * error_bounds[j])
+        for begin in range(0, n, _MAX_BLOCK):
+            end, high = min(n, begin + _MAX_BLOCK), row[begin] + length * error_bounds[begin]
             for j in range(begin + 1, end):
-                high = maximum(high, row[j] + length * reach[j])
+                high = maximum(high, row[j] + length * error_bounds[j])
             if high >= low:
                 for j in range(begin, end):
-                    if row[j] + length * reach[j] >= low:
+                    if row[j] + length * error_bounds[j] >= low:
                         if count < MAX_CANDIDATES:
                             chosen[i, count] = j
                         count += 1

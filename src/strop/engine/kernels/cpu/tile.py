@@ -1,4 +1,4 @@
-"""A bf16 matrix multiplication for compiled kernels, in instructions of AVX512-BF16 or AMX, with sums in fp32.
+"""A bf16 matrix multiplication for compiled kernels, with AVX512-BF16 or AMX instructions, accumulated in fp32.
 
 A PyTorch matmul costs tens of microseconds before it computes; attention over documents of chat length needs hundreds
 of small ones. These are called from inside a compiled kernel, on blocks that are in the cache.
@@ -31,8 +31,8 @@ from strop.engine.kernels.cpu.compiled import (
 LANES = 16  # fp32 sums in a register
 ROWS = amx.ROWS if amx.AVAILABLE else 8  # 8: 16 registers of sums, enough to hide the instruction's latency
 COLUMNS = 2 * LANES
-STEP = 8  # the number of pairs is a multiple of this
-claim, release = amx.claim, amx.release  # call before and after the multiplications of a thread
+STEP = 8  # `pairs` must be a multiple of this
+claim, release = amx.claim, amx.release  # each thread calls these before and after its multiplications
 
 _SUMS, _PAIRS, _BF16S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
 
@@ -59,9 +59,9 @@ def _tile(vectors: int, depth: int, formula: str) -> Any:
 
     typing.__doc__ = f"""Compute c{formula}, or add it to c with `accumulate`.
 
-    a, b: one-dimensional uint32 arrays; each element is a pair of bf16 that are neighbours along the summed dimension,
-    the first in the lower half. c: float32. a_at, b_at, c_at: where the tile begins; lda, ldb, ldc: distance between
-    rows.
+    a, b: one-dimensional uint32 arrays; each element holds two bf16 values that are adjacent along the summed
+    dimension, the first in the lower half. c: float32. a_at, b_at, c_at: where the tile begins; lda, ldb, ldc:
+    distance between rows.
     """
     return intrinsic(typing)
 
@@ -70,7 +70,7 @@ def _generate(
     vectors: int, depth: int, b: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any,
     pairs: Any, accumulate: Any,
 ) -> None:  # fmt: skip
-    """Emit the tile in AVX512-BF16; depth: steps along the summed dimension with separate sums."""
+    """Emit the tile with AVX512-BF16 instructions. depth: number of separate sums of each element of c."""
     places = [
         b.bitcast(b.gep(c_start, [b.add(b.mul(ldc, I64(i)), I64(j * LANES))]), _SUMS.as_pointer())
         for i in range(ROWS)
@@ -104,11 +104,12 @@ def _generate(
 
 
 tile = _tile(2, 1, "[ROWS, 32] = a[ROWS, pairs] b[pairs, 32]")
-# Half as wide, with two sums for each element: as many registers. 16 rows would need 16 addresses, all that a CPU has.
-slim_tile = _tile(1, 2, "[ROWS, 16] = a[ROWS, pairs] b[pairs, 16]")
+# Half as wide, with two sums for each element, so that it uses as many registers. Twice as many rows instead would need
+# 16 address registers, which is all that an x86 CPU has.
+narrow_tile = _tile(1, 2, "[ROWS, 16] = a[ROWS, pairs] b[pairs, 16]")
 
-_HALF = np.uint32(16)  # bits of a pair's first element
-_BF16 = np.zeros(1, np.uint16)  # the type that from_fp32 rounds to
+_HALF = np.uint32(16)  # bits of one element of a pair
+_BF16 = np.zeros(1, np.uint16)  # makes from_fp32 round to bf16
 
 
 @subroutine
@@ -130,8 +131,8 @@ def matmul(
 ) -> None:  # fmt: skip
     """Compute c (rows, columns) = a b, or add it to c with `accumulate`, tile by tile; arguments as in `tile`.
 
-    columns: a multiple of LANES; rows are rounded up to a multiple of ROWS. block: distance in b from COLUMNS columns
-    to the next COLUMNS columns.
+    columns: a multiple of LANES; rows are rounded up to a multiple of ROWS. block: distance in b between
+    blocks of COLUMNS columns.
     """
     whole = columns // COLUMNS * COLUMNS
     for j in range(0, whole, COLUMNS):
@@ -141,4 +142,4 @@ def matmul(
     if whole < columns:
         at = b_at + whole // COLUMNS * block
         for i in range(0, rows, ROWS):
-            slim_tile(a, a_at + i * lda, lda, b, at, ldb, c, c_at + i * ldc + whole, ldc, pairs, accumulate)
+            narrow_tile(a, a_at + i * lda, lda, b, at, ldb, c, c_at + i * ldc + whole, ldc, pairs, accumulate)

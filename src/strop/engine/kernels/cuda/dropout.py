@@ -33,7 +33,7 @@ def _random_halves(
 
 
 @kernel(unspecialized=SCALARS)
-def _dropout(
+def _apply_masks(
     z: tensor, out: tensor, tokens: tensor, z_row: tensor, seed: tensor, step: tensor,
     n0: tensor, n1: tensor, n2: tensor, n3: tensor, l0: tensor, l1: tensor, l2: tensor, l3: tensor,
     N: constexpr, COUNT: constexpr, ADAPTERS: constexpr, ROUNDS: constexpr, BLOCK: constexpr,
@@ -54,7 +54,7 @@ def _dropout(
 
 
 @kernel(unspecialized=SCALARS)
-def _dropout_backward(
+def _apply_masks_backward(
     grad: tensor, out: tensor, tokens: tensor, grad_row: tensor, seed: tensor, step: tensor,
     n0: tensor, n1: tensor, n2: tensor, n3: tensor, l0: tensor, l1: tensor, l2: tensor, l3: tensor,
     N: constexpr, COUNT: constexpr, ADAPTERS: constexpr, ROUNDS: constexpr, BLOCK: constexpr,
@@ -100,7 +100,7 @@ def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> T
     out = x.new_empty(len(x), adapters * x.shape[1]) if out is None else out
     shape, scalars = _shape(x.shape[1], adapters), _scalars(dropped)
     grid = len(x), -(-shape["COUNT"] // shape["BLOCK"])
-    launch(_dropout, grid, x, x, out, dropped.tokens.contiguous(), x.stride(0), *scalars, **shape)
+    launch(_apply_masks, grid, x, x, out, dropped.tokens.contiguous(), x.stride(0), *scalars, **shape)
     return out
 
 
@@ -114,7 +114,15 @@ def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     shape, scalars = _shape(out.shape[1], adapters), _scalars(dropped)
     grid = len(values), -(-shape["COUNT"] // shape["BLOCK"])
     launch(
-        _dropout_backward, grid, values, values, out, dropped.tokens.contiguous(), values.stride(0), *scalars, **shape
+        _apply_masks_backward,
+        grid,
+        values,
+        values,
+        out,
+        dropped.tokens.contiguous(),
+        values.stride(0),
+        *scalars,
+        **shape,
     )
     return out
 

@@ -1,7 +1,7 @@
-"""LoRA's matrix multiplications on a GPU: what train/lora.py computes, in few kernels.
+"""LoRA's matrix multiplications on a GPU: the functions of train/lora.py with fewer kernel launches.
 
-A and B are cast to the dtype of the computation for all layers at once, before each micro-batch: done layer by layer,
-that was a fifth of a step's kernels. Gradients are computed in fp32, the dtype of the adapters.
+A and B are cast to the compute dtype for all layers at once, before each micro-batch: layer by layer, the casts were a
+fifth of a step's kernel launches. Gradients are computed in fp32, the dtype of the adapters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from strop.engine.train.lora import Adapters, Addend, Product
 
 @dataclass(frozen=True)
 class Operands:
-    """The adapters on one input: a (sum of ranks, k), scaled, and b (n, sum of ranks), zero outside its blocks."""
+    """The concatenated adapters of one input: scaled a (sum of ranks, k), and block-diagonal b (n, sum of ranks)."""
 
     a: Tensor
     b: Tensor
@@ -32,11 +32,11 @@ class Operands:
         za = lora.project_down(z, self.a, adapters)
         return Product(za, self.b.t()), (za, self.a, self.b)
 
-    def backward(self, grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
-        return lora.backward(grad, kept, adapters)
+    def backward(self, grad: Tensor, saved: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
+        return lora.backward(grad, saved, adapters)
 
     def gradients(
-        self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
+        self, grad: Tensor, z: Tensor, grad_za: Tensor, saved: tuple[Tensor, ...], adapters: Adapters
     ) -> list[Tensor]:
         ranks, same_scale = list(adapters.ranks), len(set(adapters.scales)) == 1
         columns = torch.split(grad_za, ranks, 1)
@@ -49,7 +49,7 @@ class Operands:
         else:
             unscaled = torch.split(_matmul_fp32(grad_za.t(), z), ranks)
             grads_a = [part * scale for part, scale in zip(unscaled, adapters.scales, strict=True)]
-        parts = zip(grads_a, torch.split(kept[0], ranks, 1), adapters.columns, strict=True)
+        parts = zip(grads_a, torch.split(saved[0], ranks, 1), adapters.columns, strict=True)
         return [x for a, za, (start, end) in parts for x in (a, _matmul_fp32(grad[:, start:end].t(), za))]
 
 
@@ -59,22 +59,22 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def prepare_adapters(linears: Sequence[FusedLinear], dtype: torch.dtype) -> None:
-    """Give all linear layers the operands of the adapters that are active on them."""
+    """Set `operands` of all linear layers from their active adapters."""
     if not linears or linears[0].bases[0].weight.device.type != "cuda":
         return
     active = [(linear, linear.active_adapters()) for linear in linears]
-    adapted = [(linear, Adapters(now.parts, now.columns, now.scales)) for linear, now in active if now.parts]
+    adapted = [(linear, Adapters(x.parts, x.columns, x.scales)) for linear, x in active if x.parts]
     for linear in linears:
         linear.operands = None
     operands = make_operands([(adapters, linear.outputs) for linear, adapters in adapted], dtype)
-    for (linear, _), of_linear in zip(adapted, operands, strict=True):
-        linear.operands = of_linear
+    for (linear, _), linear_operands in zip(adapted, operands, strict=True):
+        linear.operands = linear_operands
 
 
 def make_operands(layers: Sequence[tuple[Adapters, int]], dtype: torch.dtype) -> list[Operands]:
     """Return the operands for each (adapters, number of outputs).
 
-    They are always in new memory: an earlier micro-batch's operands may still wait for its backward.
+    They are always in new memory: the backward of an earlier micro-batch may still need its operands.
     """
     groups: dict[Any, list[int]] = {}
     for place, (adapters, outputs) in enumerate(layers):

@@ -4,7 +4,7 @@ Copies run on a separate stream, in parallel with the computation: an input is c
 and back while the following layer is recomputed. The device holds two inputs at a time. The host waits for nothing.
 
 Device memory is freed only after the device's stream has waited for the copy: the allocator's alternative
-(record_stream) has the host check whether the copy is done, and the host is a whole micro-batch ahead.
+(record_stream) frees it only when the host sees that the copy is done, and the host is a whole micro-batch ahead.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ PIECE = 32 << 20  # bytes: PyTorch allocates pinned memory in powers of two, and
 class OffloadedInput:
     """The input of one layer.
 
-    previous: the input of the preceding layer, which is fetched while this one is used. stays: it is not copied, as it
-    is needed first.
+    previous: the input of the preceding layer, which is fetched while this one is used. keep_on_device: do not offload,
+    because the backward needs this input first.
     """
 
-    def __init__(self, x: Tensor, host: HostMemory, previous: OffloadedInput | None, stays: bool) -> None:
+    def __init__(self, x: Tensor, host: HostMemory, previous: OffloadedInput | None, keep_on_device: bool) -> None:
         self.shape, self.dtype = x.shape, x.dtype
         self.pieces: list[Tensor] = []
         self._host, self._previous = host, previous
-        self._on_device: Tensor | None = x if stays else None
+        self._on_device: Tensor | None = x if keep_on_device else None
         self._ready: Any = None
-        if not stays:
+        if not keep_on_device:
             self.pieces = host.copy_out(x)
 
     def fetch(self) -> None:
@@ -74,11 +74,11 @@ class HostMemory:
         self._copied: tuple[Tensor, Any] | None = None
 
     def begin(self) -> None:
-        """Begin a micro-batch, also after one that failed."""
+        """Begin a micro-batch, and forget the state of one that failed."""
         self._newest = self._copied = None
 
-    def keeping(self, *, last: bool) -> saved_tensors_hooks:
-        """Return a context in which a layer's input is offloaded; last: no following layer is recomputed."""
+    def offload_inputs(self, *, last: bool) -> saved_tensors_hooks:
+        """Return a context in which a layer's input is offloaded. last: whether it is the last layer."""
 
         def pack(x: Tensor) -> Any:
             if not x.is_floating_point():  # an index of rows

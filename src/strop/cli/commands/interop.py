@@ -1,17 +1,60 @@
-"""`strop launch`: write job files for clusters."""
+"""Commands for other tools and clusters: import and launch."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from strop.cli.options import Json
-from strop.cli.tables import console, print_json
+from strop.cli.tables import command_name, console, print_json
+from strop.errors import FolderError
+
+
+def import_(
+    peer: Annotated[str, typer.Argument(metavar="TOOL", help="axolotl, llamafactory, trl, unsloth or torchtune.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="YAML config; for trl and unsloth a script or notebook, which is not run."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Recipe file to write; default: print the recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert another tool's config to a recipe, and list the settings that have no equivalent."""
+    from strop.interop.draft import MISSING, import_config
+    from strop.runs.folder import write_atomic
+
+    imported = import_config(peer, file)
+    if out is not None:
+        if out.exists():
+            raise FolderError(f"{out}: already exists", fix="give --out another name")
+        try:
+            write_atomic(out, imported.to_yaml())
+        except OSError as error:
+            fix = "give --out a file in a writable folder"
+            raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
+    elif not as_json:
+        print(imported.to_yaml(), end="")
+    console.print(f"[bold]taken[/]    {len(imported.draft.fields)} fields")
+    for title, color, notes in (
+        ("differs", "yellow", imported.draft.differs),
+        ("left out", "red", imported.draft.unsupported),
+        ("own way", "dim", imported.draft.ignored),
+    ):
+        for note in notes if out else ():  # a printed recipe lists them itself
+            place = f"{note.key}, line {note.line}" if note.line else note.key
+            console.print(f"[{color}]{title:8} [/]{escape(place)}{': ' * bool(note.text)}{escape(note.text)}")
+    flags = {"model.name": "--model", "data.train": "--data"}
+    missing = "".join(f" {flags[name]} {MISSING[name]}" for name in imported.missing)
+    recipe = shlex.quote(str(out)) if out else "RECIPE.yaml"
+    console.print(f"next     {command_name()} train {recipe}{missing} --print-recipe", markup=False)
+    print_json({**imported.as_json(), "out": str(out) if out else None, "recipe": imported.to_yaml()}, as_json)
 
 
 def _write_job(
@@ -35,15 +78,10 @@ def _write_job(
     check_devices(resolve(recipe).recipe.train, nodes * devices)
     job = make_job(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
     launched = write(job, file, force=force)
-    console.print(f"[bold]job[/]      {job.size}; run folder: ", end="")
-    console.print(job.out, markup=False)
+    console.print(f"[bold]job[/]      {job.size}; run folder: {escape(job.out)}")
     for name in launched.needs:
-        console.print("[yellow]needed[/]   on the cluster: ", end="")
-        console.print(name, markup=False)
-    console.print("[bold]wrote[/]    ", end="")
-    console.print(str(launched.file), markup=False)
-    console.print("now:")
-    console.print(f"  {launched.submit}", markup=False, soft_wrap=True)
+        console.print(f"[yellow]needed[/]   on the cluster: {escape(name)}")
+    console.print(f"[bold]wrote[/]    {escape(str(launched.file))}\nnow:\n  {escape(launched.submit)}")
     print_json(launched.as_json(), as_json)
 
 
@@ -76,17 +114,17 @@ def slurm(
     **how: Any,
 ) -> Any:
     """Write a Slurm batch script that saves before the time limit and resumes when it is requeued."""
-    from strop.interop.slurm import launch
+    from strop.interop.job import launch_slurm
 
-    return launch(*job, time=time, **how)
+    return launch_slurm(*job, time=time, **how)
 
 
 @_job_command(after="recipe")
 def ray(*job: Any, **how: Any) -> Any:
     """Write a Python file for Ray Train that restarts lost workers."""
-    from strop.interop.ray import launch
+    from strop.interop.job import launch_ray
 
-    return launch(*job, **how)
+    return launch_ray(*job, **how)
 
 
 @_job_command(after="recipe")
@@ -97,9 +135,9 @@ def kubernetes(
     **how: Any,
 ) -> Any:
     """Write a TrainJob for Kubeflow Trainer v2, with the recipe in a ConfigMap."""
-    from strop.interop.kubernetes import launch
+    from strop.interop.job import launch_kubernetes
 
-    return launch(*job, image=image, claim=claim, **how)
+    return launch_kubernetes(*job, image=image, claim=claim, **how)
 
 
 @_job_command(after="recipe")
@@ -114,6 +152,6 @@ def skypilot(
     **how: Any,
 ) -> Any:
     """Write a managed job for SkyPilot that resumes on other machines after a preemption."""
-    from strop.interop.skypilot import Store, launch
+    from strop.interop.job import launch_skypilot
 
-    return launch(*job, gpus=gpus, store=Store(bucket, volume), spot=spot, **how)
+    return launch_skypilot(*job, gpus=gpus, bucket=bucket, volume=volume, spot=spot, **how)

@@ -1,0 +1,204 @@
+"""Commands that generate answers: eval, chat and serve."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from strop import api
+from strop.cli.options import Devices, Force, Json, ModelName, Quantization
+from strop.cli.progress import console_for, generation_progress, is_main_process, status_line
+from strop.cli.tables import console, print_evaluation, print_json, print_leaderboard, print_notes
+from strop.engine.kernels import warmup
+
+
+def evaluate(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN|MODEL...", help="Runs or models to evaluate; several give a leaderboard."),
+    ],
+    data: Annotated[list[str], typer.Option("--data", help="Rows to evaluate on.")],
+    metric: Annotated[
+        str, typer.Option(help="exact, exact_json, contains, regex, choice, file.py:function; for pairs: preference.")
+    ] = "exact",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 80,
+    samples: Annotated[int, typer.Option(min=0, help="Number of answers to show.")] = 3,
+    general: Annotated[
+        bool, typer.Option("--general", help="Also evaluate on a general set, to find what training made worse.")
+    ] = False,
+    regression_data: Annotated[
+        list[str] | None, typer.Option(help="Also evaluate on these rows, which should not get worse.")
+    ] = None,
+    regression_metric: Annotated[
+        str | None, typer.Option(help="Metric of the regression rows; default: as --metric.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="lm-eval task, by name or .yaml file (needs lm-eval); may be repeated.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Number of documents per task.")] = None,
+    devices: Devices = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Judge that picks the better answer of base and tuned: file.py:function, or a server's URL."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Model of the judge's server.")] = None,
+    quantization: Quantization = "auto",
+    force: Force = False,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Compare base and tuned model on rows that were not trained on."""
+    from strop.distributed.launch import count_processes, launch_processes
+
+    if number := count_processes(devices):
+        launch_processes(number, sys.argv[1:])
+        return
+    main = is_main_process()
+    with generation_progress(console_for(main)) as advance:
+        warmup.load(warmup.DECODE if main else None)
+        result = api.evaluate(
+            names if len(names) > 1 else names[0], data, metric=metric, max_new_tokens=max_new_tokens, general=general,
+            regression_data=regression_data or (), regression_metric=regression_metric, tasks=tasks or (),
+            task_limit=task_limit, judge=judge, judge_model=judge_model, quantization=quantization, force=force,
+            progress=advance, **(options or {}),
+        )  # fmt: skip
+    if not main:
+        return
+    results = result["runs"] if len(names) > 1 else [result]
+    for evaluation in results:
+        print_evaluation(evaluation, samples)
+    parts = [part for evaluation in results for part in (evaluation, evaluation.get("regression", {}))]
+    interrupted = [part["interrupted"] for part in parts if "interrupted" in part]
+    print_notes([f"interrupted {when}" for when in interrupted])
+    if len(names) > 1:
+        print_leaderboard(result["leaderboard"], results[0]["metric"])
+    print_json(result, as_json)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def chat(
+    name: ModelName,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Start without the adapter.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="Sampling temperature; 0 decodes greedily. Default: from the model's config."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Sample from the most likely tokens with this total probability."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample from this many most likely tokens; 0: from all.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of the sampling.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Another run or adapter of the same base, to switch to with /adapter; may be repeated."),
+    ] = None,
+    quantization: Quantization = "auto",
+    force: Force = False,
+) -> None:
+    """Talk to a model in the terminal, or through a pipe with one line per turn."""
+    with status_line("loading the libraries"):
+        warmup.load(warmup.DECODE)
+        from strop.cli.chat import chat_in_terminal
+
+    chat_in_terminal(
+        name, system=system, base=base, max_new_tokens=max_new_tokens,
+        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}, adapters=adapter or (),
+        quantization=quantization, force=force,
+    )  # fmt: skip
+
+
+def serve(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|MODEL...",
+            help="Run, adapter or model folder, .gguf file, Hub id, or demo; or several runs of one base.",
+        ),
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any other than 127.0.0.1 needs an API key.")
+    ] = "127.0.0.1",
+    api_key: Annotated[
+        str | None, typer.Option(help="API key that requests must send; safer in the variable STROP_API_KEY.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Additional host name that clients may use; may be repeated.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, max=256, help="Number of requests answered concurrently.")] = 16,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Number of waiting requests; further ones are refused with status 429.")
+    ] = 64,
+    context: Annotated[
+        int | None, typer.Option(min=8, help="Maximum tokens of prompt and answer; default: up to 4096.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum request size in MiB.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp32 or fp16.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="strop, or vllm (its outputs are compared with the tuned model first).")
+    ] = "strop",
+    vllm_python: Annotated[str | None, typer.Option(help="Python of the environment with vLLM.")] = None,
+    quantization: Quantization = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Serve models with an OpenAI-compatible API and a page that compares base and tuned answers."""
+    from strop.errors import RecipeError, nearest
+    from strop.models.load import check_device_and_dtype
+    from strop.serve.server import exit_code, open_address
+
+    if engine not in ("strop", "vllm"):
+        raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
+    check_device_and_dtype(device, dtype)
+    strop_only = {
+        "--queue": queue != 64, "--max-body": max_body != 4, "--allow-host": bool(allow_host), "--force": force,
+        "--quantization": quantization != "auto",
+    }  # fmt: skip
+    given = [name for name, is_given in strop_only.items() if is_given]
+    unused = given if engine == "vllm" else ["--vllm-python"] * bool(vllm_python)
+    if unused:
+        raise RecipeError(f"{unused[0]}: has no effect with --engine {engine}", fix="leave it out")
+    address = open_address(host, port, api_key, allow_host or [])
+
+    def ready(about: dict[str, Any]) -> None:
+        status.stop()
+        print_notes(about["notes"])
+        for parity in about.get("parity", []):
+            control = "" if parity["control"] is None else f", to the base {parity['control']:.2g}"
+            console.print(
+                f"[bold]parity[/]   {escape(parity['model'])}: mean difference {parity['mean']:.2g} nats per token"
+                f"{control}; at most {parity['max']:.2g}, over {parity['tokens']:,} tokens"
+            )
+        console.print(
+            f"[bold]serving[/]  {about['url']}  models: {escape(', '.join(about['models']))}  (Ctrl-C to stop)"
+        )
+        print_json(about, as_json)
+
+    with status_line("loading the libraries") as status:
+        if engine == "vllm":
+            from strop.serve.vllm import serve_vllm
+
+            ended = serve_vllm(
+                names, address, python=vllm_python, slots=slots, context=context, device=device, dtype=dtype,
+                ready=ready,
+            )  # fmt: skip
+        else:
+            warmup.load(warmup.DECODE)
+            from strop.serve.run import serve as run_server
+
+            ended = run_server(
+                names, address, slots=slots, queue=queue, context=context, max_body_bytes=max_body << 20, device=device,
+                dtype=dtype, quantization=quantization, force=force, ready=ready,
+            )  # fmt: skip
+    console.print("[bold]stopped[/]")
+    raise typer.Exit(exit_code(ended))

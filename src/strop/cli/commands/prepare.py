@@ -1,0 +1,167 @@
+"""Commands before training: doctor, modules, schema, plan and check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from strop import api
+from strop.cli.options import Json, RecipeFile
+from strop.cli.progress import status_line
+from strop.cli.tables import console, print_json, print_notes
+from strop.engine.kernels import warmup
+from strop.errors import InputError, RecipeError
+
+if TYPE_CHECKING:
+    from strop.config.schema import Recipe
+    from strop.data.types import Indices
+
+
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Print only the commands that fix the findings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: hardware, libraries, matmul rates, one 4-bit training step, and a write to the disk."""
+    from strop.machine.doctor import examine
+    from strop.planning.tables import print_findings
+
+    def try_out(machine: Any) -> Any:
+        warmup.load()
+        from strop.planning import calibrate
+
+        return calibrate.examine(machine)
+
+    with status_line("loading the libraries"):
+        examination = examine(try_out)
+    findings = examination.findings
+    errors = [finding for finding in findings if finding.level == "error"]
+    result: dict[str, Any]
+    if fix:
+        fixes = list(dict.fromkeys(finding.fix for finding in findings if finding.fix))
+        result = {"fixes": fixes}
+        if fixes and not as_json:
+            print("\n".join(fixes))
+        elif not as_json:
+            problems = any(finding.level != "ok" for finding in findings)
+            console.print("no command fixes the findings: see `strop doctor`" if problems else "nothing to fix")
+    else:
+        print_findings(examination, console)
+        result = examination.as_json()
+    if errors:
+        first = errors[0]
+        result["error"] = {"kind": "NotReady", "message": first.what, "fix": first.fix, "where": []}
+    print_json(result, as_json)
+    if errors:
+        raise typer.Exit(1)
+
+
+def modules(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, run folder, or demo.")],
+    as_json: Json = False,
+) -> None:
+    """List the linear layers of a model, and the presets that adapt them."""
+    from rich.table import Table
+
+    with status_line("reading the model's config"):
+        from strop.planning.plan import list_layers
+
+        kinds, rows = list_layers(model)
+    table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
+    for kind, row in zip(kinds, rows, strict=True):
+        sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))
+        quantized = f"no: {kind.kept_16_bit}" if kind.kept_16_bit else "yes"
+        table.add_row(kind.name, kind.type, *sizes, ", ".join(row["presets"]) or "none", quantized)
+    console.print(table)
+    print_json({"modules": rows}, as_json)
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from strop.config.schema import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def plan(
+    recipe: RecipeFile = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Plan for this much memory, such as 8GB (with --device cuda: GPU memory).")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help='Plan for this GPU, such as "RTX 4090".')] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices per machine: GPUs, or processes on a CPU.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare full fine-tuning, 16-bit LoRA and QLoRA for several model sizes.")
+    ] = False,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Predict whether training fits, how long it takes, and which settings to use, without weights or a GPU."""
+    from strop.planning.tables import print_comparison, print_plan
+
+    if compare and devices * nodes > 1:
+        raise RecipeError("--compare: works for one device only", fix="leave out --devices and --nodes")
+    if compare:
+        rows = api.compare_methods(recipe, memory=memory, gpu=gpu, **(options or {}))
+        print_comparison(rows, console)
+        print_json({"rows": [row.as_json() for row in rows]}, as_json)
+        return
+    planned = api.plan(recipe, memory=memory, gpu=gpu, devices=devices, nodes=nodes, **(options or {}))
+    print_plan(planned, console)
+    result = planned.as_json()
+    if not planned.fits:
+        fixes = "; ".join(rung.what for rung in planned.ladder)
+        result["error"] = {"kind": "DoesNotFit", "message": "the recipe does not fit", "fix": fixes, "where": []}
+    print_json(result, as_json)
+    if not planned.fits:
+        raise typer.Exit(1)
+
+
+def check(
+    recipe: RecipeFile = None,
+    show: Annotated[int, typer.Option(min=0, help="Number of rows to show token by token.")] = 0,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids with --show.")] = False,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, and a log of each change.")
+    ] = None,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Show the rows that would be trained on: drops, masks, stop tokens. The default tokenizer is the demo model's."""
+    with status_line("reading and checking the rows"):
+        from strop.data import check as data_check
+
+        rows = api.check_rows(recipe, options or {})
+    data_check.print_report(rows.prepared.report.as_json(), console)
+    too_long = _note_on_length(rows.recipe, rows.prepared.train.lengths)
+    print_notes([too_long] if too_long else [])
+    if show:
+        data_check.print_examples(rows.prepared, show, console, ids=ids)
+    if fix is not None:
+        changes = data_check.write_cleaned_copy(rows.recipe.data, rows.tokenizer, fix, rows.data_kind)
+        dropped = sum(change.change.startswith("dropped") for change in changes)
+        with fix.open("rb") as file:
+            written = sum(1 for _ in file)
+        summary = f"wrote {fix}: {written:,} rows, {dropped:,} dropped (see {fix}.changes.jsonl)"
+        console.print(summary, markup=False, highlight=False)
+    report = rows.prepared.report
+    refusal = report.refusal or (report.eval.refusal if report.eval else None)
+    print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
+    if refusal:
+        raise typer.Exit(InputError.exit_code)
+
+
+def _note_on_length(recipe: Recipe, lengths: Indices) -> str | None:
+    """Return a note if rows are longer than the context length in the model's config."""
+    from strop.errors import ModelError
+    from strop.models.families.shape import read_model_info
+    from strop.objectives.table import max_completion_tokens
+
+    try:
+        shape = read_model_info(recipe.model.name, recipe.model.revision).shape
+    except ModelError:
+        return None
+    return shape.count_too_long(lengths, max_completion_tokens(recipe.train))
