@@ -119,7 +119,7 @@ def compiled(arch: int, operation: Callable[[], object]) -> list[Any]:
     kernels: list[Any] = []
     run = JITFunction.run
     triton.runtime.driver.set_active(Driver(arch))
-    JITFunction.run = lambda self, *args, **known: kernels.append(run(self, *args, **{**known, "warmup": True}))
+    JITFunction.run = lambda self, *args, **options: kernels.append(run(self, *args, **{**options, "warmup": True}))
     try:
         operation()
     finally:
@@ -163,8 +163,8 @@ def main() -> None:
         }
         kernels = {name: compiled(int(arch), operation) for name, operation in operations.items()}
         report[arch] = {name: stats(kernel) for name, (kernel,) in kernels.items()}
-    for name, known in report[sys.argv[1]].items():
-        known["variants"] = variants(int(sys.argv[1]), OPERATIONS[name])
+    for name, kernel in report[sys.argv[1]].items():
+        kernel["variants"] = variants(int(sys.argv[1]), OPERATIONS[name])
     print(json.dumps(report))
 
 
