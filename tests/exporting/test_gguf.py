@@ -436,8 +436,9 @@ def test_yarn_without_truncation_is_refused() -> None:
     for options in ({}, {"truncate": True}):  # llama.cpp always truncates
         layout = GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, **options}))
         layout.write_metadata(Mock())
+    config = gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})
     with pytest.raises(ModelError, match="truncate: false"):
-        GgufLayout(gguf_models.config("llama-2", 1000, rope_parameters={**yarn, "truncate": False})).write_metadata(Mock())
+        GgufLayout(config).write_metadata(Mock())
 
 
 def test_unknown_sentencepiece_steps_are_refused() -> None:
