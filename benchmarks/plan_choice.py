@@ -146,7 +146,7 @@ def judged(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[fl
     number = next(n for n in range(len(SETTINGS)) if setting_name(n) == one["name"])
     rate = Rate(**one["rate"])
     own = one.get("own_products", False)  # files of before have none
-    measured_on = SimpleNamespace(has_tiles=lambda _: one["tiles"], has_products=lambda _: own)
+    measured_on = SimpleNamespace(has_tiled_attention=lambda _: one["tiles"], has_bf16_matmul=lambda _: own)
     with patch("strop.planning.workload.probe", lambda: measured_on):  # whatever the CPU is that reads this
         options = choice(number, one["limit_bytes"], rate)
         first = next((way for way in one["ways"] if way["options"] == options), None)

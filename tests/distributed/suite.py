@@ -361,7 +361,7 @@ def different_settings(lab: Lab) -> None:
     refused(["resume", str(out)], ["--lora.dropout", "0.2"], "lora.dropout of rank 1 is")
     fewer = tiny.write_rows(lab.folder / "fewer.jsonl", 5)
     asked = ["eval", str(out), "--max-new-tokens", "4", "--data", str(lab.rows)]
-    refused(asked, ["--data", str(fewer)], "what the rows say of rank 1 is")
+    refused(asked, ["--data", str(fewer)], "the content of the rows of rank 1 is")
     refused(asked, ["--max-new-tokens", "5"], "max_new_tokens of rank 1 is 5, of rank 0 4")
 
 

@@ -137,7 +137,7 @@ def test_settings_that_gguf_cannot_store_are_refused() -> None:
         ("llama-2", {"rope_parameters": dynamic}, "rope scaling"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding window"),
         ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar"),
-        ("gemma3_text", {"layer_types": ["full_attention"] * 6}, "order of layers"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 6}, "order of sliding-window layers"),
         ("llama-2", {"hidden_act": "gelu"}, "activation"),
     ]
     for family, changes, setting in refused:

@@ -371,7 +371,7 @@ WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 DAMAGE: dict[str, tuple[str, dict[str, Any], str]] = {
     "half of its layers": ("nf4", {"config": {"num_hidden_layers": 1}}, "not part of the model"),
-    "a bias too many": ("nf4", {"model.layers.0.mlp.up_proj.bias": lambda _: torch.ones(64)}, "have no place in the"),
+    "a bias too many": ("nf4", {"model.layers.0.mlp.up_proj.bias": lambda _: torch.ones(64)}, "are not part of the"),
     "nothing quantized": ("nf4", {"plain": True}, "its weights are quantized, but none is"),
     "NaN": ("nf4", {f"{WEIGHT}.nested_absmax": lambda it: it * torch.nan}, "holds NaN"),
     "few constants": ("nf4", {f"{WEIGHT}.absmax": lambda it: it[:-4].clone()}, "absmax has 28 elements, 32 expected"),

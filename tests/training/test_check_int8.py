@@ -118,11 +118,11 @@ def test_int8_matmul_chooses_fp32_and_keeps_int8_weights() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"machine": replace(LAPTOP, vector=("avx2",))}, "a CPU has no products of such integers"),
+        ({"machine": replace(LAPTOP, vector=("avx2",))}, "a CPU has no 8-bit integer dot products"),
         ({"device": "cuda", "machine": replace(LAPTOP, gpus=("card, 24564 MiB",))}, "the run is on cuda"),
         (
             {"shape": replace(LLAMA_8B, family="gpt2", text_config={"model_type": "gpt2"})},
-            "the plain step cannot, which trains this",
+            "the plain step cannot, and it trains this",
         ),
     ],
 )

@@ -60,7 +60,7 @@ def test_run_fails_when_vllm_ends_and_can_be_resumed(
     [
         (["--train.vllm_python", "/no/such/python"], "no such program"),
         (["--model.quantization", "nf4"], "16-bit base, not from nf4"),
-        (["--lora.use_dora", "true"], "vLLM does not take its use_dora"),
+        (["--lora.use_dora", "true"], "vLLM does not support its use_dora"),
         (["--train.objective", "sft"], "samples no completions"),
     ],
 )

@@ -155,10 +155,10 @@ def warm_up(folder: Path, *arguments: str) -> dict[str, str]:
 
 def test_training_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
     """Kernels that a run compiles itself have other last bits than those of a resumed run."""
-    for models, family in (("usual", "llama"), ("all", "glm")):
+    for models, family, fewest in (("usual", "llama", 20), ("all", "glm", 19)):
         environment = warm_up(tmp_path, "train", "bfloat16", models)
         lines = run_python(["-c", TRAINING, models], **environment).splitlines()
-        assert len(lines) >= 20 and f"{family} []" in lines
+        assert len(lines) >= fewest and f"{family} []" in lines
         assert [line for line in lines if not line.endswith("[]")] == []
 
 

@@ -175,7 +175,7 @@ def test_small_lora_updates_survive_bf16_rounding(way: str, residual: bool) -> N
     b, onto = 2.5e-4 * torch.randn(128, 16), torch.randn(64, 128).bfloat16()
     product = LORA.frozen_matmul
     if way == "kernels.cpu.lora":
-        product = importlib.import_module("strop.engine.kernels.cpu.bf16_matmul").product
+        product = importlib.import_module("strop.engine.kernels.cpu.bf16_matmul").matmul
     frozen = FrozenLinear(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,), matmul=product)
     with torch.no_grad():
         added = x.bfloat16().float() @ a.t() @ b.t()

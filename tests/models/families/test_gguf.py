@@ -89,7 +89,7 @@ UP = "blk.0.ffn_up.weight"
         (_rename(UP, "blk.1.ffn_up.weight"), "not a readable GGUF"),
         (
             _rename("rope_freqs.weight", "blk.0.attn_q.bias"),
-            "1 of its tensors have no place .*, first blk.0.attn_q.bias",
+            "1 tensors are not part of .*, first blk.0.attn_q.bias",
         ),
         (_set_type(UP, 99), "not a readable GGUF"),
         (_set_type(UP, 26), "not a readable GGUF"),
@@ -118,7 +118,7 @@ def test_llama_biases_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = str(write_rows(tmp_path / "rows.jsonl", 4))
     adapter = gguf_models.adapt(gguf_models.save("llama-2", tmp_path / "base", attention_bias=True), tmp_path / "tuned")
     export_gguf(str(adapter), tmp_path / "m.gguf", kind="f32", data=rows)
-    with pytest.raises(ModelError, match=r"8 of its tensors have no place .*, first blk\.0\.attn_k\.bias"):
+    with pytest.raises(ModelError, match=r"8 tensors are not part of .*, first blk\.0\.attn_k\.bias"):
         load_base(locate(str(tmp_path / "m.gguf")), torch.bfloat16, "cpu")
 
 

@@ -152,7 +152,7 @@ def quantized(model: PeftModel) -> PeftModel:
         base = base_module(module)
         if hasattr(module, "lora_A") and type(base) is nn.Linear:
             layer = QuantizedLinear(base, "int8", torch.float32)
-            layer.fill(quantize_weight(base.weight.data, "int8"))
+            layer.load_packed(quantize_weight(base.weight.data, "int8"))
             module.base_layer = layer
     return model
 
