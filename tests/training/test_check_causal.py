@@ -48,7 +48,7 @@ def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     result = strop.plan(model=tmp_path / "bert", data=rows, memory=8 << 30, **QUICK)
     assert result.refused == "bert: its tokens attend to later tokens, so it cannot be trained to predict them"
-    with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
+    with pytest.raises(ModelError, match="bert: its tokens attend to later tokens"):
         strop.train(model=tmp_path / "bert", data=rows, out=tmp_path / "run", **QUICK)
 
 
