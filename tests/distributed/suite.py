@@ -24,7 +24,7 @@ from strop.data.types import Example
 from strop.distributed.devices import Devices
 from strop.runs.events import read_events
 from strop.training import gradients as parts
-from strop.training import loop, run
+from strop.training import build, loop, run
 from strop.training import state as checkpoints
 from strop.training.criteria import criterion_for
 from tests import ROOT
@@ -479,7 +479,7 @@ def out_of_memory_inside_nested_blocks(lab: Lab) -> None:
     more = ["--data", str(judged), "--train.objective", "kto"]
     one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "allocate_state", 3)})
     assert len(events(out, "shrink")) == 1 and apart(one, out) < NEAR
-    _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(run, "load_sharded", 1)})
+    _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(build, "load_sharded", 1)})
     assert codes(ended) == [1] * 3
     lines = [line for one in ended for line in one.output.splitlines()]
     assert sum("error:" in line for line in lines) == 1, outputs(ended)
