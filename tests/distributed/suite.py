@@ -23,8 +23,8 @@ from strop.cli import app
 from strop.data.types import Example
 from strop.distributed.devices import Devices
 from strop.runs.events import read_events
+from strop.training import build, loop
 from strop.training import gradients as parts
-from strop.training import build, loop, run
 from strop.training import state as checkpoints
 from strop.training.criteria import criterion_for
 from tests import ROOT
