@@ -518,7 +518,7 @@ def _data_files(paths: Any, name: str) -> Any:
 
 def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options by dotted name, with paths as text. Raises InputError for duplicates."""
-    from strop.config.load import SHORT_FORMS
+    from strop.config.load import full_name
 
     sections = ("model", "data", "lora", "train")
     flat: dict[str, Any] = {}
@@ -526,7 +526,7 @@ def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
         is_section = name in sections and isinstance(option, Mapping)
         fields = {f"{name}.{field}": inner for field, inner in option.items()} if is_section else {name: option}
         for field, value in fields.items():
-            dotted = SHORT_FORMS.get(field, field)
+            dotted = full_name(field)
             if dotted in flat:
                 raise InputError(f"{dotted}: given twice", fix="give it once")
             if dotted == "train.rewards" and any(map(callable, value if isinstance(value, list) else [value])):

@@ -172,10 +172,16 @@ class Stopped(StropError):
     exit_code = 130
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that is most similar to `word`. None: none is similar."""
+    matches = difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean x?)" for the known word most similar to `word`, or "" if none is similar."""
-    close = difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """Return " (did you mean x?)" for the most similar known word, or "" if none is similar."""
+    match = closest(word, known)
+    return f" (did you mean {match}?)" if match else ""
 
 
 def first_line(error: BaseException) -> str:

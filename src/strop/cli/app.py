@@ -42,6 +42,37 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
         {"slurm": slurm, "ray": ray, "kubernetes": kubernetes, "skypilot": skypilot},
     ),
 }
+# panels of `strop --help`: each command with its line there
+PANELS: Mapping[str, Mapping[str, str]] = {
+    "Prepare": {
+        "doctor": "Check this machine, and print the command that fixes each problem.",
+        "demo": "Fine-tune a small real model on this CPU in minutes.",
+        "plan": "Predict memory and time, without weights or a GPU.",
+        "check": "Show which rows and tokens would be trained on.",
+        "modules": "List the linear layers of a model.",
+        "import": "Convert another tool's config to a recipe.",
+        "schema": "Print the JSON schema of a recipe.",
+    },
+    "Train": {
+        "train": "Fine-tune a model, and write a run folder.",
+        "resume": "Resume a run from its newest checkpoint.",
+        "launch": "Write the job file that trains a recipe on a cluster.",
+    },
+    "Inspect": {
+        "eval": "Compare base and tuned model on held-out rows.",
+        "chat": "Chat with a model in the terminal.",
+        "runs": "List the runs in a folder, or delete one.",
+        "dash": "Show runs in a browser.",
+        "adapters": "List, show, compare or add adapters.",
+    },
+    "Deliver": {
+        "merge": "Merge an adapter into its base.",
+        "export": "Export a run to llama.cpp or Ollama.",
+        "serve": "Serve models with an OpenAI-compatible API.",
+        "push": "Upload to the Hugging Face Hub, private by default.",
+        "export-script": "Write a run as a plain transformers and peft script.",
+    },
+}
 # commands that accept only some recipe fields, and these fields
 RECIPE_FIELDS: Mapping[str, tuple[str, ...]] = {"eval": ("data.format", "data.columns", "data.encoding")}
 
@@ -136,7 +167,7 @@ def main() -> None:
         if signals:  # an interrupt during the import of an extension module becomes an ImportError
             _exit_interrupted()
         if hasattr(error, "format_message"):  # click's UsageError, from click or from the copy in typer
-            message = error.format_message()
+            message = _suggest_option(error, words) or error.format_message()
             _exit_with_error([message] if message else [], {"kind": "UsageError", "message": message}, 2)
         if os.environ.get("STROP_DEBUG"):
             raise
@@ -150,26 +181,34 @@ def main() -> None:
 def build(words: Sequence[str]) -> typer.Typer:
     """Return the app. Only commands in `words` get options for recipe fields, which take 0.1 s to generate."""
     app = typer.Typer(
-        help="Fine-tune open language models with LoRA on your own hardware, and measure the result.",
+        help="Fine-tune open language models with LoRA and QLoRA on your own computer, and measure what changed.",
+        epilog=(
+            "\b\nStart with:\n  strop demo\n  strop train --model demo --data rows.jsonl\n"
+            "`strop COMMAND --help` shows examples and the common options, `--help-all` all options."
+        ),
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_version_option)
-    for name, command in COMMANDS.items():
-        if "options" in inspect.signature(command).parameters:
-            command = add_recipe_options(command, name in words, RECIPE_FIELDS.get(name, ()))
-        app.command(name, epilog=_epilog(name))(command)
-    for group, (text, commands) in GROUPS.items():
-        group_app = typer.Typer(help=text, no_args_is_help=True)
-        for name, command in commands.items():
-            group_app.command(name, epilog=_epilog(f"{group} {name}"))(command)
-        app.add_typer(group_app, name=group)
+    for panel, lines in PANELS.items():
+        for name, line in lines.items():
+            if name in GROUPS:
+                text, commands = GROUPS[name]
+                group = typer.Typer(help=text, no_args_is_help=True)
+                for inner, command in commands.items():
+                    group.command(inner, epilog=_epilog(f"{name} {inner}"))(command)
+                app.add_typer(group, name=name, short_help=line, rich_help_panel=panel)
+                continue
+            command = COMMANDS[name]
+            if "options" in inspect.signature(command).parameters:
+                command = add_recipe_options(command, words if name in words else (), RECIPE_FIELDS.get(name, ()))
+            app.command(name, epilog=_epilog(name), short_help=line, rich_help_panel=panel)(command)
     return app
 
 
 def _epilog(name: str) -> str:
-    return "Examples:\n\n" + "\n\n".join(EXAMPLES[name])
+    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in EXAMPLES[name])
 
 
 def _shorten_exit() -> None:
@@ -217,6 +256,20 @@ def _convert_os_error(error: Exception) -> StropError | None:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return FolderError(what, fix="change its permissions, or use a copy of it")
     return None
+
+
+def _suggest_option(error: Any, words: Sequence[str]) -> str | None:
+    """Return a message that names the option that an unknown one probably means. None: there is no better message."""
+    command = COMMANDS.get(words[0]) if words else None
+    unknown = getattr(error, "option_name", None)
+    if unknown is None or command is None or "options" not in inspect.signature(command).parameters:
+        return None
+    from strop.config.load import suggest_field
+
+    field = suggest_field(unknown.lstrip("-"))
+    if field is None or words[0] in RECIPE_FIELDS:
+        return None
+    return f"no such option: {unknown}: did you mean --{field}?"
 
 
 def _exit_interrupted() -> None:

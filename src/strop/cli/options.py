@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -27,7 +27,21 @@ NoParity = Annotated[
 ]
 Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's rows.")]
 Devices = Annotated[str | None, typer.Option(help="Number of devices of this machine to use, or all.", metavar="N|all")]
-RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe file (YAML).")]
+RecipeFile = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+
+RecipeOrData = Annotated[str | None, typer.Argument(metavar="RECIPE|DATA", help="Recipe file (YAML), or data.")]
+RecipeOrModel = Annotated[str | None, typer.Argument(metavar="RECIPE|MODEL", help="Recipe file (YAML), or a model.")]
+
+
+def read_argument(
+    argument: str | None, field: str, options: dict[str, Any] | None
+) -> tuple[Path | None, dict[str, Any]]:
+    """Return the recipe file and the options of a command whose argument is a recipe file or a field's value."""
+    if argument is None or Path(argument).suffix in (".yaml", ".yml"):
+        return (Path(argument) if argument else None), options or {}
+    if field in (options or {}):
+        raise RecipeError(f"{field}: given twice, as {argument} and as an option", fix="give it once")
+    return None, {field: argument, **(options or {})}
 
 
 def parse_numbers(text: str) -> list[float]:
@@ -38,47 +52,98 @@ def parse_numbers(text: str) -> list[float]:
         raise RecipeError(f"{text}: not numbers", fix="write them as 0.7,0.3") from None
 
 
-def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collection[str] = ()) -> Any:
-    """Return the command with one flag per recipe field; it receives the flags that are used as `options`.
+# fields that --help shows, by their short names; --help-all shows the others
+COMMON = (
+    "model.name", "data.train", "data.eval", "out", "preset", "model.quantization", "data.max_length",
+    "train.objective", "lora.r", "train.epochs", "train.max_steps", "train.learning_rate", "train.batch_size",
+)  # fmt: skip
 
-    enabled: if False, add no flags. only: add only these fields, whose default is the value of an existing run.
+
+def add_recipe_options(command: Callable[..., Any], words: Collection[str], only: Collection[str] = ()) -> Any:
+    """Return the command with one option per recipe field; it receives the options that are used as `options`.
+
+    words: the command line; without any, only `--help-all` is added, because the options take 0.1 s to generate.
+    only: add only these fields, whose default is the value of an existing run.
     """
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    fields: dict[str, Any] = {}
-    if enabled:
-        from strop.config.load import SHORT_FORMS
-        from strop.config.schema import option_fields
-
-        fields, short_forms = dict(option_fields()), {field: name for name, field in SHORT_FORMS.items()}
-    flags = {field.replace(".", "__"): field for field in fields if not only or field in only}
-    added = []
-    for name, field in flags.items():
+    added, fields = [], {}
+    for number, (field, name, panel, info) in enumerate(_declare_options(words, only) if words else ()):
+        fields[f"recipe_{number}"] = field
         kind = list[str] if field in ("data.train", "data.eval", "track") else str
-        names = [f"--{field}", *([f"--{short_forms[field]}"] if field in short_forms else [])]
-        panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
-        text = escape(_help_text(fields[field], "the run's" if only else None))  # Rich would drop [words] as markup
-        option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, metavar="VALUE")
+        text = escape(_help_text(info, "the run's" if only else None))  # Rich would drop [words] as markup
+        option = typer.Option(
+            f"--{name}", help=text, rich_help_panel=panel or None, hidden=panel is None, show_default=False, metavar=_metavar(info)
+        )
         hint = Annotated[kind | None, option]  # type: ignore[valid-type]
-        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+        added.append(inspect.Parameter(f"recipe_{number}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+    if not only:
+        added.append(inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll))
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
-        used = {flags[name]: value for name, value in values.items() if name in flags and value not in (None, [])}
+        used: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in fields and value not in (None, []):
+                if fields[name] in used:
+                    raise RecipeError(f"--{fields[name]}: given twice", fix="give its short or its full name")
+                used[fields[name]] = value
         return command(**{p.name: values[p.name] for p in parameters}, options=_parse_options(used))
 
-    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters] + added
+    keywords = added + [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in keywords}
     return run
+
+
+def _declare_options(words: Collection[str], only: Collection[str]) -> Iterator[tuple[str, str, str | None, Any]]:
+    """Yield (field, name of the option, panel of the help or None to hide it, pydantic FieldInfo)."""
+    from strop.config.load import SHORT_FORMS
+    from strop.config.schema import OBJECTIVE_OPTIONS, option_fields
+
+    short = {field: name for name, field in SHORT_FORMS.items()}
+    infos = {field: info for field, info in option_fields() if not only or field in only}
+    shows_common = bool({"--help", "-h"} & set(words)) and not only
+    for field in [*COMMON, *(short.keys() - COMMON)]:
+        if field in infos:
+            panel = "" if shows_common and field in COMMON else None
+            yield field, short.get(field, field), panel, infos[field]
+    for field, info in infos.items():
+        section, _, leaf = field.rpartition(".")
+        panel = f"Recipe: {'objectives' if leaf in OBJECTIVE_OPTIONS else section}" if section else "Recipe"
+        if section or field not in COMMON:
+            yield field, field, None if shows_common else panel, info
+
+
+def _show_full_help(context: typer.Context, requested: bool) -> None:
+    if requested:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool,
+    typer.Option("--help-all", help="Show all options, and exit.", is_eager=True, callback=_show_full_help),
+]
+
+
+def _metavar(info: Any) -> str:
+    """Return a short name of a field's type, in Typer's style."""
+    members = [part for part in get_args(info.annotation) or (info.annotation,) if part is not type(None)]
+    first = get_origin(members[0]) or members[0]
+    if first is Annotated:
+        first = get_args(members[0])[0]
+    names = {bool: "<bool>", int: "<int>", float: "<float>", list: "<list>", dict: "<map>"}
+    return names.get(first, "<text>")
 
 
 def _help_text(info: Any, default: str | None) -> str:
     """Return a field's description with its choices and its default, unless the description states the default."""
     value = None if info.is_required() else info.get_default(call_default_factory=True)
     if default is None and value not in (None, [], {}):
-        default = str(value).lower() if isinstance(value, bool) else str(value)
+        default = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
     choices = _choices(info.annotation)
-    parts = [info.description, f"[{'|'.join(choices)}]" if choices else "", f"[default: {default}]" if default else ""]
+    description = f"{info.description[0].upper()}{info.description[1:]}."
+    parts = [description, f"[{'|'.join(choices)}]" if choices else "", f"[default: {default}]" if default else ""]
     return " ".join(filter(None, parts))
 
 

@@ -16,20 +16,54 @@ import yaml
 from pydantic import ValidationError
 
 from strop.config.schema import Recipe, option_fields
-from strop.errors import RecipeError, Where, nearest
+from strop.errors import RecipeError, Where, closest
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
 MAX_SHOWN_CHARACTERS = 200  # of an invalid value in an error
 # short forms of common options: `strop train --model X` is `strop train --model.name X`
 SHORT_FORMS = {
-    "model": "model.name",
-    "data": "data.train",
-    "eval": "data.eval",
-    "adapter": "model.adapter",
-    "device": "model.device",
-    "max-time": "train.max_time",
-}
+    "model": "model.name", "data": "data.train", "eval": "data.eval",
+    "quantization": "model.quantization", "max-length": "data.max_length", "objective": "train.objective",
+    "rank": "lora.r", "alpha": "lora.alpha", "epochs": "train.epochs", "max-steps": "train.max_steps",
+    "lr": "train.learning_rate", "batch-size": "train.batch_size", "adapter": "model.adapter",
+    "device": "model.device", "max-time": "train.max_time",
+}  # fmt: skip
+# names in other tools, which errors translate to a field, or to a field and a value
+OTHER_NAMES = {
+    "base_model": "model.name", "model_name_or_path": "model.name", "model_id": "model.name",
+    "load_in_4bit": "model.quantization nf4", "qlora": "model.quantization nf4",
+    "load_in_8bit": "model.quantization int8", "bf16": "model.dtype bf16", "fp16": "model.dtype fp16",
+    "fp32": "model.dtype fp32", "torch_dtype": "model.dtype", "dataset": "data.train", "datasets": "data.train",
+    "dataset_name": "data.train", "train_file": "data.train", "eval_dataset": "data.eval", "val": "data.eval",
+    "validation_file": "data.eval", "val_set_size": "data.eval", "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length", "sequence_len": "data.max_length", "cutoff_len": "data.max_length",
+    "model_max_length": "data.max_length", "chat_template": "data.template", "train_on_inputs": "data.loss",
+    "lora_r": "lora.r", "lora_rank": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules", "lora_target_modules": "lora.target_modules",
+    "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "steps": "train.max_steps",
+    "iters": "train.max_steps", "learningrate": "train.learning_rate",
+    "per_device_train_batch_size": "train.micro_batch", "micro_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch_size", "lr_scheduler_type": "train.lr_scheduler",
+    "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup", "optim": "train.optimizer",
+    "logging_steps": "train.log_steps", "save_total_limit": "train.keep_checkpoints", "dpo_beta": "train.beta",
+    "num_generations": "train.group", "max_completion_length": "train.answer_tokens", "report_to": "track",
+    "output": "out", "output_dir": "out",
+}  # fmt: skip
+
+
+def full_name(name: str) -> str:
+    """Return the dotted name of a field from its short form, such as train.batch_size from batch-size or batch_size."""
+    return SHORT_FORMS.get(name.replace("_", "-"), name)
+
+
+def suggest_field(name: str) -> str | None:
+    """Return the field, or field and value, that an unknown name probably means. None: nothing is similar."""
+    fields = [field for field, _ in option_fields()]
+    leaf = name.lower().replace("-", "_").rpartition(".")[2]
+    same_leaf = next((field for field in fields if field.rpartition(".")[2] == leaf), None)
+    short = full_name(leaf) if full_name(leaf) != leaf else None
+    return same_leaf or short or OTHER_NAMES.get(leaf) or closest(name, [*fields, *SHORT_FORMS])
 
 
 @dataclass(frozen=True)
@@ -81,7 +115,7 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
     given: dict[str, tuple[Any, Origin, str]] = {}
     if recipe_file is not None:
         given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read_recipe(recipe_file).items()})
-    given.update({SHORT_FORMS.get(name, name): (value, "option", "") for name, value in (options or {}).items()})
+    given.update({full_name(name): (value, "option", "") for name, value in (options or {}).items()})
     preset = given.get("preset", ("auto", "default", ""))[0]
     preset_values: dict[str, tuple[Any, Origin, str]] = {
         name: (value, "preset", f"preset {preset}") for name, value in _read_preset(preset).items()
@@ -130,8 +164,8 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
     if unknown:
         places = []
         for name in unknown:
-            same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-            hint = f" (did you mean {same_leaf[0]}?)" if same_leaf else nearest(name, known)
+            field, _, value = (suggest_field(name) or "").partition(" ")
+            hint = f" (did you mean {field}{value and f': {value}'}?)" if field else ""
             places.append(Where(given[name][2] or f"--{name}", None, f"unknown key {name}{hint}"))
         raise RecipeError("unknown recipe key", fix="see `strop schema` for every key", where=places)
     tree: dict[str, Any] = {}
@@ -212,6 +246,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe file as values by dotted name."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file", fix="give the path of a YAML file")
+    if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"):
+        raise RecipeError(f"{path}: data, not a recipe file (YAML)", fix=f"give it with --data {path}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except yaml.YAMLError as error:
@@ -236,7 +272,7 @@ def _flatten(tree: Mapping[str, Any], file: str) -> dict[str, Any]:
         if key in sections and isinstance(value, dict):
             fields = {f"{key}.{inner}": leaf for inner, leaf in value.items()}
         else:
-            fields = {} if key in sections and value is None else {str(key): value}
+            fields = {} if key in sections and value is None else {full_name(str(key)): value}
         if duplicates := [name for name in fields if name in flat]:
             place = Where(file, None, f"{duplicates[0]} is given twice, in its section and by its dotted name")
             raise RecipeError("duplicate key", fix="remove one of them", where=[place])

@@ -86,7 +86,7 @@ class ModelSection(Section):
 class DataSection(Section):
     train: str | list[str] = Field(description="training data: a file, a glob, a Hub data set, or a list of these")
     eval: str | list[str] | None = Field(
-        None, description="evaluation data: a file, or a share of the training rows such as 5% (split by content hash)"
+        None, description="evaluation data: a file, or a share of the training rows such as 5%"
     )
     format: str = Field("auto", description="row format; auto detects it from all rows")
     columns: dict[str, str] | None = Field(
@@ -193,8 +193,8 @@ OBJECTIVE_OPTIONS = (
 class TrainSection(Section):
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo"] = Field(
         "sft",
-        description="training objective: sft on completions; dpo, ipo, orpo, simpo on preference pairs; kto on "
-        "labelled answers; reward for a reward model; grpo on sampled completions",
+        description="training objective: completions (sft), preference pairs (dpo, ipo, orpo, simpo), labelled answers "
+        "(kto), a reward model (reward) or sampled completions (grpo)",
     )
     beta: Finite | None = Field(
         None,

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from strop.config.load import SHORT_FORMS
+from strop.config.load import full_name
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream, group_by_length, pack
 from strop.data.prepare import prepare
@@ -36,7 +36,7 @@ class Rows(list[tuple[int, int]]):
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
     """Return options with full field names; without a recipe and data, the plan assumes rows of the maximum length."""
-    full = {SHORT_FORMS.get(name, name): value for name, value in (options or {}).items()}
+    full = {full_name(name): value for name, value in (options or {}).items()}
     if not recipe_given:
         full.setdefault("data.train", NO_DATA)
     return full

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from strop import api
-from strop.cli.options import Json, RecipeFile
+from strop.cli.options import Json, RecipeOrData, RecipeOrModel, read_argument
 from strop.cli.progress import status_line
 from strop.cli.tables import console, print_json, print_notes
 from strop.engine.kernels import warmup
@@ -86,7 +86,7 @@ def schema() -> None:
 
 
 def plan(
-    recipe: RecipeFile = None,
+    recipe: RecipeOrModel = None,
     memory: Annotated[
         str | None, typer.Option(help="Plan for this much memory, such as 8GB (with --device cuda: GPU memory).")
     ] = None,
@@ -104,12 +104,13 @@ def plan(
 
     if compare and devices * nodes > 1:
         raise RecipeError("--compare: works for one device only", fix="leave out --devices and --nodes")
+    file, options = read_argument(recipe, "model.name", options)
     if compare:
-        rows = api.compare_methods(recipe, memory=memory, gpu=gpu, **(options or {}))
+        rows = api.compare_methods(file, memory=memory, gpu=gpu, **options)
         print_comparison(rows, console)
         print_json({"rows": [row.as_json() for row in rows]}, as_json)
         return
-    planned = api.plan(recipe, memory=memory, gpu=gpu, devices=devices, nodes=nodes, **(options or {}))
+    planned = api.plan(file, memory=memory, gpu=gpu, devices=devices, nodes=nodes, **options)
     print_plan(planned, console)
     result = planned.as_json()
     if not planned.fits:
@@ -121,7 +122,7 @@ def plan(
 
 
 def check(
-    recipe: RecipeFile = None,
+    recipe: RecipeOrData = None,
     show: Annotated[int, typer.Option(min=0, help="Number of rows to show token by token.")] = 0,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids with --show.")] = False,
     fix: Annotated[
@@ -131,10 +132,11 @@ def check(
     options: dict[str, Any] | None = None,
 ) -> None:
     """Show the rows that would be trained on: drops, masks, stop tokens. The default tokenizer is the demo model's."""
+    file, options = read_argument(recipe, "data.train", options)
     with status_line("reading and checking the rows"):
         from strop.data import check as data_check
 
-        rows = api.check_rows(recipe, options or {})
+        rows = api.check_rows(file, options)
     data_check.print_report(rows.prepared.report.as_json(), console)
     too_long = _note_on_length(rows.recipe, rows.prepared.train.lengths)
     print_notes([too_long] if too_long else [])

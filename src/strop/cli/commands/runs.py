@@ -11,14 +11,24 @@ from rich.markup import escape
 
 from strop.cli.options import Json
 from strop.cli.tables import console, print_json
-from strop.errors import InputError
+from strop.errors import FolderError, InputError
 
 if TYPE_CHECKING:
     from strop.runs.folder import RunFolder
 
 
+DEFAULT_FOLDER = Path("runs")
+Folder = Annotated[Path, typer.Argument(help="Folder that contains run folders.")]
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise FolderError if a folder that the user named does not exist. The default folder appears with the first run."""
+    if folder != DEFAULT_FOLDER and not folder.is_dir():
+        raise FolderError(f"{folder}: no such folder", fix="give a folder that contains run folders")
+
+
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that contains run folders.")] = Path("runs"),
+    folder: Folder = DEFAULT_FOLDER,
     delete: Annotated[
         str | None, typer.Option(metavar="NAME", help="Delete this run; without --yes, only list its files.")
     ] = None,
@@ -35,6 +45,7 @@ def runs(
     if delete is not None:
         _delete(folder, delete, yes, as_json)
         return
+    _check_folder(folder)
     rows = [_summarize(run) for run in find_runs(folder)]
     table = Table("run", "model", "data", "score", "loss", "time", "")
     for row in rows:
@@ -125,7 +136,7 @@ def _format_time(seconds: float) -> str:
 
 
 def dash(
-    folder: Annotated[Path, typer.Argument(help="Folder that contains run folders.")] = Path("runs"),
+    folder: Folder = DEFAULT_FOLDER,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8800,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     allow_host: Annotated[
@@ -134,6 +145,7 @@ def dash(
     as_json: Json = False,
 ) -> None:
     """Show runs in a browser: view, compare, start, stop and export them."""
+    _check_folder(folder)
     from strop.dash.app import dash as run_server
     from strop.serve.server import exit_code
 
