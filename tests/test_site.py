@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import strop
+from strop.cli.app import COMMANDS, GROUPS
 from tests import ROOT
 from tests.support.browser import open_browser
 
@@ -64,7 +67,9 @@ def pages(site: Path) -> Iterator[dict[Path, str]]:
 def test_every_page_is_there(site: Path, pages: dict[Path, str]) -> None:
     made = {str(page.relative_to(site).with_suffix("")) for page in pages}
     written = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md")}
-    assert {"index"} | {name.removesuffix("README") + "index" * name.endswith("README") for name in written} <= made
+    assert {"index", "contributing", "cli"} | {
+        name.removesuffix("README") + "index" * name.endswith("README") for name in written
+    } <= made
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, str]) -> None:
@@ -109,3 +114,31 @@ def test_search_works_on_pages_opened_as_files(site: Path) -> None:
         found = page.locator(".md-search-result__link").evaluate_all("links => links.map((link) => link.href)")
     assert any("quantization.html" in link for link in found) and not errors
     assert not [url for url in asked if not url.startswith(("file:", "data:", "about:", "blob:"))]
+
+
+def test_reference_lists_every_command_and_public_name(pages: dict[Path, str]) -> None:
+    text = {page.stem: content for page, content in pages.items()}
+    assert all(f'id="strop-{name}"' in text["cli"] for name in (*COMMANDS, *GROUPS))
+    assert "--train.learning_rate" in text["cli"] and "[default: 16]" in text["cli"]
+    assert all(f'id="strop.{name}"' in text["api"] for name in strop.__all__)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_fit_the_screen_and_follow_the_colour_scheme(site: Path, width: int, scheme: str) -> None:
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        for name in ("index", "tutorial", "cli", "api", "recipe", "comparison"):
+            page.goto((site / f"{name}.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+            clipped = page.evaluate(CLIPPED_CODE)
+            assert clipped == [], name
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
+    assert brightness > 200 if scheme == "light" else brightness < 80
+
+
+# code blocks that are wider than what is shown of them, and cannot be scrolled
+CLIPPED_CODE = """[...document.querySelectorAll("pre > code")]
+    .filter((code) => code.scrollWidth > code.clientWidth && getComputedStyle(code).overflowX !== "auto")
+    .map((code) => code.textContent.slice(0, 60))"""

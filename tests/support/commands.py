@@ -25,7 +25,7 @@ def find_error(words: list[str]) -> str | None:
             return f"no command {' '.join([*path, name])}"
         path.append(name)
         command = command.commands[name]
-    if rest in (["--help"], ["-h"]):
+    if rest in (["--help"], ["-h"], ["--help-all"]):
         return None
     if any(word.endswith("...") for word in rest):  # an abbreviated command
         return None
@@ -40,6 +40,7 @@ def find_error(words: list[str]) -> str | None:
 def _recipe_error(values: dict[str, Any]) -> str | None:
     """Return what is wrong with the recipe fields among a command's parameters, or None."""
     fields = {field.replace(".", "__"): field for field, _ in option_fields()}
+    fields |= {f"short__{name}": field for name, field in fields.items()}
     given: dict[str, Any] = {}
     for name, value in values.items():
         if name in fields and isinstance(value, str | list | tuple) and value:

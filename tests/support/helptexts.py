@@ -5,6 +5,7 @@ python -m tests.support.helptexts      writes tests/cli/help.txt again, after an
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -16,24 +17,25 @@ from tests import ROOT
 FILE = ROOT / "tests" / "cli" / "help.txt"
 WIDTH = 80
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
-_RECIPE_PANELS = re.compile(r"╭─ Recipe.*?╰─+╯\n", re.DOTALL)
 _RENDER_ALL = """
 import sys
 from strop.cli.app import COMMANDS, GROUPS, build
 in_groups = [[group, name] for group, (_, commands) in GROUPS.items() for name in commands]
 for words in [[], *([name] for name in [*COMMANDS, *GROUPS]), *in_groups]:
     print("$ strop", *words, "--help", flush=True)
-    build(words)([*words, "--help"], standalone_mode=False, prog_name="strop")
+    build([*words, "--help"])([*words, "--help"], standalone_mode=False, prog_name="strop")
     sys.stdout.flush()
+print("$ strop train --help-all --help", flush=True)
+build(["train", "--help-all"])(["train", "--help-all"], standalone_mode=False, prog_name="strop")
 """
 
 
-def show_in_terminal(*command: str) -> str:
-    """Run a command in a pseudo-terminal of 80 columns, and return what it prints, without colours."""
+def show_in_terminal(*command: str, width: int = WIDTH) -> str:
+    """Run a command in a pseudo-terminal, and return what it prints, without colours."""
     import pty
 
     main, terminal = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(WIDTH), "LINES": "50", "TERM": "xterm-256color"}
+    environment = {**os.environ, "COLUMNS": str(width), "LINES": "50", "TERM": "xterm-256color"}
     for name in ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "TERMINAL_WIDTH"):
         environment.pop(name, None)
     with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment) as process:
@@ -52,25 +54,21 @@ def show_in_terminal(*command: str) -> str:
     return _ANSI.sub("", output.decode("utf-8"))
 
 
-def help_by_command() -> dict[str, str]:
-    """Return the rendered help by command, such as "strop export gguf"."""
-    parts = re.split(r"^\$ (strop.*) --help\n", show_in_terminal(sys.executable, "-c", _RENDER_ALL), flags=re.M)
+@functools.cache
+def help_by_command(width: int = WIDTH) -> dict[str, str]:
+    """Return the rendered help by command, such as "strop export gguf", and that of "strop train --help-all"."""
+    shown = show_in_terminal(sys.executable, "-c", _RENDER_ALL, width=width)
+    parts = re.split(r"^\$ (strop.*) --help\n", shown, flags=re.M)
     texts = {name: text.strip("\n") + "\n" for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-    assert len(texts) == 1 + len(COMMANDS) + len(GROUPS) + sum(len(commands) for _, commands in GROUPS.values())
+    assert len(texts) == 2 + len(COMMANDS) + len(GROUPS) + sum(len(commands) for _, commands in GROUPS.values())
     return texts
 
 
-def recipe_panels(text: str) -> list[str]:
-    """Return the panels of a help text that list the recipe's fields."""
-    return _RECIPE_PANELS.findall(text)
-
-
 def helptexts() -> str:
-    """Return the help of all commands, with the recipe's panels only once, in `strop train`."""
+    """Return the help of all commands."""
     texts = []
     for name, text in help_by_command().items():
-        shown = text if name == "strop train" else _RECIPE_PANELS.sub("", text)
-        texts.append(f"$ {name} --help\n" + "\n".join(line.rstrip() for line in shown.splitlines()) + "\n")
+        texts.append(f"$ {name} --help\n" + "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
     return "\n".join(texts)
 
 

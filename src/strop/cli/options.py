@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -52,11 +52,19 @@ def parse_numbers(text: str) -> list[float]:
         raise RecipeError(f"{text}: not numbers", fix="write them as 0.7,0.3") from None
 
 
-# fields that --help shows, by their short names; --help-all shows the others
-COMMON = (
-    "model.name", "data.train", "data.eval", "out", "preset", "model.quantization", "data.max_length",
-    "train.objective", "lora.r", "train.epochs", "train.max_steps", "train.learning_rate", "train.batch_size",
-)  # fmt: skip
+# fields that --help shows for each command, by their short names; --help-all shows the others
+COMMON: Mapping[str, tuple[str, ...]] = {
+    "train": (
+        "model.name", "data.train", "data.eval", "out", "preset", "model.quantization", "data.max_length",
+        "train.objective", "lora.r", "train.epochs", "train.max_steps", "train.learning_rate", "train.batch_size",
+    ),
+    "resume": ("train.epochs", "train.max_steps", "train.learning_rate", "model.device"),
+    "plan": (
+        "model.name", "data.train", "model.quantization", "data.max_length", "train.objective", "lora.r",
+        "train.epochs", "train.batch_size",
+    ),
+    "check": ("model.name", "data.train", "data.eval", "data.max_length", "train.objective"),
+}  # fmt: skip
 
 
 def add_recipe_options(command: Callable[..., Any], words: Collection[str], only: Collection[str] = ()) -> Any:
@@ -67,15 +75,21 @@ def add_recipe_options(command: Callable[..., Any], words: Collection[str], only
     """
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     added, fields = [], {}
-    for number, (field, name, panel, info) in enumerate(_declare_options(words, only) if words else ()):
-        fields[f"recipe_{number}"] = field
+    for field, name, panel, info in _declare_options(words, only) if words else ():
+        parameter = field.replace(".", "__") if name == field else f"short__{field.replace('.', '__')}"
+        fields[parameter] = field
         kind = list[str] if field in ("data.train", "data.eval", "track") else str
         text = escape(_help_text(info, "the run's" if only else None))  # Rich would drop [words] as markup
         option = typer.Option(
-            f"--{name}", help=text, rich_help_panel=panel or None, hidden=panel is None, show_default=False, metavar=_metavar(info)
+            f"--{name}",
+            help=text,
+            rich_help_panel=panel or None,
+            hidden=panel is None,
+            show_default=False,
+            metavar=_metavar(info),
         )
         hint = Annotated[kind | None, option]  # type: ignore[valid-type]
-        added.append(inspect.Parameter(f"recipe_{number}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+        added.append(inspect.Parameter(parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
     if not only:
         added.append(inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll))
 
@@ -103,14 +117,15 @@ def _declare_options(words: Collection[str], only: Collection[str]) -> Iterator[
     short = {field: name for name, field in SHORT_FORMS.items()}
     infos = {field: info for field, info in option_fields() if not only or field in only}
     shows_common = bool({"--help", "-h"} & set(words)) and not only
-    for field in [*COMMON, *(short.keys() - COMMON)]:
-        if field in infos:
-            panel = "" if shows_common and field in COMMON else None
-            yield field, short.get(field, field), panel, infos[field]
+    common = next((COMMON[word] for word in words if word in COMMON), ()) if shows_common else ()
+    for field in dict.fromkeys([*common, *short]):
+        is_shown = field in common
+        if field in infos and (is_shown or field in short):
+            yield field, short.get(field, field), "" if is_shown else None, infos[field]
     for field, info in infos.items():
         section, _, leaf = field.rpartition(".")
         panel = f"Recipe: {'objectives' if leaf in OBJECTIVE_OPTIONS else section}" if section else "Recipe"
-        if section or field not in COMMON:
+        if field in short or field not in common:
             yield field, field, None if shows_common else panel, info
 
 
@@ -140,10 +155,12 @@ def _help_text(info: Any, default: str | None) -> str:
     """Return a field's description with its choices and its default, unless the description states the default."""
     value = None if info.is_required() else info.get_default(call_default_factory=True)
     if default is None and value not in (None, [], {}):
-        default = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        default = (
+            str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        )
     choices = _choices(info.annotation)
     description = f"{info.description[0].upper()}{info.description[1:]}."
-    parts = [description, f"[{'|'.join(choices)}]" if choices else "", f"[default: {default}]" if default else ""]
+    parts = [description, f"[{' | '.join(choices)}]" if choices else "", f"[default: {default}]" if default else ""]
     return " ".join(filter(None, parts))
 
 

@@ -22,7 +22,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder that contains run folders."
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise FolderError if a folder that the user named does not exist. The default folder appears with the first run."""
+    """Raise FolderError if a folder that the user named does not exist; the default one appears with the first run."""
     if folder != DEFAULT_FOLDER and not folder.is_dir():
         raise FolderError(f"{folder}: no such folder", fix="give a folder that contains run folders")
 

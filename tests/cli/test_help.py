@@ -1,0 +1,129 @@
+"""The help as a terminal shows it, and options by their short and by other tools' names."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from strop.cli.app import COMMANDS, GROUPS, PANELS
+from strop.cli.options import COMMON
+from strop.config.load import OTHER_NAMES, SHORT_FORMS
+from strop.config.schema import option_fields
+from tests import ROOT
+from tests.support.helptexts import FILE, help_by_command, helptexts
+from tests.support.runs import run
+
+needs_terminal = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals exist on POSIX systems only")
+
+
+def is_pinned(package: str) -> bool:
+    """Return whether the installed minor version of a package is the one in constraints.txt."""
+    pins = re.findall(rf"^{package}==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    return version(package).startswith(tuple(f"{pin}." for pin in pins))
+
+
+def joined(text: str) -> str:
+    """Return a help text as one line without its frames."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def default_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@needs_terminal
+@pytest.mark.skipif(not (is_pinned("typer") and is_pinned("rich")), reason="other versions lay out help differently")
+def test_help_equals_the_snapshot() -> None:
+    """After an intended change: python -m tests.support.helptexts"""
+    assert helptexts() == FILE.read_text(encoding="utf-8")
+
+
+@needs_terminal
+def test_first_help_screen_has_at_most_60_lines() -> None:
+    texts = help_by_command()
+    for name in ("strop", *(f"strop {name}" for name in ("train", "resume", "plan", "check"))):
+        assert len(texts[name].splitlines()) <= 60, name
+
+
+@needs_terminal
+@pytest.mark.parametrize("width", [80, 140])
+def test_help_shows_common_options_with_choices_and_defaults(width: int) -> None:
+    shown = joined(help_by_command(width)["strop train"])
+    short = {field: name for name, field in SHORT_FORMS.items()}
+    for field in COMMON["train"]:
+        assert f"--{short.get(field, field)} " in shown
+    assert "[none | nf4 | fp4 | int8 | auto] [default: none]" in shown
+    assert "--rank <int> Rank of the adapter. [default: 16]" in shown
+    assert "--model.name" not in shown and "--train.beta" not in shown and "--help-all" in shown
+
+
+@needs_terminal
+@pytest.mark.parametrize("width", [80, 140])
+def test_full_help_shows_every_field_with_its_default(width: int) -> None:
+    shown = joined(help_by_command(width)["strop train --help-all"])
+    for name, info in option_fields():
+        assert f"--{name} " in shown
+        if not info.is_required() and info.default not in (None, []) and info.default_factory is None:
+            assert f"[default: {default_text(info.default)}]" in shown
+    assert "Recipe: objectives" in shown
+
+
+def test_help_lists_every_command_in_one_panel() -> None:
+    assert sorted(name for panel in PANELS.values() for name in panel) == sorted([*COMMANDS, *GROUPS])
+
+
+@pytest.mark.parametrize(
+    ("option", "suggestion"),
+    [
+        ("--learning-rate", "--train.learning_rate"),
+        ("--lora_alpha", "--lora.alpha"),
+        ("--load-in-4bit", "--model.quantization nf4"),
+        ("--per_device_train_batch_size", "--train.micro_batch"),
+        ("--num_train_epochs", "--train.epochs"),
+        ("--bf16", "--model.dtype bf16"),
+        ("--optimiser", "--train.optimizer"),
+    ],
+)
+def test_option_of_another_tool_suggests_the_right_one(
+    option: str, suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, errors = run("train", "--model", "demo", "--data", "rows.jsonl", option, "1", capsys=capsys)
+    assert code == 2 and f"did you mean {suggestion}?" in " ".join(errors.split())
+
+
+def test_names_of_other_tools_lead_to_existing_fields() -> None:
+    fields = {field for field, _ in option_fields()}
+    assert {name.partition(" ")[0] for name in OTHER_NAMES.values()} <= fields
+    assert set(SHORT_FORMS.values()) <= fields
+
+
+def test_field_given_by_short_and_full_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--lr", "1e-4", "--train.learning_rate", "1e-3")
+    code, _, errors = run("train", "--model", "demo", "--data", "rows.jsonl", *options, capsys=capsys)
+    assert code == 2 and "train.learning_rate: given twice" in errors
+
+
+def test_argument_is_a_recipe_data_or_a_model(
+    rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run("check", rows_file, "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["rows"]["read"] == 24
+    code, out, _ = run("plan", "demo", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["fits"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: demo\ndata: {rows_file}\nrank: 4\n")
+    code, out, _ = run("check", recipe, "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["rows"]["read"] == 24
+    code, _, errors = run("train", rows_file, capsys=capsys)
+    assert code == 2 and f"give it with --data {rows_file}" in "".join(errors.splitlines())
+
+
+@pytest.mark.parametrize("command", ["dash", "runs"])
+def test_missing_folder_of_runs_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = run(command, "nope", capsys=capsys)
+    assert code == 2 and "nope: no such folder" in errors
