@@ -1,8 +1,7 @@
-"""What `make site` does to pages on their way into the site.
+"""Change pages for `make site`.
 
-The first page is the repository's README. Search on pages that are opened as files has a script of its own. Links to
-files that are no pages (tests, code) become text. Blocks and folded parts are written for GitHub, and read by the
-site's own rules.
+The first page is the repository's README. Pages that are opened as local files need another script for search. Links to
+files that are not pages (tests, code) become text. Blocks and collapsed sections are converted from GitHub's syntax.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[1]
-_MARKS = re.compile(r"^(```\w+) [^\n]+$", re.M)  # what the tests are told about a block; the site knows no such words
+_MARKS = re.compile(r"^(```\w+) [^\n]+$", re.M)  # marks of blocks for the tests, which the site does not support
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|#)[^)\s]+)\)")
 
 
@@ -31,12 +30,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links that lead out of docs/ lose their target; blocks their marks; what is folded up is Markdown too."""
+    """Remove targets of links that leave docs/ and marks of blocks, and render collapsed sections as Markdown."""
     here = Path(config["docs_dir"]) / Path(page.file.src_path).parent
     pages = Path(config["docs_dir"]).resolve()
 
-    def kept(match: re.Match[str]) -> str:
+    def keep_or_unlink(match: re.Match[str]) -> str:
         target = (here / match[2].partition("#")[0]).resolve()
         return match[0] if target.is_relative_to(pages) and target.exists() else match[1]
 
-    return _MARKS.sub(r"\1", _LINK.sub(kept, markdown)).replace("<details>", '<details markdown="1">')
+    return _MARKS.sub(r"\1", _LINK.sub(keep_or_unlink, markdown)).replace("<details>", '<details markdown="1">')

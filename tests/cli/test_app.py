@@ -111,7 +111,7 @@ def test_exit_skips_garbage_collection() -> None:
 
 @pytest.mark.parametrize("debug", ["", "1"])
 def test_library_output_at_exit_is_hidden_without_debug(debug: str) -> None:
-    """nanobind (in triton from 3.9) reports objects that are alive at exit as leaks."""
+    """nanobind (in Triton from 3.9) reports objects that are not freed at exit as leaks."""
     script = (
         "import atexit, os, sys; atexit.register(lambda: os.write(2, b'nanobind: leaked 513 functions!')); "
         "from strop.cli.app import main; sys.modules['triton'] = sys; sys.argv = ['strop', '--colour']; main()"

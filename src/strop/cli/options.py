@@ -27,6 +27,8 @@ NoParity = Annotated[
 ]
 Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's rows.")]
 Devices = Annotated[str | None, typer.Option(help="Number of devices of this machine to use, or all.", metavar="N|all")]
+Machines = Annotated[int, typer.Option(min=1, help="Number of machines.")]
+DevicesPerMachine = Annotated[int, typer.Option(min=1, help="Devices per machine: GPUs, or processes on a CPU.")]
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe file (YAML).")]
 
 
@@ -39,9 +41,9 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collection[str] = ()) -> Any:
-    """Return the command with one flag per recipe field; it receives the flags that are used as `options`.
+    """Add a flag for each recipe field to a command. Its parameter `options` receives the values by field.
 
-    enabled: if False, add no flags. only: add only these fields, whose default is the value of an existing run.
+    enabled: if False, add no flags. only: if not empty, add only these fields, whose defaults are those of the run.
     """
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     fields: dict[str, Any] = {}
@@ -51,29 +53,29 @@ def add_recipe_options(command: Callable[..., Any], enabled: bool, only: Collect
 
         fields, short_forms = dict(option_fields()), {field: name for name, field in SHORT_FORMS.items()}
     flags = {field.replace(".", "__"): field for field in fields if not only or field in only}
-    added = []
+    new_parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     for name, field in flags.items():
-        kind = list[str] if field in ("data.train", "data.eval", "track") else str
+        value_type = list[str] if field in ("data.train", "data.eval", "track") else str
         names = [f"--{field}", *([f"--{short_forms[field]}"] if field in short_forms else [])]
         panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
         text = escape(_help_text(fields[field], "the run's" if only else None))  # Rich would drop [words] as markup
         option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, metavar="VALUE")
-        hint = Annotated[kind | None, option]  # type: ignore[valid-type]
-        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+        annotation = Annotated[value_type | None, option]  # type: ignore[valid-type]
+        parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        new_parameters.append(parameter)
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
-        used = {flags[name]: value for name, value in values.items() if name in flags and value not in (None, [])}
-        return command(**{p.name: values[p.name] for p in parameters}, options=_parse_options(used))
+        options = {flags[name]: value for name, value in values.items() if name in flags and value not in (None, [])}
+        return command(**{p.name: values[p.name] for p in parameters}, options=_parse_options(options))
 
-    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters] + added
-    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in keywords}
+    run.__signature__ = inspect.Signature(new_parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in new_parameters}
     return run
 
 
 def _help_text(info: Any, default: str | None) -> str:
-    """Return a field's description with its choices and its default, unless the description states the default."""
+    """Return a field's description with its choices and its default. default: replaces the field's own default."""
     value = None if info.is_required() else info.get_default(call_default_factory=True)
     if default is None and value not in (None, [], {}):
         default = str(value).lower() if isinstance(value, bool) else str(value)
@@ -82,14 +84,14 @@ def _help_text(info: Any, default: str | None) -> str:
     return " ".join(filter(None, parts))
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
-    """Return the allowed values of a field."""
-    if hint is bool:
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Return the values that a field allows if they are listed in its type, else ()."""
+    if annotation is bool:
         return ("true", "false")
-    if get_origin(hint) is Literal:
-        return tuple(map(str, get_args(hint)))
-    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
-    return tuple(choice for part in parts for choice in _choices(part))
+    if get_origin(annotation) is Literal:
+        return tuple(map(str, get_args(annotation)))
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+    return tuple(choice for member in members for choice in _choices(member))
 
 
 def _parse_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _parse_options(options: dict[str, Any]) -> dict[str, Any]:
 
     parsed = {}
     for field, value in options.items():
-        if field == "track":  # each flag may name several trackers; `none` clears those of the recipe
+        if field == "track":  # each flag may name several trackers; `none` removes those of the recipe
             parsed[field] = [name for text in value for name in parse_option(field, text) if name != "none"]
         elif isinstance(value, list) and len(value) > 1:
             parsed[field] = value
