@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -145,18 +146,16 @@ def dequantize_experts(model: nn.Module, layers: int) -> None:
 
 def dequantization_growth(model: nn.Module) -> list[int]:
     """Return the number of bytes by which each decoder layer grows when its weights are dequantized permanently."""
-    growth: dict[int, int] = {}
+    growth: Counter[int] = Counter()
     for name, module in model.named_modules():
-        extra, index = 0, layer_index(name)
-        if isinstance(module, QuantizedLinear):
+        index = layer_index(name)
+        if index is not None and isinstance(module, QuantizedLinear):
             packed_bytes = module.weight.nbytes + sum(tensor.nbytes for tensor in module.constants.values())
-            extra = module.in_features * module.out_features * module.dtype.itemsize - packed_bytes
-        elif isinstance(module, QuantizedExperts):
+            growth[index] += module.in_features * module.out_features * module.dtype.itemsize - packed_bytes
+        elif index is not None and isinstance(module, QuantizedExperts):
             for packed in module.packed.values():
                 packed_bytes = sum(tensor.nbytes for tensor in packed.packed.values())
-                extra += packed.shape.numel() * packed.dtype.itemsize - packed_bytes
-        if extra and index is not None:
-            growth[index] = growth.get(index, 0) + extra
+                growth[index] += packed.shape.numel() * packed.dtype.itemsize - packed_bytes
     return [growth[index] for index in sorted(growth)]
 
 

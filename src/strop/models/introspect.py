@@ -192,9 +192,9 @@ def why_not_causal(config: Any) -> str | None:
     return None if is_causal else f"{model_type}: {NOT_CAUSAL}"
 
 
-def refine_with_model(info: ModelInfo, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> ModelInfo:
+def refine_with_model(info: ModelInfo, *, modules_to_save: Sequence[str] = (), is_causal: bool = True) -> ModelInfo:
     """Return the info with exact sizes, from the model that transformers builds of the config on the meta device."""
-    # whole_modules: lora.modules_to_save. predicts: whether the model must be causal.
+    # modules_to_save: names to check. is_causal: whether a model must be causal to be trained.
     config = info.config
     if config is None:
         return info
@@ -205,8 +205,8 @@ def refine_with_model(info: ModelInfo, *, whole_modules: Sequence[str] = (), pre
         meta_model = model_without_weights(full_config)
     except ModelError as error:  # transformers has no such language model: keep the sizes in the config
         return replace(info, refused=error.lines()[0])
-    check_modules_to_save(meta_model, whole_modules)
-    if predicts and (reason := why_not_causal(meta_model.config)):
+    check_modules_to_save(meta_model, modules_to_save)
+    if is_causal and (reason := why_not_causal(meta_model.config)):
         info = replace(info, refused=reason)
     if info.shape.known:
         return info

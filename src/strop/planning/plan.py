@@ -228,7 +228,8 @@ def read_model_facts(recipe: Recipe) -> ModelInfo:
     from strop.models.introspect import refine_with_model
 
     objective = objective_of(recipe.train)
-    return refine_with_model(facts, whole_modules=whole_modules, predicts=objective is None or not objective.scored)
+    is_causal = objective is None or not objective.scored
+    return refine_with_model(facts, modules_to_save=whole_modules, is_causal=is_causal)
 
 
 def _check_weight_files(facts: ModelInfo) -> ModelInfo:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from strop.engine.decode.cache import BLOCK_SIZE
 from strop.engine.decode.sampling import PassOutput
 from strop.engine.kernels.dispatch import decode_kernels, sampling_kernels
-from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
+from strop.engine.layers import DecoderLayers, LayerSpec, NormSpec, activation_parameters
 from strop.engine.train.peft_modules import base_module
 from strop.machine.memory import map_pages
 from strop.models.families.layers import ACTIVATIONS
@@ -43,19 +43,19 @@ class CompiledModel:
         self._has_bf16_weights = layers.head.weight.dtype == torch.bfloat16
         self._dtype = activation_dtype(layers.head.weight.dtype)
         self._num_threads = torch.get_num_threads()
-        parts = [layers.layer_spec(number) for number in range(len(layers))]
-        self._rope_kinds = [part.rope for part in parts]
-        self._act = self._kernels.KINDS[ACTIVATIONS[parts[0].activation]]
-        width = padded_head_size(parts[0].size)
-        shape = (num_blocks, parts[0].key_value, BLOCK_SIZE, width)
-        self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in parts] for _ in range(2))
+        specs = [layers.layer_spec(number) for number in range(len(layers))]
+        self._rope_kinds = [spec.rope for spec in specs]
+        self._act = self._kernels.KINDS[ACTIVATIONS[specs[0].activation]]
+        width = padded_head_size(specs[0].size)
+        shape = (num_blocks, specs[0].key_value, BLOCK_SIZE, width)
+        self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in specs] for _ in range(2))
         self._cache = [(_to_numpy(k), _to_numpy(v)) for k, v in zip(self._keys, self._values, strict=True)]
         self._norm = self._build_norm(layers.norm)
         self._head = self._kernels.Dense(_to_numpy(layers.head.weight.data))
         self._logits = np.empty((0, 0), np.float32)
-        self._query_width = parts[0].query * width
+        self._query_width = specs[0].query * width
         self._adapters = list(adapters)
-        self._kernel_layers = [self._build_layer(part) for part in parts]
+        self._kernel_layers = [self._build_layer(spec) for spec in specs]
         heads = [layer.shape.query * layer.shape.size for layer in self._kernel_layers]
         inner = [layer.inner for layer in self._kernel_layers]
         self._max_width = max(layers.config.hidden_size, *heads, *inner)
@@ -108,8 +108,8 @@ class CompiledModel:
         return PassOutput.from_logits(self._transform_logits(all_logits))
 
     def copy_block(self, source: int, target: int) -> None:
-        for part in (*self._keys, *self._values):
-            part[target] = part[source]
+        for buffer in (*self._keys, *self._values):
+            buffer[target] = buffer[source]
 
     def _transform_logits(self, logits: Any) -> Any:
         """Apply the scale, the bias and the softcap of the head."""
@@ -154,44 +154,44 @@ class CompiledModel:
             for layer, kind, cache in zip(self._kernel_layers, self._rope_kinds, self._cache, strict=True)
         ]
 
-    def _build_norm(self, part: NormSpec | None) -> Any:
+    def _build_norm(self, spec: NormSpec | None) -> Any:
         empty = np.empty(0, np.float32)
-        if part is None:
+        if spec is None:
             return self._kernels.Norm(0, empty, empty, np.float32(0.0))
-        weight = _to_numpy(part.weight.float() + part.offset)
-        bias = empty if part.bias is None else _to_numpy(part.bias.float())
-        return self._kernels.Norm(2 if part.centered else 1, weight, bias, np.float32(part.eps))
+        weight = _to_numpy(spec.weight.float() + spec.offset)
+        bias = empty if spec.bias is None else _to_numpy(spec.bias.float())
+        return self._kernels.Norm(2 if spec.centered else 1, weight, bias, np.float32(spec.eps))
 
-    def _build_layer(self, part: Any) -> Any:
+    def _build_layer(self, spec: LayerSpec) -> Any:
         fused = self._layers.family.fused_heads
-        size, heads = part.size, part.query
+        size, heads = spec.size, spec.query
         shape = self._kernels.Shape(
-            query=heads, key_value=part.key_value, size=size,
+            query=heads, key_value=spec.key_value, size=size,
             k_at=size if fused else heads * size,
-            v_at=2 * size if fused else (heads + part.key_value) * size,
+            v_at=2 * size if fused else (heads + spec.key_value) * size,
             step=3 * size if fused else size,
             interleaved=self._layers.family.rope_pairs == "interleaved",
             rope_before_norm=self._layers.family.rope_before_norm,
-            window=part.window, scale=np.float32(part.scale), softcap=np.float32(part.softcap),
+            window=spec.window, scale=np.float32(spec.scale), softcap=np.float32(spec.softcap),
         )  # fmt: skip
-        inner, gated = base_module(part.down[0]).in_features, self._layers.family.gated
+        inner, gated = base_module(spec.down[0]).in_features, self._layers.family.gated
         return self._kernels.Layer(
-            *(self._build_linear(modules) for modules in (part.qkv, part.o, part.gate_up, part.down)),
-            before_attention=self._build_norm(part.before_attention),
-            q_norm=self._build_norm(part.q_norm),
-            k_norm=self._build_norm(part.k_norm),
-            after_attention=self._build_norm(part.after_attention),
-            before_mlp=self._build_norm(part.before_mlp),
-            after_mlp=self._build_norm(part.after_mlp),
+            *(self._build_linear(modules) for modules in (spec.qkv, spec.o, spec.gate_up, spec.down)),
+            before_attention=self._build_norm(spec.before_attention),
+            q_norm=self._build_norm(spec.q_norm),
+            k_norm=self._build_norm(spec.k_norm),
+            after_attention=self._build_norm(spec.after_attention),
+            before_mlp=self._build_norm(spec.before_mlp),
+            after_mlp=self._build_norm(spec.after_mlp),
             shape=shape, rope=None, inner=inner, gated=gated, act=self._act,
-            xielu_parameters=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
+            xielu_parameters=tuple(map(np.float32, activation_parameters(spec.act))), parallel=self._layers.parallel,
             scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
 
     def _build_linear(self, modules: list[Any]) -> Any:
         bases = [base_module(module) for module in modules]
-        kinds = {(type(base), getattr(base, "scheme", None)) for base in bases}
-        weights = tuple(self._build_weight(base, dequantize=len(kinds) > 1) for base in bases)
+        weight_types = {(type(base), getattr(base, "scheme", None)) for base in bases}
+        weights = tuple(self._build_weight(base, dequantize=len(weight_types) > 1) for base in bases)
         bias = np.empty(0, np.float32)
         if any(base.bias is not None for base in bases):
             bias = np.concatenate([

@@ -153,6 +153,8 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ModelShape:
+    """The sizes of a model, which its config determines."""
+
     family: str
     layers: int
     hidden: int
