@@ -1,4 +1,4 @@
-"""Do two servers give the same greedy answers? Each row of --data is asked of both, one request at a time.
+"""Compare the greedy answers of two servers, sending one request at a time to each.
 
 python benchmarks/agreement.py http://127.0.0.1:8000#mine http://127.0.0.1:8001#mine --data test.jsonl
 """
@@ -15,7 +15,7 @@ from serve import question
 from strop.evaluation.run import read_conversations
 
 
-def answers(server: str, asked: list[list[dict[str, str]]], max_tokens: int) -> list[str]:
+def answers(server: str, chats: list[list[dict[str, str]]], max_tokens: int) -> list[str]:
     url, _, model = server.partition("#")
 
     def ask(messages: list[dict[str, str]]) -> str:
@@ -25,7 +25,7 @@ def answers(server: str, asked: list[list[dict[str, str]]], max_tokens: int) -> 
         return str(answer.json()["choices"][0]["message"]["content"])
 
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(ask, asked))
+        return list(pool.map(ask, chats))
 
 
 def main() -> None:
@@ -34,10 +34,10 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--max-tokens", type=int, default=80)
     args = parser.parse_args()
-    asked = [question(row.messages) for row in read_conversations(args.data)]
-    here, there = (answers(server, asked, args.max_tokens) for server in args.servers)
+    chats = [question(row.messages) for row in read_conversations(args.data)]
+    here, there = (answers(server, chats, args.max_tokens) for server in args.servers)
     apart = [(one, other) for one, other in zip(here, there, strict=True) if one != other]
-    print(json.dumps({"rows": len(asked), "equal": len(asked) - len(apart), "apart": apart[:5]}))
+    print(json.dumps({"rows": len(chats), "equal": len(chats) - len(apart), "apart": apart[:5]}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long one pass of the answering engine takes, by rows and by how the weights are held, in turn.
+"""Measure the time of one decoding pass by the number of rows and the quantization of the weights.
 
 python benchmarks/answer_passes.py MODEL [--quantization none,int8,nf4] [--rows 1,4,16,64] [--passes 40]
 """

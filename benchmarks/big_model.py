@@ -1,9 +1,10 @@
-"""An 8B-shaped random model in nf4: loads, and takes two training steps of 128 tokens. Memory and time of each.
+"""Load a random model in the shape of an 8B Llama in nf4 and take two training steps of 128 tokens.
 
     python benchmarks/big_model.py FOLDER [--layers 32 --hidden 4096 ...]
 
-FOLDER (about 16 GB) gets the 16-bit model, written layer by layer; what is there already is used again. Peaks are above
-the process with its libraries. The first run quantizes while it loads, the next one finds the quantized base cached.
+Prints the time and the peak memory of each part. The 16-bit model (about 16 GB) is written to FOLDER layer by layer
+and reused if it exists. Peaks exclude the memory of the process after its imports. The first run quantizes while it
+loads; later runs find the quantized base in the cache.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def main() -> None:
     more = {} if options.scheme == "none" else {"resident_layers": options.resident_layers}
     model = load_base(source, torch.bfloat16, "cpu", quantization=options.scheme, **more)
     result = {"load": {"seconds": time.perf_counter() - started, "peak_bytes": memory.peak_bytes()}}
-    held = sum(p.nbytes for p in model.parameters())
+    weight_bytes = sum(p.nbytes for p in model.parameters())
     adapted = add_lora(model, LoraSection(r=16, alpha=32.0), None).train()
     step = step_for(adapted)
     optimizer = torch.optim.AdamW(list(trainable_parameters(adapted).values()), lr=1e-4, fused=True)
@@ -107,7 +108,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         result[f"step {number}"] = {"seconds": time.perf_counter() - started, "loss": loss.item(), "step": step.name}
-    result["held_bytes"] = held
+    result["held_bytes"] = weight_bytes
     result["peak_bytes"] = memory.peak_bytes()
     print(json.dumps(result, indent=1))
 

@@ -1,15 +1,15 @@
-"""The day a card comes, in one command and at most nine minutes: is strop right there, how fast, how much memory?
+"""Check strop on a GPU, and measure its speed and memory next to TRL and Unsloth, within nine minutes.
 
     python benchmarks/card.py FOLDER [--shapes 1b,8b] [--minutes 9] [--out RESULT.json]
 
-First what is right (benchmarks/card_checks.py), then the rates of large products and of memory, then tokens/s and peak
-memory of a step, beside what was planned and beside TRL, TRL with Liger and Unsloth where they are installed: what
-tells most first. FOLDER gets models with random weights (3 GB and 16 GB). Each item is a process of its own on one
-card; one that fails is listed with its last words, as is one that takes longer than three minutes, and what there was
-no time for. A figure is the median of ten steps behind three, of one row of that length, r 16 on all linear layers, the
-whole row in the loss; the peak is of the steps, loading left out. TRL and Unsloth checkpoint activations, as is their
-default; strop where the plan says so. strop dequantizes layers of nf4 and int8 once where the card has room for that;
-"strop, packed" never does, as the others. `--device cpu --shapes tiny` tries the script itself.
+Runs, most informative first: correctness (benchmarks/card_checks.py), rates of large matmuls and of memory copies, then
+tokens/s and peak memory of a training step next to the plan's prediction and to TRL, TRL with Liger and Unsloth, if
+they are installed. Models with random weights (3 GB and 16 GB) are written to FOLDER. Each item runs in its own process
+on one GPU. An item that fails or takes longer than three minutes is listed with its last output, as are items for which
+no time was left. A result is the median of ten steps after three warm-up steps, on one row of the given length, with
+r 16 on all linear layers and the loss on the whole row. The peak covers the steps only. TRL and Unsloth checkpoint
+activations, which is their default; strop does so if its plan does. strop dequantizes layers of nf4 and int8 bases once
+if memory allows; "strop, packed" never does, like the other tools. `--device cpu --shapes tiny` tests this script.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
 WARM, STEPS = 3, 10
-MOST_S = 180.0  # an item
+MOST_S = 180.0  # per item
 CHECKED = ("agree", "waits", "resumes")
 
 
-def make(folder: Path, shape: str) -> None:
-    """A model whose layers all have the same random numbers: they decide neither time nor memory."""
+def make_model(folder: Path, shape: str) -> None:
+    """Create a model whose layers all have the same random weights, which affect neither time nor memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -82,18 +82,20 @@ def make(folder: Path, shape: str) -> None:
 
 
 def rates(options: argparse.Namespace) -> dict[str, Any]:
-    """FLOP/s of a product that fills a card, and bytes/s of a copy, read and written: medians."""
+    """Return the median FLOP/s of a matmul that fills the GPU, and the median bytes/s of a copy, reads and writes
+    counted.
+    """
     import torch
 
-    n, times = (8192, 20) if options.device == "cuda" else (512, 1)  # a card's clock rises for a while
+    n, times = (8192, 20) if options.device == "cuda" else (512, 1)  # the GPU's clock rises for a while
     a, b = (torch.randn(n, n, device=options.device).bfloat16() for _ in range(2))
     x = torch.empty((1 << 30) if options.device == "cuda" else 1 << 20, dtype=torch.uint8, device=options.device)
     y = torch.empty_like(x)
 
     def rate(of_one: float, one: Any) -> float:
-        return times * of_one / timed(lambda: [one() for _ in range(times)], options.device)
+        return times * of_one / measure_seconds(lambda: [one() for _ in range(times)], options.device)
 
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "matmul_flops": rate(2 * n**3, lambda: torch.mm(a, b)),
         "bytes_per_s": rate(2 * x.numel(), lambda: y.copy_(x)),
     }
@@ -102,18 +104,18 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
 
         about = torch.cuda.get_device_properties(0)
         of = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-        attention.activate_flash3(torch.device("cuda"))  # as a run does it
-        found |= {
+        attention.activate_flash3(torch.device("cuda"))  # as in a run
+        result |= {
             "flash_attention": of() or "FA2",
             "card": about.name,
             "memory_bytes": about.total_memory,
             "capability": f"{about.major}.{about.minor}",
         }
-    return found
+    return result
 
 
-def timed(one: Any, device: str) -> float:
-    """Median seconds of a call behind those that warm it up."""
+def measure_seconds(one: Any, device: str) -> float:
+    """Return the median seconds of a call after warm-up calls."""
     seconds = []
     for _ in range(WARM + STEPS):
         wait(device)
@@ -149,7 +151,7 @@ def peaks(device: str) -> dict[str, int]:
 
 
 def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = False) -> dict[str, Any]:
-    """packed: no layer of a quantized base is dequantized once."""
+    """Measure strop. packed: never keep dequantized layers of a quantized base."""
     import numpy as np
     import torch
 
@@ -166,18 +168,18 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     from strop.planning.activations import MicroBatch
     from strop.planning.choose import choose
     from strop.planning.memory import train_phase
-    from strop.planning.time import flops
+    from strop.planning.time import count_flops
     from strop.planning.workload import Workload
 
     prepare_process()
     shape = read_model_info(str(options.folder)).shape
-    given = {
+    settings = {
         "model.name": "m", "data.train": "d", "model.device": options.device, "model.quantization": scheme,
         "lora.r": 16, "data.max_length": length, "train.micro_batch_tokens": length,
         **({"model.resident_layers": 0} if packed else {}),
     }  # fmt: skip
     dtype = pick_dtype(options.device)
-    recipe = choose(resolve(None, given), probe(), shape, options.device, dtype).recipe
+    recipe = choose(resolve(None, settings), probe(), shape, options.device, dtype).recipe
     resident = recipe.model.resident_layers or 0
     base = load_base(
         locate(str(options.folder)), DTYPES[dtype[0]], options.device, quantization=scheme, resident_layers=resident
@@ -195,11 +197,12 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds, planned = timed(one, options.device), train_phase(workload, batch)
+    seconds, planned = measure_seconds(one, options.device), train_phase(workload, batch)
     return {
         "tokens_per_s": length / seconds, **peaks(options.device),
         "planned_bytes": planned.peak_bytes - (planned.parts["framework"] if options.device == "cuda" else 0),
-        "flops_per_s": flops(workload, batch).total / seconds, "checkpointed": workload.compute.checkpointed_layers,
+        "flops_per_s": count_flops(workload, batch).total / seconds,
+        "checkpointed": workload.compute.checkpointed_layers,
         "resident": resident, "step": step.name, "without_kernels": step.why_no_triton,
     }  # fmt: skip
 
@@ -221,7 +224,7 @@ def trl(options: argparse.Namespace, scheme: str, length: int, liger: bool = Fal
         options.folder, dtype=torch.bfloat16, device_map=options.device, **more
     )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    return trained(options, model, length, peft_config=lora, use_liger_kernel=liger)
+    return train_with(options, model, length, peft_config=lora, use_liger_kernel=liger)
 
 
 def unsloth(options: argparse.Namespace, scheme: str, length: int) -> dict[str, Any]:
@@ -233,10 +236,10 @@ def unsloth(options: argparse.Namespace, scheme: str, length: int) -> dict[str, 
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, target_modules=names, use_gradient_checkpointing="unsloth"
     )
-    return trained(options, model, length)
+    return train_with(options, model, length)
 
 
-def trained(
+def train_with(
     options: argparse.Namespace, model: Any, length: int, peft_config: Any = None, **more: Any
 ) -> dict[str, Any]:
     from datasets import Dataset
@@ -273,8 +276,9 @@ NEEDS = {"trl": ("trl",), "trl, liger": ("trl", "liger_kernel"), "unsloth": ("un
 
 
 def items(shapes: list[str], lengths: list[int], schemes: list[str]) -> Iterator[tuple[str, str, str, int]]:
-    """(shape, tool, scheme, tokens), what tells most first: every tool at the middle length, then strop at the others,
-    then the others there."""
+    """Yield (shape, tool, scheme, tokens), most informative first: all tools at the middle length, then strop at the
+    others, then the other tools there.
+    """
     from importlib.util import find_spec
 
     there = [tool for tool in TOOLS if all(find_spec(name) for name in NEEDS.get(tool, ()))]
@@ -290,26 +294,25 @@ def items(shapes: list[str], lengths: list[int], schemes: list[str]) -> Iterator
 
 
 def child(words: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What this script prints with these words, in a process of its own; `failed`, with its last words, where it does
-    not come to that."""
+    """Return what this script prints with these arguments in its own process, or `failed` with the last output."""
     if seconds <= 0:
         return {"failed": "there was no time left for it"}
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # others would take all there are
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # other tools would use all GPUs
     with subprocess.Popen(
         [sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": card}, start_new_session=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, start_new_session=True,
     ) as process:  # fmt: skip
         try:
             out, error = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             return {"failed": f"it took longer than {seconds:.0f} s"}
         finally:
-            with suppress(ProcessLookupError):  # also what it has started, which would keep the card's memory
+            with suppress(ProcessLookupError):  # with its children, which would keep GPU memory allocated
                 os.killpg(process.pid, signal.SIGKILL)
-    said = out.strip().splitlines()
-    if process.returncode == 0 and said and said[-1].startswith("{"):
-        found: dict[str, Any] = json.loads(said[-1])
-        return found
+    output = out.strip().splitlines()
+    if process.returncode == 0 and output and output[-1].startswith("{"):
+        result: dict[str, Any] = json.loads(output[-1])
+        return result
     lines = [line for line in (error or out).strip().splitlines() if line.strip()] or ["no word"]
     return {"failed": lines[-1], "exit": process.returncode, "told": lines[-20:]}
 
@@ -328,13 +331,13 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.run:
         print(json.dumps(run(options, *options.run)))
         return
-    os.environ["STROP_CACHE"] = str(options.folder.absolute() / "cache")  # quantized models of random numbers
+    os.environ["STROP_CACHE"] = str(options.folder.absolute() / "cache")  # quantized models with random weights
     end = time.monotonic() + 60 * options.minutes
     results: list[dict[str, Any]] = []
 
     def item(about: dict[str, Any], folder: str, *words: str) -> None:
-        asked = [str(options.folder / folder), "--device", options.device, "--run", *words]
-        results.append({**about, **child(asked, min(MOST_S, end - time.monotonic()))})
+        command = [str(options.folder / folder), "--device", options.device, "--run", *words]
+        results.append({**about, **child(command, min(MOST_S, end - time.monotonic()))})
         print(json.dumps(results[-1]), flush=True)
 
     try:
@@ -345,16 +348,16 @@ def main(words: Sequence[str] | None = None) -> None:
         for shape, tool, scheme, length in items(shapes, [int(n) for n in options.lengths.split(",")], schemes):
             about = {"shape": shape, "tool": tool, "scheme": scheme, "tokens": length}
             item(about, shape, "tool", tool, scheme, str(length))
-    finally:  # what there is, also where it is stopped
+    finally:  # the results so far, also after an interruption
         print(table(results))
         if options.out:
             measured.write(options.out, results)
 
 
 def run(options: argparse.Namespace, kind: str, *words: str) -> dict[str, Any]:
-    """One item, in a process of its own."""
+    """Run one item in its own process."""
     if not (options.folder / "config.json").is_file():
-        make(options.folder, options.folder.name)
+        make_model(options.folder, options.folder.name)
     if kind == "check":
         from card_checks import CHECKS
 
@@ -366,7 +369,7 @@ def run(options: argparse.Namespace, kind: str, *words: str) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Of the figures; checks and failures in front of it."""
+    """Return the results as tables, after the checks and failures."""
     lines = [f"{one['check']}: {'right' if one.get('passed') else 'WRONG'}" for one in results if "check" in one]
     for one in results:
         if "failed" in one:

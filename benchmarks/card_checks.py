@@ -1,9 +1,9 @@
-"""Whether strop computes on a card what it computes on a CPU; each check is a process of its own (benchmarks/card.py).
+"""Check that strop computes the same on a GPU as on a CPU; benchmarks/card.py runs each check in its own process.
 
-agree: loss and gradients of one step in fp32 on a CPU, by PyTorch's operations on the card, and by strop's kernels; in
-16 bit, nf4 and int8.
-resumes: a run, and two resumes of it from its middle, with train.deterministic: three adapters with the same bits.
-waits: ten steps in which the host must not wait for the card (PyTorch raises an error where it does).
+agree: compares the loss and the gradients of one step in fp32 on the CPU with PyTorch's operations and with strop's
+kernels on the GPU; also in 16 bit, nf4 and int8.
+resumes: a run and two resumes from its middle, with train.deterministic, must give bit-identical adapters.
+waits: the host must not wait for the GPU in ten steps; PyTorch raises an error if it does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 
 STEPS = 10
-# Of bf16 on random weights, against fp32; what the card's two ways may differ by is a fraction of it.
+# Error of bf16 on random weights relative to fp32. The two implementations on the GPU may differ by a fraction of it.
 MOST_LOSS, MOST_GRADIENT = 5e-3, 5e-2
 SCHEMES = ("none", "nf4", "int8")
 
@@ -43,7 +43,7 @@ def agree(folder: Path, device: str) -> dict[str, Any]:
 
 
 def _gradients(folder: Path, device: str, scheme: str, *, kernels: bool = True) -> Any:
-    """(loss, the adapter's gradients in one row, on the host) of one step on rows of several lengths."""
+    """Return the loss, and the adapter's gradients as one row on the host, of a step on rows of several lengths."""
     import torch
 
     left_out = patch("strop.engine.kernels.cuda.available.triton_error", lambda device: "left out")
@@ -72,7 +72,7 @@ def _step(folder: Path, device: str, scheme: str) -> Any:
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
     weights = list(trainable_parameters(model).values())
     random = np.random.default_rng(0)
-    with torch.no_grad():  # B begins as zeros, and A then has no gradient
+    with torch.no_grad():  # with B = 0, A would have no gradient
         for weight in weights:
             weight.copy_(torch.from_numpy(random.standard_normal(weight.shape, dtype=np.float32)) * 0.02)
     return step_for(model), weights
@@ -91,7 +91,7 @@ def _rows(lengths: tuple[int, ...]) -> list[Any]:
 def waits(folder: Path, device: str) -> dict[str, Any]:
     import torch
 
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
     for scheme in SCHEMES:
         step, weights = _step(folder, device, scheme)
         optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
@@ -111,8 +111,8 @@ def waits(folder: Path, device: str) -> dict[str, Any]:
                 places = [
                     f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)
                 ]
-                found[scheme] = f"{str(error).splitlines()[0]} ({' > '.join(places[-6:])})"
-    return {"passed": not found, "waits": found}
+                results[scheme] = f"{str(error).splitlines()[0]} ({' > '.join(places[-6:])})"
+    return {"passed": not results, "waits": results}
 
 
 @contextmanager
@@ -139,27 +139,27 @@ def resumes(folder: Path, device: str) -> dict[str, Any]:
     place = folder / "resumes"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    given = {
+    options = {
         "model": str(folder), "data": str(data_files()[0]), "model.device": device, "train.max_steps": 8,
         "train.deterministic": True, "train.save_steps": 4, "data.overlong": "truncate-start",
     }  # fmt: skip
-    strop.train(**given, out=str(place / "whole"))
-    asked = iter([False] * 3)
+    strop.train(**options, out=str(place / "whole"))
+    decisions = iter([False] * 3)
 
     @contextmanager
     def stop_signals() -> Any:
-        yield lambda: next(asked, True)
+        yield lambda: next(decisions, True)
 
     with suppress(Stopped), patch.object(loop, "stop_signals", stop_signals):
-        strop.train(**given, out=str(place / "first"))
+        strop.train(**options, out=str(place / "first"))
     shutil.copytree(place / "first", place / "second")
     for name in ("first", "second"):
         strop.resume(place / name)
-    found = {
+    result = {
         name: sha256_file(place / name / "adapter" / "adapter_model.safetensors")[:16]
         for name in ("whole", "first", "second")
     }
-    return {"passed": len(set(found.values())) == 1, "adapters": found}
+    return {"passed": len(set(result.values())) == 1, "adapters": result}
 
 
 CHECKS: dict[str, Callable[[Path, str], dict[str, Any]]] = {"agree": agree, "resumes": resumes, "waits": waits}

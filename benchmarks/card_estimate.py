@@ -1,12 +1,12 @@
-"""An estimate, not a measurement: tokens/s of a step on cards, from what is counted on the card that is not there.
+"""Estimate tokens/s of a training step on several GPUs from operations counted on a simulated one; nothing is measured.
 
     python benchmarks/card_estimate.py [--only TEXT] [--out benchmarks/results/card_estimate_DATE.json]
 
-Each case's step (forward, backward, clipping, AdamW; one micro-batch, r 16 on all linear layers, every token in the
-loss) runs at full size on the simulated GPU of tests/simulated_gpu, where FLOPs, bytes and launches of each operation
-are counted. An operation takes the longer of its FLOPs at the card's usable rate and its bytes at the card's bandwidth;
-the step takes the longer of the sum of these and of what the host needs to launch them. What is assumed of cards is in
-CARDS, and from where. It takes a minute, a C++ compiler, Triton and no card.
+Each case's step (forward, backward, clipping, AdamW; one micro-batch, r 16 on all linear layers, loss on every token)
+runs at full size on the simulated GPU of tests/simulated_gpu, which counts the FLOPs, bytes and launches of each
+operation. An operation takes the larger of its FLOPs at the GPU's usable rate and its bytes at the GPU's bandwidth. The
+step takes the larger of the sum over its operations and the host's time to launch them. CARDS holds the assumed rates
+and their sources. Takes a minute and needs a C++ compiler and Triton, but no GPU.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from strop.planning.machines import find_spec
 from strop.runs.folder import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH_S = 10e-6  # of the host, with Python and autograd; not measured
+LAUNCH_S = 10e-6  # seconds of the host per launch, with Python and autograd; an assumption
 NAMES = ("products", "attention", "head", "adapters", "element-wise", "dequantization", "optimizer")
 
 
 @dataclass(frozen=True)
 class Usable:
-    """Of a card, in FLOP/s and bytes/s. The memory's bandwidth is the data sheet's, all of it."""
+    """Usable FLOP/s, and bytes/s of the memory, of a GPU. The memory's bandwidth is that of the data sheet."""
 
     card: str
     products: float
@@ -63,7 +63,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """goal: tokens/s. others: what has been published for the like of it."""
+    """An estimated step. goal: tokens/s to reach. others: published results for similar cases."""
 
     card: str
     shape: str
@@ -94,27 +94,34 @@ CASES = [
 ]
 
 
-def counted(cases: Sequence[Case]) -> list[list[dict[str, Any]]]:
+def count_operations(cases: Sequence[Case]) -> list[list[dict[str, Any]]]:
     """Return the operations of each case. Raises RuntimeError where a step does not run."""
     sys.path.append(str(ROOT))
     from tests.simulated_gpu.build import library
 
-    made = library(cache_folder() / "card")
+    simulated_gpu = library(cache_folder() / "card")
     steps = {(case.shape, case.scheme, case.tokens, case.documents): case for case in cases}
     fields = ("shape", "scheme", "tokens", "documents")
     scenarios = [{"scenario": "moved", **dict(zip(fields, key, strict=True))} for key in steps]
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "tests.simulated_gpu.simulate", str(made), folder, json.dumps(scenarios)]
-        found = measured.child(words, {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "STROP_CACHE": folder})
-    for one in found:
+        words = [
+            sys.executable,
+            "-m",
+            "tests.simulated_gpu.simulate",
+            str(simulated_gpu),
+            folder,
+            json.dumps(scenarios),
+        ]
+        result = measured.child(words, {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "STROP_CACHE": folder})
+    for one in result:
         if isinstance(one, dict):
             raise RuntimeError(one["trace"])
-    of = dict(zip(steps, found, strict=True))
+    of = dict(zip(steps, result, strict=True))
     return [of[case.shape, case.scheme, case.tokens, case.documents] for case in cases]
 
 
 def estimate(case: Case, operations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds by part, the host's beside them; which part is the largest; what the goal would ask for."""
+    """Return milliseconds by part and of the host, the largest part, and what the goal would require."""
     usable = CARDS[case.card]
     parts: dict[str, dict[str, Any]] = {
         name: {"ms": 0.0, "tflop": 0.0, "gb": 0.0, "launches": 0, "operations_ms": Counter()} for name in NAMES
@@ -135,40 +142,40 @@ def estimate(case: Case, operations: Sequence[dict[str, Any]]) -> dict[str, Any]
     launches = sum(part["launches"] for part in parts.values())
     host = 1e3 * LAUNCH_S * launches
     step = max(device, host)
-    told = {
+    estimate_ = {
         "case": case.name, **asdict(case), "tokens_per_s": round(1e3 * case.tokens / step), "step_ms": step,
         "device_ms": device, "host_ms": host, "bound": "host" if host > device else "device",
         "launches": launches, "largest": max(NAMES, key=lambda name: parts[name]["ms"]), "parts": parts,
     }  # fmt: skip
     if case.goal is not None:
-        told["over_goal_ms"] = step - 1e3 * case.tokens / case.goal
-    return told
+        estimate_["over_goal_ms"] = step - 1e3 * case.tokens / case.goal
+    return estimate_
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """In a sentence: whether the goal is reached, and if not, what would have to go."""
-    if found["goal"] is None:
+def verdict(result: dict[str, Any]) -> str:
+    """Describe whether the goal is reached and, if not, what would have to become faster."""
+    if result["goal"] is None:
         return ""
-    over, goal = found["over_goal_ms"], f"{found['goal']:,}"
+    over, goal = result["over_goal_ms"], f"{result['goal']:,}"
     if over <= 0:
-        return f"{found['case']}: {found['tokens_per_s']:,} tokens/s, the goal of {goal} is reached"
-    if found["bound"] == "host":
-        return f"{found['case']}: the host must launch faster by {over:.0f} ms for {goal} tokens/s"
-    parts = {name: part["ms"] for name, part in found["parts"].items()}
-    tokens, flop = found["tokens"], found["parts"]["products"]["tflop"]
+        return f"{result['case']}: {result['tokens_per_s']:,} tokens/s, the goal of {goal} is reached"
+    if result["bound"] == "host":
+        return f"{result['case']}: the host must launch faster by {over:.0f} ms for {goal} tokens/s"
+    parts = {name: part["ms"] for name, part in result["parts"].items()}
+    tokens, flop = result["tokens"], result["parts"]["products"]["tflop"]
     enough = [f"{name} ({ms:.0f} ms)" for name, ms in parts.items() if name != "products" and ms >= over]
     alone = f"it would be reached without {' or without '.join(enough)}" if enough else "no other part is as long"
-    left = 1e3 * tokens / found["goal"] - (found["device_ms"] - parts["products"])
+    left = 1e3 * tokens / result["goal"] - (result["device_ms"] - parts["products"])
     rate = f"{1e3 * flop / left:,.0f} TFLOP/s" if left > 0 else "no time at all"
     return (
-        f"{found['case']}: {found['tokens_per_s']:,} tokens/s, {over:.0f} ms too long for {goal}. The products alone "
+        f"{result['case']}: {result['tokens_per_s']:,} tokens/s, {over:.0f} ms too long for {goal}. The products alone "
         f"would give {1e3 * tokens / parts['products']:,.0f}; {alone}. "
         f"With all other parts as they are, products would need {rate}"
     )
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Return the results as a Markdown table."""
     lines = [
         "| estimate, ms a step | " + " | ".join(NAMES) + " | launches | host | tokens/s | goal | others |",
         "|---|" + "---:|" * (len(NAMES) + 4) + "---|",
@@ -185,19 +192,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--only", default="", help="cases with this text in their names")
-    asked.add_argument("--out", type=Path, help="a JSON file for all figures")
-    options = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases with this text in their names")
+    parser.add_argument("--out", type=Path, help="a JSON file for all figures")
+    options = parser.parse_args()
     cases = [case for case in CASES if options.only in case.name]
-    results = [estimate(case, operations) for case, operations in zip(cases, counted(cases), strict=True)]
+    results = [estimate(case, operations) for case, operations in zip(cases, count_operations(cases), strict=True)]
     print("Estimates from counted FLOPs, bytes and launches. No card has run.\n")
     print(table(results), "\n")
-    for said in filter(None, map(verdict, results)):
-        print(said)
+    for line in filter(None, map(verdict, results)):
+        print(line)
     if options.out:
-        told = {name: {**asdict(usable), "bandwidth": usable.bandwidth} for name, usable in CARDS.items()}
-        measured.write(options.out, results, kind="estimate: no card has run", cards=told, launch_s=LAUNCH_S)
+        gpus = {name: {**asdict(usable), "bandwidth": usable.bandwidth} for name, usable in CARDS.items()}
+        measured.write(options.out, results, kind="estimate: no card has run", cards=gpus, launch_s=LAUNCH_S)
 
 
 if __name__ == "__main__":

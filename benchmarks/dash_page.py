@@ -1,8 +1,8 @@
-"""How quickly the page of `strop dash` opens a long run and a long table, and what memory the tab and the server take.
+"""Measure how fast the page of `strop dash` opens a long run and a long table, and the memory of tab and server.
 
     python benchmarks/dash_page.py --out benchmarks/results/dash_page.json
 
-Needs Chromium and playwright (the `test` extra). The runs are files made here, as a trainer would have left them.
+Needs Chromium and playwright (the `test` extra). The runs are generated files in the trainer's format.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.measured import write
 from tests.support.browser import at, open_browser
-from tests.support.dash import Dash, dashing, lines, make_run, session, step
+from tests.support.dash import Dash, lines, make_run, run_dash, session, step
 
 
-def long_run(folder: Path, steps: int) -> None:
-    """A run with a spike, some skipped steps, and an evaluation every thousandth step."""
+def make_long_run(folder: Path, steps: int) -> None:
+    """Create a run with a spike, some skipped steps, and an evaluation every 1,000 steps."""
     dice, events = random.Random(0), session(steps=steps)
     for number in range(1, steps + 1):
         loss = 3.0 * number**-0.2 + 0.05 * dice.random() + (9.0 if number == steps // 3 else 0.0)
@@ -38,8 +38,10 @@ def long_run(folder: Path, steps: int) -> None:
     make_run(folder, "long", events)
 
 
-def opened(browser: Any, dash: Dash, address: str, whole: str) -> tuple[float, dict[str, float]]:
-    """Seconds from the navigation until the screen is whole, in a fresh tab; its memory in MB after a collection."""
+def measure_opening(browser: Any, dash: Dash, address: str, whole: str) -> tuple[float, dict[str, float]]:
+    """Return the seconds from navigation until the screen is complete in a new tab, and its memory in MB after a
+    collection.
+    """
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     started = time.perf_counter()
@@ -50,14 +52,16 @@ def opened(browser: Any, dash: Dash, address: str, whole: str) -> tuple[float, d
     session = context.new_cdp_session(page)
     session.send("Performance.enable")
     session.send("HeapProfiler.collectGarbage")
-    told = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
-    memory = {"heap_mb": told["JSHeapUsedSize"] / 1e6, "nodes": told["Nodes"]}
+    metrics = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
+    memory = {"heap_mb": metrics["JSHeapUsedSize"] / 1e6, "nodes": metrics["Nodes"]}
     context.close()
     return seconds, memory
 
 
-def idle(browser: Any, dash: Dash, address: str, whole: str, server: psutil.Process, seconds: float = 20.0) -> float:
-    """The share of one core that the server takes while a tab shows the screen and nothing happens."""
+def measure_idle(
+    browser: Any, dash: Dash, address: str, whole: str, server: psutil.Process, seconds: float = 20.0
+) -> float:
+    """Return the share of one core that the server uses while a tab shows the screen and nothing happens."""
     context = browser.new_context()
     page = context.new_page()
     page.goto(at(dash, address))
@@ -76,25 +80,25 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as place, open_browser() as browser:
         one, many = Path(place) / "one", Path(place) / "many"
-        long_run(one, given.steps)
+        make_long_run(one, args.steps)
         some = lines([*session(), *(step(number) for number in range(1, 101))])
-        for number in range(given.runs):
+        for number in range(args.runs):
             folder = make_run(many, f"run-{number:03}", [])
             (folder / "events.jsonl").write_text(some, encoding="utf-8")
         for name, folder, address, whole in (
-            (f"a run of {given.steps:,} steps", one, "/run/long", ".plot canvas >> nth=3"),
-            (f"a table of {given.runs} runs", many, "/runs", f"tbody tr >> nth={given.runs - 1}"),
+            (f"a run of {args.steps:,} steps", one, "/run/long", ".plot canvas >> nth=3"),
+            (f"a table of {args.runs} runs", many, "/runs", f"tbody tr >> nth={args.runs - 1}"),
         ):
-            with dashing(folder) as dash:
+            with run_dash(folder) as dash:
                 server = psutil.Process(dash.process.pid)
                 began = server.memory_info().rss / 1e6
-                opens = [opened(browser, dash, address, whole) for _ in range(1 + given.repeats)]
+                opens = [measure_opening(browser, dash, address, whole) for _ in range(1 + args.repeats)]
                 memory = server.memory_info().rss / 1e6
-                share = idle(browser, dash, address, whole, server)
+                share = measure_idle(browser, dash, address, whole, server)
             warm = [seconds for seconds, _ in opens[1:]]
             results[name] = {
                 "first_s": opens[0][0], "median_s": statistics.median(warm), "least_s": min(warm), "most_s": max(warm),
@@ -102,8 +106,8 @@ def main() -> None:
                 "idle_core_share": share,
             }  # fmt: skip
             print(name, {key: round(value, 3) for key, value in results[name].items()})
-    if given.out:
-        write(given.out, results)
+    if args.out:
+        write(args.out, results)
 
 
 if __name__ == "__main__":

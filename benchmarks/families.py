@@ -1,10 +1,10 @@
-"""The fast step beside the plain one, for each family of the table, in SmolLM2's sizes.
+"""Compare the fast step with the plain step for each family of the table, in the sizes of SmolLM2.
 
     python benchmarks/families.py [--layers 30 --rows 4 --rounds 3] [--only llama,glm] [--out RESULT.json]
 
-One chat batch (random rows as long as chat rows are, with a common beginning), r 16 on all linear layers and experts,
-bf16, forward and backward without an optimizer. Each family in a process of its own, both steps in turn, medians; the
-first round of each warms up. The model is random, its family's own settings are those of the tests
+One batch of random rows with the lengths of chat rows and a shared prefix, r 16 on all linear layers and experts, bf16,
+forward and backward without an optimizer. Each family runs in its own process, both steps in turn; medians are
+reported, without the first round. The models are random, with the family settings of the tests
 (tests/support/random_models.py).
 """
 
@@ -38,7 +38,7 @@ SIZES = {
     "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 2048,
 }  # fmt: skip
 WINDOW = 512
-MIXED = {  # of mixtures (8 experts, 2 of them for a token), of hybrids and of Gemma 4
+MIXED = {  # for mixtures (8 experts, 2 per token), hybrids and Gemma 4
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8, "moe_intermediate_size": 768,
     "shared_expert_intermediate_size": 768, "linear_num_key_heads": 9, "linear_num_value_heads": 9,
     "linear_key_head_dim": 64, "linear_value_head_dim": 64, "vocab_size_per_layer_input": 49152,
@@ -49,9 +49,9 @@ MIXED = {  # of mixtures (8 experts, 2 of them for a token), of hybrids and of G
 
 
 def model_of(family: str, layers: int) -> Any:
-    """A random model in bf16 with adapters."""
+    """Return a random model in bf16 with adapters."""
     own: dict[str, Any] = {}
-    for name, value in FAMILY_CONFIGS[family].items():  # settings by layer are for two layers there
+    for name, value in FAMILY_CONFIGS[family].items():  # settings per layer are for two layers
         own[name] = (value * layers)[:layers] if isinstance(value, list) else value
     own |= {"sliding_window": WINDOW} if own.get("sliding_window") else {}
     own |= {name: value for name, value in MIXED.items() if own.get(name)}
@@ -72,7 +72,7 @@ def rows(number: int) -> list[Example]:
 
 
 def point(family: str, options: argparse.Namespace) -> dict[str, float]:
-    """Tokens/s of both steps."""
+    """Return tokens/s of both steps."""
     prepare_process()
     model, batch = model_of(family, options.layers), rows(options.rows)
     ways = {"fast": FastLoss(model), "plain": PlainLoss(model)}
@@ -101,9 +101,11 @@ def main() -> None:
         return
     results = {}
     for family in options.only.split(",") if options.only else FAMILY_CONFIGS:
-        found = measured.child([sys.executable, __file__, *sys.argv[1:], "--point", family])
-        results[family] = {**found, "times": found["fast"] / found["plain"]}
-        print(f"| {family} | {found['fast']:.0f} | {found['plain']:.0f} | {results[family]['times']:.1f} |", flush=True)
+        result = measured.child([sys.executable, __file__, *sys.argv[1:], "--point", family])
+        results[family] = {**result, "times": result["fast"] / result["plain"]}
+        print(
+            f"| {family} | {result['fast']:.0f} | {result['plain']:.0f} | {results[family]['times']:.1f} |", flush=True
+        )
     if options.out:
         threads = torch.get_num_threads()
         measured.write(options.out, results, layers=options.layers, rows=options.rows, threads=threads)

@@ -1,11 +1,11 @@
-"""How the fast step's cost grows with the tokens of a micro-batch, the length of documents, and the size of the model.
+"""Measure how the cost of the fast step grows with the tokens of a micro-batch, document length and model size.
 
     python benchmarks/growth.py --out benchmarks/results/growth_DATE.json --plot docs/growth.svg
 
-Random weights and rows, bf16, r 16 on all linear layers, forward and backward, every token supervised. Each point is
-a process of its own: one step to warm up, then the median of three. Peak memory is resident memory above what the
-process held before the first step: `peak_bytes` as it is; `needed_bytes` with an allocator that gives back what is
-freed (glibc keeps small blocks, in pieces that may fit nothing).
+Random weights and rows, bf16, r 16 on all linear layers, forward and backward, every token supervised. Each point runs
+in its own process: one warm-up step, then the median of three. Peak memory is resident memory beyond that before the
+first step: `peak_bytes` with the default allocator; `needed_bytes` with an allocator that returns freed memory at once
+(glibc keeps small blocks, in fragments that may be unusable).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import measured
 
-SIZES: dict[str, dict[str, int]] = {  # of the Llama family, as SmolLM2's, the smallest with half its layers
+SIZES: dict[str, dict[str, int]] = {  # Llama models with the sizes of SmolLM2; the smallest has half of its layers
     "77M": {"hidden_size": 576, "intermediate_size": 1536, "layers": 15, "heads": 9, "kv": 3},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "layers": 30, "heads": 9, "kv": 3},
     "360M": {"hidden_size": 960, "intermediate_size": 2560, "layers": 32, "heads": 15, "kv": 5},
@@ -47,7 +47,7 @@ def config_of(size: str) -> Any:
 
 
 def point(size: str, tokens: int, length: int) -> dict[str, Any]:
-    """tokens/s and memory of one step over `tokens` tokens in documents of `length`."""
+    """Return tokens/s and memory of one step over `tokens` tokens in documents of `length`."""
     import numpy as np
     import torch
     import transformers
@@ -79,7 +79,7 @@ def point(size: str, tokens: int, length: int) -> dict[str, Any]:
 
 
 def saved_bytes_per_token(size: str, length: int) -> float:
-    """What the step keeps for its backward, as `strop plan` counts it."""
+    """Return the bytes that the step saves for its backward, as `strop plan` counts them."""
     from strop.machine.probe import probe
     from strop.models.families.shape import ModelShape
     from strop.planning.activations import MicroBatch, layer_bytes
@@ -109,27 +109,27 @@ def main() -> None:
         words = [sys.executable, __file__, "--point", size, str(tokens), str(length)]
         return dict(measured.child(words, settings))
 
-    wanted = {
+    expected = {
         "tokens": [("135M", tokens, 128) for tokens in TOKENS],
         "length": [("135M", 4096, length) for length in LENGTHS],
         "size": [(size, 2048, 128) for size in SIZES],
     }
-    found: dict[str, list[dict[str, Any]]] = {}
-    for axis, points in wanted.items():
-        found[axis] = []
+    results: dict[str, list[dict[str, Any]]] = {}
+    for axis, points in expected.items():
+        results[axis] = []
         for size, tokens, length in points:
-            found[axis].append(point_of(size, tokens, length))
+            results[axis].append(point_of(size, tokens, length))
             if axis == "tokens":
                 trimmed = point_of(size, tokens, length, MALLOC_MMAP_THRESHOLD_="65536")
-                found[axis][-1]["needed_bytes"] = trimmed["peak_bytes"]
-            print(found[axis][-1], file=sys.stderr)
-    many = found["tokens"][1:]  # the smallest stays within what the process had already
+                results[axis][-1]["needed_bytes"] = trimmed["peak_bytes"]
+            print(results[axis][-1], file=sys.stderr)
+    many = results["tokens"][1:]  # the smallest fits into memory that the process already had
     slopes = {
         kind: statistics.linear_regression([p["tokens"] for p in many], [p[kind] for p in many]).slope
         for kind in ("peak_bytes", "needed_bytes")
     }
-    report = {**found, "per_token": {**slopes, "formula_bytes": saved_bytes_per_token("135M", 128)}}
-    print(json.dumps({key: value for key, value in report.items() if key not in found}, indent=2))
+    report = {**results, "per_token": {**slopes, "formula_bytes": saved_bytes_per_token("135M", 128)}}
+    print(json.dumps({key: value for key, value in report.items() if key not in results}, indent=2))
     if options.out:
         measured.write(options.out, report)
     if options.plot:

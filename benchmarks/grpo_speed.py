@@ -1,10 +1,10 @@
-"""GRPO with 8 answers a prompt: strop beside TRL's GRPOTrainer, one after the other, in prompts a second.
+"""Compare GRPO in strop and in TRL's GRPOTrainer with 8 completions per prompt, in prompts/s.
 
     python benchmarks/grpo_speed.py --trl PYTHON [--steps 2] [--answer 48] [--out FILE]    PYTHON: one that has trl
 
-Both train SmolLM2-135M (the demo's) in bf16 with LoRA r 16 on all linear layers: 4 prompts of about 40 tokens a step,
-8 answers of at most --answer tokens to each, divergence from the start weighed by 0.04, the same reward for both. The
-first step is not counted: it compiles, or warms up. TRL generates with transformers.
+Both train SmolLM2-135M (the demo model) in bf16 with LoRA r 16 on all linear layers: 4 prompts of about 40 tokens per
+step, 8 completions of at most --answer tokens each, a KL coefficient of 0.04 and the same reward. The first step, which
+compiles or warms up, is not counted. TRL generates with transformers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from preferences import TARGETS
 PROMPTS, GROUP, MICRO = 4, 8, 8
 
 
-def varied(gold: str, answer: str) -> float:
-    """The reward: words that differ, as a share."""
+def distinct_words(gold: str, answer: str) -> float:
+    """Return the share of distinct words, as the reward."""
     return len(set(answer.split())) / max(1, len(answer.split()))
 
 
@@ -44,11 +44,11 @@ def strop_run(data: str, steps: int, answer: int) -> dict[str, Any]:
             "model.dtype": "bf16",
         }  # fmt: skip
         strop.train(model="demo", data=data, out=f"{folder}/run", **options)
-        told = [e for e in read_events(Path(folder) / "run" / "events.jsonl") if e["event"] == "step"]
-    seconds = told[-1]["time"] - told[0]["time"]
+        step_events = [e for e in read_events(Path(folder) / "run" / "events.jsonl") if e["event"] == "step"]
+    seconds = step_events[-1]["time"] - step_events[0]["time"]
     return {
         "prompts_per_s": steps * PROMPTS / seconds, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes(),
-        "answer_length": sum(e["answer_length"] for e in told[1:]) / steps,
+        "answer_length": sum(e["answer_length"] for e in step_events[1:]) / steps,
     }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def trl_run(model: str, data: str, steps: int, answer: int) -> dict[str, Any]:
 
     def reward(completions: Any, completion_ids: Any, **_: Any) -> list[float]:
         lengths.append(sum(map(len, completion_ids)) / len(completion_ids))
-        return [varied("", turns[0]["content"]) for turns in completions]
+        return [distinct_words("", turns[0]["content"]) for turns in completions]
 
     class Ends(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -99,10 +99,10 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=48)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=3, metavar=("TOOL", "MODEL", "DATA"))
-    given = parser.parse_args()
-    if given.child:
-        tool, model, data = given.child
-        sizes = (given.steps, given.answer)
+    args = parser.parse_args()
+    if args.child:
+        tool, model, data = args.child
+        sizes = (args.steps, args.answer)
         print(json.dumps(strop_run(data, *sizes) if tool == "strop" else trl_run(model, data, *sizes)))
         return
     from strop.models.load import weights_folder
@@ -112,18 +112,18 @@ def main() -> None:
     source = locate("demo")
     with tempfile.TemporaryDirectory() as folder:
         data, model = Path(folder) / "prompts.jsonl", Path(folder) / "model"
-        write_prompts(data, PROMPTS * (given.steps + 1))
+        write_prompts(data, PROMPTS * (args.steps + 1))
         load_tokenizer(source).save_pretrained(model)
         for file in weights_folder(source).iterdir():
             (model / file.name).symlink_to(file)
-        common = [__file__, "--steps", str(given.steps), "--answer", str(given.answer)]
+        common = [__file__, "--steps", str(args.steps), "--answer", str(args.answer)]
         results = {"strop": child([sys.executable, *common, "--child", "strop", str(model), str(data)])}
         print("strop", json.dumps(results["strop"]), flush=True)
-        if given.trl:
-            results["trl"] = child([given.trl, *common, "--child", "trl", str(model), str(data)])
+        if args.trl:
+            results["trl"] = child([args.trl, *common, "--child", "trl", str(model), str(data)])
             print("trl", json.dumps(results["trl"]), flush=True)
-    if given.out:
-        write(given.out, results)
+    if args.out:
+        write(args.out, results)
 
 
 if __name__ == "__main__":

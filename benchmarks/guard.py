@@ -1,8 +1,8 @@
-"""What the guard, the memory watch and a checkpoint cost beside a training step, on this machine.
+"""Measure the cost of the guard, the memory watch and a checkpoint relative to a training step on this machine.
 
     python benchmarks/guard.py RUN
 
-RUN: a finished run, whose steps and saves are read from its events; the rest is measured here.
+RUN: a finished run, whose events have the times of steps and saves; the rest is measured here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from strop.training.guard import MAX_RECENT, judge_step
 from strop.training.state import Progress
 
 
-def seconds_of(function: Callable[[], object], times: int = 2000) -> float:
+def measure_seconds(function: Callable[[], object], times: int = 2000) -> float:
     started = time.perf_counter()
     for _ in range(times):
         function()
@@ -33,8 +33,11 @@ def main() -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     step = report["seconds"] / report["steps"]
     progress = Progress(recent=[1.0 + 0.01 * n for n in range(MAX_RECENT)])
-    guard, watch = seconds_of(lambda: judge_step(progress, 1.3, 0.5)), seconds_of(MemoryWatch(1 << 50, 1 << 50))
-    layers = 2 * 30  # forward, and again in the backward where layers are recomputed
+    guard, watch = (
+        measure_seconds(lambda: judge_step(progress, 1.3, 0.5)),
+        measure_seconds(MemoryWatch(1 << 50, 1 << 50)),
+    )
+    layers = 2 * 30  # forward, and the backward of recomputed layers
     saves = [event["seconds"] for event in events if event["event"] == "save"]
     print(
         json.dumps(

@@ -1,11 +1,12 @@
-"""Do LoftQ (arXiv:2310.08659) and PiSSA (arXiv:2404.02948) help a LoRA on an NF4 base?
+"""Measure whether LoftQ (arXiv:2310.08659) and PiSSA (arXiv:2404.02948) help LoRA on an NF4 base.
 
     python benchmarks/init_quantized.py --data TRAIN.jsonl --eval TEST.jsonl [--steps 88 --seeds 0,1,2] [--out R.json]
 
-All start from the 16-bit model. default: NF4 base, usual A and B = 0. loftq: A and B stand for what quantization lost,
-by its algorithm in so many rounds (peft's own runs on cards alone, and leaves out LoRA's scale). pissa, as peft makes
-it: A and B are the first singular directions, and what is left of the base is quantized. Reported: loss on the held-out
-rows before the first step and after the last. --rate: larger A and B learn faster, each way has a best rate of its own.
+All variants start from the 16-bit model. default: NF4 base, the usual A and B = 0. loftq: A and B approximate the
+quantization error, with several iterations of its algorithm (peft's implementation needs a GPU and ignores LoRA's
+scale). pissa: as in peft, A and B are the first singular directions, and the rest of the base is quantized. Prints the
+loss on held-out rows before the first step and after the last. --rate: larger A and B learn faster, so each variant has
+its own best rate.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def quantized(weight: torch.Tensor) -> torch.Tensor:
 
 
 def loftq(weight: torch.Tensor, rank: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The quantized base, A and B: base and B A in turn are fitted to what the other leaves of the weight."""
+    """Return the quantized base, A and B, by fitting the base and B A in turn to the remainder of the weight."""
     rest = weight.float()
     for _ in range(rounds):
         base = quantized(rest.to(weight.dtype))
@@ -87,11 +88,11 @@ def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, float]:
     model, rows = build(options.model, way, options.rank, seed), data.eval
     assert rows is not None
     rate = options.rate * objective_base_rate(sum(weight.numel() for weight in model.get_base_model().parameters()))
-    given = {
+    settings = {
         "model": options.model, "data": options.data, "seed": seed, "lora.r": options.rank,
         "train.max_steps": options.steps, "train.learning_rate": rate, "train.micro_batch_tokens": 2048,
     }  # fmt: skip
-    recipe, step, weights = resolve(None, given).recipe, step_for(model), trainable_parameters(model)
+    recipe, step, weights = resolve(None, settings).recipe, step_for(model), trainable_parameters(model)
 
     def loss() -> float:
         return mean_loss(step.token_loss, rows, lambda some: [[number] for number in range(len(some))])
@@ -121,8 +122,8 @@ def main() -> None:
     for seed in options.seeds.split(","):
         for way in options.ways.split(";"):
             results.setdefault(way, []).append(train(options, way, int(seed)))
-            found = results[way][-1]
-            print(f"{way:16} seed {seed}: {found['before']:.4f} before, {found['after']:.4f} after", flush=True)
+            result = results[way][-1]
+            print(f"{way:16} seed {seed}: {result['before']:.4f} before, {result['after']:.4f} after", flush=True)
     if options.out:
         measured.write(options.out, results)
 

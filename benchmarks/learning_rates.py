@@ -1,19 +1,18 @@
-"""Which learning rate is best: by size of the model, rows, rank, epochs, batch and method; and what strop's rule costs.
+"""Find the best learning rate by model size, rows, rank, epochs, batch size and method, and the cost of strop's rule.
 
     python benchmarks/learning_rates.py sweep FOLDER --out benchmarks/results/learning_rates.json [--minutes 60]
     python benchmarks/learning_rates.py table --out benchmarks/results/learning_rates.json [--plot docs/rates.svg]
 
-sweep: runs what is not in the file yet, stage by stage, and renews the file after each run: stop it, and go on with the
-same command. FOLDER: for the models and rows that it makes. table: what is in the file, read again, nothing run.
+sweep: runs all points that are missing in the file, stage by stage, and updates the file after each run, so that the
+same command resumes it. FOLDER: for the generated models and rows. table: prints the results without running anything.
 
 Sizes: SmolLM2-135M-Instruct (`demo`), and the same with 20 and with 12 of its 30 layers (99M and 71M parameters),
-healed by a LoRA of rank 64 on the text of Python's own manual, merged (`learners.py`). Rows: SNIPS, the demo's, and
-docstrings of the standard library (what does this function do?): 320 to train on, 100 held out.
+trained further with a LoRA of rank 64 on the Python manual and merged (`learners.py`). Rows: SNIPS, the demo's, and
+docstrings of the standard library: 320 for training, 100 held out.
 
-Loss: cross entropy a supervised token of the held-out rows, as strop evaluates it: of the best checkpoint, which is
-what a run hands over (one evaluation an epoch). At each setting the first rates are tried, then more, in factors of 2,
-until the best has a worse one on either side. A run that the guard stopped has no loss; `skipped` and `rollbacks` count
-what it did in the others.
+Loss: cross entropy per supervised token of the held-out rows at the best checkpoint, with one evaluation per epoch.
+Each setting starts with a few rates and adds more, in factors of 2, until the best has a worse one on either side. A
+run that the guard stopped has no loss; `skipped` and `rollbacks` count the guard's actions in the others.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from learners import ALL, SETS, SIZES, make_model, make_rows, parameters
 from measured import commit, machine, write
 from valleys import KEYS, RATES, UNUSUAL, USUAL, plot, table, valleys
 
-LIMITS = 6e-5, 7e-2  # no rates beyond
+LIMITS = 6e-5, 7e-2  # limits of the rates
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"lora.use_rslora": True},
@@ -46,20 +45,20 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class Sweep:
-    """The file of results, and how a point that it lacks is run."""
+    """The file of results, and a function that runs a missing point."""
 
     def __init__(self, folder: Path, out: Path, until: float) -> None:
         self.folder, self.out, self.until = folder, out, until
         self.rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["results"] if out.exists() else []
 
     def loss(self, setting: dict[str, Any], rate: float) -> float:
-        """Infinity for a run that was stopped. Raises TimeoutError where it is not there and the time is up."""
-        wanted = {**setting, "rate": rate}
-        known = next((row for row in self.rows if wanted.items() <= row.items()), None)
+        """Return the loss, infinity for a stopped run. Raises TimeoutError if it is missing and the time is up."""
+        point = {**setting, "rate": rate}
+        known = next((row for row in self.rows if point.items() <= row.items()), None)
         if known is None:
             if time.monotonic() > self.until:
                 raise TimeoutError
-            known = {**wanted, **self._run(wanted)}
+            known = {**point, **self._run(point)}
             self.rows.append(known)
             write(self.out, self.rows)
             print(json.dumps(known), flush=True)
@@ -93,7 +92,7 @@ class Sweep:
         }  # fmt: skip
 
     def search(self, setting: dict[str, Any], rates: Sequence[float]) -> float:
-        """The best rate: has a worse one on either side."""
+        """Return the best rate, which has a worse one on either side."""
         losses = {rate: self.loss(setting, rate) for rate in sorted(rates)}
         while True:
             best = min(losses, key=lambda rate: losses[rate])
@@ -103,19 +102,19 @@ class Sweep:
             losses |= {rate: self.loss(setting, rate) for rate in beyond}
 
 
-def around(rate: float, *steps: int) -> list[float]:
+def neighbouring_rates(rate: float, *steps: int) -> list[float]:
     return [rate * 2.0**step for step in steps]
 
 
-def stages(sweep: Sweep) -> Iterator[str]:
-    """Runs a stage between one name and the next; what tells most comes first."""
+def run_stages(sweep: Sweep) -> Iterator[str]:
+    """Run the settings stage by stage, most informative first."""
     from strop.planning.choose import learning_rate
 
     best: dict[tuple[str, str], float] = {}
     for size in reversed(SIZES):
         yield f"rates, {size}"
         for name in SETS:
-            first = RATES[1:] if size == "135M" else RATES  # the fifth comes last: it takes longest, and tells least
+            first = RATES[1:] if size == "135M" else RATES  # a fifth rate for 135M takes longest and shows least
             best[size, name] = sweep.search({"size": size, "set": name, **USUAL}, first)
     changes: dict[str, list[dict[str, Any]]] = {
         "methods": [{"method": method} for method in list(METHODS)[1:]],
@@ -156,7 +155,7 @@ def stages(sweep: Sweep) -> Iterator[str]:
     for kind in ("ranks", "batches"):
         yield f"{kind}, 71M"
         changed(kind, "71M", *SETS)
-    yield "ranks, 99M"  # whose best rates no rule was made from
+    yield "ranks, 99M"  # not used to fit the rules
     changed("ranks", "99M", *SETS[:2])
     yield "seeds, 71M"
     seeded("71M")
@@ -183,24 +182,24 @@ def main() -> None:
     reading.add_argument("--plot", type=Path)
     for command in (running, reading):
         command.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    if given.command == "table":
-        found = valleys(json.loads(given.out.read_text(encoding="utf-8"))["results"])
+    args = parser.parse_args()
+    if args.command == "table":
+        result = valleys(json.loads(args.out.read_text(encoding="utf-8"))["results"])
         for of in ("", *KEYS[2:]):
             columns = ["size", "rows", *filter(None, [of]), "steps", "best rate", "loss", "within 5 %", "rule", "costs"]
             print(f"| {' | '.join([*columns, 'the usual rate' if of in UNUSUAL else 'the rule before'])} |")
-            print("\n".join(["|" + "---|" * (len(columns) + 1), *table(found, of)]), end="\n\n")
-        if given.plot:
-            plot(found, given.plot)
+            print("\n".join(["|" + "---|" * (len(columns) + 1), *table(result, of)]), end="\n\n")
+        if args.plot:
+            plot(result, args.plot)
         return
-    sweep = Sweep(given.folder, given.out, time.monotonic() + 60 * given.minutes)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    make_rows(given.folder, given.snips)
+    sweep = Sweep(args.folder, args.out, time.monotonic() + 60 * args.minutes)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    make_rows(args.folder, args.snips)
     for size in list(SIZES)[1:]:
-        if not (given.folder / size / "config.json").is_file():
-            make_model(given.folder, size)
+        if not (args.folder / size / "config.json").is_file():
+            make_model(args.folder, size)
     try:
-        for stage in stages(sweep):
+        for stage in run_stages(sweep):
             print(stage, flush=True)
     except TimeoutError:
         print("the time is up: the same command goes on", flush=True)

@@ -1,4 +1,4 @@
-"""A run's answers through llama.cpp, type by type, against strop's own: exact match, parity, size.
+"""Compare a run's answers in llama.cpp with strop's by GGUF type: exact match, parity and size.
 
 python benchmarks/llamacpp.py RUN --data test.jsonl --metric exact_json --types f16 q8_0 q4_k_m lora
 """
@@ -33,28 +33,28 @@ def main() -> None:
     parser.add_argument("--metric", default="exact")
     parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_k_m", "lora"], help="lora: the adapter file")
     parser.add_argument("--out", type=Path, help="results as JSON")
-    asked = parser.parse_args()
-    model = strop.load(asked.run, dtype="fp32")
-    rows = make_questions(read_conversations(asked.data))
+    args = parser.parse_args()
+    model = strop.load(args.run, dtype="fp32")
+    rows = make_questions(read_conversations(args.data))
     prompts = [model.renderer.prompt(row.conversation.messages[:-1], row.conversation.tools) for row in rows]
     golds = [row.gold for row in rows]
-    expected = [answer.text for answer in in_batches(model, prompts)]
+    expected = [answer.text for answer in generate_batched(model, prompts)]
     results: list[dict[str, Any]] = []
 
     def tell(name: str, texts: list[str], **more: Any) -> None:
-        rates = score(asked.metric, golds, texts).rates
+        rates = score(args.metric, golds, texts).rates
         same = sum(ours == theirs for ours, theirs in zip(texts, expected, strict=True)) / len(rows)
         results.append({"type": name, "rows": len(rows), **rates, "answers_equal": same, **more})
         print(json.dumps(results[-1]), flush=True)
-        if asked.out:
-            measured.write(asked.out, results)
+        if args.out:
+            measured.write(args.out, results)
 
     tell("strop, fp32", expected)
-    for kind in asked.types:
+    for kind in args.types:
         with tempfile.TemporaryDirectory() as folder:
             file, started = Path(folder) / "model.gguf", time.perf_counter()
             lora = kind == "lora"
-            exported = export_gguf(asked.run, file, kind=None if lora else kind, adapter=lora)
+            exported = export_gguf(args.run, file, kind=None if lora else kind, adapter=lora)
             took, parity = time.perf_counter() - started, exported.as_json()["parity"]
             base = locate(str(read_adapter_config(model.adapter or Path())["base_model_name_or_path"])).path
             size = max(map(len, prompts)) + NEW_TOKENS
@@ -65,15 +65,15 @@ def main() -> None:
             tell(kind, texts, stopped=stopped, size_bytes=file.stat().st_size, export_s=took, parity=parity)
 
 
-def in_batches(model: Any, prompts: list[Any]) -> list[Any]:
-    """Greedy answers in the order of the prompts; short ones are asked together."""
+def generate_batched(model: Any, prompts: list[Any]) -> list[Any]:
+    """Return greedy answers in the order of the prompts; short prompts are batched."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    found: dict[int, Any] = {}
+    results: dict[int, Any] = {}
     for start in range(0, len(order), 32):
         some = order[start : start + 32]
         answers = model.answer([prompts[row] for row in some], max_new_tokens=NEW_TOKENS)
-        found.update(zip(some, answers, strict=True))
-    return [found[row] for row in range(len(prompts))]
+        results.update(zip(some, answers, strict=True))
+    return [results[row] for row in range(len(prompts))]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What benchmarks share: the machine, the clock, a child's result, and the file that keeps a result.
+"""Helpers of the benchmarks: the machine, a clock, the result of a child process, and the file of results.
 
-Standard library only, at its top: other tools' scripts use it in environments that have no strop.
+Imports only the standard library at the top, because scripts of other tools use it in environments without strop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGES = ("strop", "torch", "transformers", "peft", "bitsandbytes", "numba", "
 
 
 def machine() -> dict[str, Any]:
-    """cpu by its name, the cores that this process may use, memory in bytes, system and Python."""
+    """Return the CPU's name, the cores that this process may use, memory in bytes, system and Python version."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -40,43 +40,43 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of those packages that are installed."""
-    found = {}
+    """Return the versions of the packages that are installed."""
+    results = {}
     for name in packages:
         try:
-            found[name] = version(name)
+            results[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return results
 
 
 def commit() -> str:
-    """The checkout's commit, with + behind it where files differ from it; empty outside of one."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """Return the commit of the checkout, with + if files differ from it, or an empty string outside of a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         return ""
 
 
 def write(file: Path | str, results: Any, **more: Any) -> None:
-    """Keeps results, with the machine, date, commit, versions and command that they are of. more: further fields."""
+    """Store results with the machine, date, commit, versions and command. more: further fields."""
     script, *words = sys.argv
-    parts = (part for word in words for part in word.split())  # an option's value may be a command
-    short = (Path(part).name if os.path.isabs(part) else part for part in parts)  # where it lay is nobody's concern
+    parts = (part for word in words for part in word.split())  # the value of an option may be a command
+    short = (Path(part).name if os.path.isabs(part) else part for part in parts)  # without its folder
     command = " ".join(["python", f"benchmarks/{Path(script).name}", *short])
     of = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "versions": versions()}
-    told = {**of, "command": command, **more, "results": results}
-    Path(file).write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
+    record = {**of, "command": command, **more, "results": results}
+    Path(file).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def peak_rss_bytes() -> int:
-    """Of this process so far."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def child(words: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
-    """What a process prints as JSON on its last line. Raises RuntimeError with its last words where it fails."""
+    """Return the JSON that a process prints on its last line. Raises RuntimeError with the last output if it fails."""
     done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
     if done.returncode or not done.stdout.strip():
         raise RuntimeError(f"{' '.join(words)}:\n{(done.stderr or done.stdout)[-3000:]}")
@@ -84,7 +84,7 @@ def child(words: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
 
 
 class Clock:
-    """Seconds inside `with` blocks, all together: wall time, and of all threads' work."""
+    """Total seconds inside `with` blocks: wall time and CPU time of all threads."""
 
     seconds = 0.0
     cpu_seconds = 0.0
@@ -99,7 +99,7 @@ class Clock:
 
 
 def train_clocked(trainer: Any) -> None:
-    """Trains with a trainer of transformers or TRL; prints real tokens, seconds inside steps, and the mean loss."""
+    """Train with a trainer of transformers or TRL; print real tokens, seconds inside steps, and the mean loss."""
     from transformers import TrainerCallback
 
     clock, tokens, step = Clock(), [0], trainer.training_step
@@ -112,7 +112,7 @@ def train_clocked(trainer: Any) -> None:
             clock.__exit__()
 
     def counted(module: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
-        mask = inputs.get("attention_mask")  # there is none where rows are packed
+        mask = inputs.get("attention_mask")  # packed rows have none
         tokens[0] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return step(module, inputs, *rest, **more)
 

@@ -49,10 +49,10 @@ def load_merged(source: Source, merge_tensor: Any, fault: Fault, dtype: torch.dt
     with torch.no_grad():
         for name, weight in model.named_parameters():
             base = weight.to(base_dtype)
-            wanted = merge_tensor(name, base)
-            if wanted is not base:
-                wanted = fault(name, wanted, base.float())
-            weight.copy_(merge.round_weight(name, wanted, base, dtype))
+            merged = merge_tensor(name, base)
+            if merged is not base:
+                merged = fault(name, merged, base.float())
+            weight.copy_(merge.round_weight(name, merged, base, dtype))
     return model
 
 

@@ -65,13 +65,13 @@ def main() -> None:
     shards = [file.stat().st_size for file in out.glob("*.safetensors")]
     largest = max(shards)
     limit = 1.5 * largest + (1 << 30)
-    found = {
+    result = {
         "dtype": options.dtype, "peak_bytes": peak, "largest_shard_bytes": largest, "shards": len(shards),
         "limit_bytes": int(limit), "within": peak <= limit,
     }  # fmt: skip
-    print(json.dumps(found))
+    print(json.dumps(result))
     if options.out:
-        write(options.out, found)
+        write(options.out, result)
 
 
 if __name__ == "__main__":

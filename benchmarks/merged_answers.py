@@ -1,10 +1,9 @@
-"""Does a merged folder, loaded by plain transformers, answer as the adapter on its base does? Greedy, row by row.
+"""Compare the greedy answers of a merged folder in plain transformers with those of the adapter on its base.
 
     python benchmarks/merged_answers.py RUN... --data ROWS.jsonl [--dtypes fp32,bf16 --compute fp32,bf16] [--out R.json]
 
-Merges each run anew in each type; what strop measures of the merge is kept beside the answers. The adapter computes in
-the same type as the merged model, on the base that the merge chose. Rows are asked in batches of like length, padded on
-the left.
+Merges each run in each dtype, and stores strop's measurements of the merge with the results. The adapter computes in
+the dtype of the merged model, on the base that the merge chose. Rows are batched by length with left padding.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from strop.models.load import DTYPES
 
 
 def answers(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]], stop_ids: list[int]) -> list[str]:
-    found: dict[int, str] = {}
+    results: dict[int, str] = {}
     order = sorted(range(len(chats)), key=lambda row: len(str(chats[row])))
     for start in range(0, len(order), 30):
         rows = order[start : start + 30]
@@ -40,8 +39,8 @@ def answers(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]], stop_
                 repetition_penalty=1.0,
             )  # fmt: skip
         for row, new in zip(rows, out[:, batch["input_ids"].shape[1] :], strict=True):
-            found[row] = tokenizer.decode(new, skip_special_tokens=True)
-    return [found[row] for row in range(len(chats))]
+            results[row] = tokenizer.decode(new, skip_special_tokens=True)
+    return [results[row] for row in range(len(chats))]
 
 
 def main() -> None:
@@ -70,8 +69,8 @@ def main() -> None:
                 theirs = answers(model, tokenizer, chats, stop_ids)
                 del model
                 same[compute] = sum(a == b for a, b in zip(ours, theirs, strict=True))
-            told = {"run": Path(run).name, "dtype": dtype, "rows": len(rows), "same": same, **merged.as_json()}
-            results.append({key: value for key, value in told.items() if key not in ("out", "files")})
+            row_result = {"run": Path(run).name, "dtype": dtype, "rows": len(rows), "same": same, **merged.as_json()}
+            results.append({key: value for key, value in row_result.items() if key not in ("out", "files")})
             print(json.dumps(results[-1]), flush=True)
     if options.out:
         measured.write(options.out, results)

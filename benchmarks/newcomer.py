@@ -1,9 +1,9 @@
-"""From a clone to a tuned model's answers, as the README says: `make demo` with nothing installed and nothing cached.
+"""Measure the README's way from a clone to a tuned model's answers: `make demo` with empty caches and no packages.
 
     python benchmarks/newcomer.py [--out benchmarks/results/newcomer_DATE.json] [--python python3.11]
 
-Seconds in all and by part, the longest time without a sign of life (a byte on the terminal, which is a pseudo one), and
-what the run's report says: score with its interval, seconds of training, memory predicted and measured.
+Prints the seconds in total and by part, the longest time without output on a pseudo-terminal, and from the run's
+report: score with its interval, seconds of training, and predicted and measured memory.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from measured import write
 ROOT = Path(__file__).parents[1]
 
 
-def watched(command: list[str], folder: Path, env: dict[str, str]) -> dict[str, Any]:
-    """Runs a command on a terminal of its own. Raises RuntimeError with its last words where it fails."""
+def run_in_terminal(command: list[str], folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """Run a command in a pseudo-terminal. Raises RuntimeError with its last output if it fails."""
     here, there = pty.openpty()
     began = last = time.monotonic()
     silent, silent_after, words = 0.0, "", b""
@@ -34,7 +34,7 @@ def watched(command: list[str], folder: Path, env: dict[str, str]) -> dict[str, 
     while True:
         try:
             part = os.read(here, 1 << 16)
-        except OSError:  # its last writer has gone
+        except OSError:  # all writers have closed it
             part = b""
         now = time.monotonic()
         if now - last > silent:
@@ -53,17 +53,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         clone, env = Path(name) / "strop", {"STROP_CACHE": f"{name}/cache", "TERM": "xterm"}
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         parts = {
-            "install": watched(["make", f"PYTHON={given.python}", ".venv/installed"], clone, env),
-            "demo": watched(["make", f"PYTHON={given.python}", "demo"], clone, env),
+            "install": run_in_terminal(["make", f"PYTHON={args.python}", ".venv/installed"], clone, env),
+            "demo": run_in_terminal(["make", f"PYTHON={args.python}", "demo"], clone, env),
         }
         report = json.loads((clone / "runs" / "demo-1" / "report.json").read_text(encoding="utf-8"))
     memory = {key: report["memory"][key] for key in ("predicted_peak_bytes", "measured_peak_bytes")}
-    found = {
+    result = {
         "seconds": sum(part["seconds"] for part in parts.values()),
         "parts": parts,
         "training_s": report["seconds"],
@@ -72,9 +72,9 @@ def main() -> None:
         "evaluation": {name: value for name, value in report["evaluation"].items() if name != "changed"},
         "intervals": report["intervals"],
     }
-    print(json.dumps(found, indent=1))
-    if given.out:
-        write(given.out, found)
+    print(json.dumps(result, indent=1))
+    if args.out:
+        write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Other tools on the same rows, for train_step.py: each a command in an environment of its own, and how to read it.
+"""Run other tools on the same rows for train_step.py: the command of each, its environment, and how its output is read.
 
-Their scripts are those of a folder of baselines (--baselines: unsloth_sft.py, trl_sft.py, litgpt.sh, llamafactory.sh,
-torchtune.sh), which read BENCH (one virtual environment a peer, and data100/) and BASE (the model's folder).
+The scripts are in a folder of baselines (--baselines: unsloth_sft.py, trl_sft.py, litgpt.sh, llamafactory.sh,
+torchtune.sh), which read BENCH (one virtual environment per tool, and data100/) and BASE (the model's folder).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Peer:
-    """command: words with {bench}, {base}, {baselines}; read: (tokens, seconds, mean loss or nan) from its output."""
+    """Another tool. command: arguments with {bench}, {base}, {baselines}. read: parses (tokens, seconds, mean loss)."""
 
     command: tuple[str, ...]
     read: Callable[[str, int], tuple[float, float, float]]
-    log: str = ""  # the file under BENCH that holds its output, where its script shows only the end
+    log: str = ""  # the file under BENCH with the output, if the script prints only the end
 
 
 def _result_line(output: str, tokens: int) -> tuple[float, float, float]:
@@ -55,7 +55,7 @@ def _llamafactory(output: str, tokens: int) -> tuple[float, float, float]:
 
 
 def _torchtune(output: str, tokens: int) -> tuple[float, float, float]:
-    """Its last three lines of the log: loss, and answer tokens a second (it trains on answers alone)."""
+    """Read the last three lines of the log: loss, and answer tokens/s (it trains on answers only)."""
     lines = [line for line in output.splitlines() if "tokens_per_second_per_gpu" in line]
     rates = [float(re.findall(r"tokens_per_second_per_gpu:([\d.]+)", line)[0]) for line in lines]
     losses = [float(re.findall(r"loss:([\d.]+)", line)[0]) for line in lines]
@@ -115,7 +115,7 @@ PEERS = {
 
 
 def run(name: str, options: argparse.Namespace, tokens: int) -> dict[str, float]:
-    """One epoch of a peer. tokens: the rows' real tokens, where the peer does not count them itself."""
+    """Train one epoch with another tool. tokens: real tokens of the rows, for a tool that does not count them."""
     peer, bench, base = PEERS[name], options.bench, options.model
     places = {
         "bench": bench, "base": base, "baselines": options.baselines, "data": options.data, "batch": str(options.batch)

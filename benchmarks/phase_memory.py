@@ -1,10 +1,10 @@
-"""Peak memory of what comes after training, evaluate, merge, export and serve: as `strop plan` says it, and measured.
+"""Measure the peak memory of evaluate, merge, export and serve next to the prediction of `strop plan`.
 
     python benchmarks/phase_memory.py FOLDER [--snips test.jsonl] [--only TEXT] [--out FILE]
 
-FOLDER gets the random models (3 GB) and a run of two steps for each kind of adapter. Each case is a fresh process with
-one thread and the allocator as it is, which does what the command does: memory is what it grew by at its peak since it
-began to read weights. `python -m tests.planning.test_memory` puts the table into docs/plan.md.
+Random models (3 GB) and a run of two steps for each kind of adapter are written to FOLDER. Each case runs like the
+command, in a new process with one thread and the default allocator. Its memory is the growth from the start of reading
+weights to the peak. `python -m tests.planning.test_memory` writes the table into docs/plan.md.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import Any
 from measured import child, write
 from plan_memory import GROUPS, MODELS, make_model, write_rows
 
-ASKED = 40  # rows, of base and tuned: more than are answered together
+ASKED = 40  # rows for base and tuned model, more than fit into one batch
 
 
 PHASES = ("evaluate", "merge", "export", "serve")
 NF4, INT8, FP32 = {"model.quantization": "nf4"}, {"model.quantization": "int8"}, {"model.dtype": "fp32"}
-# Of which each phase is a case: model; rows of the demo, of SNIPS or random ones of so many tokens at most; options of
-# the recipe; type of the GGUF file; conversations that are served at once.
+# Each phase of these is a case: model; rows of the demo, of SNIPS, or random rows of this maximum length; options of
+# the recipe; type of the GGUF file; conversations served at once.
 RUNS: list[tuple[str, str, dict[str, Any], str, int]] = [
     ("demo", "demo", {}, "q8_0", 1),
     ("demo", "demo", NF4, "f16", 4),
@@ -43,7 +43,7 @@ RUNS: list[tuple[str, str, dict[str, Any], str, int]] = [
     ("demo", "demo", FP32, "f32", 8),
     ("llama-49m", "1024", {"lora.r": 64}, "f16", 8),
 ]
-# Names of cases that a constant was fitted on.
+# Names of cases on which a constant was fitted.
 FITTED = (
     "serve demo, demo, 1 at once",
     "merge demo, demo",
@@ -68,10 +68,10 @@ def name_of(case: dict[str, Any]) -> str:
 
 
 def rows_of(folder: Path, case: dict[str, Any], snips: Path | None) -> tuple[Path, Path]:
-    """Files to train on, and to ask."""
+    """Return files of rows for training and for evaluation."""
     from strop.demo import data_files
 
-    data, asked = case["data"], folder / f"asked-{case['data']}.jsonl"
+    data, eval_file = case["data"], folder / f"asked-{case['data']}.jsonl"
     if data == "demo":
         train, rows = data_files()
     elif data == "snips":
@@ -81,12 +81,12 @@ def rows_of(folder: Path, case: dict[str, Any], snips: Path | None) -> tuple[Pat
         train = rows = folder / f"rows-{data}.jsonl"
         if not train.is_file():
             write_rows(train, int(data))
-    asked.write_text("".join(rows.read_text("utf-8").splitlines(keepends=True)[:ASKED]), encoding="utf-8")
-    return train, asked
+    eval_file.write_text("".join(rows.read_text("utf-8").splitlines(keepends=True)[:ASKED]), encoding="utf-8")
+    return train, eval_file
 
 
 def make_run(folder: Path, case: dict[str, Any], snips: Path | None) -> Path:
-    """A run of two steps."""
+    """Train a run of two steps."""
     words = [
         case["model"],
         case["data"],
@@ -106,7 +106,7 @@ def make_run(folder: Path, case: dict[str, Any], snips: Path | None) -> Path:
 
 
 class Mark(logging.Handler):
-    """The process as it is when it begins to read weights."""
+    """State of the process when it begins to read weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,49 +124,55 @@ class Mark(logging.Handler):
 
 def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
     child([sys.executable, __file__, *sys.argv[1:], "--train"])
-    made, asked = make_run(folder, case, snips), rows_of(folder, case, snips)[1]
+    run_folder, eval_file = make_run(folder, case, snips), rows_of(folder, case, snips)[1]
     peak = Mark()
     loading = logging.getLogger("strop.models.load")
     loading.addHandler(peak)
     loading.setLevel(logging.INFO)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder) as temp:
         if case["phase"] == "evaluate":
             from strop.evaluation.run import EvalOptions, evaluate_models
 
             metric = "exact" if case["data"].isdigit() else "exact_json"
-            evaluate_models([str(made)], str(asked), EvalOptions(metric=metric))
+            evaluate_models([str(run_folder)], str(eval_file), EvalOptions(metric=metric))
         elif case["phase"] == "merge":
             from strop.exporting.merge import merge
 
-            merge(str(made), Path(temp) / "merged", progress=peak.hear)
+            merge(str(run_folder), Path(temp) / "merged", progress=peak.hear)
         elif case["phase"] == "export":
             from strop.exporting.gguf import export_gguf
 
-            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], progress=peak.hear)
+            export_gguf(str(run_folder), Path(temp) / "model.gguf", kind=case["kind"], progress=peak.hear)
         else:
-            found = _serve(made, asked, case["texts"])
-        found["measured_bytes"] = peak.since.peak_bytes()
+            result = _serve(run_folder, eval_file, case["texts"])
+        result["measured_bytes"] = peak.since.peak_bytes()
     name = name_of(case)
-    return {"name": name, "fitted": name in FITTED, "texts": case["texts"], **found, **_about(case, made, asked)}
+    return {
+        "name": name,
+        "fitted": name in FITTED,
+        "texts": case["texts"],
+        **result,
+        **_describe(case, run_folder, eval_file),
+    }
 
 
-def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
-    """Serves as the command does, and asks over HTTP: the `texts` longest conversations (in characters) at once."""
+def _serve(run_folder: Path, eval_file: Path, texts: int) -> dict[str, Any]:
+    """Serve as the command does, and send the `texts` longest conversations (in characters) over HTTP at once."""
     from strop.serve.run import serve
     from strop.serve.server import open_address
 
-    lines = sorted(asked.read_text("utf-8").splitlines(), key=len, reverse=True)[:texts]
+    lines = sorted(eval_file.read_text("utf-8").splitlines(), key=len, reverse=True)[:texts]
     rows = [json.loads(line) for line in lines]
 
     def ask(url: str, model: str, row: dict[str, Any]) -> None:
-        *said, last = row["messages"]
-        if said == [{"role": "user", "content": "go"}]:  # random words: the long text is what is asked
-            said = [{"role": "user", "content": last["content"]}]
-        body = {"model": model, "messages": said, "max_tokens": 40, "temperature": 0}
-        told = {"Content-Type": "application/json"}
+        *prompt, last = row["messages"]
+        if prompt == [{"role": "user", "content": "go"}]:  # random words: the long text is the prompt
+            prompt = [{"role": "user", "content": last["content"]}]
+        body = {"model": model, "messages": prompt, "max_tokens": 40, "temperature": 0}
+        headers = {"Content-Type": "application/json"}
         with urllib.request.urlopen(
-            urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), told)
+            urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
         ):
             pass
 
@@ -182,27 +188,27 @@ def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGINT)
 
     serve(
-        [str(made)], open_address("127.0.0.1", 0, None, []), slots=16, queue=64, context=None,
-        max_body_bytes=1 << 20, ready=ready,
+        [str(run_folder)], open_address("127.0.0.1", 0, None, []), slots=16, queue=64, context=None,
+        max_body_bytes=1 << 20, on_ready=ready,
     )  # fmt: skip
     return {}
 
 
-def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
+def _describe(case: dict[str, Any], run_folder: Path, eval_file: Path) -> dict[str, Any]:
     from strop.config.load import read_resolved, resolve
     from strop.engine.device import pick_dtype
-    from strop.planning.microbatch import row_sizes
+    from strop.planning.microbatch import measure_rows
     from strop.runs.folder import RunFolder
 
-    recipe = read_resolved(RunFolder(made).recipe).recipe
-    given = {"model.dtype": recipe.model.dtype, "model.device": "cpu", "data.max_length": recipe.data.max_length}
-    given |= case["options"]
-    own = resolve(None, {**given, "model.name": recipe.model.name, "data.train": str(asked)}).recipe
-    return {"recipe": given, "rows": row_sizes(own), "answered_in": pick_dtype("cpu")[0]}
+    recipe = read_resolved(RunFolder(run_folder).recipe).recipe
+    options = {"model.dtype": recipe.model.dtype, "model.device": "cpu", "data.max_length": recipe.data.max_length}
+    options |= case["options"]
+    own = resolve(None, {**options, "model.name": recipe.model.name, "data.train": str(eval_file)}).recipe
+    return {"recipe": options, "rows": measure_rows(own), "answered_in": pick_dtype("cpu")[0]}
 
 
 def predicted_bytes(one: dict[str, Any]) -> int:
-    """Of a case whose rows are known, as the formulas say now."""
+    """Return the current prediction for a case whose rows are known."""
     from strop.config.load import resolve
     from strop.models.families.shape import ModelShape, read_model_info
     from strop.planning.memory import (
@@ -220,7 +226,7 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     shape = read_model_info("demo").shape if model == "demo" else ModelShape.from_config(MODELS[model])
     recipe = resolve(None, {**one["recipe"], "model.name": "m", "data.train": "d"}).recipe
     workload = Workload.from_recipe(recipe, shape, threads=1)
-    evaluation = EvaluationLoad.of(one["rows"], recipe.data.max_length)
+    evaluation = EvaluationLoad.from_rows(one["rows"], recipe.data.max_length)
     if phase == "export":
         return export_phase(workload, evaluation.measured, one["name"].rpartition(", ")[2]).peak_bytes
     if phase == "merge":
@@ -238,18 +244,18 @@ def error_of(one: dict[str, Any]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    def said(what: str, chosen: list[dict[str, Any]]) -> str:
+    def summarize(what: str, chosen: list[dict[str, Any]]) -> str:
         errors = [abs(error_of(one)) for one in chosen]
         return f"{len(chosen)} cases {what}: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}."
 
     groups = [(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in GROUPS]
-    told = [said(what, chosen) for what, chosen in groups if chosen]
+    summaries = [summarize(what, chosen) for what, chosen in groups if chosen]
     lines = [
         f"| {one['name']} | {'fitted' if one['fitted'] else ''} | {predicted_bytes(one) / 2**20:,.0f} "
         f"| {one['measured_bytes'] / 2**20:,.0f} | {error_of(one):+.1%} |"
         for one in results
     ]
-    return "\n".join(["\n\n".join(told), "", "| case | | predicted, MiB | measured | error |",
+    return "\n".join(["\n\n".join(summaries), "", "| case | | predicted, MiB | measured | error |",
                       "|---|---|---:|---:|---:|", *lines, ""])  # fmt: skip
 
 
@@ -261,32 +267,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.case is not None:
-        chosen = CASES[given.case]
+    args = parser.parse_args()
+    if args.case is not None:
+        chosen = CASES[args.case]
         print(
             json.dumps(
-                str(make_run(given.folder, chosen, given.snips))
-                if given.train
-                else run(given.folder, chosen, given.snips)
+                str(make_run(args.folder, chosen, args.snips)) if args.train else run(args.folder, chosen, args.snips)
             )
         )
         return
-    kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
-    found = {one["name"]: one for one in kept}
+    previous = json.loads(args.out.read_text("utf-8"))["results"] if args.out and args.out.is_file() else []
+    result = {one["name"]: one for one in previous}
     for number, chosen in enumerate(CASES):
         name = name_of(chosen)
-        if given.only not in name or (chosen["data"] == "snips" and given.snips is None):
+        if args.only not in name or (chosen["data"] == "snips" and args.snips is None):
             continue
         try:
             one = child([sys.executable, __file__, *sys.argv[1:], "--case", str(number)], {"OMP_NUM_THREADS": "1"})
         except RuntimeError as error:
             print(str(error)[-1500:], file=sys.stderr)
             continue
-        found[name] = one
+        result[name] = one
         print(f"{name}: {error_of(one):+.1%} of {one['measured_bytes'] >> 20} MiB", file=sys.stderr, flush=True)
-        if given.out:
-            write(given.out, list(found.values()))
+        if args.out:
+            write(args.out, list(result.values()))
 
 
 if __name__ == "__main__":

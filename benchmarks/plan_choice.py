@@ -1,13 +1,13 @@
-"""Whether the plan chooses the fastest way to train that fits, and what each way costs: as it says, and measured.
+"""Check that the plan chooses the fastest way to train within a memory limit; predicted and measured times of each way.
 
     python benchmarks/plan_choice.py FOLDER [--only TEXT] [--missing] [--list] [--out FILE]
 
-FOLDER gets the random models (3 GB). Each setting is a model, a recipe and a limit of memory. Tried are the plan's own
-choice, and by hand 2,048, 1,024, 512 and 256 tokens at once (no fewer than a row's) with as few layers computed again
-as fit the limit, 2,048 with all of them too, and of quantized bases no layer or each of them dequantized once. A try is
-four steps of random rows in a process of its own, on a quiet machine, of which the fastest counts (the first not at
-all). The limit is the plan's alone: nothing is held back from the runs.
-`python -m tests.planning.test_memory` puts the table into docs/plan.md.
+Random models (3 GB) are written to FOLDER. A setting is a model, a recipe and a memory limit. The ways are the plan's
+choice, and by hand 2,048, 1,024, 512 and 256 tokens per micro-batch (at least one row) with as few checkpointed layers
+as the limit allows, 2,048 with all layers checkpointed, and for quantized bases no layer or each layer dequantized
+once. A way is measured by four steps on random rows in its own process on an idle machine; the fastest step after the
+first counts. Only the plan uses the limit, not the runs.
+`python -m tests.planning.test_memory` writes the table into docs/plan.md.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 from unittest.mock import patch
 
 from measured import child, write
-from plan_memory import case, looked_at, make_model, name_of, random_rows
+from plan_memory import case, make_model, name_of, random_rows, report_settings
 
 STEPS = 4
-TOKENS = 4096  # of a step's rows, as long as they may be
-SIZES = (2048, 1024, 512, 256)  # tokens at once
+TOKENS = 4096  # tokens of a step, all rows at maximum length
+SIZES = (2048, 1024, 512, 256)  # tokens per micro-batch
 NF4 = {"model.quantization": "nf4"}
 
-# A limit: the share of the way from the least that can be planned to what nothing computed again takes.
+# Memory limits, from 0 (the minimum that can be planned) to 1 (no layer is checkpointed).
 SETTINGS: list[tuple[dict[str, Any], float]] = [
     (case("demo", 256, 2048), 0.3),
     (case("demo", 256, 2048, **NF4), 0.7),
@@ -58,16 +58,16 @@ def batch_of(chosen: dict[str, Any]) -> dict[str, Any]:
 def recipe_of(chosen: dict[str, Any], options: dict[str, Any]) -> Any:
     from strop.config.load import resolve
 
-    given = {"model.name": "m", "data.train": "d", "data.max_length": chosen["longest"], "model.device": "cpu"}
-    return resolve(None, {"model.dtype": "bf16", **batch_of(chosen), **given, **chosen["options"], **options})
+    settings = {"model.name": "m", "data.train": "d", "data.max_length": chosen["longest"], "model.device": "cpu"}
+    return resolve(None, {"model.dtype": "bf16", **batch_of(chosen), **settings, **chosen["options"], **options})
 
 
-def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
-    """What the plan chooses, as options."""
+def planned_choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
+    """Return the plan's choice as options."""
     from strop.planning.fit import MemoryBudget, default_micro_batch, fit
 
     chosen = SETTINGS[number][0]
-    shape, open_ = looked_at(chosen["model"]).shape, recipe_of(chosen, {})
+    shape, open_ = report_settings(chosen["model"]).shape, recipe_of(chosen, {})
     budget = MemoryBudget(shape, shape.parameters, limit, 1, lambda _: rate)
     recipe = fit(open_.decide(default_micro_batch(open_.recipe)), budget).recipe
     options = {
@@ -78,25 +78,25 @@ def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
                       {"model.resident_layers": recipe.model.resident_layers})  # fmt: skip
 
 
-def planned(number: int, options: dict[str, Any], rate: Any) -> float:
-    """Seconds a token."""
-    from strop.planning.microbatch import usual_micro_batch
+def predict_seconds(number: int, options: dict[str, Any], rate: Any) -> float:
+    """Return the predicted seconds per token."""
+    from strop.planning.microbatch import mean_micro_batch
     from strop.planning.time import tokens_per_s
     from strop.planning.workload import Workload
 
     chosen = SETTINGS[number][0]
     recipe = recipe_of(chosen, options).recipe
-    workload = Workload.from_recipe(recipe, looked_at(chosen["model"]).shape)
-    return 1 / tokens_per_s(workload, usual_micro_batch(recipe), rate)
+    workload = Workload.from_recipe(recipe, report_settings(chosen["model"]).shape)
+    return 1 / tokens_per_s(workload, mean_micro_batch(recipe), rate)
 
 
 def setting_at(number: int, rate: Any) -> dict[str, Any]:
-    """A setting, its limit, and the ways that fit: the plan's choice, then all others."""
+    """Return a setting, its limit, and the ways that fit: the plan's choice first."""
     from strop.planning.fit import MemoryBudget
     from strop.planning.workload import Workload
 
     chosen, share = SETTINGS[number]
-    shape, quantized = looked_at(chosen["model"]).shape, "model.quantization" in chosen["options"]
+    shape, quantized = report_settings(chosen["model"]).shape, "model.quantization" in chosen["options"]
 
     def way(size: int, again: Any, resident: int | None) -> dict[str, Any]:
         options = {"train.micro_batch_tokens": size, "train.gradient_checkpointing": again}
@@ -108,53 +108,56 @@ def setting_at(number: int, rate: Any) -> dict[str, Any]:
     most = need(way(SIZES[0], "off", shape.layers if quantized else None))
     least = need(way(max(SIZES[-1], chosen["longest"]), "on", 0 if quantized else None))
     limit = int(least + share * (most - least))
-    budget, found = MemoryBudget(shape, shape.parameters, limit), [choice(number, limit, rate)]
+    budget, result = MemoryBudget(shape, shape.parameters, limit), [planned_choice(number, limit, rate)]
     for size in (size for size in SIZES if size >= chosen["longest"]):
         for resident in (0, shape.layers) if quantized else (None,):
             layers = budget.min_checkpointed(recipe_of(chosen, way(size, "off", resident)).recipe)
             most_again = {shape.layers} if size == SIZES[0] else set()
             for again in sorted({layers, *most_again} if layers is not None else ()):
                 one = way(size, "off" if again == 0 else "on" if again == shape.layers else again, resident)
-                if need(one) <= limit and one not in found:
-                    found.append(one)
-    compute = Workload.from_recipe(recipe_of(chosen, found[0]).recipe, shape).compute
-    about = {"tiles": compute.attention_tiles, "own_products": compute.own_head_matmul}
-    return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), **about, "ways": found}
+                if need(one) <= limit and one not in result:
+                    result.append(one)
+    compute = Workload.from_recipe(recipe_of(chosen, result[0]).recipe, shape).compute
+    about = {"tiles": compute.attention_tiles, "own_products": compute.bf16_head_kernel}
+    return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), **about, "ways": result}
 
 
 def run(folder: Path, number: int, options: dict[str, Any]) -> float:
-    """Measured seconds a token."""
+    """Return the measured seconds per token."""
     import strop
 
     chosen = SETTINGS[number][0]
     model = "demo" if chosen["model"] == "demo" else str(make_model(folder, chosen["model"]))
     with tempfile.TemporaryDirectory() as temp:
         rows = Path(temp) / "rows.jsonl"
-        given = {"train.max_steps": STEPS, "model.device": "cpu", **random_rows(rows, chosen), **batch_of(chosen)}
-        given |= chosen["options"]
-        strop.train(model=model, data=str(rows), out=f"{temp}/run", **{**given, **options})
+        settings = {"train.max_steps": STEPS, "model.device": "cpu", **random_rows(rows, chosen), **batch_of(chosen)}
+        settings |= chosen["options"]
+        strop.train(model=model, data=str(rows), out=f"{temp}/run", **{**settings, **options})
         events = [json.loads(line) for line in (Path(temp) / "run" / "events.jsonl").read_text("utf-8").splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     return min(1 / step["tokens_per_s"] for step in steps[1:])
 
 
-def judged(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    """The plan's choice by the formulas of today, the fastest way, and of each other way than the choice: its time over
-    the choice's, as planned over as measured, less 1. Raises LookupError for a choice that was not measured."""
+def compare_ways(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    """Return the current choice of the plan, the fastest way, and the error of each predicted time relative to the
+    choice.
+
+    Raises LookupError for a choice that was not measured.
+    """
     from strop.planning.time import Rate
 
     number = next(n for n in range(len(SETTINGS)) if setting_name(n) == one["name"])
     rate = Rate(**one["rate"])
-    own = one.get("own_products", False)  # files of before have none
+    own = one.get("own_products", False)  # missing in older files
     measured_on = SimpleNamespace(has_tiled_attention=lambda _: one["tiles"], has_bf16_matmul=lambda _: own)
-    with patch("strop.planning.workload.probe", lambda: measured_on):  # whatever the CPU is that reads this
-        options = choice(number, one["limit_bytes"], rate)
+    with patch("strop.planning.workload.probe", lambda: measured_on):  # independent of this machine's CPU
+        options = planned_choice(number, one["limit_bytes"], rate)
         first = next((way for way in one["ways"] if way["options"] == options), None)
         if first is None:
-            raise LookupError(f"{one['name']}: the plan would choose {said_of(options)}, which was not measured")
-        own = planned(number, options, rate) / first["s_a_token"]
+            raise LookupError(f"{one['name']}: the plan would choose {summarize(options)}, which was not measured")
+        own = predict_seconds(number, options, rate) / first["s_a_token"]
         prices = [
-            planned(number, way["options"], rate) / way["s_a_token"] / own - 1
+            predict_seconds(number, way["options"], rate) / way["s_a_token"] / own - 1
             for way in one["ways"]
             if way is not first
         ]
@@ -166,11 +169,11 @@ def behind(first: dict[str, Any], best: dict[str, Any]) -> float:
 
 
 def loss_of(one: dict[str, Any]) -> float:
-    """What the plan's choice takes more than the fastest that was tried."""
-    return behind(*judged(one)[:2])
+    """Return how much longer the plan's choice takes than the fastest measured way."""
+    return behind(*compare_ways(one)[:2])
 
 
-def said_of(options: dict[str, Any]) -> str:
+def summarize(options: dict[str, Any]) -> str:
     again, size = options["train.gradient_checkpointing"], options["train.micro_batch_tokens"]
     words = [f"{size:,} tokens", {"on": "all layers again", "off": "none again"}.get(again, f"{again} layers again")]
     if "model.resident_layers" in options:
@@ -179,13 +182,13 @@ def said_of(options: dict[str, Any]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    found = [judged(one) for one in results]
-    losses = [behind(first, best) for first, best, _ in found]
-    errors = [abs(price) for _, _, prices in found for price in prices]
+    result = [compare_ways(one) for one in results]
+    losses = [behind(first, best) for first, best, _ in result]
+    errors = [abs(price) for _, _, prices in result for price in prices]
     lines = [
-        f"| {one['name']} | {len(one['ways'])} | {said_of(first['options'])} | {said_of(best['options'])} "
+        f"| {one['name']} | {len(one['ways'])} | {summarize(first['options'])} | {summarize(best['options'])} "
         f"| {loss:+.1%} |"
-        for one, (first, best, _), loss in zip(results, found, losses, strict=True)
+        for one, (first, best, _), loss in zip(results, result, losses, strict=True)
     ]
     return "\n".join([
         f"{sum(loss <= 0.05 for loss in losses)} of {len(losses)} choices within 5 % of the fastest way that fits, the "
@@ -207,34 +210,34 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say the ways, and measure nothing")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.case is not None:
-        print(json.dumps(run(given.folder, *given.case)))
+    args = parser.parse_args()
+    if args.case is not None:
+        print(json.dumps(run(args.folder, *args.case)))
         return
     from strop.machine.probe import probe
     from strop.machine.rates import load_rates
     from strop.planning.time import Rate
 
     rate = Rate.of_cpu(probe(), load_rates(probe(), "cpu"), "bf16")
-    kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
-    found = {one["name"]: one for one in kept}
+    previous = json.loads(args.out.read_text("utf-8"))["results"] if args.out and args.out.is_file() else []
+    result = {one["name"]: one for one in previous}
     for number in range(len(SETTINGS)):
         name = setting_name(number)
-        if given.only not in name or (given.missing and name in found):
+        if args.only not in name or (args.missing and name in result):
             continue
         one = setting_at(number, rate)
-        if given.list:
+        if args.list:
             for options in one["ways"]:
-                print(f"{name}: {said_of(options)}: {1e3 * planned(number, options, rate):.3f} ms a token")
+                print(f"{name}: {summarize(options)}: {1e3 * predict_seconds(number, options, rate):.3f} ms a token")
             continue
         words = [sys.executable, __file__, *sys.argv[1:], "--case"]
         one["ways"] = [
             {"options": options, "s_a_token": child([*words, json.dumps([number, options])])} for options in one["ways"]
         ]
-        found[name] = one
+        result[name] = one
         print(f"{name}: {loss_of(one):+.1%} of {len(one['ways'])} ways", file=sys.stderr, flush=True)
-        if given.out:
-            write(given.out, list(found.values()))
+        if args.out:
+            write(args.out, list(result.values()))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Peak memory of runs as users run them: predicted before the first step, and measured.
+"""Measure the peak memory of runs next to the prediction before the first step.
 
     python benchmarks/plan_memory.py FOLDER [--snips train.jsonl] [--only TEXT] [--missing] [--narrow] [--out FILE]
 
-Each run is a fresh process with the allocator as it is, one thread, and goes on for 6 steps of 8 rows (or as told by
-its name) whose lengths differ. FOLDER gets the random models (3 GB). --narrow: as on a CPU without AVX512, whose
-instructions are hidden from PyTorch, numba and strop; its runs are kept beside the others. Constants of
-`strop.planning.memory` were fitted on the runs that are marked so, and on no other. `python -m
-tests.planning.test_memory` puts the table into docs/plan.md.
+Each run is a new process with the default allocator and one thread, and takes 6 steps of 8 rows with different lengths,
+unless its name gives another number. Random models (3 GB) are written to FOLDER. --narrow: as on a CPU without AVX512,
+whose instructions are hidden from PyTorch, numba and strop; results are stored next to the others. Constants of
+`strop.planning.memory` were fitted on the runs marked as fitted, and on no other. `python -m
+tests.planning.test_memory` writes the table into docs/plan.md.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MODELS = {
     "gemma3-58m": shape(GEMMA3, 512, 10, 4, 1, 1536, head_dim=128, vocab_size=65536),
     "gemma3-268m": shape(GEMMA3, 640, 18, 4, 1, 2048, head_dim=256, vocab_size=262144),
 }
-# Mixtures, hybrids and Gemma 4: what the model's own modules compute of a layer
+# Mixtures, hybrids and Gemma 4, whose layers are partly computed by the model's modules
 OTHERS = {**LLAMA, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
           "head_dim": 64, "intermediate_size": 1408}  # fmt: skip
 MODELS |= {
@@ -73,7 +73,7 @@ INT8 = {"model.quantization": "int8", "model.resident_layers": 0}
 AGAIN = {"train.gradient_checkpointing": "on"}
 ATTENTION = {"lora.target_modules": "attention"}
 NEW_TOKENS = {"lora.new_tokens": ["<note>"]}
-PLAIN = {"lora.modules_to_save": ["layers.0.self_attn.k_proj"]}  # the model's own step trains it
+PLAIN = {"lora.modules_to_save": ["layers.0.self_attn.k_proj"]}  # it is trained by the plain step
 FP32 = {"model.dtype": "fp32"}
 GROUPS = [("that nothing was fitted on", False), ("that constants were fitted on", True)]
 REWARDS = {
@@ -85,7 +85,7 @@ NARROW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "NUMBA_CP
 
 
 def case(model: str, longest: int, at_once: int, *, fitted: bool = False, **options: Any) -> dict[str, Any]:
-    """Rows of a quarter of `longest` tokens to all of them, `at_once` tokens a micro-batch."""
+    """Return a case with rows of `longest` / 4 to `longest` tokens and micro-batches of `at_once` tokens."""
     return {"model": model, "longest": longest, "at_once": at_once, "fitted": fitted, "options": options}
 
 
@@ -174,19 +174,19 @@ def make_model(folder: Path, name: str) -> Path:
 
 
 def write_rows(file: Path, longest: int) -> None:
-    """Random words; with the demo's template a row has from a quarter of `longest` tokens to all of them."""
+    """Write random words; with the demo's template a row has `longest` / 4 to `longest` tokens."""
     rng = random.Random(0)
 
     def row(tokens: int) -> dict[str, Any]:
-        said = "x" + "".join(rng.choices(WORDS, k=tokens - 45))
-        return {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": said}]}
+        text = "x" + "".join(rng.choices(WORDS, k=tokens - 45))
+        return {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": text}]}
 
     rows = [row(rng.randint(longest // 4, longest)) for _ in range(STEPS * ROWS)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def random_rows(file: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """Writes the rows of a case; the options of its run."""
+    """Write the rows of a case, and return the options of its run."""
     write_rows(file, case["longest"])
     return {
         "data.max_length": case["longest"], "train.batch_size": ROWS, "train.learning_rate": 1e-4,
@@ -196,7 +196,7 @@ def random_rows(file: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def hide_instructions() -> None:
-    """Of AVX512 and AMX, from strop; the environment hides them from PyTorch and numba."""
+    """Hide AVX512 and AMX from strop; the environment hides them from PyTorch and numba."""
     from strop.machine import probe
 
     name, flags = probe._cpu()
@@ -221,12 +221,12 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         else:
             options |= random_rows(rows, case)
         report = strop.train(model=model, data=str(rows), out=f"{temp}/run", **{**options, **case["options"]}).report
-    memory, kept = report["memory"], ("model.", "lora.", "train.")
+    memory, prefixes = report["memory"], ("model.", "lora.", "train.")
     recipe = {one["field"]: one["value"] for one in report["recipe"] if one["origin"] != "default"}
     return {
         "name": name_of(case), "fitted": case["fitted"], "measured_bytes": memory["measured_peak_bytes"],
         "predicted_then": memory["predicted_peak_bytes"], "micro_batch": memory["micro_batch"],
-        "recipe": {name: value for name, value in recipe.items() if name.startswith(kept) and name != "model.name"},
+        "recipe": {name: value for name, value in recipe.items() if name.startswith(prefixes) and name != "model.name"},
         "tiles": setting_of(case["model"], recipe).compute.attention_tiles,
         "step": setting_of(case["model"], recipe).compute.step,
         "steps": report["steps"],
@@ -234,7 +234,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
 
 
 @cache
-def looked_at(model: str) -> Any:
+def report_settings(model: str) -> Any:
     from strop.models.families.shape import ModelInfo, ModelShape, read_model_info
     from strop.models.introspect import refine_with_model
 
@@ -248,14 +248,14 @@ def setting_of(model: str, recipe: dict[str, Any]) -> Any:
     from strop.config.load import resolve
     from strop.planning.workload import Workload
 
-    kept = {name: value for name, value in recipe.items() if name.startswith(("model.", "lora.", "train."))}
-    found = looked_at(model)
-    given = resolve(None, {**kept, "model.name": "m", "data.train": "d"}).recipe
-    return Workload.from_recipe(given, found.shape, parameters=found.parameters, threads=1)
+    options = {name: value for name, value in recipe.items() if name.startswith(("model.", "lora.", "train."))}
+    result = report_settings(model)
+    resolved = resolve(None, {**options, "model.name": "m", "data.train": "d"}).recipe
+    return Workload.from_recipe(resolved, result.shape, parameters=result.parameters, threads=1)
 
 
 def predicted_bytes(one: dict[str, Any]) -> int:
-    """Of a run whose micro-batch is known, as the formulas say now of the step that it was measured with."""
+    """Return the current prediction for a run with a known micro-batch and the step that it was measured with."""
     from strop.planning.activations import MicroBatch
     from strop.planning.memory import load_phase, train_phase
 
@@ -270,7 +270,7 @@ def error_of(one: dict[str, Any]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    def said(what: str, chosen: list[dict[str, Any]]) -> str:
+    def summarize(what: str, chosen: list[dict[str, Any]]) -> str:
         errors = [abs(error_of(one)) for one in chosen]
         return f"{len(chosen)} runs {what}: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}."
 
@@ -279,9 +279,9 @@ def table(results: list[dict[str, Any]]) -> str:
         f"| {predicted_bytes(one) / 2**20:,.0f} | {one['measured_bytes'] / 2**20:,.0f} | {error_of(one):+.1%} |"
         for one in results
     ]
-    told = [said(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in GROUPS]
+    summaries = [summarize(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in GROUPS]
     head = ["| run | | predicted, MiB | measured | error |", "|---|---|---:|---:|---:|"]
-    return "\n".join(["\n\n".join(told), "", *head, *lines, ""])
+    return "\n".join(["\n\n".join(summaries), "", *head, *lines, ""])
 
 
 def main() -> None:
@@ -294,37 +294,37 @@ def main() -> None:
     parser.add_argument("--narrow", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.case is not None:
-        if given.narrow:  # and in fp32, which such a CPU would choose: what this one was measured at is remembered
+    args = parser.parse_args()
+    if args.case is not None:
+        if args.narrow:  # and in fp32, which such a CPU would choose, since the rates of this one are cached
             hide_instructions()
-            CASES[given.case]["options"] = {**FP32, **CASES[given.case]["options"]}
-        print(json.dumps(run(given.folder, CASES[given.case], given.snips)))
+            CASES[args.case]["options"] = {**FP32, **CASES[args.case]["options"]}
+        print(json.dumps(run(args.folder, CASES[args.case], args.snips)))
         return
-    kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
-    found = {(one["name"], one["narrow"]): one for one in kept}
-    for number in NARROW_CASES if given.narrow else range(len(CASES)):
+    previous = json.loads(args.out.read_text("utf-8"))["results"] if args.out and args.out.is_file() else []
+    result = {(one["name"], one["narrow"]): one for one in previous}
+    for number in NARROW_CASES if args.narrow else range(len(CASES)):
         name = name_of(CASES[number])
-        if (given.fitted and not CASES[number]["fitted"]) or (given.missing and (name, given.narrow) in found):
+        if (args.fitted and not CASES[number]["fitted"]) or (args.missing and (name, args.narrow) in result):
             continue
-        if given.only not in name or (CASES[number].get("data") == "snips" and given.snips is None):
+        if args.only not in name or (CASES[number].get("data") == "snips" and args.snips is None):
             continue
         try:
             one = child(
                 [sys.executable, __file__, *sys.argv[1:], "--case", str(number)],
-                {"OMP_NUM_THREADS": "1", **(NARROW if given.narrow else {})},
+                {"OMP_NUM_THREADS": "1", **(NARROW if args.narrow else {})},
             )
         except RuntimeError as error:
             print(str(error)[-600:], file=sys.stderr)
             continue
-        fitted = one["fitted"] and not given.narrow
-        found[name, given.narrow] = {**one, "name": name, "fitted": fitted, "narrow": given.narrow}
+        fitted = one["fitted"] and not args.narrow
+        result[name, args.narrow] = {**one, "name": name, "fitted": fitted, "narrow": args.narrow}
         print(
             f"{name}: {error_of(one):+.1%} of {one['measured_bytes'] >> 20}",
             file=sys.stderr,
         )
-        if given.out:
-            write(given.out, list(found.values()))
+        if args.out:
+            write(args.out, list(result.values()))
 
 
 if __name__ == "__main__":

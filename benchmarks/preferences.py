@@ -1,10 +1,10 @@
-"""DPO on pairs with a long common prompt: strop beside TRL's DPOTrainer, one after the other, in pairs a second.
+"""Compare DPO in strop and in TRL's DPOTrainer on pairs with a long shared prompt, in pairs/s.
 
     python benchmarks/preferences.py --trl PYTHON [--pairs 24] [--out FILE]    PYTHON: one that has trl and torch
 
-Both train SmolLM2-135M (the demo's) in bf16 with LoRA r 16 on all linear layers, 8 pairs a step, without gradient
-checkpointing, on pairs of a prompt of 200 tokens and answers of 60. strop's seconds are those of its steps and of the
-reference, which it computes once; TRL computes its own in each step, or before training with --precompute.
+Both train SmolLM2-135M (the demo model) in bf16 with LoRA r 16 on all linear layers, 8 pairs per step, without gradient
+checkpointing, on pairs with a prompt of 200 tokens and answers of 60. strop's time covers the steps and the reference,
+which it computes once; TRL computes the reference in each step, or before training with --precompute.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def write_pairs(path: Path, number: int, tokenizer: Any) -> None:
-    """Texts of a known number of tokens: words that are one token each."""
+    """Write texts of a known number of tokens, from words of one token each."""
     numbers = random.Random(0)
     words = [f" {name}" for name in ("house", "river", "green", "seven", "music", "paper", "winter")]
     assert all(len(tokenizer.encode(word, add_special_tokens=False)) == 1 for word in words)
@@ -102,14 +102,12 @@ def main() -> None:
     parser.add_argument("--precompute", action="store_true", help="have TRL compute its reference before training")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=3, metavar=("TOOL", "MODEL", "DATA"))
-    given = parser.parse_args()
-    steps = given.pairs // BATCH
-    if given.child:
-        tool, model, data = given.child
-        found = (
-            strop_run(data, steps) if tool == "strop" else trl_run(model, data, steps, given.micro, given.precompute)
-        )
-        print(json.dumps(found))
+    args = parser.parse_args()
+    steps = args.pairs // BATCH
+    if args.child:
+        tool, model, data = args.child
+        result = strop_run(data, steps) if tool == "strop" else trl_run(model, data, steps, args.micro, args.precompute)
+        print(json.dumps(result))
         return
     from strop.models.load import weights_folder
     from strop.models.source import locate
@@ -119,19 +117,19 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     with tempfile.TemporaryDirectory() as folder:
         data, model = Path(folder) / "pairs.jsonl", Path(folder) / "model"
-        write_pairs(data, given.pairs, tokenizer)
+        write_pairs(data, args.pairs, tokenizer)
         tokenizer.save_pretrained(model)
         for file in weights_folder(source).iterdir():
             (model / file.name).symlink_to(file)
-        common = [__file__, "--pairs", str(given.pairs), "--micro", str(given.micro)]
-        common += ["--precompute"] if given.precompute else []
+        common = [__file__, "--pairs", str(args.pairs), "--micro", str(args.micro)]
+        common += ["--precompute"] if args.precompute else []
         results = {"strop": child([sys.executable, *common, "--child", "strop", str(model), str(data)])}
-        if given.trl:
-            results["trl"] = child([given.trl, *common, "--child", "trl", str(model), str(data)])
-    for tool, found in results.items():
-        print(tool, json.dumps(found))
-    if given.out:
-        write(given.out, results)
+        if args.trl:
+            results["trl"] = child([args.trl, *common, "--child", "trl", str(model), str(data)])
+    for tool, result in results.items():
+        print(tool, json.dumps(result))
+    if args.out:
+        write(args.out, results)
 
 
 if __name__ == "__main__":

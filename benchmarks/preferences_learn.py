@@ -1,12 +1,13 @@
-"""Whether comparisons teach anything: the demo's rows, fine-tuned for one epoch, and then DPO or KTO on its pairs.
+"""Measure whether DPO and KTO on the demo's pairs improve a model that was fine-tuned on its rows for one epoch.
 
     python benchmarks/preferences_learn.py [--seeds 0 1 2] [--objectives dpo kto] [--rates 1e-5 1e-4] [--out FILE]
 
---rates, --sft-weights: each of these is tried; by default the plan's own. `more sft`: what a second epoch of
-fine-tuning makes of the same rows.
+--rates, --sft-weights: values to try, by default those of the plan. `more sft`: a second epoch of fine-tuning on the
+same rows instead.
 
-Of each model, on the demo's 176 held-out rows: exact JSON, and how often the right answer is likelier a token than the
-near miss beside it (`preference`); both with 95 % intervals, and the difference to fine-tuning alone, paired by row.
+Each model is evaluated on the demo's 176 held-out rows: exact JSON, and how often the right answer has a higher
+log-probability per token than its near miss (`preference`), both with 95 % intervals, and the difference to
+fine-tuning alone, paired by row.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ import strop
 from strop.demo import data_files
 from strop.demo import pairs as demo_pairs
 from strop.evaluation.compare import Side, compare
-from strop.evaluation.metrics import paired_difference, wilson
+from strop.evaluation.metrics import paired_difference, wilson_interval
 from strop.evaluation.preferences import compare_preferences
 from strop.evaluation.run import read_conversations
 
 
-def judged(run: Path, rows: Path, pairs: Path, answers: int) -> dict[str, list[bool]]:
-    """Hits by row, of the tuned model alone."""
-    model, held = strop.load(run), read_conversations(str(rows))[:answers]
-    nobody = Side({"exact_json": 0.0, "loss": 0.0}, [False] * len(held), [""] * len(held))
-    answered = compare(model, held, metric="exact_json", max_new_tokens=60, base=nobody)
+def evaluate_hits(run: Path, rows: Path, pairs: Path, answers: int) -> dict[str, list[bool]]:
+    """Return, for each row, whether the tuned model is right."""
+    model, rows_ = strop.load(run), read_conversations(str(rows))[:answers]
+    nobody = Side({"exact_json": 0.0, "loss": 0.0}, [False] * len(rows_), [""] * len(rows_))
+    answered = compare(model, rows_, metric="exact_json", max_new_tokens=60, base=nobody)
     preferred = compare_preferences(model, read_conversations(str(pairs)))
     return {
         "exact_json": [sample["tuned_hit"] for sample in answered["samples"]],
@@ -52,42 +53,43 @@ def main() -> None:
     parser.add_argument("--sft-weights", type=float, nargs="+", default=[None], help="of objectives that have one")
     parser.add_argument("--more-sft", action="store_true", help="a second epoch of fine-tuning, for comparison")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows, pairs, held = folder / "rows.jsonl", folder / "pairs.jsonl", folder / "held.jsonl"
-        demo_pairs.write_pairs(pairs, held)
+        rows, pairs, held_out = folder / "rows.jsonl", folder / "pairs.jsonl", folder / "held.jsonl"
+        demo_pairs.write_pairs(pairs, held_out)
         for source, out in ((data_files()[0], rows), (pairs, pairs)):
-            lines = source.read_text(encoding="utf-8").splitlines()[: given.rows]
+            lines = source.read_text(encoding="utf-8").splitlines()[: args.rows]
             out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for seed in given.seeds:
+        for seed in args.seeds:
             common = {"model": "demo", "train.epochs": 1, "seed": seed}
             first = strop.train(data=str(rows), out=str(folder / f"sft-{seed}"), **common).folder
-            before = judged(first, data_files()[1], held, given.answers)
+            before = evaluate_hits(first, data_files()[1], held_out, args.answers)
             results.append({"seed": seed, "objective": "sft", **_rates(before)})
             print(json.dumps(results[-1]), flush=True)
-            tries = [(one, *rest) for one in given.objectives for rest in product(given.rates, given.sft_weights)]
-            tries += [("more sft", None, None)] if given.more_sft else []
+            tries = [(one, *rest) for one in args.objectives for rest in product(args.rates, args.sft_weights)]
+            tries += [("more sft", None, None)] if args.more_sft else []
             for number, (objective, rate, weight) in enumerate(tries):
                 options = {"train.learning_rate": rate, "train.sft_weight": None if objective == "kto" else weight}
                 options = {name: value for name, value in options.items() if value is not None}
                 options |= {"train.objective": objective} if objective != "more sft" else {}
                 out, source = str(folder / f"run-{seed}-{number}"), rows if objective == "more sft" else pairs
                 run = strop.train(data=str(source), out=out, **common, **options, **{"model.adapter": str(first)})
-                after = judged(run.folder, data_files()[1], held, given.answers)
+                after = evaluate_hits(run.folder, data_files()[1], held_out, args.answers)
                 changed = {name: asdict(paired_difference(before[name], after[name])) for name in before}
                 last = run.report["objective"]["last"] if objective != "more sft" else None
-                told = {"seed": seed, "objective": objective, "rate": rate, "sft_weight": weight}
-                results.append({**told, **_rates(after), "change": changed, "last": last})
+                settings = {"seed": seed, "objective": objective, "rate": rate, "sft_weight": weight}
+                results.append({**settings, **_rates(after), "change": changed, "last": last})
                 print(json.dumps(results[-1]), flush=True)
-                if given.out:
-                    write(given.out, results)
+                if args.out:
+                    write(args.out, results)
 
 
 def _rates(hits: dict[str, list[bool]]) -> dict[str, Any]:
     return {
-        name: {"rate": sum(hit) / len(hit), "interval": list(wilson(sum(hit), len(hit)))} for name, hit in hits.items()
+        name: {"rate": sum(hit) / len(hit), "interval": list(wilson_interval(sum(hit), len(hit)))}
+        for name, hit in hits.items()
     }
 
 

@@ -1,10 +1,10 @@
-"""How fast rows become training examples: strop's whole pass (read, check, render, account, pack) beside TRL's.
+"""Compare the speed of preparing rows (read, check, render, account, pack) in strop and in TRL.
 
     python benchmarks/prepare_data.py                       # strop alone
-    python benchmarks/prepare_data.py --trl-python PYTHON   # beside TRL, of an environment with trl installed
+    python benchmarks/prepare_data.py --trl-python PYTHON   # and TRL, in an environment that has trl
 
-Each measurement is a fresh process; the tools alternate; medians are printed. Peak memory is that of the process,
-less what it was once the tokenizer had loaded.
+Each measurement is a new process; the tools alternate; medians are printed. Peak memory excludes that of the process
+after loading the tokenizer.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ print(json.dumps({"seconds": took, "rows": len(rows), "packs": len(trainer.train
 
 
 def write_rows(path: Path, number: int) -> None:
-    """Chat rows of about 150 tokens, in one or two turns, the same for a number."""
+    """Write chat rows of about 150 tokens in one or two turns; row n always has the same text."""
     draw = random.Random(number)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(number):
@@ -95,8 +95,8 @@ def measure(python: str, script: str, rows: Path, tokenizer: Path) -> dict[str, 
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{python}: failed:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {**found, "rows_per_s": found["rows"] / found["seconds"]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**result, "rows_per_s": result["rows"] / result["seconds"]}
 
 
 def main() -> None:
@@ -109,21 +109,21 @@ def main() -> None:
     tools = {"strop": (sys.executable, STROP)}
     if options.trl_python:
         tools["trl"] = (options.trl_python, TRL)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in tools}
+    result: dict[str, list[dict[str, Any]]] = {name: [] for name in tools}
     with tempfile.TemporaryDirectory() as folder:
         rows, tokenizer = Path(folder) / "rows.jsonl", Path(folder) / "tokenizer"
         write_rows(rows, options.rows)
         save_tokenizer(tokenizer)
         for _ in range(options.runs):
             for name, (python, script) in tools.items():
-                found[name].append(measure(python, script, rows, tokenizer))
-                print(name, json.dumps(found[name][-1]), flush=True)
-    for name, runs in found.items():
+                result[name].append(measure(python, script, rows, tokenizer))
+                print(name, json.dumps(result[name][-1]), flush=True)
+    for name, runs in result.items():
         rate = statistics.median(run["rows_per_s"] for run in runs)
         peak = statistics.median(run["peak_bytes"] for run in runs)
         print(f"{name}: {rate:,.0f} rows/s, {peak / 2**20:,.0f} MiB beyond the tokenizer (median of {len(runs)})")
     if options.out:
-        measured.write(options.out, found, rows=options.rows)
+        measured.write(options.out, result, rows=options.rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Peak memory of loading and of training, 16-bit LoRA beside NF4 streamed and resident and int8, a process for each.
+"""Measure the peak memory of loading and training with 16-bit, NF4 (streamed and resident) and int8 bases.
 
     python benchmarks/quantized_memory.py [--model demo] --data ROWS.jsonl [--steps 4 --tokens 1024] [--out RESULT.json]
     python benchmarks/quantized_memory.py --make FOLDER     # random weights in the shape of Llama-3.2-1B, for --model
 
-`loading`: peak beyond the process with its libraries while the base loads from the cached quantized folder, beside 1.3
-times the quantized size and the largest shard. `training`: `measured_peak_bytes` of a run's report. `kept of what the
-weights say`: how much lower the peak of training is than that of 16 bit, as a share of the difference of the weights.
+Each case runs in its own process. `loading`: peak beyond that of the imports while the base loads from the quantized
+cache, next to 1.3 times the quantized size and the largest shard. `training`: `measured_peak_bytes` of the run's
+report. `kept of what the weights say`: the reduction of the training peak relative to 16 bit, as a share of the
+reduction of the weights.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ folder = (
     if scheme == "none"
     else load.quantized_folder(source, scheme, True, torch.bfloat16)
 )
-import bitsandbytes, peft  # libraries are no part of the base
+import bitsandbytes, peft  # libraries are not part of the base
 torch.ones(8, 8).bfloat16() @ torch.ones(8, 8).bfloat16()
 before = start_peak("cpu")
 base = load.load_base(source, torch.bfloat16, "cpu", quantization=scheme, resident_layers=layers)
@@ -69,7 +70,7 @@ def process(code: str, *words: Any) -> list[str]:
 
 
 def weights_bytes(folder: Path) -> tuple[int, int]:
-    """(all weights of a folder, its largest file)."""
+    """Return the size of all weights of a folder, and of its largest file."""
     files = weight_files(folder)
     ends = [entry["data_offsets"] for file in files for entry in read_safetensors_header(file).values()]
     return sum(end - start for start, end in ends), max(file.stat().st_size for file in files)
@@ -120,8 +121,8 @@ def main() -> None:
             "training_peaks_bytes": peaks,
         }  # fmt: skip
         saved = results["16 bit"]["training_peak_bytes"] - one["training_peak_bytes"]
-        said = results["16 bit"]["weights_bytes"] - one["weights_bytes"]
-        one["kept"] = saved / said if said else None
+        weights_saved = results["16 bit"]["weights_bytes"] - one["weights_bytes"]
+        one["kept"] = saved / weights_saved if weights_saved else None
         mib = {
             key: f"{value / 2**20:,.0f}"
             for key, value in one.items()

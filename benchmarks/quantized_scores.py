@@ -1,9 +1,9 @@
-"""What a quantized base costs in quality: runs on SNIPS with each kind of base, several seeds, exact answers and loss.
+"""Measure the effect of quantized bases on quality: exact answers and loss of runs on SNIPS with several seeds.
 
     python benchmarks/quantized_scores.py --snips FOLDER [--schemes none nf4 int8] [--seeds 0 1 2] [--out FILE]
 
-Each is a `strop.train` with the default recipe (700 rows, 4 epochs) in a process of its own with one thread, --jobs of
-them at once, and what `strop eval` says of it on the 210 held-out rows. The file is renewed after each.
+Each run is a `strop.train` with the default recipe (700 rows, 4 epochs) in its own process with one thread, --jobs of
+them at once, followed by `strop eval` on the 210 held-out rows. The file is updated after each run.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ TRAIN, HELD_OUT, EPOCHS = "train_700.jsonl", "test_210.jsonl", 4
 def run(snips: Path, scheme: str, seed: int) -> dict[str, Any]:
     import strop
 
-    given = {"train.epochs": EPOCHS, "seed": seed, "model.dtype": "bf16", "model.quantization": scheme}
+    options = {"train.epochs": EPOCHS, "seed": seed, "model.dtype": "bf16", "model.quantization": scheme}
     with tempfile.TemporaryDirectory() as folder:
-        done = strop.train(model="demo", data=str(snips / TRAIN), out=f"{folder}/run", **given)
-        found = strop.evaluate(done.folder, str(snips / HELD_OUT), metric="exact_json")
+        done = strop.train(model="demo", data=str(snips / TRAIN), out=f"{folder}/run", **options)
+        result = strop.evaluate(done.folder, str(snips / HELD_OUT), metric="exact_json")
     return {
-        "scheme": scheme, "seed": seed, "seconds": done.report["seconds"], "tuned": found["tuned"],
-        "base": found["base"], "intervals": found["intervals"],
+        "scheme": scheme, "seed": seed, "seconds": done.report["seconds"], "tuned": result["tuned"],
+        "base": result["base"], "intervals": result["intervals"],
     }  # fmt: skip
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: exact answers with their intervals by seed, and the mean of them and of the loss."""
+    """Return a Markdown table of exact answers with their intervals by seed, and the means of answers and loss."""
     seeds = sorted({one["seed"] for one in results})
     lines = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | loss |", "|---|" + "---|" * (len(seeds) + 2)]
     for scheme in dict.fromkeys(one["scheme"] for one in results):
@@ -62,21 +62,21 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        print(json.dumps(run(given.snips, given.one[0], int(given.one[1]))))
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run(args.snips, args.one[0], int(args.one[1]))))
         return
     results: list[dict[str, Any]] = []
-    asked = [sys.executable, __file__, "--snips", str(given.snips), "--one"]
-    with ThreadPoolExecutor(given.jobs) as pool:
+    command = [sys.executable, __file__, "--snips", str(args.snips), "--one"]
+    with ThreadPoolExecutor(args.jobs) as pool:
         one = {**os.environ, "OMP_NUM_THREADS": "1"}
-        tries = product(given.seeds, given.schemes)
-        runs = [pool.submit(child, [*asked, scheme, str(seed)], one) for seed, scheme in tries]
+        tries = product(args.seeds, args.schemes)
+        runs = [pool.submit(child, [*command, scheme, str(seed)], one) for seed, scheme in tries]
         for done in as_completed(runs):
             results.append(done.result())
-            results.sort(key=lambda one: (given.schemes.index(one["scheme"]), one["seed"]))
-            if given.out:
-                write(given.out, results)
+            results.sort(key=lambda one: (args.schemes.index(one["scheme"]), one["seed"]))
+            if args.out:
+                write(args.out, results)
     print(table(results))
 
 

@@ -1,11 +1,11 @@
-"""Several devices: two processes against one, what is sent against the plan, and weak scaling, simulated.
+"""Measure training on two processes against one, compare bytes sent with the plan, and simulate weak scaling.
 
-python benchmarks/scale.py links               seconds of gloo's sum by size; the plan's constants come from it
-python benchmarks/scale.py pair --rounds 5     one process of two threads and two of one, in turn, on SmolLM2
-python benchmarks/scale.py memory              what the processes hold in all (Linux)
-python benchmarks/scale.py simulate            the tables of docs/scale.md: no run, arithmetic on measured constants
+python benchmarks/scale.py links               seconds of gloo's all-reduce by size, the source of the plan's constants
+python benchmarks/scale.py pair --rounds 5     one process of two threads and two of one thread, in turn, on SmolLM2
+python benchmarks/scale.py memory              total memory of the processes (Linux)
+python benchmarks/scale.py simulate            the tables of docs/scale.md, computed from measured constants
 
-The first three need a machine that does nothing else. --out FILE keeps a result as JSON.
+The first three need an idle machine. --out FILE stores the result as JSON.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from strop.planning.multi_device import (
     NVLINK,
     Devices,
     Link,
+    all_reduce_seconds,
     flags_seconds,
     gradient_bytes,
     ring_seconds,
-    sum_seconds,
 )
 
 SIZES = [4, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26]  # bytes
@@ -48,20 +48,22 @@ ASKED = {
 }  # fmt: skip
 
 
-def links(processes: int) -> list[dict[str, Any]]:
-    """Median seconds of a sum over gloo, by bytes; and bytes/s and seconds a hop that explain them (see `fitted`)."""
+def measure_links(processes: int) -> list[dict[str, Any]]:
+    """Return median seconds of an all-reduce over gloo by bytes, and the fitted bytes/s and seconds per hop (see
+    `fit_link`).
+    """
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    found = measured.child([*words, __file__, "worker"], {"OMP_NUM_THREADS": "1"})
-    return [{"processes": processes, **one} for one in found]
+    result = measured.child([*words, __file__, "worker"], {"OMP_NUM_THREADS": "1"})
+    return [{"processes": processes, **one} for one in result]
 
 
 def worker() -> None:
-    """One rank of `links`."""
+    """Run one rank of `links`."""
     import torch
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    found = []
+    results = []
     for size in SIZES:
         buffer = torch.zeros(size // 4)
         times = []
@@ -70,23 +72,25 @@ def worker() -> None:
             started = time.perf_counter()
             dist.all_reduce(buffer)
             times.append(time.perf_counter() - started)
-        found.append({"bytes": size, "seconds": statistics.median(times)})
+        results.append({"bytes": size, "seconds": statistics.median(times)})
     if dist.get_rank() == 0:
-        print(json.dumps(found))
+        print(json.dumps(results))
     dist.destroy_process_group()
 
 
-def fitted(found: list[dict[str, Any]]) -> dict[str, float]:
-    """hop_s by the smallest sum, bytes_per_s by the largest: a ring of n has 2 (n - 1) steps, each an n-th of it."""
-    steps = 2 * (found[0]["processes"] - 1)
-    hop = found[0]["seconds"] / steps
-    last = found[-1]
+def fit_link(points: list[dict[str, Any]]) -> dict[str, float]:
+    """Fit hop_s to the smallest sum and bytes_per_s to the largest: a ring of n has 2 (n - 1) steps of 1/n of the bytes
+    each.
+    """
+    steps = 2 * (points[0]["processes"] - 1)
+    hop = points[0]["seconds"] / steps
+    last = points[-1]
     sent = steps / last["processes"] * last["bytes"]
     return {"hop_s": hop, "bytes_per_s": sent / (last["seconds"] - steps * hop)}
 
 
 def rows_file(folder: Path) -> Path:
-    """Rows of about 500 tokens: the demo's own, laid together."""
+    """Write rows of about 500 tokens, joined from the demo's rows."""
     from importlib import resources
 
     lines = (resources.files("strop.demo") / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -94,20 +98,20 @@ def rows_file(folder: Path) -> Path:
     file = folder / "rows.jsonl"
     with file.open("w", encoding="utf-8") as out:
         for number in range(64):
-            said = " ".join(texts[(number * 7 + at) % len(texts)] for at in range(40))[:1400]
-            out.write(json.dumps({"prompt": f"{number}", "completion": said}) + "\n")
+            text = " ".join(texts[(number * 7 + at) % len(texts)] for at in range(40))[:1400]
+            out.write(json.dumps({"prompt": f"{number}", "completion": text}) + "\n")
     return file
 
 
 def words_of(folder: Path, name: str, processes: int, *more: str) -> list[str]:
-    """The command of a short run on SmolLM2."""
+    """Return the command of a short run on SmolLM2."""
     words = [sys.executable, "-m", "strop.cli", "train", "--json", "--model", "demo", "--data", str(rows_file(folder))]
     words += ["--device", "cpu", "--devices", str(processes), "--out", str(folder / name)]
     return [*words, *(word for field, value in ASKED.items() for word in (f"--{field}", str(value))), *more]
 
 
 def run(folder: Path, name: str, processes: int, threads: int) -> dict[str, Any]:
-    """Its report.json."""
+    """Run it and return its report.json."""
     done = subprocess.run(
         words_of(folder, name, processes), capture_output=True, text=True, check=False, cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -118,30 +122,31 @@ def run(folder: Path, name: str, processes: int, threads: int) -> dict[str, Any]
     return report
 
 
-def pair(rounds: int) -> dict[str, Any]:
-    """Two processes of one thread against one process of two threads, in turn; and what is sent against the plan."""
-    found: dict[str, list[float]] = {"one": [], "two": [], "communication_s": [], "waiting_s": []}
+def compare_pair(rounds: int) -> dict[str, Any]:
+    """Compare two processes of one thread with one process of two threads, and the bytes sent with the plan."""
+    result: dict[str, list[float]] = {"one": [], "two": [], "communication_s": [], "waiting_s": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number in range(-1, rounds):  # the first of each compiles, and does not count
+        for number in range(-1, rounds):  # the first of each compiles and is not counted
             one, two = run(folder, f"one-{number}", 1, 2), run(folder, f"two-{number}", 2, 1)
             if number < 0:
                 continue
-            found["one"].append(one["tokens_per_s"])
-            found["two"].append(two["tokens_per_s"])
+            result["one"].append(one["tokens_per_s"])
+            result["two"].append(two["tokens_per_s"])
             for part in ("communication_s", "waiting_s"):
-                found[part].append(two["devices"][part] / two["steps"])
+                result[part].append(two["devices"][part] / two["steps"])
     expected = plan(model="demo", devices=2, **{**ASKED, "model.device": "cpu"}).multi_device
-    ratios = [two / one for one, two in zip(found["one"], found["two"], strict=True)]
+    ratios = [two / one for one, two in zip(result["one"], result["two"], strict=True)]
     return {
-        **found, "ratio": statistics.median(ratios), "ratios": ratios,
+        **result, "ratio": statistics.median(ratios), "ratios": ratios,
         "planned_communication_s": expected.link_times[0].seconds, "planned_sent_bytes": expected.sent_bytes,
     }  # fmt: skip
 
 
 def memory() -> dict[str, Any]:
-    """Of runs with whole bases and with shares: greatest memory of all processes together, shared pages counted once
-    (proportional set size); and of rank 0 above what it had before the model loads, beside what the plan says."""
+    """Measure runs with replicated and sharded bases: peak memory of all processes together, with shared pages counted
+    once (proportional set size), and of rank 0 beyond that before loading, next to the plan.
+    """
     import psutil
 
     cases = {
@@ -151,11 +156,11 @@ def memory() -> dict[str, Any]:
         "2 processes, replicated, nf4": (2, ("--model.placement", "replicated", "--model.quantization", "nf4")),
         "2 processes, sharded, nf4": (2, ("--model.placement", "sharded", "--model.quantization", "nf4")),
     }
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case, (processes, more) in cases.items():
-            out, most = f"run-{len(found)}", 0
+            out, most = f"run-{len(results)}", 0
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             with subprocess.Popen(
                 words_of(folder, out, processes, *more), cwd=folder, env=env, stdout=-3, stderr=-3
@@ -164,9 +169,9 @@ def memory() -> dict[str, Any]:
                     most = max(most, sum(_pss(one) for one in _family(psutil.Process(process.pid))))
                     time.sleep(1)
             report = json.loads((folder / out / "report.json").read_text(encoding="utf-8"))
-            kept = {name: report["memory"][name] for name in ("predicted_peak_bytes", "measured_peak_bytes")}
-            found[case] = {"pss_bytes": most, **kept, **report["devices"].get("base", {})}
-    return found
+            peaks = {name: report["memory"][name] for name in ("predicted_peak_bytes", "measured_peak_bytes")}
+            results[case] = {"pss_bytes": most, **peaks, **report["devices"].get("base", {})}
+    return results
 
 
 def _family(process: Any) -> Iterator[Any]:
@@ -188,8 +193,8 @@ def _pss(process: Any) -> int:
 
 
 def simulate() -> str:
-    """Weak scaling on paper: as many rows for each device, more devices. Two tables in Markdown."""
-    told = [
+    """Compute weak scaling: the same number of rows per device on more devices. Prints two Markdown tables."""
+    points = [
         _table(
             "SmolLM2-135M, two-core CPU machines with one process each, 4 rows of 1,024 tokens a device, 10 Gb/s",
             {"model": "demo", "model.device": "cpu", "memory": 16 << 30, "train.micro_batch": 1},
@@ -204,7 +209,7 @@ def simulate() -> str:
             each=8,
         ),
     ]
-    return "\n".join(told)
+    return "\n".join(points)
 
 
 def _llama_8b() -> Path:
@@ -216,12 +221,13 @@ def _llama_8b() -> Path:
 
 
 def _table(
-    title: str, asked: dict[str, Any], network: Link, *, each: int, measured_tokens_per_s: float | None = None
+    title: str, points: dict[str, Any], network: Link, *, each: int, measured_tokens_per_s: float | None = None
 ) -> str:
-    """Terms in ms. dealing: how much longer the busiest device computes than the mean, of ragged rows dealt out by
-    tokens. Efficiency: tokens/s a device against one device alone. Inside a node of cards: NVLink.
-    measured_tokens_per_s: of one device, in place of the plan's."""
-    single = plan(**asked, **{"train.batch_size": 4})
+    """Return a table with terms in ms. dealing: time by which the busiest device exceeds the mean, for rows of
+    different lengths dealt out by tokens. Efficiency: tokens/s per device relative to one device. NVLink is assumed
+    within a node. measured_tokens_per_s: of one device, instead of the plan's.
+    """
+    single = plan(**points, **{"train.batch_size": 4})
     setting, tokens = single.workload, 4 * single.resolved.recipe.data.max_length
     compute = tokens / (measured_tokens_per_s or single.tokens_per_s)
     lines = [
@@ -235,8 +241,8 @@ def _table(
         link = network if devices.nodes > 1 or each == 1 else NVLINK
         dealing = (_imbalance(count) - 1) * compute
         size = gradient_bytes(setting, devices)
-        sent = sum_seconds(size, devices, link, setting.compute.device) if count > 1 else 0.0
-        hops = sum_seconds(4, devices, link, setting.compute.device) if count > 1 else 0.0
+        sent = all_reduce_seconds(size, devices, link, setting.compute.device) if count > 1 else 0.0
+        hops = all_reduce_seconds(4, devices, link, setting.compute.device) if count > 1 else 0.0
         flags = flags_seconds(devices, link) if count > 1 else 0.0
         step = compute + dealing + sent + flags
         first = first or step
@@ -249,14 +255,15 @@ def _table(
             f"| {count:,} | " + " | ".join(f"{1e3 * cell:,.1f}" for cell in cells)
             + f" | {first / step:.1%} | {count * tokens / step:,.0f} |"
         )  # fmt: skip
-    said = [f"{term} from {count:,} devices on" for term, count in over.items()]
-    lines += ["", "More than 5 % of the computing: " + ("; ".join(said) if said else "no term") + ".", ""]
+    limits = [f"{term} from {count:,} devices on" for term, count in over.items()]
+    lines += ["", "More than 5 % of the computing: " + ("; ".join(limits) if limits else "no term") + ".", ""]
     return "\n".join(lines)
 
 
 def _imbalance(count: int) -> float:
-    """Greatest share over the mean, of 4 rows a device whose lengths are spread evenly from a quarter to all of the
-    longest (strop.distributed.assign)."""
+    """Return the largest share over the mean for 4 rows per device, whose lengths are spread evenly between a quarter
+    of the longest and the longest (strop.distributed.assign).
+    """
     rows = 4 * count
     lengths = [0.25 + 0.75 * ((number * 0.6180339887) % 1) for number in range(rows)]
     shares = [sum(lengths[row] for row in share) for share in assign_balanced(lengths, count)]
@@ -269,22 +276,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    if given.what == "worker":
+    args = parser.parse_args()
+    if args.what == "worker":
         worker()
         return
-    if given.what == "simulate":
+    if args.what == "simulate":
         print(simulate())
         return
-    if given.what == "links":
-        sums = links(given.processes)
-        found: Any = {"sums": sums, "fitted": fitted(sums)}
-        found["planned_s"] = [ring_seconds(one["bytes"], Devices(given.processes), LOOPBACK) for one in sums]
+    if args.what == "links":
+        sums = measure_links(args.processes)
+        result: Any = {"sums": sums, "fitted": fit_link(sums)}
+        result["planned_s"] = [ring_seconds(one["bytes"], Devices(args.processes), LOOPBACK) for one in sums]
     else:
-        found = pair(given.rounds) if given.what == "pair" else memory()
-    print(json.dumps(found, indent=1))
-    if given.out:
-        measured.write(given.out, found)
+        result = compare_pair(args.rounds) if args.what == "pair" else memory()
+    print(json.dumps(result, indent=1))
+    if args.out:
+        measured.write(args.out, result)
 
 
 if __name__ == "__main__":

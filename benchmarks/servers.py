@@ -1,4 +1,4 @@
-"""The servers that `benchmarks/serve.py` measures: how each is started, what it reads for a token, and its end."""
+"""The servers that `benchmarks/serve.py` measures: how to start and stop them, and the bytes they read per token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STROP = "{python} -m strop.cli serve {model} --host 127.0.0.1 --port {port} --sl
 LLAMA = "{python} {here}/llama_server.py {model} --port {port} --slots {slots} --context {context} --threads {threads}"
 TRANSFORMERS = (
     "{python} {bin}/transformers serve {model} --host 127.0.0.1 --port {port} --device cpu --continuous-batching"
-    " --cb-block-size 32 --cb-num-blocks {blocks}"  # by itself it takes half of the memory
+    " --cb-block-size 32 --cb-num-blocks {blocks}"  # the default is half of the memory
 )
 VLLM = (
     "{python} -m vllm.entrypoints.openai.api_server --model {model} --host 127.0.0.1 --port {port}"
@@ -44,9 +44,11 @@ LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Server:
-    """command: with {port}, {slots}, {context}, {threads} and what `places` names; packages: whose versions are told;
-    weight_bytes: what is read of them for a token; busy: the metric that counts running requests; body: what its
-    requests have besides."""
+    """A server to measure. command: with {port}, {slots}, {context}, {threads} and the keys of `places`.
+
+    packages: whose versions are recorded. weight_bytes: read per token. busy: the metric that counts running requests.
+    body: additional fields of requests.
+    """
 
     name: str
     command: str
@@ -58,22 +60,22 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def about(self) -> dict[str, Any]:
-        """Its command, CPU, and versions in its own environment."""
+        """Return the command, the CPU, and the versions in the server's environment."""
         python = self.places.get("python", sys.executable)
         code = "import sys, json; sys.path.insert(0, sys.argv[1]); import measured; "
         code += "print(json.dumps([measured.machine(), measured.versions(sys.argv[2:])]))"
         machine, versions = measured.child([python, "-c", code, str(HERE), *self.packages])
-        told = " ".join(Path(word).name if os.path.isabs(word) else word for word in shlex.split(self.command))
-        return {"command": told, "cpu": machine["cpu"], "python": machine["python"], "versions": versions}
+        command = " ".join(Path(word).name if os.path.isabs(word) else word for word in shlex.split(self.command))
+        return {"command": command, "cpu": machine["cpu"], "python": machine["python"], "versions": versions}
 
 
 class Failed(Exception):
-    """A server that did not start, or ended; with its last words."""
+    """Raised with the last output of a server that did not start, or ended."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """body: of every request, the model's name included."""
+    """A running server. body: fields of every request, with the model's name."""
 
     url: str
     pid: int
@@ -82,7 +84,7 @@ class Running:
     busy_metric: str | None
 
     def processes(self) -> list[psutil.Process]:
-        """Its own, and all that it started."""
+        """Return the server's process and its descendants."""
         process = psutil.Process(self.pid)
         return [process, *process.children(recursive=True)]
 
@@ -90,45 +92,45 @@ class Running:
         return sum(one.memory_info().rss for one in self.processes())
 
     def others_seconds(self) -> float:
-        """CPU time so far that neither the server nor this process used."""
+        """Return the CPU time so far that neither the server nor this process used."""
         spent = psutil.cpu_times()
         idle = spent.idle + getattr(spent, "iowait", 0.0)
-        guests = getattr(spent, "guest", 0.0) + getattr(spent, "guest_nice", 0.0)  # counted as user already
+        guests = getattr(spent, "guest", 0.0) + getattr(spent, "guest_nice", 0.0)  # already counted as user time
         ours = sum(sum(one.cpu_times()[:2]) for one in self.processes()) + time.process_time()
         return sum(spent) - idle - guests - ours
 
     def busy(self) -> float | None:
-        """Requests being answered, by its own metrics; None where it tells nothing."""
+        """Return the number of running requests by the server's metrics, or None if it has no such metric."""
         if self.busy_metric is None:
             return None
         text = requests.get(f"{self.url}/metrics", timeout=30).text
         return sum(float(value) for value in re.findall(rf"^{self.busy_metric}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
 
-def strops(model: str) -> list[Server]:
-    """strop, by what the weights are held in; 4 and 8 bit with the rest in bf16."""
+def strop_servers(model: str) -> list[Server]:
+    """Return strop by the quantization of its weights; in 4 and 8 bit, other tensors are in bf16."""
     packages = ("strop", "torch", "transformers", "bitsandbytes")
-    found = []
+    results = []
     for name, dtype, scheme in HELD:
         command = f"{STROP} --dtype {dtype}" + (f" --quantization {scheme}" if scheme != "none" else "")
         places, read = {"python": sys.executable, "model": model}, weight_bytes(Path(model), dtype, scheme)
-        found.append(Server(f"strop {name}", command, places, packages, read, "strop_active"))
-    return found
+        results.append(Server(f"strop {name}", command, places, packages, read, "strop_active"))
+    return results
 
 
-def llamas(python: str, files: list[str]) -> list[Server]:
+def llama_servers(python: str, files: list[str]) -> list[Server]:
     return [
         Server(
             f"llama.cpp {Path(file).stem}", LLAMA, {"python": python, "model": file, "here": str(HERE)},
             ("xllamacpp",), gguf_bytes(file), "llamacpp:requests_processing",
-            {"repeat_penalty": 1.0},  # llama_cpp.server's own 1.1 changes greedy answers
+            {"repeat_penalty": 1.0},  # the default of llama_cpp.server, 1.1, changes greedy answers
         )
         for file in files
     ]  # fmt: skip
 
 
 def transformers_serve(python: str, model: str) -> list[Server]:
-    """With its continuous batching: without, it answers one request after the other."""
+    """Return transformers with continuous batching; without, it answers one request at a time."""
     places = {"python": python, "bin": str(Path(python).parent), "model": model}
     packages = ("transformers", "torch")
     return [
@@ -140,7 +142,7 @@ def transformers_serve(python: str, model: str) -> list[Server]:
     ]  # fmt: skip
 
 
-def vllms(python: str, model: str) -> list[Server]:
+def vllm_servers(python: str, model: str) -> list[Server]:
     places = {"python": python, "model": model}
     return [
         Server(
@@ -152,7 +154,7 @@ def vllms(python: str, model: str) -> list[Server]:
 
 
 def weight_bytes(folder: Path, dtype: str, scheme: str) -> int:
-    """What is read for a token of a model folder's weights: all, but an embedding table that is not the head too."""
+    """Return the weight bytes of a model folder read per token: all but an embedding that is not also the head."""
     shapes = {
         name: entry["shape"] for file in weight_files(folder) for name, entry in read_safetensors_header(file).items()
     }
@@ -166,20 +168,20 @@ def weight_bytes(folder: Path, dtype: str, scheme: str) -> int:
             total += weights * element
         elif scheme == "int8":
             total += weights + 4 * shape[0]
-        else:  # 4 bit, a constant of 8 bit a block, and of these an fp32 number a block
+        else:  # 4 bits, an 8-bit constant per block, and an fp32 constant per block of these
             total += weights * (1 / 2 + 1 / BLOCK + 4 / BLOCK / NESTED)
     return round(total)
 
 
 def gguf_bytes(file: str) -> int:
-    """The same of a GGUF file."""
+    """Return the weight bytes of a GGUF file read per token."""
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
     return sum(size for name, size in sizes.items() if name != "token_embd.weight" or "output.weight" not in sizes)
 
 
 @contextmanager
-def running(server: Server, *, slots: int, context: int, threads: int) -> Iterator[Running]:
-    """Starts a server, waits until it answers, and ends it. Raises Failed."""
+def run_server(server: Server, *, slots: int, context: int, threads: int) -> Iterator[Running]:
+    """Start a server, wait until it answers, and stop it at the end. Raises Failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -188,7 +190,7 @@ def running(server: Server, *, slots: int, context: int, threads: int) -> Iterat
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
     environment = {**os.environ, **quiet, **server.environment}
     if server.places.get("python", sys.executable) != sys.executable:
-        environment.pop("PYTHONPATH", None)  # it is ours
+        environment.pop("PYTHONPATH", None)  # PYTHONPATH is for this process only
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         began, url = time.perf_counter(), f"http://127.0.0.1:{port}"
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -201,19 +203,19 @@ def running(server: Server, *, slots: int, context: int, threads: int) -> Iterat
             body = {"model": listed[0]["id"], "temperature": 0, "stream": True, **server.body}
             yield Running(url, process.pid, time.perf_counter() - began, body, server.busy)
         finally:
-            end(process)
+            stop_process(process)
 
 
 def _listed(url: str) -> list[dict[str, Any]]:
-    """The models of a server; none while it starts."""
+    """Return the models of a server, or none while it starts."""
     try:
         return list(requests.get(f"{url}/v1/models", timeout=5).json()["data"])
     except (requests.RequestException, ValueError, KeyError):
         return []
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """A process and all that it started."""
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process and its descendants."""
     try:
         started = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""A reward for JSON objects, slot by slot: for `train.rewards` and `--metric`, as benchmarks/slot_reward.py:share."""
+"""A reward for JSON objects by slot, for `train.rewards` and `--metric`: benchmarks/slot_reward.py:share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 
 def share(right: str, answer: str) -> float:
-    """Of all slots of the right object and the answer, the share that both have with the same value; 0 for no JSON."""
-    expected, found = _slots(right), _slots(answer)
-    return len(expected & found) / max(1, len(expected | found))
+    """Return the share of slots with equal values among all slots of the right object and the answer; 0 for invalid
+    JSON.
+    """
+    expected, result = _slots(right), _slots(answer)
+    return len(expected & result) / max(1, len(expected | result))
 
 
 def _slots(text: str) -> set[tuple[str, Any]]:

@@ -1,8 +1,8 @@
-"""Seconds from the command to the first step, by part: of the first run on a machine, and of later ones.
+"""Measure the seconds from the command to the first step, by part, for the first run on a machine and for later ones.
 
     python benchmarks/start.py MODEL DATA.jsonl [--rounds 5] [--out RESULT.json]
 
-The first run finds no compiled loops, no copies of weights and nothing that was measured here: it gets empty caches.
+The first run starts with empty caches: no compiled kernels, no copies of weights and no measurements of the machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNTIL = {"libraries": "machine", "model and data": "start", "first step": "step"
 
 
 def start(options: argparse.Namespace, caches: str) -> dict[str, float]:
-    """Seconds of each part, and of the step's begin and end from the command on."""
+    """Return the seconds of each part, and of the start and end of the step, from the command on."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "strop", "train", "--model", options.model, "--data", options.data]
@@ -49,10 +49,10 @@ def main() -> None:
         first = start(options, caches)
         rounds = [start(options, caches) for _ in range(options.rounds)]
     later = {name: statistics.median(one[name] for one in rounds) for name in first}
-    found = {"first": first, "later": later, "rounds": rounds}
-    print(json.dumps(found, indent=1))
+    result = {"first": first, "later": later, "rounds": rounds}
+    print(json.dumps(result, indent=1))
     if options.out:
-        measured.write(options.out, found)
+        measured.write(options.out, result)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Tokens a second of one LoRA training step: strop's fast step, its plain step, and the share of the FLOP floor.
+"""Measure tokens/s of a LoRA training step: strop's fast step, its plain step, and the share of the FLOP floor.
 
     python benchmarks/train_step.py [--model FOLDER --data FILE.jsonl] [--out RESULT.json]
 
-Each tool runs in a process of its own, the tools taking turns, so that drift of the machine hits all alike; medians
-over --repeats. Without --model: random weights in the shape of SmolLM2-135M; without --data: random rows as long as
-chat rows are. A data file holds chat rows (`messages`), rendered with the model's template; all tokens supervised
-unless --supervised says less. Rates count real tokens, never padding. A new tool is one function in TOOLS.
+Each tool runs in a separate process, and the tools alternate, so that drift of the machine affects all equally; medians
+over --repeats. Without --model: random weights in the shape of SmolLM2-135M; without --data: random rows with the
+lengths of chat rows. A data file holds chat rows (`messages`), rendered with the model's template; all tokens
+supervised unless --supervised says less. Rates count real tokens, never padding. A new tool is one function in TOOLS.
 Other tools on the same rows: --peers "unsloth, grouped;trl, tuned" --bench FOLDER --baselines FOLDER (see peers.py).
 """
 
@@ -49,7 +49,7 @@ SHAPE = {  # SmolLM2-135M
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-PLACES = ("out", "run", "model", "data", "bench", "baselines")  # options that say nothing about the figures
+PLACES = ("out", "run", "model", "data", "bench", "baselines")  # options without effect on the results
 Result = dict[str, Any]
 
 
@@ -58,12 +58,12 @@ def fast(options: argparse.Namespace) -> Result:
 
 
 def integers(options: argparse.Namespace) -> Result:
-    """Frozen weights in 8-bit integers (train.int8_matmul); with --dtype fp32."""
+    """Run with frozen weights in 8-bit integers (train.int8_matmul); with --dtype fp32."""
     return strop(options, lambda model: FastLoss(model, integers=True))
 
 
 def unshared(options: argparse.Namespace) -> Result:
-    """The fast step without prefix sharing: every real token computed."""
+    """Run the fast step without prefix sharing: every real token is computed."""
     return strop(options, lambda model: FastLoss(model, prefix_sharing=False))
 
 
@@ -72,12 +72,12 @@ def plain(options: argparse.Namespace) -> Result:
 
 
 def dropped(options: argparse.Namespace) -> Result:
-    """The fast step with dropout: beside `fast`, what it costs."""
+    """Run the fast step with dropout, to compare with `fast`."""
     return fast(argparse.Namespace(**{**vars(options), "dropout": options.dropout or 0.05}))
 
 
 def quantized(scheme: str, resident_layers: int) -> Callable[[argparse.Namespace], Result]:
-    """The fast step on a quantized base: its weights dequantized once (resident) or for each product (streamed)."""
+    """Run the fast step on a quantized base: dequantized once (resident) or for each matmul (streamed)."""
 
     def tool(options: argparse.Namespace) -> Result:
         return strop(options, lambda model: FastLoss(model), scheme, resident_layers)
@@ -90,7 +90,7 @@ def dora(options: argparse.Namespace) -> Result:
 
 
 def plain_dora(options: argparse.Namespace) -> Result:
-    """DoRA as peft computes it."""
+    """Run DoRA as peft computes it."""
     return plain(argparse.Namespace(**{**vars(options), "dora": True}))
 
 
@@ -113,8 +113,10 @@ TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {
 def strop(
     options: argparse.Namespace, make: Callable[[Any], Any], scheme: str = "none", resident_layers: int = 0
 ) -> Result:
-    """One pass over the rows, an optimizer step a batch, at a cosine from --rate as the peers have it. The first batch
-    warms up: it is computed once more, without a step, and does not count."""
+    """Train one pass over the rows with one optimizer step per batch and a cosine from --rate, as the other tools do.
+
+    The first batch is computed once more as a warm-up, without an optimizer step, and is not counted.
+    """
     prepare_process()
     model, examples = load_model(options, scheme, resident_layers), load_examples(options)
     reason = why_not_fast(model)
@@ -170,7 +172,7 @@ def load_model(options: argparse.Namespace, scheme: str, resident_layers: int) -
 
 
 def load_examples(options: argparse.Namespace) -> list[Example]:
-    """The rows in a fixed random order."""
+    """Return the rows in a fixed random order."""
     rng = np.random.default_rng(0)
     if options.data:
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
@@ -182,30 +184,30 @@ def load_examples(options: argparse.Namespace) -> list[Example]:
         rows = [np.concatenate([system, rng.integers(1, SHAPE["vocab_size"], n - 20)]) for n in lengths]
     examples = []
     order = rng.permutation(len(rows))[: options.rows]
-    if options.order == "grouped":  # as transformers' group_by_length: sorted within pieces of several batches
+    if options.order == "grouped":  # like group_by_length in transformers: sorted within groups of several batches
         piece = options.batch * max(1, min(len(order) // (4 * options.batch), 50))
         order = np.concatenate(
             [sorted(order[i : i + piece], key=lambda row: -len(rows[row])) for i in range(0, len(order), piece)]
         )
     for i in order:
         weights = np.ones(len(rows[i]), dtype=np.float32)
-        weights[: max(1, round(len(rows[i]) * (1 - options.supervised)))] = 0  # the prompt's share
+        weights[: max(1, round(len(rows[i]) * (1 - options.supervised)))] = 0  # share of prompt tokens
         examples.append(Example(np.asarray(rows[i], dtype=np.int32), weights, "", int(i)))
     return examples
 
 
 def floor_flops(config: Any, rank: int, examples: list[Example]) -> float:
-    """Least FLOPs a token: products of the base forward and to its input, LoRA's, causal attention's, the head's."""
+    """Return the minimum FLOPs per token: matmuls of base (forward, input gradient), LoRA, attention and head."""
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     query, key_value = config.num_attention_heads * size, config.num_key_value_heads * size
     base = hidden * (query + 2 * key_value) + query * hidden + 3 * hidden * inner
     ends = (hidden + query) + 2 * (hidden + key_value) + (query + hidden) + 3 * (hidden + inner)
     lengths = np.array([len(example) for example in examples], dtype=np.float64)
-    mean_length = (lengths**2).sum() / lengths.sum()  # of the document a token stands in
+    mean_length = (lengths**2).sum() / lengths.sum()  # mean document length over tokens
     share = sum(example.supervised for example in examples) / lengths.sum()
     linear = 4 * layers * base - 2 * hidden * (query + 2 * key_value)
-    # A causal query sees half the keys: 2 q s forward, twice that backward.
+    # A causal query sees half the keys: 2 q s FLOPs forward, twice as many backward.
     return float(
         linear + 6 * rank * layers * ends + 6 * query * mean_length * layers + 4 * hidden * config.vocab_size * share
     )
@@ -256,7 +258,7 @@ def main() -> None:
             print(f"{name}: {runs[name][-1]['tokens_per_s']:.0f} tokens/s", file=sys.stderr)
     gemm = max(rate.bf16_flops if options.dtype == "bf16" else rate.fp32_flops for rate in rates)
     results = {
-        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+        name: {key: statistics.median(run[key] for run in actual) for key in actual[0]} for name, actual in runs.items()
     }
     floor = floor_flops(
         transformers.AutoConfig.from_pretrained(options.model) if options.model else transformers.LlamaConfig(**SHAPE),

@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer as a beginner starts it, on a CPU. A peer of train_step.py.
+"""Run TRL's SFTTrainer with its defaults on a CPU, for comparison in train_step.py.
 
-python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER          its defaults; `use_cpu` is the one change
-python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER 4bit     the usual QLoRA lesson, in bf16
+python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER          defaults, except `use_cpu`
+python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER 4bit     the usual QLoRA example, in bf16
 """
 
 import sys

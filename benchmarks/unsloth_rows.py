@@ -1,14 +1,14 @@
-"""Unsloth at its best on any chat rows and any effective batch, on a CPU. A peer of train_step.py.
+"""Run Unsloth with its fastest settings on a CPU, for comparison in train_step.py.
 
     python unsloth_rows.py MODEL_FOLDER DATA.jsonl OUT_FOLDER BATCH [packing]
 
 bf16 weights, r 16 on all linear layers, whole text in the loss, grouped by length, one epoch, cosine from 2e-4.
-packing: rows laid one behind the other, up to 1,024 tokens, instead.
+packing: packs rows into sequences of up to 1,024 tokens instead of grouping them by length.
 """
 
 import sys
 
-from unsloth import FastLanguageModel  # first: it patches what the others import
+from unsloth import FastLanguageModel  # first, because it patches the other libraries
 
 import torch  # isort: skip
 from datasets import load_dataset  # isort: skip

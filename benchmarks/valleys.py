@@ -1,4 +1,4 @@
-"""What `learning_rates.py` found: the held-out loss over the learning rate, setting by setting."""
+"""Analyse the results of `learning_rates.py`: held-out loss over the learning rate for each setting."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import Any
 from learners import ALL, SETS, SIZES, parameters
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-KEYS = ("size", "set", "rank", "epochs", "batch", "method")  # of a setting, which has a curve
-UNUSUAL = ("rank", "batch", "method")  # that change the rule's rate
-REACHES = {"rslora": 128, "alpha 16": 16, "alpha 64": 64}  # of adapters of rank 16; of others twice the rank
+KEYS = ("size", "set", "rank", "epochs", "batch", "method")  # the fields that identify a setting
+UNUSUAL = ("rank", "batch", "method")  # the fields that the rule depends on
+REACHES = {"rslora": 128, "alpha 16": 16, "alpha 64": 64}  # alpha for rank 16; otherwise twice the rank
 USUAL: dict[str, Any] = {"rank": 16, "epochs": 1, "batch": 8, "method": "lora", "seed": 0}
 
 
 def valleys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each setting with its curve, {rate: loss}: the mean of the seeds, at rates that all of its seeds have. stopped:
-    runs in which the guard did anything."""
-    found: dict[tuple[Any, ...], dict[int, dict[float, dict[str, Any]]]] = {}
+    """Return each setting with its curve {rate: loss}: means over seeds, at rates that all of its seeds have.
+
+    Field `stopped`: the rates of runs in which the guard acted.
+    """
+    results: dict[tuple[Any, ...], dict[int, dict[float, dict[str, Any]]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in KEYS), {}).setdefault(row["seed"], {})[row["rate"]] = row
-    made = []
-    for setting, seeds in found.items():
+        results.setdefault(tuple(row[key] for key in KEYS), {}).setdefault(row["seed"], {})[row["rate"]] = row
+    created = []
+    for setting, seeds in results.items():
         common = sorted(set.intersection(*(set(runs) for runs in seeds.values())))
         curve = {
             rate: statistics.fmean(
@@ -36,12 +38,12 @@ def valleys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         guarded = [row for row in every if row["loss"] is None or row["skipped"] or row["rollbacks"]]
         steps = next(row["steps"] for row in every if row["loss"] is not None)
         more = {"steps": steps, "seeds": len(seeds), "curve": curve, "stopped": sorted(row["rate"] for row in guarded)}
-        made.append({**dict(zip(KEYS, setting, strict=True)), **more})
-    return made
+        created.append({**dict(zip(KEYS, setting, strict=True)), **more})
+    return created
 
 
 def loss_at(curve: dict[float, float], rate: float) -> float:
-    """Between two rates that were tried, on the line between their losses, by the rate's logarithm; beyond them NaN."""
+    """Interpolate the loss linearly over the logarithm of the rate; NaN outside of the measured rates."""
     if not min(curve) <= rate <= max(curve):
         return math.nan
     below, above = max(r for r in curve if r <= rate), min(r for r in curve if r >= rate)
@@ -49,10 +51,11 @@ def loss_at(curve: dict[float, float], rate: float) -> float:
     return curve[below] if not share else (1 - share) * curve[below] + share * curve[above]
 
 
-def judged(valley: dict[str, Any]) -> dict[str, Any]:
-    """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate and what it costs, what
-    the rule before it did (`objective_base_rate`), and what the usual adapter's and batch's rate would, as shares of
-    the best loss.
+def judge_rates(valley: dict[str, Any]) -> dict[str, Any]:
+    """Return the best rate with its loss, the rates within 5 % of it, and the rate and cost of each rule.
+
+    Costs are shares of the best loss: of the current rule, of its predecessor (`objective_base_rate`), and of the rate
+    for the default adapter and batch size.
     """
     from strop.planning.choose import learning_rate, objective_base_rate, rate_factor
 
@@ -66,18 +69,26 @@ def judged(valley: dict[str, Any]) -> dict[str, Any]:
     cost, cost_before, cost_usual = (
         loss_at(curve, rate) / curve[best] - 1 for rate in (rule, before, learning_rate(size))
     )
-    found = {"best": best, "loss": curve[best], "low": min(within), "high": max(within)}
-    return {**found, "rule": rule, "cost": cost, "before": before, "cost_before": cost_before, "cost_usual": cost_usual}
+    result = {"best": best, "loss": curve[best], "low": min(within), "high": max(within)}
+    return {
+        **result,
+        "rule": rule,
+        "cost": cost,
+        "before": before,
+        "cost_before": cost_before,
+        "cost_usual": cost_usual,
+    }
 
 
-def table(found: Sequence[dict[str, Any]], of: str = "") -> list[str]:
-    """Rows of a Markdown table: without `of`, of the settings in which only size and rows differ from one another; with
-    it, of the settings in which `of` (rank, epochs, batch, method) is not as usual."""
+def table(settings: Sequence[dict[str, Any]], of: str = "") -> list[str]:
+    """Return rows of a Markdown table: of settings that differ only in size and rows, or with `of` (rank, epochs,
+    batch, method) of settings with a non-default value of it.
+    """
     lines = []
-    for one in sorted(found, key=lambda one: (-SIZES[one["size"]], [*SETS, ALL].index(one["set"]))):
+    for one in sorted(settings, key=lambda one: (-SIZES[one["size"]], [*SETS, ALL].index(one["set"]))):
         if [name for name in ("rank", "epochs", "batch", "method") if one[name] != USUAL[name]] != [of] * bool(of):
             continue
-        it, seeds = judged(one), "" if one["seeds"] == 1 else f" ({one['seeds']} seeds)"
+        it, seeds = judge_rates(one), "" if one["seeds"] == 1 else f" ({one['seeds']} seeds)"
         other = it["cost_usual" if of in UNUSUAL else "cost_before"]
         costs = ["not tried" if math.isnan(x) else f"{100 * x:.1f} %" for x in (it["cost"], other)]
         lines.append(
@@ -88,7 +99,7 @@ def table(found: Sequence[dict[str, Any]], of: str = "") -> list[str]:
     return lines
 
 
-def plot(found: Sequence[dict[str, Any]], file: Path) -> None:
+def plot(settings: Sequence[dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -97,8 +108,8 @@ def plot(found: Sequence[dict[str, Any]], file: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(SETS), figsize=(8.4, 2.8), sharey=True, layout="constrained")
     for panel, name in zip(axes, SETS, strict=True):
-        for one in (one for one in found if one["set"] == name and all(one[key] == USUAL[key] for key in KEYS[2:])):
-            best, curve = judged(one), one["curve"]
+        for one in (one for one in settings if one["set"] == name and all(one[key] == USUAL[key] for key in KEYS[2:])):
+            best, curve = judge_rates(one), one["curve"]
             line = panel.plot(
                 list(curve), [loss / best["loss"] for loss in curve.values()], marker=".", label=one["size"]
             )

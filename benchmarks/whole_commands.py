@@ -1,12 +1,12 @@
-"""Tokens a second as a user gets them: whole commands, one epoch less one step, tools in turn, strop against another.
+"""Measure tokens/s of whole commands of strop and another tool, over one epoch minus one step.
 
     python benchmarks/whole_commands.py MODEL DATA.jsonl --bench FOLDER --baselines FOLDER [--peer "unsloth, grouped"]
         [--rounds 5] [--options "lora.dropout=0.05"] [--isa avx2] [--out RESULT.json]
 
-MODEL: a folder; DATA: chat rows, as the peer's script reads them from FOLDER/data100 (peers.py). Each command runs
-twice a round: for an epoch, and for one step. What the second takes (start, imports, loading, compiling what is not
-kept) is taken from the first, and so are its tokens. The ratio of each round, their median and its interval by
-resampling the rounds. --isa: both tools as on a CPU that has no more than these instructions.
+MODEL: a folder. DATA: chat rows, the same as in FOLDER/data100 for the other tool (peers.py). Each command runs twice
+per round, for an epoch and for one step. The time and tokens of the second (start, imports, loading, compiling) are
+subtracted from the first. Prints the ratio of each round, their median, and its bootstrap interval over rounds. --isa:
+limits both tools to these CPU instructions.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import numpy as np
 from peers import PEERS
 from peers import run as peers_run
 
-AS_PEERS = {  # what their scripts are told
+AS_PEERS = {  # the settings of their scripts
     "model.dtype": "bf16", "data.loss": "all", "data.max_length": 1024, "lora.r": 16, "lora.alpha": 32,
     "train.learning_rate": 2e-4, "train.batch_size": 4, "train.epochs": 1,
 }  # fmt: skip
 RESAMPLED = 10_000
 HASWELL = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+f16c,+fma,+avx2,+bmi,+bmi2"
-ISA = {  # oneDNN's, PyTorch's own kernels, MKL's, and the loops that numba compiles
+ISA = {  # for oneDNN, PyTorch, MKL and numba
     "avx2": {
         "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": HASWELL,
@@ -51,9 +51,9 @@ ISA = {  # oneDNN's, PyTorch's own kernels, MKL's, and the loops that numba comp
 
 
 def strop(options: argparse.Namespace, steps: int) -> tuple[int, float]:
-    """(real tokens, wall seconds) of the whole command."""
-    told = {**AS_PEERS, **dict(word.split("=", 1) for word in options.options.split())}
-    words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    """Return the real tokens and the wall time of the whole command."""
+    settings = {**AS_PEERS, **dict(word.split("=", 1) for word in options.options.split())}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "strop", "train", "--model", options.model, "--data", options.data]
         command += [*words, "--train.max_steps", str(steps), "--out", f"{folder}/run"]
@@ -67,10 +67,10 @@ def strop(options: argparse.Namespace, steps: int) -> tuple[int, float]:
 
 
 def peer(options: argparse.Namespace, steps: int) -> tuple[int, float]:
-    """The same of another tool."""
+    """Return the real tokens and the wall time of the other tool."""
     few = argparse.Namespace(**{**vars(options), "rows": 4 * steps, "batch": 4})
-    found = peers_run(options.peer, few, 0)
-    return round(found["tokens_per_s"] * found["seconds"]), found["wall_s"]
+    result = peers_run(options.peer, few, 0)
+    return round(result["tokens_per_s"] * result["seconds"]), result["wall_s"]
 
 
 def rate(tool: Any, options: argparse.Namespace, steps: int) -> dict[str, float]:
@@ -80,7 +80,7 @@ def rate(tool: Any, options: argparse.Namespace, steps: int) -> dict[str, float]
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
-    """Of the median, 95 %, by resampling."""
+    """Return the 95 % bootstrap interval of the median."""
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (RESAMPLED, len(ratios))), axis=1)
     return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
@@ -100,22 +100,22 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(ISA.get(options.isa, {}))
     steps = len(Path(options.data).read_text(encoding="utf-8").splitlines()) // 4
-    for tool in (strop, peer):  # what a first command compiles and keeps
+    for tool in (strop, peer):  # the first command fills the caches
         tool(options, 1)
     rounds = []
     for _ in range(options.rounds):
-        found = {name: rate(tool, options, steps) for name, tool in (("strop", strop), (options.peer, peer))}
-        ratio = found["strop"]["tokens_per_s"] / found[options.peer]["tokens_per_s"]
-        rounds.append({**found, "ratio": ratio})
+        result = {name: rate(tool, options, steps) for name, tool in (("strop", strop), (options.peer, peer))}
+        ratio = result["strop"]["tokens_per_s"] / result[options.peer]["tokens_per_s"]
+        rounds.append({**result, "ratio": ratio})
         print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
     ratios = [one["ratio"] for one in rounds]
-    found = {"ratio": statistics.median(ratios), "interval": interval(ratios), "rounds": rounds}
-    print(json.dumps({name: found[name] for name in ("ratio", "interval")}))
+    result = {"ratio": statistics.median(ratios), "interval": interval(ratios), "rounds": rounds}
+    print(json.dumps({name: result[name] for name in ("ratio", "interval")}))
     if options.out:
         packages = Path(options.bench, options.peer.partition(",")[0], "bin", "python")
-        asked = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import measured, json"
-        theirs = measured.child([str(packages), "-c", f"{asked}; print(json.dumps(measured.versions()))"])
-        measured.write(options.out, found, peer_versions=theirs)
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import measured, json"
+        theirs = measured.child([str(packages), "-c", f"{code}; print(json.dumps(measured.versions()))"])
+        measured.write(options.out, result, peer_versions=theirs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a young adapter learns in bf16: strop's step, which rounds base and adapter once, beside peft's and fp32.
+"""Compare learning of small LoRA updates in bf16: strop's step, which rounds base and adapter once, peft's, and fp32.
 
     python benchmarks/young_adapters.py --data ROWS.jsonl [--model FOLDER] [--rates 2e-4,1e-3] [--out RESULT.json]
 
-The same first adapters and the same 25 steps of 4 rows for all (`train_step.py`, whose tool `plain` is transformers and
-peft); the mean loss of the steps, and the loss of the sixth. Needs no quiet machine. --model: with its tokenizer;
-default: the demo's.
+All use the same initial adapters and the same 25 steps of 4 rows (`train_step.py`, whose tool `plain` is transformers
+and peft). Prints the mean loss of the steps, and the loss of the sixth. Does not need an idle machine. --model: a
+folder with a tokenizer; by default the demo model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOLD = "mean_loss", "sixth_loss"
 
 
 def demo_model(folder: Path) -> Path:
-    """The demo's weights and its tokenizer, as one folder."""
+    """Return a folder with the demo model's weights and tokenizer."""
     source = locate("demo")
     load_tokenizer(source).save_pretrained(folder)
     for file in weights_folder(source).iterdir():
@@ -43,18 +43,18 @@ def main() -> None:
     parser.add_argument("--rates", default="2e-4,1e-3")
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--out")
-    given = parser.parse_args()
-    step, found = Path(__file__).with_name("train_step.py"), dict[str, dict[str, dict[str, float]]]()
+    args = parser.parse_args()
+    step, result = Path(__file__).with_name("train_step.py"), dict[str, dict[str, dict[str, float]]]()
     with tempfile.TemporaryDirectory() as temp:
-        model = given.model or demo_model(Path(temp))
-        words = [sys.executable, step, "--model", model, "--data", given.data, "--rows", given.rows]
-        for rate in given.rates.split(","):
+        model = args.model or demo_model(Path(temp))
+        words = [sys.executable, step, "--model", model, "--data", args.data, "--rows", args.rows]
+        for rate in args.rates.split(","):
             for name, (tool, dtype) in HOW.items():
                 one = measured.child([str(word) for word in (*words, "--dtype", dtype, "--rate", rate, "--run", tool)])
-                found.setdefault(name, {})[rate] = {what: one[what] for what in TOLD}
+                result.setdefault(name, {})[rate] = {what: one[what] for what in TOLD}
                 print(f"{name} from {rate}: {one['mean_loss']:.3f} ({one['sixth_loss']:.2f})", flush=True)
-                if given.out:
-                    measured.write(given.out, found)
+                if args.out:
+                    measured.write(args.out, result)
 
 
 if __name__ == "__main__":

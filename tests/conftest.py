@@ -1,4 +1,4 @@
-"""Every test gets its own strop cache and no network; the tiny model on disk is made once."""
+"""Fixtures: every test gets its own strop cache and no network; the tiny model on disk is created once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.support.serving import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: as many threads in all as cores
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: as many threads in total as cores
     own = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own)))
 
@@ -26,7 +26,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a ChatML tokenizer, saved as a model folder."""
+    """Return the folder of a tiny random Llama with a ChatML tokenizer."""
     from tests.support.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny-model"))
@@ -41,7 +41,7 @@ def rows_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter_folders(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[Path]:
-    """Two adapters of the tiny model: calm, and bold, which has a system prompt."""
+    """Return two adapters of the tiny model: calm, and bold, which has a system prompt."""
     from tests.support.serving import save_adapters
 
     return save_adapters(tmp_path_factory.mktemp("adapters"), tiny_folder)
@@ -49,7 +49,7 @@ def adapter_folders(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path)
 
 @pytest.fixture(scope="session")
 def server(adapter_folders: list[Path]) -> Iterator[Server]:
-    """`strop serve` on both adapters, for all tests of it; ended by Ctrl-C."""
+    """Run `strop serve` on both adapters for all its tests; it is stopped by Ctrl-C."""
     from tests.support.serving import serving
 
     with serving(*adapter_folders, "--slots", "4", "--queue", "4", "--max-body", "1") as started:

@@ -119,10 +119,10 @@ def try_file(chance: random.Random, folder: Path) -> str:
     bad: list[RowError] = []
     try:
         reader = ConversationReader(
-            read_rows(spec, bad=bad, **options),
+            read_rows(spec, errors=bad, **options),
             format=chance.choice([*["auto"] * 30, *FORMATS]),
             columns=columns,
-            bad=bad,
+            errors=bad,
         )
         for conversation in reader:
             assert conversation.line >= 1

@@ -48,15 +48,15 @@ def test_invalid_arguments_raise_input_errors(tiny_folder: Path) -> None:
 
 def test_rows_in_memory_raise_an_input_error(tiny_folder: Path) -> None:
     rows = [{"prompt": "hi", "completion": "yo"}]
-    for given in ({"prompt": "hi"}.keys(), rows, (row for row in rows)):  # iterating a table gives its column names
+    for source in ({"prompt": "hi"}.keys(), rows, (row for row in rows)):  # iterating a table gives its column names
         for name in ("data", "eval"):
-            with pytest.raises(InputError, match=f"a list of files, not ({type(given).__name__}|dict)") as raised:
-                strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: given})
+            with pytest.raises(InputError, match=f"a list of files, not ({type(source).__name__}|dict)") as raised:
+                strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: source})
             assert "give its path" in raised.value.fix
         with pytest.raises(InputError, match="data: a file or a list of files"):
-            strop.evaluate(tiny_folder, given)
+            strop.evaluate(tiny_folder, source)
         with pytest.raises(InputError, match="data: a file or a list of files"):
-            strop.merge(tiny_folder, "out", data=given)
+            strop.merge(tiny_folder, "out", data=source)
 
 
 @pytest.mark.parametrize("given", [0.1, "0.1", ".25", 10])
@@ -67,9 +67,9 @@ def test_share_without_percent_sign_raises(given: Any, tiny_folder: Path) -> Non
 
 
 def test_reward_function_object_raises(tiny_folder: Path) -> None:
-    for given in (len, [len]):
+    for source in (len, [len]):
         with pytest.raises(InputError, match=r"train\.rewards: a function is given by its name"):
-            strop.train(model=tiny_folder, data="rows.jsonl", train={"objective": "grpo", "rewards": given})
+            strop.train(model=tiny_folder, data="rows.jsonl", train={"objective": "grpo", "rewards": source})
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])
@@ -81,7 +81,7 @@ def test_empty_list_of_files_raises(name: str, tiny_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bold(adapter_folders: list[Path]) -> Model:
-    """A model that was trained with a system prompt in every row."""
+    """Return a model that was trained with a system prompt in every row."""
     model = strop.load(adapter_folders[1])
     assert model.default_system
     return model

@@ -1,4 +1,4 @@
-"""The comparison with other tools: whole, as its data says, and each of strop's claims with a test that is there."""
+"""The comparison with other tools is complete, matches its data, and has a test for each of strop's claims."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DATA = comparison.load()
 ROWS = [row for topic in DATA["topics"] for row in topic["rows"]]
 
 
-def test_the_page_is_what_the_data_says() -> None:
+def test_page_is_generated_from_the_data() -> None:
     assert comparison.PAGE.read_text(encoding="utf-8") == comparison.page(DATA)
     assert len(DATA["tools"]) == 10 and len(ROWS) >= 60
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["what"])
-def test_a_row_is_whole_and_a_claim_has_its_test(row: dict[str, str]) -> None:
+def test_rows_are_complete_and_claims_have_tests(row: dict[str, str]) -> None:
     assert set(row) == {"what", "ours", "look", *DATA["tools"]}
     verdict, test, *_ = row["ours"]
     assert (verdict == "no") == (test == "")
@@ -30,16 +30,16 @@ def test_a_row_is_whole_and_a_claim_has_its_test(row: dict[str, str]) -> None:
     assert row["what"].startswith("**") == better or row["what"].startswith("Counts of use")
 
 
-def test_a_cell_that_the_sources_do_not_bear_out_is_seen(tmp_path: Path) -> None:
+def test_cell_that_the_sources_do_not_support_is_reported(tmp_path: Path) -> None:
     one = {"name": "One", "folder": "one", "read": ["src"]}
     (tmp_path / "one" / "src").mkdir(parents=True)
     (tmp_path / "one" / "src" / "a.py").write_text("use_dora = True\n", encoding="utf-8")
 
-    def found(cell: str, look: str) -> list[str]:
+    def search(cell: str, look: str) -> list[str]:
         data = {"tools": {"one": one}, "topics": [{"rows": [{"what": "w", "look": look, "one": cell}]}]}
         return list(comparison.faults(data, tmp_path))
 
-    assert not found("src/a.py", "dora") and not found("none", "loftq") and not found("src/a.py @ = true", "x")
-    assert not found("src/a.py ! another thing", "dora")
+    assert not search("src/a.py", "dora") and not search("none", "loftq") and not search("src/a.py @ = true", "x")
+    assert not search("src/a.py ! another thing", "dora")
     for cell, look in (("none", "dora"), ("src/a.py", "loftq"), ("src/b.py", "dora"), ("src/a.py @ no ~ part", "dora")):
-        assert len(found(cell, look)) == 1
+        assert len(search(cell, look)) == 1

@@ -1,7 +1,7 @@
-"""Runs, adapters and caches written by strop 0.1 (commit 078e0e2) load, resume and merge with the code of today.
+"""Runs, adapters and caches written by strop 0.1 (commit 078e0e2) load, resume and merge with the current code.
 
-tests/fixtures/v0.1 holds a tiny base, an nf4 run of 8 steps with the checkpoint of step 4 only, a finished DPO run
-with a new token; and the cache that both used (tokenised rows, quantized weights).
+tests/fixtures/v0.1 has a tiny base, an nf4 run of 8 steps with only the checkpoint of step 4, a finished DPO run with a
+new token, and their cache (tokenized rows, quantized weights).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALLOWED = ["versions"]  # a resume refuses other major versions of its libraries
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the fixtures as the current folder, with absolute paths in its files that point to the copy."""
+    """Return a copy of the fixtures as the current folder, with absolute paths in its files that point to the copy."""
     folder = tmp_path / "v0.1"
     shutil.copytree(FIXTURES, folder)
     for file in [*folder.glob("runs/*/lock.json"), *folder.glob("runs/*/adapter/*.json")]:
@@ -32,7 +32,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def step_losses(run: Path) -> dict[int, float]:
-    """Return the loss of each step; of a step that was repeated, the last one."""
+    """Return the loss of each step, the last one for a repeated step."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     return {event["step"]: event["loss"] for event in events if event["event"] == "step"}
 

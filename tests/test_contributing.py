@@ -1,4 +1,4 @@
-"""The tour for newcomers leads to what is there."""
+"""The files that CONTRIBUTING.md names exist."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ PATHS = sorted(set(re.findall(r"`((?:src|tests|docs|tools|benchmarks)/[\w./-]*)`
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_what_it_names_exists(path: str) -> None:
+def test_named_files_exist(path: str) -> None:
     assert (ROOT / path).exists()
     assert (ROOT / path).is_dir() == path.endswith("/")
 
 
 def test_a_short_name_is_a_file_of_its_row() -> None:
-    """In a row about `src/strop/cli/`, `app` is a file there."""
+    """In a row about `src/strop/cli/`, `app` is a file in that folder."""
     wrong, seen = [], 0
     for row in re.findall(r"^\| `src/.*$", TEXT, re.M):
-        first, _, said = row.partition(" | ")
+        first, _, text = row.partition(" | ")
         folders = [
             ROOT / path if path.endswith("/") else (ROOT / path).parent for path in re.findall(r"`(src/[^`]*)`", first)
         ]
-        names = re.findall(r"`([a-z_]+)`", said)
+        names = re.findall(r"`([a-z_]+)`", text)
         seen += len(names)
         wrong += [
             name
@@ -39,7 +39,7 @@ def test_a_short_name_is_a_file_of_its_row() -> None:
     assert not wrong and seen > 50
 
 
-def test_every_room_is_on_the_tour() -> None:
+def test_every_folder_is_described() -> None:
     rooms = {
         path.name for path in (ROOT / "src" / "strop").iterdir() if path.is_dir() and (path / "__init__.py").exists()
     }
@@ -47,10 +47,10 @@ def test_every_room_is_on_the_tour() -> None:
 
 
 def test_each_silent_error_on_record_has_a_test_that_names_it() -> None:
-    """docs/preferences.md lists the sixteen; a test's docstring says `on record, N`."""
+    """docs/preferences.md lists sixteen errors; the docstring of a test for one has `on record, N`."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
-    said = [found for text in texts for found in re.findall(r"[Oo]n record, ([\d and]+)", text)]
-    assert {int(number) for one in said for number in re.findall(r"\d+", one)} == set(range(1, 17))
+    numbers = [result for text in texts for result in re.findall(r"[Oo]n record, ([\d and]+)", text)]
+    assert {int(number) for one in numbers for number in re.findall(r"\d+", one)} == set(range(1, 17))
     page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
     listed = page[page.index("## Errors on record") :].split("\n## ")[0]
     assert [int(number) for number in re.findall(r"^(\d+)\.", listed, re.MULTILINE)] == list(range(1, 17))

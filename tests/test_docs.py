@@ -1,4 +1,4 @@
-"""Every block, command, recipe field and link on the pages is held against the CLI, the API and the files."""
+"""Every block, command, recipe field and link on the pages is checked against the CLI, the API and the files."""
 
 from __future__ import annotations
 
@@ -45,22 +45,23 @@ OTHERS = (
     "ollama",
     "python3.11",
     "hf",
+    "sudo",
 )
 
 
 def shell_faults(block: Block) -> list[str]:
-    found = []
+    results = []
     for words in commands(block.text):
         first = words[0].rpartition("/")[2]
         if first == "strop":
-            found.append(find_error(words[1:]))
+            results.append(find_error(words[1:]))
         elif first == "make":
-            found += [f"no target {word}" for word in words[1:] if "=" not in word and word not in TARGETS]
+            results += [f"no target {word}" for word in words[1:] if "=" not in word and word not in TARGETS]
         elif first in ("python", "python3"):
-            found.append(python_fault(words[1:]))
+            results.append(python_fault(words[1:]))
         elif first not in OTHERS:
-            found.append(f"a command that nobody checks: {' '.join(words)}")
-    return [one for one in found if one]
+            results.append(f"a command that nobody checks: {' '.join(words)}")
+    return [one for one in results if one]
 
 
 def python_fault(words: list[str]) -> str | None:
@@ -89,41 +90,41 @@ def recipe_fault(tree: Any) -> str | None:
 
 
 def python_faults(text: str) -> list[str]:
-    """Calls of `strop.NAME(...)`: the name, the arguments, the fields of the recipe."""
-    found = []
+    """Return invalid names, arguments and recipe fields in calls of `strop.NAME(...)`."""
+    results = []
     for node in ast.walk(ast.parse(text)):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "strop"):
             continue
         if node.attr not in strop.__all__:
-            found.append(f"no strop.{node.attr}")
+            results.append(f"no strop.{node.attr}")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("strop."):
             function = getattr(strop, ast.unparse(node.func).removeprefix("strop."), None)
             if function is not None:
-                found += call_faults(function, node)
-    return found
+                results += call_faults(function, node)
+    return results
 
 
 def call_faults(function: Any, node: ast.Call) -> list[str]:
     signature = inspect.signature(function)
     free = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    found = []
+    results = []
     for keyword in node.keywords:
         name = keyword.arg
         if name is None or name in signature.parameters:
             continue
         if not free:
-            found.append(f"{function.__name__} takes no {name}")
+            results.append(f"{function.__name__} takes no {name}")
         elif name in ("model", "data", "lora", "train") and isinstance(keyword.value, ast.Dict):
             keys = [f"{name}.{ast.literal_eval(key)}" for key in keyword.value.keys if key is not None]
-            found += [f"no recipe field {key}" for key in keys if key not in FIELDS]
+            results += [f"no recipe field {key}" for key in keys if key not in FIELDS]
         elif name not in FIELDS and name not in ("model", "data", "eval", "adapter", "device"):
-            found.append(f"no recipe field {name}")
+            results.append(f"no recipe field {name}")
     if len(node.args) > sum(
         p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values()
     ):
-        found.append(f"{function.__name__}: too many arguments")
-    return found
+        results.append(f"{function.__name__}: too many arguments")
+    return results
 
 
 def faults(block: Block) -> list[str]:
@@ -132,8 +133,8 @@ def faults(block: Block) -> list[str]:
     if block.language == "python":
         return [] if "wrong" in block.marks else python_faults(block.text)
     if block.language == "yaml":
-        said = recipe_fault(yaml.safe_load(block.text))
-        return [said] if said else []
+        error = recipe_fault(yaml.safe_load(block.text))
+        return [error] if error else []
     if block.language == "json":
         json.loads(block.text)
         return []
@@ -144,32 +145,32 @@ def faults(block: Block) -> list[str]:
 
 
 def is_listing(block: Block) -> bool:
-    """The names in a run folder, and what stands beside them."""
+    """Return whether a block lists the names in a run folder with their descriptions."""
     return block.language == "" and block.text.startswith("runs/")
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_says_what_is(block: Block) -> None:
+def test_block_matches_the_cli_and_the_api(block: Block) -> None:
     assert not faults(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_words_between_backticks(page: Path) -> None:
-    """Commands of strop, fields of the recipe and files that a text names."""
+def test_names_between_backticks_exist(page: Path) -> None:
+    """Commands of strop, recipe fields and files that a text mentions exist."""
     wrong = []
-    for said in inline(page):
-        if match := re.match(r"strop ([a-z][a-z-]*)(.*)", said):
+    for text in inline(page):
+        if match := re.match(r"strop ([a-z][a-z-]*)(.*)", text):
             if match[1] not in (*COMMANDS, "export") and page.name != "comparison.md":
-                wrong.append(said)
-        elif match := re.match(r"(?:--)?((?:model|data|lora|train)\.[a-z_]+)\b(?![.(])", said):
-            wrong += [] if match[1] in FIELDS else [said]
-        elif page.name != "comparison.md" and re.fullmatch(r"(src|tests|tools|benchmarks)/[\w./-]+\.\w+", said):
-            wrong += [] if (ROOT / said).exists() else [said]  # the comparison names files of other tools
+                wrong.append(text)
+        elif match := re.match(r"(?:--)?((?:model|data|lora|train)\.[a-z_]+)\b(?![.(])", text):
+            wrong += [] if match[1] in FIELDS else [text]
+        elif page.name != "comparison.md" and re.fullmatch(r"(src|tests|tools|benchmarks)/[\w./-]+\.\w+", text):
+            wrong += [] if (ROOT / text).exists() else [text]  # the comparison names files of other tools
     assert not wrong
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_link_targets_exist(page: Path) -> None:
     wrong = []
     for name, anchor in links(page):
         target = (page.parent / name).resolve() if name else page
@@ -196,17 +197,22 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("language", "text", "said"), PLANTED)
-def test_a_wrong_block_is_seen(language: str, text: str, said: str) -> None:
-    found = faults(Block(ROOT / "README.md", 1, language, (), text))
-    assert found and said in " ".join(found)
+@pytest.mark.parametrize(("language", "text", "expected"), PLANTED)
+def test_wrong_block_is_reported(language: str, text: str, expected: str) -> None:
+    result = faults(Block(ROOT / "README.md", 1, language, (), text))
+    assert result and expected in " ".join(result)
 
 
 def test_the_site_reads_blocks_and_folded_parts_as_github_does() -> None:
-    hooks = script(ROOT / "tools" / "site_hooks.py")
+    hooks = script(ROOT / "tools" / "site" / "hooks.py")
     place = SimpleNamespace(file=SimpleNamespace(src_path="a.md"))
+    files = SimpleNamespace(get_file_from_path=lambda name: None)
     text = (
         "[t](../tests/test_docs.py) [d](data.md#the-hub)\n\n```sh run\nstrop runs\n```\n\n<details><summary>s</summary>"
     )
-    made = hooks.on_page_markdown(text, place, {"docs_dir": str(ROOT / "docs")}, None)
-    assert "t [d](data.md#the-hub)" in made and "```sh\nstrop" in made and '<details markdown="1"><summary>' in made
+    converted = hooks.on_page_markdown(text, place, {"docs_dir": str(ROOT / "docs")}, files)
+    assert (
+        "t [d](data.md#the-hub)" in converted
+        and "```sh\nstrop" in converted
+        and '<details markdown="1"><summary>' in converted
+    )

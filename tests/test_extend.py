@@ -1,4 +1,4 @@
-"""The changes that docs/extend.md shows work: they are applied to a copy of the code and tried there."""
+"""The code changes on docs/extend.md work in a copy of the code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def edits() -> list[tuple[str, str, str, str]]:
     """Return (file, before or replace, anchor, text) of each edit on the page."""
     return [
         (file, how, anchor, textwrap.dedent(text))
-        for file, how, anchor, _, text in (found.groups() for found in EDIT.finditer(PAGE))
+        for file, how, anchor, _, text in (result.groups() for result in EDIT.finditer(PAGE))
     ]
 
 
@@ -72,7 +72,7 @@ def apply(root: Path, file: str, how: str, anchor: str, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def changed_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the code with all edits of the page. The family that the page adds is removed first."""
+    """Return a copy of the code with all edits of the page. The family that the page adds is removed first."""
     root = tmp_path_factory.mktemp("copy")
     for folder in ("src", "tests"):
         shutil.copytree(

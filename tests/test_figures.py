@@ -1,7 +1,7 @@
-"""Figures of the README and the pages are those of the files that the benchmarks keep.
+"""Figures in the README and the pages equal those in the stored benchmark results.
 
-SAID: words of a page that are made of a kept file. What else looks like a measurement must be in NOT_MEASURED, with the
-reason. A figure that is stale, or that nobody accounts for, fails.
+SAID: texts of a page that are generated from a result file. Any other text that looks like a measurement must be in
+NOT_MEASURED, with the reason. An outdated or unexplained figure fails the test.
 """
 
 from __future__ import annotations
@@ -22,148 +22,149 @@ RESULTS = ROOT / "benchmarks" / "results"
 GIB, MIB = 1 << 30, 1 << 20
 
 
-def kept(name: str) -> Any:
-    """What a benchmark kept, with machine, date, versions and commit."""
-    found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def load_results(name: str) -> Any:
+    """Return a stored benchmark result with machine, date, versions and commit."""
+    result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     if name == "faults.json":  # a date and a machine for each kind of fault
-        assert all(found[fault]["date"] and found[fault]["machine"] for fault in found if fault != "peer")
-        return found
-    assert found["commit"] and found["date"] and found["machine"]["cpu"] and found["versions"]["torch"], name
-    return found["results"]
+        assert all(result[fault]["date"] and result[fault]["machine"] for fault in result if fault != "peer")
+        return result
+    assert result["commit"] and result["date"] and result["machine"]["cpu"] and result["versions"]["torch"], name
+    return result["results"]
 
 
 def words(page: str) -> str:
-    """Of a page, without code blocks and bold type."""
+    """Return the text of a page without code blocks and bold type."""
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S | re.M)
     lines = (line for line in text.splitlines() if not line.startswith("    "))
     return " ".join("\n".join(lines).replace("**", "").split())
 
 
-def demo(found: Any) -> tuple[str, str]:
-    """Of a newcomer's run: the score, its interval."""
-    low, high = found["intervals"]["tuned"]
-    return f"{100 * found['evaluation']['tuned']['exact_json']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"
+def demo(results: Any) -> tuple[str, str]:
+    """Return the score and its interval of a newcomer's run."""
+    low, high = results["intervals"]["tuned"]
+    return f"{100 * results['evaluation']['tuned']['exact_json']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def memory(found: Any) -> tuple[str, str, int]:
-    """Of the runs that nothing was fitted on: median error, worst, how many."""
+def memory(results: Any) -> tuple[str, str, int]:
+    """Return the median error, the largest error and the number of runs on which nothing was fitted."""
     error_of = script(ROOT / "benchmarks" / "plan_memory.py").error_of
-    errors = [100 * abs(error_of(run)) for run in found if not run["fitted"]]
+    errors = [100 * abs(error_of(run)) for run in results if not run["fitted"]]
     return f"{statistics.median(errors):.1f} %", f"{max(errors):.1f} %", len(errors)
 
 
-def memory_error(found: Any, name: str) -> str:
-    """Of one run."""
+def memory_error(results: Any, name: str) -> str:
+    """Return the relative error of a run's predicted memory."""
     error_of = script(ROOT / "benchmarks" / "plan_memory.py").error_of
-    return f"{100 * error_of(next(run for run in found if run['name'] == name)):+.1f} %"
+    return f"{100 * error_of(next(run for run in results if run['name'] == name)):+.1f} %"
 
 
-def family_row(name: str, found: Any) -> str:
-    return f"| {name} | {found['fast']:.0f} | {found['plain']:.0f} | {found['times']:.1f} |"
+def family_row(name: str, results: Any) -> str:
+    return f"| {name} | {results['fast']:.0f} | {results['plain']:.0f} | {results['times']:.1f} |"
 
 
-def step_rows(found: Any) -> list[str]:
-    """tokens/s, share of the floor, peak memory, loss."""
+def step_rows(results: Any) -> list[str]:
+    """Return rows of tokens/s, share of the FLOP floor, peak memory and loss."""
     return [
-        f"| {speed(found, name)} | {floor(found, name)} | {one['peak_rss_bytes'] / GIB:.1f} GiB "
+        f"| {speed(results, name)} | {floor(results, name)} | {one['peak_rss_bytes'] / GIB:.1f} GiB "
         f"| {one['mean_loss']:.2f} |"
-        for name, one in found.items()
+        for name, one in results.items()
     ]
 
 
-def whole_commands(found: Any) -> str:
-    tools = [name for name in found["rounds"][0] if name != "ratio"]
-    rates = {name: sorted(one[name]["tokens_per_s"] for one in found["rounds"]) for name in tools}
-    starts = [statistics.median(one[name]["start_s"] for one in found["rounds"]) for name in rates]
+def whole_commands(results: Any) -> str:
+    tools = [name for name in results["rounds"][0] if name != "ratio"]
+    rates = {name: sorted(one[name]["tokens_per_s"] for one in results["rounds"]) for name in tools}
+    starts = [statistics.median(one[name]["start_s"] for one in results["rounds"]) for name in rates]
     (low, *_, high), (least, *_, most) = rates.values()
-    begin, end = found["interval"]
+    begin, end = results["interval"]
     return (
-        f"strop {low:.0f} to {high:,.0f} tokens/s, Unsloth {least:.0f} to {most:.0f}: {found['ratio']:.2f} times "
+        f"strop {low:.0f} to {high:,.0f} tokens/s, Unsloth {least:.0f} to {most:.0f}: {results['ratio']:.2f} times "
         f"(median of the rounds' ratios; 95 % interval {begin:.2f} to {end:.2f}). The commands with one step take "
         f"{starts[0]:.1f} and {starts[1]:.1f} s"
     )
 
 
-def start_rows(found: Any) -> list[str]:
-    """Seconds of each part of a first and a later start."""
-    first, later = found["first"], found["later"]
+def start_rows(results: Any) -> list[str]:
+    """Return rows of the seconds of each part of a first and a later start."""
+    first, later = results["first"], results["later"]
     return [
-        f"| {said} | {first[name]:.1f} | {later[name]:.1f} |"
-        for name, said in (("libraries", "libraries"), ("model and data", "model, data, kernels"),
+        f"| {output} | {first[name]:.1f} | {later[name]:.1f} |"
+        for name, output in (("libraries", "libraries"), ("model and data", "model, data, kernels"),
                            ("begins", "the first step begins"), ("first step", "the first step"))
     ]  # fmt: skip
 
 
-def scores(found: Any) -> list[str]:
-    *_, bits, nf4, int8 = script(ROOT / "benchmarks" / "quantized_scores.py").table(found).splitlines()
+def scores(results: Any) -> list[str]:
+    *_, bits, nf4, int8 = script(ROOT / "benchmarks" / "quantized_scores.py").table(results).splitlines()
     return [bits, nf4, int8]
 
 
-def of_scheme(found: Any, scheme: str, name: str = "exact_json") -> float:
-    return statistics.fmean(one["tuned"][name] for one in found if one["scheme"] == scheme)
+def of_scheme(results: Any, scheme: str, name: str = "exact_json") -> float:
+    return statistics.fmean(one["tuned"][name] for one in results if one["scheme"] == scheme)
 
 
-def apart(found: Any, scheme: str, name: str = "exact_json") -> float:
-    """From 16 bit."""
-    return of_scheme(found, scheme, name) - of_scheme(found, "none", name)
+def apart(results: Any, scheme: str, name: str = "exact_json") -> float:
+    """Return the difference to 16 bit."""
+    return of_scheme(results, scheme, name) - of_scheme(results, "none", name)
 
 
-def quantized_apart(found: Any) -> list[str]:
-    valid = [one["tuned"]["valid_json"] for one in found]
+def quantized_apart(results: Any) -> list[str]:
+    valid = [one["tuned"]["valid_json"] for one in results]
     return [
-        f"nf4 is {-100 * apart(found, 'nf4'):.1f} points below 16 bit in the mean and int8 "
-        f"{100 * apart(found, 'int8'):.1f} above it",
-        f"In loss nf4 is {apart(found, 'nf4', 'loss'):.3f} above 16 bit",
+        f"nf4 is {-100 * apart(results, 'nf4'):.1f} points below 16 bit in the mean and int8 "
+        f"{100 * apart(results, 'int8'):.1f} above it",
+        f"In loss nf4 is {apart(results, 'nf4', 'loss'):.3f} above 16 bit",
         f"Valid JSON: {100 * min(valid):.1f} to {100 * max(valid):.0f} %",
     ]
 
 
-def quantized_in_short(found: Any) -> list[str]:
-    nf4, bits = (100 * of_scheme(found, scheme) for scheme in ("nf4", "none"))
+def quantized_in_short(results: Any) -> list[str]:
+    nf4, bits = (100 * of_scheme(results, scheme) for scheme in ("nf4", "none"))
     return [
         f"{nf4:.1f} % exact answers in the mean of three seeds, 16 bit {bits:.1f} %",
-        f"differ by {apart(found, 'nf4', 'loss'):.3f} in loss on SNIPS and by {bits - nf4:.1f} points in exact answers",
+        f"differ by {apart(results, 'nf4', 'loss'):.3f} in loss on SNIPS and by {bits - nf4:.1f} points in exact "
+        "answers",
     ]
 
 
-def four_bit_rows(found: Any) -> list[str]:
-    return [f"| {one['tokens_per_s']:,.0f} | {one['peak_rss_bytes'] / GIB:.1f} GiB |" for one in found.values()]
+def four_bit_rows(results: Any) -> list[str]:
+    return [f"| {one['tokens_per_s']:,.0f} | {one['peak_rss_bytes'] / GIB:.1f} GiB |" for one in results.values()]
 
 
-def times(found: Any, one: str, other: str, digits: int = 1) -> str:
-    return f"{found[one]['tokens_per_s'] / found[other]['tokens_per_s']:.{digits}f} times"
+def times(results: Any, one: str, other: str, digits: int = 1) -> str:
+    return f"{results[one]['tokens_per_s'] / results[other]['tokens_per_s']:.{digits}f} times"
 
 
-def speed(found: Any, tool: str) -> str:
-    return f"{found[tool]['tokens_per_s']:,.0f}"
+def speed(results: Any, tool: str) -> str:
+    return f"{results[tool]['tokens_per_s']:,.0f}"
 
 
-def floor(found: Any, tool: str) -> str:
-    return f"{100 * found[tool]['share_of_floor']:.0f} %"
+def floor(results: Any, tool: str) -> str:
+    return f"{100 * results[tool]['share_of_floor']:.0f} %"
 
 
-def served_rows(found: Any) -> list[str]:
+def served_rows(results: Any) -> list[str]:
     rows: dict[int, list[str]] = {}
-    for one in found:
+    for one in results:
         first = one["first_token_p50_s"]
         shown = f"{first:.1f}" if first > 0.8 else f"{first:.2f}"
         rows.setdefault(one["clients"], []).append(f"{one['tokens_per_s']:.0f} ({shown} s)")
     return [f"| {clients} | {' | '.join(cells)} |" for clients, cells in rows.items()]
 
 
-def of_rounds(found: Any, server: str, clients: int, beside: str) -> float:
-    """The median of the rounds' ratios."""
+def of_rounds(results: Any, server: str, clients: int, beside: str) -> float:
+    """Return the median of the rounds' ratios."""
     first, other = (
-        next(one["rounds_tokens_per_s"] for one in found if one["server"] == name and one["clients"] == clients)
+        next(one["rounds_tokens_per_s"] for one in results if one["server"] == name and one["clients"] == clients)
         for name in (server, beside)
     )
     return statistics.median(a / b for a, b in zip(first, other, strict=True))
 
 
-def served_in_8_bit(found: Any) -> str:
-    speed = {(one["server"], one["clients"]): f"{one['tokens_per_s']:.0f}" for one in found}
-    alone = of_rounds(found, "strop int8", 1, "strop bf16")
-    together = of_rounds(found, "strop int8", 16, "llama.cpp q8_0")
+def served_in_8_bit(results: Any) -> str:
+    speed = {(one["server"], one["clients"]): f"{one['tokens_per_s']:.0f}" for one in results}
+    alone = of_rounds(results, "strop int8", 1, "strop bf16")
+    together = of_rounds(results, "strop int8", 16, "llama.cpp q8_0")
     return (
         f"one client {speed['strop int8', 1]} tokens/s where bf16 has {speed['strop bf16', 1]} ({alone:.2f} times), "
         f"16 clients {speed['strop int8', 16]} where llama.cpp's q8_0 has {speed['llama.cpp q8_0', 16]} "
@@ -171,37 +172,37 @@ def served_in_8_bit(found: Any) -> str:
     )
 
 
-def resident(found: Any, server: str) -> str:
-    sizes = sorted({f"{one['resident_bytes'] / 1e9:.1f}" for one in found if one["server"] == server})
+def resident(results: Any, server: str) -> str:
+    sizes = sorted({f"{one['resident_bytes'] / 1e9:.1f}" for one in results if one["server"] == server})
     return " to ".join([sizes[0], *sizes[1:][-1:]])
 
 
-def stored_row(found: Any, method: str) -> str:
-    one, whole = found[method], found["16 bit"]
+def stored_row(results: Any, method: str) -> str:
+    one, whole = results[method], results["16 bit"]
     parts = (one[f"{name}_bytes"] / MIB for name in ("weights", "loading_peak", "training_peak"))
     cells = " | ".join(f"{part:,.0f} MiB" for part in parts)
     return f"| {cells} | {whole['training_peak_bytes'] / MIB:,.0f} MiB (weights {whole['weights_bytes'] / MIB:,.0f}) |"
 
 
-def kept_share(found: Any) -> str:
-    """Of what the weights' difference says, how much lower training's peak is in nf4, in %."""
-    return f"{100 * found['nf4 streamed']['kept']:.0f}"
+def kept_share(results: Any) -> str:
+    """Return the reduction of the training peak in nf4 in % of the reduction of the weights."""
+    return f"{100 * results['nf4 streamed']['kept']:.0f}"
 
 
-def sharded_rows(found: Any) -> list[str]:
+def sharded_rows(results: Any) -> list[str]:
     cases = [("bf16, replicated", ""), ("bf16, sharded", ""), ("nf4, replicated", ", nf4"), ("nf4, sharded", ", nf4")]
     rows = []
     for name, kind in cases:
-        sharded, one = name.endswith("sharded"), found[f"2 processes, {name.partition(', ')[2]}{kind}"]
-        bytes_ = found[f"2 processes, sharded{kind}"]["held_bytes" if sharded else "whole_bytes"]
-        held = f"{bytes_ / 1e6:.4g} MB (1/2)" if sharded else f"{bytes_ / 1e6:.0f} MB"
+        sharded, one = name.endswith("sharded"), results[f"2 processes, {name.partition(', ')[2]}{kind}"]
+        bytes_ = results[f"2 processes, sharded{kind}"]["held_bytes" if sharded else "whole_bytes"]
+        size_text = f"{bytes_ / 1e6:.4g} MB (1/2)" if sharded else f"{bytes_ / 1e6:.0f} MB"
         peaks = (f"{one[f'{peak}_peak_bytes'] / MIB:,.0f} MiB" for peak in ("predicted", "measured"))
-        rows.append(f"| {name} | {held} | {' | '.join(peaks)} |")
+        rows.append(f"| {name} | {size_text} | {' | '.join(peaks)} |")
     return rows
 
 
-def started_rows(found: Any) -> list[str]:
-    at, twice = found["at the rule's rate"], found["at twice it"]
+def started_rows(results: Any) -> list[str]:
+    at, twice = results["at the rule's rate"], results["at twice it"]
 
     def row(way: str) -> str:
         more = f" {twice[way][0]['after']:.3f} |" if way in twice else " |"
@@ -210,16 +211,16 @@ def started_rows(found: Any) -> list[str]:
     return [row(way) for way in at]
 
 
-def learned(found: Any) -> str:
-    """From what a model got right, to what it got after learning from rewards, with the change's interval in points."""
-    (before, after), change = (f"{100 * one['exact_json']:.1f} %" for one in found), found[1]["change"]
+def learned(results: Any) -> str:
+    """Return the score before and after learning from rewards, with the interval of the change in points."""
+    (before, after), change = (f"{100 * one['exact_json']:.1f} %" for one in results), results[1]["change"]
     return f"{before}|{after}|{100 * change['low']:+.1f} to {100 * change['high']:+.1f} points"
 
 
-def learned_by_rewards(found: Any) -> list[str]:
-    """A row a seed: fine-tuned, after GRPO, the change with its interval in points, and the rewards on the way."""
+def learned_by_rewards(results: Any) -> list[str]:
+    """Return a row per seed: after fine-tuning, after GRPO, the change with its interval in points, and the rewards."""
     lines = []
-    for before, after in zip(found[::2], found[1::2], strict=True):
+    for before, after in zip(results[::2], results[1::2], strict=True):
         change = [100 * after["change"][name] for name in ("value", "low", "high")]
         rewards = [one["reward"] for one in after["told"]]
         means = [statistics.mean(some) for some in (rewards[:10], rewards[-10:])]
@@ -229,10 +230,10 @@ def learned_by_rewards(found: Any) -> list[str]:
     return lines
 
 
-def learned_pairs(found: Any) -> list[str]:
-    """A row a seed: fine-tuned, and what each objective made of it, with the change's interval in points."""
+def learned_pairs(results: Any) -> list[str]:
+    """Return a row per seed: after fine-tuning, and after each objective with the interval of the change in points."""
     rows: dict[int, list[str]] = {}
-    for one in found:
+    for one in results:
         cell = f"{100 * one['exact_json']['rate']:.1f} %"
         if "change" in one:
             low, high = (100 * one["change"]["exact_json"][end] for end in ("low", "high"))
@@ -241,35 +242,37 @@ def learned_pairs(found: Any) -> list[str]:
     return [f"| {seed} | {' | '.join(cells)} |" for seed, cells in rows.items()]
 
 
-def rate_rows(found: Any) -> list[str]:
-    """Of all settings, those in which one thing is not as usual too."""
+def rate_rows(results: Any) -> list[str]:
+    """Return rows for settings that differ from the default in one property."""
     read = script(ROOT / "benchmarks" / "valleys.py")
-    valleys = read.valleys(found)
+    valleys = read.valleys(results)
     return [row for of in ("", *read.KEYS[2:]) for row in read.table(valleys, of)]
 
 
-def rate_words(found: Any) -> list[str]:
-    """How much half and twice the best rate cost at most, in how many settings the rules are within 5 %, and the best
-    method beside plain LoRA."""
+def rate_words(results: Any) -> list[str]:
+    """Return the largest cost of half and twice the best rate, the number of settings in which the rules are within 5
+    %, and the best method other than plain LoRA.
+    """
     read = script(ROOT / "benchmarks" / "valleys.py")
-    usual = [row for row in found if all(row[key] == read.USUAL[key] for key in read.USUAL)]
+    usual = [row for row in results if all(row[key] == read.USUAL[key] for key in read.USUAL)]
     curves: dict[tuple[str, str], dict[float, float]] = {}
     for row in usual:
         if row["rate"] in read.RATES:
             curves.setdefault((row["size"], row["set"]), {})[row["rate"]] = row["loss"]
     best = [(curve, min(curve, key=lambda rate, of=curve: of[rate])) for curve in curves.values()]
     half, twice = (max(curve[at * k] / curve[at] - 1 for curve, at in best) for k in (0.5, 2))
-    valleys = read.valleys(found)
-    judged = [read.judged(one) for one in valleys if all(one[key] == read.USUAL[key] for key in read.KEYS[2:])]
+    valleys = read.valleys(results)
+    judged = [read.judge_rates(one) for one in valleys if all(one[key] == read.USUAL[key] for key in read.KEYS[2:])]
     rule, before = (sum(one[name] <= 0.05 for one in judged) for name in ("cost", "cost_before"))
     tried = sum(not math.isnan(one["cost_before"]) for one in judged)
-    ranks = [read.judged(one) for one in valleys if one["rank"] != read.USUAL["rank"]]
+    ranks = [read.judge_rates(one) for one in valleys if one["rank"] != read.USUAL["rank"]]
     most, usual_most = (max(one[name] for one in ranks if not math.isnan(one[name])) for name in ("cost", "cost_usual"))
-    of_one_seed = read.valleys([row for row in found if row["seed"] == 0])
+    of_one_seed = read.valleys([row for row in results if row["seed"] == 0])
+    size = {"size": "71M", "set": "snips", "epochs": 1}
     rslora, lora = (
-        next(read.judged(one)["loss"] for one in of_one_seed if (one["size"], one["set"], one["method"], one["epochs"])
-             == ("71M", "snips", method, 1)) for method in ("rslora", "lora")
-    )  # fmt: skip
+        next(read.judge_rates(one)["loss"] for one in of_one_seed if {**size, "method": method}.items() <= one.items())
+        for method in ("rslora", "lora")
+    )
     return [
         f"at half of the best rate the loss was up to {100 * half:.0f} % above the best, at twice it up to "
         f"{100 * twice:.0f} %",
@@ -281,26 +284,26 @@ def rate_words(found: Any) -> list[str]:
     ]
 
 
-def fault_rows(found: Any) -> list[str]:
+def fault_rows(results: Any) -> list[str]:
     return [
         f"| {one['kl_mean']:.1e} | {one['clear_flips']} | {one['effect']['value']:.1%} | {one['loss_difference']:+.1e} "
         f"| {'yes' if one['passed'] else 'no'} |"
-        for one in found.values()
+        for one in results.values()
     ]
 
 
-def rounding_rows(found: Any) -> list[str]:
-    """Of a run what each way to merge it loses, and of one of few steps at a small rate."""
+def rounding_rows(results: Any) -> list[str]:
+    """Return the loss of each way to merge a run, and of a run of few steps at a low rate."""
 
     def apart(kind: str) -> tuple[float, float, float]:
-        nearest, random = (found["young"][f"{kind}, {way}"]["kl_mean"] for way in ("nearest", "random"))
+        nearest, random = (results["young"][f"{kind}, {way}"]["kl_mean"] for way in ("nearest", "random"))
         return nearest / random, nearest, random
 
     return [
-        f"on {found['snips']['fp32']['positions']:,} positions",
+        f"on {results['snips']['fp32']['positions']:,} positions",
         *(f"| {one['kl_mean']:.1e} | {one['kl_max']:.1e} | {one['top1_agreement']:.1%} "
           f"| {one['loss_difference']:+.1e} |"
-          for one in found["snips"].values()),
+          for one in results["snips"].values()),
         "bf16 loses {:.0f} times as much as stochastic rounding (mean KL {:.1e} and {:.1e})".format(*apart("bf16")),
         "fp16 {:.0f} times as much ({:.1e} and {:.1e})".format(*apart("fp16")),
     ]  # fmt: skip
@@ -310,8 +313,8 @@ def merge_measured(one: Any) -> str:
     return f"mean KL {one['parity']['kl_mean']:.1e}, top-1 {100 * one['parity']['top1_agreement']:.2f} %"
 
 
-def merged_answers(found: Any) -> list[str]:
-    whole, narrow = (next(one for one in found if one["dtype"] == dtype) for dtype in ("fp32", "bf16"))
+def merged_answers(results: Any) -> list[str]:
+    whole, narrow = (next(one for one in results if one["dtype"] == dtype) for dtype in ("fp32", "bf16"))
     return [
         f"{narrow['parity']['positions']:,} positions): trained on 16-bit weights (4 epochs), {merge_measured(narrow)}",
         f"{whole['same']['fp32']} of {whole['rows']} greedy answers are the adapter's (fp32 weights and compute; "
@@ -319,54 +322,57 @@ def merged_answers(found: Any) -> list[str]:
     ]
 
 
-def llamacpp_rows(found: Any) -> list[str]:
+def llamacpp_rows(results: Any) -> list[str]:
     names = {"lora": "LoRA file on the demo's GGUF (Q4_1)"}
-    rows = [f"| strop, fp32 | | | | | {100 * found[0]['exact_json']:.1f} % | |"]
-    for one in found[1:]:
+    rows = [f"| strop, fp32 | | | | | {100 * results[0]['exact_json']:.1f} % | |"]
+    for one in results[1:]:
         apart = one["parity"]
         rows.append(
             f"| {names.get(one['type'], one['type'])} | {one['size_bytes'] / 1e6:.0f} MB | {apart['kl_mean']:.1e} "
             f"| {apart['kl_max']:.2g} | {100 * apart['top1_agreement']:.2f} % | {100 * one['exact_json']:.1f} % "
             f"| {100 * one['answers_equal']:.1f} % |"
         )
-    return [*rows, f"{found[1]['parity']['positions']:,} positions, and greedy answers to {found[0]['rows']} test rows"]
+    return [
+        *rows,
+        f"{results[1]['parity']['positions']:,} positions, and greedy answers to {results[0]['rows']} test rows",
+    ]
 
 
-def merged_apart(found: Any) -> str:
-    ways = found["snips"]
-    return f"mean KL {ways['bf16, random']['kl_mean']:.1e}, where `merge_and_unload` in 4 bit has {four_bit(found)}"
+def merged_apart(results: Any) -> str:
+    ways = results["snips"]
+    return f"mean KL {ways['bf16, random']['kl_mean']:.1e}, where `merge_and_unload` in 4 bit has {four_bit(results)}"
 
 
-def four_bit(found: Any) -> str:
-    return f"{found['snips']['4 bit']['kl_mean']:.1f}"
+def four_bit(results: Any) -> str:
+    return f"{results['snips']['4 bit']['kl_mean']:.1f}"
 
 
-def young_rows(found: Any) -> list[str]:
+def young_rows(results: Any) -> list[str]:
     def row(rates: Any) -> str:
         return " | ".join(f"{one['mean_loss']:.3f} ({one['sixth_loss']:.2f})" for one in rates.values())
 
-    return [f"| {row(rates)} |" for rates in found.values()]
+    return [f"| {row(rates)} |" for rates in results.values()]
 
 
-def young(found: Any, say: str) -> str:
+def young(results: Any, say: str) -> str:
     ways = "peft, bf16", "strop, fp32", "strop, bf16"
-    return say.format(*(f"{found[way]['2e-4']['mean_loss']:.3f}" for way in ways))
+    return say.format(*(f"{results[way]['2e-4']['mean_loss']:.3f}" for way in ways))
 
 
-def near_floor(found: Any) -> str:
-    """What part of a token's time the memory needs."""
+def near_floor(results: Any) -> str:
+    """Return the share of the time per token that reading the weights takes."""
     floors = json.loads((RESULTS / "serve_2026-11-28.json").read_text(encoding="utf-8"))["floor"]
     shares = [f"{100 * floors[f'strop {kind}']['share']:.0f} % ({kind})" for kind in ("fp32", "bf16", "int8", "nf4")]
     return f"strop takes {', '.join(shares[:3])} and {shares[3]} of its time"
 
 
-def big_model(found: Any) -> list[str]:
-    first, again = found["first run"], found["from the cache"]
+def big_model(results: Any) -> list[str]:
+    first, again = results["first run"], results["from the cache"]
     took = [run[step]["seconds"] for run in (first, again) for step in ("step 1", "step 2")]
-    held, load, peak = (f"{size / GIB:.1f} GiB" for size in (first["held_bytes"], first["load"]["peak_bytes"],
+    weights_text, load, peak = (f"{size / GIB:.1f} GiB" for size in (first["held_bytes"], first["load"]["peak_bytes"],
                                                             first["peak_bytes"]))  # fmt: skip
     return [
-        f"| {held} | {load} | {peak} |",
+        f"| {weights_text} | {load} | {peak} |",
         f"takes {first['load']['seconds']:.0f} s to quantize (two threads, on a machine with other work), "
         f"{again['load']['seconds']:.0f} s to load again, and {min(took):.0f} to {max(took):.0f} s for a step",
     ]
@@ -498,18 +504,18 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
 ]  # fmt: skip
 
 
-# Pages whose figures other tests compare with what they come from, or write.
+# Pages whose figures other tests generate or compare with their source.
 ELSEWHERE = {
     "docs/plan.md": "tests/planning/test_memory.py", "docs/cards.md": "tests/simulated_gpu/test_traffic.py",
     "docs/reliability.md": "tests/faults", "docs/models.md": "tests/models/walk.py", "docs/recipe.md": "its schema",
     "docs/templates.md": "tests/data", "docs/comparison.md": "tools/comparison.py",
 }  # fmt: skip
-# Of other pages: what looks like a measurement and is none, page by page.
+# Text on other pages that looks like a measurement but is not one.
 NOT_MEASURED: dict[str, list[str]] = {
     "docs/after.md": [
         "95 % intervals", "between 2 and 8 %",  # tests/evaluation/test_metrics.py
         "At least 99.5 %", "It must be 100 %, give or take 2 %",  # limits of exporting.parity
-        r"alpha 1?[03] % too (large|small)", "1 % noise",  # faults that were planted
+        r"alpha 1?[03] % too (large|small)", "1 % noise",  # injected faults
     ],
     "docs/concepts.md": ["It must be 100 %, give or take 2 %"],
     "docs/dash.md": ["2 minutes, or 20 times", "30 minutes while it loads"],  # settings of dash.state
@@ -517,7 +523,7 @@ NOT_MEASURED: dict[str, list[str]] = {
     "docs/howto.md": ["GPU with 8 GB", "--memory 7GB", "19 GiB for this model"],  # tests/planning/test_howto.py
     "docs/import.md": ["data.eval: 10%"],
     "docs/learning_rate.md": [r"\| within 5 % \|", r"\*Within 5 %\*", "at most 5 % above", "8\\)\\^0.2: 1.3 times"],
-    "docs/lesson.md": ["in 8 GB", "Llama-3.1-8B: 7.4 GB", "the base 0 %"],  # a plan, which tests/test_lesson.py makes
+    "docs/lesson.md": ["in 8 GB", "Llama-3.1-8B: 7.4 GB", "the base 0 %"],  # a plan, which tests/test_lesson.py runs
     "docs/performance.md": [
         "shared, 24 GiB", r"\(\+3 %",
         "939 GFLOP/s", "1,719 GFLOP/s", "405 GFLOP/s",  # gemm_flops of the files of the tables
@@ -547,10 +553,10 @@ PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").g
 
 
 @pytest.mark.parametrize("place", range(len(SAID)), ids=[f"{page}-{file}" for page, file, _ in SAID])
-def test_what_a_page_says_is_what_was_measured(place: int) -> None:
+def test_figures_on_pages_equal_the_results(place: int) -> None:
     page, file, say = SAID[place]
-    said = say(kept(file))
-    for text in [said] if isinstance(said, str) else said:
+    texts = say(load_results(file))
+    for text in [texts] if isinstance(texts, str) else texts:
         assert text in words(page)
 
 
@@ -558,10 +564,10 @@ def test_what_a_page_says_is_what_was_measured(place: int) -> None:
 def test_every_figure_of_a_page_is_accounted_for(page: str) -> None:
     left = words(page)
     for _, file, say in (one for one in SAID if one[0] == page):
-        said = say(kept(file))
-        for text in [said] if isinstance(said, str) else said:
+        texts = say(load_results(file))
+        for text in [texts] if isinstance(texts, str) else texts:
             left = left.replace(text, "")
     for pattern in NOT_MEASURED.get(page, []):
-        left, found = re.subn(pattern, "", left)
-        assert found, f"{page} no longer says {pattern!r}"
+        left, result = re.subn(pattern, "", left)
+        assert result, f"{page} no longer says {pattern!r}"
     assert [left[max(0, one.start() - 60) : one.end()] for one in A_MEASUREMENT.finditer(left)] == []

@@ -25,7 +25,7 @@ def result(rate: float, seconds: float, size: int, clients: int = 1) -> dict[str
 
 
 @pytest.mark.parametrize(
-    ("now", "said"),
+    ("now", "expected"),
     [
         (result(95, 1.05, 105), []),
         (result(200, 0.1, 10), []),
@@ -35,10 +35,10 @@ def result(rate: float, seconds: float, size: int, clients: int = 1) -> dict[str
         (result(1, 9, 900, clients=2), []),  # another row
     ],
 )
-def test_what_became_worse(now: dict[str, Any], said: list[str]) -> None:
-    assert list(HISTORY.worse(result(100, 1, 100), now, 0.1)) == said
+def test_worse_results_are_listed(now: dict[str, Any], expected: list[str]) -> None:
+    assert list(HISTORY.worse(result(100, 1, 100), now, 0.1)) == expected
 
 
-def test_the_results_that_are_kept_can_be_read() -> None:
-    found = list(HISTORY.pairs())
-    assert found and all(old.name < new.name for old, new in found)
+def test_stored_results_can_be_read() -> None:
+    result = list(HISTORY.pairs())
+    assert result and all(old.name < new.name for old, new in result)

@@ -1,6 +1,6 @@
-"""Imports point down only, no files import each other in a ring, and what must start fast starts without torch.
+"""Imports only go to lower layers without cycles, and modules that must start fast do not import torch.
 
-Every kind of import counts: at the top of a file, inside a function, and for type checking.
+Imports at the top of a file, inside functions and for type checking all count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests import ROOT
 
 SOURCE = ROOT / "src" / "strop"
 
-# From the bottom up. A folder may import the folders in the rows above its own, and itself.
+# From the bottom up: a folder may import itself and the folders in the rows above it.
 LAYERS: list[set[str]] = [
     {"errors"},
     {"config", "runs"},
@@ -35,7 +35,7 @@ LAYERS: list[set[str]] = [
     {"__main__"},
 ]
 SIDEWAYS: set[tuple[str, str]] = set()
-# Who reaches what only one kind of processor has; nothing outside of engine does.
+# The modules that may import code of one kind of processor; only engine may.
 CHOOSERS = {"engine/kernels/dispatch.py", "engine/device.py"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "core", "base", "manager"}
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -54,7 +54,7 @@ MODULES = {module_of(file): file for file in FILES}
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Modules of strop that a file imports, at any depth; of `from strop.engine import eager` that is eager.py."""
+    """Yield the modules of strop that a file imports at any depth; `from strop.engine import eager` is eager.py."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "strop")
@@ -81,7 +81,7 @@ def test_imports_point_down(file: Path) -> None:
     wrong = []
     for module in imports(file):
         there = module.split(".")[1] if "." in module else ""
-        if not there:  # strop's own name and version
+        if not there:  # strop's name and version
             continue
         allowed = there == here or level(LAYERS, there) < level(LAYERS, here) or (here, there) in SIDEWAYS
         unit_between = module == "strop.data.types" and here in ("engine", "model")
@@ -107,7 +107,7 @@ def test_processors_are_reached_through_one_place() -> None:
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """Modules that import each other in a ring, the first once more at its end; empty where there is none."""
+    """Return a cycle of imports, with the first module repeated at the end, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -115,18 +115,18 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_circles() -> None:
+def test_imports_have_no_cycles() -> None:
     graph = {name: set(imports(file)) - {name} for name, file in MODULES.items()}
-    graph["strop"] = set()  # the Python interface, which takes from everywhere; what others take of it is the version
+    graph["strop"] = set()  # the Python API imports from everywhere; others import only the version from it
     assert not circle(graph)
-    assert circle({**graph, "strop.errors": {"strop.cli.app"}})  # and a planted one is seen
+    assert circle({**graph, "strop.errors": {"strop.cli.app"}})  # an injected cycle is detected
 
 
 def test_tests_mirror_the_source() -> None:
-    """A test's folder is that of the files it tests: a change in one file has one obvious place to look."""
+    """The folder of a test is that of the files it tests, so that the tests of a file are easy to find."""
     rooms = {str(file.parent.relative_to(SOURCE)) for file in FILES}
     tests = {str(file.parent.relative_to(ROOT / "tests")) for file in (ROOT / "tests").rglob("test_*.py")}
-    assert tests - rooms == {"faults", "simulated_gpu"}  # of all rooms: what a run meets, and a card that is not there
+    assert tests - rooms == {"faults", "simulated_gpu"}  # tests of whole runs: injected faults, and a simulated GPU
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The blocks of the lesson and of the tutorial are run in their order, on a tiny model in the place of the demo's."""
+"""The blocks of the lesson and of the tutorial run in order, on a tiny model instead of the demo model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for all blocks, entered, with small files of the demo's names."""
+    """Yield a folder for all blocks as the current folder, with small files under the demo's names."""
     folder = tmp_path_factory.mktemp("lesson")
     for name, number in (("small.jsonl", 12), ("small-held.jsonl", 4)):
-        said = [
+        messages = [
             {"prompt": f"count to {n}", "completion": json.dumps({"intent": "count", "to": n})} for n in range(number)
         ]
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in said), encoding="utf-8")
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in messages), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("strop.demo.data_files", lambda: (folder / "small.jsonl", folder / "small-held.jsonl"))
@@ -39,8 +39,8 @@ def run_block(block: Block, model: Path, names: dict[str, object], capsys: pytes
         exec(compile(text, str(block), "exec"), names)
         return
     for words in commands(text):
-        code, _, said = run(*words[1:], capsys=capsys)
-        assert code == 0, f"{block}: {said}"
+        code, _, output = run(*words[1:], capsys=capsys)
+        assert code == 0, f"{block}: {output}"
 
 
 def test_the_lesson_runs_from_top_to_bottom(
@@ -65,7 +65,7 @@ def test_the_tutorial_runs_from_top_to_bottom(
     assert len(rows) == 60 and (tmp_path / "expenses-model" / "README.md").is_file()
 
 
-def test_every_section_has_all_its_parts() -> None:
+def test_every_section_has_all_parts() -> None:
     sections = re.split(r"^## ", TEXT, flags=re.M)[1:]
     assert [int(section.partition(".")[0]) for section in sections] == list(range(1, 16))
     for section in sections:

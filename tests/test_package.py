@@ -1,4 +1,4 @@
-"""What is built holds what is needed, and the public names are those that are documented."""
+"""The built packages contain the needed files, and the public names are the documented ones."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ PUBLIC = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the source distribution of a clean copy of what they are made from."""
+    """Return a folder with the wheel and the source distribution, built from a clean copy of the source."""
     place, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, place / name)
     shutil.copytree(ROOT / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for made in ("sdist", "wheel"):
-        build = f"import sys; from setuptools import build_meta; build_meta.build_{made}(sys.argv[1])"
+    for kind in ("sdist", "wheel"):
+        build = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
         subprocess.run([sys.executable, "-c", build, str(out)], cwd=place, check=True, capture_output=True)
     return out
 
 
 def of_the_package() -> set[str]:
-    """Every file below src/strop that is not made by Python."""
+    """Return every file below src/strop that Python has not generated."""
     files = (file for file in (ROOT / "src" / "strop").rglob("*") if file.is_file())
-    kept = (file for file in files if "__pycache__" not in file.parts and file.suffix not in (".nbi", ".nbc"))
-    return {str(file.relative_to(ROOT / "src")) for file in kept}
+    sources = (file for file in files if "__pycache__" not in file.parts and file.suffix not in (".nbi", ".nbc"))
+    return {str(file.relative_to(ROOT / "src")) for file in sources}
 
 
 def test_the_wheel_holds_every_file(built: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_source_distribution_holds_every_file(built: Path) -> None:
 
 
 def test_public_names() -> None:
-    """Changed on purpose only: scripts rely on them."""
+    """Scripts rely on these names; change them only on purpose."""
     assert set(strop.__all__) == PUBLIC
     defined = {
         name for name, value in vars(strop).items()
@@ -76,6 +76,6 @@ def test_public_functions_are_typed_and_documented(name: str) -> None:
 
 
 def test_public_functions_are_not_hidden_by_packages_of_the_same_name() -> None:
-    """Importing a package `strop.x` sets `strop.x`: none may have the name of a public function."""
+    """Importing a package `strop.x` sets `strop.x`, so no package may have the name of a public function."""
     packages = {path.parent.name for path in (ROOT / "src" / "strop").glob("*/__init__.py")}
     assert not packages & PUBLIC

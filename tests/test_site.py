@@ -1,4 +1,4 @@
-"""The pages as a site: it builds strictly, and is read, and searched, without a network."""
+"""The site builds without warnings, and can be read and searched without a network."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from tests.support.browser import open_browser
 pytest.importorskip("mkdocs", reason="mkdocs is not installed")
 pytest.importorskip("material", reason="mkdocs-material is not installed")
 
-# What a browser fetches to show a page. Links (a) are followed by people.
+# Elements whose address a browser fetches to show a page; links (a) are not fetched.
 FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href", "object": "data"}
 
 
 class Fetched(HTMLParser):
-    """Addresses that a browser fetches for a page, in `found`."""
+    """Parser that collects in `found` the addresses that a browser fetches for a page."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if given.get("rel") != "canonical" and (address := given.get(FETCHED.get(tag, ""))):
+        attributes = dict(attrs)
+        if attributes.get("rel") != "canonical" and (address := attributes.get(FETCHED.get(tag, ""))):
             self.found.append(address)
 
 
@@ -50,7 +50,7 @@ def elsewhere(addresses: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as `make site` does."""
+    """Return the site, built as in `make site`."""
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -64,18 +64,18 @@ def pages(site: Path) -> Iterator[dict[Path, str]]:
     yield {page: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
 
 
-def test_every_page_is_there(site: Path, pages: dict[Path, str]) -> None:
-    made = {str(page.relative_to(site).with_suffix("")) for page in pages}
+def test_site_has_every_page(site: Path, pages: dict[Path, str]) -> None:
+    addresses = {str(page.relative_to(site).with_suffix("")) for page in pages}
     written = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md")}
     assert {"index", "contributing", "cli"} | {
         name.removesuffix("README") + "index" * name.endswith("README") for name in written
-    } <= made
+    } <= addresses
 
 
-def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, str]) -> None:
-    asked = {page: fetched(text) for page, text in pages.items()}
-    assert all(addresses for addresses in asked.values())
-    for page, addresses in asked.items():
+def test_site_fetches_nothing_from_other_origins(site: Path, pages: dict[Path, str]) -> None:
+    fetched_by_page = {page: fetched(text) for page, text in pages.items()}
+    assert all(addresses for addresses in fetched_by_page.values())
+    for page, addresses in fetched_by_page.items():
         assert not elsewhere(addresses), page
         for address in addresses:
             if page.name != "404.html":  # its addresses begin at the server's root
@@ -85,7 +85,7 @@ def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, str]) -
         assert "url(http" not in text and "url(//" not in text and "@import" not in text, sheet
 
 
-def test_a_remote_script_or_font_is_seen() -> None:
+def test_remote_scripts_and_fonts_are_detected() -> None:
     page = '<a href="https://x.org">x</a><script src="https://x.org/a.js"></script><link rel="icon" href="//f.org/f">'
     assert elsewhere(fetched(page)) == ["https://x.org/a.js", "//f.org/f"]
 
@@ -102,18 +102,18 @@ def _appears(page: Any) -> bool:
 
 def test_search_works_on_pages_opened_as_files(site: Path) -> None:
     with open_browser() as browser:
-        page, asked, errors = browser.new_page(), [], []
-        page.on("request", lambda request: asked.append(request.url))
+        page, requested, errors = browser.new_page(), [], []
+        page.on("request", lambda request: requested.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((site / "tutorial.html").as_uri())
-        for _ in range(6):  # what is typed before the page's search listens is lost
+        for _ in range(6):  # text typed before the search is ready is lost
             page.fill("input[name=query]", "")
             page.locator("input[name=query]").press_sequentially("bitsandbytes")
             if _appears(page):
                 break
-        found = page.locator(".md-search-result__link").evaluate_all("links => links.map((link) => link.href)")
-    assert any("quantization.html" in link for link in found) and not errors
-    assert not [url for url in asked if not url.startswith(("file:", "data:", "about:", "blob:"))]
+        result = page.locator(".md-search-result__link").evaluate_all("links => links.map((link) => link.href)")
+    assert any("quantization.html" in link for link in result) and not errors
+    assert not [url for url in requested if not url.startswith(("file:", "data:", "about:", "blob:"))]
 
 
 def test_reference_lists_every_command_and_public_name(pages: dict[Path, str]) -> None:

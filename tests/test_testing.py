@@ -1,4 +1,4 @@
-"""strop.testing: a tiny model, rows and a whole run for tests of other projects."""
+"""strop.testing: a tiny model, rows and a whole run for the tests of other projects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Common problems, provoked: each message refers to its heading in docs/troubleshooting.md."""
+"""Common problems are triggered, and each message refers to its heading in docs/troubleshooting.md."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_heading_that_messages_refer_to_exists() -> None:
     assert referred <= headings() and len(headings()) == 8
 
 
-def test_memory(tmp_path: Path) -> None:
+def test_out_of_memory_refers_to_its_heading(tmp_path: Path) -> None:
     job = replace(tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 2}), memory_key="trouble")
     with pytest.raises(MemoryLimitError) as raised:
         fit(starved(job, set(range(1, 100))))
@@ -83,13 +83,13 @@ def eight_bit() -> object:
 @pytest.mark.parametrize(
     "use", [lambda: quantize_weight(torch.zeros(64, 64), "nf4"), eight_bit], ids=["4 bit", "8-bit optimizer"]
 )
-def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_refers_to_its_heading(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     without_bitsandbytes(monkeypatch)
     with pytest.raises(QuantizerError, match="cannot be used here") as raised:
         use()
     assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
-    found = calibrate.check_four_bit_step()
-    assert found.level == "error" and "bitsandbytes" in found.why and "install" in found.fix
+    result = calibrate.check_four_bit_step()
+    assert result.level == "error" and "bitsandbytes" in result.why and "install" in result.fix
 
 
 @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
@@ -106,25 +106,27 @@ def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.Monk
     with pytest.raises(QuantizerError, match="cannot be used here: CUDA SETUP ERROR") as raised:
         dequantize_weight(quantize_weight(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
     assert f"{TROUBLESHOOTING_PAGE}#bitsandbytes" in raised.value.fix
-    found = calibrate.check_four_bit_step()
-    assert found.level == "error" and "#bitsandbytes" in found.why and "install" in found.fix
+    result = calibrate.check_four_bit_step()
+    assert result.level == "error" and "#bitsandbytes" in result.why and "install" in result.fix
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         dequantize_weight(quantize_weight(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
 
 
-def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cuda_refers_to_its_heading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError) as raised:
         pick_device("cuda")
     assert f"{TROUBLESHOOTING_PAGE}#cuda" in raised.value.fix
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
-    (found,) = calibrate.check_gpus(machine)
-    assert found.level == "error" and "cannot use it" in found.what and "#cuda" in found.why and found.fix
+    (result,) = calibrate.check_gpus(machine)
+    assert result.level == "error" and "cannot use it" in result.what and "#cuda" in result.why and result.fix
 
 
-def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU for which no kernel can be compiled, the doctor and a run report it."""
+def test_missing_kernels_refer_to_their_heading(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU for which no kernel can be compiled, both the doctor and a run report it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda device: ("bf16", "a test"))
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
@@ -134,9 +136,9 @@ def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch:
         (None, ""),
     ):
         monkeypatch.setattr(calibrate, "why_no_triton", lambda device, reason=reason: reason)
-        _, found = calibrate.check_gpus(machine)
-        assert (found.level, "#triton" in found.why) == (("warning", True) if reason else ("ok", False))
-        assert fix in found.fix and bool(fix) == bool(found.fix)
+        _, result = calibrate.check_gpus(machine)
+        assert (result.level, "#triton" in result.why) == (("warning", True) if reason else ("ok", False))
+        assert fix in result.fix and bool(fix) == bool(result.fix)
     monkeypatch.undo()
     chosen = fast.backend_for
     monkeypatch.setattr(
@@ -153,7 +155,7 @@ def test_run_that_cannot_use_a_gpu_notes_it(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("strop.machine.probe._gpus", lambda: ("NVIDIA RTX 4090, 24564 MiB",))
+    monkeypatch.setattr("strop.machine.probe._query_gpus", lambda fields: ("NVIDIA RTX 4090, 24564 MiB",))
     options = {"model": str(tiny_folder), "data": str(rows_file), "train.max_steps": 1, "model.dtype": "fp32"}
     notes = {}
     for device in ("auto", "cpu"):
@@ -168,11 +170,11 @@ def test_reserved_gpu_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("strop.training.preflight.pick_device", lambda asked: "cuda:1")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
-    found = _probe_machine(resolve(None, {"model": "m", "data": "d"}).recipe, None)
-    assert found.card_free_bytes == (4 << 30) + CUDA_CONTEXT_BYTES
+    result = _probe_machine(resolve(None, {"model": "m", "data": "d"}).recipe, None)
+    assert result.card_free_bytes == (4 << 30) + CUDA_CONTEXT_BYTES
 
 
-def test_nan(tmp_path: Path) -> None:
+def test_nan_loss_refers_to_its_heading(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 8})
     broken = replace(job, step=changed_step(job.step, token_loss=lambda rows: job.step.token_loss(rows) * float("nan")))
     with pytest.raises(NonFiniteError) as raised:
@@ -180,18 +182,18 @@ def test_nan(tmp_path: Path) -> None:
     assert f"{TROUBLESHOOTING_PAGE}#nan" in raised.value.fix
 
 
-def test_flat() -> None:
-    (found,) = diagnose(curve("step", falling(2.0, 2.0)), 0.02)
-    assert f"{TROUBLESHOOTING_PAGE}#flat" in found
+def test_flat_loss_refers_to_its_heading() -> None:
+    (result,) = diagnose(curve("step", falling(2.0, 2.0)), 0.02)
+    assert f"{TROUBLESHOOTING_PAGE}#flat" in result
 
 
-def test_disk(tmp_path: Path) -> None:
+def test_full_disk_refers_to_its_heading(tmp_path: Path) -> None:
     with pytest.raises(DiskError) as raised, disk_errors(tmp_path):
         raise OSError(28, "No space left on device")
     assert f"{TROUBLESHOOTING_PAGE}#disk" in raised.value.fix
 
 
-def test_gated(tmp_path: Path, tiny_folder: Path) -> None:
+def test_gated_model_refers_to_its_heading(tmp_path: Path, tiny_folder: Path) -> None:
     files = {"config.json": (tiny_folder / "config.json").read_bytes()}
     with serve("models", "owner/closed", files, gated=True) as (address, _):
         env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
@@ -218,8 +220,8 @@ def test_doctor_reports_a_check_that_crashes(tmp_path: Path, monkeypatch: pytest
     def crash(*_: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    (found,) = [f for f in doctor.examine(crash, tmp_path).findings if "ends with" in f.what]  # type: ignore[arg-type]
-    assert found.level == "error" and "no kernel image" in found.what and found.fix
+    (result,) = [f for f in doctor.examine(crash, tmp_path).findings if "ends with" in f.what]  # type: ignore[arg-type]
+    assert result.level == "error" and "no kernel image" in result.what and result.fix
     monkeypatch.setattr(calibrate, "_four_bit_update", crash)
-    found = calibrate.check_four_bit_step()
-    assert found.level == "error" and "no kernel image" in found.what
+    result = calibrate.check_four_bit_step()
+    assert result.level == "error" and "no kernel image" in result.what

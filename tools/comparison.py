@@ -1,9 +1,9 @@
-"""docs/comparison.md from tools/comparison.yaml, and every cell of it read again in the tools' own files.
+"""Write docs/comparison.md from tools/comparison.yaml, and check every cell against the files of the compared tools.
 
     python tools/comparison.py                    writes the page
-    python tools/comparison.py --sources DIR      also reads the tools' files; fails where one differs
+    python tools/comparison.py --sources DIR      also checks the tools' files; fails if one differs
 
-How a cell is written stands at the head of tools/comparison.yaml.
+The head of tools/comparison.yaml describes the format of a cell.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tools" / "comparison.yaml"
 PAGE = ROOT / "docs" / "comparison.md"
 TEXTS = (".py", ".md", ".mdx", ".rst", ".yaml", ".yml", ".qmd", ".sh", ".toml", ".json", ".jinja")
-LARGEST = 600_000  # bytes of a file that is read
+LARGEST = 600_000  # maximum size of a file in bytes
 _CELL = re.compile(r"(?P<file>[^ ]+)(?: @ (?P<text>[^~!]+?))?(?: (?P<kind>[~!]) (?P<remark>.+))?")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """verdict: yes, part, - (not found). file: where it was read; "" for all of the tool's files."""
+    """A cell of the table. verdict: yes, part or - (not found). file: where it was read, or empty for all files."""
 
     verdict: str
     file: str
@@ -36,11 +36,11 @@ class Cell:
     remark: str
 
     @staticmethod
-    def read(said: str) -> Cell:
-        if said == "none":
+    def read(text: str) -> Cell:
+        if text == "none":
             return Cell("-", "", "", "")
-        match = _CELL.fullmatch(said)
-        assert match, said
+        match = _CELL.fullmatch(text)
+        assert match, text
         verdict = {None: "yes", "~": "part", "!": "-"}[match["kind"]]
         return Cell(verdict, match["file"], (match["text"] or "").strip(), match["remark"] or "")
 
@@ -50,7 +50,7 @@ def load() -> dict[str, Any]:
 
 
 def page(data: dict[str, Any]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     tools = data["tools"]
     rows = sum(len(topic["rows"]) for topic in data["topics"])
     lines = [data["head"].replace("{rows}", str(rows)).strip(), ""]
@@ -65,7 +65,7 @@ def page(data: dict[str, Any]) -> str:
             lines.append(f"| {row['what']} | {ours(row)} | " + " | ".join(cells) + " |")
         lines += ["", "<details><summary>Where each of these was read</summary>", ""]
         for row in topic["rows"]:
-            lines.append(f"- *{row['what'].replace('*', '')}*: " + "; ".join(told(row, tools)) + ".")
+            lines.append(f"- *{row['what'].replace('*', '')}*: " + "; ".join(list_cells(row, tools)) + ".")
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
@@ -76,8 +76,8 @@ def ours(row: dict[str, Any]) -> str:
     return f"[{word}](../{test})" if test else word
 
 
-def told(row: dict[str, Any], tools: dict[str, Any]) -> Iterator[str]:
-    """Of each cell: the file and what is to be said. Tools whose files do not hold the row's pattern come last."""
+def list_cells(row: dict[str, Any], tools: dict[str, Any]) -> Iterator[str]:
+    """Yield the file and the text of each cell. Tools whose files do not contain the row's pattern come last."""
     if remark := "".join(row["ours"][2:]):
         yield f"strop: {remark}"
     missing = []
@@ -94,7 +94,7 @@ def told(row: dict[str, Any], tools: dict[str, Any]) -> Iterator[str]:
 
 
 def faults(data: dict[str, Any], sources: Path) -> Iterator[str]:
-    """Cells that the tools' own files do not bear out."""
+    """Yield cells that the tools' files do not support."""
     for name, tool in data["tools"].items():
         folder = sources / tool["folder"]
         texts = dict(files(folder, tool["read"]))
@@ -103,9 +103,9 @@ def faults(data: dict[str, Any], sources: Path) -> Iterator[str]:
                 cell, look = Cell.read(row[name]), re.compile(row["look"], re.IGNORECASE)
                 where = f"{tool['name']}: {row['what']}"
                 if not cell.file:
-                    found = [file for file, text in texts.items() if look.search(text)]
-                    if found:
-                        yield f"{where}: said not to be found, and is in {found[:4]}"
+                    result = [file for file, text in texts.items() if look.search(text)]
+                    if result:
+                        yield f"{where}: marked as not found, but is in {result[:4]}"
                 elif not (folder / cell.file).is_file():
                     yield f"{where}: no file {cell.file}"
                 elif cell.verdict != "-":
@@ -116,7 +116,7 @@ def faults(data: dict[str, Any], sources: Path) -> Iterator[str]:
 
 
 def files(folder: Path, read: list[str]) -> Iterator[tuple[str, str]]:
-    """(path, text) of the files that are looked through: source, docs and examples, no tests."""
+    """Yield (path, text) of the files to search: source, docs and examples, without tests."""
     for part in read:
         for file in [folder / part] if (folder / part).is_file() else sorted((folder / part).rglob("*")):
             named = file.suffix in TEXTS or "Dockerfile" in file.name
@@ -127,9 +127,9 @@ def files(folder: Path, read: list[str]) -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sources", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     data = load()
-    wrong = list(faults(data, given.sources)) if given.sources else []
+    wrong = list(faults(data, args.sources)) if args.sources else []
     for line in wrong:
         print(line, file=sys.stderr)
     PAGE.write_text(page(data), encoding="utf-8")

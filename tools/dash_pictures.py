@@ -1,9 +1,9 @@
-"""Pictures of the page of `strop dash`, from real runs, for the docs.
+"""Take screenshots of the page of `strop dash` from real runs, for the docs.
 
     python tools/dash_pictures.py runs --run demo-1 --other small-rank --data train.jsonl
 
-Run it where the paths of the runs' data hold. Needs Chromium and playwright. Writes docs/pictures/dash-*.png, each
-at most 300 kB; fails where a screen does not come or a picture is larger.
+Run it where the data paths of the runs are valid. Needs Chromium and playwright. Writes docs/pictures/dash-*.png, each
+at most 300 kB; fails if a screen does not load or a picture is larger.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.browser import PHONE, at, open_browser
-from tests.support.dash import dashing
+from tests.support.dash import run_dash
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 300_000  # bytes
@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--other", required=True, help="another, to compare with it")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", required=True)
-    given = parser.parse_args()
-    options = quote(json.dumps({"model.name": given.model, "data.train": given.data}))
-    run, other = quote(given.run, safe=""), quote(given.other, safe="")
-    # name -> (address, what is there once it is whole, light or dark, size)
+    args = parser.parse_args()
+    options = quote(json.dumps({"model.name": args.model, "data.train": args.data}))
+    run, other = quote(args.run, safe=""), quote(args.other, safe="")
+    # name -> (address, text of the complete screen, light or dark, size)
     screens = {
         "runs": ("/runs", "table .spark", "light", {**WIDE, "height": 380}),
         "run": (f"/run/{run}", ".plot canvas >> nth=3", "light", {**WIDE, "height": 980}),
@@ -46,14 +46,14 @@ def main() -> None:
     }
     out = ROOT / "docs" / "pictures"
     out.mkdir(parents=True, exist_ok=True)
-    with dashing(given.folder, Path.cwd()) as dash, open_browser() as browser:
+    with run_dash(args.folder, Path.cwd()) as dash, open_browser() as browser:
         for name, (address, whole, scheme, size) in screens.items():
             context = browser.new_context(viewport=size, color_scheme=scheme)
             page = context.new_page()
             page.goto(at(dash, address))
             page.wait_for_selector(whole)
             page.wait_for_selector(".screen:not([aria-busy])")
-            page.wait_for_timeout(1500)  # what streams send first
+            page.wait_for_timeout(1500)  # the first events of streams
             file = out / f"dash-{name}.png"
             page.screenshot(path=file)
             context.close()

@@ -1,10 +1,10 @@
-"""What benchmarks kept, beside what they kept before: figures that became worse.
+"""Compare benchmark results with earlier ones, and list those that became worse.
 
     python tools/history.py [OLD.json NEW.json] [--by 10]
 
-Without files: of each benchmark in benchmarks/results that has several dates, the last beside the one before. A rate
-that fell, or seconds or bytes that rose, by more than --by percent is listed. Exits with 1 where one was, on the same
-machine; figures of two machines are shown, and prove nothing.
+Without files: compares the last two results of each benchmark in benchmarks/results. Lists rates that fell, and seconds
+or bytes that rose, by more than --by percent. Exits with 1 if there are any from the same machine; results of different
+machines are printed only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 DATED = re.compile(r"(.+)_(\d{4}-\d{2}-\d{2})")
-COUNTS = ("clients", "seed", "length", "rows")  # with the texts of a row: which one it is
+COUNTS = ("clients", "seed", "length", "rows")  # these fields and the texts of a row identify it
 LESS_IS_BETTER = re.compile(r"(seconds|bytes|(?<!per)(?<!cpu)_s)$")
 MORE_IS_BETTER = re.compile(r"per_(cpu_)?s$")
 
 
 def figures(found: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
-    """(place, number) of each rate, time and size."""
+    """Yield (path, value) of each rate, time and size."""
     if isinstance(found, dict):
         for key, value in found.items():
             yield from figures(value, (*at, key))
@@ -39,7 +39,7 @@ def figures(found: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 
 def worse(old: dict[str, Any], new: dict[str, Any], by: float) -> Iterator[str]:
-    """A line for each figure that both have, and that is worse in the second by more than `by` (a share)."""
+    """Yield a line for each value that is in both and is worse in the second by more than the fraction `by`."""
     before = dict(figures(old["results"]))
     for at, now in figures(new["results"]):
         then = before.get(at)
@@ -62,17 +62,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", metavar="OLD.json NEW.json")
     parser.add_argument("--by", type=float, default=10.0, help="percent")
-    given = parser.parse_args()
-    if len(given.files) not in (0, 2):
+    args = parser.parse_args()
+    if len(args.files) not in (0, 2):
         parser.error("give two files, or none")
     regressed = False
-    for old, new in [tuple(given.files)] if given.files else pairs():
+    for old, new in [tuple(args.files)] if args.files else pairs():
         then, now = (json.loads(file.read_text(encoding="utf-8")) for file in (old, new))
         same = all(then["machine"].get(key) == now["machine"].get(key) is not None for key in ("cpu", "cores"))
-        found = list(worse(then, now, given.by / 100))
-        print(f"{old.name} -> {new.name}, {'the same machine' if same else 'two machines'}: {len(found)} worse")
-        print("".join(f"  {line}\n" for line in found), end="")
-        regressed |= same and bool(found)
+        result = list(worse(then, now, args.by / 100))
+        print(f"{old.name} -> {new.name}, {'the same machine' if same else 'two machines'}: {len(result)} worse")
+        print("".join(f"  {line}\n" for line in result), end="")
+        regressed |= same and bool(result)
     return int(regressed)
 
 

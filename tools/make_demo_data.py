@@ -1,12 +1,12 @@
-"""Writes the demo data set: spoken commands at home and in the office, each to one line of JSON.
+"""Write the demo data set: spoken commands at home and in the office, each with one line of JSON as the answer.
 
     python tools/make_demo_data.py            writes src/strop/demo/train.jsonl and heldout.jsonl
 
-What the rows hold to, so that they can be learned and a miss is a miss:
+Rules that make the rows learnable and a miss unambiguous:
 - Every slot value is copied from the command, letter by letter; absent slots are absent keys.
-- Keys stand in one order per intent, `intent` first.
+- The keys of an intent have a fixed order, `intent` first.
 - A held-out row uses a phrasing that no training row uses, and about half of its open values (names, tasks, titles,
-  messages, ...) are in no training row either: knowing the rows by heart does not help.
+  messages, ...) are in no training row either, so that memorizing the rows does not help.
 The same seed gives the same bytes on every Python from 3.10 on.
 """
 
@@ -23,15 +23,15 @@ from pathlib import Path
 SEED = 2026
 TRAIN, HELDOUT = "train", "heldout"
 ROWS_PER_INTENT = {TRAIN: 63, HELDOUT: 16}
-UNSEEN_SHARE = 0.25  # of each open pool, kept from the training rows
-UNSEEN_DRAWS = 0.5  # share of held-out draws that take an unseen value
-MAX_CHARACTERS = 172  # of command and answer: about 80 tokens of SmolLM2 with the system prompt
+UNSEEN_SHARE = 0.25  # share of each open pool that training rows do not use
+UNSEEN_DRAWS = 0.5  # share of held-out samples with an unseen value
+MAX_CHARACTERS = 172  # characters of command and answer: about 80 tokens in SmolLM2 with the system prompt
 SYSTEM = "Turn the command into one line of JSON."
 FOLDER = Path(__file__).resolve().parent.parent / "src" / "strop" / "demo"
 
-# Intent, its slots in the order of the keys, then its phrasings, parted by `|`. `>` marks a line of held-out ones; `~`
-# one that starts with a verb, so that "could you" fits before it; `{=day}` is a day without its "on"; `{slot:pool}`
-# draws the slot from another pool.
+# Intent, its slots in the order of the keys, then its phrasings, separated by `|`. `>` marks held-out phrasings; `~`
+# marks one that starts with a verb, so that "could you" fits before it; `{=day}` is a day without "on"; `{slot:pool}`
+# samples the slot from another pool.
 INTENTS = """
 set_reminder: task day time
     ~remind me to {task} at {time} | ~remind me to {task} {day} | ~remind me {day} at {time} to {task}
@@ -131,7 +131,7 @@ find_train: origin destination day time
   > how do I get from {origin} to {destination} by train at {time}
 """
 
-OPENINGS = {  # before a verb, by split; the empty ones are the plain commands
+OPENINGS = {  # prefixes of verbs by split; the empty ones give plain commands
     TRAIN: ["", "", "", "", "please ", "could you ", "can you ", "hey, ", "I'd like you to ", "um, ", "okay, "],
     HELDOUT: ["", "", "", "please ", "could you ", "would you ", "hi there, ", "um, can you "],
 }
@@ -144,7 +144,7 @@ def listed(text: str) -> list[str]:
 
 
 def joined(*parts: str) -> list[str]:
-    """Every combination, one of each comma-separated part, with a blank between."""
+    """Return every combination of the comma-separated parts, one of each, with a space between."""
     return [" ".join(combination) for combination in itertools.product(*map(listed, parts))]
 
 
@@ -214,7 +214,7 @@ OFFICE = [
 ITEMS = {"groceries": FOOD, "shopping": FOOD, "hardware store": HARDWARE, "camping": CAMPING, "office supplies": OFFICE}
 LIGHTS = "lamp, ceiling light, floor lamp, spotlights, fairy lights, reading light, desk lamp"
 
-# A part of each of these pools is kept for the held-out rows.
+# A part of each of these pools is reserved for the held-out rows.
 OPEN: dict[str, list[str]] = {
     "task": TASKS,
     "message": MESSAGES,
@@ -290,7 +290,7 @@ CLOSED: dict[str, list[str]] = {
     "list": list(ITEMS),
 }
 FIELD = re.compile(r"\{(=?)(\w+)(?::(\w+))?\}")
-FREE_END = ("{message}", "{task}")  # nothing may follow these: it would read as part of them
+FREE_END = ("{message}", "{task}")  # must be last, since following text would seem to belong to them
 
 
 @dataclass(frozen=True)
@@ -300,15 +300,15 @@ class Intent:
 
 
 def intents() -> dict[str, Intent]:
-    """INTENTS, parsed."""
-    found: dict[str, Intent] = {}
+    """Parse INTENTS."""
+    results: dict[str, Intent] = {}
     for line in INTENTS.strip().splitlines():
         if not line.startswith(" "):
             name, keys = line.split(": ")
-            found[name] = Intent(keys.split(), {TRAIN: [], HELDOUT: []})
+            results[name] = Intent(keys.split(), {TRAIN: [], HELDOUT: []})
         else:
-            found[name].phrases[HELDOUT if ">" in line[:4] else TRAIN] += line[4:].split(" | ")
-    return found
+            results[name].phrases[HELDOUT if ">" in line[:4] else TRAIN] += line[4:].split(" | ")
+    return results
 
 
 @dataclass(frozen=True)
@@ -321,21 +321,21 @@ class Command:
         return len(self.user) + len(json.dumps(self.gold))
 
     def line(self) -> str:
-        """The row as it stands in the file."""
+        """Return the row as a line of the file."""
         turns = [("system", SYSTEM), ("user", self.user), ("assistant", json.dumps(self.gold, ensure_ascii=False))]
         row = {"messages": [{"role": role, "content": content} for role, content in turns]}
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 class Writer:
-    """Draws commands; what it has written it does not write again, in either split."""
+    """Samples commands, each only once over both splits."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.written: set[str] = set()
         self.seen: dict[str, list[str]] = {}
         self.unseen: dict[str, list[str]] = {}
-        cities: list[str] = []  # one cut for both, or an unseen origin would be a destination in training
+        cities: list[str] = []  # one split for both, otherwise an unseen origin would be a destination in training
         for slot, pool in OPEN.items():
             values = sorted(set(pool))
             self.random.shuffle(values)
@@ -355,7 +355,7 @@ class Writer:
 
     def command(self, name: str, intent: Intent, phrase: str, split: str) -> Command:
         gold: dict[str, str] = {}
-        # The list comes before the item: it says what may stand on it.
+        # The list is sampled before the item, because it determines the possible items.
         for _, slot, pool in sorted(FIELD.findall(phrase), key=lambda found: found[1] != "list"):
             gold[slot] = self.value(slot, pool or slot, split, gold)
 
@@ -372,7 +372,7 @@ class Writer:
         return Command(phrase, opening + text + ending, {"intent": name} | slots)
 
     def commands(self, split: str) -> Iterator[Command]:
-        """The commands of one split: as many of every intent, its phrasings in turn."""
+        """Yield the commands of one split: the same number for every intent, its phrasings in turn."""
         for name, intent in intents().items():
             for phrase in itertools.islice(itertools.cycle(intent.phrases[split]), ROWS_PER_INTENT[split]):
                 command = self.command(name, intent, phrase, split)
@@ -383,12 +383,12 @@ class Writer:
 
 
 def make(seed: int = SEED) -> dict[str, list[Command]]:
-    """The commands of both splits, in the order they are written."""
+    """Return the commands of both splits in the order of the files."""
     writer = Writer(seed)
-    made = {split: list(writer.commands(split)) for split in (TRAIN, HELDOUT)}
-    for commands in made.values():
+    splits = {split: list(writer.commands(split)) for split in (TRAIN, HELDOUT)}
+    for commands in splits.values():
         writer.random.shuffle(commands)
-    return made
+    return splits
 
 
 if __name__ == "__main__":

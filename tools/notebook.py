@@ -1,7 +1,7 @@
-"""The lesson as a notebook: python tools/notebook.py writes docs/lesson.ipynb from docs/lesson.md.
+"""Write docs/lesson.ipynb from docs/lesson.md: python tools/notebook.py
 
-What the lesson's test runs becomes code cells; the rest, and the solutions of the exercises, stay text. `--run`
-executes it, as Jupyter does (`make notebook`), and ends at the first cell that fails.
+Blocks that the lesson's test runs become code cells; the rest, and the solutions of the exercises, stay text. `--run`
+executes the notebook like Jupyter (`make notebook`), and stops at the first cell that fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SOLUTION = re.compile(r"<details>.*?</details>", re.S)
 FIRST = """This notebook is [the lesson](lesson.md), with its blocks as cells. It runs on a free machine of Colab or
 Kaggle, with a GPU or without one: strop takes what is there. On such a machine run the next cell first; where strop is
 installed already, leave it out. Run the cells from top to bottom; the exercises are for cells of your own."""
-INSTALL = """REPOSITORY = ""  # what you would give to `git clone`
+INSTALL = """REPOSITORY = ""  # the argument of `git clone`
 
 if REPOSITORY:
     %pip install --quiet "git+{REPOSITORY}"
@@ -33,7 +33,7 @@ if REPOSITORY:
 
 
 def cells(lesson: str) -> Iterator[tuple[str, str]]:
-    """(markdown or code, text) of each cell, in the lesson's order."""
+    """Yield (markdown or code, text) of each cell, in the order of the lesson."""
     title, _, rest = lesson.partition("\n## ")
     yield "markdown", title.strip()
     yield "markdown", FIRST
@@ -50,11 +50,11 @@ def cells(lesson: str) -> Iterator[tuple[str, str]]:
 
 
 def _text(text: str) -> Iterator[tuple[str, str]]:
-    """Words between code cells, a cell a heading; marks of blocks are the test's alone."""
+    """Yield the text between code cells, a cell per heading, without marks of blocks, which only the test needs."""
     for part in re.split(r"^(?=\d+\. )", re.sub(r"^## ", "", text, flags=re.M), flags=re.M):
-        said = re.sub(r"^```(\w+) (?:run|wrong)[^\n]*$", r"```\1", part.strip(), flags=re.M)
-        if said:
-            yield "markdown", f"## {said}" if re.match(r"\d+\. ", said) else said
+        output = re.sub(r"^```(\w+) (?:run|wrong)[^\n]*$", r"```\1", part.strip(), flags=re.M)
+        if output:
+            yield "markdown", f"## {output}" if re.match(r"\d+\. ", output) else output
 
 
 def _code(language: str, text: str) -> str:
@@ -62,15 +62,15 @@ def _code(language: str, text: str) -> str:
 
 
 def notebook(lesson: str) -> dict[str, Any]:
-    """The whole notebook, as its file holds it (nbformat 4.5)."""
-    made = []
+    """Return the notebook in nbformat 4.5."""
+    created = []
     for number, (kind, text) in enumerate(cells(lesson)):
         cell: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number:03d}", "metadata": {}}
         cell["source"] = text.splitlines(keepends=True)
-        made.append(cell | ({"execution_count": None, "outputs": []} if kind == "code" else {}))
+        created.append(cell | ({"execution_count": None, "outputs": []} if kind == "code" else {}))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     about = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    return {"cells": made, "metadata": about, "nbformat": 4, "nbformat_minor": 5}
+    return {"cells": created, "metadata": about, "nbformat": 4, "nbformat_minor": 5}
 
 
 def written() -> str:
@@ -78,28 +78,30 @@ def written() -> str:
 
 
 def run() -> None:
-    """Executes the file in a kernel of this Python, in an empty folder; prints what each cell says. A shell command
-    that fails is an error too, which it is not in Jupyter."""
+    """Execute the file in a kernel of this Python in an empty folder, and print the output of each cell.
+
+    Unlike in Jupyter, a shell command that fails is an error.
+    """
     import nbclient
     import nbformat
 
-    made = nbformat.read(NOTEBOOK, 4)
-    for cell in made.cells:
+    notebook = nbformat.read(NOTEBOOK, 4)
+    for cell in notebook.cells:
         if cell.cell_type == "code" and cell.source.startswith("!"):
             cell.source = "\n".join(f"{line}\nassert _exit_code == 0" for line in cell.source.splitlines())
     started = time.monotonic()
 
     def tell(cell: Any, cell_index: int, **_: Any) -> None:
-        said = "".join(out.get("text", "") or str(out.get("data", {}).get("text/plain", "")) for out in cell.outputs)
-        print(f"[{time.monotonic() - started:.0f} s] {cell.source}\n{said}", flush=True)
+        output = "".join(out.get("text", "") or str(out.get("data", {}).get("text/plain", "")) for out in cell.outputs)
+        print(f"[{time.monotonic() - started:.0f} s] {cell.source}\n{output}", flush=True)
 
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as folder:
         where = {"metadata": {"path": folder}}
-        client = nbclient.NotebookClient(made, timeout=1800, kernel_name="python3", resources=where)
+        client = nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=where)
         client.on_cell_executed = tell
         client.execute()
-    print(f"all {sum(cell.cell_type == 'code' for cell in made.cells)} cells of code ran")
+    print(f"all {sum(cell.cell_type == 'code' for cell in notebook.cells)} cells of code ran")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes docs/pictures/beside-others.svg: speed and memory of one LoRA step, from the table in docs/performance.md.
+"""Write docs/pictures/beside-others.svg: speed and memory of one LoRA step, from the table in docs/performance.md.
 
 python tools/pictures.py
 """
@@ -19,16 +19,16 @@ HEADING = "| on the EPYC |"
 
 
 def measured() -> list[tuple[str, float, float]]:
-    """(tool, tokens a second, peak memory in GiB), as the table has them."""
+    """Return (tool, tokens/s, peak memory in GiB) from the table."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     table = text[text.index(HEADING) :].split("\n\n")[0]
-    found = []
+    results = []
     for row in table.splitlines()[2:]:
         tool, speed, _, memory, *_ = (cell.strip(" *") for cell in row.strip("|").split("|"))
         name = re.split(r" \(", tool)[0]
         if not name.startswith("strop,"):
-            found.append((name, float(speed.replace("*", "").replace(",", "").split()[0]), float(memory.split()[0])))
-    return found
+            results.append((name, float(speed.replace("*", "").replace(",", "").split()[0]), float(memory.split()[0])))
+    return results
 
 
 def draw(rows: list[tuple[str, float, float]], out: Path) -> None:

@@ -1,9 +1,10 @@
-"""Whether a change moves numbers: 20 steps on SmolLM2 in six ways, their losses and the hash of each adapter.
+"""Check that a change keeps the losses and adapters of 20 steps on SmolLM2 in six configurations bit-identical.
 
     .venv/bin/python tools/same_numbers.py --out before.json       # on the commit before
-    .venv/bin/python tools/same_numbers.py --against before.json   # on the commit after; exit 1 where anything differs
+    .venv/bin/python tools/same_numbers.py --against before.json   # on the commit after; exits with 1 if anything
+differs
 
-The figures are of one machine: its instructions and its number of threads decide the last bits.
+Results are valid for one machine, because its instructions and number of threads decide the last bits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ WAYS: dict[str, list[str]] = {
 
 
 def numbers(options: list[str], folder: Path) -> dict[str, Any]:
-    """The losses of all steps, and the SHA-256 of the adapter's weights."""
+    """Return the losses of all steps, and the SHA-256 of the adapter's weights."""
     command = [sys.executable, "-m", "strop.cli", "train", "--model", "demo", "--data", str(data_files()[0])]
     command += ["--out", str(folder), "--train.max_steps", str(STEPS), "--train.log_steps", "1", *options]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -46,23 +47,25 @@ def numbers(options: list[str], folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--out", type=Path, help="write the numbers here")
-    asked.add_argument("--against", type=Path, help="compare with the numbers of this file")
-    asked.add_argument("--only", default="", help="ways whose name holds this")
-    options = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the numbers here")
+    parser.add_argument("--against", type=Path, help="compare with the numbers of this file")
+    parser.add_argument("--only", default="", help="ways whose name holds this")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         asked_for = {name: way for name, way in WAYS.items() if options.only in name}
-        found = {name: numbers(way, Path(folder) / name.replace(" ", "-")) for name, way in asked_for.items()}
+        result = {name: numbers(way, Path(folder) / name.replace(" ", "-")) for name, way in asked_for.items()}
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     before = json.loads(options.against.read_text(encoding="utf-8")) if options.against else {}
     wrong = 0
-    for name, now in found.items():
+    for name, now in result.items():
         same = before.get(name) == now
         wrong += not same
-        said = "" if not before else "   equal to the bit" if same else f"   DIFFERS: {before.get(name)}"
-        print(f"{name:<11} loss {now['losses'][0]:.6f} to {now['losses'][-1]:.6f}, adapter {now['adapter'][:12]}{said}")
+        verdict = "" if not before else "   equal to the bit" if same else f"   DIFFERS: {before.get(name)}"
+        print(
+            f"{name:<11} loss {now['losses'][0]:.6f} to {now['losses'][-1]:.6f}, adapter {now['adapter'][:12]}{verdict}"
+        )
     return 1 if before and wrong else 0
 
 

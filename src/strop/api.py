@@ -1,12 +1,12 @@
-"""The public functions of strop. The command line calls them too.
+"""The public functions of strop, which the command line uses too.
 
 Functions that train or read data take recipe fields as keyword arguments (`**options`), in these forms:
 
-- short names: `model`, `data`, `eval`, `out`, `preset`, `seed`
+- a short name: `model`, `data`, `eval`, `out`, `preset`, `seed`
 - a section as a dict: `lora={"r": 8}`; `model` and `data` may be dicts too
 - a dotted name: `**{"train.epochs": 1}`
 
-Paths may be strings or `pathlib.Path`; where a run or model is expected, a `Run` is accepted too.
+A path may be a string or a `pathlib.Path`. A run or a model may also be given as the `Run` that `train` returned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from strop.exporting.gguf import Exported
     from strop.exporting.hub import Pushed
     from strop.exporting.merge import Merged
-    from strop.exporting.ollama import Prepared as PreparedOllama
+    from strop.exporting.ollama import PreparedOllama
     from strop.planning.plan import Plan
     from strop.planning.tables import Row
     from strop.runs.events import Event
@@ -45,18 +45,18 @@ def plan(
     nodes: int = 1,
     **options: Any,
 ) -> Plan:
-    """Predict whether a recipe fits, how long it takes, and what to change if it does not fit.
+    """Predict whether a recipe fits in memory, how long training takes, and what to change if it does not fit.
 
-    Reads no weights and needs no torch.
+    Reads no weights and does not import torch.
 
     Args:
         recipe: path of a recipe file.
-        memory: memory of the device, in bytes or as text such as "8GB". Default: that of this machine.
+        memory: memory of the device, in bytes or as text such as "8GB". Default: the memory of this machine.
         gpu: name of a GPU to plan for, such as "RTX 4090". Default: this machine.
         devices: number of devices per machine.
         nodes: number of machines.
         **options: recipe fields, as for `train`. Without `data`, all rows are assumed to have the maximum length.
-            `model` may be the path of a config.json alone.
+            `model` may be the path of a config.json.
 
     Returns:
         The plan: `fits`, peak memory by phase, time, and the chosen settings with their reasons.
@@ -65,20 +65,20 @@ def plan(
         InputError: If an option, the model or the data is invalid.
     """
     from strop.config.load import Choice, resolve
-    from strop.machine.memory import limit_bytes
-    from strop.planning.machines import target_for
-    from strop.planning.microbatch import plan_options, row_sizes
+    from strop.machine.memory import parse_memory
+    from strop.planning.machines import find_target
+    from strop.planning.microbatch import measure_rows, plan_options
     from strop.planning.multi_device import Devices, target_share
     from strop.planning.plan import make_plan, read_model_facts, start_adapter
 
-    resolved = resolve(_path(recipe), plan_options(_flatten(options), recipe is not None))
+    resolved = resolve(_as_path(recipe), plan_options(_flatten(options), recipe is not None))
     device = resolved.recipe.model.device
     cluster = Devices(devices, nodes)
-    target = target_share(target_for(device, limit_bytes(memory), gpu), cluster, local=memory is None and gpu is None)
+    target = target_share(find_target(device, parse_memory(memory), gpu), cluster, local=memory is None and gpu is None)
     model = read_model_facts(resolved.recipe)
     if gpu is not None and device.partition(":")[0] != target.device:  # the recipe was written for another machine
         resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
-    rows, adapter = row_sizes(resolved.recipe), start_adapter(resolved.recipe)
+    rows, adapter = measure_rows(resolved.recipe), start_adapter(resolved.recipe)
     return make_plan(resolved, model, target, rows=rows, adapter=adapter, devices=cluster)
 
 
@@ -100,9 +100,9 @@ def compare_methods(
         InputError: If an option or the model is invalid.
     """
     from strop.config.load import resolve
-    from strop.machine.memory import limit_bytes
+    from strop.machine.memory import parse_memory
     from strop.planning.choose import usable_bytes
-    from strop.planning.machines import target_for
+    from strop.planning.machines import find_target
     from strop.planning.microbatch import plan_options
     from strop.planning.plan import read_model_facts
     from strop.planning.tables import compare_methods as compare
@@ -111,10 +111,10 @@ def compare_methods(
     values = plan_options(_flatten(options), recipe is not None)
     has_model = "model.name" in values or recipe is not None
     if not has_model:
-        values["model.name"] = "-"
-    resolved = resolve(_path(recipe), values).recipe
-    machine_given = memory is not None or gpu is not None or resolved.model.device != "auto"
-    target = target_for(resolved.model.device, limit_bytes(memory), gpu) if machine_given else None
+        values["model.name"] = "-"  # placeholder: a recipe needs a model
+    resolved = resolve(_as_path(recipe), values).recipe
+    has_target = memory is not None or gpu is not None or resolved.model.device != "auto"
+    target = find_target(resolved.model.device, parse_memory(memory), gpu) if has_target else None
     device, dtype = ("cuda", "bf16") if target is None else (target.device, target.dtype[0])
     section = resolved.model.model_copy(update={"device": device, "dtype": dtype})
     models = known_models()
@@ -135,7 +135,7 @@ def train(
 ) -> Run:
     """Fine-tune a model and write a run folder.
 
-    If a launcher such as torchrun started several processes, this one joins the others; only rank 0 calls `callback`.
+    Under a launcher such as torchrun, each process calls this function, and only rank 0 calls `callback`.
 
     Args:
         recipe: path of a recipe file. Options override its values.
@@ -156,13 +156,13 @@ def train(
     from strop.config.load import resolve
     from strop.distributed.launch import join_devices
 
-    resolved = resolve(_path(recipe), _flatten(options))
+    resolved = resolve(_as_path(recipe), _flatten(options))
     with join_devices() as devices:
-        from strop.machine.memory import limit_bytes
+        from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import train as run_training
 
-        limit = limit_bytes(memory)
+        limit = parse_memory(memory)
         with isolated_torch_state():
             return run_training(
                 resolved, [callback] if callback else [], memory=limit, devices=devices, resume_existing=resume_existing
@@ -182,32 +182,32 @@ def resume(
     Args:
         run: the run folder.
         callback: called with each event that is written to events.jsonl.
-        allow_changed: what may differ from the start of the run: "lr", "schedule", "base", "data", "template",
+        allow_changed: what may have changed since the run started: "lr", "schedule", "base", "data", "template",
             "versions", or a recipe field.
         memory: maximum memory to use, in bytes or as text such as "8GB".
-        **options: recipe fields with new values, each of which `allow_changed` must name.
+        **options: recipe fields with new values. `allow_changed` must list each of them.
 
     Returns:
         The run, with `folder` and `report`.
 
     Raises:
-        InputError: If the folder is not a run, or something changed that `allow_changed` does not name.
+        InputError: If the folder is not a run, or something changed that `allow_changed` does not list.
         RunError: If training fails.
         Stopped: After Ctrl-C or SIGTERM, once the run is saved.
     """
     from strop.distributed.launch import join_devices
 
     with join_devices() as devices:
-        from strop.machine.memory import limit_bytes
+        from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import resume as resume_training
 
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
-        limit = limit_bytes(memory)
+        limit = parse_memory(memory)
         with isolated_torch_state():
-            given, listeners = _flatten(options), [callback] if callback else []
+            values, listeners = _flatten(options), [callback] if callback else []
             return resume_training(
-                Path(run), listeners, options=given, allow_changed=names, memory=limit, devices=devices
+                Path(run), listeners, options=values, allow_changed=names, memory=limit, devices=devices
             )
 
 
@@ -229,38 +229,37 @@ def evaluate(
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Compare base and tuned model on held-out rows. The result is also written to the run's report.
+    """Compare the base model and the tuned model on held-out rows. The result is also written to the run's report.
 
     Args:
         run: a run, adapter or model folder, .gguf file, Hub id or "demo"; or a list of them.
         data: a data file, or a list of files.
         metric: "exact", "exact_json", "contains", "regex", "choice", "file.py:function", or "preference" for pairs.
         max_new_tokens: maximum length of an answer in tokens.
-        general: also evaluate on the built-in general set, to find what training made worse.
+        general: also evaluate on the built-in general set, to detect abilities that training made worse.
         regression_data: further data files on which the model should not get worse.
-        regression_metric: metric of the regression data. Default: `metric`.
+        regression_metric: metric for `regression_data`. Default: `metric`.
         tasks: tasks of lm-evaluation-harness, by name or .yaml file.
-        task_limit: number of documents per task.
-        judge: judge of the better answer, as "file.py:function" or the URL of an OpenAI-compatible server.
-        judge_model: model of the judge's server.
-        quantization: "none", "nf4", "fp4", "int8", or "auto" (as the adapter was trained).
-        force: load an adapter on a different base.
-        progress: called with what is generated (such as "base and tuned"), the number of answers so far, and their
-            total.
-        **options: `data.format`, `data.columns` or `data.encoding`, to read rows differently than the run does.
+        task_limit: maximum number of documents per task.
+        judge: decides which answer is better: "file.py:function", or the URL of an OpenAI-compatible server.
+        judge_model: name of the model on the judge's server.
+        quantization: "none", "nf4", "fp4", "int8", or "auto" (the quantization used in training).
+        force: load the adapter even if the base differs from the one it was trained on.
+        progress: called with a label (such as "base and tuned"), the number of finished answers, and their total.
+        **options: `data.format`, `data.columns` or `data.encoding`. Default: the run's settings.
 
     Returns:
         The fields of `strop eval --json`. For a list of runs: {"runs": [...], "leaderboard": [...]}.
 
     Raises:
         InputError: If an option, the model or the data is invalid.
-        RunError: If the judge fails; `partial_result` of the error has the evaluation so far.
+        RunError: If the judge fails. The error's `partial_result` has the results up to the failure.
     """
     from strop.distributed.launch import join_devices
 
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
     with join_devices() as devices:
-        from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard
+        from strop.evaluation.run import EvalOptions, evaluate_models, rank_models
         from strop.machine.torch_state import isolated_torch_state
 
         with isolated_torch_state():
@@ -282,12 +281,12 @@ def evaluate(
             results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)
     if isinstance(run, str | os.PathLike):
         return results[0]
-    return {"runs": results, "leaderboard": leaderboard(results)}
+    return {"runs": results, "leaderboard": rank_models(results)}
 
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """The rows of a recipe as they would be trained on, with the recipe, the tokenizer and the kind of examples."""
+    """A recipe's rows, prepared for training, with the recipe, the tokenizer and the kind of rows."""
 
     recipe: Recipe
     tokenizer: Any
@@ -296,23 +295,23 @@ class CheckedRows:
 
 
 def check(recipe: PathLike | None = None, **options: Any) -> dict[str, Any]:
-    """Check the rows that would be trained on. Invalid rows are reported, not raised.
+    """Check the rows that a recipe would train on. Invalid rows are reported instead of raising an error.
 
     Args:
         recipe: path of a recipe file.
-        **options: recipe fields, as for `train`. Without `model`, the demo model's tokenizer is used.
+        **options: recipe fields, as for `train`. Without `recipe` and `model`, the demo model's tokenizer is used.
 
     Returns:
         The fields of `strop check --json`.
 
     Raises:
-        InputError: If an option or the model is invalid, or the data cannot be read at all.
+        InputError: If an option or the model is invalid, or a data file cannot be read.
     """
     return check_rows(recipe, options).prepared.report.as_json()
 
 
 def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRows:
-    """Prepare the rows of a recipe as `check` does, and return them with their report."""
+    """Prepare a recipe's rows for training; see `check` for the arguments and errors."""
     from strop.config.load import resolve
     from strop.data.prepare import prepare
     from strop.models.source import locate
@@ -320,7 +319,7 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     from strop.objectives.table import data_kind_of
 
     values = _flatten(options) if recipe else {"model.name": "demo", **_flatten(options)}
-    resolved = resolve(_path(recipe), values).recipe
+    resolved = resolve(_as_path(recipe), values).recipe
     tokenizer = load_tokenizer(locate(resolved.model.name, resolved.model.revision))
     data_kind = data_kind_of(resolved.train)
     prepared = prepare(resolved.data, tokenizer, strict=False, data_kind=data_kind)
@@ -336,11 +335,11 @@ def load(
         name: a run, adapter or model folder, .gguf file, Hub id, or "demo".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto", "bf16", "fp32" or "fp16".
-        quantization: "none", "nf4", "fp4", "int8", or "auto" (as the adapter was trained).
-        force: load an adapter on a different base.
+        quantization: "none", "nf4", "fp4", "int8", or "auto" (the quantization used in training).
+        force: load the adapter even if the base differs from the one it was trained on.
 
     Returns:
-        The model, with `generate` and `chat`.
+        The model, with the methods `generate` and `chat`.
 
     Raises:
         InputError: If the model, the device or an option is invalid.
@@ -362,14 +361,14 @@ def merge(
     measure: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Merged:
-    """Merge an adapter into its base as a new model folder, and compare the merged model with the tuned one.
+    """Merge an adapter into its base as a new model folder, and compare the merged model with the tuned model.
 
     Args:
         run: a run or adapter folder.
         out: the model folder to write.
         dtype: "bf16", "fp16" or "fp32".
-        data: rows to measure on. Default: the run's rows.
-        measure: compare the models; False for models too large to run on this machine.
+        data: file with rows to compare the models on. Default: the run's rows.
+        measure: compare the models. Use False if they are too large to run on this machine.
         progress: called with a description of each step.
 
     Returns:
@@ -377,7 +376,7 @@ def merge(
 
     Raises:
         InputError: If the run or the folder is invalid; raised before anything is written.
-        ParityError: If the merged model differs from the tuned one beyond the limit.
+        ParityError: If the merged model differs too much from the tuned model.
     """
     from strop.exporting.merge import merge as merge_adapter
     from strop.machine.torch_state import isolated_torch_state
@@ -428,24 +427,24 @@ def export(
     measure: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Exported | PreparedOllama:
-    """Export a run to llama.cpp or Ollama, and compare the result with the tuned model if llama.cpp is installed.
+    """Export a run for llama.cpp or Ollama, and compare the result with the tuned model if llama.cpp is installed.
 
     Args:
         target: "gguf" writes a GGUF file for llama.cpp, "ollama" a folder for `ollama create`.
         run: a run or adapter folder.
         out: the file or folder to write.
-        type: "f32", "f16", "bf16" or "q8_0" (default); with llama.cpp also "q6_k", "q5_k_m" and "q4_k_m".
+        type: "f32", "f16", "bf16" or "q8_0" (default); if llama.cpp is installed, also "q6_k", "q5_k_m" and "q4_k_m".
         adapter: write only the adapter, in f32 ("gguf" only).
-        data: rows to measure on. Default: the run's rows.
-        measure: compare the models; False for models too large to run on this machine.
+        data: file with rows to compare the models on. Default: the run's rows.
+        measure: compare the models. Use False if they are too large to run on this machine.
         progress: called with a description of each step.
 
     Returns:
-        The exported files and what was measured.
+        The exported files and the measured differences.
 
     Raises:
         InputError: If the run or an option is invalid; raised before anything is written.
-        ParityError: If the exported model differs from the tuned one beyond the limit.
+        ParityError: If the exported model differs too much from the tuned model.
     """
     from strop.exporting.gguf import export_gguf
     from strop.exporting.ollama import export_ollama
@@ -454,7 +453,7 @@ def export(
     if target not in ("gguf", "ollama"):
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
     if adapter and target == "ollama":
-        raise InputError("export: ollama needs the whole model, not an adapter", fix="leave out adapter, or give gguf")
+        raise InputError("export: ollama needs the whole model, not an adapter", fix="omit adapter, or give gguf")
     name, rows, progress = os.fspath(run), _data_file(data), progress or _ignore
     with isolated_torch_state():
         if target == "gguf":
@@ -478,8 +477,8 @@ def push(
     Args:
         run: a run, adapter or model folder.
         repo: the repository, as "OWNER/NAME". It is created if it does not exist.
-        public: make a new repository public. Without it, an existing public repository is refused.
-        base: Hub id of the adapter's base, if it was trained from a folder, a GGUF file or the demo model.
+        public: create a public repository, or allow pushing to an existing public one.
+        base: Hub id of the adapter's base, if the adapter was trained on a folder, a GGUF file or the demo model.
         message: the commit message.
         progress: called with a description of each step.
 
@@ -487,8 +486,8 @@ def push(
         The uploaded files and the URL of the repository.
 
     Raises:
-        InputError: If the folder, the repository or an option is invalid; raised before anything is sent.
-        RunError: If the Hub cannot be reached, or its files differ from those sent.
+        InputError: If the folder, the repository or an option is invalid; raised before anything is uploaded.
+        RunError: If the Hub cannot be reached, or its files differ from the uploaded ones.
     """
     from strop.exporting.hub import push as push_folder
 
@@ -499,7 +498,7 @@ def _ignore(text: str) -> None:
     pass
 
 
-def _path(recipe: PathLike | None) -> Path | None:
+def _as_path(recipe: PathLike | None) -> Path | None:
     return Path(recipe) if recipe else None
 
 
@@ -508,16 +507,16 @@ def _data_file(path: PathLike | None) -> str | None:
 
 
 def _data_files(paths: Any, name: str) -> Any:
-    """Return paths of data files as text. Raises InputError for rows in memory, which are not supported."""
+    """Convert paths of data files to text. Raises InputError for rows in memory, which are not supported."""
     for path in paths if isinstance(paths, list | tuple) else [paths]:
         if not isinstance(path, str | os.PathLike):
             what = f"{name}: a file or a list of files, not {type(path).__name__}"
             raise InputError(what, fix="write rows that are in memory to a JSON Lines file, and give its path")
-    return _plain(paths)
+    return _paths_to_text(paths)
 
 
 def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options by dotted name, with paths as text. Raises InputError for duplicates."""
+    """Return the options by dotted name, with paths as text. Raises InputError for duplicates."""
     from strop.config.load import full_name
 
     sections = ("model", "data", "lora", "train")
@@ -532,12 +531,12 @@ def _flatten(options: Mapping[str, Any]) -> dict[str, Any]:
             if dotted == "train.rewards" and any(map(callable, value if isinstance(value, list) else [value])):
                 raise InputError(f"{dotted}: a function is given by its name", fix="give 'file.py:function'")
             is_files = dotted in ("data.train", "data.eval") and not isinstance(value, int | float | None)
-            flat[dotted] = _data_files(value, dotted) if is_files else _plain(value)
+            flat[dotted] = _data_files(value, dotted) if is_files else _paths_to_text(value)
     return flat
 
 
-def _plain(value: Any) -> Any:
-    """Return a path or a Run as text, also inside a list; other values unchanged."""
+def _paths_to_text(value: Any) -> Any:
+    """Convert a path or a Run, or each in a list, to text; return other values unchanged."""
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_paths_to_text(inner) for inner in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value

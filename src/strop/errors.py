@@ -1,23 +1,7 @@
 """The errors that strop raises. Each one says what is wrong, where, and how to fix it.
 
-StropError                never raised itself: what, where, fix
-├── InputError            the user's input is wrong; raised before weights load    exit code 2
-│   ├── RecipeError           an option or a recipe: unknown key, invalid value
-│   ├── DataError             a data file or its rows
-│   ├── ModelError            a model, an adapter, a tokenizer or a chat template
-│   │   ├── GatedError            the Hub denies this account access
-│   │   └── QuantizerError        bitsandbytes is missing or does not work on this machine
-│   ├── DeviceError           a device that torch cannot use on this machine
-│   └── FolderError           a folder that cannot be written, or is not empty
-├── RunError              the command was tried and failed                         exit code 1
-│   ├── DivergedError         training diverged, and rolling back did not help
-│   │   └── NonFiniteError        the loss or a gradient is NaN or infinite
-│   ├── ParityError           a merged, exported or served model differs from the tuned one
-│   ├── MemoryLimitError      out of memory, with no setting left that would need less
-│   ├── DiskError             the disk is full or broken
-│   └── CheckpointError       no checkpoint is complete and undamaged
-├── PeerFailed            another process of this run failed and reports why       exit code of that process
-└── Stopped               Ctrl-C or SIGTERM, after saving                          exit code 130
+The command line exits with code 2 for an InputError, 1 for a RunError, 130 for Stopped, and with the failed process's
+code for PeerFailed.
 """
 
 from __future__ import annotations
@@ -28,12 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 TROUBLESHOOTING_PAGE = "docs/troubleshooting.md"
-MAX_SHOWN_PLACES = 10  # an error lists this many places and counts the rest
+MAX_SHOWN_LOCATIONS = 10  # an error lists this many locations and counts the rest
 
 
 @dataclass(frozen=True)
-class Where:
-    """A place in the user's input: a file, a line number from 1 (None: the whole file), and what is wrong there."""
+class Location:
+    """A location in the user's input: a file, a line number from 1 (None: the whole file), and what is wrong there."""
 
     file: str
     line: int | None
@@ -49,13 +33,13 @@ class StropError(Exception):
     Args:
         what: what is wrong, in one sentence.
         fix: what to do about it.
-        where: the places in the user's input that are wrong.
+        where: the locations in the user's input that are wrong.
     """
 
     exit_code = 1
-    page = ""  # the heading in docs/troubleshooting.md about this error
+    page = ""  # anchor of the heading in docs/troubleshooting.md about this error
 
-    def __init__(self, what: str, *, fix: str = "", where: Sequence[Where] = ()) -> None:
+    def __init__(self, what: str, *, fix: str = "", where: Sequence[Location] = ()) -> None:
         super().__init__(what)
         self.what = what
         self.fix = "; ".join(part for part in (fix, self.page and f"see {TROUBLESHOOTING_PAGE}#{self.page}") if part)
@@ -67,11 +51,11 @@ class StropError(Exception):
         return type(self).__name__
 
     def lines(self) -> list[str]:
-        """Return the error as text for a terminal: one line a place, then the fix."""
+        """Return the lines to print in a terminal: one line per location, then the message and the fix."""
         fix = f": {self.fix}" if self.fix else ""
         if len(self.where) == 1:
             return [f"{self.where[0]}{fix}"]
-        shown = [str(place) for place in self.where[:MAX_SHOWN_PLACES]]
+        shown = [str(location) for location in self.where[:MAX_SHOWN_LOCATIONS]]
         more = len(self.where) - len(shown)
         return [*shown, *([f"... and {more} more"] if more else []), f"{self.what}{fix}"]
 
@@ -80,7 +64,7 @@ class StropError(Exception):
             "kind": self.kind,
             "message": self.what,
             "fix": self.fix,
-            "where": [asdict(place) for place in self.where],
+            "where": [asdict(location) for location in self.where],
         }
 
 
@@ -173,13 +157,13 @@ class Stopped(StropError):
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that is most similar to `word`. None: none is similar."""
+    """Return the known word most similar to `word`, or None if none is similar."""
     matches = difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean x?)" for the most similar known word, or "" if none is similar."""
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean x?)" for the known word most similar to `word`, or "" if none is similar."""
     match = closest(word, known)
     return f" (did you mean {match}?)" if match else ""
 

@@ -1,4 +1,4 @@
-"""Helpers for tests of code that uses strop: a tiny model, a few rows, and a whole run in seconds.
+"""Helpers to test code that uses strop: a tiny model, a few rows, and a complete run that takes seconds.
 
     from strop import testing
 
@@ -7,7 +7,7 @@
         testing.tiny_run(tmp_path, callback=seen.append)
         assert seen[-1]["event"] == "end"
 
-The model has random weights. A run shows that the parts work together, not that a model is good.
+The model has random weights, so a run tests the integration with strop, not the quality of a model.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MAX_LENGTH = 512  # context length in tokens
 
 
 def tiny_model(folder: str | Path, *, seed: int = 0) -> Path:
-    """Save a random Llama model with two layers as a model folder that transformers can load.
+    """Save a Llama model with two layers and random weights as a model folder that transformers can load.
 
-    Its hidden size is 32 and its vocabulary has 259 tokens: all bytes and three special tokens of ChatML.
+    The hidden size is 32. The vocabulary has 259 tokens: all bytes and the three special tokens of ChatML.
 
     Args:
         folder: the folder to write.
@@ -48,8 +48,8 @@ def tiny_model(folder: str | Path, *, seed: int = 0) -> Path:
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[0], chat_template=CHATML)
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL_TOKENS[0], chat_template=CHATML)
     config: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": MAX_LENGTH,
@@ -59,8 +59,8 @@ def tiny_model(folder: str | Path, *, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**config))
     with torch.no_grad():
-        for weight in model.parameters():  # larger than the default, so that predictions differ
-            if weight.dim() == 2:
+        for weight in model.parameters():
+            if weight.dim() == 2:  # with the small default values, all tokens would be about equally likely
                 weight.mul_(4)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -99,7 +99,7 @@ def tiny_run(folder: str | Path, *, callback: Callable[[dict[str, Any]], None] |
         The run.
 
     Raises:
-        StropError: As `strop.train` does.
+        StropError: For the same reasons as `strop.train`.
     """
     import strop
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from strop.errors import nearest
+from strop.errors import suggest
 from tests.support.runs import QUICK, run
 
 GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}\n'
@@ -18,14 +18,14 @@ GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
 
 @pytest.fixture
 def model_without_weights(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny model; loading its weights fails the test."""
+    """Return the folder of the tiny model; loading its weights fails the test."""
     monkeypatch.setattr("strop.training.build.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
     return tiny_folder
 
 
 def test_nearest_excludes_the_word_itself() -> None:
-    assert nearest("rows.jsonl", ["rows.jsonl", "x"]) == ""
-    assert nearest("rows.jsonl", ["rows.jsonl", "rows.json"]) == " (did you mean rows.json?)"
+    assert suggest("rows.jsonl", ["rows.jsonl", "x"]) == ""
+    assert suggest("rows.jsonl", ["rows.jsonl", "rows.json"]) == " (did you mean rows.json?)"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The server as a page, another site's page and another user meet it. Nothing here trains."""
+"""The server of the page: access rules, requests, streams and the process. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import requests
 
 from strop.dash.app import MAX_BODY_BYTES, action_routes, read_routes, stem
 from strop.dash.dashboard import Services
-from tests.support.dash import TOKEN, Dash, dashing, evaluated, lines, make_run, sample, session, step
+from tests.support.dash import TOKEN, Dash, evaluated, lines, make_run, run_dash, sample, session, step
 
 HOSTILE = "<script>alert(1)</script>\u202e\x1b[31m\"'&\ud800"
 
@@ -36,19 +36,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dash(root: Path) -> Iterator[Dash]:
-    with dashing(root, root.parent) as started:
+    with run_dash(root, root.parent) as started:
         yield started
         assert started.stop() == 130
 
 
 def addresses(root: Path) -> list[tuple[str, str]]:
-    """(method, path) of every route, for the run `two`."""
+    """Return the method and path of every route, for the run `two`."""
     room = Services(root, None)
-    found: list[tuple[str, str]] = []
+    results: list[tuple[str, str]] = []
     for route in [*read_routes(room), *action_routes(room)]:
         path = str(route.path).replace("{name}", "two").replace("{id}", "20200101-000000-train-abcdef")  # type: ignore[attr-defined]
-        found += [(method, path) for method in route.methods if method != "HEAD"]  # type: ignore[attr-defined]
-    return found
+        results += [(method, path) for method in route.methods if method != "HEAD"]  # type: ignore[attr-defined]
+    return results
 
 
 def tree(root: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def test_pages_of_other_sites_are_refused(dash: Dash) -> None:
     form = dash.send("POST", "/api/runs/two/delete", data="confirm=two", headers={"content-type": "text/plain"})
     assert form.status_code == 415
     assert dash.send("OPTIONS", "/api/runs").status_code == 405
-    assert dash.get("/api/runs/two/delete").status_code == 405  # no change by a link or a picture
+    assert dash.get("/api/runs/two/delete").status_code == 405  # GET requests change nothing
 
 
 def test_paths_outside_the_folder_are_refused(dash: Dash) -> None:
@@ -183,11 +183,11 @@ def test_read_routes_return_the_run(dash: Dash, root: Path) -> None:
     voted = dash.post("/api/runs/one/vote", {"ballot": ballot["ballot"], "choice": "tie"}).json()
     assert voted["tally"]["ties"] == 1 and (root / "one" / "votes.jsonl").read_text().count("\n") == 1
     assert dash.post("/api/runs/one/vote", {"ballot": ballot["ballot"], "choice": "a"}).status_code == 409
-    found = dash.get("/api/compare?runs=one,two").json()
-    assert found["settings"] == [] and len(found["pairs"]) == 1
+    result = dash.get("/api/compare?runs=one,two").json()
+    assert result["settings"] == [] and len(result["pairs"]) == 1
     make_run(root, "c,d", [*session(), step(1)])
-    found = dash.get("/api/compare", params={"runs": "one,c\\,d"}).json()
-    assert [run["name"] for run in found["runs"]] == ["one", "c,d"]
+    result = dash.get("/api/compare", params={"runs": "one,c\\,d"}).json()
+    assert [run["name"] for run in result["runs"]] == ["one", "c,d"]
     assert dash.get("/api/system?run=one").json()["process"] is None
     for name, action in (("one", "resume"), ("two", "stop"), ("two", "export")):
         body = {"kind": "merge", "out": "x"} if action == "export" else {}
@@ -200,8 +200,8 @@ def test_stream_sends_appended_events(dash: Dash, root: Path) -> None:
     folder = make_run(root, "growing", [*session(), *(step(number) for number in range(1, 5))])
     stream = dash.events("/api/runs/growing/stream")
     assert next(stream)[0] == "run"
-    name, drawn = next(stream)
-    assert name == "history" and drawn["series"]["loss"]["x"] == [1, 2, 3, 4]
+    name, curves = next(stream)
+    assert name == "history" and curves["series"]["loss"]["x"] == [1, 2, 3, 4]
     with (folder / "events.jsonl").open("a") as file:
         file.write(
             lines(
@@ -244,7 +244,7 @@ def test_deletion_lists_files_and_needs_the_name(dash: Dash, root: Path) -> None
     assert not (root / "old").exists() and (root / "one").exists()
 
 
-def test_the_server_is_small_and_without_torch(dash: Dash) -> None:
+def test_server_uses_little_memory_and_no_torch(dash: Dash) -> None:
     dash.get("/api/runs"), dash.get("/api/runs/one/history"), dash.get("/api/system")
     assert psutil.Process(dash.process.pid).memory_info().rss < 80e6
     heavy = ("torch", "transformers", "tokenizers", "matplotlib", "fastapi", "pydantic")

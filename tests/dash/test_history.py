@@ -1,4 +1,4 @@
-"""A run's events as curves: every spike is kept, steps that are done again count once, and nothing is read twice."""
+"""Curves of a run's events: spikes are kept, repeated steps count once, and nothing is read twice."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import numpy as np
 import pytest
 
 from strop.dash.history import History, extremes, mark_for, smoothed
-from strop.evaluation.report import _smoothed
+from strop.evaluation.report import _smooth
 from tests.support.dash import lines, session, step
 
 
 def history(folder: Path, *events: dict[str, object]) -> History:
     (folder / "events.jsonl").write_text(lines(list(events)), encoding="utf-8")
-    found = History(folder / "events.jsonl")
-    found.update()
-    return found
+    result = History(folder / "events.jsonl")
+    result.update()
+    return result
 
 
 def test_single_step_spike_survives_decimation(tmp_path: Path) -> None:
     events = [step(number, 20_000, loss=2 + math.sin(number) / 10) for number in range(1, 20_001)]
     events[12_344]["loss"], events[7]["loss"] = 9.5, -3.0
-    drawn = history(tmp_path, *session(), *events).curves(points=100)["series"]["loss"]
-    assert len(drawn["x"]) <= 202
-    points = dict(zip(drawn["x"], drawn["y"], strict=True))
+    loss = history(tmp_path, *session(), *events).curves(points=100)["series"]["loss"]
+    assert len(loss["x"]) <= 202
+    points = dict(zip(loss["x"], loss["y"], strict=True))
     assert points[12_345] == 9.5 and points[8] == -3.0
-    assert drawn["x"][0] == 1 and drawn["x"][-1] == 20_000 and drawn["x"] == sorted(drawn["x"])
+    assert loss["x"][0] == 1 and loss["x"][-1] == 20_000 and loss["x"] == sorted(loss["x"])
 
 
 def test_extremes_include_minimum_and_maximum_of_each_part() -> None:
@@ -43,38 +43,38 @@ def test_extremes_include_minimum_and_maximum_of_each_part() -> None:
 
 
 def test_zoom_returns_more_points(tmp_path: Path) -> None:
-    found = history(tmp_path, *session(), *(step(number, 5000) for number in range(1, 5001)))
-    part = found.curves("step", 100, 1000, 1100)["series"]["loss"]
+    result = history(tmp_path, *session(), *(step(number, 5000) for number in range(1, 5001)))
+    part = result.curves("step", 100, 1000, 1100)["series"]["loss"]
     assert part["x"] == list(range(1000, 1101))
-    assert set(found.curves(fields=("grad_norm",))["series"]) == {"grad_norm"}
+    assert set(result.curves(fields=("grad_norm",))["series"]) == {"grad_norm"}
 
 
 def test_update_reads_appended_bytes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = history(tmp_path, *session(), step(1), step(2))
+    result = history(tmp_path, *session(), step(1), step(2))
     read: list[int] = []
-    taken = found._take
-    monkeypatch.setattr(found, "_take", lambda raw: (read.append(len(raw)), taken(raw)))
-    assert not found.update() and not read
+    taken = result._add_lines
+    monkeypatch.setattr(result, "_add_lines", lambda raw: (read.append(len(raw)), taken(raw)))
+    assert not result.update() and not read
     more = lines([step(3)])
-    with found.path.open("a") as file:
-        file.write(more + '{"event": "step", "ti')  # the next line is on its way
-    assert found.update() and read == [len(more)] and list(found.steps) == [1, 2, 3]
-    with found.path.open("a") as file:
+    with result.path.open("a") as file:
+        file.write(more + '{"event": "step", "ti')  # the next line is incomplete
+    assert result.update() and read == [len(more)] and list(result.steps) == [1, 2, 3]
+    with result.path.open("a") as file:
         file.write(lines([step(4)])[len('{"event": "step", "ti') :])
-    assert found.update() and list(found.steps) == [1, 2, 3, 4] and found.generation == 0
-    whole = History(found.path)
+    assert result.update() and list(result.steps) == [1, 2, 3, 4] and result.generation == 0
+    whole = History(result.path)
     whole.update()
-    assert whole.curves() == found.curves()
+    assert whole.curves() == result.curves()
 
 
 def test_replaced_file_is_read_from_the_start(tmp_path: Path) -> None:
-    found = history(tmp_path, *session(), step(1), step(2))
+    result = history(tmp_path, *session(), step(1), step(2))
     other = tmp_path / "other"
     other.write_text(lines([*session(), *(step(number, loss=1.0) for number in range(1, 9))]))
-    other.replace(found.path)
-    assert found.update() and len(found.steps) == 8 and found.generation == 1
-    found.path.unlink()
-    assert found.update() and not found.steps and found.curves()["rows"] == 0
+    other.replace(result.path)
+    assert result.update() and len(result.steps) == 8 and result.generation == 1
+    result.path.unlink()
+    assert result.update() and not result.steps and result.curves()["rows"] == 0
 
 
 def test_repeated_steps_count_once(tmp_path: Path) -> None:
@@ -85,34 +85,34 @@ def test_repeated_steps_count_once(tmp_path: Path) -> None:
     ]
     back = {"event": "rollback", "time": 1011, "step": 10, "to": 6, "why": "loss 90 is far above", "rate_scale": 0.25}
     again = [step(number, time=1011.0 + number, loss=7.0) for number in range(7, 9)]
-    found = history(tmp_path, *first, back, *again)
-    drawn = found.curves()["series"]
-    assert list(found.steps) == [1, 2, 3, 4, 5, 6, 7, 8] and drawn["loss"]["y"][-2:] == [7.0, 7.0]
-    assert drawn["undone"]["x"] == [7, 8, 9, 10] and drawn["eval_loss"]["x"] == []
-    assert found.generation == 1
-    [mark] = [mark for mark in found.marks if mark["kind"] == "rollback"]
+    result = history(tmp_path, *first, back, *again)
+    series = result.curves()["series"]
+    assert list(result.steps) == [1, 2, 3, 4, 5, 6, 7, 8] and series["loss"]["y"][-2:] == [7.0, 7.0]
+    assert series["undone"]["x"] == [7, 8, 9, 10] and series["eval_loss"]["x"] == []
+    assert result.generation == 1
+    [mark] = [mark for mark in result.marks if mark["kind"] == "rollback"]
     assert mark["text"] == "rolled back from step 10 to 6: loss 90 is far above; learning rate times 0.25"
 
 
 def test_time_axis_excludes_pauses(tmp_path: Path) -> None:
-    """A night between two sessions is not drawn, and a clock that is set back does not turn the curve back."""
+    """The time between two sessions is not counted, and the axis is monotonic if the clock is set back."""
     evening = [*session(1000), *(step(number, time=1000.0 + number) for number in range(1, 6))]
     morning = [*session(50_000, start=4), *(step(number, time=50_000.0 + number - 4) for number in range(5, 8))]
-    found = history(tmp_path, *evening, *morning, step(8, time=49_000.0), step(9, time=50_006.0))
-    x = found.curves("time")["series"]["loss"]["x"]
+    result = history(tmp_path, *evening, *morning, step(8, time=49_000.0), step(9, time=50_006.0))
+    x = result.curves("time")["series"]["loss"]["x"]
     assert x == [1, 2, 3, 4, 5, 6, 7, 7, 10]
-    assert found.curves("tokens")["series"]["loss"]["x"] == [100.0 * number for number in range(1, 10)]
+    assert result.curves("tokens")["series"]["loss"]["x"] == [100.0 * number for number in range(1, 10)]
 
 
-def test_epochs(tmp_path: Path) -> None:
-    found = history(tmp_path, *session(), *(step(number) for number in range(1, 101)))
-    assert found.steps_per_epoch == 50
-    assert found.curves("epoch")["series"]["loss"]["x"][49] == 1.0
+def test_epoch_axis_has_the_epoch_starts(tmp_path: Path) -> None:
+    result = history(tmp_path, *session(), *(step(number) for number in range(1, 101)))
+    assert result.steps_per_epoch == 50
+    assert result.curves("epoch")["series"]["loss"]["x"][49] == 1.0
 
 
 def test_smoothing_equals_the_report() -> None:
     values = np.random.default_rng(1).normal(size=700)
-    report = _smoothed(dict(enumerate(values.tolist())))
+    report = _smooth(dict(enumerate(values.tolist())))
     assert np.allclose(smoothed(values), list(report.values()))
 
 
@@ -124,19 +124,19 @@ def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
         '{"event": "eval", "step": 2, "loss": "low"}', '{"event": ["a"], "step": {}}', "[" * 5000,
     ]  # fmt: skip
     file.write_bytes(b"\xff\xfe\n" + lines([*session(), step(1)]).encode() + "\n".join([*odd, ""]).encode())
-    found = History(file)
-    found.update()
-    assert list(found.steps) == [1, 2]
-    assert json.dumps(found.curves(), allow_nan=False)
-    assert found.curves()["series"]["loss"]["x"] == [1]
+    result = History(file)
+    result.update()
+    assert list(result.steps) == [1, 2]
+    assert json.dumps(result.curves(), allow_nan=False)
+    assert result.curves()["series"]["loss"]["x"] == [1]
 
 
 def test_number_of_marks_is_limited(tmp_path: Path) -> None:
     saves = [{"event": "save", "time": 1, "step": number, "checkpoint": f"step-{number:06d}"} for number in range(400)]
     notes = [{"event": "note", "time": 1, "text": "x"} for _ in range(6000)]
-    found = history(tmp_path, *session(), *saves, *notes)
-    kinds = [mark["kind"] for mark in found.marks]
-    assert kinds.count("save") == 200 and len(kinds) == 5000 and found.marks_left_out == 6000 + 201 - 5000
+    result = history(tmp_path, *session(), *saves, *notes)
+    kinds = [mark["kind"] for mark in result.marks]
+    assert kinds.count("save") == 200 and len(kinds) == 5000 and result.marks_left_out == 6000 + 201 - 5000
 
 
 def test_value_origin_survives_a_resume(tmp_path: Path) -> None:
@@ -146,8 +146,11 @@ def test_value_origin_survives_a_resume(tmp_path: Path) -> None:
     taken_over[1]["choices"] = [
         {**choice, "value": 9} if choice["field"] == "seed" else choice for choice in taken_over[1]["choices"]
     ]
-    found = {choice["field"]: choice for choice in history(tmp_path, *session(), step(1), *taken_over).choices}
-    assert found["lora.r"]["origin"] == "option" and (found["seed"]["value"], found["seed"]["origin"]) == (9, "recipe")
+    result = {choice["field"]: choice for choice in history(tmp_path, *session(), step(1), *taken_over).choices}
+    assert result["lora.r"]["origin"] == "option" and (result["seed"]["value"], result["seed"]["origin"]) == (
+        9,
+        "recipe",
+    )
 
 
 def test_memory_mark_text() -> None:

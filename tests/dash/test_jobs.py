@@ -1,4 +1,4 @@
-"""Child processes of the CLI: what is run is what is shown, and what became of one is read from its folder."""
+"""Jobs of the page: the command that is shown is the one that runs, and the state is read from the job's folder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from strop.dash.jobs import Jobs, command, option
+from strop.dash.jobs import Jobs, option_flags, shell_command
 from strop.errors import FolderError, InputError
 from tests.support.dash import make_run, session, step
 
 
 def ended(jobs: Jobs, name: str) -> dict[str, Any]:
     for _ in range(600):
-        about = jobs.about(name)
+        about = jobs.status(name)
         if about["state"] != "running":
             return about
         time.sleep(0.1)
@@ -39,8 +39,8 @@ def test_job_returns_result_and_log(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     about = ended(jobs, started["id"])
     assert about["state"] == "done" and about["result"]["runs"][0]["run"] == str(tmp_path / "one")
     assert "step 0, not finished" in jobs.log(started["id"])[0]
-    later = Jobs(tmp_path)  # of a server that has been started again
-    assert later.about(started["id"]) == about and [job["id"] for job in later.all()] == [started["id"]]
+    later = Jobs(tmp_path)  # of a restarted server
+    assert later.status(started["id"]) == about and [job["id"] for job in later.all()] == [started["id"]]
     assert stat.S_IMODE((tmp_path / ".dash").stat().st_mode) == 0o700
 
 
@@ -58,12 +58,12 @@ def test_failed_and_killed_jobs_report_an_error(tmp_path: Path) -> None:
     stopped = jobs.start("serve", ["doctor"])
     while not any("cli" in word for word in psutil.Process(stopped["pid"]).cmdline()):
         time.sleep(0.05)
-    time.sleep(1)  # its handlers of signals are set
+    time.sleep(1)  # its signal handlers are installed
     assert Jobs(tmp_path).stop(stopped["id"])
     assert ended(jobs, stopped["id"])["state"] == "failed" or ended(jobs, stopped["id"])["error"]["kind"] == "Stopped"
     assert not jobs.stop(stopped["id"])
     with pytest.raises(FolderError):
-        jobs.about("../../etc")
+        jobs.status("../../etc")
 
 
 @pytest.mark.parametrize(
@@ -80,27 +80,27 @@ def test_failed_and_killed_jobs_report_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_fields_become_arguments(field: str, value: Any, words: list[str]) -> None:
-    assert option(field, value) == words
-    assert shlex.split(command(words)) == ["strop", *words]
+    assert option_flags(field, value) == words
+    assert shlex.split(shell_command(words)) == ["strop", *words]
 
 
 def test_values_with_commas_are_refused() -> None:
     for value in (["a,b"], {"a": "b,c"}, {"a=b": "c"}):
         with pytest.raises(InputError, match="contains a comma"):
-            option("lora.modules_to_save", value)
+            option_flags("lora.modules_to_save", value)
 
 
 def test_old_jobs_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from strop.dash import jobs as module
 
-    monkeypatch.setattr(module, "MOST_JOBS", 2)
+    monkeypatch.setattr(module, "MAX_JOBS", 2)
     old = tmp_path / ".dash" / "jobs"
     for number in range(4):
         folder = old / f"20200101-00000{number}-train-abcdef"
         folder.mkdir(parents=True)
         (folder / "job.json").write_text(json.dumps({"kind": "train", "ended": 1.0}))
     jobs = Jobs(tmp_path)
-    (old / "20300101-000000-train-abcdef").mkdir()  # of a server that was killed as it began
+    (old / "20300101-000000-train-abcdef").mkdir()  # of a server that was killed while starting the job
     new = jobs.start("merge", ["runs", str(tmp_path)])
     assert [job["id"] for job in jobs.all()] == [new["id"], "20200101-000003-train-abcdef"]
     ended(jobs, new["id"])

@@ -1,4 +1,4 @@
-"""Answers before and after, the blind vote, and runs against each other."""
+"""Answers of base and tuned model, blind votes, and comparisons of runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from strop.dash.answers import Votes, answers, compare, tally
 from strop.dash.jobs import Busy
 from strop.dash.runs import RunTable
 from strop.errors import DiskError, InputError
-from strop.evaluation.metrics import paired_difference, wilson
+from strop.evaluation.metrics import paired_difference, wilson_interval
 from strop.runs.folder import RunFolder
 from tests.support.dash import evaluated, make_run, sample, session, step
 
@@ -33,10 +33,15 @@ def test_filters_and_orders(run: RunFolder) -> None:
     assert rows() == [0, 1, 2, 3, 4] and rows(order="worst") == [1, 3, 2, 4, 0]
     assert (rows("gained"), rows("lost"), rows("changed"), rows("both")) == ([2, 4], [1], [1, 2, 4], [0])
     assert (rows("wrong"), rows("right"), rows("neither"), rows(search="WHAT IS 3")) == ([1, 3], [0, 2, 4], [3], [3])
-    found = answers(run, "all", "row", "", 1, 2)
-    assert found["counts"] == {"all": 5, "gained": 2, "lost": 1, "both": 1, "neither": 1} and found["complete"]
-    assert [row["row"] for row in found["rows"]] == [1, 2] and found["total"] == 5
-    assert found["rows"][0]["marked"]["tuned"] == [("it ", "same"), ("is", "missing"), ("was", "added"), (" 1", "same")]
+    result = answers(run, "all", "row", "", 1, 2)
+    assert result["counts"] == {"all": 5, "gained": 2, "lost": 1, "both": 1, "neither": 1} and result["complete"]
+    assert [row["row"] for row in result["rows"]] == [1, 2] and result["total"] == 5
+    assert result["rows"][0]["marked"]["tuned"] == [
+        ("it ", "same"),
+        ("is", "missing"),
+        ("was", "added"),
+        (" 1", "same"),
+    ]
     with pytest.raises(InputError):
         answers(run, "best", "row", "", 0, 50)
 
@@ -45,24 +50,24 @@ def test_an_older_report_has_some_rows(run: RunFolder) -> None:
     run.answers.unlink()
     report = json.loads(run.report.read_text())
     run.report.write_text(json.dumps({**report, "samples": [sample(0, True, True), "odd", {"prompt": 3}]}))
-    found = answers(run, "all", "worst", "", 0, 50)
-    assert not found["complete"] and found["counts"]["all"] == 2
+    result = answers(run, "all", "worst", "", 0, 50)
+    assert not result["complete"] and result["counts"]["all"] == 2
 
 
-def test_a_blind_vote(run: RunFolder) -> None:
+def test_blind_vote_is_stored_by_model_and_counted_once(run: RunFolder) -> None:
     votes, won = Votes(), 0
-    for _ in range(4):  # of five rows one has the same answer twice
+    for _ in range(4):  # one of five rows has two equal answers
         ballot = votes.ballot(run)
         assert not {"base", "tuned", "base_hit", "tuned_hit", "kind"} & set(ballot)
         shown = votes.vote(run, ballot["ballot"], "a")
         won += shown["was"]["a"] == "tuned"
     assert votes.ballot(run)["ballot"] is None
-    found = tally(run)
-    assert (found["votes"], found["tuned"], found["base"]) == (4, won, 4 - won)
-    assert (found["low"], found["high"]) == wilson(won, 4)
+    result = tally(run)
+    assert (result["votes"], result["tuned"], result["base"]) == (4, won, 4 - won)
+    assert (result["low"], result["high"]) == wilson_interval(won, 4)
     with pytest.raises(Busy):
         votes.vote(run, ballot["ballot"], "b")  # used
-    evaluated(run.path, [sample(7, False, True)])  # other answers: the votes on the old ones do not count
+    evaluated(run.path, [sample(7, False, True)])  # votes on the previous answers do not count
     assert tally(run)["votes"] == 0 and tally(run)["share"] is None
     with pytest.raises(InputError):
         votes.vote(run, votes.ballot(run)["ballot"], "left")
@@ -72,7 +77,7 @@ def test_sides_are_shuffled(run: RunFolder) -> None:
     votes = Votes()
     evaluated(run.path, [sample(number, False, True) for number in range(60)])
     first = {votes.vote(run, votes.ballot(run)["ballot"], "tie")["was"]["a"] for _ in range(60)}
-    assert first == {"base", "tuned"}  # by chance: one side alone would come up once in 2^59
+    assert first == {"base", "tuned"}  # the probability that only one side occurs is 2^-59
 
 
 def test_votes_are_not_written_through_a_link(run: RunFolder, tmp_path: Path) -> None:
@@ -91,18 +96,18 @@ def test_compare_two_runs(tmp_path: Path) -> None:
         evaluated(folder, rows if name != "other" else [{**row, "prompt": f"other {row['prompt']}"} for row in rows])
     rows = RunTable(tmp_path).rows()
     recipes = {"low": {"lora.r": 4, "seed": 0}, "high": {"lora.r": 16, "seed": 0}, "other": {"lora.r": 4, "seed": 0}}
-    found = compare(rows, recipes)
-    assert found["settings"] == [
+    result = compare(rows, recipes)
+    assert result["settings"] == [
         {"field": "lora.r", "values": {row["name"]: recipes[row["name"]]["lora.r"] for row in rows}}
     ]
-    pairs = {frozenset((pair["a"], pair["b"])): pair for pair in found["pairs"]}
+    pairs = {frozenset((pair["a"], pair["b"])): pair for pair in result["pairs"]}
     pair = pairs[frozenset(("low", "high"))]
     hits = {"low": [n < 20 for n in range(60)], "high": [n < 55 for n in range(60)]}
     expected = paired_difference(hits[pair["a"]], hits[pair["b"]])
     assert pair["rows"] == 60 and pair["difference"]["value"] == pytest.approx(expected.value)
     assert pair["difference"]["low"] == pytest.approx(expected.low)
     assert pairs[frozenset(("low", "other"))]["difference"] is None
-    assert found["verdict"].startswith(
+    assert result["verdict"].startswith(
         "high scores highest (exact 91.7%): clearly above low; not comparable with other."
     )
 
@@ -117,7 +122,7 @@ def test_compare_names_runs_without_evaluation(tmp_path: Path) -> None:
 
 
 def verdict_of(root: Path, **hits: list[dict[str, Any]]) -> str:
-    """Of runs with these rows, in this order."""
+    """Return the verdict on runs with these rows, in this order."""
     for name, rows in hits.items():
         evaluated(make_run(root, name, [*session(), step(1)], {"exit": 0}), rows)
     rows = {row["name"]: row for row in RunTable(root).rows()}
@@ -130,10 +135,10 @@ def rows_of(start: int, stop: int, right: int) -> list[dict[str, Any]]:
 
 def test_best_run_is_comparable(tmp_path: Path) -> None:
     two = {"A": rows_of(0, 100, 50), "B": rows_of(0, 100, 20)}
-    said = verdict_of(tmp_path / "1", **two, C=rows_of(200, 210, 9))
-    assert said == "A scores highest (exact 50.0%): clearly above B; not comparable with C."
-    said = verdict_of(tmp_path / "2", **two, C=rows_of(200, 210, 9), D=rows_of(200, 210, 8))
-    assert said == (
+    verdict = verdict_of(tmp_path / "1", **two, C=rows_of(200, 210, 9))
+    assert verdict == "A scores highest (exact 50.0%): clearly above B; not comparable with C."
+    verdict = verdict_of(tmp_path / "2", **two, C=rows_of(200, 210, 9), D=rows_of(200, 210, 8))
+    assert verdict == (
         "A scores highest (exact 50.0%): clearly above B; not comparable with C, D. "
         "C scores highest (exact 90.0%): not clearly above D; not comparable with A, B."
     )
@@ -144,8 +149,8 @@ def test_best_run_is_comparable(tmp_path: Path) -> None:
 def test_equal_runs_share_the_best_score(tmp_path: Path) -> None:
     none = rows_of(0, 20, 0)
     assert verdict_of(tmp_path / "1", a=none, b=none) == "a and b score equal (exact 0.0%)."
-    said = verdict_of(tmp_path / "2", a=rows_of(0, 20, 15), b=none, c=rows_of(0, 20, 15))
-    assert said == "a and c score equal (exact 75.0%): clearly above b."
+    verdict = verdict_of(tmp_path / "2", a=rows_of(0, 20, 15), b=none, c=rows_of(0, 20, 15))
+    assert verdict == "a and c score equal (exact 75.0%): clearly above b."
 
 
 def test_losses_on_different_rows_are_not_compared() -> None:

@@ -1,4 +1,4 @@
-"""The table of runs, and what a run is doing: from its files and its process alone."""
+"""The table of runs, and the state of a run, from its files and its process."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def claim(folder: Path, process: subprocess.Popen[bytes]) -> None:
-    held = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
-    (folder / "claim.json").write_text(json.dumps(held))
+    content = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    (folder / "claim.json").write_text(json.dumps(content))
 
 
 def only(root: Path) -> dict[str, Any]:
@@ -52,7 +52,9 @@ def only(root: Path) -> dict[str, Any]:
         ([{"event": "end", "time": 9}], {**DONE, "ended": "time"}, "stopped", "time budget used up"),
     ],
 )
-def test_runs_without_a_process(tmp_path: Path, last: list[Any], report: Any, expected: str, why: str) -> None:
+def test_runs_without_a_process_have_a_final_state(
+    tmp_path: Path, last: list[Any], report: Any, expected: str, why: str
+) -> None:
     make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 6)), *last], report)
     row = only(tmp_path)
     assert (row["state"], row["why"], row["pid"]) == (expected, why, None)
@@ -73,11 +75,12 @@ def test_live_run_is_running_and_killed_run_is_crashed(tmp_path: Path, sleeper: 
 
 def test_zombie_and_reused_pid_do_not_claim_a_run(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     folder = make_run(tmp_path, "one", [*session(), step(1)])
-    sleeper.kill()  # and not waited for
+    sleeper.kill()  # and not reaped
     time.sleep(0.2)
     claim(folder, sleeper)
     assert only(tmp_path)["state"] == "crashed"
-    (folder / "claim.json").write_text(json.dumps({"pid": os.getppid(), "started": 12345.0}))  # the number is another's
+    other_process = {"pid": os.getppid(), "started": 12345.0}
+    (folder / "claim.json").write_text(json.dumps(other_process))
     assert only(tmp_path)["state"] == "crashed"
 
 
@@ -92,13 +95,13 @@ def test_a_suspended_run_is_stalled(tmp_path: Path, sleeper: subprocess.Popen[by
 def test_run_without_events_is_stalled(
     tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 9))])  # one a second
+    folder = make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 9))])  # one per second
     claim(folder, sleeper)
     for age, expected in ((100, "running"), (130, "stalled")):
         os.utime(folder / "events.jsonl", (time.time() - age,) * 2)
         assert only(tmp_path)["state"] == expected
     assert "no event for 2 min" in only(tmp_path)["why"]
-    monkeypatch.setattr(runs_module.CpuUsage, "share", lambda self, pid: 0.98)  # an evaluation is one event
+    monkeypatch.setattr(runs_module.CpuUsage, "cores", lambda self, pid: 0.98)  # an evaluation is one event
     assert only(tmp_path)["state"] == "running"
     slow = [*session(), *(step(number, time=1000.0 + 60 * number) for number in range(1, 9))]
     claim(make_run(tmp_path / "slow", "one", slow), sleeper)
@@ -114,7 +117,7 @@ def test_loading_run_is_not_stalled_early(tmp_path: Path, sleeper: subprocess.Po
     assert (only(tmp_path)["state"], only(tmp_path)["phase"]) == ("running", "loading")
 
 
-def test_five_hundred_runs_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_500_runs_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = [*session(), *(step(number) for number in range(1, 31)), {"event": "end", "time": 9}]
     for number in range(500):
         make_run(tmp_path, f"run-{number}", events, DONE)
@@ -149,7 +152,7 @@ def test_sparkline_keeps_a_spike(tmp_path: Path) -> None:
     assert [77, 50.0] in [list(point) for point in only(tmp_path)["sparkline"]]
 
 
-def test_links_and_damaged_folders(tmp_path: Path) -> None:
+def test_links_are_ignored_and_damaged_runs_listed(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     make_run(root, "good", [*session(), step(1)])
     make_run(tmp_path, "elsewhere", [*session(), step(1)])

@@ -1,4 +1,4 @@
-"""The page in a real browser: each screen, wide and narrow, light and dark, with hostile words in every field."""
+"""The page in a real browser: each screen, wide and narrow, light and dark, with hostile text in every field."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 import strop
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
 from tests.support.browser import DESK, PHONE, Watched, at, open_tab
-from tests.support.dash import TOKEN, Dash, dashing, make_run, session, step
+from tests.support.dash import TOKEN, Dash, make_run, run_dash, session, step
 
 STATIC = Path(strop.__file__).parent / "dash" / "static"
 NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
 STRANGE = quote(HOSTILE_NAME, safe="")
-# address -> what is there once the screen is whole
+# address -> text on the complete screen
 SCREENS = {
     "/runs": "table .spark",
     "/run/one": ".plot canvas >> nth=3",
@@ -56,12 +56,12 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(
             tab.page.set_viewport_size(size)
             for scheme in ("light", "dark"):
                 tab.page.emulate_media(color_scheme=scheme)
-                tab.page.wait_for_timeout(50)  # a plot is drawn anew
+                tab.page.wait_for_timeout(50)  # a plot is redrawn
                 tab.check(f"{address} at {size['width']}, {scheme}")
                 if (size, scheme) in ((DESK, "light"), (PHONE, "dark")):
                     tab.axe(f"{address} at {size['width']}, {scheme}")
         before = tab.page.evaluate("location.hash"), tab.page.title()
-        tab.page.reload()  # what is shown stands in the address
+        tab.page.reload()  # the page restores its state from the address
         is_whole(tab, SCREENS[address])
         assert (tab.page.evaluate("location.hash"), tab.page.title()) == before
         assert TOKEN not in tab.page.url
@@ -102,8 +102,8 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
         open_at(tab, dash, "/runs", "table .spark")
 
         def names() -> list[str]:
-            found: list[str] = tab.page.locator("tbody th").all_text_contents()
-            return found
+            result: list[str] = tab.page.locator("tbody th").all_text_contents()
+            return result
 
         tab.page.click("thead >> text=run")
         assert names() == sorted(names(), key=str.lower) and len(names()) == 3
@@ -125,7 +125,7 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
 def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: Path) -> None:
     for name in ("one", "c,d", ",", "d"):
         make_run(tmp_path, name, [*session(), step(1), step(2)])
-    with dashing(tmp_path) as own, open_tab(browser, own) as tab:
+    with run_dash(tmp_path) as own, open_tab(browser, own) as tab:
         open_at(tab, own, "/runs", "table .spark")
         for name in ("one", "c,d", ","):
             tab.page.get_by_label(f"Compare {name}", exact=True).check()
@@ -150,7 +150,7 @@ def test_finished_run_shows_total_epochs_and_mean_rate(browser: Any, dash: Dash,
         assert facts["tokens/s"].replace(",", "") == str(round(report["tokens_per_s"]))
 
 
-def test_plot_keyboard_zoom_and_save(browser: Any, dash: Dash) -> None:
+def test_plot_supports_keyboard_zoom_and_saving(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
         plot = tab.page.locator(".plot").first
@@ -188,7 +188,7 @@ def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: 
     events = dashboard / "runs" / "broken" / "events.jsonl"
     old = events.read_text(encoding="utf-8")
     last = [json.loads(line) for line in old.splitlines() if '"event": "step"' in line][-1]
-    with dashing(Path("runs"), dashboard) as own, open_tab(browser, own) as tab, open_tab(browser, own) as other:
+    with run_dash(Path("runs"), dashboard) as own, open_tab(browser, own) as tab, open_tab(browser, own) as other:
         for one in (tab, other):
             open_at(one, own, "/run/broken", ".plot canvas")
             assert one.page.locator(".state.crashed").count() == 1
@@ -203,11 +203,11 @@ def test_live_run_is_followed_and_lost_server_is_shown(browser: Any, dashboard: 
             one.check("two tabs")
         own.process.kill()
         tab.page.wait_for_selector("text=Connection lost")
-        assert tab.page.locator(".plot canvas").count()  # what was there stays
+        assert tab.page.locator(".plot canvas").count()  # existing text is kept
     events.write_text(old, encoding="utf-8")
 
 
-def test_without_the_token_nothing_is_shown(browser: Any, dash: Dash) -> None:
+def test_page_without_the_token_shows_nothing(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         tab.page.goto(dash.url + "/#/run/one")
         tab.page.wait_for_selector("text=Sign in")
@@ -219,7 +219,7 @@ def test_without_the_token_nothing_is_shown(browser: Any, dash: Dash) -> None:
 
 
 def test_content_security_policy_blocks_inline_code(browser: Any, dash: Dash) -> None:
-    """A script and a style that stand in the markup do nothing."""
+    """Inline scripts and styles in the markup have no effect."""
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/runs", "table .spark")
         done = tab.page.evaluate("""() => {
@@ -239,20 +239,20 @@ def test_content_security_policy_blocks_inline_code(browser: Any, dash: Dash) ->
 def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) -> None:
     now: dict[str, Any] = {"state": "ready", "names": ["sysrun"], "error": None}
     tuned: dict[str, Any] = {"id": "sysrun", "system": "be bold"}
-    asked: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
     def answer(way: Any) -> None:
         body = way.request.post_data_json
-        asked[body["model"]] = [(said["role"], said["content"]) for said in body["messages"]]
+        received[body["model"]] = [(message["role"], message["content"]) for message in body["messages"]]
         way.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
 
     def ask() -> tuple[dict[str, Any], str]:
-        asked.clear()
+        received.clear()
         tab.page.get_by_label("Your message").fill("hi")
         tab.page.keyboard.press("Enter")
         answers = "document.querySelectorAll('.chat p:not(.user, .soft, .waiting)')"
         tab.page.wait_for_function(f"() => {answers}.length === 2")
-        return dict(asked), tab.page.get_by_label("System prompt").get_attribute("placeholder")
+        return dict(received), tab.page.get_by_label("System prompt").get_attribute("placeholder")
 
     with open_tab(browser, dash) as tab:
         tab.page.route("**/api/talk", lambda way: way.fulfill(json=now))
@@ -271,15 +271,15 @@ def test_chat_sends_the_system_prompt_of_each_model(browser: Any, dash: Dash) ->
         tab.check("talk")
 
 
-def test_uplot_checksums() -> None:
+def test_uplot_files_have_the_published_checksums() -> None:
     folder = STATIC / "uplot"
     sums = re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", (folder / "NOTE.md").read_text(encoding="utf-8"), re.M)
     assert {name for name, _ in sums} == {file.name for file in folder.iterdir()} - {"NOTE.md", "LICENSE"}
-    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == wanted for name, wanted in sums)
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected for name, expected in sums)
 
 
 def test_scripts_do_not_parse_markup() -> None:
-    """Text of rows and answers is an attacker's to choose: it becomes text nodes (`dom.js`), nothing else."""
+    """An attacker may choose the text of rows and answers, so it only becomes text nodes (`dom.js`)."""
     ways = r"(inner|outer|insertAdjacent)HTML|document\.write|parseFromString|ContextualFragment|\beval\(|Function\("
     scripts = [file for file in STATIC.rglob("*.js") if file.parent.name != "uplot"]
     texts = {file.name: file.read_text(encoding="utf-8") for file in scripts}

@@ -1,5 +1,4 @@
-"""The whole story by clicks on the demo's data: look at it, plan, start, watch, stop, resume, evaluate, vote, merge,
-export, talk, compare, delete."""
+"""All actions of the page by clicks on the demo data, from inspecting the data to deleting a run."""
 
 from __future__ import annotations
 
@@ -10,9 +9,9 @@ from typing import Any
 
 from strop.demo import data_files
 from tests.support.browser import at, open_tab
-from tests.support.dash import dashing
+from tests.support.dash import run_dash
 
-LONG = 180_000  # a child process imports torch and may compile, on a machine that does other things too
+LONG = 180_000  # a child process imports torch and may compile, on a busy machine
 
 FURTHER = (
     "(was) => +(document.querySelector('.progress')?.textContent.replace(/,/g, '').match(/[0-9]+/) ?? [0])[0] > was"
@@ -24,7 +23,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
     for file, name, number in zip(data_files(), ("rows.jsonl", "held-out.jsonl"), (24, 8), strict=True):
         some = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
         (tmp_path / name).write_text("".join(some), encoding="utf-8")
-    with dashing(Path("runs"), tmp_path) as dash, open_tab(browser, dash) as tab:
+    with run_dash(Path("runs"), tmp_path) as dash, open_tab(browser, dash) as tab:
         page = tab.page
         page.set_default_timeout(LONG)
 
@@ -56,11 +55,11 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.wait_for_selector("code:text('--out=runs/first')")
         press("Start")
         page.wait_for_selector("h1:text('first')")
-        page.wait_for_selector(".plot canvas")  # it learns
+        page.wait_for_selector(".plot canvas")  # the loss falls
         press("Stop and save")
         page.wait_for_selector(".state.stopped")
         step = page.locator(".progress").text_content()
-        page.reload()  # what is shown stands in the folder
+        page.reload()  # the page restores its state from the folder
         page.wait_for_selector(".plot canvas")
         assert page.locator(".progress").text_content() == step and "of 9,000" in step
         press("Resume")

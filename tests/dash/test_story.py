@@ -1,5 +1,4 @@
-"""The whole story through the server, with real trainers on a tiny model: check, plan, start, watch, kill, go on, stop,
-finish, evaluate, merge, talk. One run lives through all of it."""
+"""All actions of the server on one run, with real training of a tiny model."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.dash import Dash, dashing
+from tests.support.dash import Dash, run_dash
 from tests.support.tiny import write_rows
 
 NAME = "the run"
-MORE = 3_000  # longer than the page waits between two looks at the table
+MORE = 3_000  # longer than the page's polling interval
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +39,19 @@ def row(dash: Dash) -> Any:
 
 
 def until_step(dash: Dash, least: int) -> dict[str, Any]:
-    found: dict[str, Any] = dash.wait(f"/api/runs/{NAME}", lambda run: (run.get("step") or 0) >= least)
-    return found
+    result: dict[str, Any] = dash.wait(f"/api/runs/{NAME}", lambda run: (run.get("step") or 0) >= least)
+    return result
 
 
 def check_plan_and_start(dash: Dash, place: Path, options: dict[str, Any]) -> None:
-    found = dash.post("/api/data", {"options": {name: options[name] for name in ("model.name", "data.train")}}).json()
-    assert found["report"]["rows"]["used"] == found["num_rows"] == 24
+    result = dash.post("/api/data", {"options": {name: options[name] for name in ("model.name", "data.train")}}).json()
+    assert result["report"]["rows"]["used"] == result["num_rows"] == 24
     plan = dash.post("/api/plan", {"options": options, "name": NAME}).json()
     assert plan["fits"] and plan["out"] == str(place / "runs" / NAME)
     assert dash.post("/api/plan", {"options": {**options, "lora.r": 0}}).json()["error"]["where"]
     started = dash.post("/api/start", {"options": options, "name": NAME}).json()
     assert started["job"]["command"] == plan["command"] and started["run"] == NAME
-    assert (row(dash)["name"], row(dash)["state"]) == (NAME, "running")  # at once, before it has a folder
+    assert (row(dash)["name"], row(dash)["state"]) == (NAME, "running")  # immediately, before its folder exists
     assert dash.post("/api/start", {"options": options, "name": NAME}).status_code == 404
     steps: list[int] = []
     for name, data in dash.events(f"/api/runs/{NAME}/stream"):
@@ -64,20 +63,20 @@ def check_plan_and_start(dash: Dash, place: Path, options: dict[str, Any]) -> No
     assert steps == list(range(1, len(steps) + 1))
 
 
-def a_trainer_that_is_killed(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def kill_the_trainer(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     run = until_step(dash, 60)  # it has outlived the server that started it
     assert run["state"] == "running" and run["engine"] and run["can"] == ["stop"]
     assert dash.get(f"/api/system?run={NAME}").json()["process"]["pid"] == run["pid"]
     assert dash.post(f"/api/runs/{NAME}/delete", {"confirm": NAME}).status_code == 409
     assert dash.post(f"/api/runs/{NAME}/resume", {}).status_code == 409
     os.kill(run["pid"], signal.SIGKILL)
-    crashed = dash.wait("/api/runs", lambda found: found["runs"][0]["state"] == "crashed", seconds=10)["runs"][0]
+    crashed = dash.wait("/api/runs", lambda reply: reply["runs"][0]["state"] == "crashed", seconds=10)["runs"][0]
     assert crashed["pid"] is None and "resume" in crashed["can"]
 
 
-def the_same_after_a_restart_then_go_on_and_stop(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def resume_after_a_restart_and_stop(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     before = dash.get(f"/api/runs/{NAME}/history").json()
-    with dashing(place / "runs", place) as other:  # two servers, two pages
+    with run_dash(place / "runs", place) as other:  # two servers, two pages
         assert other.get(f"/api/runs/{NAME}/history").json() == before
         assert row(other)["state"] == "crashed"
     last = before["last"]["step"]
@@ -96,11 +95,11 @@ def the_same_after_a_restart_then_go_on_and_stop(dash: Dash, place: Path, option
     assert stopped["why"] == "by a signal, after saving"
     ended = dash.wait(f"/api/jobs/{job['id']}", lambda job: job["state"] != "running")
     assert (ended["state"], ended["error"]["kind"]) == ("stopped", "Stopped")
-    drawn = dash.get(f"/api/runs/{NAME}/history").json()["series"]["loss"]["x"]
-    assert drawn == list(range(1, stopped["step"] + 1))
+    steps = dash.get(f"/api/runs/{NAME}/history").json()["series"]["loss"]["x"]
+    assert steps == list(range(1, stopped["step"] + 1))
 
 
-def a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def resume_in_a_terminal(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     stream = dash.events("/api/runs/stream")
     step = next(stream)[1]["runs"][0]["step"]
     words = ["resume", f"runs/{NAME}", f"--train.max_steps={step + MORE}", "--allow-changed=schedule", "--json"]
@@ -124,17 +123,17 @@ def a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path, options: dict
     ]
 
 
-def before_and_after(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def compare_answers(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     job = dash.post(f"/api/runs/{NAME}/evaluate", {"data": "held.jsonl", "max_new_tokens": 4}).json()
     events = list(dash.events(f"/api/jobs/{job['id']}/stream"))
     last = [data for name, data in events if name == "job"][-1]
     assert last["state"] == "done" and last["result"]["rows"] == 4
-    found = dash.get(f"/api/runs/{NAME}/answers").json()
-    assert found["complete"] and found["total"] == 4 and found["rows"][0]["place"] == "held.jsonl:1"
+    result = dash.get(f"/api/runs/{NAME}/answers").json()
+    assert result["complete"] and result["total"] == 4 and result["rows"][0]["place"] == "held.jsonl:1"
     assert row(dash)["score"]["rows"] == 4
 
 
-def take_it_away(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def merge_the_adapter(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     job = dash.post(f"/api/runs/{NAME}/export", {"kind": "merge", "out": "merged", "data": "held.jsonl"}).json()
     done = dash.wait(f"/api/jobs/{job['id']}", lambda job: job["state"] != "running")
     assert (
@@ -145,24 +144,24 @@ def take_it_away(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     assert dash.post(f"/api/runs/{NAME}/export", {"kind": "zip", "out": "x"}).status_code == 400
 
 
-def talk(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def chat_with_the_run(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     assert dash.post("/api/talk/start", {"names": [NAME]}).json()["state"] == "starting"
     ready = dash.wait("/api/talk", lambda talk: talk["state"] in ("ready", "failed"))
     assert ready["models"] == [NAME, "base"]
-    asked = {"model": "base", "messages": [{"role": "user", "content": "what is 3"}], "max_tokens": 4}
-    whole = dash.post("/api/talk/v1/chat/completions", asked)
+    request = {"model": "base", "messages": [{"role": "user", "content": "what is 3"}], "max_tokens": 4}
+    whole = dash.post("/api/talk/v1/chat/completions", request)
     assert whole.status_code == 200 and whole.json()["choices"][0]["message"]["role"] == "assistant"
-    with dash.post("/api/talk/v1/chat/completions", {**asked, "model": NAME, "stream": True}, stream=True) as answer:
+    with dash.post("/api/talk/v1/chat/completions", {**request, "model": NAME, "stream": True}, stream=True) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         text = answer.text
     assert text.count("data: ") >= 2 and text.endswith("data: [DONE]\n\n")
-    assert dash.post("/api/talk/v1/chat/completions", {**asked, "temprature": 1}).status_code == 400
+    assert dash.post("/api/talk/v1/chat/completions", {**request, "temprature": 1}).status_code == 400
     assert {model["id"] for model in dash.get("/api/talk/v1/models").json()["data"]} == {NAME, "base"}
     dash.post("/api/talk/stop", {})
     assert dash.wait("/api/talk", lambda talk: talk["state"] == "off")["models"] == []
 
 
-def what_a_bad_file_says(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def check_a_damaged_file(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     (place / "bad.jsonl").write_text('{"messages": []}\n{broken\n')
     started = dash.post("/api/start", {"options": {**options, "data.train": "bad.jsonl"}}).json()
     assert started["run"] == "bad-1"
@@ -173,19 +172,19 @@ def what_a_bad_file_says(dash: Dash, place: Path, options: dict[str, Any]) -> No
 
 CHAPTERS = (
     check_plan_and_start,
-    a_trainer_that_is_killed,
-    the_same_after_a_restart_then_go_on_and_stop,
-    a_run_that_is_continued_in_a_terminal,
-    before_and_after,
-    take_it_away,
-    talk,
-    what_a_bad_file_says,
+    kill_the_trainer,
+    resume_after_a_restart_and_stop,
+    resume_in_a_terminal,
+    compare_answers,
+    merge_the_adapter,
+    chat_with_the_run,
+    check_a_damaged_file,
 )
 
 
 def test_the_whole_story(place: Path, options: dict[str, Any]) -> None:
-    """One test, because each chapter goes on where the one before has ended; the server is started anew for each."""
+    """This is one test because each part continues the run of the previous one; each part starts a new server."""
     for chapter in CHAPTERS:
-        with dashing(place / "runs", place) as dash:
+        with run_dash(place / "runs", place) as dash:
             chapter(dash, place, options)
             assert dash.stop() == 130, chapter.__name__

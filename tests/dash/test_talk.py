@@ -1,4 +1,4 @@
-"""What is passed on to the server of models, and what becomes of it when the reader is gone."""
+"""Requests forwarded to the chat server, and what happens when the client disconnects."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding
 
 
 def test_disconnect_stops_the_generation() -> None:
-    asked: list[bytes] = []
+    requests: list[bytes] = []
     gone = asyncio.Event()
 
     async def model(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.append(await reader.readuntil(b"\r\n\r\n") + await reader.readexactly(2))
+        requests.append(await reader.readuntil(b"\r\n\r\n") + await reader.readexactly(2))
         writer.write(HEAD + b"6\r\ndata: \r\n")
         await writer.drain()
         with contextlib.suppress(ConnectionError):
-            await reader.read()  # until the other side is closed
+            await reader.read()  # until the connection is closed
         gone.set()
         writer.close()
 
@@ -42,9 +42,9 @@ def test_disconnect_stops_the_generation() -> None:
         return status, kind, first
 
     assert asyncio.run(story()) == (200, "text/event-stream", b"data: ")
-    assert b"authorization: Bearer the-key" in asked[0].lower().replace(b"bearer", b"Bearer") and asked[0].endswith(
-        b"{}"
-    )
+    assert b"authorization: Bearer the-key" in requests[0].lower().replace(b"bearer", b"Bearer") and requests[
+        0
+    ].endswith(b"{}")
 
 
 @pytest.mark.parametrize("killed", [True, False])
@@ -57,11 +57,11 @@ def test_server_that_ends_by_itself_has_failed(killed: bool, tmp_path: Path) -> 
         about = {"id": folder.name, "kind": "serve", "run": "runs/c\\,d", "pid": child.pid, "began": 1.0}
         (folder / "job.json").write_text(json.dumps({**about, "born": psutil.Process(child.pid).create_time()}))
         talk = ChatServer(Jobs(tmp_path))
-        assert talk.about()["state"] == "ready" and talk.about()["names"] == ["runs/c,d"]
+        assert talk.status()["state"] == "ready" and talk.status()["names"] == ["runs/c,d"]
         child.kill() if killed else talk.stop()
-    found = talk.about()
-    assert found["state"] == ChatServer(Jobs(tmp_path)).about()["state"] == ("failed" if killed else "off")
-    assert not killed or "without being stopped" in found["error"]["message"]
+    result = talk.status()
+    assert result["state"] == ChatServer(Jobs(tmp_path)).status()["state"] == ("failed" if killed else "off")
+    assert not killed or "without being stopped" in result["error"]["message"]
 
 
 def test_unreachable_server_raises() -> None:

@@ -46,7 +46,9 @@ def load(
     path = shared(f"formats/{name}")
     spec = f"{path}+{shared('formats/parallel.cm')}" if name == "parallel.nl" else path
     bad: list[RowError] = []
-    return ConversationReader(read_rows(spec, columns=columns, bad=bad), format=format, columns=columns, bad=bad), bad
+    return ConversationReader(
+        read_rows(spec, columns=columns, errors=bad), format=format, columns=columns, errors=bad
+    ), bad
 
 
 @pytest.mark.parametrize(("name", "options", "format", "rows", "num_conversations"), USED)

@@ -29,7 +29,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 def convert(*values: dict[str, Any], **options: Any) -> tuple[list[Conversation], list[RowError], ConversationReader]:
     bad: list[RowError] = []
-    reader = ConversationReader([Row("d", n, value) for n, value in enumerate(values, 1)], bad=bad, **options)
+    reader = ConversationReader([Row("d", n, value) for n, value in enumerate(values, 1)], errors=bad, **options)
     return list(reader), bad, reader
 
 
@@ -270,7 +270,7 @@ def test_two_formats_in_one_file_are_refused_with_both_lines() -> None:
 
 def test_files_may_have_different_formats() -> None:
     rows = [Row("a", 1, {"text": "x"}), Row("b", 1, {"messages": [U, A]}), Row("b", 2, {"messages": [U, A]})]
-    reader = ConversationReader(rows, bad=[])
+    reader = ConversationReader(rows, errors=[])
     assert (len(list(reader)), reader.formats) == (3, {"a": "text", "b": "messages"})
 
 
@@ -346,7 +346,7 @@ ROWS = st.dictionaries(st.sampled_from(sorted(files.COLUMN_NAMES | {"id", "title
 def test_every_row_is_used_or_reported_whatever_its_values(values: list[dict[str, Any]], format: str) -> None:
     bad: list[RowError] = []
     rows: Iterable[Row] = (Row("d", n, value) for n, value in enumerate(values, 1))
-    reader = ConversationReader(rows, format=format, bad=bad)
+    reader = ConversationReader(rows, format=format, errors=bad)
     try:
         converted = list(reader)
     except DataError as error:

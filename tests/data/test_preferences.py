@@ -27,7 +27,7 @@ PAIR = {"prompt": "hi", "chosen": "yo", "rejected": "no"}
 
 def convert(value: dict[str, Any]) -> tuple[list[Conversation], list[RowError]]:
     bad: list[RowError] = []
-    return list(ConversationReader([Row("d", 1, value)], bad=bad)), bad
+    return list(ConversationReader([Row("d", 1, value)], errors=bad)), bad
 
 
 def texts(conversation: Conversation) -> list[list[tuple[str, float]]]:
@@ -156,7 +156,7 @@ def test_answer_turns_may_have_weight_0_and_prompt_weights_are_ignored() -> None
 def test_invalid_row_has_its_reason_code(value: dict[str, Any], code: str, tmp_path: Path) -> None:
     bad: list[RowError] = []
     format = "preference" if "rejected" in value else "labelled" if code == "bad-label" else "auto"
-    assert not list(ConversationReader([Row("d", 1, value)], format=format, bad=bad))
+    assert not list(ConversationReader([Row("d", 1, value)], format=format, errors=bad))
     assert [error.code for error in bad] == [code] and code in REASONS
     data_kind: DataKind = "pairs" if "rejected" in value or "scores" in value else "turns"
     data_kind = "labels" if {"kto_tag", "label"} & set(value) else data_kind
@@ -270,8 +270,8 @@ def test_contradicting_rows_are_refused(tmp_path: Path) -> None:
     assert "a.jsonl:2" in message and "contradicts" in message and "a.jsonl:1" in message
     judged = [{"prompt": "hi", "completion": "yo", "label": label} for label in (True, False)]
     assert "contradicts" in refusal(write(tmp_path / "b.jsonl", judged), "labels")
-    kept = run(write(tmp_path / "c.jsonl", rows), bad_rows="drop")
-    assert kept.report.by_reason == {"contradiction": 1} and len(kept.train_items or ()) == 1
+    lenient = run(write(tmp_path / "c.jsonl", rows), bad_rows="drop")
+    assert lenient.report.by_reason == {"contradiction": 1} and len(lenient.train_items or ()) == 1
 
 
 def test_row_with_an_invalid_part_is_dropped_once(tmp_path: Path) -> None:
@@ -345,8 +345,8 @@ JUDGED = [{"prompt": f"q{n % 15}", "completion": f"yo {n}", "label": n < 15} for
     ("rows", "data_kind"), [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")]
 )
 def test_held_out_rows_share_no_prompt_with_training(rows: list[Any], data_kind: DataKind, tmp_path: Path) -> None:
-    def held_out_prompts(name: str, given: list[Any]) -> set[str]:
-        prepared = run(write(tmp_path / name, given), data_kind, eval="30%")
+    def held_out_prompts(name: str, source: list[Any]) -> set[str]:
+        prepared = run(write(tmp_path / name, source), data_kind, eval="30%")
         trained, held_out = (
             {converted.messages[0].content for converted in part}
             for part in (prepared.train_conversations, prepared.eval_conversations or ())

@@ -63,7 +63,7 @@ def test_rows_are_stored_and_read_back_unchanged(tmp_path: Path) -> None:
         [expected] = renderer.render(conversation)
         assert example.ids.tolist() == expected.ids.tolist()
         assert example.weights.tolist() == expected.weights.tolist()
-        assert example.ids.flags.writeable  # torch warns of arrays that are not
+        assert example.ids.flags.writeable  # torch warns about arrays that are not
     report = account(prepared)
     assert report["rows"] == {"read": 5, "used": 5, "truncated": 0, "split": 0, "dropped": 0}
     assert report["tokens"]["all"] == sum(map(len, prepared.train))
@@ -100,8 +100,8 @@ def test_every_row_ends_as_used_truncated_split_or_dropped(tmp_path: Path, rows:
     assert set(report["by_reason"]) <= set(REASONS)
     assert all(len(example) <= 60 for example in prepared.train)
     assert report["stop_token"]["share"] == 1.0
-    kept = {example.line for example in prepared.train}
-    assert kept == set(range(1, len(rows) + 1)) - {place["line"] for place in report["dropped"]}
+    lines = {example.line for example in prepared.train}
+    assert lines == set(range(1, len(rows) + 1)) - {place["line"] for place in report["dropped"]}
 
 
 def test_invalid_rows_are_refused_with_all_places_or_dropped(tmp_path: Path) -> None:

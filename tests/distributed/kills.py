@@ -17,7 +17,7 @@ from tests import ROOT
 from tests.distributed.suite import Lab, apart, codes, outputs
 
 SOON = 20.0  # seconds in which the other ranks must have ended by themselves
-CHAIN = 4  # most kills of one run
+CHAIN = 4  # maximum number of kills of a run
 STEPS = ("--train.exact", "true", "--train.save_steps", "2", "--model.device", "cpu")
 
 
@@ -62,8 +62,10 @@ def _seconds(lab: Lab, world: int) -> float:
 
 
 def _kill_rank(lab: Lab, words: Sequence[str], world: int, chance: random.Random, longest: float, out: Path) -> bool:
-    """Return whether the ranks had connected. If so, the other ranks end by themselves; otherwise this process ends
-    them, as a launcher would."""
+    """Kill a rank, and return whether the ranks had connected.
+
+    If they had, the other ranks end by themselves; otherwise this process ends them, as a launcher would.
+    """
     before = _said(out)
     crew, victim = lab.start(world, words), chance.randrange(world)
     time.sleep(chance.uniform(0.0, longest))

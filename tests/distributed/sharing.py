@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from strop.distributed.devices import Devices
-from strop.distributed.sharded import Sharded
+from strop.distributed.sharded import ShardedBase
 from strop.engine.train.fast import FastLoss
 from strop.errors import RunError
 from strop.models import sharding
-from strop.models.sharding import GRAIN, ModelShards, ShardedTensor, ShardedUnit
+from strop.models.sharding import GRAIN, ModelShards, ShardedLayer, ShardedTensor
 from tests.distributed.crew import Prepare, crew, inside
 from tests.distributed.suite import NEAR, Lab, apart, at_step, codes, events, outputs, write_pairs
 from tests.support import tiny_families
@@ -27,7 +27,7 @@ NF4 = ("--model.quantization", "nf4", "--model.resident_layers", "1")
 
 
 def sharded_equals_replicated(lab: Lab) -> None:
-    """Sharded and replicated runs are equal to the bit: fast and plain step, 16 and 4 bit, pairs, evaluation."""
+    """Sharded and replicated runs are bit-identical: fast and plain step, 16 and 4 bit, pairs, evaluation."""
     pairs = lab.folder / "pairs.jsonl"
     write_pairs(pairs)
     cases = [
@@ -54,13 +54,13 @@ def check_shares(world: int) -> dict[int, Prepare]:
     """Check on each rank that between two steps it holds only its share of the large weights."""
 
     def look(job: Any) -> None:
-        parts = job.devices.base.parts
+        parts = job.devices.base.shards
         mine = {unit.whole.untyped_storage().data_ptr() for unit in parts.distinct()}
         large = [p for p in job.model.parameters() if not p.requires_grad and p.dim() > 1]
         assert {p.untyped_storage().data_ptr() for p in large} <= mine
         assert not any(unit.is_gathered for unit in parts.distinct())
-        kept = sum(unit.shard.untyped_storage().nbytes() for unit in parts.distinct())
-        assert kept == parts.held_bytes
+        resident_bytes = sum(unit.shard.untyped_storage().nbytes() for unit in parts.distinct())
+        assert resident_bytes == parts.held_bytes
 
     return {rank: at_step(3, look) for rank in range(world)}
 
@@ -86,7 +86,7 @@ def sharded_families(lab: Lab) -> None:
 
 
 def gathered_bytes_are_exact(lab: Lab) -> None:
-    """All byte values and all NaN patterns are gathered unchanged, and a corrupted byte is detected."""
+    """Gather all byte values and all NaN patterns unchanged, and detect a corrupted byte."""
     world = 3
 
     def exchange(devices: Devices) -> None:
@@ -101,9 +101,9 @@ def gathered_bytes_are_exact(lab: Lab) -> None:
                  lambda low, high, data=data: data[low:high])
             for name, data in sent.items()
         ]  # fmt: skip
-        unit = ShardedUnit("layer 0", slots, devices.rank, world, "cpu")
+        unit = ShardedLayer("layer 0", slots, devices.rank, world, "cpu")
         assert unit.shard.numel() * world >= unit.size and not unit.is_gathered
-        base = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.shard.numel()), devices)
+        base = ShardedBase(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.shard.numel()), devices)
         for _ in range(2):
             base.begin(backward=False)
             base(0)
@@ -111,7 +111,7 @@ def gathered_bytes_are_exact(lab: Lab) -> None:
                 assert torch.equal(held_out[name], data), name
             base.end()
             assert not unit.is_gathered
-        spoiled = Sharded(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.shard.numel()), devices)
+        spoiled = ShardedBase(ModelShards({0: unit}, {0: nn.Identity()}, unit.size, unit.shard.numel()), devices)
         if devices.rank == 1:
             unit.shard[5] ^= 1  # corrupted after it was read
         spoiled.begin(backward=False)
@@ -119,7 +119,7 @@ def gathered_bytes_are_exact(lab: Lab) -> None:
             spoiled(0)
         spoiled.end()
 
-    ended = crew(inside(exchange), world, lab.folder / "said").end()
+    ended = crew(inside(exchange), world, lab.folder / "output").end()
     assert codes(ended) == [0] * world, outputs(ended)
 
 
@@ -190,7 +190,7 @@ def sharded_resume(lab: Lab) -> None:
 
 
 def unusual_models(lab: Lab) -> None:
-    """Llama 4's text model, whose modules have an unusual prefix; and layers that are computed more than once."""
+    """Test Llama 4's text model, whose modules have an unusual prefix, and layers that are computed more than once."""
     lab.model = lab.folder / "llama4"
     tiny_families.save("llama4_text", lab.model)
     more = ["--train.exact", "true", "--train.max_steps", "3"]

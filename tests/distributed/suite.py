@@ -26,7 +26,7 @@ from strop.runs.events import read_events
 from strop.training import build, loop
 from strop.training import gradients as parts
 from strop.training import state as checkpoints
-from strop.training.criteria import criterion_for
+from strop.training.criteria import make_criterion
 from tests import ROOT
 from tests.distributed.crew import Crew, Prepare, command, crew, inside
 from tests.faults.harness import Ended
@@ -59,7 +59,7 @@ class Lab:
         return self.folder / "runs" / f"r{self._next}"
 
     def start(self, world: int, words: Sequence[str], prepare: dict[int, Prepare] | None = None) -> Crew:
-        return crew(command(words), world, self.folder / "said", prepare)
+        return crew(command(words), world, self.folder / "output", prepare)
 
     def train(self, world: int, *more: str, prepare: dict[int, Prepare] | None = None) -> tuple[Path, list[Ended]]:
         out = self.out()
@@ -152,7 +152,7 @@ def equals_one_device(lab: Lab, worlds: Sequence[int] = (2, 3, 4)) -> None:
 
 
 def unusual_batches(lab: Lab) -> None:
-    """Supervised tokens on a single rank, a last batch of one row, more ranks than rows."""
+    """Test supervised tokens on a single rank, a last batch of one row, and more ranks than rows."""
     plain = tiny.examples(9, seed=1)
     bare = [replace(row, weights=np.zeros_like(row.weights)) for row in plain[1:]]
     cases: dict[str, tuple[list[Example], dict[str, Any]]] = {
@@ -178,7 +178,7 @@ def unusual_batches(lab: Lab) -> None:
 
 def _fit(devices: Devices, out: Path, rows: list[Example], options: dict[str, Any]) -> None:
     job = tiny.job(out, rows, **options)
-    job = replace(job, devices=devices, criterion=criterion_for(job.recipe.train, job.model, devices))
+    job = replace(job, devices=devices, criterion=make_criterion(job.recipe.train, job.model, devices))
     loop.fit(job)
     if devices.is_main:
         last = job.folder.checkpoints()[-1][1] / "weights.safetensors"
@@ -186,7 +186,7 @@ def _fit(devices: Devices, out: Path, rows: list[Example], options: dict[str, An
 
 
 def resume_on_other_counts(lab: Lab) -> None:
-    """A run saved after SIGTERM to one of 4 ranks and resumed on 1, 2 and 3 equals the unbroken run."""
+    """A run saved after SIGTERM to one of 4 ranks and resumed on 1, 2 and 3 equals the uninterrupted run."""
     for exact, worlds in (("false", (3,)), ("true", (1, 2))):
         whole = lab.good(1, "--train.exact", exact)
         for world in worlds:
@@ -202,20 +202,20 @@ def resume_on_other_counts(lab: Lab) -> None:
 
 
 def write_pairs(file: Path) -> list[dict[str, str]]:
-    asked = [
+    rows = [
         {"prompt": f"what is {n}", "chosen": f"it is {n * n}", "rejected": f"no{'!' * (n % 4)} {n}"} for n in range(13)
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    return asked
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def preference_objectives(lab: Lab) -> None:
     """Pairs and labelled answers are never split over ranks."""
     pairs, judged = lab.folder / "pairs.jsonl", lab.folder / "judged.jsonl"
-    asked = write_pairs(pairs)
+    written = write_pairs(pairs)
     lines = [
         {"prompt": row["prompt"], "completion": row["chosen" if n % 3 else "rejected"], "label": bool(n % 3)}
-        for n, row in enumerate(asked)
+        for n, row in enumerate(written)
     ]
     judged.write_text("".join(json.dumps(row) + "\n" for row in lines))
     for objective, rows in (("dpo", pairs), ("kto", judged)):
@@ -235,7 +235,7 @@ def evaluation(lab: Lab, general: bool = True) -> None:
     write_pairs(pairs)
     tiny.write_rows(other, 7)
     judge = lab.good(1, "--data", str(pairs), "--train.objective", "reward")
-    asked = [
+    commands = [
         [str(out), "--data", str(lab.rows), "--metric", "contains", "--max-new-tokens", "6"],
         [str(out), "--data", str(lab.rows), "--metric", "choice", "--max-new-tokens", "6"],
         [
@@ -251,7 +251,7 @@ def evaluation(lab: Lab, general: bool = True) -> None:
         [str(out), "--data", str(pairs)],
         [str(judge), "--data", str(pairs)],
     ]
-    for words in asked:
+    for words in commands:
         result = []
         for world in (1, 3):
             ended = lab.start(world, ["eval", *words, "--json"]).end()
@@ -273,7 +273,7 @@ def without_speed(result: Any) -> Any:
 
 
 def nan_on_one_rank(lab: Lab) -> None:
-    """NaN on one rank: all ranks skip the step, and the event names the rank and its rows."""
+    """If one rank has NaN, all ranks skip the step, and the event names the rank and its rows."""
 
     def poison(part: Any) -> Any:
         return replace(part, loss=part.loss * math.nan, buffers=[buffer * math.nan for buffer in part.buffers])
@@ -285,7 +285,7 @@ def nan_on_one_rank(lab: Lab) -> None:
 
 
 def out_of_memory_on_one_rank(lab: Lab) -> None:
-    """One rank runs out of memory: all continue with smaller micro-batches and the same numbers."""
+    """If one rank runs out of memory, all continue with smaller micro-batches and the same numbers."""
 
     def prepare() -> None:
         compute, count = parts.compute_gradients, iter(range(1, 10_000))
@@ -303,7 +303,7 @@ def out_of_memory_on_one_rank(lab: Lab) -> None:
 
 
 def failing_ranks(lab: Lab) -> None:
-    """An exception in or between steps, or a full disk: all ranks end soon, one of them with the reason."""
+    """After an exception in or between steps, or a full disk, all ranks end soon and one reports the reason."""
 
     def planted(what: Any) -> Any:
         raise ValueError("planted")
@@ -360,9 +360,9 @@ def different_settings(lab: Lab) -> None:
     out = lab.good(1)
     refused(["resume", str(out)], ["--lora.dropout", "0.2"], "lora.dropout of rank 1 is")
     fewer = tiny.write_rows(lab.folder / "fewer.jsonl", 5)
-    asked = ["eval", str(out), "--max-new-tokens", "4", "--data", str(lab.rows)]
-    refused(asked, ["--data", str(fewer)], "the content of the rows of rank 1 is")
-    refused(asked, ["--max-new-tokens", "5"], "max_new_tokens of rank 1 is 5, of rank 0 4")
+    command = ["eval", str(out), "--max-new-tokens", "4", "--data", str(lab.rows)]
+    refused(command, ["--data", str(fewer)], "the content of the rows of rank 1 is")
+    refused(command, ["--max-new-tokens", "5"], "max_new_tokens of rank 1 is 5, of rank 0 4")
 
 
 def flipped_bit(lab: Lab) -> None:
@@ -379,7 +379,7 @@ def flipped_bit(lab: Lab) -> None:
 
 
 def killed_rank(lab: Lab) -> None:
-    """kill -9 of one rank: the others end soon, and the resumed run equals the unbroken one to the bit."""
+    """After SIGKILL of one rank, the others end soon, and the resumed run is bit-identical to the uninterrupted one."""
     whole = lab.good(1, "--train.exact", "true")
     for rank in (0, 1):
         die = at_step(7, lambda job: os.kill(os.getpid(), signal.SIGKILL))
@@ -402,7 +402,7 @@ def hanging_rank(lab: Lab) -> None:
 
 
 def restarted_by_torchrun(lab: Lab) -> None:
-    """After kill -9, torchrun restarts all ranks: they resume from the last checkpoint, bit-identically."""
+    """After SIGKILL, torchrun restarts all ranks, which resume from the last checkpoint bit-identically."""
     more, out = ["--train.exact", "true", "--train.save_steps", "2"], lab.out()
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     words = [*agent, "-m", "tests.distributed.dies_once", *lab.words(out, *more)]
@@ -415,7 +415,7 @@ def restarted_by_torchrun(lab: Lab) -> None:
 
 
 def nan_weight_at_save(lab: Lab) -> None:
-    """A weight that is not finite on one rank at a save ends the run, naming it."""
+    """A non-finite weight on one rank at a save ends the run with an error that names the rank."""
 
     def poison(job: Any) -> None:
         job.state.weights[sorted(job.state.weights)[0]].data.view(-1)[3] = math.nan
@@ -429,23 +429,23 @@ def nan_weight_at_save(lab: Lab) -> None:
 
 def judge_runs_on_one_rank(lab: Lab) -> None:
     """Only one rank calls a judge, which may cost money."""
-    asked, out = lab.folder / "asked.txt", lab.good(1, "--train.learning_rate", "0.05")
+    calls_file, out = lab.folder / "asked.txt", lab.good(1, "--train.learning_rate", "0.05")
     judge = lab.folder / "judge.py"
-    count = f"open({str(asked)!r}, 'a').write('.')"
+    count = f"open({str(calls_file)!r}, 'a').write('.')"
     judge.write_text(f"def own(asked, gold, first, second):\n    {count}\n    return len(first) - len(second)\n")
     result = []
     for world in (1, 3):
-        asked.write_text("")
+        calls_file.write_text("")
         words = ["eval", str(out), "--data", str(lab.rows), "--metric", "contains", "--max-new-tokens", "4", "--json"]
         ended = lab.start(world, [*words, "--judge", f"{judge}:own"]).end()
         assert codes(ended) == [0] * world, outputs(ended)
         facts = next(json.loads(line) for one in ended for line in one.output.splitlines() if line.startswith("{"))
-        result.append((len(asked.read_text()), facts["judge"]))
+        result.append((len(calls_file.read_text()), facts["judge"]))
     assert result[0] == result[1] and result[0][0] > 0
 
 
 def idle_experts(lab: Lab) -> None:
-    """Experts without tokens in a step: weight decay is the same on any number of devices."""
+    """Weight decay of experts without tokens in a step is the same on any number of devices."""
     lab.model = lab.folder / "longcat"
     tiny_families.save("longcat_flash", lab.model)
     more = ["--train.max_steps", "4", "--train.batch_size", "3", "--train.micro_batch", "1", "--lora.dropout", "0"]
@@ -455,9 +455,10 @@ def idle_experts(lab: Lab) -> None:
 
 
 def out_of_memory_inside_nested_blocks(lab: Lab) -> None:
-    """One rank runs out of memory while the others are in a nested block (KTO's divergence): all retry together.
+    """If one rank runs out of memory while the others are in a nested block (KTO's divergence), all retry together.
 
-    If no retry helps, one rank reports it, and there is one JSON object."""
+    If no retry helps, one rank reports it, and there is one JSON object.
+    """
     judged = lab.folder / "judged.jsonl"
     lines = [{"prompt": f"what is {n}", "completion": f"it is {n * n}", "label": bool(n % 3)} for n in range(13)]
     judged.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -70,7 +70,7 @@ def test_two_hosts_train_as_one(tmp_path: Path, tiny_folder: Path) -> None:
 
 @pytest.mark.usefixtures("hosts")
 def test_cut_network_ends_both_hosts(tmp_path: Path, tiny_folder: Path) -> None:
-    """Both hosts report it and end; one host resumes alone and equals the unbroken run."""
+    """Both hosts report the lost connection and end. One host resumes alone and equals the uninterrupted run."""
     write_recipe(tmp_path, tiny_folder, steps=150)
     started = both(tmp_path)
     try:

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.launcher import api
 
 import strop
-from strop.distributed.devices import Place, find_place
+from strop.distributed.devices import RankInfo, find_ranks
 from strop.distributed.launch import count_processes, launch_processes
 from strop.errors import InputError, RecipeError
 from tests import ROOT
@@ -40,12 +40,12 @@ def without_threads() -> dict[str, str]:
 
 @pytest.fixture
 def started() -> Iterator[Start]:
-    """A function that starts a command; a test that fails leaves no run behind."""
+    """Yield a function that starts a command; its processes are killed if the test fails."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(asked: list[str]) -> subprocess.Popen[str]:
+    def start(command: list[str]) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "strop.cli", *asked], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "strop.cli", *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         processes.append(process)
@@ -66,9 +66,9 @@ def reached(running: subprocess.Popen[str], state: Callable[[], bool]) -> None:
 
 def test_exact_run_uses_one_thread_per_rank(tmp_path: Path, tiny_folder: Path) -> None:
     """A single process has one too; a matmul is split by thread, which changes its last bits."""
-    asked = words(tmp_path, tiny_folder, "two", "--train.max_steps", "1", "--train.exact", "true")
+    command = words(tmp_path, tiny_folder, "two", "--train.max_steps", "1", "--train.exact", "true")
     code = "import strop.distributed.launch as join; join.available_cores = lambda: 8; "
-    code += f"join.launch_processes(2, {asked!r})"
+    code += f"join.launch_processes(2, {command!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_threads(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads((tmp_path / "two" / "report.json").read_text())["devices"]
@@ -94,9 +94,9 @@ def test_exact_run_resumes_with_its_number_of_threads(
 
 def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path, started: Start) -> None:
     """There is one JSON object on stdout and one error, from the rank that saved."""
-    asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
+    command = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
     events = tmp_path / "run" / "events.jsonl"
-    running = started(asked)
+    running = started(command)
     reached(running, lambda: events.is_file() and '"event": "step"' in events.read_text())
     running.send_signal(signal.SIGINT)
     out, stdout = running.communicate(timeout=120)
@@ -110,10 +110,10 @@ def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path, start
 
 @pytest.mark.parametrize("devices", ["1", "2"])
 def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tiny_folder: Path, started: Start) -> None:
-    """In the middle of a long step, the run ends at once."""
-    asked = words(tmp_path, tiny_folder, "run", "--train.max_steps", "2", "--devices", devices, "--json")
+    """The second signal arrives in the middle of a long step, and the run ends at once."""
+    command = words(tmp_path, tiny_folder, "run", "--train.max_steps", "2", "--devices", devices, "--json")
     tiny.write_rows(tmp_path / "rows.jsonl", 6000)
-    running = started([*asked, "--train.batch_size", "6000"])
+    running = started([*command, "--train.batch_size", "6000"])
     reached(running, lambda: (tmp_path / "run" / "checkpoints" / "step-000000").is_dir())
     time.sleep(0.5)
     for _ in range(2):
@@ -128,8 +128,8 @@ def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tin
 
 def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path, started: Start) -> None:
     """Exit code 130 means that the state was saved."""
-    asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
-    running = started(asked)
+    command = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
+    running = started(command)
     reached(running, lambda: (tmp_path / "run" / "checkpoints" / "step-000000").is_dir())
     running.send_signal(signal.SIGHUP)
     out, stdout = running.communicate(timeout=120)
@@ -148,13 +148,13 @@ def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path, start
 )
 def test_invalid_rank_is_refused(names: dict[str, str], message: str) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
-    assert find_place(place) == Place(0, 2, 0, 1)
+    assert find_ranks(place) == RankInfo(0, 2, 0, 1)
     with pytest.raises(InputError, match=message):
-        find_place({**place, **names})
+        find_ranks({**place, **names})
 
 
 def test_shutdown_timeout_allows_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default torch's agent kills ranks 30 seconds after Ctrl-C, saved or not."""
+    """By default, torch's agent kills ranks 30 seconds after Ctrl-C, even if they have not saved."""
     configs: list[Any] = []
 
     def launch(config: Any, executable: str) -> Any:
@@ -178,7 +178,7 @@ def test_invalid_device_count_is_refused(asked: str) -> None:
 def test_print_recipe_depends_on_the_number_of_devices(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = words(tmp_path, tiny_folder, "run", "--model.device", "cpu", "--print-recipe", "--devices")
+    command = words(tmp_path, tiny_folder, "run", "--model.device", "cpu", "--print-recipe", "--devices")
     for number, placement in (("1", "auto"), ("2", "replicated")):
-        code, shown, _ = run(*asked, number, capsys=capsys)
+        code, shown, _ = run(*command, number, capsys=capsys)
         assert code == 0 and f"placement: {placement}" in shown

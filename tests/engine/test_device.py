@@ -1,4 +1,4 @@
-"""Devices and types of weights that a run picks."""
+"""Devices and dtypes of weights that a run selects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from strop.machine.probe import probe
 
 
 def test_bf16_support_is_read_from_the_selected_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an older card beside a newer one."""
+    """The machine has an older and a newer GPU."""
     capability = {"cuda": (9, 0), "cuda:0": (9, 0), "cuda:1": (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: capability[name])
     assert pick_dtype("cuda:0")[0] == "bf16"
@@ -27,7 +27,7 @@ def test_prepare_process_keeps_variables_that_the_user_set(monkeypatch: pytest.M
     environment = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
     monkeypatch.setattr(os, "environ", environment)
     prepare_process()
-    assert environment["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"  # what a user has set stays
+    assert environment["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"  # a setting of the user is kept
     if sys.platform == "linux":
         assert [environment.get(name) for name in ALLOCATOR].count("expandable_segments:True") == 1
     monkeypatch.setattr(os, "environ", other := {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
@@ -36,7 +36,7 @@ def test_prepare_process_keeps_variables_that_the_user_set(monkeypatch: pytest.M
 
 
 def test_reduced_precision_reduction_is_disabled() -> None:
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # as PyTorch has it
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # PyTorch's default
     prepare_process()
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
@@ -49,11 +49,11 @@ def test_primitive_cache_capacity_depends_on_tiles_and_rank(
     monkeypatch.setattr(os, "environ", environment := {"LRU_CACHE_CAPACITY": "7"})
     prepare_process(rank=rank)
     assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
-    assert environment["LRU_CACHE_CAPACITY"] == "7"  # what a user has set stays
+    assert environment["LRU_CACHE_CAPACITY"] == "7"  # a setting of the user is kept
 
 
 def test_repeatable_restores_the_previous_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a run with train.deterministic; afterwards all is as it was."""
+    """The mode is that of a run with train.deterministic; all settings are restored afterwards."""
     monkeypatch.setattr(os, "environ", environment := {})
     prepare_process()
     assert "CUBLAS_WORKSPACE_CONFIG" not in environment

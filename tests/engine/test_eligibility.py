@@ -14,7 +14,7 @@ from strop.engine.step import step_for
 from strop.engine.train.eligibility import why_not_fast
 from strop.models.introspect import shape_from_model
 from strop.models.lora import add_lora
-from strop.planning.workload import why_plain
+from strop.planning.workload import why_recipe_not_fast
 from tests.support.families import tokenizer
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 
@@ -32,9 +32,9 @@ def planned_and_actual(family: str, options: dict[str, Any], **changes: Any) -> 
     """Return why the plan expects the plain step, and why training uses it."""
     model = tiny_of(family, **changes)
     config = model.config.to_dict()
-    given = {"model": "m", "data": "d", "lora.r": 2, "lora.alpha": 4, "model.device": "cpu", "model.dtype": "fp32"}
-    recipe = resolve(None, {**given, **options}).recipe
-    planned = why_plain(recipe, shape_from_model(config, config, model))
+    settings = {"model": "m", "data": "d", "lora.r": 2, "lora.alpha": 4, "model.device": "cpu", "model.dtype": "fp32"}
+    recipe = resolve(None, {**settings, **options}).recipe
+    planned = why_recipe_not_fast(recipe, shape_from_model(config, config, model))
     vocabulary = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
     return planned, why_not_fast(add_lora(model.requires_grad_(False), recipe.lora, vocabulary).train())
 

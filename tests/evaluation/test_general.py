@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import strop
-from strop.evaluation.general import compare_general, rows
-from strop.evaluation.metrics import general_verdict, paired_difference
+from strop.evaluation.general import compare_general, load_questions
+from strop.evaluation.metrics import describe_general, paired_difference
 from tests.support import tiny
 from tests.support.runs import run
 
 
 def test_set_has_six_kinds_of_questions_with_valid_patterns() -> None:
-    general = rows()
+    general = load_questions()
     assert len(general) >= 120 and len({row.messages for row in general}) == len(general)
     kinds = Counter(row.kind for row in general)
     assert len(kinds) == 6 and min(kinds.values()) >= 20
@@ -39,19 +39,19 @@ GOOD_AND_BAD = {
 
 @pytest.mark.parametrize("question", GOOD_AND_BAD)
 def test_patterns_accept_good_answers_and_reject_bad_ones(question: str) -> None:
-    row = next(row for row in rows() if row.messages[-1].content == question)
+    row = next(row for row in load_questions() if row.messages[-1].content == question)
     good, bad = GOOD_AND_BAD[question]
     assert re.search(row.pattern, good) and not re.search(row.pattern, bad)
 
 
 def test_copying_and_arithmetic_accept_only_the_exact_answer() -> None:
-    for row in rows():
-        asked = row.messages[-1].content
+    for row in load_questions():
+        prompt = row.messages[-1].content
         if row.kind == "copying":
-            words = asked.removeprefix("Repeat exactly: ")
+            words = prompt.removeprefix("Repeat exactly: ")
             assert re.search(row.pattern, words) and not re.search(row.pattern, " ".join(reversed(words.split())))
         if row.kind == "arithmetic":
-            a, operation, b = re.findall(r"\d+|plus|minus|times", asked)
+            a, operation, b = re.findall(r"\d+|plus|minus|times", prompt)
             value = {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[operation]
             assert re.search(row.pattern, f"It is {value}.") and not re.search(row.pattern, f"It is {value}1.")
 
@@ -64,10 +64,10 @@ def test_general_set_is_compared_and_stored_in_the_report(
     words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
     code, out, err = run("eval", trained.folder, *words, capsys=capsys)
     assert code == 0 and "on the general set: " in err
-    found = json.loads(out)["general"]
-    assert found["rows"] == len(rows()) == sum(kind["rows"] for kind in found["kinds"].values())
-    assert found["difference"]["value"] == pytest.approx(found["tuned"] - found["base"])
-    assert json.loads((trained.folder / "report.json").read_text())["general"] == found
+    result = json.loads(out)["general"]
+    assert result["rows"] == len(load_questions()) == sum(kind["rows"] for kind in result["kinds"].values())
+    assert result["difference"]["value"] == pytest.approx(result["tuned"] - result["base"])
+    assert json.loads((trained.folder / "report.json").read_text())["general"] == result
     assert "General abilities" in (trained.folder / "report.html").read_text()
     code, _, err = run("eval", tiny_folder, "--data", held_out, "--general", capsys=capsys)
     assert code == 2 and "nothing to compare" in err
@@ -84,10 +84,10 @@ def test_model_that_answers_only_in_json_loses_plain_text() -> None:
             texts = ["This is plain text, said well."] * len(prompts) + ['{"intent": "x"}'] * len(prompts)
             return [SimpleNamespace(text=text) for text in texts]
 
-    found = compare_general(Fake())  # type: ignore[arg-type]
-    kind = found["kinds"]["plain text"]
+    result = compare_general(Fake())  # type: ignore[arg-type]
+    kind = result["kinds"]["plain text"]
     assert (kind["rows"], kind["base"], kind["tuned"], kind["difference"]["value"]) == (20, 1.0, 0.0, -1.0)
-    assert found["difference"]["high"] < 0 and len(found["lost"]) >= 20
+    assert result["difference"]["high"] < 0 and len(result["lost"]) >= 20
 
 
 def test_verdict_lists_kinds_when_a_gain_hides_a_loss() -> None:
@@ -97,6 +97,6 @@ def test_verdict_lists_kinds_when_a_gain_hides_a_loss() -> None:
 
     hidden = {"difference": vars(paired_difference([True, False], [False, True]))}
     kinds = {"facts": kind(15, 2), "memory": kind(3, 18), "copying": kind(10, 11)}
-    assert "no clear difference" in general_verdict({**hidden, "kinds": kinds})
-    assert general_verdict({**hidden, "kinds": kinds}).endswith("by kind: worse at facts; better at memory")
-    assert "by kind" not in general_verdict({**hidden, "kinds": {"copying": kind(10, 11)}})
+    assert "no clear difference" in describe_general({**hidden, "kinds": kinds})
+    assert describe_general({**hidden, "kinds": kinds}).endswith("by kind: worse at facts; better at memory")
+    assert "by kind" not in describe_general({**hidden, "kinds": {"copying": kind(10, 11)}})

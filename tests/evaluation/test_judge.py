@@ -16,13 +16,13 @@ from strop.data.types import Conversation, Message
 from strop.errors import RecipeError, RunError
 from strop.evaluation import judge
 from strop.evaluation.compare import Question
-from strop.evaluation.judge import compare_by_judge, judge_for, verdict_in
+from strop.evaluation.judge import compare_by_judge, make_judge, parse_verdict
 from tests.support import tiny
 from tests.support.runs import run
 from tests.support.serving import Server
 
 
-def asked(number: int) -> list[Question]:
+def make_questions(number: int) -> list[Question]:
     turns = (Message("user", "hi"), Message("assistant", "yo"))
     return [Question("hi", "yo", Conversation("f", line + 1, turns)) for line in range(number)]
 
@@ -32,25 +32,25 @@ def longer(conversation: str, gold: str, first: str, second: str) -> int:
 
 
 def test_wins_ties_and_losses_are_counted_with_an_interval() -> None:
-    found = compare_by_judge(longer, "f", asked(4), ["a", "bb", "ccc", "dd"], ["aa", "bb", "c", "dddd"], None)
-    assert (found["wins"], found["ties"], found["losses"], found["rows"]) == (2, 1, 1, 4)
-    assert found["win_rate"] == pytest.approx((2 + 0.5) / 4) and found["lost"] == ["f:3"]
-    low, high = found["interval"]
-    assert 0 <= low < found["win_rate"] < high <= 1 and found["order_decided"] == 0
+    result = compare_by_judge(longer, "f", make_questions(4), ["a", "bb", "ccc", "dd"], ["aa", "bb", "c", "dddd"], None)
+    assert (result["wins"], result["ties"], result["losses"], result["rows"]) == (2, 1, 1, 4)
+    assert result["win_rate"] == pytest.approx((2 + 0.5) / 4) and result["lost"] == ["f:3"]
+    low, high = result["interval"]
+    assert 0 <= low < result["win_rate"] < high <= 1 and result["order_decided"] == 0
 
 
 def test_judge_that_prefers_a_position_gives_ties() -> None:
-    always = compare_by_judge(lambda *_: 1, "f", asked(3), ["a", "b", "c"], ["x", "y", "c"], None)
+    always = compare_by_judge(lambda *_: 1, "f", make_questions(3), ["a", "b", "c"], ["x", "y", "c"], None)
     assert (always["wins"], always["ties"], always["losses"]) == (0, 3, 0) and always["win_rate"] == 0.5
     assert always["order_decided"] == 2  # equal answers are ties without a request
     half = iter([1, 0] * 3)
-    once = compare_by_judge(lambda *_: next(half), "f", asked(3), ["a", "b", "c"], ["x", "y", "z"], None)
+    once = compare_by_judge(lambda *_: next(half), "f", make_questions(3), ["a", "b", "c"], ["x", "y", "z"], None)
     assert once["wins"] == 3  # better in one order and a tie in the other
 
 
 def test_replies_without_a_verdict_are_ties_and_counted() -> None:
-    found = compare_by_judge(lambda *_: None, "f", asked(2), ["a", "b"], ["x", "y"], None)
-    assert found["unsaid"] == 4 and found["ties"] == 2
+    result = compare_by_judge(lambda *_: None, "f", make_questions(2), ["a", "b"], ["x", "y"], None)
+    assert result["unsaid"] == 4 and result["ties"] == 2
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_replies_without_a_verdict_are_ties_and_counted() -> None:
     ],
 )
 def test_verdict_is_the_last_verdict_word(reply: str, verdict: int | None) -> None:
-    assert verdict_in(reply) == verdict
+    assert parse_verdict(reply) == verdict
 
 
 def test_user_function_is_a_judge(tmp_path: Path) -> None:
@@ -76,12 +76,12 @@ def test_user_function_is_a_judge(tmp_path: Path) -> None:
         "def nan(asked, gold, first, second):\n    return float('nan')\n"
         "def two(first, second):\n    return 0\n"
     )
-    own = judge_for(f"{file}:best")
+    own = make_judge(f"{file}:best")
     assert own("user: hi", "yo", "yo", "no") == 1 and own("", "yo", "no", "yo") == -1 and own("", "yo", "a", "b") == 0
     with pytest.raises(RunError, match="KeyError"):
-        judge_for(f"{file}:bad")("user: hi", "yo", "a", "b")
+        make_judge(f"{file}:bad")("user: hi", "yo", "a", "b")
     with pytest.raises(RunError, match="nan"):
-        judge_for(f"{file}:nan")("user: hi", "yo", "a", "b")
+        make_judge(f"{file}:nan")("user: hi", "yo", "a", "b")
     for name, model, message in (
         ("nobody", None, "neither"),
         (f"{file}:best", "m", "--judge-model"),
@@ -89,7 +89,7 @@ def test_user_function_is_a_judge(tmp_path: Path) -> None:
         (f"{file}:two", None, r"two\(first, second\): too many"),
     ):
         with pytest.raises(RecipeError, match=message):
-            judge_for(name, model)
+            make_judge(name, model)
 
 
 @contextmanager
@@ -136,8 +136,8 @@ def test_server_is_asked_in_both_orders_and_retried(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
     monkeypatch.setenv(judge.KEY, "secret")
     with judge_server("first", 503, "second", "tie", "first") as (url, seen):
-        found = compare_by_judge(judge_for(url), url, asked(2), ["old", "old"], ["new", "new"], None)
-    assert (found["wins"], found["ties"], found["losses"]) == (1, 0, 1)
+        result = compare_by_judge(make_judge(url), url, make_questions(2), ["old", "old"], ["new", "new"], None)
+    assert (result["wins"], result["ties"], result["losses"]) == (1, 0, 1)
     assert {request["model"] for request in seen} == {"one"} and {request["key"] for request in seen} == {
         "Bearer secret"
     }
@@ -149,23 +149,23 @@ def test_server_is_asked_in_both_orders_and_retried(monkeypatch: pytest.MonkeyPa
 def test_server_that_refuses_or_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
     with judge_server(401) as (url, _), pytest.raises(RunError, match="401"):
-        judge_for(url, "m")("a", "b", "c", "d")
+        make_judge(url, "m")("a", "b", "c", "d")
     with pytest.raises(RunError, match="does not answer"):
-        judge_for("http://127.0.0.1:9/v1", "m")("a", "b", "c", "d")
+        make_judge("http://127.0.0.1:9/v1", "m")("a", "b", "c", "d")
     with pytest.raises(RunError, match="does not answer"):
-        judge_for("http://127.0.0.1:9/v1")  # before anything is answered
+        make_judge("http://127.0.0.1:9/v1")  # before anything is answered
 
 
 @pytest.mark.parametrize("reply", [{"error": {"message": "no such model"}}, {"choices": []}, {"choices": "first"}])
 def test_unexpected_response_is_an_error(reply: dict[str, Any]) -> None:
     with judge_server(reply) as (url, _), pytest.raises(RunError, match="not a response of"):
-        judge_for(url)("a", "b", "c", "d")
+        make_judge(url)("a", "b", "c", "d")
 
 
 @pytest.mark.parametrize("message", [{}, {"content": None}, {"content": [{"type": "text", "text": "first"}]}])
 def test_response_without_text_has_no_verdict(message: dict[str, Any]) -> None:
     with judge_server({"choices": [{"message": message}]}) as (url, _):
-        assert judge_for(url)("a", "b", "c", "d") is None
+        assert make_judge(url)("a", "b", "c", "d") is None
 
 
 def test_eval_with_a_judge_stores_answers_when_the_judge_fails(
@@ -178,13 +178,17 @@ def test_eval_with_a_judge_stores_answers_when_the_judge_fails(
     for name in (f"{file}:most", f"{server.url}/v1"):
         code, out, err = run(*words, "--judge", name, capsys=capsys)
         assert code == 0, err
-        found = json.loads(out)["judge"]
-        assert found["rows"] == 3 == found["wins"] + found["ties"] + found["losses"] and "tuned wins" in err
+        result = json.loads(out)["judge"]
+        assert result["rows"] == 3 == result["wins"] + result["ties"] + result["losses"] and "tuned wins" in err
     with judge_server(401) as (url, _):  # the answers are kept
         code, out, err = run(*words, "--judge", url, capsys=capsys)
     assert code == 1 and "401" in err
-    kept = json.loads(out)
-    assert kept["error"]["kind"] == "RunError" and len(kept["samples"]) == kept["rows"] == 3 and "judge" not in kept
+    stored = json.loads(out)
+    assert (
+        stored["error"]["kind"] == "RunError"
+        and len(stored["samples"]) == stored["rows"] == 3
+        and "judge" not in stored
+    )
     code, _, err = run("eval", adapter_folders[0], "--data", rows, "--judge-model", "m", capsys=capsys)
     assert code == 2 and "--judge" in err
 
@@ -213,12 +217,12 @@ def test_key_is_not_sent_to_a_redirect_and_not_accepted_in_the_address(monkeypat
         for server in (first, second):
             threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(RunError, match="302"):
-            judge_for(f"http://127.0.0.1:{first.server_port}/v1")("a", "b", "c", "d")
+            make_judge(f"http://127.0.0.1:{first.server_port}/v1")("a", "b", "c", "d")
         assert received == []
         with pytest.raises(RunError, match=r"not a response of .*odd"):
-            judge_for(f"http://127.0.0.1:{second.server_port}/v1")("a", "b", "c", "d")
+            make_judge(f"http://127.0.0.1:{second.server_port}/v1")("a", "b", "c", "d")
         for server in (first, second):
             server.shutdown()
     with pytest.raises(RecipeError) as refused:
-        judge_for("http://me:hunter2@127.0.0.1/v1")
+        make_judge("http://me:hunter2@127.0.0.1/v1")
     assert "hunter2" not in " ".join(refused.value.lines())

@@ -1,4 +1,4 @@
-"""Metrics and rewards against values by hand, published tables and the reference scorer of the test data."""
+"""Metrics and rewards compared with values computed by hand, published tables and the test data's reference scorer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from strop.evaluation.metrics import (
     METRICS,
     check_golds,
     check_rewards,
-    metric,
+    find_metric,
     paired_difference,
     parse_rewards,
     score,
-    wilson,
+    wilson_interval,
 )
 from tests.support.scripts import script
 from tests.support.shared_data import shared
@@ -136,14 +136,14 @@ def test_exact_json_agrees_with_the_reference_on_real_golds(reference: ModuleTyp
     ],
 )
 def test_wilson_equals_published_intervals(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson(successes, n) == pytest.approx((low, high), abs=6e-5)
-    mirrored = wilson(n - successes, n)
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=6e-5)
+    mirrored = wilson_interval(n - successes, n)
     assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=6e-5)
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_contains_the_rate_and_stays_within_0_and_1(counts: tuple[int, int]) -> None:
-    low, high = wilson(*counts)
+    low, high = wilson_interval(*counts)
     assert 0 <= low <= counts[0] / counts[1] <= high <= 1 and low < high
 
 
@@ -217,13 +217,13 @@ def test_function_with_other_parameters_is_refused(parameters: str, message: str
     file = tmp_path / "own.py"
     file.write_text(f"def own({parameters}):\n    return True\n", encoding="utf-8")
     with pytest.raises(RecipeError, match=re.escape(f"own.py:own({parameters}): {message}")) as raised:
-        metric(f"{file}:own")
+        find_metric(f"{file}:own")
     assert "(right answer, answer)" in raised.value.fix
 
 
 def test_function_object_is_refused() -> None:
     with pytest.raises(RecipeError, match="by its name"):
-        metric(test_function_object_is_refused)  # type: ignore[arg-type]
+        find_metric(test_function_object_is_refused)  # type: ignore[arg-type]
 
 
 def test_user_function_is_a_metric(tmp_path: Path) -> None:
@@ -233,10 +233,10 @@ def test_user_function_is_a_metric(tmp_path: Path) -> None:
     assert scores.metric == "near" and scores.hits == (True, False) and scores.rates == {"near": 0.5}
     for name, message in ((f"{file}:far", "no such function"), (f"{tmp_path}/none.py:x", "no such file")):
         with pytest.raises(RecipeError, match=message):
-            metric(name)
+            find_metric(name)
     file.write_text("1 / 0")
     with pytest.raises(RecipeError, match="ZeroDivisionError"):
-        metric(f"{file}:near")
+        find_metric(f"{file}:near")
 
 
 def test_user_file_is_run_again_only_if_it_changes(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_user_file_imports_modules_next_to_it(tmp_path: Path, monkeypatch: pytes
     file.write_text(
         f"{body}    return late_neighbour.same(answer, json.loads('\"yes\"')) and WORD == 'yes'\n", encoding="utf-8"
     )
-    assert metric(f"{file}:own").judge("yes", "yes") == {"own": True}
+    assert find_metric(f"{file}:own").judge("yes", "yes") == {"own": True}
 
 
 def test_broken_user_function_is_found_by_the_golds(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_user_file_that_fails_is_named(line: str, tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(f"{line}\ndef own(gold, answer):\n    return True\n")
     with pytest.raises(RecipeError, match=r"own\.py:own: [A-Z]\w+: "):
-        metric(f"{file}:own")
+        find_metric(f"{file}:own")
 
 
 @pytest.mark.parametrize("value", ["0.5", "1.0", "'yes'", "None", "2", "[]"])
@@ -338,7 +338,7 @@ def test_user_function_may_exit_or_raise_any_error(tmp_path: Path) -> None:
     for text, message in (("import sys; sys.exit(7)", "SystemExit: 7"), ("open('/none/there')", "FileNotFoundError")):
         file.write_text(text)
         with pytest.raises(RecipeError, match=message):
-            metric(f"{file}:ends")
+            find_metric(f"{file}:ends")
 
 
 def test_pattern_that_takes_too_long_is_a_miss_and_is_logged(

@@ -15,7 +15,7 @@ from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.engine.train.plain import PlainLoss
 from strop.evaluation.diagnosis import diagnose
-from strop.evaluation.preferences import compare_preferences, reward_figures
+from strop.evaluation.preferences import compare_preferences, summarize_rewards
 from tests.support import preferences, tiny
 from tests.support.runs import QUICK, run
 
@@ -34,24 +34,26 @@ def test_base_and_tuned_are_compared_on_pairs(
     out, held_out = trained("dpo", tiny_folder, tmp_path, capsys), preferences.write_pairs(tmp_path / "held.jsonl", 12)
     code, printed, err = run("eval", out, "--data", held_out, "--json", capsys=capsys)
     assert code == 0, err
-    found = json.loads(printed)
-    assert found["rows"] == 12 and found["metric"] == "preference"
-    assert found["tuned"]["preference"] == 1.0 and found["rewards"]["accuracy"] == 1.0
-    low, high = found["rewards"]["margin_interval"]
-    assert low <= found["rewards"]["margin"] <= high and low > 0
-    gained, lost = (len(found["changed"][name]) for name in ("gained", "lost"))
-    assert gained - lost == round(12 * found["difference"]["value"])
+    result = json.loads(printed)
+    assert result["rows"] == 12 and result["metric"] == "preference"
+    assert result["tuned"]["preference"] == 1.0 and result["rewards"]["accuracy"] == 1.0
+    low, high = result["rewards"]["margin_interval"]
+    assert low <= result["rewards"]["margin"] <= high and low > 0
+    gained, lost = (len(result["changed"][name]) for name in ("gained", "lost"))
+    assert gained - lost == round(12 * result["difference"]["value"])
     assert "ranked" in err and "margin" in err
     report = json.loads((out / "report.json").read_text())
-    assert report["evaluation"]["tuned"] == found["tuned"] and "preference" in (out / "report.html").read_text()
+    assert report["evaluation"]["tuned"] == result["tuned"] and "preference" in (out / "report.html").read_text()
     assert "preference" in (out / "adapter" / "README.md").read_text()
 
 
 def test_log_probabilities_equal_the_plain_step(tiny_folder: Path, tmp_path: Path) -> None:
     bad: list[RowError] = []
-    rows = list(ConversationReader(read_rows(str(preferences.write_pairs(tmp_path / "a.jsonl", 5)), bad=bad), bad=bad))
+    rows = list(
+        ConversationReader(read_rows(str(preferences.write_pairs(tmp_path / "a.jsonl", 5)), errors=bad), errors=bad)
+    )
     model = strop.load(tiny_folder, dtype="fp32")
-    found = compare_preferences(model, rows)
+    result = compare_preferences(model, rows)
     plain, hits, total, tokens = PlainLoss(model.module), 0, 0.0, 0
     with torch.no_grad():
         for row in rows:
@@ -59,8 +61,8 @@ def test_log_probabilities_equal_the_plain_step(tiny_folder: Path, tmp_path: Pat
             losses = [float(plain.token_loss([example])) for example in (chosen, rejected)]
             hits += losses[0] / chosen.supervised < losses[1] / rejected.supervised
             total, tokens = total + losses[0], tokens + chosen.supervised
-    assert found["base"]["preference"] == hits / 5 and "tuned" not in found
-    assert found["base"]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert result["base"]["preference"] == hits / 5 and "tuned" not in result
+    assert result["base"]["loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_reward_model_is_evaluated_by_its_scores(
@@ -72,8 +74,8 @@ def test_reward_model_is_evaluated_by_its_scores(
     )
     code, printed, err = run("eval", out, "--data", held_out, "--json", capsys=capsys)
     assert code == 0, err
-    found = json.loads(printed)
-    assert found["tuned"]["preference"] == 1.0 and "base" not in found and found["rewards"]["margin"] > 0
+    result = json.loads(printed)
+    assert result["tuned"]["preference"] == 1.0 and "base" not in result and result["rewards"]["margin"] > 0
     assert "AutoModelForSequenceClassification" in (out / "adapter" / "README.md").read_text()
     code, printed, err = run("eval", out, out, "--data", held_out, "--json", capsys=capsys)
     assert code == 0, err
@@ -97,10 +99,10 @@ def test_options_that_pairs_do_not_allow_are_refused(
 
 
 def test_rewards_have_intervals() -> None:
-    found = reward_figures([(1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (2.0, 0.0)])
-    assert found["accuracy"] == 0.75 and found["margin"] == 1.25
-    assert found["accuracy_interval"][0] < 0.75 < found["accuracy_interval"][1]
-    assert reward_figures([(1.0, 0.0)])["margin_interval"] is None
+    result = summarize_rewards([(1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (2.0, 0.0)])
+    assert result["accuracy"] == 0.75 and result["margin"] == 1.25
+    assert result["accuracy_interval"][0] < 0.75 < result["accuracy_interval"][1]
+    assert summarize_rewards([(1.0, 0.0)])["margin_interval"] is None
 
 
 def test_chosen_answers_that_become_less_likely_are_reported() -> None:

@@ -225,7 +225,7 @@ def test_plots_use_the_colours_of_the_page() -> None:
     for drawing in drawings(render(full(), steps(60))):
         assert "currentColor" in drawing and "var(--base)" in drawing and "#0102" not in drawing
         assert "#000000" not in drawing and "#ffffff" not in drawing and "<metadata" not in drawing
-        assert "<text" in drawing  # text elements can be searched and read aloud
+        assert "<text" in drawing  # text elements can be searched and read by screen readers
 
 
 def test_rendering_does_not_import_pyplot_or_change_matplotlib_settings() -> None:

@@ -22,7 +22,7 @@ from strop.engine.decode.model import Model
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
-from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard, read_conversations, trained_on
+from strop.evaluation.run import EvalOptions, evaluate_models, find_train_rows, rank_models, read_conversations
 from tests.support.families import tokenizer
 from tests.support.runs import QUICK, run
 from tests.support.templates import tokenizer as of_trait
@@ -54,8 +54,8 @@ def test_check_from_python_equals_the_command(
 ) -> None:
     data = rows(tmp_path / "colours.jsonl", COLOURS)
     _, out, _ = run("check", "--model", tiny_folder, "--data", data, "--json", capsys=capsys)
-    found = strop.check(model=str(tiny_folder), data=str(data))
-    assert found == json.loads(out) and found["rows"]["used"] == 12
+    result = strop.check(model=str(tiny_folder), data=str(data))
+    assert result == json.loads(out) and result["rows"]["used"] == 12
 
 
 def test_choice_takes_the_answer_with_the_highest_likelihood(runs: list[Path], tmp_path: Path) -> None:
@@ -87,11 +87,11 @@ def test_loss_from_generation_equals_the_training_step(
     lines = [json.dumps({"messages": [turn for both in turns[:n] for turn in both]}) for n in (1, 2, 3)]
     data.write_text("\n".join(lines), encoding="utf-8")
     model = strop.load(runs[1])
-    expected = comparing._loss(model, comparing.make_questions(read_conversations(str(data))), [])
+    expected = comparing._compute_loss(model, comparing.make_questions(read_conversations(str(data))), [])
     monkeypatch.setattr(comparing, "summed_loss", None)  # the training step is not used
-    found = strop.evaluate(runs[1], str(data))
-    assert found["tuned"]["loss"] == pytest.approx(expected, rel=0.02)
-    assert found["base"]["loss"] > found["tuned"]["loss"] + 1
+    result = strop.evaluate(runs[1], str(data))
+    assert result["tuned"]["loss"] == pytest.approx(expected, rel=0.02)
+    assert result["base"]["loss"] > result["tuned"]["loss"] + 1
 
 
 def test_rows_without_a_right_answer_are_left_out_and_listed(
@@ -103,12 +103,12 @@ def test_rows_without_a_right_answer_are_left_out_and_listed(
     words = ["--max-new-tokens", "2", "--json"]
     both.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rest))
     code, out, err = run("eval", runs[0], "--data", data, "--data", both, *words, capsys=capsys)
-    found = json.loads(out)
-    assert code == 0 and found["rows"] == 12 and "left out: 2 rows: " in err
+    result = json.loads(out)
+    assert code == 0 and result["rows"] == 12 and "left out: 2 rows: " in err
     whys = ["does not end with an answer", "its answer has weight 0"]
-    assert found["left_out"] == [{"file": str(both), "line": n, "what": why} for n, why in enumerate(whys, 1)]
+    assert result["left_out"] == [{"file": str(both), "line": n, "what": why} for n, why in enumerate(whys, 1)]
     alone = strop.evaluate(runs[0], str(data), max_new_tokens=2)
-    assert alone["left_out"] == [] and alone["tuned"]["loss"] == found["tuned"]["loss"]
+    assert alone["left_out"] == [] and alone["tuned"]["loss"] == result["tuned"]["loss"]
     code, _, err = run("eval", runs[0], "--data", both, *words, capsys=capsys)
     assert code == 2 and f"{both}:1: does not end with an answer" in err
     text = tmp_path / "poem.txt"
@@ -123,46 +123,46 @@ def test_rows_are_read_with_the_options_of_the_run(
     table, usual = tmp_path / "table.csv", rows(tmp_path / "usual.jsonl", COLOURS)
     table.write_text("Frage,Antwort\n" + "".join(f"été {n},grün\n" for n in range(4)), encoding="cp1252")
     columns = ["--data.columns", "prompt=Frage,completion=Antwort"]
-    short, made = [*QUICK, "--train.max_steps", "1"], [tmp_path / "table", tmp_path / "usual"]
-    words = ["train", "--model", tiny_folder, "--data", table, "--out", made[0], *short, *columns]
+    short, run_folders = [*QUICK, "--train.max_steps", "1"], [tmp_path / "table", tmp_path / "usual"]
+    words = ["train", "--model", tiny_folder, "--data", table, "--out", run_folders[0], *short, *columns]
     code, _, err = run(*words, "--data.encoding", "cp1252", capsys=capsys)
     assert code == 0, err
     ask = ["--max-new-tokens", "2", "--json"]
-    code, out, err = run("eval", made[0], "--data", table, *ask, capsys=capsys)
-    found = json.loads(out)
-    assert code == 0 and found["rows"] == found["train_rows"] == 4 and found["samples"][0]["gold"] == "grün"
-    assert any("data.columns, completion=Antwort,prompt=Frage" in note for note in found["notes"])
-    assert any("data.encoding, cp1252; for others give --data.encoding utf-8" in note for note in found["notes"])
-    code, _, err = run("eval", made[0], "--data", usual, *ask, capsys=capsys)
+    code, out, err = run("eval", run_folders[0], "--data", table, *ask, capsys=capsys)
+    result = json.loads(out)
+    assert code == 0 and result["rows"] == result["train_rows"] == 4 and result["samples"][0]["gold"] == "grün"
+    assert any("data.columns, completion=Antwort,prompt=Frage" in note for note in result["notes"])
+    assert any("data.encoding, cp1252; for others give --data.encoding utf-8" in note for note in result["notes"])
+    code, _, err = run("eval", run_folders[0], "--data", usual, *ask, capsys=capsys)
     assert code == 2 and "for others give --data.columns none" in err
-    code, out, err = run("eval", made[0], "--data", usual, "--data.columns", "none", *ask, capsys=capsys)
+    code, out, err = run("eval", run_folders[0], "--data", usual, "--data.columns", "none", *ask, capsys=capsys)
     assert code == 0 and json.loads(out)["rows"] == 12
-    code, _, err = run("train", "--model", tiny_folder, "--data", usual, "--out", made[1], *short, capsys=capsys)
+    code, _, err = run("train", "--model", tiny_folder, "--data", usual, "--out", run_folders[1], *short, capsys=capsys)
     assert code == 0, err
-    code, _, err = run("eval", *made, "--data", table, *ask, capsys=capsys)
+    code, _, err = run("eval", *run_folders, "--data", table, *ask, capsys=capsys)
     assert code == 2 and "different data.columns: completion=Antwort,prompt=Frage, none" in err
-    given = {"data.columns": {"prompt": "Frage", "completion": "Antwort"}, "data.encoding": "cp1252"}
-    assert strop.evaluate(made[1], str(table), max_new_tokens=2, **given)["rows"] == 4
+    options = {"data.columns": {"prompt": "Frage", "completion": "Antwort"}, "data.encoding": "cp1252"}
+    assert strop.evaluate(run_folders[1], str(table), max_new_tokens=2, **options)["rows"] == 4
     with pytest.raises(RecipeError, match=r"--data\.column: .*did you mean data\.columns"):
-        strop.evaluate(made[1], str(table), **{"data.column": {}})
+        strop.evaluate(run_folders[1], str(table), **{"data.column": {}})
 
 
 def test_several_models_are_ranked_and_share_their_base(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    calls: list[str] = []
     compare = evaluation.compare
-    monkeypatch.setattr(evaluation, "compare", lambda *a, **k: asked.append(str(k["base"] is None)) or compare(*a, **k))
+    monkeypatch.setattr(evaluation, "compare", lambda *a, **k: calls.append(str(k["base"] is None)) or compare(*a, **k))
     data = tmp_path / "colours.jsonl"
     code, out, err = run("eval", *runs, "--data", data, "--metric", "choice", "--json", capsys=capsys)
-    found = json.loads(out)
-    assert code == 0 and [line["run"] for line in found["leaderboard"]] == [str(runs[1]), str(runs[0])]
-    best, last = found["leaderboard"]
+    result = json.loads(out)
+    assert code == 0 and [line["run"] for line in result["leaderboard"]] == [str(runs[1]), str(runs[0])]
+    best, last = result["leaderboard"]
     assert best["behind"]["value"] == 0 and last["behind"]["value"] == pytest.approx(last["score"] - best["score"])
-    assert last["low"] <= last["score"] <= last["high"] and "behind the best" in err
-    assert asked == ["True", "False"]  # the base is evaluated once
+    assert last["low"] <= last["score"] <= last["high"] and "gap to the best" in err
+    assert calls == ["True", "False"]  # the base is evaluated once
     single = strop.evaluate(runs[0], str(data), metric="choice")
-    assert found["runs"][0]["base"] == single["base"] and found["runs"][0]["tuned"] == single["tuned"]
+    assert result["runs"][0]["base"] == single["base"] and result["runs"][0]["tuned"] == single["tuned"]
 
 
 @pytest.mark.parametrize("flag", ["--general", "--judge"])
@@ -191,13 +191,13 @@ def test_base_after_its_runs_is_not_evaluated_again(
     names, data = [str(runs[0]), str(tiny_folder)], str(tmp_path / "colours.jsonl")
     first, last = evaluate_models(names, data, EvalOptions(metric=metric, max_new_tokens=4))
     assert last["base"] == first["base"] and "tuned" not in last
-    assert {line["run"] for line in leaderboard([first, last])} == set(names)
+    assert {line["run"] for line in rank_models([first, last])} == set(names)
 
 
 def test_equal_models_have_no_clear_difference(runs: list[Path], tmp_path: Path) -> None:
     names, options = [str(runs[1])] * 2, EvalOptions(metric="choice")
     results = evaluate_models(names, str(tmp_path / "colours.jsonl"), options)
-    assert [line["verdict"] for line in leaderboard(results)] == ["unclear", "unclear"]
+    assert [line["verdict"] for line in rank_models(results)] == ["unclear", "unclear"]
 
 
 def interrupt_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict[str, Any]], bool]) -> None:
@@ -225,9 +225,9 @@ def test_interrupted_run_is_not_ranked(
     words = ["--data", tmp_path / "colours.jsonl", "--max-new-tokens", "2", "--json"]
     code, out, err = run("eval", *runs, *words, capsys=capsys)
     assert code == 130, err
-    found = json.loads(out)
-    assert found["runs"][0]["rows"] == 12 > found["runs"][1]["rows"] > 0
-    assert [line["run"] for line in found["leaderboard"]] == [str(runs[0])]
+    result = json.loads(out)
+    assert result["runs"][0]["rows"] == 12 > result["runs"][1]["rows"] > 0
+    assert [line["run"] for line in result["leaderboard"]] == [str(runs[0])]
 
 
 @pytest.mark.parametrize("name", ["loss", "stop_rate"])
@@ -250,11 +250,11 @@ def test_regression_rows_and_general_set_are_in_report_and_card(
     data = tmp_path / "colours.jsonl"
     words = ["eval", runs[1], "--data", data, "--metric", "choice", "--regression-data", other, "--json"]
     code, out, err = run(*words, "--regression-metric", "contains", "--general", capsys=capsys)
-    found = json.loads(out)
-    assert code == 0 and found["regression"]["rows"] == 2 and found["regression"]["metric"] == "contains"
+    result = json.loads(out)
+    assert code == 0 and result["regression"]["rows"] == 2 and result["regression"]["metric"] == "contains"
     assert "rows that should not get worse" in err
     report = json.loads((runs[1] / "report.json").read_text())
-    assert report["regression"]["difference"] == found["regression"]["difference"]
+    assert report["regression"]["difference"] == result["regression"]["difference"]
     after = card.read_text()
     assert "was not evaluated on held-out rows" not in after and "was not measured" not in after
     assert "12 rows: choice" in after and "2 rows: contains" in after and "126 rows" in after
@@ -282,8 +282,8 @@ def test_harness_tasks_are_compared(runs: list[Path], tmp_path: Path, capsys: py
     (tmp_path / "task.yaml").write_text(TASK.format(file=data), encoding="utf-8")
     words = ["eval", runs[1], "--data", data, "--metric", "choice", "--tasks", tmp_path / "task.yaml", "--json"]
     code, out, err = run(*words, capsys=capsys)
-    found = json.loads(out)["tasks"]["colours"]["acc"]
-    assert code == 0 and found["documents"] == 12 and found["difference"]["low"] <= found["tuned"] - found["base"]
+    result = json.loads(out)["tasks"]["colours"]["acc"]
+    assert code == 0 and result["documents"] == 12 and result["difference"]["low"] <= result["tuned"] - result["base"]
     assert "colours" in err and "colours" in (runs[1] / "report.html").read_text()
     code, _, err = run("eval", runs[1], "--data", data, "--tasks", "no_such_task", capsys=capsys)
     assert code == 2 and "no such task" in err
@@ -312,11 +312,11 @@ def test_ctrl_c_keeps_the_answered_rows(
     monkeypatch.setattr("strop.engine.decode.batch.MAX_SEQUENCES", 4)
     words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
-    found = json.loads(out)
-    assert code == 130 and 0 < found["rows"] < 12 and len(found["samples"]) == found["rows"]
-    assert found["interrupted"] == f"after {found['rows']} of 12 rows" and found["interrupted"] in err
-    assert "general" not in found
-    assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == found["rows"]
+    result = json.loads(out)
+    assert code == 130 and 0 < result["rows"] < 12 and len(result["samples"]) == result["rows"]
+    assert result["interrupted"] == f"after {result['rows']} of 12 rows" and result["interrupted"] in err
+    assert "general" not in result
+    assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == result["rows"]
 
 
 def test_interrupted_evaluation_does_not_replace_a_complete_one(
@@ -353,9 +353,9 @@ def test_evaluation_of_a_read_only_run_is_printed(
     monkeypatch.setattr(evaluation, "write_json", read_only)
     words = ["--data", tmp_path / "colours.jsonl", "--max-new-tokens", "2", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
-    found = json.loads(out)
-    assert code == 0 and found["rows"] == 12
-    assert found["notes"][-1] == f"not stored in the report of {runs[0]}: read-only file system"
+    result = json.loads(out)
+    assert code == 0 and result["rows"] == 12
+    assert result["notes"][-1] == f"not stored in the report of {runs[0]}: read-only file system"
     assert "not stored in the report" in err
 
 
@@ -363,12 +363,12 @@ def test_ctrl_c_in_the_regression_rows_is_reported(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupt_comparison(monkeypatch, lambda options: "base" not in options)  # the second evaluation
-    data, kept = tmp_path / "colours.jsonl", rows(tmp_path / "kept.jsonl", COLOURS)
-    words = ["--data", data, "--regression-data", kept, "--max-new-tokens", "2", "--json"]
+    data, unchanged = tmp_path / "colours.jsonl", rows(tmp_path / "kept.jsonl", COLOURS)
+    words = ["--data", data, "--regression-data", unchanged, "--max-new-tokens", "2", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
-    found = json.loads(out)
-    assert code == 130 and found["rows"] == 12 > found["regression"]["rows"] > 0
-    assert f"interrupted {found['regression']['interrupted']}" in err
+    result = json.loads(out)
+    assert code == 130 and result["rows"] == 12 > result["regression"]["rows"] > 0
+    assert f"interrupted {result['regression']['interrupted']}" in err
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -377,7 +377,7 @@ ASKED = Message("user", "three?")
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A tiny model whose template shows reasoning and calls."""
+    """Return a tiny model whose template shows reasoning and calls."""
     folder, its = tmp_path_factory.mktemp("thinker"), tokenizer("qwen3")
     tiny(vocab_size=len(its)).save_pretrained(folder)
     its.save_pretrained(folder)
@@ -432,10 +432,10 @@ def test_judge_gets_answers_without_reasoning(thinker: Model, tmp_path: Path, mo
         "base": "<think>\nso\n</think>\n\n4",
         "tuned": "<think>\n1\n</think>\n\n3",
     }
-    found = {"rows": 1, "base": {}, "tuned": {}, "samples": [sample | {"base_hit": False, "tuned_hit": True}]}
+    actual = {"rows": 1, "base": {}, "tuned": {}, "samples": [sample | {"base_hit": False, "tuned_hit": True}]}
     for name, value in (
-        ("compare", found), ("load", thinker), ("adapter_folder", tmp_path),
-        ("is_reward_adapter", False), ("trained_on", None)
+        ("compare", actual), ("load", thinker), ("adapter_folder", tmp_path),
+        ("is_reward_adapter", False), ("find_train_rows", None)
     ):  # fmt: skip
         monkeypatch.setattr(evaluation, name, lambda *_, value=value, **__: value)
     (result,) = evaluate_models(["demo"], str(data), EvalOptions(judge=f"{file}:own"))
@@ -458,10 +458,10 @@ def test_end_of_reasoning_is_found_unless_it_is_a_special_token(chat_tokenizer: 
 
 
 def test_choice_does_not_see_the_right_reasoning(thinker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, asked, render = [ending(word, reasoning=f"it is {word}") for word in ("red", "blue")], [], Renderer.render
-    monkeypatch.setattr(Renderer, "render", lambda self, row: asked.append(row.messages[-1]) or render(self, row))
+    rows, prompts, render = [ending(word, reasoning=f"it is {word}") for word in ("red", "blue")], [], Renderer.render
+    monkeypatch.setattr(Renderer, "render", lambda self, row: prompts.append(row.messages[-1]) or render(self, row))
     comparing.compare(thinker, rows, metric="choice")
-    options = [turn for turn in asked if turn not in [row.messages[-1] for row in rows]]
+    options = [turn for turn in prompts if turn not in [row.messages[-1] for row in rows]]
     assert [turn.content for turn in options] == ["red", "blue"] * 2 and not any(turn.reasoning for turn in options)
 
 
@@ -497,7 +497,7 @@ def trained(tiny_folder: Path, tmp_path: Path) -> str:
 
 
 def known(name: str, path: Path, rows: list[dict[str, Any]]) -> list[bool] | None:
-    return trained_on(name, read_conversations(str(write(path, rows))))
+    return find_train_rows(name, read_conversations(str(write(path, rows))))
 
 
 def test_train_rows_are_recognized_in_any_format(trained: str, tmp_path: Path) -> None:
@@ -519,9 +519,9 @@ def test_unknown_training_rows_return_none(trained: str, tiny_folder: Path, tmp_
 
 def test_held_out_share_is_not_trained_on(tiny_folder: Path, tmp_path: Path) -> None:
     name = train(tiny_folder, write(tmp_path / "train.jsonl", ROWS), "trained", eval="50%")
-    found = known(name, tmp_path / "a.jsonl", ROWS)
+    result = known(name, tmp_path / "a.jsonl", ROWS)
     number = json.loads((Path(name) / "report.json").read_text())["data_report"]["held_out"]
-    assert found is not None and 0 < number == found.count(False) < len(ROWS)
+    assert result is not None and 0 < number == result.count(False) < len(ROWS)
 
 
 def test_rows_of_the_run_it_started_from_count(trained: str, tiny_folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 import strop
 from strop.evaluation.model_card import hub_id
 from strop.exporting.adapters import combine
-from tests.support.hub_standin import TOKEN, Shelf, taking
+from tests.support.hub_standin import TOKEN, Shelf, upload_server
 from tests.support.runs import run
 
 # huggingface_hub uses an argument that httpx deprecates
@@ -41,7 +41,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 
 @pytest.fixture
 def shelf() -> Iterator[Shelf]:
-    with taking() as shelf:
+    with upload_server() as shelf:
         yield shelf
 
 
@@ -143,7 +143,7 @@ def test_files_that_differ_on_the_hub_are_reported(push: Push, shelf: Shelf) -> 
     for name in ("config.json", "model-00001.safetensors"):
         shelf.lose = name
         code, result, err = push("merged", "me/lost")
-        assert code == 1 and f"other bytes than uploaded: {name}" in err and result["exit"] == 1
+        assert code == 1 and f"checksums on the Hub differ: {name}" in err and result["exit"] == 1
 
 
 def test_model_files_of_an_earlier_push_are_removed(push: Push, shelf: Shelf, base: None) -> None:
@@ -168,7 +168,7 @@ def test_revision_of_the_base_is_stored_separately(push: Push, shelf: Shelf, bas
 
 def test_card_shows_how_strop_loads_the_repository(push: Push, shelf: Shelf, base: None, work: Path) -> None:
     shutil.copytree(work / "run" / "adapter", work / "copy")
-    for name in ("run", "copy"):  # with the run's report, and with only the card
+    for name in ("run", "copy"):  # with the run's report, and with only the model card
         assert push(name, "me/mine", "--base", "me/base")[0] == 0
         card = shelf.repos["me/mine"]["README.md"].decode()
         assert 'strop.load("mine").chat("..."))  # after `hf download me/mine --local-dir mine`' in card

@@ -17,7 +17,7 @@ from strop.data.types import Message
 from strop.errors import FolderError, ModelError, ParityError
 from strop.exporting import llama_cpp
 from strop.exporting import ollama as module
-from strop.exporting.llama_cpp import sample_conversations
+from strop.exporting.llama_cpp import make_sample_conversations
 from strop.exporting.ollama import TemplatePieces, export_ollama, render_with_go, strips_messages, write_modelfile
 from tests.support import gguf_models
 from tests.support.families import TEMPLATES, tokenizer
@@ -48,9 +48,9 @@ def with_template(template: str) -> Renderer:
 def test_pieces_render_the_trained_prompts(style: str) -> None:
     trained = renderer(style)
     pieces = TemplatePieces.split(trained)
-    for messages in sample_conversations(trained.supports_system):
+    for messages in make_sample_conversations(trained.chat.traits.system):
         assert pieces.render(messages) == trained.chat.prompt(messages).text
-    assert (pieces.system is not None) == trained.supports_system
+    assert (pieces.system is not None) == trained.chat.traits.system
     assert strips_messages(trained) == (style in ("llama3", "gemma"))
 
 
@@ -60,7 +60,7 @@ def test_go_renders_the_trained_prompt(style: str) -> None:
     trained = renderer(style)
     bos = trained.tokenizer.bos_token or ""
     pieces = TemplatePieces.split(trained)
-    conversations = sample_conversations(trained.supports_system)
+    conversations = make_sample_conversations(trained.chat.traits.system)
     prompts = [trained.chat.prompt(messages).text for messages in conversations]
     assert render_with_go(pieces.to_go(), conversations) == prompts
     if trained.chat.opening.startswith(bos):
@@ -152,7 +152,8 @@ def test_prompts_are_untested_if_ollama_does_not_answer(tmp_path: Path, monkeypa
 
 
 def test_model_names_are_valid_for_ollama() -> None:
-    assert [module._model_name(name) for name in ("runs/My run", "Ünsinn-7", "模型")] == ["my-run", "nsinn-7", "tuned"]
+    names = [module._make_model_name(name) for name in ("runs/My run", "Ünsinn-7", "模型")]
+    assert names == ["my-run", "nsinn-7", "tuned"]
 
 
 def test_ollama_creates_renders_and_removes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +184,7 @@ def test_ollama_creates_renders_and_removes_a_model(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(module.subprocess, "run", run)
     monkeypatch.setattr(module._opener, "open", send)
-    conversations = sample_conversations(True)[:2]
+    conversations = make_sample_conversations(True)[:2]
     assert module._render_with_ollama(tmp_path, conversations) == ["prompt 1", "prompt 2"]
     assert [command[1] for command in commands] == ["create", "rm"]
     assert commands[0][2] == commands[1][2] == bodies[0]["model"]

@@ -85,8 +85,8 @@ def test_near_tie_follows_pinskers_inequality() -> None:
         k = float((p * np.log(p / q)).sum())
         if p.argmax() != q.argmax():
             swaps += 1
-            assert p.max() - p[q.argmax()] <= Limit(k, 1.0).tie + 1e-12
-    assert swaps > 300 and BF16.tie == pytest.approx(math.sqrt(2 * BF16.kl_mean))
+            assert p.max() - p[q.argmax()] <= Limit(k, 1.0).near_tie + 1e-12
+    assert swaps > 300 and BF16.near_tie == pytest.approx(math.sqrt(2 * BF16.kl_mean))
 
 
 def test_nan_is_refused() -> None:

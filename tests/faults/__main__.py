@@ -54,8 +54,8 @@ def main() -> None:
             "cold": lambda: suite.cold_kills(lambda out: lab.words(out, "fast"), Path(folder) / "cold", options.cold),
             "real": lambda: suite.cold_kills(_real_words, Path(folder) / "real", options.real),
         }
-        wanted = options.cases.split(",") if options.cases else list(cases)
-        for name in wanted:
+        selected = options.cases.split(",") if options.cases else list(cases)
+        for name in selected:
             started = time.monotonic()
             tally = cases[name]()
             result[name] = {**asdict(tally), "date": time.strftime("%Y-%m-%d"), "machine": probe().cpu}
@@ -68,7 +68,7 @@ def main() -> None:
         if options.peer:
             result["peer"] = _peer(options.peer, lab.folder)
             _keep(result)
-    raise SystemExit(any(result[name]["wrong"] for name in wanted))
+    raise SystemExit(any(result[name]["wrong"] for name in selected))
 
 
 def _keep(result: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ Work = Callable[[], int]
 
 @dataclass(frozen=True)
 class Ended:
-    """code: exit status, or minus the signal that ended it. seconds: how long it ran. said: its stderr and stdout."""
+    """The end of a process. code: exit status, or minus its signal. seconds: run time. output: stderr and stdout."""
 
     code: int
     seconds: float

@@ -1,8 +1,8 @@
-"""The same faults, shortened, on a plain TRL SFTTrainer script; run by TRL's Python with a model and rows.
+"""Run the fault suite, shortened, on a plain TRL SFTTrainer script, in TRL's Python with a model and rows.
 
     PYTHON_OF_TRL -m tests.faults.peer LAB_FOLDER OUT.json
 
-The script is what TRL's documentation shows: save_strategy="steps", resume_from_checkpoint=True, save_model at the end.
+The script follows TRL's documentation: save_strategy="steps", resume_from_checkpoint=True, save_model at the end.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Peer:
         return self.work / f"r{self.number}"
 
     def run(self, out: Path, *, hurt: tuple[int, float] | None = None, **options: Any) -> Ended:
-        return child(lambda: train(self.lab, out, **options), self.work / "said.txt", hurt=hurt)
+        return child(lambda: train(self.lab, out, **options), self.work / "output.txt", hurt=hurt)
 
     def verdict(self, out: Path, ended: Ended) -> str:
         if ended.code != 0:
@@ -142,7 +142,7 @@ def full_disk(peer: Peer) -> list[str]:
 
 
 def not_finite(peer: Peer) -> list[str]:
-    """One NaN loss, and three: what is saved, and the exit code."""
+    """Inject one and three NaN losses; record what is saved, and the exit code."""
     result = []
     for bad in ({7}, {7, 8, 9}):
         out, count = peer.out(), iter(range(1, 1000))

@@ -1,7 +1,7 @@
 """Injected faults of every kind; `make faults` runs all cases and writes docs/reliability.md.
 
-Each case injects faults into runs of 20 steps that save after every step. The resulting adapters must equal those of an
-unbroken run to the bit.
+Each case injects faults into runs of 20 steps that save after every step. The resulting adapters must be bit-identical
+to those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FLAGS = {
 
 @dataclass
 class Tally:
-    """The result of a case: number of trials, and every trial that did not end as required."""
+    """The result of a case: the number of trials, and the trials with an unexpected outcome."""
 
     what: str
     tried: int = 0
@@ -80,8 +80,8 @@ class Lab:
     def start(self, out: Path, kind: str = "fast", **hurt: Any) -> Ended:
         return self._run(self.words(out, kind), **hurt)
 
-    def go_on(self, out: Path, kind: str = "fast", **hurt: Any) -> Ended:
-        """Do what a user would: resume, or start again if the run had not begun."""
+    def continue_run(self, out: Path, kind: str = "fast", **hurt: Any) -> Ended:
+        """Continue as a user would: resume, or start again if the run had not begun."""
         return self._run(["resume", str(out), "--json"], **hurt) if is_run(out) else self.start(out, kind, **hurt)
 
     def _run(
@@ -91,11 +91,11 @@ class Lab:
         hurt: tuple[int, float] | None = None,
         prepare: Callable[[], None] | None = None,
     ) -> Ended:
-        return child(self.work(words, prepare), self.folder / "said.txt", hurt=hurt)
+        return child(self.work(words, prepare), self.folder / "output.txt", hurt=hurt)
 
     @staticmethod
     def work(words: list[str], prepare: Callable[[], None] | None = None) -> Callable[[], int]:
-        """A command of strop's, to be run in a child; prepare: what the child does before."""
+        """Return a strop command as a function to run in a child. prepare: called in the child before."""
 
         def work() -> int:
             if prepare is not None:
@@ -107,23 +107,23 @@ class Lab:
         return work
 
     def reference(self, kind: str) -> str:
-        """The unbroken run's adapter."""
+        """Return the adapter of the uninterrupted run."""
         if kind not in self.references:
             self.start(self.out(), kind)  # compiles kernels, so its duration is not measured
             out, began = self.out(), time.time()
             ended = self.start(out, kind)
             assert ended.code == 0, ended.output
-            self.took(out, began, max(self.longest, ended.seconds))
+            self.store_times(out, began, max(self.longest, ended.seconds))
             self.references[kind] = adapter_hash(out)
         return self.references[kind]
 
-    def took(self, out: Path, began: float, seconds: float) -> None:
-        """A whole run's times, which tell where the next instants lie."""
+    def store_times(self, out: Path, began: float, seconds: float) -> None:
+        """Store the duration of a run, and of its part with saves, from which later instants are chosen."""
         saves = [event["time"] - began for event in read_events(out / "events.jsonl") if event["event"] == "save"]
         self.longest, self.training = seconds, (saves[0], saves[-1])
 
     def instants(self, number: int, seed: int) -> list[float]:
-        """Random instants: half of them over the whole run, half while it trains and saves."""
+        """Return random instants, half of them over the whole run, half while it trains and saves."""
         first, last = self.training
         busy = [first + after for after in instants(number - number // 2, last - first, seed + 1)]
         mixed = [*instants(number // 2, self.longest, seed), *busy]
@@ -131,7 +131,7 @@ class Lab:
         return mixed
 
     def endless_instants(self, number: int, seed: int) -> Iterator[float]:
-        """`number` instants, and again as many, each time over what a whole run took last."""
+        """Yield `number` instants and as many again, spread over the duration of the last whole run."""
         while True:
             yield from self.instants(number, seed)
             seed += 1
@@ -153,7 +153,7 @@ def _litter(out: Path) -> list[str]:
 
 
 def kills(lab: Lab, number: int, seed: int = 0) -> Tally:
-    """kill -9 at random instants; every second run is killed again while it resumes."""
+    """Kill runs with SIGKILL at random instants, and every second one again while it resumes."""
     tally = Tally("kill -9 at a random instant")
     for kind in FLAGS:
         lab.reference(kind)
@@ -163,19 +163,19 @@ def kills(lab: Lab, number: int, seed: int = 0) -> Tally:
         kind, out, after, began = list(FLAGS)[place % 2], lab.out(), next(times), time.time()
         ended = lab.start(out, kind, hurt=(signal.SIGKILL, after))
         tally.tried += ended.code == -signal.SIGKILL
-        if ended.code == 0:  # it ended earlier: the machine is faster than during the reference run
-            lab.took(out, began, ended.seconds)
+        if ended.code == 0:  # it ended earlier: the machine is faster than in the reference run
+            lab.store_times(out, began, ended.seconds)
         before_it_began += not is_run(out)
         if place % 4 >= 2:
-            tally.tried += lab.go_on(out, kind, hurt=(signal.SIGKILL, after / 2)).code == -signal.SIGKILL
-        lab.finished_well(tally, out, lab.go_on(out, kind), kind, f"{kind}, killed after {after:.3f} s")
+            tally.tried += lab.continue_run(out, kind, hurt=(signal.SIGKILL, after / 2)).code == -signal.SIGKILL
+        lab.finished_well(tally, out, lab.continue_run(out, kind), kind, f"{kind}, killed after {after:.3f} s")
         place += 1
     tally.figures["killed before the run had begun"] = before_it_began
     return tally
 
 
 def crash_points(lab: Lab, every: int) -> Tally:
-    """kill -9 just before a call that changes the disk: each fsync, rename and removal in turn."""
+    """Kill a run with SIGKILL just before each fsync, rename and removal in turn."""
     tally, call = Tally("kill -9 before an fsync, a rename or a removal"), 1
     while True:
         out = lab.out()
@@ -183,12 +183,12 @@ def crash_points(lab: Lab, every: int) -> Tally:
         if ended.code == 0:  # the run has fewer such calls
             return tally
         tally.tried += 1
-        lab.finished_well(tally, out, lab.go_on(out), "fast", f"killed before call {call}")
+        lab.finished_well(tally, out, lab.continue_run(out), "fast", f"killed before call {call}")
         call += every
 
 
 def cold_kills(words: Callable[[Path], list[str]], out: Path, number: int, seed: int = 1) -> Tally:
-    """kill -9 of real processes with a cold start, at instants after the first checkpoint and before."""
+    """Kill real processes with a cold start before and after the first checkpoint."""
     tally = Tally("kill -9 of a process with a cold start")
     strop = [sys.executable, "-m", "strop.cli"]
     started = time.monotonic()
@@ -211,7 +211,7 @@ def cold_kills(words: Callable[[Path], list[str]], out: Path, number: int, seed:
 
 
 def damage(lab: Lab, every: int = 1) -> Tally:
-    """Each file of the newest checkpoint truncated, with a flipped bit, or removed."""
+    """Truncate, remove or flip a bit in each file of the newest checkpoint."""
     tally = Tally("a file of the newest checkpoint truncated, bit-flipped or removed")
     lab.reference("fast")
     whole = _stopped_midway(lab)
@@ -223,9 +223,9 @@ def damage(lab: Lab, every: int = 1) -> Tally:
         step, newest = RunFolder(out).checkpoints()[-1]
         how(newest / name)
         tally.tried += 1
-        ended = lab.go_on(out)
+        ended = lab.continue_run(out)
         text = f"{newest}: skipped" in ended.output
-        tally.check(text, f"{how.__name__} {name} of step {step}: not said")
+        tally.check(text, f"{how.__name__} {name} of step {step}: not reported")
         lab.finished_well(tally, out, ended, "fast", f"{how.__name__} {name}")
     shutil.rmtree(whole)
     return tally
@@ -250,7 +250,7 @@ def _flip(file: Path) -> None:
 
 
 def full_disk(lab: Lab, every: int = 1) -> Tally:
-    """RLIMIT_FSIZE at each save in turn: too small for the weights, or only for the optimizer state."""
+    """Limit the file size (RLIMIT_FSIZE) at each save in turn, to less than the weights or the optimizer state."""
     tally = Tally("disk full at a save")
     lab.reference("fast")
     for step in range(1, STEPS, every):
@@ -266,12 +266,14 @@ def full_disk(lab: Lab, every: int = 1) -> Tally:
         left = RunFolder(out).checkpoints()
         whole = bool(left) and all(state.checkpoint_error(checkpoint) is None for _, checkpoint in left)
         tally.check(whole and not _litter(out), f"save {step}: left {left} {_litter(out)}")
-        lab.finished_well(tally, out, lab.go_on(out), "fast", f"disk full at save {step}")
+        lab.finished_well(tally, out, lab.continue_run(out), "fast", f"disk full at save {step}")
     return tally
 
 
 def not_finite(lab: Lab) -> Tally:
-    """NaN in the loss, a gradient, a weight or a moment: once, three steps in a row, and from some step on."""
+    """Inject NaN into the loss, a gradient, a weight or a moment: once, in three consecutive steps, and from some step
+    on.
+    """
     tally = Tally("NaN in loss, gradient, weight, optimizer state")
     once, thrice, for_good = {7}, {7, 8, 9}, set(range(7, 1000))
     for where in ("loss", "gradient", "weight", "moment"):
@@ -300,7 +302,7 @@ def _all_finite(folder: Path) -> bool:
 
 
 def out_of_memory(lab: Lab, number: int, seed: int = 2) -> Tally:
-    """Allocations fail at random micro-batches, also in evaluations: same steps, same weights."""
+    """Fail allocations at random micro-batches and in evaluations; steps and weights must be the same."""
     tally, chance = Tally("out of memory at a random micro-batch, evaluation included"), random.Random(seed)
     expected = _adapter(lab, None)
     for _ in range(number):
@@ -336,7 +338,7 @@ def _adapter(lab: Lab, out: Path | None) -> dict[str, torch.Tensor]:
 
 
 def interrupts(lab: Lab, number: int, seed: int = 3) -> Tally:
-    """SIGINT and SIGTERM at random instants, once and twice in a row."""
+    """Send SIGINT and SIGTERM at random instants, once and twice in a row."""
     tally = Tally("SIGINT or SIGTERM at a random instant")
     lab.reference("fast")
     for place, after in enumerate(lab.instants(number, seed)):
@@ -346,12 +348,12 @@ def interrupts(lab: Lab, number: int, seed: int = 3) -> Tally:
         too_early = ended.code == -sent and not out.exists()  # before strop has started
         text = f"{sent.name} after {after:.3f} s: exit {ended.code}: {ended.output[-300:]}"
         tally.check(ended.code in (0, 130) or too_early, text)
-        lab.finished_well(tally, out, lab.go_on(out), "fast", f"{sent.name} after {after:.3f} s")
+        lab.finished_well(tally, out, lab.continue_run(out), "fast", f"{sent.name} after {after:.3f} s")
     return tally
 
 
 def two_at_once(lab: Lab, number: int) -> Tally:
-    """Two processes start in one folder at the same time: one trains, the other is refused."""
+    """Start two processes in one folder at the same time: one trains, the other is refused."""
     tally = Tally("two runs on one folder")
     lab.reference("fast")
     for _ in range(number):
@@ -366,7 +368,7 @@ def two_at_once(lab: Lab, number: int) -> Tally:
 
 
 def _at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
-    """In the child: call `act` after a step, before evaluation and save."""
+    """Call `act` in the child after a step, before evaluation and save."""
 
     def prepare() -> None:
         take = loop._step_and_log
@@ -382,7 +384,7 @@ def _at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
 
 
 def _poison(where: str, steps: set[int]) -> Callable[[], None]:
-    """In the child: NaN at these steps (counted as executed, rollbacks included)."""
+    """Inject NaN in the child at these steps (counted as executed, rollbacks included)."""
 
     def prepare() -> None:
         count, gradients, take = iter(range(1, 10_000)), loop.compute_gradients, loop._step_and_log
@@ -412,7 +414,7 @@ def _poison(where: str, steps: set[int]) -> Callable[[], None]:
 
 
 def _starve(call: int) -> Callable[[], None]:
-    """In the child: the n-th micro-batch runs out of memory."""
+    """Let the n-th micro-batch in the child run out of memory."""
 
     def prepare() -> None:
         from strop.engine.train.fast import FastLoss
@@ -431,7 +433,7 @@ def _starve(call: int) -> Callable[[], None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Check that the parent has no thread pool, which forks do not survive."""
+    """Check that the parent has no thread pool, which would not work in forks."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -107,7 +107,7 @@ def test_config_converts_and_trains(name: str, tmp_path: Path, tiny_folder: Path
     assert not imported_config.missing
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(imported_config.to_yaml(), encoding="utf-8")
-    assert resolve(recipe).recipe == imported_config.resolved.recipe  # what is written is what was checked
+    assert resolve(recipe).recipe == imported_config.resolved.recipe  # the written recipe is the checked one
     assert all(
         note.key in imported_config.to_yaml()
         for note in (*imported_config.draft.unsupported, *imported_config.draft.differs, *imported_config.draft.ignored)
@@ -134,7 +134,7 @@ def test_fields_of_one_config_of_each_tool(tmp_path: Path, tiny_folder: Path) ->
     ):
         fields = imported(name, written(name, tmp_path, tiny_folder)).draft.fields
         got[name.partition("-")[0]] = {field: value for field, (value, _) in fields.items()}
-    wanted: dict[str, dict[str, object]] = {
+    expected: dict[str, dict[str, object]] = {
         "axolotl": {
             "model.quantization": "nf4", "lora.r": 8, "lora.alpha": 16, "lora.use_rslora": True, "train.batch_size": 2,
             "train.max_steps": 20, "train.optimizer": "adamw", "train.lr_scheduler": "constant", "train.warmup": 2,
@@ -161,7 +161,7 @@ def test_fields_of_one_config_of_each_tool(tmp_path: Path, tiny_folder: Path) ->
             "train.optimizer": "adamw_8bit", "model.quantization": "nf4", "train.max_steps": 60,
         },
     }  # fmt: skip
-    assert {peer: {field: got[peer].get(field) for field in fields} for peer, fields in wanted.items()} == wanted
+    assert {peer: {field: got[peer].get(field) for field in fields} for peer, fields in expected.items()} == expected
 
 
 def test_defaults_of_the_other_tool_are_written(tmp_path: Path, tiny_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keys that users of another tool write most often, one by one: what each becomes, and what is output of it."""
+"""The most frequent keys of other tools' configs, one by one: the resulting recipe and the printed notes."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_unsupported_axolotl_keys_name_the_replacement(tmp_path: Path) -> None:
     assert "WANDB_PROJECT=mine" in unsupported["wandb_project"] and "WANDB_ENTITY=us" in unsupported["wandb_entity"]
     assert (
         "--devices" in unsupported["deepspeed"]
-        and unsupported["adam_beta2"] == "0.95: 0.999 here"
+        and unsupported["adam_beta2"] == "0.95: 0.999 in strop"
         and "adam_beta1" not in unsupported
     )
     assert "mine.Plugin" in unsupported["plugins"] and "liger_rope" not in unsupported
@@ -183,7 +183,7 @@ def test_unreadable_values_are_listed_with_their_line(tmp_path: Path) -> None:
     assert lines == {"model": 12, **unread}
     assert draft.fields["train.learning_rate"] == (2e-5, "trl's default: line 9 cannot be read, set it here")
     recipe = import_config("trl", tmp_path / "train.py")
-    assert recipe.missing == ["model.name"] and "# name: give the model here, or with --model" in recipe.to_yaml()
+    assert recipe.missing == ["model.name"] and "# name: set it, or use --model" in recipe.to_yaml()
 
 
 def test_argparse_defaults_are_imported_and_noted(tmp_path: Path) -> None:
@@ -214,7 +214,8 @@ model = AutoModelForCausalLM.from_pretrained("demo", load_in_4bit=True)
 model = PeftModel.from_pretrained(model, "old", is_trainable=True)
 """
     draft = trl(tmp_path, before=before, after="trainer.train(resume_from_checkpoint=True)", model="model")
-    assert draft.get("model.adapter") == "old" and draft.get("model.quantization") == "fp4"  # as bitsandbytes has it
+    assert draft.get("model.adapter") == "old"
+    assert draft.get("model.quantization") == "fp4"  # the default of bitsandbytes
     assert set(find_row_warnings(draft.unsupported)) == {
         "Mine",
         "tokenizer.chat_template",
@@ -260,16 +261,18 @@ def test_early_stopping_is_imported_and_other_callbacks_are_listed(
 ) -> None:
     before = "stop = EarlyStoppingCallback(early_stopping_patience=4)" if written == "stop" else ""
     added = how.format(written)
-    given = "" if "add_callback" in added else f"callbacks=[{written}, Printer()], "
+    callbacks = "" if "add_callback" in added else f"callbacks=[{written}, Printer()], "
     file = tmp_path / "train.py"
     words = {"config": "SFTConfig", "trainer": "SFTTrainer", "model": '"demo"', "arguments": "", "after": "pass"}
     text = TRL.format(**words, before=f"watch = Watch()\n{before}")
-    text = text.replace("args=args", f'{given}eval_dataset=load_dataset("json", data_files="b.jsonl", split="train")')
+    text = text.replace(
+        "args=args", f'{callbacks}eval_dataset=load_dataset("json", data_files="b.jsonl", split="train")'
+    )
     file.write_text(f"{text}{added}\ntrainer.add_callback(watch)\n", encoding="utf-8")
     draft = import_config("trl", file).draft
     assert draft.get("train.early_stopping") == patience and draft.get("data.eval") == "b.jsonl"
     others = [note.text.partition(":")[0] for note in draft.unsupported if note.key == "callbacks"]
-    assert others == (["Printer()", "Watch()"] if given else ["Watch()"])
+    assert others == (["Printer()", "Watch()"] if callbacks else ["Watch()"])
     assert ("early_stopping_threshold" in find_row_warnings(draft.unsupported)) == ("0.01" in written)
 
 
@@ -338,7 +341,7 @@ def test_trl_yaml_without_target_modules_notes_the_default(tmp_path: Path) -> No
 def test_model_init_kwargs_are_imported(tmp_path: Path) -> None:
     draft = trl(tmp_path, "model_init_kwargs={'dtype': 'float32', 'attn_implementation': 'sdpa', 'odd': 1}")
     assert draft.get("model.dtype") == "fp32" and set(find_row_warnings(draft.unsupported)) == {"odd"}
-    assert trl(tmp_path, "warmup_steps=0.4").get("train.warmup") == 0.4  # a share, as transformers 5.24 has it
+    assert trl(tmp_path, "warmup_steps=0.4").get("train.warmup") == 0.4  # a share, as in transformers 5.24
 
 
 def test_text_column_and_template_file_are_imported(tmp_path: Path) -> None:
@@ -358,22 +361,22 @@ def test_command_line_config_is_refused_with_a_fix(tmp_path: Path) -> None:
 
 def test_simpo_defaults_are_those_of_trl(tmp_path: Path) -> None:
     """Beta 0.1, a margin of 0.5 and a cross entropy besides, where strop has 2, 1 and none."""
-    given = trl(tmp_path, "loss_type='simpo'", kind="CPO")
-    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.5) and "1.0" in find_row_warnings(
-        given.unsupported
+    imported = trl(tmp_path, "loss_type='simpo'", kind="CPO")
+    assert (imported.get("train.beta"), imported.get("train.gamma")) == (0.1, 0.5) and "1.0" in find_row_warnings(
+        imported.unsupported
     )["cpo_alpha"]
-    given = trl(tmp_path, "loss_type='simpo', beta=2.5, simpo_gamma=1.2, cpo_alpha=0", kind="CPO")
-    assert (given.get("train.beta"), given.get("train.gamma")) == (2.5, 1.2) and not given.unsupported
-    given = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\n")
-    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.4) and "cpo_alpha" in find_row_warnings(
-        given.unsupported
+    imported = trl(tmp_path, "loss_type='simpo', beta=2.5, simpo_gamma=1.2, cpo_alpha=0", kind="CPO")
+    assert (imported.get("train.beta"), imported.get("train.gamma")) == (2.5, 1.2) and not imported.unsupported
+    imported = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\n")
+    assert (imported.get("train.beta"), imported.get("train.gamma")) == (0.1, 0.4) and "cpo_alpha" in find_row_warnings(
+        imported.unsupported
     )
-    given = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\nrl_beta: 3\ncpo_alpha: 0\n")
-    assert given.get("train.beta") == 3 and not given.unsupported
+    imported = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\nrl_beta: 3\ncpo_alpha: 0\n")
+    assert imported.get("train.beta") == 3 and not imported.unsupported
 
 
 def test_regular_expression_targets_are_unsupported(tmp_path: Path) -> None:
-    """strop takes names: as a name the expression matched nothing, or was cut at its commas."""
+    """strop expects names; as a name, the expression would match nothing or be split at its commas."""
     file = tmp_path / "s.py"
     for written in (r"r'.*\.(q|v)_proj'", r"'model.layers.[0-9]{1,2}.self_attn.q_proj'"):
         file.write_text(

@@ -1,4 +1,4 @@
-"""The manifests against Kubeflow Trainer's own models of its API, in an environment of their own."""
+"""The manifests are valid in Kubeflow Trainer's API models, which are installed in a separate environment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from strop.interop.job import kubernetes_manifests
 from tests.interop.test_launch import job
 
 PYTHON = os.environ.get("STROP_KUBEFLOW_PYTHON")
-# What the models keep of a manifest: a field that the API does not have is lost on the way.
+# A manifest after parsing by the models, which drop fields that the API does not have.
 ROUND_TRIP = """
 import json, sys
 from kubeflow_trainer_api.models import IoK8sApiCoreV1ConfigMap, TrainerV1alpha1TrainJob
@@ -27,10 +27,10 @@ print(json.dumps([of[given["kind"]].from_dict(given).to_dict() for given in json
 pytestmark = pytest.mark.skipif(not PYTHON, reason="no Python with kubeflow-trainer-api: `make scale` makes one")
 
 
-def kept(given: list[dict[str, Any]]) -> Any:
+def parsed(documents: list[dict[str, Any]]) -> Any:
     assert PYTHON is not None
     done = subprocess.run(
-        [PYTHON, "-c", ROUND_TRIP], input=json.dumps(given), capture_output=True, text=True, check=False
+        [PYTHON, "-c", ROUND_TRIP], input=json.dumps(documents), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -39,13 +39,13 @@ def kept(given: list[dict[str, Any]]) -> Any:
 @pytest.mark.parametrize("gpus", [True, False])
 def test_every_field_exists_in_the_api(gpus: bool) -> None:
     result = replace(job("it's $(x)"), gpus=gpus, folder=Path("/"))
-    given = list(
+    documents = list(
         yaml.safe_load_all(kubernetes_manifests(result, "model: {name: demo}\n", image="strop:1", claim="disk"))
     )
-    assert kept(given) == given
+    assert parsed(documents) == documents
 
 
 def test_unknown_field_is_detected() -> None:
     given = list(yaml.safe_load_all(kubernetes_manifests(job(), "", image="strop:1", claim="disk")))
     given[1]["spec"]["trainer"]["numGpus"] = 1
-    assert kept(given) != given
+    assert parsed(given) != given

@@ -27,7 +27,7 @@ SYSTEMS = {
     "kubernetes": ["--image", "example.org/strop:1", "--claim", "disk"],
     "skypilot": ["--volume", "disk"],
 }
-# What a file may be called, and what a careless job file would make of it.
+# Valid file names, and what a job file without quoting would make of them.
 HOSTILE = [
     "two words", "it's", 'say "no"', "$(touch planted)", "`touch planted`", "$HOME", "a;touch planted", "-rf",
     "line\nbreak", "#SBATCH --nodes=9", "back\\slash", "${x}", "{name}", "$(POD_IP)", "$$", "*", "ünïcode", "!!", "%j",
@@ -39,7 +39,7 @@ NAMES = st.text(LETTERS, min_size=1, max_size=20).filter(lambda name: name not i
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a recipe for CPUs and its rows."""
+    """Return a working folder with a recipe for CPUs and its rows."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("{}\n", encoding="utf-8")
     write_recipe(Path("recipe.yaml"))
@@ -158,7 +158,7 @@ def test_gpus_are_requested() -> None:
     train_job = list(yaml.safe_load_all(job_files.kubernetes_manifests(with_cards, "", image="i", claim="c")))[1]
     assert train_job["spec"]["trainer"]["resourcesPerNode"]["limits"] == {"cpu": 12, "nvidia.com/gpu": 3}
     volumes = [str(of_pod["volumes"]) for of_pod in pods(with_cards, job(gpus=True, devices=1), job())]
-    assert ["'medium': 'Memory'" in text for text in volumes] == [True, False, False]  # what cards share
+    assert ["'medium': 'Memory'" in text for text in volumes] == [True, False, False]  # shared memory of the GPUs
     task = yaml.safe_load(job_files.skypilot_task(with_cards, gpus="H100", bucket="b", spot=True))
     assert task["resources"]["accelerators"] == "H100:3" and task["resources"]["use_spot"] is True
     assert "gpu" not in job_files.slurm_script(job(), time="1")
@@ -187,7 +187,7 @@ def test_a_hostile_name_reaches_strop(name: str, tmp_path: Path) -> None:
 def names_reach_strop(name: str, tmp_path: Path) -> None:
     result = job(name, folder=tmp_path / name)
     result.folder.mkdir(exist_ok=True)
-    words = ["-m", "strop.cli", *result.words]
+    words = ["-m", "strop.cli", *result.arguments]
     place, started = started_by_slurm(result, tmp_path)
     assert place == str(result.folder) and started == words
     tree = ast.parse(job_files.ray_script(result))
@@ -196,21 +196,22 @@ def names_reach_strop(name: str, tmp_path: Path) -> None:
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
-    assert (values["FOLDER"], values["TRAIN"]) == (str(result.folder), result.words)
+    assert (values["FOLDER"], values["TRAIN"]) == (str(result.folder), result.arguments)
     recipe, train_job = yaml.safe_load_all(
         job_files.kubernetes_manifests(result, f"# {name}\n", image=name, claim=name)
     )
     assert recipe["data"]["recipe.yaml"] == f"# {name}\n"
     trainer = train_job["spec"]["trainer"]
     assert trainer["image"] == name
-    inside = ["train", "/etc/strop/recipe.yaml", *result.words[2:]]
+    inside = ["train", "/etc/strop/recipe.yaml", *result.arguments[2:]]
     assert [word.replace("$$", "$") for word in trainer["args"]] == ["torchrun", "-m", "strop.cli", *inside]
     assert not [word for word in trainer["args"] if "$" in word.replace("$$", "")]
     task = yaml.safe_load(job_files.skypilot_task(result, gpus=None, bucket=name, spot=False))
     assert task["file_mounts"]["/strop"]["name"] == name
-    asked = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-    _, output = started_by(task["run"], "torchrun", asked, tmp_path)
-    assert output[-len(result.words) :] == [*result.words[:2], f"--out=/strop/{result.out}", *result.words[3:]]
+    environment = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    _, output = started_by(task["run"], "torchrun", environment, tmp_path)
+    expected = replace(result, out=f"/strop/{result.out}").arguments
+    assert output[-len(expected) :] == expected
     assert "--master-addr=10.0.0.1" in output and "--node-rank=1" in output
     assert not list(tmp_path.rglob("planted"))
 
@@ -234,8 +235,8 @@ def started_by(script: str, program: str, variables: dict[str, str], tmp_path: P
 def started_by_slurm(result: Job, tmp_path: Path) -> tuple[str, list[str]]:
     """Return the folder and the arguments after Python of a batch script."""
     script = job_files.slurm_script(result, time="1:00", python=f"/{result.name}/python")
-    asked = [line for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert len(asked) == 9 and "#SBATCH --nodes=2" in asked
+    directives = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert len(directives) == 9 and "#SBATCH --nodes=2" in directives
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "4"}
     folder, output = started_by(script, "srun", variables, tmp_path)
     assert output[:3] == ["--cpus-per-task=4", f"--wait={job_files.SLURM_WAIT_S}", f"/{result.name}/python"]
@@ -257,9 +258,9 @@ def test_folder_name_survives_the_ray_shells(name: str, folder: Path, capsys: py
 def test_slurm_signal_saves_and_requeues(tmp_path: Path) -> None:
     """The script forwards TERM, waits for strop and requeues the job; after any other exit it does not requeue."""
     srun = 'trap "exit 130" TERM; echo $$ > "$CALLS.pid"; echo ready; while :; do sleep 0.1; done'
-    asked = ["show hostnames n1", "--signal=TERM 7"]
-    assert ended_by_slurm(srun, tmp_path, warn=True) == (130, [*asked, "requeue 7"])
-    assert ended_by_slurm(srun.replace("130", "0"), tmp_path, warn=True) == (0, asked)
+    command = ["show hostnames n1", "--signal=TERM 7"]
+    assert ended_by_slurm(srun, tmp_path, warn=True) == (130, [*command, "requeue 7"])
+    assert ended_by_slurm(srun.replace("130", "0"), tmp_path, warn=True) == (0, command)
     assert ended_by_slurm("echo ready; exit 1", tmp_path, warn=False) == (1, ["show hostnames n1"])
 
 

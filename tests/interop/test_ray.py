@@ -15,7 +15,7 @@ from tests.support.jobs import ASKED, FIRST, WHY_NOT, adapter, events, strop, un
 
 NO_RAY = "" if find_spec("ray") else "ray is not installed (pip install 'ray[train]')"
 pytestmark = pytest.mark.skipif(not ASKED or bool(NO_RAY), reason=NO_RAY if ASKED else WHY_NOT)
-# Ray's own cluster for tests: nodes as processes, each with one core of its own; the job finds it by its address.
+# Ray's test cluster: nodes are processes with one core each; the job finds the cluster by its address.
 CLUSTER = """
 import os, runpy, sys
 import ray
@@ -43,12 +43,12 @@ def started(folder: Path) -> subprocess.Popen[bytes]:
 
 def ranks(job: subprocess.Popen[bytes], folder: Path) -> dict[int, psutil.Process]:
     """Return strop's processes of this run by rank."""
-    found = {}
+    results = {}
     for process in psutil.process_iter(["cmdline", "cwd"]):
         words = process.info["cmdline"] or []
         if "strop.cli" in words and process.info["cwd"] == str(folder) and words[0] == sys.executable:
-            found[int(process.environ()["RANK"])] = process
-    return found
+            results[int(process.environ()["RANK"])] = process
+    return results
 
 
 def test_killed_ray_worker_restarts(tmp_path: Path, tiny_folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_killed_ray_worker_restarts(tmp_path: Path, tiny_folder: Path) -> None:
             assert set(before) == {0, 1}
             worker = before[1].parent()
             assert worker is not None
-            worker.kill()  # Ray's own process: strop beneath it must go too
+            worker.kill()  # Ray's process: its strop child must end too
             code = job.wait(900)
         finally:
             job.kill()

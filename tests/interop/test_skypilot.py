@@ -1,4 +1,4 @@
-"""The task against SkyPilot's own parser, in an environment of its own."""
+"""SkyPilot's parser, which is installed in a separate environment, accepts the task."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def parsed(text: str, folder: Path) -> Any:
 def test_gpu_task_parses(tmp_path: Path) -> None:
     result = replace(job("it's $(x)"), gpus=True, folder=tmp_path)
     text = skypilot_task(result, gpus="H100", volume="disk", spot=True)
-    found = parsed(text, tmp_path)
-    assert found["accelerators"] == {"H100": 3} and found["nodes"] == 2 and found["spot"] is True
-    assert found["recovery"]["max_restarts_on_errors"] == 3
-    assert found["volumes"] == {"/strop": "disk"} and "--out=/strop/runs/it" in found["run"]
+    actual = parsed(text, tmp_path)
+    assert actual["accelerators"] == {"H100": 3} and actual["nodes"] == 2 and actual["spot"] is True
+    assert actual["recovery"]["max_restarts_on_errors"] == 3
+    assert actual["volumes"] == {"/strop": "disk"} and "--out=/strop/runs/it" in actual["run"]
 
 
 def test_cpu_task_parses(tmp_path: Path) -> None:
     result = replace(job(), nodes=1, folder=tmp_path)
-    found = parsed(skypilot_task(result, gpus=None, bucket="strop-runs-of-mine", spot=False), tmp_path)
-    assert found["cpus"] == "12+" and found["accelerators"] is None and found["spot"] is False
-    assert found["mounts"] == {"/strop": ["strop-runs-of-mine", "MOUNT_CACHED"]}
+    actual = parsed(skypilot_task(result, gpus=None, bucket="strop-runs-of-mine", spot=False), tmp_path)
+    assert actual["cpus"] == "12+" and actual["accelerators"] is None and actual["spot"] is False
+    assert actual["mounts"] == {"/strop": ["strop-runs-of-mine", "MOUNT_CACHED"]}
 
 
 def test_invalid_task_is_rejected_by_the_parser(tmp_path: Path) -> None:

@@ -41,11 +41,11 @@ def test_signal_saves_and_the_next_start_resumes(slurm: Slurm, tmp_path: Path, t
     write_recipe(tmp_path, tiny_folder, steps=150)
     number, run = submitted(slurm, tmp_path), tmp_path / "runs" / "x y"
     until(run, 5)
-    slurm.run("scancel", "--signal=TERM", "--batch", number)  # what --signal=B:TERM does before the time is up
+    slurm.run("scancel", "--signal=TERM", "--batch", number)  # as --signal=B:TERM does before the time limit
     slurm.wait(number, ["PENDING", "REQUEUED", "COMPLETING"])
     slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now")
-    found = slurm.wait(number, ["COMPLETED"])
-    assert found["Restarts"] == "1"
+    result = slurm.wait(number, ["COMPLETED"])
+    assert result["Restarts"] == "1"
     (again,) = events(run, "resume")
     assert 5 <= again["step"] < 150
     strop("train", FIRST, "--out", "alone", cwd=tmp_path)
@@ -55,5 +55,5 @@ def test_signal_saves_and_the_next_start_resumes(slurm: Slurm, tmp_path: Path, t
 def test_failing_job_is_not_requeued(slurm: Slurm, tmp_path: Path, tiny_folder: Path) -> None:
     write_recipe(tmp_path, tiny_folder, steps=30)
     (tmp_path / "rows.jsonl").write_text("no row\n", encoding="utf-8")
-    found = slurm.wait(submitted(slurm, tmp_path), ["FAILED"])
-    assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
+    result = slurm.wait(submitted(slurm, tmp_path), ["FAILED"])
+    assert (result["ExitCode"], result["Restarts"]) == ("2:0", "0")

@@ -1,4 +1,4 @@
-"""GPUs are those that CUDA may use."""
+"""Detected GPUs are those that CUDA may use."""
 
 from __future__ import annotations
 

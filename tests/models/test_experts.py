@@ -54,7 +54,7 @@ def test_output_equals_peft_and_chosen_experts_get_gradients(kind: str) -> None:
     assert len(wrappers) == 4
     moved = torch.stack([w.lora_A["default"].weight.grad.view(w.num_experts, -1).abs().sum(1) > 0 for w in wrappers])
     for module in wrappers:
-        module.__dict__.pop("forward", None)  # back to PEFT's own, which adds B A to the whole parameter
+        module.__dict__.pop("forward", None)  # back to PEFT's implementation, which adds B A to the whole parameter
     theirs = model(input_ids=IDS).logits
     assert torch.allclose(ours, theirs, atol=2e-5) and not torch.equal(ours, theirs)
     model.zero_grad()
@@ -82,8 +82,8 @@ def test_small_lora_updates_survive_bf16() -> None:
         before = experts.down_proj.clone()
         assert (before + wrapper.get_delta_weight("default") == before).float().mean() > 0.9
         change = (wrapper(x, index, share.bfloat16()) - experts(x, index, share.bfloat16())).float()
-    kept = float((change * expected).sum() / expected.square().sum())
-    assert 0.7 < kept < 1.3
+    kept_share = float((change * expected).sum() / expected.square().sum())
+    assert 0.7 < kept_share < 1.3
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

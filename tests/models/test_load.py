@@ -54,7 +54,7 @@ def test_hub_download_skips_pickle_and_code_and_is_cached(tiny_folder: Path, tmp
         "  print(source.name, sum(w.numel() for w in load_base(source, torch.float32, 'cpu').parameters()))\n"
         "except ModelError as error: print('refused:', *error.lines())"
     )
-    with serve("models", "owner/tiny", {**files, **unwanted, **again}) as (address, asked):
+    with serve("models", "owner/tiny", {**files, **unwanted, **again}) as (address, requested):
 
         def run(name: str, offline: str = "0") -> str:
             done = run_python(tmp_path / "hf", "-c", script, name, HF_ENDPOINT=address, HF_HUB_OFFLINE=offline)
@@ -63,9 +63,9 @@ def test_hub_download_skips_pickle_and_code_and_is_cached(tiny_folder: Path, tmp
 
         numbers = sum(weight.numel() for weight in tiny.model().parameters())
         assert run("owner/tiny") == f"owner/tiny {numbers}"
-        assert not [path for path in asked if path.split("?")[0].endswith((".bin", ".py", *again))]
-        before = len(asked)
-        assert run("owner/tiny", offline="1") == f"owner/tiny {numbers}" and len(asked) == before
+        assert not [path for path in requested if path.split("?")[0].endswith((".bin", ".py", *again))]
+        before = len(requested)
+        assert run("owner/tiny", offline="1") == f"owner/tiny {numbers}" and len(requested) == before
         assert "no such model on the Hub that this account may see" in run("owner/other")
         assert run("owner/tiny@v9").startswith("refused: owner/tiny: has no revision v9")
         assert "while offline" in run("owner/other", offline="1")
@@ -175,8 +175,8 @@ def save_changed(folder: Path, **fields: Any) -> Path:
         ("model.safetensors.index.json", b"{", "index.json: damaged"),
         ("model.safetensors.index.json", b"{}", "index.json: damaged"),
         ("model.safetensors.index.json", b'{"weight_map": ["a"]}', "index.json: damaged"),
-        ("model.safetensors", b"\x02" + bytes(7) + b"[]", "names no tensors"),
-        ("model.safetensors", b"\x08" + bytes(7) + b'{"a":{}}', "names no tensors"),
+        ("model.safetensors", b"\x02" + bytes(7) + b"[]", "its header is invalid"),
+        ("model.safetensors", b"\x08" + bytes(7) + b'{"a":{}}', "its header is invalid"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "damaged"),
     ],
 )

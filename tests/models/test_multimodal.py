@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 import strop
 from strop.exporting.merge import merge
-from strop.models.introspect import in_text, text_path
+from strop.models.introspect import text_filter, text_path
 from strop.models.load import load_base, load_without_weights
 from strop.models.source import locate
 from tests.support import tiny_families
@@ -74,7 +74,7 @@ def test_trained_and_merged_model_loads_in_plain_libraries(kind: str, tmp_path: 
     assert (tmp_path / "merged/preprocessor_config.json").read_text() == '{"image_mean": [0.5]}'
     changed = {name for name in before if before[name] != after[name]}
     whole: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    is_text = in_text(bare)
+    is_text = text_filter(bare)
     others = [name for name, _ in bare.named_parameters() if not is_text(name)]
     assert others and changed
     again: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)

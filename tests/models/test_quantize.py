@@ -144,7 +144,7 @@ def gradients(model: nn.Module, loss: Callable[[Any], Tensor], seed: int = 0) ->
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_fast_and_plain_step_equal_dequantized_model(quantized: Callable[..., nn.Module], scheme: str) -> None:
-    """In fp32 loss and gradients agree to 1e-5; streamed and resident layers agree to the bit."""
+    """Loss and gradients agree to 1e-5 in fp32; streamed and resident layers are bit-identical."""
     truth_model = quantized(scheme)
     dequantize_layers(truth_model, ALL)
     assert not any(isinstance(module, QuantizedLinear) for module in truth_model.modules())
@@ -178,8 +178,8 @@ def test_bf16_error_is_that_of_eager_bf16(quantized: Callable[..., nn.Module], s
     for seed in range(12):
         _, truth = gradients(whole, PlainLoss(whole).token_loss, seed)
         for name, (model, loss) in losses.items():
-            found = gradients(model, loss, seed)[1]
-            errors[name] += sum(float((found[weight] - truth[weight]).norm() ** 2) for weight in truth)
+            result = gradients(model, loss, seed)[1]
+            errors[name] += sum(float((result[weight] - truth[weight]).norm() ** 2) for weight in truth)
     assert errors[0] == errors[ALL] <= 1.1 * errors["eager"], errors
 
 
@@ -245,26 +245,26 @@ def test_torch_quantization_equals_bitsandbytes_on_cpu(scheme: str, double: bool
     code = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
     weight[0, :16], weight[1, :15], weight[2] = code, (code[1:] + code[:-1]) / 2, 0
     weight[0, 16:], weight[1, 15:] = 1, 1
-    given = weight.to(dtype)
-    expected, found = quantize_weight(given, scheme, double=double), _quantize_by_torch(given, scheme, double, "cpu")
-    assert expected.keys() == found.keys()
+    typed = weight.to(dtype)
+    expected, result = quantize_weight(typed, scheme, double=double), _quantize_by_torch(typed, scheme, double, "cpu")
+    assert expected.keys() == result.keys()
     for name, part in expected.items():
-        assert torch.equal(part, found[name]) and part.dtype == found[name].dtype, name
+        assert torch.equal(part, result[name]) and part.dtype == result[name].dtype, name
 
 
 def test_quantization_falls_back_to_cpu_without_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    requests: list[str] = []
 
     def full(weight: Tensor, scheme: str, double: bool, device: str) -> Any:
-        asked.append(device)
+        requests.append(device)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("strop.models.quantize._quantize_by_torch", full)
     weight, odd = torch.randn(3, 64), torch.randn(3, 65)
-    for given in (weight, odd):  # the second ends within a block
-        found = quantize_weight(given, "nf4", device="cuda:1")
-        assert all(torch.equal(part, found[name]) for name, part in quantize_weight(given, "nf4").items())
-    assert asked == ["cuda:1"]
+    for matrix in (weight, odd):  # the second ends within a block
+        result = quantize_weight(matrix, "nf4", device="cuda:1")
+        assert all(torch.equal(part, result[name]) for name, part in quantize_weight(matrix, "nf4").items())
+    assert requests == ["cuda:1"]
     monkeypatch.setattr("strop.models.quantize._quantize_by_torch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize_weight(weight, "int8", device="cuda")
@@ -293,14 +293,14 @@ def test_damaged_cache_is_rebuilt(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
-    given = (locate(str(tiny_folder)), "nf4", True, torch.float32)
-    folder = quantized_folder(*given)
+    arguments = (locate(str(tiny_folder)), "nf4", True, torch.float32)
+    folder = quantized_folder(*arguments)
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     file = folder / ("model.safetensors.index.json" if damage == "index" else "model-00001.safetensors")
     file.write_bytes(b"" if damage in ("empty", "index") else whole[file.name][:-100])
     if damage == "gone":
         file.unlink()
-    assert quantized_folder(*given) == folder
+    assert quantized_folder(*arguments) == folder
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
@@ -336,13 +336,13 @@ def test_bitsandbytes_checkpoint_loads(tiny_folder: Path, tmp_path: Path, scheme
     loaded: Any = load_base(source, torch.bfloat16, "cpu", quantization=scheme)
     ours: Any = load_base(locate(str(tiny_folder)), torch.bfloat16, "cpu", quantization=scheme)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
-        found, same = loaded.get_submodule(name), ours.get_submodule(name).dequantize()
+        result, same = loaded.get_submodule(name), ours.get_submodule(name).dequantize()
         if name.rpartition(".")[2] in skipped:
-            assert type(found) is nn.Linear and found.weight.dtype == torch.bfloat16
-            assert 0 < (found.weight - same).abs().max() < 0.2
+            assert type(result) is nn.Linear and result.weight.dtype == torch.bfloat16
+            assert 0 < (result.weight - same).abs().max() < 0.2
             continue
         # bitsandbytes rounds to 8 bit from fp16, strop from fp32
-        assert torch.allclose(found.dequantize(), same, atol=0.02 if scheme == "int8" else 0)
+        assert torch.allclose(result.dequantize(), same, atol=0.02 if scheme == "int8" else 0)
     with pytest.raises(ModelError, match="already"):
         load_base(source, torch.bfloat16, "cpu")
     assert strop.load(source.name, device="cpu").quantization == scheme
@@ -461,7 +461,7 @@ def test_streamed_and_resident_runs_agree(tiny_folder: Path, rows_file: Path, tm
 def test_out_of_memory_falls_back_to_streaming(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without memory for dequantized weights the run streams them, with the same losses, and after a resume."""
+    """If dequantized weights do not fit, the run streams them with the same losses, also after a resume."""
     options: dict[str, Any] = {
         "model": str(tiny_folder), "data": str(rows_file), "lora": {"r": 4}, "model.quantization": "nf4",
         "model.resident_layers": 2, "model.dtype": "fp32", "train": {"max_steps": 4, "save_steps": 1, "micro_batch": 1},

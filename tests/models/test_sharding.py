@@ -17,7 +17,7 @@ from strop.models import tensor_files
 from strop.models.experts import QuantizedExperts
 from strop.models.load import load_base
 from strop.models.quantize import QuantizedLinear
-from strop.models.sharding import EMBEDDING, GRAIN, HEAD, ModelShards, ShardedTensor, ShardedUnit, digest, load_sharded
+from strop.models.sharding import EMBEDDING, GRAIN, HEAD, ModelShards, ShardedLayer, ShardedTensor, digest, load_sharded
 from strop.models.source import Source, locate
 from tests.support import tiny, tiny_families
 
@@ -28,8 +28,8 @@ def gather(source: Source, dtype: torch.dtype, **options: Any) -> tuple[nn.Modul
     """Return the first rank's model with all shares gathered, and the shards of all ranks."""
     loaded = [load_sharded(source, dtype, "cpu", rank, WORLD, **options) for rank in range(WORLD)]
     model, shards = loaded[0][0], [part for _, part in loaded]
-    for where, unit in shards[0].units.items():
-        unit.allocate().copy_(torch.cat([part.units[where].shard for part in shards]))
+    for where, unit in shards[0].layers.items():
+        unit.allocate().copy_(torch.cat([part.layers[where].shard for part in shards]))
     return model, shards
 
 
@@ -73,10 +73,10 @@ def test_shares_equal_the_base(family: str, dtype: torch.dtype, options: dict[st
     whole = load_base(source, dtype, "cpu", **options)
     model, shards = gather(source, dtype, **options)
     assert_same_weights(whole, model)
-    for where in shards[0].forward:
-        units = [part.units[where] for part in shards]
+    for where in shards[0].forward_order:
+        units = [part.layers[where] for part in shards]
         assert sum(unit.shard_digest() for unit in units) % (1 << 64) == units[0].digest()
-    assert shards[0].forward == [EMBEDDING, 0, 1, HEAD]
+    assert shards[0].forward_order == [EMBEDDING, 0, 1, HEAD]
     assert all(abs(part.held_bytes - part.whole_bytes / WORLD) <= GRAIN * len(part.distinct()) for part in shards)
 
 
@@ -94,7 +94,7 @@ def test_only_the_share_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tensor_files.np, "fromfile", count_bytes)
     _, parts = load_sharded(locate(str(tmp_path)), torch.float32, "cpu", 1, WORLD)
     assert sum(read) <= parts.held_bytes < parts.whole_bytes / WORLD + GRAIN * 3
-    assert parts.units[EMBEDDING] is parts.units[HEAD]
+    assert parts.layers[EMBEDDING] is parts.layers[HEAD]
 
 
 def test_invalid_weights_are_refused(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_saved_views_are_valid_after_regathering() -> None:
     """A weight that autograd has saved is correct again once its bytes are gathered again."""
     data, views = torch.randn(8, 16), list[torch.Tensor]()
     flat = data.flatten().view(torch.uint8)
-    unit = ShardedUnit(
+    unit = ShardedLayer(
         "layer",
         [ShardedTensor("w", (8, 16), torch.float32, views.append, lambda low, high: flat[low:high])],
         0,
@@ -149,7 +149,7 @@ def test_dropped_unit_is_not_resident() -> None:
 
     trim_heap()  # memory freed by earlier tests must not count
     before = resident()
-    unit = ShardedUnit("layer", [slot], 1, 4, "cpu")
+    unit = ShardedLayer("layer", [slot], 1, 4, "cpu")
     after_load = resident() - before
     unit.allocate().fill_(1)
     gathered = resident() - before

@@ -9,7 +9,7 @@ import transformers
 
 import strop
 from strop.errors import ModelError, RunError
-from strop.models.upstream_errors import attribute_errors
+from strop.models.upstream_errors import convert_model_errors
 from tests.models.walk import PAGE, QUICK, walk
 from tests.support import tiny_families
 from tests.support.tiny import write_rows
@@ -37,7 +37,7 @@ def test_transformers_error_is_attributed_to_transformers(tmp_path: Path) -> Non
     rows = write_rows(tmp_path / "rows.jsonl", 4)
     with pytest.raises(RunError, match=r"transformers \S+ fails on a model of type xmod: .*modeling_xmod.py"):
         strop.train(model=tmp_path / "base", data=rows, out=tmp_path / "run", **QUICK)
-    with pytest.raises(ValueError, match="ours"), attribute_errors("xmod"):
+    with pytest.raises(ValueError, match="ours"), convert_model_errors("xmod"):
         raise ValueError("ours")
 
 

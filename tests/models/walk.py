@@ -164,8 +164,8 @@ def page(results: Mapping[str, Mapping[str, str]]) -> str:
     classes = {**tiny_families.text_types(), **{f"{k}!": c for k, c in tiny_families.multimodal_types().items()}}
     rows = []
     for kind, row in results.items():
-        made = row.get("made", "")
-        train = row.get("train", made) if made.startswith("ok") else f"no tiny one: {made.partition(': ')[2]}"
+        outcome = row.get("made", "")
+        train = row.get("train", outcome) if outcome.startswith("ok") else f"no tiny one: {outcome.partition(': ')[2]}"
         cells = [row.get(name, "") for name in ("plan", "answer", "merge bf16", "merge fp32", "nf4")]
         name = kind.rstrip("!") + (" (sees)" if kind.endswith("!") else "")
         rows.append(f"| {name} | {classes[kind]} | {_cell(train)} | {' | '.join(map(_cell, cells))} |\n")

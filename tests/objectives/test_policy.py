@@ -56,7 +56,7 @@ def test_gradient_equals_finite_differences() -> None:
 
 
 def test_kl_term_has_the_gradient_of_the_kl_divergence() -> None:
-    """Over all tokens of a distribution, weighted by it: the gradient of KL(pi | ref), which k3 alone does not have."""
+    """Averaged over a distribution, the gradient is that of KL(pi | ref), which k3 alone does not have."""
     scores = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-0.5, 0.4, 0.1], dtype=torch.float64).log_softmax(0)
     logprobs = scores.log_softmax(0)

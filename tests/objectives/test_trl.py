@@ -150,7 +150,7 @@ def simpo(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
 
 
 def reward(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
-    """TRL's trainer on transformers' sequence classifier, with the weights and head of a strop model."""
+    """Return TRL's trainer on transformers' sequence classifier, with the weights and head of a strop model."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForSequenceClassification
 
@@ -159,8 +159,8 @@ def reward(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
     classifier = LlamaForSequenceClassification(config)
     base = tiny.model(num_hidden_layers=1)
     classifier.model.load_state_dict(base.model.state_dict())
-    given = tuned.peft_config["default"]
-    names = {"r": given.r, "lora_alpha": given.lora_alpha, "target_modules": given.target_modules}
+    lora_config = tuned.peft_config["default"]
+    names = {"r": lora_config.r, "lora_alpha": lora_config.lora_alpha, "target_modules": lora_config.target_modules}
     theirs = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **names))
     weights = {name: weight for name, weight in tuned.named_parameters() if weight.requires_grad}
     with torch.no_grad():
@@ -171,7 +171,7 @@ def reward(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
     args = common(folder, trl.RewardConfig, max_length=64, disable_dropout=True, **options)
     trainer = trl.RewardTrainer(model=theirs, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
     tuned.stand_in = theirs
-    classifier.config.pad_token_id = 0  # as `padded` has it: the classifier looks for the last token that is not it
+    classifier.config.pad_token_id = 0  # the padding of `padded`: the classifier looks for the last other token
 
     def loss(tuned: PeftModel, units: list[ExampleGroup]) -> torch.Tensor:
         ids, attended, _ = padded([unit.examples[side] for side in range(2) for unit in units])
@@ -195,9 +195,9 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def filled(objective: str, given: dict[str, Any]) -> PreferenceCriterion:
+def filled(objective: str, options: dict[str, Any]) -> PreferenceCriterion:
     known = OBJECTIVES[objective]
-    return PreferenceCriterion(known, TrainSection(objective=objective, **{**known.options, **given}))
+    return PreferenceCriterion(known, TrainSection(objective=objective, **{**known.options, **options}))
 
 
 def compare(
@@ -220,7 +220,7 @@ def compare(
     pairs = [(weight, theirs_by_name[name]) for name, weight in ours.named_parameters() if weight.requires_grad]
     optimizers = [torch.optim.AdamW([p[side] for p in pairs], lr=1e-2) for side in range(2)]
     for n in range(STEPS):
-        level = criterion.statistic(step, built, lambda items: [list(range(len(items)))])
+        level = criterion.batch_statistic(step, built, lambda items: [list(range(len(items)))])
         mine = criterion.loss(step, built, level)[0] / criterion.divisor(built)
         other = loss(theirs, built)
         for value, optimizer in zip((mine, other), optimizers, strict=True):
@@ -238,8 +238,8 @@ def compare(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_those_of_trl(case: str, tmp_path: Path) -> None:
-    objective, make, given, options = CASES[case]
-    compare(filled(objective, given), make, tmp_path, options, units(objective == "kto"))
+    objective, make, arguments, options = CASES[case]
+    compare(filled(objective, arguments), make, tmp_path, options, units(objective == "kto"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -278,12 +278,12 @@ def groups(step: Step) -> list[RolloutGroup]:
         )
         with torch.no_grad():
             now = step.token_log_probs(examples).double().numpy()
-        drawn, before = (now + noise.normal(0, 0.3, len(now)) for _ in range(2))
+        sampled, before = (now + noise.normal(0, 0.3, len(now)) for _ in range(2))
         rewards = tuple(noise.random(GROUP))
         options = TrainSection(objective="grpo", **GRPO.options)
         result.append(RolloutGroup(
             examples, advantages=tuple(group_advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
-            sampling_logprobs=drawn, reference_token_logprobs=before,
+            sampling_logprobs=sampled, reference_token_logprobs=before,
         ))  # fmt: skip
     return result
 
@@ -302,8 +302,8 @@ def test_grpo_equals_trl_on_the_same_completions(kind: str, tmp_path: Path) -> N
     """Ten steps on the same completions, so that ratios are clipped."""
     ours, theirs = (model() for _ in range(2))
     step, built = step_for(ours), groups(step_for(model()))
-    given = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}
-    options = TrainSection(objective="grpo", **{**GRPO.options, **given})
+    settings = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}
+    options = TrainSection(objective="grpo", **{**GRPO.options, **settings})
     criterion = PolicyCriterion(GRPO, options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
     args = common(
         tmp_path, trl.GRPOConfig, loss_type=kind, beta=0.3, epsilon=0.2, epsilon_high=0.28, num_generations=GROUP,
@@ -317,14 +317,14 @@ def test_grpo_equals_trl_on_the_same_completions(kind: str, tmp_path: Path) -> N
     examples = [example for group in built for example in group.examples]
     left = max(example.prompt_length for example in examples)
     prompts = torch.zeros(len(examples), left, dtype=torch.long)
-    asked = torch.zeros_like(prompts)
+    prompt_mask = torch.zeros_like(prompts)
     for row, one in enumerate(examples):
         prompts[row, left - one.prompt_length :] = torch.from_numpy(one.ids[: one.prompt_length])
-        asked[row, left - one.prompt_length :] = 1
+        prompt_mask[row, left - one.prompt_length :] = 1
     answers = [torch.from_numpy(one.ids[one.prompt_length :]).long() for one in examples]
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in answers], batch_first=True)
     inputs = {
-        "prompt_ids": prompts, "prompt_mask": asked, "completion_mask": mask,
+        "prompt_ids": prompts, "prompt_mask": prompt_mask, "completion_mask": mask,
         "completion_ids": torch.nn.utils.rnn.pad_sequence(answers, batch_first=True),
         "advantages": torch.tensor([a for group in built for a in group.advantages], dtype=torch.float32),
         "old_per_token_logps": ragged(built, [group.sampling_logprobs for group in built]),

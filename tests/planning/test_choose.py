@@ -15,8 +15,8 @@ from strop.models.families.shape import ModelShape
 from strop.planning.activations import MAX_SAVED_KEYS, offloaded_bytes, peak_live_bytes
 from strop.planning.choose import choose, learning_rate, memory_key, objective_base_rate, usable_bytes
 from strop.planning.fit import MemoryBudget
-from strop.planning.memory import EvaluationLoad, RolloutLoad, phases
-from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
+from strop.planning.memory import EvaluationLoad, RolloutLoad, predict_phases
+from strop.planning.microbatch import largest_micro_batch, mean_micro_batch
 from strop.planning.tables import KNOWN
 from strop.planning.time import HOST_BYTES_PER_S, Rate, micro_batch_seconds, rollout_seconds
 from strop.planning.workload import Workload
@@ -83,7 +83,7 @@ def test_largest_micro_batch_is_full_and_needs_the_most_memory() -> None:
     largest = largest_micro_batch(recipe, workload)
     assert largest.tokens == 2048
     for length in (2, 100, MAX_SAVED_KEYS, 700, 1000, 1100):
-        rows = usual_micro_batch(recipe, [(length, length - 1)] * 8)
+        rows = mean_micro_batch(recipe, [(length, length - 1)] * 8)
         assert peak_live_bytes(workload, rows).total <= peak_live_bytes(workload, largest).total, length
     alone = plan(60, **{"train.batch_size": 1, "data.max_length": 1100}).recipe
     assert largest_micro_batch(alone, workload).tokens <= 1100
@@ -96,8 +96,8 @@ def test_micro_batch_of_a_preset_is_lowered_and_a_given_one_is_not() -> None:
     assert large.recipe.train.micro_batch == 4 and large.choices["train.micro_batch"].origin == "preset"
     assert fewer.value in (1, 2) and fewer.origin == "plan" and "would not fit" in fewer.why
     assert tight.recipe.train.batch_size == 8
-    given = plan(9, preset="balanced", **{**options, "train.micro_batch": 4})
-    assert given.recipe.train.micro_batch == 4
+    fixed = plan(9, preset="balanced", **{**options, "train.micro_batch": 4})
+    assert fixed.recipe.train.micro_batch == 4
 
 
 def test_last_resorts_change_only_open_options_and_only_if_they_suffice() -> None:
@@ -143,8 +143,8 @@ def test_micro_batch_grows_on_a_gpu_up_to_a_step() -> None:
 
     def tokens(memory: str, device: str = "cuda", **options: Any) -> int | None:
         recipe = resolve(None, {"model": "m", "data": "d", "model.quantization": "none", **options})
-        found = choose(recipe, machine(200, (memory,)), LLAMA_8B, device, ("bf16", ""))
-        return found.recipe.train.micro_batch_tokens
+        result = choose(recipe, machine(200, (memory,)), LLAMA_8B, device, ("bf16", ""))
+        return result.recipe.train.micro_batch_tokens
 
     assert tokens("a GPU, 81559 MiB") == 8192 and tokens("a GPU, 200000 MiB", **{"train.batch_size": 64}) == 16384
     assert tokens("a GPU, 36000 MiB") == 4096 and tokens("a GPU, 24564 MiB") == 2048
@@ -193,63 +193,65 @@ def test_yaml_booleans_and_numbers_set_gradient_checkpointing() -> None:
 
 
 def test_objective_decides_its_options_and_learning_rate() -> None:
-    found = plan(60, **{"train.objective": "simpo", "train.gamma": 0.5})
-    train = found.recipe.train
+    result = plan(60, **{"train.objective": "simpo", "train.gamma": 0.5})
+    train = result.recipe.train
     assert (train.beta, train.gamma, train.label_smoothing, train.desirable_weight) == (2.0, 0.5, 0.0, None)
-    assert "arXiv:2405.14734" in found.choices["train.beta"].why
+    assert "arXiv:2405.14734" in result.choices["train.beta"].why
     assert train.learning_rate == pytest.approx(0.01 * objective_base_rate(LLAMA_8B.parameters), rel=0.01)
-    assert "0.01 of it for simpo" in found.choices["train.learning_rate"].why
+    assert "0.01 of it for simpo" in result.choices["train.learning_rate"].why
 
 
 def test_both_answers_of_a_pair_are_in_one_micro_batch() -> None:
     options = {"data.max_length": 1024, "train.micro_batch_tokens": 1024}
     one, two = (plan(60, **options, **{"train.objective": name}) for name in ("sft", "dpo"))
-    batches = [largest_micro_batch(found.recipe, Workload.from_recipe(found.recipe, LLAMA_8B)) for found in (one, two)]
+    batches = [
+        largest_micro_batch(result.recipe, Workload.from_recipe(result.recipe, LLAMA_8B)) for result in (one, two)
+    ]
     assert [batch.tokens for batch in batches] == [1024, 2048]
     assert sum(number for number, _, _ in batches[1].documents) % 2 == 0
-    usual = usual_micro_batch(two.recipe, [(100, 40)] * 16)
+    usual = mean_micro_batch(two.recipe, [(100, 40)] * 16)
     assert sum(number for number, _, _ in usual.documents) == 10  # five pairs of 200 tokens
 
 
 def test_rows_of_dpo_are_truncated_at_the_start_and_not_split() -> None:
     for free in (4 + n / 4 for n in range(20)):
         recipe = resolve(None, {"model": "m", "data": "d", "train.objective": "dpo"})
-        found = choose(recipe, machine(free), LLAMA_8B, "cpu", ("bf16", "measured")).recipe
-        if found.data.max_length < 1024:
-            assert found.data.overlong == "truncate-start"
+        result = choose(recipe, machine(free), LLAMA_8B, "cpu", ("bf16", "measured")).recipe
+        if result.data.max_length < 1024:
+            assert result.data.overlong == "truncate-start"
             return
     raise AssertionError("no memory size lowers data.max_length")
 
 
 def test_merge_is_measured_on_the_first_rows() -> None:
-    assert EvaluationLoad.of([*[(400, 400)] * 6, (900, 900)], 1024).measured == 400
-    load = EvaluationLoad.of([*[(400, 100)] * 20, (900, 100), (950, 100)], 1024)
+    assert EvaluationLoad.from_rows([*[(400, 400)] * 6, (900, 900)], 1024).measured == 400
+    load = EvaluationLoad.from_rows([*[(400, 100)] * 20, (900, 100), (950, 100)], 1024)
     assert load.measured == 900 and load.longest == 950
-    assert EvaluationLoad.of([], 60).measured == 60
+    assert EvaluationLoad.from_rows([], 60).measured == 60
 
 
 def test_rollouts_are_planned_at_their_maximum_length() -> None:
     """A group is in one micro-batch. Prompts that are too long are dropped, not truncated."""
     options = {"train.rewards": "exact", "train.group": 4, "train.answer_tokens": 100, "data.max_length": 60}
-    found = plan(60, **options, **{"train.objective": "grpo", "train.micro_batch_tokens": 640, "train.batch_size": 3})
-    batch = largest_micro_batch(found.recipe, Workload.from_recipe(found.recipe, LLAMA_8B))
+    result = plan(60, **options, **{"train.objective": "grpo", "train.micro_batch_tokens": 640, "train.batch_size": 3})
+    batch = largest_micro_batch(result.recipe, Workload.from_recipe(result.recipe, LLAMA_8B))
     assert batch.tokens == 640 and sum(number for number, _, _ in batch.documents) == 4
-    rollouts = RolloutLoad.of(found.recipe)
+    rollouts = RolloutLoad.from_recipe(result.recipe)
     assert rollouts == RolloutLoad(completions=12, group=4, prompt=60, answer=100)
-    assert RolloutLoad.of(plan(60).recipe) is None
-    workload = Workload.from_recipe(found.recipe, LLAMA_8B)
-    evaluation = EvaluationLoad.of([], 60)
-    planned = phases(workload, batch, evaluation, 8 << 30, rollouts, dtype="bf16")
+    assert RolloutLoad.from_recipe(plan(60).recipe) is None
+    workload = Workload.from_recipe(result.recipe, LLAMA_8B)
+    evaluation = EvaluationLoad.from_rows([], 60)
+    planned = predict_phases(workload, batch, evaluation, 8 << 30, rollouts, dtype="bf16")
     assert list(planned) == ["load", "draw", "train", "evaluate", "merge", "export", "serve"]
-    more = phases(workload, batch, evaluation, 8 << 30, replace(rollouts, completions=24), dtype="bf16")
+    more = predict_phases(workload, batch, evaluation, 8 << 30, replace(rollouts, completions=24), dtype="bf16")
     assert planned["draw"].parts["saved_activations"] * 2 == more["draw"].parts["saved_activations"] > 0
     rate = Rate(1e12, 1e11, "a test")
     times = [rollout_seconds(workload, replace(rollouts, answer=answer), rate) for answer in (100, 200)]
     assert 0 < 1.8 * times[0] < times[1] < 2.2 * times[0]
     for free in (4 + n / 4 for n in range(20)):
         recipe = resolve(None, {"model": "m", "data": "d", "train.objective": "grpo", "train.rewards": "exact"})
-        found = choose(recipe, machine(free), LLAMA_8B, "cpu", ("bf16", "measured"))
-        assert found.recipe.data.overlong in ("refuse", "drop")
+        result = choose(recipe, machine(free), LLAMA_8B, "cpu", ("bf16", "measured"))
+        assert result.recipe.data.overlong in ("refuse", "drop")
 
 
 def on_gpu(gib: float, **options: Any) -> Resolved:
@@ -261,9 +263,9 @@ def on_gpu(gib: float, **options: Any) -> Resolved:
 def test_inputs_of_long_rows_are_offloaded_if_they_do_not_fit_on_the_gpu() -> None:
     field, long = "train.gradient_checkpointing", {"data.max_length": 32768}
     assert on_gpu(20, **long).recipe.train.gradient_checkpointing == "offload"
-    found = on_gpu(16, **long)
-    assert found.recipe.train.gradient_checkpointing == "offload" and found.recipe.data.max_length == 32768
-    assert found.choices[field].origin == "plan" and "would not fit" in found.choices[field].why
+    result = on_gpu(16, **long)
+    assert result.recipe.train.gradient_checkpointing == "offload" and result.recipe.data.max_length == 32768
+    assert result.choices[field].origin == "plan" and "would not fit" in result.choices[field].why
     assert isinstance(on_gpu(40, **long).recipe.train.gradient_checkpointing, int)
     assert on_gpu(9, **long, **{field: "on"}).recipe.train.gradient_checkpointing == "on"
     checkpointed, offloaded = (
@@ -295,22 +297,22 @@ def test_cpu_plan_takes_the_fastest_micro_batch_size(quantization: str) -> None:
     for free in (1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 8.0):
 
         def planned(free: float = free, **options: Any) -> Resolved:
-            given = {"data.max_length": 256, "model.quantization": quantization, **options}
-            recipe = resolve(None, {"model": "m", "data": "d", **given})
+            settings = {"data.max_length": 256, "model.quantization": quantization, **options}
+            recipe = resolve(None, {"model": "m", "data": "d", **settings})
             return choose(recipe, machine(free), shape, "cpu", ("bf16", "measured"))
 
-        def seconds(found: Resolved) -> float:
-            workload, batch = Workload.from_recipe(found.recipe, shape), usual_micro_batch(found.recipe)
+        def seconds(resolved: Resolved) -> float:
+            workload, batch = Workload.from_recipe(resolved.recipe, shape), mean_micro_batch(resolved.recipe)
             return micro_batch_seconds(workload, batch, Rate.of_cpu(machine(1), None, "bf16")) / batch.tokens
 
-        found = planned()
+        resolved = planned()
         sized = [planned(**{"train.micro_batch_tokens": size}) for size in (2048, 1024, 512, 256)]
         budget = MemoryBudget(shape, shape.parameters, usable_bytes(machine(free), "cpu"))
-        optimizer = found.recipe.train.optimizer
+        optimizer = resolved.recipe.train.optimizer
         comparable = [plan for plan in sized if plan.recipe.train.optimizer == optimizer]
         fitting = [seconds(plan) for plan in comparable if budget.fits(plan.recipe)]
-        assert seconds(found) <= 1.0001 * min(fitting)
-        choice, size = found.choices["train.micro_batch_tokens"], found.recipe.train.micro_batch_tokens
+        assert seconds(resolved) <= 1.0001 * min(fitting)
+        choice, size = resolved.choices["train.micro_batch_tokens"], resolved.recipe.train.micro_batch_tokens
         sizes.add(size)
         assert ("faster" in choice.why) == (size != 2048)
     if quantization == "nf4":  # each micro-batch dequantizes all weights, so small ones do not pay
@@ -338,6 +340,6 @@ def test_start_adapter_decides_its_fields_and_conflicts_are_refused() -> None:
     rewarded = chosen(**{"train.objective": "grpo", "train.rewards": "exact", "lora.init": "default"})
     choice = rewarded.choices["lora.dropout"]
     assert choice.value == 0 and "had 0.1" in choice.why
-    for given in ({"lora.init": "gaussian"}, {"lora.new_tokens": ["<x>"]}, {"lora.r": 4}):
+    for changed in ({"lora.init": "gaussian"}, {"lora.new_tokens": ["<x>"]}, {"lora.r": 4}):
         with pytest.raises(RecipeError, match="adapter to start from"):
-            chosen(**given)
+            chosen(**changed)

@@ -10,7 +10,7 @@ import pytest
 
 from strop.config.load import resolve
 from strop.models.families.shape import ModelShape
-from strop.planning.choose import learning_rate, objective_base_rate, open_rate, rule_evidence
+from strop.planning.choose import default_learning_rate, learning_rate, objective_base_rate, rule_evidence
 from strop.planning.tables import KNOWN
 from tests import ROOT
 from tests.support.scripts import script
@@ -19,7 +19,7 @@ LLAMA_8B = ModelShape.from_config(KNOWN["Llama-3.1-8B"])
 
 
 def chosen(shape: ModelShape = LLAMA_8B, **options: Any) -> tuple[float, str]:
-    return open_rate(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+    return default_learning_rate(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
 
 
 def test_rate_falls_with_model_size() -> None:
@@ -80,10 +80,10 @@ def test_sweep_results_give_the_best_rate_and_the_cost_of_the_rule() -> None:
     ]  # fmt: skip
     rows.append({**rows[0], "rate": 16e-3, "loss": 0.1})  # only one seed
     (valley,) = rates.valleys(rows)
-    found = rates.judged(valley)
+    result = rates.judge_rates(valley)
     assert valley["stopped"] == [8e-3, 8e-3] and valley["seeds"] == 2
-    assert found["best"] == 2e-3 and found["loss"] == pytest.approx(1.01)
-    share = math.log2(found["rule"] / 2e-3)
-    assert 0 < share < 1 and found["cost"] == pytest.approx(share * 0.4 / 1.01)
-    assert found["before"] == 1e-3 and found["cost_before"] == pytest.approx(0.2 / 1.01)
+    assert result["best"] == 2e-3 and result["loss"] == pytest.approx(1.01)
+    share = math.log2(result["rule"] / 2e-3)
+    assert 0 < share < 1 and result["cost"] == pytest.approx(share * 0.4 / 1.01)
+    assert result["before"] == 1e-3 and result["cost_before"] == pytest.approx(0.2 / 1.01)
     assert "2 seeds" in rates.table([valley])[0] and rates.table([valley], "rank") == []

@@ -26,7 +26,7 @@ from strop.models.introspect import linear_kinds, shape_from_model
 from strop.models.lora import add_lora, count_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, layer_bytes, peak_live_bytes
-from strop.planning.memory import FUSED_EXPERTS, PARTS, EvaluationLoad, load_phase, phases, train_phase
+from strop.planning.memory import FUSED_EXPERTS, PARTS, EvaluationLoad, load_phase, predict_phases, train_phase
 from strop.planning.tables import KNOWN, compare_methods, known_models
 from strop.planning.workload import Workload
 from tests import ROOT
@@ -53,9 +53,9 @@ LLAMA_2_7B = {
 
 
 def workload(config: dict[str, Any] = KNOWN["SmolLM2-135M"], **options: Any) -> Workload:
-    given = {"model.device": "cpu", "model.dtype": "bf16", **options}
+    settings = {"model.device": "cpu", "model.dtype": "bf16", **options}
     return Workload.from_recipe(
-        resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.from_config(config)
+        resolve(None, {"model": "m", "data": "d", **settings}).recipe, ModelShape.from_config(config)
     )
 
 
@@ -80,19 +80,19 @@ ROWS = st.integers(1, 12)
 LENGTHS = st.integers(2, 4096)
 
 
-def peak(found: Workload, rows: int, length: int) -> int:
-    return train_phase(found, MicroBatch.rows([length] * rows)).peak_bytes
+def peak(workload: Workload, rows: int, length: int) -> int:
+    return train_phase(workload, MicroBatch.rows([length] * rows)).peak_bytes
 
 
-def fragmentation(found: Workload, rows: int, length: int) -> int:
-    return activations.fragmentation_bytes(found, MicroBatch.rows([length] * rows))
+def fragmentation(workload: Workload, rows: int, length: int) -> int:
+    return activations.fragmentation_bytes(workload, MicroBatch.rows([length] * rows))
 
 
 @given(WORKLOADS, ROWS, LENGTHS)
 @settings(max_examples=150, deadline=None)
 def test_parts_sum_to_the_peak_and_are_not_negative(found: Workload, rows: int, length: int) -> None:
-    evaluation = EvaluationLoad.of([], length)
-    for phase in phases(found, MicroBatch.rows([length] * rows), evaluation, 8 << 30, dtype="bf16").values():
+    evaluation = EvaluationLoad.from_rows([], length)
+    for phase in predict_phases(found, MicroBatch.rows([length] * rows), evaluation, 8 << 30, dtype="bf16").values():
         assert list(phase.parts) == list(PARTS) and min(phase.parts.values()) >= 0
         assert phase.peak_bytes == sum(phase.parts.values()) >= phase.needed_bytes > 0
 
@@ -145,9 +145,9 @@ def test_mapped_files_count_only_for_fp32_on_a_cpu() -> None:
         ({"model.dtype": "fp32"}, True), ({}, False), ({"model.quantization": "nf4"}, False),
         ({"model.device": "cuda"}, False), ({"model.device": "cuda", "model.quantization": "int8"}, False),
     ):  # fmt: skip
-        found = load_phase(workload(**changes))
-        assert (found.parts["mapped_files"] > 0) == mapped, changes
-        assert found.parts["weights"] > 0
+        result = load_phase(workload(**changes))
+        assert (result.parts["mapped_files"] > 0) == mapped, changes
+        assert result.parts["weights"] > 0
 
 
 FAMILIES = {
@@ -201,10 +201,12 @@ def saved_bytes(loss: Any, model: torch.nn.Module, rows: int, length: int) -> in
     return total
 
 
-def by_formula(found: Workload, rows: int, length: int) -> int:
+def by_formula(workload: Workload, rows: int, length: int) -> int:
     """Return the predicted saved bytes, with the head's input and its gradient."""
-    batch, shape = MicroBatch.rows([length] * rows), found.shape
-    layers = (shape.layers - 1) * layer_bytes(found, batch, batch.tokens) + layer_bytes(found, batch, batch.supervised)
+    batch, shape = MicroBatch.rows([length] * rows), workload.shape
+    layers = (shape.layers - 1) * layer_bytes(workload, batch, batch.tokens) + layer_bytes(
+        workload, batch, batch.supervised
+    )
     return layers + 2 * batch.supervised * shape.hidden * 4
 
 
@@ -212,12 +214,12 @@ def by_formula(found: Workload, rows: int, length: int) -> int:
     "changes", [{}, {"lora.target_modules": "attention"}, {"lora.target_modules": ["q_proj", "down_proj"]}]
 )
 def test_predicted_saved_activations_equal_the_engine(changes: dict[str, Any]) -> None:
-    given = {"model": "m", "data": "d", "model.device": "cpu", "lora.r": 4, "lora.alpha": 8}
-    recipe = resolve(None, {**given, **changes}).recipe
+    options = {"model": "m", "data": "d", "model.device": "cpu", "lora.r": 4, "lora.alpha": 8}
+    recipe = resolve(None, {**options, **changes}).recipe
     model = add_lora(tiny.model(), recipe.lora, tokenizer("chatml"))
     shape = ModelShape.from_config(tiny.config().to_dict())
-    fast, found = FastLoss(model), Workload.from_recipe(recipe, shape).replace(dtype_bytes=4)
-    more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
+    fast, result = FastLoss(model), Workload.from_recipe(recipe, shape).replace(dtype_bytes=4)
+    more = by_formula(result, 10, 24) - by_formula(result, 2, 24)
     assert saved_bytes(fast, model, 10, 24) - saved_bytes(fast, model, 2, 24) == pytest.approx(more, rel=0.02)
 
 
@@ -241,9 +243,9 @@ def test_families_save_the_predicted_bytes_in_the_fast_step(family: str, lora_op
     chosen = step_for(model)
     shape = ModelShape.from_config(model.get_base_model().config.to_dict())
     options = {"lora.r": 3, **lora_options, "model.device": "cpu", "model.dtype": "fp32"}
-    found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
-    assert found.compute.step == chosen.name == "fast", chosen.why
-    more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
+    result = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+    assert result.compute.step == chosen.name == "fast", chosen.why
+    more = by_formula(result, 10, 24) - by_formula(result, 2, 24)
     loss = chosen
     assert saved_bytes(loss, model, 10, 24) - saved_bytes(loss, model, 2, 24) == pytest.approx(more, rel=0.05)
 
@@ -261,9 +263,9 @@ def test_families_with_model_code_save_about_the_predicted_bytes(family: str) ->
     model = adapted(family, **sizes).train()
     chosen, shape = step_for(model), shape_from_model(config, config, tiny_of(family, **sizes))
     options = {"lora.r": 3, "model.device": "cpu", "model.dtype": "fp32"}
-    found = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
-    assert found.compute.step == chosen.name == "fast", chosen.why
-    more = by_formula(found, 4, 128) - by_formula(found, 2, 128)
+    result = Workload.from_recipe(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+    assert result.compute.step == chosen.name == "fast", chosen.why
+    more = by_formula(result, 4, 128) - by_formula(result, 2, 128)
     loss = chosen
     assert saved_bytes(loss, model, 4, 128) - saved_bytes(loss, model, 2, 128) == pytest.approx(more, rel=0.15)
 
@@ -288,7 +290,7 @@ PUBLIC: list[tuple[str, dict[str, Any], str, list[int], float, str]] = [
 def published() -> tuple[str, list[tuple[float, str]]]:
     """Return the table of docs/plan.md, and (error, reason) of each row.
 
-    Rank 8, all linear layers, all checkpointed; and with the inputs of layers in host memory.
+    Rank 8, all linear layers, all layers checkpointed; also with the inputs of layers offloaded to the host.
     """
     lines = ["| run | predicted | published | error | why | with `offload` |", "|---|---:|---:|---:|---|---:|"]
     errors = []
@@ -335,7 +337,7 @@ def test_current_formulas_reach_the_accuracy_stated_on_the_page() -> None:
         time = {run["name"]: abs(TIME.error_of(run)) for run in results if not run["fitted"]}
         assert len(time) >= 18 and statistics.median(time.values()) <= 0.10, mark
         assert max(time.values()) <= 0.25, mark
-        assert all(abs(TIME.later_error(run)) <= 0.05 for run in results if "rest" in run)
+        assert all(abs(TIME.forecast_error(run)) <= 0.05 for run in results if "rest" in run)
     runs = json.loads(PHASES.read_text("utf-8"))["results"]
     after = [abs(AFTER.error_of(run)) for run in runs if not run["fitted"]]
     assert len(after) >= 25 and max(after) <= 0.15
@@ -344,8 +346,8 @@ def test_current_formulas_reach_the_accuracy_stated_on_the_page() -> None:
 
 
 def _tables() -> dict[str, str]:
-    given = {"model.device": "cuda", "model.dtype": "bf16", "data.max_length": 2048}
-    recipe = resolve(None, {"model": "m", "data": "d", **given}).recipe
+    options = {"model.device": "cuda", "model.dtype": "bf16", "data.max_length": 2048}
+    recipe = resolve(None, {"model": "m", "data": "d", **options}).recipe
     runs = MEMORY.table(json.loads(RUNS.read_text("utf-8"))["results"])
     models = "| model | parameters | full | 16-bit LoRA | QLoRA (nf4) |\n|---|---:|---:|---:|---:|\n"
     for row in compare_methods(recipe, known_models()):
@@ -361,10 +363,11 @@ def _tables() -> dict[str, str]:
 
 def test_head_memory_depends_on_vocabulary_and_supervised_rows() -> None:
     shape = ModelShape.from_config({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
-    found = workload().replace(shape=shape, parameters=shape.parameters, step="plain")
+    result = workload().replace(shape=shape, parameters=shape.parameters, step="plain")
     whole, half = MicroBatch.rows([1000]), MicroBatch(1000, 500, ((1, 1000, 1000),))
     assert (
-        peak_live_bytes(found, whole).head == 999 * 262144 * 4 and peak_live_bytes(found, half).head == 500 * 262144 * 4
+        peak_live_bytes(result, whole).head == 999 * 262144 * 4
+        and peak_live_bytes(result, half).head == 500 * 262144 * 4
     )
 
 

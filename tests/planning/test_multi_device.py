@@ -13,7 +13,7 @@ from strop import plan
 from strop.errors import RecipeError
 from strop.machine.probe import Machine
 from strop.models.families.shape import ModelShape
-from strop.planning.machines import Target
+from strop.planning.machines import TargetMachine
 from strop.planning.memory import base_layer_bytes
 from strop.planning.multi_device import (
     LOOPBACK,
@@ -23,11 +23,11 @@ from strop.planning.multi_device import (
     Devices,
     Link,
     _rate_share,
+    all_reduce_seconds,
     gather_bytes,
     gather_seconds,
     ring_bytes,
     ring_seconds,
-    sum_seconds,
     target_share,
     tree_seconds,
 )
@@ -41,8 +41,8 @@ RATE = Rate(1e12, 1e11, "test", head_flops=5e11, attention_flops=4e11)
 MACHINE = Machine("Linux", "3.11", "CPU", (), 8, 64 << 30, 60 << 30, ())
 
 
-def target(device: str = "cpu", **changes: Any) -> Target:
-    return Target(replace(MACHINE, **changes), device, ("bf16", ""), lambda _: RATE)
+def target(device: str = "cpu", **changes: Any) -> TargetMachine:
+    return TargetMachine(replace(MACHINE, **changes), device, ("bf16", ""), lambda _: RATE)
 
 
 def sent_in_a_ring(size: int, count: int) -> list[int]:
@@ -74,7 +74,7 @@ def test_communication_seconds_equal_a_calculation_by_hand() -> None:
     assert ring_seconds(0, Devices(per_node=2, nodes=3), network) == pytest.approx(1e-2 + 4e-3 + 6e-4)
     assert tree_seconds(10**9, Devices(per_node=2, nodes=4), network) == pytest.approx(1e-2 + 2e-4 + 4e-3 + 2)
     thousand = Devices(nodes=1024)
-    assert sum_seconds(10**6, thousand, network, "cuda") < sum_seconds(10**6, thousand, network, "cpu")
+    assert all_reduce_seconds(10**6, thousand, network, "cuda") < all_reduce_seconds(10**6, thousand, network, "cpu")
 
 
 def test_processes_share_cores_memory_and_rates_of_a_cpu() -> None:
@@ -117,7 +117,7 @@ def test_compute_time_is_constant_with_rows_per_device() -> None:
         model="demo", gpu="A100 80GB", devices=8, nodes=2, **{"train.batch_size": 64, "train.micro_batch": 4}
     )
     multi_device = several.multi_device
-    parts = [dict(found.phases["train"].parts, gradients=0) for found in (one, several)]
+    parts = [dict(result.phases["train"].parts, gradients=0) for result in (one, several)]
     assert parts[0] == parts[1]  # gradients of an earlier micro-batch differ
     step_s = 4 * 1024 / one.tokens_per_s
     assert multi_device.compute_s == pytest.approx(step_s, rel=0.01)
@@ -202,7 +202,7 @@ def test_base_is_sharded_if_it_does_not_fit_whole(tmp_path: Path) -> None:
     choice = two.resolved.choices["model.placement"]
     assert (choice.value, choice.origin) == ("sharded", "plan") and "would not fit whole" in choice.why
     assert not plan(**options, devices=2, **{"model.placement": "replicated"}).fits
-    weights = [found.phases["train"].parts["weights"] for found in (one, two, four)]
+    weights = [result.phases["train"].parts["weights"] for result in (one, two, four)]
     assert weights == [pytest.approx(weights[0] / count, abs=4) for count in (1, 2, 4)]
     assert one.resolved.choices["model.placement"].value == "auto"
     nf4 = plan(**{**options, "model.quantization": "nf4"}, devices=2)

@@ -25,10 +25,10 @@ from strop.machine.probe import probe
 from strop.machine.rates import Rates, load_rates, save_precision, save_rates
 from strop.models.families.shape import ModelShape, read_model_info
 from strop.planning.activations import MicroBatch
-from strop.planning.machines import SPECS, Target, find_spec, match_driver_name
-from strop.planning.microbatch import usual_micro_batch
+from strop.planning.machines import SPECS, TargetMachine, find_spec, match_driver_name
+from strop.planning.microbatch import mean_micro_batch
 from strop.planning.tables import KNOWN
-from strop.planning.time import Rate, flops, tokens_per_s
+from strop.planning.time import Rate, count_flops, tokens_per_s
 from strop.planning.workload import AdapterWeights, BaseWeights, Workload
 from tests.planning.published import CONFIGS
 from tests.support import tiny
@@ -51,34 +51,38 @@ def llama_8b(tmp_path: Path) -> Path:
 def test_8b_model_is_planned_for_8_gb_from_its_config(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--model", llama_8b, "--memory", "8GB", "--device", "cuda", "--data.max_length", "512", "--json"]
     code, out, err = run(*words, "--train.optimizer", "adamw_8bit", capsys=capsys)
-    found = json.loads(out)
-    assert code == 0 and found["fits"] and found["device"] == "cuda", err
-    assert list(found["phases"]) == PHASES and found["parameters"] == 8_030_261_248
-    for phase in found["phases"].values():
+    result = json.loads(out)
+    assert code == 0 and result["fits"] and result["device"] == "cuda", err
+    assert list(result["phases"]) == PHASES and result["parameters"] == 8_030_261_248
+    for phase in result["phases"].values():
         assert phase["peak_bytes"] == sum(phase["parts"].values())
-    chosen = {choice["field"]: choice for choice in found["choices"]}
+    chosen = {choice["field"]: choice for choice in result["choices"]}
     assert chosen["model.quantization"]["value"] == "nf4" and all(
-        {"field", "value", "why"} <= set(c) for c in found["choices"]
+        {"field", "value", "why"} <= set(c) for c in result["choices"]
     )
-    assert any("nf4" in text for text in found["gives_up"]) and "given up" in err
-    assert found["tokens_per_s"] > 0 and found["seconds"] is None and found["trainable_parameters"] == 41_943_040
+    assert any("nf4" in text for text in result["gives_up"]) and "given up" in err
+    assert result["tokens_per_s"] > 0 and result["seconds"] is None and result["trainable_parameters"] == 41_943_040
 
 
 def test_8b_model_is_planned_for_8_gb_on_a_cpu_without_a_gpu(
     llama_8b: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run("plan", "--model", llama_8b, "--memory", "8GB", "--json", capsys=capsys)
-    found = json.loads(out)
-    assert code == 0 and found["fits"] and found["device"] == "cpu", err
+    result = json.loads(out)
+    assert code == 0 and result["fits"] and result["device"] == "cpu", err
     for part in ("nf4", "dequantized", "recomputed", "moments are in 8 bit", "1024 tokens at once"):
-        assert any(part in text for text in found["gives_up"]), part
-    merge, usable = found["phases"]["merge"]["peak_bytes"], found["usable_bytes"]
-    assert merge > usable and "merge" in found["beyond"] and re.search(r"but not\s+merge: .*--no-parity", err)
+        assert any(part in text for text in result["gives_up"]), part
+    merge, usable = result["phases"]["merge"]["peak_bytes"], result["usable_bytes"]
+    assert merge > usable and "merge" in result["beyond"] and re.search(r"but not\s+merge: .*--no-parity", err)
 
 
 def test_merge_does_not_count_in_the_memory_of_a_gpu(llama_8b: Path) -> None:
-    found = strop.plan(model=str(llama_8b), memory=8 * 10**9, device="cuda", **{"data.max_length": 512})
-    assert found.fits and found.phases["merge"].peak_bytes > found.usable_bytes and "merge" not in found.beyond
+    result = strop.plan(model=str(llama_8b), memory=8 * 10**9, device="cuda", **{"data.max_length": 512})
+    assert (
+        result.fits
+        and result.phases["merge"].peak_bytes > result.usable_bytes
+        and "merge" not in result.phases_too_large
+    )
 
 
 def test_plan_that_does_not_fit_exits_1_and_lists_options_that_fit(
@@ -87,39 +91,40 @@ def test_plan_that_does_not_fit_exits_1_and_lists_options_that_fit(
     options = ["--model.quantization", "none", "--train.gradient_checkpointing", "off", "--data.max_length", "2048"]
     words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *options, "--json"]
     code, out, _ = run(*words, capsys=capsys)
-    rungs = json.loads(out)["ladder"]
-    assert code == 1 and rungs[-1]["fits"] and not any(rung["fits"] for rung in rungs[:-1])
-    assert "train.gradient_checkpointing" in rungs[0]["options"]
-    assert [rung["peak_bytes"] for rung in rungs] == sorted((rung["peak_bytes"] for rung in rungs), reverse=True)
-    again = [word for field, value in rungs[-1]["options"].items() for word in (f"--{field}", value)]
+    suggestions = json.loads(out)["ladder"]
+    assert code == 1 and suggestions[-1]["fits"] and not any(suggestion["fits"] for suggestion in suggestions[:-1])
+    assert "train.gradient_checkpointing" in suggestions[0]["options"]
+    peaks = [suggestion["peak_bytes"] for suggestion in suggestions]
+    assert peaks == sorted(peaks, reverse=True)
+    again = [word for field, value in suggestions[-1]["options"].items() for word in (f"--{field}", value)]
     words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *again, "--json"]
     code, out, _ = run(*words, capsys=capsys)
-    assert code == 0 and json.loads(out)["fits"], "the last rung's options are a recipe that fits"
+    assert code == 0 and json.loads(out)["fits"], "the last suggestion's options are a recipe that fits"
 
 
 def test_int8_base_that_does_not_fit_becomes_nf4(llama_8b: Path) -> None:
-    given = {"model.quantization": "int8", "model.resident_layers": 0, "data.max_length": 256}
-    found = strop.plan(model=str(llama_8b), memory=10 * 10**9, device="cuda", **given)
-    assert not found.fits and any(rung.options.get("model.quantization") == "nf4" for rung in found.ladder)
-    assert found.ladder[-1].fits
+    options = {"model.quantization": "int8", "model.resident_layers": 0, "data.max_length": 256}
+    result = strop.plan(model=str(llama_8b), memory=10 * 10**9, device="cuda", **options)
+    assert not result.fits and any(x.options.get("model.quantization") == "nf4" for x in result.suggestions)
+    assert result.suggestions[-1].fits
 
 
 def test_70b_model_on_4_gb_suggests_a_smaller_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(KNOWN["Llama-3.1-70B"]), encoding="utf-8")
     code, out, _ = run("plan", "--model", file, "--memory", "4GB", "--json", capsys=capsys)
-    found = json.loads(out)
-    assert code == 1 and not found["fits"] and "a model of at most" in found["ladder"][-1]["what"]
-    assert found["largest"]["max_length"] == 0
+    result = json.loads(out)
+    assert code == 1 and not result["fits"] and "a model of at most" in result["ladder"][-1]["what"]
+    assert result["largest"]["max_length"] == 0
 
 
 def test_seconds_follow_the_rows_and_epochs(tiny_folder: Path, rows_file: Path) -> None:
-    found = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 2}).as_json()
-    assert found["fits"] and found["seconds"] > 0
+    result = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 2}).as_json()
+    assert result["fits"] and result["seconds"] > 0
     twice = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 4}).as_json()
-    assert twice["seconds"] == pytest.approx(2 * found["seconds"], rel=0.05)  # micro-batches differ between epochs
+    assert twice["seconds"] == pytest.approx(2 * result["seconds"], rel=0.05)  # micro-batches differ between epochs
     part = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 0.4})  # 1.2 of 3 steps: 2
-    assert part.seconds is not None and found["seconds"] / 4 < part.seconds < found["seconds"] / 2
+    assert part.seconds is not None and result["seconds"] / 4 < part.seconds < result["seconds"] / 2
     assert strop.plan(model=str(tiny_folder)).seconds is None
 
 
@@ -157,15 +162,15 @@ def test_parameters_of_mixtures_and_multimodal_models_agree_with_their_pages(
     file = tmp_path / "config.json"
     file.write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
     _, out, err = run("plan", "--model", file, "--memory", "24GB", "--lora.r", "16", "--json", capsys=capsys)
-    found, (parameters, active) = json.loads(out), PAGES[name]
-    assert found["parameters"] == pytest.approx(parameters, rel=0.01)
-    assert found["active_parameters"] == pytest.approx(active, rel=0.01)
-    assert list(found["phases"]) == PHASES and found["tokens_per_s"] > 0
+    result, (parameters, active) = json.loads(out), PAGES[name]
+    assert result["parameters"] == pytest.approx(parameters, rel=0.01)
+    assert result["active_parameters"] == pytest.approx(active, rel=0.01)
+    assert list(result["phases"]) == PHASES and result["tokens_per_s"] > 0
     by_model = {"gemma-3-4b-it": "", "Qwen3.5-4B": "linear_attn"}.get(name, "experts")
-    assert found["engine"] == (f"fast: {by_model} by the model's own modules" if by_model else "fast")
+    assert result["engine"] == (f"fast: {by_model} by the model's own modules" if by_model else "fast")
     assert "on experts" in err if active < parameters else "on experts" not in err
-    weights = found["phases"]["load"]["parts"]["weights"]
-    assert weights <= 2 * found["parameters"]
+    weights = result["phases"]["load"]["parts"]["weights"]
+    assert weights <= 2 * result["parameters"]
 
 
 def test_adapters_are_counted_for_each_expert(tmp_path: Path) -> None:
@@ -276,14 +281,14 @@ def test_modules_without_torch_equal_those_with_torch(
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model("olmo2", vocab_size=96, num_key_value_heads=2, pad_token_id=0, **sizes)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    found = {}
+    results = {}
     for has_torch in (True, False):
         monkeypatch.setattr(doctor, "is_installed", lambda name, has_torch=has_torch: has_torch)
         code, out, err = run("modules", tmp_path, "--json", capsys=capsys)
         assert code == 0, err
-        found[has_torch] = sorted(json.loads(out)["modules"], key=lambda row: str(row["name"]))
-    assert found[True] == found[False]
-    rows = {row["name"]: row for row in found[False]}
+        results[has_torch] = sorted(json.loads(out)["modules"], key=lambda row: str(row["name"]))
+    assert results[True] == results[False]
+    rows = {row["name"]: row for row in results[False]}
     assert rows["down_proj"]["in_features"] == 64 and rows["down_proj"]["count"] == 2
     assert rows["embed_tokens"]["kept_16_bit"] == "embedding" and not rows["embed_tokens"]["presets"]
 
@@ -303,8 +308,8 @@ def test_gpus_are_found_by_name_and_by_driver_name() -> None:
     assert {spec.kind for spec in SPECS} == {"consumer", "workstation", "data center", "Apple", "CPU"}
     assert find_spec("rtx4090").name == "RTX 4090" and find_spec("NVIDIA GeForce RTX 3060").memory_gb == 12
     assert find_spec("h100").memory_gb == 80 and find_spec("M4 Max").device == "mps"
-    found = match_driver_name("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
-    assert found is not None and found.name == "RTX 4070 Ti Super"
+    result = match_driver_name("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
+    assert result is not None and result.name == "RTX 4070 Ti Super"
     for driver_name, name in (
         ("NVIDIA A100-SXM4-80GB, 81920 MiB", "A100 80GB"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("NVIDIA A10, 23028 MiB", "A10"), ("Tesla V100-SXM2-16GB", "V100 16GB"), ("Tesla T4", "T4"),
@@ -327,7 +332,7 @@ def test_unknown_gpu_uses_the_drivers_memory_and_a_guessed_rate(
     llama_8b: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus, capability = ("NVIDIA GeForce RTX 4090, 24564 MiB", "an unknown GPU, 49152 MiB"), {1: 7.5}
-    monkeypatch.setattr("strop.machine.probe._gpus", lambda: gpus)
+    monkeypatch.setattr("strop.machine.probe._query_gpus", lambda fields: gpus)
     monkeypatch.setattr("strop.planning.machines.compute_capability", lambda index: capability.get(index))
     old = strop.plan(model=str(llama_8b), device="cuda:1")
     assert old.resolved.recipe.model.dtype == "fp32" and old.rate.source.startswith("a guess")
@@ -343,9 +348,9 @@ def test_unknown_gpu_uses_the_drivers_memory_and_a_guessed_rate(
 def test_gpu_replaces_the_device_of_the_recipe(llama_8b: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model: {{name: {llama_8b}, device: cpu}}\ndata: {{train: rows}}\n", encoding="utf-8")
-    found = strop.plan(recipe, gpu="RTX 4090")
-    assert found.device == "cuda" and found.usable_bytes == int(0.95 * (24 << 30))
-    assert found.resolved.choices["model.device"].why == "of --gpu RTX 4090"
+    result = strop.plan(recipe, gpu="RTX 4090")
+    assert result.device == "cuda" and result.usable_bytes == int(0.95 * (24 << 30))
+    assert result.resolved.choices["model.device"].why == "of --gpu RTX 4090"
 
 
 def test_measured_rates_belong_to_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,9 +374,9 @@ def test_cgroup_limits_memory_and_cores(tmp_path: Path, monkeypatch: pytest.Monk
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n", encoding="utf-8")
-    found = probe()
-    assert found.memory_bytes == min(3 * gib, whole.memory_bytes) and found.cores == 2
-    assert found.free_bytes <= 2 * gib and (found.free_bytes == 2 * gib or whole.free_bytes < 2.5 * gib)
+    result = probe()
+    assert result.memory_bytes == min(3 * gib, whole.memory_bytes) and result.cores == 2
+    assert result.free_bytes <= 2 * gib and (result.free_bytes == 2 * gib or whole.free_bytes < 2.5 * gib)
     (tmp_path / "cpu.max").write_text("max 100000\n", encoding="utf-8")
     assert probe().cores == 8
     (tmp_path / "cpu.max").unlink()
@@ -392,49 +397,49 @@ def test_flops_agree_with_the_closed_form() -> None:
     The closed form has no blocks of 256 queries, and counts every row of the last layer.
     """
     shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
-    found = smollm2(shape)
-    work = flops(found, MicroBatch.rows([512] * 4))
+    result = smollm2(shape)
+    work = count_flops(result, MicroBatch.rows([512] * 4))
     assert work.total / 2048 == pytest.approx(628.1e6, rel=0.06)
-    checkpointed = flops(found.replace(checkpointed_layers=30), MicroBatch.rows([512] * 4))
+    checkpointed = count_flops(result.replace(checkpointed_layers=30), MicroBatch.rows([512] * 4))
     assert 1.25 < checkpointed.total / work.total < 1.5
 
 
 def test_more_work_lowers_the_speed() -> None:
     shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
-    found, batch = smollm2(shape), MicroBatch.rows([512] * 4)
+    result, batch = smollm2(shape), MicroBatch.rows([512] * 4)
     for rate in (Rate(4e11, 2e10, "test"), find_spec("RTX 4090").rate):
-        here = tokens_per_s(found, batch, rate)
+        here = tokens_per_s(result, batch, rate)
         for changes in ({"checkpointed_layers": 30}, {"scheme": "nf4"}, {"ranks": (128,) * 7}):
-            assert tokens_per_s(found.replace(**changes), batch, rate) < here
+            assert tokens_per_s(result.replace(**changes), batch, rate) < here
 
 
 def test_time_of_short_rows_follows_their_tokens_and_labels() -> None:
     recipe = resolve(None, {"model": "m", "data": "d", "model.device": "cpu", "model.dtype": "bf16"}).recipe
-    assert usual_micro_batch(recipe, [(50, 49)] * 8).tokens == 400
-    assert usual_micro_batch(recipe, [(50, 49)] * 3).tokens == 150
+    assert mean_micro_batch(recipe, [(50, 49)] * 8).tokens == 400
+    assert mean_micro_batch(recipe, [(50, 49)] * 3).tokens == 150
     shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
-    found, rate = Workload.from_recipe(recipe, shape), Rate(4e11, 2e10, "test")
-    all_of_it, tenth = (usual_micro_batch(recipe, [(50, labels)] * 8) for labels in (49, 5))
-    work = [flops(found, batch).head for batch in (all_of_it, tenth)]
+    result, rate = Workload.from_recipe(recipe, shape), Rate(4e11, 2e10, "test")
+    all_of_it, tenth = (mean_micro_batch(recipe, [(50, labels)] * 8) for labels in (49, 5))
+    work = [count_flops(result, batch).head for batch in (all_of_it, tenth)]
     assert work[1] == pytest.approx(work[0] * 5 / 49)
-    assert tokens_per_s(found, tenth, rate) > tokens_per_s(found, all_of_it, rate)
+    assert tokens_per_s(result, tenth, rate) > tokens_per_s(result, all_of_it, rate)
 
 
 def test_plain_step_is_slower() -> None:
     shape = ModelShape.from_config(KNOWN["SmolLM2-135M"])
-    found, batch = smollm2(shape), MicroBatch.rows([512] * 4, share=0.3)
-    plain = found.replace(step="plain")
+    result, batch = smollm2(shape), MicroBatch.rows([512] * 4, share=0.3)
+    plain = result.replace(step="plain")
     for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (find_spec("RTX 4090").rate, 1.0)):
-        assert tokens_per_s(found, batch, rate) > least * tokens_per_s(plain, batch, rate)
+        assert tokens_per_s(result, batch, rate) > least * tokens_per_s(plain, batch, rate)
 
 
 def test_rate_is_that_of_the_chosen_dtype(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 would be faster but does not fit, so the time is that of bf16."""
-    target = Target(probe(), "cpu", ("fp32", "faster"), partial(Rate.measured, RATES))
-    monkeypatch.setattr("strop.planning.machines.target_for", lambda *_: replace(target, machine=small))
+    target = TargetMachine(probe(), "cpu", ("fp32", "faster"), partial(Rate.measured, RATES))
+    monkeypatch.setattr("strop.planning.machines.find_target", lambda *_: replace(target, machine=small))
     small = replace(probe(), memory_bytes=9 << 30, free_bytes=9 << 30)
-    found = strop.plan(model=str(llama_8b))
-    assert found.resolved.recipe.model.dtype == "bf16" and found.rate == Rate.measured(RATES, "bf16")
+    result = strop.plan(model=str(llama_8b))
+    assert result.resolved.recipe.model.dtype == "bf16" and result.rate == Rate.measured(RATES, "bf16")
 
 
 def test_plan_uses_the_rates_that_doctor_measured(
@@ -460,8 +465,8 @@ def test_doctor_reports_an_old_package(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
     known = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "peft" else known(name))
-    (found,) = [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
-    assert "peft 0.1" in found.what and "install -U 'peft>=" in found.fix
+    (result,) = [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
+    assert "peft 0.1" in result.what and "install -U 'peft>=" in result.fix
 
 
 def test_doctor_reports_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -469,8 +474,8 @@ def test_doctor_reports_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    (found,) = [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
-    assert "No space left" in found.what and "#disk" in found.why
+    (result,) = [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
+    assert "No space left" in result.what and "#disk" in result.why
 
 
 def test_doctor_does_not_print_the_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -478,8 +483,8 @@ def test_doctor_does_not_print_the_token(monkeypatch: pytest.MonkeyPatch, tmp_pa
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        found = examine(lambda machine: ([], RATES), tmp_path)
-    text = json.dumps(found.as_json())
+        result = examine(lambda machine: ([], RATES), tmp_path)
+    text = json.dumps(result.as_json())
     assert "with a token" in text and "hf_secret" not in text
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert any("does not answer" in f.what for f in findings(monkeypatch, tmp_path))
@@ -490,12 +495,12 @@ def test_doctor_json_has_the_documented_fields(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run("doctor", "--json", capsys=capsys)
-    found: dict[str, Any] = json.loads(out)
+    result: dict[str, Any] = json.loads(out)
     assert code == 0, err
-    assert {"machine", "findings", "rates"} <= set(found) and found["rates"]["fp32_flops"] > 1e9
-    assert all({"level", "what", "why", "fix"} == set(finding) for finding in found["findings"])
-    assert any("4 bit" in finding["what"] for finding in found["findings"])
-    assert "token" not in {*found["machine"]} and found["machine"]["versions"]["torch"]
+    assert {"machine", "findings", "rates"} <= set(result) and result["rates"]["fp32_flops"] > 1e9
+    assert all({"level", "what", "why", "fix"} == set(finding) for finding in result["findings"])
+    assert any("4 bit" in finding["what"] for finding in result["findings"])
+    assert "token" not in {*result["machine"]} and result["machine"]["versions"]["torch"]
 
 
 def test_doctor_prints_facts_and_findings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -511,16 +516,16 @@ def test_doctor_prints_facts_and_findings(monkeypatch: pytest.MonkeyPatch, capsy
 def test_doctor_fix_prints_commands_and_comments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def found(*_: object) -> doctor.DoctorReport:
+    def report(*_: object) -> doctor.DoctorReport:
         findings = [Finding("error", "a", "", "# free some space"), Finding("warning", "b", "", "pip install b")]
         return doctor.DoctorReport({}, findings, None)
 
-    monkeypatch.setattr(doctor, "examine", found)
+    monkeypatch.setattr(doctor, "examine", report)
     code, out, _ = run("doctor", "--fix", capsys=capsys)
     assert code == 1 and out == "# free some space\npip install b\n"
     code, out, _ = run("doctor", "--fix", "--json", capsys=capsys)
     assert code == 1 and json.loads(out)["error"]["message"] == "a" and len(json.loads(out)["fixes"]) == 2
-    monkeypatch.setattr(doctor, "LEAST_MEMORY_BYTES", 1 << 60)
-    monkeypatch.setattr(doctor, "LEAST_DISK_BYTES", 1 << 60)
-    fixes = [f.fix for f in doctor._resources(probe(), tmp_path)]
+    monkeypatch.setattr(doctor, "MIN_MEMORY_BYTES", 1 << 60)
+    monkeypatch.setattr(doctor, "MIN_DISK_BYTES", 1 << 60)
+    fixes = [f.fix for f in doctor._check_resources(probe(), tmp_path)]
     assert len(fixes) == 2 and all(fix.startswith("# ") for fix in fixes)

@@ -16,7 +16,7 @@ from strop.errors import ModelError
 from strop.models.families.shape import ModelShape
 from strop.models.introspect import shape_from_model
 from strop.models.lora import add_lora
-from strop.planning.workload import Workload, why_plain
+from strop.planning.workload import Workload, why_recipe_not_fast
 from tests.support.families import tokenizer
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 
@@ -29,12 +29,12 @@ def test_plan_and_engine_agree_that_variants_of_known_families_need_the_plain_st
     ):
         config = tiny_of(family, **more).config.to_dict()
         shape = shape_from_model(config, config, tiny_of(family, **more))
-        assert why_plain(recipe, shape) == "experts next to the MLP", family
+        assert why_recipe_not_fast(recipe, shape) == "experts next to the MLP", family
         assert "experts next to the MLP" in str(why_not_fast(adapted(family, **more))), family
     config = tiny_of("gemma4_text").config.to_dict()
     shape = shape_from_model(config, config, tiny_of("gemma4_text"))
     on_gpu = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})
-    assert why_plain(recipe, shape) is None and "norms of values" in str(why_plain(on_gpu, shape))
+    assert why_recipe_not_fast(recipe, shape) is None and "norms of values" in str(why_recipe_not_fast(on_gpu, shape))
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -84,8 +84,8 @@ def test_plan_predicts_the_step_and_the_number_of_trained_weights(
     family: str, options: dict[str, Any], step: str
 ) -> None:
     model = tiny_of(family, tie_word_embeddings=family == "gemma2").requires_grad_(False)
-    given = {"model": "m", "data": "d", "lora.r": 3, "lora.alpha": 6, "model.device": "cpu", "model.dtype": "fp32"}
-    recipe = resolve(None, {**given, **options}).recipe
+    settings = {"model": "m", "data": "d", "lora.r": 3, "lora.alpha": 6, "model.device": "cpu", "model.dtype": "fp32"}
+    recipe = resolve(None, {**settings, **options}).recipe
     workload = Workload.from_recipe(recipe, ModelShape.from_config(model.config.to_dict()))
     text_tokenizer = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
     adapted = add_lora(model, recipe.lora, text_tokenizer).train()

@@ -70,8 +70,8 @@ def test_system_prompt_of_training_is_the_default(server: Server) -> None:
 
     system = {"role": "system", "content": SYSTEM}
     for role in ("system", "System", "developer"):
-        given = [{**system, "role": role}, *USER]
-        assert tokens(model="bold", messages=USER) == tokens(model="bold", messages=given)
+        messages = [{**system, "role": role}, *USER]
+        assert tokens(model="bold", messages=USER) == tokens(model="bold", messages=messages)
     assert (
         tokens(model="bold", messages=USER) > tokens(model="base", messages=USER) == tokens(model="calm", messages=USER)
     )
@@ -155,8 +155,8 @@ def test_response_format_is_guaranteed_or_rejected(server: Server) -> None:
         "type": "object", "properties": {"a": {"type": "integer", "maximum": 9}, "b": {"enum": ["x", "y"]}},
         "required": ["a", "b"], "additionalProperties": False,
     }  # fmt: skip
-    wanted = {"type": "json_schema", "json_schema": {"name": "some", "schema": schema}}
-    answer = server.chat(max_tokens=300, temperature=1, seed=1, response_format=wanted)
+    response_format = {"type": "json_schema", "json_schema": {"name": "some", "schema": schema}}
+    answer = server.chat(max_tokens=300, temperature=1, seed=1, response_format=response_format)
     try:
         import llguidance  # noqa: F401
     except ImportError:

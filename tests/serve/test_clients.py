@@ -52,11 +52,11 @@ def test_openai_client(server: Server) -> None:
             client.chat.completions.create(model="calm", messages=USER, n=3)
         pytest.importorskip("llguidance")
         schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
-        wanted = {
+        expected = {
             "type": "json_schema",
             "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}},
         }
-        answer = client.chat.completions.create(model="calm", messages=USER, response_format=wanted, max_tokens=200)
+        answer = client.chat.completions.create(model="calm", messages=USER, response_format=expected, max_tokens=200)
         assert set(json.loads(answer.choices[0].message.content)) == {"a"}
 
 
@@ -136,7 +136,9 @@ def test_page_chats_with_base_and_tuned(server: Server) -> None:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         foreign: list[str] = []
-        page.on("request", lambda asked: foreign.append(asked.url) if not asked.url.startswith(server.url) else None)
+        page.on(
+            "request", lambda request: foreign.append(request.url) if not request.url.startswith(server.url) else None
+        )
         page.goto(server.url)
         expect, sides = playwright.expect, page.locator(".side")
         expect(sides).to_have_count(2)
@@ -159,7 +161,7 @@ def test_page_chats_with_base_and_tuned(server: Server) -> None:
         html = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"  # the same as output of the model
         chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": html}, "finish_reason": "stop"}]})
         stream = f"data: {chunk}\n\ndata: [DONE]\n\n"
-        page.route(f"**{CHAT}", lambda asked: asked.fulfill(content_type="text/event-stream", body=stream))
+        page.route(f"**{CHAT}", lambda request: request.fulfill(content_type="text/event-stream", body=stream))
         page.fill("#text", "some HTML")
         page.locator("#send").click()
         expect(sides.first.locator(".answer").nth(2)).to_have_text(html)
@@ -185,12 +187,12 @@ def test_each_side_gets_its_default_system_prompt(server: Server) -> None:
     models.sort(key=lambda model: ["bold", "calm", "base"].index(model["id"]))
     with open_browser() as browser:
         page = browser.new_page()
-        asked: dict[str, Any] = {}
+        received: dict[str, Any] = {}
         page.route("**/v1/models", lambda way: way.fulfill(json={"data": models}))
 
         def answer(way: Any) -> None:
             body = way.request.post_data_json
-            asked[body["model"]] = [(message["role"], message["content"]) for message in body["messages"]]
+            received[body["model"]] = [(message["role"], message["content"]) for message in body["messages"]]
             way.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
 
         page.route(f"**{CHAT}", answer)
@@ -199,14 +201,14 @@ def test_each_side_gets_its_default_system_prompt(server: Server) -> None:
 
         def ask(*selected: str) -> tuple[dict[str, Any], str]:
             """Return the messages of each model, and the placeholder of the system prompt."""
-            asked.clear()
+            received.clear()
             for place, model in enumerate(selected):
                 page.locator(".side select").nth(place).select_option(model)
             page.locator("#new-chat").click()
             page.fill("#text", "hi")
             page.keyboard.press("Enter")
             page.wait_for_function("() => document.querySelectorAll('.answer:not(.waiting)').length === 2")
-            return dict(asked), page.locator("#system").get_attribute("placeholder")
+            return dict(received), page.locator("#system").get_attribute("placeholder")
 
         user, bold = ("user", "hi"), ("system", SYSTEM)
         assert page.locator("#system").input_value() == ""

@@ -86,7 +86,7 @@ def greedy_without_cache(model: Any, ids: Ids, tokens: int) -> list[int]:
 
 
 def prompts(vocabulary: int) -> list[Ids]:
-    """Prompts of different lengths, some with a common prefix."""
+    """Return prompts of different lengths, some with a shared prefix."""
     random = np.random.default_rng(0)
     rows = [random.integers(3, vocabulary, int(length)).astype(np.int32) for length in random.integers(2, 50, 8)]
     return [*rows, np.concatenate([rows[0], rows[1]]), np.concatenate([rows[7], rows[7], rows[2]])]

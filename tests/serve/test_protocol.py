@@ -48,15 +48,15 @@ def test_prompt_that_ends_inside_a_character_loses_no_text() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_bytes_join_to_the_text(family: str) -> None:
     own = tokenizer(family)
-    joined = b"".join(TokenBytes(own).of(token) for token in ids_of(family))
+    joined = b"".join(TokenBytes(own).decode(token) for token in ids_of(family))
     assert joined == (" " if family == "mistral" else "").encode() + TEXT.encode()
-    assert TokenBytes(own).of(own.eos_token_id).decode() == own.eos_token
+    assert TokenBytes(own).decode(own.eos_token_id).decode() == own.eos_token
 
 
 def test_token_with_a_replacement_character_keeps_it() -> None:
     own = copy.deepcopy(tokenizer("chatml"))
     own.add_tokens([f"<{REPLACEMENT}>"])
-    assert TokenBytes(own).of(len(own) - 1).decode() == f"<{REPLACEMENT}>"
+    assert TokenBytes(own).decode(len(own) - 1).decode() == f"<{REPLACEMENT}>"
 
 
 def logprobs_of(family: str, ids: list[int], prompt: list[int], top_logprobs: Any = ()) -> dict[str, Any]:

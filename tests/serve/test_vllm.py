@@ -19,7 +19,7 @@ from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.models.vllm import find_vllm_python, max_lora_rank, query_vllm
 from strop.serve.server import Address
-from strop.serve.vllm import ParityResult, _request, _tokenizer_source, _wait_for_signal, lora_module_argument
+from strop.serve.vllm import ParityResult, _locate_model_tokenizer, _request, _wait_for_signal, lora_module_argument
 from tests.support.serving import CHAT, save_adapters, serving
 
 
@@ -69,10 +69,10 @@ def test_adapter_names_may_contain_separators() -> None:
 
 def test_adapter_without_a_tokenizer_uses_that_of_its_base(tiny_folder: Path, tmp_path: Path) -> None:
     [folder, _] = save_adapters(tmp_path, tiny_folder)
-    assert _tokenizer_source(str(folder)).path == folder
+    assert _locate_model_tokenizer(str(folder)).path == folder
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    assert _tokenizer_source(str(folder)).path == tiny_folder
+    assert _locate_model_tokenizer(str(folder)).path == tiny_folder
 
 
 def test_api_key_is_sent_with_a_body_only_and_errors_raise() -> None:

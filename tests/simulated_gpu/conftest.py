@@ -33,7 +33,7 @@ def simulate(request: pytest.FixtureRequest, tmp_path: Path) -> Simulate:
     def run(*scenarios: dict[str, Any]) -> list[dict[str, Any]]:
         module = "tests.simulated_gpu.simulate"
         command = [sys.executable, "-m", module, str(path), str(tmp_path), json.dumps(scenarios)]
-        # The simulated GPU has no values, so its quantized copies of a base are for nobody else.
+        # Its quantized copies of a base have no values, so no other test may use them.
         env = {**os.environ, "STROP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]

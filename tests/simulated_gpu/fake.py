@@ -1,7 +1,6 @@
 """A simulated CUDA GPU inside one process: tensors on it are fake, those on the CPU are real.
 
-Whatever code reads from the GPU is real_tensor with ones (integers: zeros) and recorded by file and line; nothing is
-computed.
+Values read from the GPU are ones (integers: zeros), and each read is recorded by file and line. Nothing is computed.
 """
 
 from __future__ import annotations
@@ -89,10 +88,10 @@ def counts(number: int, bins: int) -> Tensor:
 
 
 class SimulatedGpu(TorchFunctionMode):
-    """The simulated GPU, as a mode.
+    """The simulated GPU, as a dispatch mode.
 
-    waits: what makes the host wait for the GPU, by stage, kind and line, and `free` copies, which do not. stage: the
-    label under which they are recorded.
+    waits: operations for which the host waits for the GPU, by stage, kind and line; and `free` copies, for which it
+    does not wait. stage: the label under which they are recorded.
     """
 
     def __init__(self) -> None:
@@ -244,7 +243,7 @@ class Meter(TorchDispatchMode):
         self.allocated.setdefault(x.untyped_storage()._cdata, 0)
 
     def ran(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        """Called for each operation that runs a kernel; subclasses record more properties it."""
+        """Called for each operation that runs a kernel. Subclasses record more properties of it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -290,14 +289,14 @@ def apply_with_new_parameters(self: Any, change: Any, recurse: bool = True) -> A
 
 
 class TorchWithoutChecks:
-    """The module torch for bitsandbytes' fake operations, without _check: one compares a list with a torch.Size."""
+    """The module torch without _check, for bitsandbytes' fake operations, which compare a list with a torch.Size."""
 
     def __getattr__(self, name: str) -> Any:
         return (lambda *_: None) if name == "_check" else getattr(torch, name)
 
 
 class Stream:
-    """A stream of the GPU, or an event: nothing is ever pending."""
+    """A stream of the GPU, or an event, on which nothing is ever pending."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -310,7 +309,7 @@ class Stream:
 
 
 class Properties:
-    """Properties of the simulated GPU; others use a gibibyte of its memory, and it is never full."""
+    """Properties of the simulated GPU. Other processes use 1 GiB of its memory, and it is never full."""
 
     capability = (9, 0)
     memory_bytes = 80 << 30

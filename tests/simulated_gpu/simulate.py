@@ -62,7 +62,7 @@ def new_out() -> str:
 @contextmanager
 def steps_marked() -> Iterator[None]:
     """Record waits of the host during a step under the stage `step`."""
-    own = loop.step
+    own = loop.train_step
 
     def step(*arguments: Any) -> Any:
         GPU.stage, GPU.deterministic = "step", torch.are_deterministic_algorithms_enabled()
@@ -71,11 +71,11 @@ def steps_marked() -> Iterator[None]:
         finally:
             GPU.stage = ""
 
-    loop.step = step
+    loop.train_step = step
     try:
         yield
     finally:
-        loop.step = own
+        loop.train_step = own
 
 
 @contextmanager

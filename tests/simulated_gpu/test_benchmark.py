@@ -19,7 +19,7 @@ from tests.support.scripts import script
 CHECKS = [["check", "agree"], ["check", "waits"], ["check", "resumes"], ["rates"]]
 TOOLS = [["tool", "strop", scheme, "64"] for scheme in ("none", "nf4", "int8")]
 TOOLS += [["tool", "strop, packed", scheme, "64"] for scheme in ("nf4", "int8")]
-# A process that does what its last argument says; one that it starts keeps its pipes open.
+# A process that does what its last argument says. Its child keeps the pipes open.
 PROCESS = """
 import json, subprocess, sys, time
 word = sys.argv[-1]
@@ -63,7 +63,7 @@ def test_every_item_runs_on_a_gpu(simulate: Simulate, kernels: bool) -> None:
         assert of["rates",]["card"] == "Fake" and of["rates",]["matmul_flops"] > 0
 
 
-def test_check_of_values_passes_on_a_cpu(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_agreement_check_passes_on_a_cpu(benchmark: ModuleType, tmp_path: Path) -> None:
     options = Namespace(folder=tmp_path / "tiny", device="cpu")
     results = benchmark.run(options, "check", "agree")
     assert results["passed"] and len(results["off"]) == 3

@@ -48,7 +48,7 @@ def test_runs_of_other_families_launch_their_kernels(simulate: Simulate) -> None
     """
     reads = {"models/experts.py"}
     kinds: dict[str, tuple[set[str], set[str]]] = {
-        "qwen3": (STEP, set()), "gemma3_text": (STEP, set()), "glm": (STEP | {"_separate_rope"}, set()),
+        "qwen3": (STEP, set()), "gemma3_text": (STEP, set()), "glm": (STEP | {"_rope_only"}, set()),
         "gpt2": (set(), set()), "qwen3_moe": (STEP - {"_glu", "_glu_backward"}, reads),
     }  # fmt: skip
     runs = simulate(*({"scenario": "train", "kernels": True, "model": kind, **QUICK} for kind in kinds))

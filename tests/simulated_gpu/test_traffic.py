@@ -35,7 +35,7 @@ def test_bytes_and_flops_match_formulas(simulate: Simulate, monkeypatch: pytest.
     from strop.config.load import resolve
     from strop.models.families.shape import ModelShape
     from strop.planning.activations import MicroBatch
-    from strop.planning.time import flops
+    from strop.planning.time import count_flops
     from strop.planning.workload import Workload
 
     names = [*KNOWN, "flash"]
@@ -63,7 +63,9 @@ def test_bytes_and_flops_match_formulas(simulate: Simulate, monkeypatch: pytest.
     }  # fmt: skip
     options = {"model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16}
     recipe = resolve(None, {**options, "train.gradient_checkpointing": "off"}).recipe
-    planned = flops(Workload.from_recipe(recipe, ModelShape.from_config(config)), MicroBatch.rows([512], more=False))
+    planned = count_flops(
+        Workload.from_recipe(recipe, ModelShape.from_config(config)), MicroBatch.rows([512], more=False)
+    )
     by_part: Counter[str] = Counter()
     for operation in whole:
         by_part[operation["part"]] += operation["flops"] * operation["launches"]

@@ -116,7 +116,7 @@ def is_in_head() -> bool:
 
 
 class Ledger(fake.Meter):
-    """Entries by part: products, adapters, attention, head, dequantization, element-wise, optimizer."""
+    """Entries by part: products (frozen matmuls), adapters, attention, head, dequantization, element-wise, ..."""
 
     def __init__(self) -> None:
         super().__init__()

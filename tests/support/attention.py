@@ -1,4 +1,4 @@
-"""Random numbers in fp64, attention by its definition, and shapes of it."""
+"""Attention by its definition, test shapes, and random values in fp64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rand(*shape: int, grad: bool = False) -> Tensor:
 
 
 def check(function: Any, *inputs: Any) -> None:
-    # gradcheck's own upstream gradients are unit vectors, so no two rows are treated alike.
+    # gradcheck uses unit vectors as upstream gradients, so each row is tested separately.
     assert torch.autograd.gradcheck(function, inputs)
 
 
@@ -33,7 +33,7 @@ def heads(window: int, norms: bool, key_value: int = 1, softcap: float = 0.0) ->
 
 
 def reference(qkv: Tensor, shape: Heads, cos: Tensor, sin: Tensor, sees: Tensor) -> Tensor:
-    """Attention by definition, over all packed rows at once. sees (T, T) bool."""
+    """Compute attention over all packed rows by its definition. sees: visible keys, shape (T, T), bool."""
     q, k, v = shape.views(qkv)
     if shape.q_norm and shape.k_norm:
         q, k = (F.rms_norm(x, (4,), norm.weight, norm.eps) for x, norm in ((q, shape.q_norm), (k, shape.k_norm)))

@@ -1,4 +1,4 @@
-"""A real browser over a real `strop dash`: pages that remember their faults, and what axe-core says of them."""
+"""A real browser on a real `strop dash`: tabs that record their errors, and checks with axe-core."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUIET = [
 
 @contextmanager
 def open_browser() -> Iterator[Any]:
-    """Chromium, driven by playwright. Skips, with the reason, where one of them is not installed."""
+    """Start Chromium with playwright. Skips the test with the reason if one of them is not installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
@@ -35,19 +35,19 @@ def open_browser() -> Iterator[Any]:
 
 
 def at(dash: Dash, address: str) -> str:
-    """The address of a screen, with the token: at(dash, "/run/one")."""
+    """Return the address of a screen with the token: at(dash, "/run/one")."""
     return f"{dash.url}/#token={TOKEN}&{address}"
 
 
 @dataclass
 class Watched:
-    """A tab that remembers what went wrong in it."""
+    """A tab that records errors, failed requests and CSP violations."""
 
     page: Any
     faults: list[str] = field(default_factory=list)
 
     def check(self, where: str) -> None:
-        """Nothing to scroll sideways once plots have been drawn at the window's size, no error so far."""
+        """Check that nothing scrolls sideways after plots have been resized, and that there was no error."""
         assert not self.faults, f"{where}: {self.faults}"
         for _ in range(100):
             wider = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
@@ -57,15 +57,15 @@ class Watched:
         pytest.fail(f"{where}: {wider} pixels too wide: {self.page.evaluate(WIDEST)}")
 
     def axe(self, where: str) -> None:
-        """No serious finding of axe-core."""
+        """Check that axe-core has no serious finding."""
         Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
-        found = Axe().run(self.page).response["violations"]
-        told = [
+        result = Axe().run(self.page).response["violations"]
+        violations = [
             (one["id"], one["help"], [node["html"][:200] for node in one["nodes"][:3]])
-            for one in found
+            for one in result
             if one["impact"] in ("serious", "critical")
         ]
-        assert not told, f"{where}: {json.dumps(told, indent=1)}"
+        assert not violations, f"{where}: {json.dumps(violations, indent=1)}"
 
 
 WIDEST = """() => [...document.querySelectorAll("main *")]
@@ -75,19 +75,22 @@ WIDEST = """() => [...document.querySelectorAll("main *")]
 
 @contextmanager
 def open_tab(browser: Any, dash: Dash, **options: Any) -> Iterator[Watched]:
-    """A fresh tab: nothing is kept from others. Requests to elsewhere, errors and refusals of the CSP are faults."""
+    """Open a tab in a new context, and record requests to other origins, errors and CSP violations."""
     context = browser.new_context(viewport=DESK, **options)
     page = context.new_page()
     watched = Watched(page)
     page.on("pageerror", lambda error: watched.faults.append(f"error: {error}"))
-    page.on("console", lambda said: watched.faults.append(said.text) if said.type == "error" else None)
+    page.on("console", lambda message: watched.faults.append(message.text) if message.type == "error" else None)
     own = (dash.url, "blob:" + dash.url)
-    page.on("request", lambda asked: None if asked.url.startswith(own) else watched.faults.append(f"asked {asked.url}"))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(own) else watched.faults.append(f"asked {request.url}"),
+    )
     page.set_default_timeout(12_000)
     try:
         yield watched
     except BaseException:
-        print("the page said:", page.locator("body").inner_text()[:3000])  # pytest shows it with the failure
+        print("the page said:", page.locator("body").inner_text()[:3000])  # pytest prints it for a failed test
         raise
     finally:
         context.close()

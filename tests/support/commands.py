@@ -41,15 +41,15 @@ def _recipe_error(values: dict[str, Any]) -> str | None:
     """Return what is wrong with the recipe fields among a command's parameters, or None."""
     fields = {field.replace(".", "__"): field for field, _ in option_fields()}
     fields |= {f"short__{name}": field for name, field in fields.items()}
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in values.items():
         if name in fields and isinstance(value, str | list | tuple) and value:
             is_list = isinstance(value, list | tuple)
-            given[fields[name]] = list(value) if is_list else parse_option(fields[name], value)
-    if not given:
+            options[fields[name]] = list(value) if is_list else parse_option(fields[name], value)
+    if not options:
         return None
     try:
-        resolve(None, {"model.name": "m", "data.train": "d", "data.eval": "e", **given})
+        resolve(None, {"model.name": "m", "data.train": "d", "data.eval": "e", **options})
     except StropError as error:
         return "; ".join(error.lines())
     return None

@@ -1,4 +1,4 @@
-"""`strop dash` in a process of its own, and run folders as a trainer would have left them, made without one."""
+"""Start `strop dash` in a separate process, and create run folders in the trainer's format without training."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Dash:
         return requests.request(method, self.url + path, headers=headers, timeout=120, **options)
 
     def wait(self, path: str, until: Callable[[Any], Any], seconds: float = 120) -> Any:
-        """What the address answers, as soon as that is what is waited for."""
+        """Return the response of an address once it has the expected content."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            found = self.get(path).json()
-            if until(found):
-                return found
+            result = self.get(path).json()
+            if until(result):
+                return result
             time.sleep(0.2)
-        raise AssertionError(f"{path} is still {json.dumps(found)[:2000]}")
+        raise AssertionError(f"{path} is still {json.dumps(result)[:2000]}")
 
     def events(self, path: str) -> Iterator[tuple[str, Any]]:
-        """(name, data) of a stream, until it ends or is left."""
+        """Yield (name, data) of a stream until it ends or the caller stops."""
         with self.get(path, stream=True) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
             name = ""
@@ -62,7 +62,7 @@ class Dash:
 
 
 @contextmanager
-def dashing(folder: Path, cwd: Path | None = None) -> Iterator[Dash]:
+def run_dash(folder: Path, cwd: Path | None = None) -> Iterator[Dash]:
     command = [sys.executable, "-m", "strop.cli", "dash", str(folder), "--port", "0", "--json"]
     environment = {**os.environ, "STROP_DASH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd)
@@ -79,7 +79,7 @@ def dashing(folder: Path, cwd: Path | None = None) -> Iterator[Dash]:
 
 
 def step(number: int, steps: int = 100, *, time: float | None = None, **fields: Any) -> dict[str, Any]:
-    """A step's event, as the loop writes it."""
+    """Return the event of a step as the training loop writes it."""
     at = 1000.0 + number if time is None else time
     return {
         "event": "step", "time": at, "step": number, "steps": steps, "epoch": (number - 1) // 50,
@@ -89,7 +89,7 @@ def step(number: int, steps: int = 100, *, time: float | None = None, **fields: 
 
 
 def session(first: float = 1000.0, *, start: int = 0, steps: int = 100) -> list[dict[str, Any]]:
-    """What a trainer writes before its first step."""
+    """Return the events that a trainer writes before its first step."""
     choices = [{"field": name, "value": value, "origin": "option", "why": ""} for name, value in RECIPE.items()]
     begun: list[dict[str, Any]] = [
         {"event": "machine", "time": first, "lines": ["a machine"]},
@@ -105,7 +105,7 @@ def lines(events: list[dict[str, Any]]) -> str:
 
 
 def make_run(root: Path, name: str, events: list[dict[str, Any]], report: dict[str, Any] | None = None) -> Path:
-    """A run folder as files."""
+    """Create a run folder."""
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("model: {name: tiny}\n", encoding="utf-8")
@@ -118,7 +118,7 @@ def make_run(root: Path, name: str, events: list[dict[str, Any]], report: dict[s
 
 
 def sample(number: int, base_hit: bool, tuned_hit: bool, **fields: Any) -> dict[str, Any]:
-    """A row of an evaluation with both answers."""
+    """Return a row of an evaluation with both answers."""
     right = f"it is {number}"
     return {
         "place": f"held.jsonl:{number}", "prompt": f"what is {number}", "gold": right,
@@ -128,7 +128,7 @@ def sample(number: int, base_hit: bool, tuned_hit: bool, **fields: Any) -> dict[
 
 
 def evaluated(folder: Path, samples: list[dict[str, Any]]) -> None:
-    """Puts an evaluation into a run."""
+    """Add an evaluation to a run."""
     file = folder / "report.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     shares = {side: sum(row[f"{side}_hit"] for row in samples) / len(samples) for side in ("base", "tuned")}

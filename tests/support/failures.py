@@ -28,8 +28,8 @@ def starved(job: Job, calls: set[int], recompute: list[str] | None = None) -> Jo
         maybe(rows)
         return good(rows)
 
-    asked = recompute if recompute is not None else []
-    return replace(job, step=changed_step(job.step, token_loss=compute, checkpoint=lambda: asked.append("recompute")))
+    calls_ = recompute if recompute is not None else []
+    return replace(job, step=changed_step(job.step, token_loss=compute, checkpoint=lambda: calls_.append("recompute")))
 
 
 def curve(kind: str, losses: dict[int, float]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that is exported to GGUF, with tokenizers that split as the family's do."""
+"""Tiny random models of every family with GGUF export, with tokenizers that split text as the family's do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def split(pattern: str) -> Any:
 
 @cache
 def byte_level(style: str, steps: tuple[str, ...] = (), own: bool = True, keep: bool = False) -> Any:
-    """A byte-level BPE tokenizer. steps: "digits" or patterns before byte level; own: GPT-2's pattern too."""
+    """Return a byte-level BPE tokenizer. steps: "digits" or patterns before byte level. own: add GPT-2's pattern."""
     backend = Tokenizer(models.BPE(ignore_merges=keep))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)
     before = [pre_tokenizers.Digits(individual_digits=True) if step == "digits" else split(step) for step in steps]
@@ -55,9 +55,10 @@ def byte_level(style: str, steps: tuple[str, ...] = (), own: bool = True, keep: 
 
 @cache
 def sentencepiece(style: str, prefix: bool) -> Any:
-    """As converted from SentencePiece: blanks as ▁, bytes for the unknown, each pair that makes a piece a merge.
+    """Return a tokenizer as converted from SentencePiece: ▁ for spaces, byte fallback, a merge for each pair that is a
+    piece.
 
-    prefix: a blank before the text and after each control token (Llama 2, Phi 3), or none (Gemma).
+    prefix: a space before the text and after each control token (Llama 2, Phi 3), or none (Gemma).
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -147,7 +148,7 @@ def config(family: str, vocabulary: int, **changes: Any) -> Any:
 
 
 def save(family: str, folder: Path, **changes: Any) -> Path:
-    """A model folder: random weights, norms that are not all alike, biases that are not zero."""
+    """Save a model folder with random weights, varied norms and nonzero biases."""
     tokenizer = TOKENIZERS[family]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config(family, len(tokenizer), **changes)).float()
@@ -163,7 +164,7 @@ def save(family: str, folder: Path, **changes: Any) -> Path:
 
 
 def adapt(base: str | Path, folder: Path, **options: Any) -> Path:
-    """An adapter folder on a base, as strop saves them, with a B that is not zero and, if trained, other biases."""
+    """Save an adapter of a base in strop's format with nonzero B and, if trained, other biases."""
     source = locate(str(base))
     from strop.models.load import load_base
     from strop.models.tokenizer import load_tokenizer

@@ -51,12 +51,12 @@ def make_job(
     plain: bool = False,
     **options: Any,
 ) -> Job:
-    """Like `preferences.make_job`, with start weights."""
-    given = {**OPTIONS, **options}
+    """Make a job like `preferences.make_job`, with start weights."""
+    settings = {**OPTIONS, **options}
     job = preferences.make_job(
-        folder, [], **{**given, "train.objective": "sft", "train.rewards": None} | _NONE, plain=plain
+        folder, [], **{**settings, "train.objective": "sft", "train.rewards": None} | _NONE, plain=plain
     )
-    recipe = preferences.with_default_options(tiny.recipe(**given)).recipe
+    recipe = preferences.with_default_options(tiny.recipe(**settings)).recipe
     of = (recipe.train, recipe.seed, job.model, tokenizer("chatml"), (2, 3), [make_reward(function)])
     criterion = PolicyCriterion(GRPO, *of, job.state.weights, job.log)
     eval_rows = list(held_out) if held_out is not None else None

@@ -1,4 +1,4 @@
-"""A stand-in for the part of the Hub's HTTP API that fetching files and sending them needs, on the loopback address."""
+"""A stand-in for the part of the Hub's HTTP API that downloads and uploads files, on the loopback address."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 COMMIT = "c" * 40
 TOKEN = "hf_standin"
-# A status; no answer at all; a page that is no JSON; fewer bytes than the file has.
+# A status; no response; a page that is not JSON; a truncated file.
 Fault = int | Literal["silence", "page", "short"]
 
 
@@ -24,16 +24,17 @@ Fault = int | Literal["silence", "page", "short"]
 def serve(
     kind: str, name: str, files: Mapping[str, bytes], *, gated: bool = False, faults: Mapping[str, Fault] | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """(address, paths asked for) of a server with one repository. kind: datasets or models. gated: it gives none.
+    """Yield (address, requested paths) of a server with one repository.
 
-    faults: what is wrong with the answers to paths that contain a text, while it is there.
+    kind: datasets or models. gated: requires access. faults: errors for paths that contain a text, as long as they are
+    set.
     """
-    asked: list[str] = []
+    requests: list[str] = []
     resolve = f"/datasets/{name}/resolve/" if kind == "datasets" else f"/{name}/resolve/"
 
     class Hub(BaseHTTPRequestHandler):
         def _answer(self, body: bool) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
             path, content, headers = self.path.split("?")[0], b"", {}
             if path in (f"/api/{kind}/{name}", f"/api/{kind}/{name}/revision/main"):
                 names = [{"rfilename": file} for file in files]
@@ -78,13 +79,15 @@ def serve(
             pass
 
     with _running(Hub) as address:
-        yield address, asked
+        yield address, requests
 
 
 @dataclass
 class Shelf:
-    """What a server that takes files holds: files and privacy of each repository, large files by their sha256, the
-    commits' messages; lose: a file whose bytes it changes, and does not say so."""
+    """Uploads to a server: files and privacy of each repository, large files by sha256, and commit messages.
+
+    lose: name of a file whose bytes the server corrupts without an error.
+    """
 
     address: str = ""
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -97,8 +100,8 @@ class Shelf:
 
 
 @contextmanager
-def taking() -> Iterator[Shelf]:
-    """A server whose one account, `me`, may write to repositories of its own (token: TOKEN)."""
+def upload_server() -> Iterator[Shelf]:
+    """Run a server with one account, `me`, which may write to its repositories with the token TOKEN."""
     shelf = Shelf()
 
     class Hub(BaseHTTPRequestHandler):
@@ -132,7 +135,7 @@ def taking() -> Iterator[Shelf]:
             if shelf.down_after and shelf.down_after in path:
                 self.close_connection = True
                 return None
-            if path.startswith("/large/"):  # where large files go; no token there
+            if path.startswith("/large/"):  # the address for large files, which gets no token
                 shelf.large[path.rpartition("/")[2]] = body
                 return self._reply({})
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -154,12 +157,12 @@ def taking() -> Iterator[Shelf]:
 
         do_GET = do_POST = do_PUT = do_HEAD = _any
 
-        def _create(self, asked: dict[str, Any]) -> None:
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        def _create(self, fields: dict[str, Any]) -> None:
+            name = f"{fields.get('organization') or 'me'}/{fields['name']}"
             if not name.startswith("me/"):
                 return self._reply({}, 403, said="You don't have the rights to create a model under this namespace")
             shelf.repos.setdefault(name, {})
-            shelf.private[name] = asked.get("visibility") == "private" or asked.get("private") is True
+            shelf.private[name] = fields.get("visibility") == "private" or fields.get("private") is True
             return self._reply({"url": f"{shelf.address}/{name}", "name": name})
 
         def _file(self, content: bytes | None) -> None:
@@ -174,10 +177,10 @@ def taking() -> Iterator[Shelf]:
                 self.wfile.write(content)
             return None
 
-        def _batch(self, asked: dict[str, Any]) -> None:
+        def _batch(self, fields: dict[str, Any]) -> None:
             objects = [
                 {**one, "actions": {"upload": {"href": f"{shelf.address}/large/{one['oid']}", "header": {}}}}
-                for one in asked["objects"]
+                for one in fields["objects"]
             ]
             return self._reply({"transfer": "basic", "objects": objects})
 
@@ -187,8 +190,8 @@ def taking() -> Iterator[Shelf]:
                 about = {"id": name, "sha": COMMIT, "private": shelf.private[name]}
                 return self._reply({**about, "siblings": [{"rfilename": file} for file in files]})
             if what == "preupload":
-                asked = json.loads(body)["files"]
-                modes = [(one["path"], "lfs" if one["path"].endswith(".safetensors") else "regular") for one in asked]
+                fields = json.loads(body)["files"]
+                modes = [(one["path"], "lfs" if one["path"].endswith(".safetensors") else "regular") for one in fields]
                 return self._reply(
                     {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes]}
                 )
@@ -198,8 +201,8 @@ def taking() -> Iterator[Shelf]:
                     {"success": True, "commitOid": COMMIT, "commitUrl": f"{shelf.address}/{name}/commit/{COMMIT}"}
                 )
             if what == "paths-info":
-                wanted = _paths(body)
-                return self._reply([_entry(path, files[path], shelf) for path in wanted if path in files])
+                paths = _paths(body)
+                return self._reply([_entry(path, files[path], shelf) for path in paths if path in files])
             return self._reply({}, 404, "EntryNotFound")
 
         def _commit(self, files: dict[str, bytes], lines: list[dict[str, Any]]) -> None:
@@ -226,7 +229,7 @@ def taking() -> Iterator[Shelf]:
 
 
 def _paths(body: bytes) -> list[str]:
-    """The paths of a paths-info request, which newer clients send as JSON and older ones as a form."""
+    """Return the paths of a paths-info request, which newer clients send as JSON and older ones as a form."""
     from urllib.parse import parse_qs
 
     try:

@@ -1,4 +1,4 @@
-"""What the pages say: their blocks, commands, links and headings, as a test can check them."""
+"""Parse the pages of the docs: blocks, commands, links and headings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FENCE = re.compile(r"^```(.*?)\n(.*?)^```", re.M | re.S)
 
 @dataclass(frozen=True)
 class Block:
-    """language: what stands behind the fence, first word; an indented block has none. marks: the other words."""
+    """A block of a page. language: the first word after the fence, empty if indented. marks: the other words."""
 
     page: Path
     line: int
@@ -30,13 +30,13 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Fenced and indented blocks, in order."""
+    """Return fenced and indented blocks, in order."""
     text = page.read_text(encoding="utf-8")
-    found = []
+    results = []
     for match in _FENCE.finditer(text):
         words = match[1].split()
         line = text.count("\n", 0, match.start()) + 1
-        found.append(Block(page, line, words[0] if words else "", tuple(words[1:]), match[2]))
+        results.append(Block(page, line, words[0] if words else "", tuple(words[1:]), match[2]))
     bare = _FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
     lines = bare.split("\n")
     number = 0
@@ -49,18 +49,18 @@ def blocks(page: Path) -> list[Block]:
         while number < len(lines) and (lines[number].startswith("    ") or not lines[number].strip()):
             number += 1
         body = "\n".join(line[4:] for line in lines[begin:number]).strip("\n") + "\n"
-        found.append(Block(page, begin + 1, "", (), body))
-    return sorted(found, key=lambda block: block.line)
+        results.append(Block(page, begin + 1, "", (), body))
+    return sorted(results, key=lambda block: block.line)
 
 
 def _in_list(lines: list[str], number: int) -> bool:
-    """Whether an indented line goes on with an item of a list."""
+    """Return whether an indented line continues an item of a list."""
     before = [line for line in lines[:number] if line.strip()]
     return bool(before) and before[-1].lstrip().startswith(("- ", "* ", "1. "))
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a shell block as words, without comments, prompts and settings of the environment."""
+    """Yield the commands of a shell block as words, without comments, prompts and environment settings."""
     joined = re.sub(r"\\\n\s*", " ", text)
     for line in re.sub(r"(?m)(^|\s)#.*$", "", joined).splitlines():
         for part in re.split(r"\s(?:&&|\|)\s|;\s", line.removeprefix("$ ")):
@@ -75,23 +75,23 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def inline(page: Path) -> list[str]:
-    """What stands between single backticks outside of blocks."""
+    """Return texts between single backticks outside of blocks."""
     text = re.sub(r"^    .*$", "", _FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.M)
     return re.findall(r"`([^`\n]+)`", text)
 
 
 def links(page: Path) -> list[tuple[str, str]]:
-    """(file, anchor) of each link within the repository, the file relative to the page."""
+    """Return (file, anchor) of each link within the repository; files are relative to the page."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
-    found = re.findall(r"\]\(([^)\s]+)\)", text)
-    return [(name, anchor) for name, _, anchor in (link.partition("#") for link in found) if "://" not in name]
+    result = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [(name, anchor) for name, _, anchor in (link.partition("#") for link in result) if "://" not in name]
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings as GitHub generates them."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
-    made = set()
+    anchors_ = set()
     for heading in re.findall(r"^#+ (.*)$", text, re.M):
-        said = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower().strip())
-        made.add(said.replace(" ", "-"))
-    return made
+        slug = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower().strip())
+        anchors_.add(slug.replace(" ", "-"))
+    return anchors_

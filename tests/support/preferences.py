@@ -14,7 +14,7 @@ from strop.config.load import Choice, Resolved
 from strop.data.types import Example, ExampleGroup
 from strop.engine.step import step_for
 from strop.objectives.table import default_options
-from strop.training.criteria import criterion_for
+from strop.training.criteria import make_criterion
 from strop.training.reference import with_reference
 from strop.training.state import Job
 from tests.support import tiny
@@ -28,20 +28,20 @@ def answer(ids: Any, prompt: int, line: int = 1) -> Example:
 
 
 def pairs(number: int, seed: int = 0, prompt: int = 10, alike: bool = False) -> list[ExampleGroup]:
-    """Make pairs of answers of various lengths to random prompts. alike: two units per prompt."""
+    """Return pairs of answers of various lengths to random prompts. alike: two pairs for each prompt."""
     random, most = np.random.default_rng(seed), len(tokenizer("chatml"))
     result: list[ExampleGroup] = []
-    asked = random.integers(5, most, prompt)
+    prompt_ids = random.integers(5, most, prompt)
     for line in range(1, number + 1):
         if not alike or line % 2:
-            asked = random.integers(5, most, int(random.integers(prompt, prompt + 6)))
-        sides = [np.r_[asked, random.integers(5, most, int(random.integers(2, 9)))] for _ in range(2)]
-        result.append(ExampleGroup((answer(sides[0], len(asked), line), answer(sides[1], len(asked), line))))
+            prompt_ids = random.integers(5, most, int(random.integers(prompt, prompt + 6)))
+        sides = [np.r_[prompt_ids, random.integers(5, most, int(random.integers(2, 9)))] for _ in range(2)]
+        result.append(ExampleGroup((answer(sides[0], len(prompt_ids), line), answer(sides[1], len(prompt_ids), line))))
     return result
 
 
 def labelled(number: int, seed: int = 0) -> list[ExampleGroup]:
-    """Make labelled answers, two of three good, each with the next unit's answer to its prompt."""
+    """Return labelled answers, two of three good, each with the next row's answer to its prompt."""
     built = [unit.examples[0] for unit in pairs(number, seed)]
     result = []
     for n, own in enumerate(built):
@@ -83,7 +83,7 @@ def make_job(
         step=step,
         train=list(train),
         eval=eval_rows,
-        criterion=criterion_for(recipe.train, job.model),
+        criterion=make_criterion(recipe.train, job.model),
     )
 
 

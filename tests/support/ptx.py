@@ -36,7 +36,7 @@ H, INNER, V, DTYPE = 4096, 14336, 128256, torch.bfloat16
 
 
 class Driver:
-    """A GPU of an architecture, on which nothing is launched."""
+    """A simulated driver for an architecture, which launches nothing."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch

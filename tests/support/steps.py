@@ -9,7 +9,7 @@ from strop.engine.step import Step
 
 
 def changed_step(step: Step, **members: Any) -> Step:
-    """Return a copy of the step with these methods or attributes in place of its own."""
+    """Return a copy of the step in which these methods or attributes are replaced."""
     changed = copy.copy(step)
     for name, member in members.items():
         setattr(changed, name, member)

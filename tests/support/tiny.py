@@ -1,4 +1,4 @@
-"""Tiny random models and jobs over them: whole runs in seconds."""
+"""Tiny random models, and jobs on them that run in seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from strop.training.optim import make_optimizer
 from strop.training.state import Job, Progress, TrainState
 from tests.support.families import tokenizer
 
-__all__ = ["config", "examples", "far", "job", "model", "recipe", "save_tiny", "write_rows"]
+__all__ = ["config", "examples", "job", "model", "move_from_reference", "recipe", "save_tiny", "write_rows"]
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -48,29 +48,29 @@ def save_tiny(folder: Path) -> Path:
 
 
 def examples(number: int, seed: int = 0, longest: int = 24) -> list[Example]:
-    """Random rows of ragged lengths and ragged masks."""
+    """Return random rows of various lengths with random loss masks."""
     random = np.random.default_rng(seed)
-    made = []
+    rows = []
     for line in range(number):
         length = int(random.integers(4, longest))
         ids = random.integers(5, len(tokenizer("chatml")), length).astype(np.int32)
         weights = (random.random(length) < 0.6).astype(np.float32)
         weights[0], weights[-1] = 0, 1
-        made.append(Example(ids, weights, "random", line + 1))
-    return made
+        rows.append(Example(ids, weights, "random", line + 1))
+    return rows
 
 
 def recipe(**options: Any) -> Resolved:
-    given = {
+    settings = {
         "model": "unused", "data": "unused", "model.dtype": "fp32", "lora.r": 4, "lora.alpha": 8,
         "train.learning_rate": 1e-3, "train.warmup": 0, "train.batch_size": 8, "train.micro_batch": 8,
         "train.lr_scheduler": "constant", "train.gradient_checkpointing": "off",
     }  # fmt: skip
-    return resolve(None, {**given, **options})
+    return resolve(None, {**settings, **options})
 
 
 def job(folder: Path, train: list[Example], held_out: list[Example] | None = None, **options: Any) -> Job:
-    """A job on a fresh tiny model with non-zero B, in a folder that need not exist."""
+    """Return a job on a new tiny model with nonzero B. The folder need not exist."""
     chosen = recipe(**{"model.device": "cpu", **options}).recipe
     base = model()
     torch.manual_seed(chosen.seed)
@@ -86,11 +86,11 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     return Job(chosen, RunFolder(folder), tuned, step, train, held_out, state, EventLog(folder / "events.jsonl"))
 
 
-def far(made: Job) -> Job:
-    """Some steps away from its reference, so that all terms of a loss count."""
+def move_from_reference(job_: Job) -> Job:
+    """Take some steps away from the reference, so that all terms of a loss are nonzero."""
     with torch.no_grad():
-        for name, weight in made.state.weights.items():
+        for name, weight in job_.state.weights.items():
             if "lora_B" in name:
                 torch.manual_seed(len(name))
                 weight.add_(torch.randn_like(weight) * 0.05)
-    return made
+    return job_

@@ -153,7 +153,7 @@ def _shrink(kind: Any, name: str) -> Any:
 
 
 def _layer_lists(whole: Any) -> dict[str, Any]:
-    """Shorten lists with one entry a layer so that each kind of entry still has a layer."""
+    """Shorten lists with one entry per layer so that each kind of entry still has a layer."""
     lists: dict[str, Any] = {}
     layers = getattr(whole, "num_hidden_layers", None)
     for field, value in whole.to_dict().items():

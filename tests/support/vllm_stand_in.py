@@ -68,7 +68,7 @@ ModelRegistry = SimpleNamespace(get_supported_archs=lambda: list(_KNOWN), models
 
 
 def vllm_python(folder: Path) -> Path:
-    """Return a Python with the stand-in. Once the file `folder/fails` exists, the next request ends its process."""
+    """Return a Python with the stand-in. If the file `folder/fails` exists, the next request ends its process."""
     for name, text in _MODULES.items():
         (folder / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "lib" / name).write_text(text, encoding="utf-8")

@@ -78,9 +78,9 @@ def test_init_with_a_start_adapter_is_refused(chain: Chain, init: str) -> None:
 def test_new_tokens_come_from_the_start_adapter(chain: Chain) -> None:
     first = chain("first", **{"lora.new_tokens": ["<call>", "<done>"]})
     again = chain("again", first)
-    kept = yaml.safe_load((again / "recipe.yaml").read_text())["lora"]["new_tokens"]
+    new_tokens = yaml.safe_load((again / "recipe.yaml").read_text())["lora"]["new_tokens"]
     planned = start_adapter(tiny.recipe(**{"model.adapter": str(first)}).recipe)
-    assert planned is not None and kept == planned["new_tokens"] == ["<call>", "<done>"]
+    assert planned is not None and new_tokens == planned["new_tokens"] == ["<call>", "<done>"]
     with pytest.raises(RecipeError, match="new_tokens"):
         chain("other", first, **{"lora.new_tokens": ["<else>"]})
 

@@ -29,7 +29,7 @@ def bert(folder: Path, **changes: bool) -> Path:
 
 
 def test_bert_is_refused_unless_it_is_a_decoder(tmp_path: Path) -> None:
-    """BERT's usual config has no is_decoder: each token sees the one it is to predict."""
+    """BERT's usual config has no is_decoder, so each token sees the one that it should predict."""
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     with pytest.raises(ModelError, match="bert: its tokens attend to later tokens"):
         strop.train(model=bert(tmp_path / "both", is_decoder=False), data=rows, out=tmp_path / "a", **QUICK)
@@ -38,7 +38,7 @@ def test_bert_is_refused_unless_it_is_a_decoder(tmp_path: Path) -> None:
 
 
 def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
-    """With its initial weights, later tokens hardly change earlier ones, so that only the config shows it.
+    """Later tokens hardly affect earlier ones with the initial weights, so only the config shows it.
 
     The plan refuses it too.
     """

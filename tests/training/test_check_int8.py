@@ -18,7 +18,7 @@ from strop.machine.probe import Machine, probe
 from strop.models.families.shape import ModelShape
 from strop.planning.choose import choose
 from strop.planning.memory import integer_bytes
-from strop.planning.microbatch import usual_micro_batch
+from strop.planning.microbatch import mean_micro_batch
 from strop.planning.tables import KNOWN
 from strop.planning.time import Rate, micro_batch_seconds
 from strop.planning.workload import Workload
@@ -173,11 +173,11 @@ def test_plan_counts_int8_memory_and_time() -> None:
     )
     rate = Rate(1e11, 2e10, "a test", integers={"none": 2e11, "int8": 3e11})
     seconds = [
-        micro_batch_seconds(Workload.from_recipe(recipe, LLAMA_8B), usual_micro_batch(recipe), rate)
+        micro_batch_seconds(Workload.from_recipe(recipe, LLAMA_8B), mean_micro_batch(recipe), rate)
         for recipe in (whole, plain, eight)
     ]
     assert seconds[2] < seconds[0] < seconds[1]
-    sums = integer_bytes(Workload.from_recipe(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
+    sums = integer_bytes(Workload.from_recipe(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding_weights
     from strop.engine.kernels.cpu.int8_matmul import SUMS_BYTES  # its import starts threads
 
     assert sums == SUMS_BYTES

@@ -1,4 +1,4 @@
-"""The dry run of the largest micro-batch: skipped where memory is ample, without effect on the results."""
+"""The dry run of the largest micro-batch is skipped if memory is ample, and does not change results."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_forecast_searches_all_epochs_for_the_largest_micro_batch(
             sizes.append((peak_live_bytes(setting(job).replace(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
-    found = forecast(job, setting(job), 8 << 30)
-    assert peak_live_bytes(setting(job).replace(step=job.step.name), found.batch).total == max(sizes)[0]
+    result = forecast(job, setting(job), 8 << 30)
+    assert peak_live_bytes(setting(job).replace(step=job.step.name), result.batch).total == max(sizes)[0]
     assert max(size for size, epoch in sizes if epoch == 0) < max(sizes)[0], "a later epoch has the largest"
     assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
 
@@ -132,12 +132,12 @@ def test_gradient_checkpointing_changes_only_memory(tiny_folder: Path, rows_file
 
 def test_dry_run_applies_the_memory_options_of_the_run(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1, "train.gradient_checkpointing": 1})
-    asked: list[Any] = []
+    calls: list[Any] = []
     job.state.progress.recompute = True
-    step = changed_step(job.step, checkpoint=lambda layers="all": asked.append(layers))
+    step = changed_step(job.step, checkpoint=lambda layers="all": calls.append(layers))
     job = replace(job, step=step)
     try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, start_peak("cpu"))
-    assert asked == [1, "all"]
+    assert calls == [1, "all"]
 
 
 def test_forecast_searches_only_some_of_many_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ def test_sigterm_before_the_first_step_logs_a_stop_event(tiny_folder: Path, rows
             assert process.poll() is None and time.monotonic() < ends
             time.sleep(0.1)
         os.kill(process.pid, signal.SIGTERM)
-        said, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved before is intact" in told
-    assert json.loads(said)["exit"] == 130
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "saved before is intact" in stderr
+    assert json.loads(stdout)["exit"] == 130
     last = list(read_events(out / "events.jsonl"))[-1]
     assert last["event"] == "stop" and "nothing new to save" in last["why"] and last["step"] == 0

@@ -13,7 +13,7 @@ import torch
 
 from strop.errors import DivergedError, MemoryLimitError, NonFiniteError
 from strop.evaluation.diagnosis import diagnose
-from strop.machine.memory import MemoryWatch, is_out_of_memory, load_measured, parse_bytes
+from strop.machine.memory import MemoryWatch, is_out_of_memory, load_measured, parse_memory
 from strop.runs.events import read_events
 from strop.training import guard
 from strop.training.guard import Verdict, judge_step
@@ -143,10 +143,10 @@ def test_out_of_memory_retry_uses_the_same_dropout(tmp_path: Path) -> None:
 
 def test_out_of_memory_ends_with_checkpointing_then_an_error(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 2})
-    asked: list[str] = []
+    requests: list[str] = []
     with pytest.raises(MemoryLimitError, match="smallest micro-batches") as raised:
-        fit(starved(replace(job, memory_key="test"), set(range(1, 100)), asked))
-    assert asked == ["recompute"] and raised.value.exit_code == 1
+        fit(starved(replace(job, memory_key="test"), set(range(1, 100)), requests))
+    assert requests == ["recompute"] and raised.value.exit_code == 1
     assert load_measured("test") == {
         "micro_batch_tokens": None, "recompute": True, "offload": False, "streamed": False
     }  # fmt: skip
@@ -190,12 +190,12 @@ def test_memory_watch_raises_before_the_limit() -> None:
 
 
 def test_parse_bytes_accepts_units_and_refuses_nonsense() -> None:
-    assert (parse_bytes("8GB"), parse_bytes("512MiB"), parse_bytes("1000")) == (8_000_000_000, 512 << 20, 1000)
+    assert (parse_memory("8GB"), parse_memory("512MiB"), parse_memory("1000")) == (8_000_000_000, 512 << 20, 1000)
     from strop.errors import RecipeError
 
     for wrong in ("much", "-1GB", "0"):
         with pytest.raises(RecipeError, match="not a size"):
-            parse_bytes(wrong)
+            parse_memory(wrong)
 
 
 def test_diagnosis_of_a_good_run_is_empty() -> None:

@@ -1,4 +1,4 @@
-"""The loop against transformers.Trainer, and against itself with other micro-batches, resumes and optimizers."""
+"""The loop compared with transformers.Trainer, and with other micro-batches, resumes and optimizers."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def losses(job: Job) -> list[float]:
     return [event["loss"] for event in read_events(job.folder.events) if event["event"] == "step"]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # the Trainer's own
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # the Trainer's default
 def test_same_losses_and_weights_as_transformers_trainer(tmp_path: Path) -> None:
-    """fp32, 20 steps, accumulation 4, ragged masks: loss within 1e-5, every adapter weight within 1e-4."""
+    """fp32, 20 steps, accumulation 4, rows of various lengths: loss within 1e-5, every adapter weight within 1e-4."""
     train = tiny.examples(40)
     ours = tiny.job(tmp_path / "ours", train, **{"train.max_steps": 20, "train.micro_batch": 2})
     theirs = tiny.job(tmp_path / "theirs", train)
@@ -89,14 +89,14 @@ def _collate(rows: list[Example]) -> dict[str, torch.Tensor]:
     ],
 )
 def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: dict[str, Any], packed: bool) -> None:
-    """1x8, 2x4, 4x2 against 8x1: gradients within 1e-5, and they are not zero."""
+    """1x8, 2x4 and 4x2 compared with 8x1: nonzero gradients within 1e-5."""
     train = tiny.examples(8)
 
     def gradients(name: str, **options: Any) -> dict[str, torch.Tensor]:
         job = _packed(tiny.job(tmp_path / name, train, **options), packed)
         result: dict[str, torch.Tensor] = {}
         job.state.optimizer.step = lambda: result.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore[method-assign]
-        loop.step(job, next(iter(batch_stream(job.recipe, 8))), 1e-3)
+        loop.train_step(job, next(iter(batch_stream(job.recipe, 8))), 1e-3)
         return result
 
     whole, pieces = gradients("whole"), gradients("pieces", **cut)
@@ -112,15 +112,15 @@ def _packed(job: Job, packed: bool) -> Job:
 
 @pytest.mark.parametrize("stop_after", range(1, 12))
 def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -> None:
-    """12 steps over 2.4 epochs with dropout 0.1 and accumulation: stopped after each step in turn."""
+    """12 steps over 2.4 epochs with dropout 0.1 and accumulation, stopped after each step in turn."""
     options = {"train.max_steps": 12, "lora.dropout": 0.1, "train.micro_batch": 3, "train.warmup": 3}
     train = tiny.examples(40)
     unbroken = tiny.job(tmp_path / "unbroken", train, **options)
     fit(unbroken)
     first = tiny.job(tmp_path / "broken", train, **options)
-    asked = iter(range(1, 100))
+    numbers = iter(range(1, 100))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop, "stop_signals", _after(stop_after, asked))
+        patch.setattr(loop, "stop_signals", _after(stop_after, numbers))
         fit(first)
     second = tiny.job(tmp_path / "broken", train, **options)
     torch.manual_seed(12345)  # a new process has another random state
@@ -137,7 +137,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_optimizer_learns_and_resumes_bit_identically(tmp_path: Path, optimizer: str) -> None:
-    """r 128, so that the 8-bit optimizer has weights above 4,096 numbers to keep in 8 bit."""
+    """At r 128, weights have more than 4,096 elements, which the 8-bit optimizer stores in 8 bits."""
     rate = {"sgd": 0.5, "lion": 3e-4}.get(optimizer, 2e-3)
     options = {"train.max_steps": 8, "train.optimizer": optimizer, "train.learning_rate": rate, "lora.r": 128}
     train = tiny.examples(8)  # each step sees all rows
@@ -152,9 +152,9 @@ def test_each_optimizer_learns_and_resumes_bit_identically(tmp_path: Path, optim
     expected = values(unbroken)
     assert all(torch.equal(weight, expected[name]) for name, weight in values(second).items())
     for weight in first.state.weights.values():
-        kept = first.state.optimizer.state.get(weight, {})
+        optimizer_state = first.state.optimizer.state.get(weight, {})
         if optimizer == "adamw_8bit" and weight.numel() >= 4096:
-            assert kept["state1"].dtype == torch.uint8
+            assert optimizer_state["state1"].dtype == torch.uint8
 
 
 def test_paged_optimizer_without_cuda_becomes_8_bit_and_sgd_needs_a_rate(
@@ -170,12 +170,12 @@ def test_paged_optimizer_without_cuda_becomes_8_bit_and_sgd_needs_a_rate(
         strop.train(**words, out=tmp_path / "sgd", **{"train.optimizer": "sgd"})
 
 
-def _after(step: int, asked: Any) -> Any:
+def _after(step: int, numbers: Any) -> Any:
     from contextlib import contextmanager
 
     @contextmanager
     def signals() -> Any:
-        yield lambda: next(asked) >= step
+        yield lambda: next(numbers) >= step
 
     return signals
 
@@ -221,7 +221,7 @@ def _with(job: Job, token_loss: Any) -> Job:
 
 
 def test_evaluation_keeps_the_best_and_stops_early(tmp_path: Path) -> None:
-    """A learning rate that is far too large: the loss rises, the best step is the first, patience ends the run."""
+    """The learning rate is far too large, so the loss rises, the best step is the first, and patience ends the run."""
     options = {"train.epochs": 20, "train.learning_rate": 0.5, "data.eval": "unused", "train.early_stopping": 2}
     job = tiny.job(tmp_path / "early", tiny.examples(16), tiny.examples(6, seed=9), **options)
     fit(job)

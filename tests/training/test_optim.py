@@ -1,4 +1,4 @@
-"""Optimizer state allocated before the first step: equal to the optimizer's own, and complete or absent."""
+"""Optimizer state allocated before the first step equals the optimizer's, and is complete or absent."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_out_of_memory_leaves_no_partial_state(kind: str, monkeypatch: pytest.Mo
     weights, optimizer = built(kind)
     own, calls = torch.zeros_like, []
 
-    def zeros_like(*given: Any, **how: Any) -> torch.Tensor:
+    def zeros_like(*args: Any, **how: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 4:  # the second moment of the second weight
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(*given, **how)
+        return own(*args, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(optim.torch, "zeros_like", zeros_like)

@@ -36,7 +36,7 @@ from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, add_reference, make_job, pairs, units_for
 from tests.support.runs import QUICK, run
 from tests.support.steps import changed_step
-from tests.support.tiny import far
+from tests.support.tiny import move_from_reference
 
 COMPARED = [
     name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"
@@ -52,7 +52,7 @@ def losses(job: Job) -> list[float]:
 
 
 def gradients(job: Job) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the first step."""
+    """Return loss and gradients of the first step."""
     result: dict[str, torch.Tensor] = {}
     job = replace(job, recipe=job.recipe)
     rows = batch_stream(job.recipe, len(job.train)).rows(0)
@@ -82,11 +82,11 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
 ) -> None:
     """on record, 10: a loss whose scale changes with accumulation, padding or packing."""
     train, options = units_for(objective, 8), {"train.objective": objective}
-    whole = far(add_reference(make_job(tmp_path / "whole", train, **options)))
+    whole = move_from_reference(add_reference(make_job(tmp_path / "whole", train, **options)))
     pieces = make_job(tmp_path / "pieces", train, plain=plain, **{**options, **cut})
     if cut.get("train.gradient_checkpointing"):
         pieces.step.checkpoint()
-    pieces = far(add_reference(pieces))
+    pieces = move_from_reference(add_reference(pieces))
     expected, result = gradients(whole), gradients(pieces)
     parts = micro_batches(pieces, pieces.train)
     assert sorted(i for part in parts for i in part) == list(range(8)) and (len(parts) > 1) == ("micro" in str(cut))
@@ -98,11 +98,11 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
 
 def test_prefix_sharing_does_not_change_gradients(tmp_path: Path) -> None:
     train = pairs(8, alike=True)
-    shared = far(add_reference(make_job(tmp_path / "a", train, **{"train.objective": "dpo"})))
+    shared = move_from_reference(add_reference(make_job(tmp_path / "a", train, **{"train.objective": "dpo"})))
     apart = make_job(tmp_path / "b", train, **{"train.objective": "dpo"})
     fast = apart.step.log_probs.__self__  # type: ignore[attr-defined]
     fast.prefix_sharing = False
-    apart = far(add_reference(apart))
+    apart = move_from_reference(add_reference(apart))
     (loss, grads), (other, others) = gradients(shared), gradients(apart)
     assert loss == pytest.approx(other, rel=1e-6)
     for name, grad in grads.items():
@@ -178,8 +178,8 @@ def test_reference_includes_the_start_adapter(tmp_path: Path) -> None:
     job = add_reference(make_job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     with job.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
         bare = torch.stack(answer_logprobs(step_for(job.model), list(job.train)), 1)  # type: ignore[arg-type]
-    kept = torch.tensor([unit.reference_logprobs for unit in job.train])  # type: ignore[union-attr]
-    assert (bare - kept).abs().max() > 1e-3
+    stored = torch.tensor([unit.reference_logprobs for unit in job.train])  # type: ignore[union-attr]
+    assert (bare - stored).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("key", ["base", "stored", "template", "rows"])
@@ -202,9 +202,9 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, objective: str, st
     unbroken = add_reference(make_job(tmp_path / "unbroken", train, **options))
     fit(unbroken)
     first = add_reference(make_job(tmp_path / "broken", train, **options))
-    asked = iter(range(1, 100))
+    numbers = iter(range(1, 100))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop, "stop_signals", _after(stop_after, asked))
+        patch.setattr(loop, "stop_signals", _after(stop_after, numbers))
         fit(first)
     second = make_job(tmp_path / "broken", train, **options)
     torch.manual_seed(12345)
@@ -217,12 +217,12 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, objective: str, st
     assert losses(second) == losses(unbroken)
 
 
-def _after(number: int, asked: Any) -> Any:
+def _after(number: int, numbers: Any) -> Any:
     from contextlib import contextmanager
 
     @contextmanager
     def signals() -> Any:
-        yield lambda: next(asked) >= number
+        yield lambda: next(numbers) >= number
 
     return signals
 
@@ -301,11 +301,11 @@ def test_sorted_labels_are_shuffled_and_every_batch_has_a_divergence(tmp_path: P
     shares = [sum(units[row].desirable for row in batch.rows) / len(batch.rows) for batch in stream]
     assert all(0 < share < 1 for share in shares)
     options = {"train.objective": "kto", "train.batch_size": 1, "train.micro_batch": 1}
-    job = far(add_reference(make_job(tmp_path, units, **options)))
+    job = move_from_reference(add_reference(make_job(tmp_path, units, **options)))
     assert isinstance(job.criterion, PreferenceCriterion)
     whole = [[row] for row in range(32)]
-    changes = [job.criterion.statistic(job.step, [unit], lambda items: [[0]]) for unit in job.train]
-    assert job.criterion.statistic(job.step, list(job.train), lambda items: whole[: len(items)]) > 0
+    changes = [job.criterion.batch_statistic(job.step, [unit], lambda items: [[0]]) for unit in job.train]
+    assert job.criterion.batch_statistic(job.step, list(job.train), lambda items: whole[: len(items)]) > 0
     assert max(changes) > 0
 
 
@@ -313,7 +313,7 @@ def test_sorted_labels_are_shuffled_and_every_batch_has_a_divergence(tmp_path: P
 
 
 @pytest.mark.parametrize("objective", COMPARED)
-def test_a_run_from_the_command_line(
+def test_dpo_run_from_the_command_line(
     tiny_folder: Path, tmp_path: Path, objective: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write = preferences.write_labelled if objective == "kto" else preferences.write_pairs
@@ -394,7 +394,7 @@ def test_model_card_snippet_of_a_reward_model_gives_the_trained_scores(
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
     ours = load(out, dtype="fp32", scores=True)
     criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, find_score_head(ours.module))
-    for built in ConversationReader(read_rows(str(rows), bad=[]), bad=[]):
+    for built in ConversationReader(read_rows(str(rows), errors=[]), errors=[]):
         sides = [ours.renderer.render(side)[0] for side in built.sides]
         with torch.no_grad():
             expected = [float(one) for one in criterion.sums(step_for(ours.module), [ExampleGroup(tuple(sides))])]

@@ -1,4 +1,4 @@
-"""Resume after a kill: with damaged files, changed values, or a moved base; and rollbacks."""
+"""Resume after a kill, with damaged files, changed values or a moved base; and rollbacks."""
 
 from __future__ import annotations
 
@@ -48,9 +48,11 @@ def cut_at(kind: str, step: int) -> Callable[[dict[str, Any]], None]:
 
 def cut_run(folder: Path, model: Path, rows: Path, *, at: int = 4, **options: Any) -> Path:
     """Return a run of 12 steps that was killed just after a save."""
-    given = {"train.max_steps": 12, "train.batch_size": 4, "train.save_steps": 2, "lora.r": 4, "model.dtype": "fp32"}
+    settings = {"train.max_steps": 12, "train.batch_size": 4, "train.save_steps": 2, "lora.r": 4, "model.dtype": "fp32"}
     with pytest.raises(Cut):
-        strop.train(model=str(model), data=str(rows), out=folder, callback=cut_at("save", at), **{**given, **options})
+        strop.train(
+            model=str(model), data=str(rows), out=folder, callback=cut_at("save", at), **{**settings, **options}
+        )
     return folder
 
 
@@ -88,9 +90,9 @@ def test_the_best_weights_are_never_taken_from_a_damaged_checkpoint(
     losses = {event["step"]: event["loss"] for event in events(out, "eval")}
     assert report["adapter_step"] == 12 and report["eval_loss"] == losses[12]
     assert any("the best weights so far are lost" in event["text"] for event in events(out, "note"))
-    kept = load_file(out / "checkpoints" / "step-000012" / "weights.safetensors")
+    weights = load_file(out / "checkpoints" / "step-000012" / "weights.safetensors")
     built = adapter(out)
-    assert all(torch.equal(weight, built[name.replace(".default", "")]) for name, weight in kept.items())
+    assert all(torch.equal(weight, built[name.replace(".default", "")]) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_changed_value_survives_a_kill_before_the_next_save(
 def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(
     tiny_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    """An earlier rollback's factor of 0.25 does not apply to it, and a rollback is possible again."""
+    """The factor of 0.25 from an earlier rollback does not apply to it, and another rollback is possible."""
     fixed = {"train.lr_scheduler": "constant", "train.warmup": 0, "train.learning_rate": 1e-3}
     out = cut_run(tmp_path / "r", tiny_folder, rows_file, **fixed)
     newest = out / "checkpoints" / "step-000004"
@@ -180,7 +182,7 @@ def test_rollback_after_resume_with_other_rows(tmp_path: Path) -> None:
 
 
 def test_rollback_keeps_counted_time_and_tokens(tmp_path: Path) -> None:
-    """tokens_per_s of the report is their quotient."""
+    """The report's tokens_per_s is their quotient."""
     job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 12, "train.save_steps": 4})
     good, computed = job.step.token_loss, []
 
@@ -227,19 +229,19 @@ def test_best_checkpoint_of_a_skipped_step_is_kept(tmp_path: Path) -> None:
 
     options = {"train.max_steps": 6, "train.eval_steps": 1, "train.keep_checkpoints": 1, "train.micro_batch": 8}
     job = tiny.job(tmp_path / "r", tiny.examples(40), tiny.examples(8, seed=1), **options)
-    kept = []
+    checkpoints = []
     emit = job.log.emit
 
     def seen(kind: str, **fields: Any) -> None:
         emit(kind, **fields)
         if kind == "save" and fields["step"] == 3:
-            kept.extend(step for step, _ in job.folder.checkpoints())
+            checkpoints.extend(step for step, _ in job.folder.checkpoints())
 
     job.log.emit = seen  # type: ignore[method-assign]
     fit(with_loss(job, change))
     assert [event["step"] for event in events(job.folder.path, "skip")] == [2, 3]
     assert job.state.progress.best_step == 3 and job.folder.checkpoint(3).is_dir()
-    assert kept == [1, 2, 3]
+    assert checkpoints == [1, 2, 3]
 
 
 @pytest.mark.parametrize("line", [b"\0" * 40, b"\xff\xfe", b'{"event": "st', b"[1]", b"{}"])
@@ -310,27 +312,27 @@ def test_copy_of_a_running_run_can_be_resumed(tiny_folder: Path, rows_file: Path
 
 
 def test_undone_steps_count_once_in_the_diagnosis() -> None:
-    """Their last execution counts, and a problem that a resume meets again is reported once."""
+    """Only the last execution of a step counts, and a problem that repeats after a resume is reported once."""
 
-    def drawn(step: int, equal: float) -> dict[str, Any]:
+    def loss_event(step: int, equal: float) -> dict[str, Any]:
         return {"event": "step", "step": step, "loss": 0.0, "reward": 0.5, "equal_groups": equal, "stop_rate": 1.0}
 
     shrunk = {"event": "shrink", "step": 2, "to": "half"}
-    whole = [drawn(1, 1.0), drawn(2, 1.0), shrunk, drawn(3, 0.8)]
-    cut = [*whole, {"event": "resume", "step": 2}, shrunk, drawn(3, 0.8)]
+    whole = [loss_event(1, 1.0), loss_event(2, 1.0), shrunk, loss_event(3, 0.8)]
+    cut = [*whole, {"event": "resume", "step": 2}, shrunk, loss_event(3, 0.8)]
     assert diagnose(cut, None) == diagnose(whole, None)
     assert diagnose(whole, None)[0].startswith("93%")
 
 
-def test_a_disk_with_no_room_for_a_claim(
+def test_full_disk_at_the_claim_raises_a_disk_error(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"train.max_steps": 2, "model.dtype": "fp32", "lora.r": 4}
-    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
+    options = {"train.max_steps": 2, "model.dtype": "fp32", "lora.r": 4}
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **options)
     (run.folder / "report.json").unlink()
 
     def full(path: Path, text: str) -> None:
-        raise OSError(errno.ENOSPC, "full")  # a write knows no name
+        raise OSError(errno.ENOSPC, "full")  # errors of writes have no file name
 
     monkeypatch.setattr("strop.runs.folder.write_atomic", full)
     with pytest.raises(DiskError, match="run: cannot be written: No space left"):
@@ -338,8 +340,8 @@ def test_a_disk_with_no_room_for_a_claim(
 
 
 def test_a_finished_run_that_was_copied_names_the_copy(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    given = {"train.max_steps": 2, "model.dtype": "fp32", "lora.r": 4}
-    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
+    options = {"train.max_steps": 2, "model.dtype": "fp32", "lora.r": 4}
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **options)
     copy = shutil.copytree(run.folder, tmp_path / "copy")
     report = strop.resume(copy).report
     assert (report["run"], report["adapter"]) == (str(copy), str(copy / "adapter"))
@@ -347,8 +349,8 @@ def test_a_finished_run_that_was_copied_names_the_copy(tiny_folder: Path, rows_f
 
 def test_cached_answers_are_removed_with_their_adapter(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     """A page would show them as those of the new adapter."""
-    given = {"train.max_steps": 2, "train.max_time": "0.001s", "model.dtype": "fp32", "lora.r": 4}
-    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
+    options = {"train.max_steps": 2, "train.max_time": "0.001s", "model.dtype": "fp32", "lora.r": 4}
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **options)
     assert (run.report["ended"], run.report["steps"]) == ("time", 1)
     (run.folder / "answers.json").write_text("{}")
     assert strop.resume(run.folder).report["steps"] == 2

@@ -26,7 +26,7 @@ from strop.training.state import Job, batch_stream
 from tests.support.groups import make_job, make_reward, prompts, write_prompts, write_reward
 from tests.support.runs import QUICK, run
 from tests.support.steps import changed_step
-from tests.support.tiny import far
+from tests.support.tiny import move_from_reference
 
 GROUPS = [
     *QUICK, "--train.objective", "grpo", "--train.group", "4", "--train.answer_tokens", "8", "--train.learning_rate",
@@ -70,7 +70,7 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
     pieces = make_job(tmp_path / "pieces", rows, plain=plain, **{**options, **cut})
     if cut.get("train.gradient_checkpointing"):
         pieces.step.checkpoint()
-    expected, result = gradients(far(whole), items), gradients(far(pieces), items)
+    expected, result = gradients(move_from_reference(whole), items), gradients(move_from_reference(pieces), items)
     assert abs(expected[0]) > 1e-6 and result[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-8)
     for name, grad in expected[1].items():
         assert grad.norm() > 0 and (grad - result[1][name]).norm() <= 1e-4 * grad.norm() + 1e-8, name
@@ -156,11 +156,11 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
     unbroken = make_job(tmp_path / "unbroken", prompts(8), **options)
     fit(unbroken)
     first = make_job(tmp_path / "broken", prompts(8), **options)
-    asked = iter(range(1, 100))
+    numbers = iter(range(1, 100))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         from tests.training.test_preferences import _after
 
-        patch.setattr(loop, "stop_signals", _after(stop_after, asked))
+        patch.setattr(loop, "stop_signals", _after(stop_after, numbers))
         fit(first)
     torch.manual_seed(12345)
     second = make_job(tmp_path / "broken", prompts(8), **options)
@@ -175,7 +175,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
 
 def test_reference_is_the_start_of_training(tmp_path: Path) -> None:
     """On record, 5 and 7: the start adapter is part of the reference."""
-    job = far(make_job(tmp_path, prompts(4)))
+    job = move_from_reference(make_job(tmp_path, prompts(4)))
     for group in sample_groups(job):
         now = job.step.token_log_probs(list(group.examples)).detach().double().numpy()
         assert abs(now - group.sampling_logprobs).max() < 1e-4 < abs(now - group.reference_token_logprobs).max()
@@ -194,9 +194,9 @@ def test_completions_of_another_model_stop_the_run(tmp_path: Path, monkeypatch: 
     job = make_job(tmp_path, prompts(4), **{"train.max_steps": 2})
     sample_completions = drawing.sample_completions
 
-    def by_another(model: Any, *given: Any, **options: Any) -> Any:
+    def by_another(model: Any, *args: Any, **options: Any) -> Any:
         with state.temporary_values(job.state.weights, {n: w.detach() * 40 for n, w in job.state.weights.items()}):
-            return sample_completions(model, *given, **options)
+            return sample_completions(model, *args, **options)
 
     monkeypatch.setattr(drawing, "sample_completions", by_another)
     with pytest.raises(RunError, match=r"differ by .* nats per token"):
@@ -292,7 +292,7 @@ def test_reasoning_is_not_rewarded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_a_run_from_the_command_line(
+def test_grpo_run_from_the_command_line(
     tiny_folder: Path, tmp_path: Path, answered: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, out = write_prompts(tmp_path / "rows.jsonl", 16, answered), tmp_path / "run"
@@ -315,7 +315,7 @@ def test_unknown_family_is_sampled_by_transformers(tmp_path: Path, capsys: pytes
 
     folder, rows = tmp_path / "model", write_prompts(tmp_path / "rows.jsonl", 8)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}  # and its own dropout
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}  # and its dropout
     sizes |= {"vocab_size": len(tokenizer("chatml")), "bos_token_id": 1, "eos_token_id": 2}
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
     tokenizer("chatml").save_pretrained(folder)

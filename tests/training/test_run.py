@@ -84,10 +84,10 @@ def test_train_json_is_one_object_with_the_contract_fields(
     code, out, err = run(*words, capsys=capsys)
     assert code == 0 and "step" in err
     fields = json.loads(out)
-    wanted = (
+    expected = (
         "run steps tokens supervised_tokens tokens_per_s supervised_tokens_per_s seconds loss eval_loss data memory"
     )
-    assert {*wanted.split(), "adapter", "exit"} <= set(fields)
+    assert {*expected.split(), "adapter", "exit"} <= set(fields)
     assert fields["eval_loss"] > 0 and {"read", "used", "truncated", "split", "dropped", "by_reason"} <= set(
         fields["data"]
     )
@@ -572,8 +572,8 @@ def test_interrupted_import_exits_as_stopped(
 def test_warmup_as_long_as_the_run_is_noted(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, warmup: float, noted: bool
 ) -> None:
-    given = {"train.max_steps": 2, "train.warmup": warmup, "train.learning_rate": 1e-3, "model.dtype": "fp32"}
-    out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
+    options = {"train.max_steps": 2, "train.warmup": warmup, "train.learning_rate": 1e-3, "model.dtype": "fp32"}
+    out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **options).folder
     text = f"train.warmup {warmup}: the run has 2 steps, so its learning rate never reaches its peak"
     assert (text in [event["text"] for event in events(out, "note")]) is noted
     assert (max(event["learning_rate"] for event in events(out, "step")) < 1e-3) is (noted or warmup == 0.9)
@@ -597,8 +597,8 @@ def test_warmup_as_long_as_the_run_is_noted(
 def test_option_without_effect_is_noted(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], message: str | None
 ) -> None:
-    given = {"train.max_steps": 1, "model.dtype": "fp32", **options}
-    out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
+    settings = {"train.max_steps": 1, "model.dtype": "fp32", **options}
+    out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **settings).folder
     assert [event["text"] for event in events(out, "note")] == ([message] if message else [])
 
 
@@ -607,11 +607,11 @@ def test_option_without_effect_is_noted(
     [
         (
             {"lora.r": 64},
-            ["lora.alpha 32: as the recipe has it; with --lora.r 64 it would be 128 (--lora.alpha none)"],
+            ["lora.alpha 32: set by the recipe; with --lora.r 64 it would be 128 (--lora.alpha none)"],
         ),
         (
             {"lora.alpha": 128},
-            ["train.learning_rate 0.004: as the recipe has it; with --lora.alpha 128.0 it would be 0.002 "
+            ["train.learning_rate 0.004: set by the recipe; with --lora.alpha 128.0 it would be 0.002 "
              "(--train.learning_rate none)"],
         ),
         ({"lora.r": 64, "lora.alpha": None, "train.learning_rate": None}, []),
@@ -623,9 +623,9 @@ def test_recipe_values_that_would_be_chosen_otherwise_are_noted(
 ) -> None:
     """recipe.yaml of a run sets all values, so an option that would change derived values does not."""
     recipe = tmp_path / "recipe.yaml"
-    given = {"model": {"name": str(tiny_folder), "dtype": "fp32"}, "data": {"train": str(rows_file)}}
+    settings = {"model": {"name": str(tiny_folder), "dtype": "fp32"}, "data": {"train": str(rows_file)}}
     values = {"lora": {"r": 16, "alpha": 32.0}, "train": {"learning_rate": 0.004, "max_steps": 1}}
-    recipe.write_text(yaml.safe_dump({**given, **values}), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump({**settings, **values}), encoding="utf-8")
     out = strop.train(recipe, out=tmp_path / "r", **options).folder
     assert [event["text"] for event in events(out, "note")] == message
 
@@ -633,8 +633,8 @@ def test_recipe_values_that_would_be_chosen_otherwise_are_noted(
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
 def test_trained_biases_are_not_noted_as_missing(kind: str, rows_file: Path, tmp_path: Path) -> None:
     tiny_families.save(kind, tmp_path / "base")
-    given: dict[str, Any] = {"train.max_steps": 1, "lora.bias": "lora_only", "model.dtype": "fp32"}
-    out = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "r", **given).folder
+    options: dict[str, Any] = {"train.max_steps": 1, "lora.bias": "lora_only", "model.dtype": "fp32"}
+    out = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "r", **options).folder
     assert not any("lora.bias" in event["text"] for event in events(out, "note"))
 
 

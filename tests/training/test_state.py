@@ -27,7 +27,7 @@ QUICK = {
 def test_cpu_run_ignores_a_gpu_that_pytorch_cannot_use(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a driver that is too old, device_count lists a GPU and CUDA does not start."""
+    """If the driver is too old, device_count reports a GPU, but CUDA does not start."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("The NVIDIA driver on your system is too old")
@@ -40,14 +40,14 @@ def test_cpu_run_ignores_a_gpu_that_pytorch_cannot_use(
 
 
 def test_random_state_is_restored_on_a_gpu_of_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index], dtype=torch.uint8))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append((str(state), str(device))))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: calls.append((str(state), str(device))))
     saved = random_states(torch.device("cuda:1"))
     assert saved.keys() == {"cpu", "cuda1"}
     set_random_states(saved, torch.device("cuda:0"))
     set_random_states(saved, torch.device("cpu"))
-    assert asked == [(str(torch.tensor([1], dtype=torch.uint8)), "cuda:0")]
+    assert calls == [(str(torch.tensor([1], dtype=torch.uint8)), "cuda:0")]
 
 
 def saved(tmp_path: Path) -> tuple[Path, Any]:
@@ -66,7 +66,7 @@ def test_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "optimizer.safetensors"])
 def test_unreadable_checkpoint_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A bad sector: the checkpoint before it is used."""
+    """After a read error, the previous checkpoint is used."""
     checkpoint, job = saved(tmp_path)
     opened = io.open
 

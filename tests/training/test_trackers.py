@@ -1,4 +1,4 @@
-"""Experiment trackers: what they get, and how their errors are handled."""
+"""Experiment trackers: the values they receive, and handling of their errors."""
 
 from __future__ import annotations
 

@@ -73,10 +73,10 @@ PANELS: Mapping[str, Mapping[str, str]] = {
         "export-script": "Write a run as a plain transformers and peft script.",
     },
 }
-# commands that accept only some recipe fields, and these fields
+# recipe fields of the commands that accept only some of them
 RECIPE_FIELDS: Mapping[str, tuple[str, ...]] = {"eval": ("data.format", "data.columns", "data.encoding")}
 
-# shown after the help of each command; a test checks that they are valid
+# shown in the help of each command
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "doctor": ("strop doctor", "strop doctor --fix"),
     "plan": ("strop plan --model demo --data rows.jsonl", 'strop plan --model Qwen/Qwen3-8B --gpu "RTX 4090"'),
@@ -133,7 +133,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    """Run a command. Every error ends with one message and the exit code of its class (see errors.py)."""
+    """Run a command. An error prints one message, and exits with the code of its class (see errors.py)."""
     signals: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
@@ -148,12 +148,12 @@ def main() -> None:
     atexit.register(_shorten_exit)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns about missing parts
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns if parts are missing
     try:
-        words = sys.argv[1:]
+        arguments = sys.argv[1:]
         for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # shell completion passes the command line in these
-            words += os.environ.get(name, "").split()
-        code = build(words)(standalone_mode=False, prog_name="strop") or 0
+            arguments += os.environ.get(name, "").split()
+        code = build(arguments)(standalone_mode=False, prog_name="strop") or 0
         if signals and code == 130:  # typer caught the interrupt and printed nothing
             _exit_interrupted()
         sys.exit(code)
@@ -163,11 +163,11 @@ def main() -> None:
         _exit_with_error(error.lines(), error.as_json(), error.exit_code, error.partial_result)
     except KeyboardInterrupt:
         _exit_interrupted()
-    except Exception as error:  # the only place that catches bugs: a traceback is shown with STROP_DEBUG only
+    except Exception as error:
         if signals:  # an interrupt during the import of an extension module becomes an ImportError
             _exit_interrupted()
         if hasattr(error, "format_message"):  # click's UsageError, from click or from the copy in typer
-            message = _suggest_option(error, words) or error.format_message()
+            message = _suggest_option(error, sys.argv[1:]) or error.format_message()
             _exit_with_error([message] if message else [], {"kind": "UsageError", "message": message}, 2)
         if os.environ.get("STROP_DEBUG"):
             raise
@@ -178,8 +178,8 @@ def main() -> None:
         _exit_with_error(lines, {"kind": "InternalError", "message": message}, 1)
 
 
-def build(words: Sequence[str]) -> typer.Typer:
-    """Return the app. Only commands in `words` get options for recipe fields, which take 0.1 s to generate."""
+def build(arguments: Sequence[str]) -> typer.Typer:
+    """Return the app. Only commands in `arguments` get options for recipe fields, which take 0.1 s to generate."""
     app = typer.Typer(
         help="Fine-tune open language models with LoRA and QLoRA on your own computer, and measure what changed.",
         epilog=(
@@ -202,7 +202,7 @@ def build(words: Sequence[str]) -> typer.Typer:
                 continue
             command = COMMANDS[name]
             if "options" in inspect.signature(command).parameters:
-                command = add_recipe_options(command, words if name in words else (), RECIPE_FIELDS.get(name, ()))
+                command = add_recipe_options(command, arguments if name in arguments else (), RECIPE_FIELDS.get(name, ()))
             app.command(name, epilog=_epilog(name), short_help=line, rich_help_panel=panel)(command)
     return app
 
@@ -212,9 +212,9 @@ def _epilog(name: str) -> str:
 
 
 def _shorten_exit() -> None:
-    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide what libraries print at exit."""
+    """Skip the last garbage collection, which takes 1.8 s with torch loaded, and hide the output of nanobind."""
     gc.freeze()
-    # nanobind (in triton from 3.9) reports objects that are alive at exit as leaks, in about 100 lines
+    # nanobind (in triton from 3.9) reports objects that are alive at exit as leaks, in about 100 lines on stderr
     if "triton" in sys.modules and not os.environ.get("STROP_DEBUG"):
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -236,7 +236,7 @@ def _version_option(
 
 def _convert_os_error(error: Exception) -> StropError | None:
     """Convert an OSError that the user can fix (permissions, full disk) to a StropError; return None for others."""
-    from strop.runs.folder import is_cache  # imports psutil, which `strop --help` does not need
+    from strop.runs.folder import overlaps_cache  # imports psutil, which `strop --help` does not need
 
     try:
         working_folder = Path.cwd()
@@ -244,14 +244,14 @@ def _convert_os_error(error: Exception) -> StropError | None:
         return FolderError("the working folder no longer exists", fix="change to an existing folder")
     if not isinstance(error, OSError) or error.errno is None:
         return None
-    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    is_full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     if error.filename is None:  # errors of writes have no file name
         what = f"a file cannot be written: {os.strerror(error.errno)}"
-        return DiskError(what, fix="free some space") if full else None
+        return DiskError(what, fix="free some space") if is_full else None
     what = f"{error.filename}: {os.strerror(error.errno).lower()}"
-    if full:
+    if is_full:
         return DiskError(what, fix="free some space")
-    if is_cache(working_folder / os.fsdecode(error.filename)):
+    if overlaps_cache(working_folder / os.fsdecode(error.filename)):
         return FolderError(what, fix="set STROP_CACHE to a writable folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return FolderError(what, fix="change its permissions, or use a copy of it")
@@ -285,7 +285,3 @@ def _exit_with_error(
     with contextlib.suppress(OSError):  # the error may be that stdout cannot be written
         print_json({**(partial_result or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The conversation of `strop chat`: read a line, stream the answer, and keep the history."""
+"""Chat with a model in the terminal or through a pipe (`strop chat`)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from strop import api
 from strop.cli.progress import status_line
 from strop.cli.tables import SafeConsole, console, escape_control, print_notes
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
-from strop.errors import InputError, StropError, nearest
+from strop.errors import InputError, StropError, suggest
 
 HELP = {
     "/base": "answer without the adapter",
     "/tuned": "answer with the adapter",
-    "/compare": "answer each line both ways, and keep the tuned answer in the history",
+    "/compare": "answer each line without and with the adapter, and keep the tuned answer in the history",
     "/adapter": "NAME: answer with this adapter; without a name, list the loaded adapters",
     "/system": "TEXT: start over with this system prompt",
     "/reset": "start over with the same system prompt",
@@ -31,11 +32,12 @@ SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": 
 
 
 class Session:
-    """A conversation with a model, whose history it uses. side: "base", "tuned" or "compare"."""
+    """A conversation, whose history is in `model.history`. side: "base", "tuned" or "compare"."""
 
     def __init__(self, model: Model, side: str, system: str | None, max_new_tokens: int, sampling: Sampling) -> None:
         self.model, self.side = model, side
-        self.first_system = self.system = system
+        self.first_system = system  # used again by /reset
+        self.system = system  # for the next line; None when the history contains it
         self._options = {"max_new_tokens": max_new_tokens, "sampling": sampling}
 
     def run_command(self, line: str) -> bool:
@@ -54,32 +56,33 @@ class Session:
             self._switch_adapter(text)
         elif command in ("/system", "/reset"):
             self.model.history = []
-            self.first_system = self.system = text if command == "/system" else self.first_system
+            self.first_system = text if command == "/system" else self.first_system
+            self.system = self.first_system
         elif command == "/help":
             for name, description in HELP.items():
                 console.print(f"{name:9} {description}", markup=False)
         elif command != "/quit":
-            console.print(f"no command {command}{nearest(command, HELP)}: see /help", style="yellow", markup=False)
+            console.print(f"no command {command}{suggest(command, HELP)}: see /help", style="yellow", markup=False)
         return command != "/quit"
 
     def _switch_adapter(self, name: str) -> None:
         loaded = [self.model.name, *self.model.others] if self.model.adapter is not None else []
         if name in loaded:
-            before = self.model.default_system
+            previous_system = self.model.default_system
             self.model.use(name)
             self.side = "tuned"
-            if self.first_system is None and self.model.default_system != before:
+            if self.first_system is None and self.model.default_system != previous_system:
                 system = self.model.default_system or "none"
-                kept = "; this conversation keeps its own until /reset" if self.model.history else ""
-                console.print(f"system prompt, as in training: {system}{kept}", style="dim", markup=False)
+                when = " (used after /reset)" if self.model.history else ""
+                console.print(f"system prompt, as in training: {system}{when}", style="dim", markup=False)
         elif name:
-            message = f"/adapter {name}: not loaded{nearest(name, loaded)}: start with --adapter {name}"
+            message = f"/adapter {name}: not loaded{suggest(name, loaded)}: start with --adapter {name}"
             console.print(message, style="yellow", markup=False)
         else:
             console.print("\n".join(loaded) or "this model has no adapter", markup=False)
 
     def answer(self, text: str, on_text: Callable[[str], None]) -> None:
-        """Answer a line and stream the text; a comparison is shown when both answers are complete."""
+        """Stream the answer to a line, or print both answers when they are complete ("compare")."""
         if self.side == "compare":
             history, system = list(self.model.history), self.system
             with status_line("answering without the adapter and with it"):
@@ -94,7 +97,7 @@ class Session:
     def _generate(self, text: str, side: str, on_text: Callable[[str], None] | None) -> str:
         with self.model.base() if side == "base" else nullcontext():
             answer = self.model.chat(text, system=self.system, on_text=on_text, **self._options)  # type: ignore[arg-type]
-        self.system = None  # the history begins with it now
+        self.system = None
         return answer
 
 
@@ -109,7 +112,7 @@ def chat_in_terminal(
     quantization: str = "auto",
     force: bool = False,
 ) -> None:
-    """Load a model and answer the lines of stdin until its end. sampling: a None is taken from the model's config."""
+    """Load a model and answer each line of stdin. sampling: None stands for the setting in the model's config."""
     with status_line("loading the model"):
         model = api.load(name, quantization=quantization, force=force)
         for adapter in adapters:
@@ -117,12 +120,12 @@ def chat_in_terminal(
     print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave out --base")
-    given: dict[str, Any] = {field: value for field, value in sampling.items() if value is not None}
-    settings = replace(model.sampling, **given)
+    overrides: dict[str, Any] = {field: value for field, value in sampling.items() if value is not None}
+    settings = replace(model.sampling, **overrides)
     session = Session(model, "base" if base else "tuned", system, max_new_tokens, settings)
     interactive = sys.stdin.isatty()
-    if given or settings != Sampling():
-        source = "" if given else ", from the model's generation config"
+    if overrides or settings != Sampling():
+        source = "" if overrides else ", from the model's generation config"
         console.print(f"answers: {settings.describe()}{source}", style="dim")
     if interactive:
         console.print(f"{name}: /help lists commands, an empty line or Ctrl-D ends the chat", style="dim", markup=False)
@@ -157,14 +160,10 @@ def _write(text: str) -> None:
 
 
 def _print_comparison(base: str, tuned: str) -> None:
-    """Print both answers: side by side on a terminal, one after the other into a pipe."""
-    answers: Mapping[str, str] = {"base": base, "tuned": tuned}
+    """Print both answers in columns on a terminal, or one after the other into a pipe."""
     if sys.stdout.isatty():
-        from rich.text import Text
-
-        table = Table(*answers, expand=True)
-        table.add_row(*(Text(answer) for answer in answers.values()))
+        table = Table("base", "tuned", expand=True)
+        table.add_row(Text(base), Text(tuned))
         SafeConsole().print(table)
-        return
-    for side, answer in answers.items():
-        print(f"{side}: {answer}", flush=True)
+    else:
+        print(f"base: {base}\ntuned: {tuned}", flush=True)

@@ -27,8 +27,9 @@ NoParity = Annotated[
 ]
 Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's rows.")]
 Devices = Annotated[str | None, typer.Option(help="Number of devices of this machine to use, or all.", metavar="N|all")]
+Machines = Annotated[int, typer.Option(min=1, help="Number of machines.")]
+DevicesPerMachine = Annotated[int, typer.Option(min=1, help="Devices per machine: GPUs, or processes on a CPU.")]
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
-
 RecipeOrData = Annotated[str | None, typer.Argument(metavar="RECIPE|DATA", help="Recipe file (YAML), or data.")]
 RecipeOrModel = Annotated[str | None, typer.Argument(metavar="RECIPE|MODEL", help="Recipe file (YAML), or a model.")]
 
@@ -152,7 +153,7 @@ def _metavar(info: Any) -> str:
 
 
 def _help_text(info: Any, default: str | None) -> str:
-    """Return a field's description with its choices and its default, unless the description states the default."""
+    """Return a field's description with its choices and its default. default: replaces the field's own default."""
     value = None if info.is_required() else info.get_default(call_default_factory=True)
     if default is None and value not in (None, [], {}):
         default = (
@@ -164,14 +165,14 @@ def _help_text(info: Any, default: str | None) -> str:
     return " ".join(filter(None, parts))
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
-    """Return the allowed values of a field."""
-    if hint is bool:
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Return the values that a field allows if they are listed in its type, else ()."""
+    if annotation is bool:
         return ("true", "false")
-    if get_origin(hint) is Literal:
-        return tuple(map(str, get_args(hint)))
-    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
-    return tuple(choice for part in parts for choice in _choices(part))
+    if get_origin(annotation) is Literal:
+        return tuple(map(str, get_args(annotation)))
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+    return tuple(choice for member in members for choice in _choices(member))
 
 
 def _parse_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def _parse_options(options: dict[str, Any]) -> dict[str, Any]:
 
     parsed = {}
     for field, value in options.items():
-        if field == "track":  # each flag may name several trackers; `none` clears those of the recipe
+        if field == "track":  # each flag may name several trackers; `none` removes those of the recipe
             parsed[field] = [name for text in value for name in parse_option(field, text) if name != "none"]
         elif isinstance(value, list) and len(value) > 1:
             parsed[field] = value

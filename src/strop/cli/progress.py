@@ -24,15 +24,16 @@ from rich.status import Status
 from strop.cli.tables import abbreviate, console
 from strop.runs.events import Event
 
-QUIET_SECONDS = 3.0  # without a terminal: maximum time without output
-TICK_SECONDS = 0.5  # interval between updates of the status line
-EARLY_INTERVAL, LATE_INTERVAL = 2.0, 30.0  # without a terminal: seconds between lines of training progress
-EARLY_SECONDS = 300.0  # the early interval applies for this long after the first step
-GENERATION_INTERVAL = 4.0  # without a terminal: seconds between lines of generation progress
+TICK_SECONDS = 0.5  # time between updates of the status line
+# for output that is not a terminal
+QUIET_SECONDS = 3.0  # maximum time without output
+EARLY_INTERVAL, LATE_INTERVAL = 2.0, 30.0  # seconds between lines of training progress
+EARLY_SECONDS = 300.0  # EARLY_INTERVAL is used for this long after the first step
+GENERATION_INTERVAL = 4.0  # seconds between lines of generation progress
 
 
 class StatusLine(logging.Handler):
-    """Show the current activity (set by `update`, or by strop's INFO log messages) and its elapsed seconds."""
+    """Show the current activity and its elapsed time. INFO messages of the "strop" logger change the activity."""
 
     def __init__(self, out: Console, activity: str) -> None:
         super().__init__(logging.INFO)
@@ -54,11 +55,11 @@ class StatusLine(logging.Handler):
     def print(self, activity: str) -> None:
         """Print the new activity as a permanent line, and show it in the status line."""
         self._out.print(activity, markup=False)
-        self.touch()
+        self.restart_quiet_time()
         self.update(activity)
 
-    def touch(self) -> None:
-        """Record that something was printed, which restarts QUIET_SECONDS."""
+    def restart_quiet_time(self) -> None:
+        """Record that something was printed: a "still ..." line follows after QUIET_SECONDS without output."""
         self._last_output = time.monotonic()
 
     def start(self) -> None:
@@ -68,7 +69,7 @@ class StatusLine(logging.Handler):
         self._thread.start()
 
     def stop(self) -> None:
-        """Remove the line, so that something else can draw on the terminal."""
+        """Remove the status line, which a progress bar needs before it starts."""
         self._stopped.set()
         if self._status is not None:
             self._status.stop()
@@ -79,11 +80,11 @@ class StatusLine(logging.Handler):
             if self._out.is_terminal:
                 self._draw()
             elif time.monotonic() - self._last_output > QUIET_SECONDS:
-                self.touch()
+                self.restart_quiet_time()
                 self._out.print(f"still    {self._text()}", markup=False)
 
     def _draw(self) -> None:
-        status = self._status
+        status = self._status  # `stop` may set it to None in another thread
         if status is not None:
             status.update(escape(self._text()))
 
@@ -94,35 +95,33 @@ class StatusLine(logging.Handler):
 @contextmanager
 def status_line(activity: str, out: Console = console) -> Iterator[StatusLine]:
     """Show a status line until the `with` block ends or `stop` is called."""
-    line, log = StatusLine(out, activity), logging.getLogger("strop")
-    level = log.level
-    log.setLevel(logging.INFO)
-    log.addHandler(line)
-    line.start()
+    status, logger = StatusLine(out, activity), logging.getLogger("strop")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(status)
+    status.start()
     try:
-        yield line
+        yield status
     finally:
-        line.stop()
-        log.removeHandler(line)
-        log.setLevel(level)
+        status.stop()
+        logger.removeHandler(status)
+        logger.setLevel(level)
 
 
 class RunProgress:
-    """Print the events of a run, and its steps as a bar; without a terminal, as lines at intervals."""
+    """Print the events of a run, and show its steps as a progress bar, or as lines without a terminal."""
 
     def __init__(self, out: Console, status: StatusLine) -> None:
         self._out, self._status = out, status
         self._first_step: float | None = None
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._next_line = 0.0
 
     def __call__(self, event: Event) -> None:
-        kind = event["event"]
-        show = getattr(self, "_on_dry_run" if kind == "rehearsal" else f"_on_{kind}", None)
-        if show is not None:
-            show(event)
-            self._status.touch()
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+            self._status.restart_quiet_time()
 
     def close(self) -> None:
         if self._bar is not None:
@@ -134,11 +133,11 @@ class RunProgress:
             self._out.print(f"[bold]machine[/]  {escape(line)}")
 
     def _on_recipe(self, event: Event) -> None:
-        hidden = ("default", "recipe") if event["resuming"] else ("default",)
+        hidden_origins = ("default", "recipe") if event["resuming"] else ("default",)
         if event["resuming"]:
-            self._out.print("[bold]chosen[/]   as in recipe.yaml of the run")
+            self._out.print("[bold]chosen[/]   options from the run's recipe.yaml")
         for choice in event["choices"]:
-            if choice["origin"] not in hidden:
+            if choice["origin"] not in hidden_origins:
                 value, why = escape(str(choice["value"])), escape(f": {choice['why']}" if choice["why"] else "")
                 self._out.print(f"[bold]chosen[/]   {choice['field']} = {value}  [dim]{choice['origin']}{why}[/]")
 
@@ -151,15 +150,16 @@ class RunProgress:
         self._out.print(f"[yellow]note[/]     {escape(event['text'])}")
 
     def _on_resume(self, event: Event) -> None:
-        moved = f", on {event['devices']} devices, {event['devices_before']} before" if "devices" in event else ""
-        self._out.print(f"[bold]resume[/]   from {event['checkpoint']}{moved}")
+        devices = f", on {event['devices']} devices, {event['devices_before']} before" if "devices" in event else ""
+        self._out.print(f"[bold]resume[/]   from {event['checkpoint']}{devices}")
 
-    def _on_dry_run(self, event: Event) -> None:
+    def _on_rehearsal(self, event: Event) -> None:
+        """Show the predicted memory, and whether a dry run checks it."""
         predicted, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
-        outcome = f"dry run of {event['tokens']:,} tokens" if event["done"] else "fits easily, skipping the dry run"
+        dry_run = f"dry run of {event['tokens']:,} tokens" if event["done"] else "fits easily, skipping the dry run"
         mapped = event.get("mapped_bytes", 0) / 2**30
         files = f" ({mapped:.2f} of it memory-mapped files, released if memory is short)" if mapped > 0.005 else ""
-        self._out.print(f"[bold]memory[/]   {predicted:.2f} GiB predicted{files}, {usable:.1f} usable: {outcome}")
+        self._out.print(f"[bold]memory[/]   {predicted:.2f} GiB predicted{files}, {usable:.1f} usable: {dry_run}")
 
     def _on_start(self, event: Event) -> None:
         parameters = event["parameters"]
@@ -186,54 +186,53 @@ class RunProgress:
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]} left"),
         )  # fmt: skip
         self._bar = Progress(*columns, console=self._out)
-        self._task = self._bar.add_task(
-            "", total=event["steps"], completed=event["step"], loss="-", speed="-", left="-"
-        )
+        self._bar.add_task("", total=event["steps"], completed=event["step"], loss="-", speed="-", left="-")
         self._bar.start()
 
     def _on_step(self, event: Event) -> None:
-        last = event["step"] == event.get("steps")
-        self._status.update("saving" if last else f"computing step {event['step'] + 1}")
-        left = int(event["seconds_left"])
-        loss = f"{event['loss']:.4f}"
+        is_last = event["step"] == event.get("steps")
+        self._status.update("saving" if is_last else f"computing step {event['step'] + 1}")
+        minutes, seconds = divmod(int(event["seconds_left"]), 60)
+        metrics = f"{event['loss']:.4f}"
         if "accuracy" in event:
-            loss += f"  {event['accuracy']:.0%} right"
+            metrics += f"  accuracy {event['accuracy']:.0%}"
         if "reward" in event:
-            loss += f"  reward {event['reward']:.2f}, KL {event.get('kl', 0):.3f}, {event['stop_rate']:.0%} stopped"
-        speed, time_left = f"{event['tokens_per_s']:.0f}", f"{left // 60}:{left % 60:02d}"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=event["step"], loss=loss, speed=speed, left=time_left)
+            metrics += f"  reward {event['reward']:.2f}, KL {event.get('kl', 0):.3f}, {event['stop_rate']:.0%} stopped"
+        speed, time_left = f"{event['tokens_per_s']:.0f}", f"{minutes}:{seconds:02d}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=event["step"], loss=metrics, speed=speed, left=time_left)
         elif event["time"] >= self._next_line:
             self._first_step = self._first_step or event["time"]
-            early = event["time"] - self._first_step < EARLY_SECONDS
-            self._next_line = event["time"] + (EARLY_INTERVAL if early else LATE_INTERVAL)
-            self._out.print(f"step     {event['step']}  loss {loss}  {speed} tokens/s  {time_left} left")
+            is_early = event["time"] - self._first_step < EARLY_SECONDS
+            self._next_line = event["time"] + (EARLY_INTERVAL if is_early else LATE_INTERVAL)
+            self._out.print(f"step     {event['step']}  loss {metrics}  {speed} tokens/s  {time_left} left")
 
     def _on_end(self, event: Event) -> None:
         self.close()
         self._status.update("writing the report")
 
     def _on_eval(self, event: Event) -> None:
-        loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
-        figures = ""
-        if "accuracy" in event:
-            low, high = event["accuracy_interval"]
-            figures = f", {event['accuracy']:.1%} ranked right ({low:.1%} to {high:.1%})"
+        metrics = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
         if "reward" in event:
-            figures = f", reward {event['reward']:.3f}"
+            metrics += f", reward {event['reward']:.3f}"
             if "reward_interval" in event:
-                figures += " ({:.3f} to {:.3f})".format(*event["reward_interval"])
+                metrics += " ({:.3f} to {:.3f})".format(*event["reward_interval"])
+        elif "accuracy" in event:
+            low, high = event["accuracy_interval"]
+            metrics += f", {event['accuracy']:.1%} ranked correctly ({low:.1%} to {high:.1%})"
         best = " (best so far)" if event["best"] else ""
-        self._out.print(f"[bold]eval[/]     step {event['step']}: loss {loss}{figures}{best}")
+        self._out.print(f"[bold]eval[/]     step {event['step']}: loss {metrics}{best}")
 
     def _on_skip(self, event: Event) -> None:
-        ranks = f"rank {', '.join(map(str, event['ranks']))}, " if "ranks" in event else ""
-        reason = escape(f"{event['why']} ({ranks}rows {abbreviate(event['rows'])})")
-        self._out.print(f"[red]skipped[/]  step {event['step']}: {reason}")
+        self._print_warning("[red]skipped[/] ", event)
 
     def _on_doubt(self, event: Event) -> None:
-        reason = escape(f"{event['why']} (rows {abbreviate(event['rows'])})")
-        self._out.print(f"[yellow]doubtful[/] step {event['step']}: {reason}")
+        self._print_warning("[yellow]suspect[/] ", event)
+
+    def _print_warning(self, label: str, event: Event) -> None:
+        ranks = f"rank {', '.join(map(str, event['ranks']))}, " if "ranks" in event else ""
+        reason = escape(f"{event['why']} ({ranks}rows {abbreviate(event['rows'])})")
+        self._out.print(f"{label} step {event['step']}: {reason}")
 
     def _on_rollback(self, event: Event) -> None:
         self._out.print(
@@ -268,7 +267,7 @@ def run_progress(out: Console = console) -> Iterator[RunProgress]:
 
 @contextmanager
 def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a callback (side, done, total) that shows how many answers have been generated, as a bar or as lines."""
+    """Yield a callback for progress of generation. Its arguments: side ("base" or "tuned"), done, total."""
     columns = (
         TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -288,9 +287,10 @@ def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, 
                 tasks[side] = bar.add_task(side, total=total)
             bar.update(tasks[side], completed=done)
             if not out.is_terminal and time.monotonic() - last_line > GENERATION_INTERVAL:
-                last_line, left = time.monotonic(), bar.tasks[tasks[side]].time_remaining
-                out.print(f"answers  {side} {done}/{total}" + (f", {left:.0f} s left" if left else ""), markup=False)
-                status.touch()
+                last_line, seconds_left = time.monotonic(), bar.tasks[tasks[side]].time_remaining
+                time_left = f", {seconds_left:.0f} s left" if seconds_left else ""
+                out.print(f"answers  {side} {done}/{total}{time_left}", markup=False)
+                status.restart_quiet_time()
 
         try:
             yield advance
@@ -299,13 +299,13 @@ def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, 
 
 
 def is_main_process() -> bool:
-    """Return whether this process prints: it runs alone, or is rank 0 of those that a launcher started."""
-    from strop.distributed.devices import find_place
+    """Return whether this is rank 0, or the only process."""
+    from strop.distributed.devices import find_ranks
 
-    place = find_place()
-    return place is None or place.rank == 0
+    ranks = find_ranks()
+    return ranks is None or ranks.rank == 0
 
 
-def console_for(main: bool) -> Console:
-    """Return the console of a process: only the main one prints."""
-    return console if main else Console(quiet=True)
+def console_for(is_main: bool) -> Console:
+    """Return a console that prints in the main process only."""
+    return console if is_main else Console(quiet=True)

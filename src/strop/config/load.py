@@ -1,13 +1,15 @@
-"""Combine layers into a Recipe and record each value's origin: default < preset < recipe file < option, then plan."""
+"""Build a recipe from defaults, a preset, a recipe file and options (later ones have priority), and record origins."""
 
 from __future__ import annotations
 
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +18,12 @@ import yaml
 from pydantic import ValidationError
 
 from strop.config.schema import Recipe, option_fields
-from strop.errors import RecipeError, Where, closest
+from strop.errors import Location, RecipeError, closest
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
-MAX_SHOWN_CHARACTERS = 200  # of an invalid value in an error
-# short forms of common options: `strop train --model X` is `strop train --model.name X`
+MAX_SHOWN_CHARACTERS = 200  # of an invalid value in an error message
+# `strop train --model X` means `strop train --model.name X`
 SHORT_FORMS = {
     "model": "model.name", "data": "data.train", "eval": "data.eval",
     "quantization": "model.quantization", "max-length": "data.max_length", "objective": "train.objective",
@@ -68,7 +70,7 @@ def suggest_field(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """One resolved value of a recipe: the field's dotted name, its value, its origin, and the reason."""
+    """A resolved value of a recipe. field: dotted name. why: reason for the value."""
 
     field: str
     value: Any
@@ -84,7 +86,7 @@ class Resolved:
     choices: dict[str, Choice]
 
     def decide(self, decisions: Iterable[Choice]) -> Resolved:
-        """Return a copy in which the given fields have the given values."""
+        """Return a copy with the given values."""
         tree = self.recipe.model_dump()
         choices = dict(self.choices)
         for choice in decisions:
@@ -93,25 +95,21 @@ class Resolved:
         return Resolved(_validate(tree, {}), choices)
 
     def as_yaml(self) -> str:
-        """Return the recipe as YAML, with the origin and reason of each value as a comment. It loads as a recipe."""
+        """Return the recipe as YAML, with the origin and reason of each value as a comment."""
         lines: list[str] = []
-        section = ""
-        for field, choice in self.choices.items():
-            head, _, leaf = field.rpartition(".")
-            if head and head != section:
-                lines.append(f"{head}:")
-            section = head
-            value = yaml.dump(
-                choice.value, Dumper=_OneLineDumper, default_flow_style=True, allow_unicode=True, width=1 << 30
-            )
-            value = value.removesuffix("...\n").strip()
-            why = " ".join(f": {choice.why}".split()) if choice.why else ""
-            lines.append(f"{'  ' if head else ''}{leaf}: {value}  # {choice.origin}{why}")
+        style: dict[str, Any] = {"default_flow_style": True, "allow_unicode": True, "width": 1 << 30}
+        for section, choices in groupby(self.choices.values(), lambda choice: choice.field.rpartition(".")[0]):
+            lines += [f"{section}:"] if section else []
+            for choice in choices:
+                name = ("  " if section else "") + choice.field.rpartition(".")[2]
+                value = str(yaml.dump(choice.value, Dumper=_OneLineDumper, **style)).removesuffix("...\n").strip()
+                why = " ".join(f": {choice.why}".split()) if choice.why else ""
+                lines.append(f"{name}: {value}  # {choice.origin}{why}")
         return "\n".join(lines) + "\n"
 
 
 def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None = None) -> Resolved:
-    """Apply a recipe file and options (dotted names or short forms) over preset and defaults. Raises RecipeError."""
+    """Combine defaults, preset, recipe file and options (dotted names or short forms). Raises RecipeError."""
     given: dict[str, tuple[Any, Origin, str]] = {}
     if recipe_file is not None:
         given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read_recipe(recipe_file).items()})
@@ -120,8 +118,8 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
     preset_values: dict[str, tuple[Any, Origin, str]] = {
         name: (value, "preset", f"preset {preset}") for name, value in _read_preset(preset).items()
     }
-    overridden = preset_values and all(name in given and given[name][1] == "recipe" for name in preset_values)
-    if overridden and given["preset"][1] == "option":
+    is_overridden = preset_values and all(name in given and given[name][1] == "recipe" for name in preset_values)
+    if is_overridden and given["preset"][1] == "option":
         what = f"--preset {preset}: has no effect, because {recipe_file} sets every value of the preset"
         raise RecipeError(what, fix=f"give the values as options: {', '.join(preset_values)}")
     return _build({**preset_values, **given})
@@ -133,7 +131,7 @@ def read_resolved(path: Path) -> Resolved:
 
 
 def parse_option(name: str, text: str) -> Any:
-    """Convert an option's text to the recipe's value: a,b or [a,b] to a list, a=b,c=d to a map, `none` to None."""
+    """Convert the text of an option: a,b or [a,b] to a list, a=b,c=d to a map, and `none` to None."""
     hint = dict(option_fields())[name].annotation
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     kinds = {typing.get_origin(part) or part for part in members}
@@ -143,31 +141,30 @@ def parse_option(name: str, text: str) -> Any:
         pairs = [pair.partition("=") for pair in text.split(",") if pair]
         if not all(separator for _, separator, _ in pairs):
             raise RecipeError(f"--{name} {text}: not a map", fix="write it as name=value,name=value")
-        any_type = Any in typing.get_args(hint)  # values are parsed as YAML: true, 3, text
+        is_yaml = Any in typing.get_args(hint)  # true, 3, text
+        parse: Callable[[str], Any] = partial(yaml.load, Loader=_RecipeLoader) if is_yaml else str.strip
         try:
-            return {
-                key.strip(): yaml.load(value, _RecipeLoader) if any_type else value.strip() for key, _, value in pairs
-            }
+            return {key.strip(): parse(value) for key, _, value in pairs}
         except yaml.YAMLError as error:
             what = f"--{name} {text}: not YAML: {getattr(error, 'problem', None) or error}"
             raise RecipeError(what, fix="put the value in quotes, inside the quotes of the shell") from None
     if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
-        # brackets belong to the tokens in lora.new_tokens
+        # in lora.new_tokens, brackets are part of the tokens
         bare = text if name == "lora.new_tokens" or not re.fullmatch(r"\[.*\]", text) else text[1:-1]
         return [part.strip() for part in bare.split(",") if part.strip()]
     return text
 
 
 def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
+    """Build a recipe from values by dotted name, each with its origin and the file or preset it is from."""
     known = dict(option_fields())
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        places = []
-        for name in unknown:
-            field, _, value = (suggest_field(name) or "").partition(" ")
-            hint = f" (did you mean {field}{value and f': {value}'}?)" if field else ""
-            places.append(Where(given[name][2] or f"--{name}", None, f"unknown key {name}{hint}"))
-        raise RecipeError("unknown recipe key", fix="see `strop schema` for every key", where=places)
+    locations = []
+    for name in [name for name in given if name not in known]:
+        field, _, value = (suggest_field(name) or "").partition(" ")
+        hint = f" (did you mean {field}{value and f': {value}'}?)" if field else ""
+        locations.append(Location(given[name][2] or f"--{name}", None, f"unknown key {name}{hint}"))
+    if locations:
+        raise RecipeError("unknown recipe key", fix="see `strop schema` for every key", where=locations)
     tree: dict[str, Any] = {}
     for name, (value, _, _) in given.items():
         _set_field(tree, name, value)
@@ -180,38 +177,35 @@ def _build(given: Mapping[str, tuple[Any, Origin, str]]) -> Resolved:
 
 
 def _validate(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]]) -> Recipe:
-    """Validate a recipe. Raises RecipeError with one place per field, or per key of a map."""
+    """Validate a recipe. Raises RecipeError with one location per field, or per key of a map."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        places: dict[str, Where] = {}  # by field: pydantic reports one error for each member of a union
+        locations: dict[str, Location] = {}  # by field, because pydantic reports an error per member of a union
         for issue in error.errors():
-            location, kind = issue["loc"], issue["type"]
-            name = _field_name(location)
-            name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required field of a missing section
+            path, kind = issue["loc"], issue["type"]
+            name = _field_name(path)
+            name = {"data": "data.train", "model": "model.name"}.get(name, name)  # required fields of missing sections
             value, origin, source = given.get(name, (None, "", ""))
-            key = f"{location[-1]}: " if isinstance(value, dict) and len(location) > 2 else ""
+            key = f"{path[-1]}: " if isinstance(value, dict) and len(path) > 2 else ""
             file = source if origin == "recipe" else f"--{name}" if name else "recipe"
             text = repr(issue["input"])
             text = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
             shown = "" if kind in ("missing", "value_error") and not name else f" (got {text})"
             message = "is required" if kind == "missing" else issue["msg"].removeprefix("Value error, ") + shown
             field = f"{name}: " if origin == "recipe" else ""
-            places.setdefault(name + key, Where(file, None, f"{field}{key}{message}"))
-        raise RecipeError("the recipe is not valid", fix="", where=list(places.values())) from None
+            locations.setdefault(name + key, Location(file, None, f"{field}{key}{message}"))
+        raise RecipeError("the recipe is not valid", fix="", where=list(locations.values())) from None
 
 
-def _field_name(location: tuple[int | str, ...]) -> str:
-    known = dict(option_fields())
-    for length in (2, 1):
-        name = ".".join(str(part) for part in location[:length])
-        if name in known:
-            return name
-    return ".".join(str(part) for part in location)
+def _field_name(path: tuple[int | str, ...]) -> str:
+    """Return the dotted name of the field at a path of pydantic, or the whole path if it is not in a field."""
+    known, names = dict(option_fields()), [".".join(map(str, path[:length])) for length in (2, 1)]
+    return next((name for name in names if name in known), ".".join(map(str, path)))
 
 
 class _OneLineDumper(yaml.SafeDumper):
-    """Write each value on one line; line breaks inside a text are escaped."""
+    """Write each value on one line, with line breaks in texts escaped."""
 
 
 def _represent_text(dumper: _OneLineDumper, text: str) -> yaml.ScalarNode:
@@ -223,7 +217,7 @@ _OneLineDumper.add_representer(str, _represent_text)
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Refuse duplicate keys, of which PyYAML would use the last, and read dates as text."""
+    """Refuse duplicate keys, and read dates as text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -253,8 +247,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else None
-        place = Where(str(path), line, f"not YAML: {getattr(error, 'problem', None) or error}")
-        raise RecipeError("the recipe cannot be read", fix="fix the YAML", where=[place]) from None
+        location = Location(str(path), line, f"not YAML: {getattr(error, 'problem', None) or error}")
+        raise RecipeError("the recipe cannot be read", fix="fix the YAML", where=[location]) from None
     except RecursionError:
         raise RecipeError(f"{path}: not a recipe: nested too deep", fix="fix the YAML") from None
     except UnicodeDecodeError as error:
@@ -265,7 +259,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Flatten sections to dotted names: {'lora': {'r': 8}, 'seed': 0} becomes {'lora.r': 8, 'seed': 0}."""
+    """Convert sections to dotted names: {'lora': {'r': 8}, 'seed': 0} becomes {'lora.r': 8, 'seed': 0}."""
     sections = {name.partition(".")[0] for name, _ in option_fields() if "." in name}
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -274,24 +268,21 @@ def _flatten(tree: Mapping[str, Any], file: str) -> dict[str, Any]:
         else:
             fields = {} if key in sections and value is None else {full_name(str(key)): value}
         if duplicates := [name for name in fields if name in flat]:
-            place = Where(file, None, f"{duplicates[0]} is given twice, in its section and by its dotted name")
-            raise RecipeError("duplicate key", fix="remove one of them", where=[place])
+            location = Location(file, None, f"{duplicates[0]} is given twice, in its section and by its dotted name")
+            raise RecipeError("duplicate key", fix="remove one of them", where=[location])
         flat.update(fields)
     return flat
 
 
 def _read_preset(name: Any) -> dict[str, Any]:
-    """Read a preset's values by dotted name; {} for `auto` and for unknown names, which the schema refuses."""
+    """Read the values of a preset by dotted name. Returns {} for `auto` and for unknown names."""
     file = resources.files("strop.config") / "presets" / f"{name}.yaml"
     return _flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, file.name) if file.is_file() else {}
 
 
 def _set_field(tree: dict[str, Any], name: str, value: Any) -> None:
-    head, _, leaf = name.rpartition(".")
-    if head:
-        inner = tree.setdefault(head, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(f"{head}: a section, not a value", fix=f"write {head}.{leaf}")
-        inner[leaf] = value
-    else:
-        tree[leaf] = value
+    section, _, leaf = name.rpartition(".")
+    values = tree.setdefault(section, {}) if section else tree
+    if not isinstance(values, dict):
+        raise RecipeError(f"{section}: a section, not a value", fix=f"write {section}.{leaf}")
+    values[leaf] = value

@@ -1,7 +1,8 @@
-"""The recipe: every option of a run. Flags, the JSON schema and the table in the docs are generated from it."""
+"""The options of a run. Command-line options, the JSON schema and a table in the docs are generated from them."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,7 +20,7 @@ from pydantic import (
 
 
 def _check_finite(value: float) -> float:
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise ValueError("must be a finite number")
     return value
 
@@ -28,12 +29,12 @@ def _is_numeric(hint: Any) -> bool:
     """Return whether a type hint allows only numbers, None, or maps to numbers."""
     if get_origin(hint) is Annotated:
         return _is_numeric(get_args(hint)[0])
-    parts = get_args(hint)[get_origin(hint) is dict :]
+    parts = get_args(hint)[1:] if get_origin(hint) is dict else get_args(hint)
     return all(part is type(None) or _is_numeric(part) for part in parts) if parts else hint in (int, float)
 
 
 def _bool_to_on_off(value: Any) -> Any:
-    """Undo YAML's reading of a bare on or off as a boolean."""
+    """Convert booleans back to on and off, which YAML reads as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
@@ -50,10 +51,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse booleans in numeric fields: YAML reads a bare yes as true, which pydantic would convert to 1."""
+        """Refuse booleans in numeric fields: YAML reads yes as true, which pydantic would convert to 1."""
         values = value.values() if isinstance(value, dict) else (value,)
         hint = cls.model_fields[str(info.field_name)].annotation
-        if any(isinstance(inner, bool) for inner in values) and _is_numeric(hint):
+        if any(isinstance(item, bool) for item in values) and _is_numeric(hint):
             raise ValueError("must be a number, not true or false")
         return value
 
@@ -348,7 +349,7 @@ class Recipe(Section):
         return self
 
     def int8_matmul_conflict(self) -> str | None:
-        """Return a setting that train.int8_matmul cannot be combined with, and why; None if there is none."""
+        """Return a setting that train.int8_matmul cannot be combined with and the reason, or None."""
         model = self.model
         reasons = {
             f"model.dtype {model.dtype}: all other operations run in fp32": (model.dtype not in ("auto", "fp32")),
@@ -363,15 +364,15 @@ class Recipe(Section):
 
 def option_fields() -> list[tuple[str, Any]]:
     """Return every option as (dotted name, pydantic FieldInfo), in the order of the recipe."""
-    rows: list[tuple[str, Any]] = []
+    fields: list[tuple[str, Any]] = []
     for name, field in Recipe.model_fields.items():
         section = field.annotation
-        # get_origin: on Python 3.10 isinstance(list[str], type) is true
+        # on Python 3.10, isinstance(list[str], type) is true
         if get_origin(section) is None and isinstance(section, type) and issubclass(section, Section):
-            rows += [(f"{name}.{inner}", info) for inner, info in section.model_fields.items()]
+            fields += [(f"{name}.{leaf}", leaf_field) for leaf, leaf_field in section.model_fields.items()]
         else:
-            rows.append((name, field))
-    return rows
+            fields.append((name, field))
+    return fields
 
 
 def options_table() -> str:

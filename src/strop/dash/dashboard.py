@@ -1,4 +1,4 @@
-"""Answer the page's requests from the folder of runs. Used by one thread only, the server's reader."""
+"""The data and the actions behind the requests of the page. Only the reader thread of the server uses a Dashboard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import psutil
 
 from strop.dash import answers
 from strop.dash.files import CONTENT_ERRORS, read_json, read_tail, run_path
-from strop.dash.history import AXES, History, StreamPosition, short
-from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, send
+from strop.dash.history import AXES, History, StreamPosition, round_significant
+from strop.dash.jobs import LOG_BYTES, Busy, ChatServer, Jobs, send_signal
 from strop.dash.runs import EMPTY, RunTable, contents, detail, with_axis_positions, with_heartbeat_age
 from strop.dash.worker import Worker
 from strop.errors import FolderError, InputError, RunError
@@ -28,7 +27,7 @@ from strop.machine.probe import probe
 from strop.runs.folder import RunFolder
 
 HISTORY_BYTES = 24 << 20  # maximum size of cached histories; the one in use is always kept
-MOST_ROWS = 2000  # sent one by one in a stream; beyond that the whole curve is sent
+MAX_STEPS = 2000  # new steps that a stream sends one by one; for more it sends the whole curve
 
 
 class Dashboard:
@@ -45,9 +44,9 @@ class Dashboard:
     def runs(self) -> list[dict[str, Any]]:
         """Return the table of runs, including runs that a job is about to create."""
         rows = self.listing.rows()
-        known = {row["name"] for row in rows}
-        coming = [self._starting_row(job) for job in self.jobs.running("train") if job["run"] not in known]
-        return [*coming, *rows]
+        names = {row["name"] for row in rows}
+        starting = [self._starting_row(job) for job in self.jobs.running("train") if job["run"] not in names]
+        return [*starting, *rows]
 
     def _starting_row(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return the row of a run whose process has not created its folder."""
@@ -89,50 +88,42 @@ class Dashboard:
             return {**detail(with_heartbeat_age(row), self.history(name)), "jobs": self.jobs_of(name)}
 
     def curves(
-        self, name: str, by: str, points: int, start: float | None, end: float | None, fields: tuple[str, ...]
+        self, name: str, by: str, points: float, start: float | None, end: float | None, fields: str
     ) -> dict[str, Any]:
-        """Return the curves of a run. Raises InputError for an unknown axis."""
+        """Return the curves of a run. fields: names with commas; empty for all. Raises InputError for unknown axes."""
         if by not in AXES:
             raise InputError(f"by: {by}: unknown axis", fix=", ".join(AXES))
         if not 50 <= points <= 5000:
-            raise InputError(f"points: {points}", fix="give 50 to 5000")
+            raise InputError(f"points: {points:g}", fix="give 50 to 5000")
         with self._run(name):
-            return self.history(name).curves(by, points, start, end, fields)
+            return self.history(name).curves(by, int(points), start, end, tuple(filter(None, fields.split(","))))
 
     def updates(
-        self, name: str, by: str, points: int, seen: StreamPosition | None
+        self, name: str, by: str, points: int, sent: StreamPosition | None
     ) -> tuple[str, dict[str, Any] | None, StreamPosition]:
-        """Return what a stream sends after `seen`: the whole history, the new steps, or nothing."""
+        """Return the next event of a stream: its name, its data (None if nothing is new), the position after it."""
         with damaged_files_as_run_error(name):
             history = self.history(name)
             now = history.position
-            if seen is None or seen.generation != now.generation or now.steps - seen.steps > MOST_ROWS:
+            if sent is None or sent.generation != now.generation or now.steps - sent.steps > MAX_STEPS:
                 return "history", history.curves(by, points), now
-            if now == seen:
+            if now == sent:
                 return "steps", None, now
-            steps, losses = history.eval_steps[seen.evals :], history.evals[seen.evals :]
+            steps, losses = history.eval_steps[sent.evals :], history.evals[sent.evals :]
             evals = [
-                {"step": step, "x": float(x), "loss": short(loss)}
+                {"step": step, "x": float(x), "loss": round_significant(loss)}
                 for step, x, loss in zip(steps, history.axis(by, list(steps)), losses, strict=True)
             ]
-            marks = history.marks[-(now.marks - seen.marks) :] if now.marks > seen.marks else []
+            marks = history.marks[-(now.marks - sent.marks) :] if now.marks > sent.marks else []
             result = {
-                "rows": self._rows(history, by, seen.steps), "evals": evals,
+                "rows": _step_rows(history, by, sent.steps), "evals": evals,
                 "marks": with_axis_positions(history, marks), "last": dict(history.newest.get("step") or {}), "x": by,
             }  # fmt: skip
             return "steps", result, now
 
-    def _rows(self, history: History, by: str, start: int) -> list[dict[str, Any]]:
-        places = history.axis(by, list(history.steps[start:]))
-        rows = []
-        for number, x in enumerate(places, start):
-            values = {name: short(column[number]) for name, column in history.columns.items()}
-            rows.append({"step": history.steps[number], "x": float(x), "tokens": history.tokens[number], **values})
-        return rows
-
-    def look(self, name: str | None) -> dict[str, Any]:
+    def system_state(self, name: str | None) -> dict[str, Any]:
         """Return the state of the machine and of the process of a run."""
-        return self.system.look(self.row(name)["pid"] if name else None, self.listing.watch.share)
+        return self.system.state(self.row(name)["pid"] if name else None, self.listing.cpu_usage.cores)
 
     def contents(self, name: str) -> dict[str, Any]:
         self.row(name)
@@ -153,18 +144,18 @@ class Dashboard:
         }
 
     def duplicate(self, name: str) -> dict[str, Any]:
-        """Return the options that were set for a run, to start another like it."""
+        """Return the options that were set for a run, to start a similar one."""
         with self._run(name):
-            asked = {
+            options = {
                 choice["field"]: choice["value"]
                 for choice in self.history(name).choices
                 if choice.get("origin") not in ("default", "plan", "preset") and choice.get("field") != "out"
             }
-            return {"options": asked, "name": name}
+            return {"options": options, "name": name}
 
-    def answers(self, name: str, *how: Any) -> dict[str, Any]:
+    def answers(self, name: str, *query: Any) -> dict[str, Any]:
         with self._run(name) as folder:
-            return answers.answers(folder, *how)
+            return answers.answers(folder, *query)
 
     def ballot(self, name: str) -> dict[str, Any]:
         with self._run(name) as folder:
@@ -179,14 +170,14 @@ class Dashboard:
             raise InputError("runs: give 2 to 12 names with commas between them; a comma in a name is written \\,")
         rows = [with_heartbeat_age(self.row(name)) for name in dict.fromkeys(names)]
         with damaged_files_as_run_error(", ".join(names)):
-            recipes = {row["name"]: _values(RunFolder(Path(row["path"]))) for row in rows}
+            recipes = {row["name"]: _recipe_values(RunFolder(Path(row["path"]))) for row in rows}
             return answers.compare(rows, recipes)
 
     def machine(self) -> dict[str, Any]:
         """Return machine facts and the last `strop doctor` result started from here."""
         jobs = [job for job in self.jobs.all() if job["kind"] == "doctor"]
-        found = next((about for job in jobs if (about := self.jobs.about(job["id"]))["result"]), None)
-        result = {**found["result"], "when": found["ended"] or found["started"]} if found else None
+        last = next((status for job in jobs if (status := self.jobs.status(job["id"]))["result"]), None)
+        result = {**last["result"], "when": last["ended"] or last["started"]} if last else None
         return {"facts": asdict(probe()), "doctor": result, "job": jobs[0] if jobs else None}
 
     # --- actions ------------------------------------------------------------------------------------
@@ -197,38 +188,38 @@ class Dashboard:
         if row["pid"] is None:
             raise Busy(f"{name} is not running", fix="there is nothing to stop")
         claim = read_json(run_path(self.root, name) / "claim.json")
-        born = claim.get("started") if claim.get("pid") == row["pid"] else None
-        if born is None and "job" not in row:
-            raise Busy(f"{name}: its process has just changed", fix="reload and try again")
+        start_time = claim.get("started") if claim.get("pid") == row["pid"] else None
+        if start_time is None and "job" not in row:
+            raise Busy(f"{name}: another process has just taken over the run", fix="reload and try again")
         if row["state"] == "stalled" and row["why"] == "the process is suspended":
-            send(row["pid"], born, signal.SIGCONT)  # a suspended process cannot save
+            send_signal(row["pid"], start_time, signal.SIGCONT)  # a suspended process cannot save
         number = getattr(signal, "SIGKILL", signal.SIGTERM) if force else signal.SIGTERM
-        return {"asked": send(row["pid"], born, number)}
+        return {"asked": send_signal(row["pid"], start_time, number)}
 
-    def resume(self, name: str, words: list[str]) -> dict[str, Any]:
-        if "resume" not in self.row(name)["can"] or self._working(name, "resume"):
+    def resume(self, name: str, arguments: list[str]) -> dict[str, Any]:
+        if "resume" not in self.row(name)["can"] or self._has_job(name, "resume"):
             raise Busy(f"{name} is running or finished: there is nothing to resume", fix="stop it first")
-        return self.jobs.start("resume", ["resume", str(run_path(self.root, name)), *words], name)
+        return self.jobs.start("resume", ["resume", str(run_path(self.root, name)), *arguments], name)
 
     def delete(self, name: str, confirmed: str) -> dict[str, Any]:
-        if "delete" not in self.row(name)["can"] or self._working(name):
+        if "delete" not in self.row(name)["can"] or self._has_job(name):
             raise Busy(f"{name} is in use", fix="stop it first")
         if confirmed != name:
             raise InputError("confirm: not the run's name", fix="type the name of the run to delete")
         return self.jobs.start("delete", ["runs", str(self.root), "--delete", name, "--yes"], name)
 
-    def act(self, kind: str, name: str, words: list[str]) -> dict[str, Any]:
-        """Start a job that needs an adapter: evaluation or export."""
+    def start_adapter_job(self, kind: str, name: str, arguments: list[str]) -> dict[str, Any]:
+        """Start an evaluation or an export. Raises Busy if the run has no adapter."""
         if not self.row(name)["has_adapter"]:
             raise Busy(f"{name} has no adapter yet", fix="let it finish first")
-        return self.jobs.start(kind, words, name)
+        return self.jobs.start(kind, arguments, name)
 
-    def train(self, name: str, words: list[str]) -> dict[str, Any]:
+    def train(self, name: str, arguments: list[str]) -> dict[str, Any]:
         """Start a run. Raises FolderError if the name is taken."""
         path = run_path(self.root, name)
         if path.exists() or any(job["run"] == name for job in self.jobs.running("train")):
-            raise FolderError(f"{path}: a run of this name exists", fix="choose another name")
-        return self.jobs.start("train", ["train", *words, f"--out={path}"], name)
+            raise FolderError(f"{path}: a run with this name exists", fix="choose another name")
+        return self.jobs.start("train", ["train", *arguments, f"--out={path}"], name)
 
     def doctor(self) -> dict[str, Any]:
         if self.jobs.running("doctor"):
@@ -236,26 +227,26 @@ class Dashboard:
         return self.jobs.start("doctor", ["doctor"])
 
     def start_chat(self, chat: ChatServer, names: list[Any], model: str | None) -> dict[str, Any]:
-        """Serve runs by name, or one model."""
+        """Serve the runs with these names, or one model."""
         if bool(names) == bool(model) or any(not isinstance(name, str) for name in names):
-            raise InputError("give names of runs, or a model")
+            raise InputError("give either names of runs or a model")
         return chat.start([str(run_path(self.root, name)) for name in names] if names else [str(model)])
 
     def unused_run_name(self, stem: str) -> str:
         """Return the first of stem-1, stem-2, ... that no run or job uses."""
-        taken = {job["run"] for job in self.jobs.running("train")}
+        starting = {job["run"] for job in self.jobs.running("train")}
         number = 1
-        while f"{stem}-{number}" in taken or (self.root / f"{stem}-{number}").exists():
+        while f"{stem}-{number}" in starting or (self.root / f"{stem}-{number}").exists():
             number += 1
         return f"{stem}-{number}"
 
-    def _working(self, name: str, *kinds: str) -> bool:
+    def _has_job(self, name: str, *kinds: str) -> bool:
         kinds = kinds or ("train", "resume", "evaluate", "merge", "gguf", "ollama", "delete")
         return any(job["run"] == name for job in self.jobs.running(*kinds))
 
 
 class Services:
-    """The dashboard and its reader thread (so that no locks are needed), the workers, and the chat server."""
+    """The dashboard, the reader thread in which all its methods run, the workers, and the chat server."""
 
     def __init__(self, root: Path, opened: str | None) -> None:
         self.dashboard = Dashboard(root)
@@ -264,30 +255,39 @@ class Services:
         self.chat = ChatServer(self.dashboard.jobs)
         self._reader = ThreadPoolExecutor(1, "strop-dash-reader")
 
-    async def ask(self, make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Run `make` in the reader thread and return its result."""
-        return await asyncio.get_running_loop().run_in_executor(self._reader, partial(make, *arguments, **named))
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in the reader thread and return its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, function, *arguments)
 
     def close(self) -> None:
         """Stop the workers and the chat server; runs and exports continue."""
-        self.planner.end()
-        self.data.end()
+        self.planner.stop()
+        self.data.stop()
         self.chat.close()
         self._reader.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def damaged_files_as_run_error(name: str) -> Iterator[None]:
-    """Raise RunError if files of a run have unexpected content."""
+    """Convert errors caused by unexpected content of a run's files to RunError."""
     try:
         yield
     except CONTENT_ERRORS as error:
-        what = f"{name}: its files are damaged: {type(error).__name__}: {error}"
-        raise RunError(what, fix="restore the folder from a copy, or delete the run") from error
+        message = f"{name}: its files are damaged: {type(error).__name__}: {error}"
+        raise RunError(message, fix="restore the folder from a copy, or delete the run") from error
 
 
-def _values(folder: RunFolder) -> dict[str, Any]:
-    """Return a run's recipe values by field, with the hashes of its base and data."""
+def _step_rows(history: History, by: str, start: int) -> list[dict[str, Any]]:
+    """Return the values of each step from index `start`."""
+    rows = []
+    for index, x in enumerate(history.axis(by, list(history.steps[start:])), start):
+        values = {name: round_significant(column[index]) for name, column in history.columns.items()}
+        rows.append({"step": history.steps[index], "x": float(x), "tokens": history.tokens[index], **values})
+    return rows
+
+
+def _recipe_values(folder: RunFolder) -> dict[str, Any]:
+    """Return the recipe values of a run by field, with the hashes of its base model and data."""
     lock = read_json(folder.lock)
     base = lock.get("base") or {}
     return {**(lock.get("values") or {}), "base": base.get("fingerprint"), "rows": lock.get("data")}
@@ -299,20 +299,20 @@ GPU_QUERY_S = 4.0  # seconds between queries of the driver
 
 
 class System:
-    """System figures since the last call. Not thread-safe."""
+    """CPU, memory, GPUs and disk of this machine. Not thread-safe."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         psutil.cpu_percent()
-        self._gpus: tuple[float, list[dict[str, Any]]] = (0.0, [])
+        self._gpus: tuple[float, list[dict[str, Any]]] = (0.0, [])  # time of the last query, and its result
         self._nvidia_smi = shutil.which("nvidia-smi")
 
-    def look(self, pid: int | None, busy: Callable[[int], float | None]) -> dict[str, Any]:
-        """Return the figures. pid: process of a run. busy: returns the cores a process uses."""
+    def state(self, pid: int | None, cores_used: Callable[[int], float | None]) -> dict[str, Any]:
+        """Return the state of the machine and of the process `pid`. CPU usage is the average since the last call."""
         machine, memory = probe(), psutil.virtual_memory()
         try:
-            free = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd())
-            disk: dict[str, int | None] = {"free": free.free, "total": free.total}
+            usage = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd())
+            disk: dict[str, int | None] = {"free": usage.free, "total": usage.total}
         except OSError:
             disk = {"free": None, "total": None}
         return {
@@ -322,48 +322,48 @@ class System:
                 "total": machine.memory_bytes, "used": machine.memory_bytes - machine.free_bytes,
                 "available": machine.free_bytes, "whole_machine": memory.total,
             },
-            "process": _process(pid, busy), "cards": self._gpu_figures(), "disk": disk,
+            "process": _process_state(pid, cores_used), "cards": self._query_gpus(), "disk": disk,
             "dash": {"rss": psutil.Process().memory_info().rss},
         }  # fmt: skip
 
-    def _gpu_figures(self) -> list[dict[str, Any]]:
+    def _query_gpus(self) -> list[dict[str, Any]]:
         if self._nvidia_smi is None:
             return []
-        asked, known = self._gpus
-        if time.monotonic() - asked < GPU_QUERY_S:
-            return known
+        queried, gpus = self._gpus
+        if time.monotonic() - queried < GPU_QUERY_S:
+            return gpus
         fields = "name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
         command = [self._nvidia_smi, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         try:
             text = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
         except (OSError, subprocess.TimeoutExpired):  # do not query a hanging driver again
             self._nvidia_smi, text = None, ""
-        gpus = [_gpu(line.split(", ")) for line in text.splitlines() if line.count(", ") == 5]
+        gpus = [_parse_gpu(line.split(", ")) for line in text.splitlines() if line.count(", ") == 5]
         self._gpus = (time.monotonic(), gpus)
         return gpus
 
 
-def _gpu(parts: list[str]) -> dict[str, Any]:
-    share, used, total, heat, power = (_number(part) for part in parts[1:])
+def _parse_gpu(parts: list[str]) -> dict[str, Any]:
+    percent, used, total, celsius, watts = (_parse_number(part) for part in parts[1:])
     mib = 1 << 20
     return {
-        "name": parts[0], "utilization": None if share is None else share / 100,
+        "name": parts[0], "utilization": None if percent is None else percent / 100,
         "memory_used": None if used is None else int(used * mib),
-        "memory_total": None if total is None else int(total * mib), "celsius": heat, "watts": power,
+        "memory_total": None if total is None else int(total * mib), "celsius": celsius, "watts": watts,
     }  # fmt: skip
 
 
-def _number(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:  # [N/A]
         return None
 
 
-def _process(pid: int | None, busy: Callable[[int], float | None]) -> dict[str, Any] | None:
+def _process_state(pid: int | None, cores_used: Callable[[int], float | None]) -> dict[str, Any] | None:
     if pid is None:
         return None
     try:
-        return {"pid": pid, "rss": psutil.Process(pid).memory_info().rss, "cpu": busy(pid)}
+        return {"pid": pid, "rss": psutil.Process(pid).memory_info().rss, "cpu": cores_used(pid)}
     except psutil.Error:
         return None

@@ -1,6 +1,6 @@
-"""Read files of a run safely: inside its folder, no links, bounded sizes.
+"""Read files of a run that may come from an untrusted source.
 
-A run folder may come from anyone, and a link in it could expose any file of this user.
+Links are not followed, since a link in a run folder could expose any file of the user, and sizes are limited.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import FolderError, InputError
+from strop.runs.folder import is_run
 
-# raised while parsing a file with unexpected content
+# errors of code that parses a file with unexpected content
 CONTENT_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-MAX_BYTES = 256 << 20  # limit for a whole file, such as the answers of a large evaluation
+MAX_FILE_BYTES = 256 << 20  # enough for the answers of a large evaluation
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
 def run_path(root: Path, name: str) -> Path:
     """Return the folder `name` directly below `root`. Raises FolderError for any other path."""
     path = root / name
-    plain = name not in ("", ".", "..") and not name.startswith(".") and len(os.fsencode(name)) <= 255
-    if not plain or "/" in name or "\\" in name or not name.isprintable() or path.is_symlink():
+    invalid = not name or name.startswith(".") or len(os.fsencode(name)) > 255
+    if invalid or "/" in name or "\\" in name or not name.isprintable() or path.is_symlink():
         raise FolderError("not a run name", fix="choose one from the list")
     return path
 
@@ -35,7 +37,7 @@ def join_names(names: Iterable[str]) -> str:
 
 
 def split_names(text: str) -> list[str]:
-    """Split what join_names joined."""
+    """Invert `join_names`."""
     return [name.replace("\\,", ",") for name in re.split(r"(?<!\\),", text)]
 
 
@@ -48,8 +50,8 @@ def open_file(path: Path) -> int:
     return handle
 
 
-def read_bytes(path: Path, start: int = 0, limit: int = MAX_BYTES) -> bytes:
-    """Return up to `limit` bytes from `start`; empty if the file does not exist."""
+def read_bytes(path: Path, start: int = 0, limit: int = MAX_FILE_BYTES) -> bytes:
+    """Return up to `limit` bytes from `start`, or nothing if the file cannot be read."""
     try:
         with os.fdopen(open_file(path), "rb") as file:
             file.seek(start)
@@ -59,20 +61,20 @@ def read_bytes(path: Path, start: int = 0, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_chunks(path: Path, starts: list[int], limit: int) -> list[bytes]:
-    """Return up to `limit` bytes from each offset; empty if the file cannot be opened."""
-    parts = []
+    """Return up to `limit` bytes from each offset in `starts`, or [] if the file cannot be read."""
+    chunks = []
     try:
         with os.fdopen(open_file(path), "rb", buffering=0) as file:
             for start in starts:
                 file.seek(start)
-                parts.append(file.read(limit))
+                chunks.append(file.read(limit))
     except OSError:
         return []
-    return parts
+    return chunks
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if it is missing or damaged."""
+    """Return the JSON object in a file, or {} if the file is missing or damaged."""
     try:
         value = json.loads(read_bytes(path))
     except (ValueError, RecursionError):
@@ -81,18 +83,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tail(path: Path, limit: int) -> str:
-    """Return up to `limit` bytes from the end of a text file, starting at a line."""
-    try:
-        size = path.lstat().st_size
-    except OSError:
-        return ""
-    start = max(0, size - limit)
+    """Return the lines that begin in the last `limit` bytes of a text file."""
+    stamp = file_stamp(path)
+    start = max(0, stamp[1] - limit) if stamp else 0
     data = read_bytes(path, start, limit)
     return (data.partition(b"\n")[2] if start else data).decode("utf-8", "replace")
 
 
+def file_stamp(path: str | Path) -> tuple[int, int] | None:
+    """Return the modification time in ns and the size of a file, or None if it does not exist."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
 def file_sizes(folder: Path) -> list[tuple[str, int]]:
-    """Return (relative path, bytes) of every file; links are not followed."""
+    """Return the relative path and the size of every file in a folder, without following links."""
     entries, root = [], str(folder)
     for parent, _, names in os.walk(root):
         for name in names:
@@ -105,7 +113,7 @@ def file_sizes(folder: Path) -> list[tuple[str, int]]:
 
 
 def limit_rows(report: dict[str, Any] | None, limit: int) -> dict[str, Any] | None:
-    """Return a data report with up to `limit` dropped and truncated rows."""
+    """Return a data report that lists at most `limit` dropped rows and `limit` truncated rows."""
     result = dict(report or {})
     for name in ("dropped", "cut"):
         rows = result.get(name)
@@ -124,38 +132,38 @@ def browse(roots: list[Path], path: str) -> dict[str, Any]:
     allowed = [root.resolve() for root in roots]
     if not any(folder == root or root in folder.parents for root in allowed):
         raise InputError(f"{path}: outside the folder that strop dash was started in", fix="type the path instead")
-    shown = [
+    listed = [
         {"name": entry.name, "path": _display_path(Path(entry.path)), "kind": kind, "bytes": size}
         for entry in entries[:5000]
-        if not entry.name.startswith(".") and (kind := _kind(entry)) and (size := _bytes(entry)) is not None
+        if not entry.name.startswith(".") and (kind := _entry_kind(entry)) and (size := _size(entry)) is not None
     ]
-    parent = folder.parent if folder not in allowed else None
-    return {"path": _display_path(folder), "parent": str(parent) if parent else None, "entries": shown}
+    parent = None if folder in allowed else str(folder.parent)
+    return {"path": _display_path(folder), "parent": parent, "entries": listed}
 
 
 def _display_path(path: Path) -> str:
-    """Return a path relative to the current folder if it is below it."""
+    """Return a path relative to the current folder, or the full path if it is outside."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
 
 
-def _bytes(entry: os.DirEntry[str]) -> int | None:
+def _size(entry: os.DirEntry[str]) -> int | None:
     try:
         return entry.stat(follow_symlinks=False).st_size
     except OSError:
         return None
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
+def _entry_kind(entry: os.DirEntry[str]) -> str:
+    """Return run, model, data or folder, or "" for an entry that the file chooser does not list."""
     if entry.is_symlink():
         return ""
     if not entry.is_dir():
-        data = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
         name = entry.name.lower().removesuffix(".gz").removesuffix(".zst")
-        return "model" if name.endswith(".gguf") else "data" if name.endswith(data) else ""
-    inner = Path(entry.path)
-    if (inner / "recipe.yaml").is_file() and (inner / "lock.json").is_file():
+        return "model" if name.endswith(".gguf") else "data" if name.endswith(DATA_SUFFIXES) else ""
+    folder = Path(entry.path)
+    if is_run(folder):
         return "run"
-    return "model" if (inner / "config.json").is_file() or (inner / "adapter_config.json").is_file() else "folder"
+    return "model" if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file() else "folder"

@@ -1,7 +1,7 @@
-"""A run's events as columns, read incrementally, and curves that keep every spike at any length.
+"""Read the events of a run incrementally, and make curves of at most a given length that keep every spike.
 
-The trainer appends to events.jsonl, truncates a last line that a crash left incomplete, and repeats steps after a
-resume or a rollback. A repeated step counts with its last values; the earlier ones are kept as `undone`.
+The trainer appends to events.jsonl, truncates an incomplete last line after a crash, and repeats steps after a resume
+or a rollback. Curves have the last values of a repeated step; the earlier losses are in the series "undone".
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Event = dict[str, Any]
 Values = NDArray[np.float64]
 AXES = ("step", "epoch", "tokens", "time")
 CHUNK_BYTES = 1 << 16
-LARGE_BYTES = 4 << 20  # bytes read or drawn after which freed memory is returned to the system
-MOST_STEPS = 1 << 40
-SMOOTHED_SHARE = 200  # a smoothed point averages this fraction of the run on each side, at least 10 steps
-MOST_MARKS, MOST_SAVES, MOST_UNDONE = 5000, 200, 5000
+TRIM_BYTES = 4 << 20  # after handling this many bytes, freed memory is returned to the system
+MAX_STEP = 1 << 40
+SMOOTHED_PARTS = 200  # the moving average uses 1/200 of the run, or 10 steps if more, on each side of a point
+MAX_MARKS, MAX_SAVES, MAX_UNDONE = 5000, 200, 5000
 LEVELS = {
     **dict.fromkeys(("skip", "doubt", "shrink", "stop", "note"), "warning"), "rollback": "bad", "end": "good",
 }  # fmt: skip
 _WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval")
-_PLAIN = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
-_KEPT = ("machine", "recipe", "data", "start", "rehearsal")
+_NOT_COLUMNS = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
+_STORED_EVENTS = ("machine", "recipe", "data", "start", "rehearsal")
 
 
 class StreamPosition(NamedTuple):
@@ -57,25 +57,23 @@ class History:
         self._clear()
 
     def _clear(self) -> None:
-        self._offset, self._file = 0, 0
+        self._offset, self._inode = 0, 0
         self.steps, self.clock, self.tokens = array("l"), array("d"), array("d")
         self.columns: dict[str, array[float]] = {}
         self.eval_steps, self.evals = array("l"), array("d")
-        self.eval_seconds = array("d")
-        self.undone: list[tuple[int, float]] = []  # step and loss, replaced by a resume or a rollback
+        self.undone: list[tuple[int, float]] = []  # (step, loss) of steps that were repeated
         self.marks: list[dict[str, Any]] = []
         self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
         self.newest: dict[str, Event] = {}
-        self.last: Event = {}
         self.notes: list[str] = []
-        self._asked: dict[str, dict[str, Any]] = {}
-        self.first_time: float | None = None
-        self._session, self._before = 0.0, 0.0
-        self._epoch_began: dict[int, int] = {}
+        self._first_choices: dict[str, dict[str, Any]] = {}
+        self._first_time: float | None = None
+        self._session_start, self._earlier_seconds = 0.0, 0.0
+        self._epoch_starts: dict[int, int] = {}  # first step of each epoch
 
     @property
     def num_bytes(self) -> int:
-        """Approximate size in memory."""
+        """Return the approximate size in memory."""
         return len(self.steps) * (24 + 4 * len(self.columns)) + 400 * len(self.marks) + 64 * len(self.undone)
 
     @property
@@ -93,141 +91,139 @@ class History:
                 return True
             return False
         with os.fdopen(handle, "rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_ino != self._file or found.st_size < self._offset:  # another file, or a truncated one
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:  # another file, or a truncated one
                 if self._offset:
                     self.generation += 1
                 self._clear()
-                self._file = found.st_ino
+                self._inode = status.st_ino
             file.seek(self._offset)
-            before, waiting = self._offset, b""
+            start, buffer = self._offset, b""
             while chunk := file.read(CHUNK_BYTES):
-                waiting += chunk
-                whole = waiting.rfind(b"\n") + 1
-                if whole:
-                    self._take(waiting[:whole])
-                    self._offset += whole
-                    waiting = waiting[whole:]
-            if self._offset - before > LARGE_BYTES:
+                buffer += chunk
+                length = buffer.rfind(b"\n") + 1
+                if length:
+                    self._add_lines(buffer[:length])
+                    self._offset += length
+                    buffer = buffer[length:]
+            if self._offset - start > TRIM_BYTES:
                 trim_heap()
-            return self._offset != before
+            return self._offset != start
 
-    def _take(self, lines: bytes) -> None:
-        complete = [line for line in lines.decode("utf-8", "replace").split("\n") if line]
+    def _add_lines(self, data: bytes) -> None:
+        lines = [line for line in data.decode("utf-8", "replace").split("\n") if line]
         try:
-            events = json.loads(f"[{','.join(complete)}]")
+            events = json.loads(f"[{','.join(lines)}]")
         except (ValueError, RecursionError):  # skip damaged lines only
-            events = [event for line in complete if (event := parse_event(line)) is not None]
-        run: list[Event] = []
+            events = [event for line in lines if (event := parse_event(line)) is not None]
+        steps: list[Event] = []  # adding consecutive steps at once is faster
         for event in events:
             if not isinstance(event, dict):
                 continue
             if event.get("event") == "step":
-                run.append(event)
+                steps.append(event)
                 continue
-            self._add_steps(run)
-            run = []
+            self._add_steps(steps)
+            steps = []
             with contextlib.suppress(*CONTENT_ERRORS):
                 self._add_event(event)
-        self._add_steps(run)
+        self._add_steps(steps)
 
     def _add_steps(self, events: list[Event]) -> None:
-        events = [event for event in events if isinstance(event.get("step"), int) and 0 <= event["step"] < MOST_STEPS]
+        events = [event for event in events if isinstance(event.get("step"), int) and 0 <= event["step"] < MAX_STEP]
         if not events:
             return
-        self.newest["step"] = self.last = events[-1]
-        if self.first_time is None:
-            self.first_time = self._session = _number(events[0].get("time")) or 0.0
+        self.newest["step"] = events[-1]
+        if self._first_time is None:
+            self._first_time = self._session_start = _number(events[0].get("time")) or 0.0
         for name, value in events[0].items():
-            if name not in _PLAIN and name not in self.columns and not isinstance(value, (str, bool, list, dict)):
+            if name not in _NOT_COLUMNS and name not in self.columns and not isinstance(value, (str, bool, list, dict)):
                 self.columns[name] = array("f", [np.nan] * len(self.steps))
         first = events[0]["step"]
         if self.steps and first <= self.steps[-1]:
             self._undo(first - 1)
         numbers = [event["step"] for event in events]
         if any(later <= number for number, later in pairwise(numbers)):
-            for event in events:  # not written by one session: process one by one
+            for event in events:  # the steps are from several sessions
                 self._add_steps([event])
             return
         epoch = None
         for number, event in zip(numbers, events, strict=True):
             if event.get("epoch") != epoch and isinstance(event.get("epoch"), int):
                 epoch = event["epoch"]
-                self._epoch_began.setdefault(epoch, number)
+                self._epoch_starts.setdefault(epoch, number)
         self.steps.extend(numbers)
-        reached = self.clock[-1] if self.clock else 0.0
-        for time in _numbers(events, "time"):  # keep the axis monotonic if the clock is set back
-            reached = max(reached, self._before + time - self._session)
-            self.clock.append(reached)
+        elapsed = self.clock[-1] if self.clock else 0.0
+        for time in _numbers(events, "time"):
+            elapsed = max(elapsed, self._earlier_seconds + time - self._session_start)  # the clock may be set back
+            self.clock.append(elapsed)
         self.tokens.extend(_numbers(events, "tokens"))
         for name, column in self.columns.items():
             column.extend(_numbers(events, name))
 
     def _add_event(self, event: Event) -> None:
         kind, step = str(event.get("event")), event.get("step")
-        self.last = event
         time = _number(event.get("time"))
-        if self.first_time is None and kind == "start":
-            self.first_time = self._session = time
+        if self._first_time is None and kind == "start":
+            self._first_time = self._session_start = time
         if kind == "machine":  # a new session; time between sessions is not counted
-            self._before, self._session = (self.clock[-1] if self.clock else 0.0), time
-        if kind in ("start", "resume") and self._session:
-            self._session = time
-        if kind in _KEPT:
+            self._earlier_seconds, self._session_start = (self.clock[-1] if self.clock else 0.0), time
+        if kind in ("start", "resume") and self._session_start:
+            self._session_start = time
+        if kind in _STORED_EVENTS:
             self.newest[kind] = event
-        if kind == "recipe" and not self._asked:
-            self._asked = {str(choice.get("field")): choice for choice in event.get("choices") or []}
+        if kind == "recipe" and not self._first_choices:
+            self._first_choices = {str(choice.get("field")): choice for choice in event.get("choices") or []}
         if kind == "note":
             self.notes = [*self.notes, str(event.get("text", ""))][-200:]
         if kind == "eval" and isinstance(step, int):
             self.newest["eval"] = event
-            at = bisect_left(self.eval_steps, step)
-            self.generation += at < len(self.eval_steps)
-            del self.eval_steps[at:], self.evals[at:], self.eval_seconds[at:]
+            index = bisect_left(self.eval_steps, step)
+            self.generation += index < len(self.eval_steps)
+            del self.eval_steps[index:], self.evals[index:]
             self.eval_steps.append(step)
             self.evals.append(_number(event.get("loss")))
-            self.eval_seconds.append(_number(event.get("seconds")))
-        back = event.get("to") if kind == "rollback" else step if kind == "resume" else None
-        if isinstance(back, int) and self.steps and back < self.steps[-1]:
-            self._undo(back)
+        last_valid = event.get("to") if kind == "rollback" else step if kind == "resume" else None
+        if isinstance(last_valid, int) and self.steps and last_valid < self.steps[-1]:
+            self._undo(last_valid)
             if kind == "resume":
-                self._before = self.clock[-1] if self.clock else 0.0
-        made = mark_for(event)
-        if made is None:
+                self._earlier_seconds = self.clock[-1] if self.clock else 0.0
+        mark = mark_for(event)
+        if mark is None:
             return
         self.num_marks += 1
         if kind == "save":
             self.num_saves += 1
-            saves = [place for place, one in enumerate(self.marks) if one["kind"] == "save"]
-            if len(saves) >= MOST_SAVES:
+            saves = [index for index, earlier in enumerate(self.marks) if earlier["kind"] == "save"]
+            if len(saves) >= MAX_SAVES:
                 del self.marks[saves[0]]
-        elif len(self.marks) >= MOST_MARKS:
+        elif len(self.marks) >= MAX_MARKS:
             self.marks_left_out += 1
             return
-        self.marks.append(made)
+        self.marks.append(mark)
 
     def _undo(self, step: int) -> None:
-        """Move values after `step` to `undone`, because the run repeats them."""
-        at = bisect_right(self.steps, step)
-        if at < len(self.steps):
+        """Remove the values after `step`, because the run repeats these steps, and add their losses to `undone`."""
+        index = bisect_right(self.steps, step)
+        if index < len(self.steps):
             self.generation += 1
             losses = self.columns.get("loss", array("f"))
-            self.undone += zip(self.steps[at:], losses[at:], strict=False)
-            del self.undone[:-MOST_UNDONE]
+            self.undone += zip(self.steps[index:], losses[index:], strict=False)
+            del self.undone[:-MAX_UNDONE]
         for column in [*self.columns.values(), self.clock, self.tokens]:
-            del column[at:]
-        del self.steps[at:]
-        at = bisect_right(self.eval_steps, step)
-        del self.eval_steps[at:], self.evals[at:], self.eval_seconds[at:]
-        self._epoch_began = {epoch: began for epoch, began in self._epoch_began.items() if began <= step}
+            del column[index:]
+        del self.steps[index:]
+        index = bisect_right(self.eval_steps, step)
+        del self.eval_steps[index:], self.evals[index:]
+        self._epoch_starts = {epoch: start for epoch, start in self._epoch_starts.items() if start <= step}
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Steps per epoch, from the epochs seen so far or from rows and batch size."""
-        begun = sorted(self._epoch_began.items())
-        if len(begun) > 1:
-            (first, a), (last, b) = begun[0], begun[-1]
-            return max(1.0, (b - a) / (last - first))
+        """Return the steps per epoch, from the starts of two epochs or from the number of rows and the batch size."""
+        starts = sorted(self._epoch_starts.items())
+        if len(starts) > 1:
+            (first, first_start), (last, last_start) = starts[0], starts[-1]
+            return max(1.0, (last_start - first_start) / (last - first))
         report = (self.newest.get("data") or {}).get("report") or {}
         rows = (report.get("rows") or {}).get("used")
         batch = next((c["value"] for c in self.choices if c.get("field") == "train.batch_size"), None)
@@ -237,75 +233,77 @@ class History:
 
     @property
     def choices(self) -> list[dict[str, Any]]:
-        """The resolved recipe with origin and reason of each value; unchanged values keep those of the start."""
-        now = (self.newest.get("recipe") or {}).get("choices") or []
-        first = self._asked
-        same = {c["field"] for c in now if first.get(c["field"], {}).get("value") == c.get("value")}
-        return [first[choice["field"]] if choice["field"] in same else choice for choice in now]
+        """Return the resolved recipe with the origin and reason of each value.
+
+        A value that is equal in the first session keeps its first origin, because a resume replaces all origins.
+        """
+        choices = []
+        for choice in (self.newest.get("recipe") or {}).get("choices") or []:
+            first = self._first_choices.get(choice["field"], {})
+            choices.append(first if first and first.get("value") == choice.get("value") else choice)
+        return choices
 
     def axis(self, by: str, steps: Any) -> Values:
         """Return the positions of steps on an axis: step, epoch, tokens or time."""
-        asked = np.asarray(steps, dtype=np.float64)
+        x = np.asarray(steps, dtype=np.float64)
         if by == "step" or not len(self.steps):
-            return asked
+            return x
         if by == "epoch":
-            return asked / (self.steps_per_epoch or max(1.0, float(self.steps[-1])))
+            return x / (self.steps_per_epoch or max(1.0, float(self.steps[-1])))
         column = self.tokens if by == "tokens" else self.clock
-        places: Values = np.interp(asked, np.array(self.steps, np.float64), np.array(column, np.float64))
-        return places
+        positions: Values = np.interp(x, np.array(self.steps, np.float64), np.array(column, np.float64))
+        return positions
 
     def curves(
         self, by: str = "step", points: int = 800, start: float | None = None, end: float | None = None,
         fields: tuple[str, ...] = (),
     ) -> dict[str, Any]:  # fmt: skip
-        """Return every series between start and end, with the minimum and maximum of each of `points` parts."""
+        """Return series, by default all, between start and end. Long ones are reduced to extremes of `points` parts."""
         x = self.axis(by, self.steps)
         series: dict[str, Any] = {}
-        smooth = None
+        last = {name: value for name, value in (self.newest.get("step") or {}).items() if name != "event"}
         for name, column in self.columns.items():  # one at a time, because each is as long as the run
             values = np.array(column, dtype=np.float64)
             if not fields or name in fields:
-                series[name] = _within(x, values, start, end, points)
+                series[name] = _reduce(x, values, start, end, points)
             if name == "loss":
                 means = smoothed(values)
-                smooth = short(float(means[-1])) if len(means) else None
+                if len(means) and (smoothed_loss := round_significant(float(means[-1]))) is not None:
+                    last["smoothed"] = smoothed_loss
                 if not fields or "smoothed" in fields:
-                    series["smoothed"] = _within(x, means, start, end, points)
+                    series["smoothed"] = _reduce(x, means, start, end, points)
         if not fields or "eval_loss" in fields:
-            at = self.axis(by, np.array(self.eval_steps, dtype=np.int64))
-            series["eval_loss"] = _within(at, np.array(self.evals, dtype=np.float64), start, end, points)
+            eval_x = self.axis(by, np.array(self.eval_steps, dtype=np.int64))
+            series["eval_loss"] = _reduce(eval_x, np.array(self.evals, dtype=np.float64), start, end, points)
         if self.undone and (not fields or "undone" in fields):
-            numbers, losses = (np.array(part, dtype=np.float64) for part in zip(*self.undone, strict=True))
-            series["undone"] = _within(self.axis(by, numbers), losses, start, end, points)
-        reach = [float(x[0]), float(x[-1])] if len(x) else None
-        last = dict(self.newest.get("step") or {})
-        last.pop("event", None)
-        if smooth is not None:
-            last["smoothed"] = smooth
-        if self.num_bytes > LARGE_BYTES:
+            steps, losses = (np.array(values, dtype=np.float64) for values in zip(*self.undone, strict=True))
+            series["undone"] = _reduce(self.axis(by, steps), losses, start, end, points)
+        if self.num_bytes > TRIM_BYTES:
             trim_heap()
         return {
-            "by": by, "range": reach, "rows": len(x), "decimated": len(x) > 2 * points, "series": series,
-            "last": last, "generation": self.generation,
+            "by": by, "range": [float(x[0]), float(x[-1])] if len(x) else None, "rows": len(x),
+            "decimated": len(x) > 2 * points, "series": series, "last": last, "generation": self.generation,
         }  # fmt: skip
 
 
 def smoothed(values: Values) -> Values:
     """Return a centred moving average, which does not lag behind the curve."""
-    known = np.isfinite(values)
-    count = len(values)
-    place = np.arange(count, dtype=np.int32)
-    reach = np.minimum(np.minimum(place, count - 1 - place), min(max(10, count // SMOOTHED_SHARE), count // 20))
-    low, high = place - reach, place + reach + 1
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    means: Values = total[high] - total[low]
-    total = np.concatenate([np.zeros(1, np.int32), np.cumsum(known, dtype=np.int32)])
+    finite = np.isfinite(values)
+    n = len(values)
+    index = np.arange(n, dtype=np.int32)
+    max_width = min(max(10, n // SMOOTHED_PARTS), n // 20)
+    width = np.minimum(np.minimum(index, n - 1 - index), max_width)  # on each side
+    low, high = index - width, index + width + 1
+    totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    means: Values = totals[high] - totals[low]
+    totals = np.concatenate([np.zeros(1, np.int32), np.cumsum(finite, dtype=np.int32)])
     with np.errstate(invalid="ignore", divide="ignore"):
-        means /= total[high] - total[low]
+        means /= totals[high] - totals[low]
     return means
 
 
-def _within(x: Values, y: Values, start: float | None, end: float | None, points: int) -> dict[str, list[Any]]:
+def _reduce(x: Values, y: Values, start: float | None, end: float | None, points: int) -> dict[str, list[Any]]:
+    """Return the finite points between start and end, reduced to extremes if they are many."""
     keep = np.isfinite(y) & np.isfinite(x)
     if start is not None:
         keep &= x >= start
@@ -315,11 +313,14 @@ def _within(x: Values, y: Values, start: float | None, end: float | None, points
     if len(y) > 2 * points:
         chosen = extremes(x, y, points)
         x, y = x[chosen], y[chosen]
-    return {"x": [short(float(one), 9) for one in x], "y": [short(float(one)) for one in y]}
+    return {
+        "x": [round_significant(float(value), 9) for value in x],
+        "y": [round_significant(float(value)) for value in y],
+    }
 
 
 def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
-    """Return the indices of both ends and of each part's extremes: LTTB may drop a spike. x: must be increasing."""
+    """Return the indices of both ends and of the minimum and maximum of each part of the range of x (increasing)."""
     edges = np.searchsorted(x, np.linspace(x[0], x[-1], parts + 1)[1:-1], side="left")
     chosen = {0, len(x) - 1}
     for low, high in zip([0, *edges.tolist()], [*edges.tolist(), len(x)], strict=True):
@@ -329,8 +330,8 @@ def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def short(value: float, digits: int = 6) -> float | None:
-    """Round to `digits` significant digits; None for NaN and infinity."""
+def round_significant(value: float, digits: int = 6) -> float | None:
+    """Round to `digits` significant digits. Returns None for NaN and infinity."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
@@ -339,8 +340,8 @@ def _number(value: Any) -> float:
 
 
 def _numbers(events: list[Event], name: str) -> list[float]:
-    """Return a field of all events; fast if every event has it."""
-    try:
+    """Return a field of all events, NaN for events without it."""
+    try:  # fast if every event has the field
         values = [event[name] for event in events]
         array("d", values)
         return values
@@ -349,7 +350,7 @@ def _numbers(events: list[Event], name: str) -> list[float]:
 
 
 def mark_for(event: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a mark for a curve (kind, step, time, text, level, event), or None for other events."""
+    """Return the mark of an event on the curves, or None for an event that has no mark."""
     kind = str(event.get("event"))
     if kind in _WITHOUT_MARK:
         return None
@@ -365,22 +366,21 @@ def _describe(kind: str, event: dict[str, Any]) -> str:
     step, why = event.get("step"), str(event.get("why") or "")
     if kind == "start":
         parameters = event.get("parameters") or {}
-        trained = f", {parameters['trainable']:,} trainable parameters" if _is_int(parameters.get("trainable")) else ""
-        return f"starts at step {step} of {event.get('steps')} with the {event.get('engine')} step{trained}"
+        suffix = f", {parameters['trainable']:,} trainable parameters" if _is_int(parameters.get("trainable")) else ""
+        return f"starts at step {step} of {event.get('steps')} with the {event.get('engine')} step{suffix}"
     if kind == "rollback":
         scale = event.get("rate_scale")
-        slower = f"; learning rate times {scale:g}" if isinstance(scale, (int, float)) else ""
-        return f"rolled back from step {step} to {event.get('to')}: {why}{slower}"
+        suffix = f"; learning rate times {scale:g}" if isinstance(scale, (int, float)) else ""
+        return f"rolled back from step {step} to {event.get('to')}: {why}{suffix}"
     if kind == "stop":
-        advice = [str(one) for one in event.get("advice") or []]
         text = "stopped by a signal, after saving" if why == "signal" else f"stopped: {why}"
-        return "; ".join([text, *advice])
+        return "; ".join([text, *map(str, event.get("advice") or [])])
     if kind == "rehearsal" and _is_int(event.get("predicted_bytes")) and _is_int(event.get("usable_bytes")):
         need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
-        tried = "dry run of the largest micro-batch" if event.get("done") else "fits easily, dry run skipped"
-        return f"{need:.2f} GiB predicted, {usable:.1f} usable: {tried}"
-    places = [str(row) for row in event.get("rows") or []] if kind in ("skip", "doubt") else []
-    rows = f" (rows {', '.join(places[:4])}{', ...' if len(places) > 4 else ''})" if places else ""
+        action = "dry run of the largest micro-batch" if event.get("done") else "fits easily, dry run skipped"
+        return f"{need:.2f} GiB predicted, {usable:.1f} usable: {action}"
+    numbers = [str(row) for row in event.get("rows") or []] if kind in ("skip", "doubt") else []
+    rows = f" (rows {', '.join(numbers[:4])}{', ...' if len(numbers) > 4 else ''})" if numbers else ""
     texts = {
         "resume": f"resumed from step {step} ({event.get('checkpoint')})",
         "save": f"saved {event.get('checkpoint')}",
@@ -393,8 +393,8 @@ def _describe(kind: str, event: dict[str, Any]) -> str:
     }
     if kind in texts:
         return texts[kind]
-    rest = {key: value for key, value in event.items() if key not in ("event", "time", "step", "rows")}
-    text = ", ".join(f"{key} {_format(value)}" for key, value in rest.items() if value is not None)
+    fields = [key for key, value in event.items() if key not in ("event", "time", "step", "rows") and value is not None]
+    text = ", ".join(f"{key} {_format(event[key])}" for key in fields)
     return f"{kind}: {text}" if text else kind
 
 

@@ -8,147 +8,147 @@ import os
 import threading
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from strop.config.load import SHORT_FORMS, Choice, parse_option, resolve
+from strop.config.load import SHORT_FORMS, Choice, full_name, parse_option, resolve
 from strop.config.schema import Recipe, option_fields
 from strop.dash.files import limit_rows
-from strop.dash.jobs import command, option
-from strop.data.check import token_pieces
+from strop.dash.jobs import option_flags, shell_command
+from strop.data.check import split_tokens
 from strop.data.prepare import Prepared, prepare
 from strop.data.reading import sources
 from strop.data.store import Conversations, Examples, digest, dump_conversation
 from strop.data.types import Indices
 from strop.errors import InputError, StropError
-from strop.machine.memory import limit_bytes
+from strop.machine.memory import parse_memory
 from strop.models.families.shape import ModelInfo
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
-from strop.planning.machines import Target, target_for
-from strop.planning.microbatch import NO_DATA, Rows, plan_options, row_sizes
+from strop.planning.machines import TargetMachine, find_target
+from strop.planning.microbatch import NO_DATA, Rows, measure_rows, plan_options
 from strop.planning.plan import make_plan, read_model_facts, start_adapter
 from strop.runs.folder import free_bytes
 
-TARGET_S = 10.0  # seconds to cache facts about the machine, whose free memory changes
-MODEL_S = 60.0  # seconds to cache facts about a model
-ROWS_S = 1.5  # seconds to wait for row lengths; until then the plan assumes rows of maximum length
+TARGET_CACHE_S = 10.0  # short, because the free memory of the machine changes
+MODEL_CACHE_S = 60.0
+ROWS_WAIT_S = 1.5  # time to wait for row lengths; without them, the plan assumes rows of maximum length
 
 
 class Planner:
     def __init__(self) -> None:
         self._cache: dict[tuple[str, str], tuple[float, Any]] = {}
-        self._measured: dict[str, Rows | StropError] = {}
-        self._measuring: dict[str, threading.Thread] = {}
+        self._row_sizes: dict[str, Rows | StropError] = {}
+        self._threads: dict[str, threading.Thread] = {}
 
     def plan(
         self, options: dict[str, Any], memory: str | None, gpu: str | None, out: str | None, thorough: bool
     ) -> dict[str, Any]:
         """Return `strop plan --json` for these options, with the origin of each value and the train command."""
         started = time.perf_counter()
-        words = [word for field, value in options.items() for word in option(field, value)]
-        given = typed_options(options)
-        resolved = resolve(None, plan_options(given, False))
+        arguments = ["train", *(flag for field, value in options.items() for flag in option_flags(field, value))]
+        arguments += [f"--memory={memory}"] if memory else []
+        resolved = resolve(None, plan_options(typed_options(options), False))
         model = resolved.recipe.model
-        machine = (model.device, limit_bytes(memory), gpu)
-        target: Target = self._cached("target", machine, TARGET_S, lambda: target_for(*machine))
+        machine = (model.device, parse_memory(memory), gpu)
+        target: TargetMachine = self._cached("target", machine, TARGET_CACHE_S, lambda: find_target(*machine))
         if gpu is not None and model.device.partition(":")[0] != target.device:
             resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
         source = [model.name, model.revision]
-        facts: ModelInfo = self._cached("model", source, MODEL_S, lambda: read_model_facts(resolved.recipe))
+        facts: ModelInfo = self._cached("model", source, MODEL_CACHE_S, lambda: read_model_facts(resolved.recipe))
         rows, state = self._rows(resolved.recipe)
         adapter = start_adapter(resolved.recipe)
-        found = make_plan(resolved, facts, target, rows=rows, adapter=adapter, thorough=thorough)
-        words = ["train", *words, *([f"--memory={memory}"] if memory else [])]
-        planned = found.as_json()
-        choices = [asdict(choice) for choice in found.resolved.choices.values()]
+        plan = make_plan(resolved, facts, target, rows=rows, adapter=adapter, thorough=thorough)
+        plan_json = plan.as_json()
+        choices = [asdict(choice) for choice in plan.resolved.choices.values() if choice.value != NO_DATA]
         return {
-            **planned, "recipe": [choice for choice in choices if choice["value"] != NO_DATA], "argv": words,
-            "command": command([*words, *([f"--out={out}"] if out else [])]),
-            "rows": state, "downloads": _downloads(facts, planned["parameters"]),
-            "writes": {"bytes": planned["disk_bytes"], "free_bytes": free_bytes(Path(out or "."))},
+            **plan_json, "recipe": choices, "argv": arguments,
+            "command": shell_command([*arguments, *([f"--out={out}"] if out else [])]),
+            "rows": state, "downloads": _downloads(facts, plan_json["parameters"]),
+            "writes": {"bytes": plan_json["disk_bytes"], "free_bytes": free_bytes(Path(out or "."))},
             "here": gpu is None, "took_ms": round(1000 * (time.perf_counter() - started), 1),
         }  # fmt: skip
 
     def _cached(self, kind: str, key: Any, seconds: float, make: Callable[[], Any]) -> Any:
+        """Return make(), or its previous result if that is not older than `seconds`."""
         name = (kind, json.dumps(key))
-        known = self._cache.get(name)
-        if known is None or time.monotonic() - known[0] > seconds:
+        entry = self._cache.get(name)
+        if entry is None or time.monotonic() - entry[0] > seconds:
             if len(self._cache) > 64:
                 self._cache.clear()
-            known = (time.monotonic(), make())
-            self._cache[name] = known
-        return known[1]
+            entry = self._cache[name] = (time.monotonic(), make())
+        return entry[1]
 
     def _rows(self, recipe: Recipe) -> tuple[Rows, dict[str, Any]]:
-        """Return the row lengths known so far; a background thread measures the rest."""
+        """Return the row lengths and their state for the page; a background thread reads them."""
         if recipe.data.train == NO_DATA:
-            return Rows(), {"known": False, "number": None, "measuring": False, "why": "no data is chosen"}
+            return Rows(), {"known": False, "number": None, "measuring": False, "why": "no data set is selected"}
         key = json.dumps([recipe.data.model_dump(), recipe.model.name, recipe.train.objective, _file_stamps(recipe)])
-        if key not in self._measured:
-            if key not in self._measuring:
-                self._measuring[key] = threading.Thread(target=self._measure, args=(key, recipe), daemon=True)
-                self._measuring[key].start()
+        if key not in self._row_sizes:
+            if key not in self._threads:
+                self._threads[key] = threading.Thread(target=self._read_row_sizes, args=(key, recipe), daemon=True)
+                self._threads[key].start()
             with contextlib.suppress(KeyError):  # the thread has ended
-                self._measuring[key].join(ROWS_S)
-        found = self._measured.get(key)
-        if found is None:
+                self._threads[key].join(ROWS_WAIT_S)
+        rows = self._row_sizes.get(key)
+        if rows is None:
             return Rows(), {"known": False, "number": None, "measuring": True, "why": "the rows are being read"}
-        if isinstance(found, StropError):
-            raise found
-        known, number = bool(found), len(found) or None
-        return found, {"known": known, "number": number, "measuring": False, "why": found.refused or found.unknown}
+        if isinstance(rows, StropError):
+            raise rows
+        why = rows.refused or rows.unknown
+        return rows, {"known": bool(rows), "number": len(rows) or None, "measuring": False, "why": why}
 
-    def _measure(self, key: str, recipe: Recipe) -> None:
-        found: Rows | StropError
+    def _read_row_sizes(self, key: str, recipe: Recipe) -> None:
+        result: Rows | StropError
         try:
             try:
-                found = row_sizes(recipe)
+                result = measure_rows(recipe)
             except StropError as error:
-                found = error
-            if len(self._measured) > 16:
-                self._measured.clear()
-            self._measured[key] = found
+                result = error
+            if len(self._row_sizes) > 16:
+                self._row_sizes.clear()
+            self._row_sizes[key] = result
         finally:
-            del self._measuring[key]
+            del self._threads[key]
 
 
 def typed_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Parse options as the command line does: full names, typed values."""
-    known = dict(option_fields())
-    given: dict[str, Any] = {}
-    for short, value in options.items():
-        field = SHORT_FORMS.get(short, short)
-        texts = [word.partition("=")[2] for word in option(field, value)]
-        many = field == "track" or (len(texts) > 1 and field in ("data.train", "data.eval"))
-        # `resolve` reports unknown names with the nearest match
-        given[field] = texts if many else parse_option(field, texts[0]) if field in known and texts else value
-    return given
+    """Parse options as the command line does; returns typed values by full name."""
+    fields = dict(option_fields())
+    parsed: dict[str, Any] = {}
+    for name, value in options.items():
+        field = full_name(name)
+        texts = [flag.partition("=")[2] for flag in option_flags(field, value)]
+        if field == "track" or (len(texts) > 1 and field in ("data.train", "data.eval")):
+            parsed[field] = texts
+        else:  # `resolve` reports unknown names with the nearest match
+            parsed[field] = parse_option(field, texts[0]) if field in fields and texts else value
+    return parsed
 
 
 def schema() -> dict[str, Any]:
-    """Return every recipe option, for the form."""
+    """Return the type, the limits, the default and the help text of every recipe option."""
     fields = []
     for name, info in option_fields():
         bounds = {type(rule).__name__: rule for rule in info.metadata}
-        least = getattr(bounds.get("Ge"), "ge", getattr(bounds.get("Gt"), "gt", None))
-        most = getattr(bounds.get("Le"), "le", getattr(bounds.get("Lt"), "lt", None))
-        kind, choices = _kind(info.annotation)
+        minimum = getattr(bounds.get("Ge"), "ge", getattr(bounds.get("Gt"), "gt", None))
+        maximum = getattr(bounds.get("Le"), "le", getattr(bounds.get("Lt"), "lt", None))
+        kind, choices = _form_type(info.annotation)
         default = None if info.is_required() else info.get_default(call_default_factory=True)
         fields.append({
             "field": name, "type": kind, "choices": choices, "default": default, "required": info.is_required(),
-            "help": info.description or "", "minimum": least, "maximum": most,
+            "help": info.description or "", "minimum": minimum, "maximum": maximum,
         })  # fmt: skip
     return {"fields": fields, "short": SHORT_FORMS}
 
 
-def _kind(hint: Any) -> tuple[str, list[Any] | None]:
-    """Return the kind of a field and its choices."""
+def _form_type(hint: Any) -> tuple[str, list[Any] | None]:
+    """Return the type of a form field for a type hint, and its choices if it has any."""
     names = {bool: "boolean", int: "integer", float: "number", str: "text", list: "list", dict: "map"}
     choices: list[Any] = []
     kinds = []
@@ -165,89 +165,93 @@ def _kind(hint: Any) -> tuple[str, list[Any] | None]:
     return (kinds[0] if kinds else "text"), None
 
 
+def _file_stamp(name: str) -> list[Any]:
+    """Return path, modification time and size, which change when a file is changed. Raises OSError."""
+    status = os.stat(name)
+    return [name, status.st_mtime_ns, status.st_size]
+
+
 def _file_stamps(recipe: Recipe) -> list[Any]:
-    """Return path, modification time and size of data files. Globs and Hub data sets are not checked for changes."""
+    """Return the stamps of data files that are given by path. Changes of globs and Hub data sets are not noticed."""
     stamps = []
     for names in (recipe.data.train, recipe.data.eval or []):
         for name in [names] if isinstance(names, str) else names:
             with contextlib.suppress(OSError):
-                status = os.stat(name)
-                stamps.append([name, status.st_mtime_ns, status.st_size])
+                stamps.append(_file_stamp(name))
     return stamps
 
 
 def _downloads(facts: ModelInfo, parameters: int) -> list[dict[str, Any]]:
-    """Return what a run would download; for a Hub model that is not cached, 2 bytes per weight."""
+    """Return the download of a run: for a Hub model that is not cached, about 2 bytes per parameter."""
     name = facts.name
     if name.startswith("demo") or name.endswith(".gguf") or Path(name).expanduser().exists():
         return []
     from huggingface_hub import try_to_load_from_cache
 
-    wanted = ("model.safetensors", "model.safetensors.index.json")
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in wanted):
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in weights):
         return []
     return [{"what": f"{name} from the Hugging Face Hub", "bytes": 2 * parameters, "about": True}]
 
 
 # --- data ------------------------------------------------------------------------------------------
 
-MOST_LISTED = 2000  # dropped, truncated and duplicate rows that are sent
-MOST_LOOKED = 50_000  # rows that are compared for duplicates
-BUCKETS = 40
-MOST_ROWS = 100
+MAX_LISTED_ROWS = 2000  # of dropped, truncated and duplicate rows each
+MAX_COMPARED_ROWS = 50_000  # in the search for duplicates
+MAX_PREFIX_ROWS = 2000  # in the search for a shared prefix
+NUM_BINS = 40
+MAX_PAGE_ROWS = 100
 
 
 class DataReader:
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Prepared, Recipe, dict[str, Any]]] = {}
+        self._cache: dict[str, tuple[Prepared, dict[str, Any]]] = {}  # prepared data and its summary
 
     def rows(
         self, options: dict[str, Any], part: str, order: str, offset: int, count: int, ids: bool
     ) -> dict[str, Any]:  # fmt: skip
-        """Return the data report and a page of rows. order: "file", or "long" or "short" first."""
-        recipe = resolve(None, {"model.name": "demo", **typed_options(options)}).recipe
-        prepared, recipe, about = self._prepared(recipe)
+        """Return the data report and a page of rows, in the order of the file or with "long" or "short" rows first."""
+        prepared, summary = self._prepare(resolve(None, {"model.name": "demo", **typed_options(options)}).recipe)
         examples = prepared.train if part == "train" else prepared.eval
         if part not in ("train", "eval") or order not in ("file", "long", "short"):
             raise InputError("part is train or eval; order is file, long or short")
-        result = about[part] if examples is not None else {"lengths": None, "repeats": [], "sharing": None}
-        numbers = _ordered(examples, order) if examples is not None else np.zeros(0, np.int64)
-        page = numbers[offset : offset + min(count, MOST_ROWS)]
-        rows = [_row(prepared, examples[int(number)], int(number), ids) for number in page] if examples else []
-        return {**about["report"], **result, "part": part, "order": order, "num_rows": len(numbers), "rows": rows}
+        statistics = summary[part] if examples is not None else {"lengths": None, "repeats": [], "sharing": None}
+        indices = _sort_rows(examples, order) if examples is not None else np.zeros(0, np.int64)
+        page = indices[offset : offset + min(count, MAX_PAGE_ROWS)]
+        rows = [_row(prepared, examples[int(index)], int(index), ids) for index in page] if examples else []
+        return {**summary["report"], **statistics, "part": part, "order": order, "num_rows": len(indices), "rows": rows}
 
-    def _prepared(self, recipe: Recipe) -> tuple[Prepared, Recipe, dict[str, Any]]:
+    def _prepare(self, recipe: Recipe) -> tuple[Prepared, dict[str, Any]]:
         data_kind = data_kind_of(recipe.train)
-        asked = [recipe.data.model_dump(), recipe.model.name, recipe.model.revision, data_kind]
-        key = json.dumps([asked, _source_stamps(recipe)], sort_keys=True)
-        if key not in self._known:
-            while len(self._known) > 1:
-                del self._known[next(iter(self._known))]
+        settings = [recipe.data.model_dump(), recipe.model.name, recipe.model.revision, data_kind]
+        key = json.dumps([settings, _source_stamps(recipe)], sort_keys=True)
+        if key not in self._cache:
+            while len(self._cache) > 1:
+                del self._cache[next(iter(self._cache))]
             tokenizer = load_tokenizer(locate(recipe.model.name, recipe.model.revision))
             prepared = prepare(recipe.data, tokenizer, strict=False, data_kind=data_kind)
-            self._known[key] = (prepared, recipe, _about(prepared, recipe))
-        return self._known[key]
+            self._cache[key] = (prepared, _summarize(prepared, recipe))
+        return self._cache[key]
 
 
 def _source_stamps(recipe: Recipe) -> list[Any]:
-    """Return path, modification time and size of every data file, so that changed files are read again."""
-    names = [recipe.data.train, recipe.data.eval]
+    """Return the stamps of all data files, including those that a glob matches."""
     stamps = []
-    for name in names:
+    for name in (recipe.data.train, recipe.data.eval):
         if name is None or (isinstance(name, str) and name.strip().endswith("%")):
             continue
         try:
-            files = [file for source in sources.resolve(name) for file in source.files]
-            stamps += [[file, Path(file).stat().st_mtime_ns, Path(file).stat().st_size] for file in files]
+            stamps += [_file_stamp(file) for source in sources.resolve(name) for file in source.files]
         except (StropError, OSError):  # `prepare` reports the error
             stamps.append([name])
     return stamps
 
 
-def _about(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
+def _summarize(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
+    """Return the data report, and statistics of the training and evaluation rows."""
     full = prepared.report.as_json()
-    report = {**(limit_rows(full, MOST_LISTED) or {}), "eval": limit_rows(full["eval"], MOST_LISTED)}
-    about: dict[str, Any] = {
+    report = {**(limit_rows(full, MAX_LISTED_ROWS) or {}), "eval": limit_rows(full["eval"], MAX_LISTED_ROWS)}
+    summary: dict[str, Any] = {
         "report": {"report": report, "objective": recipe.train.objective, "model": recipe.model.name}
     }
     parts = {"train": (prepared.train, prepared.train_conversations)}
@@ -255,76 +259,77 @@ def _about(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
         parts["eval"] = (prepared.eval, prepared.eval_conversations)
     batch = recipe.train.batch_size
     for name, (examples, conversations) in parts.items():
-        about[name] = {
-            "lengths": _lengths(examples), "repeats": _repeats(conversations),
-            "sharing": _sharing(examples, batch, pairs=prepared.train_items is not None),
+        summary[name] = {
+            "lengths": _length_histogram(examples), "repeats": _find_duplicates(conversations),
+            "sharing": _shared_prefix(examples, batch, pairs=prepared.train_items is not None),
         }  # fmt: skip
-    return about
+    return summary
 
 
-def _ordered(examples: Examples, order: str) -> Indices:
+def _sort_rows(examples: Examples, order: str) -> Indices:
     if order == "file":
         return np.arange(len(examples), dtype=np.int64)
-    chosen: Indices = np.argsort(examples.lengths if order == "short" else -examples.lengths, kind="stable")
-    return chosen
+    indices: Indices = np.argsort(examples.lengths if order == "short" else -examples.lengths, kind="stable")
+    return indices
 
 
-def _row(prepared: Prepared, example: Any, number: int, ids: bool) -> dict[str, Any]:
-    """Return a row with its tokens as pieces of [text, weight, is a supervised stop token]."""
+def _row(prepared: Prepared, example: Any, index: int, with_ids: bool) -> dict[str, Any]:
+    """Return a row with its text as pieces of [text, loss weight, whether it ends with a supervised stop token]."""
     renderer = prepared.renderer
-    stops = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
-    shown = list(token_pieces(example, renderer.tokenizer))
+    stop_ids = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
+    pieces = list(split_tokens(example, renderer.tokenizer))
     row: dict[str, Any] = {
-        "row": number, "file": example.file, "line": example.line, "tokens": len(example),
+        "row": index, "file": example.file, "line": example.line, "tokens": len(example),
         "supervised": example.supervised,
-        "pieces": [[text, weight, weight > 0 and numbers[-1] in stops] for text, numbers, weight in shown],
+        "pieces": [[text, weight, weight > 0 and ids[-1] in stop_ids] for text, ids, weight in pieces],
     }  # fmt: skip
-    return {**row, "ids": [numbers for _, numbers, _ in shown]} if ids else row
+    return {**row, "ids": [ids for _, ids, _ in pieces]} if with_ids else row
 
 
-def _lengths(examples: Examples) -> dict[str, Any]:
-    """Return a histogram of row lengths."""
+def _length_histogram(examples: Examples) -> dict[str, Any]:
     if not len(examples):
         return {"edges": [], "counts": [], "supervised": []}
     longest = int(examples.lengths.max())
-    width = max(1, -(-longest // BUCKETS))
+    width = max(1, -(-longest // NUM_BINS))
     edges = np.arange(0, longest + width + 1, width)
     counts, supervised = (np.histogram(sizes, edges)[0] for sizes in (examples.lengths, examples.supervised))
     return {"edges": edges.tolist(), "counts": counts.tolist(), "supervised": supervised.tolist()}
 
 
-def _repeats(conversations: Conversations) -> list[dict[str, Any]]:
-    """Return rows that duplicate an earlier row."""
-    seen: dict[int, str] = {}
-    found: list[dict[str, Any]] = []
-    for number, conversation in enumerate(conversations):
-        if number >= MOST_LOOKED or len(found) >= MOST_LISTED:
+def _find_duplicates(conversations: Conversations) -> list[dict[str, Any]]:
+    """Return the rows whose content is equal to that of an earlier row."""
+    first_places: dict[int, str] = {}
+    duplicates: list[dict[str, Any]] = []
+    for index, conversation in enumerate(conversations):
+        if index >= MAX_COMPARED_ROWS or len(duplicates) >= MAX_LISTED_ROWS:
             break
         place = f"{conversation.file}:{conversation.line}"
-        first = seen.setdefault(digest(dump_conversation(conversation)), place)
+        first = first_places.setdefault(digest(dump_conversation(conversation)), place)
         if first != place:
-            found.append({"file": conversation.file, "line": conversation.line, "same_as": first})
-    return found
+            duplicates.append({"file": conversation.file, "line": conversation.line, "same_as": first})
+    return duplicates
 
 
-def _sharing(examples: Examples, batch: int, *, pairs: bool) -> dict[str, Any]:
-    """Return the length of the prefix shared by all rows (or each pair), and the least share of tokens it saves."""
-    facts = [examples[number] for number in range(min(len(examples), 2000))]
-    total = sum(map(len, facts))
-    if len(facts) < 2 or not total:
+def _shared_prefix(examples: Examples, batch_size: int, *, pairs: bool) -> dict[str, Any]:
+    """Return the length of the prefix that all rows share, and the fraction of tokens saved by computing it once.
+
+    pairs: return the mean length of the prefix that the two rows of each pair share.
+    """
+    rows = [examples[index].ids for index in range(min(len(examples), MAX_PREFIX_ROWS))]
+    num_tokens = sum(map(len, rows))
+    if len(rows) < 2 or not num_tokens:
         return {"prefix_tokens": 0, "prefix_saves": 0.0}
     if pairs:
-        both = [_common([first.ids, second.ids]) for first, second in zip(facts[0::2], facts[1::2], strict=False)]
-        return {"prefix_tokens": int(np.mean(both)), "prefix_saves": sum(both) / total}
-    common = _common([example.ids for example in facts])
-    return {"prefix_tokens": common, "prefix_saves": common * len(facts) * (1 - 1 / max(1, batch)) / total}
+        lengths = [_shared_prefix_length(pair) for pair in zip(rows[0::2], rows[1::2], strict=False)]
+        return {"prefix_tokens": int(np.mean(lengths)), "prefix_saves": sum(lengths) / num_tokens}
+    length = _shared_prefix_length(rows)
+    return {"prefix_tokens": length, "prefix_saves": length * len(rows) * (1 - 1 / max(1, batch_size)) / num_tokens}
 
 
-def _common(rows: list[Any]) -> int:
-    length = min(map(len, rows))
-    first = rows[0][:length]
+def _shared_prefix_length(rows: Sequence[Any]) -> int:
+    prefix = rows[0][: min(map(len, rows))]
     for row in rows[1:]:
-        differ = np.flatnonzero(first[: len(row)] != row[: len(first)])
-        if len(differ):
-            first = first[: int(differ[0])]
-    return len(first)
+        different = np.flatnonzero(prefix != row[: len(prefix)])
+        if len(different):
+            prefix = prefix[: int(different[0])]
+    return len(prefix)

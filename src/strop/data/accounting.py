@@ -1,4 +1,4 @@
-"""Account for every row of a data set: its outcome, warnings, and why a run would refuse the data."""
+"""Report on a data set: the outcome of every row, statistics, warnings, and the error that a run would raise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from strop.config.schema import DataSection
 from strop.data.batching import pack
@@ -15,18 +16,18 @@ from strop.data.formats import PAIRED, find_placeholders
 from strop.data.rendering.overlong import allowed_overlong
 from strop.data.rendering.render import Renderer
 from strop.data.row_errors import FIXES, TOO_LONG, RenderError, RowError
-from strop.data.store import Examples, Store
+from strop.data.store import Conversations, Examples, Store
 from strop.data.types import Conversation, DataKind, Example, Indices
-from strop.errors import DataError, Where
+from strop.errors import DataError, Location
 
-MAX_LOST_SHARE = 0.01  # a run refuses data if more of its rows than this cannot be shortened by data.overlong
+MAX_LOST_SHARE = 0.01  # largest share of rows that data.overlong may fail to shorten before a run refuses the data
 PADDED_ROWS = 8  # batch size of the padding statistics
 PACKED_ROWS = 200_000  # maximum number of rows in the padding statistics
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Number of tokens, of supervised tokens and of examples, and percentiles of the lengths."""
+    """Numbers of tokens, supervised tokens and examples, and percentiles of the examples' lengths."""
 
     all: int
     supervised: int
@@ -45,13 +46,13 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Statistics of a data set: the outcome of each row, warnings, and why a run would refuse it."""
+    """The outcome of each row of a data set, statistics and warnings."""
 
     rows: dict[str, int]  # read, used, truncated, split, dropped; read is the sum of the other four
     by_reason: dict[str, int]  # number of dropped rows by reason code
     dropped: list[dict[str, Any]]  # {file, line, reason, what} of each dropped row
     tokens: TokenCounts
-    stop_token: dict[str, float]  # {rows, share} whose last supervised token is a stop token, of the rows not dropped
+    stop_token: dict[str, float]  # number and share of used rows whose last supervised token is a stop token
     # within: rows that repeat an earlier row; across: evaluation rows that are also training rows; prompts: evaluation
     # rows whose prompt is also in the training rows
     duplicates: dict[str, int]
@@ -60,12 +61,9 @@ class DataReport:
     warnings: list[str]  # about unusual rows
     template: list[str]  # how the chat template is used
     held_out: int = 0  # rows used for evaluation instead of training
-    refusal: DataError | None = None  # why a run would refuse the data
+    refusal: DataError | None = None  # the error that a run would raise
     eval: DataReport | None = None  # report on the evaluation rows
-    # pairs: {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy (of always preferring the longer, or
-    # always the shorter answer; the higher of the two)}; labels: {desirable, undesirable, and their mean tokens};
-    # prompts: {prompts, right_answers}
-    answers: dict[str, Any] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)  # see `_answer_statistics`
     cut: list[dict[str, Any]] = field(default_factory=list)  # {how, file, line, what} of rows truncated or split
 
     @property
@@ -85,40 +83,44 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of a store that are used for `role` by an objective of `data_kind`, and their examples."""
+    """The rows of a store that are used for training or evaluation, and their examples and conversations.
+
+    shares_store: the rows are held out from the training rows, whose report already covers the rest of the store.
+    """
 
     store: Store
     examples: Examples
+    conversations: Conversations
     rows: Indices
     role: Literal["training", "evaluation"]
-    data_kind: DataKind = "turns"
-    shared: bool = False  # dropped rows are reported by the other selection of the same store
+    data_kind: DataKind
+    shares_store: bool = False
+
+    @property
+    def records(self) -> npt.NDArray[Any]:
+        return self.store.row_records[self.rows]
 
 
 def build_report(data: DataSection, renderer: Renderer, selection: Selection) -> DataReport:
-    """Return the report on the selected rows."""
-    store, examples, rows, role = selection.store, selection.examples, selection.rows, selection.role
-    facts = store.facts
-    if selection.shared:
+    examples, rows, role, facts = selection.examples, selection.rows, selection.role, selection.store.facts
+    if selection.shares_store:
         counts = {"read": len(rows), "used": len(rows), "truncated": 0, "split": 0, "dropped": 0}
-        num_kept, num_stops, errors, warnings, cut = len(rows), _count_stops(selection, renderer), [], [], []
+        num_used, num_stops, errors, warnings, cut = len(rows), _count_stops(selection, renderer), [], [], []
     else:
-        errors = [RowError(code, Where(*where)) for code, *where in facts["faults"]]
+        errors = [RowError(code, Location(*where)) for code, *where in facts["faults"]]
         outcomes = {name: int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split", "dropped")}
         counts = {"read": facts["read"], **outcomes}
-        num_kept, num_stops = len(store.row_records), facts["stops"]
+        num_used, num_stops = len(selection.store.row_records), facts["stops"]
         warnings = [*renderer.warnings, *_row_warnings(facts)]
         if 0 < facts["thinking"] < facts["chats"]:
             num_without = facts["chats"] - facts["thinking"]
             warnings.append(f"{facts['thinking']} {role} rows have reasoning and {num_without} have none")
         cut = [dict(zip(("how", "file", "line", "what"), record, strict=True)) for record in facts["cut"]]
     assert counts["read"] == sum(counts.values()) - counts["read"], f"rows without an outcome: {counts}"
-    digests = store.row_records["digest"][rows]
-    repeated = len(digests) - len(np.unique(digests))
-    if repeated:
+    if repeated := len(rows) - len(np.unique(selection.records["digest"])):
         warnings.append(f"{repeated} {role} rows repeat an earlier one")
     warnings += _label_warnings(selection)
-    refusal = _refusal(data, selection, errors, counts)
+    refusal = _why_refused(data, selection, errors, counts)
     return DataReport(
         rows=counts,
         by_reason=dict(Counter(error.code for error in errors).most_common()),
@@ -128,7 +130,7 @@ def build_report(data: DataSection, renderer: Renderer, selection: Selection) ->
         ],
         cut=cut,
         tokens=TokenCounts.of(examples.lengths, examples.supervised),
-        stop_token={"rows": num_stops, "share": num_stops / num_kept if num_kept else 0.0},
+        stop_token={"rows": num_stops, "share": num_stops / num_used if num_used else 0.0},
         duplicates={"within": repeated, "across": 0},
         padding=_padding(examples.lengths, data.max_length),
         formats=facts["formats"],
@@ -146,12 +148,12 @@ def ends_with_stop(example: Example, renderer: Renderer) -> bool:
 
 
 def _count_stops(selection: Selection, renderer: Renderer) -> int:
-    """Count the rows that end with a supervised stop token; for pairs, both answers must."""
+    """Count the rows that end with a supervised stop token. In pairs, both answers must."""
     if selection.data_kind == "prompts":
         return 0
-    row_of = selection.store.example_records["row"]
-    begins, ends = np.searchsorted(row_of, selection.rows, "left"), np.searchsorted(row_of, selection.rows, "right")
-    firsts = begins if selection.data_kind == "pairs" else ends - 1
+    example_rows = selection.store.example_records["row"]
+    starts, ends = (np.searchsorted(example_rows, selection.rows, side) for side in ("left", "right"))
+    firsts = starts if selection.data_kind == "pairs" else ends - 1
     return sum(
         all(ends_with_stop(selection.store.example(i), renderer) for i in range(first, end))
         for first, end in zip(firsts.tolist(), ends.tolist(), strict=True)
@@ -159,10 +161,13 @@ def _count_stops(selection: Selection, renderer: Renderer) -> int:
 
 
 def _answer_statistics(selection: Selection) -> dict[str, Any]:
+    """Return statistics of prompts, labelled answers or pairs.
+
+    length_accuracy: accuracy of always preferring the longer answer, or always the shorter one if that is higher.
+    """
     supervised, labels = selection.examples.supervised, selection.examples.labels
     if selection.data_kind == "prompts":
-        has_answer = selection.store.row_records["has_answer"][selection.rows]
-        return {"prompts": len(selection.rows), "right_answers": int(has_answer.sum())}
+        return {"prompts": len(selection.rows), "right_answers": int(selection.records["has_answer"].sum())}
     if selection.data_kind == "labels":
         return {
             "desirable": int((labels == 1).sum()),
@@ -192,10 +197,10 @@ def _padding(lengths: Indices, max_length: int) -> dict[str, float]:
     if not len(lengths):
         return {"batched": 0.0, "packed": 0.0, "saved": 0.0}
     tokens = int(lengths.sum())
-    rest = -len(lengths) % PADDED_ROWS
-    batches = np.concatenate([lengths, np.zeros(rest, lengths.dtype)]).reshape(-1, PADDED_ROWS)
+    num_missing = -len(lengths) % PADDED_ROWS  # rows missing in the last batch
+    batches = np.concatenate([lengths, np.zeros(num_missing, lengths.dtype)]).reshape(-1, PADDED_ROWS)
     batch_rows = np.full(len(batches), PADDED_ROWS)
-    batch_rows[-1] -= rest
+    batch_rows[-1] -= num_missing
     batched = 1 - tokens / int((batches.max(axis=1) * batch_rows).sum())
     packs = pack(lengths.tolist(), max(max_length, int(lengths.max())))
     packed = 1 - tokens / (len(packs) * max(int(lengths[group].sum()) for group in packs))
@@ -205,7 +210,7 @@ def _padding(lengths: Indices, max_length: int) -> dict[str, float]:
 def find_row_warnings(
     conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer, data_kind: DataKind
 ) -> Iterator[tuple[str, str]]:
-    """Yield (warning, example) for each unusual property of a usable conversation."""
+    """Yield (warning, excerpt) for each unusual property of a usable conversation."""
     turns = (*conversation.messages, *conversation.rejected)
     texts = [message.content for message in turns] or [conversation.text or ""]
     if placeholders := [name for text in texts if "{{" in text for name in find_placeholders(text)]:
@@ -228,6 +233,7 @@ def find_row_warnings(
 
 
 def _null_names(conversation: Conversation) -> Iterator[str]:
+    """Yield the names of null arguments and null schema properties of tools."""
     turns = (*conversation.messages, *conversation.rejected)
     objects = [call["function"]["arguments"] for turn in turns for call in turn.tool_calls]
     schemas = [tool["function"].get("parameters") for tool in conversation.tools]
@@ -236,7 +242,7 @@ def _null_names(conversation: Conversation) -> Iterator[str]:
 
 
 def _row_warnings(facts: dict[str, Any]) -> list[str]:
-    warnings = [f"{count} rows have {note} ({place})" for note, count, place in facts["notes"]]
+    warnings = [f"{count} rows have {warning} ({first})" for warning, count, first in facts["notes"]]
     if facts["unused"]:
         columns = ", ".join(f"{name} ({count} rows)" for name, count in sorted(facts["unused"].items()))
         warnings.append(f"columns not read: {columns}")
@@ -247,8 +253,7 @@ def _label_warnings(selection: Selection) -> list[str]:
     warnings = []
     if selection.role == "evaluation" and (what := _single_label(selection)):
         warnings.append(f"{what}: the evaluation does not measure the other label")
-    groups = selection.store.row_records["group"][selection.rows]
-    if selection.data_kind == "labels" and len(np.unique(groups)) == 1:
+    if selection.data_kind == "labels" and len(np.unique(selection.records["group"])) == 1:
         warnings.append(
             f"all {selection.role} rows have one prompt: the KL estimate in the loss is always 0, because it is "
             "measured on answers to other prompts"
@@ -264,13 +269,13 @@ def _single_label(selection: Selection) -> str | None:
     return f"all {selection.role} rows are labelled {'good' if labels == {1} else 'bad'}"
 
 
-def _refusal(
+def _why_refused(
     data: DataSection, selection: Selection, errors: list[RowError], counts: dict[str, int]
 ) -> DataError | None:
-    """Return why a run would refuse these rows, or None."""
+    """Return the error that a run would raise for these rows, or None."""
     facts, role, num_read = selection.store.facts, selection.role, counts["read"]
-    if wrong_kind := _wrong_kind(facts, selection.data_kind):
-        return wrong_kind
+    if kind_error := _check_kind(facts, selection.data_kind):
+        return kind_error
     too_long = [error.where for error in errors if error.code == TOO_LONG]
     invalid = [error for error in errors if error.code != TOO_LONG]
     long_message = f"{len(too_long)} of {num_read} {role} rows are longer than data.max_length {data.max_length}"
@@ -288,17 +293,18 @@ def _refusal(
         )
     if refuse_long:
         return DataError(long_message, fix=long_fix, where=too_long)
-    too_many_lost = len(too_long) > MAX_LOST_SHARE * num_read
-    if too_long and data.overlong != "drop" and too_many_lost and data.bad_rows == "refuse":
+    too_many = len(too_long) > MAX_LOST_SHARE * num_read
+    if too_long and data.overlong != "drop" and too_many and data.bad_rows == "refuse":
         return DataError(
             f"{len(too_long)} of {num_read} {role} rows cannot be shortened to data.max_length {data.max_length}",
             fix="raise --data.max_length, or leave such rows out with --data.overlong drop",
             where=too_long,
         )
     if not len(selection.rows):
-        where, fix = [error.where for error in errors], "give more rows"
-        if role == "training" and (num_held_out := len(selection.store.row_records)):  # all of them went to evaluation
+        fix = "give more rows"
+        if role == "training" and (num_held_out := len(selection.store.row_records)):
             fix = f"data.eval {data.eval} holds out {num_held_out} of them: {fix}, or a file to evaluate on"
+        where = [error.where for error in errors]
         return DataError(f"0 of {num_read} {role} rows are left", fix=fix, where=where)
     if role == "training" and (what := _single_label(selection)):  # KTO needs both labels
         fix = "give rows with both labels, or train on good answers only with --train.objective sft"
@@ -306,25 +312,20 @@ def _refusal(
     return None
 
 
-def _wrong_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
-    """Return an error if the objective cannot be trained on this kind of rows, else None."""
+def _check_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
+    """Return an error if the objective cannot be trained on rows of these formats, else None."""
+    names = {"pairs": "preference pairs", "labelled": "labelled answers", "prompt": "prompts without answers"}
     kinds = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
-    turns = {*kinds.values()} - {"pairs", "labelled", "prompt"}
+    conversations = {*kinds.values()} - names.keys()
     usable = {
-        "turns": turns,
+        "turns": conversations,
         "pairs": {"pairs"},
         "labels": {"pairs", "labelled"},
-        "prompts": (turns | {"prompt"}) - {"text"},
-    }
-    wrong = [(file, kind) for file, kind in kinds.items() if kind not in usable[data_kind]]
-    if not wrong:
+        "prompts": (conversations | {"prompt"}) - {"text"},
+    }[data_kind]
+    file, kind = next(((file, kind) for file, kind in kinds.items() if kind not in usable), ("", ""))
+    if not kind:
         return None
-    file, kind = wrong[0]
-    names = {
-        "pairs": "preference pairs",
-        "labelled": "answers labelled good or bad",
-        "prompt": "prompts without answers",
-    }
     what = names.get(kind, f"{kind} rows")
     if data_kind == "turns":
         fix = {
@@ -340,11 +341,8 @@ def _wrong_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
         "labels": "answers with a label, or pairs",
         "prompts": "prompts, with reference answers or without",
     }[data_kind]
-    fix = {
-        "labelled": "--train.objective kto",
-        "pairs": "--train.objective dpo",
-        "prompt": "--train.objective grpo",
-    }.get(kind, "--train.objective sft, or other data")
+    objective = {"labelled": "kto", "pairs": "dpo", "prompt": "grpo"}.get(kind, "sft, or other data")
+    fix = f"--train.objective {objective}"
     if data_kind == "labels" and "label" in facts["unused"]:
         fix = "--data.format labelled, if 1 in label is good and 0 is bad"
     return DataError(f"{file}: {what}; this objective learns from {needed}", fix=fix)

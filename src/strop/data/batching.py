@@ -21,11 +21,11 @@ class Batch:
 
 
 class BatchStream:
-    """Batches of row indices, each row once an epoch, in an order that depends only on (seed, epoch).
+    """Iterate over batches of row indices: each row once per epoch, shuffled by (seed, epoch).
 
-    The stream ends after `max_steps`, or else after `epochs`. A fraction of an epoch, such as 0.5, counts in whole
-    batches, rounded up. The last batch of an epoch may be smaller; it is never dropped. To resume after a batch, pass
-    its `position` and otherwise equal arguments.
+    The stream ends after `max_steps` if given, otherwise after `epochs`. A fraction of an epoch is rounded up to whole
+    batches. The last batch of an epoch may be smaller. To resume after a batch, pass its `position` and the same other
+    arguments.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BatchStream:
         self._next = 0
         if position is not None:
             expected = self.position_of(position["step"])
-            assert dict(position) == expected, f"a position of another stream: {dict(position)}, here {expected}"
+            assert dict(position) == expected, f"the position {dict(position)} is of another stream, not {expected}"
             self._next = position["step"]
 
     @property
@@ -50,8 +50,8 @@ class BatchStream:
         return self.position_of(self._next)
 
     def order(self, epoch: int) -> list[int]:
-        """Return the rows of an epoch in order: a pure function of (seed, epoch)."""
-        # sorted by raw random bits: numpy guarantees the same bits in every version, but not the same permutation()
+        """Return the row indices of an epoch in order. They depend only on (seed, epoch)."""
+        # numpy guarantees the same random bits in every version, but not the same result of permutation()
         keys = np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows)
         order: list[int] = np.argsort(keys, kind="stable").tolist()
         return order
@@ -93,8 +93,8 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect_left(room, (lengths[i], -1))
-        free, k = room.pop(at) if at < len(room) else (budget, len(packs))
+        position = bisect_left(room, (lengths[i], -1))
+        free, k = room.pop(position) if position < len(room) else (budget, len(packs))
         if k == len(packs):
             packs.append([])
         packs[k].append(i)
@@ -106,15 +106,14 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def group_by_length(lengths: Sequence[int], *, tokens: int | None = None, rows: int | None = None) -> list[list[int]]:
     """Split a batch into micro-batches of similar length: return the row indices of each, longest rows first.
 
-    tokens: maximum number of tokens in a micro-batch, padding included; a longer row gets its own micro-batch. rows:
-    maximum number of rows in a micro-batch.
+    tokens: maximum number of tokens in a micro-batch, padding included; a longer row gets a separate micro-batch.
+    rows: maximum number of rows in a micro-batch.
     """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         group = groups[-1] if groups else []
-        full = rows is not None and len(group) >= rows
-        full = full or (tokens is not None and bool(group) and (len(group) + 1) * lengths[group[0]] > tokens)
-        if group and not full:
+        has_room = bool(group) and (rows is None or len(group) < rows)
+        if has_room and (tokens is None or (len(group) + 1) * lengths[group[0]] <= tokens):
             group.append(i)
         else:
             groups.append([i])

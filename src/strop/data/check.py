@@ -1,4 +1,4 @@
-"""Show data to a person: the report, rows as coloured tokens, and a cleaned copy of the rows."""
+"""Print the data report and rows as coloured tokens, and write a cleaned copy of the rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,15 @@ from strop.data.reading import sources
 from strop.data.rendering.render import Renderer, render_pairs, render_prompts
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation, message_json
-from strop.data.types import JUDGED, Conversation, DataKind, Example, Row
-from strop.errors import MAX_SHOWN_PLACES, DataError, FolderError
+from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, Row
+from strop.errors import MAX_SHOWN_LOCATIONS, DataError, FolderError
 
-SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"
+SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"  # styles of tokens
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """Print DataReport.as_json()."""
+    """Print the result of DataReport.as_json()."""
     _print_part("train", report, console)
     if report["eval"] is not None:
         _print_part("eval", report["eval"], console)
@@ -54,22 +54,22 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     for i, sentence in enumerate(report["template"]):
         grid.add_row("" if i else "template", Text(sentence))
     if answers := report["answers"]:
-        grid.add_row("answers", _answers_sentence(answers))
+        grid.add_row("answers", _describe_answers(answers))
     padding = report["padding"]
     grid.add_row("padding", f"{padding['batched']:.0%} in batches of 8 in file order, {padding['packed']:.0%} packed")
     console.print(grid, highlight=False)
-    for place in report["dropped"][:MAX_SHOWN_PLACES]:
-        where = f"{place['file']}:{place['line']}" if place["line"] else place["file"]
-        console.print(Text(f"  {where}: {_escape(place['what'])}", style="red"))
-    if len(report["dropped"]) > MAX_SHOWN_PLACES:
-        console.print(f"  ... and {len(report['dropped']) - MAX_SHOWN_PLACES:,} more", style="red", highlight=False)
+    for row in report["dropped"][:MAX_SHOWN_LOCATIONS]:
+        location = f"{row['file']}:{row['line']}" if row["line"] else row["file"]
+        console.print(Text(f"  {location}: {_escape(row['what'])}", style="red"))
+    if len(report["dropped"]) > MAX_SHOWN_LOCATIONS:
+        console.print(f"  ... and {len(report['dropped']) - MAX_SHOWN_LOCATIONS:,} more", style="red", highlight=False)
     for warning in report["warnings"]:
         console.print(Text(f"warning: {_escape(warning)}", style="yellow"))
     if refusal := report["refusal"]:
         console.print(Text(f"a run would refuse this: {refusal['message']}: {refusal['fix']}", style="bold red"))
 
 
-def _answers_sentence(answers: Mapping[str, Any]) -> str:
+def _describe_answers(answers: Mapping[str, Any]) -> str:
     if "prompts" in answers:
         return f"{answers['prompts']:,} prompts, {answers['right_answers']:,} of them with a reference answer"
     if "pairs" not in answers:
@@ -84,62 +84,52 @@ def _answers_sentence(answers: Mapping[str, Any]) -> str:
     )
 
 
-# --- rows as tokens ----------------------------------------------------------------------------------------------
-
-
 def print_examples(prepared: Prepared, num_rows: int, console: Console, *, ids: bool = False) -> None:
-    """Print the first rows as tokens: supervised ones green in ⟦ ⟧, stop tokens reversed, white space visible."""
+    """Print the tokens of the first rows: supervised tokens green in ⟦ ⟧, stop tokens reversed, white space visible."""
     marks = ("⟦supervised⟧", SUPERVISED), "  ", ("stop token", STOP), "  · blank  ↵ newline"
     console.print(Text.assemble(("context", CONTEXT), "  ", *marks))
     for example in prepared.train[:num_rows]:
         counts = f"{len(example):,} tokens, {example.supervised:,} supervised"
         console.rule(Text(f"{example.file}:{example.line}  {counts}"), align="left")
-        console.print(tokens_text(example, prepared.renderer, ids=ids), overflow="fold")
+        console.print(format_tokens(example, prepared.renderer, ids=ids), overflow="fold")
 
 
-def tokens_text(example: Example, renderer: Renderer, *, ids: bool = False) -> Text:
-    """Return an example as rich text, styled by token. ids: append token ids."""
-    text, was_supervised = Text(), False
-    stops = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
-    for piece, token_ids, weight in token_pieces(example, renderer.tokenizer):
-        supervised = weight > 0
-        if supervised != was_supervised:
-            text.append("⟦" if supervised else "⟧", SUPERVISED)
-        was_supervised = supervised
-        style = (STOP if token_ids[-1] in stops else SUPERVISED) if supervised else CONTEXT
-        text.append(make_visible(piece), style)
-        if supervised and weight != 1:
-            text.append(f"×{weight:g}", "cyan")
-        if ids:
-            text.append(f"({','.join(map(str, token_ids))})", "cyan")
-    if was_supervised:
-        text.append("⟧", SUPERVISED)
+def format_tokens(example: Example, renderer: Renderer, *, ids: bool = False) -> Text:
+    """Return the tokens of an example as styled text. ids: append token ids."""
+    text, stops = Text(), {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
+    for supervised, pieces in groupby(split_tokens(example, renderer.tokenizer), key=lambda piece: piece[2] > 0):
+        text.append("⟦" if supervised else "", SUPERVISED)
+        for piece, token_ids, weight in pieces:
+            style = (STOP if token_ids[-1] in stops else SUPERVISED) if supervised else CONTEXT
+            text.append(make_visible(piece), style)
+            if supervised and weight != 1:
+                text.append(f"×{weight:g}", "cyan")
+            if ids:
+                text.append(f"({','.join(map(str, token_ids))})", "cyan")
+        text.append("⟧" if supervised else "", SUPERVISED)
     return text
 
 
-def token_pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
-    """Yield text, ids and weight of each token. Tokens that are parts of one character come together."""
+def split_tokens(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
+    """Yield text, ids and weight of each token. Tokens that encode parts of one character are joined."""
     pending: list[int] = []
     ids, weights = example.ids.tolist(), example.weights.tolist()
     for i, token in enumerate(ids):
         pending.append(token)
         piece = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        last = i + 1 == len(ids) or (weights[i + 1] > 0) != (weights[i] > 0)
-        if "\ufffd" not in piece or last or len(pending) >= 4:
+        is_last = i + 1 == len(ids) or (weights[i + 1] > 0) != (weights[i] > 0)
+        if "\ufffd" not in piece or is_last or len(pending) >= 4:
             yield piece, pending, weights[i]
             pending = []
 
 
 def make_visible(text: str) -> str:
-    """Replace white space with visible signs, and escape control characters."""
+    """Replace white space with visible symbols, and escape control characters."""
     return "".join(VISIBLE.get(character, _escape(character)) for character in text)
 
 
 def _escape(text: str) -> str:
     return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
-
-
-# --- a cleaned copy ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -152,10 +142,10 @@ class Change:
 def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: DataKind = "turns") -> list[Change]:
     """Write the usable rows of data.train to `out`, and the changes to OUT.changes.jsonl.
 
-    Rows are written as `messages`, `text`, `chosen` and `rejected`, or `prompt`, with `label` for judged answers, and
-    with the standard names of roles and columns. Rows that are invalid, repeated, or too long for data.overlong are
-    dropped. Returns the changes, in order of file and line. Raises the errors of `prepare`, DataError also for rows of
-    several formats, and FolderError if `out` exists or cannot be written.
+    Rows are written in the formats `messages`, `text`, `preference`, `labelled` or `prompt`, with standard names of
+    roles and columns. Rows that are invalid, repeated, or too long for data.overlong are dropped. Returns the changes,
+    in order of file and line. Raises the errors of `prepare`, DataError also for rows of several formats, and
+    FolderError if `out` exists or cannot be written.
     """
     log = out.parent / f"{out.name}.changes.jsonl"
     for path in (out, log):
@@ -166,7 +156,7 @@ def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: 
     temp = out.with_name(f".{out.name}.tmp")
     try:
         with temp.open("w", encoding="utf-8", newline="\n") as file:
-            for line in _cleaned_lines(data, renderer, changes, data_kind):
+            for line in _clean_rows(data, renderer, changes, data_kind):
                 file.write(line + "\n")
         changes.sort(key=lambda change: (change.file, change.line or 0))
         log.write_text("".join(json.dumps(vars(change), ensure_ascii=False) + "\n" for change in changes), "utf-8")
@@ -178,32 +168,33 @@ def write_cleaned_copy(data: DataSection, tokenizer: Any, out: Path, data_kind: 
     return changes
 
 
-def _cleaned_lines(data: DataSection, renderer: Renderer, changes: list[Change], data_kind: DataKind) -> Iterator[str]:
-    bad: list[RowError] = []
-    current: list[Row] = []
+def _clean_rows(data: DataSection, renderer: Renderer, changes: list[Change], data_kind: DataKind) -> Iterator[str]:
+    """Yield the rows of the copy as JSON, and append the changes to `changes`."""
+    errors: list[RowError] = []
+    current: list[Row] = []  # the row that was read last
 
     def remember(row: Row) -> Row:
         current[:] = [row]
         return row
 
     documents, columns = data.format == formats.DOCUMENT, data.columns
-    rows = sources.read_rows(data.train, encoding=data.encoding, columns=columns, bad=bad, documents=documents)
+    rows = sources.read_rows(data.train, encoding=data.encoding, columns=columns, errors=errors, documents=documents)
     reader = formats.ConversationReader(
-        map(remember, rows), format=data.format, columns=columns, bad=bad, answerless=data_kind == "prompts"
+        map(remember, rows), format=data.format, columns=columns, errors=errors, answerless=data_kind == "prompts"
     )
     render = render_prompts if data_kind == "prompts" else render_pairs
     judgements: Judgements = {}
-    seen: dict[int, str] = {}  # hash of a conversation -> its place
-    names: set[str] = set()  # the columns of the copy
+    locations: dict[int, str] = {}  # hash of a conversation -> its first location
+    columns_written: set[str] = set()
     for conversation in map(renderer.separate_reasoning, reader):
         file, line = conversation.file, conversation.line
         [(_, rendered)] = render(renderer, [conversation])
-        kind: DataKind = "pairs" if conversation.rejected else data_kind  # for labels, a pair is two judged answers
+        kind: DataKind = "pairs" if conversation.rejected else data_kind  # for labels, a pair is two labelled answers
         _, examples, error = decide_outcome(conversation, rendered, data, renderer, kind)
         if error is not None:
             changes.append(Change(file, line, f"dropped: {error.where.what}"))
             continue
-        if data_kind in JUDGED:
+        if data_kind in PREFERENCE_KINDS:
             parts = split_pair(conversation) if data_kind == "labels" else (conversation,)
             part_examples = [examples] if len(parts) == 1 else [[example] for example in examples]
             checks = map(find_contradiction, parts, part_examples, repeat(judgements))
@@ -211,25 +202,25 @@ def _cleaned_lines(data: DataSection, renderer: Renderer, changes: list[Change],
                 changes.append(Change(file, line, f"dropped: contradicts {contradicted[0]}:{contradicted[1]}"))
                 continue
         key = digest(dump_conversation(conversation))
-        if key in seen:
-            changes.append(Change(file, line, f"dropped: the same as {seen[key]}"))
+        if key in locations:
+            changes.append(Change(file, line, f"dropped: the same as {locations[key]}"))
             continue
-        seen[key] = f"{file}:{line}"
-        value = _cleaned_row(conversation, as_prompt=data_kind == "prompts" and reader.formats[file] == "prompt")
-        row_names = {*value} - {"tools"}
-        if row_names != (names := names or row_names):
+        locations[key] = f"{file}:{line}"
+        value = _to_row(conversation, as_prompt=data_kind == "prompts" and reader.formats[file] == "prompt")
+        row_columns = {*value} - {"tools"}
+        if row_columns != (columns_written := columns_written or row_columns):
             raise DataError(
-                f"{file}:{line} is written with {', '.join(sorted(row_names))}, rows before it with "
-                f"{', '.join(sorted(names))}: a file must have rows of one format",
+                f"{file}:{line} is written with {', '.join(sorted(row_columns))}, rows before it with "
+                f"{', '.join(sorted(columns_written))}: a file must have rows of one format",
                 fix="clean each file separately, into a separate copy",
             )
         if value != current[0].value:
             changes.append(Change(file, line, _describe_change(current[0].value, conversation, reader.formats[file])))
         yield json.dumps(value, ensure_ascii=False)
-    changes += [Change(error.where.file, error.where.line, f"dropped: {error.where.what}") for error in bad]
+    changes += [Change(error.where.file, error.where.line, f"dropped: {error.where.what}") for error in errors]
 
 
-def _cleaned_row(conversation: Conversation, *, as_prompt: bool) -> dict[str, Any]:
+def _to_row(conversation: Conversation, *, as_prompt: bool) -> dict[str, Any]:
     if conversation.text is not None:
         return {"text": conversation.text}
     name = "prompt" if as_prompt else "chosen" if conversation.rejected else "messages"

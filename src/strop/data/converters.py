@@ -1,4 +1,4 @@
-"""Convert a row to conversations, with one function for each row format. Each raises InvalidRow."""
+"""Convert a row to conversations, with one function per row format. All of them raise InvalidRow."""
 
 from __future__ import annotations
 
@@ -10,35 +10,31 @@ from typing import Any
 
 from strop.data.reading.json_reader import JsonError, loads
 from strop.data.row_errors import InvalidRow
-from strop.data.types import Message, Role
-from strop.errors import nearest
+from strop.data.types import Message, Role, shared_prefix_length
+from strop.errors import suggest
 
-Value = Mapping[str, Any]
+RowValue = Mapping[str, Any]  # column -> value
 Keys = tuple[str, ...]  # the columns that determine a row's format
 
-# Role names of LLaMA-Factory, ShareGPT, OpenAI, OpenAssistant and Llama. Others are an error.
+# Role names of LLaMA-Factory, ShareGPT, OpenAI, OpenAssistant and Llama. Other names are an error.
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
-# Columns that are ignored, because they have no content to train on.
-METADATA = frozenset(
-    {
-        *("id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name"),
-        *("date", "timestamp", "created", "lang", "language", "license", "meta", "metadata", "model", "author"),
-        "version",
-    }
-)
+# Columns that are ignored, because their values are not training data.
+METADATA = frozenset((
+    "id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name", "date",
+    "timestamp", "created", "lang", "language", "license", "meta", "metadata", "model", "author", "version",
+))  # fmt: skip
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and keys of a message
-_SPEAKER = frozenset({"role", "from"})
-CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant's message is the call itself, as JSON
+CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant message whose content is a call as JSON
 
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """The content of one conversation of a row: messages (and tools), or text. Other fields: see Conversation."""
+    """A conversation without file and line. The fields are those of Conversation."""
 
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
@@ -47,40 +43,38 @@ class ParsedRow:
     desirable: bool | None = None
 
 
-# --- messages ----------------------------------------------------------------------------------------------------
+def convert_messages(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    """Convert a column with a list of messages, or of objects such as {"human": ..., "assistant": ...}."""
+    turns = row[keys[0]]
+    without_role = isinstance(turns, list) and all(isinstance(t, dict) and not {"role", "from"} & set(t) for t in turns)
+    if without_role and turns:
+        turns = [turn for i, exchange in enumerate(turns) for turn in _parse_exchange(exchange, f"{keys[0]}[{i}]")]
+        row = {**row, keys[0]: turns}
+    return [_make_row(_parse_turns(row, keys[0]), row)]
 
 
-def messages(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert one column: a list of messages, or of {"human": ..., "assistant": ...}."""
-    turns = value[keys[0]]
-    if isinstance(turns, list) and turns and all(isinstance(turn, dict) and not _SPEAKER & set(turn) for turn in turns):
-        turns = [turn for i, exchange in enumerate(turns) for turn in _exchange_turns(exchange, f"{keys[0]}[{i}]")]
-        value = {**value, keys[0]: turns}
-    return [parsed_row(_turns(value, keys[0]), value)]
-
-
-def _exchange_turns(exchange: dict[str, Any], at: str) -> list[dict[str, Any]]:
-    """Return the turns of {"human": ..., "assistant": ...}, the system's first. Other content is an error."""
+def _parse_exchange(exchange: dict[str, Any], location: str) -> list[dict[str, Any]]:
+    """Return the turns of {"human": ..., "assistant": ...}, the system turn first."""
     turns = []
     for key, content in exchange.items():
         if key.lower() in ROLES:
             turns.append({"role": key, "content": content})
         elif isinstance(content, str | list | dict) and content and key.lower() not in METADATA:
-            what = f"{at}: {key[:40]!r} has content and is not a known role; write such messages with role and content"
-            raise InvalidRow("unknown-role", what)
+            what = f"{key[:40]!r} has content and is not a known role; write such messages with role and content"
+            raise InvalidRow("unknown-role", f"{location}: {what}")
     return sorted(turns, key=lambda turn: ROLES[turn["role"].lower()] != "system")
 
 
-def parse_request(value: Value) -> ParsedRow:
+def parse_request(row: RowValue) -> ParsedRow:
     """Parse the messages and tools of a chat completion request. The order of roles is not checked."""
-    return ParsedRow(tuple(_turns(value, "messages")), _tools(value))
+    return ParsedRow(tuple(_parse_turns(row, "messages")), _parse_tools(row))
 
 
-def _turns(value: Value, key: str) -> list[Message]:
-    turns = value[key]
+def _parse_turns(row: RowValue, key: str) -> list[Message]:
+    turns = row[key]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InvalidRow("bad-messages", f"{key} is {type_name(turns)}, not a list of objects")
-    parsed = [_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
+    parsed = [_parse_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
     names = {call["id"]: call["function"]["name"] for turn in parsed for call in turn.tool_calls if "id" in call}
     return [
         replace(turn, name=names.get(str(raw.get("tool_call_id")))) if turn.role == "tool" and not turn.name else turn
@@ -88,9 +82,12 @@ def _turns(value: Value, key: str) -> list[Message]:
     ]
 
 
-def parsed_row(turns: list[Message], value: Value) -> ParsedRow:
-    """Return the turns with the row's system text and tools. Raises InvalidRow if there is nothing to train on."""
-    turns = [*_system_turn(value, turns), *turns]
+def _make_row(turns: list[Message], row: RowValue) -> ParsedRow:
+    """Return the turns with the row's system text and tools. Raises InvalidRow if the dialogue is invalid."""
+    system = _optional_text(row, "system")
+    if system and turns and turns[0].role == "system":
+        raise InvalidRow("bad-messages", "two system texts: the column `system` and the first message")
+    turns = [*([Message("system", system)] if system else []), *turns]
     dialogue = [turn for turn in turns if turn.role != "system"]
     if not any(turn.role == "assistant" for turn in dialogue):
         raise InvalidRow("no-assistant", "no assistant message" if turns else "no messages")
@@ -102,116 +99,106 @@ def parsed_row(turns: list[Message], value: Value) -> ParsedRow:
             raise InvalidRow("empty-answer", "an assistant message is empty: it would train the model to stop at once")
         if blank and turn.role == "user":
             raise InvalidRow("empty-prompt", "a user message is empty")
-    return ParsedRow(tuple(turns), _tools(value))
+    return ParsedRow(tuple(turns), _parse_tools(row))
 
 
-def _system_turn(value: Value, turns: Sequence[Message]) -> list[Message]:
-    system = _optional_text(value, "system")
-    if system and turns and turns[0].role == "system":
-        raise InvalidRow("bad-messages", "two system texts: the column `system` and the first message")
-    return [Message("system", system)] if system else []
-
-
-def _message(turn: dict[str, Any], at: str) -> Message:
+def _parse_message(turn: dict[str, Any], location: str) -> Message:
     role_key = "role" if turn.get("role") is not None else "from"
     role_name = turn.get(role_key)
     if not isinstance(role_name, str):
-        raise InvalidRow("unknown-role", f"{at}.{role_key} is {type_name(role_name)}, not a string")
+        raise InvalidRow("unknown-role", f"{location}.{role_key} is {type_name(role_name)}, not a string")
     if media := [key for key in MEDIA if turn.get(key)]:
-        raise InvalidRow("media", f"{at}: {media[0]} is not supported")
+        raise InvalidRow("media", f"{location}: {media[0]} is not supported")
     content = turn["content"] if "content" in turn else turn.get("value")
-    weight = _weight(turn, at)
+    weight = _parse_weight(turn, location)
     if role_name.lower() in CALL_ROLES:
-        return Message("assistant", "", tool_calls=_calls(content, at), weight=weight)
+        return Message("assistant", "", tool_calls=_parse_calls(content, location), weight=weight)
     role = ROLES.get(role_name.lower())
     if role is None:
-        hint = nearest(role_name, [*ROLES, *CALL_ROLES])
-        raise InvalidRow("unknown-role", f"{at}: unknown role {role_name[:40]!r}{hint}")
-    calls = _calls(turn["tool_calls"], at) if turn.get("tool_calls") else ()
-    calls += _calls(turn["function_call"], at) if turn.get("function_call") else ()
+        hint = suggest(role_name, [*ROLES, *CALL_ROLES])
+        raise InvalidRow("unknown-role", f"{location}: unknown role {role_name[:40]!r}{hint}")
+    calls = _parse_calls(turn["tool_calls"], location) if turn.get("tool_calls") else ()
+    calls += _parse_calls(turn["function_call"], location) if turn.get("function_call") else ()
     reasoning = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
     if len(reasoning) > 1 or not all(isinstance(text, str) for text in reasoning):
-        raise InvalidRow("bad-part", f"{at}: the reasoning must be one string")
+        raise InvalidRow("bad-part", f"{location}: the reasoning must be one string")
     if isinstance(content, list):
-        content, reasoning_parts, call_parts = _parts(content, at)
+        content, reasoning_parts, call_parts = _parse_parts(content, location)
         reasoning, calls = reasoning + reasoning_parts, calls + call_parts
     if content is None:
         if not calls:
-            raise InvalidRow("no-content", f"{at}: content is null or missing (allowed only next to tool calls)")
+            raise InvalidRow("no-content", f"{location}: content is null or missing (allowed only next to tool calls)")
         content = ""
-    if not isinstance(content, str):
-        raise InvalidRow("not-text", f"{at}: content is {type_name(content)}, not a string")
+    content = _check_string(content, f"{location}: content")
     if role != "assistant" and (calls or reasoning):
-        raise InvalidRow("bad-part", f"{at}: only an assistant message can have reasoning or tool calls")
+        raise InvalidRow("bad-part", f"{location}: only an assistant message can have reasoning or tool calls")
     name = turn.get("name")
-    if name is not None and not isinstance(name, str):
-        raise InvalidRow("not-text", f"{at}: name is {type_name(name)}, not a string")
+    if name is not None:
+        _check_string(name, f"{location}: name")
     id = turn.get("tool_call_id") if role == "tool" else None
     call_id = id if isinstance(id, str) else None
     return Message(role, content, "".join(reasoning) if reasoning else None, calls, name, weight, call_id)
 
 
-def _weight(turn: dict[str, Any], at: str) -> float:
+def _parse_weight(turn: dict[str, Any], location: str) -> float:
     weights = [turn[key] for key in ("weight", "loss_weight", "train") if turn.get(key) is not None]
     if not weights:
         return 1.0
     if not all(isinstance(weight, int | float) and 0 <= weight <= 1e6 for weight in weights) or len(set(weights)) > 1:
-        what = f"{at}: weight, loss_weight and train must be one number of at least 0, or true or false"
+        what = f"{location}: weight, loss_weight and train must be one number of at least 0, or true or false"
         raise InvalidRow("bad-weight", what)
     return float(weights[0])
 
 
-_PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # type of a content part -> order in the message
+_PART_ORDER = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # type of a content part -> order in a message
 
 
-def _parts(parts: list[Any], at: str) -> tuple[str | None, list[str], tuple[dict[str, Any], ...]]:
-    """Convert typed content parts to (text, reasoning, calls). Templates render them in that order only."""
+def _parse_parts(parts: list[Any], location: str) -> tuple[str | None, list[str], tuple[dict[str, Any], ...]]:
+    """Return the text, reasoning and calls of typed content parts, which must be in the order of chat templates."""
     texts: list[str] = []
     reasoning: list[str] = []
     calls: tuple[dict[str, Any], ...] = ()
-    last = 0
+    previous = 0
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str) or kind not in _PARTS:
+        if not isinstance(kind, str) or kind not in _PART_ORDER:
             shown = repr(kind[:40]) if isinstance(kind, str) else type_name(part)
-            raise InvalidRow("bad-part", f"{at}: a part of type {shown}; known are {', '.join(_PARTS)}")
-        if _PARTS[kind] < last:
-            raise InvalidRow("bad-part", f"{at}: {kind} after a later part; the order is reasoning, text, tool calls")
-        last = _PARTS[kind]
+            raise InvalidRow("bad-part", f"{location}: a part of type {shown}; known are {', '.join(_PART_ORDER)}")
+        if _PART_ORDER[kind] < previous:
+            what = f"{location}: {kind} after a later part; the order is reasoning, text, tool calls"
+            raise InvalidRow("bad-part", what)
+        previous = _PART_ORDER[kind]
         content = next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None)
         if kind == "tool_call":
-            calls += _calls(content, at)
-        elif isinstance(content, str):
-            (texts if kind == "text" else reasoning).append(content)
+            calls += _parse_calls(content, location)
         else:
-            raise InvalidRow("not-text", f"{at}: a part of type {kind} has {type_name(content)}, not a string")
+            text = _check_string(content, f"{location}: the content of a part of type {kind}")
+            (texts if kind == "text" else reasoning).append(text)
     return "".join(texts) if texts else None, reasoning, calls
 
 
-# --- tools -------------------------------------------------------------------------------------------------------
+def _parse_calls(raw: Any, location: str) -> tuple[dict[str, Any], ...]:
+    """Convert a call or a list of calls to the form {type, function: {name, arguments}}.
 
-
-def _calls(raw: Any, at: str) -> tuple[dict[str, Any], ...]:
-    """Convert one call or a list, objects or JSON, flat or nested, to {type, function: {name, arguments: object}}."""
-    items = _parse_json(raw, "bad-tool-call", at)
+    Calls may be objects or JSON strings, with or without the outer `function`.
+    """
+    items = _parse_json(raw, "bad-tool-call", location)
     calls = []
     for item in items if isinstance(items, list) else [items]:
-        function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InvalidRow("bad-tool-call", f"{at}: a tool call needs a name and arguments")
+        function = _get_function(item, "bad-tool-call", f"{location}: a tool call needs a name and arguments")
         arguments = function.get("arguments", function.get("parameters"))
-        arguments = {} if arguments is None or arguments == "" else _parse_json(arguments, "bad-tool-call", at)
+        arguments = {} if arguments is None or arguments == "" else _parse_json(arguments, "bad-tool-call", location)
         if not isinstance(arguments, dict):
-            what = f"{at}: the arguments of a tool call are {type_name(arguments)}, not an object"
+            what = f"{location}: the arguments of a tool call are {type_name(arguments)}, not an object"
             raise InvalidRow("bad-tool-call", what)
-        _check_json(arguments, "bad-tool-call", f"{at}: the arguments of a tool call")
+        _check_json(arguments, "bad-tool-call", f"{location}: the arguments of a tool call")
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append({"id": item["id"], **call} if isinstance(item.get("id"), str) else call)
     return tuple(calls)
 
 
-def _tools(value: Value) -> tuple[dict[str, Any], ...]:
-    raw = value.get("tools")
+def _parse_tools(row: RowValue) -> tuple[dict[str, Any], ...]:
+    raw = row.get("tools")
     if raw is None or raw == "":
         return ()
     items = _parse_json(raw, "bad-tools", "tools")
@@ -219,60 +206,63 @@ def _tools(value: Value) -> tuple[dict[str, Any], ...]:
         raise InvalidRow("bad-tools", f"tools is {type_name(items)}, not a list")
     tools = []
     for tool in items:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InvalidRow("bad-tools", "a tool needs a name")
+        function = _get_function(tool, "bad-tools", "a tool needs a name")
         _check_json(tool, "bad-tools", "a tool")
         tools.append(tool if function is not tool else {"type": "function", "function": tool})
     return tuple(tools)
 
 
-def _parse_json(raw: Any, code: str, at: str) -> Any:
+def _get_function(item: Any, code: str, what: str) -> dict[str, Any]:
+    """Return the named function of a tool or call. Raises InvalidRow with `code` and `what` if there is none."""
+    function = item.get("function", item) if isinstance(item, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRow(code, what)
+    return function
+
+
+def _parse_json(raw: Any, code: str, location: str) -> Any:
     if not isinstance(raw, str):
         return raw
     try:
         return loads(raw)
     except JsonError as error:
-        raise InvalidRow(code, f"{at}: the string is not JSON: {error.what}") from error
+        raise InvalidRow(code, f"{location}: the string is not JSON: {error.what}") from error
 
 
 def _check_json(value: Any, code: str, what: str) -> None:
-    """Raise InvalidRow for dates, bytes, NaN and the like, which Parquet allows and templates cannot write as JSON."""
+    """Raise InvalidRow for a value that templates cannot write as JSON, such as a date or bytes from Parquet."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidRow(code, f"{what} cannot be written as JSON: {error}") from error
 
 
-# --- columns -----------------------------------------------------------------------------------------------------
-
-
-def columns(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert two columns, strings or lists of messages. Assistant turns of the prompt are not trained on."""
-    prompt = [*_history(value), *_as_context(_column_turns(value, keys[0], "user"))]
-    return [parsed_row([*prompt, *_column_turns(value, keys[1], "assistant")], value)]
+def convert_columns(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    """Convert two columns with strings or lists of messages. Assistant turns of the prompt are not trained on."""
+    prompt = [*_parse_history(row), *_as_context(_parse_column(row, keys[0], "user"))]
+    return [_make_row([*prompt, *_parse_column(row, keys[1], "assistant")], row)]
 
 
 def _as_context(turns: list[Message]) -> list[Message]:
     return [replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in turns]
 
 
-def _column_turns(value: Value, key: str, role: Role) -> list[Message]:
-    content = value[key]
+def _parse_column(row: RowValue, key: str, role: Role) -> list[Message]:
+    content = row[key]
     if isinstance(content, dict):
-        return [_message(content, key)]
-    return _turns(value, key) if isinstance(content, list) else [Message(role, _text(value, key))]
+        return [_parse_message(content, key)]
+    return _parse_turns(row, key) if isinstance(content, list) else [Message(role, _require_text(row, key))]
 
 
-def alpaca(value: Value, keys: Keys) -> list[ParsedRow]:
+def convert_alpaca(row: RowValue, keys: Keys) -> list[ParsedRow]:
     """Convert instruction, optional input, and output. The input follows the instruction after a blank line."""
-    prompt = [*_history(value), Message("user", _instruction(value))]
-    return [parsed_row([*prompt, Message("assistant", _text(value, keys[1]))], value)]
+    prompt = [*_parse_history(row), Message("user", _join_instruction(row))]
+    return [_make_row([*prompt, Message("assistant", _require_text(row, keys[1]))], row)]
 
 
-def _history(value: Value) -> list[Message]:
+def _parse_history(row: RowValue) -> list[Message]:
     turns: list[Message] = []
-    history = value.get("history") or []
+    history = row.get("history") or []
     if not isinstance(history, list):
         raise InvalidRow("bad-messages", f"history is {type_name(history)}, not a list of [prompt, answer]")
     for pair in history:
@@ -282,59 +272,58 @@ def _history(value: Value) -> list[Message]:
     return turns
 
 
-def instances(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert Self-instruct: an instruction and a list of input and output, each a separate conversation."""
-    items = value["instances"]
+def convert_instances(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    """Convert a Self-Instruct row: each input and output of the list becomes a conversation."""
+    items = row["instances"]
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise InvalidRow("bad-messages", "instances is not a list of objects with input and output")
-    rows = ({**item, "instruction": value["instruction"], "system": value.get("system")} for item in items)
-    return [parsed for row in rows for parsed in alpaca(row, ("instruction", "output"))]
+    shared = {"instruction": row["instruction"], "system": row.get("system")}
+    return [parsed for item in items for parsed in convert_alpaca({**item, **shared}, ("instruction", "output"))]
 
 
-def _instruction(value: Value) -> str:
-    inputs = [text for key in ("input", "context") if (text := _optional_text(value, key)).strip()]
+def _join_instruction(row: RowValue) -> str:
+    inputs = [text for key in ("input", "context") if (text := _optional_text(row, key)).strip()]
     if len(inputs) > 1:
         what = "input and context both have text: name the columns to read with --data.columns"
         raise InvalidRow("bad-messages", what)
-    return "\n\n".join(text for text in (_text(value, "instruction"), *inputs) if text.strip())
+    return "\n\n".join(text for text in (_require_text(row, "instruction"), *inputs) if text.strip())
 
 
-def prompt_alone(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert a prompt without an answer: a string, or messages whose last is the user's or a tool's."""
-    turns = [*_history(value), *_as_context(_column_turns(value, keys[0], "user"))]
-    system = _optional_text(value, "system")
+def convert_prompt(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    """Convert a prompt without an answer: a string, or messages that end with a user or tool message."""
+    turns = [*_parse_history(row), *_as_context(_parse_column(row, keys[0], "user"))]
+    system = _optional_text(row, "system")
     turns = [*([Message("system", system)] if system else []), *turns]
     dialogue = [turn for turn in turns if turn.role != "system"]
     if not dialogue or dialogue[-1].role not in ("user", "tool"):
         raise InvalidRow("no-question", "the last message is not the user's: there is nothing to answer")
     if any(turn.role == "user" and not turn.content.strip() for turn in dialogue):
         raise InvalidRow("empty-prompt", "a user message is empty")
-    return [ParsedRow(tuple(turns), _tools(value))]
+    return [ParsedRow(tuple(turns), _parse_tools(row))]
 
 
-def is_prompt_alone(value: Value, keys: Keys) -> bool:
-    """Return whether a row has no null column, which may be a missing answer."""
-    return all(item is not None for item in value.values())
-
-
-def text(value: Value, keys: Keys) -> list[ParsedRow]:
-    content = _text(value, "text")
+def convert_text(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    content = _require_text(row, "text")
     if not content.strip():
         raise InvalidRow("empty-text", "the text is empty")
     return [ParsedRow(text=content)]
 
 
-def _text(value: Value, key: str) -> str:
-    content = value.get(key)
+def _require_text(row: RowValue, key: str) -> str:
+    content = row.get(key)
     if content is None:
         raise InvalidRow("no-content", f"{key} is null or missing")
-    if not isinstance(content, str):
-        raise InvalidRow("not-text", f"{key} is {type_name(content)}, not a string")
-    return content
+    return _check_string(content, key)
 
 
-def _optional_text(value: Value, key: str) -> str:
-    return "" if value.get(key) is None else _text(value, key)
+def _check_string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRow("not-text", f"{name} is {type_name(value)}, not a string")
+    return value
+
+
+def _optional_text(row: RowValue, key: str) -> str:
+    return "" if row.get(key) is None else _require_text(row, key)
 
 
 def type_name(value: Any) -> str:
@@ -345,62 +334,57 @@ def type_name(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-# --- preference pairs and labelled answers --------------------------------------------------------------------------
-
-# Values of a label, case-insensitive. A format is not detected by a number in `label`.
+# Values of a label, case-insensitive
 GOOD = frozenset({"true", "up", "thumbs_up", "good", "desirable", "chosen", "\N{THUMBS UP SIGN}", "+1"})
 BAD = frozenset({"false", "down", "thumbs_down", "bad", "undesirable", "rejected", "\N{THUMBS DOWN SIGN}", "-1"})
 RANKED: tuple[Keys, ...] = tuple(product(("prompt", "question"), ("answers", "responses", "completions"), ("scores",)))
 LABELS = ("label", "kto_tag", "thumbs")
-_CONTEXT_KEYS = ("messages", "conversation")  # used as the prompt only if the answers do not include it
+_CONTEXT_KEYS = ("messages", "conversation")  # used as the prompt unless the answers include their prompt
 _PROMPT_KEYS = ("conversations", "prompt", "question", "instruction", *_CONTEXT_KEYS)
 _LABELLED_CONVERTERS: dict[Keys, Any] = {
-    ("messages",): messages,
-    ("conversations",): messages,
-    ("prompt", "completion"): columns,
-    ("prompt", "response"): columns,
-    ("query", "response"): columns,
-    ("question", "answer"): columns,
-    ("instruction", "output"): alpaca,
+    **dict.fromkeys((("messages",), ("conversations",)), convert_messages),
+    **dict.fromkeys((("prompt", "completion"), ("prompt", "response")), convert_columns),
+    **dict.fromkeys((("query", "response"), ("question", "answer")), convert_columns),
+    ("instruction", "output"): convert_alpaca,
 }
 LABELLED: tuple[Keys, ...] = tuple((*keys, label) for keys in _LABELLED_CONVERTERS for label in LABELS)
 
 
-def preference(value: Value, keys: Keys) -> list[ParsedRow]:
+def convert_preference(row: RowValue, keys: Keys) -> list[ParsedRow]:
     """Convert a chosen and a rejected answer to a prompt, or two whole conversations with a shared prefix."""
     chosen_key, rejected_key = keys
-    if rejected_key == "rejected_response":  # next to messages whose last turn is the chosen answer
-        turns = _column_turns(value, chosen_key, "assistant")
-        return [_pair(turns, [*turns[:-1], *_column_turns(value, rejected_key, "assistant")], value)]
-    prompt = _preference_prompt(value, value[chosen_key])
-    chosen, rejected = (_with_prompt(prompt, _column_turns(value, key, "assistant")) for key in keys)
-    return [_pair(chosen, rejected, value)]
+    if rejected_key == "rejected_response":  # the chosen answer is the last turn of the other column
+        turns = _parse_column(row, chosen_key, "assistant")
+        return [_make_pair(turns, [*turns[:-1], *_parse_column(row, rejected_key, "assistant")], row)]
+    prompt = _parse_pair_prompt(row, row[chosen_key])
+    chosen, rejected = (_prepend_prompt(prompt, _parse_column(row, key, "assistant")) for key in keys)
+    return [_make_pair(chosen, rejected, row)]
 
 
-def ranking(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert scored answers to one prompt, with a pair for any two answers with different scores."""
-    prompt, answers, scores = (value[key] for key in keys)
+def convert_ranking(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    """Convert scored answers to one prompt: any two answers with different scores make a pair."""
+    prompt, answers, scores = (row[key] for key in keys)
     if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
         raise InvalidRow("bad-ranking", f"{keys[1]} and {keys[2]} are not two lists of the same length")
     if not all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores):
         raise InvalidRow("bad-ranking", f"{keys[2]} has an item that is not a number")
-    prompt = _preference_prompt(value, prompt)
-    sides = [_with_prompt(prompt, _column_turns({"answer": answer}, "answer", "assistant")) for answer in answers]
+    prompt = _parse_pair_prompt(row, prompt)
+    sides = [_prepend_prompt(prompt, _parse_column({"answer": answer}, "answer", "assistant")) for answer in answers]
     pairs = [(i, j) for i, j in permutations(range(len(sides)), 2) if scores[i] > scores[j] and sides[i] != sides[j]]
     if not pairs:
         raise InvalidRow("bad-ranking", "no two different answers have different scores")
-    return [_pair(sides[i], sides[j], value) for i, j in pairs]
+    return [_make_pair(sides[i], sides[j], row) for i, j in pairs]
 
 
-def labelled(value: Value, keys: Keys) -> list[ParsedRow]:
-    """Convert an answer with a label. The label is for the last turn only; earlier answers are context."""
+def convert_labelled(row: RowValue, keys: Keys) -> list[ParsedRow]:
+    """Convert an answer with a label, which applies to the last turn. Earlier answers are not trained on."""
     *columns, label = keys
-    desirable = _parse_label(value[label], numbers=True)
+    desirable = _parse_label(row[label], allow_numbers=True)
     if desirable is None:
-        what = f"{label} is {str(value[label])[:40]!r}, not good or bad (true, false, up, down, ...)"
+        what = f"{label} is {str(row[label])[:40]!r}, not good or bad (true, false, up, down, ...)"
         raise InvalidRow("bad-label", what)
     rows = []
-    for parsed in _LABELLED_CONVERTERS[tuple(columns)](value, tuple(columns)):
+    for parsed in _LABELLED_CONVERTERS[tuple(columns)](row, tuple(columns)):
         if parsed.messages[-1].role != "assistant":
             raise InvalidRow("no-assistant", "the last message, to which the label belongs, is not the assistant's")
         answer = _check_weights([parsed.messages[-1]])
@@ -409,28 +393,28 @@ def labelled(value: Value, keys: Keys) -> list[ParsedRow]:
     return rows
 
 
-def is_labelled(value: Value, keys: Keys) -> bool:
-    """Return whether a row's label means good or bad; a number in `label` may be a class instead."""
-    return value[keys[-1]] is not None and _parse_label(value[keys[-1]], numbers=keys[-1] != "label") is not None
+def is_labelled(row: RowValue, keys: Keys) -> bool:
+    """Return whether the label is good or bad. A number in `label` does not count, because it may be a class."""
+    return _parse_label(row[keys[-1]], allow_numbers=keys[-1] != "label") is not None
 
 
-def _parse_label(label: Any, *, numbers: bool) -> bool | None:
+def _parse_label(label: Any, *, allow_numbers: bool) -> bool | None:
     if isinstance(label, bool):
         return label
-    word = str(label).strip().casefold() if isinstance(label, str | int) else ""
-    known = {**dict.fromkeys(GOOD, True), **dict.fromkeys(BAD, False)}
-    return known.get(word, {"1": True, "0": False}.get(word) if numbers else None)
+    text = str(label).strip().casefold() if isinstance(label, str | int) else ""
+    numbers = {"1": True, "0": False} if allow_numbers else {}
+    return {**dict.fromkeys(GOOD, True), **dict.fromkeys(BAD, False), **numbers}.get(text)
 
 
-def _preference_prompt(value: Value, answer: Any) -> list[Message]:
-    key = next((key for key in _PROMPT_KEYS if value.get(key) is not None), "")
-    if key in _CONTEXT_KEYS and _is_whole_conversation(answer):
+def _parse_pair_prompt(row: RowValue, answer: Any) -> list[Message]:
+    key = next((key for key in _PROMPT_KEYS if row.get(key) is not None), "")
+    if key in _CONTEXT_KEYS and _is_whole_conversation(answer):  # the column is often a copy of an answer
         key = ""
     if not key and isinstance(answer, str):
         raise InvalidRow("no-prompt", "chosen is a string and there is no prompt")
     if key == "instruction":
-        return [*_history(value), Message("user", _instruction(value))]
-    turns = _column_turns(value, key, "user") if key else []
+        return [*_parse_history(row), Message("user", _join_instruction(row))]
+    turns = _parse_column(row, key, "user") if key else []
     if key in _CONTEXT_KEYS and turns and turns[-1].role == "assistant":
         what = f"{key} ends with an answer, so it is unclear what chosen and rejected answer"
         raise InvalidRow("no-question", what)
@@ -438,14 +422,14 @@ def _preference_prompt(value: Value, answer: Any) -> list[Message]:
 
 
 def _is_whole_conversation(answer: Any) -> bool:
-    """Return whether an answer includes its prompt; `messages` is then often a copy of one of the answers."""
+    """Return whether an answer includes its prompt."""
     first = answer[0] if isinstance(answer, list) and answer else answer
     role = first.get("role", first.get("from")) if isinstance(first, dict) else "assistant"
     return role in ("system", "user", "human")
 
 
-def _with_prompt(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """Prepend the prompt, unless the side repeats it, as in many data sets (maybe after a system text)."""
+def _prepend_prompt(prompt: list[Message], side: list[Message]) -> list[Message]:
+    """Prepend the prompt unless the side already begins with it, possibly after a system turn."""
     num_system = 1 if side and side[0].role == "system" and (not prompt or prompt[0].role != "system") else 0
     dialogue = side[num_system:]
     if _stripped(dialogue[: len(prompt)]) == _stripped(prompt):
@@ -459,19 +443,18 @@ def _stripped(turns: Sequence[Message]) -> list[Message]:
     return [replace(turn, content=turn.content.strip()) for turn in turns]
 
 
-def _pair(chosen: list[Message], rejected: list[Message], value: Value) -> ParsedRow:
+def _make_pair(chosen: list[Message], rejected: list[Message], row: RowValue) -> ParsedRow:
     if chosen == rejected:
         raise InvalidRow("same-answers", "chosen and rejected are the same")
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    num_shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    sides = [_answer_turns(side, num_shared, value) for side in (chosen, rejected)]
+    num_shared = shared_prefix_length(chosen, rejected)
+    sides = [_make_side(side, num_shared, row) for side in (chosen, rejected)]
     return replace(sides[0], rejected=sides[1].messages)
 
 
-def _answer_turns(side: Sequence[Message], num_prompt: int, value: Value) -> ParsedRow:
+def _make_side(side: Sequence[Message], num_prompt: int, row: RowValue) -> ParsedRow:
     if len(side) == num_prompt or side[num_prompt].role != "assistant":
         raise InvalidRow("prompts-differ", "chosen and rejected do not answer the same prompt")
-    return parsed_row([*_as_context([*side[:num_prompt]]), *_check_weights(side[num_prompt:])], value)
+    return _make_row([*_as_context([*side[:num_prompt]]), *_check_weights(side[num_prompt:])], row)
 
 
 def _check_weights(answer: Sequence[Message]) -> Sequence[Message]:

@@ -14,11 +14,11 @@ from itertools import groupby
 from typing import Any
 
 from strop.data import converters
-from strop.data.converters import MEDIA, METADATA, Keys, ParsedRow, Value
+from strop.data.converters import MEDIA, METADATA, Keys, ParsedRow, RowValue
 from strop.data.reading.files import TYPES
 from strop.data.row_errors import REASONS, InvalidRow, RowError, file_error
 from strop.data.types import Conversation, Row
-from strop.errors import DataError, Where, nearest
+from strop.errors import DataError, Location, suggest
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Format:
     """A row format: its columns and their conversion."""
 
     name: str  # value of data.format
-    keys: tuple[Keys, ...]  # alternative sets of required columns; a row has all columns of one set
+    keys: tuple[Keys, ...]  # alternative sets of required columns
     optional: Keys  # other columns that `convert` reads
-    convert: Callable[[Value, Keys], list[ParsedRow]]
-    what: str  # description for the documentation
+    convert: Callable[[RowValue, Keys], list[ParsedRow]]
+    description: str  # for the documentation
     example: dict[str, Any]  # a row, for the documentation and a test
-    exact: bool = False  # do not detect the format next to other columns that may have content (`text` with `summary`)
-    fits: Callable[[Value, Keys], bool] | None = None  # further condition on the values, if column names are not enough
+    exact: bool = False  # not detected if other columns may have content, such as `summary` next to `text`
+    matches: Callable[[RowValue, Keys], bool] | None = None  # additional condition on the values of a detected row
 
     def matching_keys(self, columns: Iterable[str]) -> Keys | None:
         """Return the first of `keys` whose columns are all in `columns`."""
@@ -43,82 +43,64 @@ class Format:
 DOCUMENT = "document"  # value of data.format: `text`, with a plain text file as one row
 _HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
-# In order of priority: a row with the columns of several formats has the first of them.
+# In order of priority: a row that matches several formats has the first of them.
 FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
         Format(
             "preference",
             (
-                *(("chosen", "rejected"), ("chosen_messages", "rejected_messages")),
-                *(("messages", "rejected_messages"), ("messages", "rejected_response")),
+                ("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("messages", "rejected_messages"),
+                ("messages", "rejected_response"),
             ),
             (
-                *("prompt", "question", "instruction", "input", "messages", "conversation", "conversations"),
-                *("history", "system", "tools"),
+                "prompt", "question", "instruction", "input", "messages", "conversation", "conversations", "history",
+                "system", "tools",
             ),
-            converters.preference,
+            converters.convert_preference,
             "pairs of a chosen and a rejected answer, as strings, messages, or whole conversations with a shared "
             "prefix: [preferences.md](preferences.md)",
             {"prompt": "hi", "chosen": "yo", "rejected": "no"},
         ),
         Format(
-            "ranking",
-            converters.RANKED,
-            ("system", "tools"),
-            converters.ranking,
+            "ranking", converters.RANKED, ("system", "tools"), converters.convert_ranking,
             "answers to one prompt, each with a score; any two answers with different scores make a pair",
             {"prompt": "hi", "answers": ["yo", "no"], "scores": [1, 0]},
         ),
         Format(
-            "labelled",
-            converters.LABELLED,
-            ("system", "tools", "input", "context", "history"),
-            converters.labelled,
+            "labelled", converters.LABELLED, ("system", "tools", "input", "context", "history"),
+            converters.convert_labelled,
             "an answer that was judged good or bad (true, false, up, down, ...; 1 and 0 not in `label`)",
             {"prompt": "hi", "completion": "yo", "label": True},
-            fits=converters.is_labelled,
+            matches=converters.is_labelled,
         ),
         Format(
-            "messages",
-            (("messages",),),
-            ("system", "tools"),
-            converters.messages,
+            "messages", (("messages",),), ("system", "tools"), converters.convert_messages,
             "messages with role and content (a string, or parts of type text, reasoning, tool_call), optionally "
             "tool_calls, reasoning_content, and a weight (weight, loss_weight or train)",
             {"messages": _HI},
         ),
         Format(
-            "sharegpt",
-            (("conversations",), ("conversation",)),
-            ("system", "tools"),
-            converters.messages,
+            "sharegpt", (("conversations",), ("conversation",)), ("system", "tools"), converters.convert_messages,
             "the same with from and value, or human and assistant in one object; function_call and observation "
             "messages; tools as a list or as JSON in a string",
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
         ),
         Format(
-            "self-instruct",
-            (("instruction", "instances"),),
-            ("system",),
-            converters.instances,
+            "self-instruct", (("instruction", "instances"),), ("system",), converters.convert_instances,
             "an instruction with a list of input and output; each item is one conversation",
             {"instruction": "Add.", "instances": [{"input": "1 1", "output": "2"}]},
         ),
         Format(
-            "alpaca",
-            (("instruction", "output"), ("instruction", "response")),
-            ("input", "context", "system", "history", "tools"),
-            converters.alpaca,
+            "alpaca", (("instruction", "output"), ("instruction", "response")),
+            ("input", "context", "system", "history", "tools"), converters.convert_alpaca,
             "instruction, optional input (added after a blank line), output; optional history, "
             "a list of [prompt, answer]",
             {"instruction": "Add.", "input": "1 1", "output": "2"},
         ),
         Format(
-            "prompt-completion",
-            (("prompt", "completion"),),
-            ("system", "history", "tools"),
-            converters.columns,
+            "prompt-completion", (("prompt", "completion"),), ("system", "history", "tools"),
+            converters.convert_columns,
             "two strings, or two lists of messages; messages of the prompt are not trained on",
             {"prompt": "hi", "completion": "yo"},
             exact=True,
@@ -126,69 +108,63 @@ FORMATS: dict[str, Format] = {
         Format(
             "question-answer",
             (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output")),
-            ("system", "history", "tools"),
-            converters.columns,
+            ("system", "history", "tools"), converters.convert_columns,
             "the same under other names, optionally with a history; for any two columns: "
             "`--data.columns prompt=A,completion=B`",
             {"question": "hi", "answer": "yo"},
             exact=True,
         ),
         Format(
-            "prompt",
-            (("prompt",),),
-            ("system", "history", "tools"),
-            converters.prompt_alone,
+            "prompt", (("prompt",),), ("system", "history", "tools"), converters.convert_prompt,
             "a prompt without an answer, a string or messages: for `train.objective grpo`, which samples completions",
             {"prompt": "hi"},
             exact=True,
-            fits=converters.is_prompt_alone,
+            matches=lambda value, _: None not in value.values(),  # a null column may be a missing answer
         ),
         Format(
-            "text",
-            (("text",),),
-            (),
-            converters.text,
+            "text", (("text",),), (), converters.convert_text,
             "raw text, trained on unchanged (continued pretraining)",
             {"text": "Once upon a time ..."},
             exact=True,
         ),
     )
-}
+}  # fmt: skip
 
 IMAGE_PLACEHOLDER = "<image>"
 PAIRED = frozenset({"preference", "ranking"})  # formats of preference pairs
 
-# Metadata in formats of two columns, but next to `text` they may be the answer (banking77: text, category).
+# Columns that are metadata next to a prompt and an answer. Next to `text` they may be the answer, as in banking77.
 _TOPICS = frozenset({"category", "subject", "topic", "domain", "difficulty", "level", "type", "task", "tags", "tag"})
 
 
-def detect_format(value: Value) -> str | None:
+def detect_format(value: RowValue) -> str | None:
     """Return the name of the format that a row has, or None. A null column counts as absent."""
     for entry in FORMATS.values():
         keys = entry.matching_keys(_present_columns(value))
-        fits = keys is not None and (entry.fits is None or entry.fits(value, keys))
-        if fits and not (entry.exact and _ambiguous_columns(value, entry)):
+        if keys is None or (entry.matches is not None and not entry.matches(value, keys)):
+            continue
+        if not (entry.exact and _unread_columns(value, entry)):
             return entry.name
     return None
 
 
-def _present_columns(value: Value) -> list[str]:
+def _present_columns(value: RowValue) -> list[str]:
     return [key for key, item in value.items() if item is not None]
 
 
-def _ambiguous_columns(value: Value, entry: Format) -> list[str]:
-    """Return the columns that the format does not read although they may have content."""
+def _unread_columns(value: RowValue, entry: Format) -> list[str]:
+    """Return the columns that the format does not read although they may be training data."""
     used = {*(entry.matching_keys(value) or ()), *entry.optional} | METADATA
     used |= _TOPICS if entry.name != "text" else set()
     columns = [key for key, item in value.items() if isinstance(item, bool | str | list | dict) and item != ""]
     return [key for key in columns if key.lower() not in used and not key.lower().endswith("_id")]
 
 
-class ConversationReader(Iterator[Conversation]):
-    """An iterator over the conversations of rows, in order. A self-instruct or ranking row may give several.
+class ConversationReader:
+    """Iterate over the conversations of rows, in order. Self-instruct and ranking rows may have several.
 
-    format: name of a format, or `auto`. columns: names of a format's columns -> names in the file; other columns are
-    then ignored. bad: receives the errors of rows. answerless: treat conversations without an answer as prompts.
+    format: name of a format, or `auto`. columns: a format's column names -> names in the file; other columns are then
+    ignored. errors: receives the errors of single rows. answerless: treat conversations without an answer as prompts.
 
     Raises DataError for an unknown format or column name, two formats in one file, or a file without a row of known
     format.
@@ -196,31 +172,28 @@ class ConversationReader(Iterator[Conversation]):
 
     def __init__(
         self, rows: Iterable[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None,
-        bad: list[RowError], answerless: bool = False,
+        errors: list[RowError], answerless: bool = False,
     ) -> None:  # fmt: skip
-        self.formats: dict[str, str] = {}  # by file
-        self.unused: Counter[str] = Counter()  # for each column that is not read, the number of rows with it
-        self.num_rows = self.num_used = 0  # rows read, and rows that were converted; the others are in `bad`
-        self._bad = bad
+        self.formats: dict[str, str] = {}  # file -> name of its format
+        self.unused: Counter[str] = Counter()  # column that is not read -> number of rows with it
+        self.num_rows = self.num_used = 0  # rows read, and rows converted without an error
+        self._errors = errors
         self._answerless = answerless
         self._columns = columns or {}
         self._requested = _requested_format(format, self._columns)
-        self._first_known: Row | None = None  # the first row of the current file that has a format
-        self._first_unknown: Row | None = None  # the first row of the current file that has none
-        self._conversations = self._convert_all(rows)
+        self._first_known: Row | None = None  # first row of the current file with a known format
+        self._first_unknown: Row | None = None  # first row of the current file with an unknown format
+        self._rows = rows
 
-    def __next__(self) -> Conversation:
-        return next(self._conversations)
-
-    def _convert_all(self, rows: Iterable[Row]) -> Iterator[Conversation]:
-        for _, rows_of_file in groupby(rows, lambda row: row.file):
+    def __iter__(self) -> Iterator[Conversation]:
+        for _, rows_of_file in groupby(self._rows, lambda row: row.file):
             self._first_known = self._first_unknown = None
             for row in rows_of_file:
                 self.num_rows += 1
                 try:
                     parsed_rows = self._convert(row)
                 except InvalidRow as error:
-                    self._bad.append(RowError(error.code, Where(row.file, row.line, error.what)))
+                    self._errors.append(RowError(error.code, Location(row.file, row.line, error.what)))
                     continue
                 self.num_used += 1
                 for parsed in parsed_rows:
@@ -230,15 +203,14 @@ class ConversationReader(Iterator[Conversation]):
                 raise file_error(unknown.file, what, _suggest_options(unknown.value), unknown.line)
 
     def _convert(self, row: Row) -> list[ParsedRow]:
-        value = self._renamed(row.value)
-        entry = self._requested or self._format_of(row)
+        value = self._rename_columns(row.value)
+        entry = self._requested or self._find_format(row)
         self.formats[row.file] = entry.name
         keys = entry.matching_keys(_present_columns(value)) or entry.matching_keys(value)
         if keys is None:
             needed = " or ".join("+".join(keys) for keys in entry.keys)
-            raise InvalidRow(
-                "missing-column", f"format {entry.name} needs {needed}; the row has {_list_columns(row.value)}"
-            )
+            what = f"format {entry.name} needs {needed}; the row has {_list_columns(row.value)}"
+            raise InvalidRow("missing-column", what)
         self.unused.update(set(value) - {*keys, *entry.optional})
         if media := [name for name in MEDIA if value.get(name)]:
             what = f"the column {media[0]} is not supported; to read the row without it, set --data.columns"
@@ -246,24 +218,24 @@ class ConversationReader(Iterator[Conversation]):
         try:
             parsed_rows = entry.convert(value, keys)
         except InvalidRow as error:
-            if not self._answerless or error.code != "no-assistant" or entry.convert is not converters.messages:
+            if not self._answerless or error.code != "no-assistant" or entry.convert is not converters.convert_messages:
                 raise
-            parsed_rows = converters.prompt_alone(value, keys)
+            parsed_rows = converters.convert_prompt(value, keys)
         turns = (turn for parsed in parsed_rows for turn in (*parsed.messages, *parsed.rejected))
         if any(IMAGE_PLACEHOLDER in turn.content for turn in turns):
             raise InvalidRow("media", f"the text contains {IMAGE_PLACEHOLDER}, but images are not supported")
         return parsed_rows
 
-    def _renamed(self, value: dict[str, Any]) -> dict[str, Any]:
+    def _rename_columns(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
             if name not in value:
-                raise InvalidRow("missing-column", f"no column {name!r}{nearest(name, value)}")
+                raise InvalidRow("missing-column", f"no column {name!r}{suggest(name, value)}")
         if self._columns:
             self.unused.update(set(value) - set(self._columns.values()))
             return {key: value[name] for key, name in self._columns.items()}
         return value
 
-    def _format_of(self, row: Row) -> Format:
+    def _find_format(self, row: Row) -> Format:
         detected = detect_format(row.value)
         if self._first_known is None:
             if detected is None:
@@ -272,25 +244,24 @@ class ConversationReader(Iterator[Conversation]):
             self._first_known = row
             return FORMATS[detected]
         expected = FORMATS[self.formats[row.file]]
-        # A row that has the columns, but with null values, is an invalid row of the format.
-        if detected is None and not expected.matching_keys(row.value):
+        if detected is None and not expected.matching_keys(row.value):  # with null values, it is a row of the format
             what = f"not {expected.name}, nor another format: columns {_list_columns(row.value)}"
             raise InvalidRow("unknown-shape", what)
         if detected not in (None, expected.name):
-            places = [(self._first_known.line, expected.name), (row.line, detected)]
+            rows = [(self._first_known.line, expected.name), (row.line, detected)]
             raise DataError(
                 f"rows of two formats in one file: {expected.name} and {detected}",
                 fix="write one file for each, or set the format of all rows with --data.format",
-                where=[Where(row.file, line, f"a row of format {name}") for line, name in places],
+                where=[Location(row.file, line, f"a row of format {name}") for line, name in rows],
             )
         return expected
 
 
 def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
-    """Return the format that the options determine, if any."""
+    """Return the format that data.format or data.columns select, if any. Raises DataError for unknown names."""
     known_formats = ("auto", DOCUMENT, *FORMATS)
     if format not in known_formats:
-        what = f"--data.format {format}: no such format{nearest(format, known_formats)}"
+        what = f"--data.format {format}: no such format{suggest(format, known_formats)}"
         raise DataError(what, fix=", ".join(known_formats))
     named = FORMATS.get("text" if format == DOCUMENT else format)
     if not columns:
@@ -299,7 +270,7 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
     for key in columns:
         if key not in known:
             fix = f"use a column of a format before the =: {', '.join(sorted(known))}"
-            raise DataError(f"--data.columns {key}={columns[key]}: no format has {key}{nearest(key, known)}", fix=fix)
+            raise DataError(f"--data.columns {key}={columns[key]}: no format has {key}{suggest(key, known)}", fix=fix)
     for entry in [named] if named else FORMATS.values():
         if entry.matching_keys(columns):
             return entry
@@ -307,18 +278,18 @@ def _requested_format(format: str, columns: Mapping[str, str]) -> Format | None:
     raise DataError(what, fix="give two columns, for example prompt=A,completion=B")
 
 
-def _list_columns(value: Value) -> str:
+def _list_columns(value: RowValue) -> str:
     names = [key[:40] + (" (null)" if item is None else "") for key, item in list(value.items())[:12]]
     return (", ".join(names) or "(none)") + (", ..." if len(value) > 12 else "")
 
 
-def _suggest_options(value: Value) -> str:
+def _suggest_options(value: RowValue) -> str:
     """Return the options with which a row without a format can be read."""
     present = _present_columns(value)
     options = [
-        f"--data.format {entry.name} (without {', '.join(ambiguous)})"
+        f"--data.format {entry.name} (without {', '.join(unread)})"
         for entry in FORMATS.values()
-        if entry.matching_keys(present) and (ambiguous := _ambiguous_columns(value, entry))
+        if entry.matching_keys(present) and (unread := _unread_columns(value, entry))
     ]
     texts = [key for key, item in value.items() if isinstance(item, str)]
     if len(texts) > 1:
@@ -331,9 +302,6 @@ def _suggest_options(value: Value) -> str:
 def find_placeholders(text: str) -> list[str]:
     """Return the unfilled `{{name}}` in a text, in order."""
     return re.findall(r"\{\{\s*[A-Za-z_][\w.-]*\s*\}\}", text)
-
-
-# --- documentation -------------------------------------------------------------------------------------------------
 
 
 def tables() -> str:
@@ -355,4 +323,4 @@ def tables() -> str:
 def _table_row(entry: Format) -> tuple[str, ...]:
     columns = " or ".join(" + ".join(f"`{key}`" for key in keys) for keys in entry.keys)
     optional = f"; optional {', '.join(f'`{key}`' for key in entry.optional)}" if entry.optional else ""
-    return f"`{entry.name}`", columns + optional, entry.what, f"`{json.dumps(entry.example)}`"
+    return f"`{entry.name}`", columns + optional, entry.description, f"`{json.dumps(entry.example)}`"

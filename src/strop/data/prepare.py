@@ -1,12 +1,11 @@
-"""Prepare the data section of a recipe: examples on disk, and an account of every row.
+"""Prepare the data that a recipe names: write examples to disk, and report the outcome of every row.
 
-Files become rows, conversations and examples in one pass with constant memory. Errors of rows are collected, and a run
-that would lose more rows than the recipe allows is refused with all places.
+Files are read, converted and rendered in one pass with constant memory. Errors of rows are collected, and raised as one
+DataError if the recipe does not allow them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -15,11 +14,11 @@ import tempfile
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,55 +41,56 @@ from strop.data.store import (
     dump_conversation,
     load_store,
 )
-from strop.data.types import JUDGED, Conversation, DataKind, Example, Indices, Mask
-from strop.errors import DataError, Where
+from strop.data.types import PREFERENCE_KINDS, Conversation, DataKind, Example, Indices, Mask
+from strop.errors import DataError, Location
+from strop.runs.lock import sha256_file
 
-STORE_VERSION = 8  # raise it when prepared data changes for the same input
-OUTCOMES = ("used", "split", "truncated")  # of a row that is not dropped, from best to worst
+STORE_VERSION = 8  # increment it when prepared data changes for the same input
+OUTCOMES = ("used", "split", "truncated")  # outcomes of a row that is not dropped, from best to worst
 
-Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line where it is first
+Judgements = dict[int, tuple[str, int]]  # hash of a comparison or label -> file and line of its first occurrence
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready to train on. Examples and conversations are read from disk on access, in the order of the files."""
+    """Data to train on. Examples and conversations are in the order of the files, and are read from disk on access."""
 
     train: Examples
     train_conversations: Conversations
     eval: Examples | None
     eval_conversations: Conversations | None
     report: DataReport
-    hash: str  # changes with the template, the order of rows, the rows used and their tokens
-    renderer: Renderer  # renders prompts for inference after training on these rows
-    train_items: ExampleGroups | Prompts | None = None  # None if the objective learns from turns
+    hash: str  # hash of the rows used, their order and lengths, and the template
+    renderer: Renderer  # for prompts at inference after training on these rows
+    train_items: ExampleGroups | Prompts | None = None  # None for supervised fine-tuning
     eval_items: ExampleGroups | Prompts | None = None
 
 
 def prepare(
     data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True, data_kind: DataKind = "turns"
 ) -> Prepared:
-    """Read, check, render and store the rows that a recipe names. tokenizer: a fast transformers tokenizer.
+    """Read, check, render and store the rows that a recipe names.
 
-    cache: a folder that keeps tokenized rows by content; None: a temporary folder, deleted with the result. strict:
-    raise the refusal of the report instead of only reporting it. Raises DataError, and ModelError for an unusable
-    tokenizer or template.
+    tokenizer: a fast transformers tokenizer. cache: a folder where tokenized rows are kept and reused; by default, a
+    temporary folder that is deleted with the result. strict: raise the error that a run would raise instead of only
+    reporting it. Raises DataError, and ModelError for an unusable tokenizer or template.
     """
     renderer = renderer_for(data, tokenizer)
     share = _eval_share(data.eval)
-    temporary = None if cache else tempfile.mkdtemp(prefix="strop-data-")
-    folder = cache or Path(str(temporary))
+    folder = cache or Path(tempfile.mkdtemp(prefix="strop-data-"))
     try:
-        keyed = cache is not None
-        build = partial(_build_store, data=data, renderer=renderer, folder=folder, data_kind=data_kind, keyed=keyed)
+        build = partial(
+            _build_store, data=data, renderer=renderer, folder=folder, data_kind=data_kind, use_cache=cache is not None
+        )
         train = build(data.train)
         eval_store = train if share else build(data.eval) if data.eval is not None else None
         prepared = _assemble(data, renderer, train, eval_store, share, data_kind)
     except BaseException:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if cache is None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    if temporary:
-        weakref.finalize(train, shutil.rmtree, temporary, ignore_errors=True)
+    if cache is None:
+        weakref.finalize(train, shutil.rmtree, folder, ignore_errors=True)
     report = prepared.report
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     if strict and refusal:
@@ -109,62 +109,78 @@ def _assemble(
     data_kind: DataKind,
 ) -> Prepared:  # fmt: skip
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
-    eval_rows: Indices = np.zeros(0, np.int64)
+    eval_rows: Indices = np.arange(len(eval_store.row_records) if eval_store else 0, dtype=np.int64)
     if share:
-        chosen = _choose_held_out(train.row_records, share)
-        rows, eval_rows = rows[~chosen], rows[chosen]
-    elif eval_store is not None:
-        eval_rows = np.arange(len(eval_store.row_records), dtype=np.int64)
-    train_set, conversations = _select(train, rows)
-    eval_set = eval_conversations = eval_report = None
-    report = build_report(data, renderer, Selection(train, train_set, rows, "training", data_kind))
+        is_held_out = _choose_held_out(train.row_records, share)
+        rows, eval_rows = rows[~is_held_out], rows[is_held_out]
+    training = _select(train, rows, "training", data_kind)
+    evaluation = None
+    report = build_report(data, renderer, training)
     if eval_store is not None:
-        eval_set, eval_conversations = _select(eval_store, eval_rows)
-        selection = Selection(eval_store, eval_set, eval_rows, "evaluation", data_kind, shared=bool(share))
-        eval_report = build_report(data, renderer, selection)
-        overlap = {  # evaluation rows that are also training rows, and those that share a prompt with one
-            name: int(np.isin(eval_store.row_records[field][eval_rows], train.row_records[field][rows]).sum())
-            for name, field in (("across", "digest"), ("prompts", "prompt"))
-        }
-        eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, **overlap})
-        across, prompts = overlap["across"], overlap["prompts"]
-        warnings = [f"{across} evaluation rows are also training rows"] if across else []
-        if prompts > across:
-            warnings.append(f"{prompts} evaluation rows have a prompt that is also in training rows")
-        report = dataclasses.replace(
-            report,
-            eval=eval_report,
-            held_out=len(eval_rows) if share else 0,
-            duplicates={**report.duplicates, **overlap},
-            warnings=[*report.warnings, *warnings],
-        )
-    checksum = hashlib.sha256()
-    for store, examples, selected in ((train, train_set, rows), (eval_store, eval_set, eval_rows)):
-        if store is not None and examples is not None:
-            checksum.update(store.row_records["digest"][selected].tobytes())
-            checksum.update(examples.lengths.tobytes() + examples.supervised.tobytes())
+        evaluation = _select(eval_store, eval_rows, "evaluation", data_kind, shares_store=bool(share))
+        report = _add_evaluation(report, build_report(data, renderer, evaluation), training, evaluation)
     serving_renderer = renderer.for_serving(thinking=train.facts["thinking"], rows=train.facts["chats"])
+    checksum = hashlib.sha256()
+    items: list[ExampleGroups | Prompts | None] = []
+    for selection in (training, evaluation):
+        if selection is None or data_kind == "turns" or report.would_refuse:
+            items.append(None)
+        elif data_kind == "prompts":
+            items.append(Prompts(selection.examples, selection.conversations, serving_renderer))
+        else:
+            items.append(ExampleGroups(selection.examples, data_kind, data.max_length))
+        if selection is not None:
+            checksum.update(selection.store.row_records["digest"][selection.rows].tobytes())
+            checksum.update(selection.examples.lengths.tobytes() + selection.examples.supervised.tobytes())
     checksum.update(serving_renderer.template_hash.encode())
-    items: list[ExampleGroups | Prompts | None] = [None, None]
-    if data_kind != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
-        for i, (part, rows_of_part) in enumerate(((train_set, conversations), (eval_set, eval_conversations))):
-            if part is not None and rows_of_part is not None and data_kind == "prompts":
-                items[i] = Prompts(part, rows_of_part, serving_renderer)
-            elif part is not None:
-                items[i] = ExampleGroups(part, data_kind, data.max_length)
-        checksum.update(train_set.labels.tobytes())
+    if items[0] is not None:
+        checksum.update(training.examples.labels.tobytes())
     return Prepared(
-        train_set, conversations, eval_set, eval_conversations, report, checksum.hexdigest(), serving_renderer, *items
+        training.examples,
+        training.conversations,
+        evaluation.examples if evaluation else None,
+        evaluation.conversations if evaluation else None,
+        report,
+        checksum.hexdigest(),
+        serving_renderer,
+        *items,
     )
 
 
-def _select(store: Store, rows: Indices) -> tuple[Examples, Conversations]:
+def _select(
+    store: Store,
+    rows: Indices,
+    role: Literal["training", "evaluation"],
+    data_kind: DataKind,
+    *,
+    shares_store: bool = False,
+) -> Selection:
     indices = np.isin(store.example_records["row"], rows).nonzero()[0]
-    return Examples(store, indices), Conversations(store, rows)
+    return Selection(store, Examples(store, indices), Conversations(store, rows), rows, role, data_kind, shares_store)
+
+
+def _add_evaluation(
+    report: DataReport, eval_report: DataReport, training: Selection, evaluation: Selection
+) -> DataReport:
+    """Return the report on the training rows with that on the evaluation rows, and their overlap in both."""
+    across, prompts = (
+        int(np.isin(evaluation.records[name], training.records[name]).sum()) for name in ("digest", "prompt")
+    )
+    overlap = {"across": across, "prompts": prompts}
+    warnings = [f"{across} evaluation rows are also training rows"] if across else []
+    if prompts > across:
+        warnings.append(f"{prompts} evaluation rows have a prompt that is also in training rows")
+    return replace(
+        report,
+        eval=replace(eval_report, duplicates={**eval_report.duplicates, **overlap}),
+        held_out=len(evaluation.rows) if evaluation.shares_store else 0,
+        duplicates={**report.duplicates, **overlap},
+        warnings=[*report.warnings, *warnings],
+    )
 
 
 def _eval_share(spec: str | list[str] | None) -> float | None:
-    """Return data.eval as a share of the training rows, or None if it names files. Raises DataError."""
+    """Return data.eval as a fraction of the training rows, or None if it names files. Raises DataError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", spec) if isinstance(spec, str) else None
     if match is None:
         return None
@@ -175,60 +191,58 @@ def _eval_share(spec: str | list[str] | None) -> float | None:
 
 
 def _choose_held_out(records: npt.NDArray[Any], share: float) -> Mask:
-    """Choose the held-out rows of a store as a mask of shape (n,): whole groups, at least one.
+    """Return which rows of a store are held out, as a mask of shape (n,): whole groups, at least one.
 
-    Rows are chosen by hash, so that adding rows moves none. If all are in one group, they are chosen by their content.
+    Rows are chosen by hash, so that adding rows does not move others. If there is only one group, it is split.
     """
-    chosen: Mask = np.zeros(len(records), np.bool_)
+    is_held_out: Mask = np.zeros(len(records), np.bool_)
     for name in ("group", "digest") if len(records) else ():
         hashes = records[name]
-        chosen = hashes < np.uint64(share * 2**64)
-        if not chosen.any():
-            chosen = hashes == hashes.min()
-        if not chosen.all():
+        is_held_out = hashes < np.uint64(share * 2**64)
+        if not is_held_out.any():
+            is_held_out = hashes == hashes.min()
+        if not is_held_out.all():
             break
-    return chosen
-
-
-# --- one pass over the files -------------------------------------------------------------------------------------
+    return is_held_out
 
 
 class _Reader:
-    """The conversations of a spec, and the row of each: a row may give several.
+    """Iterate over the conversations of a spec, with the number of the row of each: a row may have several.
 
-    For an objective that learns from labels, a pair is two judged answers.
+    For objectives that learn from labels, a pair becomes two labelled answers.
     """
 
     def __init__(self, spec: str | Sequence[str], data: DataSection, data_kind: DataKind, renderer: Renderer) -> None:
         self._renderer = renderer
-        self._labels = data_kind == "labels"
+        self._split_pairs = data_kind == "labels"
         self.unreadable: list[RowError] = []
         self.invalid: list[RowError] = []
         self.left_out: Counter[str] = Counter()
         rows = sources.read_rows(
-            spec, encoding=data.encoding, columns=data.columns, bad=self.unreadable, left_out=self.left_out,
+            spec, encoding=data.encoding, columns=data.columns, errors=self.unreadable, left_out=self.left_out,
             documents=data.format == formats.DOCUMENT,
         )  # fmt: skip
         self.conversations = formats.ConversationReader(
-            rows, format=data.format, columns=data.columns, bad=self.invalid, answerless=data_kind == "prompts"
+            rows, format=data.format, columns=data.columns, errors=self.invalid, answerless=data_kind == "prompts"
         )
-        self.row_numbers: deque[int] = deque()  # of the conversations that the renderer has read ahead
+        self.row_numbers: deque[int] = deque()  # of conversations read but not yet rendered
 
     def __iter__(self) -> Iterator[Conversation]:
         for conversation in map(self._renderer.separate_reasoning, self.conversations):
-            for part in split_pair(conversation) if self._labels else (conversation,):
+            for part in split_pair(conversation) if self._split_pairs else (conversation,):
                 self.row_numbers.append(self.conversations.num_used)
                 yield part
 
 
 def _build_store(
-    spec: str | Sequence[str], *, data: DataSection, renderer: Renderer, folder: Path, data_kind: DataKind, keyed: bool
-) -> Store:
-    """Read and render the rows of `spec` into a store in `folder`. keyed: use a store that is already there."""
-    place = folder / (_cache_key(spec, data, renderer, data_kind) if keyed else f"rows-{len(list(folder.iterdir()))}")
-    if keyed and (store := load_store(place)):
+    spec: str | Sequence[str], *, data: DataSection, renderer: Renderer, folder: Path, data_kind: DataKind,
+    use_cache: bool,
+) -> Store:  # fmt: skip
+    """Read and render the rows of `spec` into a store in `folder`. use_cache: reuse a store of the same rows."""
+    name = _cache_key(spec, data, renderer, data_kind) if use_cache else f"rows-{len(list(folder.iterdir()))}"
+    if use_cache and (store := load_store(folder / name)):
         return store
-    writer = Writer(place)
+    writer = Writer(folder / name)
     try:
         reader = _Reader(spec, data, data_kind, renderer)
         return writer.commit(_write_rows(writer, reader, data, renderer, data_kind))
@@ -239,51 +253,48 @@ def _build_store(
 def _write_rows(
     writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, data_kind: DataKind
 ) -> dict[str, Any]:
-    """Write every row with all its conversations, or record why it is dropped. Return the facts of the pass."""
+    """Write every row with all its conversations, or record why it is dropped. Return the content of facts.json."""
     errors: list[RowError] = []
     outcomes: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    cut: list[tuple[str, str, int | None, str]] = []  # how, file, line, lengths
-    first_place: dict[str, str] = {}  # note -> where it was first found, with an example
+    warnings: Counter[str] = Counter()  # number of rows with each warning
+    first_examples: dict[str, str] = {}  # warning -> location and excerpt of the first row with it
+    shortened: list[tuple[str, str, int | None, str]] = []  # outcome, file, line, lengths
     stops = longest = chats = thinking = 0
     judgements: Judgements = {}
-    render = renderer.render_many
-    if data_kind in ("pairs", "prompts"):
-        render = partial(render_pairs if data_kind == "pairs" else render_prompts, renderer)
-    for _, row in groupby(render(reader), lambda _: reader.row_numbers.popleft()):
-        kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
-        row_notes: dict[str, str] = {}
-        row_error: RowError | None = None  # the first error; nothing of the row is then used
+    render = {"pairs": render_pairs, "prompts": render_prompts}.get(data_kind, Renderer.render_many)
+    for _, row in groupby(render(renderer, reader), lambda _: reader.row_numbers.popleft()):
+        results: list[tuple[str, Conversation, list[Example], int]] = []
+        row_warnings: dict[str, str] = {}
+        row_error: RowError | None = None  # the first error of a conversation, which drops the whole row
         for conversation, rendered in row:
-            for note, example in find_row_warnings(conversation, rendered, renderer, data_kind):
-                row_notes.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
-            if not isinstance(rendered, RenderError):
-                longest = max(longest, *map(len, rendered))
+            for warning, excerpt in find_row_warnings(conversation, rendered, renderer, data_kind):
+                row_warnings.setdefault(warning, f"first {conversation.file}:{conversation.line}{excerpt}")
+            lengths = [] if isinstance(rendered, RenderError) else [*map(len, rendered)]
+            longest = max([longest, *lengths])
             outcome, examples, error = decide_outcome(conversation, rendered, data, renderer, data_kind)
             row_error = row_error or error
-            kept.append((outcome, conversation, examples, rendered))
-        notes.update(row_notes.keys())
-        first_place = {**row_notes, **first_place}
-        if row_error is None and data_kind in JUDGED:
-            checks = (_check_contradiction(conversation, examples, judgements) for _, conversation, examples, _ in kept)
+            results.append((outcome, conversation, examples, sum(lengths)))
+        warnings.update(row_warnings.keys())
+        first_examples = {**row_warnings, **first_examples}
+        if row_error is None and data_kind in PREFERENCE_KINDS:
+            checks = (_check_contradiction(part, examples, judgements) for _, part, examples, _ in results)
             row_error = next(filter(None, checks), None)
         if row_error is not None:
             outcomes["dropped"] += 1
             errors.append(row_error)
             continue
-        outcomes[max((outcome for outcome, *_ in kept), key=OUTCOMES.index)] += 1
-        group: int | None = None  # decides whether the row is held out: a hash of its prompt or its first conversation
-        for outcome, conversation, examples, rendered in kept:
-            if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
-                lengths = " + ".join(str(len(example)) for example in examples)
-                what = f"{sum(map(len, rendered))} tokens, now {lengths}"
-                cut.append((outcome, conversation.file, conversation.line, what))
+        outcomes[max((outcome for outcome, *_ in results), key=OUTCOMES.index)] += 1
+        group: int | None = None  # all conversations of the row are in the group of the first one
+        for outcome, conversation, examples, num_tokens in results:
+            if outcome != "used":
+                what = f"{num_tokens} tokens, now {' + '.join(str(len(example)) for example in examples)}"
+                shortened.append((outcome, conversation.file, conversation.line, what))
             prompt = digest(dump_conversation(conversation.prompt))
-            group = writer.add(conversation, examples, prompt, prompt if data_kind in JUDGED else group)
+            group = writer.add(conversation, examples, prompt, prompt if data_kind in PREFERENCE_KINDS else group)
             chats += conversation.text is None
             thinking += conversation.text is None and renderer.chat.shows_reasoning(conversation.messages)
-            final = examples if data_kind == "pairs" else examples[-1:]
-            stops += data_kind != "prompts" and all(ends_with_stop(example, renderer) for example in final)
+            last_examples = examples if data_kind == "pairs" else examples[-1:]
+            stops += data_kind != "prompts" and all(ends_with_stop(example, renderer) for example in last_examples)
     errors = [*reader.unreadable, *reader.invalid, *errors]
     outcomes["dropped"] += len(reader.unreadable) + len(reader.invalid)
     file_order = {name: i for i, name in enumerate(dict.fromkeys(error.where.file for error in errors))}
@@ -292,8 +303,8 @@ def _write_rows(
         "read": reader.conversations.num_rows + len(reader.unreadable),
         "outcomes": dict(outcomes),
         "faults": [(error.code, error.where.file, error.where.line, error.where.what) for error in errors],
-        "cut": cut,
-        "notes": [(note, count, first_place[note]) for note, count in notes.most_common()],
+        "cut": shortened,
+        "notes": [(warning, count, first_examples[warning]) for warning, count in warnings.most_common()],
         "unused": dict(reader.conversations.unused),
         "left_out": dict(reader.left_out),
         "formats": reader.conversations.formats,
@@ -308,7 +319,7 @@ def decide_outcome(
     conversation: Conversation, rendered: list[Example] | RenderError, data: DataSection, renderer: Renderer,
     data_kind: DataKind,
 ) -> tuple[str, list[Example], RowError | None]:  # fmt: skip
-    """Apply data.overlong: return the outcome of one conversation, its examples, and why it has none."""
+    """Apply data.overlong: return the outcome of a conversation, its examples, and the error if it has none."""
     if data_kind == "labels" and not isinstance(rendered, RenderError) and len(rendered) != 1:
         rendered = RenderError("answer-in-parts")
     if isinstance(rendered, RenderError):
@@ -335,7 +346,7 @@ def decide_outcome(
 def find_contradiction(
     conversation: Conversation, examples: Sequence[Example], judgements: Judgements
 ) -> tuple[str, int] | None:
-    """Return the place of the opposite judgement of the same answers; if there is none, record this judgement."""
+    """Return file and line of an opposite judgement of the same answers, or record this judgement if there is none."""
     ids = [example.ids.tobytes() for example in examples]
     if conversation.rejected:
         prompt = examples[0].prompt_length.to_bytes(8, "little")
@@ -343,10 +354,10 @@ def find_contradiction(
     else:
         labels = (conversation.desirable, not conversation.desirable)
         judgement, opposite = (ids[0] + (b"+" if good else b"-") for good in labels)
-    place = judgements.get(digest(opposite))
-    if place is None:
+    contradicted = judgements.get(digest(opposite))
+    if contradicted is None:
         judgements.setdefault(digest(judgement), (conversation.file, conversation.line))
-    return place
+    return contradicted
 
 
 def split_pair(conversation: Conversation) -> tuple[Conversation, ...]:
@@ -354,22 +365,22 @@ def split_pair(conversation: Conversation) -> tuple[Conversation, ...]:
     if not conversation.rejected:
         return (conversation,)
     chosen, rejected = conversation.sides
-    return dataclasses.replace(chosen, desirable=True), dataclasses.replace(rejected, desirable=False)
+    return replace(chosen, desirable=True), replace(rejected, desirable=False)
 
 
 def _check_contradiction(
     conversation: Conversation, examples: Sequence[Example], judgements: Judgements
 ) -> RowError | None:
-    place = find_contradiction(conversation, examples, judgements)
-    if place is None:
+    contradicted = find_contradiction(conversation, examples, judgements)
+    if contradicted is None:
         return None
-    same_row = place == (conversation.file, conversation.line)
-    what = "pairs of this row contradict each other" if same_row else "contradicts {}:{}".format(*place)
+    same_row = contradicted == (conversation.file, conversation.line)
+    what = "pairs of this row contradict each other" if same_row else "contradicts {}:{}".format(*contradicted)
     return _row_error(conversation, "contradiction", what)
 
 
 def _row_error(conversation: Conversation, code: str, what: str) -> RowError:
-    return RowError(code, Where(conversation.file, conversation.line, what))
+    return RowError(code, Location(conversation.file, conversation.line, what))
 
 
 def _cache_key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, data_kind: DataKind) -> str:
@@ -378,11 +389,7 @@ def _cache_key(spec: str | Sequence[str], data: DataSection, renderer: Renderer,
     for source in sources.resolve(spec):
         key.update(json.dumps([source.path, source.weight, len(source.files)]).encode())
         for name in source.files:
-            checksum = hashlib.sha256()
-            with open(name, "rb") as file:
-                while block := file.read(1 << 20):
-                    checksum.update(block)
-            key.update(checksum.digest())
+            key.update(bytes.fromhex(sha256_file(Path(name))))
     options = data.model_dump(include={"format", "columns", "max_length", "overlong", "loss", "encoding"})
     key.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, data_kind], sort_keys=True).encode())
     return key.hexdigest()[:32]

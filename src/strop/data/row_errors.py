@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from strop.errors import DataError, Where
+from strop.errors import DataError, Location
 
 # Why a row cannot be read.
 READING_REASONS: dict[str, str] = {
@@ -88,10 +88,10 @@ FIXES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class RowError:
-    """One row that cannot be used. code: a key of REASONS."""
+    """A row that cannot be used. code: a key of REASONS."""
 
     code: str
-    where: Where
+    where: Location
 
 
 class InvalidRow(ValueError):
@@ -106,16 +106,10 @@ class InvalidRow(ValueError):
 class RenderError(DataError):
     """Raised when a conversation cannot be rendered. code: a key of RENDERING_REASONS."""
 
-    def __init__(self, code: str, detail: str = "", *, file: str = "", line: int | None = None) -> None:
-        what = RENDERING_REASONS[code] + (f" ({detail})" if detail else "")
-        where = [Where(file, line, what)] if file else []
-        super().__init__(what, fix=FIXES.get(code, ""), where=where)
-        self.code = code
-        self.detail = detail
-
-    def at(self, file: str, line: int | None) -> RenderError:
-        return RenderError(self.code, self.detail, file=file, line=line)
+    def __init__(self, code: str, detail: str = "") -> None:
+        super().__init__(RENDERING_REASONS[code] + (f" ({detail})" if detail else ""), fix=FIXES.get(code, ""))
+        self.code, self.detail = code, detail
 
 
 def file_error(path: str, what: str, fix: str = "", line: int | None = None) -> DataError:
-    return DataError(f"{path}: {what}", fix=fix, where=[Where(path, line, what)])
+    return DataError(f"{path}: {what}", fix=fix, where=[Location(path, line, what)])

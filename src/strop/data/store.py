@@ -1,8 +1,8 @@
 """Tokenized rows on disk, written once in order and then read through memory maps.
 
-A store is a folder of plain arrays and JSON, without pickle: `ids.bin` (int32) and `weights.bin` (float32), all
-examples concatenated; `examples.bin` and `rows.bin` (records); `rows.jsonl` (one conversation a line); and
-`facts.json`, which is written last, so that a folder without it is incomplete.
+A store is a folder without pickle files: `ids.bin` (int32) and `weights.bin` (float32) hold the concatenated examples,
+`examples.bin` and `rows.bin` an array of records each, and `rows.jsonl` one conversation per line. `facts.json` is
+written last; a folder without it is incomplete.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
 import time
 import zlib
@@ -31,19 +30,20 @@ from strop.data.types import Conversation, DataKind, Example, ExampleGroup, Indi
 if TYPE_CHECKING:
     from strop.data.rendering.render import Renderer
 
-# One example: the end of its tokens, its length, its number of supervised tokens, the index of its row.
+# A record of examples.bin: the end of the example's tokens in ids.bin, its length, its number of supervised tokens, and
+# the index of its row.
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])
-# One row: the end of its line in rows.jsonl; the hash of its content; that of its prompt; that by which it is held out
-# (`group`); its file (index into facts["files"]) and line; its label (1 good, 0 bad, -1 none); has an answer (1, 0).
+# A record of rows.bin: the end of the row's line in rows.jsonl; hashes of its content and its prompt; `group` (rows of
+# one group are held out together); file (index into facts["files"]) and line; label (1 good, 0 bad, -1 none); whether
+# it has an answer (1, 0).
 ROW = np.dtype([
     ("end", "<i8"), ("digest", "<u8"), ("prompt", "<u8"), ("group", "<u8"), ("file", "<i4"), ("line", "<i8"),
     ("label", "<i4"), ("has_answer", "<i4"),
 ])  # fmt: skip
-_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQQiqii")  # the same layouts, to write one record
-_PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
+_DTYPES = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
 LOCK = "lock"  # file lock in the folder of a store that is being written
 LOCK_GRACE_S = 60.0  # a more recent lock file may not have been acquired yet
-MAX_KL_CANDIDATES = 1000  # maximum number of rows searched for an answer to another prompt (kto)
+MAX_KL_CANDIDATES = 1000  # KTO: maximum number of rows to search for an answer to another prompt
 
 T = TypeVar("T", covariant=True)
 
@@ -58,40 +58,44 @@ class Writer:
         self._temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         self._lock = FileLock(self._temp / LOCK)  # released by the operating system even when the process is killed
         self._lock.acquire()
-        self._out = {name: (self._temp / name).open("wb", buffering=1 << 20) for name in (*_PARTS, "rows.jsonl")}
-        self._sums = dict.fromkeys(self._out, 0)
+        self._out = {name: (self._temp / name).open("wb", buffering=1 << 20) for name in (*_DTYPES, "rows.jsonl")}
+        self._checksums = dict.fromkeys(self._out, 0)
         self._files: dict[str, int] = {}
-        self._tokens = self._chars = self._rows = 0
+        self._num_tokens = self._num_bytes = self._num_rows = 0
 
     def add(self, conversation: Conversation, examples: Sequence[Example], prompt: int, group: int | None) -> int:
-        """Append a row and return the hash by which it is held out: `group`, or by default that of its content."""
+        """Append a row and return its group.
+
+        prompt: hash of the prompt. group: rows of a group are held out together; default: the hash of the content.
+        """
         text = dump_conversation(conversation)
         file = self._files.setdefault(conversation.file, len(self._files))
-        self._chars += len(text) + 1
+        self._num_bytes += len(text) + 1
         self._write("rows.jsonl", text + b"\n")
         label = -1 if conversation.desirable is None else int(conversation.desirable)
-        has_answer, content = int(conversation.answer is not None), digest(text)
+        content = digest(text)
         group = content if group is None else group
-        record = (self._chars, content, prompt, group, file, conversation.line, label, has_answer)
-        self._write("rows.bin", _ROW.pack(*record))
+        has_answer = conversation.answer is not None
+        record = (self._num_bytes, content, prompt, group, file, conversation.line, label, has_answer)
+        self._write("rows.bin", np.array(record, ROW).tobytes())
         for example in examples:
-            self._tokens += len(example)
+            self._num_tokens += len(example)
             self._write("ids.bin", example.ids.astype("<i4", copy=False).tobytes())
             self._write("weights.bin", example.weights.astype("<f4", copy=False).tobytes())
-            self._write("examples.bin", _EXAMPLE.pack(self._tokens, len(example), example.supervised, self._rows))
-        self._rows += 1
+            example_record = (self._num_tokens, len(example), example.supervised, self._num_rows)
+            self._write("examples.bin", np.array(example_record, EXAMPLE).tobytes())
+        self._num_rows += 1
         return group
 
     def _write(self, name: str, data: bytes) -> None:
-        self._sums[name] = zlib.crc32(data, self._sums[name])
+        self._checksums[name] = zlib.crc32(data, self._checksums[name])
         self._out[name].write(data)
 
     def commit(self, facts: dict[str, Any]) -> Store:
         """Complete the store and return it, or the identical store that another process wrote first."""
-        for out in self._out.values():
-            out.close()
+        self._close()
         sizes = {name: (self._temp / name).stat().st_size for name in self._out}
-        facts = {**facts, "files": list(self._files), "sizes": sizes, "sums": self._sums}
+        facts = {**facts, "files": list(self._files), "sizes": sizes, "sums": self._checksums}
         (self._temp / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         self._unlock()
         try:
@@ -100,17 +104,19 @@ class Writer:
             if load_store(self._folder) is None:
                 shutil.rmtree(self._folder)
                 self._temp.rename(self._folder)
-            else:
-                shutil.rmtree(self._temp)
         store = load_store(self._folder)
         assert store is not None, "a store just written is not complete"
         return store
 
     def discard(self) -> None:
-        for out in self._out.values():
-            out.close()
+        """Remove the temporary folder, if there is one."""
+        self._close()
         self._unlock()
         shutil.rmtree(self._temp, ignore_errors=True)
+
+    def _close(self) -> None:
+        for out in self._out.values():
+            out.close()
 
     def _unlock(self) -> None:
         self._lock.release()
@@ -122,15 +128,15 @@ class Store:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.facts = facts
-        ids, weights, examples, rows = (_map(folder / name, dtype) for name, dtype in _PARTS.items())
-        self._ids, self._weights, self.example_records, self.row_records = ids, weights, examples, rows
+        arrays = (_map(folder / name, dtype) for name, dtype in _DTYPES.items())
+        self._ids, self._weights, self.example_records, self.row_records = arrays
         self._text = _map(folder / "rows.jsonl", np.dtype(np.uint8))
 
     def example(self, i: int) -> Example:
         record = self.example_records[i]
         end, row = int(record["end"]), self.row_records[record["row"]]
         span = slice(end - int(record["length"]), end)
-        # copies: a memory map is read-only, and torch warns of read-only arrays
+        # copied, because memory maps are read-only and torch warns about read-only arrays
         ids, weights = np.array(self._ids[span]), np.array(self._weights[span])
         return Example(ids, weights, self.facts["files"][row["file"]], int(row["line"]))
 
@@ -155,7 +161,7 @@ def load_store(folder: Path) -> Store | None:
 def _remove_abandoned(folder: Path) -> None:
     """Remove unfinished stores whose processes were killed."""
     for lock in folder.glob(f".*-*/{LOCK}"):
-        with suppress(OSError):  # filelock's Timeout is one: the process is alive
+        with suppress(OSError):  # filelock's Timeout is an OSError: the process is still running
             if time.time() - lock.stat().st_mtime > LOCK_GRACE_S:
                 with FileLock(lock, timeout=0):
                     shutil.rmtree(lock.parent, ignore_errors=True)
@@ -175,9 +181,6 @@ def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-# --- sequences of a store ------------------------------------------------------------------------------------------
-
-
 class LazySequence(Sequence[T]):
     """A sequence whose items are created on access by `item`."""
 
@@ -195,7 +198,7 @@ class LazySequence(Sequence[T]):
 
 
 class Examples(LazySequence[Example]):
-    """Examples of a store, read on access. Attributes have shape (n,)."""
+    """Examples of a store, read on access. Array attributes have shape (n,)."""
 
     def __init__(self, store: Store, indices: Indices) -> None:
         self._store, self._indices = store, indices
@@ -213,7 +216,7 @@ class Examples(LazySequence[Example]):
 
 
 class Conversations(LazySequence[Conversation]):
-    """Rows of a store as conversations, read on access. digests: uint64, shape (n,), hashes of their content."""
+    """Rows of a store as conversations, read on access. digests: hashes of their content, uint64, shape (n,)."""
 
     def __init__(self, store: Store, indices: Indices) -> None:
         self._store, self._indices = store, indices
@@ -227,25 +230,25 @@ class Conversations(LazySequence[Conversation]):
 
 
 class ExampleGroups(LazySequence[ExampleGroup]):
-    """Answers to train on together. examples: chosen and rejected alternating (pairs), or single answers (labels)."""
+    """Preference data as groups. examples: chosen and rejected alternating (pairs), or single answers (labels)."""
 
     def __init__(self, examples: Examples, data_kind: DataKind, max_length: int) -> None:
         assert data_kind == "labels" or len(examples) % 2 == 0
-        self._examples, self._pairs, self._max_length = examples, data_kind == "pairs", max_length
+        self._examples, self._is_pairs, self._max_length = examples, data_kind == "pairs", max_length
 
     def __len__(self) -> int:
-        return len(self._examples) // 2 if self._pairs else len(self._examples)
+        return len(self._examples) // 2 if self._is_pairs else len(self._examples)
 
     def item(self, i: int) -> ExampleGroup:
-        if self._pairs:
+        if self._is_pairs:
             return ExampleGroup((self._examples[2 * i], self._examples[2 * i + 1]))
         answer = self._examples[i]
         return ExampleGroup((answer,), self._kl_examples(i, answer), bool(self._examples.labels[i]))
 
     def _kl_examples(self, i: int, answer: Example) -> tuple[Example, ...]:
-        """Combine this prompt with the answer of the next row that has another prompt and fits in `max_length`.
+        """Combine this prompt with the next answer to another prompt that fits in `max_length`.
 
-        The choice does not depend on epoch or batch, so the reference log-probabilities are computed once.
+        The choice does not depend on epoch or batch, so the reference log-probabilities are computed only once.
         """
         prompt = answer.ids[: answer.prompt_length]
         for offset in range(1, min(len(self), MAX_KL_CANDIDATES)):
@@ -260,7 +263,7 @@ class ExampleGroups(LazySequence[ExampleGroup]):
 
 
 class Prompts(LazySequence[Prompt]):
-    """Prompts with the reference answers of their rows. examples: the prompts' tokens, one for each conversation."""
+    """Prompts with their reference answers. examples: the tokens of the prompt of each conversation."""
 
     def __init__(self, examples: Examples, conversations: Conversations, renderer: Renderer) -> None:
         assert len(examples) == len(conversations)
@@ -275,9 +278,6 @@ class Prompts(LazySequence[Prompt]):
         reasoning_ends = tuple(renderer.reasoning_ends) if has_reasoning else ()
         gold = renderer.reference_answer(conversation)
         return Prompt((self._examples[i],), gold=gold, row=i, reasoning_ends=reasoning_ends)
-
-
-# --- conversations as JSON -----------------------------------------------------------------------------------------
 
 
 def dump_conversation(conversation: Conversation) -> bytes:

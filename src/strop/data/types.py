@@ -1,12 +1,12 @@
-"""Units of training data: `Row` (as read), `Conversation` (messages), `Example` (token ids and weights).
+"""Data types: `Row` (as read), `Conversation` (messages), `Example` (token ids and loss weights).
 
-`reading/` turns bytes into rows, `formats.py` turns rows into conversations, and `rendering/` turns conversations into
+`reading/` reads rows from files, `formats.py` converts rows to conversations, and `rendering/` renders conversations to
 examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,15 +19,15 @@ Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 LogProbs = npt.NDArray[np.float64]
 
-# What an objective learns from: the turns of conversations, pairs of answers, answers with a label, or prompts, for
-# which the model samples completions.
+# The data of an objective: conversations (their assistant turns are trained on), preference pairs, answers labelled
+# good or bad, or prompts for which the model samples completions.
 DataKind = Literal["turns", "pairs", "labels", "prompts"]
-JUDGED: tuple[DataKind, ...] = ("pairs", "labels")  # kinds with answers that were compared or judged
+PREFERENCE_KINDS: tuple[DataKind, ...] = ("pairs", "labels")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record of a data file, with its values unchanged. `line` counts from 1."""
+    """A record of a data file, with its values unchanged. `line` counts from 1."""
 
     file: str
     line: int
@@ -36,28 +36,28 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """A turn of a conversation."""
 
     role: Role
     content: str
     reasoning: str | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     name: str | None = None
-    weight: float = 1.0  # of the message's tokens in the loss; 0 excludes them
-    call_id: str | None = None  # for a tool turn, the id of the call that it answers
+    weight: float = 1.0  # loss weight of the message's tokens; 0 excludes them
+    call_id: str | None = None  # tool turns only: the id of the tool call
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The content of one row."""
+    """A conversation, raw text or preference pair, converted from a row."""
 
     file: str
     line: int
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None  # raw text for continued pretraining; `messages` is then empty
-    rejected: tuple[Message, ...] = ()  # of a preference pair: the worse answer; `messages` has the better one
-    desirable: bool | None = None  # the label of a judged answer
+    rejected: tuple[Message, ...] = ()  # the rejected conversation of a preference pair; `messages` is the chosen one
+    desirable: bool | None = None  # whether a labelled answer is good
 
     @property
     def answer(self) -> str | None:
@@ -67,7 +67,7 @@ class Conversation:
 
     @property
     def prompt(self) -> Conversation:
-        """The turns before the first trained answer, which is the one that was compared or judged."""
+        """The turns before the first assistant turn with a nonzero weight."""
         turns = enumerate(self.messages)
         end = next((i for i, turn in turns if turn.role == "assistant" and turn.weight), len(self.messages))
         return replace(self, messages=self.messages[:end], rejected=(), desirable=None)
@@ -83,11 +83,12 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training sequence.
+    """A training sequence.
 
-    ids: token ids, shape (n,). weights: shape (n,), the weight of each token as a *label* (0: not supervised). Position
-    0 is never supervised, because no token predicts it. encoded_separately: the prompt and the answer were tokenized
-    separately, because one token would have covered the end of one and the start of the other.
+    ids: token ids, shape (n,). weights: loss weight of each token as a *label*, shape (n,); tokens of weight 0 are not
+    supervised. Position 0 is never supervised, because no token predicts it. encoded_separately: the prompt and the
+    answer were tokenized separately, because otherwise one token would cover the end of the prompt and the start of
+    the answer.
     """
 
     ids: Ids
@@ -114,21 +115,21 @@ class Example:
         """The example itself, so that an `Example` can be used like an `ExampleGroup`."""
         return (self,)
 
-    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
+    def computed_tokens(self, packed: bool, share_prompt: bool = True) -> int:
         return len(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleGroup:
-    """Answers to one prompt that one step needs together: one row of the effective batch, never split.
+    """Answers to one prompt that are trained on in the same step: one row of the effective batch, never split.
 
-    reference_logprobs: the log-probability of each of `examples` and `kl_examples` under the model as it was when
-    training began; empty until it is computed.
+    reference_logprobs: the log-probability of each of `examples` and `kl_examples` under the reference model; empty
+    until it is computed.
     """
 
-    examples: tuple[Example, ...]  # the trained answers: chosen and rejected, or one judged answer
+    examples: tuple[Example, ...]  # the trained answers: chosen and rejected, or one labelled answer
     kl_examples: tuple[Example, ...] = ()  # this prompt with another row's answer, for the KL estimate of KTO
-    desirable: bool = True  # the label of a judged answer
+    desirable: bool = True  # whether a labelled answer is good
     reference_logprobs: tuple[float, ...] = ()
 
     @property
@@ -146,10 +147,13 @@ class ExampleGroup:
     def __len__(self) -> int:
         return sum(map(len, self.examples))
 
-    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
-        """Return the tokens that a micro-batch computes: padded, or packed with a prompt once if `shares`."""
+    def computed_tokens(self, packed: bool, share_prompt: bool = True) -> int:
+        """Return the number of tokens computed for the group in a micro-batch, including padding.
+
+        share_prompt: a packed micro-batch computes the prompt once for all examples.
+        """
         if packed:
-            return len(self) - ((len(self.examples) - 1) * self.examples[0].prompt_length if shares else 0)
+            return len(self) - ((len(self.examples) - 1) * self.examples[0].prompt_length if share_prompt else 0)
         return len(self.examples) * max(map(len, self.examples))
 
 
@@ -161,30 +165,31 @@ class Prompt(ExampleGroup):
     """
 
     gold: str | None = None  # the reference answer
-    row: int = 0
-    reasoning_ends: tuple[str, ...] = ()  # end the reasoning of a completion; empty if the gold answer has none
+    row: int = 0  # index among the prompts
+    reasoning_ends: tuple[str, ...] = ()  # texts that end the reasoning of a completion; empty: nothing is stripped
 
-    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
+    def computed_tokens(self, packed: bool, share_prompt: bool = True) -> int:
         return len(self)
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup(ExampleGroup):
-    """Completions that were sampled for one prompt, and their rewards. Equal completions are stored once.
+    """Completions sampled for one prompt, and their rewards. Equal completions are stored once.
 
-    examples: the weight of a completion's tokens is the number of times it was sampled. sampling_logprobs,
-    reference_token_logprobs: of all supervised tokens, completion after completion, when sampled and under the
-    reference model (empty without one).
+    examples: the weight of a completion's tokens is the number of times it was sampled. sampling_logprobs: the
+    log-probability of each supervised token when it was sampled, for all completions in order.
+    reference_token_logprobs: the same under the reference model, if there is one.
     """
 
-    advantages: tuple[float, ...] = ()  # one entry an example, like `stopped`
-    stopped: tuple[bool, ...] = ()  # ended by a stop token
-    rewards: tuple[float, ...] = ()  # one entry a sampled completion
+    advantages: tuple[float, ...] = ()  # one entry per example
+    stopped: tuple[bool, ...] = ()  # whether a stop token ended the completion, one entry per example
+    rewards: tuple[float, ...] = ()  # one entry per sampled completion
     sampling_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
     reference_token_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
 
     @property
     def counts(self) -> list[int]:
+        """Number of times that each completion was sampled."""
         return [int(example.weights[-1]) for example in self.examples]
 
 
@@ -194,4 +199,10 @@ def strip_reasoning(text: str, reasoning_ends: Iterable[str]) -> str:
     return text if end is None else text.partition(end)[2].lstrip()
 
 
-Item = Example | ExampleGroup  # one row of the effective batch
+def shared_prefix_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Return the number of items before the first difference of two sequences."""
+    differences = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(differences, min(len(left), len(right)))
+
+
+Item = Example | ExampleGroup  # a row of the effective batch

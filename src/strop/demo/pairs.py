@@ -2,8 +2,8 @@
 
 `python -m strop.demo.pairs PAIRS.jsonl HELD_OUT.jsonl` writes both files.
 
-Each row gets one mistake that small models make: a wrong slot value, a missing slot, an extra slot, a wrong intent, or
-prose around the right JSON. The seed decides which.
+The rejected answer has one mistake that small models make, chosen by the seed: a wrong slot value, a missing slot, an
+extra slot, a wrong intent, or prose around the right JSON.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ PROSE = ("Sure! Here is the JSON: {}", "{} Let me know if you need anything else
 def make_mistake(
     kind: str, right: Mapping[str, str], answers: Sequence[Mapping[str, str]], rng: random.Random
 ) -> str | None:
-    """Return a wrong answer of this kind, or None if the row allows none. answers: provide other intents and values."""
+    """Return an answer with a mistake of this kind, or None if the kind does not apply to the right answer.
+
+    answers: the right answers of all rows, from which wrong intents and slot values are taken.
+    """
     slots = [name for name in right if name != "intent"]
     wrong = dict(right)
     if kind == "prose":
-        return rng.choice(PROSE).format(_line(right))
+        return rng.choice(PROSE).format(_to_json(right))
     if kind == "wrong intent":
         wrong["intent"] = rng.choice(sorted({answer["intent"] for answer in answers} - {right["intent"]}))
     elif kind == "extra slot":
@@ -44,11 +47,11 @@ def make_mistake(
         if not values:
             return None
         wrong[name] = rng.choice(values)
-    return _line(wrong)
+    return _to_json(wrong)
 
 
 def make_pairs(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Return one pair per row: `prompt`, `chosen` and `rejected` as messages, and the kind of mistake."""
+    """Return one pair per row: `prompt`, `chosen` and `rejected` as lists of messages, and the `kind` of mistake."""
     rng, answers = random.Random(seed), [json.loads(row["messages"][-1]["content"]) for row in rows]
     pairs = []
     for row, right in zip(rows, answers, strict=True):
@@ -60,14 +63,14 @@ def make_pairs(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[st
 
 
 def write_pairs(train: Path, held_out: Path, seed: int = 0) -> None:
-    """Write both files of the demo as pairs."""
+    """Write the demo's training rows and held-out rows as pairs."""
     for source, out in zip(data_files(), (train, held_out), strict=True):
         rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
         lines = [json.dumps(pair, ensure_ascii=False) for pair in make_pairs(rows, seed)]
         out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _line(answer: Mapping[str, str]) -> str:
+def _to_json(answer: Mapping[str, str]) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 

@@ -1,6 +1,6 @@
 """Assign work to ranks, and add up results in an order that does not depend on the ranks.
 
-All functions are pure, so that every rank can compute the assignment of all ranks. No torch here.
+Every rank can compute the assignment of all ranks. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Generic, Protocol, TypeVar
 
 
 def assign_balanced(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Return the indices of each rank, ascending: the most expensive first, each to the rank with the least work.
+    """Return the indices of `costs` for each rank, ascending, so that the ranks' total costs are balanced.
 
-    Ties go to the lowest rank, and a rank may get none. The largest share is at most 4/3 of the optimum (Graham, 1969).
+    Assigns the most expensive index first, each to the rank with the lowest cost so far, or the first such rank. The
+    highest cost of a rank is at most 4/3 of the optimum (Graham, 1969). A rank may get no index.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0.0, rank) for rank in range(ranks)]
@@ -26,8 +27,8 @@ def assign_balanced(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 def assign_contiguous(costs: Sequence[float], ranks: int) -> list[range]:
-    """Return a contiguous range of indices for each rank: an index's midpoint in the total cost decides its rank."""
-    total, before, owners = sum(costs), 0.0, []
+    """Return a contiguous range of indices of `costs` for each rank, so that total costs are about equal."""
+    total, before, owners = sum(costs), 0.0, []  # before: the cost of all previous indices
     for cost in costs:
         owners.append(min(ranks - 1, int(ranks * (before + cost / 2) / total)))
         before += cost
@@ -44,19 +45,20 @@ T = TypeVar("T", bound=Addable)
 
 @dataclass
 class SumTree(Generic[T]):
-    """A sum of `parts` values in pairs, whose order depends on the number of parts only.
+    """A pairwise sum of `parts` values, whose order of additions depends only on the number of parts.
 
-    Node (level, i) is the sum of parts i 2^level to (i + 1) 2^level - 1, as far as these exist. A node without a right
-    sibling is its own parent. A rank with contiguous parts sends only the largest nodes that cover them.
+    Node (level, i) of a binary tree is the sum of the parts from i * 2^level to (i + 1) * 2^level - 1. A node without a
+    right sibling has the same value as its parent. A rank that has contiguous parts sends the fewest nodes that cover
+    them.
 
-    nodes: the nodes that are known so far, from left to right: (level, i, value).
+    nodes: (level, i, value) of the largest complete nodes, from left to right.
     """
 
     parts: int
     nodes: list[tuple[int, int, T]] = field(default_factory=list)
 
     def add(self, level: int, i: int, value: T) -> None:
-        """Add the next node to the right, and combine nodes where both children are known."""
+        """Add the next node to the right, and replace pairs of siblings with their parent."""
         height = max(0, (self.parts - 1).bit_length())
         while True:
             last = self.nodes[-1] if self.nodes else None
@@ -64,19 +66,19 @@ class SumTree(Generic[T]):
                 self.nodes.pop()
                 value = last[2] + value
             elif i % 2 or level == height or (i + 1) << level < self.parts:
-                break  # the left sibling is on another rank, this is the root, or the right sibling is still missing
+                break  # the left sibling is on another rank, this is the root, or the right sibling is not added yet
             level, i = level + 1, i // 2
         self.nodes.append((level, i, value))
 
     @property
     def total(self) -> T:
-        """The sum of all parts, which must all have been added."""
+        """The sum. All parts must have been added."""
         (root,) = self.nodes
         return root[2]
 
 
 def nodes_to_send(parts: int, own: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (level, i) of the nodes that a rank with these contiguous parts sends to the others."""
+    """Return (level, i) of the nodes that a rank sends to the others. own: the indices of its contiguous parts."""
     tree: SumTree[int] = SumTree(parts)
     for i in own:
         tree.add(0, i, 0)

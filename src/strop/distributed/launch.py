@@ -9,46 +9,44 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
-from strop.distributed.devices import AGENT_PREFIX, ALONE, Devices, find_place
+from strop.distributed.devices import AGENT_PREFIX, SINGLE_PROCESS, Devices, find_ranks
 from strop.errors import PeerFailed, RecipeError, RunError, Stopped
 from strop.machine.probe import available_cores
 from strop.runs.child_env import safe_path_env
 
-SHUTDOWN_TIMEOUT_S = "3600"  # for ranks that were asked to stop, to finish their step and save (torch's default: 30)
+SHUTDOWN_TIMEOUT_S = "3600"  # time for stopped ranks to finish their step and save (torch's default: 30)
 
 
 @contextmanager
 def join_devices() -> Iterator[Devices]:
-    """Join the processes that a launcher started, and yield the Devices; ALONE without a launcher.
+    """Join the processes that a launcher started, and yield their Devices, or SINGLE_PROCESS without a launcher.
 
-    All ranks leave the block without an error, or all with one, which one of them prints.
+    If a rank fails, all ranks leave the block with an error, which one of them prints.
     """
-    place = find_place()
-    if place is None:
-        yield ALONE
+    ranks = find_ranks()
+    if ranks is None:
+        yield SINGLE_PROCESS
         return
-    from strop.distributed.process_group import Group
+    from strop.distributed.process_group import ProcessGroupDevices
 
-    group = Group(place)
+    devices = ProcessGroupDevices(ranks)
     try:
-        yield group
+        yield devices
     except BaseException as error:
-        if (replacement := group.finish(error)) is not None:
+        if (replacement := devices.finish(error)) is not None:
             raise replacement from None
         raise
-    if (failure := group.finish(None)) is not None:
+    if (failure := devices.finish(None)) is not None:
         raise failure
 
 
 def count_processes(requested: str | None, device: str = "auto") -> int:
-    """Return how many processes `--devices` needs; 0 if this one does the work. device: the recipe's.
-
-    Raises RecipeError for an invalid number, more GPUs than there are, or a process that a launcher started.
-    """
+    """Return how many processes `--devices` starts, or 0 to run in this one. Raises RecipeError if it is invalid."""
     if requested is None:
         return 0
-    if find_place() is not None:
+    if find_ranks() is not None:
         raise RecipeError("--devices: a launcher has started this process", fix="leave it out: the launcher decides")
     if device not in ("auto", "cpu", "cuda"):
         raise RecipeError(f"--devices {requested}: the device is {device}", fix="give cpu or cuda, or leave it at auto")
@@ -66,8 +64,8 @@ def count_processes(requested: str | None, device: str = "auto") -> int:
 def launch_processes(count: int, arguments: Sequence[str]) -> None:
     """Run strop with these arguments (without --devices) in `count` processes under torchrun's agent, and wait.
 
-    Raises PeerFailed with the exit code of a process that failed or was stopped by Ctrl-C or SIGTERM, and has reported
-    it; RunError if another signal ended a process or all of them (a terminal that closes, for example).
+    Raises PeerFailed if a process failed or was stopped by Ctrl-C or SIGTERM, which it has reported, and RunError if
+    another signal ended a process, such as SIGHUP of a closed terminal.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -75,10 +73,10 @@ def launch_processes(count: int, arguments: Sequence[str]) -> None:
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT_S)
     os.environ.update(safe_path_env())
-    if not os.environ.get("STROP_DEBUG"):  # the ranks report themselves how they ended
-        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-        logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
-    if sys.platform == "linux":  # all processes are on this machine, so its network name need not resolve
+    if not os.environ.get("STROP_DEBUG"):  # the ranks report their errors themselves
+        for module in ("multiprocessing.api", "agent.server.api"):
+            logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
+    if sys.platform == "linux":  # works even if this machine's host name cannot be resolved
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=f"{AGENT_PREFIX}{uuid.uuid4()}", max_restarts=0,
@@ -93,18 +91,15 @@ def launch_processes(count: int, arguments: Sequence[str]) -> None:
             what = f"rank {rank} (process {failure.pid}) was ended by {signal.Signals(-failure.exitcode).name}"
             raise RunError(what, fix=resume) from None
         raise PeerFailed(failure.exitcode) from None
-    except SignalException as caught:
-        if caught.sigval in (signal.SIGINT, signal.SIGTERM):
+    except SignalException as error:
+        if error.sigval in (signal.SIGINT, signal.SIGTERM):
             raise PeerFailed(Stopped.exit_code) from None
-        raise RunError(f"ended by {caught.sigval.name}; nothing was saved", fix=resume) from None
+        raise RunError(f"ended by {error.sigval.name}; nothing was saved", fix=resume) from None
 
 
 def _without_devices(arguments: Sequence[str]) -> list[str]:
-    kept, is_value = [], False
-    for argument in arguments:
-        if not is_value and not argument.startswith("--devices="):
-            is_value = argument == "--devices"
-            kept += [] if is_value else [argument]
-        else:
-            is_value = False
-    return kept
+    return [
+        argument
+        for previous, argument in pairwise(("", *arguments))
+        if "--devices" not in (previous, argument) and not argument.startswith("--devices=")
+    ]

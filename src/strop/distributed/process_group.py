@@ -10,10 +10,10 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,33 +22,34 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from strop.distributed.assign import assign_balanced
-from strop.distributed.devices import AGENT_PREFIX, DEFAULT_PORT, Devices, Place, default_threads
-from strop.errors import PeerFailed, RunError, StropError
+from strop.distributed.devices import AGENT_PREFIX, DEFAULT_PORT, Devices, RankInfo, threads_requested
+from strop.errors import PeerFailed, RunError, StropError, first_line
 from strop.machine.memory import is_out_of_memory
+from strop.machine.probe import available_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 PREPARE_TIMEOUT = timedelta(days=1)  # rank 0 may read rows for hours
-STORE_TIMEOUT_S = 5.0  # for a reply of the store on rank 0's host
-GRACE_S = 2.0  # after a failed collective, for the remaining ranks to register in the store
+STORE_TIMEOUT_S = 5.0  # for a reply of the store, which runs on rank 0
+REGISTRATION_S = 2.0  # time for the remaining ranks to register in the store after a failed collective
 MAX_FLAGS = 3
 OK, NO_MEMORY, FAILED = 0, 1, 2
 SHARED = "known_to_all_ranks"  # attribute of an error that has been exchanged
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 RESUME = "resume from the last checkpoint with `strop resume`"
 
-# `all_gather_into_tensor` is its name up to torch 2.12
+# `all_gather_into_tensor` is the name up to torch 2.12
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Group(Devices):
-    """The connected ranks of a run. Raises RunError if they cannot connect at MASTER_ADDR."""
+class ProcessGroupDevices(Devices):
+    """The connected processes of a run. Raises RunError if they cannot connect at MASTER_ADDR."""
 
-    def __init__(self, place: Place) -> None:
-        self.rank, self.world_size = place.rank, place.world_size
-        self.local_rank, self.local_world_size = place.local_rank, place.local_world_size
+    def __init__(self, ranks: RankInfo) -> None:
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.local_rank, self.local_world_size = ranks.local_rank, ranks.local_world_size
         self.communication_s = self.waiting_s = 0.0
         self._failed = False  # all ranks know of a failure; no more collectives are run
         self._silent = False  # another rank reports the failure
@@ -57,13 +58,13 @@ class Group(Devices):
         self._timeout_s = PREPARE_TIMEOUT.total_seconds()
         os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
         has_gpus = torch.cuda.is_available()
-        if (threads := default_threads(place)) is not None:
-            torch.set_num_threads(threads)
+        if not threads_requested():
+            torch.set_num_threads(max(1, available_cores() // self.local_world_size))
         if has_gpus:
             torch.cuda.set_device(self.local_rank)
         try:
-            shared, _, _ = next(rendezvous("env://", self.rank, self.world_size, timeout=RENDEZVOUS_TIMEOUT))
-            store = _fresh_store(shared, self.rank, self.world_size)
+            launcher_store, _, _ = next(rendezvous("env://", self.rank, self.world_size, timeout=RENDEZVOUS_TIMEOUT))
+            store = _make_unused_prefix(launcher_store, self.rank, self.world_size)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if has_gpus else "gloo", store=store, rank=self.rank, world_size=self.world_size,
                 timeout=RENDEZVOUS_TIMEOUT,
@@ -72,7 +73,7 @@ class Group(Devices):
             self._group = dist.new_group(timeout=PREPARE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            what = f"rank {self.rank} of {self.world_size} did not reach the others at {address}: {_first_line(error)}"
+            what = f"rank {self.rank} of {self.world_size} did not reach the others at {address}: {first_line(error)}"
             raise RunError(what, fix="check that all ranks were started and can reach that address") from None
         self.nodes = len(set(self.gather(socket.gethostname())))
 
@@ -102,8 +103,7 @@ class Group(Devices):
                 results = [compute()]
         with self._communicating():
             dist.broadcast_object_list(results, src=0, group=self._group)
-        result: T = results[0]
-        return result
+        return cast(T, results[0])
 
     def gather(self, value: T) -> list[T]:
         self._exchange_status(None)
@@ -157,7 +157,7 @@ class Group(Devices):
     def check_equal(self, tensors: Callable[[], dict[str, Tensor]]) -> None:
         with self.all_or_none():
             named = tensors()
-            own = tensor_digests(named.values())
+            own = torch.tensor([_tensor_digest(tensor) for tensor in named.values()], dtype=torch.int64)
         digests = [torch.empty_like(own) for _ in range(self.world_size)]
         with self._communicating():
             dist.all_gather(digests, own, group=self._group)
@@ -165,16 +165,16 @@ class Group(Devices):
         different = (table != table.mode(dim=0).values).nonzero().tolist()
         if different:
             what = "the ranks' weights or optimizer states differ: "
+            rank, column = different[0]
             if self.world_size == 2:  # without a majority, either could be wrong
-                what += f"{list(named)[different[0][1]]} differs between rank 0 and rank 1"
+                what += f"{list(named)[column]} differs between rank 0 and rank 1"
             else:
-                places = [f"{list(named)[column]} of rank {rank}" for rank, column in different]
-                more = f", and {len(places) - 1} more" if places[1:] else ""
-                what += f"{places[0]} is not that of the others{more}"
+                more = f", and {len(different) - 1} more" if different[1:] else ""
+                what += f"{list(named)[column]} of rank {rank} is not that of the others{more}"
             raise RunError(what, fix=f"{RESUME}; if it happens again, test that machine's memory")
 
     def finish(self, error: BaseException | None) -> StropError | None:
-        """End this rank's work. Return the error to raise in place of `error`, or None."""
+        """Exchange `error`, with which this rank ends, or None. Returns the error to raise instead, or None."""
         if not self._failed:
             try:
                 self._exchange_status(error, final=True)
@@ -200,10 +200,10 @@ class Group(Devices):
     def _exchange_status(
         self, error: BaseException | None, flags: Sequence[bool] = (), *, final: bool = False
     ) -> Tensor:
-        """Exchange each rank's status and flags, and return them: (world_size, 1 + MAX_FLAGS) uint8.
+        """Exchange each rank's status and flags. Returns them, shape (world_size, 1 + MAX_FLAGS), uint8.
 
-        final: an out-of-memory error is a failure, because this rank will not retry. Raises PeerFailed or MemoryError
-        if another rank failed.
+        Raises PeerFailed or MemoryError if another rank failed. final: this rank will not retry, so an out-of-memory
+        error is a failure too.
         """
         if self._failed:
             return torch.zeros(self.world_size, 1 + MAX_FLAGS, dtype=torch.uint8)
@@ -218,18 +218,18 @@ class Group(Devices):
         worst = int(table[:, 0].max())
         if worst == OK:
             return table
-        description = "" if error is None else f"{type(error).__name__}: {_first_line(error)}"
+        description = "" if error is None else f"{type(error).__name__}: {first_line(error)}"
         reports = self._gather_objects((status, _exit_code(error), description))
-        culprit = next(rank for rank, (peer_status, _, _) in enumerate(reports) if peer_status == worst)
-        _, exit_code, description = reports[culprit]
+        failed_rank = next(rank for rank, (peer_status, _, _) in enumerate(reports) if peer_status == worst)
+        _, exit_code, description = reports[failed_rank]
         if worst == NO_MEMORY:
             if error is None:
-                text = f"out of memory on rank {culprit} of {self.world_size}: {description}"
+                text = f"out of memory on rank {failed_rank} of {self.world_size}: {description}"
                 raise _mark_shared(MemoryError(text))
             _mark_shared(error)
             return table
         self._failed, self._exit_code = True, exit_code
-        self._silent = self.rank != culprit
+        self._silent = self.rank != failed_rank
         if status != FAILED:
             raise PeerFailed(self._exit_code)
         return table
@@ -242,7 +242,7 @@ class Group(Devices):
 
     @contextmanager
     def _communicating(self) -> Iterator[None]:
-        """Measure the time of a collective; if it fails, raise an error that names the missing ranks."""
+        """Measure the time of a collective operation. If it fails, raise an error that names the missing ranks."""
         if self._parent is not None and os.getppid() != self._parent:
             self._failed = True
             raise RunError("torchrun, which started this process, has ended", fix=RESUME)
@@ -255,21 +255,19 @@ class Group(Devices):
         self.communication_s += time.perf_counter() - started
 
     def _missing_rank_error(self, error: RuntimeError, waited: float) -> StropError:
-        """Return an error that names the missing ranks: those that do not register in the store."""
+        """Return an error that names the ranks which do not register in the store after a failed collective."""
         missing: list[int] = []
 
         def register() -> None:
             with suppress(RuntimeError):
                 self._waiting_store.set(f"waiting-{self.rank}", str(waited))
-                time.sleep(GRACE_S)
+                time.sleep(REGISTRATION_S)
                 ranks = range(self.world_size)
                 missing.extend(rank for rank in ranks if not self._waiting_store.check([f"waiting-{rank}"]))
 
-        thread = threading.Thread(
-            target=register, daemon=True
-        )  # if rank 0's host is unreachable, the store takes minutes
+        thread = threading.Thread(target=register, daemon=True)  # takes minutes if rank 0's machine is unreachable
         thread.start()
-        thread.join(GRACE_S + STORE_TIMEOUT_S)
+        thread.join(REGISTRATION_S + STORE_TIMEOUT_S)
         if thread.is_alive():
             missing = [0]
         timed_out = waited > 0.9 * self._timeout_s
@@ -277,41 +275,30 @@ class Group(Devices):
         names = f"rank{'s' * plural} {', '.join(map(str, missing)) or '0'} {'have' if plural else 'has'}"
         what = f"{names} not answered for {waited:.0f} s (train.timeout)" if timed_out else f"{names} ended"
         reporter = min(set(range(self.world_size)) - set(missing), default=self.rank)
-        own_agent = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(AGENT_PREFIX)
-        if self.rank != reporter or (not timed_out and own_agent):  # strop's torchrun agent reports how a process ended
+        by_strop = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(AGENT_PREFIX)
+        if self.rank != reporter or (not timed_out and by_strop):  # `launch_processes` reports a process that ended
             return PeerFailed(1)
         fix = "find out what that process was doing, then continue with `strop resume`"
-        return RunError(f"{what}: {_first_line(error)}", fix=fix)
-
-
-def tensor_digests(tensors: Iterable[Tensor]) -> Tensor:
-    """Return one int64 for each tensor, on the CPU, shape (n,): the sum of its elements' bits as integers, multiplied
-    by 1, 3, 5, ... modulo 2^64.
-
-    An odd factor is invertible, so a change of any single element changes the result.
-    """
-    return torch.tensor([_tensor_digest(tensor) for tensor in tensors], dtype=torch.int64)
+        return RunError(f"{what}: {first_line(error)}", fix=fix)
 
 
 def _tensor_digest(tensor: Tensor) -> int:
+    """Return the sum of bits(element i) * (2 i + 1), modulo 2^64, which changes if any one element changes."""
     bits = tensor.detach().contiguous().flatten().view(INTEGERS[tensor.element_size()]).long()
     return int((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()) if len(bits) else 0
 
 
 def _mark_shared(error: BaseException) -> BaseException:
-    """Mark an out-of-memory error that all ranks know of, so that an enclosing all_or_none does not exchange it again.
-
-    All ranks then continue from the same place, whichever of the two blocks each one was in.
-    """
+    """Mark an out-of-memory error that all ranks know of, so that an outer all_or_none does not exchange it again."""
     setattr(error, SHARED, True)
     return error
 
 
-def _fresh_store(store: Store, rank: int, world_size: int) -> Store:
-    """Return a prefix of the store that only the present ranks write to.
+def _make_unused_prefix(store: Store, rank: int, world_size: int) -> Store:
+    """Return a view of the store with a new prefix.
 
-    torchrun keeps one store over restarts, with addresses of processes that have ended. Each rank therefore sends a
-    random number to rank 0, which replies with the name of the prefix under that number.
+    torchrun keeps its store when it restarts processes, including the addresses of processes that have ended. Each rank
+    therefore sends a random number to rank 0, which replies under that number with the name of the prefix.
     """
     name = number = uuid.uuid4().hex
     if rank:
@@ -337,7 +324,3 @@ def _exit_code(error: BaseException | None) -> int:
     if isinstance(error, StropError):
         return error.exit_code
     return 130 if isinstance(error, KeyboardInterrupt) else 0 if error is None else 1
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Choose the device and the dtype of a run. The CPU's faster precision is measured once a machine and cached."""
+"""Choose the device and the dtype of a run. On a CPU, the faster dtype is measured once per machine and cached."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from packaging.version import Version
 from strop.engine.kernels.cpu.precision import measure as measure
 from strop.errors import DeviceError
 from strop.machine.memory import keep_heap_pages
-from strop.machine.probe import TILED_RANK, probe
+from strop.machine.probe import MAX_TILED_RANK, probe
 from strop.machine.rates import load_precision, save_precision
 
 LOG = logging.getLogger(__name__)
 
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second until PyTorch 2.8
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second name is for PyTorch before 2.9
 MIN_BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs with bf16 (Ampere)
 PRIMITIVES = 32  # matmul shapes of one layer, forward and backward
-PRIMITIVES_WITH_ADAPTERS = 64  # also those of the adapters, where oneDNN computes them
+PRIMITIVES_WITH_ADAPTERS = 64  # the same if oneDNN also computes the matmuls of adapters
 
 
 def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
@@ -31,20 +31,21 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
 
     Variables that the user has set are kept.
 
-    oneDNN and PyTorch each cache the code of the last 1,024 matmul shapes. Packed micro-batches differ in length, and
-    each length is a new shape of 0.6 to 1.3 MiB; on SmolLM2 this grew to 0.7 GiB (docs/log). Lengths rarely repeat, so
-    only the shapes of one layer are worth caching. On a GPU micro-batches leave free blocks of as many sizes, which
-    PyTorch can reuse if its segments are expandable. GPUs are numbered in the driver's order, so that `strop plan`,
-    which asks the driver, and CUDA mean the same one. Matmuls that a GPU splits are summed in fp32 and rounded once.
+    - oneDNN and PyTorch each cache the code of the last 1,024 matmul shapes, 0.6 to 1.3 MiB per shape. Each length of a
+      packed micro-batch is a new shape: on SmolLM2 the caches grew to 0.7 GiB (docs/log). As lengths rarely repeat, the
+      caches are limited to the shapes of one layer.
+    - On a GPU, free blocks have as many sizes. PyTorch can reuse them if its segments are expandable.
+    - CUDA numbers GPUs in the order of the driver, which `strop plan` uses.
+    - GPU matmuls that are split along the summed dimension accumulate in fp32 and round once.
 
-    deterministic: also configure cuBLAS for `repeatable`; it reads its configuration when it starts. rank: of the
-    adapters; up to 32, oneDNN does not compute their matmuls on CPUs with tiled kernels.
+    deterministic: configure cuBLAS for `repeatable`; it reads its configuration only when it starts. rank: the rank of
+    the adapters. Up to MAX_TILED_RANK, CPUs with tiled kernels do not use oneDNN for the matmuls of adapters.
     """
     keep_heap_pages()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    capacity = PRIMITIVES if rank <= TILED_RANK and probe().has_avx512_bf16 else PRIMITIVES_WITH_ADAPTERS
+    capacity = PRIMITIVES if rank <= MAX_TILED_RANK and probe().has_avx512_bf16 else PRIMITIVES_WITH_ADAPTERS
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(capacity))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -55,31 +56,28 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Make a GPU compute the same bits each time: attention's backward and sums by index use a fixed order.
-
-    Uninitialized memory is not filled, which PyTorch otherwise does in this mode.
-    """
-    memory: Any = torch.utils.deterministic
-    before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    """Use deterministic algorithms, so that a GPU computes the same bits each time."""
+    settings: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False  # not needed, and takes time
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before[0])
-        memory.fill_uninitialized_memory = before[1]
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
 
 
-def pick_device(asked: str) -> str:
-    """Return the device to use; `auto` is CUDA, then MPS, then the CPU. Raises DeviceError."""
-    if asked == "auto":
+def pick_device(requested: str) -> str:
+    """Return the device to use. `auto` prefers CUDA, then MPS, then the CPU. Raises DeviceError."""
+    if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
-    kind, _, index = asked.partition(":")
+    kind, _, index = requested.partition(":")
     if not usable[kind] or (index and int(index) >= torch.cuda.device_count()):
-        what = f"--model.device {asked}: torch {torch.__version__} cannot use it here"
+        what = f"--model.device {requested}: torch {torch.__version__} cannot use it here"
         raise DeviceError(what, fix="use cpu, or leave model.device at auto")
-    return asked
+    return requested
 
 
 def pick_dtype(device: str) -> tuple[str, str]:
@@ -90,9 +88,9 @@ def pick_dtype(device: str) -> tuple[str, str]:
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"
     machine, threads = probe(), torch.get_num_threads()
-    known = load_precision(machine, threads)
-    if known is not None:
-        return known
+    cached = load_precision(machine, threads)
+    if cached is not None:
+        return cached
     LOG.info("measuring whether bf16 or fp32 is faster on this CPU")
     measured = measure(device)
     save_precision(machine, threads, measured.dtype, measured.why)

@@ -1,7 +1,7 @@
-"""Find out from a model's config and the LoRA settings whether the fast step can train it, and why not.
+"""Check from a model's config and the LoRA settings whether the fast step can train it.
 
-This is the answer of `strop plan`, and it needs neither torch nor weights. train/eligibility.py calls the same
-functions when a run starts, and then checks the model itself.
+`strop plan` uses these functions without loading PyTorch or weights. train/eligibility.py also uses them when a run
+starts, before it checks the model itself.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from strop.config.schema import LoraSection
 from strop.models.families.shape import EMBEDDINGS
 from strop.models.families.table import FAMILIES, Family
 
-# Dropout of the model itself. Its masks depend on the micro-batch, unlike those of the adapters' dropout.
+# Dropout of the model itself. Unlike the dropout of adapters, its masks depend on the micro-batch.
 DROPOUT_FIELDS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
     "router_jitter_noise",
 )  # fmt: skip
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-LONG_ROPE = {"su", "yarn"}  # older names of longrope in the configs of Phi-3
+LONG_ROPE = {"su", "yarn"}  # older names of longrope in configs of Phi-3
 
 
 def why_config_not_fast(
     config: Any, *, device: str, dtype: str = "", lora: LoraSection | None = None, targets: Sequence[str] = ()
 ) -> str | None:
-    """Return why the fast step cannot train a model, or None if config and settings do not rule it out.
+    """Return why the fast step cannot train a model, or None if the config and the settings do not rule it out.
 
-    config: the model's text config, of transformers or as a mapping. dtype: of the base weights, as recipes name it.
-    lora: None skips its checks. targets: the names of the modules that get adapters.
+    config: the text config, from transformers or as a mapping. dtype: the dtype of the base weights, as in recipes.
+    lora: None skips the checks of LoRA settings. targets: the names of the modules that get adapters.
     """
     why = why_architecture_unsupported(config, device) or _why_loss_unsupported(config)
     if why is None and dtype == "fp16":
@@ -39,15 +39,21 @@ def why_config_not_fast(
 
 
 def why_architecture_unsupported(config: Any, device: str) -> str | None:
-    """Return why the layers of a model are not computed as its entry in the families table says."""
+    """Return why the layers of a model differ from its entry in the families table, or None."""
     name = _get(config, "model_type")
     family = FAMILIES.get(name)
     if family is None:
         return f"model family {name} is not in the table of the fast step"
-    for field in ("qk_layernorm", "use_qk_norm"):  # with a weight for each head and feature (StableLM, Cohere)
+    for field in (
+        "qk_layernorm",
+        "use_qk_norm",
+    ):  # one weight per head and feature (StableLM, Cohere)
         if family.layer_norm and _get(config, field):
             return f"{field}: norms of q and k that are not RMSNorm"
-    if _get(config, "use_bidirectional_attention") in (True, "all"):  # Gemma 4 says "vision": not for text
+    if _get(config, "use_bidirectional_attention") in (
+        True,
+        "all",
+    ):  # Gemma 4's "vision" does not apply to text
         return "use_bidirectional_attention"
     if _get(config, "clip_qkv"):
         return "clip_qkv"
@@ -68,12 +74,12 @@ def why_architecture_unsupported(config: Any, device: str) -> str | None:
 
 
 def active_dropout(config: Any) -> str | None:
-    """Return the name of a dropout rate above 0 in the model's config."""
+    """Return the name of a dropout rate above 0 in the model's config, or None."""
     return next((field for field in DROPOUT_FIELDS if _get(config, field)), None)
 
 
 def rope_types(config: Any) -> list[str]:
-    """Return the types of rotary embedding that a config names."""
+    """Return the types of rotary embedding in a config."""
     section = _get(config, "rope_parameters") or _get(config, "rope_scaling")
     if not isinstance(section, Mapping):
         return []

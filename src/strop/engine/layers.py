@@ -1,6 +1,6 @@
-"""A model's decoder layers as sizes and modules, according to its entry in the families table.
+"""Describe the decoder layers of a model by sizes and modules, according to its entry in the families table.
 
-The training step and the decoder compute from these. No weights are copied.
+The fast training step and the decoder are built from this description. It does not copy weights.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from strop.engine.train.peft_modules import base_module, current_module, embed, unwrap
-from strop.models.families.layers import activation_name, find_rotary, linears, mixer_module, moe_module, text_decoder
+from strop.models.families.layers import (
+    activation_name,
+    find_rotary,
+    linear_groups,
+    mixer_module,
+    moe_module,
+    text_decoder,
+)
 from strop.models.families.table import FAMILIES, Family
 
-NO_ROPE = "nowhere"
+NO_ROPE = "none"
 Angles = dict[str | None, tuple[Tensor, Tensor]]
 
 
@@ -24,8 +31,7 @@ Angles = dict[str | None, tuple[Tensor, Tensor]]
 class NormSpec:
     """An RMSNorm, or a LayerNorm if `centered`.
 
-    offset: 1 where the weight is stored as its difference from 1. module: the norm's module if it is trained. Its
-    weights change when adapters are disabled.
+    offset: added to the weight; 1 in families that store weight - 1. module: the norm's module if it is trained.
     """
 
     weight: Tensor
@@ -35,22 +41,22 @@ class NormSpec:
     centered: bool
     module: Any = None
 
-    def now(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and bias that the module uses now."""
+    def current_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias of a trained module, which change when adapters are disabled."""
         module = current_module(self.module)
         return module.weight, getattr(module, "bias", None)
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer. Modules may have adapters; the modules of a list share their input.
+    """One decoder layer. The modules of qkv, o, gate_up and down may have adapters; those of a list share their input.
 
-    mixer, mixture: the model's module in place of attention or of the MLP. Lists and sizes of missing parts are empty.
-    query, key_value: numbers of heads. size: features of a head. rope: the kind of rotary embedding in models with
-    several, or NO_ROPE. window: keys that a query attends to, itself included; 0: all. softcap: 0: none. sinks
-    (query,): a score that each head's softmax counts next to those of the keys. per_layer: the layer's module, if the
-    layer adds per-layer inputs of the tokens. kind, keeps, takes: for attention whose keys and values are reused by
-    later layers of the same kind, whether this layer stores or reuses them. activation: its name. act: its module.
+    query, key_value: numbers of heads. size: head size. window: number of keys that a query attends to, including its
+    own; 0 for all. softcap: soft cap of attention scores; 0 for none. rope: the kind of rotary embedding in models with
+    several, or NO_ROPE. sinks: attention sinks (query,), an extra score in the softmax of each head. mixer, moe: the
+    model's module that replaces attention, or the MLP. per_layer: the layer's module in models with per-layer inputs.
+    kv_kind, stores_kv, reuses_kv: in models that share keys and values between layers of a kind, the kind, and whether
+    the layer stores its keys and values or reuses those of an earlier layer. activation, act: name and module.
     """
 
     qkv: list[Any]
@@ -66,7 +72,7 @@ class LayerSpec:
     rope: str | None
     sinks: Tensor | None
     mixer: nn.Module | None
-    mixture: nn.Module | None
+    moe: nn.Module | None
     q_norm: NormSpec | None
     k_norm: NormSpec | None
     v_norm: NormSpec | None
@@ -76,15 +82,15 @@ class LayerSpec:
     after_mlp: NormSpec | None
     per_layer: Any
     per_layer_norm: NormSpec | None
-    kind: str
-    keeps: bool
-    takes: bool
+    kv_kind: str
+    stores_kv: bool
+    reuses_kv: bool
     activation: str
     act: Callable[[Tensor], Tensor]
 
 
 class DecoderLayers:
-    """The layers, embedding and output head of a model whose family is in the table, with or without adapters."""
+    """The layers, embedding and output head of a model, with or without adapters. Its family must be in the table."""
 
     def __init__(self, model: Any) -> None:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -105,13 +111,13 @@ class DecoderLayers:
     def __len__(self) -> int:
         return len(self.decoder.layers)
 
-    def embedded(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """Return the scaled embeddings (T, hidden) of ids (T,), in the model's dtype."""
         x = embed(self.embedding, ids)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def rope_kind(self, number: int) -> str | None:
-        """Return the layer's kind of rotary embedding, as in LayerSpec."""
+        """Return the kind of rotary embedding of a layer, as in LayerSpec."""
         attention = getattr(self.decoder.layers[number], self.family.attention, None)
         if attention is None or not self.family.uses_rope(attention):
             return NO_ROPE
@@ -127,37 +133,30 @@ class DecoderLayers:
         for kind in {self.rope_kind(number) for number in range(len(self))} - {NO_ROPE}:
             like = torch.empty(0, device=positions.device)
             cos, sin = rotary(like, positions[None], *([] if kind is None else [kind]))
-            unique = {  # most families return each angle twice
+            unique = {  # most families repeat each angle
                 "halves": slice(cos.shape[-1] // 2), "interleaved": slice(None, None, 2), "once": slice(None),
             }[self.family.rope_angles]  # fmt: skip
             sin = -sin if self.family.rope_reversed else sin
             angles[kind] = cos[0, :, unique].contiguous(), sin[0, :, unique].contiguous()
         return angles
 
-    def part(self, number: int) -> LayerSpec:
-        """Return the specification of a layer."""
+    def layer_spec(self, number: int) -> LayerSpec:
         family, config, layer = self.family, self.config, self.decoder.layers[number]
-        attention, mixture = getattr(layer, family.attention, None), moe_module(layer, family)
+        attention, moe = getattr(layer, family.attention, None), moe_module(layer, family)
         kv_attention = self._kv_attention(number, attention)
         size = 0 if attention is None else int(getattr(attention, "head_dim", None) or attention.head_size)
-        qkv, o, gate_up, down = linears(layer, family)
+        qkv, o, gate_up, down = linear_groups(layer, family)
         before = self._norm_named(layer, family.attention_norm, config.hidden_size)
         before_mlp = self._norm_named(layer, family.mlp_norm, config.hidden_size)
         return LayerSpec(
-            qkv=qkv,
-            o=o,
-            gate_up=gate_up,
-            down=down,
-            query=config.num_attention_heads,
-            key_value=self._key_value_heads(kv_attention, size),
-            size=size,
+            qkv=qkv, o=o, gate_up=gate_up, down=down,
+            query=config.num_attention_heads, key_value=self._key_value_heads(kv_attention, size), size=size,
             scale=float(getattr(attention, "scaling", 0)),
             window=self._window(number, attention),
             softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
             rope=self.rope_kind(number),
             sinks=getattr(attention, "sinks", None),
-            mixer=mixer_module(layer, family),
-            mixture=mixture,
+            mixer=mixer_module(layer, family), moe=moe,
             q_norm=self._norm_named(attention, family.q_norm, size),
             k_norm=self._norm_named(kv_attention, family.k_norm, size),
             v_norm=self._norm_named(kv_attention, family.v_norm, size),
@@ -167,15 +166,15 @@ class DecoderLayers:
             after_mlp=self._norm_named(layer, family.after_mlp, config.hidden_size),
             per_layer=layer if family.per_layer_inputs else None,
             per_layer_norm=self._norm_named(layer, "post_per_layer_input_norm", config.hidden_size),
-            kind=str(getattr(attention, "layer_type", "")),
-            keeps=bool(getattr(attention, "store_full_length_kv", False)),
-            takes=kv_attention is not attention,
+            kv_kind=str(getattr(attention, "layer_type", "")),
+            stores_kv=bool(getattr(attention, "store_full_length_kv", False)),
+            reuses_kv=kv_attention is not attention,
             activation=activation_name(config),
-            act=torch.nn.functional.silu if mixture is not None else _activation_module(getattr(layer, family.mlp)),
-        )
+            act=torch.nn.functional.silu if moe is not None else _activation_module(getattr(layer, family.mlp)),
+        )  # fmt: skip
 
     def _kv_attention(self, number: int, attention: Any) -> Any:
-        """Return the attention that computes the layer's keys and values: its own, or the last earlier one stored."""
+        """Return the attention module whose keys and values the layer uses, its own or that of an earlier layer."""
         if not getattr(attention, "is_kv_shared_layer", False):
             return attention
         earlier = [getattr(layer, self.family.attention) for layer in self.decoder.layers[:number]]
@@ -183,7 +182,7 @@ class DecoderLayers:
         return stored[-1]
 
     def _window(self, number: int, attention: Any) -> int:
-        """Return the layer's attention window, 0 for none. A config may name a window that its family does not use."""
+        """Return the layer's attention window, or 0. Some configs set a window that the family does not use."""
         if self.family.window_in_all_layers:
             return int(getattr(self.config, "sliding_window", None) or 0)
         kinds = getattr(self.config, "layer_types", None)
@@ -191,17 +190,17 @@ class DecoderLayers:
         return 0 if full else int(getattr(attention, "sliding_window", None) or 0)
 
     def _key_value_heads(self, attention: Any, size: int) -> int:
-        if self.family.per_layer_inputs:  # the number differs between layers
+        if self.family.per_layer_inputs:  # in this family, the number differs between layers
             return int(base_module(attention.k_proj).out_features // size)
         count = None if self.family.fused_heads else getattr(self.config, "num_key_value_heads", None)
         return int(count or self.config.num_attention_heads)
 
-    def per_layer(self, ids: Tensor, embedded: Tensor) -> Tensor | None:
-        """Return the per-layer inputs (T, layers, p) of tokens (T,) in models that have them."""
+    def per_layer_inputs(self, ids: Tensor, embedded: Tensor) -> Tensor | None:
+        """Return the per-layer inputs (T, layers, p) of tokens (T,), or None in models without them."""
         if not (self.family.per_layer_inputs and self.config.hidden_size_per_layer_input):
             return None
-        of_tokens = self.decoder.get_per_layer_inputs(ids[None], None)
-        inputs: Tensor = self.decoder.project_per_layer_inputs(embedded[None], of_tokens)[0]
+        token_inputs = self.decoder.get_per_layer_inputs(ids[None], None)
+        inputs: Tensor = self.decoder.project_per_layer_inputs(embedded[None], token_inputs)[0]
         return inputs
 
     def _norm_named(self, owner: Any, name: str | None, width: int) -> NormSpec | None:

@@ -1,4 +1,4 @@
-"""The training step of a model: the fast one where it applies, else the plain one."""
+"""Choose the training step of a model: FastLoss if the model supports it, else PlainLoss."""
 
 from __future__ import annotations
 
@@ -17,62 +17,54 @@ if TYPE_CHECKING:
 
 
 class Step(Protocol):
-    """Computes the losses of micro-batches. Implemented by FastLoss and PlainLoss."""
+    """Interface of FastLoss and PlainLoss, which compute the losses of micro-batches.
 
-    @property
-    def name(self) -> str:
-        """The name of the step, `fast` or `plain`."""
+    Attributes:
+        name: `fast` or `plain`.
+        why: the reason for the plain step, or the parts of the fast step that call the model's modules.
+        masks: the dropout masks. Call their `begin` at each training step.
+        packed: whether rows are packed without padding, so that lengths in a micro-batch may differ.
+        prefix_sharing: whether the shared prefix of rows is computed only once.
+        why_no_triton: the reason why a GPU does not use the Triton kernels, or an empty string.
+    """
 
-    @property
-    def why(self) -> str:
-        """The reason for the plain step, or the parts of the fast step that run the model's own modules."""
-
-    @property
-    def masks(self) -> Masks:
-        """The state of dropout; call `begin` at each training step."""
-
-    @property
-    def packed(self) -> bool:
-        """True if the step packs rows without padding, so that a micro-batch may mix rows of any lengths."""
-
-    @property
-    def prefix_sharing(self) -> bool:
-        """True if a prefix that rows share is computed once."""
-
-    @property
-    def why_no_triton(self) -> str:
-        """The reason why a GPU runs PyTorch's operations instead of strop's kernels; empty if it runs the kernels."""
+    name: str
+    why: str
+    masks: Masks
+    packed: bool
+    prefix_sharing: bool
+    why_no_triton: str
 
     @property
     def can_offload(self) -> bool:
         """True if `offload` is supported."""
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
-        """Return the sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
+        """Return the sum of weight * cross entropy over supervised tokens, a differentiable fp32 scalar."""
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """Return the sum of weight * log-probability of each example (N,), fp64, differentiable."""
+        """Return the sum of weight * log-probability for each example, (N,), fp64, differentiable."""
 
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """Return the log-probability of each supervised token, example after example (M,), differentiable."""
+        """Return the log-probabilities of the supervised tokens of all examples, (M,), differentiable."""
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
-        """Return the normalized hidden state of the last token of each example (N, h), differentiable."""
+        """Return the normalized hidden state of the last token of each example, (N, h), differentiable."""
 
     def checkpoint(self, layers: int | None = None) -> None:
-        """Save only the input of the first `layers` layers (None: all), and recompute these layers in the backward.
+        """Save only the inputs of the first layers, and recompute these layers in the backward.
 
-        The plain step can only do this for all layers.
+        layers: number of layers, or None for all. The plain step supports only None.
         """
 
     def offload(self) -> None:
-        """Recompute all layers in the backward and keep their inputs in the host's memory."""
+        """Recompute all layers in the backward, and keep their inputs in host memory."""
 
     def replace_weights(self, replace: Callable[[], None]) -> None:
-        """Release the frozen weights, call `replace`, which replaces them in the model, and use the new weights."""
+        """Release the frozen weights, call `replace`, which sets new ones in the model, and use these."""
 
     def release_buffers(self) -> None:
-        """Free the memory kept between micro-batches. It is allocated again when needed."""
+        """Free the buffers that are kept between micro-batches. They are allocated again when needed."""
 
     def set_memory_watch(self, watch: LayerWatch) -> None:
         """Call `watch` before each layer."""

@@ -1,4 +1,4 @@
-"""Compare base and tuned model on the same rows: loss over supervised tokens, and greedy answers."""
+"""Compare the base and the tuned model on the same rows, by the loss of the right answers and by greedy answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import count, zip_longest
 from typing import Any
 
@@ -20,36 +19,36 @@ from strop.data.batching import group_by_length
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Example, Ids
 from strop.distributed.assign import assign_balanced
-from strop.distributed.devices import ALONE, Devices
+from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.generate import Completion
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
-from strop.errors import Where
-from strop.evaluation.metrics import changed_rows, options, paired_difference, score, wilson
-from strop.evaluation.metrics import metric as metric_named
+from strop.errors import Location
+from strop.evaluation.metrics import choice_options, compare_hits, find_metric, score
 
 LOG = logging.getLogger(__name__)
 
-LOSS_TOKENS = 2048  # per micro-batch
-FIGURES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # scores besides the metric's
-Advance = Callable[[str, int, int], None]  # progress callback (what, done, total)
+LOSS_BATCH_TOKENS = 2048  # maximum number of tokens in a micro-batch that computes the loss
+LOSS_BLOCK_ROWS = 64  # rows that are split into micro-batches together
+EXTRA_SCORES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # independent of the metric
+Progress = Callable[[str, int, int], None]  # (label, done, total)
 # Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar.
 TokenLoss = Callable[[Sequence[Example]], Tensor]
-Cut = Callable[[Sequence[Example]], list[list[int]]]  # examples -> micro-batches, as lists of indices
+MakeBatches = Callable[[Sequence[Example]], list[list[int]]]  # examples -> micro-batches, as lists of indices
 
 
 @dataclass(frozen=True)
 class Question:
     """A conversation to answer."""
 
-    prompt: str  # the last user text, for people
+    prompt: str  # the last user message, to show to the user
     gold: str  # the right answer
     conversation: Conversation  # the row, whose last turn is the right answer
 
 
 def make_questions(conversations: Sequence[Conversation], renderer: Renderer | None = None) -> list[Question]:
-    """Return a question for each conversation with a right answer. renderer: for right answers with tool calls."""
+    """Return a question for each conversation with a right answer. The renderer converts tool calls to text."""
     questions = []
     for conversation in conversations:
         gold = conversation.answer if renderer is None else renderer.reference_answer(conversation)
@@ -59,16 +58,18 @@ def make_questions(conversations: Sequence[Conversation], renderer: Renderer | N
     return questions
 
 
-def left_out(conversations: Sequence[Conversation]) -> list[Where]:
-    """Return the rows without a right answer, and why. They count in neither score nor loss."""
-    reasons = {True: "does not end with an answer", False: "its answer has weight 0"}
-    rows = (row for row in conversations if row.answer is None or not row.messages[-1].weight)
-    return [Where(row.file, row.line, reasons[row.answer is None]) for row in rows]
+def find_rows_without_answer(conversations: Sequence[Conversation]) -> list[Location]:
+    """Return the rows without a right answer, with the reason. They are excluded from scores and loss."""
+    return [
+        Location(row.file, row.line, "does not end with an answer" if row.answer is None else "its answer has weight 0")
+        for row in conversations
+        if row.answer is None or not row.messages[-1].weight
+    ]
 
 
 @dataclass(frozen=True)
 class Side:
-    """Results of the base or the tuned model: scores by name; hits and answers by row."""
+    """Results of the base or the tuned model: scores by name, and the hits and answers in row order."""
 
     scores: dict[str, float]
     hits: list[bool]
@@ -81,59 +82,57 @@ def compare(
     *,
     metric: str = "exact",
     max_new_tokens: int = 80,
-    advance: Advance | None = None,
+    advance: Progress | None = None,
     base: Side | None = None,
-    devices: Devices = ALONE,
+    devices: Devices = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Score base and tuned model in one batch, with 95 % intervals. Ctrl-C keeps the answered rows (`interrupted`)."""
-    # base: earlier results of the same base on the same rows. Returns {rows, left_out, metric, base, tuned, intervals,
-    # difference, changed, samples}; `base` and `tuned`: {the metric's scores, loss, perplexity, and for metrics other
-    # than `choice` stop_rate, tokens_per_answer, tokens_per_s}. `left_out`: {file, line, what} of each row without a
-    # right answer. `tuned`, `difference` and `changed` (rows that only one gets right) need an adapter.
+    """Score the base and the tuned model, with 95 % intervals. After Ctrl-C, only the answered rows are scored.
+
+    base: earlier results of the same base on the same rows. `base` and `tuned` of the result have the metric's scores
+    and EXTRA_SCORES (for `choice`, only loss and perplexity). `left_out` lists the rows without a right answer. Without
+    an adapter, there is no `tuned`, `difference` or `changed` (the rows that only one model answers right).
+    """
     questions = make_questions(conversations, model.renderer)
     rows = len(questions)
-    names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
+    names = ([] if base else ["base"]) + (["tuned"] if model.adapter else [])  # sides to generate answers for
     generates = names and metric != "choice"
     generated = _generate_all(model, questions, names, max_new_tokens, advance, devices) if generates else {}
-    if generated and len(generated[names[0]][0]) < rows:  # Ctrl-C: score the rows that are answered
+    if generated and len(generated[names[0]][0]) < rows:  # after Ctrl-C
         questions = questions[: len(generated[names[0]][0])]
         base = base and Side(base.scores, base.hits[: len(questions)], base.texts[: len(questions)])
 
     def score_side(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        loss = _loss(model, questions, generated[side][0] if generated else [], devices)
+        answers, tokens_per_s = generated[side] if generated else ([], 0.0)
+        loss = _compute_loss(model, questions, answers, devices)
+        extra_scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if metric == "choice":
-            texts, figures = _choose_all(model, questions, side, advance, devices), {}
+            texts = _choose_all(model, questions, side, advance, devices)
         else:
-            answers, rate = generated[side]
-            texts, figures = [answer.text for answer in answers], {
+            texts = [answer.text for answer in answers]
+            extra_scores |= {
                 "stop_rate": sum(answer.stopped for answer in answers) / len(questions),
                 "tokens_per_answer": sum(answer.tokens for answer in answers) / len(questions),
-                "tokens_per_s": rate,
-            }  # fmt: skip
+                "tokens_per_s": tokens_per_s,
+            }
         golds = [question.gold for question in questions]
-        judged = score(metric, golds, judged_texts(model.renderer, questions, texts))
-        losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        return Side({**judged.rates, **losses, **figures}, [*judged.hits], texts)
+        scores = score(metric, golds, remove_reasoning(model.renderer, questions, texts))
+        return Side({**scores.rates, **extra_scores}, [*scores.hits], texts)
 
     sides = {}
     with model.base() if model.adapter else nullcontext():
         sides["base"] = base or score_side("base")
     if model.adapter:
         sides["tuned"] = score_side("tuned")
-    places = [f"{question.conversation.file}:{question.conversation.line}" for question in questions]
-    without_answer = [asdict(place) for place in left_out(conversations)]
-    result: dict[str, Any] = {"rows": len(questions), "left_out": without_answer, "metric": metric_named(metric).name}
+    left_out = [asdict(location) for location in find_rows_without_answer(conversations)]
+    result: dict[str, Any] = {"rows": len(questions), "left_out": left_out, "metric": find_metric(metric).name}
     if len(questions) < rows:
         result["interrupted"] = f"after {len(questions)} of {rows} rows"
     result |= {name: side.scores for name, side in sides.items()}
-    result["intervals"] = {name: list(wilson(sum(side.hits), len(questions))) for name, side in sides.items()}
-    if model.adapter:
-        before, after = sides["base"].hits, sides["tuned"].hits
-        result["difference"] = asdict(paired_difference(before, after))
-        result["changed"] = changed_rows(places, before, after)
+    answered = [question.conversation for question in questions]
+    result |= compare_hits({name: side.hits for name, side in sides.items()}, answered)
     result["samples"] = [
-        {"place": places[row], "prompt": question.prompt, "gold": question.gold}
+        {"place": f"{answered[row].file}:{answered[row].line}", "prompt": question.prompt, "gold": question.gold}
         | {name: side.texts[row] for name, side in sides.items()}
         | {f"{name}_hit": side.hits[row] for name, side in sides.items()}
         for row, question in enumerate(questions)
@@ -141,22 +140,22 @@ def compare(
     return result
 
 
-def judged_texts(renderer: Renderer, questions: Sequence[Question], texts: Sequence[str]) -> list[str]:
-    """Return the part of each answer that is compared with the right one: without its reasoning."""
-    rights = [question.conversation.messages[-1] for question in questions]
-    return [renderer.without_reasoning(text, right) for right, text in zip(rights, texts, strict=True)]
+def remove_reasoning(renderer: Renderer, questions: Sequence[Question], texts: Sequence[str]) -> list[str]:
+    """Return the answers without their reasoning, as a metric or a judge gets them."""
+    golds = [question.conversation.messages[-1] for question in questions]
+    return [renderer.without_reasoning(text, gold) for gold, text in zip(golds, texts, strict=True)]
 
 
-def side_of(result: dict[str, Any], name: str) -> Side:
-    """Return base or tuned from a result of `compare`."""
+def read_side(result: dict[str, Any], name: str) -> Side:
+    """Return the results of "base" or "tuned" from a result of `compare`."""
     samples = result["samples"]
     return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
-def _loss(
-    model: Model, questions: Sequence[Question], answers: Sequence[Completion], devices: Devices = ALONE
+def _compute_loss(
+    model: Model, questions: Sequence[Question], answers: Sequence[Completion], devices: Devices = SINGLE_PROCESS
 ) -> float:
-    """Return the mean loss of the right answers, by log-probabilities of the generation or the training step."""
+    """Return the mean loss of the right answers. Log-probabilities computed during generation are reused."""
     total = weight = 0.0
     remaining = []
     for question, answer in zip_longest(questions, answers):
@@ -170,41 +169,42 @@ def _loss(
         total -= float(weights @ logprobs)
         weight += float(weights.sum())
     if remaining:
-        token_loss = step_for(model.module).token_loss
-        group = partial(group_by_length, tokens=LOSS_TOKENS)
-        more = summed_loss(
-            token_loss, remaining, lambda examples: group([len(example) for example in examples]), devices=devices
+        remaining_total, remaining_weight = summed_loss(
+            step_for(model.module).token_loss,
+            remaining,
+            lambda examples: group_by_length([len(example) for example in examples], tokens=LOSS_BATCH_TOKENS),
+            devices,
         )
-        total, weight = total + more[0], weight + more[1]
+        total, weight = total + remaining_total, weight + remaining_weight
     assert weight > 0
     return total / weight
 
 
 def mean_loss(
-    token_loss: TokenLoss, examples: Sequence[Example], cut: Cut, rows: int = 64, devices: Devices = ALONE
+    token_loss: TokenLoss, examples: Sequence[Example], make_batches: MakeBatches, devices: Devices = SINGLE_PROCESS
 ) -> float:
-    total, weight = summed_loss(token_loss, examples, cut, rows, devices)
+    total, weight = summed_loss(token_loss, examples, make_batches, devices)
     assert weight > 0
     return total / weight
 
 
 def summed_loss(
-    token_loss: TokenLoss, examples: Sequence[Example], cut: Cut, rows: int = 64, devices: Devices = ALONE
+    token_loss: TokenLoss, examples: Sequence[Example], make_batches: MakeBatches, devices: Devices = SINGLE_PROCESS
 ) -> tuple[float, float]:
-    """Return the sum of weight * cross entropy over supervised tokens, and of their weights; `rows` are cut at once."""
-    groups: list[list[int]] = []
+    """Return the sum of weight * cross entropy over the supervised tokens, and the sum of the weights."""
+    batches: list[list[int]] = []
     total = weight = 0.0
-    for start in range(0, len(examples), rows):
-        block = [examples[row] for row in range(start, min(start + rows, len(examples)))]
-        groups += [[start + row for row in group] for group in cut(block)]
+    for start in range(0, len(examples), LOSS_BLOCK_ROWS):
+        block = [examples[row] for row in range(start, min(start + LOSS_BLOCK_ROWS, len(examples)))]
+        batches += [[start + row for row in batch] for batch in make_batches(block)]
         weight += sum(float(example.weights.sum()) for example in block)
 
-    def loss(group: list[int]) -> float:
-        return float(token_loss([examples[row] for row in group]))
+    def batch_loss(batch: list[int]) -> float:
+        return float(token_loss([examples[row] for row in batch]))
 
     with torch.no_grad():
-        for part in devices.map(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
-            total += part
+        for loss in devices.map(batches, batch_loss, lambda batch: sum(len(examples[row]) for row in batch)):
+            total += loss
     return total, weight
 
 
@@ -219,28 +219,28 @@ def generate_answers(
     advance: Callable[[int], None] | None = None,
     partial: bool = False,
 ) -> list[Completion]:
-    """Generate as `Model.answer` does, with the prompts shared by several devices. partial: on one device only."""
+    """Generate answers on all devices. partial: after Ctrl-C, return the finished answers (single device only)."""
     if devices.world_size == 1:
         return model.answer(
             prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
         )
-    own = assign_balanced([float(len(prompt)) for prompt in prompts], devices.world_size)[devices.rank]
+    assigned = assign_balanced([float(len(prompt)) for prompt in prompts], devices.world_size)[devices.rank]
     answers: list[Completion] = []
     with devices.all_or_none():
-        if own:
+        if assigned:
             answers = model.answer(
-                [prompts[place] for place in own],
+                [prompts[i] for i in assigned],
                 max_new_tokens=max_new_tokens,
                 both=both,
                 advance=(lambda done: advance(done * devices.world_size)) if advance and devices.is_main else None,
-                expected=[expected[place] for place in own] if expected else [],
+                expected=[expected[i] for i in assigned] if expected else [],
             )
-    by_place: dict[int, Completion] = {}
-    for places, device_answers in devices.gather((own, answers)):
-        for number, answer in enumerate(device_answers):
-            side, place = divmod(number, len(places))
-            by_place[side * len(prompts) + places[place]] = answer
-    return [by_place[place] for place in sorted(by_place)]
+    by_index: dict[int, Completion] = {}
+    for indices, device_answers in devices.gather((assigned, answers)):
+        for i, answer in enumerate(device_answers):
+            side, row = divmod(i, len(indices))
+            by_index[side * len(prompts) + indices[row]] = answer
+    return [by_index[i] for i in sorted(by_index)]
 
 
 def _generate_all(
@@ -248,13 +248,13 @@ def _generate_all(
     questions: Sequence[Question],
     sides: Sequence[str],
     max_new_tokens: int,
-    advance: Advance | None,
+    advance: Progress | None,
     devices: Devices,
 ) -> dict[str, tuple[list[Completion], float]]:
-    """Return the answers of base, tuned or both, generated in one batch, and the batch's tokens/s."""
-    prompts, started = [_prompt(model, question.conversation) for question in questions], time.perf_counter()
+    """Generate the answers of base, tuned or both in one batch. Returns (answers, tokens/s of the batch) by side."""
+    prompts, started = [_render_prompt(model, question.conversation) for question in questions], time.perf_counter()
     rendered = (model.renderer.render(question.conversation) for question in questions)
-    expected = list(map(_expected, prompts, rendered))
+    expected = list(map(_expected_completion, prompts, rendered))
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
         answers = generate_answers(
             model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
@@ -265,11 +265,11 @@ def _generate_all(
     rows = len(answers) // len(sides)
     if not rows:
         raise KeyboardInterrupt
-    return {side: (answers[place * rows :][:rows], rate) for place, side in enumerate(sides)}
+    return {side: (answers[i * rows :][:rows], rate) for i, side in enumerate(sides)}
 
 
-def _expected(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | None:
-    """Return the supervised continuation of a prompt, if the row is one example that begins with the prompt."""
+def _expected_completion(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | None:
+    """Return the supervised tokens after the prompt. Returns None if the row is not one example with this prompt."""
     n = len(prompt)
     if len(examples) != 1 or not examples[0].supervised:
         return None
@@ -280,26 +280,28 @@ def _expected(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | 
     return ExpectedCompletion(example.ids[n:end], min(example.prompt_length, n) - 1)
 
 
-def _prompt(model: Model, conversation: Conversation) -> Ids:
-    """Return the row up to its last turn, rendered with the template's options for a row with or without reasoning."""
+def _render_prompt(model: Model, conversation: Conversation) -> Ids:
+    """Render the messages before a row's answer, with the template options (such as reasoning) of the whole row."""
     template_options = model.renderer.options_for(conversation.messages)
     return model.renderer.prompt(conversation.messages[:-1], conversation.tools, options=template_options)
 
 
 def _choose_all(
-    model: Model, questions: Sequence[Question], side: str, advance: Advance | None, devices: Devices
+    model: Model, questions: Sequence[Question], side: str, advance: Progress | None, devices: Devices
 ) -> list[str]:
-    """Return for each question the right answer of any row with the lowest loss, the stop token included."""
+    """For each question, choose the answer with the lowest loss (including its stop token) among all rows' golds."""
     token_loss = step_for(model.module).token_loss
-    candidates, done = options([question.gold for question in questions]), count(devices.world_size, devices.world_size)
+    candidates = choice_options([question.gold for question in questions])
+    done = count(devices.world_size, devices.world_size)
 
     def choose(question: Question) -> str:
-        *before, last = question.conversation.messages
-        # Reasoning would reveal the gold.
-        messages = [replace(last, content=text, reasoning=None) for text in candidates]
-        conversations = [replace(question.conversation, messages=(*before, message)) for message in messages]
-        with torch.no_grad():
-            losses = [float(token_loss(model.renderer.render(conversation))) for conversation in conversations]
+        *context, last = question.conversation.messages
+        losses = []
+        for text in candidates:
+            answer = replace(last, content=text, reasoning=None)  # the row's reasoning would reveal the gold
+            conversation = replace(question.conversation, messages=(*context, answer))
+            with torch.no_grad():
+                losses.append(float(token_loss(model.renderer.render(conversation))))
         if advance is not None:
             advance(side, min(next(done), len(questions)), len(questions))
         return candidates[losses.index(min(losses))]

@@ -1,4 +1,4 @@
-"""Diagnose a run from its curves: overfitting, a flat loss, and what was done about errors, in plain sentences."""
+"""Diagnose a run from its events: overfitting, no learning, and recoveries from errors."""
 
 from __future__ import annotations
 
@@ -9,97 +9,98 @@ from typing import Any
 from strop.errors import TROUBLESHOOTING_PAGE
 from strop.runs.events import drop_undone_events
 
-Series = dict[int, float]  # step -> value
-FLAT = f"see {TROUBLESHOOTING_PAGE}#flat"
-MIN_STEPS = 20  # for a statement about learning
-MAX_CHOSEN_LOSS = 0.1  # nats per token that chosen answers may become less likely
+Losses = dict[int, float]  # by step
+FLAT_HINT = f"see {TROUBLESHOOTING_PAGE}#flat"
+MIN_STEPS = 20  # shorter runs are not diagnosed as not learning
+MAX_CHOSEN_DROP = 0.1  # nats per token by which the chosen answers may become less likely
 RECOVERIES = ("rollback", "shrink", "override")  # events that are reported
-MOSTLY = 0.9  # share of groups with equal rewards beyond which little is learned
-MIN_CHANGE = 1e-4  # relative change of the weights below which no output changes
+MAX_EQUAL_GROUPS = 0.9  # maximum share of groups with equal rewards, from which nothing is learned
+MAX_CUT_OFF = 0.9  # maximum share of completions that reach the length limit
+MIN_WEIGHT_CHANGE = 1e-4  # smallest relative change of the weights that affects outputs
 
 
 def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> list[str]:
-    """Return one sentence per finding; none for a run without problems."""
+    """Return one sentence per finding. weight_change: size of the adapter's change relative to the base weights."""
     events = drop_undone_events(events)
-    train, evaluated = _series(events, "step"), _series(events, "eval")
-    # A resumed run repeats some events.
-    recoveries = dict.fromkeys(_describe(event) for event in events if event["event"] in RECOVERIES)
+    train, evaluated = _read_losses(events, "step"), _read_losses(events, "eval")
+    # Without duplicates, because a resumed run repeats some events.
+    recoveries = dict.fromkeys(_describe_recovery(event) for event in events if event["event"] in RECOVERIES)
     if reward_steps := [event for event in events if event["event"] == "step" and "reward" in event]:
         return [*_check_rewards(reward_steps), *recoveries]
     findings = _check_overfitting(train, evaluated) + _check_learning(train, weight_change) + _check_chosen(events)
     return [*findings, *recoveries]
 
 
-def _check_overfitting(train: Series, evaluated: Series) -> list[str]:
-    """Report an evaluation loss that is more than 2 % above its best while the training loss kept falling."""
+def _check_overfitting(train: Losses, evaluated: Losses) -> list[str]:
+    """Report a final evaluation loss that is at least 2 % above the best one."""
     if len(evaluated) < 2:
         return []
     best = min(evaluated, key=lambda step: evaluated[step])
     last = max(evaluated)
     before = [loss for step, loss in train.items() if step <= best]
     after = [loss for step, loss in train.items() if step > best]
-    tail = before[-len(after) :]
-    if not after or not tail or evaluated[last] < 1.02 * evaluated[best]:
+    before = before[-len(after) :]  # as many steps as after
+    if not after or not before or evaluated[last] < 1.02 * evaluated[best]:
         return []
-    from_best = f"from {evaluated[best]:.3f} (step {best}, kept)"
-    rose = f"the evaluation loss rose {from_best} to {evaluated[last]:.3f} (step {last})"
-    if statistics.mean(after) < statistics.mean(tail):
-        return [f"overfitting: {rose} while the training loss fell: train for fewer epochs, or give more rows"]
-    return [f"getting worse: {rose} and the training loss did not fall: lower the learning rate"]
+    low, high = f"{evaluated[best]:.3f} (step {best}, kept)", f"{evaluated[last]:.3f} (step {last})"
+    rise = f"the evaluation loss rose from {low} to {high}"
+    if statistics.mean(after) < statistics.mean(before):
+        return [f"overfitting: {rise} while the training loss fell: train for fewer epochs, or give more rows"]
+    return [f"getting worse: {rise} and the training loss did not fall: lower the learning rate"]
 
 
-def _check_learning(train: Series, weight_change: float | None) -> list[str]:
+def _check_learning(train: Losses, weight_change: float | None) -> list[str]:
     losses = [loss for _, loss in sorted(train.items())]
     if len(losses) < MIN_STEPS:
         return []
-    first, last, noise = _trend(losses)
+    first, last, noise = _compute_trend(losses)
     if first - last > 2 * noise and first - last > 0.01 * abs(first):
         return []
     flat = f"not learning: the training loss went from {first:.3f} to {last:.3f}"
-    if weight_change is not None and weight_change < MIN_CHANGE:
-        moved = f"the adapters changed their weights by {weight_change:.1e} of their size"
-        return [f"{flat}, and {moved}: the learning rate is too small, try 10 times as much ({FLAT})"]
-    return [f"{flat}: see with `strop check` what is trained on, or try another learning rate ({FLAT})"]
+    if weight_change is not None and weight_change < MIN_WEIGHT_CHANGE:
+        change = f"the adapters changed their weights by {weight_change:.1e} of their size"
+        return [f"{flat}, and {change}: the learning rate is too small, try 10 times as much ({FLAT_HINT})"]
+    return [f"{flat}: see with `strop check` what is trained on, or try another learning rate ({FLAT_HINT})"]
 
 
 def _check_rewards(steps: Sequence[dict[str, Any]]) -> list[str]:
-    """Report a policy that has nothing to learn from, or whose reward does not rise. Its loss says nothing."""
+    """Report groups with equal rewards, truncated completions, or else a reward that does not rise."""
     equal, stopped = (statistics.mean(event[name] for event in steps) for name in ("equal_groups", "stop_rate"))
     findings = []
-    if stopped < 1 - MOSTLY:
+    if stopped < 1 - MAX_CUT_OFF:
         findings.append(f"{1 - stopped:.0%} of the completions were cut off: raise train.answer_tokens")
-    if equal > MOSTLY:
+    if equal > MAX_EQUAL_GROUPS:
         findings.append(
             f"{equal:.0%} of the groups had equal rewards, from which nothing is learned: use prompts that are "
             "sometimes answered well, or a reward with steps between 0 and 1"
         )
     if len(steps) < MIN_STEPS or findings:
         return findings
-    first, last, noise = _trend([event["reward"] for event in steps])
+    first, last, noise = _compute_trend([event["reward"] for event in steps])
     if last - first > 2 * noise:
         return []
     return [
         f"the reward of completions went from {first:.3f} to {last:.3f}, within its noise: train longer, sample larger "
-        f"groups, or try another learning rate ({FLAT})"
+        f"groups, or try another learning rate ({FLAT_HINT})"
     ]
 
 
-def _trend(values: Sequence[float]) -> tuple[float, float, float]:
+def _compute_trend(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the means of the first and the last fifth, and the standard error of their difference."""
-    part = max(5, len(values) // 5)
-    first, last = values[:part], values[-part:]
-    noise = ((statistics.variance(first) + statistics.variance(last)) / part) ** 0.5
+    n = max(5, len(values) // 5)
+    first, last = values[:n], values[-n:]
+    noise = ((statistics.variance(first) + statistics.variance(last)) / n) ** 0.5
     return statistics.mean(first), statistics.mean(last), noise
 
 
 def _check_chosen(events: Sequence[dict[str, Any]]) -> list[str]:
-    """Report chosen answers that became less likely: the margin then grows at their cost."""
+    """Report preference training that made the chosen answers less likely."""
     steps = [event for event in events if event["event"] == "step" and "chosen_change" in event]
     if len(steps) < MIN_STEPS:
         return []
     last = steps[-max(5, len(steps) // 5) :]
     chosen, rejected = (statistics.mean(event[f"{side}_change"] for event in last) for side in ("chosen", "rejected"))
-    if chosen > -MAX_CHOSEN_LOSS:
+    if chosen > -MAX_CHOSEN_DROP:
         return []
     return [
         f"the chosen answers became less likely too, by {-chosen:.2f} nats per token (the rejected ones by "
@@ -107,19 +108,19 @@ def _check_chosen(events: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _describe(event: dict[str, Any]) -> str:
-    at = f"step {event['step']}"
+def _describe_recovery(event: dict[str, Any]) -> str:
+    step = f"step {event['step']}"
     if event["event"] == "rollback":
         return (
-            f"{at}: {event['why']}: went back to step {event['to']}, skipped {len(event['passed'])} batches, and "
+            f"{step}: {event['why']}: went back to step {event['to']}, skipped {len(event['passed'])} batches, and "
             f"continued with {event['rate_scale']:g} times the learning rate"
         )
     if event["event"] == "shrink":
-        return f"{at}: out of memory: continued with {event['to']}; the effective batch did not change"
-    return f"{at}: resumed with {event['field']} = {event['now']}, which was {event['was']}"
+        return f"{step}: out of memory: continued with {event['to']}; the effective batch did not change"
+    return f"{step}: resumed with {event['field']} = {event['now']}, which was {event['was']}"
 
 
-def _series(events: Sequence[dict[str, Any]], kind: str) -> Series:
-    """Return losses by step. A repeated step counts as computed last."""
+def _read_losses(events: Sequence[dict[str, Any]], kind: str) -> Losses:
+    """Return the losses of "step" or "eval" events. If a step was repeated, the last loss counts."""
     with_loss = (event for event in events if event["event"] == kind and event.get("loss") is not None)
     return {event["step"]: event["loss"] for event in with_loss}

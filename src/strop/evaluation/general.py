@@ -1,8 +1,9 @@
-"""Measure what training broke: base and tuned model on a small general set and on tasks of lm-evaluation-harness."""
+"""Detect abilities that training made worse, on a small general set and on tasks of lm-evaluation-harness.
 
-# general.jsonl has 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
-# asked for, memory of earlier turns), each with a regular expression that a good answer matches. So small a set shows a
-# lost ability, not a loss of two points. Prompts and scores of the harness are its own, comparable with published ones.
+The general set (general.jsonl) has 126 questions of six kinds: arithmetic, copying, facts, instructions, answering in
+plain text, and memory of earlier turns. It is large enough to show a lost ability, but not a loss of two points. Scores
+of the harness are comparable with published ones.
+"""
 
 from __future__ import annotations
 
@@ -21,34 +22,34 @@ from typing import Any
 import yaml
 
 from strop.data.types import Message
-from strop.distributed.devices import ALONE, Devices
+from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model
-from strop.errors import RecipeError, nearest
-from strop.evaluation.compare import Advance, generate_answers
-from strop.evaluation.metrics import Z_95, Difference, paired_difference, wilson
+from strop.errors import RecipeError, suggest
+from strop.evaluation.compare import Progress, generate_answers
+from strop.evaluation.metrics import Z_95, paired_difference, wilson_interval
 
 MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Row:
-    """A question of the general set. pattern: a regular expression that a good answer matches."""
-
+class GeneralQuestion:
     kind: str
     messages: tuple[Message, ...]
-    pattern: str
+    pattern: str  # regular expression that a good answer matches
 
 
-def rows() -> list[Row]:
+def load_questions() -> list[GeneralQuestion]:
     lines = (files(__package__) / "general.jsonl").read_text(encoding="utf-8").splitlines()
-    parsed = map(json.loads, lines)
-    return [Row(row["kind"], tuple(Message(**turn) for turn in row["messages"]), row["pattern"]) for row in parsed]
+    return [
+        GeneralQuestion(row["kind"], tuple(Message(**turn) for turn in row["messages"]), row["pattern"])
+        for row in map(json.loads, lines)
+    ]
 
 
-def compare_general(model: Model, advance: Advance | None = None, devices: Devices = ALONE) -> dict[str, Any]:
+def compare_general(model: Model, advance: Progress | None = None, devices: Devices = SINGLE_PROCESS) -> dict[str, Any]:
     """Return {rows, base, tuned, intervals, difference, kinds: {kind: {rows, base, tuned, difference}}, lost}."""
-    questions = rows()
-    prompts = [model.renderer.prompt(list(row.messages)) for row in questions]
+    questions = load_questions()
+    prompts = [model.renderer.prompt(list(question.messages)) for question in questions]
     answers = generate_answers(
         model, prompts, devices, max_new_tokens=MAX_NEW_TOKENS, both=True,
         advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(questions))),
@@ -56,31 +57,32 @@ def compare_general(model: Model, advance: Advance | None = None, devices: Devic
     texts = [answer.text for answer in answers]
     texts_by_side = {"base": texts[: len(questions)], "tuned": texts[len(questions) :]}
     hits = {
-        side: [bool(re.search(row.pattern, text)) for row, text in zip(questions, side_texts, strict=True)]
+        side: [bool(re.search(question.pattern, text)) for question, text in zip(questions, side_texts, strict=True)]
         for side, side_texts in texts_by_side.items()
     }
     kinds = {}
-    for kind in dict.fromkeys(row.kind for row in questions):
-        places = [place for place, row in enumerate(questions) if row.kind == kind]
-        shares = {side: sum(hits[side][place] for place in places) / len(places) for side in hits}
-        change = paired_difference(*([hits[side][place] for place in places] for side in ("base", "tuned")))
-        kinds[kind] = {"rows": len(places), **shares, "difference": asdict(change)}
-    lost = [place for place in range(len(questions)) if hits["base"][place] and not hits["tuned"][place]]
+    for kind in dict.fromkeys(question.kind for question in questions):
+        rows = [i for i, question in enumerate(questions) if question.kind == kind]
+        kinds[kind] = _summarize([hits["base"][i] for i in rows], [hits["tuned"][i] for i in rows])
     return {
-        "rows": len(questions),
-        **{side: sum(side_hits) / len(questions) for side, side_hits in hits.items()},
-        "intervals": {side: list(wilson(sum(side_hits), len(questions))) for side, side_hits in hits.items()},
-        "difference": asdict(paired_difference(hits["base"], hits["tuned"])),
+        **_summarize(hits["base"], hits["tuned"]),
+        "intervals": {side: list(wilson_interval(sum(side_hits), len(questions))) for side, side_hits in hits.items()},
         "kinds": kinds,
         "lost": [
-            {"prompt": questions[place].messages[-1].content, **{side: texts_by_side[side][place] for side in hits}}
-            for place in lost
+            {"prompt": question.messages[-1].content, **{side: texts_by_side[side][i] for side in hits}}
+            for i, question in enumerate(questions)
+            if hits["base"][i] and not hits["tuned"][i]
         ],
     }
 
 
+def _summarize(base: Sequence[bool], tuned: Sequence[bool]) -> dict[str, Any]:
+    rates = {side: sum(hits) / len(hits) for side, hits in (("base", base), ("tuned", tuned))}
+    return {"rows": len(base), **rates, "difference": asdict(paired_difference(base, tuned))}
+
+
 def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
-    """Return the names of tasks given by name or .yaml file, and the harness's task manager."""
+    """Return the names of the tasks, which are given by name or .yaml file, and the harness's TaskManager."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -91,17 +93,16 @@ def check_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
         raise RecipeError(f"--tasks {missing[0]}: no such file", fix="give a file that defines a task of lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=[str(file.parent.resolve()) for file in files] or None)
-    names = [_task_name(Path(task)) if task.endswith(".yaml") else task for task in tasks]
+    names = [_read_task_name(Path(task)) if task.endswith(".yaml") else task for task in tasks]
     for name in names:
         if name not in manager.all_tasks:
-            what = f"--tasks {name}: no such task{nearest(name, manager.all_tasks)}"
+            what = f"--tasks {name}: no such task{suggest(name, manager.all_tasks)}"
             raise RecipeError(what, fix="see `lm-eval ls tasks`")
     return names, manager
 
 
 def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | None = None) -> dict[str, Any]:
-    """Return {task: {metric: {base, tuned, difference, documents}}} of tasks, on `limit` documents of each."""
-    # difference: {value, low, high}, the normal interval of the mean of paired differences; None without an adapter.
+    """Return {task: {metric: {base, tuned, difference, documents}}}. limit: maximum number of documents per task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -113,34 +114,36 @@ def run_tasks(model: Model, names: Sequence[str], manager: Any, limit: int | Non
                 wrapped, tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
             )
     result: dict[str, Any] = {}
-    for task, scores in outputs["base"]["results"].items():
+    for task, task_scores in outputs["base"]["results"].items():
         result[task] = {}
-        for key, value in scores.items():
+        for key, value in task_scores.items():
             if not isinstance(value, (int, float)) or "_stderr" in key or "," not in key:
                 continue
             metric = key.partition(",")[0]
-            rows = {side: _by_document(outputs[side]["samples"].get(task, []), key) for side in outputs}
+            scores = {side: _scores_by_document(outputs[side]["samples"].get(task, []), key) for side in outputs}
             values = {side: outputs[side]["results"][task][key] for side in outputs}
-            pairs = [(rows["base"][doc], rows["tuned"][doc]) for doc in rows["base"]] if "tuned" in rows else []
+            base, tuned = scores["base"], scores.get("tuned")
+            changes = [tuned[document] - base[document] for document in base] if tuned is not None else []
             difference = None
-            if len(pairs) > 1:
-                changes = [after - before for before, after in pairs]
-                mean, reach = statistics.mean(changes), Z_95 * statistics.stdev(changes) / math.sqrt(len(changes))
-                difference = vars(Difference(mean, mean - reach, mean + reach))
-            result[task][metric] = {**values, "documents": len(rows["base"]), "difference": difference}
+            if len(changes) > 1:
+                mean, half_width = statistics.mean(changes), Z_95 * statistics.stdev(changes) / math.sqrt(len(changes))
+                difference = {"value": mean, "low": mean - half_width, "high": mean + half_width}
+            result[task][metric] = {**values, "documents": len(base), "difference": difference}
     return result
 
 
-def _by_document(samples: Sequence[dict[str, Any]], key: str) -> dict[Any, float]:
-    """Return the value of a metric (`metric,filter`) for each document."""
-    metric, _, chosen = key.partition(",")
-    filtered = [sample for sample in samples if sample.get("filter", "none") == chosen]
-    scored = [sample for sample in filtered if isinstance(sample.get(metric), (int, float))]
-    return {sample["doc_id"]: float(sample[metric]) for sample in scored}
+def _scores_by_document(samples: Sequence[dict[str, Any]], key: str) -> dict[Any, float]:
+    """Return the score of each document. key: the harness's name of a score, `metric,filter`."""
+    metric, _, filter_name = key.partition(",")
+    return {
+        sample["doc_id"]: float(sample[metric])
+        for sample in samples
+        if sample.get("filter", "none") == filter_name and isinstance(sample.get(metric), (int, float))
+    }
 
 
-def _task_name(file: Path) -> str:
-    """Return the name of the task that a file defines. Only its line is parsed, as its tags are the harness's own."""
+def _read_task_name(file: Path) -> str:
+    """Return the name of the task that a file defines. Other lines may have YAML tags that only the harness knows."""
     line = next((line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")), "")
     name = yaml.safe_load(line or "{}").get("task")
     if not isinstance(name, str):

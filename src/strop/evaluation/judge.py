@@ -1,6 +1,7 @@
-"""Compare base's and tuned's answers with a judge: a user-defined function, or a model behind a server."""
+"""Compare the answers of base and tuned model with a judge: a user-defined function, or a model on a server.
 
-# The judge is asked twice, in either order, because judges prefer one position. Different verdicts are a tie.
+Each pair is judged in both orders, because judges often prefer one position. Contradicting verdicts count as a tie.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from strop.errors import RecipeError, RunError
-from strop.evaluation.compare import Advance, Question
-from strop.evaluation.metrics import FAULTS, metric, paired_difference
+from strop.evaluation.compare import Progress, Question
+from strop.evaluation.metrics import USER_CODE_ERRORS, find_metric, paired_difference
 
 PROMPT = """Two assistants have answered the same conversation. Which answer is better?
 
@@ -37,20 +38,21 @@ PROMPT = """Two assistants have answered the same conversation. Which answer is 
 Judge what is said, not its length or its place. End with one word: "first", "second" or "tie"."""
 VERDICTS = {"first": 1, "second": -1, "tie": 0}
 TRIES, TIMEOUT_S = 3, 300
-KEY = "STROP_JUDGE_KEY"  # environment variable: sent as a bearer token
-ARGUMENTS = ("conversation", "right answer", "first answer", "second answer")  # of a function, by position
+KEY = "STROP_JUDGE_KEY"  # environment variable with the server's API key
+ARGUMENTS = ("conversation", "right answer", "first answer", "second answer")  # positional arguments of a function
 RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
 
-# (conversation, right answer, first, second answer) -> 1: the first is better, -1: the second, 0: a tie, None: unclear
+# (conversation, right answer, first answer, second answer) -> 1 if the first is better, -1 if the second is better, 0
+# for a tie, None without a verdict
 Judge = Callable[[str, str, str, str], int | None]
 
 
-def judge_for(name: str, model: str | None = None) -> Judge:
-    """Return the judge of `file.py:function`, or of an OpenAI-compatible server (default: its first model)."""
+def make_judge(name: str, model: str | None = None) -> Judge:
+    """Return a judge for `file.py:function` or a server's URL. model: by default, the first one of the server."""
     if ".py:" in name:
         if model is not None:
             raise RecipeError("--judge-model: the judge is a function", fix="leave it out")
-        return _function_judge(name)
+        return _make_function_judge(name)
     address = urllib.parse.urlsplit(name)
     if "@" in address.netloc:
         what = "--judge: the address has a name or a password in it, which would be in reports"
@@ -58,10 +60,10 @@ def judge_for(name: str, model: str | None = None) -> Judge:
     if address.scheme not in ("http", "https"):
         what = f"--judge {name}: neither file.py:function nor the address of a server"
         raise RecipeError(what, fix="write it as http://127.0.0.1:8000/v1")
-    server = _ServerJudge(name.rstrip("/"), model)
+    judge = _ServerJudge(name.rstrip("/"), model)
     if model is None:
-        return replace(server, model=str(server.request("/models", lambda data: data["data"][0]["id"])))
-    return server
+        judge.model = str(judge.request("/models", lambda data: data["data"][0]["id"]))
+    return judge
 
 
 def compare_by_judge(
@@ -70,18 +72,20 @@ def compare_by_judge(
     questions: Sequence[Question],
     base: Sequence[str],
     tuned: Sequence[str],
-    advance: Advance | None,
+    advance: Progress | None,
 ) -> dict[str, Any]:
-    """Measure how often the tuned answer beats the base's, with 95 % intervals."""
-    # win_rate: wins and half of the ties, from the paired difference of wins and losses. order_decided: rows whose
-    # verdict changed with the order. unsaid: replies without a verdict, counted as ties. lost: places of lost rows.
+    """Measure how often the tuned model's answer is better than the base's, with 95 % intervals.
+
+    `win_rate` counts a tie as half a win. `order_decided` counts rows whose verdict changed with the order, `unsaid`
+    replies without a verdict, which count as ties. `lost` lists the rows that the tuned model lost.
+    """
     outcomes, order_decided, unsaid = [], 0, 0
-    for number, (question, before, after) in enumerate(zip(questions, base, tuned, strict=True), 1):
+    for number, (question, base_answer, tuned_answer) in enumerate(zip(questions, base, tuned, strict=True), 1):
         verdicts = [0, 0]
-        if before != after:
+        if base_answer != tuned_answer:
             messages = question.conversation.messages[:-1]
             context = "\n\n".join(f"{message.role}: {message.content}" for message in messages), question.gold
-            replies = [judge(*context, after, before), judge(*context, before, after)]
+            replies = [judge(*context, tuned_answer, base_answer), judge(*context, base_answer, tuned_answer)]
             unsaid += replies.count(None)
             verdicts = [replies[0] or 0, -(replies[1] or 0)]
         order_decided += verdicts[0] * verdicts[1] < 0
@@ -90,25 +94,25 @@ def compare_by_judge(
         if advance is not None:
             advance("judge", number, len(questions))
     difference = paired_difference([outcome < 0 for outcome in outcomes], [outcome > 0 for outcome in outcomes])
-    places = [f"{question.conversation.file}:{question.conversation.line}" for question in questions]
+    rows = [question.conversation for question in questions]
     return {
         "name": name, "rows": len(outcomes),
         "wins": outcomes.count(1), "ties": outcomes.count(0), "losses": outcomes.count(-1),
         "win_rate": 0.5 + difference.value / 2,
         "interval": [0.5 + difference.low / 2, 0.5 + difference.high / 2],
         "difference": asdict(difference), "order_decided": order_decided, "unsaid": unsaid,
-        "lost": [place for place, outcome in zip(places, outcomes, strict=True) if outcome < 0],
+        "lost": [f"{row.file}:{row.line}" for row, outcome in zip(rows, outcomes, strict=True) if outcome < 0],
     }  # fmt: skip
 
 
-def _function_judge(name: str) -> Judge:
-    function = cast("Callable[[str, str, str, str], Any]", metric(name, ARGUMENTS).function)
+def _make_function_judge(name: str) -> Judge:
+    function = cast("Callable[[str, str, str, str], Any]", find_metric(name, ARGUMENTS).function)
 
     def judge(conversation: str, gold: str, first: str, second: str) -> int:
         try:
             value = float(function(conversation, gold, first, second))
-        except FAULTS as fault:
-            what = f"judge {name}: {type(fault).__name__}: {fault} (for {conversation[-80:]!r})"
+        except USER_CODE_ERRORS as error:
+            what = f"judge {name}: {type(error).__name__}: {error} (for {conversation[-80:]!r})"
             fix = "it gets (conversation, right answer, first, second); above 0 the first is better, below 0 the second"
             raise RunError(what, fix=fix) from None
         if math.isnan(value):
@@ -120,7 +124,7 @@ def _function_judge(name: str) -> Judge:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuse redirects, as urllib would send the key to the new address."""
+    """Refuse redirects, because urllib would send the API key to the new address."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -131,7 +135,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 @dataclass
 class _ServerJudge:
-    """A model behind an OpenAI-compatible server, with greedy decoding."""
+    """Judge that asks a model on an OpenAI-compatible server, with greedy decoding."""
 
     url: str
     model: str | None
@@ -140,7 +144,7 @@ class _ServerJudge:
         text = PROMPT.format(conversation=conversation, gold=gold, first=first, second=second)
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
         reply = self.request("/chat/completions", lambda data: data["choices"][0]["message"].get("content"), body)
-        return verdict_in(reply if isinstance(reply, str) else "")
+        return parse_verdict(reply if isinstance(reply, str) else "")
 
     def request(self, path: str, select: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -148,7 +152,7 @@ class _ServerJudge:
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
-        for left in reversed(range(TRIES)):
+        for remaining_tries in reversed(range(TRIES)):
             try:
                 with _OPENER.open(request, timeout=TIMEOUT_S) as response:
                     content = json.loads(response.read())
@@ -157,18 +161,18 @@ class _ServerJudge:
                 what = f"judge {self.url}{path}: not a response of an OpenAI-compatible server: {content!r:.300}"
                 raise RunError(what, fix="give the address up to /v1, and a model that the server has") from None
             except urllib.error.HTTPError as error:
-                if error.code not in RETRIED_STATUSES or not left:
+                if error.code not in RETRIED_STATUSES or not remaining_tries:
                     text = error.read(300).decode(errors="replace")
                     raise RunError(f"judge {self.url}{path}: {error.code}: {text}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if not left:
+                if not remaining_tries:
                     fix = "start it, or check the address"
                     raise RunError(f"judge {self.url}{path} does not answer: {error}", fix=fix) from None
-            time.sleep(TRIES - left)
+            time.sleep(TRIES - remaining_tries)
         raise AssertionError("the last try returns or raises")
 
 
-def verdict_in(reply: str) -> int | None:
-    """Return the verdict of the last of the words first, second and tie in a reply, or None."""
+def parse_verdict(reply: str) -> int | None:
+    """Return the last verdict in a reply (one of the words first, second and tie), or None."""
     words = "".join(character if character.isalpha() else " " for character in reply.casefold()).split()
     return next((VERDICTS[word] for word in reversed(words) if word in VERDICTS), None)

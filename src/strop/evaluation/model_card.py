@@ -1,4 +1,4 @@
-"""Write the model card (README.md) of an adapter or merged model: what it is, its scores, limits, recipe, and use."""
+"""Write the model card (README.md) of an adapter or a merged model."""
 
 from __future__ import annotations
 
@@ -10,71 +10,71 @@ from typing import Any
 
 import yaml
 
-from strop.evaluation.metrics import Difference, general_verdict, rows_label, rows_text, verdict
+from strop.evaluation.metrics import describe_difference, describe_general, describe_rows, rows_label
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
-PLACE = "THIS_FOLDER"  # placeholder for the model's location; exporting.hub replaces it
-# Recipe fields left out of the card: paths on this machine, and settings that do not affect the model.
+LOCATION = "THIS_FOLDER"  # placeholder for the model's location, which exporting.hub replaces
+# Recipe fields that the card omits: paths on this machine, and settings that do not affect the model.
 LOCAL_FIELDS = {
     "model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "model.device",
 }  # fmt: skip
 
-REWARD = """It scores an answer with one number (higher is better) and does not generate text.
+REWARD_USAGE = """It scores an answer with one number (higher is better) and does not generate text.
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template it was trained with
+tokenizer = AutoTokenizer.from_pretrained("{location}")  # with the chat template it was trained with
 base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1)
 base.config.get_text_config().pad_token_id = None  # otherwise a last token equal to the padding is skipped
-model = PeftModel.from_pretrained(base, "{place}").eval()
+model = PeftModel.from_pretrained(base, "{location}").eval()
 text = tokenizer.apply_chat_template(messages, tokenize=False){end}  # the score is at the answer's last token
 print(model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits)  # one text at a time
 ```"""
 CHATML_END = {"cut": "\n", "add": ""}  # default for reports without `answer_end`
 
-ADAPTER = """```python
+ADAPTER_USAGE = """```python
 import strop
 
-print(strop.load("{place}").chat("..."))
+print(strop.load("{location}").chat("..."))
 ```
 
 ```python
 from peft import AutoPeftModelForCausalLM  # if the base is a folder or on the Hub
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template it was trained with
+model = AutoPeftModelForCausalLM.from_pretrained("{location}")
+tokenizer = AutoTokenizer.from_pretrained("{location}")  # with the chat template it was trained with
 ```
 
 ```sh
-vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={place}
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={location}
 strop merge RUN --out MERGED             # a full model, for tools that do not load adapters
 strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
 ```"""
 
-MERGED = """```python
+MERGED_USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template it was trained with
+model = AutoModelForCausalLM.from_pretrained("{location}")
+tokenizer = AutoTokenizer.from_pretrained("{location}")  # with the chat template it was trained with
 ```
 
 ```sh
-vllm serve {place}
+vllm serve {location}
 ```"""
 
 
 def write_card(adapter: Path, report: Mapping[str, Any]) -> None:
-    """Write the card of a run's adapter from its report.json; called again after each evaluation."""
+    """Write the card of a run's adapter from the content of its report.json."""
     if adapter.is_dir():  # a report may exist before the adapter
-        write_atomic(adapter / CARD_FILE, card(report))
+        write_atomic(adapter / CARD_FILE, format_card(report))
 
 
 def find_report(adapter: Path) -> dict[str, Any] | None:
-    """Return the report of the run that wrote an adapter; None if there is no run, or if it is not finished."""
+    """Return the report of the run that the adapter folder belongs to, or None without a finished run."""
     run = RunFolder(adapter.parent)
     if not is_run(run.path) or run.adapter != adapter:
         return None
@@ -83,14 +83,13 @@ def find_report(adapter: Path) -> dict[str, Any] | None:
 
 
 def hub_id(name: str) -> str | None:
-    """Return the Hub id of a base, without the revision; None for a folder, a GGUF file or the demo model."""
+    """Return the Hub id of a base without its revision, or None for a folder, a GGUF file or the demo model."""
     local = name.startswith(("demo:", "gguf:", ".", "~")) or os.path.isabs(name) or name.count("/") > 1
     return None if local else name.partition("@")[0]
 
 
-def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[str, Any] | None = None) -> str:
-    """Return the card of a run's adapter, or of a model that it was merged into."""
-    # base: Hub id, if trained on a local copy. merged: dtype and parity (None: not measured) of a merged model.
+def format_card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[str, Any] | None = None) -> str:
+    """Return the text of the card. base: Hub id, if trained on a local copy. merged: dtype and parity, if merged."""
     settings = {choice["field"]: choice["value"] for choice in report["recipe"]}
     lock, name = report["lock"], Path(str(report["run"])).name
     base_id = base or hub_id(lock["base"]["name"])
@@ -99,69 +98,67 @@ def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[
     data_hash = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
     library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
     base_entry = {"base_model": base_id, "base_model_relation": relation} if base_id else {}
-    head = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
+    front_matter = {"library_name": library, **base_entry, "tags": ["lora", "strop"]}
     template_notes = report.get("data_report", {}).get("template", [])
     scheme, storage = settings.get("model.quantization", "none"), str(settings["model.dtype"])
     if scheme != "none":
         storage = f"{scheme}, computed in {storage}"
     rows = [
         ("base", f"{base_text}, fingerprint `{lock['base']['fingerprint'][:16]}`, {storage}"),
-        ("adapter", _adapter(settings)),
-        *([("merged", _merged(merged))] if merged is not None else []),
-        ("training", _training(report, settings)),
+        ("adapter", _describe_adapter(settings)),
+        *([("merged", _describe_merge(merged))] if merged is not None else []),
+        ("training", _describe_training(report, settings)),
         ("data", f"{report['data']['used']:,} rows, hash `{data_hash[:16]}`"),
         *([("chat template", "; ".join(template_notes).replace("|", "\\|"))] if template_notes else []),
-        *_scores(report),
+        *_list_scores(report),
     ]
-    title = f"A LoRA adapter for {base_text}"
     if merged is not None:
-        title = f"{base_text} with a LoRA adapter merged into it"
-    usage = MERGED if merged is not None else REWARD if settings.get("train.objective") == "reward" else ADAPTER
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(head, sort_keys=False, default_flow_style=None).strip(),
-            "---",
-            f"# {name}\n",
-            f"{title}, trained with strop.\n",
-            "| | |\n|---|---|",
-            *(f"| {key} | {text} |" for key, text in rows),
-            "\n## Limits\n",
-            *(f"- {limit}" for limit in _limits(report, settings)),
-            "\n## How to load it\n",
-            usage.format(
-                place=PLACE, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_answer_end_code(report)
-            ),
-            "\n## How it was made\n",
-            _recipe(report, lock["versions"]),
-            "",
-        ]
+        title, usage = f"{base_text} with a LoRA adapter merged into it", MERGED_USAGE
+    else:
+        title = f"A LoRA adapter for {base_text}"
+        usage = REWARD_USAGE if settings.get("train.objective") == "reward" else ADAPTER_USAGE
+    usage = usage.format(
+        location=LOCATION, base=base_id or "BASE", rank=settings["lora.r"], name=name, end=_format_answer_end(report)
     )
+    lines = [
+        "---",
+        yaml.safe_dump(front_matter, sort_keys=False, default_flow_style=None).strip(),
+        "---",
+        f"# {name}\n",
+        f"{title}, trained with strop.\n",
+        "| | |\n|---|---|",
+        *(f"| {key} | {text} |" for key, text in rows),
+        "\n## Limits\n",
+        *(f"- {limit}" for limit in _list_limits(report, settings)),
+        f"\n## How to load it\n\n{usage}",
+        f"\n## How it was made\n\n{_format_recipe(report, lock['versions'])}\n",
+    ]
+    return "\n".join(lines)
 
 
-def _answer_end_code(report: Mapping[str, Any]) -> str:
-    """Return Python code that ends a rendered conversation with the last token of the answer."""
+def _format_answer_end(report: Mapping[str, Any]) -> str:
+    """Return Python code for the usage example that cuts the text of a conversation after the answer's last token."""
     end = (report.get("objective") or {}).get("answer_end") or CHATML_END
     cut, add = (json.dumps(end[name], ensure_ascii=False) for name in ("cut", "add"))
     return (f".removesuffix({cut})" if end["cut"] else "") + (f" + {add}" if end["add"] else "")
 
 
-def _adapter(settings: Mapping[str, Any]) -> str:
+def _describe_adapter(settings: Mapping[str, Any]) -> str:
     targets = settings["lora.target_modules"]
-    on = ", ".join(targets) if isinstance(targets, (list, tuple)) else str(targets)
-    return f"rank {settings['lora.r']}, alpha {settings['lora.alpha']:g}, on {on}"
+    modules = ", ".join(targets) if isinstance(targets, (list, tuple)) else str(targets)
+    return f"rank {settings['lora.r']}, alpha {settings['lora.alpha']:g}, on {modules}"
 
 
-def _merged(merged: Mapping[str, Any]) -> str:
+def _describe_merge(merged: Mapping[str, Any]) -> str:
     parity = merged["parity"]
     if parity is None:
         return f"in {merged['dtype']}; not measured against the adapter"
     figures = f"mean KL {parity['kl_mean']:.2g}, top-1 agreement {parity['top1_agreement']:.2%}"
-    measured = f"{figures}, {parity['positions']:,} positions"
-    return f"in {merged['dtype']}; measured against the adapter on its base: {measured}"
+    positions = f"{parity['positions']:,} positions"
+    return f"in {merged['dtype']}; measured against the adapter on its base: {figures}, {positions}"
 
 
-def _training(report: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _describe_training(report: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     amount = f"{report['steps']:,} steps of {settings['train.batch_size']} rows, {report['tokens']:,} tokens"
     if settings.get("train.objective", "sft") != "sft":
         amount = f"{settings['train.objective']}, {amount}"
@@ -169,7 +166,7 @@ def _training(report: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     return f"{amount}, {rate}, {settings['train.optimizer']}, seed {settings['seed']}"
 
 
-def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _list_scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if report.get("eval_loss") is not None:
         yield "evaluation loss", f"{report['eval_loss']:.4f}"
     evaluation, regression = report.get("evaluation"), report.get("regression")
@@ -177,19 +174,18 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if result and _has_both_sides(result):
             metric = result["metric"]
             scores = f"{metric} {result['base'][metric]:.1%} before, {result['tuned'][metric]:.1%} after"
-            yield name, f"{rows_text(result)}: {scores} ({verdict(Difference(**result['difference']))[1]})"
-    general = report.get("general")
-    if general:
+            yield name, f"{describe_rows(result)}: {scores} ({describe_difference(result['difference'])[1]})"
+    if general := report.get("general"):
         scores = f"{general['base']:.1%} before, {general['tuned']:.1%} after"
-        yield "general set", f"{general['rows']} rows: {scores} ({general_verdict(general)})"
+        yield "general set", f"{general['rows']} rows: {scores} ({describe_general(general)})"
 
 
 def _has_both_sides(result: Any) -> bool:
     return bool(result and result.get("tuned") and result.get("base"))
 
 
-def _limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield sentences about what was not measured for this model."""
+def _list_limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one sentence per limitation of the model or of its evaluation."""
     if not _has_both_sides(report.get("evaluation")):
         yield "It was not evaluated on held-out rows, so its quality at its task is unknown."
     elif (train_rows := report["evaluation"].get("train_rows")) is None:
@@ -207,20 +203,21 @@ def _limits(report: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[
     yield "The license and the terms of the base apply to it too."
 
 
-def _recipe(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """Return the non-default settings as a recipe, and the versions. A path is reduced to its file name."""
+def _format_recipe(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """Return the settings that are not defaults as a recipe, and the versions of the packages."""
     tree: dict[str, Any] = {}
     for choice in report["recipe"]:
         section, _, field = choice["field"].rpartition(".")
         if choice["origin"] == "default" or choice["field"] in LOCAL_FIELDS or choice["value"] is None:
             continue
-        (tree.setdefault(section, {}) if section else tree)[field] = _without_paths(choice["value"])
-    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"```yaml\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()}\n```\n\nWith {listed}."
+        (tree.setdefault(section, {}) if section else tree)[field] = _shorten_paths(choice["value"])
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"```yaml\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()}\n```\n\nWith {packages}."
 
 
-def _without_paths(value: Any) -> Any:
+def _shorten_paths(value: Any) -> Any:
+    """Reduce paths to their file names."""
     if isinstance(value, (list, tuple)):
-        return [_without_paths(inner) for inner in value]
+        return [_shorten_paths(inner) for inner in value]
     is_path = isinstance(value, str) and (os.path.isabs(value) or value.startswith((".", "~")))
     return Path(value).name if is_path else value

@@ -1,4 +1,4 @@
-"""Compare base and tuned model on held-out pairs: which answer is more likely, or gets the higher score."""
+"""Measure on preference pairs how often a model prefers the chosen answer, by log-probability or reward score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,128 +14,129 @@ from strop.data.batching import pack
 from strop.data.rendering.render import render_pairs
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
-from strop.distributed.devices import ALONE, Devices
+from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model
 from strop.engine.step import step_for
-from strop.errors import DataError, Where
-from strop.evaluation.compare import Advance
-from strop.evaluation.metrics import Z_95, changed_rows, paired_difference, wilson
+from strop.errors import DataError, Location
+from strop.evaluation.compare import Progress
+from strop.evaluation.metrics import Z_95, compare_hits, wilson_interval
 from strop.models.adapters import is_reward_adapter
 from strop.models.lora import find_score_head
 
-METRIC = "preference"
+PREFERENCE = "preference"
 MICRO_BATCH_TOKENS = 2048
-SAMPLE_CHARACTERS = 400  # of an answer
+SAMPLE_CHARACTERS = 400  # longer answers are truncated in samples
 
 Pairs = Sequence[tuple[Example, Example]]
-PairValues = list[tuple[float, float]]  # of the chosen and the rejected answer of each pair
+PairValues = list[tuple[float, float]]  # one value for the chosen and one for the rejected answer of each pair
 
 
 def compare_preferences(
-    model: Model, conversations: Sequence[Conversation], advance: Advance | None = None, devices: Devices = ALONE
+    model: Model,
+    conversations: Sequence[Conversation],
+    advance: Progress | None = None,
+    devices: Devices = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals."""
-    # `base` and `tuned`: {preference, preference_sum (by summed log-probabilities), loss (of the chosen answers)}.
-    # `rewards`, with an adapter: {accuracy, accuracy_interval, margin, margin_interval} of log pi - log base, summed
-    # over an answer, in nats. A reward model has no base: preference is by its scores, and `rewards` has their margin.
-    pairs, bad = list[tuple[Example, Example]](), list[Where]()
+    """Measure how often the chosen answer has the higher log-probability per token, with 95 % intervals.
+
+    `base` and `tuned` of the result have `preference`, `preference_sum` (by log-probabilities of whole answers) and
+    `loss` (of the chosen answers). `rewards`, with an adapter, compares log-ratios of tuned to base, in nats. A reward
+    model has no base: its preference and rewards are computed from its scores.
+    """
+    pairs, invalid = list[tuple[Example, Example]](), list[Location]()
     for conversation, rendered in render_pairs(model.renderer, conversations):
         if isinstance(rendered, RenderError):
-            bad.append(Where(conversation.file, conversation.line, rendered.what))
+            invalid.append(Location(conversation.file, conversation.line, rendered.what))
         else:
             pairs.append((rendered[0], rendered[1]))
-    if bad:
-        raise DataError(f"{len(bad)} pairs cannot be compared", fix="fix or remove them", where=bad)
+    if invalid:
+        raise DataError(f"{len(invalid)} pairs cannot be compared", fix="fix or remove them", where=invalid)
     if model.adapter is not None and is_reward_adapter(model.adapter):
         return _compare_scores(model, conversations, pairs, advance, devices)
-    sides: dict[str, PairValues] = {}
+    logprobs: dict[str, PairValues] = {}
     with model.base() if model.adapter else nullcontext():
-        sides["base"] = _by_micro_batch(step_for(model.module).log_probs, pairs, "base", advance, devices)
+        logprobs["base"] = _compute_pairs(step_for(model.module).log_probs, pairs, "base", advance, devices)
     if model.adapter:
-        sides["tuned"] = _by_micro_batch(step_for(model.module).log_probs, pairs, "tuned", advance, devices)
-    counts = [(float(chosen.weights.sum()), float(rejected.weights.sum())) for chosen, rejected in pairs]
-    result: dict[str, Any] = {"rows": len(pairs), "metric": METRIC}
+        logprobs["tuned"] = _compute_pairs(step_for(model.module).log_probs, pairs, "tuned", advance, devices)
+    lengths = [(float(chosen.weights.sum()), float(rejected.weights.sum())) for chosen, rejected in pairs]
+    result: dict[str, Any] = {"rows": len(pairs), "metric": PREFERENCE}
     hits: dict[str, list[bool]] = {}
-    for name, values in sides.items():
-        hits[name] = [a / n > b / m for (a, b), (n, m) in zip(values, counts, strict=True)]
+    for name, values in logprobs.items():
+        hits[name] = [a / n > b / m for (a, b), (n, m) in zip(values, lengths, strict=True)]
         result[name] = {
-            METRIC: statistics.fmean(hits[name]),
+            PREFERENCE: statistics.fmean(hits[name]),
             "preference_sum": statistics.fmean(a > b for a, b in values),
-            "loss": -sum(a for a, _ in values) / sum(n for n, _ in counts),
+            "loss": -sum(a for a, _ in values) / sum(n for n, _ in lengths),
         }
-    result["intervals"] = {name: list(wilson(sum(hit), len(hit))) for name, hit in hits.items()}
+    result |= compare_hits(hits, conversations)
     if model.adapter:
-        moved = [(a - c, b - d) for (a, b), (c, d) in zip(sides["tuned"], sides["base"], strict=True)]
-        places = [f"{conversation.file}:{conversation.line}" for conversation in conversations]
-        result["difference"] = asdict(paired_difference(hits["base"], hits["tuned"]))
-        result["changed"] = changed_rows(places, hits["base"], hits["tuned"])
-        result["rewards"] = reward_figures(moved)
-    result["samples"] = _samples(conversations, hits)
+        log_ratios = [(a - c, b - d) for (a, b), (c, d) in zip(logprobs["tuned"], logprobs["base"], strict=True)]
+        result["rewards"] = summarize_rewards(log_ratios)
+    result["samples"] = _make_samples(conversations, hits)
     return result
 
 
-def reward_figures(rewards: PairValues) -> dict[str, Any]:
-    """Return accuracy and mean margin of pairs of rewards, with Wilson's and the normal 95 % interval."""
+def summarize_rewards(rewards: PairValues) -> dict[str, Any]:
+    """Return the accuracy with its Wilson interval, and the mean margin with a normal interval (95 % each)."""
     margins, hits = [a - b for a, b in rewards], [a > b for a, b in rewards]
     mean, n = statistics.fmean(margins), len(margins)
-    reach = Z_95 * statistics.stdev(margins) / math.sqrt(n) if n > 1 else math.inf
-    interval = [mean - reach, mean + reach] if n > 1 else None
+    half_width = Z_95 * statistics.stdev(margins) / math.sqrt(n) if n > 1 else None
     return {
-        "accuracy": sum(hits) / n, "accuracy_interval": list(wilson(sum(hits), n)), "margin": mean,
-        "margin_interval": interval,
+        "accuracy": sum(hits) / n, "accuracy_interval": list(wilson_interval(sum(hits), n)), "margin": mean,
+        "margin_interval": None if half_width is None else [mean - half_width, mean + half_width],
     }  # fmt: skip
 
 
 def _compare_scores(
-    model: Model, conversations: Sequence[Conversation], pairs: Pairs, advance: Advance | None, devices: Devices
+    model: Model, conversations: Sequence[Conversation], pairs: Pairs, advance: Progress | None, devices: Devices
 ) -> dict[str, Any]:
     step, head = step_for(model.module), find_score_head(model.module)
     assert head is not None
 
-    def scores(examples: Sequence[Example]) -> torch.Tensor:
-        values: torch.Tensor = head(step.last_hidden(examples).float())
-        return values.flatten()
+    def compute_scores(examples: Sequence[Example]) -> torch.Tensor:
+        scores: torch.Tensor = head(step.last_hidden(examples).float())
+        return scores.flatten()
 
-    values = _by_micro_batch(scores, pairs, "tuned", advance, devices)
-    hits, figures = {"tuned": [a > b for a, b in values]}, reward_figures(values)
+    scores = _compute_pairs(compute_scores, pairs, "tuned", advance, devices)
+    rewards = summarize_rewards(scores)
     return {
-        "rows": len(pairs), "metric": METRIC, "tuned": {METRIC: figures["accuracy"]},
-        "intervals": {"tuned": figures["accuracy_interval"]}, "rewards": figures,
-        "samples": _samples(conversations, hits),
+        "rows": len(pairs), "metric": PREFERENCE, "tuned": {PREFERENCE: rewards["accuracy"]},
+        "intervals": {"tuned": rewards["accuracy_interval"]}, "rewards": rewards,
+        "samples": _make_samples(conversations, {"tuned": [a > b for a, b in scores]}),
     }  # fmt: skip
 
 
-def _by_micro_batch(
+def _compute_pairs(
     compute: Callable[[Sequence[Example]], torch.Tensor],
     pairs: Pairs,
     side: str,
-    advance: Advance | None,
+    advance: Progress | None,
     devices: Devices,
 ) -> PairValues:
-    """Compute a value of both answers of each pair. A pair is always in one micro-batch."""
+    """Compute a value for both answers of each pair, which are in the same micro-batch."""
     lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs]
     done = 0
 
-    def compute_group(group: list[int]) -> list[float]:
+    def compute_batch(batch: list[int]) -> list[float]:
         nonlocal done
-        done += len(group) * devices.world_size
-        values: list[float] = compute([example for row in group for example in pairs[row]]).tolist()
+        done += len(batch) * devices.world_size
+        values: list[float] = compute([example for row in batch for example in pairs[row]]).tolist()
         if advance is not None:
             advance(side, min(done, len(pairs)), len(pairs))
         return values
 
-    groups = pack(lengths, max(MICRO_BATCH_TOKENS, *lengths))
+    batches = pack(lengths, max(MICRO_BATCH_TOKENS, *lengths))
     pair_values: PairValues = [(0.0, 0.0)] * len(pairs)
     with torch.no_grad():
-        group_values = devices.map(groups, compute_group, lambda group: sum(lengths[row] for row in group))
-    for group, values in zip(groups, group_values, strict=True):
-        for place, row in enumerate(group):
-            pair_values[row] = (values[2 * place], values[2 * place + 1])
+        batch_values = devices.map(batches, compute_batch, lambda batch: sum(lengths[row] for row in batch))
+    for batch, values in zip(batches, batch_values, strict=True):
+        for i, row in enumerate(batch):
+            pair_values[row] = (values[2 * i], values[2 * i + 1])
     return pair_values
 
 
-def _samples(conversations: Sequence[Conversation], hits: dict[str, list[bool]]) -> list[dict[str, Any]]:
-    """Return the answer that each side prefers, next to the chosen one."""
+def _make_samples(conversations: Sequence[Conversation], hits: dict[str, list[bool]]) -> list[dict[str, Any]]:
+    """Return samples for the report: the prompt, the chosen answer, and the answer that each model prefers."""
     samples = []
     for row, conversation in enumerate(conversations):
         chosen, rejected = (side.messages[-1].content[:SAMPLE_CHARACTERS] for side in conversation.sides)

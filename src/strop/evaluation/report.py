@@ -1,6 +1,7 @@
-"""Write report.html: report.json and the events of a run as one page, without scripts or anything to load."""
+"""Write report.html: report.json and the events of a run as one page, without scripts or external resources.
 
-# Everything is escaped, because an attacker may choose the text of samples.
+All text is escaped, because samples may contain text from untrusted sources.
+"""
 
 from __future__ import annotations
 
@@ -18,31 +19,30 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from strop.evaluation.metrics import (
-    METRICS,
-    Difference,
-    general_verdict,
-    in_points,
-    mark_differences,
-    rows_text,
-    task_rows,
-    verdict,
-)
+from strop.evaluation import metrics
 from strop.runs.folder import write_atomic
 
-Series = dict[float, float]  # step -> value
-MAX_CHARACTERS = 600  # shown of a sample
+Series = dict[float, float]  # value by step
+MAX_CHARACTERS = 600  # longer texts of a sample are truncated
 MAX_SAMPLES = 12
 NORMAL_EVENTS = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
-SMOOTH_STEPS = 10  # on each side, in the smoothed training loss; at most a twentieth of the run
-# matplotlib has no CSS: these placeholders are replaced by the page's colours, light or dark.
+# The smoothed training loss averages this many steps on each side, but at most a twentieth of the run.
+MAX_SMOOTHING_RADIUS = 10
+# Placeholder colours, which are replaced by CSS colours that depend on light or dark mode.
 INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
-COLOURS = {INK: "currentColor", BEFORE: "var(--base)", AFTER: "var(--tuned)"}
+CSS_COLOURS = {INK: "currentColor", BEFORE: "var(--base)", AFTER: "var(--tuned)"}
 PLOT_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "strop", "font.size": 9.0, "path.simplify": True}
+STEP_PLOTS = {  # field of a "step" event -> title of its plot
+    "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s",
+    "accuracy": "answers ranked correctly", "margin": "margin of rewards", "reward": "reward of completions",
+    "kl": "KL divergence from the reference", "answer_length": "tokens per completion",
+    "equal_groups": "groups with equal rewards", "chosen_nats": "chosen, log-probability per token",
+    "rejected_nats": "rejected, log-probability per token",
+}  # fmt: skip
 
 
 def write_report(folder: Path, report: dict[str, Any], events: Iterable[dict[str, Any]]) -> Path:
-    """Write `folder`/report.html from the content of report.json and the run's events; return its path."""
+    """Write report.html from the content of report.json and the run's events, and return its path."""
     path = folder / "report.html"
     write_atomic(path, render(report, list(events)))
     return path
@@ -53,29 +53,29 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
     template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     evaluation = report.get("evaluation") or {}
     samples = evaluation.get("samples") or report.get("samples") or []
-    step = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced, for an unbiased selection
-    recipe, regression = report.get("recipe") or [], _verdict(report.get("regression") or {})
-    kinds = Counter(str(event.get("event")) for event in events)
+    interval = max(1.0, len(samples) / MAX_SAMPLES)  # evenly spaced samples are representative
+    recipe, regression = report.get("recipe") or [], _describe_change(report.get("regression") or {})
+    event_counts = Counter(str(event.get("event")) for event in events)
     page = template.render(
         title=Path(str(report.get("run") or "run")).name,
-        verdict=_verdict(evaluation),
-        facts=list(_facts(report)),
-        scores=list(_scores(evaluation, evaluation.get("intervals") or report.get("intervals") or {})),
+        verdict=_describe_change(evaluation),
+        facts=list(_list_figures(report)),
+        scores=list(_format_scores(evaluation, evaluation.get("intervals") or report.get("intervals") or {})),
         rows=evaluation.get("rows"),
         train_rows=evaluation.get("train_rows"),
-        loss_plot=_loss_plot(events, 10.4),
-        narrow_loss_plot=_loss_plot(events, 4.2),  # the text of a wide plot is unreadable on a phone
-        plots=list(_small_plots(events)),
-        samples=[_sample(samples[int(place * step)]) for place in range(min(len(samples), MAX_SAMPLES))],
+        loss_plot=_plot_loss(events, 10.4),
+        narrow_loss_plot=_plot_loss(events, 4.2),  # for phones, where the text of the wide plot is too small
+        plots=list(_plot_steps(events)),
+        samples=[_format_sample(samples[int(i * interval)]) for i in range(min(len(samples), MAX_SAMPLES))],
         num_samples=len(samples),
-        data=list(_data(report.get("data") or {})),
-        memory=list(_memory(report.get("memory") or {})),
-        chosen=[_choice(choice) for choice in recipe if choice.get("origin") != "default"],
-        defaults=[_choice(choice) for choice in recipe if choice.get("origin") == "default"],
+        data=list(_list_row_counts(report.get("data") or {})),
+        memory=list(_list_memory_peaks(report.get("memory") or {})),
+        chosen=[_format_choice(choice) for choice in recipe if choice.get("origin") != "default"],
+        defaults=[_format_choice(choice) for choice in recipe if choice.get("origin") == "default"],
         origins=[(name, list(_flatten(report[name]))) for name in ("lock", "machine") if report.get(name)],
-        recoveries=", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in NORMAL_EVENTS),
-        general=_general(report.get("general") or {}),
-        tasks=list(task_rows(report.get("tasks") or {})),
+        recoveries=", ".join(f"{n} x {kind}" for kind, n in event_counts.items() if kind not in NORMAL_EVENTS),
+        general=_format_general(report.get("general") or {}),
+        tasks=list(metrics.format_task_scores(report.get("tasks") or {})),
         regression=f"{regression[1]} (rows that should not get worse)" if regression else "",
         findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
@@ -83,25 +83,25 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return (better | worse | unclear | plain, sentence), or None without both base and tuned."""
+def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return (CSS class, sentence) on the change from base to tuned, or None if one of them was not evaluated."""
     base, tuned, metric = evaluation.get("base"), evaluation.get("tuned"), evaluation.get("metric")
     if not base or not tuned or metric not in base or metric not in tuned:
         return None
-    rows = f" on {rows_text(evaluation)}" if evaluation.get("rows") else ""
-    change = f"{metric} went from {_percent(base[metric])} to {_percent(tuned[metric])}{rows}"
+    rows = f" on {metrics.describe_rows(evaluation)}" if evaluation.get("rows") else ""
+    change = f"{metric} went from {_format_percent(base[metric])} to {_format_percent(tuned[metric])}{rows}"
     difference = evaluation.get("difference")
     if not difference:
         return "plain", f"{change}."
-    kind, text = verdict(Difference(*(difference[name] for name in ("value", "low", "high"))))
+    kind, text = metrics.describe_difference(difference)
     return kind, f"{text[0].upper()}{text[1:]}: {change}."
 
 
-def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the figures at the top: (name, value)."""
+def _list_figures(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of the figures at the top of the page."""
     for field, name, format_value in (
         ("steps", "steps", "{:,}".format),
-        ("seconds", "training time", _duration),
+        ("seconds", "training time", _format_duration),
         ("tokens", "tokens", "{:,}".format),
         ("supervised_tokens", "supervised tokens", "{:,}".format),
         ("tokens_per_s", "tokens/s", "{:,.0f}".format),
@@ -115,33 +115,36 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "evaluation loss", f"{report['eval_loss']:.3f}"
     ranking = (report.get("objective") or {}).get("held_out") or {}
     if _is_number(ranking.get("accuracy")):
-        low, high = (_percent(end) for end in ranking["accuracy_interval"])
-        yield "ranked correctly, held out", f"{_percent(ranking['accuracy'])} ({low} to {high})"
+        low, high = (_format_percent(end) for end in ranking["accuracy_interval"])
+        yield "ranked correctly, held out", f"{_format_percent(ranking['accuracy'])} ({low} to {high})"
     if _is_number(ranking.get("reward")):
         low, high = ranking.get("reward_interval") or (ranking["reward"],) * 2
         yield "reward, held out", f"{ranking['reward']:.3f} ({low:.3f} to {high:.3f})"
     judge = (report.get("evaluation") or {}).get("judge") or {}
     if _is_number(judge.get("win_rate")):
-        low, high = (_percent(end) for end in judge["interval"])
-        yield f"wins over its base, judged by {judge['name']}", f"{_percent(judge['win_rate'])} ({low} to {high})"
+        low, high = (_format_percent(end) for end in judge["interval"])
+        yield (
+            f"wins over its base, judged by {judge['name']}",
+            f"{_format_percent(judge['win_rate'])} ({low} to {high})",
+        )
     memory = report.get("memory") or {}
     if _is_number(memory.get("measured_peak_bytes")):
         yield "peak memory", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
 
 
-def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield each score, the evaluation's metric first: {name, sides: [{side, text, share, interval}]}."""
+def _format_scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield {name, sides: [{side, text, share, interval}]} for each score, starting with the evaluation's metric."""
     metric = evaluation.get("metric")
     sides = [side for side in ("base", "tuned") if evaluation.get(side)]
     names = dict.fromkeys(name for side in sides for name in evaluation[side] if _is_number(evaluation[side][name]))
     for name in sorted(names, key=lambda name: name != metric):
-        is_rate = name in (metric, *METRICS, "intent", "valid_json", "preference_sum") or name.endswith("_rate")
+        is_rate = name in (metric, *metrics.METRICS, "intent", "valid_json", "preference_sum") or name.endswith("_rate")
         cells = []
         for side in sides:
             value = evaluation[side].get(name)
             cell: dict[str, Any] = {"side": side, "text": "", "share": None, "interval": None}
             if _is_number(value):
-                cell["text"] = _percent(value) if is_rate else f"{value:,.4g}"
+                cell["text"] = _format_percent(value) if is_rate else f"{value:,.4g}"
                 cell["share"] = 100 * value if is_rate else None
             if name == metric and intervals.get(side):
                 low, high = (100 * float(end) for end in intervals[side])
@@ -150,36 +153,38 @@ def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iter
         yield {"name": name, "sides": cells}
 
 
-def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the verdict on the general set, and (kind, rows, base, tuned, change) for each kind."""
+def _format_general(general: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return {verdict, rows} for the general set; a row is (kind, number of questions, base, tuned, change)."""
     if not general:
         return None
     rows = []
     for kind, values in [*general["kinds"].items(), ("all", general)]:
-        rates = (_percent(values["base"]), _percent(values["tuned"]))
-        rows.append((kind, f"{values['rows']}", *rates, in_points(values["difference"])))
-    text = general_verdict(general)
+        rates = (_format_percent(values["base"]), _format_percent(values["tuned"]))
+        rows.append((kind, str(values["rows"]), *rates, metrics.format_points(values["difference"])))
+    text = metrics.describe_general(general)
     return {"verdict": f"{text[0].upper()}{text[1:]}.", "rows": rows}
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the prompt, the reference answer, and each answer split at its differences."""
+def _format_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {prompt, gold, answers} of a sample. Each answer has {side, hit, parts}; see `mark_differences`."""
     gold = None if sample.get("gold") is None else _truncate(str(sample["gold"]))
     answers = []
     for side in ("base", "tuned"):
         if sample.get(side) is not None:
             text = _truncate(str(sample[side]).strip())
-            parts = mark_differences(gold, text) if text and gold is not None else [(text or "(nothing)", "same")]
+            parts = (
+                metrics.mark_differences(gold, text) if text and gold is not None else [(text or "(nothing)", "same")]
+            )
             answers.append({"side": side, "hit": sample.get(f"{side}_hit"), "parts": parts})
     return {"prompt": _truncate(str(sample.get("prompt", ""))), "gold": gold, "answers": answers}
 
 
 def _truncate(text: str) -> str:
-    more = len(text) - MAX_CHARACTERS
-    return text if more <= 0 else f"{text[:MAX_CHARACTERS]} … ({more:,} more characters)"
+    excess = len(text) - MAX_CHARACTERS
+    return text if excess <= 0 else f"{text[:MAX_CHARACTERS]} … ({excess:,} more characters)"
 
 
-def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+def _list_row_counts(data: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """Yield (name, number of rows, is_reason): first the totals, then the reasons for dropped rows."""
     for name in ("read", "used", "truncated", "split", "dropped"):
         if _is_number(data.get(name)):
@@ -188,16 +193,16 @@ def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
         yield str(reason), f"{number:,}" if _is_number(number) else str(number), True
 
 
-def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, what in (("predicted_peak_bytes", "predicted peak"), ("measured_peak_bytes", "measured peak")):
-        if _is_number(memory.get(name)):
-            yield what, f"{memory[name] / 2**30:.2f} GiB"
+def _list_memory_peaks(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for field, name in (("predicted_peak_bytes", "predicted peak"), ("measured_peak_bytes", "measured peak")):
+        if _is_number(memory.get(field)):
+            yield name, f"{memory[field] / 2**30:.2f} GiB"
 
 
-def _choice(choice: Mapping[str, Any]) -> dict[str, str]:
+def _format_choice(choice: Mapping[str, Any]) -> dict[str, str]:
     value = choice.get("value")
-    shown = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return {name: str(choice.get(name) or "") for name in ("field", "origin", "why")} | {"value": shown}
+    text = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return {name: str(choice.get(name) or "") for name in ("field", "origin", "why")} | {"value": text}
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -217,18 +222,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+def _format_duration(seconds: float) -> str:
+    minutes, remainder = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {remainder:02} s" if minutes else f"{seconds:.1f} s"
 
 
-def _series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Series:
-    """Return values by step. For a repeated step (after a resume or rollback) the last value is used."""
+def _read_series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Series:
+    """Return a field's values by step. If a step was repeated after a resume or rollback, the last value counts."""
     values = {
         event["step"]: event[field]
         for event in events
@@ -237,58 +244,52 @@ def _series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Serie
     return dict(sorted(values.items()))
 
 
-def _smoothed(series: Series) -> Series:
-    """Return a centred moving average, with the same number of steps on both sides."""
-    values, max_radius = list(series.values()), min(SMOOTH_STEPS, len(series) // 20)
+def _smooth(series: Series) -> Series:
+    """Return a centred moving average. Near the ends, the window is smaller, so that it stays symmetric."""
+    values, max_radius = list(series.values()), min(MAX_SMOOTHING_RADIUS, len(series) // 20)
     means = []
-    for place in range(len(values)):
-        radius = min(max_radius, place, len(values) - 1 - place)
-        around = values[place - radius : place + radius + 1]
-        means.append(sum(around) / len(around))
+    for i in range(len(values)):
+        radius = min(max_radius, i, len(values) - 1 - i)
+        window = values[i - radius : i + radius + 1]
+        means.append(sum(window) / len(window))
     return dict(zip(series, means, strict=True))
 
 
-def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | None:
-    train, evaluated = _series(events, "step", "loss"), _series(events, "eval", "loss")
+def _plot_loss(events: Sequence[Mapping[str, Any]], width: float) -> Markup | None:
+    train, evaluated = _read_series(events, "step", "loss"), _read_series(events, "eval", "loss")
     if len(train) + len(evaluated) < 2:
         return None
-    figure, axes = _figure(width, 3.0, "loss")
+    figure, axes = _make_figure(width, 3.0, "loss")
     if train:
         axes.plot(*_xy(train), color=BEFORE, alpha=0.45, linewidth=0.8, label="train, each step")
-        axes.plot(*_xy(_smoothed(train)), color=BEFORE, linewidth=1.8, label="train, smoothed")
+        axes.plot(*_xy(_smooth(train)), color=BEFORE, linewidth=1.8, label="train, smoothed")
     if evaluated:
         axes.plot(*_xy(evaluated), color=AFTER, linewidth=1.8, marker="o", markersize=4.5, label="evaluation")
-    axes.set_ylim(bottom=min(0, *train.values(), *evaluated.values()))  # the loss of a policy may be negative
+    axes.set_ylim(bottom=min(0, *train.values(), *evaluated.values()))  # the policy loss of RL may be negative
     axes.set_xlabel("step")
     axes.legend(frameon=False, labelcolor=INK, loc="upper right")
-    return _svg(figure, "Loss by step")
+    return _to_svg(figure, "Loss by step")
 
 
-def _small_plots(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
-    names = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
-    names |= {"accuracy": "answers ranked correctly", "margin": "margin of rewards"}
-    names |= {"reward": "reward of completions", "kl": "KL divergence from the reference"}
-    names |= {"answer_length": "tokens per completion", "equal_groups": "groups with equal rewards"}
-    names |= {"chosen_nats": "chosen, log-probability per token"}
-    names |= {"rejected_nats": "rejected, log-probability per token"}
-    for field, title in names.items():
-        series = _series(events, "step", field)
+def _plot_steps(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
+    for field, title in STEP_PLOTS.items():
+        series = _read_series(events, "step", field)
         if len(series) > 1:
-            figure, axes = _figure(3.4, 2.0, title)
+            figure, axes = _make_figure(3.4, 2.0, title)
             axes.plot(*_xy(series), color=BEFORE, linewidth=1.3)
             if min(series.values()) >= 0:
                 axes.set_ylim(bottom=0)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
             axes.yaxis.get_offset_text().set_color(INK)
-            yield _svg(figure, f"{title} by step")
+            yield _to_svg(figure, f"{title} by step")
 
 
 def _xy(series: Series) -> tuple[list[float], list[float]]:
     return list(series), list(series.values())
 
 
-def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
-    """Return a figure (size in inches) in the page's colours, without pyplot, which keeps figures in global state."""
+def _make_figure(width: float, height: float, title: str) -> tuple[Any, Any]:
+    """Create a figure with the given size in inches, without pyplot, which would keep it in global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -304,14 +305,14 @@ def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any, label: str) -> Markup:
-    """Return the figure as an inline SVG element, as wide as its container, with text as text and no metadata."""
+def _to_svg(figure: Any, label: str) -> Markup:
+    """Return the figure as an inline SVG element without metadata, whose text stays text."""
     buffer = io.StringIO()
     with matplotlib.rc_context(PLOT_STYLE):
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for placeholder, colour in COLOURS.items():
+    for placeholder, colour in CSS_COLOURS.items():
         text = text.replace(placeholder, colour)
-    # The drawing has only figures and labels from this file, and no text of the user.
+    # Not escaped: the SVG has only numbers and labels from this file, and no text of the user.
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))

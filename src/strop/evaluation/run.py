@@ -19,27 +19,26 @@ from strop.data.reading.sources import read_rows
 from strop.data.row_errors import RowError
 from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation, DataKind
-from strop.distributed.devices import ALONE, Devices
+from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.decode.model import Model, load, load_renderer
-from strop.errors import DataError, InputError, RecipeError, RunError, Where, nearest
+from strop.errors import DataError, InputError, Location, RecipeError, RunError, suggest
 from strop.evaluation.compare import (
-    FIGURES,
-    Advance,
+    EXTRA_SCORES,
+    Progress,
     Side,
     compare,
-    judged_texts,
-    left_out,
+    find_rows_without_answer,
     make_questions,
-    side_of,
+    read_side,
+    remove_reasoning,
 )
 from strop.evaluation.general import check_tasks, compare_general, run_tasks
-from strop.evaluation.judge import Judge, compare_by_judge, judge_for
-from strop.evaluation.metrics import check_golds, paired_difference, verdict
-from strop.evaluation.metrics import metric as metric_named
+from strop.evaluation.judge import Judge, compare_by_judge, make_judge
+from strop.evaluation.metrics import check_golds, describe_difference, find_metric, paired_difference
 from strop.evaluation.model_card import write_card
-from strop.evaluation.preferences import METRIC, compare_preferences
+from strop.evaluation.preferences import PREFERENCE, compare_preferences
 from strop.evaluation.report import write_report
-from strop.models.adapters import adapter_folder, base_source, check_adapter_kind, is_reward_adapter, tokenizer_source
+from strop.models.adapters import adapter_folder, check_adapter_kind, is_reward_adapter, locate_base, locate_tokenizer
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 from strop.runs.events import read_events
@@ -53,16 +52,16 @@ READ_FIELDS = ("data.format", "data.columns", "data.encoding")  # recipe fields 
 class EvalOptions:
     metric: str = "exact"  # name of a metric, or file.py:function
     max_new_tokens: int = 80  # maximum length of an answer
-    quantization: str = "auto"  # how the base is stored
-    force: bool = False  # load a model that does not match its adapter
+    quantization: str = "auto"  # quantization of the base
+    force: bool = False  # load the adapter even if the base differs from the one it was trained on
     general: bool = False  # also run the built-in general questions, to find regressions (`general` in the result)
     regression_data: str | Sequence[str] = ()  # data to check for regressions (`regression` in the result)
-    regression_metric: str | None = None  # metric of regression_data; default: `metric`
+    regression_metric: str | None = None  # metric for regression_data; default: `metric`
     tasks: Sequence[str] = ()  # tasks of lm-evaluation-harness, if it is installed (`tasks` in the result)
     task_limit: int | None = None  # maximum number of documents per task
-    judge: str | None = None  # compares the answers of base and tuned model: file.py:function, or a server's URL
+    judge: str | None = None  # decides which answer is better: file.py:function, or a server's URL
     judge_model: str | None = None  # name of the model on that server
-    read: Mapping[str, Any] = field(default_factory=dict)  # overrides of READ_FIELDS
+    read: Mapping[str, Any] = field(default_factory=dict)  # values of READ_FIELDS that override the run's
 
 
 def evaluate_models(
@@ -70,13 +69,15 @@ def evaluate_models(
     data: str | Sequence[str],
     options: EvalOptions | None = None,
     *,
-    advance: Advance | None = None,
-    devices: Devices = ALONE,
+    advance: Progress | None = None,
+    devices: Devices = SINGLE_PROCESS,
 ) -> list[dict[str, Any]]:
-    """Evaluate each model, with and without its adapter, on the rows of `data`."""
-    # Returns the result of compare.compare (for pairs, of compare_preferences) for each model, with `run`, `notes` and
-    # `train_rows`: the number of rows that were also training rows, None if unknown. InputErrors other than ModelError
-    # are raised before a model is loaded. If the judge fails, `partial_result` of the RunError has the answers.
+    """Evaluate each model, with and without its adapter, on the rows of `data`.
+
+    Returns for each model the result of `compare` (or `compare_preferences`, if the rows are pairs) with `run`, `notes`
+    and `train_rows`, the number of rows that are also training rows (None if unknown). Options and rows are checked
+    before a model is loaded. If the judge fails, `partial_result` of the RunError has the other results.
+    """
     options = options or EvalOptions()
     request = _check_request(names, data, options, advance, devices)
     bases: dict[tuple[str, str, str], Side] = {}
@@ -95,19 +96,19 @@ def evaluate_models(
 class _Request:
     options: EvalOptions
     rows: list[Conversation]
-    regression: list[Conversation]  # rows that should not get worse
-    notes: list[str]  # settings of the run with which the rows are read
+    regression: list[Conversation]  # the rows of regression_data
+    notes: list[str]  # about run settings that change how the rows are read
     judge: Judge | None
-    tasks: list[str]  # of lm-evaluation-harness
-    manager: Any  # the harness's task manager
-    advance: Advance | None
+    tasks: list[str]  # names of tasks of lm-evaluation-harness
+    task_manager: Any  # the harness's TaskManager
+    advance: Progress | None
     devices: Devices
 
 
 def _check_request(
-    names: Sequence[str], data: str | Sequence[str], options: EvalOptions, advance: Advance | None, devices: Devices
+    names: Sequence[str], data: str | Sequence[str], options: EvalOptions, advance: Progress | None, devices: Devices
 ) -> _Request:
-    """Check all options and rows before a model is loaded."""
+    """Read the rows and check all options. Raises InputError before a model is loaded."""
     if options.regression_metric and not options.regression_data:
         raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
     if options.tasks and devices.world_size > 1:
@@ -118,13 +119,13 @@ def _check_request(
         raise RecipeError("--judge-model: there is no judge", fix="give --judge")
     if options.judge is not None and options.metric == "choice":
         raise RecipeError("--judge: nothing is generated with --metric choice", fix="use another metric")
-    judge = None if options.judge is None else judge_for(options.judge, options.judge_model)
+    judge = None if options.judge is None else make_judge(options.judge, options.judge_model)
     read, notes = read_options(names, options.read)
-    rows = _scorable_rows(names, read, notes, data, options.metric)
+    rows = _read_scorable_rows(names, read, notes, data, options.metric)
     regression: list[Conversation] = []
     if options.regression_data:
         regression_metric = options.regression_metric or options.metric
-        regression = _scorable_rows(names, read, notes, options.regression_data, regression_metric)
+        regression = _read_scorable_rows(names, read, notes, options.regression_data, regression_metric)
     fields = "metric", "max_new_tokens", "quantization", "general", "regression_metric", "judge", "judge_model"
     values = {name: getattr(options, name) for name in fields}
     content = digest(b"\n".join(map(dump_conversation, [*rows, *regression])))
@@ -138,27 +139,27 @@ def _check_request(
         if (options.general or regression or judge) and adapter_folder(name) is None:
             flag = "--general" if options.general else "--regression-data" if regression else "--judge"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
-    tasks, manager = check_tasks(options.tasks) if options.tasks else ([], None)
-    return _Request(options, rows, regression, notes, judge, tasks, manager, advance, devices)
+    tasks, task_manager = check_tasks(options.tasks) if options.tasks else ([], None)
+    return _Request(options, rows, regression, notes, judge, tasks, task_manager, advance, devices)
 
 
 def _evaluate_pairs(name: str, request: _Request) -> dict[str, Any]:
-    train_rows = request.devices.run_on_main(partial(trained_on, name, request.rows))
+    train_rows = request.devices.run_on_main(partial(find_train_rows, name, request.rows))
     folder = adapter_folder(name)
     model = _load(name, request, scores=folder is not None and is_reward_adapter(folder))
     compared = compare_preferences(model, request.rows, request.advance, request.devices)
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
-    count_train_rows(result, train_rows)
+    _add_train_rows(result, train_rows)
     if request.devices.is_main and is_run(Path(name)):
         _store(RunFolder(Path(name)), result)
     return result
 
 
 def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, str], Side]) -> dict[str, Any]:
-    """Evaluate one model. bases: cache of base model results, which is updated."""
+    """Evaluate one model. bases: cache of the results of base models, to which this one is added."""
     options, advance, devices = request.options, request.advance, request.devices
     rows = [question.conversation for question in make_questions(request.rows)]
-    train_rows = devices.run_on_main(partial(trained_on, name, rows))
+    train_rows = devices.run_on_main(partial(find_train_rows, name, rows))
     folder = adapter_folder(name)
     if folder is not None and is_reward_adapter(folder):
         check_adapter_kind(folder, scores=False)
@@ -166,38 +167,38 @@ def _evaluate_answers(name: str, request: _Request, bases: dict[tuple[str, str, 
     base_key = (str(model.source), model.quantization, model.renderer.fingerprint)
     compare_rows = partial(compare, model, max_new_tokens=options.max_new_tokens, advance=advance, devices=devices)
     compared = compare_rows(request.rows, metric=options.metric, base=bases.get(base_key))
-    bases[base_key] = side_of(compared, "base")
+    bases[base_key] = read_side(compared, "base")
     result = {"run": name, **compared, "notes": [*model.notes, *request.notes]}
-    count_train_rows(result, train_rows)
-    store = devices.is_main and is_run(Path(name))
-    judge = None if "interrupted" in compared else request.judge
-    if "interrupted" not in compared:
-        if store and (options.general or request.regression or request.tasks or judge is not None):
+    _add_train_rows(result, train_rows)
+    should_store = devices.is_main and is_run(Path(name))
+    interrupted = "interrupted" in compared
+    if not interrupted:
+        if should_store and (options.general or request.regression or request.tasks or request.judge is not None):
             _store(RunFolder(Path(name)), result)  # in case one of the evaluations below fails or is stopped
         if options.general:
             result["general"] = compare_general(model, advance, devices)
         if request.regression:
             regression_metric = options.regression_metric or options.metric
             result["regression"] = compare_rows(request.regression, metric=regression_metric)
-        if "interrupted" in result.get("regression", {}):
-            judge = None
-        elif request.tasks:
-            result["tasks"] = run_tasks(model, request.tasks, request.manager, options.task_limit)
+            interrupted = "interrupted" in result["regression"]
+        if request.tasks and not interrupted:
+            result["tasks"] = run_tasks(model, request.tasks, request.task_manager, options.task_limit)
     renderer = model.renderer
     answers = [row.messages[-1] for row in request.rows if row.messages]
     if not renderer.reasoning_ends and any(renderer.shows_reasoning(answer) for answer in answers):
         result["notes"] += ["the end of the reasoning is not marked in an answer's text, so all of it is judged"]
     del model, compare_rows  # free memory, because the judge may load another model
-    if judge is not None:
+    if request.judge is not None and not interrupted:
         questions = make_questions(request.rows, renderer)
-        base, tuned = (judged_texts(renderer, questions, side_of(result, side).texts) for side in ("base", "tuned"))
-        call = partial(compare_by_judge, judge, str(options.judge), questions, base, tuned, advance)
+        sides = [read_side(result, name) for name in ("base", "tuned")]
+        base, tuned = (remove_reasoning(renderer, questions, side.texts) for side in sides)
+        call = partial(compare_by_judge, request.judge, str(options.judge), questions, base, tuned, advance)
         try:
             result["judge"] = devices.run_on_main(call)
-        except RunError as fault:
-            fault.partial_result = result
+        except RunError as error:
+            error.partial_result = result
             raise
-    if store:
+    if should_store:
         _store(RunFolder(Path(name)), result)
     return result
 
@@ -207,23 +208,27 @@ def _load(name: str, request: _Request, *, scores: bool = False) -> Model:
         return load(name, quantization=request.options.quantization, force=request.options.force, scores=scores)
 
 
-def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rank models by score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}."""
-    # Interrupted evaluations, which cover fewer rows, are left out. `loss` is None for a reward model. `behind`: score
-    # minus the best score, paired by row; the verdict is on that difference.
-    sides = [(result, "tuned" if "tuned" in result else "base") for result in results if "interrupted" not in result]
-    ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]].get("loss", 0.0)))
-    best = side_of(*ordered[0])
-    board = []
-    for result, side in ordered:
-        own = side_of(result, side)
-        behind = paired_difference(best.hits, own.hits)
-        low, high = result["intervals"][side]
-        board.append({
-            "run": result["run"], "score": own.scores[result["metric"]], "low": low, "high": high,
-            "loss": own.scores.get("loss"), "behind": asdict(behind), "verdict": verdict(behind)[0],
+def rank_models(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rank models by score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
+
+    `behind` is the score minus the best score, paired by row, and `verdict` describes that difference. `loss` is None
+    for a reward model. Interrupted evaluations are omitted, because they cover fewer rows.
+    """
+    entries: list[tuple[dict[str, Any], str, Side]] = []
+    for result in results:
+        if "interrupted" not in result:
+            name = "tuned" if "tuned" in result else "base"
+            entries.append((result, name, read_side(result, name)))
+    entries.sort(key=lambda entry: (-entry[2].scores[entry[0]["metric"]], entry[2].scores.get("loss", 0.0)))
+    ranking = []
+    for result, name, side in entries:
+        behind = asdict(paired_difference(entries[0][2].hits, side.hits))
+        low, high = result["intervals"][name]
+        ranking.append({
+            "run": result["run"], "score": side.scores[result["metric"]], "low": low, "high": high,
+            "loss": side.scores.get("loss"), "behind": behind, "verdict": describe_difference(behind)[0],
         })  # fmt: skip
-    return board
+    return ranking
 
 
 def read_conversations(
@@ -234,42 +239,43 @@ def read_conversations(
     encoding: str = "utf-8",
 ) -> list[Conversation]:
     """Read all rows of the data as conversations. Raises DataError if only some are preference pairs."""
-    bad: list[RowError] = []
-    rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
-    reader = ConversationReader(rows, format=format, columns=columns, bad=bad)
+    errors: list[RowError] = []
+    rows = read_rows(data, encoding=encoding, columns=columns, errors=errors, documents=format == DOCUMENT)
+    reader = ConversationReader(rows, format=format, columns=columns, errors=errors)
     parsed = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "labelled" in kinds:
-        fix = "give rows with right answers, or pairs"
-        raise DataError("answers labelled good or bad are not all right answers", fix=fix)
-    if bad:
-        raise DataError(f"{len(bad)} rows are wrong", fix="fix or remove them", where=[fault.where for fault in bad])
+        what = "rows labelled good or bad cannot be scored, because a bad answer is not a reference answer"
+        raise DataError(what, fix="give rows with right answers, or pairs")
+    if errors:
+        where = [error.where for error in errors]
+        raise DataError(f"{len(errors)} rows are wrong", fix="fix or remove them", where=where)
     if "pairs" in kinds and len(kinds) > 1:
         raise DataError("pairs and other rows in one evaluation", fix="evaluate them in two commands")
     return parsed
 
 
 def read_options(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return (format, columns and encoding of the rows, notes). Defaults are those of the runs' recipes."""
+    """Return the format, columns and encoding of the rows, by default from the runs' recipes, and notes about them."""
     if unknown := sorted(set(options) - set(READ_FIELDS)):
-        what = f"--{unknown[0]}: not an option of eval{nearest(unknown[0], READ_FIELDS)}"
+        what = f"--{unknown[0]}: not an option of eval{suggest(unknown[0], READ_FIELDS)}"
         raise RecipeError(what, fix=", ".join(READ_FIELDS))
-    read, notes = {name.removeprefix("data."): value for name, value in options.items()}, []
-    sections = [recipe.data for recipe in map(recipe_of, names) if recipe is not None]
-    for name in (name.removeprefix("data.") for name in READ_FIELDS if name not in options):
+    read, notes = {option.removeprefix("data."): value for option, value in options.items()}, []
+    sections = [recipe.data for recipe in map(find_recipe, names) if recipe is not None]
+    for name in (option.removeprefix("data.") for option in READ_FIELDS if option not in options):
         values = [getattr(section, name) for section in sections]
         if any(value != values[0] for value in values):
-            what = f"the runs were trained with different data.{name}: {', '.join(map(_as_option, values))}"
+            what = f"the runs were trained with different data.{name}: {', '.join(map(_format_option, values))}"
             raise RecipeError(what, fix=f"choose how to read the rows: --data.{name}")
         default = DataSection.model_fields[name].default
         if values and values[0] != default:
             read[name] = values[0]
-            note = f"rows are read with the run's data.{name}, {_as_option(values[0])}"
-            notes.append(f"{note}; for others give --data.{name} {_as_option(default)}")
+            note = f"rows are read with the run's data.{name}, {_format_option(values[0])}"
+            notes.append(f"{note}; for others give --data.{name} {_format_option(default)}")
     return read, notes
 
 
-def _as_option(value: str | Mapping[str, str] | None) -> str:
+def _format_option(value: str | Mapping[str, str] | None) -> str:
     pairs = value.items() if isinstance(value, Mapping) else ()
     return ",".join(f"{name}={column}" for name, column in pairs) or str(value or "none")
 
@@ -278,29 +284,32 @@ def _is_paired(rows: Sequence[Conversation]) -> bool:
     return bool(rows and rows[0].rejected)
 
 
-def _scorable_rows(
+def _read_scorable_rows(
     names: Sequence[str], read: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
 ) -> list[Conversation]:
-    """Read the rows of the data and check that these models' answers can be scored."""
-    if metric != METRIC and (name := metric_named(metric).name) in FIGURES:
+    """Read the rows and check that the metric can score the models' answers to them."""
+    if metric != PREFERENCE and (name := find_metric(metric).name) in EXTRA_SCORES:
         what = f"metric {metric}: {name} is the name of another figure of an evaluation"
         raise RecipeError(what, fix="give the function another name")
     try:
         rows = read_conversations(data, **read)
-    except DataError as fault:
-        fault.fix = "; ".join(filter(None, [fault.fix, *notes]))
+    except DataError as error:
+        error.fix = "; ".join(filter(None, [error.fix, *notes]))
         raise
     if _is_paired(rows):
-        if metric not in ("exact", METRIC):  # exact is the default
-            raise RecipeError(f"--metric {metric}: pairs have no single right answer", fix=f"--metric {METRIC}")
+        if metric not in ("exact", PREFERENCE):  # exact is the default
+            raise RecipeError(f"--metric {metric}: pairs have no single right answer", fix=f"--metric {PREFERENCE}")
         return rows
-    if metric == METRIC:
-        raise RecipeError(f"--metric {METRIC}: the rows are not pairs", fix="give rows with chosen and rejected")
-    # The text of a tool call depends on the chat template, so each model's renderer is needed.
-    called = (row for row in rows if row.answer is not None and row.messages[-1].tool_calls)
-    calls = [Where(row.file, row.line, "the right answer is a call") for row in called]
+    if metric == PREFERENCE:
+        raise RecipeError(f"--metric {PREFERENCE}: the rows are not pairs", fix="give rows with chosen and rejected")
+    calls = [
+        Location(row.file, row.line, "the right answer is a call")
+        for row in rows
+        if row.answer is not None and row.messages[-1].tool_calls
+    ]
     if calls and metric == "choice":
         raise DataError("choice: tool calls cannot be chosen from", fix="use another metric", where=calls)
+    # The text of a tool call depends on the chat template, so check it with each model's renderer.
     for renderer in map(load_renderer, names) if calls else [None]:
         questions = make_questions(rows, renderer)
         if not questions:
@@ -308,14 +317,14 @@ def _scorable_rows(
             if all(row.text is not None for row in rows):
                 fix = "give rows with the right answers; the loss on text is in the report of a run with --data.eval"
                 raise DataError(f"{what}: it is plain text", fix=fix)
-            raise DataError(what, fix="give rows with the right answers", where=left_out(rows))
-        places = [(question.conversation.file, question.conversation.line) for question in questions]
-        check_golds(metric, [question.gold for question in questions], places)
+            raise DataError(what, fix="give rows with the right answers", where=find_rows_without_answer(rows))
+        locations = [(question.conversation.file, question.conversation.line) for question in questions]
+        check_golds(metric, [question.gold for question in questions], locations)
     return rows
 
 
-def run_of(name: str) -> RunFolder | None:
-    """Return the run of a run folder or of the adapter folder in it; None for any other name."""
+def find_run(name: str) -> RunFolder | None:
+    """Return the run if `name` is a run folder or the adapter folder in it, else None."""
     adapter = adapter_folder(name)
     if adapter is None:
         return None
@@ -323,54 +332,56 @@ def run_of(name: str) -> RunFolder | None:
     return run if is_run(run.path) and run.adapter == adapter else None
 
 
-def recipe_of(name: str) -> Recipe | None:
-    """Return the recipe of a run; None for any other name, or if an older version of strop wrote the recipe."""
-    run = run_of(name)
+def find_recipe(name: str) -> Recipe | None:
+    """Return the run's recipe, or None if `name` is not a run or its recipe is from an older version of strop."""
+    run = find_run(name)
     try:
         return None if run is None else read_resolved(run.recipe).recipe
     except RecipeError:
         return None
 
 
-def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
-    """Return for each row whether its content is in the training data of a run or of the run it started from."""
-    # None if unknown: `name` is not a run, or its data is unreadable or has changed. Uses cached rows, if any.
+def find_train_rows(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
+    """Return whether each row is in the training data of the run or of the run whose adapter it started from.
+
+    Returns None if that is unknown, because `name` is not a run, or its data is unreadable or has changed.
+    """
     try:
-        run, recipe = run_of(name), recipe_of(name)
+        run, recipe = find_run(name), find_recipe(name)
         if run is None or recipe is None:
             return None
-        start, source = recipe.model.adapter, base_source(run.adapter)
-        before = [False] * len(rows) if start is None else trained_on(start, rows)
+        start, source = recipe.model.adapter, locate_base(run.adapter)
+        in_first_run = [False] * len(rows) if start is None else find_train_rows(start, rows)
         folder = None if start is None else adapter_folder(start)
-        tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
+        tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
         data_kind = data_kind_of(recipe.train)
         data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     except InputError:
         return None
-    if before is None or data.hash != run.read_lock()["data"]:
+    if in_first_run is None or data.hash != run.read_lock()["data"]:
         return None
     train_rows = data.train_conversations
-    digests = train_rows.digests if data_kind == "turns" else [_digest(row, data_kind) for row in train_rows]
-    own = np.isin([_digest(row, data_kind) for row in rows], digests)
-    return [bool(was or now) for was, now in zip(before, own, strict=True)]
+    digests = train_rows.digests if data_kind == "turns" else [_hash_row(row, data_kind) for row in train_rows]
+    in_this_run = np.isin([_hash_row(row, data_kind) for row in rows], digests)
+    return [bool(first or this) for first, this in zip(in_first_run, in_this_run, strict=True)]
 
 
-def _digest(row: Conversation, data_kind: DataKind) -> int:
-    """Return the digest of a row's prompt and (unless data_kind is "prompts") right answer, without its label."""
+def _hash_row(row: Conversation, data_kind: DataKind) -> int:
+    """Hash a row without its label and rejected answer. For "prompts", the right answer is also excluded."""
     turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
     return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
 
 
-def count_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) -> None:
-    """Add to a result how many of its rows are also training rows, by `trained_on`, and a note if there are any."""
+def _add_train_rows(result: dict[str, Any], train_rows: Sequence[bool] | None) -> None:
+    """Add the number of evaluated rows that are also training rows, and a note if there are any."""
     result["train_rows"] = None if train_rows is None else sum(train_rows[: result["rows"]])
     if result["train_rows"]:
-        what = f"{result['train_rows']} of {result['rows']} rows are also train rows: the run may have memorized them"
-        result.setdefault("notes", []).append(what)
+        note = f"{result['train_rows']} of {result['rows']} rows are also train rows: the run may have memorized them"
+        result["notes"].append(note)
 
 
 def _store(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Store a result in the run's report. An interrupted one does not replace a complete one; a failure is noted."""
+    """Store a result in the run's report. A complete result is not replaced by an interrupted one."""
     before = folder.read_report().get("evaluation") or {}
     if "interrupted" in result and before and "interrupted" not in before:
         note = f"the report of {folder.path} keeps the earlier evaluation, of {before.get('rows')} rows"
@@ -385,17 +396,17 @@ def _store(folder: RunFolder, result: dict[str, Any]) -> None:
 
 
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Store scores, intervals and some samples in report.json and report.html of a run; all samples in answers.json."""
+    """Write a result to the run's report.json, report.html and model card, and all samples to answers.json."""
     report = folder.read_report() or {"run": str(folder.path)}
-    every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # evenly spaced, right and wrong answers alike
-    apart = ("samples", "intervals", "run", "general", "regression", "tasks")
-    report["evaluation"] = {key: value for key, value in result.items() if key not in apart}
+    excluded = ("samples", "intervals", "run", "general", "regression", "tasks")
+    report["evaluation"] = {key: value for key, value in result.items() if key not in excluded}
     report["intervals"] = result["intervals"]
     report |= {key: result[key] for key in ("general", "tasks") if key in result}
-    complete = "regression" in report and "interrupted" not in report["regression"]
-    if "regression" in result and not (complete and "interrupted" in result["regression"]):
+    has_complete = "regression" in report and "interrupted" not in report["regression"]
+    if "regression" in result and not (has_complete and "interrupted" in result["regression"]):
         report["regression"] = {key: value for key, value in result["regression"].items() if key != "samples"}
-    report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]
+    interval = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # evenly spaced samples are representative
+    report["samples"] = result["samples"][::interval][:SAMPLES_IN_REPORT]
     write_json(folder.answers, {"metric": result["metric"], "samples": result["samples"]})
     write_json(folder.report, report)
     write_report(folder.path, report, read_events(folder.events))

@@ -1,4 +1,4 @@
-"""Read an adapter's weights, and merge them into base tensors: linear layers, experts, embedding rows, full modules."""
+"""Read the weights of an adapter and merge them into base tensors."""
 
 from __future__ import annotations
 
@@ -23,105 +23,100 @@ from strop.models.lora import embedding_paths, extend_rows, ignore_peft_warnings
 from strop.models.source import Source, read_safetensors_header
 from strop.models.tokenizer import trained_token_rows
 
-NEW_ROWS = "token_adapter.trainable_tokens_delta"  # trained embedding rows, stored as values rather than differences
-PREFIX = "base_model.model."  # before the base's names in an adapter file
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # trained embedding rows; despite the name, not differences
+PREFIX = "base_model.model."  # peft's prefix of the base's names in an adapter file
 LORA_MATRICES = ("lora_A.weight", "lora_B.weight")
-MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # of DoRA, in older and newer versions of peft
+MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # DoRA in older and newer versions of peft
 
 
 def load_merger(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
-    """Return a function (name, base tensor) -> merged tensor, in fp32 if the adapter changes it, else unchanged."""
+    """Return a function (name, base tensor) -> merged tensor: in fp32 if the adapter changes it, else unchanged."""
     saved = read_weights(folder)
-    rows, bare = trained_token_rows(read_adapter_config(folder)), load_without_weights(source)
-    uses = Counter(id(parameter) for _, parameter in bare.named_parameters(remove_duplicate=False))
-    shared = [name for name, parameter in bare.named_parameters() if name in saved and uses[id(parameter)] > 1]
+    rows, meta_model = trained_token_rows(read_adapter_config(folder)), load_without_weights(source)
+    uses = Counter(id(parameter) for _, parameter in meta_model.named_parameters(remove_duplicate=False))
+    shared = [name for name, parameter in meta_model.named_parameters() if name in saved and uses[id(parameter)] > 1]
     if shared and not read_adapter_config(folder).get("ensure_weight_tying"):
         what = f"{folder}: {shared[0]} was trained in full, but another module of {source.name} shares its weight"
         raise ModelError(what, fix="serve the adapter on its base")
     targets = find_targets(source, folder)
-    names = {name for name, _ in (*bare.named_parameters(), *bare.named_buffers())}  # a shared weight has one name
+    names = {name for name, _ in (*meta_model.named_parameters(), *meta_model.named_buffers())}  # one per shared weight
     for name, target in targets.items():
         if name not in names and f"{target.key}.lora_A.weight" in saved:
             what = f"{folder}: {target.key} shares its weight with another module of {source.name}"
             raise ModelError(what, fix="serve the adapter on its base, or train without it")
-    mergeable = names | {f"{name.removesuffix('.weight')}.{NEW_ROWS}" for name in names}
-    mergeable |= {f"{target.key}.{part}" for target in targets.values() for part in LORA_MATRICES + MAGNITUDES}
-    if left := saved.keys() - mergeable:
-        raise ModelError(f"{folder}: {min(left)} cannot be merged", fix="serve the adapter on its base")
-    if rows and not any(name.endswith(NEW_ROWS) for name in saved):
+    mergeable = names | {f"{name.removesuffix('.weight')}.{TOKEN_ROWS}" for name in names}
+    mergeable |= {f"{target.key}.{suffix}" for target in targets.values() for suffix in LORA_MATRICES + MAGNITUDES}
+    if unsupported := saved.keys() - mergeable:
+        raise ModelError(f"{folder}: {min(unsupported)} cannot be merged", fix="serve the adapter on its base")
+    if rows and not any(name.endswith(TOKEN_ROWS) for name in saved):
         what = f"{folder}: its config lists trained embedding rows, but its file has none"
         raise ModelError(what, fix="use another adapter of the run")
-    embedding_names = embedding_paths(bare)
-    vocabulary = 1 + max((row for indices in rows.values() for row in indices), default=-1)
+    embedding_names = embedding_paths(meta_model)
+    vocabulary_size = 1 + max((row for indices in rows.values() for row in indices), default=-1)
 
     def merge_tensor(name: str, weight: Tensor) -> Tensor:
         module = name.removesuffix(".weight")
-        if module in embedding_names and len(weight) < vocabulary:
-            weight = extend_rows(weight, vocabulary)
-        if f"{module}.{NEW_ROWS}" in saved:
+        if module in embedding_names and len(weight) < vocabulary_size:
+            weight = extend_rows(weight, vocabulary_size)
+        if f"{module}.{TOKEN_ROWS}" in saved:
             weight = weight.float().clone()
-            weight[rows[module.rpartition(".")[2]]] = saved[f"{module}.{NEW_ROWS}"].float()
+            weight[rows[module.rpartition(".")[2]]] = saved[f"{module}.{TOKEN_ROWS}"].float()
             return weight
-        if name in saved and not torch.equal(saved[name].float(), weight.float()):  # else keep the stored tensor
+        if name in saved and not torch.equal(saved[name].float(), weight.float()):  # trained in full
             weight = saved[name].float()
         target = targets.get(name)
         if target is None or f"{target.key}.lora_A.weight" not in saved:
             return weight
-        a, b = (saved[f"{target.key}.{part}"].float() for part in LORA_MATRICES)
+        a, b = (saved[f"{target.key}.{suffix}"].float() for suffix in LORA_MATRICES)
         if target.experts:
-            return target.merge_experts(weight.float(), a, b)
+            a, b = split_by_expert(a, b, target.experts)
+            left, right = (a.transpose(1, 2), b.transpose(1, 2)) if target.transposed else (b, a)
+            return torch.baddbmm(weight.float(), left, right, alpha=target.scale)
         merged = (weight.t() if target.transposed else weight).float().addmm(b, a, alpha=target.scale)  # (out, in)
-        magnitude = next((saved[key] for key in (f"{target.key}.{part}" for part in MAGNITUDES) if key in saved), None)
-        if magnitude is not None:  # DoRA, arXiv:2402.09353: the rows keep their learned length
-            merged *= (magnitude.float() / merged.norm(dim=1))[:, None]
+        magnitudes = [saved[key] for key in (f"{target.key}.{suffix}" for suffix in MAGNITUDES) if key in saved]
+        if magnitudes:  # DoRA, arXiv:2402.09353: scale each row to its learned magnitude
+            merged *= (magnitudes[0].float() / merged.norm(dim=1))[:, None]
         return merged.t() if target.transposed else merged
 
     return merge_tensor
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter file, those trained in full under the base's names."""
-    return {_base_name(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    """Read the tensors of an adapter file. Tensors that were trained in full have the base's names."""
+    return {_remove_peft_names(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
 
 
 def read_names(folder: Path) -> list[str]:
-    """Read the names that `read_weights` gives its tensors, without reading these."""
-    return [_base_name(key) for key in read_safetensors_header(folder / WEIGHTS_FILE)]
+    """Read the keys of `read_weights` without reading the tensors."""
+    return [_remove_peft_names(key) for key in read_safetensors_header(folder / WEIGHTS_FILE)]
 
 
 def find_non_lora(folder: Path) -> list[str]:
-    """Return the names of tensors other than LoRA matrices: DoRA, biases, full modules, new tokens."""
-    return [name for name in read_names(folder) if not name.endswith(tuple(f".{part}" for part in LORA_MATRICES))]
+    """Return the names of tensors that are not LoRA matrices: DoRA, biases, full modules, new tokens."""
+    return [name for name in read_names(folder) if not name.endswith(tuple(f".{suffix}" for suffix in LORA_MATRICES))]
 
 
-def _base_name(key: str) -> str:
-    """Remove what peft adds to a base name: it saves the bias of an adapted layer as `base_layer.bias`. LoRA matrices
-    keep `base_layer`, which distinguishes the parameters of one module."""
+def _remove_peft_names(key: str) -> str:
+    """Remove peft's prefix and `base_layer`, except from LoRA matrices, whose names would no longer be unique."""
     key = key.removeprefix(PREFIX)
     return key if ".lora_" in key else key.replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)
 class Target:
-    """An adapted parameter of the base."""
+    """A parameter of the base that has LoRA matrices."""
 
     key: str  # prefix of the LoRA matrices in the adapter file
     scale: float
-    experts: int = 0  # 0 for a matrix
-    transposed: bool = False  # stored as (.., in, out)
-
-    def merge_experts(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Merge into weight (experts, .., ..). a, b: as saved by peft."""
-        a, b = split_by_expert(a, b, self.experts)
-        left, right = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
-        return torch.baddbmm(weight, left, right, alpha=self.scale)
+    experts: int = 0  # 0 for the matrix of a linear layer
+    transposed: bool = False  # whether the weight has the shape (.., in, out)
 
 
 def find_targets(source: Source, folder: Path) -> dict[str, Target]:
-    """Return the adapted parameters by name. Raises ModelError if the folder's matrices differ from its config's."""
+    """Return the adapted parameters by name. Raises ModelError if the adapter's file does not match its config."""
     config: Any = peft.LoraConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
-    config.trainable_token_indices = None  # rows that the skeleton does not have
+    config.base_model_name_or_path = None  # otherwise peft warns that the model has another name
+    config.trainable_token_indices = None  # the model without weights has no rows for new tokens
     with peft_load_errors(folder, source.name), ignore_peft_warnings():
         adapted = peft.get_peft_model(load_without_weights(source), config)
     state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -131,9 +126,9 @@ def find_targets(source: Source, folder: Path) -> dict[str, Target]:
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:
             key, scale = name.removeprefix(PREFIX), float(next(iter(module.scaling.values())))
             assert math.isfinite(scale)
-            wrapped = isinstance(module, ParamWrapper)
-            parameter = f"{key.replace('.base_layer', '')}.{module.parameter_name if wrapped else 'weight'}"
-            if wrapped and module.get_param().dim() == 3:
+            is_wrapper = isinstance(module, ParamWrapper)
+            parameter = f"{key.replace('.base_layer', '')}.{module.parameter_name if is_wrapper else 'weight'}"
+            if is_wrapper and module.get_param().dim() == 3:
                 targets[parameter] = Target(key, scale, module.num_experts, not module._did_swap_in_out_features)
             else:
                 targets[parameter] = Target(key, scale, transposed=bool(getattr(module, "fan_in_fan_out", False)))
@@ -141,6 +136,6 @@ def find_targets(source: Source, folder: Path) -> dict[str, Target]:
 
 
 def read_scales(source: Source, folder: Path) -> dict[str, float]:
-    """Return the scale of each adapted linear layer, by its path."""
+    """Return the scale of each adapted linear layer by its module name."""
     targets = find_targets(source, folder)
     return {name.removesuffix(".weight"): target.scale for name, target in targets.items() if not target.experts}

@@ -1,4 +1,4 @@
-"""`strop adapters`: describe and compare adapters on disk, and write weighted sums of them."""
+"""Implement `strop adapters`: describe and compare adapters on disk, and write weighted sums of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from strop.models.adapters import (
     STROP_FILE,
     adapter_folder,
     attach_adapter,
-    base_source,
     check_adapter_base,
     check_adapter_weights,
+    locate_base,
     read_identity,
 )
 from strop.models.experts import split_by_expert
@@ -30,20 +30,24 @@ from strop.models.source import read_safetensors_header
 from strop.runs.folder import RunFolder, disk_errors, exclusive_output, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
-# Settings in adapter_config.json that change what an adapter does.
+# Settings in adapter_config.json that are compared.
 SETTINGS = (
-    *("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save"),
-    *("rank_pattern", "alpha_pattern"),
-)
+    "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save", "rank_pattern",
+    "alpha_pattern",
+)  # fmt: skip
+
+
+def find_adapter_folder(name: str) -> Path:
+    """Return the adapter folder of a run or adapter folder. Raises ModelError if there is none."""
+    folder = adapter_folder(name)
+    if folder is None:
+        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
+    return folder
 
 
 def read_info(name: str) -> dict[str, Any]:
-    """Describe an adapter from its files. Raises ModelError if there is none.
-
-    Returns {folder, base, rank, alpha, target_modules, parameters, size_bytes, quantization, data, template, score}.
-    data and template are hashes, None for an adapter of another tool.
-    """
-    folder = _find_folder(name)
+    """Describe an adapter from its files. `data` and `template` are hashes, or None if strop did not write it."""
+    folder = find_adapter_folder(name)
     config, identity = read_adapter_config(folder), read_identity(folder)
     shapes = [entry["shape"] for entry in read_safetensors_header(folder / WEIGHTS_FILE).values()]
     targets, parameters = config["target_modules"], list(config.get("target_parameters") or [])
@@ -54,9 +58,7 @@ def read_info(name: str) -> dict[str, Any]:
         "base": str(config.get("base_model_name_or_path")),
         "rank": int(config["r"]),
         "alpha": float(config["lora_alpha"]),
-        "target_modules": (
-            sorted([*targets, *parameters]) if isinstance(targets, list) else [str(targets), *parameters]
-        ),
+        "target_modules": sorted([*targets, *parameters]) if isinstance(targets, list) else [str(targets), *parameters],
         "parameters": sum(math.prod(shape) for shape in shapes),
         "size_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "quantization": str(identity.get("quantization", "none")),
@@ -77,14 +79,14 @@ def is_adapter(name: str) -> bool:
 
 
 def compute_norm(name: str) -> float | None:
-    """Compute the Frobenius norm of the change of the base weights. None if `why_not_measured` gives a reason."""
-    delta = _LoraDelta.read(_find_folder(name))
+    """Return the Frobenius norm of the adapter's change to the base weights, or None: see `why_not_measured`."""
+    delta = _LoraDelta.read(find_adapter_folder(name))
     return None if delta is None else delta.norm
 
 
 def why_not_measured(*names: str) -> str | None:
-    """Return why norm and cosine are unknown: the effect of DoRA and full tensors depends on the base weights."""
-    for folder in map(_find_folder, names):
+    """Return why norm and cosine are unknown. For DoRA and full tensors, they would depend on the base weights."""
+    for folder in map(find_adapter_folder, names):
         if tensors := find_non_lora(folder):
             return f"norm and cosine need plain LoRA matrices, but {folder} also has {min(tensors)}"
     return None
@@ -93,12 +95,11 @@ def why_not_measured(*names: str) -> str | None:
 def compare(first: str, second: str) -> dict[str, Any]:
     """Compare two adapters.
 
-    Returns {same_base, same_template, same_data, settings: {name: [first, second]}, norms, cosine, modules,
-    not_measured}. cosine compares the changes of the base weights over all modules; `modules` has one for each last
-    part of a module name. It is None if the adapters have different modules, if one of them is zero, or if
-    not_measured gives a reason. Raises ModelError if an adapter is missing.
+    `settings` of the result has [first, second] for each setting that differs. `cosine` is the cosine similarity of the
+    changes to the base weights, or None if the adapters have different modules or one changes nothing. `modules` has
+    the similarity by the last part of the module names, such as q_proj. See `why_not_measured` for `not_measured`.
     """
-    folders = [_find_folder(name) for name in (first, second)]
+    folders = [find_adapter_folder(name) for name in (first, second)]
     configs, identities = list(map(read_adapter_config, folders)), list(map(read_identity, folders))
     a, b = map(_LoraDelta.read, folders)
     cosine, cosines = None, dict[str, float | None]()
@@ -108,8 +109,8 @@ def compare(first: str, second: str) -> dict[str, Any]:
         for module in shared:
             last_name = next(part for part in reversed(module.split(".")) if not part.isdigit())
             by_last_name.setdefault(last_name, []).append(module)
-        cosines = {name: _cosine(a, b, modules) for name, modules in by_last_name.items()}
-        cosine = _cosine(a, b, shared) if len(shared) == len(a.scales) == len(b.scales) else None
+        cosines = {name: _compute_cosine(a, b, modules) for name, modules in by_last_name.items()}
+        cosine = _compute_cosine(a, b, shared) if len(shared) == len(a.scales) == len(b.scales) else None
     fingerprints = [identity.get("base", {}).get("fingerprint") for identity in identities]
     return {
         "same_base": fingerprints[0] == fingerprints[1] if all(fingerprints) else None,
@@ -128,10 +129,10 @@ def compare(first: str, second: str) -> dict[str, Any]:
 
 
 def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[str, Any]:
-    """Write an adapter that adds the weighted sum of what several adapters add.
+    """Write an adapter whose change to the base weights is the weighted sum of the changes of several adapters.
 
-    Uses peft's `cat`, whose rank is the sum of the ranks: peft's `linear` multiplies summed A by summed B, which is not
-    the sum. Raises ModelError for adapters of different bases, RecipeError without one finite weight per adapter.
+    Uses peft's combination type `cat`, whose rank is the sum of the ranks. `linear` sums A and B separately, so the
+    product B A would not be the sum. Raises ModelError for adapters of different bases.
     """
     if len(names) != len(weights) or len(names) < 2:
         raise RecipeError(f"{len(names)} adapters, {len(weights)} weights", fix="--weights 0.7,0.3 for two adapters")
@@ -139,10 +140,10 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
         raise RecipeError(f"weights {', '.join(map(str, weights))}: not all are finite", fix="--weights 0.7,0.3")
     if out.exists():
         raise FolderError(f"{out}: already exists", fix="give --out a new folder")
-    folders = [_find_folder(name) for name in names]
+    folders = [find_adapter_folder(name) for name in names]
     for folder in folders:
         _check_summable(folder)
-    source = base_source(folders[0])
+    source = locate_base(folders[0])
     model: Any = load_base(source, torch.float32, "cpu")
     peft_names = [f"part{number}" for number in range(len(folders))]
     for folder, peft_name in zip(folders, peft_names, strict=True):
@@ -169,28 +170,28 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> dict[s
 
 
 def find_prompt_differences(names: Sequence[str]) -> list[str]:
-    """Return notes on adapters whose prompt settings differ from those of the first adapter, which the sum uses."""
-    first, *rest = [(name, read_identity(_find_folder(name))) for name in names]
-    kinds = {"template": "chat template", "system": "system prompt", "reasoning": "handling of reasoning"}
+    """Return notes on adapters that were trained with other prompt settings than the first adapter."""
+    (first, expected), *others = [(name, read_identity(find_adapter_folder(name))) for name in names]
+    settings = {"template": "chat template", "system": "system prompt", "reasoning": "handling of reasoning"}
     return [
-        f"{name} was trained with another {kinds[key]} than {first[0]}: the sum uses that of {first[0]}"
-        for name, identity in rest
-        for key in kinds
-        if key in identity and key in first[1] and identity[key] != first[1][key]
+        f"{name} was trained with another {settings[key]} than {first}: the sum uses that of {first}"
+        for name, identity in others
+        for key in settings
+        if key in identity and key in expected and identity[key] != expected[key]
     ]
 
 
 @dataclass(frozen=True)
 class _LoraDelta:
-    """The change scale * B A of each module by plain LoRA matrices. Each expert of a mixture is a module."""
+    """The change scale * B A of the weight of each adapted module. Each expert of a mixture counts as a module."""
 
-    weights: dict[str, Tensor]
-    scales: dict[str, float]
+    weights: dict[str, Tensor]  # the matrices A and B by peft's names
+    scales: dict[str, float]  # by module
 
     @staticmethod
     def read(folder: Path) -> _LoraDelta | None:
-        """Read an adapter. Returns None if it has other tensors than LoRA matrices."""
-        source = base_source(folder)
+        """Read an adapter. Returns None if it has tensors other than LoRA matrices."""
+        source = locate_base(folder)
         check_adapter_base(folder, source)
         check_adapter_weights(folder)
         if find_non_lora(folder):
@@ -225,7 +226,10 @@ class _LoraDelta:
         return math.sqrt(self.inner_product(self, list(self.scales)))
 
     def inner_product(self, delta: _LoraDelta, modules: Sequence[str]) -> float:
-        """Sum <s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T)), without a matrix of the weight's size."""
+        """Return the Frobenius inner product with another adapter's changes, summed over the modules.
+
+        <s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T)) avoids matrices of the weight's size.
+        """
 
         def product(module: str) -> float:
             (a1, b1), (a2, b2) = self.matrices(module), delta.matrices(module)
@@ -234,20 +238,13 @@ class _LoraDelta:
         return sum(map(product, modules))
 
 
-def _cosine(a: _LoraDelta, b: _LoraDelta, modules: Sequence[str]) -> float | None:
+def _compute_cosine(a: _LoraDelta, b: _LoraDelta, modules: Sequence[str]) -> float | None:
     squared = a.inner_product(a, modules) * b.inner_product(b, modules)
     return a.inner_product(b, modules) / math.sqrt(squared) if squared > 0 else None
 
 
-def _find_folder(name: str) -> Path:
-    folder = adapter_folder(name)
-    if folder is None:
-        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
-    return folder
-
-
 def _check_summable(folder: Path) -> None:
-    """Raise ModelError for adapters that peft cannot add: its `cat` joins experts' A and B in the wrong order."""
+    """Raise ModelError for adapters that peft cannot add. For experts, `cat` concatenates A and B in a wrong order."""
     config = read_adapter_config(folder)
     if config.get("target_parameters"):
         what = f"{folder}: has adapters on a mixture's experts, which peft cannot add up"

@@ -1,7 +1,7 @@
-"""`strop export gguf`: write a tuned model or its adapter as a GGUF file, and check the file in llama.cpp.
+"""Implement `strop export gguf`: write a tuned model or its adapter as a GGUF file, and check it in llama.cpp.
 
-Tensors are written one by one, so the model is never in memory as a whole. A quantized type is written and checked
-in f16 first, where the limit is tight enough to see whether the adapter is in the file, and then in its own type.
+Tensors are written one by one, so the whole model is never in memory. A file of a quantized type is first written and
+checked in f16, because only the limit for f16 is tight enough to detect a missing adapter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from strop.models.tensor_files import CheckpointTensors
 from strop.models.tokenizer import load_tokenizer, trained_token_rows
 from strop.runs.folder import disk_errors, exclusive_output, fsync_folder
 
-# The types that strop writes; llama.cpp's quantizer makes the others.
+# The types that strop writes itself. The others need llama.cpp's quantizer.
 FILE_TYPES = {
     "f32": (TensorType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (TensorType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -42,21 +42,21 @@ FILE_TYPES = {
 }
 NOT_INSTALLED = f"not measured: llama.cpp is not installed ({llama_cpp.INSTALL})"
 DISABLED = "not measured: --no-parity"
-Checker = Callable[[Path, str, "Path | None"], FileCheck]
-OpenChecker = AbstractContextManager["Checker | None"]
+Checker = Callable[[Path, str, "Path | None"], FileCheck]  # (file, type, adapter file) -> result
+CheckerContext = AbstractContextManager["Checker | None"]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported GGUF file. base, base_losses: as in Merged."""
+    """An exported GGUF file. See Merged for `base` and `base_losses`."""
 
     out: Path
     files: list[str]
-    kind: str  # a key of LIMITS
+    kind: str  # a key of LIMITS, such as q8_0
     base: str
     base_losses: dict[str, float]
-    check: FileCheck | None  # the comparison in llama.cpp
-    unmeasured: str | None  # why there is no comparison
+    check: FileCheck | None  # result of the comparison in llama.cpp
+    unmeasured: str | None  # reason if there was no comparison
     vocabulary: Vocabulary
     notes: list[str]
 
@@ -80,7 +80,7 @@ def export_gguf(
     measure: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Exported:
-    """Write a tuned model or its adapter as a GGUF file. See `strop.export`; also raises MemoryLimitError."""
+    """Write a tuned model or its adapter as a GGUF file; see `strop.export`. May raise MemoryLimitError."""
     if adapter and kind not in (None, "f32"):
         raise RecipeError(f"--type {kind} --adapter: an adapter is stored in f32", fix="leave --type out")
     kind = kind or ("f32" if adapter else "q8_0")
@@ -107,15 +107,15 @@ def export_gguf(
     if adapter:
         _check_adapter(tuned, renderer)
     if tuned.folder is not None:
-        _check_tensor_files(tuned.folder, layout, CheckpointTensors(weights_folder(tuned.source)))
+        _check_trained_weights(tuned.folder, layout, CheckpointTensors(weights_folder(tuned.source)))
     if unmeasured is None:
         check_memory(tuned.source, 4 if kind == "f32" and not adapter else 2, progress)
     with disk_errors(out.parent), exclusive_output(out), ExitStack() as stack:
         writer = _ModelWriter(tuned, layout, vocabulary, Path(name).name, stack)
         progress(f"writing {out}")
-        checker: OpenChecker = nullcontext()
+        checker: CheckerContext = nullcontext()
         if unmeasured is None:
-            checker = open_checker(tuned, renderer, _base_vocabulary(tuned) if adapter else vocabulary)
+            checker = open_checker(tuned, renderer, _build_base_vocabulary(tuned) if adapter else vocabulary)
         file, check = _export_adapter(writer, out, checker) if adapter else _export_model(writer, out, kind, checker)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -131,7 +131,7 @@ def export_gguf(
     return Exported(out, [out.name], kind, tuned.base, tuned.base_losses, check, unmeasured, vocabulary, notes)
 
 
-def _export_model(writer: _ModelWriter, out: Path, kind: str, checker: OpenChecker) -> tuple[Path, FileCheck | None]:
+def _export_model(writer: _ModelWriter, out: Path, kind: str, checker: CheckerContext) -> tuple[Path, FileCheck | None]:
     file = writer.temporary_file(out, kind)
     with checker as check:
         if kind in ("f32", "f16", "bf16") or (kind in FILE_TYPES and check is None):
@@ -148,28 +148,28 @@ def _export_model(writer: _ModelWriter, out: Path, kind: str, checker: OpenCheck
         return file, None if check is None else check(file, kind, None)
 
 
-def _export_adapter(writer: _ModelWriter, out: Path, checker: OpenChecker) -> tuple[Path, FileCheck | None]:
-    """Write an adapter, and check it on the GGUF file of its base, or else on the base in f16."""
+def _export_adapter(writer: _ModelWriter, out: Path, checker: CheckerContext) -> tuple[Path, FileCheck | None]:
+    """Write an adapter, and check it on its base: the GGUF file that it was trained on, or a temporary f16 file."""
     file = writer.temporary_file(out, "lora")
     writer.write_adapter(file)
     with checker as check:
         if check is None:
             return file, None
-        base, limit = writer.tuned.source.path, "q8_0"  # llama.cpp rounds activations to 8 bits for quantized weights
-        if writer.tuned.source.kind != "gguf":
-            base, limit = writer.temporary_file(out, "base"), "f16"
-            writer.write_model(base, "f16", base_only=True)
-        return file, check(base, limit, file)
+        if writer.tuned.source.kind == "gguf":  # llama.cpp multiplies quantized weights by activations in 8 bits
+            return file, check(writer.tuned.source.path, "q8_0", file)
+        base = writer.temporary_file(out, "base")
+        writer.write_model(base, "f16", base_only=True)
+        return file, check(base, "f16", file)
 
 
-def _base_vocabulary(tuned: TunedModel) -> Vocabulary:
-    """Return the vocabulary of a GGUF file of the base, which an adapter file does not change."""
+def _build_base_vocabulary(tuned: TunedModel) -> Vocabulary:
+    """Return the vocabulary of the base without the adapter's changes."""
     renderer = Renderer(load_tokenizer(tuned.source))
     return build_vocabulary(tuned.source, renderer, load_config(tuned.source).vocab_size)
 
 
 def _check_adapter(tuned: TunedModel, renderer: Renderer) -> None:
-    """Raise ModelError if the adapter is not only LoRA matrices for the base with its own chat template."""
+    """Raise ModelError if the adapter has more than LoRA matrices, or another chat template than its base."""
     if tuned.folder is None:
         raise ModelError("--adapter: no adapter there", fix="give a run or adapter folder")
     if names := find_non_lora(tuned.folder):
@@ -179,39 +179,38 @@ def _check_adapter(tuned: TunedModel, renderer: Renderer) -> None:
         raise ModelError(what, fix="leave --adapter out: merge it")
 
 
-def _check_tensor_files(folder: Path, layout: GgufLayout, tensors: CheckpointTensors) -> None:
-    """Raise ModelError if the adapter changes a weight that GGUF does not store: a head tied to the embedding."""
+def _check_trained_weights(folder: Path, layout: GgufLayout, tensors: CheckpointTensors) -> None:
+    """Raise ModelError if the adapter changes a weight that a GGUF file does not have, such as a tied output head."""
     for key in read_names(folder):
-        module, lora, _ = key.partition(".lora_")
-        weight = f"{module}.weight" if lora else key
+        module, is_lora, _ = key.partition(".lora_")
+        weight = f"{module}.weight" if is_lora else key
         if weight not in tensors or layout.name(weight) is None:
-            what = (
-                f"{folder}: trains {weight.removesuffix('.weight')}, which GGUF does not store (it is tied to another)"
-            )
+            module = weight.removesuffix(".weight")
+            what = f"{folder}: trains {module}, which GGUF does not store (it is tied to another)"
             raise ModelError(what, fix="serve the adapter on its base, or train without that module")
 
 
 class _ModelWriter:
-    """Write the tuned model's tensors and settings under llama.cpp's names."""
+    """Write the tuned model's tensors and metadata under llama.cpp's names."""
 
     def __init__(
         self, tuned: TunedModel, layout: GgufLayout, vocabulary: Vocabulary, name: str, stack: ExitStack
     ) -> None:
         self.tuned, self.layout, self.vocabulary = tuned, layout, vocabulary
-        # llama.cpp recognizes Phi 3 by the model's name
+        # llama.cpp recognizes Phi 3 by the model name in the file.
         self._name = name if layout.arch != "phi3" or "phi-3" in name.lower() else f"phi-3 {name}"
         self._stack = stack
         self._tensors = CheckpointTensors(weights_folder(tuned.source))
         self._merge = tuned.load_merger()
 
     def temporary_file(self, out: Path, suffix: str) -> Path:
-        """Return a path next to `out` whose file is deleted when the export ends or fails."""
+        """Return the path of a file next to `out` that is deleted when the export ends or fails."""
         file = out.with_name(f".{out.name}.{suffix}.partial")
         self._stack.callback(file.unlink, missing_ok=True)
         return file
 
     def write_model(self, file: Path, kind: str, *, base_only: bool = False) -> None:
-        """Write the model in one of FILE_TYPES. base_only: without the adapter, with the base's vocabulary."""
+        """Write the model in one of FILE_TYPES. base_only: omit the adapter and its changes to the vocabulary."""
         tensor_type, file_type = FILE_TYPES[kind]
         writer = gguf.GGUFWriter(file, self.layout.arch)
         writer.add_type(gguf.GGUFType.MODEL)
@@ -219,7 +218,7 @@ class _ModelWriter:
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self.layout.write_metadata(writer)
-        (_base_vocabulary(self.tuned) if base_only else self.vocabulary).write(writer)
+        (_build_base_vocabulary(self.tuned) if base_only else self.vocabulary).write(writer)
         extra = dict(self.layout.extra_tensors())
         for name, weight in extra.items():
             _add_tensor_info(writer, name, list(weight.shape), TensorType.F32)
@@ -227,7 +226,7 @@ class _ModelWriter:
         for source_name in sorted(self._tensors, key=_layer_order):
             if (gguf_name := self.layout.name(source_name)) is not None:
                 shape = self._tensors.shape(source_name)
-                stored.append((source_name, _stored_type(gguf_name, shape, tensor_type)))
+                stored.append((source_name, _choose_type(gguf_name, shape, tensor_type)))
                 _add_tensor_info(writer, gguf_name, shape, stored[-1][1])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -254,7 +253,7 @@ class _ModelWriter:
         return quantized
 
     def write_adapter(self, file: Path) -> None:
-        """Write the LoRA matrices in f32. llama.cpp scales them by alpha / rank; B includes any other factor."""
+        """Write the LoRA matrices in f32. llama.cpp scales by alpha / rank, so B is scaled to give the same product."""
         folder = self.tuned.folder
         assert folder is not None
         saved, settings = read_weights(folder), peft.LoraConfig.from_pretrained(str(folder))
@@ -276,9 +275,9 @@ class _ModelWriter:
         writer.close()
 
 
-def _stored_type(name: str, shape: list[int], tensor_type: TensorType) -> TensorType:
-    """Keep norms and biases in f32, as llama.cpp's kernels require, and use f16 for rows that do not fill blocks."""
-    if len(shape) == 1 or name.endswith("_norm.weight"):
+def _choose_type(name: str, shape: list[int], tensor_type: TensorType) -> TensorType:
+    """Return the type of a tensor: f32 for norms and biases, f16 if its rows are not divisible into blocks."""
+    if len(shape) == 1 or name.endswith("_norm.weight"):  # llama.cpp's kernels require f32
         return TensorType.F32
     return tensor_type if shape[-1] % gguf.GGML_QUANT_SIZES[tensor_type][0] == 0 else TensorType.F16
 
@@ -289,5 +288,5 @@ def _add_tensor_info(writer: gguf.GGUFWriter, name: str, shape: list[int], store
 
 
 def _layer_order(name: str) -> list[tuple[bool, int, str]]:
-    """Sort key that orders layers by number."""
+    """Return a sort key that orders layers by number."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

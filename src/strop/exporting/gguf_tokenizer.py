@@ -1,7 +1,7 @@
 """Write the tokenizer of a GGUF file: copied from the base's GGUF file, or else built from tokenizer.json.
 
-llama.cpp identifies a pre-tokenizer by name only. The name is looked up by what the tokenizer does, pattern by pattern,
-and an unknown one is refused: with a wrong name the file loads and answers, but splits some words differently.
+A GGUF file identifies the pre-tokenizer by a name from llama.cpp. The name is looked up by the tokenizer's split
+patterns. Unknown patterns are refused, because with a wrong name llama.cpp would split some words differently.
 """
 
 from __future__ import annotations
@@ -22,22 +22,20 @@ _WORD, _REST = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
 _SLASHED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
+_GPT_4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHED_REST}"
 
-# (steps before byte level, does byte level split by GPT-2's pattern, are known words kept whole) -> llama.cpp's name
+# (steps before ByteLevel, ByteLevel's use_regex, the model's ignore_merges) -> llama.cpp's name
 PRE_TOKENIZERS = {
     ((), True, False): "gpt-2",
     (("digits",), True, False): "smollm",
-    ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",), False, True): "llama-bpe",
-    ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",), False, False): "dbrx",  # Phi-4
+    ((_LLAMA_3,), False, True): "llama-bpe",
+    ((_LLAMA_3,), False, False): "dbrx",  # Phi-4
     ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}",), False, False): "qwen2",
     ((rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASHED_REST}",), False, True): "tekken",  # Mistral Nemo
-    (
-        (rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHED_REST}",),
-        False,
-        False,
-    ): "gpt-4o",  # Phi-4 mini
+    ((_GPT_4O,), False, False): "gpt-4o",  # Phi-4 mini
 }
-# For these, llama.cpp's patterns ignore combining marks: Devanagari and Thai are split differently (10 of 200 strings).
+# llama.cpp's patterns for these ignore combining marks: 10 of 200 sample strings (Devanagari, Thai) split differently.
 APPROXIMATE = ("tekken", "gpt-4o")
 
 
@@ -45,13 +43,13 @@ APPROXIMATE = ("tekken", "gpt-4o")
 class Vocabulary:
     """The tokenizer's entries in a GGUF file."""
 
-    exact: bool  # llama.cpp must tokenize every string as the tokenizer does
-    entries: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
+    exact: bool  # whether llama.cpp should tokenize every string exactly as the tokenizer does
+    entries: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]  # value, type, type of array elements
     bos: int | None
     eos: int
-    add_bos: bool  # llama.cpp puts bos before a text
-    plain_text: bool = True  # text outside chat prompts is tokenized exactly
-    notes: list[str] = field(default_factory=list)
+    add_bos: bool  # whether llama.cpp adds bos before a text
+    plain_text: bool = True  # whether text outside chat prompts is tokenized exactly
+    notes: list[str] = field(default_factory=list)  # messages for the user
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         for key, (value, kind, inner) in self.entries.items():
@@ -59,7 +57,7 @@ class Vocabulary:
 
 
 def build_vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabulary:
-    """Build the vocabulary of a model with `size` embedding rows. Raises ModelError if it cannot be exact."""
+    """Return the vocabulary of a model with `size` embedding rows. Raises ModelError for unsupported tokenizers."""
     tokenizer = renderer.tokenizer
     copied = source.kind == "gguf"
     entries = _copy_entries(source) if copied else _build_entries(tokenizer, renderer, size)
@@ -70,12 +68,12 @@ def build_vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabular
         raise ModelError(what, fix="use strop merge")
     if not renderer.stop_ids:
         raise ModelError(f"{source.name}: its tokenizer has no token that ends a text", fix="use strop merge")
-    # llama.cpp stops at both: eot is the stop token of the training text, eos the tokenizer's end of text
+    # llama.cpp stops at eot, eos and eom. eot is the token that ends an answer in training.
     eot = renderer.stop_ids[0]
     eos = eot if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-    further = [stop for stop in renderer.stop_ids if stop not in (eot, eos)]
+    other_stops = [stop for stop in renderer.stop_ids if stop not in (eot, eos)]
     ids: dict[str, int | None] = {
-        "bos": tokenizer.bos_token_id, "eos": eos, "eot": eot, "eom": further[0] if further else None,
+        "bos": tokenizer.bos_token_id, "eos": eos, "eot": eot, "eom": other_stops[0] if other_stops else None,
         "padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id,
     }  # fmt: skip
     for name, token in ids.items():
@@ -85,10 +83,10 @@ def build_vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabular
     add_bos = adds_bos(tokenizer)
     if template is not None:
         entries["tokenizer.chat_template"] = (template, gguf.GGUFValueType.STRING, None)
-        # a chat prompt has one bos token: the one its template writes
-        add_bos = add_bos and renderer.chat.opening.startswith(tokenizer.bos_token)
+        # With add_bos, llama.cpp would add bos to chat prompts too, so the template must write it.
+        add_bos = add_bos and renderer.chat.traits.opening.startswith(tokenizer.bos_token)
     entries["tokenizer.ggml.add_bos_token"] = (add_bos, gguf.GGUFValueType.BOOL, None)
-    exact = not copied and entries["tokenizer.ggml.pre"][0] not in APPROXIMATE  # a copied vocabulary may be inexact
+    exact = not copied and entries["tokenizer.ggml.pre"][0] not in APPROXIMATE
     return Vocabulary(exact, entries, ids["bos"], eos, add_bos, plain_text, notes)
 
 
@@ -108,33 +106,33 @@ def _build_entries(tokenizer: Any, renderer: Renderer, size: int) -> dict[str, A
         raise ModelError(f"GGUF: {model['type']} tokenizers are not supported", fix="use strop merge")
     pieces = dict(model["vocab"])
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    sentencepiece = bool(model["byte_fallback"])
-    if not sentencepiece and not merges:
+    is_sentencepiece = bool(model["byte_fallback"])
+    if not is_sentencepiece and not merges:
         raise ModelError("GGUF: llama.cpp has no byte-level tokenizer without merges", fix="use strop merge")
-    if sentencepiece and model.get("ignore_merges"):
+    if is_sentencepiece and model.get("ignore_merges"):
         raise ModelError("GGUF: llama.cpp has no SentencePiece tokenizer that keeps known words", fix="use strop merge")
-    if sentencepiece:
+    if is_sentencepiece:
         _check_sentencepiece(state)
-    texts, kinds = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
+    texts, types = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
     for text, token in pieces.items():
-        texts[token], kinds[token] = text, gguf.TokenType.NORMAL
-        if sentencepiece and len(text) == 6 and text.startswith("<0x"):
-            kinds[token] = gguf.TokenType.BYTE
+        texts[token], types[token] = text, gguf.TokenType.NORMAL
+        if is_sentencepiece and len(text) == 6 and text.startswith("<0x"):
+            types[token] = gguf.TokenType.BYTE
     for added in state["added_tokens"]:
-        token, control = added["id"], added["special"] or added["id"] in renderer.stop_ids
-        kinds[token] = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
-        texts[token] = added["content"] if control else added["content"].replace("▁", " ")
-    if sentencepiece and model["unk_token"] in pieces:
-        kinds[pieces[model["unk_token"]]] = gguf.TokenType.UNKNOWN
+        token, is_control = added["id"], added["special"] or added["id"] in renderer.stop_ids
+        types[token] = gguf.TokenType.CONTROL if is_control else gguf.TokenType.USER_DEFINED
+        texts[token] = added["content"] if is_control else added["content"].replace("▁", " ")
+    if is_sentencepiece and model["unk_token"] in pieces:
+        types[pieces[model["unk_token"]]] = gguf.TokenType.UNKNOWN
     string, array = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
     entries: dict[str, Any] = {
-        "tokenizer.ggml.model": ("llama" if sentencepiece else "gpt2", string, None),
-        "tokenizer.ggml.pre": ("default" if sentencepiece else find_pre_tokenizer(state), string, None),
+        "tokenizer.ggml.model": ("llama" if is_sentencepiece else "gpt2", string, None),
+        "tokenizer.ggml.pre": ("default" if is_sentencepiece else find_pre_tokenizer(state), string, None),
         "tokenizer.ggml.tokens": (texts, array, string),
-        "tokenizer.ggml.token_type": ([int(kind) for kind in kinds], array, gguf.GGUFValueType.INT32),
+        "tokenizer.ggml.token_type": ([int(token_type) for token_type in types], array, gguf.GGUFValueType.INT32),
     }
-    if sentencepiece:
-        # llama.cpp merges the pair with the highest score; earlier merges get higher scores
+    if is_sentencepiece:
+        # llama.cpp merges the pair with the highest score first, so earlier merges get higher scores.
         scores = [0.0] * size
         for rank, (left, right) in enumerate(merges):
             token = pieces[left + right]
@@ -153,32 +151,35 @@ def find_pre_tokenizer(state: dict[str, Any]) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json, or raise ModelError."""
     pre_tokenizer = state["pre_tokenizer"] or {}
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
-    level = steps[-1]
+    last = steps[-1]
     ignore_merges = bool(state["model"].get("ignore_merges", False))
-    key = (tuple(map(_describe_step, steps[:-1])), bool(level.get("use_regex", True)), ignore_merges)
-    supported = level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and key in PRE_TOKENIZERS
+    key = (tuple(map(_describe_step, steps[:-1])), bool(last.get("use_regex", True)), ignore_merges)
+    supported = last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and key in PRE_TOKENIZERS
     if not supported or (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
-        raise _unknown_pre_tokenizer(state["normalizer"], pre_tokenizer)
+        raise _pre_tokenizer_error(state["normalizer"], pre_tokenizer)
     return PRE_TOKENIZERS[key]
 
 
 def _check_sentencepiece(state: dict[str, Any]) -> None:
-    """Raise ModelError if a SentencePiece tokenizer does more than replace spaces by ▁, which llama.cpp cannot do."""
-    # Llama 2, Phi 3 and Gemma replace them in the normalizer, Mistral in the Metaspace pre-tokenizer.
+    """Raise ModelError if a SentencePiece tokenizer has other steps than replacing spaces by ▁.
+
+    Llama 2, Phi 3 and Gemma replace spaces in the normalizer, Mistral in the Metaspace pre-tokenizer.
+    """
     normalizer, pre = state["normalizer"] or {}, state["pre_tokenizer"] or {}
     steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] if normalizer else []
     replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    if replace_spaces in steps:  # a later split at spaces has no effect
-        further = [step for step in steps if step != replace_spaces]
+    if replace_spaces in steps:
+        other_steps = [step for step in steps if step != replace_spaces]
+        # A split at spaces has no effect, as there are none left.
         supported = not pre or (pre["type"] == "Split" and pre["pattern"] == {"String": " "} and not pre["invert"])
-        supported = supported and further in ([], [{"type": "Prepend", "prepend": "▁"}])
+        supported = supported and other_steps in ([], [{"type": "Prepend", "prepend": "▁"}])
     else:
         supported = not steps and pre.get("type") == "Metaspace" and pre["replacement"] == "▁" and not pre["split"]
     if not supported:
-        raise _unknown_pre_tokenizer(normalizer, pre)
+        raise _pre_tokenizer_error(normalizer, pre)
 
 
-def _unknown_pre_tokenizer(normalizer: Any, pre_tokenizer: Any) -> ModelError:
+def _pre_tokenizer_error(normalizer: Any, pre_tokenizer: Any) -> ModelError:
     details = json.dumps([normalizer, pre_tokenizer], ensure_ascii=False)[:300]
     return ModelError(
         f"GGUF: unknown pre-tokenizer, which llama.cpp may not support: {details}",
@@ -195,13 +196,13 @@ def _describe_step(step: dict[str, Any]) -> str:
 
 
 def _find_differences(tokenizer: Any, entries: dict[str, Any]) -> tuple[bool, list[str]]:
-    """Return (whether llama.cpp tokenizes plain text exactly, notes for the user on what it does differently)."""
+    """Return whether llama.cpp tokenizes plain text exactly, and notes for the user on differences."""
     state, notes, plain_text = json.loads(tokenizer.backend_tokenizer.to_str()), [], True
     if (state["normalizer"] or {}).get("type") == "NFC":
         notes.append("llama.cpp does not compose accents (Unicode NFC): decomposed text gets other tokens")
     prefix = entries.get("tokenizer.ggml.add_space_prefix")
     if prefix is not None and _adds_space(tokenizer) and not prefix[0]:
-        plain_text = False  # llama.cpp adds the space after every control token or never; a chat prompt has none
+        plain_text = False  # llama.cpp adds the space after every control token or never, but chat prompts have none
         notes.append("plain completions start without the space that the tokenizer adds; chat prompts are exact")
     return plain_text, notes
 

@@ -1,6 +1,6 @@
-"""Push an adapter or a merged model to the Hugging Face Hub: one commit with a model card, private by default.
+"""Push an adapter or a merged model to the Hugging Face Hub, in one commit.
 
-Local paths are removed from the uploaded files, and their checksums are compared with those that the Hub reports.
+Local paths are removed from the uploaded files. Afterwards, the Hub's checksums of the files are verified.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strop.errors import InputError, ModelError, RunError
-from strop.evaluation.model_card import CARD_FILE, PLACE, card, find_report, hub_id
+from strop.evaluation.model_card import CARD_FILE, LOCATION, find_report, format_card, hub_id
 from strop.models.adapter_config import read_adapter_config
 from strop.models.adapters import STROP_FILE, adapter_folder, check_adapter_weights, read_identity
 from strop.models.source import download_config, locate, read_config, read_safetensors_header, weight_files
@@ -28,9 +28,9 @@ UPLOADED = (
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "vocab.txt", "merges.txt", "*.jinja",
     "*.model", STROP_FILE, CARD_FILE, "LICENSE*", "NOTICE*",
 )  # fmt: skip
-NEVER_REMOVED = (CARD_FILE, "LICENSE*", "NOTICE*", "*/*")  # files that stay in the repository
+NEVER_REMOVED = (CARD_FILE, "LICENSE*", "NOTICE*", "*/*")  # files of the repository that a push does not delete
 PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # JSON keys that may have local paths
-# Config values that must be equal for an adapter to fit a base.
+# Config values in which the model on the Hub must match the base that the adapter was trained on.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
@@ -43,8 +43,8 @@ class Pushed:
     commit: str
     private: bool
     kind: str  # adapter or model
-    base: str | None  # Hub id of an adapter's base
-    files: list[str]  # uploaded and verified
+    base: str | None  # Hub id of the adapter's base
+    files: list[str]  # uploaded files
     left_out: list[str]  # files of the folder that were not uploaded
     removed: list[str]  # files of an earlier push that were deleted
     size_bytes: int
@@ -62,16 +62,17 @@ def push(
     message: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Pushed:
-    """Upload an adapter or a model folder, and verify the upload. See `strop.push` for arguments and errors."""
+    """Upload an adapter or a model folder, and verify the upload; see `strop.push`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
     api, folder = HfApi(), adapter_folder(name)
     if "/" not in repo:
         with _translated_errors(api, repo):
             repo = f"{api.whoami()['name']}/{repo}"
-    kind = "model" if folder is None else "adapter"
-    read = _read_model(Path(name), base) if folder is None else _read_adapter(folder, base)
-    contents, left_out, base = read
+    if folder is None:
+        kind, (contents, left_out), base = "model", _read_model(Path(name), base), None
+    else:
+        kind, (contents, left_out, base) = "adapter", _read_adapter(folder, base)
     _prepare_card(folder or Path(name), contents, repo)
     with _translated_errors(api, repo):
         private, existing = _open_repository(api, repo, public)
@@ -83,12 +84,9 @@ def push(
             size = _format_size(add.upload_info.size)
             progress(f"uploading {add.path_in_repo} ({size}, {number} of {len(adds)}) to {repo}")
             api.preupload_lfs_files(repo, [add], free_memory=False)
-        # For example, a merged model with an old adapter_config.json next to it would be loaded as an adapter.
-        removed = sorted(
-            file
-            for file in existing
-            if file not in contents and _matches(file, UPLOADED) and not _matches(file, NEVER_REMOVED)
-        )
+        # Files of an earlier push may be harmful: with an old adapter_config.json, a model is loaded as an adapter.
+        outdated = (file for file in existing if file not in contents and _matches(file, UPLOADED))
+        removed = sorted(file for file in outdated if not _matches(file, NEVER_REMOVED))
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [*adds]
         operations += [CommitOperationDelete(file) for file in removed]
         commit = api.create_commit(repo, operations, commit_message=message or f"strop push: {kind} {Path(name).name}")
@@ -100,7 +98,7 @@ def push(
 
 
 def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path], list[str], str]:
-    """Return (content by file name, files left out, the base's Hub id)."""
+    """Return the content by file name, the files that are not uploaded, and the base's Hub id."""
     check_adapter_weights(folder)
     config = read_adapter_config(folder)
     if not (trained_on := str(config.get("base_model_name_or_path") or "")):
@@ -114,21 +112,21 @@ def _read_adapter(folder: Path, base: str | None) -> tuple[dict[str, bytes | Pat
         raise ModelError(f"--base {base}: the adapter was trained on {base_id}", fix="leave --base out")
     if base_id is None:
         _check_sizes(folder, trained_on, base, base_revision or None)
-    shown = base_id or base
+    public_base = base_id or base
     revision = (trained_on.partition("@")[2] if base_id else base_revision) or config.get("revision")
     contents, left_out = _read_folder(folder)
-    contents["adapter_config.json"] = _to_json({**config, "base_model_name_or_path": shown, "revision": revision})
+    contents["adapter_config.json"] = _to_json({**config, "base_model_name_or_path": public_base, "revision": revision})
     if identity := read_identity(folder):
-        identity = {**identity, "base": {**identity["base"], "name": shown}}
+        identity = {**identity, "base": {**identity["base"], "name": public_base}}
         if "combined" in identity:  # the adapters that were combined have local paths too
             identity["combined"] = [{**part, "name": Path(part["name"]).name} for part in identity["combined"]]
         contents[STROP_FILE] = _to_json(identity)
     if (report := find_report(folder)) is not None:
-        contents[CARD_FILE] = card(report, base=base or None).encode()
-    return contents, left_out, shown
+        contents[CARD_FILE] = format_card(report, base=base or None).encode()
+    return contents, left_out, public_base
 
 
-def _read_model(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path], list[str], None]:
+def _read_model(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path], list[str]]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: not a run, an adapter or a model folder", fix="give one of these")
     if base is not None:
@@ -136,11 +134,11 @@ def _read_model(folder: Path, base: str | None) -> tuple[dict[str, bytes | Path]
     read_config(folder)
     for file in weight_files(folder):
         read_safetensors_header(file)
-    return *_read_folder(folder), None
+    return _read_folder(folder)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, bytes | Path], list[str]]:
-    """Return (content by file name, files left out). Local paths are removed from JSON files."""
+    """Return the content by file name and the files that are not uploaded. Removes local paths from JSON files."""
     contents: dict[str, bytes | Path] = {}
     left_out = []
     for file in sorted(folder.iterdir()):
@@ -165,13 +163,13 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _remove_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        local = [key for key in PATH_KEYS if isinstance(value.get(key), str) and hub_id(value[key]) is None]
-        return {key: _remove_paths(item) for key, item in value.items() if key not in local}
+        local_keys = [key for key in PATH_KEYS if isinstance(value.get(key), str) and hub_id(value[key]) is None]
+        return {key: _remove_paths(item) for key, item in value.items() if key not in local_keys}
     return [_remove_paths(item) for item in value] if isinstance(value, list) else value
 
 
 def _prepare_card(folder: Path, contents: dict[str, bytes | Path], repo: str) -> None:
-    """Put the repository's name into a card written by strop. Raises ModelError if there is no card."""
+    """Insert the repository's name into a card written by strop. Raises ModelError if there is no card."""
     content = contents.get(CARD_FILE)
     if content is None:
         what = f"{folder}: has no model card ({CARD_FILE}), so nobody would know what it is"
@@ -180,9 +178,9 @@ def _prepare_card(folder: Path, contents: dict[str, bytes | Path], repo: str) ->
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{folder / CARD_FILE}: {error}", fix="save it as UTF-8") from None
-    load, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]  # strop.load needs a local folder
-    after_download = f"{load.format(name)}  # after `hf download {repo} --local-dir {name}`"
-    contents[CARD_FILE] = text.replace(load.format(PLACE), after_download).replace(PLACE, repo).encode()
+    code, name = 'strop.load("{}").chat("..."))', repo.rpartition("/")[2]  # strop.load needs a local folder
+    code_after_download = f"{code.format(name)}  # after `hf download {repo} --local-dir {name}`"
+    contents[CARD_FILE] = text.replace(code.format(LOCATION), code_after_download).replace(LOCATION, repo).encode()
 
 
 def _to_json(value: Any) -> bytes:
@@ -190,7 +188,7 @@ def _to_json(value: Any) -> bytes:
 
 
 def _check_sizes(folder: Path, trained_on: str, base: str, revision: str | None) -> None:
-    """Raise ModelError if the sizes of the model on the Hub differ from those of the adapter's base."""
+    """Raise ModelError if the model on the Hub has other sizes than the adapter's base."""
     from strop.models.load import load_config
 
     expected, config = load_config(locate(trained_on)).to_dict(), download_config(base, revision)
@@ -201,7 +199,7 @@ def _check_sizes(folder: Path, trained_on: str, base: str, revision: str | None)
 
 
 def _open_repository(api: HfApi, repo: str, public: bool) -> tuple[bool, list[str]]:
-    """Return (whether the repository is private, its files), and create it if it does not exist."""
+    """Create the repository if it does not exist. Returns whether it is private, and its files."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -217,7 +215,7 @@ def _open_repository(api: HfApi, repo: str, public: bool) -> tuple[bool, list[st
 
 
 def _verify(api: HfApi, repo: str, adds: list[Any]) -> None:
-    """Raise RunError if a checksum on the Hub (SHA-256 for LFS files, else Git's hash) differs from the file's."""
+    """Raise RunError if a checksum on the Hub differs: the SHA-256 for LFS files, the Git hash for others."""
     from huggingface_hub.utils.sha import git_hash
 
     entries = {entry.path: entry for entry in api.get_paths_info(repo, [add.path_in_repo for add in adds])}
@@ -231,7 +229,7 @@ def _verify(api: HfApi, repo: str, adds: list[Any]) -> None:
                 same = getattr(entry, "blob_id", "") == git_hash(file.read())
         different += [] if same else [add.path_in_repo]
     if different:
-        raise RunError(f"{repo}: the Hub has other bytes than uploaded: {', '.join(different)}", fix="push it again")
+        raise RunError(f"{repo}: checksums on the Hub differ: {', '.join(different)}", fix="push it again")
 
 
 @contextmanager

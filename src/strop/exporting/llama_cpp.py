@@ -1,4 +1,4 @@
-"""Run GGUF files in llama.cpp (through llama-cpp-python), and compare them there with the tuned model."""
+"""Run GGUF files in llama.cpp, through llama-cpp-python, and compare them with the tuned model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from strop.data.rendering.render import Renderer
-from strop.data.types import Example, Ids, Message
+from strop.data.types import Example, Message
 from strop.engine.decode.generate import Completion, generate
 from strop.errors import InputError, ParityError, RunError
 from strop.exporting.gguf_tokenizer import Vocabulary
@@ -25,13 +25,13 @@ from strop.exporting.merge import TunedModel
 from strop.exporting.parity import Limit, Parity, log_softmax_, measure_against, select_rows
 
 INSTALL = "pip install llama-cpp-python"
-PROMPTS, MAX_NEW_TOKENS = 4, 64  # of the comparison of greedy completions
-# Sample strings that may be tokenized differently if llama.cpp's tokenizer is known to be inexact (Vocabulary.exact).
-STRINGS_TOLERANCE = 10
+NUM_PROMPTS, MAX_NEW_TOKENS = 4, 64  # for the comparison of greedy completions
+# Maximum number of SAMPLE_STRINGS that are tokenized differently if llama.cpp's tokenizer is known to be inexact.
+MAX_DIFFERENT_STRINGS = 10
 
-# Allowed rounding error against the adapter in fp32. Measured on SmolLM2-135M with a random adapter: f16 6e-6, bf16
-# 2.4e-4, q8_0 8.2e-3 and 95.3 %, q4_k_m 0.13 and 85.8 %. q8_0 and q4_k_m are allowed about three times that; q6_k and
-# q5_k_m are interpolated.
+# Limits of the comparison with the adapter in fp32. Measured mean KL (and agreement) on SmolLM2-135M with a random
+# adapter: f16 6e-6, bf16 2.4e-4, q8_0 8.2e-3 (95.3 %), q4_k_m 0.13 (85.8 %). The limits for q8_0 and q4_k_m allow about
+# three times that; those for q6_k and q5_k_m are interpolated.
 LIMITS = {
     "f32": Limit(1e-4, 0.995), "f16": Limit(1e-3, 0.99), "bf16": Limit(2e-3, 0.985), "q8_0": Limit(0.03, 0.92),
     "q6_k": Limit(0.06, 0.88), "q5_k_m": Limit(0.12, 0.84), "q4_k_m": Limit(0.4, 0.75),
@@ -53,7 +53,7 @@ def check_import() -> None:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp. vocab_only: without weights. Raises ParityError if llama.cpp cannot load it."""
+    """A GGUF file, or only its tokenizer, in llama.cpp. Raises ParityError if llama.cpp cannot load it."""
 
     def __init__(
         self, file: Path, *, adapter: Path | None = None, context: int = 512, vocab_only: bool = False
@@ -63,7 +63,7 @@ class LlamaCpp:
         self._api: Any = llama_cpp
         threads = max(1, torch.get_num_threads())
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # warns that there is no context with vocab_only
+            with contextlib.redirect_stderr(io.StringIO()):  # with vocab_only, it warns that there is no context
                 self._llama = llama_cpp.Llama(
                     str(file), vocab_only=vocab_only, lora_path=str(adapter) if adapter else None, n_ctx=context,
                     n_batch=context, logits_all=not vocab_only, n_threads=threads, n_threads_batch=threads,
@@ -82,7 +82,7 @@ class LlamaCpp:
         self._llama.close()
 
     def tokenize(self, text: str, *, control: bool) -> list[int]:
-        """Return token ids. control: parse control tokens in the text instead of treating them as text."""
+        """Return token ids. control: parse the names of control tokens in the text as control tokens."""
         ids: list[int] = self._llama.tokenize(text.encode("utf-8"), add_bos=False, special=control)
         return ids
 
@@ -90,8 +90,8 @@ class LlamaCpp:
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
     @property
-    def special(self) -> dict[str, int | bool]:
-        """The ids of bos and eos in llama.cpp, and whether it prepends bos to a text."""
+    def special_tokens(self) -> dict[str, int | bool]:
+        """The ids of bos and eos, and whether llama.cpp adds bos before a text."""
         api, vocab = self._api, self._vocab
         return {
             "bos": int(api.llama_vocab_bos(vocab)), "eos": int(api.llama_vocab_eos(vocab)),
@@ -102,17 +102,17 @@ class LlamaCpp:
         """Render a chat prompt with the template in the file, as llama-cpp-python does."""
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        def text(token: int) -> str:
+        def token_text(name: str) -> str:
+            token = int(self.special_tokens[name])
             raw = self._api.llama_vocab_get_text(self._vocab, token) if token >= 0 else b""
             return str(raw.decode("utf-8"))
 
         template = self.metadata.get("tokenizer.chat_template", "")
-        bos, eos = text(int(self.special["bos"])), text(int(self.special["eos"]))
-        formatter: Any = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
+        formatter: Any = Jinja2ChatFormatter(template, eos_token=token_text("eos"), bos_token=token_text("bos"))
         return str(formatter(messages=list(messages)).prompt)
 
     def log_probabilities(self, example: Example) -> Tensor:
-        """Return the predictions for each token but the first: (tokens - 1, vocabulary), fp32."""
+        """Return the log-probabilities of all next tokens at each position: (tokens - 1, vocabulary), fp32."""
         self._llama.reset()
         self._llama.eval(example.ids.tolist())
         logits = torch.from_numpy(np.array(self._llama.scores[: len(example) - 1], dtype=np.float32))
@@ -129,7 +129,7 @@ class LlamaCpp:
 
 
 def quantize(source: Path, out: Path, kind: str) -> None:
-    """Quantize a GGUF file with llama.cpp's quantizer. kind: q4_k_m, q5_k_m or q6_k. Raises RunError if it fails."""
+    """Quantize a GGUF file with llama.cpp. kind: q4_k_m, q5_k_m or q6_k. Raises RunError if that fails."""
     import llama_cpp
 
     api: Any = llama_cpp
@@ -147,20 +147,20 @@ class FileCheck:
     """Comparison of a GGUF file in llama.cpp with the tuned model."""
 
     parity: Parity | None = None
-    strings: int = 0  # of SAMPLE_STRINGS, tokenized identically
-    strings_differ: list[str] = field(default_factory=list)
-    conversations: int = 0  # of ten, with the same prompt
-    answers: int = 0  # greedy, of both models
+    strings: int = 0  # number of SAMPLE_STRINGS that are tokenized identically
+    strings_differ: list[str] = field(default_factory=list)  # the others
+    conversations: int = 0  # number of sample conversations with identical prompts
+    answers: int = 0  # number of prompts that both models answered greedily
     answers_equal: int = 0
-    answers_stopped: int = 0
-    reference_stopped: int = 0
+    answers_stopped: int = 0  # answers of llama.cpp that end with a stop token
+    reference_stopped: int = 0  # answers of the tuned model that end with a stop token
 
     def as_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "parity"}
 
 
 def check_text(llama: LlamaCpp, vocabulary: Vocabulary, renderer: Renderer, examples: Sequence[Example]) -> FileCheck:
-    """Compare special tokens, tokenization and prompts. Raises ParityError on the first difference."""
+    """Compare special tokens, tokenization and chat prompts. Raises ParityError on the first difference."""
     check = FileCheck()
     _check_special_tokens(llama, vocabulary, renderer)
     tokenizer = renderer.tokenizer
@@ -171,43 +171,39 @@ def check_text(llama: LlamaCpp, vocabulary: Vocabulary, renderer: Renderer, exam
             if llama.tokenize(text, control=False) != tokenizer(text, add_special_tokens=False)["input_ids"]
         ]
         check.strings = len(SAMPLE_STRINGS) - len(check.strings_differ)
-    if len(check.strings_differ) > (0 if vocabulary.exact else STRINGS_TOLERANCE):
+    if len(check.strings_differ) > (0 if vocabulary.exact else MAX_DIFFERENT_STRINGS):
         count, text = len(check.strings_differ), check.strings_differ[0]
-        raise _differs(f"{count} of {len(SAMPLE_STRINGS)} strings are tokenized differently, such as {text!r}")
+        raise _parity_error(f"{count} of {len(SAMPLE_STRINGS)} strings are tokenized differently, such as {text!r}")
     for example in examples:
         ids = example.ids.tolist()
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if tokenizer(text, add_special_tokens=False)["input_ids"] == ids != llama.tokenize(text, control=True):
-            raise _differs(f"row {example.file}:{example.line} is tokenized differently")
-    for messages in sample_conversations(renderer.supports_system) if renderer.template is not None else ():
+        is_reversible = tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+        if is_reversible and llama.tokenize(text, control=True) != ids:
+            raise _parity_error(f"row {example.file}:{example.line} is tokenized differently")
+    for messages in make_sample_conversations(renderer.chat.traits.system) if renderer.template is not None else ():
         expected = renderer.chat.prompt(messages).text
         prompt = llama.render([{"role": message.role, "content": message.content} for message in messages])
         if prompt != expected:
-            raise _differs(f"the chat template gives another prompt: {prompt!r}, trained with {expected!r}")
+            raise _parity_error(f"the chat template gives another prompt: {prompt!r}, trained with {expected!r}")
         if llama.tokenize(expected, control=True) != renderer.prompt(messages).tolist():
-            raise _differs(f"a chat prompt is tokenized differently: {expected!r}")
+            raise _parity_error(f"a chat prompt is tokenized differently: {expected!r}")
         check.conversations += 1
     return check
 
 
 def _check_special_tokens(llama: LlamaCpp, vocabulary: Vocabulary, renderer: Renderer) -> None:
-    special = llama.special
-    expected: dict[str, int | bool] = {"eos": vocabulary.eos, "add_bos": vocabulary.add_bos}
-    if vocabulary.bos is not None:
-        expected["bos"] = vocabulary.bos
-    for name, value in expected.items():
-        if special[name] != value:
-            raise _differs(f"{name} is {special[name]} in llama.cpp, {value} in the tokenizer")
-    # Without an end-of-turn token in the vocabulary, llama.cpp guesses it. So check every stop token.
-    missed = [token for token in renderer.stop_ids if not llama.stops_at(token)]
-    if missed:
-        raise _differs(f"it does not stop at {renderer.tokenizer.convert_ids_to_tokens(missed[0])}")
+    for name in ("eos", "add_bos") if vocabulary.bos is None else ("eos", "add_bos", "bos"):
+        actual, expected = llama.special_tokens[name], getattr(vocabulary, name)
+        if actual != expected:
+            raise _parity_error(f"{name} is {actual} in llama.cpp, {expected} in the tokenizer")
+    for token in renderer.stop_ids:
+        if not llama.stops_at(token):
+            raise _parity_error(f"it does not stop at {renderer.tokenizer.convert_ids_to_tokens(token)}")
 
 
-def _differs(what: str) -> ParityError:
-    return ParityError(
-        f"not the same model in llama.cpp: {what}", fix="nothing was kept; please report the base's name"
-    )
+def _parity_error(what: str) -> ParityError:
+    fix = "nothing was kept; please report the base's name"
+    return ParityError(f"not the same model in llama.cpp: {what}", fix=fix)
 
 
 @contextlib.contextmanager
@@ -216,10 +212,11 @@ def open_checker(
 ) -> Iterator[Callable[[Path, str, Path | None], FileCheck]]:
     """Yield a function (file, type, adapter file) that compares a file in llama.cpp with the tuned model in fp32.
 
-    It raises ParityError if the error exceeds the type's limit, or if llama.cpp tokenizes or renders text differently.
+    The function raises ParityError if the difference exceeds the type's limit, or if tokens or prompts differ.
     """
-    rows = tuned.examples[:PROMPTS]
-    prompts = [_prompt(example) for example in rows]
+    rows = tuned.examples[:NUM_PROMPTS]
+    # The prompt of a row is the tokens before the first supervised one.
+    prompts = [example.ids[: int(np.flatnonzero(example.weights)[0])] for example in rows]
     context = max(len(example) for example in [*select_rows(tuned.examples)[0], *rows]) + MAX_NEW_TOKENS
     expected: list[Completion] = []
 
@@ -244,18 +241,13 @@ def open_checker(
             check.reference_stopped = sum(answer.stopped for answer in expected)
             check.parity.check(str(file))
             if check.reference_stopped == len(prompts) and not check.answers_stopped:
-                raise _differs(f"{len(prompts)} answers end in the tuned model, none in llama.cpp")
+                raise _parity_error(f"{len(prompts)} answers end in the tuned model, none in llama.cpp")
             return check
 
         yield check_file
 
 
-def _prompt(example: Example) -> Ids:
-    """Return the tokens before the first supervised one."""
-    return example.ids[: int(np.flatnonzero(example.weights)[0])]
-
-
-# Strings that tokenizers often disagree on.
+# Strings that tokenizers often split differently.
 _PIECES = (
     "The quick brown fox jumps over the lazy dog.", "I'm sure they'll say we've DON'T-ed it; it's o'clock",
     "3 33 333 3333 33333 3.14159 1,000,000 -42 1e-9 0x1F", "def f(x):\n    return x**2  # squared\n\n\nf(3)",
@@ -276,8 +268,8 @@ _FRAMES = ("{}", " {}", "{}\n\n {}", "({}), 12 {}", "\n{}!\t{}")
 SAMPLE_STRINGS = [frame.format(piece, piece) for piece in _PIECES for frame in _FRAMES]
 
 
-def sample_conversations(with_system: bool) -> list[list[Message]]:
-    """Return ten conversations that end with a user turn. with_system: add system prompts to some of them."""
+def make_sample_conversations(with_system: bool) -> list[list[Message]]:
+    """Return ten conversations that end with a user message. with_system: some start with a system prompt."""
     texts = [
         ("Hello!",), ("What is 3 + 4?", "7", "And 5?"), ("Give me JSON.", '{"a": [1, 2]}', "Now YAML."),
         ("Line one.\nLine two.",), ("Übersetze: naïve café", "Klar.", "Danke, und weiter?", "Gern.", "Noch eins."),

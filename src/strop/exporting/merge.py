@@ -1,7 +1,7 @@
 """Merge an adapter into its base in fp32, tensor by tensor, and compare the result with the adapter on its base.
 
-Adapters are never merged into quantized weights: rounding to 4 bits can lose a small adapter completely (TRAPS 0,
-finding 3). The folder appears when it is complete and verified; an interrupted merge resumes after its last shard.
+The merged weights are never quantized, because rounding to 4 bits can remove a small adapter completely. The output
+folder appears when it is complete and verified. An interrupted merge is resumed after its last complete shard.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from strop.data.types import DataKind, Example
 from strop.engine.step import step_for
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.compare import mean_loss
-from strop.evaluation.model_card import CARD_FILE, card, find_report
+from strop.evaluation.model_card import CARD_FILE, find_report, format_card
 from strop.exporting.adapter_weights import load_merger
+from strop.exporting.adapters import find_adapter_folder
 from strop.exporting.parity import LIMITS, Parity, compare, compute_in_fp32, free_memory
 from strop.machine.probe import probe
 from strop.models.adapter_config import WEIGHTS_FILE, read_adapter_config
 from strop.models.adapters import (
     adapter_folder,
     attach_adapter,
-    base_source,
     check_adapter_base,
     check_adapter_kind,
     check_adapter_weights,
+    locate_base,
+    locate_tokenizer,
     make_renderer,
     read_identity,
-    tokenizer_source,
 )
 from strop.models.experts import PackedExperts, expert_parameters, pack_experts, quantizable_names
-from strop.models.introspect import in_text
+from strop.models.introspect import text_filter
 from strop.models.load import DTYPES, load_base, load_config, load_without_weights, stored_dtype, weights_folder
 from strop.models.quantize import dequantize_weight, quantize_weight
 from strop.models.source import Source, fingerprint, locate, quantization_method
@@ -56,20 +57,20 @@ from strop.runs.folder import (
     disk_errors,
     exclusive_output,
     is_run,
-    publish,
     read_json,
+    replace_folder,
     write_json,
 )
 from strop.runs.lock import sha256_file, sha256_text
 
-GENERATION_CONFIG = "generation_config.json"  # sampling settings and the tokens that end answers
-# Files that are copied from the base: that, and how images, videos and audio become tensors.
+GENERATION_CONFIG = "generation_config.json"  # has the sampling settings and the tokens that end an answer
+# Files copied from the base. The processor configs describe how images, videos and audio are converted to tensors.
 COPIED_FILES = (
     GENERATION_CONFIG, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
-MAX_ROWS = 2000  # to measure on
-BASE_CHOICE_ROWS = 64  # on which two bases are compared
-ROUNDING_CHUNK = 1 << 23  # values of a weight that are rounded to fp16 at once: about 200 MB
+MAX_ROWS = 2000  # maximum number of rows for the comparison
+BASE_CHOICE_ROWS = 64  # number of rows to choose between the original and the dequantized base
+ROUNDING_CHUNK = 1 << 23  # values that are rounded to fp16 at once, which takes about 200 MB
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Merged:
 
     out: Path
     files: list[str]
-    base: str  # that it was merged into: "original" or "dequantized"
-    base_losses: dict[str, float]  # the adapter's loss on each base, if both were tried
-    parity: Parity | None  # None if nothing was measured
+    base: str  # the base it was merged into: "original" or "dequantized"
+    base_losses: dict[str, float]  # loss of the adapter on each base, if both were compared
+    parity: Parity | None  # None if the models were not compared
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out), "parity": None if self.parity is None else self.parity.as_json()}
@@ -95,10 +96,8 @@ def merge(
     measure: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Merged:
-    """Merge an adapter into a new model folder. See `strop.merge`; also raises MemoryLimitError before measuring."""
-    folder = adapter_folder(name)
-    if folder is None:
-        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
+    """Merge an adapter into a new model folder; see `strop.merge`. May raise MemoryLimitError."""
+    folder = find_adapter_folder(name)
     if dtype not in LIMITS:
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     if out.exists():
@@ -110,7 +109,7 @@ def merge(
         tuned = tuned.load_rows(data)
     with disk_errors(out.parent), exclusive_output(out):
         progress(f"merging into {out}, shard by shard")
-        merged_folder, parity = _write(tuned, folder, out, dtype), None
+        merged_folder, parity = _write_merged(tuned, folder, out, dtype), None
         if measure:
             progress("measuring the merged model against the adapter on its base")
             load_merged = partial(_load_merged, merged_folder, DTYPES[dtype])
@@ -120,8 +119,8 @@ def merge(
             parity.check(str(out))
         if report := find_report(folder):
             details = {"dtype": dtype, "parity": None if parity is None else parity.as_json()}
-            (merged_folder / CARD_FILE).write_text(card(report, merged=details), encoding="utf-8")
-        publish(merged_folder, out)
+            (merged_folder / CARD_FILE).write_text(format_card(report, merged=details), encoding="utf-8")
+        replace_folder(merged_folder, out)
     return Merged(out, sorted(file.name for file in out.iterdir()), tuned.base, tuned.base_losses, parity)
 
 
@@ -131,28 +130,29 @@ def check_data_option(data: str | None, measure: bool) -> None:
 
 
 def check_memory(source: Source, element_bytes: int, progress: Callable[[str], None]) -> None:
-    """Raise MemoryLimitError if there is no memory to measure a result that stores `element_bytes` per weight."""
-    bare, widest = load_without_weights(source), max(stored_dtype(source).itemsize, element_bytes)
-    widest = widest if linears_may_stay_16bit(bare) else 4
-    parameters = sum(weight.numel() for weight in bare.parameters())
-    embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()  # type: ignore[operator]
+    """Raise MemoryLimitError if there is not enough memory to compare with a model of `element_bytes` per weight."""
+    meta_model = load_without_weights(source)
+    dtype_bytes = max(stored_dtype(source).itemsize, element_bytes) if linears_may_stay_16bit(meta_model) else 4
+    parameters = sum(weight.numel() for weight in meta_model.parameters())
+    embedding, head = meta_model.get_input_embeddings(), meta_model.get_output_embeddings()  # type: ignore[operator]
     tied = head is None or head.weight is embedding.weight
-    parts = parity_model_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, tied, dtype_bytes=widest)
+    parts = parity_model_bytes(
+        parameters, embedding.num_embeddings, embedding.embedding_dim, tied, dtype_bytes=dtype_bytes
+    )
     needed, free = sum(parts) + PARITY_PROCESS_BYTES, probe().free_bytes
     figures = f"{needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
     progress(f"measuring takes about {figures}")
     if needed > free:
-        raise MemoryLimitError(
-            f"measuring takes {figures}", fix="free some memory, or leave the measurement out: --no-parity"
-        )
+        fix = "free some memory, or leave the measurement out: --no-parity"
+        raise MemoryLimitError(f"measuring takes {figures}", fix=fix)
 
 
 @dataclass(frozen=True)
 class BaseStorage:
-    """Storage of the base's weights during the training of the adapter."""
+    """How the base's weights were stored while the adapter was trained."""
 
-    scheme: str = "none"
-    double: bool = True
+    scheme: str = "none"  # quantization: none, nf4, fp4 or int8
+    double: bool = True  # double quantization
     dtype: torch.dtype = torch.float32
 
     @staticmethod
@@ -162,7 +162,7 @@ class BaseStorage:
         return BaseStorage(str(scheme), bool(double), DTYPES[str(identity.get("dtype", "bf16"))])
 
     def make_rounding(self, source: Source) -> Callable[[str, Tensor], Tensor]:
-        """Return a function (name, base tensor) -> the tensor as in training: cast, quantized and dequantized."""
+        """Return a function (name, base tensor) -> the tensor that training used: quantized and dequantized."""
         quantized = set[str]() if self.scheme == "none" else quantizable_names(load_without_weights(source))
 
         def round_as_trained(name: str, weight: Tensor) -> Tensor:
@@ -174,30 +174,29 @@ class BaseStorage:
             if weight.dim() == 3:
                 packed = pack_experts(weight, self.scheme, double=self.double)
                 return PackedExperts(packed, weight.shape, self.scheme, self.dtype).dequantize_all()
-            return dequantize_weight(
-                quantize_weight(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype
-            )
+            packed_weight = quantize_weight(weight, self.scheme, double=self.double)
+            return dequantize_weight(packed_weight, self.scheme, weight.shape, self.dtype)
 
         return round_as_trained
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A base, an adapter on it, and rows to measure on."""
+    """A base, an adapter on it, and rows to compare models on."""
 
     name: str
-    source: Source
-    folder: Path | None = None  # of the adapter; None for a model without one
-    storage: BaseStorage = BaseStorage()  # how the base is rounded before merging
+    source: Source  # the base
+    folder: Path | None = None  # adapter folder; None for a model without an adapter
+    storage: BaseStorage = BaseStorage()  # the base is quantized and dequantized accordingly before merging
     base: str = "original"  # or "dequantized", if the adapter was trained on a quantized base
-    base_losses: dict[str, float] = field(default_factory=dict)
+    base_losses: dict[str, float] = field(default_factory=dict)  # see Merged
     examples: list[Example] = field(default_factory=list)
 
     @staticmethod
     def open(name: str) -> TunedModel:
         """Open a run folder, an adapter folder or a model. Raises InputError if it cannot be merged."""
         folder = adapter_folder(name)
-        source = locate(name) if folder is None else base_source(folder)
+        source = locate(name) if folder is None else locate_base(folder)
         if quantization_method(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
@@ -212,27 +211,25 @@ class TunedModel:
         return replace(self, base="original", storage=replace(self.storage, scheme="none"))
 
     def load_rows(self, data: str | None, *, choose_base: bool = True) -> TunedModel:
-        """Return the model with rows to measure on and, after training on a quantized base, on the better base."""
+        """Load rows to compare models on, and with choose_base select the original or dequantized base by its loss."""
         tuned = replace(self, examples=_read_rows(self.name, self.load_tokenizer(), data))
         if not choose_base or self.storage.scheme == "none":
             return tuned
         losses, rows = {}, tuned.examples[:BASE_CHOICE_ROWS]
         for candidate in (tuned.on_original_base(), tuned):
-            model = candidate.load()
-            losses[candidate.base] = mean_loss(
-                step_for(model).token_loss, rows, lambda block: [[row] for row in range(len(block))]
-            )
-            del model
+            token_loss = step_for(candidate.load()).token_loss
+            losses[candidate.base] = mean_loss(token_loss, rows, lambda block: [[row] for row in range(len(block))])
+            del token_loss
             free_memory()
-        tuned = replace(tuned, base_losses=losses)
-        return tuned.on_original_base() if min(losses, key=lambda base: losses[base]) == "original" else tuned
+        tuned, best = replace(tuned, base_losses=losses), min(losses, key=lambda base: losses[base])
+        return tuned.on_original_base() if best == "original" else tuned
 
     def load_tokenizer(self) -> Any:
-        """Load the tokenizer of training, with its chat template."""
-        return load_tokenizer(self.source if self.folder is None else tokenizer_source(self.folder, self.source))
+        """Load the tokenizer that was used in training, with its chat template."""
+        return load_tokenizer(self.source if self.folder is None else locate_tokenizer(self.folder, self.source))
 
     def load(self) -> Any:
-        """Load the adapter on its base, computing in fp32, with the base's weights rounded as in training."""
+        """Load the adapter on its base, with the base's weights rounded as in training and fp32 computation."""
         if self.folder is None:
             return load_base(self.source, torch.float32, "cpu")
         storage = self.storage
@@ -256,7 +253,7 @@ class TunedModel:
 
 
 def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
-    """Read rows to measure on: the file `data`, else the run's held-out rows, else its training rows."""
+    """Read the rows to compare models on: the file `data`, else the run's held-out rows, else its training rows."""
     data_kind: DataKind = "turns"
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
@@ -267,7 +264,7 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
             rows = prepare(section, tokenizer, cache=cache_folder() / "data", data_kind=data_kind).train_conversations
             if any(row.answer is None for row in rows):
                 raise ModelError(f"{name}: its rows have no answers to measure on", fix="give --data")
-            data_kind = "turns"  # on the reference answers
+            data_kind = "turns"  # compare on the reference answers
     elif data is None:
         raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
     else:
@@ -280,7 +277,7 @@ def _read_rows(name: str, tokenizer: Any, data: str | None) -> list[Example]:
             error.fix = "; ".join(part for part in (error.fix, hint) if part)
         raise
     examples = prepared.eval if prepared.eval is not None else prepared.train
-    # Chosen and good answers only: when two bases are compared, a lower loss on bad answers is no improvement.
+    # Rejected and bad answers are excluded: a base with a lower loss on them is not better.
     step = 2 if data_kind == "pairs" else 1
     good = [row for row in range(0, len(examples), step) if examples.labels[row] != 0]
     return [examples[row] for row in good[:MAX_ROWS]]
@@ -292,13 +289,16 @@ def _load_merged(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def linears_may_stay_16bit(model: Any) -> bool:
-    """Return whether only their layers use linear weights: mixers, routers and indexers use weights directly."""
-    mixers = any(kind in type(module).__name__ for module in model.modules() for kind in ("Mamba", "xLSTM"))
-    return not mixers and next(expert_parameters(model), None) is None
+    """Return whether `compute_in_fp32` can keep linear weights in 16 bit.
+
+    It casts the weights in nn.Linear.forward, which Mamba and xLSTM layers and mixtures of experts bypass.
+    """
+    has_mixers = any(kind in type(module).__name__ for module in model.modules() for kind in ("Mamba", "xLSTM"))
+    return not has_mixers and next(expert_parameters(model), None) is None
 
 
-def _write(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Path:
-    """Write the merged folder under a temporary name. Complete shards of an interrupted merge are reused."""
+def _write_merged(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Path:
+    """Write the merged model to a temporary folder, reusing the complete shards of an interrupted merge."""
     source = tuned.source
     merge_tensor, round_as_trained = load_merger(source, folder), tuned.storage.make_rounding(source)
     merged_folder = out.with_name(f"{out.name}.partial")
@@ -307,36 +307,36 @@ def _write(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Path:
         "dtype": dtype,
     }  # fmt: skip
     progress_file = merged_folder / "merge.json"
-    done = read_json(progress_file)
-    if done.get("of") != inputs:
+    progress = read_json(progress_file)
+    if progress.get("of") != inputs:
         shutil.rmtree(merged_folder, ignore_errors=True)
         merged_folder.mkdir(parents=True)
-        done = {"of": inputs, "shards": {}}
+        progress = {"of": inputs, "shards": {}}  # hashes of the complete shards
     index: dict[str, str] = {}
-    tensors, bare = CheckpointTensors(weights_folder(source)), load_without_weights(source)
-    layout, in_language_model = CheckpointLayout(bare, tensors), in_text(bare)
-    for number, groups in enumerate(_shards(tensors, layout), 1):
+    tensors, meta_model = CheckpointTensors(weights_folder(source)), load_without_weights(source)
+    layout, is_text_weight = CheckpointLayout(meta_model, tensors), text_filter(meta_model)
+    for number, groups in enumerate(_split_into_shards(tensors, layout), 1):
         shard_name = f"model-{number:05d}.safetensors"
         file = merged_folder / shard_name
         index |= {name: shard_name for group in groups for name in group.names}
-        if done["shards"].get(shard_name) == (sha256_file(file) if file.is_file() else ""):
+        if progress["shards"].get(shard_name) == (sha256_file(file) if file.is_file() else ""):
             continue
         shard: dict[str, Tensor] = {}
         for group in groups:
-            outside = not any(in_language_model(place) for place in layout.parameters(group))
-            unchanged, parts = True, {}
+            is_text = any(map(is_text_weight, layout.parameters(group)))
+            is_changed, parts = False, {}
             for name, weight in layout.read(group, tensors.get).items():
-                base = weight if outside else round_as_trained(name, weight)
+                base = round_as_trained(name, weight) if is_text else weight
                 merged = merge_tensor(name, base)
-                unchanged = unchanged and merged is base
+                is_changed = is_changed or merged is not base
                 parts[name] = round_weight(name, merged, base, DTYPES[dtype])
-            if outside and unchanged:  # for example a vision tower: copied bit by bit
-                shard |= {name: tensors.get(name) for name in group.names}
-            else:
+            if is_text or is_changed:
                 shard |= layout.write(group, parts)
+            else:  # for example a vision tower, which is copied in its original dtype
+                shard |= {name: tensors.get(name) for name in group.names}
         save_file(shard, file, {"format": "pt"})
-        done["shards"][shard_name] = sha256_file(file)
-        write_json(progress_file, done)
+        progress["shards"][shard_name] = sha256_file(file)
+        write_json(progress_file, progress)
     size = sum((merged_folder / name).stat().st_size for name in set(index.values()))
     write_json(merged_folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
     _write_configs(source, folder, merged_folder, dtype)
@@ -345,10 +345,10 @@ def _write(tuned: TunedModel, folder: Path, out: Path, dtype: str) -> Path:
 
 
 def round_weight(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a merged weight. A changed one in 16 bit is rounded stochastically, seeded by its name."""
-    # Rounding to nearest discards changes below half a step: of a lightly trained adapter 83 % of the weights in bf16
-    # were as before, with a mean KL of 4.7e-3. Stochastic rounding keeps the mean of the change: mean KL 6.7e-5
-    # (docs/log). fp16's steps are an eighth of bf16's, and still too large.
+    """Cast a merged weight. If it changed, it is rounded to 16 bit stochastically, with a seed from its name."""
+    # Rounding to nearest would discard changes smaller than half a step: after light training, 83 % of the weights in
+    # bf16 did not change, and the mean KL was 4.7e-3. With stochastic rounding it was 6.7e-5 (docs/log). The steps of
+    # fp16 are an eighth of those of bf16, which is still too large.
     if not merged.is_floating_point():
         return merged
     if dtype not in (torch.bfloat16, torch.float16) or merged is base:
@@ -363,21 +363,21 @@ def round_weight(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) ->
 
 
 def _round_to_fp16(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 stochastically to fp16, whose steps stop shrinking below 2^-14."""
-    exponent = torch.frexp(x).exponent.clamp(min=-13)
-    scale = ((11 - exponent + 127) << 23).view(torch.float32)  # 2^(11 - exponent), the number of steps in 1
+    """Round fp32 values to fp16 stochastically."""
+    exponent = torch.frexp(x).exponent.clamp(min=-13)  # below 2^-14, fp16 is subnormal: its step size is constant
+    scale = ((11 - exponent + 127) << 23).view(torch.float32)  # 2^(11 - exponent) = 1 / step size
     steps = x * scale
-    whole = steps.floor()
-    whole += torch.rand(x.shape, generator=generator) < steps - whole
-    return (whole / scale).half()
+    rounded = steps.floor()
+    rounded += torch.rand(x.shape, generator=generator) < steps - rounded
+    return (rounded / scale).half()
 
 
-def _shards(tensors: CheckpointTensors, layout: CheckpointLayout) -> Iterator[list[TensorGroup]]:
-    """Yield the groups of each shard. Tensors that form one parameter stay together."""
+def _split_into_shards(tensors: CheckpointTensors, layout: CheckpointLayout) -> Iterator[list[TensorGroup]]:
+    """Yield the tensor groups of each shard. The tensors of a group form one parameter of the model."""
     groups: list[TensorGroup] = []
     size = 0
     for group in layout.groups:
-        group_size = sum(map(tensors.size_bytes, group.names))
+        group_size = sum(map(tensors.fp32_bytes, group.names))
         if groups and size + group_size > SHARD_BYTES:
             yield groups
             groups, size = [], 0
@@ -387,7 +387,7 @@ def _shards(tensors: CheckpointTensors, layout: CheckpointLayout) -> Iterator[li
 
 
 def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
-    """Write config, generation config, tokenizer and chat template as in training."""
+    """Write the configs, the tokenizer and the chat template for the merged model."""
     config = load_config(source)
     rows = trained_token_rows(read_adapter_config(folder))
     text = config.get_text_config()
@@ -395,10 +395,10 @@ def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
     config.dtype = DTYPES[dtype]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # Servers choose the model class by this name, which a GGUF header does not have.
+    # Inference servers select the model class by this name, which a GGUF header does not have.
     config.architectures = config.architectures or [type(load_without_weights(source)).__name__]
     config.save_pretrained(out)
-    tokenizer = load_tokenizer(tokenizer_source(folder, source))
+    tokenizer = load_tokenizer(locate_tokenizer(folder, source))
     tokenizer.save_pretrained(out)
     for name in COPIED_FILES:
         if (file := weights_folder(source) / name).is_file():
@@ -407,10 +407,10 @@ def _write_configs(source: Source, folder: Path, out: Path, dtype: str) -> None:
 
 
 def _add_end_tokens(file: Path, config: Any, end_ids: Sequence[int]) -> None:
-    """Add the tokens that end trained answers to a generation config: a custom template may end turns differently."""
+    """Add the tokens that end an answer in training to the generation config. They depend on the chat template."""
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     eos = settings.get("eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not set(end_ids) <= set(eos_ids):
-        settings.pop("_from_model_config", None)  # else transformers would derive the file from config.json again
+        settings.pop("_from_model_config", None)  # with this key, transformers regenerates the file from config.json
         write_json(file, {**settings, "eos_token_id": list(dict.fromkeys([*end_ids, *eos_ids]))})

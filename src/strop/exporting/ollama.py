@@ -1,12 +1,10 @@
-"""`strop export ollama`: write a GGUF file and a Modelfile, and compare the prompts with those of training.
+"""Implement `strop export ollama`: write a GGUF file and a Modelfile, and compare its prompts with those of training.
 
-The prompts are rendered by a running Ollama, or else by Go's template engine if a Go toolchain is installed; without
-both, the result says that they are untested.
+Ollama's chat templates are written in Go's text/template. To translate a Jinja template, a rendered prompt is split at
+the message contents. If the pieces reproduce the prompts of ten conversations, they are combined to a Go template, else
+the template is refused. This supports ChatML (SmolLM2, Qwen), Llama 3, Mistral, Gemma and Phi 3.
 
-Ollama's chat templates are written in Go's text/template. They are built by rendering the Jinja template: a prompt is
-split at the message contents, and if ten conversations can be put together from the same pieces, these make a Go
-template. Other templates are refused. No family is known by name; ChatML as in SmolLM2 and Qwen, Llama 3, Mistral,
-Gemma and Phi 3 are all made of such pieces.
+The result is tested by rendering prompts with a running Ollama, or else with a Go toolchain if one is installed.
 """
 
 from __future__ import annotations
@@ -31,31 +29,30 @@ from strop.data.row_errors import RenderError
 from strop.data.types import Message
 from strop.errors import FolderError, ModelError, ParityError
 from strop.exporting.gguf import Exported, export_gguf
-from strop.exporting.llama_cpp import sample_conversations
-from strop.models.adapters import adapter_folder, base_source, read_identity, tokenizer_source
-from strop.models.source import locate
-from strop.models.tokenizer import load_tokenizer
+from strop.exporting.llama_cpp import make_sample_conversations
+from strop.exporting.merge import TunedModel
+from strop.models.adapters import read_identity
 from strop.runs.folder import exclusive_output, new_folder
 
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
-CONTEXT = 4096  # Ollama's default is smaller, and truncates prompts silently
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+CONTEXT_LENGTH = 4096  # Ollama's default is smaller, and it truncates prompts silently
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Ollama runs on this machine: no proxy
 # Messages whose contents are easy to find in a rendered prompt.
-_MARKED_TURNS = [
+_MARKED_MESSAGES = [
     Message("system", "Qzsystemq"), Message("user", "Qzfirstq"), Message("assistant", "Qzanswerq"),
     Message("user", "Qzsecondq"),
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedOllama:
     """A folder for `ollama create`."""
 
     out: Path
     exported: Exported
-    rendered_by: str | None  # ollama or go; None if the prompts are untested
-    prompts: int  # equal to those of training, of ten
-    commands: list[str]
+    rendered_by: str | None  # "ollama" or "go"; None if the prompts are untested
+    prompts: int  # number of prompts that were tested
+    commands: list[str]  # shell commands to use the folder
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -74,20 +71,18 @@ def export_ollama(
     data: str | None = None,
     measure: bool = True,
     progress: Callable[[str], None] = lambda text: None,
-) -> Prepared:
-    """Write a folder for `ollama create`. See `strop.export`. An untranslatable template is refused first."""
+) -> PreparedOllama:
+    """Write a folder for `ollama create`; see `strop.export`."""
     if out.exists():
         raise FolderError(f"{out}: already exists", fix="give --out a new folder")
-    folder = adapter_folder(name)
-    renderer = Renderer(
-        load_tokenizer(locate(name) if folder is None else tokenizer_source(folder, base_source(folder)))
-    )
+    tuned = TunedModel.open(name)
+    renderer = Renderer(tuned.load_tokenizer())
     pieces = TemplatePieces.split(renderer)
-    system = read_identity(folder).get("system") if folder is not None else None
+    system = read_identity(tuned.folder).get("system") if tuned.folder is not None else None
     with exclusive_output(out), new_folder(out) as temp:
         exported = export_gguf(name, temp / MODEL_FILE, kind=kind, data=data, measure=measure, progress=progress)
         bos = str(renderer.tokenizer.bos_token or "") if exported.vocabulary.add_bos else ""
-        template = pieces.without_bos(bos).to_go()
+        template = pieces.without_bos(bos).to_go()  # the tokenizer adds bos
         (temp / MODELFILE).write_text(write_modelfile(template, renderer, system), encoding="utf-8")
         rendered_by, prompts, reason = _check_prompts(template, renderer, bos, system, temp)
     notes = list(exported.notes)
@@ -99,18 +94,18 @@ def export_ollama(
         notes.append('the system prompt of the training rows contains """, which a Modelfile cannot: send it yourself')
     if rendered_by is None:
         notes.append(f"Ollama's prompts are untested: {reason}")
-    model = _model_name(name)
+    model = _make_model_name(name)
     commands = [f"ollama create {model} -f {shlex.quote(str(out / MODELFILE))}", f"ollama run {model}"]
-    return Prepared(out, exported, rendered_by, prompts, commands, notes)
+    return PreparedOllama(out, exported, rendered_by, prompts, commands, notes)
 
 
 def write_modelfile(template: str, renderer: Renderer, system: str | None) -> str:
-    """Return a Modelfile that generates like strop's evaluation: greedy, without a repeat penalty."""
+    """Return a Modelfile for greedy decoding without a repeat penalty, as in strop's evaluation."""
     lines = [f"FROM ./{MODEL_FILE}", f'TEMPLATE """{template}"""']
     if system is not None and '"""' not in system:
         lines.append(f'SYSTEM """{system}"""')
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in renderer.chat.stops]
-    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {CONTEXT}"]
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {CONTEXT_LENGTH}"]
     return "\n".join(lines) + "\n"
 
 
@@ -118,31 +113,31 @@ def write_modelfile(template: str, renderer: Renderer, system: str | None) -> st
 class TemplatePieces:
     """The text that a chat template writes around message contents."""
 
-    start: str  # before the first turn, without a system prompt
-    system: tuple[str, str] | None  # before and after a system prompt
-    last_user_end: str  # after the user turn to answer; may open a block of reasoning
-    user_end: str  # after an answered user turn
-    answer_end: str  # after an answer, including what opens the next user turn
+    start: str  # before the first user message, if there is no system prompt
+    system: tuple[str, str] | None  # before and after a system prompt; None if the template does not support one
+    last_user_end: str  # after the last user message; may start the reasoning of the answer
+    user_end: str  # after the other user messages
+    answer_end: str  # after an answer, up to the next user message
 
     @staticmethod
     def split(renderer: Renderer) -> TemplatePieces:
-        """Split a template into pieces. Raises ModelError if it is not made of such pieces."""
-        start, user_end, answer_end, last_user_end = _split_prompt(renderer, _MARKED_TURNS[1:])
+        """Split a template into pieces. Raises ModelError if they do not reproduce its prompts."""
+        start, user_end, answer_end, last_user_end = _split_prompt(renderer, _MARKED_MESSAGES[1:])
         system = None
-        if renderer.supports_system:
-            before, after, *rest = _split_prompt(renderer, _MARKED_TURNS)
+        if renderer.chat.traits.system:
+            before, after, *rest = _split_prompt(renderer, _MARKED_MESSAGES)
             system = (before, after)
             if rest != [user_end, answer_end, last_user_end]:
-                raise _untranslatable("a system prompt changes the text after it")
+                raise _translation_error("a system prompt changes the text after it")
         pieces = TemplatePieces(start, system, last_user_end, user_end, answer_end)
-        for messages in sample_conversations(renderer.supports_system):
+        for messages in make_sample_conversations(renderer.chat.traits.system):
             expected = renderer.chat.prompt(messages).text
             if pieces.render(messages) != expected:
-                raise _untranslatable(f"the text around turns varies, as in {expected!r}")
+                raise _translation_error(f"the text around turns varies, as in {expected!r}")
         return pieces
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Render the prompt of messages that end with a user turn."""
+        """Render the prompt for messages that end with a user message."""
         system = [message.content for message in messages if message.role == "system"]
         text = self.start if not system or self.system is None else self.system[0] + system[0] + self.system[1]
         for message in messages:
@@ -153,32 +148,32 @@ class TemplatePieces:
         return text
 
     def without_bos(self, bos: str) -> TemplatePieces:
-        """Return the pieces for a tokenizer that adds the bos token itself."""
+        """Return the pieces without a bos token at the start."""
         system = None if self.system is None else (self.system[0].removeprefix(bos), self.system[1])
         return replace(self, start=self.start.removeprefix(bos), system=system)
 
     def to_go(self) -> str:
-        """Return the Go template. Literal text is quoted, so no white space is lost."""
+        """Return the Go template. Text is written as quoted strings, which preserves white space."""
         start = _quote(self.start)
         if self.system is not None:
             with_system = f"{_quote(self.system[0])}{{{{ .System }}}}{_quote(self.system[1])}"
             start = f"{{{{ if .System }}}}{with_system}{{{{ else }}}}{start}{{{{ end }}}}"
-        if_more = "{{- if gt (len (slice $.Messages $at)) 1 }}"  # if further messages follow
+        if_not_last = "{{- if gt (len (slice $.Messages $at)) 1 }}"
         user_end = _quote(self.last_user_end)
         if self.last_user_end != self.user_end:
-            user_end = f"{if_more}{_quote(self.user_end)}{{{{ else }}}}{user_end}{{{{ end }}}}"
+            user_end = f"{if_not_last}{_quote(self.user_end)}{{{{ else }}}}{user_end}{{{{ end }}}}"
         return (
             f"{start}\n"
             "{{- range $at, $_ := .Messages }}\n"
             f'{{{{- if eq .Role "user" }}}}{{{{ .Content }}}}{user_end}\n'
             '{{- else if eq .Role "assistant" }}{{ .Content }}\n'
-            f"{if_more}{_quote(self.answer_end)}{{{{ end }}}}\n"
+            f"{if_not_last}{_quote(self.answer_end)}{{{{ end }}}}\n"
             "{{- end }}{{ end }}"
         )
 
 
 def _quote(text: str) -> str:
-    """Write literal text as a Go action. JSON's escapes are valid in Go."""
+    """Return a Go template action that writes the text. JSON's escapes are valid in Go."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
@@ -187,30 +182,31 @@ def _split_prompt(renderer: Renderer, messages: Sequence[Message]) -> list[str]:
     try:
         text = renderer.chat.prompt(messages).text
     except RenderError as error:
-        raise _untranslatable(str(error)) from error
-    markers = "|".join(turn.content for turn in _MARKED_TURNS)
+        raise _translation_error(str(error)) from error
+    markers = "|".join(message.content for message in _MARKED_MESSAGES)
     if re.findall(markers, text) != [message.content for message in messages]:
-        raise _untranslatable("it reorders or omits messages")
+        raise _translation_error("it reorders or omits messages")
     return re.split(markers, text)
 
 
-def _untranslatable(reason: str) -> ModelError:
-    return ModelError(
-        f"Ollama: this chat template cannot be translated into Ollama's: {reason}",
-        fix="use strop export gguf: llama.cpp uses the template unchanged",
-    )
+def _translation_error(reason: str) -> ModelError:
+    what = f"Ollama: this chat template cannot be translated into Ollama's: {reason}"
+    return ModelError(what, fix="use strop export gguf: llama.cpp uses the template unchanged")
 
 
 def strips_messages(renderer: Renderer) -> bool:
-    """Return whether the template strips white space around a message, which Ollama's templates cannot."""
+    """Return whether the chat template strips white space around messages."""
     return " Qz " not in renderer.chat.prompt([Message("user", " Qz ")]).text
 
 
 def _check_prompts(
     template: str, renderer: Renderer, bos: str, system: str | None, folder: Path
 ) -> tuple[str | None, int, str]:
-    """Compare ten prompts with those of training. Returns (what rendered them, how many, why they are untested)."""
-    conversations = sample_conversations(renderer.supports_system)
+    """Compare the prompts of ten conversations with those of training. Raises ParityError if one differs.
+
+    Returns which program rendered them ("ollama", "go" or None), how many were compared, and why if none were.
+    """
+    conversations = make_sample_conversations(renderer.chat.traits.system)
     engine, prompts, reason = "ollama", None, "no Ollama is running, and no Go toolchain is installed"
     if _ollama_is_running():
         try:
@@ -222,7 +218,7 @@ def _check_prompts(
     if prompts is None:
         return None, 0, reason
     for messages, prompt in zip(conversations, prompts, strict=True):
-        # Ollama adds the Modelfile's system prompt
+        # Ollama adds the Modelfile's system prompt.
         with_system = engine == "ollama" and system is not None and messages[0].role != "system"
         all_messages = [Message("system", str(system)), *messages] if with_system else messages
         expected = renderer.chat.prompt(all_messages).text
@@ -237,7 +233,7 @@ def go_is_installed() -> bool:
 
 def render_with_go(template: str, conversations: Sequence[Sequence[Message]]) -> list[str]:
     """Render prompts with Go's text/template; needs a Go toolchain. Raises ModelError for an invalid template."""
-    request = {"template": template, "conversations": list(map(_as_json, conversations))}
+    request = {"template": template, "conversations": list(map(_to_json, conversations))}
     process = subprocess.run(
         ["go", "run", str(Path(__file__).with_name("render.go"))],
         input=json.dumps(request), capture_output=True, text=True, encoding="utf-8", check=False,
@@ -247,7 +243,7 @@ def render_with_go(template: str, conversations: Sequence[Sequence[Message]]) ->
     return list(json.loads(process.stdout))
 
 
-def _as_json(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _to_json(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
@@ -257,12 +253,13 @@ def server_url() -> str:
     parts = urlsplit(address if "://" in address else f"//{address}")
     default_port = {"http": 80, "https": 443}.get(parts.scheme, 11434)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "0.0.0.0", parts.hostname)
-    shown = f"[{host}]" if ":" in str(host) else host
-    return f"{'https' if parts.scheme == 'https' else 'http'}://{shown}:{parts.port or default_port}"
+    if ":" in str(host):  # IPv6
+        host = f"[{host}]"
+    return f"{'https' if parts.scheme == 'https' else 'http'}://{host}:{parts.port or default_port}"
 
 
 def _ollama_is_running() -> bool:
-    """Return whether Ollama runs on this machine. A model is not sent to another machine for a check."""
+    """Return whether Ollama runs on this machine. Other machines are not used, as the model would be uploaded there."""
     try:
         if shutil.which("ollama") is None or urlsplit(server_url()).hostname not in ("127.0.0.1", "::1", "localhost"):
             return False
@@ -273,7 +270,7 @@ def _ollama_is_running() -> bool:
 
 
 def _render_with_ollama(folder: Path, conversations: Sequence[Sequence[Message]]) -> list[str] | None:
-    """Create a temporary model in Ollama and render prompts with it. Return None if Ollama is too old to show them."""
+    """Render prompts with a temporary model in Ollama. Returns None if this version of Ollama cannot show prompts."""
     name = f"strop-check-{uuid.uuid4().hex[:8]}"
     process = subprocess.run(
         ["ollama", "create", name, "-f", str(folder / MODELFILE)], capture_output=True, text=True, check=False
@@ -288,8 +285,8 @@ def _render_with_ollama(folder: Path, conversations: Sequence[Sequence[Message]]
 
 
 def _request_prompt(name: str, messages: Sequence[Message]) -> str | None:
-    """Return the prompt that Ollama would send to the model, using its render-only debug option."""
-    body = {"model": name, "messages": _as_json(messages), "stream": False, "_debug_render_only": True}
+    """Return the prompt that Ollama would send to the model, by its debug option `_debug_render_only`."""
+    body = {"model": name, "messages": _to_json(messages), "stream": False, "_debug_render_only": True}
     request = urllib.request.Request(
         f"{server_url()}/api/chat", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -298,7 +295,7 @@ def _request_prompt(name: str, messages: Sequence[Message]) -> str | None:
     return prompt
 
 
-def _model_name(name: str) -> str:
-    """Return a valid model name for Ollama, derived from the run's."""
+def _make_model_name(name: str) -> str:
+    """Convert the name of a run to a valid model name for Ollama."""
     valid = re.sub(r"[^a-z0-9_.-]", "-", Path(name).name.lower())
     return valid.strip("-_.") or "tuned"

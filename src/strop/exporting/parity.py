@@ -1,4 +1,4 @@
-"""Compare two models by their next-token distributions, position by position on the same rows."""
+"""Compare a model with a reference by their next-token distributions on the same rows."""
 
 from __future__ import annotations
 
@@ -22,50 +22,40 @@ from torch import Tensor, nn
 
 from strop.data.types import Example
 from strop.errors import ParityError
-from strop.evaluation.metrics import Z_95, wilson
+from strop.evaluation.metrics import Z_95, Estimate, wilson_interval
 from strop.machine.memory import trim_heap
 from strop.models.adapters import adapter_disabled
 from strop.planning.memory import POSITIONS
 
 LOG = logging.getLogger(__name__)
-MEASURING = "measuring on the rows"
-CHUNK_BYTES = 4 << 20  # of log-probabilities that are processed at once
+CHUNK_BYTES = 4 << 20  # log-probabilities are processed in chunks of this size
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Limits of a comparison: the highest mean KL in nats, the lowest share of positions without a clear flip."""
+    """Limits of a comparison. At a clear flip, the most likely token differs and is not a near tie in the reference."""
 
-    kl_mean: float
-    agreement: float
+    kl_mean: float  # highest mean KL divergence, in nats
+    agreement: float  # lowest share of positions without a clear flip
 
     @property
-    def tie(self) -> float:
-        """The largest difference in probability between two tokens that rounding alone may swap.
+    def near_tie(self) -> float:
+        """The largest difference in probability between two tokens whose order rounding may change.
 
-        Models whose distributions p and q have KL(p || q) = k differ by sum |p - q| <= sqrt(2 k) (Pinsker's inequality;
-        Tsybakov, Introduction to Nonparametric Estimation, 2009, lemma 2.5). Only where p's two tokens are at most that
-        far apart may q prefer the other one. k is the average divergence that the type is allowed.
+        By Pinsker's inequality (Tsybakov, Introduction to Nonparametric Estimation, 2009, lemma 2.5), KL(p || q) = k
+        implies sum |p - q| <= sqrt(2 k), so q can only reverse the order of tokens whose probabilities under p differ
+        by no more. k is the limit of the mean KL divergence.
         """
         return math.sqrt(2 * self.kl_mean)
 
 
-# Measured on correct merges of SmolLM2-135M (docs/log): fp32 8e-10 to 4e-8, bf16 6e-5 to 1.4e-4, fp16 5e-7 to 4e-6.
-# Leaving out one layer of thirty costs 1.2e-3 or more. Of 206 tiny random models three exceed the limit of bf16.
+# Measured mean KL of correct merges of SmolLM2-135M (docs/log): fp32 8e-10 to 4e-8, bf16 6e-5 to 1.4e-4, fp16 5e-7 to
+# 4e-6. It is 1.2e-3 or more if one of the 30 layers is not merged. Of 206 tiny random models, 3 exceed the bf16 limit.
 LIMITS = {"fp32": Limit(1e-6, 0.995), "bf16": Limit(5e-4, 0.995), "fp16": Limit(5e-5, 0.995)}
-EFFECT_TOLERANCE = 0.02  # of the adapter's effect; with 10 % too much alpha it is off by 0.07
-FEW_POSITIONS = 1000  # below this, a single position may move a mean beyond its limit
-STANDARD_ERRORS = 3.0  # by which a figure must exceed its limit
-WEAK_EFFECT = 5.0  # multiple of the KL limit below which an effect is not judged: rounding may look like part of it
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+EFFECT_TOLERANCE = 0.02  # allowed error of the adapter's effect; an alpha that is 10 % too large causes 0.07
+FEW_POSITIONS = 1000  # with fewer positions, a single one may cause a mean to exceed its limit
+STANDARD_ERRORS = 3.0  # a figure must exceed its limit by this many standard errors
+WEAK_EFFECT = 5.0  # effects below this multiple of the KL limit are not checked, because rounding errors distort them
 
 
 @dataclass(frozen=True)
@@ -79,23 +69,21 @@ class Parity:
     loss_difference: float  # model - reference, on the supervised tokens
     loss_error: float  # standard error of loss_difference
     limit: Limit
-    clear_flips: int  # positions with another most likely token that is not a near tie (Limit.tie)
-    agreement: Share  # of positions without a clear flip
-    effect: Share | None  # of the adapter, ideally 1; None without an adapter, or if its effect is too weak to judge
+    clear_flips: int  # number of positions; see Limit
+    agreement: Estimate  # share of positions without a clear flip
+    effect: Estimate | None  # share of the adapter's effect, ideally 1; None if it is too weak or there is no adapter
 
     @property
     def violations(self) -> list[str]:
-        """The figures that exceed their limits, or are NaN."""
+        """Descriptions of the figures that exceed their limits or are NaN."""
         limit, violations = self.limit, []
         if not self.kl_mean <= limit.kl_mean:
             violations.append(f"mean KL {self.kl_mean:.2g} (limit {limit.kl_mean:.2g})")
         if not self.agreement.high >= limit.agreement:
-            violations.append(
-                f"{self.clear_flips} clear flips in {self.positions} positions, agreement {self.agreement.value:.2%} "
-                f"(limit {limit.agreement:.2%})"
-            )
-        if not abs(self.loss_difference) <= limit.tie + STANDARD_ERRORS * self.loss_error:
-            violations.append(f"loss {self.loss_difference:+.2g} (limit {limit.tie:.2g})")
+            flips = f"{self.clear_flips} clear flips in {self.positions} positions"
+            violations.append(f"{flips}, agreement {self.agreement.value:.2%} (limit {limit.agreement:.2%})")
+        if not abs(self.loss_difference) <= limit.near_tie + STANDARD_ERRORS * self.loss_error:
+            violations.append(f"loss {self.loss_difference:+.2g} (limit {limit.near_tie:.2g})")
         if self.effect is not None:
             difference, error = abs(self.effect.value - 1), (self.effect.high - self.effect.low) / (2 * Z_95)
             if not difference <= EFFECT_TOLERANCE + STANDARD_ERRORS * error:
@@ -114,21 +102,19 @@ class Parity:
         if self.violations:
             fix = "please report it with the base's name"
             if self.positions < FEW_POSITIONS:
-                fix = (
-                    f"{self.positions} positions are few: measure on more rows (--data FILE); if that fails too, {fix}"
-                )
-            raise ParityError(
-                f"{name}: not the same model: {'; '.join(self.violations)}", fix=f"nothing was kept; {fix}"
-            )
+                few = f"{self.positions} positions are few"
+                fix = f"{few}: measure on more rows (--data FILE); if that fails too, {fix}"
+            what = f"{name}: not the same model: {'; '.join(self.violations)}"
+            raise ParityError(what, fix=f"nothing was kept; {fix}")
 
 
 def compare(
     reference: Callable[[], Any], model: Callable[[], Any], examples: Sequence[Example], limit: Limit
 ) -> Parity:
-    """Load two models one after the other, and compare them on the first POSITIONS positions of the rows.
+    """Compare two models on the first POSITIONS positions of the rows. Only one model is in memory at a time.
 
-    reference, model: load a transformers model that computes in fp32, or an object with `log_probabilities`. Each
-    context counts once for KL and agreement (a prefix that rows share is one text), all supervised tokens for the loss.
+    reference, model: load a transformers model that computes in fp32, or an object with a method `log_probabilities`.
+    A prefix that several rows share counts once for KL and agreement, but in each row for the loss.
     """
     with measure_against(reference, examples) as measure:
         return measure(model, limit)
@@ -138,17 +124,17 @@ def compare(
 def measure_against(
     reference: Callable[[], Any], examples: Sequence[Example]
 ) -> Iterator[Callable[[Callable[[], Any], Limit], Parity]]:
-    """Yield a function that compares any number of models with one reference, as `compare` does."""
+    """Yield a function (load model, limit) that compares a model with the reference; see `compare`."""
     examples, starts = select_rows(examples)
     sizes = [len(example) - 1 - start for example, start in zip(examples, starts, strict=True)]
     ends = list(accumulate(sizes))
     with tempfile.TemporaryDirectory() as folder:
         model = reference()
-        LOG.info(MEASURING)
+        LOG.info("measuring on the rows")
         stored, losses = _LogprobFile(Path(folder) / "tuned"), []
         for example, start in zip(examples, starts, strict=True):
-            logprobs = _log_probabilities(model, example)
-            losses.append(_loss(logprobs, example))
+            logprobs = _compute_logprobs(model, example)
+            losses.append(_compute_loss(logprobs, example))
             stored.append(logprobs[start:])
         effect = _store_effect(model, examples, starts, ends, stored, Path(folder) / "effect")
         del model, logprobs
@@ -156,30 +142,31 @@ def measure_against(
 
         def measure(load: Callable[[], Any], limit: Limit) -> Parity:
             model = load()
-            LOG.info(MEASURING)
+            LOG.info("measuring on the rows")
             divergences, flips, clear_flips, model_losses, projections = [], 0, 0, [], []
             for example, start, size, end in zip(examples, starts, sizes, ends, strict=True):
-                logprobs = _log_probabilities(model, example)
-                model_losses.append(_loss(logprobs, example))
+                logprobs = _compute_logprobs(model, example)
+                model_losses.append(_compute_loss(logprobs, example))
                 projection = np.zeros(2)
-                for offset, chunk in _chunks(logprobs[start:]):
+                for offset, chunk in _split_chunks(logprobs[start:]):
                     expected = stored.read(end - size + offset, len(chunk))
                     divergences.append((expected.exp() * (expected - chunk)).sum(1))
                     first, second = expected.argmax(1, keepdim=True), chunk.argmax(1, keepdim=True)
                     margins = (expected.gather(1, first).exp() - expected.gather(1, second).exp())[:, 0]
                     flipped = (first != second)[:, 0]
                     flips += int(flipped.sum())
-                    clear_flips += int((flipped & (margins > limit.tie)).sum())
+                    clear_flips += int((flipped & (margins > limit.near_tie)).sum())
                     if effect is not None:
                         projection += _project(expected, chunk, effect.read(end - size + offset, len(chunk)))
-                projections += [(float(projection[0]), float(projection[1]))] if effect is not None else []
-            kl = torch.cat(divergences).clamp(min=0)  # rounding may make it negative; NaN stays
+                if effect is not None:
+                    projections.append((float(projection[0]), float(projection[1])))
+            kl = torch.cat(divergences).clamp(min=0)  # rounding errors may make it negative; NaN remains NaN
             weights = np.array([float(example.weights[1:].sum()) for example in examples])
-            loss_difference, loss_error = _ratio(np.array(model_losses) - np.array(losses), weights)
+            loss_difference, loss_error = _compute_ratio(np.array(model_losses) - np.array(losses), weights)
             total = ends[-1]
             return Parity(
                 total, float(kl.mean()), float(kl.max()), 1 - flips / total, loss_difference, loss_error, limit,
-                clear_flips, Share(1 - clear_flips / total, *wilson(total - clear_flips, total)),
+                clear_flips, Estimate(1 - clear_flips / total, *wilson_interval(total - clear_flips, total)),
                 _estimate_effect(projections, 2 * WEAK_EFFECT * limit.kl_mean * total),
             )  # fmt: skip
 
@@ -187,15 +174,13 @@ def measure_against(
 
 
 def free_memory() -> None:
-    """Free a model that is no longer referenced. Its modules and their forwards form reference cycles, so without a
-    garbage collection two models would be in memory at once."""
+    """Free unreferenced models. Their modules form reference cycles, which only a garbage collection frees."""
     gc.collect()
     trim_heap()
 
 
 class _LogprobFile:
-    """Log-probabilities (positions, vocabulary) in a file. It is not memory-mapped: mapped pages count as memory of the
-    process, 384 MiB for 2,048 positions with 49,152 tokens."""
+    """Log-probabilities (positions, vocabulary) in a file, which (unlike a memory map) does not count as memory."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._width = file, 0
@@ -203,7 +188,7 @@ class _LogprobFile:
     def append(self, logprobs: Tensor) -> None:
         self._width = logprobs.shape[1]
         with self._file.open("ab") as handle:
-            for _, chunk in _chunks(logprobs):
+            for _, chunk in _split_chunks(logprobs):
                 chunk.numpy().tofile(handle)
 
     def read(self, begin: int, count: int) -> Tensor:
@@ -211,8 +196,8 @@ class _LogprobFile:
         return torch.from_numpy(values).view(count, self._width)
 
 
-def _chunks(logprobs: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first position, a few positions) at a time: processing takes several times their memory."""
+def _split_chunks(logprobs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first position, log-probabilities) of chunks, because processing takes several times their memory."""
     rows = max(1, CHUNK_BYTES // (4 * logprobs.shape[1]))
     return ((start, logprobs[start : start + rows]) for start in range(0, len(logprobs), rows))
 
@@ -220,67 +205,74 @@ def _chunks(logprobs: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _store_effect(
     model: Any, examples: Sequence[Example], starts: Sequence[int], ends: Sequence[int], tuned: _LogprobFile, file: Path
 ) -> _LogprobFile | None:
-    """Store how the adapter changes the base's log-probabilities. Return None if the model has no adapter."""
+    """Store the adapter's change to the base's log-probabilities. Returns None if the model has no adapter."""
     if not isinstance(model, peft.PeftModel):
         return None
     effect = _LogprobFile(file)
     with adapter_disabled(model):
         for example, start, end in zip(examples, starts, ends, strict=True):
-            base = _log_probabilities(model, example)[start:]
-            for offset, chunk in _chunks(base):
+            base = _compute_logprobs(model, example)[start:]
+            for offset, chunk in _split_chunks(base):
                 chunk.copy_(tuned.read(end - len(base) + offset, len(chunk)) - chunk)
             effect.append(base)
     return effect
 
 
 def _project(expected: Tensor, logprobs: Tensor, effect: Tensor) -> tuple[float, float]:
-    """Return the inner products of (logprobs - expected) and of the adapter's effect with that effect, summed over the
-    positions. The metric is Fisher's at the reference, in which half the square of a small change is its KL."""
+    """Return the inner products of (logprobs - expected) with the effect, and of the effect with itself.
+
+    The inner product is weighted by the reference's probabilities (the Fisher metric) and summed over the positions.
+    Half the squared norm of a small change is its KL divergence.
+    """
     p = expected.exp()
     effect = effect - (p * effect).sum(1, keepdim=True)
     return float((p * (logprobs - expected) * effect).sum()), float((p * effect.square()).sum())
 
 
-def _estimate_effect(projections: Sequence[tuple[float, float]], least: float) -> Share | None:
-    """Return 1 + the slope of the difference on the effect, or None if the squared effect is at most `least`."""
-    if sum(square for _, square in projections) <= least:
+def _estimate_effect(projections: Sequence[tuple[float, float]], min_square: float) -> Estimate | None:
+    """Return the share of the adapter's effect in the model: 1 + the slope of a regression of the error on the effect.
+
+    Returns None unless the squared norm of the effect exceeds `min_square`.
+    """
+    if sum(square for _, square in projections) <= min_square:
         return None
-    slope, error = _ratio(*np.array(projections).T)
-    return Share(1 + slope, 1 + slope - Z_95 * error, 1 + slope + Z_95 * error)
+    slope, error = _compute_ratio(*np.array(projections).T)
+    return Estimate(1 + slope, 1 + slope - Z_95 * error, 1 + slope + Z_95 * error)
 
 
-def _ratio(parts: Any, wholes: Any) -> tuple[float, float]:
-    """Return (sum of parts / sum of wholes, its standard error over rows: positions of a row are not independent)."""
+def _compute_ratio(parts: Any, wholes: Any) -> tuple[float, float]:
+    """Return the ratio of the sums, and its standard error over rows (positions of a row are not independent)."""
     ratio = float(parts.sum() / wholes.sum())
     return ratio, float(math.sqrt(((parts - ratio * wholes) ** 2).sum()) / wholes.sum())
 
 
 def compute_in_fp32(model: Any) -> Any:
-    """Make a model compute in fp32 while linear weights keep their type: each is cast for its matmul."""
+    """Make a model compute in fp32. To save memory, linear weights keep their type and are cast for each matmul."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype != torch.float32:
-            module.forward = partial(_linear, module)  # type: ignore[method-assign]
-    cast = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
-    embedding = model.get_input_embeddings().weight  # in fp32 even if the head shares it
+            module.forward = partial(_linear_in_fp32, module)  # type: ignore[method-assign]
+    linear_weights = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
+    embedding = model.get_input_embeddings().weight  # converted even if it is tied to the output head
     for parameter in model.parameters():
-        if parameter.is_floating_point() and (id(parameter) not in cast or parameter is embedding):
+        if parameter.is_floating_point() and (id(parameter) not in linear_weights or parameter is embedding):
             parameter.data = parameter.data.float()
     return model
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+def _linear_in_fp32(module: nn.Linear, x: Tensor) -> Tensor:
     bias = None if module.bias is None else module.bias.float()
     return F.linear(x, module.weight.float(), bias)
 
 
 def select_rows(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
-    """Return the first rows that have POSITIONS distinct contexts (or all rows), and for each row its first position
-    whose context is in no earlier row."""
+    """Return the first rows that have POSITIONS distinct contexts in total, or all rows.
+
+    Also returns for each row the first position whose context (the tokens up to there) is not in an earlier row.
+    """
     rows, starts, total, seen = list[Example](), list[int](), 0, set[bytes]()
-    for number in range(len(examples)):
-        example = examples[number]
+    for example in examples:
         contexts = [example.ids[: end + 1].tobytes() for end in range(len(example) - 1)]
-        starts.append(sum(context in seen for context in contexts))  # prefixes of a known context are known
+        starts.append(sum(context in seen for context in contexts))  # all prefixes of a known context are known
         rows.append(example)
         seen.update(contexts)
         total += len(contexts) - starts[-1]
@@ -290,8 +282,8 @@ def select_rows(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
     return rows, starts
 
 
-def _log_probabilities(model: Any, example: Example) -> Tensor:
-    """Return the predictions for each token but the first: (tokens - 1, vocabulary), fp32."""
+def _compute_logprobs(model: Any, example: Example) -> Tensor:
+    """Return the log-probabilities of all next tokens at each position: (tokens - 1, vocabulary), fp32."""
     if hasattr(model, "log_probabilities"):
         logprobs: Tensor = model.log_probabilities(example)
         return logprobs
@@ -303,12 +295,12 @@ def _log_probabilities(model: Any, example: Example) -> Tensor:
 
 def log_softmax_(logits: Tensor) -> Tensor:
     """Replace logits (positions, vocabulary) in fp32 by their log softmax, in place."""
-    for _, chunk in _chunks(logits):
+    for _, chunk in _split_chunks(logits):
         chunk.copy_(F.log_softmax(chunk, -1))
     return logits
 
 
-def _loss(logprobs: Tensor, example: Example) -> float:
+def _compute_loss(logprobs: Tensor, example: Example) -> float:
     labels = torch.from_numpy(example.ids[1:].astype(np.int64))
     weights = torch.from_numpy(example.weights[1:].copy())
     return float(-(logprobs.gather(1, labels[:, None])[:, 0] * weights).sum())

@@ -1,4 +1,4 @@
-"""`strop export-script`: write a run as a script for transformers, peft and torch, with its rows and tokenizer."""
+"""Implement `strop export-script`: write a run as a script that uses only transformers, peft and torch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from strop.data.prepare import Prepared, prepare
 from strop.data.types import Conversation, Example, Message
 from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import InputError
-from strop.models.adapters import adapter_folder, tokenizer_source
+from strop.models.adapters import adapter_folder, locate_tokenizer
 from strop.models.load import DTYPES, load_without_weights
 from strop.models.lora import add_lora
 from strop.models.source import Source, locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
-from strop.runs.folder import cache_folder, create, open_run, write_atomic
+from strop.runs.folder import cache_folder, create_run_folder, open_run, write_atomic
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW(groups, lr=0.0, weight_decay={decay})",
@@ -39,7 +39,7 @@ OPTIMIZERS = {
     "lion": '__import__("bitsandbytes").optim.Lion(groups, lr=1.0, weight_decay={decay})',
     "sgd": "torch.optim.SGD(groups, lr=0.0, weight_decay={decay})",
 }
-# Arguments of LoraConfig in a script: the rank, and values that differ from peft's defaults.
+# Arguments of LoraConfig that a script sets if they differ from peft's defaults.
 LORA_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "init_lora_weights",
     "rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules", "fan_in_fan_out", "task_type",
@@ -49,33 +49,29 @@ LORA_DEFAULTS = {"bias": "none", "init_lora_weights": True}
 
 @dataclass(frozen=True)
 class ExportedScript:
-    """An exported script.
-
-    encoded: whether the script renders the rows with the chat template (compared on every row); otherwise the rows hold
-    tokens. notes: differences from the run.
-    """
+    """An exported script."""
 
     out: Path
     files: list[str]
     rows: int
-    encoded: bool
-    notes: list[str]
+    encoded: bool  # whether the script applies the chat template; otherwise, rows.jsonl has token ids
+    notes: list[str]  # differences from the run
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out)}
 
 
 def export_script(run: Path, out: Path) -> ExportedScript:
-    """Write train.py, rows.jsonl and tokenizer/ into the new folder `out`.
+    """Write train.py, rows.jsonl and tokenizer/ to a new folder.
 
-    Raises InputError if the run uses a feature that a script does not support, or if its rows are missing or changed.
+    Raises InputError if the run uses a feature that scripts do not support, or if its rows are missing or changed.
     """
     folder = open_run(run)
     recipe = read_resolved(folder.recipe).recipe
     _check_supported(recipe)
     source = locate(recipe.model.name, recipe.model.revision)
     start = adapter_folder(recipe.model.adapter) if recipe.model.adapter else None
-    tokenizer = load_tokenizer(source if start is None else tokenizer_source(start, source))
+    tokenizer = load_tokenizer(source if start is None else locate_tokenizer(start, source))
     data_kind = data_kind_of(recipe.train)
     data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     if data.hash != folder.read_lock()["data"]:
@@ -85,14 +81,14 @@ def export_script(run: Path, out: Path) -> ExportedScript:
     if recipe.model.quantization != "none" and source.kind == "gguf":
         what = f"{run}: transformers does not quantize the weights of a GGUF file"
         raise InputError(what, fix="train on a model folder or a Hub id")
-    settings = _template_settings(recipe, source, start, data, run)
+    settings = _make_variables(recipe, source, start, data, run)
     encoded = recipe.data.loss == "assistant" and _encodes_all_rows(data, tokenizer)
-    rows = _message_rows(data) if encoded else _token_rows(data)
+    rows = _make_rows(data, encoded)
     encode_source = inspect.getsource(encode).strip().replace("  # type: ignore[no-untyped-def]", "") if encoded else ""
     template = (files("strop.exporting") / "script.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     text = environment.from_string(template).render(settings, encode=encode_source, ends=list(data.renderer.stop_ids))
-    create(out)
+    create_run_folder(out)
     write_atomic(out / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     tokenizer.save_pretrained(out / "tokenizer")
     write_atomic(out / "train.py", text)
@@ -101,7 +97,7 @@ def export_script(run: Path, out: Path) -> ExportedScript:
 
 # The source of this function is copied into the script.
 def encode(tokenizer, row, ends):  # type: ignore[no-untyped-def]
-    """Return a row's token ids and loss weights: 1 for the tokens of each answer, including its end-of-turn token."""
+    """Return a row's token ids and loss weights, which are 1 for the tokens of answers and the tokens that end them."""
     tokenize = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
     messages = row["messages"]
     ids = list(tokenize(messages))
@@ -112,8 +108,8 @@ def encode(tokenizer, row, ends):  # type: ignore[no-untyped-def]
         while end > begin and ids[end - 1] not in ends:
             end -= 1
         weights[begin:end] = [1.0] * (end - begin)
-    last = max(place for place, weight in enumerate(weights) if weight) + 1
-    return ids[:last], weights[:last]
+    length = max(i for i, weight in enumerate(weights) if weight) + 1
+    return ids[:length], weights[:length]
 
 
 def _check_supported(recipe: Recipe) -> None:
@@ -130,8 +126,8 @@ def _check_supported(recipe: Recipe) -> None:
             raise InputError(f"{what}: not supported in a script", fix="export the adapter, or train without it")
 
 
-def _template_settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared, run: Path) -> dict[str, Any]:
-    """Return the variables of script.jinja, except `encode` and `ends`."""
+def _make_variables(recipe: Recipe, source: Source, start: Path | None, data: Prepared, run: Path) -> dict[str, Any]:
+    """Return the variables of script.jinja, except for `encode` and `ends`."""
     train, pairs = recipe.train, recipe.train.objective == "dpo"
     stream = BatchStream(
         _count_rows(data), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
@@ -159,13 +155,13 @@ def _template_settings(recipe: Recipe, source: Source, start: Path | None, data:
         "unpack": is_gguf and hasattr(transformers, "GgufConfig"),
         "base": base + (f", revision={recipe.model.revision!r}" if recipe.model.revision else ""),
         "start": repr(str(start.resolve())) if start else "",
-        "lora": None if start else _lora_arguments(recipe, source),
+        "lora": None if start else _format_lora_arguments(recipe, source),
         "optimizer": OPTIMIZERS[train.optimizer].format(decay=train.weight_decay),
     }
 
 
-def _lora_arguments(recipe: Recipe, source: Source) -> str:
-    """Return the arguments of the LoraConfig that strop uses for this model, as Python."""
+def _format_lora_arguments(recipe: Recipe, source: Source) -> str:
+    """Return Python code for the arguments of the LoraConfig that strop uses for this model."""
     config = add_lora(load_without_weights(source), recipe.lora, None).peft_config["default"]
     if getattr(config, "target_parameters", None):
         raise InputError("adapters on experts: not supported in a script", fix="export the adapter")
@@ -180,19 +176,19 @@ def _lora_arguments(recipe: Recipe, source: Source) -> str:
 
 
 def _find_differences(recipe: Recipe, base_dropout: str | None) -> list[str]:
-    """Return notes on what the script does differently. base_dropout: the name of a dropout setting of the base."""
-    train = recipe.train
-    notes = {
-        "It does not evaluate, and keeps the last weights, not the best.": recipe.data.eval is not None,
-        "It does not stop early.": bool(train.early_stopping or train.max_time),
-        "It multiplies frozen weights in fp32.": train.int8_matmul,
-        "Dropout masks differ from strop's, so losses vary randomly.": recipe.lora.dropout > 0
-        or base_dropout is not None,
-        "In 16 bit, peft rounds small LoRA updates away, so its losses are higher than strop's at first.": (
-            recipe.model.dtype != "fp32"
+    """Return how the script differs from the run. base_dropout: a dropout setting of the base's config, if any."""
+    train, has_dropout = recipe.train, recipe.lora.dropout > 0 or base_dropout is not None
+    notes = (
+        (recipe.data.eval is not None, "It does not evaluate, and keeps the last weights, not the best."),
+        (train.early_stopping or train.max_time, "It does not stop early."),
+        (train.int8_matmul, "It multiplies frozen weights in fp32."),
+        (has_dropout, "Dropout masks differ from strop's, so losses vary randomly."),
+        (
+            recipe.model.dtype != "fp32",
+            "In 16 bit, peft rounds small LoRA updates away, so its losses are higher than strop's at first.",
         ),
-    }
-    return [note for note, applies in notes.items() if applies]
+    )
+    return [note for applies, note in notes if applies]
 
 
 def _count_rows(data: Prepared) -> int:
@@ -203,14 +199,14 @@ def _is_plain(message: Message) -> bool:
     return message.weight == 1 and not (message.tool_calls or message.reasoning or message.name or message.call_id)
 
 
-def _message_row(conversation: Conversation, *, only_last: bool) -> dict[str, Any]:
-    turns = [place for place, message in enumerate(conversation.messages) if message.role == "assistant"]
+def _make_message_row(conversation: Conversation, *, only_last: bool) -> dict[str, Any]:
+    answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
     messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
-    return {"messages": messages, "trained": turns[-1:] if only_last else turns}
+    return {"messages": messages, "trained": answers[-1:] if only_last else answers}
 
 
 def _encodes_all_rows(data: Prepared, tokenizer: Any) -> bool:
-    """Return whether `encode` gives the run's tokens and weights for every row."""
+    """Return whether `encode` returns the run's tokens and weights for every row."""
     conversations, pairs = data.train_conversations, data.train_items is not None
     if len(data.train) != len(conversations) * (2 if pairs else 1):
         return False
@@ -220,28 +216,23 @@ def _encodes_all_rows(data: Prepared, tokenizer: Any) -> bool:
             return False
         for side in conversation.sides:
             example = next(examples)
-            row = _message_row(side, only_last=pairs)
+            row = _make_message_row(side, only_last=pairs)
             ids, weights = encode(tokenizer, row, data.renderer.stop_ids)  # type: ignore[no-untyped-call]
             if ids != example.ids.tolist() or weights != example.weights.tolist():
                 return False
     return True
 
 
-def _message_rows(data: Prepared) -> Iterator[dict[str, Any]]:
-    for conversation in data.train_conversations:
-        if data.train_items is None:
-            yield _message_row(conversation, only_last=False)
-        else:
-            chosen, rejected = (_message_row(side, only_last=True) for side in conversation.sides)
-            yield {"chosen": chosen, "rejected": rejected}
-
-
-def _token_rows(data: Prepared) -> Iterator[dict[str, Any]]:
-    def row(example: Example) -> dict[str, Any]:
-        return {"ids": example.ids.tolist(), "weights": example.weights.tolist()}
-
-    if data.train_items is None:
-        yield from map(row, data.train)
+def _make_rows(data: Prepared, encoded: bool) -> Iterator[dict[str, Any]]:
+    """Yield the content of rows.jsonl: messages for `encode`, or else token ids and loss weights."""
+    items, is_pairs = data.train_items, data.train_items is not None
+    if encoded:
+        rows = ([_make_message_row(side, only_last=is_pairs) for side in row.sides] for row in data.train_conversations)
     else:
-        for pair in data.train_items:
-            yield dict(zip(("chosen", "rejected"), map(row, pair.examples), strict=True))
+        groups = ([example] for example in data.train) if items is None else (item.examples for item in items)
+        rows = (
+            [{"ids": example.ids.tolist(), "weights": example.weights.tolist()} for example in examples]
+            for examples in groups
+        )
+    for row in rows:
+        yield dict(zip(("chosen", "rejected"), row, strict=True)) if is_pairs else row[0]

@@ -1,10 +1,10 @@
-"""A recipe being imported: where each value came from, what differs in meaning, and what has no equivalent."""
+"""Convert other tools' configs to recipes, with a note on every key that differs or is not supported."""
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,12 @@ from typing import Any
 import yaml
 
 from strop.config.load import Resolved, resolve
-from strop.errors import InputError, RecipeError, nearest
+from strop.errors import InputError, RecipeError, suggest
 
-# the module that imports each tool's configs
-IMPORTERS = {
-    "axolotl": "axolotl", "llamafactory": "llamafactory", "trl": "trl", "unsloth": "trl", "torchtune": "torchtune",
-}  # fmt: skip
-# fields that only the user can fill in, with placeholders used while the recipe is validated
-MISSING = {"model.name": "MODEL", "data.train": "YOURS.jsonl"}
-_GIVE = {"model": ("model.name", "give the model here, or with --model"),
-         "data": ("data.train", "give your rows here, or with --data")}  # fmt: skip
-
-
+IMPORTERS = ("axolotl", "llamafactory", "trl", "unsloth", "torchtune")
+# required fields that a config may lack: option of `strop train`, and a placeholder used to validate the recipe
+REQUIRED = {"model.name": ("--model", "MODEL"), "data.train": ("--data", "YOURS.jsonl")}
+FILE_FORMATS = ("json", "csv", "parquet", "text")  # paths of `load_dataset` that name a format instead of a data set
 OPTIMIZERS: dict[str, str] = {
     **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam"), "adamw"),
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
@@ -32,44 +26,38 @@ OPTIMIZERS: dict[str, str] = {
     "paged_adamw_8bit": "paged_adamw_8bit", "adafactor": "adafactor", "sgd": "sgd",
 }  # fmt: skip
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
-# keys that decide how a run is computed, watched and stored, not what is learned
+# keys that affect speed, logging and storage, but not the trained weights
 IGNORED_KEYS = (
-    "bf16_full_eval", "data_seed", "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_train",
-    "eval_accumulation_steps", "eval_strategy", "evaluation_strategy", "fp16_full_eval",
-    "gradient_checkpointing_kwargs", "group_by_length", "include_tokens_per_second", "load_best_model_at_end",
-    "log_level", "logging_dir", "logging_first_step", "logging_strategy", "optim_args", "overwrite_output_dir",
-    "pad_to_multiple_of", "padding_free", "per_device_eval_batch_size", "prediction_loss_only",
-    "remove_unused_columns", "report_to", "run_name", "save_only_model", "save_safetensors", "save_strategy", "tf32",
-    "torch_empty_cache_steps", "use_cpu", "use_liger_kernel", "eval_packing", "packing_strategy",
-    "activation_offloading", "precompute_ref_log_probs", "precompute_ref_batch_size", "metric_for_best_model",
-    "greater_is_better", "dataset_kwargs", "accelerator_config", "activation_checkpointing_kwargs",
-    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "dataloader_in_order",
-    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "ddp_backend", "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "do_predict",
-    "enable_jit_checkpoint", "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_use_gather_object",
-    "full_determinism", "hub_always_push", "hub_private_repo", "hub_revision", "ignore_data_skip",
-    "include_for_metrics", "include_num_input_tokens_seen", "label_names", "length_column_name",
-    "liger_kernel_config", "local_rank", "log_level_replica", "log_on_each_node", "logging_nan_inf_filter",
-    "pad_token", "restore_callback_states_from_checkpoint", "save_on_each_node", "shuffle_dataset",
-    "skip_memory_metrics", "torch_compile", "torch_compile_backend", "torch_compile_mode", "trust_remote_code",
-    "use_cache",
+    "accelerator_config", "activation_checkpointing_kwargs", "activation_offloading", "auto_find_batch_size",
+    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "data_seed", "dataloader_drop_last",
+    "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_kwargs",
+    "dataset_num_proc", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+    "ddp_static_graph", "ddp_timeout", "debug", "disable_tqdm", "do_eval", "do_predict", "do_train",
+    "enable_jit_checkpoint", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_on_start",
+    "eval_packing", "eval_strategy", "eval_use_gather_object", "evaluation_strategy", "fp16_full_eval",
+    "full_determinism", "gradient_checkpointing_kwargs", "greater_is_better", "group_by_length", "hub_always_push",
+    "hub_private_repo", "hub_revision", "ignore_data_skip", "include_for_metrics", "include_num_input_tokens_seen",
+    "include_tokens_per_second", "label_names", "length_column_name", "liger_kernel_config", "load_best_model_at_end",
+    "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
+    "logging_nan_inf_filter", "logging_strategy", "metric_for_best_model", "optim_args", "overwrite_output_dir",
+    "packing_strategy", "pad_to_multiple_of", "pad_token", "padding_free", "per_device_eval_batch_size",
+    "precompute_ref_batch_size", "precompute_ref_log_probs", "prediction_loss_only", "remove_unused_columns",
+    "report_to", "restore_callback_states_from_checkpoint", "run_name", "save_on_each_node", "save_only_model",
+    "save_safetensors", "save_strategy", "shuffle_dataset", "skip_memory_metrics", "tf32", "torch_compile",
+    "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trust_remote_code", "use_cache",
+    "use_cpu", "use_liger_kernel",
 )  # fmt: skip
-# transformers reads these step counts only if the strategy is "steps"
+# transformers uses these step counts only if the strategy is "steps"
 STRATEGY_KEYS = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_steps": ("save_strategy",)}
-LAYER_NAME = re.compile(r"[\w.\- ]*$")  # a plain layer name, not a regular expression
-ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # the defaults of strop and of all tools here
+LAYER_NAME = re.compile(r"[\w.\- ]*$")  # does not match regular expressions
+ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # of strop and of all imported tools
 TRUNCATION_NOTE = (
-    "the other tool cuts longer rows at their end, and the answer loses its stop token; strop refuses such rows: "
+    "the other tool truncates longer rows, whose answers may lose their stop token; strop refuses such rows: "
     "raise data.max_length, or choose data.overlong"
 )
 NO_LIMIT_NOTE = "null or None: no limit in the other tool; at most data.max_length tokens in strop"
 WARMUP_NOTE = "the first step has learning rate 0 in the other tool, and one warmup step's rate in strop"
-NO_GRPO = (  # message, fix
-    "its reward functions are code, which is not executed",
-    "write the recipe yourself: train.objective grpo, train.rewards file.py:function",
-)
-# how several GPUs share the work
 PARALLELISM_KEYS = (
     "deepspeed", "ds_config", "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap",
     "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree",
@@ -101,34 +89,30 @@ def as_float(key: str, value: Any) -> float:
 
 def as_number(value: Any) -> Any:
     """Convert numeric text to float, because YAML reads 1e-4 as text; return other values unchanged."""
-    if not isinstance(value, str):
-        return value
     try:
-        return float(value)
+        return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
 @dataclass(frozen=True)
 class Note:
-    """A key of the other tool's config, what the user should know about it, and its line if known."""
-
-    key: str
+    key: str  # of the other tool's config
     text: str
     line: int | None = None
 
 
 @dataclass
 class Draft:
-    """The result of reading another tool's config, before validation."""
+    """The values and notes read from another tool's config, before validation."""
 
-    peer: str
+    tool: str
     file: Path
-    fields: dict[str, tuple[Any, str]] = field(default_factory=dict)  # by dotted name: value, and the key it came from
-    differs: list[Note] = field(default_factory=list)  # keys that have another meaning in strop
+    fields: dict[str, tuple[Any, str]] = field(default_factory=dict)  # recipe field: (value, key that it came from)
+    differs: list[Note] = field(default_factory=list)  # keys that are imported, but have another meaning in strop
     unsupported: list[Note] = field(default_factory=list)  # keys without an equivalent
-    ignored: list[Note] = field(default_factory=list)  # keys that strop decides itself; they do not change the result
-    model_unreadable: bool = False  # a model is given as an expression that only running the script would evaluate
+    ignored: list[Note] = field(default_factory=list)  # keys that do not affect the trained weights
+    model_unreadable: bool = False  # a script gives the model as an expression that cannot be evaluated
 
     def put(self, name: str, value: Any, source: str) -> None:
         self.fields[name] = (value, source)
@@ -149,18 +133,21 @@ class Draft:
         """Validate the recipe as `strop train` does. Raises RecipeError if a value is out of range."""
         if self.get("train.lr_scheduler") == "constant" and self.get("train.warmup") is None:
             self.put("train.warmup", 0, "no warmup: constant from the first step")
-        if self.get("data.eval") is None and (patience := self.fields.pop("train.early_stopping", None)) is not None:
-            what = f"{patience[0]}: needs evaluation rows: set data.eval and train.early_stopping {patience[0]}"
-            self.add_unsupported(patience[1], what)
+        if self.get("data.eval") is None and "train.early_stopping" in self.fields:
+            patience, key = self.fields.pop("train.early_stopping")
+            self.add_unsupported(key, f"needs evaluation rows: set data.eval and train.early_stopping {patience}")
         values = {name: value for name, (value, _) in self.fields.items()}
         if "model.name" not in values and not self.model_unreadable:
             raise RecipeError(f"{self.file}: no model is given", fix="check that it is a training config of this tool")
-        missing = [name for name in MISSING if name not in values]
-        resolved = resolve(None, {**values, **{name: MISSING[name] for name in missing}})
+        missing = [name for name in REQUIRED if name not in values]
+        resolved = resolve(None, {**values, **{name: REQUIRED[name][1] for name in missing}})
         return Imported(self, resolved, missing)
 
+    def not_lora_error(self, setting: str, fix: str) -> InputError:
+        return InputError(f"{self.file}: {setting}: strop trains LoRA adapters only", fix=fix)
+
     def read_yaml(self) -> dict[str, Any]:
-        """Return the mapping in the config, a YAML file. Raises InputError."""
+        """Return the mapping in a YAML config. Raises InputError."""
         path = self.file
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -178,77 +165,97 @@ class Draft:
     # --- settings that several tools share: TrainingArguments, LoraConfig, optimizers, schedules
 
     def put_fields(self, keys: Keys, fields: Mapping[str, str], convert: Callable[[Any], Any] = as_number) -> None:
-        """Import keys whose values mean the same in strop. fields: recipe fields by key."""
+        """Import keys whose values have the same meaning in strop. fields: keys and the recipe fields they become."""
         for key, name in fields.items():
             if (value := keys.take(key)) is not None:
                 self.put(name, convert(value), key)
 
-    def put_batch_size(self, rows: Any, steps: Any, key: str) -> None:
-        """Set the effective batch size from the micro-batch and gradient accumulation of one device."""
-        at_once = as_int(key, rows)
-        self.put("train.batch_size", at_once * as_int(key, steps), key)
-        self.put("train.micro_batch", at_once, key)
-        text = "per device in the other tool; strop's batch_size is the effective batch over all devices"
-        self.add_difference(key, text)
+    def put_int(self, keys: Keys, key: str, name: str) -> None:
+        if (value := keys.take(key)) is not None:
+            self.put(name, as_int(key, value), key)
+
+    def put_sources(self, name: str, sources: list[str], key: str) -> None:
+        """Set data.train or data.eval to one source or a list of them, if there are any."""
+        if sources:
+            self.put(name, sources[0] if len(sources) == 1 else sources, key)
+
+    def put_columns(self, column_maps: list[dict[str, str]], key: str) -> None:
+        """Set data.columns if it is the same for all data sets. An empty dict stands for names that strop detects."""
+        if any(column_maps) and all(columns == column_maps[0] for columns in column_maps):
+            self.put("data.columns", column_maps[0], f"columns of {key}")
+        elif any(column_maps):
+            maps = dict.fromkeys(format_value(columns) if columns else "the usual names" for columns in column_maps)
+            text = f"column names differ ({' and '.join(maps)}), but data.columns applies to all files: rename columns"
+            self.add_unsupported(key, text)
+
+    def put_objective(self, key: str, value: Any, objectives: Mapping[str, str]) -> str:
+        """Import and return the objective. objectives: strop's names. Raises InputError if strop does not have it."""
+        if value == "grpo":
+            raise grpo_error(f"{key}: grpo")
+        if value not in objectives:
+            what = f"{key}: {value}: not an objective of strop{suggest(str(value), objectives)}"
+            raise InputError(what, fix=f"it has {', '.join(objectives)}")
+        if objectives[value] != "sft":
+            self.put("train.objective", objectives[value], key)
+        return objectives[value]
+
+    def put_batch_size(self, micro_batch: Any, accumulation_steps: Any, key: str) -> None:
+        """Set the effective batch size and the micro-batch size from those of one device."""
+        rows = as_int(key, micro_batch)
+        self.put("train.batch_size", rows * as_int(key, accumulation_steps), key)
+        self.put("train.micro_batch", rows, key)
+        self.add_difference(key, "per device in the other tool; strop's batch_size is that of all devices together")
 
     def put_int8(self, key: str) -> None:
         self.put("model.quantization", "int8", key)
-        text = "strop scales each weight row by its largest value; the other tool keeps outliers in 16 bit"
-        self.add_difference(key, text)
+        self.add_difference(key, "strop scales weights by row; the other tool keeps outliers in 16 bit")
 
     def note_max_length(self, key: str) -> None:
         self.add_difference(key, NO_LIMIT_NOTE if self.get("data.max_length") is None else TRUNCATION_NOTE)
 
     def note_packing(self, key: str) -> None:
-        text = (
-            "the other tool's batch counts packed sequences of many rows; strop counts rows and packs automatically: "
-        )
-        text += "multiply train.batch_size by the number of rows that fit into one sequence"
-        self.add_difference(key, text)
+        text = "the other tool's batch counts packed sequences; strop counts rows and packs automatically: multiply "
+        self.add_difference(key, f"{text}train.batch_size by the number of rows that fit into one sequence")
 
     def put_eval_share(self, key: str, share: Any) -> None:
         if not share:
             return
         if isinstance(share, float) and 0 < share < 1:
             self.put("data.eval", f"{100 * share:g}%", key)
-            self.add_difference(key, "held-out rows are chosen by their content here, not by a seed")
+            self.add_difference(key, "strop chooses held-out rows by their content, not by a seed")
         else:
-            self.add_unsupported(
-                key, f"{format_value(share)}: a row count; set data.eval to a file or a share such as 5%"
-            )
+            self.add_unsupported(key, f"{share}: a row count; set data.eval to a file or a share such as 5%")
 
     def put_optimizer(self, key: str, name: Any) -> None:
-        known = OPTIMIZERS.get(str(name).lower())
-        if known is None:
+        optimizer = OPTIMIZERS.get(str(name).lower())
+        if optimizer is None:
             self.add_unsupported(key, f"{name}: not supported; strop uses adamw unless train.optimizer is set")
             return
-        self.put("train.optimizer", known, key)
-        if "paged" in str(name) and "paged" not in known:
-            self.add_difference(key, f"{name}: {known} here, not paged; the results are the same")
-        if known == "adafactor":
-            self.add_difference(key, "the learning rate is used unchanged here, not scaled by the norm of the weights")
+        self.put("train.optimizer", optimizer, key)
+        if "paged" in str(name) and "paged" not in optimizer:
+            self.add_difference(key, f"{name}: strop uses {optimizer}, not paged; the results are the same")
+        if optimizer == "adafactor":
+            self.add_difference(key, "strop does not scale the learning rate by the norm of the weights")
 
     def check_adam_betas(self, keys: Keys) -> None:
-        """Report AdamW's betas and epsilon, which strop does not expose, if they differ from strop's."""
-        for key, ours in ADAM.items():
-            if (value := as_number(keys.take(key))) is not None and value != ours:
-                self.add_unsupported(key, f"{value}: {ours:g} here", keys.line(key))
+        """Report AdamW's betas and epsilon, which are constants in strop, if they differ from strop's."""
+        for key, default in ADAM_DEFAULTS.items():
+            if (value := as_number(keys.take(key))) is not None and value != default:
+                self.add_unsupported(key, f"{value}: {default:g} in strop", keys.line(key))
 
-    def disable_dropout_for_preferences(self, key: str) -> None:
+    def disable_dropout_for_preferences(self) -> None:
         """Set dropout to 0 for preference objectives, as TRL and tools built on it do (disable_dropout)."""
-        if self.get("train.objective") is not None and (share := self.get("lora.dropout")):
+        if self.get("train.objective") is not None and (dropout := self.get("lora.dropout")):
             self.put("lora.dropout", 0.0, "disable_dropout")
-            self.add_difference(key, f"{share}: not used by the other tool: its preference objectives disable dropout")
+            text = f"{dropout}: the other tool disables dropout for preference objectives"
+            self.add_difference("lora_dropout", text)
 
     def put_schedule(self, key: str, name: Any) -> None:
-        known = SCHEDULES.get(str(name).lower())
-        if known is None:
-            self.add_unsupported(
-                key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is taken"
-            )
-            self.put("train.lr_scheduler", "cosine", f"{key} has no equivalent")
-            return
-        self.put("train.lr_scheduler", known, key)
+        schedule, source = SCHEDULES.get(str(name).lower()), key
+        if schedule is None:
+            schedule, source = "cosine", f"{key} has no equivalent"
+            self.add_unsupported(key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is used")
+        self.put("train.lr_scheduler", schedule, source)
         if name == "constant":
             self.put("train.warmup", 0, f"{key}: no warmup")
 
@@ -257,79 +264,80 @@ class Draft:
             if keys.take(key) is True:
                 self.put("model.dtype", key, key)
 
-    def put_checkpointing(self, key: str, on: Any) -> None:
-        if isinstance(on, str):
-            self.add_ignored(key, f"{on}: the plan decides")
-        elif on is not None:
-            self.put("train.gradient_checkpointing", "on" if on else "off", key)
+    def put_checkpointing(self, key: str, enabled: Any) -> None:
+        if isinstance(enabled, str):
+            self.add_ignored(key, f"{enabled}: strop decides by the available memory")
+        elif enabled is not None:
+            self.put("train.gradient_checkpointing", "on" if enabled else "off", key)
 
     def put_training_arguments(self, keys: Keys, defaults: dict[str, Any], *, tool: str) -> None:
-        """Read TrainingArguments and its subclasses. defaults: by key; tool: the tool they belong to."""
+        """Import the fields of transformers' TrainingArguments. defaults: by key; tool: whose defaults these are."""
 
-        def value(key: str) -> tuple[Any, str]:
-            given = keys.take(key)
-            return (given, key) if given is not None else (defaults.get(key), keys.default(key, f"{tool}'s default"))
+        def take(key: str) -> tuple[Any, str]:
+            """Return the value or its default, and where it came from."""
+            value = keys.take(key)
+            if value is not None:
+                return value, key
+            return defaults.get(key), keys.default_source(key, f"{tool}'s default")
 
-        rows, at = value("per_device_train_batch_size")
-        steps, _ = value("gradient_accumulation_steps")
-        self.put_batch_size(rows, steps, "per_device_train_batch_size" if at == f"{tool}'s default" else at)
+        micro_batch, source = take("per_device_train_batch_size")
+        source = "per_device_train_batch_size" if source == f"{tool}'s default" else source
+        self.put_batch_size(micro_batch, take("gradient_accumulation_steps")[0], source)
         for key, name in (
             ("learning_rate", "train.learning_rate"), ("num_train_epochs", "train.epochs"),
             ("weight_decay", "train.weight_decay"), ("max_grad_norm", "train.max_grad_norm"), ("seed", "seed"),
         ):  # fmt: skip
-            given, source = value(key)
-            if given is not None:
-                self.put(name, as_number(given), source)
-        schedule, _ = value("lr_scheduler_type")
-        self.put_warmup(keys, constant=schedule == "constant")
+            value, source = take(key)
+            if value is not None:
+                self.put(name, as_number(value), source)
+        schedule, _ = take("lr_scheduler_type")
+        self._put_warmup(keys, is_constant=schedule == "constant")
         self.put_schedule("lr_scheduler_type", schedule)
-        self.put_optimizer("optim", value("optim")[0])
+        self.put_optimizer("optim", take("optim")[0])
         self.check_adam_betas(keys)
         self.put_dtype_flags(keys)
-        for key in ("gradient_checkpointing", "activation_checkpointing"):  # its name since transformers 5.24
+        for key in ("gradient_checkpointing", "activation_checkpointing"):  # renamed in transformers 5.24
             self.put_checkpointing(key, keys.take(key))
         self.put_intervals_and_output(keys)
 
-    def put_warmup(self, keys: Keys, *, constant: bool) -> None:
-        """Read the warmup. constant: the schedule is `constant`, which ignores warmup in transformers."""
+    def _put_warmup(self, keys: Keys, *, is_constant: bool) -> None:
+        """Import the warmup, which transformers ignores for the schedule `constant`."""
         steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
         value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
         self.put("train.warmup", as_number(value or 0), key if value else "no warmup")
-        if value and constant:
+        if value and is_constant:
             self.add_ignored(key, f"{value}: ignored by the other tool too: lr_scheduler_type constant has no warmup")
         elif value:
             self.add_difference(key, WARMUP_NOTE)
 
     def put_intervals_and_output(self, keys: Keys) -> None:
-        """Read step limits and intervals, output folder, parallelism and trackers."""
+        """Import step limits, intervals, the output folder, parallelism and trackers."""
         if (max_steps := keys.take("max_steps")) is not None and as_int("max_steps", max_steps) > 0:
             self.put("train.max_steps", as_int("max_steps", max_steps), "max_steps")
         for key, name in (("logging_steps", "log_steps"), ("eval_steps", "eval_steps"), ("save_steps", "save_steps")):
-            interval, at = as_number(keys.take(key)), keys.line(key)
+            interval, line = as_number(keys.take(key)), keys.line(key)
             if interval is None:
                 continue
             strategies = [keys.peek(strategy) for strategy in STRATEGY_KEYS.get(key, ())]
-            if unused := [strategy for strategy in strategies if strategy not in (None, "steps")]:
-                strategy = f"{key.partition('_')[0]}_strategy"
-                self.add_ignored(key, f"{interval}: ignored by the other tool: {strategy} is {unused[0]}", at)
-                continue
-            if isinstance(interval, int) and interval >= 1:
+            if other_strategies := [strategy for strategy in strategies if strategy not in (None, "steps")]:
+                reason = f"{key.partition('_')[0]}_strategy is {other_strategies[0]}"
+                self.add_ignored(key, f"{interval}: ignored by the other tool: {reason}", line)
+            elif isinstance(interval, int) and interval >= 1:
                 self.put(f"train.{name}", interval, key)
             elif interval:
                 text = f"{interval}: a share of all steps in the other tool; set train.{name} to a number of steps"
-                self.add_unsupported(key, text, at)
+                self.add_unsupported(key, text, line)
         for key in PARALLELISM_KEYS:
             if keys.take(key):
                 self.add_unsupported(key, _PARALLELISM_NOTE, keys.line(key))
-        if (most := keys.take("save_total_limit")) is not None:
-            self.put("train.keep_checkpoints", max(1, as_int("save_total_limit", most)), "save_total_limit")
+        if (limit := keys.take("save_total_limit")) is not None:
+            self.put("train.keep_checkpoints", max(1, as_int("save_total_limit", limit)), "save_total_limit")
         self.put_fields(keys, {"output_dir": "out"}, str)
         for key in ("push_to_hub", "hub_model_id", "hub_strategy"):
             if value := keys.take(key):
-                text = f"{value}: run `strop push RUN OWNER/NAME` after training"
-                self.add_unsupported(key, text, keys.line(key))
-        if resume := keys.take("resume_from_checkpoint"):
-            self.add_unsupported("resume_from_checkpoint", f"{resume}: use `strop resume RUN`")
+                self.add_unsupported(key, f"{value}: run `strop push RUN OWNER/NAME` after training", keys.line(key))
+        if checkpoint := keys.take("resume_from_checkpoint"):
+            self.add_unsupported("resume_from_checkpoint", f"{checkpoint}: use `strop resume RUN`")
         trackers = keys.take("report_to")
         for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
             self.put_tracker("report_to", tracker)
@@ -340,41 +348,38 @@ class Draft:
         elif tracker not in ("none", "all"):
             self.add_unsupported(key, f"{tracker}: strop has tensorboard, wandb and trackio")
 
-    def put_lora(
-        self, keys: Keys, *, rank: str, alpha: str, dropout: str, modules: str, defaults: dict[str, Any]
-    ) -> None:
-        """Read rank, alpha, dropout and target modules under a tool's key names."""
-        for key, name in ((rank, "lora.r"), (alpha, "lora.alpha"), (dropout, "lora.dropout")):
-            given = keys.take(key)
-            value, source = (given, key) if given is not None else (defaults.get(name), None)
-            source = source or keys.default(key, f"default of {key}")
+    def put_lora(self, keys: Keys, rank: str, modules: str, defaults: Mapping[str, Any]) -> None:
+        """Import the LoRA settings. rank, modules: the tool's keys of these settings. defaults: by recipe field."""
+        for key, name in ((rank, "lora.r"), ("lora_alpha", "lora.alpha"), ("lora_dropout", "lora.dropout")):
+            value, source = keys.take(key), key
+            if value is None:
+                value, source = defaults.get(name), keys.default_source(key, f"default of {key}")
             if value is not None:
                 self.put(name, as_number(value), source)
-        given = keys.take(modules)
-        if isinstance(given, str):
-            given = given if given.strip() in ("all", "all-linear") else [part.strip() for part in given.split(",")]
-        if odd := [name for name in given if not LAYER_NAME.match(str(name))] if isinstance(given, list) else []:
+        targets = keys.take(modules)
+        if isinstance(targets, str) and targets.strip() not in ("all", "all-linear"):
+            targets = [part.strip() for part in targets.split(",")]
+        if not isinstance(targets, list):
+            if targets is not None:
+                self.put("lora.target_modules", "all-linear", modules)
+        elif patterns := [name for name in targets if not LAYER_NAME.match(str(name))]:
             text = "a regular expression; strop takes names of linear layers, by default all of them: set "
             text += "lora.target_modules (`strop modules MODEL` lists the names)"
-            self.add_unsupported(modules, f"{odd[0]}: {text}", keys.line(modules))
-        elif isinstance(given, list):
-            self.put("lora.target_modules", given, modules)
-        elif given is not None:
-            self.put("lora.target_modules", "all-linear", modules)
-        for key in ("use_rslora", "use_dora"):
-            if keys.peek(key) is not None:
-                self.put(f"lora.{key}", bool(keys.take(key)), key)
+            self.add_unsupported(modules, f"{patterns[0]}: {text}", keys.line(modules))
+        else:
+            self.put("lora.target_modules", targets, modules)
+        self.put_fields(keys, {key: f"lora.{key}" for key in ("use_rslora", "use_dora")}, bool)
 
     def put_lora_init(self, keys: Keys, key: str) -> None:
-        """Read PEFT's `init_lora_weights`."""
-        start = keys.take(key)
-        if start in ("gaussian", "loftq"):
-            self.put("lora.init", start, key)
-        elif start not in (None, True):
-            self.add_unsupported(key, format_value(start))
+        """Import PEFT's `init_lora_weights`."""
+        init = keys.take(key)
+        if init in ("gaussian", "loftq"):
+            self.put("lora.init", init, key)
+        elif init not in (None, True):
+            self.add_unsupported(key, format_value(init))
 
     def put_simpo(self, keys: Keys) -> None:
-        """Read SimPO as in TRL's CPOTrainer, which Axolotl uses too: other defaults and an additional loss."""
+        """Import SimPO's settings, with the defaults and the additional loss of TRL's CPOTrainer (used by Axolotl)."""
         if self.get("train.beta") is None:
             self.put("train.beta", 0.1, "trl's default")
         self.put("train.gamma", 0.5, "trl's default")
@@ -382,98 +387,102 @@ class Draft:
         alpha = keys.take("cpo_alpha")
         if alpha or alpha is None:
             value = "1.0, trl's default" if alpha is None else alpha
-            self.add_unsupported("cpo_alpha", f"{value}: train.sft_weight is similar (a mean over tokens)")
+            self.add_unsupported("cpo_alpha", f"{value}: train.sft_weight is similar, but averages over tokens")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """An imported config: the draft with notes on every key, the recipe, and the fields the user must fill in."""
+    """An imported config. missing: required recipe fields that the config lacks."""
 
     draft: Draft
     resolved: Resolved
     missing: list[str]
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML, each value with its source key; keys that were not imported follow as comments."""
-        lines = [f"# From {self.draft.file.name} ({self.draft.peer}), by `strop import`."]
-        section = ""
+        """Return the recipe as YAML with the source of each value as a comment, followed by the notes."""
+        draft = self.draft
+        lines = [f"# From {draft.file.name} ({draft.tool}), by `strop import`."]
+        previous_section = ""
         order = ["preset", "model", "data", "lora", "train", "track", "seed", "out"]
-        for name in sorted(self.draft.fields, key=lambda name: (order.index(name.partition(".")[0]), name)):
-            value, source = self.draft.fields[name]
-            head, _, leaf = name.rpartition(".")
-            if head and head != section:
-                lines.append(f"{head}:")
-                field_, what = _GIVE.get(head, ("", ""))
-                lines += [f"  # {field_.partition('.')[2]}: {what}"] * (field_ in self.missing)
-            section = head
+        for name in sorted(draft.fields, key=lambda name: (order.index(name.partition(".")[0]), name)):
+            value, source = draft.fields[name]
+            section, _, leaf = name.rpartition(".")
+            if section and section != previous_section:
+                lines.append(f"{section}:")
+                for missing in self.missing:
+                    missing_section, _, key = missing.partition(".")
+                    lines += [f"  # {key}: set it, or use {REQUIRED[missing][0]}"] * (missing_section == section)
+            previous_section = section
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
-            lines.append(f"{'  ' if head else ''}{leaf}: {text.removesuffix('...' + chr(10)).strip()}  # {source}")
+            lines.append(f"{'  ' if section else ''}{leaf}: {text.removesuffix('...' + chr(10)).strip()}  # {source}")
         for title, notes in (
-            ("Imported, with a different meaning", self.draft.differs),
-            ("Left out: no equivalent in strop", self.draft.unsupported),
-            ("Left out: strop decides it itself, and it does not change what is learned", self.draft.ignored),
+            ("Imported, with a different meaning", draft.differs),
+            ("Left out: no equivalent in strop", draft.unsupported),
+            ("Left out: no effect on the trained weights", draft.ignored),
         ):
             lines += [f"# {title}:"] * bool(notes)
             for note in notes:
-                at = f" (line {note.line})" if note.line else ""
-                lines.append(f"#   {note.key}{at}{': ' if note.text else ''}{note.text}".replace("\n", " "))
+                line = f" (line {note.line})" if note.line else ""
+                lines.append(f"#   {note.key}{line}{': ' if note.text else ''}{note.text}".replace("\n", " "))
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> dict[str, Any]:
-        fields = [{"field": name, "value": value, "from": key} for name, (value, key) in self.draft.fields.items()]
-        lists = {"differs": self.draft.differs, "no_equivalent": self.draft.unsupported, "own_way": self.draft.ignored}
+        draft = self.draft
+        fields = [{"field": name, "value": value, "from": key} for name, (value, key) in draft.fields.items()]
+        lists = {"differs": draft.differs, "no_equivalent": draft.unsupported, "own_way": draft.ignored}
         notes_by_kind = {
             name: [{"key": note.key, "what": note.text, "line": note.line} for note in notes]
             for name, notes in lists.items()
         }
-        return {"peer": self.draft.peer, "fields": fields, "missing": self.missing, **notes_by_kind}
+        return {"peer": draft.tool, "fields": fields, "missing": self.missing, **notes_by_kind}
 
 
-def import_config(peer: str, path: Path) -> Imported:
-    """Import another tool's config as a recipe, with a note on every key that differs or is left out."""
-    if peer not in IMPORTERS:
-        what = f"{peer}: not a tool that strop imports from{nearest(peer, IMPORTERS)}"
-        raise RecipeError(what, fix=f"give {', '.join(IMPORTERS)}")
-    draft = Draft(peer, path)
-    importlib.import_module(f"strop.interop.{IMPORTERS[peer]}").read(draft)
+def import_config(tool: str, path: Path) -> Imported:
+    """Convert another tool's config to a recipe. Raises InputError or RecipeError if it cannot be imported."""
+    if tool not in IMPORTERS:
+        raise RecipeError(f"{tool}: unknown tool{suggest(tool, IMPORTERS)}", fix=f"give {', '.join(IMPORTERS)}")
+    draft = Draft(tool, path)
+    module = "trl" if tool == "unsloth" else tool  # Unsloth's scripts use TRL's trainers
+    importlib.import_module(f"strop.interop.{module}").read(draft)
     return draft.finish()
 
 
 class Keys:
-    """The keys of a config, taken one by one. unread: keys whose values cannot be evaluated. none: given as None."""
+    """The keys of a config. Importers take the keys that they support, and report the rest.
+
+    lines: line numbers by key, for scripts. unreadable: keys whose values cannot be evaluated.
+    """
 
     def __init__(
-        self, values: Mapping[str, Any], lines: Mapping[str, int] | None = None, unread: Iterable[str] = ()
+        self, values: Mapping[str, Any], lines: Mapping[str, int] | None = None, unreadable: Iterable[str] = ()
     ) -> None:
-        self._unread = set(unread)
-        self.none = {str(key) for key, value in values.items() if value is None}
-        self._left = {str(key): value for key, value in values.items() if value is not None and value != ""}
-        self._lines = dict(lines or {})
+        self._unreadable, self._lines = set(unreadable), dict(lines or {})
+        self.null_keys = {str(key) for key, value in values.items() if value is None}
+        self._remaining = {str(key): value for key, value in values.items() if value is not None and value != ""}
 
     def __contains__(self, key: str) -> bool:
-        return key in self._left
+        return key in self._remaining
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._remaining))
 
     def take(self, key: str, default: Any = None) -> Any:
-        return self._left.pop(key, default)
+        return self._remaining.pop(key, default)
 
     def peek(self, key: str, default: Any = None) -> Any:
-        return self._left.get(key, default)
+        return self._remaining.get(key, default)
 
-    def default(self, key: str, source: str) -> str:
-        """Return the source of a default, with a hint if the file sets `key` to something unreadable."""
-        return f"{source}: line {self._lines[key]} cannot be read, set it here" if key in self._unread else source
-
-    def left(self) -> list[str]:
-        return list(self._left)
+    def default_source(self, key: str, source: str) -> str:
+        """Return the source of a default, with a hint if the config's value of `key` cannot be evaluated."""
+        return f"{source}: line {self._lines[key]} cannot be read, set it here" if key in self._unreadable else source
 
     def line(self, key: str) -> int | None:
         return self._lines.get(key)
 
-    def report_rest(self, draft: Draft, ignored: Iterable[str]) -> None:
-        """Report the keys that were not taken: as ignored if listed in `ignored`, else as unsupported."""
-        known = set(ignored)
-        for key, value in self._left.items():
-            if key in known:
+    def report_rest(self, draft: Draft, ignored_keys: Collection[str]) -> None:
+        """Report the keys that were not taken: as ignored if listed in `ignored_keys`, else as unsupported."""
+        for key, value in self._remaining.items():
+            if key in ignored_keys:
                 draft.add_ignored(key)
             else:
                 draft.add_unsupported(key, format_value(value), self.line(key))
@@ -484,11 +493,12 @@ def format_value(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def objective_for(kind: str, value: Any, known: dict[str, str]) -> str:
-    """Return strop's objective for a method's name. Raises InputError if strop has none."""
-    if value == "grpo":
-        raise InputError(f"{kind}: grpo: {NO_GRPO[0]}", fix=NO_GRPO[1])
-    if value not in known:
-        what = f"{kind}: {value}: not an objective of strop{nearest(str(value), known)}"
-        raise InputError(what, fix=f"it has {', '.join(dict.fromkeys(known))}")
-    return known[value]
+def join_files(path: Any, data_files: Any) -> list[str]:
+    """Return the paths of `data_files`: relative to the data set `path`, or local if `path` is a file format."""
+    files = [data_files] if isinstance(data_files, str) else list(data_files)
+    return [str(file) if path in (None, *FILE_FORMATS) else f"{path}/{file}" for file in files]
+
+
+def grpo_error(config: str) -> InputError:
+    fix = "write the recipe yourself: train.objective grpo, train.rewards file.py:function"
+    return InputError(f"{config}: its reward functions are code, which is not executed", fix=fix)

@@ -1,4 +1,4 @@
-"""Describe a cluster job and write its file, as plain text for Slurm, Ray, Kubernetes and SkyPilot, without an SDK."""
+"""Write job files for Slurm, Ray Train, Kubernetes and SkyPilot, as plain text without the systems' SDKs."""
 
 from __future__ import annotations
 
@@ -18,43 +18,45 @@ from strop import __version__
 from strop.config.load import resolve
 from strop.config.schema import Recipe
 from strop.errors import DeviceError, FolderError, RecipeError
+from strop.objectives.table import check_devices
 from strop.runs.folder import next_numbered, write_atomic
 
-LONGEST_NAME = 40  # Kubernetes allows 63 characters and appends suffixes such as -node-0-0-abcde
+MAX_NAME_LENGTH = 40  # Kubernetes allows 63 characters and appends suffixes such as -node-0-0-abcde
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe to run on several nodes."""
+    """A recipe to train on one or more nodes."""
 
     name: str  # letters, digits and dashes
-    recipe: str  # relative to `folder`, as `out`
+    recipe: str  # path relative to `folder`
     folder: Path
-    out: str
+    out: str  # run folder, relative to `folder`
     nodes: int
     devices: int  # per node
     cores: int  # per device
     gpus: bool  # devices are GPUs, not CPU processes
-    needs: tuple[str, ...]  # files that the recipe refers to
+    needs: tuple[str, ...]  # local files that the recipe refers to
 
     @property
-    def words(self) -> list[str]:
-        """Return the arguments of `python -m strop.cli` for every rank; the same at each restart."""
+    def arguments(self) -> list[str]:
+        """Return the arguments of `python -m strop.cli`; they are the same for every rank and restart."""
         return ["train", self.recipe, f"--out={self.out}", "--resume"]
 
     @property
     def size(self) -> str:
-        kind = "GPU" if self.gpus else "CPU process"
-        return f"{_count(self.nodes, 'node')} with {_count(self.devices, kind)} each"
+        nodes = f"{self.nodes} node{'s' * (self.nodes != 1)}"
+        kind, plural = ("GPU", "GPUs") if self.gpus else ("CPU process", "CPU processes")
+        return f"{nodes} with {self.devices} {kind if self.devices == 1 else plural} each"
 
 
 @dataclass(frozen=True)
-class Launched:
-    """A written job file, the command that submits it, and the files that must exist where it runs."""
+class JobFile:
+    """A job file that was written. submit: the command that submits it. needs: files to copy to the cluster."""
 
+    job: Job
     file: Path
     submit: str
-    job: Job
     needs: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -66,23 +68,23 @@ class Launched:
 
 
 def make_job(recipe: Path, *, nodes: int, devices: int, cores: int, out: str | None) -> Job:
-    """Validate a recipe and fix its run folder, so that a restarted job resumes the same run."""
+    """Validate a recipe and choose its run folder now, so that a restarted job resumes the same run."""
     resolved = resolve(recipe).recipe
+    check_devices(resolved.train, nodes * devices)
     device = resolved.model.device
     if device == "mps":
-        what = "model.device mps: jobs run on CUDA GPUs or CPUs"
-        raise DeviceError(what, fix="set model.device to cuda, cpu or auto")
+        raise DeviceError("model.device mps: jobs run on CUDA GPUs or CPUs", fix="set it to cuda, cpu or auto")
     if device.startswith("cuda:") and nodes * devices > 1:
         raise DeviceError(f"model.device {device}: names a single GPU", fix="set model.device to cuda")
     path = os.path.relpath(recipe)
-    folder = out or resolved.out or str(next_numbered(Path("runs"), _name(recipe.stem)))
+    folder = out or resolved.out or str(next_numbered(Path("runs"), _make_name(recipe.stem)))
     return Job(
-        name=_name(Path(folder).name), recipe=f"./{path}" if path.startswith("-") else path, folder=Path.cwd(),
-        out=folder, nodes=nodes, devices=devices, cores=cores, gpus=device != "cpu", needs=_local_files(resolved),
+        name=_make_name(Path(folder).name), recipe=f"./{path}" if path.startswith("-") else path, folder=Path.cwd(),
+        out=folder, nodes=nodes, devices=devices, cores=cores, gpus=device != "cpu", needs=_find_local_files(resolved),
     )  # fmt: skip
 
 
-def write(job: Job, file: Path, text: str, submit: str, *, force: bool, needs: tuple[str, ...] = ()) -> Launched:
+def _write(job: Job, file: Path, text: str, submit: str, *, force: bool, needs: tuple[str, ...] = ()) -> JobFile:
     """Write a job file. Raises FolderError if it exists or is a folder, RecipeError for a path that is not UTF-8."""
     if file.is_dir():
         raise FolderError(f"{file}: is a folder", fix="give --file the name of a file")
@@ -98,46 +100,41 @@ def write(job: Job, file: Path, text: str, submit: str, *, force: bool, needs: t
         write_atomic(file, text)
     except OSError as error:
         raise FolderError(f"{file}: cannot be written: {error.strerror}", fix="give --file another name") from None
-    return Launched(file, submit, job, needs)
+    return JobFile(job, file, submit, needs)
 
 
-def quote_path(path: Path) -> str:
-    """Quote a path for a command line."""
-    word = str(path)
-    return shlex.quote(f"./{word}" if word.startswith("-") else word)
+def _quote_path(path: Path) -> str:
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
-def quote_words(arguments: list[str], indent: str = "    ") -> str:
-    """Quote the words of a command, one per line with continuations."""
-    return f" \\\n{indent}".join(shlex.quote(word) for word in arguments)
+def _quote_arguments(arguments: list[str]) -> str:
+    """Quote the arguments of a shell command, one per line."""
+    return " \\\n    ".join(map(shlex.quote, arguments))
 
 
-def require_relative_out(job: Job, where: str) -> None:
-    """Raise RecipeError if the run folder is an absolute path of this machine."""
-    if Path(job.out).expanduser().is_absolute() or ".." in Path(job.out).parts:  # ~ is another home folder there
-        what = f"--out {job.out}: the run folder is stored {where}"
-        raise RecipeError(what, fix=f"give a relative path: --out runs/{job.name}")
+def _require_relative_out(job: Job, location: str) -> None:
+    """Raise RecipeError if the run folder is not in the job's folder. location: where it is stored, for the message."""
+    # ~ would be another home folder on the cluster
+    if Path(job.out).expanduser().is_absolute() or ".." in Path(job.out).parts:
+        raise RecipeError(f"--out {job.out}: the run folder is {location}", fix=f"set --out runs/{job.name}")
 
 
-def _name(text: str) -> str:
-    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_NAME].strip("-")
-    return plain if plain[:1].isalpha() else f"run-{plain}".rstrip("-")
+def _make_name(text: str) -> str:
+    """Return a job name made of lowercase letters, digits and dashes that begins with a letter."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:MAX_NAME_LENGTH].strip("-")
+    return name if name[:1].isalpha() else f"run-{name}".rstrip("-")
 
 
-def _local_files(recipe: Recipe) -> tuple[str, ...]:
-    """Return the files, folders and matching patterns on this disk that the recipe refers to."""
+def _find_local_files(recipe: Recipe) -> tuple[str, ...]:
+    """Return the local files, folders and glob patterns that the recipe refers to."""
     data, model, rewards = recipe.data, recipe.model, recipe.train.rewards
-    named: list[str | None] = [model.name, model.adapter, data.template]
-    for rows in (data.train, data.eval):
-        named += [rows] if isinstance(rows, str) else rows or []
+    names: list[str | None] = [model.name, model.adapter, data.template]
+    for sources in (data.train, data.eval):
+        names += [sources] if isinstance(sources, str) else sources or []
     for reward in rewards.split(",") if isinstance(rewards, str) else rewards or []:
-        named.append(reward.strip().rpartition(":")[0])
-    places = {name: os.path.expanduser(name) for name in named if name}
-    return tuple(name for name, place in places.items() if os.path.exists(place) or glob(place, recursive=True))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
+        names.append(reward.strip().rpartition(":")[0])
+    paths = {name: os.path.expanduser(name) for name in names if name}
+    return tuple(name for name, path in paths.items() if os.path.exists(path) or glob(path, recursive=True))
 
 
 class BlockText(str):
@@ -155,9 +152,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_str(dumper: _Dumper, value: str) -> Any:
-    """Use double quotes for text with YAML 1.1's further line breaks, which PyYAML preserves only there."""
-    breaks = any(mark in value for mark in "\x85\u2028\u2029")
-    style = '"' if breaks else "|" if isinstance(value, BlockText) else None
+    # PyYAML preserves these line breaks of YAML 1.1 only in double quotes
+    needs_quotes = any(line_break in value for line_break in "\x85\u2028\u2029")
+    style = '"' if needs_quotes else "|" if isinstance(value, BlockText) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style=style)
 
 
@@ -166,12 +163,12 @@ _Dumper.add_representer(BlockText, _represent_str)
 
 
 def dump_with_comments(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str]) -> str:
-    """Return a YAML document with comments above keys, given by their path (list positions as text)."""
+    """Return a YAML document with comments above keys. comments: by path, for example ("spec", "env", "0", "name")."""
     text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     lines = text.removesuffix("\n").split("\n")
-    places = dict(_key_positions(yaml.compose(text, Loader=yaml.SafeLoader), ()))
-    for path in sorted(comments, key=lambda path: places[path], reverse=True):
-        line, column = places[path]
+    positions = dict(_key_positions(yaml.compose(text, Loader=yaml.SafeLoader), ()))
+    for path in sorted(comments, key=lambda path: positions[path], reverse=True):
+        line, column = positions[path]
         lines[line:line] = [f"{' ' * column}# {comment}" for comment in comments[path].splitlines()]
     return "\n".join(lines) + "\n"
 
@@ -180,30 +177,30 @@ def _key_positions(node: Any, path: tuple[str, ...]) -> Any:
     """Yield (path, (line, column)) for every key."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*path, str(key.value))
-            yield inner, (key.start_mark.line, key.start_mark.column)
-            yield from _key_positions(value, inner)
+            key_path = (*path, str(key.value))
+            yield key_path, (key.start_mark.line, key.start_mark.column)
+            yield from _key_positions(value, key_path)
     elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            yield from _key_positions(value, (*path, str(number)))
+        for i, value in enumerate(node.value):
+            yield from _key_positions(value, (*path, str(i)))
 
 
 # --- Slurm --------------------------------------------------------------------------------------------------------
-# Batch scripts for Slurm: one task per device, saved and requeued near the time limit (sbatch(1), --signal)
 
-SLURM_WARNING_S = 120  # seconds before the time limit
-SLURM_WAIT_S = 120  # seconds that srun waits for other tasks after the first has ended; rank 0 ends last
+SLURM_WARNING_S = 120  # time between the signal that saves the run and the time limit (sbatch --signal)
+SLURM_WAIT_S = 120  # time that other tasks have to end after the first one (srun --wait); rank 0 ends last
 
 
-def launch_slurm(job: Job, file: Path | None, *, time: str, force: bool) -> Launched:
+def write_slurm_job(job: Job, file: Path | None, *, time: str, force: bool) -> JobFile:
     """Write a batch script. time: minutes, H:MM:SS or D-HH:MM:SS. Raises RecipeError, FolderError."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         raise RecipeError(f"--time {time}: not a Slurm time limit", fix="write 30 (minutes), 12:00:00 or 2-00:00:00")
-    if 0 < _slurm_seconds(time) <= 2 * SLURM_WARNING_S:  # it would save and be requeued forever; 0: no limit
+    # a job that is too short would be saved and requeued forever; 0 means no limit
+    if 0 < _slurm_seconds(time) <= 2 * SLURM_WARNING_S:
         what = f"--time {time}: too short: the job saves {SLURM_WARNING_S // 60} minutes before the limit"
         raise RecipeError(what, fix="give it 10 minutes or more")
     file = file or Path(f"{job.name}.slurm.sh")
-    return write(job, file, slurm_script(job, time=time), f"sbatch {quote_path(file)}", force=force)
+    return _write(job, file, slurm_script(job, time=time), f"sbatch {_quote_path(file)}", force=force)
 
 
 def _slurm_seconds(time: str) -> int:
@@ -248,7 +245,7 @@ export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
 # The command is the same at every restart: an existing run is resumed.
 # Since Slurm 22.05, srun does not inherit --cpus-per-task and may give a process one core.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait={SLURM_WAIT_S} "$python" -m strop.cli \\
-    {quote_words(job.words)} &
+    {_quote_arguments(job.arguments)} &
 steps=$!
 
 warned=
@@ -267,29 +264,27 @@ exit "$code"
 
 
 # --- Ray Train ----------------------------------------------------------------------------------------------------
-# Python files for Ray Train. Each worker runs strop as a child process: Ray's threads receive no signals
 
 RAY_MAX_FAILURES = 3
 
 
-def launch_ray(job: Job, file: Path | None, *, force: bool) -> Launched:
+def write_ray_job(job: Job, file: Path | None, *, force: bool) -> JobFile:
     """Write a Python file for Ray. Raises RecipeError, FolderError."""
     file = file or Path(f"{job.name}.ray.py")
-    return write(
-        job, file, ray_script(job), f"ray job submit -- python {_quote_for_two_shells(file.absolute())}", force=force
-    )
+    submit = f"ray job submit -- python {_quote_for_two_shells(file.absolute())}"
+    return _write(job, file, ray_script(job), submit, force=force)
 
 
 def _quote_for_two_shells(path: Path) -> str:
     """Quote a path for the user's shell, and for the cluster's, where Ray adds double quotes if there are spaces."""
-    odd = r"[$`\\]" if " " in str(path) else r'[^\w@%+=:,./"-]'
-    return shlex.quote(re.sub(odd, r"\\\g<0>", str(path)))
+    special_characters = r"[$`\\]" if " " in str(path) else r'[^\w@%+=:,./"-]'
+    return shlex.quote(re.sub(special_characters, r"\\\g<0>", str(path)))
 
 
 def ray_script(job: Job) -> str:
-    """Return the text of the Python file."""
+    """Return the text of the Python file. Workers run strop as a child process, because threads receive no signals."""
     resources = {"CPU": job.cores, **({"GPU": 1} if job.gpus else {})}
-    words = ",\n    ".join(repr(word) for word in job.words)
+    arguments = ",\n    ".join(repr(argument) for argument in job.arguments)
     return f'''\
 """strop on {job.size}, written by `strop launch ray`. Edit as needed."""
 
@@ -310,7 +305,7 @@ NODES, DEVICES, CORES = {job.nodes}, {job.devices}, {job.cores}  # devices per n
 
 # The command is the same at every restart: an existing run is resumed.
 TRAIN = [
-    {words},
+    {arguments},
 ]
 
 
@@ -360,69 +355,63 @@ if __name__ == "__main__":
 
 
 # --- Kubernetes ---------------------------------------------------------------------------------------------------
-# Manifests for Kubernetes: the recipe as a ConfigMap, and a Kubeflow Trainer v2 TrainJob that runs torchrun
 
-VOLUME, RECIPES = "/work", "/etc/strop"
-GRACE_S = 120  # seconds between TERM and KILL, for the last checkpoint
+VOLUME_PATH, RECIPE_PATH = "/work", "/etc/strop"  # where the volume and the ConfigMap are mounted
+GRACE_S = 120  # time between TERM and KILL, for the last checkpoint
 CLAIM_NAME = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
-LARGEST_RECIPE = 1 << 20  # bytes, the limit of a ConfigMap
+MAX_RECIPE_BYTES = 1 << 20  # limit of a ConfigMap
 
 
-def launch_kubernetes(job: Job, file: Path | None, *, image: str, claim: str, force: bool) -> Launched:
-    """Write the manifests. image: contains strop. claim: the PersistentVolumeClaim for data and run folder."""
-    require_relative_out(job, "on the volume")
+def write_kubernetes_job(job: Job, file: Path | None, *, image: str, claim: str, force: bool) -> JobFile:
+    """Write a ConfigMap with the recipe, and a Kubeflow Trainer v2 TrainJob. Raises RecipeError, FolderError.
+
+    image: container image with strop. claim: PersistentVolumeClaim for data and run folder.
+    """
+    _require_relative_out(job, "on the volume")
     if not re.fullmatch(CLAIM_NAME, claim):
-        fix = "give the claim's name, as `kubectl get pvc` has it"
-        raise RecipeError(f"--claim {claim}: not a Kubernetes name", fix=fix)
+        raise RecipeError(f"--claim {claim}: not a Kubernetes name", fix="give a name from `kubectl get pvc`")
     if not re.fullmatch(r"\S+", image):
-        what = f"--image {image!r}: not a container image"
-        raise RecipeError(what, fix="give its name, such as registry/team/strop:1")
+        raise RecipeError(f"--image {image!r}: not a container image", fix="use a name such as team/strop:1")
     recipe = (job.folder / job.recipe).read_text(encoding="utf-8")
-    if len(recipe.encode("utf-8")) > LARGEST_RECIPE:
+    if len(recipe.encode("utf-8")) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{job.recipe}: too large for a ConfigMap (1 MiB)", fix="put it on the volume")
     file = file or Path(f"{job.name}.trainjob.yaml")
     text = kubernetes_manifests(job, recipe, image=image, claim=claim)
-    return write(job, file, text, f"kubectl apply -f {quote_path(file)}", force=force, needs=job.needs)
+    return _write(job, file, text, f"kubectl apply -f {_quote_path(file)}", force=force, needs=job.needs)
 
 
 def kubernetes_manifests(job: Job, recipe: str, *, image: str, claim: str) -> str:
-    """Return the text of both manifests."""
-    settings = {
+    config_map = {
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": job.name},
         "data": {"recipe.yaml": BlockText(recipe)},
     }  # fmt: skip
-    comments: dict[tuple[str, ...], str] = {
-        ("apiVersion",): f"strop on {job.size}, written by `strop launch kubernetes`. Edit as needed.\n"
-        "The recipe, unchanged; the job below reads it."
-    }
-    documents = (
-        dump_with_comments(settings, comments),
-        dump_with_comments(_train_job(job, image, claim), _COMMENTS),
-    )
-    return "---\n".join(documents)
+    header = f"strop on {job.size}, written by `strop launch kubernetes`. Edit as needed.\n"
+    header += "The recipe, unchanged; the job below reads it."
+    train_job = _train_job(job, image, claim)
+    return "---\n".join([
+        dump_with_comments(config_map, {("apiVersion",): header}), dump_with_comments(train_job, _TRAIN_JOB_COMMENTS),
+    ])  # fmt: skip
 
 
 def _train_job(job: Job, image: str, claim: str) -> dict[str, Any]:
-    kind = {"nvidia.com/gpu": job.devices} if job.gpus else {}
-    resources = {"cpu": job.cores * job.devices, **kind}
+    resources = {"cpu": job.cores * job.devices, **({"nvidia.com/gpu": job.devices} if job.gpus else {})}
     # Kubernetes expands $(NAME) in a container's args
-    words = [word.replace("$", "$$") for word in replace(job, recipe=f"{RECIPES}/recipe.yaml").words]
+    mounted = replace(job, recipe=f"{RECIPE_PATH}/recipe.yaml")
+    arguments = [argument.replace("$", "$$") for argument in mounted.arguments]
     volumes: list[dict[str, Any]] = [
         {"name": "work", "persistentVolumeClaim": {"claimName": claim}},
         {"name": "recipe", "configMap": {"name": job.name}},
     ]
     mounts: list[dict[str, Any]] = [
-        {"name": "work", "mountPath": VOLUME},
-        {"name": "recipe", "mountPath": RECIPES, "readOnly": True},
-    ]
+        {"name": "work", "mountPath": VOLUME_PATH}, {"name": "recipe", "mountPath": RECIPE_PATH, "readOnly": True},
+    ]  # fmt: skip
     if job.gpus and job.devices > 1:  # a pod has 64 MiB by default; NCCL needs more between GPUs
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
     pod = {
-        "terminationGracePeriodSeconds": GRACE_S,
-        "volumes": volumes,
+        "terminationGracePeriodSeconds": GRACE_S, "volumes": volumes,
         "containers": [{"name": "node", "volumeMounts": mounts}],
-    }
+    }  # fmt: skip
     patch = {
         "template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": {"spec": pod}}}}]}}
     }
@@ -431,7 +420,8 @@ def _train_job(job: Job, image: str, claim: str) -> dict[str, Any]:
         "kind": "TrainJob",
         "metadata": {"name": job.name},
         "spec": {
-            # sets PET_NNODES and others for torchrun, which restarts nothing, so that all pods count equal restarts
+            # sets PET_NNODES and other variables for torchrun, without restarts by torchrun itself: if one pod
+            # restarted its processes, its restart count would differ from that of the other pods
             "runtimeRef": {
                 "apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": "torch-distributed",
             },
@@ -439,15 +429,15 @@ def _train_job(job: Job, image: str, claim: str) -> dict[str, Any]:
                 "image": image, "numNodes": job.nodes, "numProcPerNode": job.devices,
                 "resourcesPerNode": {"requests": resources, "limits": resources},
                 "env": [{"name": "OMP_NUM_THREADS", "value": str(job.cores)}],
-                "command": ["bash", "-c", f'cd {VOLUME} && exec "$@"', "strop"],
-                "args": ["torchrun", "-m", "strop.cli", *words],
+                "command": ["bash", "-c", f'cd {VOLUME_PATH} && exec "$@"', "strop"],
+                "args": ["torchrun", "-m", "strop.cli", *arguments],
             },
             "runtimePatches": [{"manager": "strop.launch/manager", "trainingRuntimeSpec": patch}],
         },
     }  # fmt: skip
 
 
-_COMMENTS = {
+_TRAIN_JOB_COMMENTS = {
     ("spec", "runtimeRef"): "Installed with Kubeflow Trainer: sets up the pods for torchrun.",
     ("spec", "trainer", "image"): "An image with strop, and PyTorch for your devices.",
     ("spec", "trainer", "numProcPerNode"): "One process per device.",
@@ -460,19 +450,21 @@ _COMMENTS = {
 
 
 # --- SkyPilot -----------------------------------------------------------------------------------------------------
-# Tasks for SkyPilot, run as managed jobs: they continue on other machines, so local disks hold no run folder
 
-MOUNT, MAX_RESTARTS = "/strop", 3
+MOUNT_PATH, MAX_RESTARTS = "/strop", 3
 
 
-def launch_skypilot(
+def write_skypilot_job(
     job: Job, file: Path | None, *, gpus: str | None, bucket: str | None, volume: str | None, spot: bool, force: bool
-) -> Launched:
-    """Write a SkyPilot task. gpus: SkyPilot's name of the GPU (`sky show-gpus`)."""
-    require_relative_out(job, "in the bucket or on the volume")
+) -> JobFile:
+    """Write a task for SkyPilot's managed jobs. Raises RecipeError, FolderError.
+
+    gpus: SkyPilot's name of the GPU (`sky show-gpus`). bucket, volume: storage of the run folder; exactly one is
+    needed, because the job may continue on another machine.
+    """
+    _require_relative_out(job, "in the bucket or on the volume")
     if (bucket is None) == (volume is None):
-        what = "--bucket, --volume: one of them is needed for the run folder"
-        raise RecipeError(what, fix="give --bucket NAME or --volume NAME")
+        raise RecipeError("--bucket, --volume: give one of them for the run folder", fix="add --bucket NAME")
     if bucket is not None and job.nodes > 1:
         what = f"--bucket {bucket}: {job.nodes} nodes would see each other's files with a delay"
         raise RecipeError(what, fix="give --volume NAME, or one node with more --devices")
@@ -481,24 +473,21 @@ def launch_skypilot(
     if gpus and not job.gpus:
         raise RecipeError(f"--gpus {gpus}: the recipe uses the CPU", fix="remove it, or change model.device")
     if gpus and not re.fullmatch(r"[\w.-]+", gpus):
-        what = f"--gpus {gpus}: not a GPU name"
-        raise RecipeError(what, fix="give --gpus a name only, such as H100; --devices sets the number")
+        raise RecipeError(f"--gpus {gpus}: not a GPU name", fix="use a name such as H100; --devices is the number")
     if Path(job.recipe).is_absolute() or ".." in Path(job.recipe).parts:
-        what = f"{job.recipe}: outside this folder, which SkyPilot syncs"
-        raise RecipeError(what, fix="run the command in the recipe's folder")
+        raise RecipeError(f"{job.recipe}: not in this folder, which SkyPilot copies", fix="run this in its folder")
     file = file or Path(f"{job.name}.sky.yaml")
     text = skypilot_task(job, gpus=gpus, bucket=bucket, volume=volume, spot=spot)
-    outside = tuple(name for name in job.needs if os.path.relpath(Path(name).expanduser()).startswith(".."))
-    return write(job, file, text, f"sky jobs launch -n {job.name} {quote_path(file)}", force=force, needs=outside)
+    # SkyPilot copies the working folder
+    needs = tuple(name for name in job.needs if os.path.relpath(Path(name).expanduser()).startswith(".."))
+    return _write(job, file, text, f"sky jobs launch -n {job.name} {_quote_path(file)}", force=force, needs=needs)
 
 
 def skypilot_task(
     job: Job, *, gpus: str | None, bucket: str | None = None, volume: str | None = None, spot: bool = False
 ) -> str:
-    """Return the text of the task; its run folder is in a bucket, created if needed, or on an existing volume."""
-    inside = replace(job, out=f"{MOUNT}/{job.out}")
-    kind = {"accelerators": f"{gpus}:{job.devices}"} if job.gpus else {"cpus": f"{job.devices * job.cores}+"}
-    resources: dict[str, Any] = {**kind, "job_recovery": {"max_restarts_on_errors": MAX_RESTARTS}}
+    devices = {"accelerators": f"{gpus}:{job.devices}"} if job.gpus else {"cpus": f"{job.devices * job.cores}+"}
+    resources: dict[str, Any] = {**devices, "job_recovery": {"max_restarts_on_errors": MAX_RESTARTS}}
     if spot:
         resources["use_spot"] = True
     run = f"""\
@@ -508,10 +497,10 @@ torchrun \\
     --nnodes="$SKYPILOT_NUM_NODES" --node-rank="$SKYPILOT_NODE_RANK" --nproc-per-node={job.devices} \\
     --master-addr="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)" --master-port=29500 \\
     -m strop.cli \\
-    {quote_words(inside.words)}
+    {_quote_arguments(replace(job, out=f"{MOUNT_PATH}/{job.out}").arguments)}
 """
-    file_mount = {MOUNT: {"name": bucket, "mode": "MOUNT_CACHED"}}
-    mount = {"volumes": {MOUNT: volume}} if volume is not None else {"file_mounts": file_mount}
+    file_mount = {MOUNT_PATH: {"name": bucket, "mode": "MOUNT_CACHED"}}
+    mount = {"volumes": {MOUNT_PATH: volume}} if volume is not None else {"file_mounts": file_mount}
     tree = {
         "name": job.name, "num_nodes": job.nodes, "resources": resources, "workdir": ".", **mount,
         "setup": BlockText(f"pip install strop=={__version__}\n"), "run": BlockText(run),
@@ -524,7 +513,7 @@ torchrun \\
         ("setup",): "Or install your own wheel.",
         ("run",): "The same at every restart: an existing run is resumed.",
     }
-    text = "For the run folder, which outlives the machines."
+    text = "The run folder is stored here, because the machines may be replaced."
     if volume is not None:
         comments["volumes",] = f"{text} Every node must be able to write to it."
     else:

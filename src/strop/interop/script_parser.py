@@ -15,25 +15,23 @@ from typing import Any
 from strop.errors import InputError
 from strop.interop.draft import Draft, Keys
 
-UNREADABLE = object()  # stands for a value that only running the script would give
+UNREADABLE = object()  # marks a value that can only be computed by running the script
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }  # fmt: skip
-_TYPES = ("bfloat16", "float16", "float32", "half", "float")  # torch dtypes
+_DTYPES = ("bfloat16", "float16", "float32", "half", "float")  # attributes of torch
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call in the script."""
-
-    name: str  # last part of the callee, such as SFTConfig
-    owner: str  # the part before it
+    name: str  # last part of the function's name, for example "from_pretrained"
+    owner: str  # the part before it, for example "AutoTokenizer"
     line: int
     arguments: list[ast.expr]
     keywords: dict[str, ast.expr]
-    into: str  # the name that the result is assigned to
-    unpacked: list[ast.expr]  # arguments passed with ** that cannot be read
+    assigned_to: str  # the name that the result is assigned to, or ""
+    unpacked: list[ast.expr]  # ** arguments that are not literal dicts
 
 
 class Script:
@@ -42,7 +40,7 @@ class Script:
     def __init__(self, path: Path) -> None:
         try:
             text = path.read_text(encoding="utf-8")
-            self._tree = _parse(_notebook_code(text) if path.suffix == ".ipynb" else text)
+            self._tree = _parse(_join_code_cells(text) if path.suffix == ".ipynb" else text)
         except (OSError, UnicodeDecodeError) as error:
             what = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
             raise InputError(what, fix="give the path of a Python script") from None
@@ -52,22 +50,21 @@ class Script:
         except (RecursionError, MemoryError):
             raise InputError(f"{path}: nested too deeply to be read", fix="give the script that trains") from None
         except ValueError as error:
-            what = f"{path}: not a notebook: {error}"
-            raise InputError(what, fix="give a .py file, or a notebook as saved") from None
-        self._constants = dict(self._single_assignments())
-        self.defaults: dict[str, tuple[Any, int]] = {}  # argparse defaults that were used: value and line, by option
-        self._flags = dict(self._find_argparse_defaults())
+            raise InputError(f"{path}: not a notebook: {error}", fix="give a .py or .ipynb file") from None
+        self._constants = dict(self._find_single_assignments())
+        self._options = dict(self._find_argparse_defaults())
+        self.used_defaults: dict[str, tuple[Any, int]] = {}  # argparse options read by `value`: default and line
         self.calls = list(self._find_calls())
 
-    def _single_assignments(self) -> Iterator[tuple[str, ast.expr]]:
-        """Yield names that are assigned exactly once, outside branches and loops, with their value."""
+    def _find_single_assignments(self) -> Iterator[tuple[str, ast.expr]]:
+        """Yield (name, value) of names that are assigned exactly once, outside branches and loops."""
         counts: Counter[str] = Counter()
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
                 counts[node.id] += 1
             elif isinstance(node, ast.arg):
                 counts[node.arg] += 1
-        for node in _unconditional_statements(self._tree.body):
+        for node in _find_unconditional_statements(self._tree.body):
             if isinstance(node, ast.Assign) and len(node.targets) == 1:
                 target, value = node.targets[0], node.value
             elif isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -82,50 +79,50 @@ class Script:
                     yield name.id, assigned
 
     def _find_argparse_defaults(self) -> Iterator[tuple[str, ast.expr]]:
-        """Yield the defaults of argparse options, by attribute name of the parsed arguments."""
+        """Yield (attribute of the parsed arguments, default) of argparse options."""
         for node in ast.walk(self._tree):
             if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"):
                 continue
-            words = {word.arg: word.value for word in node.keywords}
-            names = [str(word.value) for word in node.args if isinstance(word, ast.Constant)]
-            long = [name for name in names if name.startswith("--")]
-            dest = words.get("dest")
-            name = str(dest.value) if isinstance(dest, ast.Constant) else (long or names or [""])[0].lstrip("-")
-            if "default" in words:
-                yield name.replace("-", "_"), words["default"]
-            elif getattr(words.get("action"), "value", "") == "store_true":
+            keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+            names = [str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
+            long_names = [name for name in names if name.startswith("--")]
+            dest = keywords.get("dest")
+            name = str(dest.value) if isinstance(dest, ast.Constant) else (long_names or names or [""])[0].lstrip("-")
+            if "default" in keywords:
+                yield name.replace("-", "_"), keywords["default"]
+            elif getattr(keywords.get("action"), "value", "") == "store_true":
                 yield name.replace("-", "_"), ast.Constant(False)
 
-    def flag(self, node: ast.expr) -> str | None:
-        """Return the argparse option that an expression such as `args.lr` reads, if it has a default."""
-        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in self._flags):
-            return None
+    def _is_argparse_option(self, node: ast.Attribute) -> bool:
+        """Return whether an expression such as `args.lr` reads an argparse option that has a default."""
+        if not isinstance(node.value, ast.Name) or node.attr not in self._options:
+            return False
         parsed = self._constants.get(node.value.id)
-        return node.attr if isinstance(parsed, ast.Call) and getattr(parsed.func, "attr", "") == "parse_args" else None
+        return isinstance(parsed, ast.Call) and getattr(parsed.func, "attr", "") == "parse_args"
 
-    def attribute_assignments(self, name: str) -> Iterator[tuple[str, ast.expr, int, bool]]:
-        """Yield attributes assigned on a name: `config.seed = 1` is (seed, 1, line, whether it is unconditional)."""
-        always = {id(node) for node in _unconditional_statements(self._tree.body)}
+    def find_attribute_assignments(self, name: str) -> Iterator[tuple[str, ast.expr, int, bool]]:
+        """Yield attributes set on a name: `config.seed = 1` is ("seed", 1, line, whether it is unconditional)."""
+        unconditional = {id(node) for node in _find_unconditional_statements(self._tree.body)}
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Assign | ast.AugAssign):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     if isinstance(target, ast.Attribute) and ast.unparse(target).startswith(f"{name}."):
                         value = node.value if isinstance(node, ast.Assign) else target
-                        yield ast.unparse(target).partition(".")[2], value, node.lineno, id(node) in always
+                        yield ast.unparse(target).partition(".")[2], value, node.lineno, id(node) in unconditional
 
-    def subclasses_of(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
-        """Return classes derived from one of `names`, as (class, base, line)."""
+    def find_subclasses(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
+        """Return (class, base, line) of each class derived from one of `names`."""
         classes = [node for node in ast.walk(self._tree) if isinstance(node, ast.ClassDef)]
         bases = [(node, ast.unparse(base).rpartition(".")[2]) for node in classes for base in node.bases]
         return [(node.name, base, node.lineno) for node, base in bases if base in names]
 
     def _find_calls(self) -> Iterator[Call]:
-        into: dict[int, str] = {}
+        assigned_to: dict[int, str] = {}
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-                first = node.targets[0]
-                first = first.elts[0] if isinstance(first, ast.Tuple) else first
-                into[id(node.value)] = first.id if isinstance(first, ast.Name) else ""
+                target = node.targets[0]
+                target = target.elts[0] if isinstance(target, ast.Tuple) else target
+                assigned_to[id(node.value)] = target.id if isinstance(target, ast.Name) else ""
         call_nodes = [node for node in ast.walk(self._tree) if isinstance(node, ast.Call)]
         for node in sorted(call_nodes, key=lambda call: (call.lineno, call.col_offset)):
             owner, name = "", ""
@@ -135,26 +132,26 @@ class Script:
                 name = node.func.id
             keywords: dict[str, ast.expr] = {}
             unpacked: list[ast.expr] = []
-            for word in node.keywords:
-                if word.arg is not None:
-                    keywords[word.arg] = word.value
-                elif (items := self._dict_items(word.value)) is not None:
+            for keyword in node.keywords:
+                if keyword.arg is not None:
+                    keywords[keyword.arg] = keyword.value
+                elif (items := self._read_dict_items(keyword.value)) is not None:
                     keywords |= items
                 else:
-                    unpacked.append(word.value)
-            yield Call(name, owner, node.lineno, node.args, keywords, into.get(id(node), ""), unpacked)
+                    unpacked.append(keyword.value)
+            yield Call(name, owner, node.lineno, node.args, keywords, assigned_to.get(id(node), ""), unpacked)
 
-    def _dict_items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
-        """Return the items of a literal dict: {...}, dict(...), or a name of one; None if it cannot be read."""
+    def _read_dict_items(self, node: ast.expr, depth: int = 0) -> dict[str, ast.expr] | None:
+        """Return the items of {...}, dict(...), or a name of one with string keys; None for other expressions."""
         if isinstance(node, ast.Name) and node.id in self._constants and depth <= 8:
-            return self._dict_items(self._constants[node.id], depth + 1)
+            return self._read_dict_items(self._constants[node.id], depth + 1)
         if isinstance(node, ast.Dict):
             pairs = {key.value: value for key, value in zip(node.keys, node.values, strict=True)
                      if isinstance(key, ast.Constant) and isinstance(key.value, str)}  # fmt: skip
             return pairs if len(pairs) == len(node.keys) else None
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict" and not node.args:
-            words = {word.arg: word.value for word in node.keywords if word.arg}
-            return words if len(words) == len(node.keywords) else None
+            keywords = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+            return keywords if len(keywords) == len(node.keywords) else None
         return None
 
     def resolve_name(self, node: ast.expr, depth: int = 0) -> ast.expr:
@@ -162,59 +159,52 @@ class Script:
         assigned = self._constants.get(node.id) if isinstance(node, ast.Name) and depth <= 8 else None
         return node if assigned is None else self.resolve_name(assigned, depth + 1)
 
-    def list_items(self, node: ast.expr) -> list[ast.expr]:
-        """Return the items of a literal list or of a name of one; otherwise the expression itself."""
+    def read_list_items(self, node: ast.expr) -> list[ast.expr]:
+        """Return the items of a list, or of a name of one; for other expressions, the expression itself."""
         resolved = self.resolve_name(node)
         return list(resolved.elts) if isinstance(resolved, ast.List | ast.Tuple) else [resolved]
 
-    def value(self, node: ast.expr, depth: int = 0) -> Any:
+    def value(self, node: ast.expr) -> Any:
         """Return the value of a literal, arithmetic, f-string, dtype, constant or argparse default, or UNREADABLE."""
-        if depth > 8:
-            return UNREADABLE
-        if isinstance(node, ast.Name):
-            return self.value(self._constants[node.id], depth + 1) if node.id in self._constants else UNREADABLE
-        if isinstance(node, ast.Attribute):
-            if (flag := self.flag(node)) is not None:
-                value = self.value(self._flags[flag], depth + 1)
-                if value is not UNREADABLE:
-                    self.defaults[flag] = (value, node.lineno)
-                return value
-            return node.attr if node.attr in _TYPES else UNREADABLE
-        if isinstance(node, ast.List | ast.Tuple):
-            items = [self.value(item, depth + 1) for item in node.elts]
-            return UNREADABLE if any(item is UNREADABLE for item in items) else items
-        if isinstance(node, ast.JoinedStr):
-            parts = [self._evaluate_part(part, depth + 1) for part in node.values]
-            return UNREADABLE if any(part is UNREADABLE for part in parts) else "".join(map(str, parts))
-        if isinstance(node, ast.BinOp):
-            return self._evaluate_operator(node, depth + 1)
-        if (entries := self._dict_items(node)) is not None:
-            pairs = {key: self.value(item, depth + 1) for key, item in entries.items()}
-            return UNREADABLE if any(item is UNREADABLE for item in pairs.values()) else pairs
         try:
-            return ast.literal_eval(node)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return self._evaluate(node)
+        except (ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, MemoryError, RecursionError):
             return UNREADABLE
 
-    def _evaluate_part(self, node: ast.expr, depth: int) -> Any:
-        if isinstance(node, ast.FormattedValue):
-            return self.value(node.value, depth) if node.format_spec is None and node.conversion == -1 else UNREADABLE
-        return self.value(node, depth)
+    def _evaluate(self, node: ast.expr, depth: int = 0) -> Any:
+        """Return the value of an expression; see `value`. Raises LookupError or an error of ast.literal_eval."""
+        if depth > 8:
+            raise RecursionError
+        if isinstance(node, ast.Name):
+            return self._evaluate(self._constants[node.id], depth + 1)
+        if isinstance(node, ast.Attribute) and self._is_argparse_option(node):
+            value = self._evaluate(self._options[node.attr], depth + 1)
+            self.used_defaults[node.attr] = (value, node.lineno)
+            return value
+        if isinstance(node, ast.Attribute) and node.attr in _DTYPES:
+            return node.attr
+        if isinstance(node, ast.List | ast.Tuple):
+            return [self._evaluate(item, depth + 1) for item in node.elts]
+        if isinstance(node, ast.JoinedStr):
+            return "".join(str(self._evaluate(part, depth)) for part in node.values)
+        if isinstance(node, ast.FormattedValue) and node.format_spec is None and node.conversion == -1:
+            return self._evaluate(node.value, depth + 1)
+        if isinstance(node, ast.BinOp):
+            return self._evaluate_operator(node, depth + 1)
+        if (entries := self._read_dict_items(node)) is not None:
+            return {key: self._evaluate(item, depth + 1) for key, item in entries.items()}
+        return ast.literal_eval(node)
 
     def _evaluate_operator(self, node: ast.BinOp, depth: int) -> Any:
         """Evaluate arithmetic on numbers, and the concatenation of two strings or lists."""
-        left, right = self.value(node.left, depth), self.value(node.right, depth)
-        apply = _OPERATORS.get(type(node.op))
-        numeric = [isinstance(side, int | float) and not isinstance(side, bool) for side in (left, right)]
-        concatenable = isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list)
-        if apply is None or not (all(numeric) or concatenable):
-            return UNREADABLE
-        try:
-            return apply(left, right)
-        except (ZeroDivisionError, OverflowError):
-            return UNREADABLE
+        left, right = self._evaluate(node.left, depth), self._evaluate(node.right, depth)
+        are_numbers = all(isinstance(side, int | float) and not isinstance(side, bool) for side in (left, right))
+        concatenates = isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list)
+        if not are_numbers and not concatenates:
+            raise TypeError
+        return _OPERATORS[type(node.op)](left, right)
 
-    def root_name(self, node: ast.expr) -> str:
+    def find_root_name(self, node: ast.expr) -> str:
         """Return the name that an expression such as `data["train"].select(range(9))` begins with."""
         while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
             node = node.func if isinstance(node, ast.Call) else node.value
@@ -229,7 +219,7 @@ def _parse(text: str) -> ast.Module:
         return ast.parse(re.sub(r"^([ \t]*)[!%].*$", r"\1pass", text, flags=re.M))
 
 
-def _notebook_code(text: str) -> str:
+def _join_code_cells(text: str) -> str:
     """Return the code cells of a notebook as one text. Raises ValueError."""
     tree = json.loads(text)
     if not isinstance(tree, dict) or not isinstance(tree.get("cells"), list):
@@ -237,39 +227,42 @@ def _notebook_code(text: str) -> str:
     return "\n".join("".join(cell.get("source", [])) for cell in tree["cells"] if cell.get("cell_type") == "code")
 
 
-def readable_arguments(draft: Draft, script: Script, call: Call, positional: tuple[str, ...] = ()) -> Keys:
-    """Return the arguments of a call, and attributes set on its result, that can be read; report the others."""
-    given = {**dict(zip(positional, call.arguments, strict=False)), **call.keywords}
-    lines = {key: node.lineno for key, node in given.items()}
-    for key, node, line, always in script.attribute_assignments(call.into) if call.into else ():
-        if always:
-            given[key], lines[key] = node, line
+def read_arguments(draft: Draft, script: Script, call: Call, positional: tuple[str, ...] = ()) -> Keys:
+    """Return the literal arguments of a call, and attributes set on its result; report those that cannot be read."""
+    arguments = {**dict(zip(positional, call.arguments, strict=False)), **call.keywords}
+    lines = {key: node.lineno for key, node in arguments.items()}
+    for key, node, line, unconditional in script.find_attribute_assignments(call.assigned_to):
+        if unconditional:
+            arguments[key], lines[key] = node, line
         else:
-            text = f"{shorten_source(node)}: set in a branch or loop, which is not evaluated"
-            draft.add_unsupported(f"{call.into}.{key}", text, line)
+            report_expression(draft, f"{call.assigned_to}.{key}", node, "set in a branch or loop, which is not read")
     values: dict[str, Any] = {}
-    for key, node in given.items():
+    for key, node in arguments.items():
         value = script.value(node)
         if value is UNREADABLE:
-            text = f"{shorten_source(node)}: not a literal value, and scripts are not executed"
-            draft.add_unsupported(f"{call.name}.{key}", text, lines[key])
+            report_expression(draft, f"{call.name}.{key}", node, "not a literal value, and scripts are not executed")
         else:
             values[key] = value
+    report_unpacked(draft, call)
+    return Keys(values, lines, set(arguments) - set(values))
+
+
+def report_unpacked(draft: Draft, call: Call) -> None:
     for node in call.unpacked:
-        text = f"{shorten_source(node)}: not a literal dict, and scripts are not executed"
-        draft.add_unsupported(f"{call.name}(**...)", text, node.lineno)
-    return Keys(values, lines, set(given) - set(values))
+        report_expression(draft, f"{call.name}(**...)", node, "not a literal dict, and scripts are not executed")
 
 
-def shorten_source(node: ast.expr) -> str:
-    text = ast.unparse(node)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def report_expression(draft: Draft, key: str, node: ast.expr, reason: str) -> None:
+    """Report an expression as unsupported."""
+    source = ast.unparse(node)
+    source = source if len(source) <= 60 else f"{source[:57]}..."
+    draft.add_unsupported(key, f"{source}: {reason}", node.lineno)
 
 
-def _unconditional_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield statements outside branches and loops: of the module, of functions, and below `if __name__ == ...`."""
+def _find_unconditional_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield statements outside branches and loops, also those in functions and in `if __name__ == "__main__"`."""
     for node in body:
         if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)):
-            yield from _unconditional_statements(node.body)
+            yield from _find_unconditional_statements(node.body)
         else:
             yield node

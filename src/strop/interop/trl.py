@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from strop.errors import InputError, RecipeError
-from strop.interop.draft import IGNORED_KEYS, NO_GRPO, Draft, Keys, as_int, as_number, format_value
-from strop.interop.script_parser import UNREADABLE, Call, Script, readable_arguments, shorten_source
+from strop.interop.draft import FILE_FORMATS, IGNORED_KEYS, Draft, Keys, as_int, format_value, grpo_error, join_files
+from strop.interop.script_parser import UNREADABLE, Call, Script, read_arguments, report_expression, report_unpacked
 
 CONFIGS = {
     "SFTConfig": "sft", "TrainingArguments": "sft", "UnslothTrainingArguments": "sft", "DPOConfig": "dpo",
@@ -21,14 +21,18 @@ UNSUPPORTED_CONFIGS = (
     "GRPOConfig", "PPOConfig", "RLOOConfig", "BCOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "GKDConfig",
     "PRMConfig",
 )  # fmt: skip
-RATES = {"sft": 2e-5, "reward": 1e-4}  # default learning rate by objective; 1e-6 for others
+LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4}  # defaults by objective; 1e-6 for the other objectives
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "simpo": "simpo"}
 DEFAULTS = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
     "lr_scheduler_type": "linear", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
 }  # fmt: skip
 EARLY_STOPPING = "EarlyStoppingCallback"
-_MESSAGES = ("dataset_text_field", "messages")
+TRAINER_ARGUMENTS = (
+    "model", "args", "peft_config", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "callbacks",
+)  # fmt: skip
+# arguments of the trainer in older versions of TRL, and of its config in newer ones
+MOVED_ARGUMENTS = ("dataset_num_proc", "dataset_text_field", "max_length", "max_seq_length", "packing")
 LOSS_ON_ALL_NOTE = (
     "without assistant_only_loss, TRL trains on all tokens of `messages` and `text` rows, and on the completion of "
     "prompt-completion rows; strop trains on assistant turns: set data.loss all to train on everything"
@@ -37,110 +41,96 @@ LOSS_ON_ALL_NOTE = (
 
 def read(draft: Draft) -> None:
     """Import a script for TRL or Unsloth, or a TRL YAML. Raises InputError for unsupported training."""
-    path, peer = draft.file, draft.peer
-    if peer == "trl" and path.suffix in (".yaml", ".yml"):
-        _from_yaml(draft)
+    path = draft.file
+    if draft.tool == "trl" and path.suffix in (".yaml", ".yml"):
+        _read_yaml(draft)
         return
     script = Script(path)
-    refused = [call for call in script.calls if call.name in UNSUPPORTED_CONFIGS]
-    if refused and refused[0].name == "GRPOConfig":
-        raise InputError(f"{path}:{refused[0].line}: GRPOConfig: {NO_GRPO[0]}", fix=NO_GRPO[1])
-    if refused:
-        what = f"{path}:{refused[0].line}: {refused[0].name}: not an objective of strop"
-        raise InputError(what, fix="use sft, dpo, ipo, kto, orpo, simpo or reward")
+    for call in script.calls:
+        if call.name == "GRPOConfig":
+            raise grpo_error(f"{path}:{call.line}: GRPOConfig")
+        if call.name in UNSUPPORTED_CONFIGS:
+            fix = "use sft, dpo, ipo, kto, orpo, simpo or reward"
+            raise InputError(f"{path}:{call.line}: {call.name}: not an objective of strop", fix=fix)
     configs = [call for call in script.calls if call.name in CONFIGS]
     if not configs:
-        fix = "give the training script; if TrlParser or HfArgumentParser creates the config, put the options of your "
-        fix += "command into a YAML file, which `strop import trl` reads too"
+        fix = "give the training script, or the YAML file of its options if TrlParser or HfArgumentParser reads them"
         raise InputError(f"{path}: none of {', '.join(CONFIGS)} is created in it", fix=fix)
     for call in configs[1:]:
         draft.add_unsupported(call.name, "a second config; only the first is imported", call.line)
-    keys_of_trainer, trainer_line = _trainer(draft, script)
-    read_model(draft, script, keys_of_trainer.pop("model", None), trainer_line)
-    read_adapter(draft, script)
-    config = configs[0]
-    keys = readable_arguments(draft, script, config)
-    objective = CONFIGS[config.name]
-    _arguments(draft, keys, objective, peer)
-    read_rows(draft, script, keys_of_trainer)
-    _masks(draft, script, keys, objective)
-    _callbacks(draft, script, keys_of_trainer.get("callbacks"), keys.peek("metric_for_best_model"))
+    trainer_arguments, trainer_line = _read_trainer(draft, script)
+    _read_model(draft, script, trainer_arguments.pop("model", None), trainer_line)
+    _read_adapter(draft, script)
+    moved = {key: trainer_arguments[key] for key in MOVED_ARGUMENTS if key in trainer_arguments}
+    config = replace(configs[0], keywords={**moved, **configs[0].keywords})
+    keys, objective = read_arguments(draft, script, config), CONFIGS[config.name]
+    _read_config(draft, keys, objective)
+    _read_rows(draft, script, trainer_arguments)
+    _read_loss_mask(draft, keys, objective, masked_by_collator=_masks_prompts(script))
+    _read_callbacks(draft, script, trainer_arguments.get("callbacks"), keys.peek("metric_for_best_model"))
     keys.report_rest(draft, IGNORED_KEYS)
     for call in script.calls:
         node = call.keywords.get("resume_from_checkpoint")
         if call.name == "train" and node is not None and script.value(node) not in (None, False):
             draft.add_unsupported("resume_from_checkpoint", "use `strop resume RUN`", call.line)
-    for name, (value, line) in script.defaults.items():
-        text = f"{value}: the default of the script's option; if you pass another value, set it here"
-        draft.add_difference(name, text, line)
+    for name, (value, line) in script.used_defaults.items():
+        draft.add_difference(name, f"{value}: the default of a script option; if you pass another value, set it", line)
 
 
-def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
+def _read_trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
     """Return the arguments of the trainer's constructor, and its line."""
-    custom_trainers = {name: (base, line) for name, base, line in script.subclasses_of(TRAINERS)}
-    for name, (base, line) in custom_trainers.items():
+    custom_trainers = script.find_subclasses(TRAINERS)
+    for name, base, line in custom_trainers:
         draft.add_unsupported(name, f"derived from {base}; its code is not executed", line)
-    trainers = [call for call in script.calls if call.name in TRAINERS or call.name in custom_trainers]
+    names = (*TRAINERS, *(name for name, _, _ in custom_trainers))
+    trainers = [call for call in script.calls if call.name in names]
     if not trainers:
-        text = f"no {', '.join(TRAINERS)} is called; data and model are read from the rest of the script"
-        draft.add_unsupported("trainer", text)
+        draft.add_unsupported("trainer", "no trainer is created; data and model are read from the rest of the script")
         return {}, float("inf")
     call = trainers[0]
-    keywords = {**dict(zip(("model",), call.arguments, strict=False)), **call.keywords}
-    for node in call.unpacked:
-        text = f"{shorten_source(node)}: not a literal map, and nothing is run"
-        draft.add_unsupported(f"{call.name}(**...)", text, node.lineno)
-    for key in ("args", "peft_config", "tokenizer", "processing_class"):
-        keywords.pop(key, None)
-    for key, node in keywords.items():
-        if key in ("model", "train_dataset", "eval_dataset", "dataset_num_proc", "callbacks"):
+    arguments = {**dict(zip(("model",), call.arguments, strict=False)), **call.keywords}
+    report_unpacked(draft, call)
+    for key, node in arguments.items():
+        if key in (*TRAINER_ARGUMENTS, *MOVED_ARGUMENTS):
             continue
-        value = script.value(node)
-        if key == "data_collator" and _trains_on_answers_only(script):
-            draft.add_ignored(key, "loss on assistant turns only, the default here", node.lineno)
+        if key == "data_collator" and _masks_prompts(script):
+            draft.add_ignored(key, "loss on assistant turns only, as in strop by default", node.lineno)
         elif key == "formatting_func":
-            text = f"{shorten_source(node)}: rows are formatted by code, which is not executed: {SAVE_ROWS_FIX}"
-            draft.add_unsupported(key, text, node.lineno)
-        elif key in ("max_seq_length", "max_length") and isinstance(value, int):
-            draft.put("data.max_length", value, key)
-        elif key == "dataset_text_field" and isinstance(value, str) and value not in ("text", "messages"):
-            draft.put("data.columns", {"text": value}, key)
-        elif key == "packing" and value is True:
-            draft.note_packing(key)
-        elif value is not None and (key, value) not in (("packing", False), ("dataset_text_field", "text"), _MESSAGES):
-            draft.add_unsupported(f"{call.name}.{key}", shorten_source(node), node.lineno)
-    return keywords, call.line
+            report_expression(draft, key, node, f"rows are formatted by code, which is not executed: {SAVE_ROWS_FIX}")
+        elif script.value(node) is not None:
+            report_expression(draft, f"{call.name}.{key}", node, "not supported")
+    return arguments, call.line
 
 
-def _callbacks(draft: Draft, script: Script, node: ast.expr | None, best_by: Any) -> None:
-    """Import transformers' EarlyStoppingCallback, and report other callbacks. best_by: metric_for_best_model."""
-    given = script.list_items(node) if node is not None and script.value(node) is not None else []
-    given += [argument for call in script.calls if call.name == "add_callback" for argument in call.arguments]
-    for callback in map(script.resolve_name, given):
+def _read_callbacks(draft: Draft, script: Script, node: ast.expr | None, best_model_metric: Any) -> None:
+    """Import transformers' EarlyStoppingCallback, and report other callbacks. node: the trainer's `callbacks`."""
+    callbacks = script.read_list_items(node) if node is not None and script.value(node) is not None else []
+    callbacks += [argument for call in script.calls if call.name == "add_callback" for argument in call.arguments]
+    for callback in map(script.resolve_name, callbacks):
         name = ast.unparse(callback.func if isinstance(callback, ast.Call) else callback)
         if name.rpartition(".")[2] != EARLY_STOPPING:
-            draft.add_unsupported("callbacks", f"{shorten_source(callback)}: its code is not executed", callback.lineno)
+            report_expression(draft, "callbacks", callback, "its code is not executed")
         elif not isinstance(callback, ast.Call):
             draft.put("train.early_stopping", 1, EARLY_STOPPING)
     for call in script.calls:
         if call.name == EARLY_STOPPING:
-            keys = readable_arguments(draft, script, call, ("early_stopping_patience", "early_stopping_threshold"))
+            keys = read_arguments(draft, script, call, ("early_stopping_patience", "early_stopping_threshold"))
             patience = as_int("early_stopping_patience", keys.take("early_stopping_patience", 1))
-            draft.put("train.early_stopping", patience, keys.default("early_stopping_patience", EARLY_STOPPING))
+            draft.put("train.early_stopping", patience, keys.default_source("early_stopping_patience", EARLY_STOPPING))
             if threshold := keys.take("early_stopping_threshold"):
-                text = f"{format_value(threshold)}: any lower loss counts as better here"
-                draft.add_unsupported("early_stopping_threshold", text, call.line)
-            if best_by not in (None, "loss", "eval_loss"):
-                text = f"{format_value(best_by)} is monitored in TRL, the loss in strop"
-                draft.add_difference(EARLY_STOPPING, text, call.line)
+                draft.add_unsupported("early_stopping_threshold", f"{threshold}: strop has no threshold", call.line)
+            if best_model_metric not in (None, "loss", "eval_loss"):
+                draft.add_difference(EARLY_STOPPING, f"{best_model_metric}: strop monitors the loss", call.line)
 
 
-def _trains_on_answers_only(script: Script) -> bool:
+def _masks_prompts(script: Script) -> bool:
+    """Return whether the script limits the loss to assistant turns."""
     names = ("DataCollatorForCompletionOnlyLM", "train_on_responses_only")
     return any(call.name in names for call in script.calls)
 
 
-def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
+def _read_config(draft: Draft, keys: Keys, objective: str) -> None:
+    """Import the keys of an SFTConfig, DPOConfig, ..., except the loss mask."""
     loss = keys.take("loss_type")
     loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
     what = f"{draft.file}: loss_type {format_value(loss)}: not an objective of strop"
@@ -149,79 +139,75 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
             raise RecipeError(what, fix="sigmoid, ipo or simpo")
         objective = LOSSES[loss]
     elif objective == "simpo":
-        what = f"{draft.file}: CPO: not an objective of strop"
-        raise RecipeError(what, fix="use SimPO: loss_type simpo, cpo_alpha 0")
+        raise RecipeError(f"{draft.file}: CPO: not an objective of strop", fix="use loss_type simpo, cpo_alpha 0")
     elif loss not in (None, "nll", "chunked_nll", "kto"):
         raise RecipeError(what, fix="remove it from the config")
     if objective != "sft":
         draft.put("train.objective", objective, "the config's class")
-    rate = 5e-5 if objective == "sft" and peer == "unsloth" else RATES.get(objective, 1e-6)
-    tool = "trl" if peer == "trl" else "transformers"
-    draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": rate}, tool=tool)
-    for key, used in (
+    is_unsloth_sft = objective == "sft" and draft.tool == "unsloth"
+    learning_rate = 5e-5 if is_unsloth_sft else LEARNING_RATES.get(objective, 1e-6)
+    tool = "trl" if draft.tool == "trl" else "transformers"
+    draft.put_training_arguments(keys, {**DEFAULTS, "learning_rate": learning_rate}, tool=tool)
+    for key, objectives in (
         ("beta", ("dpo", "ipo", "kto", "orpo", "simpo")), ("label_smoothing", ("dpo", "simpo")),
         ("desirable_weight", ("kto",)), ("undesirable_weight", ("kto",)),
     ):  # fmt: skip
-        if (value := keys.take(key)) is not None and objective in used:
-            draft.put(f"train.{key}", as_number(value), key)
-        elif value:
+        if objective in objectives:
+            draft.put_fields(keys, {key: f"train.{key}"})
+        elif value := keys.take(key):
             draft.add_unsupported(key, f"{format_value(value)}: not used by {objective}")
     if objective == "simpo":
         draft.put_simpo(keys)
     elif gamma := keys.take("simpo_gamma"):
         draft.add_unsupported("simpo_gamma", f"{gamma}: not used by {objective}")
     if isinstance(init_kwargs := keys.take("model_init_kwargs"), dict):
-        more = Keys(init_kwargs)
-        put_dtype(draft, more.take("dtype") or more.take("torch_dtype"))
-        if (revision := more.take("revision")) is not None:
+        model_keys = Keys(init_kwargs)
+        _put_dtype(draft, model_keys)
+        if (revision := model_keys.take("revision")) is not None:
             draft.put("model.revision", str(revision), "model_init_kwargs.revision")
-        more.report_rest(draft, IGNORED_MODEL_KEYS)
+        model_keys.report_rest(draft, IGNORED_MODEL_KEYS)
     length = keys.take("max_length", keys.take("max_seq_length"))
     if length is not None:
         draft.put("data.max_length", as_int("max_length", length), "max_length")
-    elif draft.get("data.max_length") is None and "max_length" not in keys.none:
+    elif draft.get("data.max_length") is None and "max_length" not in keys.null_keys:
         draft.put("data.max_length", 1024, "trl's default")
     draft.note_max_length("max_length")
     keys.take("truncation_mode")
     if keys.take("disable_dropout", True):
-        draft.disable_dropout_for_preferences("lora_dropout")
+        draft.disable_dropout_for_preferences()
     if keys.take("packing"):
         draft.note_packing("packing")
-    column = keys.take("dataset_text_field", "text")
-    if column not in ("text", "messages"):
-        draft.put("data.columns", {"text": str(column)}, "dataset_text_field")
+    column = str(keys.take("dataset_text_field", "text"))
+    if column not in ("text", "messages"):  # strop detects these
+        draft.put("data.columns", {"text": column}, "dataset_text_field")
     if str(keys.peek("chat_template_path", "")).endswith((".jinja", ".j2")):
         draft.put("data.template", str(keys.take("chat_template_path")), "chat_template_path")
 
 
-def _masks(draft: Draft, script: Script, keys: Keys, objective: str) -> None:
-    """Import the loss mask."""
-    only, completion = keys.take("assistant_only_loss"), keys.take("completion_only_loss")
-    masked = _trains_on_answers_only(script)
-    if objective != "sft" or only or completion or masked:
+def _read_loss_mask(draft: Draft, keys: Keys, objective: str, *, masked_by_collator: bool = False) -> None:
+    assistant_only, completion_only = keys.take("assistant_only_loss"), keys.take("completion_only_loss")
+    if objective != "sft" or assistant_only or completion_only or masked_by_collator:
         return
-    if completion is False:
+    if completion_only is False:
         draft.put("data.loss", "all", "completion_only_loss")
     else:
         draft.add_difference("assistant_only_loss", LOSS_ON_ALL_NOTE)
 
 
-def _from_yaml(draft: Draft) -> None:
+def _read_yaml(draft: Draft) -> None:
     """Import a YAML file for `trl sft --config FILE`: script, training and model arguments in one mapping."""
     keys = Keys(draft.read_yaml())
     if not keys.take("use_peft"):
-        raise InputError(f"{draft.file}: use_peft is not on: strop trains LoRA adapters only", fix="set use_peft: true")
-    for key, name in (
-        ("model_name_or_path", "model.name"), ("dataset_name", "data.train"), ("model_revision", "model.revision"),
-    ):  # fmt: skip
-        if (value := keys.take(key)) is not None and value != "main":
-            draft.put(name, str(value), key)
-    put_dtype(draft, keys.take("dtype") or keys.take("torch_dtype"))
-    named = "lora_target_modules" in keys
-    draft.put_lora(keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
-         defaults={"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05})  # fmt: skip
-    if not named:
+        raise draft.not_lora_error("use_peft is not set", "set use_peft: true")
+    if keys.peek("model_revision") == "main":
+        keys.take("model_revision")
+    names = {"model_name_or_path": "model.name", "dataset_name": "data.train", "model_revision": "model.revision"}
+    draft.put_fields(keys, names, str)
+    _put_dtype(draft, keys)
+    if "lora_target_modules" not in keys:
         draft.add_difference("lora_target_modules", DEFAULT_TARGETS_NOTE)
+    defaults = {"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05}
+    draft.put_lora(keys, "lora_r", "lora_target_modules", defaults)
     if keys.take("load_in_4bit"):
         draft.put("model.quantization", keys.take("bnb_4bit_quant_type", "nf4"), "load_in_4bit")
         draft.put("model.double_quantization", bool(keys.take("use_bnb_nested_quant", False)), "use_bnb_nested_quant")
@@ -233,15 +219,12 @@ def _from_yaml(draft: Draft) -> None:
         draft.add_unsupported("dataset_train_split", f"{split}: strop reads the train split; give the files of {split}")
     if str(keys.peek("eval_strategy", "no")) not in ("no", "False"):
         split = keys.take("dataset_test_split", "test")
-        text = f"evaluated on {split} in TRL: set data.eval to its file, or to a share such as 5%"
-        draft.add_unsupported("dataset_test_split", text)
+        draft.add_unsupported("dataset_test_split", f"{split}: set data.eval to its file, or to a share such as 5%")
     loss = str(keys.peek("loss_type", ""))
     objective = "dpo" if "beta" in keys or loss in ("sigmoid", "ipo") else "sft"
     draft.add_difference("the command", f"the config is for `trl sft` or `trl dpo`; read as {objective}")
-    _arguments(draft, keys, objective, "trl")
-    only, completion = keys.take("assistant_only_loss"), keys.take("completion_only_loss")
-    if objective == "sft" and not only and not completion:
-        draft.add_difference("assistant_only_loss", LOSS_ON_ALL_NOTE)
+    _read_config(draft, keys, objective)
+    _read_loss_mask(draft, keys, objective)
     keys.report_rest(draft, (*IGNORED_KEYS, *IGNORED_MODEL_KEYS, "dataset_test_split", "lora_task_type"))
 
 
@@ -253,7 +236,8 @@ DEFAULT_TARGETS_NOTE = (
     "not given: PEFT uses a default by model family (q_proj and v_proj for Llama, Qwen and others); "
     "strop uses all linear layers"
 )
-_MAKERS = (
+# calls that create a model, tokenizer or trainer, whose attributes a script may set later
+_CREATING_CALLS = (
     "from_pretrained", "get_peft_model", "SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer",
 )  # fmt: skip
 # attributes and calls that do not change the result of training
@@ -270,72 +254,67 @@ _MODEL_CHANGES = {
 }
 
 
-def read_model(draft: Draft, script: Script, given: ast.expr | None, trainer_line: float) -> None:
-    """Import the model loaded before the trainer is created, or `given`, the trainer's model argument."""
+def _read_model(draft: Draft, script: Script, model_argument: ast.expr | None, trainer_line: float) -> None:
+    """Import the model that the script loads, or the trainer's `model` argument, which may be a name."""
     loads = [call for call in script.calls if call.name == "from_pretrained" and "Model" in call.owner]
-    starts = [call for call in loads if "Peft" in call.owner and call.line < trainer_line]
+    adapter_loads = [call for call in loads if "Peft" in call.owner and call.line < trainer_line]
     loads = [call for call in loads if "Peft" not in call.owner]
-    fast = draft.peer == "unsloth"
     if loads:
-        _load(draft, script, loads[0], fast)
-    bits = [call for call in script.calls if call.name == "BitsAndBytesConfig"]
-    if bits:
-        _bits(draft, readable_arguments(draft, script, bits[0]))
-        for call in bits[1:]:
+        _read_from_pretrained(draft, script, loads[0])
+    quantization_configs = [call for call in script.calls if call.name == "BitsAndBytesConfig"]
+    if quantization_configs:
+        _read_bitsandbytes(draft, read_arguments(draft, script, quantization_configs[0]))
+        for call in quantization_configs[1:]:
             draft.add_unsupported(call.name, "another one; only the first is imported", call.line)
     elif draft.get("model.quantization") is None:
         draft.put("model.quantization", "none", "no BitsAndBytesConfig")
-    name = script.value(given) if given is not None else None
+    name = script.value(model_argument) if model_argument is not None else None
     if isinstance(name, str) and draft.get("model.name") is None:
         draft.put("model.name", name, "the trainer's model")
-    if draft.get("model.name") is None and (loads or given is not None):
+    if draft.get("model.name") is None and (loads or model_argument is not None):
         draft.model_unreadable = True
-        if not loads and given is not None:
-            text = f"{shorten_source(given)}: not a literal value: set model.name"
-            draft.add_unsupported("model", text, given.lineno)
-    for call in starts:
-        at = call.arguments[1:] if call.owner.endswith("PeftModel") else call.arguments
-        folder = script.value(at[0]) if at else UNREADABLE
+        if not loads and model_argument is not None:
+            report_expression(draft, "model", model_argument, "not a literal value: set model.name")
+    for call in adapter_loads:
+        arguments = call.arguments[1:] if call.owner.endswith("PeftModel") else call.arguments
+        folder = script.value(arguments[0]) if arguments else UNREADABLE
         if isinstance(folder, str):
             draft.put("model.adapter", folder, f"{call.owner}.from_pretrained, line {call.line}")
         else:
             draft.add_unsupported(call.owner, "an adapter to start from: set model.adapter", call.line)
-    _note_later_changes(draft, script, trainer_line)
+    _report_later_changes(draft, script, trainer_line)
 
 
-def _load(draft: Draft, script: Script, call: Call, fast: bool) -> None:
+def _read_from_pretrained(draft: Draft, script: Script, call: Call) -> None:
+    is_unsloth = draft.tool == "unsloth"
     nodes = {key: node for key, node in call.keywords.items() if key != "quantization_config"}
-    positional = ("model_name" if fast else "pretrained_model_name_or_path",)
-    keys = readable_arguments(draft, script, replace(call, keywords=nodes, into=""), positional)
+    positional = ("model_name" if is_unsloth else "pretrained_model_name_or_path",)
+    keys = read_arguments(draft, script, replace(call, keywords=nodes, assigned_to=""), positional)
     names = {"model_name": "model.name", "pretrained_model_name_or_path": "model.name", "revision": "model.revision"}
     draft.put_fields(keys, names, str)
-    put_dtype(draft, keys.take("dtype") or keys.take("torch_dtype"))
-    keys.take("torch_dtype")
-    if (length := keys.take("max_seq_length")) is not None:
-        draft.put("data.max_length", as_int("max_seq_length", length), "max_seq_length")
-    if fast:
-        four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
+    _put_dtype(draft, keys)
+    draft.put_int(keys, "max_seq_length", "data.max_length")
+    if is_unsloth:
+        in_4_bit, in_8_bit, in_16_bit = (keys.take(f"load_in_{bits}bit") for bits in (4, 8, 16))
         if keys.take("full_finetuning"):
-            raise InputError(f"{draft.file}:{call.line}: full_finetuning: strop trains LoRA adapters only", fix="")
-        half = keys.take("load_in_16bit")
-        source = "load_in_4bit" if four is not None else "unsloth's default"
-        four = not (eight or half) if four is None else four
-        draft.put("model.quantization", "nf4" if four else "int8" if eight else "none", source)
+            raise draft.not_lora_error("full_finetuning", "give a script that trains an adapter")
+        source = "load_in_4bit" if in_4_bit is not None else "unsloth's default"
+        in_4_bit = not (in_8_bit or in_16_bit) if in_4_bit is None else in_4_bit
+        draft.put("model.quantization", "nf4" if in_4_bit else "int8" if in_8_bit else "none", source)
     elif keys.peek("load_in_4bit") or keys.peek("load_in_8bit"):
-        _bits(draft, Keys({key: keys.take(key) for key in ("load_in_4bit", "load_in_8bit")}))
+        _read_bitsandbytes(draft, Keys({key: keys.take(key) for key in ("load_in_4bit", "load_in_8bit")}))
     keys.report_rest(draft, (*IGNORED_MODEL_KEYS, "load_in_4bit", "load_in_8bit"))
 
 
-def _note_later_changes(draft: Draft, script: Script, trainer_line: float) -> None:
-    """Report changes that the script makes to its model, tokenizer or trainer."""
-    created = [call for call in script.calls if call.into and call.line <= trainer_line and call.name in _MAKERS]
-    for name in dict.fromkeys(call.into for call in created):
-        for key, node, line, _ in script.attribute_assignments(name):
+def _report_later_changes(draft: Draft, script: Script, trainer_line: float) -> None:
+    """Report changes that the script makes to its model, tokenizer or trainer after it is created."""
+    created = [call.assigned_to for call in script.calls if call.line <= trainer_line and call.name in _CREATING_CALLS]
+    for name in dict.fromkeys(filter(None, created)):
+        for key, node, line, _ in script.find_attribute_assignments(name):
             if key.rpartition(".")[2] in _HARMLESS_ATTRIBUTES:
                 draft.add_ignored(f"{name}.{key}", "", line)
             else:
-                text = f"{shorten_source(node)}: set by code, which is not executed"
-                draft.add_unsupported(f"{name}.{key}", text, line)
+                report_expression(draft, f"{name}.{key}", node, "set by code, which is not executed")
     for call in script.calls:
         if call.name in _HARMLESS_CALLS:
             draft.add_ignored(call.name, "", call.line)
@@ -343,62 +322,59 @@ def _note_later_changes(draft: Draft, script: Script, trainer_line: float) -> No
             draft.add_unsupported(call.name, _MODEL_CHANGES[call.name], call.line)
 
 
-def put_dtype(draft: Draft, name: Any) -> None:
-    known = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
-    if name in known:
-        draft.put("model.dtype", known[str(name)], "dtype")
-    elif name not in (None, "auto"):
-        draft.add_unsupported("dtype", str(name))
+def _put_dtype(draft: Draft, keys: Keys) -> None:
+    dtypes = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+    new_name, old_name = keys.take("dtype"), keys.take("torch_dtype")
+    dtype = new_name or old_name
+    if dtype in dtypes:
+        draft.put("model.dtype", dtypes[dtype], "dtype")
+    elif dtype not in (None, "auto"):
+        draft.add_unsupported("dtype", str(dtype))
 
 
-def _bits(draft: Draft, keys: Keys) -> None:
-    four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
-    kind = keys.take("bnb_4bit_quant_type", "fp4")
-    double = keys.take("bnb_4bit_use_double_quant", False)
-    if four:
-        draft.put("model.quantization", str(kind), "bnb_4bit_quant_type")
-        draft.put("model.double_quantization", bool(double), "bnb_4bit_use_double_quant")
-    elif eight:
+def _read_bitsandbytes(draft: Draft, keys: Keys) -> None:
+    in_4_bit, in_8_bit = keys.take("load_in_4bit"), keys.take("load_in_8bit")
+    quantization = keys.take("bnb_4bit_quant_type", "fp4")
+    double_quantization = keys.take("bnb_4bit_use_double_quant", False)
+    if in_4_bit:
+        draft.put("model.quantization", str(quantization), "bnb_4bit_quant_type")
+        draft.put("model.double_quantization", bool(double_quantization), "bnb_4bit_use_double_quant")
+    elif in_8_bit:
         draft.put_int8("load_in_8bit")
     keys.report_rest(draft, ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold"))
 
 
-def read_adapter(draft: Draft, script: Script) -> None:
-    fast = draft.peer == "unsloth"
-    adapters = [call for call in script.calls if call.name == ("get_peft_model" if fast else "LoraConfig")]
+def _read_adapter(draft: Draft, script: Script) -> None:
+    """Import the LoraConfig, or the arguments of Unsloth's get_peft_model."""
+    is_unsloth = draft.tool == "unsloth"
+    function = "get_peft_model" if is_unsloth else "LoraConfig"
+    adapters = [call for call in script.calls if call.name == function]
     if not adapters:
-        name = "FastLanguageModel.get_peft_model" if fast else "LoraConfig"
-        what = f"{draft.file}: no {name} is called in it: strop trains LoRA adapters only"
-        raise InputError(what, fix="give a script that trains an adapter")
-    for call in adapters[1:]:
-        if not fast:
-            draft.add_unsupported(call.name, "another one; only the first is imported", call.line)
-    call = adapters[0]
-    arguments = call.arguments[1:] if fast else call.arguments
-    keys = readable_arguments(draft, script, replace(call, arguments=arguments, into="" if fast else call.into), ("r",))
-    rank = {"lora.r": 16 if fast else 8, "lora.alpha": 16 if fast else 8, "lora.dropout": 0.0}
-    modules = keys.peek("target_modules")
-    draft.put_lora(keys, rank="r", alpha="lora_alpha", dropout="lora_dropout", modules="target_modules", defaults=rank)
-    if modules is None and fast:
-        named = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        draft.put("lora.target_modules", named, "unsloth's default")
-    elif modules is None:
+        raise draft.not_lora_error(f"{function} is not called", "give a script that trains an adapter")
+    call, default_rank = adapters[0], 8
+    if is_unsloth:
+        call, default_rank = replace(call, arguments=call.arguments[1:], assigned_to=""), 16
+    else:
+        for other in adapters[1:]:
+            draft.add_unsupported(other.name, "another one; only the first is imported", other.line)
+    keys = read_arguments(draft, script, call, ("r",))
+    if "target_modules" not in keys and is_unsloth:
+        modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        draft.put("lora.target_modules", modules, "unsloth's default")
+    elif "target_modules" not in keys:
         draft.add_difference("target_modules", DEFAULT_TARGETS_NOTE)
-    if (bias := keys.take("bias")) is not None:
-        draft.put("lora.bias", bias, "bias")
-    if saved := keys.take("modules_to_save"):
-        draft.put("lora.modules_to_save", saved, "modules_to_save")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if value := keys.take(key):
-            draft.put(f"lora.{key}", value, key)
+    defaults = {"lora.r": default_rank, "lora.alpha": default_rank, "lora.dropout": 0.0}
+    draft.put_lora(keys, "r", "target_modules", defaults)
+    names = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
+    draft.put_fields(keys, {name: f"lora.{name}" for name in names})
     draft.put_lora_init(keys, "init_lora_weights")
     if loftq := keys.take("loftq_config"):
         draft.add_unsupported("loftq_config", f"{format_value(loftq)}: lora.init loftq is similar")
-    keys.take("task_type"), keys.take("inference_mode")
+    for key in ("task_type", "inference_mode"):
+        keys.take(key)
     keys.report_rest(draft, ("use_gradient_checkpointing", "random_state", "max_seq_length", "temporary_location"))
 
 
-_FILES = ("json", "csv", "parquet", "text")
 DATASET_TRANSFORMS = (
     "map", "filter", "select", "shuffle", "remove_columns", "rename_column", "train_test_split", "concatenate_datasets",
     "standardize_sharegpt", "standardize_data_formats", "to_sharegpt", "cast_column",
@@ -406,70 +382,74 @@ DATASET_TRANSFORMS = (
 SAVE_ROWS_FIX = "save the rows with dataset.to_json and pass that file with --data"
 
 
-def read_rows(draft: Draft, script: Script, keywords: dict[str, ast.expr]) -> None:
+def _read_rows(draft: Draft, script: Script, trainer_arguments: dict[str, ast.expr]) -> None:
+    """Import the data sets that the script loads."""
     loads = [call for call in script.calls if call.name in ("load_dataset", "from_json", "from_csv", "from_parquet")]
-    eval_name = script.root_name(keywords["eval_dataset"]) if "eval_dataset" in keywords else ""
-    share = [call for call in script.calls if call.name == "train_test_split"]
-    by_name = {call.into: call for call in loads if call.into}
-    if "eval_dataset" in keywords and (part := _split_files(script, by_name, keywords["eval_dataset"])):
-        draft.put("data.eval", *part)
-    trained, asked = (_loading_calls(script, loads, keywords.get(key)) for key in ("train_dataset", "eval_dataset"))
-    for call in sorted(loads, key=lambda call: call not in trained):
-        source = _source(draft, script, call)
-        if source and call in asked and call not in trained and len(loads) > 1:
+    eval_argument = trainer_arguments.get("eval_dataset")
+    if eval_argument is not None and (split := _read_split_files(script, loads, eval_argument)):
+        draft.put("data.eval", *split)
+    train_loads = _find_loading_calls(script, loads, trainer_arguments.get("train_dataset"))
+    eval_loads = _find_loading_calls(script, loads, eval_argument)
+    for call in sorted(loads, key=lambda call: call not in train_loads):
+        source = _read_source(draft, script, call)
+        if source and call in eval_loads and call not in train_loads and len(loads) > 1:
             draft.put("data.eval", source, f"load_dataset, line {call.line}")
         elif source and draft.get("data.train") is None:
             draft.put("data.train", source, f"load_dataset, line {call.line}")
         elif source:
             draft.add_unsupported("load_dataset", f"{format_value(source)}: another data set", call.line)
-    if eval_name and share and draft.get("data.eval") is None:
-        given = share[0].keywords.get("test_size", next(iter(share[0].arguments), None))
-        size = 0.25 if given is None else script.value(given)
-        if isinstance(size, float) and 0 < size < 1:
-            draft.put("data.eval", f"{100 * size:g}%", "train_test_split")
-            text = "which rows are held out is decided by their content here, not by a seed"
-            draft.add_difference("train_test_split", text)
-        else:
-            draft.add_unsupported("train_test_split", "a row count; set data.eval to a file or a share", share[0].line)
-    elif eval_name and draft.get("data.eval") is None:
-        node = keywords["eval_dataset"]
-        draft.add_unsupported("eval_dataset", f"{shorten_source(node)}: set data.eval", node.lineno)
+    if eval_argument is not None and script.find_root_name(eval_argument) and draft.get("data.eval") is None:
+        _read_eval_split(draft, script, eval_argument)
     for call in script.calls:
         if call.name == "get_chat_template":
-            text = "a template name of Unsloth; strop uses the model's chat template (or data.template)"
-            draft.add_difference(call.name, text)
+            draft.add_difference(call.name, "strop uses the model's chat template, or data.template")
         if call.name == "shuffle":
             draft.add_ignored(call.name, "strop shuffles rows with the seed", call.line)
         elif call.name in DATASET_TRANSFORMS and call.name != "train_test_split":
-            text = f"rows are changed by code, which is not executed: {SAVE_ROWS_FIX}"
-            draft.add_unsupported(call.name, text, call.line)
+            draft.add_unsupported(call.name, f"rows are changed by code: {SAVE_ROWS_FIX}", call.line)
 
 
-def _split_files(script: Script, by_name: dict[str, Call], node: ast.expr) -> tuple[Any, str] | None:
+def _read_eval_split(draft: Draft, script: Script, eval_argument: ast.expr) -> None:
+    """Import the share of `train_test_split`; report an eval_dataset that is made by other code."""
+    splits = [call for call in script.calls if call.name == "train_test_split"]
+    if not splits:
+        report_expression(draft, "eval_dataset", eval_argument, "set data.eval")
+        return
+    size_argument = splits[0].keywords.get("test_size", next(iter(splits[0].arguments), None))
+    size = 0.25 if size_argument is None else script.value(size_argument)
+    if isinstance(size, float) and 0 < size < 1:
+        draft.put_eval_share("train_test_split", size)
+    else:
+        draft.add_unsupported("train_test_split", "a row count; set data.eval to a file or a share", splits[0].line)
+
+
+def _read_split_files(script: Script, loads: list[Call], node: ast.expr) -> tuple[Any, str] | None:
     """Return (files, description) of `data["test"]` if `data` was loaded from a dict of files by split, else None."""
-    if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in by_name):
+    calls = {call.assigned_to: call for call in loads if call.assigned_to}
+    if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in calls):
         return None
-    call = by_name[node.value.id]
+    call = calls[node.value.id]
     files, split = script.value(call.keywords.get("data_files", node)), script.value(node.slice)
-    if not isinstance(files, dict) or split not in files or script.value(call.arguments[0]) not in _FILES:
+    if not isinstance(files, dict) or split not in files or script.value(call.arguments[0]) not in FILE_FORMATS:
         return None
     return files[split], f"load_dataset, line {call.line}, {split}"
 
 
-def _loading_calls(script: Script, loads: list[Call], node: ast.expr | None) -> list[Call]:
-    """Return the calls that load a trainer argument: in its expression, or in the assignments of the names in it."""
-    names = [call.into for call in loads if call.into]
+def _find_loading_calls(script: Script, loads: list[Call], node: ast.expr | None) -> list[Call]:
+    """Return the calls that load a trainer argument, in its expression or in the assignments of the names in it."""
     for _ in range(8):
-        inside = [getattr(part, "args", None) for part in ast.walk(node)] if node is not None else []
-        matching = [call for call in loads if any(call.arguments is given for given in inside)]
-        name = ast.Name(script.root_name(node) if node is not None else "")
-        if matching or name.id in names:
-            return matching or [call for call in loads if call.into == name.id]
-        node = script.resolve_name(name)
+        argument_lists = [getattr(part, "args", None) for part in ast.walk(node)] if node is not None else []
+        inner_calls = [call for call in loads if any(call.arguments is arguments for arguments in argument_lists)]
+        name = script.find_root_name(node) if node is not None else ""
+        calls = inner_calls or [call for call in loads if name and call.assigned_to == name]
+        if calls:
+            return calls
+        node = script.resolve_name(ast.Name(name))
     return []
 
 
-def _source(draft: Draft, script: Script, call: Call) -> Any:
+def _read_source(draft: Draft, script: Script, call: Call) -> Any:
+    """Return the file, the files or the Hub id that a call loads."""
     path = script.value(call.arguments[0]) if call.arguments else script.value(call.keywords.get("path", ast.Name("")))
     files = script.value(call.keywords["data_files"]) if "data_files" in call.keywords else None
     if call.name != "load_dataset":
@@ -484,12 +464,10 @@ def _source(draft: Draft, script: Script, call: Call) -> Any:
     elif split != "train" and files is None:
         draft.add_difference("load_dataset.split", f"{split}: give the file of the split: {path}/...")
     if len(call.arguments) > 1 or "name" in call.keywords:
-        text = f"a configuration of the data set: give its path: {path}/..."
-        draft.add_unsupported("load_dataset.name", text, call.line)
+        draft.add_unsupported("load_dataset.name", f"give the path of the configuration: {path}/...", call.line)
     if files is None:
         return path
     if isinstance(files, dict):
         files = files.get(str(split), next(iter(files.values())))
-    listed = [files] if isinstance(files, str) else list(files)
-    paths = [str(file) if path in _FILES else f"{path}/{file}" for file in listed]
+    paths = join_files(path, files)
     return paths[0] if len(paths) == 1 else paths

@@ -1,4 +1,4 @@
-"""Collect the facts and checks of `strop doctor`: what is wrong, why it matters, and which command fixes it."""
+"""The report of `strop doctor`: facts about this machine, and problems with their consequences and fixes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from strop.machine.probe import Machine, nvidia_smi, probe
 from strop.machine.rates import Rates
 
 Level = Literal["ok", "warning", "error"]
-LEAST_DISK_BYTES = 5 << 30
-LEAST_MEMORY_BYTES = 2 << 30
-HUB_S = 5.0
+MIN_DISK_BYTES = 5 << 30
+MIN_MEMORY_BYTES = 2 << 30
+HUB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of a check. fix: a command, or a comment ("# ...") where no command helps."""
+    """One result of a check. fix: a command, or a comment ("# ...") if no command helps."""
 
     level: Level
     what: str
@@ -42,7 +42,7 @@ TorchChecks = Callable[[Machine], tuple[list[Finding], Rates]]
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """The result of `strop doctor`. rates: None where torch is missing."""
+    """The result of `strop doctor`. rates: None without torch."""
 
     machine: dict[str, Any]
     findings: list[Finding]
@@ -53,22 +53,22 @@ class DoctorReport:
         return {"machine": self.machine, "findings": [asdict(f) for f in self.findings], "rates": rates}
 
 
-def examine(try_out: TorchChecks, folder: Path | None = None) -> DoctorReport:
-    """Examine this machine. try_out: checks that need torch. folder: where runs will be written."""
+def examine(check_torch: TorchChecks, folder: Path | None = None) -> DoctorReport:
+    """Examine this machine. check_torch: the checks that need torch. folder: the folder for runs."""
     machine, folder = probe(), folder or Path.cwd()
-    findings = [*_versions(), *_resources(machine, folder), _hub(), _disk(folder)]
+    findings = [*_check_versions(), *_check_resources(machine, folder), _check_hub(), _check_disk(folder)]
     rates = None
     if is_installed("torch"):
         try:
-            more, rates = try_out(machine)
+            torch_findings, rates = check_torch(machine)
         except (ImportError, OSError) as error:
             why = "nothing can be trained with it; docs/troubleshooting.md#cuda"
             fix = f"{pip_command()} install --force-reinstall torch"
-            more = [Finding("error", f"torch cannot be loaded: {error}", why, fix)]
+            torch_findings = [Finding("error", f"torch cannot be loaded: {error}", why, fix)]
         except Exception as error:  # a crash is a finding too
-            more = [crash_finding("a check with torch", error)]
-        findings += more
-    return DoctorReport(_facts(machine, folder), findings, rates)
+            torch_findings = [crash_finding("a check with torch", error)]
+        findings += torch_findings
+    return DoctorReport(_collect_facts(machine, folder), findings, rates)
 
 
 def crash_finding(check: str, error: Exception, fix: str = "") -> Finding:
@@ -78,10 +78,9 @@ def crash_finding(check: str, error: Exception, fix: str = "") -> Finding:
     return Finding("error", what, "a run would fail in the same way", fix or reinstall)
 
 
-def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
-    facts = {name: value for name, value in asdict(machine).items() if name != "card_free_bytes"}
+def _collect_facts(machine: Machine, folder: Path) -> dict[str, Any]:
     return {
-        **facts,
+        **{name: value for name, value in asdict(machine).items() if name != "card_free_bytes"},
         "vector": list(machine.vector),
         "gpus": list(nvidia_smi("name,memory.total,driver_version,compute_cap")),
         "disk_free_bytes": shutil.disk_usage(folder).free,
@@ -91,10 +90,10 @@ def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
 
 
 def libraries() -> Iterator[tuple[str, str | None, str]]:
-    """Yield (name, installed version, supported range) of each library that strop requires here."""
+    """Yield (name, installed version or None, supported range) of each library that strop requires."""
     try:
         lines = requires("strop") or []
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # strop runs from source code without being installed
         lines = []
     for line in lines:
         requirement = Requirement(line)
@@ -111,16 +110,16 @@ def is_installed(name: str) -> bool:
     return True
 
 
-def _versions() -> list[Finding]:
+def _check_versions() -> list[Finding]:
     findings, install = [], f"{pip_command()} install"
     for name, installed, supported in libraries():
-        wanted = f"{name}{supported}"
+        required = f"{name}{supported}"
         if installed is None:
-            why = f"strop needs {wanted}"
-            findings.append(Finding("error", f"{name} is not installed", why, f"{install} '{wanted}'"))
-        elif not Requirement(wanted).specifier.contains(installed, prereleases=True):
-            why = f"strop is tested with {wanted}"
-            findings.append(Finding("error", f"{name} {installed}", why, f"{install} -U '{wanted}'"))
+            why = f"strop needs {required}"
+            findings.append(Finding("error", f"{name} is not installed", why, f"{install} '{required}'"))
+        elif not Requirement(required).specifier.contains(installed, prereleases=True):
+            why = f"strop is tested with {required}"
+            findings.append(Finding("error", f"{name} {installed}", why, f"{install} -U '{required}'"))
     return findings or [Finding("ok", "every library is in the range that strop supports")]
 
 
@@ -128,19 +127,19 @@ def pip_command() -> str:
     return f"{sys.executable} -m pip"
 
 
-def _resources(machine: Machine, folder: Path) -> Iterator[Finding]:
-    if machine.free_bytes < LEAST_MEMORY_BYTES:
+def _check_resources(machine: Machine, folder: Path) -> Iterator[Finding]:
+    if machine.free_bytes < MIN_MEMORY_BYTES:
         what = f"{machine.free_bytes / 2**30:.1f} GiB of memory are free"
         yield Finding("warning", what, "a run of the smallest model takes about 1.5 GiB", "# close other programs")
     free = shutil.disk_usage(folder).free
-    if free < LEAST_DISK_BYTES:
+    if free < MIN_DISK_BYTES:
         what = f"{free / 2**30:.1f} GiB of disk are free in {folder}"
-        why = "a model and its checkpoints take several; see docs/troubleshooting.md#disk"
+        why = "a model and its checkpoints take several GiB; see docs/troubleshooting.md#disk"
         yield Finding("warning", what, why, "# free some space, or give --out another disk")
 
 
-def _hub() -> Finding:
-    """Check whether the Hub answers, and whether there is a token, which is never shown."""
+def _check_hub() -> Finding:
+    """Check whether the Hub can be reached, and whether there is a token, which is not shown."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Finding("ok", "offline by HF_HUB_OFFLINE: models come from folders and the local cache")
     if getproxies().get("https"):
@@ -148,7 +147,7 @@ def _hub() -> Finding:
     host = re.sub(r"^https?://", "", os.environ.get("HF_ENDPOINT", "https://huggingface.co")).partition("/")[0]
     name, _, port = host.partition(":")
     try:
-        socket.create_connection((name, int(port or 443)), timeout=HUB_S).close()
+        socket.create_connection((name, int(port or 443)), timeout=HUB_TIMEOUT_S).close()
     except OSError as error:
         why = "models must then be folders or .gguf files on this machine"
         return Finding("warning", f"the Hub ({host}) does not answer: {error}", why, "export HF_HUB_OFFLINE=1")
@@ -161,9 +160,9 @@ def _has_token() -> bool:
     return bool(os.environ.get("HF_TOKEN")) or (home / "token").is_file()
 
 
-def _disk(folder: Path) -> Finding:
-    """Write and sync 16 MiB where runs are stored."""
-    runs = next(place for place in (folder / "runs", folder) if place.is_dir())
+def _check_disk(folder: Path) -> Finding:
+    """Write and sync 16 MiB to the folder for runs."""
+    runs = folder / "runs" if (folder / "runs").is_dir() else folder
     try:
         with tempfile.NamedTemporaryFile(dir=runs) as file:
             started = time.perf_counter()

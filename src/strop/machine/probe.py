@@ -1,4 +1,4 @@
-"""Probe this machine without torch: CPU, memory, cgroup limits and NVIDIA GPUs."""
+"""Detect the CPU, memory, cgroup limits and NVIDIA GPUs of this machine without torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
-TILED_RANK = 32  # largest LoRA rank for which strop.engine.kernels.cpu is faster than PyTorch
+MAX_TILED_RANK = 32  # largest LoRA rank for which strop.engine.kernels.cpu is faster than PyTorch
 _KNOWN_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "asimd", "sve", "bf16")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources available to this process; fields are stored as `machine` in lock.json."""
+    """The resources available to this process, which lock.json stores as `machine`."""
 
     system: str
     python: str
     cpu: str
-    vector: tuple[str, ...]  # the CPU's instruction sets, named as in Linux's /proc/cpuinfo
+    vector: tuple[str, ...]  # the CPU's vector extensions, named as in Linux's /proc/cpuinfo
     cores: int
     memory_bytes: int  # RAM or the cgroup's limit
     free_bytes: int
@@ -34,20 +34,19 @@ class Machine:
 
     @property
     def has_avx512_bf16(self) -> bool:
-        """True if the CPU supports strop's bf16 matmul kernels."""
         return "avx512_bf16" in self.vector
 
     @property
     def has_int8_dot(self) -> bool:
-        """True if the CPU has dot products of 8-bit integers (VNNI)."""
+        """True if the CPU has instructions for dot products of 8-bit integers (VNNI)."""
         return "avx512_vnni" in self.vector or "avx_vnni" in self.vector
 
     def has_tiled_attention(self, head_size: int) -> bool:
-        """Return whether bf16 attention runs in tiles, without storing the probabilities."""
+        """Return whether bf16 attention is tiled, so that the probabilities are not stored."""
         return self.has_avx512_bf16 and head_size % 32 == 0
 
     def has_bf16_matmul(self, sizes: Sequence[int]) -> bool:
-        """Return whether strop's bf16 matmul kernels are used for these sizes; with AMX, oneDNN is faster."""
+        """Return whether strop's bf16 matmul kernels are used for these sizes. With AMX, oneDNN is faster."""
         return self.has_avx512_bf16 and "amx_bf16" not in self.vector and all(size % 32 == 0 for size in sizes)
 
     def describe(self) -> list[str]:
@@ -60,8 +59,8 @@ class Machine:
 
 
 def probe(memory: int | None = None) -> Machine:
-    """Return the resources of this machine. memory: a limit in bytes for this process."""
-    limit, total, free = _limit_bytes(), psutil.virtual_memory().total, free_bytes()
+    """Return the resources of this machine. memory: a memory limit for this process, in bytes."""
+    limit, total, free = _cgroup_limit(), psutil.virtual_memory().total, free_bytes()
     if memory is not None:
         limit = min(memory, limit or memory)
         free = min(free, memory - psutil.Process().memory_info().rss)
@@ -73,33 +72,33 @@ def probe(memory: int | None = None) -> Machine:
         cores=min(available_cores(), _cgroup_cores() or available_cores()),
         memory_bytes=min(total, limit) if limit else total,
         free_bytes=max(free, 0),
-        gpus=_gpus(),
+        gpus=_query_gpus("name,memory.total"),
     )
 
 
 def free_bytes() -> int:
     """Return the host memory that this process may still allocate."""
-    available, limit, used = psutil.virtual_memory().available, _limit_bytes(), _cgroup_used()
+    available, limit, used = psutil.virtual_memory().available, _cgroup_limit(), _cgroup_used()
     return min(available, limit - used) if limit and used is not None else available
 
 
-def _limit_bytes() -> int | None:
-    return _cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
+def _cgroup_limit() -> int | None:
+    return _read_cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
 
 
 def vector_extensions() -> tuple[str, ...]:
-    """Return the CPU's instruction sets that strop has kernels for, named as in /proc/cpuinfo."""
+    """Return the CPU's vector extensions that matter to strop's kernels, named as in /proc/cpuinfo."""
     flags = _cpu()[1]
     return tuple(flag for flag in _KNOWN_EXTENSIONS if flag in flags)
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may run on, which is PyTorch's default number of threads."""
+    """Return the number of cores that this process may use, which is PyTorch's default number of threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compute_capability(index: int = 0) -> float | None:
-    """Return the compute capability of an NVIDIA GPU, or None where the driver does not report it."""
+    """Return the compute capability of an NVIDIA GPU, or None if the driver does not report it."""
     capabilities = _query_gpus("compute_cap")
     try:
         return float(capabilities[index])
@@ -107,7 +106,7 @@ def compute_capability(index: int = 0) -> float | None:
         return None
 
 
-@cache  # a plan probes the machine hundreds of times
+@cache  # a plan calls `probe` hundreds of times
 def _cpu() -> tuple[str, set[str]]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -118,16 +117,16 @@ def _cpu() -> tuple[str, set[str]]:
     return info.get("model name", platform.machine()), set(info.get("flags", info.get("Features", "")).split())
 
 
-def _cgroup_bytes(*names: str) -> int | None:
-    """Return the first number below 2^60 in these cgroup files; larger numbers mean no limit."""
+def _read_cgroup_bytes(*names: str) -> int | None:
+    """Return the first number below 2^60 in these cgroup files. Larger numbers mean no limit."""
     for name in names:
-        text = _cgroup_text(name).strip()
+        text = _read_cgroup(name).strip()
         if text.isdigit() and int(text) < 1 << 60:
             return int(text)
     return None
 
 
-def _cgroup_text(name: str) -> str:
+def _read_cgroup(name: str) -> str:
     try:
         return (CGROUP / name).read_text(encoding="utf-8")
     except OSError:
@@ -135,30 +134,25 @@ def _cgroup_text(name: str) -> str:
 
 
 def _cgroup_used() -> int | None:
-    """Return the bytes in use by the cgroup, without the inactive file cache, which can be reclaimed."""
-    used = _cgroup_bytes("memory.current", "memory/memory.usage_in_bytes")
-    lines = (_cgroup_text("memory.stat") or _cgroup_text("memory/memory.stat")).splitlines()
+    """Return the bytes used by the cgroup, except the inactive file cache, which can be reclaimed."""
+    used = _read_cgroup_bytes("memory.current", "memory/memory.usage_in_bytes")
+    lines = (_read_cgroup("memory.stat") or _read_cgroup("memory/memory.stat")).splitlines()
     stat = dict(line.split(" ", 1) for line in lines if " " in line)
     inactive = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
     return None if used is None else max(0, used - int(inactive))
 
 
 def _cgroup_cores() -> int | None:
-    """Return the cgroup's CPU quota in whole cores; None without a limit."""
-    limits = _cgroup_text("cpu.max").split()
-    limits = limits or [_cgroup_text(f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    """Return the cgroup's CPU quota in whole cores, or None without a limit."""
+    limits = _read_cgroup("cpu.max").split()
+    limits = limits or [_read_cgroup(f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
     if len(limits) != 2 or not all(text.isdigit() for text in limits):  # "max 100000", -1, or no such file
         return None
     return max(1, int(limits[0]) // int(limits[1]))
 
 
-def _gpus() -> tuple[str, ...]:
-    """Return the GPUs that the NVIDIA driver lists; torch may still not be able to use them."""
-    return _query_gpus("name,memory.total")
-
-
 def _query_gpus(fields: str) -> tuple[str, ...]:
-    """Query the driver about visible GPUs, in the order of CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets."""
+    """Query the driver about the visible GPUs in PCI bus order. torch may still be unable to use them."""
     uuids, lines = nvidia_smi("uuid"), nvidia_smi(fields)
     selection = os.environ.get("CUDA_VISIBLE_DEVICES")
     if selection is None or selection.startswith("MIG-") or len(uuids) != len(lines):
@@ -167,7 +161,7 @@ def _query_gpus(fields: str) -> tuple[str, ...]:
 
 
 def visible_gpus(selection: str, uuids: Sequence[str]) -> list[int]:
-    """Return the indices of the GPUs in CUDA_VISIBLE_DEVICES, which are numbers or prefixes of a uuid."""
+    """Return the indices of the GPUs in CUDA_VISIBLE_DEVICES, a list of indices or prefixes of UUIDs."""
     # Like CUDA, ignore everything after the first invalid entry, and return nothing if a GPU is listed twice.
     indices: list[int] = []
     for entry in (entry.strip() for entry in selection.split(",")):
@@ -184,7 +178,7 @@ def visible_gpus(selection: str, uuids: Sequence[str]) -> list[int]:
 
 @cache
 def nvidia_smi(fields: str) -> tuple[str, ...]:
-    """Return one line per GPU with these fields; empty if nvidia-smi is missing or fails."""
+    """Return nvidia-smi's line with these fields for each GPU, or () if nvidia-smi is missing or fails."""
     if not shutil.which("nvidia-smi"):
         return ()
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""Cached measurements of this machine, without torch: speeds (by `strop doctor`) and the faster dtype (by a run)."""
+"""The cache of this machine's speed (measured by `strop doctor`) and faster dtype (measured by a run)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ RATES_VERSION = 3  # part of the cache key; increase it when Rates changes
 
 @dataclass(frozen=True)
 class Rates:
-    bf16_flops: float  # FLOP/s of frozen matmuls, as in fp32_flops
+    bf16_flops: float  # FLOP/s of matmuls with frozen weights
     fp32_flops: float
     bandwidth: float  # of memory, bytes/s
     threads: int
     costs: dict[str, dict[str, float]]  # fields of planning.time.Rate, by dtype
     unpacked_per_s: dict[str, float]  # weights dequantized per second, by quantization scheme
-    integers: dict[str, float]  # FLOP/s of frozen matmuls with train.int8_matmul, by scheme; empty without support
+    integers: dict[str, float]  # FLOP/s with train.int8_matmul, by quantization scheme; empty if unsupported
 
     @property
     def dtype(self) -> str:
-        """The dtype to use; bf16 is less precise, so it must be at least 20 % faster."""
+        """The dtype to use: bf16 if it is at least 20 % faster than fp32, which is more precise."""
         return "bf16" if self.bf16_flops >= 1.2 * self.fp32_flops else "fp32"
 
 
@@ -38,7 +38,7 @@ def save_rates(machine: Machine, device: str, rates: Rates) -> None:
 
 
 def load_rates(machine: Machine, device: str) -> Rates | None:
-    """Return the stored rates; None if there are none, or if another version of strop wrote other fields."""
+    """Return the stored rates, or None if there are none with the fields of this version of strop."""
     stored = read_json(_rates_file(machine, device))
     return Rates(**stored) if set(stored) == {field.name for field in fields(Rates)} else None
 
@@ -50,7 +50,7 @@ def save_precision(machine: Machine, threads: int, dtype: str, why: str) -> None
 
 
 def load_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
-    """Return (dtype of the frozen weights, reason) measured by a run. threads: default: PyTorch's number of threads."""
+    """Return (dtype of the frozen weights, reason) that a run measured, or None. threads: PyTorch's default if None."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
     stored = read_json(_precision_file(machine, threads or (int(setting) if setting.isdigit() else available_cores())))
     return (stored["dtype"], stored["why"]) if stored else None

@@ -1,4 +1,4 @@
-"""Isolate strop's use of torch from the program around it, and its threads from each other."""
+"""Isolate strop's use of torch from the calling program, and strop's threads from each other."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from strop.errors import RunError
 
 _LOCK = RLock()
-_USED_BY: set[int] = set()  # ids of this process, or of one that it was forked from
+_USED_BY: set[int] = set()  # ids of processes that used strop: this one, or one from which it was forked
 
 
 @contextmanager
 def default_torch_state() -> Iterator[None]:
-    """Reset this thread's torch state inside the block: with gradients, without autocast, on the CPU by default."""
+    """Reset this thread's torch state inside the block: gradients on, autocast off, CPU as default device."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -31,9 +31,11 @@ def default_torch_state() -> Iterator[None]:
 
 @contextmanager
 def isolated_torch_state() -> Iterator[None]:
-    """Extend `default_torch_state` with the process-wide state: fp32 as default dtype, preserved random streams."""
-    # transformers changes more of that kind while it loads, so a second thread waits. A process forked from one that
-    # has used strop gets a RunError: torch's compute threads are missing.
+    """Reset this thread's torch state and the default dtype inside the block, and restore the random states after it.
+
+    Other threads wait, because transformers changes more process-wide state while it loads a model. Raises RunError if
+    this process was forked from one that has used strop, because torch's compute threads do not exist in it.
+    """
     if _USED_BY - {os.getpid()}:
         what = "this process was forked from one that has used strop, so torch's compute threads are missing"
         raise RunError(what, fix='start it with multiprocessing.get_context("spawn")')

@@ -15,11 +15,12 @@ from strop.models.tokenizer import trained_token_texts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 REWARD_TASK = "SEQ_CLS"  # PEFT's task type of a reward model
-CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # of adapters that act on some tokens only
+_RESTORE = "restore the values that the adapter was trained with"  # a fix
+CONDITIONAL_FIELDS = ("alora_invocation_tokens", "arrow_config")  # set in adapters that act on some tokens only
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json of a folder. Raises ModelError without safetensors, or if strop cannot use it."""
+    """Return adapter_config.json. Raises ModelError if strop does not support it or the weights are not safetensors."""
     file = folder / "adapter_config.json"
     if not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder}: no {WEIGHTS_FILE}", fix="give an adapter saved as safetensors, never pickle")
@@ -33,16 +34,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: a {config.get('peft_type')} adapter", fix="give a LoRA adapter")
     _check_numbers(config, file)
     targets = config.get("target_modules") or []
-    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    if not is_list and not isinstance(targets, str):
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         raise ModelError(f"{file}: target_modules is {targets!r}, not a list of names", fix=_RESTORE)
     if field := next((name for name in CONDITIONAL_FIELDS if config.get(name)), None):
         what = f"{folder}: an adapter that does not act on every token ({field} in its config)"
         raise ModelError(what, fix="use peft for it; strop's adapters act on all tokens")
     return config
-
-
-_RESTORE = "restore the values that the adapter was trained with"
 
 
 def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
@@ -60,7 +57,7 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
 
 @contextmanager
 def peft_load_errors(folder: Path, base: str) -> Iterator[None]:
-    """Wrap PEFT's loading of an adapter and raise ModelError for what it refuses."""
+    """Raise ModelError where PEFT fails to load an adapter inside the block."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
@@ -70,45 +67,43 @@ def peft_load_errors(folder: Path, base: str) -> Iterator[None]:
 def check_adapter_fits(
     shapes: Mapping[str, Sequence[int]], folder: Path, base: str, *, lora_only: bool = False
 ) -> None:
-    """Raise ModelError where an adapter file has other tensors or shapes than the model (`shapes`); PEFT only warns."""
-    # base: name for messages. lora_only: compare LoRA's own matrices alone; the caller checks the others.
+    """Raise ModelError if an adapter's tensor names or shapes differ from the model's, where PEFT only warns."""
+    # shapes: of the model's adapter tensors. base: its name, for messages. lora_only: check only the LoRA matrices.
     saved = {name: entry["shape"] for name, entry in read_safetensors_header(folder / WEIGHTS_FILE).items()}
     expected = {name: list(shape) for name, shape in shapes.items() if not lora_only or ".lora_" in name}
     if lora_only:
         saved = {name: shape for name, shape in saved.items() if name in expected}
     fix = "load it on the base it was trained on"
-    for names, problem in ((saved.keys() - expected, "have no place in"), (expected.keys() - saved, "are missing for")):
+    for names, problem in ((saved.keys() - expected, "do not exist in"), (expected.keys() - saved, "are missing for")):
         if names:
             raise ModelError(f"{folder}: {len(names)} of its tensors {problem} {base}, first {min(names)}", fix=fix)
-    if unlike := sorted(name for name, shape in saved.items() if shape != expected[name]):
-        name = unlike[0]
-        sizes = f"{saved[name]}, {expected[name]} expected"
-        what = f"{folder}: does not fit {base}: {len(unlike)} of its tensors have another shape, first {name}: {sizes}"
+    if mismatched := sorted(name for name, shape in saved.items() if shape != expected[name]):
+        first = f"first {mismatched[0]}: {saved[mismatched[0]]}, {expected[mismatched[0]]} expected"
+        what = f"{folder}: does not fit {base}: {len(mismatched)} of its tensors have another shape, {first}"
         raise ModelError(what, fix=fix)
 
 
 def expand_adapter_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return adapter_config.json for a run that starts from the adapter."""
-    # `new_tokens`: texts of the trained token rows. `target_modules`: names of the adapted layers and experts.
+    """Return an adapter's config with the texts of its new tokens and the names of its targets, to start a run."""
     targets = _adapted_names(config, folder / WEIGHTS_FILE)
     return {**config, "new_tokens": trained_token_texts(folder, config), "target_modules": targets}
 
 
 def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
-    """Return the adapted names; for a pattern, the names that it matched in the weights."""
+    """Return the names of adapted layers and experts; a pattern becomes the names of its matches in the weights."""
     parameters = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
         paths = {name.partition(".lora_A.")[0] for name in read_safetensors_header(weights) if ".lora_A." in name}
-        inner = ("base_layer", *(name.partition(".")[0] for name in parameters))
-        targets = [leaf for leaf in (path.rpartition(".")[2] for path in paths) if leaf not in inner]
+        wrapper_names = ("base_layer", *(name.partition(".")[0] for name in parameters))
+        targets = [leaf for leaf in (path.rpartition(".")[2] for path in paths) if leaf not in wrapper_names]
     return sorted({*targets, *parameters})
 
 
 def why_base_changed(config: Mapping[str, Any]) -> str | None:
-    """Return why an adapter does not fit its base as stored (PiSSA, arXiv:2404.02948, changes it), or None."""
+    """Return why an adapter does not fit its unmodified base (PiSSA, arXiv:2404.02948, modifies it), or None."""
     init = str(config.get("init_lora_weights", True)).lower()
     if not init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq")):
         return None
-    convert = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-    return f"trained with init_lora_weights {init} on a base that peft changed: make it plain LoRA there, by {convert}"
+    fix = "convert it to plain LoRA there with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    return f"trained with init_lora_weights {init} on a base that peft changed: {fix}"

@@ -36,8 +36,7 @@ STROP_FILE = "strop.json"  # next to adapter_config.json: base fingerprint, temp
 
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
     """Write a PEFT adapter folder atomically: weights, config, tokenizer, chat template, strop.json."""
-    # identity: {base: {name, fingerprint}, template, data, system (the system prompt that all training rows share, or
-    # None), reasoning}
+    # identity: {base: {name, fingerprint}, template, data, system (a system prompt in all training rows), reasoning}
     with new_folder(folder) as temp:
         # By default PEFT queries the Hub to see whether embeddings were resized. Trained rows are saved without that.
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
@@ -48,10 +47,7 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
 
 
 def adapter_folder(name: str) -> Path | None:
-    """Return the adapter folder that `name` is or, for a run, contains; None for any other name.
-
-    Raises ModelError if the run has no adapter yet.
-    """
+    """Return `name` if it is an adapter folder, the adapter in it if it is a run, or None. Raises ModelError."""
     path = Path(name).expanduser()
     if is_run(path):
         adapter = RunFolder(path).adapter
@@ -62,7 +58,6 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def is_reward_adapter(folder: Path) -> bool:
-    """Return whether an adapter is of a reward model, which scores text and cannot generate it."""
     return bool(read_adapter_config(folder).get("task_type") == REWARD_TASK)
 
 
@@ -76,21 +71,20 @@ def check_adapter_kind(folder: Path, scores: bool) -> None:
     raise ModelError(what, fix="strop eval RUN --data PAIRS, or AutoModelForSequenceClassification of transformers")
 
 
-def base_source(folder: Path) -> Source:
-    """Return the base of an adapter folder. Raises ModelError where it cannot be found."""
+def locate_base(folder: Path) -> Source:
     if name := read_adapter_config(folder).get("base_model_name_or_path"):
         return locate(str(name))
     raise ModelError(f"{folder}: does not say which model it was trained on (base_model_name_or_path)")
 
 
-def tokenizer_source(folder: Path, source: Source) -> Source:
-    """Return where an adapter's tokenizer is: its own folder, or its base for an adapter saved without one."""
+def locate_tokenizer(folder: Path, source: Source) -> Source:
+    """Return the source of an adapter's tokenizer: the adapter's folder, or its base if no tokenizer is saved there."""
     has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return Source(source.name, "folder", folder) if has_own else source
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Return strop.json of an adapter folder; {} for an adapter that another tool saved."""
+    """Return strop.json of an adapter folder, or {} for an adapter that another tool saved."""
     file = folder / STROP_FILE
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
@@ -99,7 +93,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def make_renderer(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
-    """Return the renderer that an adapter was trained with; identity: as `read_identity` returns it."""
+    """Return the renderer that an adapter was trained with. identity: the result of `read_identity`."""
     return Renderer(tokenizer, reasoning=identity.get("reasoning", "auto"))
 
 
@@ -118,7 +112,7 @@ def attach_adapter(
     # ModelError if the adapter does not belong to the base, does not fit, was changed since it was saved, or has NaN.
     config = read_adapter_config(folder)
     check_adapter_kind(folder, scores)
-    notes = check_adapter_base(folder, source, force=force)
+    mismatches = check_adapter_base(folder, source, force=force)
     check_adapter_weights(folder)
     if not isinstance(base, peft.PeftModel):
         if scores:
@@ -144,21 +138,23 @@ def attach_adapter(
     check_adapter_fits({key: weight.shape for key, weight in state.items()}, folder, source.name)
     if trains_biases:
         # PEFT overwrites the base's biases with the adapter's; `adapter_disabled` restores them.
-        plain_names = {name: name.removeprefix("base_model.model.") for name, _ in model.named_parameters()}
-        plain_names = {name: plain.replace(".base_layer.", ".") for name, plain in plain_names.items()}
-        biases = {name: base_biases[plain] for name, plain in plain_names.items() if plain in base_biases}
+        names = [name for name, _ in model.named_parameters()]
+        base_names = [name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in names]
+        biases = {name: base_biases[key] for name, key in zip(names, base_names, strict=True) if key in base_biases}
         cast(Any, model).biases_of_base = biases
-    return patch_lora_forward(model), notes
+    return patch_lora_forward(model), mismatches
 
 
-def attach_second(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
+def attach_another_adapter(
+    module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False
+) -> list[str]:
     """Load another adapter onto a base (`source`) that already has one, and return warnings about mismatches."""
-    trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(base_source(folder))}
+    trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(locate_base(folder))}
     if not force and trained_on["fingerprint"] != fingerprint(source):
         raise ModelError(f"{folder}: trained on another base than {source.name}", fix="load it by itself")
-    notes = attach_adapter(module, folder, source, force=force, name=name)[1]
+    mismatches = attach_adapter(module, folder, source, force=force, name=name)[1]
     module.eval()
-    return notes
+    return mismatches
 
 
 def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
@@ -169,15 +165,15 @@ def check_adapter_base(folder: Path, source: Source, *, force: bool = False) -> 
     elif not trained_on or trained_on["fingerprint"] == actual:
         return []
     else:
-        prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {actual[:12]} found"
-        what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({prints})"
+        fingerprints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {actual[:12]} found"
+        what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({fingerprints})"
     if not force:
         raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
     return [what]
 
 
 def check_adapter_weights(folder: Path) -> None:
-    """Raise ModelError if the adapter file is damaged, has changed since it was saved, or has NaN."""
+    """Raise ModelError if the adapter file is damaged, has changed since it was saved, or contains NaN."""
     file, expected = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
     dtypes = {name: entry["dtype"] for name, entry in read_safetensors_header(file).items()}
     if name := next((name for name, dtype in dtypes.items() if dtype not in FLOATS), None):
@@ -188,7 +184,7 @@ def check_adapter_weights(folder: Path) -> None:
     actual = sha256_file(file)
     if expected and actual != expected:
         what = f"{file}: not the file that was saved: sha256 {actual[:12]}, {expected[:12]} expected"
-        raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was intended")
+        raise ModelError(what, fix=f"restore it, or remove {STROP_FILE} if the change was intended")
 
 
 def has_trained_biases(model: nn.Module) -> bool:
@@ -197,18 +193,18 @@ def has_trained_biases(model: nn.Module) -> bool:
 
 @contextmanager
 def adapter_disabled(model: peft.PeftModel) -> Iterator[None]:
-    """Disable the adapter inside the block, and restore the base's biases if the adapter trained them."""
-    stored: Mapping[str, Tensor] = getattr(model, "biases_of_base", {})
-    biases = {name: weight for name, weight in model.named_parameters() if name in stored} if stored else {}
-    tuned = {name: weight.detach().clone() for name, weight in biases.items()}
+    """Disable the adapter inside the block; if it has trained biases, use the base's biases there."""
+    base_biases: Mapping[str, Tensor] = getattr(model, "biases_of_base", {})
+    biases = {name: weight for name, weight in model.named_parameters() if name in base_biases} if base_biases else {}
+    tuned_biases = {name: weight.detach().clone() for name, weight in biases.items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Careful, disabling adapter")  # about biases, which are restored here
+        warnings.filterwarnings("ignore", "Careful, disabling adapter")  # PEFT warns that trained biases stay in use
         with model.disable_adapter():
             try:
-                _copy_into(stored, biases)
+                _copy_into(base_biases, biases)
                 yield
             finally:
-                _copy_into(tuned, biases)
+                _copy_into(tuned_biases, biases)
 
 
 @torch.no_grad()

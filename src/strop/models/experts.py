@@ -1,15 +1,16 @@
 """Adapters and quantization for mixture-of-experts layers, which transformers 5 stores as 3-d parameters."""
 
-# PEFT adds B A to the whole parameter before each matmul (`target_parameters`). In bf16 this rounds small LoRA updates
-# away, and the sum, as large as the experts, is kept for the backward. Here the expert's matmul and its adapter's are
-# separate, added and rounded once, and only the chosen experts are computed. Format and values are PEFT's.
+# PEFT (`target_parameters`) adds B A to the whole parameter before each matmul. In bf16 this rounds small LoRA updates
+# away, and autograd saves the sum, which is as large as all experts. Here the outputs of an expert and its adapter are
+# added and rounded once, and only the experts that tokens are routed to are computed. The file format is PEFT's.
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -18,12 +19,11 @@ from torch.autograd import Function
 
 from strop.models.quantize import QuantizedLinear, dequantize_weight, layer_index, quantizable_linears, quantize_weight
 
-OFFSET = "nested_offset"
-EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+OFFSET = "nested_offset"  # a field of bitsandbytes' quantization state, the only one that differs between experts
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Return whether a module is transformers' usual experts layer, whose forward `experts_forward` can replace."""
+def is_standard_experts(module: nn.Module) -> bool:
+    """Return whether a module has the attributes of transformers' experts layers, which `experts_forward` needs."""
     return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "num_experts"))
 
 
@@ -42,17 +42,18 @@ def expert_sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
     return (first, second) if getattr(module, "is_transposed", False) else (second, first)
 
 
-def adapted_as_parameters(model: nn.Module) -> set[str]:
-    """Return the leaf names of linear layers that PEFT must adapt as parameters in this model."""
-    # In a mixture PEFT reads transformers 4's expert names as the experts, and skips dense layers of the same name.
-    return set(EXPERT_NAMES) if next(expert_parameters(model), None) is not None else set()
+def parameter_adapter_leaves(model: nn.Module) -> set[str]:
+    """Return the leaf names of linear layers that PEFT must adapt through their weight parameter in this model."""
+    # In a mixture, PEFT treats layers with transformers 4's names of experts as experts, and skips dense ones.
+    has_experts = next(expert_parameters(model), None) is not None
+    return {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"} if has_experts else set()
 
 
 def quantizable_names(model: nn.Module) -> set[str]:
     """Return the names of all weights that are quantized: of linear layers except the head, and of experts."""
-    parameter_leaves = adapted_as_parameters(model)
+    parameter_leaves = parameter_adapter_leaves(model)
     linears = {name for name in quantizable_linears(model) if name.split(".")[-2] not in parameter_leaves}
-    experts = {f"{path}.{name}" for path, name, module, _ in expert_parameters(model) if is_experts(module)}
+    experts = {f"{path}.{name}" for path, name, module, _ in expert_parameters(model) if is_standard_experts(module)}
     return linears | experts
 
 
@@ -74,23 +75,22 @@ def pack_experts(weight: Tensor, scheme: str, *, double: bool, device: str = "cp
 
 
 class PackedExperts:
-    """A quantized parameter of shape (experts, a, b); packed: as `pack_experts` returns it."""
+    """A quantized parameter of shape (experts, a, b). packed: the result of `pack_experts`."""
 
     def __init__(self, packed: dict[str, Tensor], shape: torch.Size, scheme: str, dtype: torch.dtype) -> None:
         self.packed, self.shape, self.scheme, self.dtype = packed, shape, scheme, dtype
 
     def dequantize(self, expert: int) -> Tensor:
-        """Return the weight (a, b) of one expert. Raises KeyError or ValueError where `packed` is incomplete."""
-        parts: dict[str, Tensor] = {}
-        for name, part in self.packed.items():
-            if name == OFFSET:
-                continue
-            is_shared = name.endswith("quant_map") or name.startswith("quant_state.")
-            parts[name] = part if is_shared else part[expert]
-            if name.startswith("quant_state.") and OFFSET in self.packed:
-                state = json.loads(bytes(part.tolist())) | {OFFSET: float(self.packed[OFFSET][expert])}
-                parts[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        return dequantize_weight(parts, self.scheme, self.shape[1:], self.dtype)
+        """Return the weight (a, b) of one expert. Raises KeyError or ValueError if `packed` is incomplete."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.packed.items():
+            is_state = name.startswith("quant_state.")
+            if is_state and OFFSET in self.packed:
+                state = json.loads(bytes(tensor.tolist())) | {OFFSET: float(self.packed[OFFSET][expert])}
+                tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+            elif name != OFFSET:
+                tensors[name] = tensor if is_state or name.endswith("quant_map") else tensor[expert]
+        return dequantize_weight(tensors, self.scheme, self.shape[1:], self.dtype)
 
     def dequantize_all(self) -> Tensor:
         return torch.stack([self.dequantize(expert) for expert in range(self.shape[0])])
@@ -100,7 +100,7 @@ class PackedExperts:
 
 
 class QuantizedExperts(nn.Module):
-    """An experts layer with quantized parameters, each replaced by one element expanded to its shape."""
+    """An experts layer with quantized parameters. Its nn.Parameters are placeholders: zeros expanded to the shape."""
 
     packed: dict[str, PackedExperts]
     num_experts: int
@@ -124,7 +124,7 @@ class QuantizedExperts(nn.Module):
 
 
 def make_quantized(module: nn.Module) -> QuantizedExperts:
-    """Change an experts layer's class so that it can hold packed parameters, and return it."""
+    """Change an experts layer's class so that it can have packed parameters. Returns the layer."""
     if isinstance(module, QuantizedExperts):
         return module
     kind = type(module)
@@ -134,7 +134,7 @@ def make_quantized(module: nn.Module) -> QuantizedExperts:
 
 
 def dequantize_experts(model: nn.Module, layers: int) -> None:
-    """Dequantize the experts of the first `layers` decoder layers, as `quantize.dequantize_layers` does for linears."""
+    """Dequantize the experts of the first `layers` decoder layers permanently; see also `dequantize_layers`."""
     for name, module in model.named_modules():
         index = layer_index(name)
         if isinstance(module, QuantizedExperts) and (index is None or index < layers):
@@ -144,20 +144,18 @@ def dequantize_experts(model: nn.Module, layers: int) -> None:
             module.__class__ = type(module).__mro__[2]
 
 
-def dequantized_growth(model: nn.Module) -> list[int]:
-    """Return the bytes by which each decoder layer grows when its weights are dequantized for good."""
-    growth: dict[int, int] = {}
+def dequantization_growth(model: nn.Module) -> list[int]:
+    """Return the number of bytes by which each decoder layer grows when its weights are dequantized permanently."""
+    growth: Counter[int] = Counter()
     for name, module in model.named_modules():
-        extra, index = 0, layer_index(name)
-        if isinstance(module, QuantizedLinear):
+        index = layer_index(name)
+        if index is not None and isinstance(module, QuantizedLinear):
             packed_bytes = module.weight.nbytes + sum(tensor.nbytes for tensor in module.constants.values())
-            extra = module.in_features * module.out_features * module.dtype.itemsize - packed_bytes
-        elif isinstance(module, QuantizedExperts):
+            growth[index] += module.in_features * module.out_features * module.dtype.itemsize - packed_bytes
+        elif index is not None and isinstance(module, QuantizedExperts):
             for packed in module.packed.values():
                 packed_bytes = sum(tensor.nbytes for tensor in packed.packed.values())
-                extra += packed.shape.numel() * packed.dtype.itemsize - packed_bytes
-        if extra and index is not None:
-            growth[index] = growth.get(index, 0) + extra
+                growth[index] += packed.shape.numel() * packed.dtype.itemsize - packed_bytes
     return [growth[index] for index in sorted(growth)]
 
 
@@ -168,7 +166,7 @@ def count_trained_in_experts(model: nn.Module) -> int:
 
 
 class _Matmul(Function):
-    """onto + x W^T (or x W), rounded once; the backward dequantizes the expert's W again."""
+    """Compute onto + x W^T (x W if transposed), rounded once. The backward dequantizes W again instead of saving it."""
 
     @staticmethod
     def forward(
@@ -189,7 +187,7 @@ def _matmul(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | None) ->
     return x @ weight if onto is None else torch.addmm(onto, x, weight)
 
 
-Factors = tuple[Tensor, Tensor, float]  # A (experts, r, in), B (experts, out, r) and the scale
+Factors = tuple[Tensor, Tensor, float]  # LoRA matrices A (experts, r, in) and B (experts, out, r), and the scale
 
 
 def split_by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -197,34 +195,30 @@ def split_by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]
     return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
-def adapter_factors(wrapper: ParamWrapper, name: str) -> Factors:
-    weights = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    return *split_by_expert(*weights, wrapper.num_experts), wrapper.scaling[name]
-
-
 def experts_forward(
     module: Any, adapters: dict[str, list[Factors]], x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """Compute an experts layer with adapters (by parameter name); experts that no token has chosen are skipped."""
-    # x: hidden states (tokens, hidden). index, weights: the chosen experts and their routing weights, (tokens, k).
+    """Return the output (tokens, hidden) of an experts layer with adapters, skipping experts without tokens."""
+    # adapters: by parameter name. x: hidden states (tokens, hidden). index, weights: each token's experts and routing
+    # weights (tokens, k).
     k = index.shape[-1]
-    chosen, order = torch.sort(index.reshape(-1), stable=True)
-    counts = torch.bincount(chosen, minlength=module.num_experts)[: module.num_experts].tolist()
+    sorted_experts, order = torch.sort(index.reshape(-1), stable=True)
+    counts = torch.bincount(sorted_experts, minlength=module.num_experts)[: module.num_experts].tolist()
     outputs, start = [], 0
-    up = "gate_up_proj" if module.has_gate else "up_proj"
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
     for expert, count in enumerate(counts):
         if count:
             rows = order[start : start + count]
-            inner = _expert_linear(module, up, expert, x[rows // k], adapters.get(up, []))
-            inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-            out = _expert_linear(module, "down_proj", expert, inner, adapters.get("down_proj", []))
+            hidden = _expert_linear(module, up_name, expert, x[rows // k], adapters.get(up_name, []))
+            hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+            out = _expert_linear(module, "down_proj", expert, hidden, adapters.get("down_proj", []))
             if getattr(module, "has_post_expert_norm", False):
                 out = module.post_expert_norm(out)
             outputs.append(out * weights.reshape(-1)[rows, None])
             start += count
-    joined = torch.cat(outputs)
-    result = joined.new_zeros(index.numel(), x.shape[-1]).index_copy(0, order[:start], joined)
-    return result.view(len(x), k, -1).sum(1).to(x.dtype)
+    weighted = torch.cat(outputs)
+    per_choice = weighted.new_zeros(index.numel(), x.shape[-1]).index_copy(0, order[:start], weighted)
+    return per_choice.view(len(x), k, -1).sum(1).to(x.dtype)
 
 
 def _expert_linear(module: Any, name: str, expert: int, x: Tensor, adapters: list[Factors]) -> Tensor:
@@ -241,27 +235,31 @@ def _expert_linear(module: Any, name: str, expert: int, x: Tensor, adapters: lis
 
 
 def patch_experts_forward(model: nn.Module) -> None:
-    inner = {id(module.base_layer) for module in model.modules() if isinstance(module, ParamWrapper)}
-    for module in model.modules():
-        if isinstance(module, ParamWrapper) and id(module) not in inner and is_experts(module.get_base_layer()):
-            module.forward = partial(_wrapped_forward, module)
+    """Make adapted experts layers compute `experts_forward`. Only the outermost of nested PEFT wrappers is patched."""
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    inner = {id(wrapper.base_layer) for wrapper in wrappers}
+    for wrapper in wrappers:
+        if id(wrapper) not in inner and is_standard_experts(wrapper.get_base_layer()):
+            wrapper.forward = partial(_wrapped_forward, wrapper)
 
 
 def _wrapped_forward(outer: ParamWrapper, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Forward of the outermost PEFT wrapper of an experts layer; each adapted parameter has a wrapper."""
+    """Forward of an experts layer with one PEFT wrapper for each adapted parameter. outer: the outermost wrapper."""
     adapters: dict[str, list[Factors]] = {}
     wrapper: Any = outer
     while isinstance(wrapper, ParamWrapper):
         if not wrapper.disable_adapters and not wrapper.merged:
-            names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-            adapters[wrapper.parameter_name] = [adapter_factors(wrapper, name) for name in names]
+            adapters[wrapper.parameter_name] = [
+                (*split_by_expert(wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts),
+                 wrapper.scaling[name])
+                for name in wrapper.active_adapters if name in wrapper.lora_A
+            ]  # fmt: skip
         wrapper = wrapper.base_layer
     if not any(adapters.values()):
-        result: Tensor = wrapper(x, index, weights)
-        return result
+        return cast(Tensor, wrapper(x, index, weights))
     return experts_forward(wrapper, adapters, x, index, weights)
 
 
 def is_weight_adapter(module: nn.Module) -> bool:
-    """Return whether this is PEFT's parameter adapter on a linear layer's weight, which computes what LoRA computes."""
+    """Return whether a module is PEFT's parameter adapter on a linear layer's weight, which is equivalent to LoRA."""
     return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)

@@ -1,4 +1,4 @@
-"""Inspect a model's modules, usually on meta tensors: linear layers, text half, sizes of unlisted families."""
+"""Inspect a model's modules, usually on the meta device: linear layers, the text model of a multimodal one, sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from strop.errors import ModelError, RecipeError
-from strop.models.experts import adapted_as_parameters, expert_parameters, expert_sizes, is_experts
+from strop.models.experts import expert_parameters, expert_sizes, is_standard_experts, parameter_adapter_leaves
 from strop.models.families.shape import (
     EMBEDDINGS,
     EXPERTS,
@@ -33,23 +33,23 @@ from strop.models.load import load_config, model_without_weights
 from strop.models.quantize import directly_read_leaves, is_plain_linear, why_kept_16_bit
 from strop.models.source import Source, prequantized
 
-SPARE_POSITIONS = 2  # OPT and similar models leave out the first rows of their position table
+UNUSED_POSITIONS = 2  # OPT and similar models do not use the first rows of their position embeddings
 NOT_CAUSAL = "its tokens attend to later tokens, so it cannot be trained to predict them"
 
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
-    """List every kind of linear layer and expert that text passes through, in the model's order."""
-    whole: Any = model
-    head, is_text, parameter_leaves = whole.get_output_embeddings(), in_text(model), adapted_as_parameters(model)
+    """List the kinds of linear layers and experts of the text model, in the model's order."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    is_text, parameter_leaves = text_filter(model), parameter_adapter_leaves(model)
     read_directly = directly_read_leaves(model)
     groups: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         if (is_plain_linear(module) or isinstance(module, Conv1D)) and is_text(path):
             leaf = path.rpartition(".")[2]
             sizes = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
-            is_gate = bool(parameter_leaves) and leaf == "gate" and path != leaf
-            excluded = is_router(path) or is_gate or module is head or leaf in read_directly
-            key = (leaf, type(module).__name__, *sizes, () if excluded else target_sets(path))
+            is_router_gate = bool(parameter_leaves) and leaf == "gate" and path != leaf
+            is_excluded = is_router(path) or is_router_gate or module is head or leaf in read_directly
+            key = (leaf, type(module).__name__, *sizes, () if is_excluded else target_sets(path))
             groups.setdefault(key, []).append((path, module))
     sets_of_leaf = {leaf: {key[4] for key in groups if key[0] == leaf} for leaf in (key[0] for key in groups)}
     kinds = []
@@ -67,13 +67,13 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
 
 
 def _distinct_suffix(path: str) -> str:
-    """Return the path after its last number or, for one that ends with numbers, from the word before them."""
+    """Return the suffix of a path without layer numbers: layers.0.mlp.gate -> mlp.gate, layers.0.mlp.1 -> mlp.1."""
     parts = path.split(".")
-    last_word = max(n for n, part in enumerate(parts) if not part.isdigit())
-    if last_word < len(parts) - 1:
-        return ".".join(parts[last_word:])
-    numbers = [n for n, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[max([0, *(n + 1 for n in numbers)]) :])
+    if parts[-1].isdigit():
+        start = max(n for n, part in enumerate(parts) if not part.isdigit())
+    else:
+        start = 1 + max((n for n, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[start:])
 
 
 def _expert_kinds(model: nn.Module, is_text: Callable[[str], bool]) -> list[LinearKind]:
@@ -81,16 +81,16 @@ def _expert_kinds(model: nn.Module, is_text: Callable[[str], bool]) -> list[Line
     for path, name, module, weight in expert_parameters(model):
         if is_text(path):
             sizes = expert_sizes(module, weight)
-            key = (f"{path.rpartition('.')[2]}.{name}", *sizes, expert_target_sets(name), is_experts(module))
+            key = (f"{path.rpartition('.')[2]}.{name}", *sizes, expert_target_sets(name), is_standard_experts(module))
             counts[key] += len(weight)
     return [
-        LinearKind(name, EXPERTS, inputs, outputs, count, sets, None if is_usual else "an unusual layer of experts")
-        for (name, inputs, outputs, sets, is_usual), count in counts.items()
+        LinearKind(name, EXPERTS, inputs, outputs, count, sets, None if is_standard else "an unusual layer of experts")
+        for (name, inputs, outputs, sets, is_standard), count in counts.items()
     ]
 
 
 def embedding_kinds(model: nn.Module) -> list[LinearKind]:
-    is_text = in_text(model)
+    is_text = text_filter(model)
     return [
         embedding_kind(path.rpartition(".")[2], module.num_embeddings, module.embedding_dim)
         for path, module in model.named_modules()
@@ -99,7 +99,7 @@ def embedding_kinds(model: nn.Module) -> list[LinearKind]:
 
 
 def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise an error where `lora.modules_to_save` names no module, tied weights, or a module without weights."""
+    """Raise an error if a name in `lora.modules_to_save` matches no module, tied weights, or one without weights."""
     for name in names:
         modules = find_modules_to_save(model, name)
         if not name or not any(has_suffix(path, [name]) for path in modules):
@@ -115,23 +115,21 @@ def check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def find_modules_to_save(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """Return, by path, the modules that PEFT trains in full for a name: all whose path ends with it, even mid-word."""
+    """Return {path: module} of the modules that PEFT trains in full: its rule is `path.endswith(name)`."""
     return {path: module for path, module in model.named_modules(remove_duplicate=False) if path.endswith(name)}
 
 
 def count_path_kinds(paths: Iterable[str]) -> dict[str, int]:
-    """Count paths that differ only in a layer number; the number is replaced by a star."""
+    """Count paths after replacing layer numbers with `*`."""
     return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths))
 
 
 def has_suffix(path: str, names: Sequence[str]) -> bool:
-    """Return whether a path is one of the names or ends with one after a dot."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def has_tied_embeddings(model: nn.Module) -> bool:
-    """Return whether input and output embeddings are one weight; a multimodal config may mean another tower's."""
-    whole: Any = model
+    whole: Any = model  # a multimodal config may describe another modality's embeddings, so compare the weights
     if whole.config.get_text_config() is whole.config:
         return bool(getattr(whole.config, "tie_word_embeddings", False))
     head = whole.get_output_embeddings()
@@ -139,7 +137,7 @@ def has_tied_embeddings(model: nn.Module) -> bool:
 
 
 def text_path(model: nn.Module) -> str:
-    """Return the path of a multimodal model's text half with a trailing dot; "" for a text-only model."""
+    """Return the path, with a trailing dot, of a multimodal model's text model; "" for a text-only model."""
     whole: Any = model
     text = whole.config.get_text_config(decoder=True)
     if text is whole.config or not whole.config.sub_configs:
@@ -150,46 +148,53 @@ def text_path(model: nn.Module) -> str:
     return ""
 
 
-def in_text(model: nn.Module) -> Callable[[str], bool]:
-    """Return a predicate on module and weight names: true for the text half and the output head."""
+def text_filter(model: nn.Module) -> Callable[[str], bool]:
+    """Return a function that returns whether a module or weight name is in the text model or the output head."""
     prefix, head = text_path(model), model.get_output_embeddings()  # type: ignore[operator]
     heads = tuple(path for path, module in model.named_modules() if module is head and head is not None)
     return lambda name: name.startswith((prefix, *heads)) if prefix else True
 
 
-def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
-    """Return a model's shape; linear layers of an unknown family come from `bare`, the model on meta tensors."""
-    whole: Any = bare
-    embedding, lists = whole.get_input_embeddings(), [m for m in bare.modules() if isinstance(m, nn.ModuleList)]
+def shape_from_model(config: Mapping[str, Any], stored: Mapping[str, Any], meta_model: Any) -> ModelShape:
+    """Return a model's shape, taking linear layers that the config does not determine from `meta_model`."""
+    # stored: the content of config.json. config: the same with transformers' defaults.
     try:
         shape = ModelShape.from_config(config)
     except ModelError:  # its config has other names for its sizes
+        embedding = meta_model.get_input_embeddings()
+        lists = [module for module in meta_model.modules() if isinstance(module, nn.ModuleList)]
         sizes = {"hidden_size": embedding.embedding_dim, "vocab_size": embedding.num_embeddings}
         sizes["num_hidden_layers"] = max([1, *map(len, lists)])
         shape = ModelShape.from_config({**sizes, "model_type": config.get("model_type")})
-    shape = replace(shape, prequantized=prequantized(stored), learned=learned_positions(bare) is not None)
+    shape = replace(shape, prequantized=prequantized(stored), learned=learned_positions(meta_model) is not None)
     if shape.known:
         return shape
     active = next((linear.active for linear in shape.expert_linears), 1.0)
-    kinds = [kind for kind in linear_kinds(bare) if kind.sets or kind.type == EXPERTS]
-    biased = {name.rpartition(".")[2] for name, m in bare.named_modules() if getattr(m, "bias", None) is not None}
-    linears = tuple(_linear_shape(kind, shape.layers, active, kind.name in biased) for kind in kinds)
+    kinds = [kind for kind in linear_kinds(meta_model) if kind.sets or kind.type == EXPERTS]
+    biased = {name.rpartition(".")[2] for name, m in meta_model.named_modules() if getattr(m, "bias", None) is not None}
+    linears = tuple(
+        LinearShape(
+            kind.name, kind.in_features, kind.out_features, kind.name in biased, share=kind.count / shape.layers,
+            active=active if kind.type == EXPERTS else 1, sets=kind.sets, kept_16_bit=kind.kept_16_bit is not None,
+        )
+        for kind in kinds
+    )  # fmt: skip
     shape = replace(shape, linears=linears or shape.linears)
     # PEFT's bias="all" trains every parameter with this suffix.
-    biases = sum(weight.numel() for name, weight in bare.named_parameters() if name.endswith(".bias"))
+    biases = sum(weight.numel() for name, weight in meta_model.named_parameters() if name.endswith(".bias"))
     return replace(shape, other_biases=max(0, biases - shape.biases))
 
 
 def why_not_causal(config: Any) -> str | None:
-    """Return why a model is not causal (a BERT-like encoder without `is_decoder`; GPT-NeoX always is), or None."""
+    """Return why a model is not causal, or None. BERT-like models are causal only if `is_decoder` is set."""
     model_type = str(config.model_type)
-    if getattr(config, "is_decoder", None) is not False or model_type.startswith("gpt_neox"):
-        return None
-    return f"{model_type}: {NOT_CAUSAL}"
+    is_causal = getattr(config, "is_decoder", None) is not False or model_type.startswith("gpt_neox")
+    return None if is_causal else f"{model_type}: {NOT_CAUSAL}"
 
 
-def refine_with_model(info: ModelInfo, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> ModelInfo:
-    """Return the info with exact sizes, taken from the model that transformers builds from its config."""
+def refine_with_model(info: ModelInfo, *, modules_to_save: Sequence[str] = (), is_causal: bool = True) -> ModelInfo:
+    """Return the info with exact sizes, from the model that transformers builds of the config on the meta device."""
+    # modules_to_save: names to check. is_causal: whether a model must be causal to be trained.
     config = info.config
     if config is None:
         return info
@@ -197,40 +202,32 @@ def refine_with_model(info: ModelInfo, *, whole_modules: Sequence[str] = (), pre
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
             full_config = load_config(Source(info.name, "folder", Path(folder)))
-        bare = model_without_weights(full_config)
-    except ModelError as error:  # transformers has no such language model: keep the sizes that the config names
+        meta_model = model_without_weights(full_config)
+    except ModelError as error:  # transformers has no such language model: keep the sizes in the config
         return replace(info, refused=error.lines()[0])
-    check_modules_to_save(bare, whole_modules)
-    if predicts and (reason := why_not_causal(bare.config)):
+    check_modules_to_save(meta_model, modules_to_save)
+    if is_causal and (reason := why_not_causal(meta_model.config)):
         info = replace(info, refused=reason)
     if info.shape.known:
         return info
-    shape = shape_from_model(full_config.to_dict(), config, bare)
-    return replace(info, shape=shape, parameters=count_parameters(bare))
-
-
-def _linear_shape(kind: LinearKind, layers: int, active: float, bias: bool) -> LinearShape:
-    return LinearShape(
-        kind.name, kind.in_features, kind.out_features, bias, share=kind.count / layers,
-        active=active if kind.type == EXPERTS else 1, sets=kind.sets, kept_16_bit=kind.kept_16_bit is not None,
-    )  # fmt: skip
+    shape = shape_from_model(full_config.to_dict(), config, meta_model)
+    return replace(info, shape=shape, parameters=count_parameters(meta_model))
 
 
 def max_positions(model: Any) -> int | None:
-    """Return the number of positions that the config allows, or None where it does not say."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(positions) if positions else None
 
 
 def learned_positions(model: Any) -> int | None:
-    """Return the size of the learned position table (GPT-2, OPT), which no text may exceed; None without one."""
+    """Return the number of learned position embeddings (GPT-2, OPT), which limits the sequence length, or None."""
     count = max_positions(model)
     if count is None or getattr(model.config.get_text_config(), "rope_parameters", None):
         return None
     tokens = model.get_input_embeddings()
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
-    return count if any(count <= table.num_embeddings <= count + SPARE_POSITIONS for table in tables) else None
+    return count if any(count <= table.num_embeddings <= count + UNUSED_POSITIONS for table in tables) else None
 
 
-def count_parameters(bare: nn.Module) -> int:
-    return sum(weight.numel() for weight in bare.parameters())
+def count_parameters(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())

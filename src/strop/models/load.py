@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from strop.config.schema import DEVICE_PATTERN
 from strop.errors import ModelError, RecipeError, first_line
-from strop.models.experts import dequantize_experts, dequantized_growth
+from strop.models.experts import dequantization_growth, dequantize_experts
 from strop.models.families.gguf import read_gguf_tensors
 from strop.models.quantize import FOUR_BIT, dequantize_layers
 from strop.models.source import Source, fingerprint, prequantized, quantization_method, read_config, read_headers
@@ -29,21 +29,21 @@ from strop.models.tensor_files import (
     CheckpointLayout,
     CheckpointTensors,
     build_quantized,
+    check_finite,
     check_packed_checkpoint,
     check_unused_tensors,
     has_all_weights,
-    is_finite,
     quantize_folder,
     repack_layers,
     write_shards,
 )
-from strop.models.tokenizer import LOCAL, config_folder, gguf_cache, gguf_errors, unpacked_config
+from strop.models.tokenizer import LOCAL_LOAD_OPTIONS, clear_gguf_quantization, config_folder, gguf_cache, gguf_errors
 from strop.runs.folder import build_once, cache_folder, new_folder, write_json
 
 LOG = logging.getLogger(__name__)
 
 ALL_LAYERS = 1 << 30
-RESERVED_BYTES, RESERVED_SHARE = 1 << 30, 0.3  # of a GPU's free memory, reserved for generation: the larger of the two
+RESERVED_BYTES, RESERVED_SHARE = 1 << 30, 0.3  # free GPU memory reserved for generation: the larger of the two
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 transformers.utils.logging.disable_progress_bar()  # strop shows its own
 
@@ -56,16 +56,16 @@ def check_device_and_dtype(device: str, dtype: str) -> None:
 
 
 def load_config(source: Source) -> Any:
-    """Return the transformers config. Raises ModelError where transformers does not know the architecture."""
+    """Return the transformers config. Raises ModelError if transformers does not know the architecture."""
     folder = config_folder(source)
     read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        config = AutoConfig.from_pretrained(folder, **LOCAL_LOAD_OPTIONS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         message = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         what = f"{source.name}: transformers {transformers.__version__} cannot read its config: {message}"
         raise ModelError(what) from None
-    for section in {id(part): part for part in (config, config.get_text_config())}.values():
+    for section in (config, config.get_text_config()):
         if section.dtype is not None and section.dtype.itemsize == 1:  # the storage dtype, not the compute dtype
             section.dtype = torch.bfloat16
     return config
@@ -76,7 +76,6 @@ def load_without_weights(source: Source) -> nn.Module:
 
 
 def model_without_weights(config: Any) -> nn.Module:
-    """Build a model on meta tensors. Raises ModelError where transformers has no such model."""
     with torch.device("meta"):
         return build_from_config(config)
 
@@ -90,13 +89,13 @@ def load_base(
     double: bool = True,
     resident_layers: int | None = 0,
 ) -> nn.Module:
-    """Load the frozen model in eval mode; raise ModelError for missing or misshapen weights."""
+    """Load the frozen model in eval mode. Raises ModelError if weights are missing, misshapen, NaN or infinite."""
     # dtype: of unquantized weights. device: cpu, cuda, cuda:N or mps. quantization: none, nf4, fp4 or int8. double:
     # also quantize the scales of 4-bit weights. resident_layers: number of decoder layers, from the first, to
-    # dequantize permanently; None: all, or on a GPU as many as fit in memory together with generation.
+    # dequantize permanently; None: all, or on a GPU as many as leave enough memory for generation.
     LOG.info("loading the weights of %s", source.name)
     has_generation_config = source.kind == "folder" and (source.path / "generation_config.json").is_file()
-    if has_generation_config:  # transformers ignores a damaged one, and the model would not stop
+    if has_generation_config:  # check it: transformers ignores a damaged file, and its stop tokens would be missing
         read_config(source.path, "generation_config.json")
     if quantization == "none":
         model: Any = _load_16_bit(source, dtype)
@@ -112,25 +111,22 @@ def load_base(
         layers = resident_layers if resident_layers is not None else _count_fitting_layers(model, device)
         dequantize_layers(model, layers)
         dequantize_experts(model, layers)
-    floats = ((name, weight) for name, weight in model.named_parameters() if weight.is_floating_point())
-    bad = [name for name, weight in floats if not is_finite(weight)]
-    if bad:
-        raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="download the model again")
+    for name, weight in model.named_parameters():
+        check_finite(weight, f"{source.name}: weight {name}")
     return prepare_frozen(model, source)
 
 
 def prepare_frozen(model: Any, source: Source) -> nn.Module:
     """Set the model's name, freeze it, set eval mode, and work around bugs in its class."""
-    # PEFT writes one of the two, depending on its version, into adapters as the base's name.
+    # Depending on its version, PEFT writes one of these into adapters as the name of the base.
     model.name_or_path = model.config._name_or_path = source.name
     _fix_text_forward(model)
     keep_attention_softcap(model)
-    module: nn.Module = model.eval().requires_grad_(False)
-    return module
+    return cast(nn.Module, model.eval().requires_grad_(False))
 
 
 def _fix_text_forward(model: nn.Module) -> None:
-    """Make Llama 4 accept text alone: it reads `image_outputs`, which is absent then (transformers 5.24)."""
+    """Make Llama 4 accept text without images; its forward reads `image_outputs`, unset then (transformers 5.24)."""
     wrapper: Any = model
     if type(model).__name__ != "Llama4ForConditionalGeneration":
         return
@@ -143,7 +139,7 @@ def _fix_text_forward(model: nn.Module) -> None:
 
 
 def keep_attention_softcap(model: Any) -> None:
-    """Use eager attention where scores have a soft cap (Gemma 2), which transformers 5.20 silently ignores."""
+    """Use eager attention for models with soft-capped scores (Gemma 2): SDPA in transformers 5.20 ignores the cap."""
     text = model.config.get_text_config()
     if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
@@ -154,17 +150,17 @@ def _count_fitting_layers(model: nn.Module, device: str) -> int:
     if not device.startswith("cuda"):
         return ALL_LAYERS
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    available, growth = free - max(RESERVED_BYTES, int(RESERVED_SHARE * free)), dequantized_growth(model)
+    available, growth = free - max(RESERVED_BYTES, int(RESERVED_SHARE * free)), dequantization_growth(model)
     return next((n for n in range(len(growth), 0, -1) if sum(growth[:n]) <= available), 0)
 
 
 def restore_packed_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:
-    """Restore the packed weights of the layers that `resident_layers` dequantized."""
+    """Quantize again the layers that `load_base` dequantized for `resident_layers`."""
     repack_layers(model, quantized_folder(source, scheme, double, dtype), source.name, scheme, dtype)
 
 
 def weights_folder(source: Source) -> Path:
-    """Return the folder with a source's 16-bit weights; a GGUF file's are created on first use."""
+    """Return the folder with a source's 16-bit weights. A GGUF file is converted into the cache on first use."""
     return _dequantize_gguf(source) if source.kind == "gguf" else source.path
 
 
@@ -176,7 +172,6 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 
 def check_not_prequantized(source: Source) -> None:
-    """Raise ModelError if the weights on disk are quantized; for callers that need 16-bit weights."""
     if scheme := prequantized(source.config()):
         raise ModelError(f"{source.name}: its weights are already quantized", fix=f"use --model.quantization {scheme}")
 
@@ -184,7 +179,7 @@ def check_not_prequantized(source: Source) -> None:
 def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
     check_not_prequantized(source)
     folder, config = weights_folder(source), load_config(source)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **LOCAL}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **LOCAL_LOAD_OPTIONS}
     if quantization_method(source.config()):
         config.quantization_config["dequantize"] = True  # also on a GPU: otherwise adapters get no gradient
         options["config"] = config
@@ -196,17 +191,16 @@ def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
         model, info = _auto_class(config).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    wrong = sorted(info.get("missing_keys") or []) + sorted(key for key, *_ in info.get("mismatched_keys") or [])
-    if wrong:
+    if wrong := sorted(info.get("missing_keys") or []) + sorted(key for key, *_ in info.get("mismatched_keys") or []):
         raise ModelError(f"{source.name}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}")
     check_unused_tensors(source.name, model, info.get("unexpected_keys") or [])
     return model
 
 
 def copies_needed(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Return whether loading will write a 16-bit copy of a GGUF file, and a quantized copy, into the cache."""
-    needs_quantized = scheme != "none" and not has_all_weights(_quantized_cache(source, scheme, double, dtype))
-    needs_quantized = needs_quantized and prequantized(source.config()) is None
+    """Return whether loading writes to the cache (a 16-bit copy of a GGUF file, a quantized copy)."""
+    is_cached = scheme == "none" or has_all_weights(_quantized_cache(source, scheme, double, dtype))
+    needs_quantized = not is_cached and prequantized(source.config()) is None
     needs_16_bit = source.kind == "gguf" and not _is_complete(gguf_cache(source) / "bf16")
     return needs_16_bit and (needs_quantized or scheme == "none"), needs_quantized
 
@@ -214,11 +208,11 @@ def copies_needed(source: Source, scheme: str, double: bool, dtype: torch.dtype)
 def _quantized_cache(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
     folder = cache_folder() / "quantized" / fingerprint(source)[:24]
     constants = "-double" if double and scheme in FOUR_BIT else ""
-    return folder / f"{scheme}{constants}-{str(dtype).removeprefix('torch.')}-v2"  # increase it if the content changes
+    return folder / f"{scheme}{constants}-{str(dtype).removeprefix('torch.')}-v2"  # v2: increase it if the files change
 
 
 def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
-    """Return the folder with the quantized weights: the source itself, or a cached one created on first use."""
+    """Return the folder with the quantized weights: the source's, or one in the cache that is made on first use."""
     stored = prequantized(source.config())
     if stored == scheme:
         check_packed_checkpoint(source, load_without_weights(source))
@@ -226,19 +220,18 @@ def quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dty
     if stored is not None:
         raise ModelError(f"{source.name}: its weights are already {stored}", fix=f"use --model.quantization {stored}")
 
-    def make(folder: Path) -> None:
+    def quantize(folder: Path) -> None:
         LOG.info("quantizing the weights of %s to %s, once", source.name, scheme)
-        full = Source(source.name, "folder", weights_folder(source))
-        quantize_folder(full, load_without_weights(source), folder, scheme, double, dtype, device)
+        full_precision = Source(source.name, "folder", weights_folder(source))
+        quantize_folder(full_precision, load_without_weights(source), folder, scheme, double, dtype, device)
 
-    return build_once(_quantized_cache(source, scheme, double, dtype), has_all_weights, make)
+    return build_once(_quantized_cache(source, scheme, double, dtype), has_all_weights, quantize)
 
 
 def build_from_config(config: Any) -> nn.Module:
-    """Build a model with new weights. Raises ModelError where transformers has no language model for the config."""
+    """Build a model with random weights. Raises ModelError if transformers has no language model for the config."""
     with _build_errors(config):
-        model: nn.Module = _auto_class(config).from_config(config, trust_remote_code=False)
-    return model
+        return cast(nn.Module, _auto_class(config).from_config(config, trust_remote_code=False))
 
 
 @contextmanager
@@ -253,7 +246,7 @@ def _build_errors(config: Any) -> Iterator[None]:
 
 
 def _auto_class(config: Any) -> Any:
-    """Return the auto class whose weight names match the checkpoint: the multimodal one for a multimodal checkpoint."""
+    """Return the auto class whose weight names match the checkpoint's: the multimodal or the text class."""
     architecture = (config.architectures or [""])[0]
     is_multimodal = architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
     needs_multimodal = is_multimodal and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -265,17 +258,17 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _dequantize_gguf(source: Source) -> Path:
-    """Return a GGUF file as a cached folder of bf16 safetensors."""
-    # Supported families are converted tensor by tensor; transformers loads others, with memory for the whole model.
+    """Convert a GGUF file to bf16 safetensors in the cache, once, and return the folder."""
+    # Tensor by tensor for families in the table; for others transformers loads the whole model into memory.
 
-    def make(folder: Path) -> None:
+    def convert(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
         meta_model = load_without_weights(source)
         with gguf_errors(source.path), new_folder(folder) as temp:
             tensors = read_gguf_tensors(source.path, meta_model, meta_model.config)
             if tensors is not None:
-                required = {"architectures": [type(meta_model).__name__], "dtype": "bfloat16"}  # by other programs
-                write_json(temp / "config.json", {**read_config(config_folder(source)), **required})
+                fields = {"architectures": [type(meta_model).__name__], "dtype": "bfloat16"}  # other programs need them
+                write_json(temp / "config.json", {**read_config(config_folder(source)), **fields})
                 write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
                 return
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}
@@ -287,11 +280,11 @@ def _dequantize_gguf(source: Source) -> Path:
             if missing := sorted(info.get("missing_keys") or []):  # transformers has filled them with random values
                 what = f"{source.path}: {len(missing)} weights are missing, first {missing[0]}"
                 raise ModelError(what, fix="download it again")
-            unpacked_config(model.config)
-            for part in ("hf_quantizer", "quantization_method"):
-                if hasattr(model, part):
-                    setattr(model, part, None)
+            clear_gguf_quantization(model.config)
+            for attribute in ("hf_quantizer", "quantization_method"):
+                if hasattr(model, attribute):
+                    setattr(model, attribute, None)
             model.is_quantized = False
             model.save_pretrained(temp)
 
-    return build_once(gguf_cache(source) / "bf16", _is_complete, make)
+    return build_once(gguf_cache(source) / "bf16", _is_complete, convert)

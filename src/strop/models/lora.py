@@ -1,4 +1,4 @@
-"""Add LoRA adapters to a transformers model through PEFT: targets, ranks, new tokens, score head and LoftQ start."""
+"""Add LoRA adapters, new tokens or a score head to a transformers model through PEFT, and initialize with LoftQ."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from strop.config.schema import LoraSection
-from strop.errors import ModelError, RecipeError, nearest
+from strop.errors import ModelError, RecipeError, suggest
 from strop.models.adapter_config import REWARD_TASK
-from strop.models.experts import adapted_as_parameters, is_weight_adapter, patch_experts_forward
+from strop.models.experts import is_weight_adapter, parameter_adapter_leaves, patch_experts_forward
 from strop.models.families.shape import EXPERTS, LinearKind, matches_pattern, target_names
 from strop.models.introspect import (
     check_modules_to_save,
     has_suffix,
     has_tied_embeddings,
-    in_text,
     linear_kinds,
+    text_filter,
     text_path,
 )
 from strop.models.load import load_without_weights, weights_folder
@@ -37,18 +37,16 @@ from strop.models.quantize import QuantizedLinear, addmm_linear
 from strop.models.source import Source, prequantized
 from strop.models.tensor_files import CheckpointLayout, CheckpointTensors
 
-ROWS = 4096  # rows of a weight that are converted to fp32 at once
-OLD_NAME = "`is_gradient_checkpointing`"  # peft 0.21 uses this name, and transformers 5.2x warns of it
-SCORE_HEAD = "score"  # the name in transformers' sequence classifiers
-SCORE_HEAD_STD = 0.02  # as in transformers
+NORM_ROWS = 4096  # rows of a weight that are converted to fp32 at once
+SCORE_HEAD, SCORE_HEAD_STD = "score", 0.02  # name and initialization in transformers' sequence classifiers
 # For torch.svd_lowrank: power iterations, and extra directions beyond the rank (arXiv:0909.4061).
 LOFTQ_ITERATIONS, LOFTQ_OVERSAMPLING = 8, 8
 
 
 def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     """Check a LoRA section against a model, which needs no weights, and return the leaf names to adapt."""
-    # ModelError: targets or patterns match nothing, or tied embeddings would be trained as two copies, one of which is
-    # lost on reload (peft#2018, transformers#45127). RecipeError: nothing is left to adapt.
+    # Raises ModelError if a target or pattern matches nothing, or if tied embeddings would be trained as two copies, of
+    # which one is lost on reload (peft#2018, transformers#45127), and RecipeError if no layer is left to adapt.
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
     _check_experts(kinds, names, section)
@@ -60,14 +58,14 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
         for key in pattern:
             if not any(matches_pattern(key, path) for path in adapted):
-                what = f"lora.{field}: {key} matches no layer with an adapter{nearest(key, names)}"
+                what = f"lora.{field}: {key} matches no layer with an adapter{suggest(key, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")
     return names
 
 
 def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: bool = False) -> peft.PeftModel:
-    """Return the model with trainable fp32 adapters on its frozen base, which is changed in place."""
-    # `tokenizer` receives `section.new_tokens`, whose embedding rows are trained and saved. scored: add a score head.
+    """Add trainable fp32 adapters to a frozen base in place, and return the PEFT model."""
+    # `section.new_tokens` are added to `tokenizer`, and their embedding rows are trained. scored: add a score head.
     assert section.alpha is not None
     names = check_lora(model, section)
     token_rows = _add_tokens(model, section.new_tokens, tokenizer)
@@ -77,19 +75,14 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
         add_score_head(model)
         modules_to_save.append(SCORE_HEAD)
     config = peft.LoraConfig(
-        r=section.r,
+        **section.model_dump(include={"r", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}),
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        bias=section.bias,
-        use_rslora=section.use_rslora,
-        use_dora=section.use_dora,
         init_lora_weights=section.init if section.init == "gaussian" else True,  # for loftq see init_loftq
-        rank_pattern=dict(section.rank_pattern),
-        alpha_pattern=dict(section.alpha_pattern),
         modules_to_save=modules_to_save or None,
         task_type=REWARD_TASK if scored else "CAUSAL_LM",
+        trainable_token_indices=token_rows or None,
         **placement,
-        **({"trainable_token_indices": token_rows} if token_rows else {}),
     )
     with ignore_peft_warnings():
         adapted = peft.get_peft_model(model, config)
@@ -98,19 +91,20 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
 
 @contextmanager
 def ignore_peft_warnings(*messages: str) -> Iterator[None]:
-    """Hide these warnings, and the one about PEFT's use of an old transformers name."""
+    """Hide these warnings, and transformers' about `is_gradient_checkpointing`, which peft 0.21 uses."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "|".join((OLD_NAME, *messages)))
+        warnings.filterwarnings("ignore", "|".join(("`is_gradient_checkpointing`", *messages)))
         yield
 
 
 def _peft_placement(model: nn.Module, names: list[str]) -> dict[str, Any]:
-    """Return LoraConfig's fields that select linear layers and expert parameters, of the text half alone."""
-    kinds, parameter_leaves, prefix = linear_kinds(model), adapted_as_parameters(model), text_path(model)
+    """Return the fields of LoraConfig that select the text model's linear layers and expert parameters."""
+    kinds, parameter_leaves, prefix = linear_kinds(model), parameter_adapter_leaves(model), text_path(model)
     experts = {kind.name for kind in kinds if kind.type == EXPERTS}
-    by_weight = [name for name in names if name not in experts and name.rpartition(".")[2] in parameter_leaves]
-    parameters = [*(name for name in names if name in experts), *(f"{name}.weight" for name in by_weight)]
-    modules = [name for name in names if name not in experts and name not in by_weight]
+    linears = [name for name in names if name not in experts]
+    parameters = [name for name in names if name in experts]
+    parameters += [f"{name}.weight" for name in linears if name.rpartition(".")[2] in parameter_leaves]
+    modules = [name for name in linears if name.rpartition(".")[2] not in parameter_leaves]
     fields: dict[str, Any] = {"target_modules": modules}
     if parameters:
         fields["target_parameters"] = parameters
@@ -122,8 +116,8 @@ def _peft_placement(model: nn.Module, names: list[str]) -> dict[str, Any]:
 
 
 def _adapted_paths(model: nn.Module, names: list[str], modules_to_save: Sequence[str]) -> list[str]:
-    """Return the paths of layers and expert parameters with adapters, as PEFT's patterns match them."""
-    placement, is_text = _peft_placement(model, names), in_text(model)
+    """Return the paths of the layers and expert parameters to which PEFT would add adapters."""
+    placement, is_text = _peft_placement(model, names), text_filter(model)
     layers = [path for path, _ in model.named_modules() if has_suffix(path, placement["target_modules"])]
     targets = placement.get("target_parameters", ())
     parameters = [path for path, _ in model.named_parameters() if has_suffix(path, targets)]
@@ -145,7 +139,7 @@ def _check_experts(kinds: Sequence[LinearKind], names: Sequence[str], section: L
 
 
 def patch_lora_forward(model: peft.PeftModel) -> peft.PeftModel:
-    """Make plain LoRA layers add the base's matmul onto the adapter's output and round once."""
+    """Make plain LoRA layers add the outputs of base and adapter before rounding to the base's dtype."""
     # PEFT rounds the base's output to bf16 first, where small LoRA updates vanish (docs/performance.md has the cost).
     for module in model.modules():
         if (type(module) is PeftLinear or is_weight_adapter(module)) and isinstance(module.base_layer, nn.Linear):
@@ -158,31 +152,29 @@ def _forward_rounded_once(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> 
     names = [name for name in module.active_adapters if name in module.lora_A]
     has_variant = any(name in module.lora_variant for name in names)
     if args or kwargs or module.disable_adapters or module.merged or has_variant or not names:
-        result: Tensor = type(module).forward(module, x, *args, **kwargs)
-        return result
-    wide = x.to(module.lora_A[names[0]].weight.dtype)
-    deltas = [adapter_delta(module, name, module.lora_dropout[name](wide)) for name in names]
+        return cast(Tensor, type(module).forward(module, x, *args, **kwargs))
+    x_fp32 = x.to(module.lora_A[names[0]].weight.dtype)
+    deltas = [adapter_delta(module, name, module.lora_dropout[name](x_fp32)) for name in names]
     return add_to_base(module.base_layer, x, sum(deltas[1:], deltas[0]))
 
 
 def adapter_delta(module: Any, name: str, x: Tensor) -> Tensor:
-    """Return what one adapter adds to a layer's output, in the adapter's dtype."""
+    """Return scale * B A x, one adapter's part of a layer's output, in the adapter's dtype."""
     a, b = module.lora_A[name], module.lora_B[name]
-    result: Tensor = b(a(x.to(a.weight.dtype))) * module.scaling[name]
-    return result
+    return cast(Tensor, b(a(x.to(a.weight.dtype))) * module.scaling[name])
 
 
 def add_to_base(base: nn.Linear, x: Tensor, delta: Tensor) -> Tensor:
-    """Return delta + x W^T, rounded once, plus the bias; in fp32, where order matters little, base(x) + delta."""
+    """Return base(x) + delta. Below fp32, delta + x W^T is rounded only once."""
     if x.dtype == torch.float32:
         return cast(Tensor, base(x)) + delta
-    low = delta.to(x.dtype)
-    result = base.matmul(x, low) if isinstance(base, QuantizedLinear) else addmm_linear(low, x, base.weight)
+    delta = delta.to(x.dtype)
+    result = base.matmul(x, delta) if isinstance(base, QuantizedLinear) else addmm_linear(delta, x, base.weight)
     return result if base.bias is None else result + base.bias.to(result.dtype)  # a trained bias is in fp32
 
 
 def cast_trainable_to_fp32(model: peft.PeftModel) -> peft.PeftModel:
-    """Keep trainable weights in fp32, as bf16 rounds small updates away; full modules return the base's dtype."""
+    """Cast trainable weights to fp32, as bf16 rounds small updates away, and outputs of modules_to_save back."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -200,31 +192,31 @@ def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
-def set_dropout(model: peft.PeftModel, share: float) -> None:
+def set_dropout(model: peft.PeftModel, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_dropout:
-                module.lora_dropout[name] = nn.Dropout(share) if share else nn.Identity()
+                module.lora_dropout[name] = nn.Dropout(probability) if probability else nn.Identity()
     for config in model.peft_config.values():
-        cast(peft.LoraConfig, config).lora_dropout = share
+        cast(peft.LoraConfig, config).lora_dropout = probability
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def count_trainable(bare: nn.Module, section: LoraSection, *, scored: bool = False) -> int:
-    """Count the weights that `add_lora` would make trainable, on a model without weights, which gets the adapters."""
+def count_trainable(meta_model: nn.Module, section: LoraSection, *, scored: bool = False) -> int:
+    """Count the weights that `add_lora` makes trainable, by adding adapters to a model on the meta device."""
     without_tokens = section.model_copy(update={"new_tokens": [], "alpha": section.alpha or 1.0})
-    adapted = add_lora(bare, without_tokens, None, scored=scored)
-    width = bare.get_input_embeddings().embedding_dim  # type: ignore[operator]
-    rows = len(section.new_tokens) * width * len(embedding_paths(bare))
-    return sum(weight.numel() for weight in trainable_parameters(adapted).values()) + int(rows)
+    adapted = add_lora(meta_model, without_tokens, None, scored=scored)
+    hidden_size = meta_model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    token_weights = len(section.new_tokens) * hidden_size * len(embedding_paths(meta_model))
+    return sum(weight.numel() for weight in trainable_parameters(adapted).values()) + int(token_weights)
 
 
 def weight_change(parts: Iterable[nn.Module]) -> float | None:
-    """Return the median over layers of |s B A| / |W| (Frobenius norms), or None without plain LoRA on float weights."""
-    # Each of the model's `parts` is processed before the next is requested.
+    """Return the median over layers of |scale * B A| / |W| (Frobenius norms), or None if no layer is suitable."""
+    # Suitable layers have plain LoRA and an unquantized weight. Each of `parts` is processed before the next is read.
     ratios = []
     for module in (module for part in parts for module in part.modules()):
         base = getattr(module, "base_layer", None)
@@ -233,59 +225,59 @@ def weight_change(parts: Iterable[nn.Module]) -> float | None:
         squared = 0.0
         for name in module.active_adapters:
             a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
-            # |B A|^2 = sum of (B'B) * (A A'), two r x r matrices
+            # |B A|^2 = sum((B^T B) * (A A^T)), where both factors are r x r
             squared += module.scaling[name] ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
-        # A few rows at a time: an fp32 copy of a whole output head would take 4 bytes a weight more.
-        rows = torch.split(base.weight.detach(), ROWS)
-        norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in rows]).norm())
+        # An fp32 copy of a whole output head would take too much memory.
+        chunks = torch.split(base.weight.detach(), NORM_ROWS)
+        norm = float(torch.stack([torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]).norm())
         ratios.append(math.sqrt(max(squared, 0.0)) / norm if norm else 0.0)
     return statistics.median(ratios) if ratios else None
 
 
 def _add_tokens(model: nn.Module, tokens: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
-    """Add tokens and return the rows to train, by the name of their module."""
+    """Add tokens and return {module name: embedding rows to train}."""
     if not tokens:
         return {}
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     grow_vocabulary(model, len(tokenizer))
-    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
-    return dict.fromkeys((path.rpartition(".")[2] for path in embedding_paths(model)), ids)
+    leaves = (path.rpartition(".")[2] for path in embedding_paths(model))
+    return dict.fromkeys(leaves, tokenizer.convert_tokens_to_ids(list(tokens)))
 
 
 def grow_vocabulary(model: Any, size: int) -> None:
-    """Extend a model's embeddings to `size` rows by the mean row; transformers samples, so each load would differ."""
-    before = model.get_input_embeddings().num_embeddings
-    if size <= before:
+    """Extend a model's embeddings to `size` rows with the mean row, not with random rows as transformers does."""
+    old_size = model.get_input_embeddings().num_embeddings
+    if size <= old_size:
         return
     model.resize_token_embeddings(size, mean_resizing=False)
     for path in embedding_paths(model):
         weight = model.get_submodule(path).weight
         with torch.no_grad():
-            weight.copy_(extend_rows(weight[:before], size))
+            weight.copy_(extend_rows(weight[:old_size], size))
 
 
 def extend_rows(weight: Tensor, size: int) -> Tensor:
-    """Extend an embedding (rows, hidden) to `size` rows by their mean, computed in fp32."""
+    """Extend an embedding (rows, hidden) to `size` rows with the mean row, which is computed in fp32."""
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(size - len(weight), -1)])
 
 
 def embedding_paths(model: Any) -> list[str]:
-    """Return the paths of the input embeddings and, where it has its own weights, the output head."""
+    """Return the paths of the input embeddings and, unless it shares their weight, the output head."""
     tables = [model.get_input_embeddings()]
     tables += [] if has_tied_embeddings(model) else [model.get_output_embeddings()]
     return [path for path, module in model.named_modules() if any(module is table for table in tables)]
 
 
 def check_score_head(config: Any) -> None:
-    """Raise ModelError for a family without a sequence classifier in transformers: nothing could load the head."""
+    """Raise ModelError if transformers has no sequence classifier of this family that could load a score head."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         what = f"{config.model_type}: transformers has no AutoModelForSequenceClassification of this family"
         raise ModelError(what, fix="choose another base for a reward model")
 
 
 def add_score_head(model: nn.Module) -> None:
-    """Add a random score head (hidden state of the last token to one number), of which PEFT trains a copy."""
+    """Add a randomly initialized score head, a linear layer with one output, of which PEFT trains a copy."""
     output = cast(Any, model).get_output_embeddings().weight
     head = nn.Linear(output.shape[1], 1, bias=False, device=output.device, dtype=torch.float32)
     if not output.is_meta:
@@ -294,14 +286,13 @@ def add_score_head(model: nn.Module) -> None:
 
 
 def find_score_head(model: nn.Module) -> nn.Module | None:
-    head: nn.Module | None = getattr(cast(Any, model).get_base_model(), SCORE_HEAD, None)
-    return head
+    return cast(nn.Module | None, getattr(cast(Any, model).get_base_model(), SCORE_HEAD, None))
 
 
 def init_loftq(model: peft.PeftModel, source: Source) -> None:
-    """Initialize A and B of each quantized layer so that scale * B A is nearest to its quantization error."""
-    # One round of LoftQ (arXiv:2310.08659). peft's replace_lora_weights_loftq needs a CUDA device and ignores LoRA's
-    # scale. Reads 16-bit weights (ModelError without them) one at a time, and samples from torch's generator.
+    """Initialize A and B of each quantized layer so that scale * B A approximates its quantization error."""
+    # One iteration of LoftQ (arXiv:2310.08659). PEFT's replace_lora_weights_loftq needs CUDA and ignores LoRA's scale.
+    # Reads the 16-bit weights one at a time (ModelError without them), and uses torch's random generator.
     if prequantized(source.config()):
         what = f"{source.name}: its weights are already quantized, so the quantization error is unknown"
         raise ModelError(what, fix="use --lora.init default")

@@ -1,8 +1,8 @@
-"""Keep the frozen base in 4 or 8 bit: quantize each weight once, store it on disk, dequantize it for each matmul."""
+"""Linear layers with frozen 4-bit or 8-bit weights, which are quantized once and dequantized for each matmul."""
 
-# NF4 and FP4 with double quantization (QLoRA, arXiv:2305.14314) and row-wise int8 (absmax / 127) use bitsandbytes'
-# functions and names on disk, so its checkpoints load too. Its Linear4bit is not used: on a CPU with AVX512-BF16 it
-# repacks its weight in eval mode and gives no gradient afterwards.
+# NF4 and FP4 with double quantization (QLoRA, arXiv:2305.14314) and row-wise int8 (absmax / 127) use the functions and
+# file format of bitsandbytes. Its Linear4bit is not used: on a CPU with AVX512-BF16 it repacks its weight in eval mode,
+# and returns no gradient afterwards.
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.errors import QuantizerError
+from strop.errors import QuantizerError, first_line
 from strop.machine.memory import is_out_of_memory
-from strop.models.families.shape import SMALLEST
+from strop.models.families.shape import MIN_QUANTIZED_SIZE
 from strop.models.families.table import DIRECTLY_READ
 
 BLOCK, NESTED = 64, 256  # weights per constant; constants per nested constant
@@ -30,66 +30,63 @@ BLOCKS = [1 << bits for bits in range(5, 13)]  # block sizes of bitsandbytes
 FOUR_BIT = ("nf4", "fp4")
 
 FindKernels = Callable[[torch.device, torch.dtype], Any]
-_find_kernels: list[FindKernels] = []  # at most one; set when strop.engine.kernels.dispatch is imported
+_find_kernels: list[FindKernels] = []  # at most one, registered by strop.engine.kernels.dispatch
 
 
 def set_dequantize_kernels(find: FindKernels) -> None:
-    """Register a function that returns the GPU's dequantization kernels (of strop.engine), or None for none."""
+    """Register a function that returns the module with the device's dequantization kernels, or None."""
     _find_kernels[:] = [find]
 
 
-def dequantize_kernels(device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the module with the GPU's dequantization kernels, or None."""
-    return _find_kernels[0](device, dtype) if _find_kernels else None
-
-
-def _bitsandbytes() -> Any:
-    """Import bitsandbytes.functional. Raises QuantizerError where it is missing or does not fit this machine."""
+def _import_bitsandbytes() -> Any:
+    """Import bitsandbytes.functional. Raises QuantizerError if it is missing or does not work on this machine."""
     try:
         import bitsandbytes.functional as functional
     except (ImportError, OSError, RuntimeError) as error:
-        raise _unusable(error) from None
+        raise _unusable_error(error) from None
     return functional
 
 
-def _unusable(error: Exception) -> QuantizerError:
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    what = f"bitsandbytes, which quantizes, cannot be used here: {line.strip()}"
+def _unusable_error(error: Exception) -> QuantizerError:
+    what = f"bitsandbytes, which quantizes, cannot be used here: {first_line(error)}"
     return QuantizerError(what, fix="pip install -U bitsandbytes, or --model.quantization none")
 
 
 @contextmanager
 def _native_errors() -> Iterator[None]:
-    """Raise QuantizerError where bitsandbytes' library fails; one for another CUDA version fails in each call."""
+    """Raise QuantizerError if bitsandbytes' native library fails, as it does for a different CUDA version."""
     try:
         yield
     except (RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        raise _unusable(error) from error
+        raise _unusable_error(error) from error
 
 
 @cache
 def _supports_out() -> bool:
-    """Return whether bitsandbytes dequantizes into an existing CUDA tensor: since 0.50 (bitsandbytes#1953)."""
+    """Return whether bitsandbytes can dequantize into an existing CUDA tensor (since 0.50, bitsandbytes#1953)."""
     return Version(version("bitsandbytes")) >= Version("0.50")
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A quantized weight of shape (n, k)."""
+    """A quantized weight of shape (n, k).
 
-    # 8 bit: `weight` is int8 (n, k) and `scale` fp32 (n,). 4 bit: `weight` is bytes (n k / 2), each with two indices
-    # into `code` (16,) fp32, the first in the upper half; `share` consecutive values of a row have one `scale`.
+    weight: 8 bit: int8, shape (n, k). 4 bit: uint8, n * k / 2 elements, each with two indices into `code`, the first in
+        the upper 4 bits.
+    scale: 8 bit: fp32, shape (n,). 4 bit: fp32, one for each `block_size` consecutive values of a row.
+    code: the 16 values of a 4-bit data type, fp32.
+    """
 
     weight: Tensor
     scale: Tensor
     code: Tensor | None = None
-    share: int = 0
+    block_size: int = 0
 
 
 class QuantizedLinear(nn.Linear):
-    """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each matmul and again in the backward."""
+    """A linear layer whose frozen 4-bit or 8-bit weight is dequantized in each forward and backward."""
 
     def __init__(self, like: nn.Linear, scheme: str, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -98,10 +95,11 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = like.bias
         self.constants: dict[str, Tensor] = {}
-        self._offset = torch.empty(0)  # kept on the device: each transfer of a number to a GPU blocks the host
+        self._offset = torch.empty(0)  # kept on the device, as copying a number to a GPU blocks the host
 
     def load_packed(self, packed: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> None:
-        """Take over a quantized weight's tensors. Raises KeyError or ValueError if they are incomplete."""
+        """Set the weight and its constants (see `quantize_weight`). Raises KeyError or ValueError if incomplete."""
+        # sizes: numbers of elements by name (bytes for the weight) to check instead of those of the tensors.
         weight = packed["weight"]
         if weight.is_floating_point():  # bitsandbytes can store the bytes as a float dtype, for FSDP
             weight = weight.contiguous().view(torch.uint8).view(-1, 1)
@@ -122,7 +120,7 @@ class QuantizedLinear(nn.Linear):
             self._offset = torch.tensor(self._state["nested_offset"], device=self.weight.device)
 
     def _expected_sizes(self) -> dict[str, int]:
-        """Return the bytes of the weight, and the elements of each constant."""
+        """Return the number of bytes of the weight, and of elements of each constant."""
         elements = self.in_features * self.out_features
         if self.scheme == "int8":
             return {"weight": elements, "SCB": self.out_features}
@@ -136,19 +134,20 @@ class QuantizedLinear(nn.Linear):
         return sizes
 
     def dequantize(self, out: Tensor | None = None) -> Tensor:
-        """Return the weight (out_features, in_features) in `dtype`, in `out` if given; PEFT's DoRA calls it too."""
+        """Return the weight (out_features, in_features) in `dtype`, written to `out` if given. PEFT's DoRA calls it."""
         if out is not None and (out.dtype != self.dtype or not out.is_contiguous()):
             return out.copy_(self.dequantize())
-        if (kernels := dequantize_kernels(self.weight.device, self.dtype)) is not None:
+        kernels = _find_kernels[0](self.weight.device, self.dtype) if _find_kernels else None
+        if kernels is not None:
             return self._dequantize_by_kernels(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
             return torch.mul(self.weight.data, self.constants["SCB"][:, None] / 127, out=out)
-        bnb, constants, state = _bitsandbytes(), self.constants, self._state
+        bnb, constants, state = _import_bitsandbytes(), self.constants, self._state
         nested, offset = self._nested_state(bnb)
-        # bitsandbytes' AVX512 kernel uses wrong constants where rows are not whole blocks: then treat all as one row.
-        sizes = self.out_features, self.in_features
-        shape = torch.Size([sizes[0] * sizes[1]] if self.in_features % state["blocksize"] else sizes)
+        # bitsandbytes' AVX512 kernel uses wrong constants if rows are not whole blocks. Treat all as one row then.
+        n, k = self.out_features, self.in_features
+        shape = torch.Size([n * k] if k % state["blocksize"] else [n, k])
         bnb_state = bnb.QuantState(
             constants["absmax"], shape, constants["quant_map"], state["blocksize"], self.scheme, self.dtype, offset,
             nested,
@@ -156,7 +155,7 @@ class QuantizedLinear(nn.Linear):
         view = out.view(shape) if out is not None and out.device.type == "cuda" and _supports_out() else None
         with _native_errors():
             weight: Tensor = bnb.dequantize_4bit(self.weight.data, bnb_state, out=view)
-        weight = weight.view(self.out_features, self.in_features)
+        weight = weight.view(n, k)
         return weight if out is None or view is not None else out.copy_(weight)
 
     def _dequantize_by_kernels(self, kernels: Any, out: Tensor | None) -> Tensor:
@@ -173,14 +172,14 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:
-        """The packed weight; PEFT's DoRA calls `dequantize` on layers that have this attribute (HQQ's)."""
+        """The packed weight, by HQQ's name. PEFT's DoRA calls `dequantize` on layers with this attribute."""
         return self.weight
 
     def packed_weight(self) -> PackedWeight | None:
-        """Return the weight as stored, with constants in fp32; None where a block crosses the end of a row."""
+        """Return the packed weight with fp32 constants, or None if blocks cross the ends of rows."""
         if self.scheme == "int8":
             return PackedWeight(self.weight.data, self.constants["SCB"] / 127)
-        bnb, constants, state = _bitsandbytes(), self.constants, self._state
+        bnb, constants, state = _import_bitsandbytes(), self.constants, self._state
         if self.in_features % state["blocksize"]:
             return None
         nested, offset = self._nested_state(bnb)
@@ -191,7 +190,7 @@ class QuantizedLinear(nn.Linear):
         return PackedWeight(self.weight.data, scale.float(), constants["quant_map"].float(), state["blocksize"])
 
     def _nested_state(self, bnb: Any) -> tuple[Any, Tensor | None]:
-        """Return the state of double quantization and the constants' offset; (None, None) without it."""
+        """Return bitsandbytes' state and offset for the quantized constants; (None, None) if they are not quantized."""
         constants, state = self.constants, self._state
         if "nested_absmax" not in constants:
             return None, None
@@ -205,12 +204,11 @@ class QuantizedLinear(nn.Linear):
 
     def matmul(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return x W^T, added to `onto` (.., out_features) and rounded once."""
-        result: Tensor = _Matmul.apply(x, self, onto)  # type: ignore[no-untyped-call]
-        return result
+        return cast(Tensor, _Matmul.apply(x, self, onto))  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Constants move between devices, and keep their dtypes: `model.to(bfloat16)` must not round them.
+        # Constants follow the device but keep their dtypes: `model.to(bfloat16)` must not round them.
         self.constants = {name: tensor.to(fn(tensor).device) for name, tensor in self.constants.items()}
         self._offset = self._offset.to(self.weight.device)
         return self
@@ -220,7 +218,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Matmul(Function):
-    """x W^T (+ onto); the backward dequantizes W again, so only the module is saved."""
+    """Compute onto + x W^T. The backward dequantizes W again instead of saving it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, onto: Tensor | None) -> Tensor:
@@ -238,9 +236,9 @@ def addmm_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, scheme: str, *, double: bool = True, device: str = "cpu") -> dict[str, Tensor]:
-    """Quantize a weight (out, in) and return `weight` and its constants by bitsandbytes' names."""
-    # double: quantize the constants too. device: a GPU is faster if it has room for the weight in fp32; same bits.
-    bnb = _bitsandbytes()
+    """Quantize a weight (out, in). Returns `weight` and its constants under bitsandbytes' names."""
+    # double: quantize the constants too. device: a GPU with memory for the weight in fp32 is faster; results are equal.
+    bnb = _import_bitsandbytes()
     if device.startswith("cuda") and (scheme == "int8" or weight.numel() % BLOCK == 0):
         try:
             return _quantize_by_torch(weight, scheme, double, device)
@@ -248,32 +246,33 @@ def quantize_weight(weight: Tensor, scheme: str, *, double: bool = True, device:
             if not is_out_of_memory(error):
                 raise
     if scheme == "int8":
-        wide = weight.float() if weight.device.type == "cpu" else weight.half()
         with _native_errors():
-            rows, scale, _ = bnb.int8_vectorwise_quant(wide)
-        return {"weight": rows, "SCB": scale.float().flatten()}
+            quantized, scale, _ = bnb.int8_vectorwise_quant(weight.float() if weight.is_cpu else weight.half())
+        return {"weight": quantized, "SCB": scale.float().flatten()}
     with _native_errors():
         packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type=scheme)
     return {"weight": packed, **dict(state.as_dict(packed=True))}
 
 
 def _quantize_by_torch(weight: Tensor, scheme: str, double: bool, device: str) -> dict[str, Tensor]:
-    """Return what bitsandbytes computes on a CPU, on any device; its CUDA kernels divide differently."""
-    bnb, wide = _bitsandbytes(), weight.to(device).float()
+    """Return the result of bitsandbytes on a CPU, on any device; its CUDA kernels divide differently."""
+    bnb, weight_fp32 = _import_bitsandbytes(), weight.to(device).float()
     if scheme == "int8":
-        scale = wide.abs().amax(1)
-        return {"weight": torch.round(wide * (127.0 / scale[:, None])).to(torch.int8).cpu(), "SCB": scale.cpu()}
+        scale = weight_fp32.abs().amax(1)
+        quantized = torch.round(weight_fp32 * (127.0 / scale[:, None])).to(torch.int8)
+        return {"weight": quantized.cpu(), "SCB": scale.cpu()}
     code = bnb.get_4bit_type(scheme, device="cpu")
     order = torch.argsort(code)
     midpoints = ((code[order[:-1]] + code[order[1:]]) / 2).to(device)
-    blocks = wide.view(-1, BLOCK)
+    blocks = weight_fp32.view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
     indices = torch.bucketize(scaled, midpoints, out_int32=True)
     if scheme == "fp4":
         indices = order.to(device, torch.int32)[indices]
     pairs = indices.to(torch.uint8).view(-1, 2)
-    packed, constants, offset, nested = ((pairs[:, 0] << 4) | pairs[:, 1])[:, None].cpu(), absmax.cpu(), None, None
+    packed = ((pairs[:, 0] << 4) | pairs[:, 1])[:, None].cpu()
+    constants, offset, nested = absmax.cpu(), None, None
     if double:
         offset = constants.mean()
         with _native_errors():
@@ -283,28 +282,25 @@ def _quantize_by_torch(weight: Tensor, scheme: str, double: bool, device: str) -
 
 
 def dequantize_weight(packed: dict[str, Tensor], scheme: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return a quantized weight as a model of this dtype computes with it."""
+    """Return a quantized weight (see `quantize_weight`) of this shape in `dtype`."""
     layer = QuantizedLinear(nn.Linear(shape[1], shape[0], bias=False, device="meta"), scheme, dtype)
     layer.load_packed(packed)
     return layer.dequantize()
 
 
-def why_kept_16_bit(
-    name: str, module: nn.Linear, head: nn.Module | None, read_directly: Sequence[str] = ()
-) -> str | None:
-    """Return why a linear layer stays in 16 bit, or None; read_directly: as `directly_read_leaves` returns it."""
-    if module is head or name.rpartition(".")[2] == "lm_head":
+def why_kept_16_bit(name: str, module: nn.Linear, head: nn.Module | None, read_directly: Sequence[str]) -> str | None:
+    """Return why a linear layer stays in 16 bit, or None. read_directly: the result of `directly_read_leaves`."""
+    leaf = name.rpartition(".")[2]
+    if module is head or leaf == "lm_head":
         return "output head"
-    if name.rpartition(".")[2] in read_directly:
+    if leaf in read_directly:
         return "read by the model itself"
-    if module.in_features * module.out_features < SMALLEST:
-        return "small"
-    return None
+    return "small" if module.in_features * module.out_features < MIN_QUANTIZED_SIZE else None
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a module computes y = x W^T + b and nothing else."""
-    # A subclass with its own forward is tried on one row (Falcon's is plain, DeepSeek V4's grouped matmul is not).
+    """Return whether a module is an nn.Linear whose forward accepts and returns rows as nn.Linear's does."""
+    # A subclass with its own forward is tried on one row: Falcon's passes, DeepSeek V4's grouped matmul does not.
     if not isinstance(module, nn.Linear) or type(module).forward in (nn.Linear.forward, QuantizedLinear.forward):
         return isinstance(module, nn.Linear)
     row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
@@ -317,7 +313,7 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def directly_read_leaves(model: Any) -> tuple[str, ...]:
-    """Return leaf names of linears whose weight the model's code reads without a call; adapters have no effect."""
+    """Return the leaf names of linear layers whose weight the model's code reads without calling the layer."""
     return DIRECTLY_READ.get(model.config.get_text_config().model_type, ())
 
 
@@ -328,18 +324,18 @@ def quantizable_linears(model: Any) -> set[str]:
 
 
 def replace_linears(
-    model: nn.Module, scheme: str, dtype: torch.dtype, chosen: Callable[[str], bool]
+    model: nn.Module, scheme: str, dtype: torch.dtype, selects: Callable[[str], bool]
 ) -> dict[str, QuantizedLinear]:
-    """Replace the linear layers whose name is `chosen` by empty QuantizedLinear layers, and return these by name."""
+    """Replace the linear layers whose name `selects` accepts with empty QuantizedLinear layers, returned by name."""
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    layers = {name: QuantizedLinear(module, scheme, dtype) for name, module in linears if chosen(name)}
+    layers = {name: QuantizedLinear(module, scheme, dtype) for name, module in linears if selects(name)}
     for name, layer in layers.items():
         set_attribute(model, name, layer)
     return layers
 
 
 def dequantize_layers(model: nn.Module, layers: int) -> None:
-    """Dequantize the weights of the first `layers` decoder layers for good: the same values, faster, more memory."""
+    """Dequantize the linear layers of the first `layers` decoder layers permanently: faster, but with more memory."""
     for name, module in list(model.named_modules()):
         index = layer_index(name)
         if isinstance(module, QuantizedLinear) and (index is None or index < layers):
@@ -350,7 +346,7 @@ def dequantize_layers(model: nn.Module, layers: int) -> None:
 
 
 def layer_index(name: str) -> int | None:
-    """Return the index of the decoder layer that contains a module, by the module's name; None outside of layers."""
+    """Return the index of the decoder layer in a module's name, or None for a module outside of the layers."""
     return next((int(part) for part in name.split(".")[1:] if part.isdigit()), None)
 
 

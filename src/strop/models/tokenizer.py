@@ -1,4 +1,4 @@
-"""Load a model's tokenizer without its weights (mostly without torch), and decode tokens as they are generated."""
+"""Load a model's tokenizer without its weights (usually without torch), and decode tokens as they are generated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ from strop.machine.memory import is_out_of_memory
 from strop.models.source import Source
 from strop.runs.folder import build_once, cache_folder, new_folder
 
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LOCAL_LOAD_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT_TOKENS = 5  # number of prompt tokens that are decoded together with the start of a completion
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Load the model's fast tokenizer; its offsets are needed to find supervised tokens. Raises ModelError."""
+    """Load the model's fast tokenizer, whose character offsets are needed to find supervised tokens."""
     folder = config_folder(source)
     try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL_LOAD_OPTIONS)
     except Exception as error:  # the tokenizers package raises plain Exception for a file that it cannot parse
         raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
@@ -33,7 +34,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def _tokenizer_class(folder: Path) -> Any:
-    """Return TokenizersBackend if the model declares it, else AutoTokenizer, whose import also imports torch."""
+    """Return TokenizersBackend if the model declares it, else AutoTokenizer, which imports torch."""
     file = folder / "tokenizer_config.json"
     declared = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if isinstance(declared, dict) and declared.get("tokenizer_class") == "TokenizersBackend":
@@ -46,7 +47,7 @@ def _tokenizer_class(folder: Path) -> Any:
 
 
 def trained_token_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return {module name: embedding rows} that an adapter trains, from its adapter_config.json."""
+    """Return {module name: embedding rows} of the rows that an adapter trains. config: its adapter_config.json."""
     rows = config.get("trainable_token_indices") or {}
     return {"embed_tokens": rows} if isinstance(rows, list) else dict(rows)
 
@@ -61,19 +62,19 @@ def trained_token_texts(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def config_folder(source: Source) -> Path:
-    """Return the folder with config and tokenizer. For a GGUF file, they are extracted into the cache once."""
+    """Return the folder with config and tokenizer. Those of a GGUF file are extracted into the cache once."""
     if source.kind == "folder":
         return source.path
 
-    def make(folder: Path) -> None:
+    def extract(folder: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         with gguf_errors(source.path), new_folder(folder) as temp:
-            where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
-            AutoTokenizer.from_pretrained(**where).save_pretrained(temp)
-            unpacked_config(AutoConfig.from_pretrained(**where)).save_pretrained(temp)
+            location = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
+            AutoTokenizer.from_pretrained(**location).save_pretrained(temp)
+            clear_gguf_quantization(AutoConfig.from_pretrained(**location)).save_pretrained(temp)
 
-    return build_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), make)
+    return build_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), extract)
 
 
 @contextmanager
@@ -89,58 +90,59 @@ def gguf_errors(file: Path) -> Iterator[None]:
 
 def gguf_cache(source: Source) -> Path:
     digest = source.name.partition("#sha256=")[2][:16] or source.name.removeprefix("demo:").replace("/", "-")
-    stat = source.path.stat()
-    return cache_folder() / "gguf" / f"{digest}-{stat.st_size}"
+    return cache_folder() / "gguf" / f"{digest}-{source.path.stat().st_size}"
 
 
-def unpacked_config(config: Any) -> Any:
-    """Remove the GGUF quantization entry from a config, with which save_pretrained would fail."""
+def clear_gguf_quantization(config: Any) -> Any:
+    """Remove the quantization entry, with which save_pretrained would fail, from a GGUF file's config. Returns it."""
     config.__dict__.pop("quantization_config", None)
     config._name_or_path = ""
     return config
 
 
 class TextStream:
-    """Decode one completion token by token."""
+    """Decode one completion token by token.
 
-    # Text is returned when its characters are complete and it cannot be the beginning of a stop string. After a stop
-    # string, `stopped` is True. The stop string and the text after it are not returned.
+    Text is returned once its characters are complete and it cannot be the beginning of a stop string. The first stop
+    string sets `stopped`; it and the text after it are not returned. prompt: the ids of the text that the completion
+    continues, without which a leading space would be lost.
+    """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
-        """Start a stream. prompt: token ids whose text the completion continues, so its leading space is kept."""
         self._tokenizer, self._stops = tokenizer, stops
         self._ids = list(prompt[-CONTEXT_TOKENS:])
-        self._start, self._shown = (
-            0,
-            len(self._ids),
-        )  # ids before `_start` are not decoded again; text of ids before `_shown` was returned
-        if self._decode(self._shown).endswith(REPLACEMENT):  # the prompt ends within a character
-            self._ids, self._shown = [], 0
+        self._start = 0  # ids before it are not decoded again
+        self._returned = len(self._ids)  # the text of the ids before it was returned
+        if self._decode(self._returned).endswith(REPLACEMENT):  # the prompt ends within a character
+            self._ids, self._returned = [], 0
         self._pending = ""
         self._length = 0
         self.stopped = False
 
     @property
     def length(self) -> int:
-        """Number of complete characters of all tokens, returned or not."""
-        new = self._decode(len(self._ids))[len(self._decode(self._shown)) :]
-        return self._length + len(new.rstrip(REPLACEMENT))
+        """The number of complete characters, including those that were not returned."""
+        return self._length + len(self._new_text().rstrip(REPLACEMENT))
 
     def push(self, token: int) -> str:
-        """Add a token, and return the text that is complete now."""
+        """Add a token. Returns the text that has become complete."""
         self._ids.append(token)
-        before, now = self._decode(self._shown), self._decode(len(self._ids))
-        if len(now) <= len(before) or now.endswith(REPLACEMENT):  # an incomplete character
+        new = self._new_text()
+        if not new or new.endswith(REPLACEMENT):  # an incomplete character
             return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        self._length += len(now) - len(before)
-        return self._cut_at_stop(now[len(before) :])
+        self._start, self._returned = self._returned, len(self._ids)
+        self._length += len(new)
+        return self._cut_at_stop(new)
 
     def end(self) -> str:
         """Return the remaining text after the last token."""
-        rest = self._cut_at_stop(self._decode(len(self._ids))[len(self._decode(self._shown)) :])
+        rest = self._cut_at_stop(self._new_text())
         pending, self._pending = self._pending, ""
         return rest + ("" if self.stopped else pending)
+
+    def _new_text(self) -> str:
+        """Return the text of the last tokens, which may end with an incomplete character."""
+        return self._decode(len(self._ids))[len(self._decode(self._returned)) :]
 
     def _decode(self, end: int) -> str:
         ids = self._ids[self._start : end]
@@ -152,29 +154,24 @@ class TextStream:
         if positions:
             self.stopped, self._pending = True, ""
             return text[: min(positions)]
-        # The longest suffix of the text that is a prefix of a stop string.
-        starts = {stop[:size] for stop in self._stops for size in range(1, len(stop))}
-        overlap = max((len(start) for start in starts if text.endswith(start)), default=0)
+        # keep back the longest suffix of the text that is a prefix of a stop string
+        prefixes = {stop[:size] for stop in self._stops for size in range(1, len(stop))}
+        overlap = max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
         self._pending = text[len(text) - overlap :]
         return text[: len(text) - overlap]
 
 
 class TokenBytes:
-    """Map tokens to their (possibly partial) UTF-8 bytes inside a text, with their leading space."""
+    """Map tokens to their UTF-8 bytes, which may be part of a character, with the leading space."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._begin = len(self._decode(self._context))
-        self._cache: dict[int, bytes] = {}
+        self._context: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # preserves leading spaces
+        self._begin = len(self._decode_text(self._context))
+        self.decode = cache(self._decode_token)
 
-    def of(self, token: int) -> bytes:
-        if token not in self._cache:
-            self._cache[token] = self._bytes_of(token)
-        return self._cache[token]
-
-    def _bytes_of(self, token: int) -> bytes:
-        text = self._decode([*self._context, token])[self._begin :]
+    def _decode_token(self, token: int) -> bytes:
+        text = self._decode_text([*self._context, token])[self._begin :]
         if REPLACEMENT not in text:
             return text.encode()
         piece = str(self._tokenizer.convert_ids_to_tokens(token))
@@ -185,5 +182,5 @@ class TokenBytes:
         values = {character: byte for byte, character in bytes_to_unicode().items()}
         return bytes(values[character] for character in piece) if values.keys() >= set(piece) else text.encode()
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode_text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))

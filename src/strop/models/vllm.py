@@ -12,7 +12,7 @@ from typing import Any
 
 from strop.errors import InputError, ModelError
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.32
+MAX_RANK_VALUES = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of --max-lora-rank in vLLM 0.32
 DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 QUERY = """
 import json, sys, torch, vllm
@@ -26,7 +26,7 @@ print(json.dumps({"version": vllm.__version__, "known": known, "lora": bool(lora
 
 
 def find_vllm_python(given: str | None, option: str = "--vllm-python") -> str:
-    """Return the given Python with vLLM or that of `vllm` on the PATH, or raise InputError that names `option`."""
+    """Return the Python given by `option`, else the Python of the `vllm` on the PATH. Raises InputError."""
     fix = f"give {option} /path/to/environment/bin/python (see docs/serve.md)"
     if given is not None:
         if shutil.which(given) is None:
@@ -40,7 +40,7 @@ def find_vllm_python(given: str | None, option: str = "--vllm-python") -> str:
 
 
 def query_vllm(python: str, architecture: str, *, lora: bool) -> dict[str, Any]:
-    """Return {version, known, lora, cuda} of a vLLM installation, or raise if it cannot run the architecture."""
+    """Return {version, known, lora, cuda} of a vLLM installation. Raises an error if it cannot run the architecture."""
     done = subprocess.run([python, "-c", QUERY, architecture], capture_output=True, text=True, env=vllm_environment())
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -53,18 +53,18 @@ def query_vllm(python: str, architecture: str, *, lora: bool) -> dict[str, Any]:
 
 
 def vllm_environment(without: str = "") -> dict[str, str]:
-    """Return the environment of vLLM's process: without PYTHONPATH and the variable `without`, and offline."""
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    own = {name: value for name, value in os.environ.items() if name not in (without, "PYTHONPATH")}
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", **own, **quiet}
+    """Return the environment for vLLM's process: offline, and without PYTHONPATH and the variable `without`."""
+    offline = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name not in (without, "PYTHONPATH")}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", **inherited, **offline}
 
 
 def max_lora_rank(config: Mapping[str, Any], name: str, fix: str) -> int:
-    """Return the --max-lora-rank for an adapter_config.json, or raise ModelError if vLLM cannot run it."""
+    """Return the --max-lora-rank for an adapter_config.json. Raises ModelError if vLLM does not support the adapter."""
     unsupported = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
     unsupported += ["bias"] if config.get("bias", "none") != "none" else []
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    if unsupported or rank > RANKS[-1]:
+    if unsupported or rank > MAX_RANK_VALUES[-1]:
         what = f"its {unsupported[0]}" if unsupported else f"rank {rank}"
         raise ModelError(f"{name}: vLLM does not support {what}", fix=fix)
-    return next(allowed for allowed in RANKS if allowed >= rank)
+    return next(allowed for allowed in MAX_RANK_VALUES if allowed >= rank)

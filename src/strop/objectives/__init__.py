@@ -1,6 +1,6 @@
-"""The facts that every training objective declares.
+"""Base class of the training objectives.
 
-The planner reads them, so modules of this package import torch only where they compute.
+The planner reads objectives without torch, so the modules of this package import torch only inside functions.
 """
 
 from __future__ import annotations
@@ -14,25 +14,18 @@ from strop.data.types import DataKind
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Base of all objectives except supervised fine-tuning.
+    """Base class of all objectives except supervised fine-tuning."""
 
-    name: value of `train.objective`. learning: kind of rows it trains on. source: paper and equation.
-    options: the fields of `train` that it reads, with their defaults.
-    rate_share: default learning rate as a share of the default for supervised fine-tuning.
-    reference: whether it needs log-probabilities under the model as it was before training.
-    scored: whether it trains a reward model's score instead of log-probabilities.
-    """
-
-    name: str
+    name: str  # value of `train.objective`
     data_kind: DataKind
-    source: str
-    options: Mapping[str, Any]
-    rate_share: float
-    reference: bool
-    scored: bool = False
+    source: str  # paper and equation
+    options: Mapping[str, Any]  # fields of `train` that the objective reads, and their defaults
+    rate_share: float  # default learning rate, divided by the default for supervised fine-tuning
+    reference: bool  # whether it needs log-probabilities under the reference model
+    scored: bool = False  # whether it trains a score (reward model) instead of log-probabilities
 
 
 def require(value: float | None) -> float:
-    """Return the value of an option that planning has set."""
+    """Return the value of an option, which the plan has set if the recipe did not."""
     assert value is not None, "options are set before a run starts"
     return value

@@ -1,4 +1,4 @@
-"""Policy losses: learn from rewards for completions that the model sampled itself (GRPO and its variants)."""
+"""Policy losses, which train on sampled completions and their rewards: GRPO and its variants."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ REWARD_TOLERANCE = 1e-9  # rewards that differ by less are equal
 class SampledTokens:
     """Input of a policy loss, one entry per sampled token, all of shape (M,) and fp64.
 
-    logprobs: under the current policy, differentiable. old_logprobs: when sampled. ref_logprobs: under the reference
-    model. advantages: of the completion that the token belongs to.
+    logprobs: under the current policy, differentiable. old_logprobs: when the token was sampled. ref_logprobs: under
+    the reference model. advantages: advantage of the token's completion.
     """
 
     logprobs: Tensor
@@ -33,37 +33,36 @@ class SampledTokens:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """losses, kl: per token, shape (M,). clipped: bool of shape (M,), where clipping removed the gradient."""
+    """Output of a policy loss, of shape (M,)."""
 
     losses: Tensor
-    kl: Tensor
-    clipped: Tensor
+    kl: Tensor  # estimate of the KL divergence from the reference model
+    clipped: Tensor  # bool; whether clipping removed the token's gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss(Objective):
     """An objective that learns from rewards.
 
-    compute: loss of each token. advantages: of the completions of one group, from their rewards.
-    token_weight: weight of each token of a completion, by the completion's length. divisor: what the weighted sum over
-    an effective batch is divided by, from the lengths of all its completions.
+    The loss of an effective batch is the weighted sum of its token losses, divided by `divisor`.
     """
 
     compute: Callable[[SampledTokens, TrainSection], TokenLosses]
-    advantages: Callable[[Sequence[float], TrainSection], list[float]]
-    token_weight: Callable[[int, TrainSection], float]
-    divisor: Callable[[Sequence[int], TrainSection], float]
+    advantages: Callable[[Sequence[float], TrainSection], list[float]]  # of a group of completions, from their rewards
+    token_weight: Callable[[int, TrainSection], float]  # weight of a token, from the length of its completion
+    divisor: Callable[[Sequence[int], TrainSection], float]  # from the lengths of all completions
 
 
 def grpo(tokens: SampledTokens, options: TrainSection) -> TokenLosses:
     """Compute group relative policy optimization per token (Shao et al., arXiv:2402.03300, equations 3 and 4).
 
     loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta r k3
-    r    = exp(logprob - old_logprob), with old_logprob from the engine that sampled the completion
+    r    = pi / old: ratio of the probabilities now and when sampled
+    A    = advantage of the completion
     k3   = ref / pi - log(ref / pi) - 1 (J. Schulman, "Approximating KL divergence", 2020; equation 4)
 
-    The factor r before k3 gives it the gradient of the KL divergence, which k3 alone does not have (DeepSeek-V3.2,
-    arXiv:2512.02556; also TRL's default). The bounds may differ, as in DAPO (arXiv:2503.14476, section 3.1).
+    With the factor r, the second term has the gradient of the KL divergence; k3 alone does not (DeepSeek-V3.2,
+    arXiv:2512.02556; also TRL's default). Separate clip bounds are from DAPO (arXiv:2503.14476, section 3.1).
     """
     low, high = require(options.clip_low), require(options.clip_high)
     ratio = (tokens.logprobs - tokens.old_logprobs).exp()
@@ -75,10 +74,10 @@ def grpo(tokens: SampledTokens, options: TrainSection) -> TokenLosses:
 
 
 def group_advantages(rewards: Sequence[float], options: TrainSection) -> list[float]:
-    """Return (reward - mean) / standard deviation for a group of two or more; all 0 if the rewards are equal.
+    """Return (reward - mean) / standard deviation of two or more rewards; all 0 if the rewards are equal.
 
-    `group_loss: dr_grpo` does not divide by the deviation, because that favours prompts which are nearly always or
-    nearly never answered well (Liu et al., arXiv:2503.20783, section 3.2).
+    `group_loss: dr_grpo` does not divide by the standard deviation, because that gives more weight to prompts that are
+    nearly always or nearly never answered well (Liu et al., arXiv:2503.20783, section 3.2).
     """
     if rewards_equal(rewards):
         return [0.0] * len(rewards)
@@ -94,15 +93,15 @@ def rewards_equal(rewards: Sequence[float]) -> bool:
 def group_token_weight(length: int, options: TrainSection) -> float:
     """Return the weight of each token of a completion of `length` tokens.
 
-    `group_loss: grpo` weights completions equally (equation 3), so that a token of a long one counts less. `dapo`
-    (DAPO, section 3.3) and `dr_grpo` weight tokens equally.
+    `group_loss: grpo` weights completions equally (equation 3), so tokens of long completions count less. `dapo` (DAPO,
+    section 3.3) and `dr_grpo` weight tokens equally.
     """
     return 1 / length if options.group_loss == "grpo" else 1.0
 
 
 def group_divisor(lengths: Sequence[int], options: TrainSection) -> float:
-    """Return the divisor of the loss sum: completions (grpo), tokens (dapo), or completions times the length limit,
-    which no completion changes (dr_grpo)."""
+    """Return the divisor of the weighted loss sum: the number of completions (grpo), of tokens (dapo), or of
+    completions times train.answer_tokens (dr_grpo)."""
     if options.group_loss == "dapo":
         return float(sum(lengths))
     return float(len(lengths)) * (1 if options.group_loss == "grpo" else require(options.answer_tokens))

@@ -1,6 +1,6 @@
 """Preference losses: DPO, IPO, KTO, ORPO, SimPO and the Bradley-Terry loss of reward models.
 
-A loss receives log-probabilities (or scores) of whole answers, and is independent of the model and the training loop.
+A loss receives the log-probabilities (or scores) of whole answers, and is independent of model and training loop.
 
 Notation: y_w is the chosen answer, y_l the rejected one, pi the policy, ref the reference model.
 """
@@ -18,20 +18,16 @@ from strop.objectives import Objective, require
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOG_P_MAX = -1e-12  # ORPO: the odds of probability 1 are infinite
+LOG_P_MAX = -1e-12  # limit for ORPO, because the odds of probability 1 are infinite
 
 
 @dataclass(frozen=True)
 class AnswerLogprobs:
-    """Log-probabilities of one answer per row, each of shape (N,) and fp64.
+    """Log-probabilities of one answer per row, each of shape (N,) and fp64."""
 
-    sums: weighted sum over the supervised tokens, differentiable (for a reward model: the score).
-    counts: sum of the weights. reference: the same sum under the reference model, or 0 without one.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    reference: Tensor
+    sums: Tensor  # weighted sum over the supervised tokens, differentiable; for a reward model, the score
+    counts: Tensor  # sum of the weights
+    reference: Tensor  # `sums` under the reference model, or 0 without one
 
     @property
     def mean(self) -> Tensor:
@@ -50,38 +46,27 @@ class AnswerLogprobs:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Input of a preference loss.
+    """Input of a preference loss."""
 
-    answers: (chosen, rejected), or one labelled answer. desirable: the labels, bool of shape (N,).
-    divergence: estimate of the divergence from the reference over the effective batch (KTO's z), else 0.
-    """
-
-    answers: tuple[AnswerLogprobs, ...]
-    desirable: Tensor
-    divergence: float = 0.0
+    answers: tuple[AnswerLogprobs, ...]  # chosen and rejected, or labelled answers
+    desirable: Tensor  # the labels, bool of shape (N,)
+    divergence: float = 0.0  # KTO: estimate of the KL divergence from the reference model over the effective batch
 
 
 @dataclass(frozen=True)
 class PreferenceResult:
-    """Output of a preference loss.
+    """Output of a preference loss."""
 
-    losses: per row, shape (N,); the caller divides by the number of rows. rewards: implicit reward of each answer,
-    shape (N,) each.
-    """
-
-    losses: Tensor
-    rewards: tuple[Tensor, ...]
+    losses: Tensor  # loss of each row, shape (N,)
+    rewards: tuple[Tensor, ...]  # implicit rewards, shape (N,) for each of `PreferenceBatch.answers`
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceLoss(Objective):
-    """An objective that learns from pairs or labelled answers.
-
-    compute: the loss. needs_divergence: whether it reads PreferenceBatch.divergence.
-    """
+    """An objective that learns from pairs or labelled answers."""
 
     compute: Callable[[PreferenceBatch, TrainSection], PreferenceResult]
-    needs_divergence: bool = False
+    needs_divergence: bool = False  # whether `compute` reads PreferenceBatch.divergence
 
 
 def dpo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
@@ -90,17 +75,12 @@ def dpo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
     loss = -log sigmoid(beta ((log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l))))
 
     label_smoothing: conservative DPO. sft_weight: adds the chosen answer's cross entropy per token, which keeps it from
-    becoming less likely (RPO, arXiv:2404.19733, equation 1). length_normalized: log-ratios per token instead of sums,
-    so that long answers do not count more (arXiv:2405.14734; Tulu 3, arXiv:2411.15124, equation 6).
+    becoming less likely (RPO, arXiv:2404.19733, equation 1). length_normalized: uses log-ratios per token instead of
+    sums, so that long answers do not count more (arXiv:2405.14734; Tulu 3, arXiv:2411.15124, equation 6).
     """
-    chosen, rejected = batch.answers
-    beta = require(options.beta)
-    rewards = [
-        beta * (side.log_ratio_per_token if options.length_normalized else side.log_ratio)
-        for side in (chosen, rejected)
-    ]
-    losses = _smoothed_log_loss(rewards[0] - rewards[1], require(options.label_smoothing))
-    return PreferenceResult(losses - require(options.sft_weight) * chosen.mean, (rewards[0], rewards[1]))
+    chosen, rejected = (require(options.beta) * log_ratio for log_ratio in _log_ratios(batch, options))
+    losses = _smoothed_log_loss(chosen - rejected, require(options.label_smoothing))
+    return PreferenceResult(losses - require(options.sft_weight) * batch.answers[0].mean, (chosen, rejected))
 
 
 def ipo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
@@ -111,13 +91,15 @@ def ipo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
     length_normalized (default): h uses means over tokens, because with sums the square grows with the answers' length.
     The paper's results use means, according to its authors (TRL's documentation of `loss_type="ipo"`).
     """
-    chosen, rejected = batch.answers
-    log_ratios = [
-        side.log_ratio_per_token if options.length_normalized else side.log_ratio for side in (chosen, rejected)
-    ]
-    beta = require(options.beta)
-    losses = (log_ratios[0] - log_ratios[1] - 1 / (2 * beta)).square() - require(options.sft_weight) * chosen.mean
-    return PreferenceResult(losses, (beta * log_ratios[0], beta * log_ratios[1]))
+    chosen, rejected = _log_ratios(batch, options)
+    beta, sft_weight = require(options.beta), require(options.sft_weight)
+    losses = (chosen - rejected - 1 / (2 * beta)).square() - sft_weight * batch.answers[0].mean
+    return PreferenceResult(losses, (beta * chosen, beta * rejected))
+
+
+def _log_ratios(batch: PreferenceBatch, options: TrainSection) -> list[Tensor]:
+    """Return the log-ratios of policy and reference for chosen and rejected answers."""
+    return [side.log_ratio_per_token if options.length_normalized else side.log_ratio for side in batch.answers]
 
 
 def kto(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
@@ -126,8 +108,9 @@ def kto(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
     loss = w_d (1 - sigmoid(beta (r - z)))   for a desirable answer,   r = log pi(y|x) - log ref(y|x)
            w_u (1 - sigmoid(beta (z - r)))   for an undesirable one
 
-    z is `batch.divergence`: max(0, mean of r over answers to other prompts) over the effective batch, without a
-    gradient (section 4.1). The paper recommends w_d n_d / (w_u n_u) between 1 and 4/3.
+    w_d and w_u are `desirable_weight` and `undesirable_weight`. z is `batch.divergence`: max(0, mean of r over answers
+    to other prompts) in the effective batch, without a gradient (section 4.1). The paper recommends
+    w_d n_d / (w_u n_u) between 1 and 4/3, where n_d and n_u are the numbers of answers.
     """
     (answer,) = batch.answers
     sign = batch.desirable.double() * 2 - 1
@@ -143,8 +126,8 @@ def orpo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
 
     loss = -log p_w - beta log sigmoid(log odds(y_w) - log odds(y_l)),   odds = p / (1 - p)
 
-    beta is the paper's lambda. log p is the answer's mean log-probability per token. The first term covers the answer
-    only, as in supervised fine-tuning here.
+    log p is an answer's mean log-probability per token, log p_w that of the chosen answer. beta is the paper's lambda.
+    The first term covers only the answer, as in supervised fine-tuning.
     """
     chosen, rejected = batch.answers
     beta = require(options.beta)
@@ -157,8 +140,8 @@ def simpo(batch: PreferenceBatch, options: TrainSection) -> PreferenceResult:
 
     loss = -log sigmoid(beta (log p_w - log p_l) - gamma),   log p: mean log-probability per token
 
-    There is no reference. sft_weight adds the chosen answer's cross entropy per token, which limits drift (CPO,
-    arXiv:2401.08417, equation 5). label_smoothing: as for DPO.
+    There is no reference model. sft_weight adds the chosen answer's cross entropy per token, which limits the drift of
+    the policy (CPO, arXiv:2401.08417, equation 5). label_smoothing: as for DPO.
     """
     chosen, rejected = batch.answers
     rewards = [require(options.beta) * side.mean for side in (chosen, rejected)]
@@ -182,8 +165,8 @@ def _log_sigmoid(x: Tensor) -> Tensor:
 
 
 def _smoothed_log_loss(margin: Tensor, smoothing: float) -> Tensor:
-    """Return -log sigmoid(margin) if a fraction `smoothing` of the labels is flipped: conservative DPO (E. Mitchell,
-    "A note on DPO with noisy preferences", 2023)."""
+    """Return the expected -log sigmoid(margin) if a fraction `smoothing` of the labels is flipped (conservative DPO: E.
+    Mitchell, "A note on DPO with noisy preferences", 2023)."""
     loss = -_log_sigmoid(margin)
     return loss if not smoothing else (1 - smoothing) * loss - smoothing * _log_sigmoid(-margin)
 
@@ -191,8 +174,9 @@ def _smoothed_log_loss(margin: Tensor, smoothing: float) -> Tensor:
 def _log_odds(log_p: Tensor) -> Tensor:
     """Return log(p / (1 - p)) for log p <= 0.
 
-    log(1 - exp(x)) cancels near 0 in one form and near -infinity in the other (M. Maechler, "Accurately computing
-    log(1 - exp(-|a|))", 2012). Masked values are replaced first, because the unused form's gradient would be NaN.
+    log(1 - exp(x)) is computed with expm1 near 0 and with log1p elsewhere, because each loses precision in the other
+    range (M. Maechler, "Accurately computing log(1 - exp(-|a|))", 2012). Values outside a form's range are replaced
+    first, because its gradient would be NaN there.
     """
     log_p = log_p.clamp(max=LOG_P_MAX)
     near_zero = log_p > -math.log(2)

@@ -1,4 +1,4 @@
-"""The table of objectives, and what a recipe's objective implies."""
+"""The table of objectives, and functions of the objective that a recipe names."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def objective_of(train: TrainSection) -> Objective | None:
-    """Return the recipe's objective; None for supervised fine-tuning."""
+    """Return the recipe's objective, or None for supervised fine-tuning."""
     return OBJECTIVES.get(train.objective)
 
 
 def data_kind_of(train: TrainSection) -> DataKind:
-    """Return the kind of rows that the recipe's objective trains on."""
+    """Return the kind of data that the recipe's objective trains on."""
     objective = objective_of(train)
     return "turns" if objective is None else objective.data_kind
 
 
 def sequences_per_row(train: TrainSection) -> int:
-    """Return how many sequences a row of the effective batch trains on."""
+    """Return the number of sequences per row of the effective batch."""
     objective = objective_of(train)
     if isinstance(objective, PolicyLoss):
         return int(train.group or objective.options["group"])
@@ -37,7 +37,7 @@ def sequences_per_row(train: TrainSection) -> int:
 
 
 def max_completion_tokens(train: TrainSection) -> int:
-    """Return the length limit of sampled completions; 0 if the objective samples none."""
+    """Return the maximum length of a sampled completion, or 0 if the objective does not sample."""
     objective = objective_of(train)
     if isinstance(objective, PolicyLoss):
         return int(train.answer_tokens or objective.options["answer_tokens"])
@@ -45,7 +45,7 @@ def max_completion_tokens(train: TrainSection) -> int:
 
 
 def check_devices(train: TrainSection, devices: int) -> None:
-    """Raise RecipeError if the objective cannot train on this number of devices."""
+    """Raise RecipeError if the objective does not support this number of devices."""
     if devices > 1 and data_kind_of(train) == "prompts":
         what = f"objective {train.objective} samples completions on one device, and {devices} were requested"
         raise RecipeError(what, fix="leave --devices and --nodes out")

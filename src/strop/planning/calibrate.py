@@ -1,7 +1,8 @@
-"""Measurements of `strop doctor` with torch: the GPU, matmul and memory rates, the cost of a step, one 4-bit step."""
+"""Checks and measurements of `strop doctor` that need torch.
 
-# A step's time is a sum: matmuls of frozen weights and of adapters by their FLOPs, reading the weights once in each
-# direction, and three costs fitted here on small random models: of a layer, of bytes moved, and of attention.
+planning.time predicts the time of a step as a sum. Matmuls and memory bandwidth are measured alone. The costs of a
+layer, of element-wise work and of attention are fitted to the time of steps of small random models.
+"""
 
 from __future__ import annotations
 
@@ -20,46 +21,41 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.data.types import Example
 from strop.engine.device import measure, pick_dtype, prepare_process
-from strop.engine.kernels.dispatch import backend_for, frozen_flops, int8_flops, why_no_triton
+from strop.engine.kernels.dispatch import backend_for, measure_frozen_flops, measure_int8_flops, why_no_triton
 from strop.engine.kernels.protocols import apply
 from strop.engine.step import step_for
 from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.engine.train.plain import PlainLoss
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crash_finding, is_installed, pip_command
-from strop.machine.probe import TILED_RANK, Machine, probe
+from strop.machine.probe import MAX_TILED_RANK, Machine, probe
 from strop.machine.rates import Rates, save_rates
 from strop.models.families.shape import ModelShape
 from strop.models.quantize import QuantizedLinear, dequantize_weight, quantize_weight
 from strop.planning.activations import MicroBatch
-from strop.planning.time import KINDS_HIDDEN, Rate, matmul_seconds, repacked_bytes, work_of
+from strop.planning.time import COMPILE_HIDDEN, Rate, count_work, matmul_seconds, repacked_bytes
 from strop.planning.workload import AdapterWeights, BaseWeights, Compute, Workload
 
 LOG = logging.getLogger(__name__)
 
 COPY_BYTES = 256 << 20
-BUSY_SHARE = 0.4  # of the cores, in the last minute
+BUSY_SHARE = 0.4  # load average per core above which measurements are unreliable
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "head_dim": 64, "max_position_embeddings": 4096}
 SMALL = {**SIZES, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 LARGE = {**SIZES, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
 RANK, WIDE_RANK, ROUNDS, BUDGET_S = 16, 96, 3, 0.6
-TRIALS = (  # model sizes, (rows, tokens per row)
-    (SMALL, (1, 72)),
-    (SMALL, (1, 300)),
-    (SMALL, (2, 512)),
-    (SMALL, (1, 1536)),
-    (LARGE, (1, 72)),
-    (LARGE, (2, 512)),
-)
+COMPARED_STEP = (2, 512)  # rows, and tokens per row, of the steps that are compared
+# model sizes, and (rows, tokens per row), of the steps to which costs are fitted
+TRIALS = [*((SMALL, x) for x in ((1, 72), (1, 300), (2, 512), (1, 1536))), (LARGE, (1, 72)), (LARGE, (2, 512))]
 DEQUANTIZED_SHAPE = (1536, 576)
 
-assert SMALL["hidden_size"] == KINDS_HIDDEN and RANK <= TILED_RANK < WIDE_RANK
+assert SMALL["hidden_size"] == COMPILE_HIDDEN and RANK <= MAX_TILED_RANK < WIDE_RANK
 
 
 def examine(machine: Machine) -> tuple[list[Finding], Rates]:
-    """Run all checks and measurements; return findings and the CPU's rates, which are stored for `strop plan`."""
-    busy = _check_load(machine)
+    """Run all checks and measurements. The CPU's rates are also stored for `strop plan`."""
+    load_findings = _check_load(machine)
     rates = measure_rates()
     save_rates(machine, "cpu", rates)
     what = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
@@ -69,21 +65,20 @@ def examine(machine: Machine) -> tuple[list[Finding], Rates]:
         both = " and ".join(f"{rates.integers[name] / 1e9:,.0f}" for name in ("none", "int8"))
         what = f"8-bit integers {both} GFLOP/s on a base in 16 bit and in int8: --train.int8_matmul true"
         findings.append(Finding("ok", what))
-    return [*check_gpus(machine), *busy, *findings, check_four_bit_step()], rates
+    return [*check_gpus(machine), *load_findings, *findings, check_four_bit_step()], rates
 
 
 def _check_load(machine: Machine) -> list[Finding]:
-    """Warn if other programs use the CPU while it is measured."""
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if busy < BUSY_SHARE * machine.cores:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < BUSY_SHARE * machine.cores:
         return []
-    what = f"other programs are using {busy:.1f} of {machine.cores} cores, so the measured rates are too low"
+    what = f"other programs are using {load:.1f} of {machine.cores} cores, so the measured rates are too low"
     why = "`strop plan` predicts the time of runs from these rates"
     return [Finding("warning", what, why, "# run strop doctor again when the machine is idle")]
 
 
 def check_gpus(machine: Machine) -> Iterator[Finding]:
-    """Check that torch can use the GPU that the driver lists, that it has bf16, and that strop's kernels compile."""
+    """Check that torch can use the driver's GPU, that it has bf16, and that strop's kernels compile."""
     if not machine.gpus:
         return
     fix = f"{pip_command()} install --force-reinstall torch"
@@ -108,75 +103,77 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
 
 def measure_rates() -> Rates:
     """Measure matmuls in both dtypes, memory bandwidth, the output head, and the costs of a step, on the CPU."""
-    prepare_process(rank=WIDE_RANK)  # caches as many matmul shapes as any run does
+    prepare_process(rank=WIDE_RANK)  # sets the largest cache of matmul shapes that a run uses
     LOG.info("measuring matmuls and memory of this CPU")
     precision = measure("cpu")
     x = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
     y = torch.empty_like(x)
     bandwidth = 2 * COPY_BYTES / fastest(lambda: y.copy_(x))
     costs: dict[str, dict[str, float]] = {}
-    bf16 = frozen_flops(torch.bfloat16)
+    bf16 = measure_frozen_flops(torch.bfloat16)
     for name, dtype, rate in (("bf16", torch.bfloat16, bf16), ("fp32", torch.float32, precision.fp32_flops)):
         LOG.info("measuring steps of small models in %s", name)
-        step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
-        costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **step}
-    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if is_installed("bitsandbytes") else {}
-    integers = int8_flops() if precision.dtype == "fp32" else {}
+        step = measure_step_costs(dtype, Rate(rate, bandwidth, "measured"))
+        costs[name] = {"head_flops": _measure_head(dtype, bandwidth), **step}
+    schemes = ("nf4", "int8") if is_installed("bitsandbytes") else ()
+    unpacked = {scheme: measure_dequantization(scheme) for scheme in schemes}
+    integers = measure_int8_flops() if precision.dtype == "fp32" else {}
     return Rates(bf16, precision.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
 
 
-def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
-    """Measure the output head on 512 rows, vocabulary 49,152, hidden size 576, without the time to move its weight."""
+def _measure_head(dtype: torch.dtype, bandwidth: float) -> float:
+    """Measure the FLOP/s of the output head, without the time to move its weight."""
     rows, hidden, vocabulary = 512, 576, 49152
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
     backend = backend_for(torch.device("cpu"), dtype)
     output = OutputHead(weight, 0.0, backend.ops, matmul=backend.matmul(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
-    own_matmul = dtype == torch.bfloat16 and probe().has_bf16_matmul(weight.shape)
-    moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own_matmul) / bandwidth
+    bf16_kernel = dtype == torch.bfloat16 and probe().has_bf16_matmul(weight.shape)
+    moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), bf16_kernel) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 
 
-def step_costs(dtype: torch.dtype, rate: Rate) -> dict[str, float]:
-    """Fit the costs of a step, by their names in `planning.time.Rate`. rate: measured for large matmuls and memory."""
-    models = {sizes["hidden_size"]: _model(sizes, dtype) for sizes in (SMALL, LARGE)}
+def measure_step_costs(dtype: torch.dtype, rate: Rate) -> dict[str, float]:
+    """Return the costs of a step as fields of `planning.time.Rate`. rate: of large matmuls and memory."""
+    models = {sizes["hidden_size"]: _make_model(sizes, dtype) for sizes in (SMALL, LARGE)}
     steps = {hidden: step_for(model).token_loss for hidden, model in models.items()}
     residuals, totals, compiling = list[float](), list[float](), list[float]()
     terms: list[Sequence[float]] = []
     for sizes, (number, length) in TRIALS:
-        first, repeated = _seconds(steps[sizes["hidden_size"]], number, length)
-        work = work_of(_workload(sizes, dtype), MicroBatch.rows([length] * number))
+        first, repeated = _time_step(steps[sizes["hidden_size"]], number, length)
+        work = count_work(_workload(sizes, dtype), MicroBatch.rows([length] * number))
         terms.append((sizes["num_hidden_layers"], work.moved, work.attention))
         residuals.append(repeated - matmul_seconds(work, rate))
         totals.append(repeated)
         compiling += [max(0.0, first - repeated)] if sizes is SMALL else []
     layer, moved, attention = _least_squares(terms, residuals, totals)
-    number, length = TRIALS[2][1]
-    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]).token_loss, number, length)[1]
-    fast = _seconds(steps[SMALL["hidden_size"]], number, length)[1]
-    wide = _seconds(step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss, number, length)[1]
+    number, length = COMPARED_STEP
+    plain_seconds = _time_step(PlainLoss(models[SMALL["hidden_size"]]).token_loss, number, length)[1]
+    fast_seconds = _time_step(steps[SMALL["hidden_size"]], number, length)[1]
+    wide_seconds = _time_step(step_for(_make_model(SMALL, dtype, WIDE_RANK)).token_loss, number, length)[1]
     batch = MicroBatch.rows([length] * number)
-    low, high = (work_of(_workload(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
-    thin = high.thin / max(wide - fast + low.adapters / rate.flops, high.thin / rate.flops)
+    narrow_work, wide_work = (count_work(_workload(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
+    lora_seconds = wide_seconds - fast_seconds + narrow_work.adapters / rate.flops
+    wide_flops = wide_work.wide_lora / max(lora_seconds, wide_work.wide_lora / rate.flops)
     return {
         "layer_s": layer, "moved": 1 / moved, "attention_flops": 1 / attention, "kinds_s": float(np.mean(compiling)),
-        "plain": plain / fast, "thin_flops": thin,
+        "plain": plain_seconds / fast_seconds, "thin_flops": wide_flops,
     }  # fmt: skip
 
 
-def pace(dtype: torch.dtype) -> float:
-    """Return the seconds of one calibration step: how fast this CPU is now, with other programs running."""
-    return _seconds(step_for(_model(SMALL, dtype)).token_loss, *TRIALS[2][1])[1]
+def measure_step(dtype: torch.dtype) -> float:
+    """Return the seconds of a calibration step, which depend on the other programs that run at the same time."""
+    return _time_step(step_for(_make_model(SMALL, dtype)).token_loss, *COMPARED_STEP)[1]
 
 
-def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
+def _make_model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
     model = LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).requires_grad_(False)
     config = peft.LoraConfig(r=rank, target_modules="all-linear")
     return peft.get_peft_model(model, config).train()
 
 
-def unpacked_per_s(scheme: str) -> float:
+def measure_dequantization(scheme: str) -> float:
     weight = torch.randn(DEQUANTIZED_SHAPE)
     packed = quantize_weight(weight, scheme)
     return weight.numel() / fastest(lambda: dequantize_weight(packed, scheme, weight.shape, torch.bfloat16), 8)
@@ -201,15 +198,15 @@ def _workload(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Wo
     )
 
 
-def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: int) -> tuple[float, float]:
-    """Return the fastest seconds of a step on (a new row length, a repeated one)."""
+def _time_step(loss: Callable[[Sequence[Example]], Tensor], number: int, length: int) -> tuple[float, float]:
+    """Return the fastest seconds of a step with a new row length, and with a repeated one."""
     fastest_seconds = [math.inf, math.inf]
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     for shorter in range(ROUNDS):
-        if shorter and time.perf_counter() - begun > BUDGET_S:
+        if shorter and time.perf_counter() - begin > BUDGET_S:
             break
-        at = np.arange(length - shorter, dtype=np.int32)
-        rows = [Example((at + row) % SIZES["vocab_size"], (at > 0).astype(np.float32), "", 0) for row in range(number)]
+        x = np.arange(length - shorter, dtype=np.int32)
+        rows = [Example((x + row) % SIZES["vocab_size"], (x > 0).astype(np.float32), "", 0) for row in range(number)]
         for repeated in (0, 1):
             started = time.perf_counter()
             loss(rows).backward()  # type: ignore[no-untyped-call]
@@ -220,19 +217,19 @@ def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: i
 def _least_squares(
     terms: Sequence[Sequence[float]], residuals: Sequence[float], totals: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Fit costs at or above a floor to the residual seconds of each step, with errors relative to its total seconds."""
+    """Fit costs with a lower bound to the residual seconds of steps, weighted by the inverse of their total seconds."""
     weights = 1 / np.array(totals)
     a, y = np.array(terms) * weights[:, None], np.array(residuals) * weights
-    least = np.array([1e-6, 1e-13, 1e-14])  # s per layer; 10 TB/s; 100 TFLOP/s
+    bounds = np.array([1e-6, 1e-13, 1e-14])  # seconds per layer, per byte (10 TB/s) and per FLOP (100 TFLOP/s)
     free = np.ones(3, bool)
-    cost = least.copy()
+    cost = bounds.copy()
     for _ in range(3):
-        cost[free] = np.linalg.lstsq(a[:, free], y - a[:, ~free] @ least[~free], rcond=None)[0]
-        low = free & (cost < least)
-        if not low.any():
+        cost[free] = np.linalg.lstsq(a[:, free], y - a[:, ~free] @ bounds[~free], rcond=None)[0]
+        too_low = free & (cost < bounds)
+        if not too_low.any():
             break
-        free &= ~low
-        cost[low] = least[low]
+        free &= ~too_low
+        cost[too_low] = bounds[too_low]
     return float(cost[0]), float(cost[1]), float(cost[2])
 
 
@@ -243,11 +240,11 @@ def check_four_bit_step() -> Finding:
     torch.manual_seed(0)
     try:
         moved, error = _four_bit_update(device)
-    except QuantizerError as fault:
+    except QuantizerError as quantizer_error:
         why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
-        return Finding("error", fault.what, why, fix)
-    except Exception as fault:  # a check that crashes has found something
-        return crash_finding("a training step in 4 bit", fault, fix)
+        return Finding("error", quantizer_error.what, why, fix)
+    except Exception as crash:  # a crash is a finding too
+        return crash_finding("a training step in 4 bit", crash, fix)
     if not moved or not error <= 1e-3 * moved:  # NaN fails too
         what = f"a 4-bit step moves a weight by {moved:.2g}, with an error of {error:.2g}"
         return Finding("error", what, "a 4-bit run would train wrongly", fix)
@@ -255,7 +252,7 @@ def check_four_bit_step() -> Finding:
 
 
 def _four_bit_update(device: str) -> tuple[float, float]:
-    """Return the largest change of an adapter weight, and its largest difference from the fp32 update."""
+    """Return the largest change of an adapter weight, and the largest difference from the fp32 update."""
     weight = torch.randn(128, 128, device=device)
     packed = quantize_weight(weight, "nf4")
     layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)

@@ -1,4 +1,4 @@
-"""Choose the options that a recipe leaves open, for one model and machine: memory, learning rate and the rest."""
+"""Choose the options that a recipe leaves unset, such as those for memory and the learning rate."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from strop.models.families.shape import ModelShape
 from strop.objectives.table import check_devices, default_options, objective_of
 from strop.planning.fit import MemoryBudget, default_micro_batch, fit, fit_devices
 from strop.planning.time import Rate
-from strop.planning.workload import check_patterns, why_not_offloaded, why_plain
+from strop.planning.workload import check_patterns, why_not_offloaded, why_recipe_not_fast
 from strop.runs.lock import sha256_text
 
-FREED_FACTOR = 1.1  # growth of the usable memory since an out-of-memory error, above which the error is ignored
-USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # share of free memory; on a CPU, MemoryWatch stops a run there
-REWARD_HEADS = ("classifier", "score")  # peft's names for the head of a reward model; the objective adds its own
-PUBLISHED_PARAMETERS = 7e9  # from this size on: 2e-4 (QLoRA, arXiv:2305.14314, table 9)
-REFERENCE_SCALE, REFERENCE_ROWS = 32, 8  # adapter scale (r 16, alpha 32) and rows per step that the rule is made for
-MIN_SCALE, ROWS_RANGE = 8, (2, 32)  # measured; below MIN_SCALE and outside of ROWS_RANGE the rate stays constant
-DECIDING = {  # options that the rules for alpha and for the learning rate read
+# If the usable memory has grown by this factor since an out-of-memory error, the error no longer limits the plan.
+FREED_FACTOR = 1.1
+USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # share of free memory; on a CPU, MemoryWatch stops a run above it
+REWARD_HEADS = ("classifier", "score")  # PEFT's names for the head of a reward model
+PUBLISHED_PARAMETERS = 7e9  # model size from which the rate is 2e-4 (QLoRA, arXiv:2305.14314, table 9)
+REFERENCE_SCALE, REFERENCE_ROWS = 32, 8  # adapter scale (r 16, alpha 32) and rows per step of the rule
+MIN_SCALE, ROWS_RANGE = 8, (2, 32)  # measured range, outside of which the rate stays constant
+DEPENDENCIES = {  # options that alpha and the learning rate depend on
     "lora.alpha": ("lora.r",),
     "train.learning_rate": (
         *("model.name", "lora.r", "lora.alpha", "lora.use_rslora"),
@@ -47,18 +48,20 @@ def choose(
     parameters: int | None = None,
     devices: int = 1,
 ) -> Resolved:
-    """Fill in every open option of a recipe; raise RecipeError if options conflict with each other or the adapter."""
-    # device, dtype (name, reason): for a recipe that leaves them open. adapter: adapter_config.json of `model.adapter`
-    # with the texts of its new tokens; the recipe takes its shape. machine: one device's part.
+    """Choose every unset option of a recipe.
+
+    machine: its cores and memory are one device's share. device, dtype (name, reason): the choices for auto. adapter:
+    the expanded config of `model.adapter`. Raises RecipeError if options conflict with each other or with the adapter.
+    """
     check_devices(resolved.recipe.train, devices)
     if adapter is not None:
-        resolved = resolved.decide(_adapter_choices(resolved, adapter))
-    resolved = resolved.decide(_plain_choices(resolved.recipe, shape, device, dtype))
+        resolved = resolved.decide(_choose_from_adapter(resolved, adapter))
+    resolved = resolved.decide(_choose_without_memory(resolved.recipe, shape, device, dtype))
     recipe, model = resolved.recipe, resolved.recipe.model
     check_patterns(recipe.lora, shape)
     if recipe.train.gradient_checkpointing == "offload" and (why := why_not_offloaded(recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
-    if recipe.train.int8_matmul and (why := why_no_integers(recipe, machine, shape)) is not None:
+    if recipe.train.int8_matmul and (why := why_no_int8(recipe, machine, shape)) is not None:
         raise RecipeError(f"--train.int8_matmul true: {why}", fix="leave train.int8_matmul out")
     rate_of = partial(Rate.of_cpu, machine, load_rates(machine, "cpu")) if model.device == "cpu" else None
     usable = usable_bytes(machine, model.device)
@@ -79,54 +82,53 @@ def choose(
     return _apply_memory_limits(resolved, limits)
 
 
-def _plain_choices(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[str, str]) -> list[Choice]:
-    """Return the choices that do not depend on memory."""
+def _choose_without_memory(recipe: Recipe, shape: ModelShape, device: str, dtype: tuple[str, str]) -> list[Choice]:
     values: list[tuple[str, Any, str]] = []
     if recipe.model.device == "auto":
         values.append(("model.device", device, "the fastest device torch can use here"))
     if recipe.model.dtype == "auto":
-        dtype = ("fp32", "train.int8_matmul more in fp32") if recipe.train.int8_matmul else dtype
+        dtype = ("fp32", "train.int8_matmul speeds up fp32 more") if recipe.train.int8_matmul else dtype
         values.append(("model.dtype", *dtype))
     if recipe.lora.alpha is None:
-        values.append(("lora.alpha", alpha_of(recipe), "2 r"))
+        values.append(("lora.alpha", alpha_or_default(recipe), "2 r"))
     values += default_options(recipe.train)
     if recipe.train.learning_rate is None:
-        values.append(("train.learning_rate", *open_rate(recipe, shape)))
+        values.append(("train.learning_rate", *default_learning_rate(recipe, shape)))
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         values.append(("train.optimizer", "adamw_8bit", "paging needs CUDA"))
     return [Choice(field, value, "plan", why) for field, value, why in values]
 
 
 def _apply_memory_limits(resolved: Resolved, limits: Mapping[str, Any]) -> Resolved:
-    """Lower choices of the plan to the limits that an earlier run, which ran out of memory, has left."""
+    """Reduce choices of the plan to the limits that were stored when an earlier run was out of memory."""
     why = "an earlier run of this shape ran out of memory here"
     tokens = min(limits.get("micro_batch_tokens") or 1 << 30, resolved.recipe.train.micro_batch_tokens or 1 << 30)
-    for name, field, value, how in (
+    for name, field, value, suffix in (
         ("streamed", "model.resident_layers", 0, "with more"),
         ("recompute", "train.gradient_checkpointing", "offload" if limits.get("offload") else "on", "without"),
         ("micro_batch_tokens", "train.micro_batch_tokens", tokens, "with more"),
     ):
         if limits.get(name) and resolved.choices[field].origin == "plan":
-            resolved = resolved.decide([Choice(field, value, "plan", f"{why} {how}")])
+            resolved = resolved.decide([Choice(field, value, "plan", f"{why} {suffix}")])
     return resolved
 
 
-def why_no_integers(recipe: Recipe, machine: Machine, shape: ModelShape) -> str | None:
-    """Return why frozen weights cannot be multiplied in 8-bit integers, or None. The recipe's device is chosen."""
+def why_no_int8(recipe: Recipe, machine: Machine, shape: ModelShape) -> str | None:
+    """Return why frozen weights cannot be multiplied in int8, or None. The recipe's device must be known."""
     if recipe.model.device != "cpu":
         return f"only on a CPU, and the run is on {recipe.model.device}"
     if not machine.has_int8_dot:
         return f"{machine.cpu} has no 8-bit integer dot products (VNNI)"
-    why = why_plain(recipe, shape)
+    why = why_recipe_not_fast(recipe, shape)
     return None if why is None else f"the plain step cannot, and it trains this recipe ({why})"
 
 
 def usable_bytes(machine: Machine, device: str) -> int:
-    """Return the bytes a run may use: a share of what this process can allocate, or of the GPU's (free) memory."""
+    """Return the bytes that a run may use, a share of the device's free memory."""
     kind, _, index = device.partition(":")
     free = machine.free_bytes
     if kind == "cuda" and machine.gpus:
-        line = machine.gpus[min(int(index or 0), len(machine.gpus) - 1)]  # the driver's: "name, 24564 MiB"
+        line = machine.gpus[min(int(index or 0), len(machine.gpus) - 1)]  # from the driver: "name, 24564 MiB"
         free = int(match[1]) << 20 if (match := re.search(r"(\d+) MiB", line)) else free
     if kind == "cuda" and machine.card_free_bytes is not None:
         free = machine.card_free_bytes
@@ -134,7 +136,7 @@ def usable_bytes(machine: Machine, device: str) -> int:
 
 
 def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
-    """Return the key of remembered out-of-memory limits: all that decides memory except the micro-batch."""
+    """Return the key for stored out-of-memory limits. It depends on what affects memory, except the micro-batch."""
     model, lora = recipe.model, recipe.lora
     parts = (
         *(machine.cpu, machine.memory_bytes, machine.gpus, shape, model.device, model.dtype, model.quantization),
@@ -143,8 +145,8 @@ def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
     return sha256_text(repr(parts))[:24]
 
 
-def _adapter_choices(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
-    """Return the recipe fields that the adapter to start from decides; refuse a recipe with another value."""
+def _choose_from_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
+    """Choose the options that the start adapter determines. Raises RecipeError if the recipe has other values."""
     values = {
         "lora.r": adapter["r"],
         "lora.alpha": float(adapter["lora_alpha"]),
@@ -158,7 +160,7 @@ def _adapter_choices(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Cho
         "lora.new_tokens": adapter.get("new_tokens", []),
     }
     user = {field: choice.value for field, choice in resolved.choices.items() if choice.origin in ("recipe", "option")}
-    for field, value in (values | {"lora.init": "default"}).items():  # another init would overwrite its values
+    for field, value in (values | {"lora.init": "default"}).items():  # another init would overwrite the adapter
         if field in user and user[field] != value:
             adapter_value = "trained values" if field == "lora.init" else value
             what = f"--{field} {user[field]}: the adapter to start from has {adapter_value}"
@@ -171,19 +173,19 @@ def _adapter_choices(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Cho
 
 
 def learning_rate(parameters: int) -> float:
-    """Return the rate of supervised fine-tuning: 2e-4 (7e9 / P)^(2/3) below 7B parameters, at most 4e-3, else 2e-4."""
-    # The exponent joins the published rate for 7B to the measured models (docs/learning_rate.md).
+    """Return the rate for supervised fine-tuning of P parameters: 2e-4 max(1, 7e9 / P)^(2/3), at most 4e-3."""
+    # The exponent was fitted to the published rate for 7B and to measured models (docs/learning_rate.md).
     return float(f"{min(4e-3, 2e-4 * max(1.0, PUBLISHED_PARAMETERS / parameters) ** (2 / 3)):.2g}")
 
 
 def objective_base_rate(parameters: int) -> float:
-    """Return the rate that the other objectives take a share of: 2e-4 (7e9 / P)^0.41, at most 2e-3."""
-    # It was the rule for supervised fine-tuning too when the shares were measured (docs/preferences.md).
+    """Return the rate of which other objectives use a share: for P parameters 2e-4 max(1, 7e9 / P)^0.41, <= 2e-3."""
+    # The shares were measured when this was also the rule for supervised fine-tuning (docs/preferences.md).
     return float(f"{min(2e-3, 2e-4 * max(1.0, PUBLISHED_PARAMETERS / parameters) ** 0.41):.2g}")
 
 
-def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
-    """Return the learning rate of a recipe that leaves it open, and the reason. There is no rule for sgd."""
+def default_learning_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
+    """Return the learning rate for a recipe that sets none, and the reason. Raises RecipeError for sgd."""
     train, objective, size = recipe.train, objective_of(recipe.train), shape.parameters
     if train.optimizer == "sgd":
         raise RecipeError("--train.optimizer sgd: no rule for its learning rate", fix="give --train.learning_rate")
@@ -191,7 +193,7 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     scale = adapter_scale(recipe)
     if (factor := rate_factor(scale, train.batch_size, train.lora_plus_ratio)) != 1:
         differences = {
-            f"alpha {alpha_of(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": scale != REFERENCE_SCALE,
+            f"alpha {alpha_or_default(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": scale != REFERENCE_SCALE,
             f"batches of {train.batch_size}": train.batch_size != REFERENCE_ROWS,
             "LoRA+": train.lora_plus_ratio != 1,
         }
@@ -205,36 +207,34 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     return rate, why
 
 
-def stale_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
-    """Yield a sentence for alpha and the learning rate if the recipe sets them, but an option would change them."""
-    # The recipe.yaml of a run has all values, so they do not follow a changed rank or model.
+def find_stale_values(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
+    """Yield notes on alpha and the learning rate, if the recipe sets them and an option changes their default."""
+    # The recipe.yaml of a run sets all options, so alpha and the rate do not follow a changed rank or model.
     recipe, choices = resolved.recipe, resolved.choices
-    open_alpha = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"alpha": None})})
-    rule_values = {"lora.alpha": alpha_of(open_alpha)}
+    rule_values = {"lora.alpha": 2.0 * recipe.lora.r}
     if recipe.train.optimizer != "sgd":
-        rule_values["train.learning_rate"] = open_rate(recipe, shape)[0]
+        rule_values["train.learning_rate"] = default_learning_rate(recipe, shape)[0]
     for field, value in rule_values.items():
-        options = [f"--{name} {choices[name].value}" for name in DECIDING[field] if choices[name].origin == "option"]
-        choice = choices[field]
+        changed = [choices[name] for name in DEPENDENCIES[field] if choices[name].origin == "option"]
+        options, choice = [f"--{x.field} {x.value}" for x in changed], choices[field]
         if options and choice.origin == "recipe" and choice.value is not None and choice.value != value:
-            open_value = f"with {', '.join(options)} it would be {value:g} (--{field} none)"
-            yield f"{field} {choice.value:g}: as the recipe has it; {open_value}"
+            default = f"with {', '.join(options)} it would be {value:g} (--{field} none)"
+            yield f"{field} {choice.value:g}: set by the recipe; {default}"
 
 
 def adapter_scale(recipe: Recipe) -> float:
-    """Return the rank times the scale of the adapter's update: alpha, or alpha sqrt(r) with rsLoRA."""
-    return alpha_of(recipe) * (recipe.lora.r**0.5 if recipe.lora.use_rslora else 1)
+    """Return the rank times the scaling of the adapter: alpha, or alpha sqrt(r) with rsLoRA."""
+    return alpha_or_default(recipe) * (recipe.lora.r**0.5 if recipe.lora.use_rslora else 1)
 
 
-def alpha_of(recipe: Recipe) -> float:
-    """Return alpha, which is twice the rank if the recipe leaves it open."""
+def alpha_or_default(recipe: Recipe) -> float:
     return recipe.lora.alpha or 2.0 * recipe.lora.r
 
 
 def rate_factor(scale: float, batch: int, ratio: float = 1.0) -> float:
-    """Return the factor on the rate for another `adapter_scale`, rows per step, or LoRA+ ratio than the rule's."""
-    # Measured at ranks 4 to 128, scales 1 to 8, 2 to 32 rows, and a ratio of 16 (docs/learning_rate.md). With one alpha
-    # for all ranks the rate is the same, as in "LoRA Without Regret" (Schulman and Thinking Machines, 2025).
+    """Return the factor on the learning rate for an adapter scale, number of rows per step, and LoRA+ ratio."""
+    # Measured at ranks 4 to 128, scales 1 to 8, 2 to 32 rows, and a ratio of 16 (docs/learning_rate.md). The rate does
+    # not depend on the rank if alpha does not, as in "LoRA Without Regret" (Schulman and Thinking Machines, 2025).
     rows = min(max(batch, ROWS_RANGE[0]), ROWS_RANGE[1])
     return float((REFERENCE_SCALE / max(scale, MIN_SCALE)) ** 0.5 * (rows / REFERENCE_ROWS) ** 0.2 / ratio**0.5)
 

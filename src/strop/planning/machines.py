@@ -21,14 +21,14 @@ _VARIANTS = {"ti", "super", "laptop", "mobile", "max", "sff", "d", "xt", "nvl"}
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """A GPU, Apple chip or CPU by its maker's data sheet."""
+    """A GPU, Apple chip or CPU, with figures from its data sheet."""
 
     name: str
     kind: str  # consumer, workstation, data center, Apple, CPU, or unknown
     memory_gb: float  # nominal memory, counted as GiB; shared with the system on Apple chips and CPUs
     bandwidth_gbs: float  # memory bandwidth in GB/s (10^9 bytes)
     tflops: float  # dense matmul rate with fp32 accumulation, in bf16, or in fp32 if `bf16` is False
-    device: str = "cuda"  # device of the recipe (cuda, mps or cpu)
+    device: str = "cuda"  # cuda, mps or cpu
     bf16: bool = True
 
     @property
@@ -40,7 +40,7 @@ class DeviceSpec:
 UNKNOWN = DeviceSpec("a GPU that is not in the table", "unknown", 0, 500, 60)
 
 
-def _specs(kind: str, table: str, device: str = "cuda") -> list[DeviceSpec]:
+def _parse_specs(kind: str, table: str, device: str = "cuda") -> list[DeviceSpec]:
     specs = []
     for row in table.strip().splitlines():
         name, memory, bandwidth, rate, *rest = (part.strip() for part in row.split("|"))
@@ -48,10 +48,10 @@ def _specs(kind: str, table: str, device: str = "cuda") -> list[DeviceSpec]:
     return specs
 
 
-# name | memory | bandwidth | dense TFLOPS | "fp32" if it has no bf16. The rate of GeForce GPUs is halved, because they
-# accumulate in fp32.
+# Columns: name, memory, bandwidth, dense TFLOPS, and "fp32" for a device without bf16. The TFLOPS of GeForce GPUs are
+# halved, because they accumulate in fp32.
 SPECS = [
-    *_specs("consumer", """
+    *_parse_specs("consumer", """
         RTX 3060 | 12 | 360 | 25.5
         RTX 3060 Ti | 8 | 448 | 32.4
         RTX 3070 | 8 | 448 | 40.6
@@ -75,7 +75,7 @@ SPECS = [
         RTX 5090 | 32 | 1792 | 209.5
         RX 7900 XTX | 24 | 960 | 122.8
     """),
-    *_specs("workstation", """
+    *_parse_specs("workstation", """
         RTX A4000 | 16 | 448 | 76.7
         RTX A5000 | 24 | 768 | 111.1
         RTX A6000 | 48 | 768 | 154.8
@@ -84,7 +84,7 @@ SPECS = [
         RTX 6000 Ada | 48 | 960 | 364.2
         RTX PRO 6000 Blackwell | 96 | 1792 | 503.8
     """),
-    *_specs("data center", """
+    *_parse_specs("data center", """
         T4 | 16 | 320 | 8.1 | fp32
         V100 16GB | 16 | 900 | 15.7 | fp32
         V100 32GB | 32 | 900 | 15.7 | fp32
@@ -103,7 +103,7 @@ SPECS = [
         MI210 | 64 | 1638 | 181
         MI300X | 192 | 5300 | 1307
     """),
-    *_specs("Apple", """
+    *_parse_specs("Apple", """
         M1 | 16 | 68 | 2.6 | fp32
         M1 Max | 32 | 400 | 10.4 | fp32
         M2 | 24 | 100 | 3.6 | fp32
@@ -112,7 +112,7 @@ SPECS = [
         M4 | 32 | 120 | 4.3 | fp32
         M4 Max | 64 | 546 | 17.2 | fp32
     """, "mps"),
-    *_specs("CPU", """
+    *_parse_specs("CPU", """
         CPU 8 cores AVX2 | 32 | 60 | 0.6 | fp32
         CPU 16 cores AVX512-BF16 | 64 | 80 | 3.2
         CPU 32 cores AMX | 256 | 300 | 30
@@ -122,49 +122,47 @@ SPECS = [
 
 def find_spec(name: str) -> DeviceSpec:
     """Return the device of this name, in any spelling ("rtx4090", "NVIDIA GeForce RTX 4090")."""
-    normalized_name = _normalized(name)
-    by_name = {_normalized(spec.name): spec for spec in SPECS}
-    if normalized_name in by_name:
-        return by_name[normalized_name]
-    longer = [spec for key, spec in by_name.items() if normalized_name and key.startswith(normalized_name)]
-    if longer:
+    key = _normalize(name)
+    specs = {_normalize(spec.name): spec for spec in SPECS}
+    if key in specs:
+        return specs[key]
+    if longer := [spec for longer_key, spec in specs.items() if key and longer_key.startswith(key)]:
         return min(longer, key=lambda spec: (len(spec.name), spec.memory_gb))
-    matched = match_driver_name(name)
-    if matched is not None:
+    if (matched := match_driver_name(name)) is not None:
         return matched
-    near = difflib.get_close_matches(normalized_name, by_name, n=1, cutoff=0.5)
-    hint = f" (did you mean {by_name[near[0]].name}?)" if near else ""
-    known = ", ".join(spec.name for spec in SPECS)
-    fix = f"choose one of {known}; or give --memory and --device"
+    similar = difflib.get_close_matches(key, specs, n=1, cutoff=0.5)
+    hint = f" (did you mean {specs[similar[0]].name}?)" if similar else ""
+    names = ", ".join(spec.name for spec in SPECS)
+    fix = f"choose one of {names}; or give --memory and --device"
     raise RecipeError(f"--gpu {name}: not in the table{hint}", fix=fix)
 
 
 def match_driver_name(name: str) -> DeviceSpec | None:
     """Return the GPU that a driver calls `name` ("NVIDIA A100-SXM4-80GB, 81920 MiB"), or None if it is unknown."""
-    # Every word of the table's name must be in the driver's name. Words such as Ti, Super and Laptop must be in both.
+    # All words of the table's name must be in the driver's name, and _VARIANTS of the driver's name in the table's.
     words = set(re.findall(r"[a-z0-9]+", name.partition(",")[0].lower()))
     table = {spec: set(spec.name.lower().replace(" sxm", "").split()) for spec in SPECS if spec.device == "cuda"}
     matching = [spec for spec, names in table.items() if names <= words and not (_VARIANTS & words) - names]
     return max(matching, key=lambda spec: len(table[spec]), default=None)
 
 
-def _normalized(name: str) -> str:
+def _normalize(name: str) -> str:
     text = re.sub(r"nvidia|geforce|amd|radeon|apple|tesla|instinct", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", text)
 
 
 @dataclass(frozen=True)
-class Target:
-    machine: Machine  # properties of the machine, with the memory size to plan for
-    device: str  # device if the recipe's is auto
-    dtype: tuple[str, str]  # (name, reason) of the compute dtype if the recipe's is auto
-    rate_of: Callable[[str], Rate]  # returns the speed of the device in a dtype
+class TargetMachine:
+    machine: Machine  # with the memory size to plan for
+    device: str  # for a recipe whose device is auto
+    dtype: tuple[str, str]  # name and reason, for a recipe whose dtype is auto
+    rate_of: Callable[[str], Rate]  # returns the device's speed in a dtype
 
 
-def target_for(device: str, memory: int | None = None, gpu: str | None = None) -> Target:
+def find_target(device: str, memory: int | None = None, gpu: str | None = None) -> TargetMachine:
     machine = probe()
     if gpu is not None:
-        return _target_of_spec(machine, find_spec(gpu), memory)
+        return _make_target(machine, find_spec(gpu), memory)
     kind, _, number = device.partition(":")
     if kind == "auto":
         kind = "cuda" if machine.gpus and memory is None else "cpu"
@@ -176,23 +174,23 @@ def target_for(device: str, memory: int | None = None, gpu: str | None = None) -
         if spec is None and machine.gpus:
             capability = compute_capability(index) or MIN_BF16_CAPABILITY
             spec = replace(UNKNOWN, bf16=capability >= MIN_BF16_CAPABILITY)
-        return _target_of_spec(machine, spec or UNKNOWN, memory, gpus=machine.gpus if memory is None else ())
+        return _make_target(machine, spec or UNKNOWN, memory, gpus=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
     rates, precision = load_rates(machine, "cpu"), load_precision(machine) if is_installed("torch") else None
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU in the table")
-        return Target(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
+        return TargetMachine(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
     guess = "bf16" if has_bf16(machine) else "fp32", f"guessed from {GUESS}"
     dtype = precision or (guess if rates is None else (rates.dtype, "measured by strop doctor"))
-    return Target(machine, "cpu", dtype, partial(Rate.of_cpu, machine, rates))
+    return TargetMachine(machine, "cpu", dtype, partial(Rate.of_cpu, machine, rates))
 
 
-def _target_of_spec(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: tuple[str, ...] = ()) -> Target:
+def _make_target(machine: Machine, spec: DeviceSpec, memory: int | None, gpus: tuple[str, ...] = ()) -> TargetMachine:
     size = memory or int(spec.memory_gb * (1 << 30))
     dtype = ("bf16", "the GPU computes in bf16") if spec.bf16 else ("fp32", "the GPU has no fast bf16")
     if spec.device != "cuda":
         machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())
     else:
         machine = replace(machine, gpus=gpus or (f"{spec.name}, {size >> 20} MiB",))
-    return Target(machine, spec.device, dtype, lambda _: spec.rate)
+    return TargetMachine(machine, spec.device, dtype, lambda _: spec.rate)

@@ -1,8 +1,9 @@
-"""Peak memory of every phase of a run and of the commands after it, by part. Imports no torch and reads no weights."""
+"""Predict the peak memory of each phase of a run, and of the commands after it.
 
-# Each term has a cause that was measured alone; docs/plan.md has the measurements and the errors of the sums. On a CPU,
-# memory is the process's resident memory above its value before the model loads; on CUDA, all that the GPU must have,
-# its context included. Commands after training read the base first: their peak is at least `load_phase`.
+Each term was measured alone (docs/plan.md). On a CPU, memory is the growth of the process's resident memory since
+before the model was loaded. On CUDA, it is the memory of the GPU with its context. Imports no torch and reads no
+weights.
+"""
 
 from __future__ import annotations
 
@@ -16,43 +17,41 @@ from strop.engine.decode.cache import MAX_SEQUENCES, PREFILL_ROWS, blocks_for
 from strop.models.families.table import FAMILIES
 from strop.objectives.table import max_completion_tokens, sequences_per_row
 from strop.planning.activations import LiveBytes, MicroBatch, peak_live_bytes
-from strop.planning.workload import BITS, BYTES, JOINED, Workload
+from strop.planning.workload import BITS, BYTES, FUSED_LINEARS, Workload
 
 MIB = 1 << 20
 PARTS = (
     "weights", "quantization_constants", "adapters", "gradients", "optimizer", "saved_activations", "live_layer",
     "head", "workspace", "mapped_files", "framework",
 )  # fmt: skip
-# Growth of a CPU process in one step of a tiny model (docs/plan.md, "What does not depend on the model"): code of
-# transformers and peft for the model; numba and LLVM with the compiled kernels; PyTorch and the oneDNN kernels of as
-# many matmul shapes as are cached (engine.device).
-CODE_BYTES = 20 * MIB
-KERNELS_BYTES = 85 * MIB
-MATMULS_BYTES = 47 * MIB
-MORE_MATMULS_BYTES, FP32_MATMULS_BYTES = 87 * MIB, 5 * MIB
-SCRATCH_BYTES = 14 * MIB  # oneDNN scratch and small blocks; for the fast step see activations.MLP_FRAGMENTATION
+# Growth of a CPU process in one step of a tiny model (docs/plan.md, "What does not depend on the model").
+CODE_BYTES = 20 * MIB  # transformers and PEFT
+KERNELS_BYTES = 85 * MIB  # numba and LLVM with the compiled kernels
+# PyTorch and cached oneDNN kernels (engine.device): in bf16 without and with LoRA matmuls, and in fp32
+MATMULS_BYTES, MORE_MATMULS_BYTES, FP32_MATMULS_BYTES = 47 * MIB, 87 * MIB, 5 * MIB
+SCRATCH_BYTES = 14 * MIB  # scratch memory of oneDNN, and small buffers
 INTEGER_SUMS_BYTES = 72 * MIB  # engine.kernels.cpu.int8_matmul.SUMS_BYTES
-CUDA_CONTEXT_BYTES = 450 * MIB  # driver context, with cuBLAS's workspace
-FUSED_EXPERTS = ("gpt_oss", "gemma4_text", "llama4_text")  # families whose files store experts as transformers does
-BLOCK, NESTED = 64, 256  # weights per quantization constant, constants per nested constant
+CUDA_CONTEXT_BYTES = 450 * MIB  # with cuBLAS's workspace
+FUSED_EXPERTS = ("gpt_oss", "gemma4_text", "llama4_text")  # families that store the experts of a layer in one tensor
+BLOCK, NESTED = 64, 256  # weights per quantization constant, and constants per nested constant
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
 
-DECODE_KERNELS_BYTES = 25 * MIB  # decode kernels, on top of those for training (a server of SmolLM2, with a margin)
+DECODE_KERNELS_BYTES = 25 * MIB  # decode kernels, in addition to KERNELS_BYTES (server of SmolLM2, with a margin)
 LANES = 16  # values per vector (engine.kernels.cpu.dots)
 ANSWER_TOKENS = 80  # default of `strop eval --max-new-tokens`
-SCORED_AT_ONCE = 128  # positions, as in engine.decode.batch
-SCREENED_SHARE = 0.1  # a head below this share of the weights read per token has no 8-bit copy (engine.decode)
+SCORED_AT_ONCE = 128  # positions scored at once, as in engine.decode.batch
+SCREENED_SHARE = 0.1  # minimum share of the head in the weights read per token for an 8-bit copy, as in engine.decode
 HF_BATCH_ROWS = 16  # rows in a batch of transformers' generate, as in engine.decode.hf_fallback
-CACHE_SHARE = 0.5  # largest share of free memory for keys and values, as in engine.decode.decoder_cache
-PARITY_PROCESS_BYTES = 170 * MIB  # library pages for fp32, and memory that the heap keeps (two merges of the demo)
+CACHE_SHARE = 0.5  # maximum share of free memory for keys and values, as in engine.decode.decoder_cache
+PARITY_PROCESS_BYTES = 170 * MIB  # libraries for fp32, and freed memory that the heap keeps (two merges of the demo)
 WRITING_BYTES = {"q8_0": 5.7, "f16": 11.6, "bf16": 11.6, "f32": 4.6}  # per value of a tensor (exports of the demo)
-POSITIONS = 2048  # positions that a merge is measured on
-PARITY_BYTES = 32 * MIB  # temporaries of log-probabilities, computed a few positions at a time (export.parity)
+POSITIONS = 2048  # number of positions on which a merge is compared
+PARITY_BYTES = 32 * MIB  # temporary log-probabilities (export.parity)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by part at a phase's peak. When memory is short, the system reclaims `mapped_files` (weight files)."""
+    """Bytes by part at the peak of a phase. The system can reclaim `mapped_files` (weight files)."""
 
     parts: Mapping[str, int] = field(default_factory=dict)
 
@@ -70,16 +69,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class RolloutLoad:
-    """Completions sampled for a step: `completions` of up to `answer` tokens, `group` per prompt of `prompt` tokens."""
+    """Completions that are sampled for a step."""
 
     completions: int
-    group: int
-    prompt: int
-    answer: int
+    group: int  # completions per prompt
+    prompt: int  # tokens of a prompt
+    answer: int  # maximum number of tokens of a completion
 
     @staticmethod
-    def of(recipe: Recipe, prompt: int | None = None) -> RolloutLoad | None:
-        """Return the load of a recipe, or None without sampling. prompt: tokens; default: the maximum length."""
+    def from_recipe(recipe: Recipe, prompt: int | None = None) -> RolloutLoad | None:
+        """Return the load of a recipe, or None if it samples nothing. prompt: tokens of a prompt."""
         train, answer = recipe.train, max_completion_tokens(recipe.train)
         if not answer:
             return None
@@ -92,23 +91,23 @@ class EvaluationLoad:
     """Completions that `strop eval` generates at once."""
 
     completions: int
-    positions: int  # cache positions of all of them
+    positions: int  # cache positions of all completions
     longest: int  # tokens of the longest row
-    measured: int  # tokens of the longest row that a merge is measured on
+    measured: int  # tokens of the longest row on which a merge is compared
 
     @staticmethod
-    def of(rows: Sequence[tuple[int, int]], longest: int) -> EvaluationLoad:
-        """Return the load of rows of (tokens, supervised tokens), or of a full batch of rows of `longest` tokens."""
+    def from_rows(rows: Sequence[tuple[int, int]], longest: int) -> EvaluationLoad:
+        """Return the load of rows of (tokens, supervised tokens). Without rows, a full batch of `longest` tokens."""
         rows = rows or [(longest, min(ANSWER_TOKENS, longest - 1))] * MAX_SEQUENCES
         lengths = [tokens - answer + max(ANSWER_TOKENS, answer) for tokens, answer in rows] * 2
         blocks = sorted(map(blocks_for, lengths), reverse=True)[:MAX_SEQUENCES]
         sizes, answers = zip(*rows, strict=True)
-        positions_before = accumulate(answers, initial=0)  # a shared prefix counts once
-        measured = max(size for size, before in zip(sizes, positions_before, strict=False) if before < POSITIONS)
+        starts = accumulate(answers, initial=0)
+        measured = max(size for size, start in zip(sizes, starts, strict=False) if start < POSITIONS)
         return EvaluationLoad(len(blocks), CACHE_BLOCK * sum(blocks), max(sizes), measured)
 
 
-def phases(
+def predict_phases(
     workload: Workload,
     batch: MicroBatch,
     evaluation: EvaluationLoad,
@@ -117,7 +116,7 @@ def phases(
     *,
     dtype: str,
 ) -> dict[str, Phase]:
-    """Return every phase by name. dtype: of the commands that generate on this machine, which need not be the run's."""
+    """Return the phases by name. dtype: of generation on this machine, which may differ from training."""
     decoding = decoding_workload(workload, dtype)
     return {
         "load": load_phase(workload),
@@ -133,7 +132,7 @@ def phases(
 def dense_weights(workload: Workload) -> int:
     """Return the number of base weights stored in the compute dtype."""
     shape, base = workload.shape, workload.base
-    packed = 0 if base.scheme == "none" else shape.quantizable * (shape.layers - base.resident_layers)
+    packed = 0 if base.scheme == "none" else shape.quantizable_weights * (shape.layers - base.resident_layers)
     return base.parameters - packed // shape.layers
 
 
@@ -147,8 +146,8 @@ def weight_bytes(workload: Workload) -> int:
 
 
 def constant_bytes(workload: Workload) -> int:
-    # 4 bit: an fp32 constant per block of 64; double: 8 bit with one fp32 constant for 256 of them, 4.127 bits per
-    # weight in all (QLoRA, arXiv:2305.14314, section 3). int8: one fp32 constant per row.
+    # 4 bit: an fp32 constant per block of weights. With double quantization: 8 bit, and an fp32 constant per NESTED
+    # constants (QLoRA, arXiv:2305.14314, section 3). int8: one fp32 constant per row.
     packed, base, shape = packed_weights(workload), workload.base, workload.shape
     if not packed:
         return 0
@@ -159,37 +158,36 @@ def constant_bytes(workload: Workload) -> int:
 
 
 def workspace_bytes(workload: Workload) -> int:
-    """Return bytes of the largest dequantized weight, gathered shards, 8-bit integer copies, and small scratch."""
     compute = workload.compute
     scratch = 32 * MIB if compute.device != "cpu" else SCRATCH_BYTES if compute.step == "plain" else 0
     dequantized, gathered = _largest_dequantized(workload) if workload.dequantizes else 0, 0
-    if workload.base.shards > 1:  # gathered at once: two layers, or a layer and the embedding or head
+    if workload.base.shards > 1:  # two layers are gathered at once, or a layer and the embedding or head
         layer = base_layer_bytes(workload)
-        gathered = layer + max(layer, compute.dtype_bytes * workload.shape.embedding)
+        gathered = layer + max(layer, compute.dtype_bytes * workload.shape.embedding_weights)
     return scratch + dequantized + gathered + integer_bytes(workload)
 
 
 def integer_bytes(workload: Workload) -> int:
-    """Return bytes of int8 matmuls: two 8-bit parts of each weight not stored in 8 bit, the head's too, and sums."""
+    """Return bytes of int8 matmuls: sums, and two 8-bit parts of each weight in 16 bit."""
     if not workload.compute.int8_matmul:
         return 0
     shape, base = workload.shape, workload.base
     layer = sum(x.weights for x in shape.linears if x not in shape.expert_linears)
     layers = shape.layers if base.scheme == "none" else base.resident_layers
-    return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
+    return 2 * (layers * layer + shape.embedding_weights) + INTEGER_SUMS_BYTES
 
 
 def base_layer_bytes(workload: Workload) -> int:
-    outside = workload.compute.dtype_bytes * workload.shape.embedding * (1 if workload.shape.tied else 2)
+    outside = workload.compute.dtype_bytes * workload.shape.embedding_weights * (1 if workload.shape.tied else 2)
     return (weight_bytes(workload) + constant_bytes(workload) - outside) // workload.shape.layers
 
 
 def _largest_dequantized(workload: Workload) -> int:
-    """Return bytes of the largest dequantized weight; for layers that the fast step joins, with the copied part."""
+    """Return bytes of the largest dequantized weight. A fused weight is dequantized in parts, which are copied."""
     sizes = {x.name: x.inputs * x.outputs for x in workload.shape.linears}
     largest = max(sizes.values())
-    for group in JOINED if workload.compute.step == "fast" else ():
-        parts = [sizes.get(name, 0) for name in group]
+    for names in FUSED_LINEARS if workload.compute.step == "fast" else ():
+        parts = [sizes.get(name, 0) for name in names]
         largest = max(largest, sum(parts) + max(parts))
     return workload.compute.dtype_bytes * largest
 
@@ -200,13 +198,14 @@ def framework_bytes(workload: Workload) -> int:
     if compute.device != "cpu":
         return CUDA_CONTEXT_BYTES
     kernels = KERNELS_BYTES if compute.step == "fast" else 0
-    few = workload.tiled_lora or compute.step == "plain"  # peft computes its adapters in fp32
-    matmuls = FP32_MATMULS_BYTES if compute.dtype_bytes == 4 else MATMULS_BYTES if few else MORE_MATMULS_BYTES
+    has_no_bf16_lora = workload.tiled_lora or compute.step == "plain"  # PEFT computes adapters in fp32
+    bf16_matmuls = MATMULS_BYTES if has_no_bf16_lora else MORE_MATMULS_BYTES
+    matmuls = FP32_MATMULS_BYTES if compute.dtype_bytes == 4 else bf16_matmuls
     return CODE_BYTES + matmuls + kernels
 
 
 def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
-    """Return the parts that do not change during a phase. trained: with the optimizer's state."""
+    """Return the parts that are constant during a phase. trained: with the optimizer's state."""
     return {
         "weights": weight_bytes(workload) // workload.base.shards,
         "quantization_constants": constant_bytes(workload) // workload.base.shards,
@@ -219,89 +218,88 @@ def constant_parts(workload: Workload, *, trained: bool) -> dict[str, int]:
 
 
 def _mapped_copies(workload: Workload) -> int:
-    """Return bytes of mapped weight files whose weights were copied, on a CPU in 16 bit."""
-    # The fast step joins weights on the same input, transformers joins experts stored one by one, and an embedding with
-    # new tokens is copied. Pages stay mapped while any other weight of the file is in use.
+    """Return bytes of weights that are copied, but whose files stay mapped (on a CPU in 16 bit)."""
+    # The fast step copies weights to fuse them, transformers to stack experts, and new tokens extend the embedding.
     shape, compute, base = workload.shape, workload.compute, workload.base
     if compute.device != "cpu" or base.scheme != "none" or compute.dtype_bytes != 2 or base.shards > 1:
-        return 0  # a share of a sharded base is read into its own memory
-    embeddings = shape.embedding * (1 if shape.tied else 2) if workload.adapter.new_tokens else 0
+        return 0  # shards are read into other memory
+    embeddings = shape.embedding_weights * (1 if shape.tied else 2) if workload.adapter.new_tokens else 0
     copied = [] if shape.family in FUSED_EXPERTS else [*shape.expert_linears]
     if compute.step == "fast":
-        copied += [x for x in shape.linears if any(x.name in group for group in JOINED)]
+        copied += [x for x in shape.linears if any(x.name in names for names in FUSED_LINEARS)]
     return compute.dtype_bytes * (shape.layers * sum(x.weights for x in copied) + embeddings)
 
 
 def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
-    """Return the peak of training from the second step on; the first step has no optimizer state yet."""
-    # fp32 gradients grow while activations are freed: on a GPU they count at the peak only if an earlier micro-batch
-    # has left some. On a CPU they are small blocks, whose memory the C library keeps from step to step.
+    """Return the peak of training, from the second step on (the first has no optimizer state yet)."""
+    # Gradients grow while activations are freed. On a GPU they count at the peak only if an earlier micro-batch has
+    # allocated them. On a CPU, the C library keeps their memory from step to step.
     adapter, compute = workload.adapter, workload.compute
     parts = constant_parts(workload, trained=True)
     trainable = 4 * workload.adapter_weights
     if compute.step == "fast" and compute.device == "cuda":
         parts["adapters"] += compute.dtype_bytes * workload.gpu_operand_weights
     elif compute.step == "fast" and not workload.tiled_lora:
-        # Each layer that saves activations keeps the adapter in the compute dtype for its backward pass.
+        # Layers that are not recomputed save the adapter in the compute dtype for the backward pass.
         share = 1 - compute.checkpointed_layers / workload.shape.layers if compute.dtype_bytes < 4 else 0.5
         parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.extra_weights) * share)
     gradients_at_peak = trainable if batch.more or compute.device == "cpu" else 0
-    moments = [(peak_live_bytes(workload, batch), gradients_at_peak), (LiveBytes(), trainable)]  # and the optimizer's
+    # the peak of the forward and backward pass, and the optimizer's update
+    moments = [(peak_live_bytes(workload, batch), gradients_at_peak), (LiveBytes(), trainable)]
     live, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
-    return phase_of({**parts, "gradients": gradients, **vars(live)})
+    return make_phase({**parts, "gradients": gradients, **vars(live)})
 
 
 def load_phase(workload: Workload) -> Phase:
-    """Return the peak of reading the base (a device's share of a sharded one; a quantized one tensor by tensor)."""
-    # On a CPU, 16-bit weights stay in their mapped files; fp32 copies count next to the files' pages.
+    # On a CPU, 16-bit weights stay in mapped files, and fp32 copies count in addition to the files' pages.
     constant = constant_parts(workload, trained=False)
     compute = workload.compute
     copied = compute.device == "cpu" and workload.base.scheme == "none" and compute.dtype_bytes != 2
     mapped = weight_bytes(workload.replace(dtype_bytes=2)) if copied else 0
     parts = {"weights": constant["weights"], "quantization_constants": constant["quantization_constants"]}
-    if workload.base.shards > 1 and copied:  # tensor by tensor: the largest as stored and converted
-        mapped, parts["workspace"] = 0, (2 + compute.dtype_bytes) * workload.shape.embedding
+    if workload.base.shards > 1 and copied:  # the largest tensor, as stored and converted
+        mapped, parts["workspace"] = 0, (2 + compute.dtype_bytes) * workload.shape.embedding_weights
     framework = CODE_BYTES if compute.device == "cpu" else CUDA_CONTEXT_BYTES
-    return phase_of({**parts, "mapped_files": mapped, "framework": framework})
+    return make_phase({**parts, "mapped_files": mapped, "framework": framework})
 
 
-def phase_of(parts: Mapping[str, int]) -> Phase:
+def make_phase(parts: Mapping[str, int]) -> Phase:
     return Phase({name: int(parts.get(name, 0)) for name in PARTS})
 
 
 def decoding_workload(workload: Workload, dtype: str) -> Workload:
-    """Return the workload with its model loaded to generate: on one device; on a CPU, dequantized once."""
+    """Return the workload of generation: on one device, and dequantized once on a CPU."""
     layers = workload.shape.layers if workload.compute.device == "cpu" else workload.base.resident_layers
     return workload.replace(shards=1, resident_layers=layers, dtype_bytes=BYTES[dtype])
 
 
 def evaluate_phase(workload: Workload, evaluation: EvaluationLoad, usable: int) -> Phase:
-    """Return the peak of `strop eval` for a `decoding_workload`; fewer completions at once when memory is short."""
+    """Return the peak of `strop eval` for a `decoding_workload`, limited by CACHE_SHARE of the free memory."""
     if not _has_decoder(workload):
         live = _prompt_bytes(workload, MicroBatch.rows([evaluation.longest] * HF_BATCH_ROWS))
         parts = serve_phase(workload, evaluation.longest, completions=HF_BATCH_ROWS).parts
-        return phase_of({**parts, "live_layer": live})
+        return make_phase({**parts, "live_layer": live})
     free = max(0, usable - serve_phase(workload, 0).peak_bytes)
     positions = int(CACHE_SHARE * free) // position_bytes(workload)
     parts = serve_phase(workload, min(evaluation.positions, positions)).parts
     rows = min(PREFILL_ROWS + evaluation.completions, evaluation.positions)
     logits = 4 * min(SCORED_AT_ONCE, evaluation.positions) * workload.shape.vocabulary
     head = logits + _screening_head_bytes(workload)
-    return phase_of({**parts, "live_layer": _pass_bytes(workload, rows), "head": head})
+    return make_phase({**parts, "live_layer": _pass_bytes(workload, rows), "head": head})
 
 
 def rollout_phase(workload: Workload, rollouts: RolloutLoad) -> Phase:
-    """Return the peak of sampling before a step: as serving as many as are sampled at once, plus the optimizer."""
+    """Return the peak of sampling before a step: that of a server, and the optimizer's state."""
     context, rows = rollouts.prompt + rollouts.answer, min(rollouts.completions, MAX_SEQUENCES)
     parts = serve_phase(workload, context, completions=rows).parts
-    return phase_of({**parts, "optimizer": constant_parts(workload, trained=True)["optimizer"]})
+    return make_phase({**parts, "optimizer": constant_parts(workload, trained=True)["optimizer"]})
 
 
 def merge_phase(workload: Workload, longest: int) -> Phase:
-    """Return the peak of merging, on a CPU: two models are measured in turn, on rows of `longest` tokens."""
+    """Return the peak of merging on a CPU, which compares two models on rows of `longest` tokens."""
     sizes = workload.shape.vocabulary, workload.shape.hidden, workload.shape.tied
     weights, head = parity_model_bytes(workload.base.parameters, *sizes, longest=longest)
-    return phase_of({
+    return make_phase({
         "weights": weights,
         "adapters": 4 * workload.adapter_weights,
         "head": head,
@@ -314,18 +312,18 @@ def parity_model_bytes(
     parameters: int, vocabulary: int, hidden: int, tied: bool, *, dtype_bytes: int = 2, longest: int = 1024
 ) -> tuple[int, int]:
     """Return bytes of (weights, head) of a model that converts weights of `dtype_bytes` to fp32 for each matmul."""
-    # The embedding is in fp32 too, an untied head is the largest converted weight, and a row has a matrix of logits.
+    # The embedding is in fp32, an untied head is the largest converted weight, and a row has a matrix of logits.
     embedding = 4 * vocabulary * hidden
     head = (0 if tied else embedding) + 4 * vocabulary * longest + PARITY_BYTES
     return dtype_bytes * parameters + embedding, head
 
 
 def export_phase(workload: Workload, longest: int, kind: str = "q8_0") -> Phase:
-    """Return the peak of writing a GGUF file of this type, without a measurement by llama.cpp."""
-    # Tensors are written one by one: the largest as stored, in fp32, and as written. An adapter trained on quantized
-    # weights is first measured on both possible bases, on rows of `longest` tokens.
-    largest = max(workload.shape.embedding, *(x.inputs * x.outputs for x in workload.shape.linears))
-    written = phase_of({
+    """Return the peak of writing a GGUF file of this type, without a comparison with llama.cpp."""
+    # Tensors are written one at a time. An adapter that was trained on quantized weights is first compared on the
+    # quantized and the original base, on rows of `longest` tokens.
+    largest = max(workload.shape.embedding_weights, *(x.inputs * x.outputs for x in workload.shape.linears))
+    written = make_phase({
         "adapters": 4 * workload.adapter_weights,
         "workspace": int(WRITING_BYTES.get(kind, WRITING_BYTES["f16"]) * largest),
         "framework": CODE_BYTES,
@@ -333,12 +331,12 @@ def export_phase(workload: Workload, longest: int, kind: str = "q8_0") -> Phase:
     if workload.base.scheme == "none":
         return written
     parts = merge_phase(workload, longest).parts
-    measured = phase_of({**parts, "framework": parts["framework"] - PARITY_PROCESS_BYTES})
+    measured = make_phase({**parts, "framework": parts["framework"] - PARITY_PROCESS_BYTES})
     return max(written, measured, key=lambda phase: phase.peak_bytes)
 
 
 def _has_decoder(workload: Workload) -> bool:
-    """Return whether strop's decoder generates for this model; otherwise transformers does."""
+    """Return whether strop's decoder supports the model. Otherwise transformers generates."""
     family = FAMILIES.get(workload.shape.family)
     return workload.compute.device == "cpu" and family is not None and family.fully_fused
 
@@ -350,17 +348,17 @@ def position_bytes(workload: Workload) -> int:
 
 
 def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Phase:
-    """Return the peak of serving base and adapter with `completions` of `context` tokens at once."""
+    """Return the peak of serving `completions` of `context` tokens at once."""
     constant, shape, positions = constant_parts(workload, trained=False), workload.shape, completions * context
     if not _has_decoder(workload):
         cache = 2 * shape.layers * shape.key_value_size * positions * workload.compute.dtype_bytes
         live = _prompt_bytes(workload, MicroBatch.rows([context]))
-        return phase_of({**constant, "saved_activations": cache, "live_layer": live})
+        return make_phase({**constant, "saved_activations": cache, "live_layer": live})
     constants = 4 * packed_weights(workload) // BLOCK if workload.base.scheme in ("nf4", "fp4") else 0
     b, ranked = workload.compute.dtype_bytes, workload.ranked_linears()
-    # The decoder's copy of the adapter, next to peft's: A in the compute dtype, B in fp32.
+    # The decoder copies the adapter: A in the compute dtype, B in fp32.
     adapter = shape.layers * sum(rank * (b * x.inputs + 4 * x.total_outputs) for x, rank in ranked)
-    return phase_of({
+    return make_phase({
         **constant,
         "quantization_constants": constant["quantization_constants"] + constants,
         "adapters": constant["adapters"] + adapter,
@@ -368,14 +366,14 @@ def serve_phase(workload: Workload, context: int, *, completions: int = 1) -> Ph
         "workspace": SCRATCH_BYTES,
         "saved_activations": positions * position_bytes(workload),
         "live_layer": _pass_bytes(workload, min(PREFILL_ROWS, positions)),
-        # logits of each row, and once more in one matrix
+        # logits of each row, and again in one matrix
         "head": 2 * 4 * completions * shape.vocabulary + _screening_head_bytes(workload),
         "framework": CODE_BYTES + KERNELS_BYTES + DECODE_KERNELS_BYTES,
     })  # fmt: skip
 
 
 def _screening_head_bytes(workload: Workload) -> int:
-    """Return bytes of the head's 8-bit copy for exact argmax, with two values per row."""
+    """Return bytes of the head's 8-bit copy, with two values per row, which speeds up an exact argmax."""
     shape = workload.shape
     head = workload.compute.dtype_bytes * shape.vocabulary * shape.hidden
     read = weight_bytes(workload) - (0 if shape.tied else head)
@@ -383,7 +381,7 @@ def _screening_head_bytes(workload: Workload) -> int:
 
 
 def _pass_bytes(workload: Workload, rows: int) -> int:
-    """Return bytes of a decoder pass: a matmul's input and queries, and in fp32 its output and the residual stream."""
+    """Return bytes of a pass of strop's decoder: inputs and queries, and outputs and the residual stream in fp32."""
     shape, b = workload.shape, workload.compute.dtype_bytes
     inputs = max(shape.hidden, shape.query_size, shape.intermediate)
     outputs = max(shape.query_size + 2 * shape.key_value_size, 2 * shape.intermediate, shape.hidden)
@@ -391,6 +389,6 @@ def _pass_bytes(workload: Workload, rows: int) -> int:
 
 
 def _prompt_bytes(workload: Workload, batch: MicroBatch) -> int:
-    """Return bytes of transformers' forward pass over a prompt; the head computes its last row only."""
+    """Return bytes of transformers' forward pass over a prompt, with logits of the last row only."""
     shape, b = workload.shape, workload.compute.dtype_bytes
     return batch.tokens * (3 * shape.hidden + 3 * shape.intermediate) * b + 4 * shape.vocabulary

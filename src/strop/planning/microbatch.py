@@ -1,4 +1,4 @@
-"""Measure the rows of a recipe, and predict its micro-batches: the largest, a typical one, and the first ones."""
+"""Measure the rows of a recipe and predict its micro-batches."""
 
 from __future__ import annotations
 
@@ -22,29 +22,27 @@ from strop.planning.workload import Workload
 from strop.runs.folder import is_run
 
 MICRO_BATCH_TOKENS = 2048
-TIMED_STEPS = 32  # steps whose predicted time is extrapolated to the run
+TIMED_STEPS = 32  # number of steps from which the time of a run is predicted
 NO_DATA = "-"  # data.train of a plan without data
 
 
 class Rows(list[tuple[int, int]]):
-    """The size of each answer: (tokens, supervised tokens)."""
+    """The tokens and supervised tokens of each sequence."""
 
     prefix = 0  # length of the prefix that all rows share
-    unknown = ""  # why the rows are unknown
-    refused = ""  # why a run would refuse them
+    unknown = ""  # why the rows cannot be read
+    refused = ""  # why a run would reject them
 
 
 def plan_options(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
-    """Return options with full field names; without a recipe and data, the plan assumes rows of the maximum length."""
-    full = {full_name(name): value for name, value in (options or {}).items()}
-    if not recipe_given:
-        full.setdefault("data.train", NO_DATA)
-    return full
+    """Return options with full field names. Without a recipe and data, rows are assumed to have the maximum length."""
+    default = {} if recipe_given else {"data.train": NO_DATA}
+    return default | {full_name(name): value for name, value in (options or {}).items()}
 
 
-def row_sizes(recipe: Recipe) -> Rows:
-    """Return the size of each row, if the rows and the model's tokenizer are on this machine."""
-    # A pair gives two sizes. A prompt gives one for each completion that is sampled, at the maximum length.
+def measure_rows(recipe: Recipe) -> Rows:
+    """Return the sizes of the rows, if they and the model's tokenizer are on this machine."""
+    # A preference pair has two sequences. A prompt has one for each sampled completion, of the maximum length.
     sizes = Rows()
     source = _tokenizer_source(recipe)
     if isinstance(source, str):
@@ -52,14 +50,13 @@ def row_sizes(recipe: Recipe) -> Rows:
         return sizes
     data_kind = data_kind_of(recipe.train)
     prepared = prepare(recipe.data, load_tokenizer(source), strict=False, data_kind=data_kind)
-    rows, refusal, prefix = prepared.train, prepared.report.refusal, None
-    sizes.refused = "" if refusal is None else str(refusal)
+    rows, prefix = prepared.train, None
+    sizes.refused = str(prepared.report.refusal or "")
     if sampled := max_completion_tokens(recipe.train):
         lengths = [int(length) + sampled for length in rows.lengths]
         sizes += [(length, sampled) for length in lengths for _ in range(sequences_per_row(recipe.train))]
         return sizes
-    for number in range(len(rows)):
-        example = rows[number]
+    for example in rows:
         sizes.append((len(example), example.supervised))
         prefix = _shared_prefix(prefix, example.ids) if data_kind == "turns" else None
     sizes.prefix = 0 if prefix is None else len(prefix)
@@ -67,7 +64,7 @@ def row_sizes(recipe: Recipe) -> Rows:
 
 
 def _tokenizer_source(recipe: Recipe) -> Source | str:
-    """Return the model whose tokenizer reads the rows, or why the rows cannot be read."""
+    """Return the source of the model's tokenizer, or why the rows cannot be read."""
     names, model = recipe.data.train, Path(recipe.model.name).expanduser()
     names = [names] if isinstance(names, str) else names
     if names == [NO_DATA]:
@@ -82,7 +79,7 @@ def _tokenizer_source(recipe: Recipe) -> Source | str:
 
 
 def _shared_prefix(prefix: Any, ids: Any) -> Any:
-    """Return the token ids that both begin with. prefix: None before the first row."""
+    """Return the longest common prefix of two arrays of token ids. prefix: None for the first row."""
     if prefix is None:
         return ids
     size = min(len(prefix), len(ids))
@@ -91,9 +88,8 @@ def _shared_prefix(prefix: Any, ids: Any) -> Any:
 
 
 def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None = None) -> MicroBatch:
-    """Return the micro-batch that needs the most memory."""
-    # Candidates: rows of the maximum length (or `longest` tokens), or of MAX_SAVED_KEYS tokens, up to which attention
-    # probabilities are saved for the backward pass.
+    """Return the micro-batch that needs the most memory. longest: tokens of the longest row, if known."""
+    # Rows of up to MAX_SAVED_KEYS tokens save attention probabilities, so they may need more memory than longer ones.
     limit = recipe.data.max_length + max_completion_tokens(recipe.train)
     longest = min(longest or limit, limit)
     candidates = [_full_micro_batch(recipe, length) for length in sorted({longest, min(longest, MAX_SAVED_KEYS)})]
@@ -101,57 +97,56 @@ def largest_micro_batch(recipe: Recipe, workload: Workload, longest: int | None 
 
 
 def _full_micro_batch(recipe: Recipe, length: int) -> MicroBatch:
-    train, answers = recipe.train, sequences_per_row(recipe.train)
-    answers_per_step = answers * train.batch_size
+    train, sequences = recipe.train, sequences_per_row(recipe.train)
+    sequences_per_step = sequences * train.batch_size
     if train.micro_batch is not None:
-        lengths = [length] * answers * min(train.micro_batch, train.batch_size)
+        lengths = [length] * sequences * min(train.micro_batch, train.batch_size)
     else:
-        budget = max(train.micro_batch_tokens or MICRO_BATCH_TOKENS, length * answers)
-        lengths = [length] * answers * min(budget // (length * answers), train.batch_size)
-        rest = (budget - sum(lengths)) // answers
-        lengths += [rest] * answers if len(lengths) < answers_per_step and rest > 1 else []
-    return MicroBatch.rows(lengths, more=len(lengths) < answers_per_step)
+        budget = max(train.micro_batch_tokens or MICRO_BATCH_TOKENS, length * sequences)
+        lengths = [length] * sequences * min(budget // (length * sequences), train.batch_size)
+        rest = (budget - sum(lengths)) // sequences
+        lengths += [rest] * sequences if len(lengths) < sequences_per_step and rest > 1 else []
+    return MicroBatch.rows(lengths, more=len(lengths) < sequences_per_step)
 
 
-def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
-    """Return a micro-batch of rows of the mean length, from which the run's time is predicted."""
-    # rows: (tokens, supervised tokens) of each answer; without rows, all have the maximum length and are supervised.
+def mean_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
+    """Return a micro-batch of rows of the mean length. Without rows, all tokens up to the maximum are supervised."""
     prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
-    answers = sequences_per_row(recipe.train)
+    sequences = sequences_per_row(recipe.train)
     if not rows:
         sampled = max_completion_tokens(recipe.train)
         length = recipe.data.max_length + sampled
-        rows = [(length, sampled or length - 1)] * recipe.train.batch_size * answers
+        rows = [(length, sampled or length - 1)] * recipe.train.batch_size * sequences
     train, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))
-    number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
-    number = answers * min(number, train.batch_size, len(rows) // answers)
+    number = train.micro_batch or max(1, (train.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * sequences))
+    number = sequences * min(number, train.batch_size, len(rows) // sequences)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    more = number < min(answers * train.batch_size, len(rows))
+    more = number < min(sequences * train.batch_size, len(rows))
     batch = MicroBatch.rows([mean] * number, share=share, more=more)
     return _with_shared_prefix(batch, [mean] * number, prefix)
 
 
 def first_steps(recipe: Recipe, rows: Rows, packed: bool) -> list[list[MicroBatch]]:
-    """Return the micro-batches of the run's first steps, split as training splits them. packed: without padding."""
+    """Return the micro-batches of the first steps, as in training. packed: without padding."""
     train = recipe.train
     steps = BatchStream(
         len(rows), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
     )
     batches = [[rows[row] for row in batch.rows] for batch in islice(steps, TIMED_STEPS)]
-    return [_cut(recipe, batch, rows.prefix, packed) for batch in batches]
+    return [_split_batch(recipe, batch, rows.prefix, packed) for batch in batches]
 
 
-def _cut(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: bool) -> list[MicroBatch]:
+def _split_batch(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: bool) -> list[MicroBatch]:
     train, lengths = recipe.train, [tokens for tokens, _ in rows]
     budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS
     if train.micro_batch is not None:
         groups = group_by_length(lengths, rows=train.micro_batch)
     else:
         groups = pack(lengths, max(budget, *lengths)) if packed else group_by_length(lengths, tokens=budget)
-    return [_micro_batch([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
+    return [_predict_micro_batch([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
 
 
-def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
+def _predict_micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
     lengths, supervised = [tokens for tokens, _ in rows], sum(count for _, count in rows)
     if not packed:
         batch = MicroBatch.rows([max(lengths)] * len(rows), more=more)
@@ -161,7 +156,7 @@ def _micro_batch(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, mor
 
 
 def _with_shared_prefix(batch: MicroBatch, lengths: Sequence[int], prefix: int) -> MicroBatch:
-    """Return the batch with the shared prefix computed once, if it has at least MIN_PREFIX tokens."""
+    """Return the batch with the shared prefix computed only once, if it has at least MIN_PREFIX tokens."""
     prefix = min(prefix, min(lengths) - 1) if len(lengths) > 1 else 0
     if prefix < MIN_PREFIX:
         return batch

@@ -1,10 +1,10 @@
-"""Training on several devices: bytes sent per step, seconds of communication on each link, tokens/s."""
+"""Predict the communication of training on several devices: bytes sent per step, and seconds on each link.
 
-# A step all-reduces status flags (four bytes per device, twice, with gloo), then one fp32 buffer of all gradients and
-# the loss (gloo between CPU processes, NCCL between GPUs), a few megabytes, so nothing overlaps with computation. With
-# `train.exact`, the buffers of the ranks' micro-batches are broadcast one after the other and summed in a fixed order.
-# A sharded base's layers are gathered for forward and backward of each micro-batch, much more than the gradients. The
-# next layer is gathered while one computes, so only the time beyond the computation counts.
+A step all-reduces status flags twice (with gloo), and one fp32 buffer of all gradients and the loss (with gloo on CPUs
+and NCCL on GPUs). With `train.exact`, ranks broadcast the buffers of micro-batches, which are summed in a fixed order.
+The layers of a sharded base are gathered for the forward and backward pass of each micro-batch, in parallel with the
+computation, so that only the time in excess of the computation counts.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from strop.config.schema import Recipe
 from strop.distributed.assign import assign_contiguous, nodes_to_send
 from strop.errors import RecipeError
 from strop.objectives.table import sequences_per_row
-from strop.planning.machines import Target
+from strop.planning.machines import TargetMachine
 from strop.planning.memory import base_layer_bytes
-from strop.planning.microbatch import usual_micro_batch
+from strop.planning.microbatch import mean_micro_batch
 from strop.planning.time import Rate, step_seconds
 from strop.planning.workload import Workload
 
@@ -30,22 +30,20 @@ class Link:
     bytes_per_s: float  # bandwidth in one direction, from the data sheet
     hop_s: float  # seconds of a small message to the next device
     start_s: float = 0.0  # seconds to start an operation
-    node_hop_s: float = 0.0  # seconds of a small message within a node, for networks; 0: the same as `hop_s`
+    node_hop_s: float = 0.0  # seconds of a small message within a node (0: as `hop_s`)
 
 
-# Hop and start times of NCCL's ring with the simple protocol, as in NCCL's own estimate (src/graph/tuning.cc: 8.4 us to
-# start; per hop NVLink 3.4 us, PCI 5.7 us, network 14 us). Rates: PCIe 4.0 x16 by PCI-SIG (16 GT/s per lane,
-# 128b/130b), NVLink 3 by NVIDIA's A100 data sheet (600 GB/s in both directions), networks by their names.
+# Hop and start times are those of NCCL's ring with the simple protocol (NCCL, src/graph/tuning.cc). Bandwidths are from
+# PCI-SIG (16 GT/s per lane, 128b/130b) and from the data sheet of NVIDIA's A100 (600 GB/s in both directions).
 NVLINK = Link("NVLink 3", 300e9, 3.4e-6, 8.4e-6)
 NODE_LINKS = (Link("PCIe 4.0 x16", 31.5e9, 5.7e-6, 8.4e-6), NVLINK)
 NETWORKS = tuple(Link(f"{gb} Gb/s", gb * 1e9 / 8, 14e-6, 8.4e-6, NVLINK.hop_s) for gb in (10, 25, 100, 400))
 # gloo between processes of one machine: `benchmarks/scale.py links`, on two busy cores (docs/scale.md).
 LOOPBACK = Link("gloo, one machine", 0.5e9, 120e-6)
 
-
-# Fields of Rate that are divided by the number of processes on one CPU.
+# Fields of Rate that are divided by the number of processes on a CPU
 SHARED_RATES = ("flops", "bandwidth", "head_flops", "attention_flops", "thin_flops", "moved", "frozen_flops")
-FLAG_SUMS, FLAG_BYTES = 2, 4  # all-reduces of flags per step, before and after the computation; bytes per device
+FLAG_SUMS, FLAG_BYTES = 2, 4  # all-reduces of flags per step, and bytes per device
 MIN_MICRO_BATCHES = 8  # minimum number of micro-batches in a step with train.exact (training.gradients)
 
 
@@ -66,11 +64,9 @@ class Devices:
 
 @dataclass(frozen=True)
 class LinkTime:
-    """Communication seconds of a step over one link, and tokens/s of all devices with it."""
-
     link: Link
-    seconds: float
-    tokens_per_s: float
+    seconds: float  # of communication per step
+    tokens_per_s: float  # of all devices
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -84,7 +80,7 @@ class MultiDevicePlan:
     devices: Devices
     sent_bytes: int  # bytes that each device sends per step
     compute_s: float  # seconds of computation per step, on the busiest device
-    link_times: tuple[LinkTime, ...]  # one entry per possible link, the slowest first
+    link_times: tuple[LinkTime, ...]  # for each possible link, the slowest first
     notes: tuple[str, ...]
     mode: str = "replicated"  # replicated or sharded
 
@@ -99,8 +95,8 @@ class MultiDevicePlan:
         }  # fmt: skip
 
 
-def target_share(target: Target, devices: Devices, *, local: bool) -> Target:
-    """Return one device's share of a target: processes on a CPU share its cores, memory and bandwidth."""
+def target_share(target: TargetMachine, devices: Devices, *, local: bool) -> TargetMachine:
+    """Return one device's share of the machine. Processes on a CPU share its cores, memory and bandwidth."""
     if devices.count == 1:
         return target
     kind, machine = target.device.partition(":")[0], target.machine
@@ -131,53 +127,50 @@ def plan_devices(
     recipe: Recipe, workload: Workload, rate: Rate, devices: Devices, rows: Sequence[tuple[int, int]] = ()
 ) -> MultiDevicePlan:
     """Predict the communication and speed of a run on several devices. rate: of one device."""
-    # A step takes as long as its busiest device: the batch's rows divided by the devices, rounded up (rows of one
-    # length; rows of different lengths are assigned by their tokens).
-    train, answers = recipe.train, sequences_per_row(recipe.train)
-    busiest_rows = -(-train.batch_size // devices.count)  # rows of the busiest device
+    train, sequences = recipe.train, sequences_per_row(recipe.train)
+    busiest_rows = -(-train.batch_size // devices.count)  # rows of the busiest device, which determines the time
     if exact := train.exact and devices.count > 1:
         busiest_rows = min(busiest_rows, -(-train.batch_size // MIN_MICRO_BATCHES))
     micro_batch = min(train.micro_batch, busiest_rows) if train.micro_batch is not None else None
     device_train = train.model_copy(update={"batch_size": busiest_rows, "micro_batch": micro_batch})
-    batch = usual_micro_batch(recipe.model_copy(update={"train": device_train}), rows)
-    at_once = batch.number
-    micro_batches = -(-train.batch_size * answers // at_once)  # of a step, on all devices
+    batch = mean_micro_batch(recipe.model_copy(update={"train": device_train}), rows)
+    micro_batches = -(-train.batch_size * sequences // batch.number)  # of a step, on all devices
     if exact:
-        busiest_rows = min(train.batch_size, -(-micro_batches // devices.count) * at_once // answers)
-    compute = step_seconds(workload, batch, busiest_rows * answers / at_once, rate)
-    tokens = (batch.tokens + batch.shared) / at_once * train.batch_size * answers
+        busiest_rows = min(train.batch_size, -(-micro_batches // devices.count) * batch.number // sequences)
+    compute = step_seconds(workload, batch, busiest_rows * sequences / batch.number, rate)
+    tokens = (batch.tokens + batch.shared) / batch.number * train.batch_size * sequences
     size = gradient_bytes(workload, devices)
     assigned = assign_contiguous([1.0] * micro_batches, devices.count) if exact else ()
-    buffers = sum(len(nodes_to_send(micro_batches, own)) for own in assigned)  # broadcasts of ranks' partial sums
+    buffers = sum(len(nodes_to_send(micro_batches, batches)) for batches in assigned)  # broadcasts with train.exact
     sent = buffers * size if buffers else ring_bytes(size, devices.count)
     sent += FLAG_SUMS * ring_bytes(FLAG_BYTES * devices.count, devices.count)
-    passes = -(-busiest_rows * answers // at_once) if workload.base.shards > 1 else 0
+    passes = -(-busiest_rows * sequences // batch.number) if workload.base.shards > 1 else 0
     sent += passes * gather_bytes(workload) * (devices.count - 1) // devices.count
     times = []
-    for link in _links(workload, devices):
+    for link in _list_links(workload, devices):
         seconds = flags_seconds(devices, link)
         seconds += max(0.0, passes * gather_seconds(workload, devices, link) - compute)
         if buffers:
             seconds += buffers * broadcast_seconds(size, devices, link, workload.compute.device)
         else:
-            seconds += sum_seconds(size, devices, link, workload.compute.device)
+            seconds += all_reduce_seconds(size, devices, link, workload.compute.device)
         times.append(LinkTime(link, seconds, tokens / (compute + seconds)))
     mode = "sharded" if workload.base.shards > 1 else "replicated"
-    return MultiDevicePlan(devices, sent, compute, tuple(times), _notes(recipe, workload, devices), mode)
+    return MultiDevicePlan(devices, sent, compute, tuple(times), _list_notes(recipe, workload, devices), mode)
 
 
 def gradient_bytes(workload: Workload, devices: Devices) -> int:
-    """Return bytes of the gradient buffer: fp32 gradients, the loss, and two values per device."""
+    """Return bytes of the buffer that is all-reduced: fp32 gradients, the loss, and two values per device."""
     return 4 * (workload.adapter_weights + 1 + 2 * devices.count)
 
 
 def ring_bytes(size: int, count: int) -> int:
-    """Return bytes that each device sends to sum `size` bytes in a ring (Patarasu and Yuan, JPDC 69(2), 2009)."""
+    """Return bytes that each device sends in a ring all-reduce (Patarasu and Yuan, JPDC 69(2), 2009)."""
     return round(2 * (count - 1) / count * size)
 
 
 def ring_seconds(size: int, devices: Devices, link: Link) -> float:
-    """Return the seconds of a ring all-reduce: 2 (n - 1) sequential steps, each a hop and an n-th of the bytes."""
+    """Return the seconds of a ring all-reduce: for n devices 2 (n - 1) steps, each with 1/n of the bytes."""
     steps = 2 * (devices.count - 1)
     across = 2 * (devices.nodes - 1)
     hops = across * link.hop_s + (steps - across) * (link.node_hop_s or link.hop_s)
@@ -185,21 +178,20 @@ def ring_seconds(size: int, devices: Devices, link: Link) -> float:
 
 
 def tree_seconds(size: int, devices: Devices, link: Link) -> float:
-    """Return the seconds of NCCL's double binary tree: fewer hops than a ring, and twice the bytes over a link."""
-    # Sanders, Speck and Traeff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan", 2009.
+    """Return the seconds of an all-reduce in NCCL's double binary tree (Sanders, Speck and Traeff, 2009)."""
     inside = 2 * (devices.per_node - 1) * (link.node_hop_s or link.hop_s)
     across = 2 * math.ceil(math.log2(devices.nodes)) * link.hop_s
     return link.start_s + inside + across + 2 * size / link.bytes_per_s
 
 
-def sum_seconds(size: int, devices: Devices, link: Link, device: str) -> float:
-    """Return the seconds to sum the gradients: in a ring with gloo, the faster of ring and tree with NCCL."""
+def all_reduce_seconds(size: int, devices: Devices, link: Link, device: str) -> float:
+    """Return the seconds of an all-reduce. Gloo uses a ring, NCCL a ring or a tree."""
     ring = ring_seconds(size, devices, link)
     return ring if device == "cpu" else min(ring, tree_seconds(size, devices, link))
 
 
 def broadcast_seconds(size: int, devices: Devices, link: Link, device: str) -> float:
-    """Return the seconds of a broadcast: a tree of log2 n rounds with gloo (its broadcast.cc), with NCCL a pipeline."""
+    """Return the seconds of a broadcast. Gloo uses a binary tree (its broadcast.cc), NCCL a pipeline."""
     rounds = math.ceil(math.log2(devices.count))
     if device == "cpu":
         return rounds * (link.hop_s + size / link.bytes_per_s)
@@ -207,36 +199,35 @@ def broadcast_seconds(size: int, devices: Devices, link: Link, device: str) -> f
 
 
 def gather_bytes(workload: Workload) -> int:
-    """Return bytes gathered for one micro-batch: embedding, layers, head, and again all layers but the last."""
-    ends = 2 * workload.compute.dtype_bytes * workload.shape.embedding
+    """Return bytes gathered for a micro-batch: embedding, layers and head, and for the backward pass the layers."""
+    ends = 2 * workload.compute.dtype_bytes * workload.shape.embedding_weights
     return ends + base_layer_bytes(workload) * (2 * workload.shape.layers - 1)
 
 
 def gather_seconds(workload: Workload, devices: Devices, link: Link) -> float:
-    """Return the seconds to gather a micro-batch's weights, each in a ring of n - 1 steps with (n - 1) / n of it."""
     number = 2 * workload.shape.layers + 1
     hops = number * (link.start_s + (devices.count - 1) * (link.node_hop_s or link.hop_s))
     return hops + gather_bytes(workload) * (devices.count - 1) / devices.count / link.bytes_per_s
 
 
 def flags_seconds(devices: Devices, link: Link) -> float:
-    """Return the seconds to sum the flags, in gloo's ring over TCP, also between GPUs."""
+    """Return the seconds to all-reduce the flags, which uses gloo's ring over TCP also between GPUs."""
     hop = max(link.hop_s, LOOPBACK.hop_s)
     return FLAG_SUMS * 2 * (devices.count - 1) * hop
 
 
-def _links(workload: Workload, devices: Devices) -> list[Link]:
+def _list_links(workload: Workload, devices: Devices) -> list[Link]:
     if devices.count == 1:
         return []
     if workload.compute.device != "cpu":
         return list(NODE_LINKS if devices.nodes == 1 else NETWORKS)
     if devices.nodes == 1:
         return [LOOPBACK]
-    rate, hop = LOOPBACK.bytes_per_s, LOOPBACK.hop_s  # gloo's overhead per byte and message is the limit on any network
+    rate, hop = LOOPBACK.bytes_per_s, LOOPBACK.hop_s  # limits of gloo on any network
     return [Link(link.name, min(link.bytes_per_s, rate), max(link.hop_s, hop), node_hop_s=hop) for link in NETWORKS]
 
 
-def _notes(recipe: Recipe, workload: Workload, devices: Devices) -> tuple[str, ...]:
+def _list_notes(recipe: Recipe, workload: Workload, devices: Devices) -> tuple[str, ...]:
     if devices.count == 1:
         return ()
     note = "every device has the whole base"

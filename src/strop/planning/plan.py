@@ -6,7 +6,8 @@ Imports torch only for models of unknown families.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,13 +31,13 @@ from strop.models.source import locate, quantization_method, read_headers
 from strop.objectives.table import data_kind_of, objective_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
-from strop.planning.fit import MemoryBudget, Rung, list_rungs
-from strop.planning.machines import Target
-from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, constant_bytes, phases, weight_bytes
-from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, usual_micro_batch
+from strop.planning.fit import MemoryBudget, Suggestion, list_suggestions
+from strop.planning.machines import TargetMachine
+from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, constant_bytes, predict_phases, weight_bytes
+from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, mean_micro_batch
 from strop.planning.multi_device import Devices, MultiDevicePlan, plan_devices
 from strop.planning.time import FORWARD, Rate, rollout_seconds, step_seconds, steps_seconds, tokens_per_s
-from strop.planning.workload import Workload, why_plain
+from strop.planning.workload import Workload, why_recipe_not_fast
 
 CHECKPOINT_BYTES = 12  # per trainable weight on disk: the weight and two moments
 MAX_TOKENS = 1 << 20
@@ -48,27 +49,27 @@ class Plan:
     """The plan of a run; `as_json` gives the fields of `strop plan --json`."""
 
     fits: bool  # whether loading, sampling and training fit in memory
-    refused: str | None  # why `strop train` would refuse this model, or None
+    refused: str | None  # why `strop train` would reject this model, or None
     device: str
     memory_bytes: int
     usable_bytes: int  # memory that the run may use
     phases: dict[str, Phase]
     resolved: Resolved
     workload: Workload
-    engine: str  # fast or plain step, and why
+    engine: str  # the training step, fast or plain, and the reason
     tokens_per_s: float
     seconds: float | None  # predicted time of the run; None if its number of rows is unknown
     rate: Rate
     data: dict[str, Any]  # number of rows, tokens of the longest row, and why rows are invalid or unknown
     largest: dict[str, int]  # the largest max_length and micro_batch_tokens that fit
     disk_bytes: int
-    ladder: list[Rung]  # changes to the recipe that would make it fit; empty if it fits
-    gives_up: list[str]  # compromises in speed or quality that make the plan fit
+    suggestions: list[Suggestion]  # changes to the recipe that would make it fit; empty if it fits
+    compromises: list[str]  # compromises in speed or quality that make the plan fit
     multi_device: MultiDevicePlan  # communication between devices
 
     @property
-    def beyond(self) -> list[str]:
-        """Phases after training that do not fit. Merging and exporting do not use a GPU's memory."""
+    def phases_too_large(self) -> list[str]:
+        """Phases after training that do not fit. Merging and exporting use host memory, not a GPU's."""
         later = ("evaluate", "serve", *(() if self.device == "cuda" else ("merge", "export")))
         return [name for name in later if self.phases[name].needed_bytes > self.usable_bytes]
 
@@ -76,13 +77,13 @@ class Plan:
         choices = [asdict(choice) for choice in self.resolved.choices.values() if choice.origin != "default"]
         base = self.workload.base
         return {
-            "fits": self.fits, "beyond": self.beyond, "refused": self.refused, "device": self.device,
+            "fits": self.fits, "beyond": self.phases_too_large, "refused": self.refused, "device": self.device,
             "memory_bytes": self.memory_bytes, "usable_bytes": self.usable_bytes,
             "phases": {name: phase.as_json() for name, phase in self.phases.items()},
             "choices": choices, "engine": self.engine, "tokens_per_s": self.tokens_per_s, "seconds": self.seconds,
             "rate": {"flops": self.rate.flops, "bandwidth": self.rate.bandwidth, "source": self.rate.source},
             "data": self.data, "largest": self.largest, "disk_bytes": self.disk_bytes,
-            "ladder": [rung.as_json() for rung in self.ladder], "gives_up": self.gives_up,
+            "ladder": [suggestion.as_json() for suggestion in self.suggestions], "gives_up": self.compromises,
             "devices": self.multi_device.as_json(), "trainable_parameters": self.workload.adapter_weights,
             "parameters": base.parameters, "active_parameters": base.parameters - base.shape.idle_expert_weights,
         }  # fmt: skip
@@ -91,14 +92,14 @@ class Plan:
 def make_plan(
     resolved: Resolved,
     model: ModelInfo,
-    target: Target,
+    target: TargetMachine,
     *,
     rows: Rows,
     adapter: Mapping[str, Any] | None,
     devices: Devices = SINGLE_DEVICE,
     thorough: bool = True,
 ) -> Plan:
-    """Plan a run. thorough: also compute `largest` and `ladder`, which takes most of the time."""
+    """Plan a run. thorough: also compute `largest` and `suggestions`, which takes most of the time."""
     machine, shape = target.machine, model.shape
     resolved = choose(resolved, machine, shape, target.device, target.dtype, adapter, model.parameters, devices.count)
     recipe = resolved.recipe
@@ -106,26 +107,26 @@ def make_plan(
         recipe, shape, parameters=model.parameters, threads=machine.cores, devices=devices.count
     )
     lengths = [tokens for tokens, _ in rows]
-    longest, beyond = max(lengths, default=None), shape.count_too_long(lengths)
-    unknown, refused = rows.unknown or None, rows.refused or None
+    longest, too_long = max(lengths, default=None), shape.too_long_message(lengths)
+    facts: dict[str, Any] = {"unknown": rows.unknown or None, "refused": rows.refused or None, "beyond": too_long}
     if workload.family.mixer is not None:  # the fast step does not share prefixes in such models
-        rows = Rows(rows)  # copies the sizes, but not `prefix`
+        rows = Rows(rows)  # a copy without `prefix`
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, workload, longest)
-    usual, rate = usual_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
+    mean_batch, rate = mean_micro_batch(recipe, rows), target.rate_of(recipe.model.dtype)
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
-    evaluation = EvaluationLoad.of(rows, recipe.data.max_length)
-    rollouts = RolloutLoad.of(recipe, prompt)
-    run_phases = phases(workload, batch, evaluation, budget.usable, rollouts, dtype=target.dtype[0])
+    evaluation = EvaluationLoad.from_rows(rows, recipe.data.max_length)
+    rollouts = RolloutLoad.from_recipe(recipe, prompt)
+    run_phases = predict_phases(workload, batch, evaluation, budget.usable, rollouts, dtype=target.dtype[0])
     needed = max(run_phases[name].needed_bytes for name in ("load", "draw", "train") if name in run_phases)
     fits = needed <= budget.usable
     multi_device = plan_devices(recipe, workload, rate, devices, rows)
-    speed, steps = tokens_per_s(workload, usual, rate), []
+    speed, steps = tokens_per_s(workload, mean_batch, rate), []
     if rows and data_kind_of(recipe.train) == "turns":
         steps = first_steps(recipe, rows, packed=workload.compute.step == "fast")
         tokens = sum(batch.tokens + batch.shared for step in steps for batch in step)
         speed = tokens / steps_seconds(workload, steps, rate)
-    why = why_plain(recipe, shape)
+    why = why_recipe_not_fast(recipe, shape)
     return Plan(
         fits=fits,
         refused=model.refused,
@@ -137,13 +138,13 @@ def make_plan(
         workload=workload,
         engine=f"plain: {why}" if why else f"fast: {workload.family.model_parts}".rstrip(": "),
         tokens_per_s=multi_device.link_times[0].tokens_per_s if multi_device.link_times else speed,
-        seconds=_run_seconds(recipe, workload, usual, rate, rows, multi_device, steps),
+        seconds=_run_seconds(recipe, workload, mean_batch, rate, rows, multi_device, steps),
         rate=rate,
-        data={"rows": len(rows) or None, "longest": longest, "unknown": unknown, "refused": refused, "beyond": beyond},
-        largest=_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
+        data={"rows": len(rows) or None, "longest": longest, **facts},
+        largest=_find_largest(recipe, budget, shape.positions or MAX_TOKENS) if thorough else {},
         disk_bytes=_disk_bytes(recipe, workload),
-        ladder=[] if fits or not thorough else list_rungs(recipe, budget, rate),
-        gives_up=_given_up(resolved, workload),
+        suggestions=[] if fits or not thorough else list_suggestions(recipe, budget, rate),
+        compromises=_list_compromises(resolved, workload),
         multi_device=multi_device,
     )
 
@@ -151,13 +152,13 @@ def make_plan(
 def _run_seconds(
     recipe: Recipe,
     workload: Workload,
-    usual: MicroBatch,
+    mean_batch: MicroBatch,
     rate: Rate,
     sizes: Sequence[tuple[int, int]],
     multi_device: MultiDevicePlan,
     steps: Sequence[Sequence[MicroBatch]],
 ) -> float | None:
-    """Return the seconds of the run (with the slowest link between devices), or None if the steps are unknown."""
+    """Return the seconds of the run with the slowest link between devices, or None if its steps are unknown."""
     train, rows = recipe.train, len(sizes) // sequences_per_row(recipe.train)
     if not rows and train.max_steps is None:
         return None
@@ -169,49 +170,37 @@ def _run_seconds(
     if steps:
         return stream.total_steps * steps_seconds(workload, steps, rate) / len(steps)
     rows_per_step = sequences_per_row(train) * stream.num_rows / stream.steps_per_epoch
-    step = step_seconds(workload, usual, rows_per_step / usual.number, rate)
-    mean = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
-    if (rollouts := RolloutLoad.of(recipe, mean)) is not None:
+    step = step_seconds(workload, mean_batch, rows_per_step / mean_batch.number, rate)
+    mean_prompt = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
+    if (rollouts := RolloutLoad.from_recipe(recipe, mean_prompt)) is not None:
         passes = (train.updates or 1) + (FORWARD if train.beta else 0)
         step = step * passes + rollout_seconds(workload, rollouts, rate)
     return stream.total_steps * step
 
 
-def _largest(recipe: Recipe, budget: MemoryBudget, positions: int) -> dict[str, int]:
-    """Return the largest max_length (at most `positions`), and the most tokens per micro-batch, that fit."""
-
+def _find_largest(recipe: Recipe, budget: MemoryBudget, positions: int) -> dict[str, int]:
     def fits(tokens: int, length: int) -> bool:
         update = {"micro_batch": None, "micro_batch_tokens": tokens, "batch_size": max(1, tokens // length)}
         train, data = recipe.train.model_copy(update=update), recipe.data.model_copy(update={"max_length": length})
         return budget.fits(recipe.model_copy(update={"train": train, "data": data}))
 
     length = recipe.data.max_length
-    rows = _largest_fitting(lambda rows: fits(rows * length, length), MAX_TOKENS // length)
-    longest = _largest_fitting(lambda tokens: fits(tokens, tokens), min(positions, MAX_TOKENS))
+    rows = bisect(range(1, MAX_TOKENS // length + 1), 0, key=lambda rows: not fits(rows * length, length))
+    longest = bisect(range(1, min(positions, MAX_TOKENS) + 1), 0, key=lambda tokens: not fits(tokens, tokens))
     return {"max_length": longest, "micro_batch_tokens": length * rows}
 
 
-def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
 def _disk_bytes(recipe: Recipe, workload: Workload) -> int:
-    """Return the bytes of checkpoints (kept, best, one being written), adapter, and quantized or converted base."""
-    trained = workload.adapter_weights
-    resident = workload.replace(resident_layers=0)
-    quantized = workload.base.scheme != "none" and workload.shape.prequantized is None
-    base = weight_bytes(resident) + constant_bytes(resident) if quantized else 0
-    name = recipe.model.name
+    trained, name = workload.adapter_weights, recipe.model.name
+    packed = workload.replace(resident_layers=0)
+    is_quantized = workload.base.scheme != "none" and workload.shape.prequantized is None
+    base = weight_bytes(packed) + constant_bytes(packed) if is_quantized else 0
     base += 2 * workload.base.parameters if name.endswith(".gguf") or name.startswith(("demo", "gguf:")) else 0
-    return (recipe.train.keep_checkpoints + 2) * CHECKPOINT_BYTES * trained + 4 * trained + base
+    num_checkpoints = recipe.train.keep_checkpoints + 2  # the best one, and the one that is being written
+    return num_checkpoints * CHECKPOINT_BYTES * trained + 4 * trained + base
 
 
-def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
-    """Return the compromises among the options that the plan chose."""
+def _list_compromises(resolved: Resolved, workload: Workload) -> list[str]:
     layers, choices, base, compute = workload.shape.layers, resolved.choices, workload.base, workload.compute
     train, data = resolved.recipe.train, resolved.recipe.data
     packed, recomputed = layers - base.resident_layers, compute.checkpointed_layers
@@ -230,9 +219,8 @@ def _given_up(resolved: Resolved, workload: Workload) -> list[str]:
 
 
 def read_model_facts(recipe: Recipe) -> ModelInfo:
-    """Return the model's sizes."""
-    # From its config and the headers of its weight files. For an unknown family, or with modules trained in full, from
-    # the model built without weights, if torch is installed.
+    """Return the model's sizes, from its config and the headers of its weight files."""
+    # If torch is installed, unknown families and recipes with modules_to_save are read from a model without weights.
     facts = _check_weight_files(read_model_info(recipe.model.name, recipe.model.revision))
     whole_modules = recipe.lora.modules_to_save
     if (facts.shape.known and not whole_modules) or not is_installed("torch"):
@@ -240,14 +228,15 @@ def read_model_facts(recipe: Recipe) -> ModelInfo:
     from strop.models.introspect import refine_with_model
 
     objective = objective_of(recipe.train)
-    return refine_with_model(facts, whole_modules=whole_modules, predicts=objective is None or not objective.scored)
+    is_causal = objective is None or not objective.scored
+    return refine_with_model(facts, modules_to_save=whole_modules, is_causal=is_causal)
 
 
 def _check_weight_files(facts: ModelInfo) -> ModelInfo:
-    """Set `refused` if the model's weight files have fewer weights than its config describes, or more layers."""
+    """Set `refused` if the weight files have fewer weights or more layers than the config describes."""
     folder, shape = Path(facts.name).expanduser(), facts.shape
-    is_plain = facts.config is not None and shape.known and not quantization_method(facts.config)
-    if not is_plain or not any(folder.glob("*.safetensors")):
+    is_checkable = facts.config is not None and shape.known and not quantization_method(facts.config)
+    if not is_checkable or not any(folder.glob("*.safetensors")):
         return facts
     names = (name for _, header in read_headers(folder) for name in header)
     layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
@@ -259,18 +248,18 @@ def _check_weight_files(facts: ModelInfo) -> ModelInfo:
 
 
 def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
-    """Return the config of the adapter that training starts from, as `expand_adapter_config` does, or None."""
+    """Return the expanded config of the adapter that training starts from, or None."""
     if recipe.model.adapter is None:
         return None
     path = Path(recipe.model.adapter).expanduser()
-    folder = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
+    folder = next((x for x in (path, path / "adapter") if (x / "adapter_config.json").is_file()), None)
     if folder is None:
         raise ModelError(f"--model.adapter {path}: no adapter in this folder", fix="give a run or adapter folder")
     return expand_adapter_config(folder, read_adapter_config(folder))
 
 
 def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
-    """Return the kinds of layers of a model, and for each its fields in `strop modules --json`."""
+    """Return a model's kinds of layers, and their entries in `strop modules --json`."""
     shape = read_model_info(model).shape
     if shape.known:
         kinds = [*shape.linear_kinds(), embedding_kind("embed_tokens", shape.vocabulary, shape.hidden)]
@@ -290,7 +279,7 @@ def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
 
 
 def _introspect_layers(model: str) -> list[LinearKind]:
-    """Return the layers of a model built without weights; without torch, those in the headers of its weight files."""
+    """Return the layers of a model built without weights. Without torch, they are read from its weight files."""
     source = locate(model)
     if not is_installed("torch"):
         if source.kind != "folder":

@@ -13,7 +13,7 @@ from rich.table import Table
 from strop.config.schema import Recipe
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import MicroBatch, peak_live_bytes
-from strop.planning.memory import CUDA_CONTEXT_BYTES, framework_bytes, train_phase
+from strop.planning.memory import PARTS, framework_bytes, train_phase
 from strop.planning.workload import Workload
 
 if TYPE_CHECKING:
@@ -35,21 +35,21 @@ FULL_BYTES = 16
 
 
 def print_plan(plan: Plan, out: Console) -> None:
-    for label, text in _model_lines(plan):
+    for label, text in _describe_model(plan):
         out.print(f"[bold]{label:<8}[/] {text}")
     for choice in plan.resolved.choices.values():
         if choice.origin == "plan":
             out.print(f"[bold]chosen[/]   {choice.field} = {escape(str(choice.value))}  [dim]{escape(choice.why)}[/]")
-    out.print(_phases(plan))
+    out.print(_make_phase_table(plan))
     if plan.multi_device.link_times:
         print_devices(plan.multi_device, out)
-    for text in plan.gives_up:
+    for text in plan.compromises:
         out.print(f"[yellow]given up[/] {escape(text)}")
-    out.print(f"[bold]rows[/]     {_rows(plan)}")
+    out.print(f"[bold]rows[/]     {_describe_rows(plan)}")
     for text in filter(None, (plan.data["refused"], plan.data["beyond"])):
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
-    speed = f"{plan.tokens_per_s:,.0f} tokens/s" + (f", {_duration(plan.seconds)} in all" if plan.seconds else "")
-    out.print(f"[bold]time[/]     {speed}  [dim]from {plan.rate.source}[/]")
+    seconds = f", {_format_duration(plan.seconds)} in all" if plan.seconds else ""
+    out.print(f"[bold]time[/]     {plan.tokens_per_s:,.0f} tokens/s{seconds}  [dim]from {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
     largest = f"rows of {length:,} tokens" + (f", or {tokens:,} tokens of rows of this length" if tokens else "")
     out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
@@ -58,19 +58,19 @@ def print_plan(plan: Plan, out: Console) -> None:
         out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
     if plan.fits:
         out.print("[green]it fits[/]")
-        for name in plan.beyond:
+        for name in plan.phases_too_large:
             out.print(f"[yellow]but not[/]  {name}: {_ALTERNATIVES[name]}", highlight=False)
         return
     out.print("[red]it does not fit[/]; the cheapest changes that would help:")
-    for rung in plan.ladder:
-        flags = " ".join(f"--{field} {value}" for field, value in rung.options.items())
-        fits = "[green]fits[/]" if rung.fits else f"{_gib(rung.peak_bytes)} GiB"
-        out.print(f"  {rung.what}: {fits}, {rung.time:.2f} times the time; gives up: {rung.gives_up}")
-    if plan.ladder[-1].fits:
+    for change in plan.suggestions:
+        flags = " ".join(f"--{field} {value}" for field, value in change.options.items())
+        fits = "[green]fits[/]" if change.fits else f"{_format_gib(change.peak_bytes)} GiB"
+        out.print(f"  {change.what}: {fits}, {change.time:.2f} times the time; gives up: {change.gives_up}")
+    if plan.suggestions[-1].fits:
         out.print(f"  {flags}", markup=False)
 
 
-def _model_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+def _describe_model(plan: Plan) -> Iterator[tuple[str, str]]:
     workload, parameters = plan.workload, plan.workload.base.parameters
     trainable, on_experts = workload.adapter_weights, workload.expert_adapter_weights
     idle = workload.shape.idle_expert_weights
@@ -80,10 +80,10 @@ def _model_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     engine, _, why = plan.engine.partition(": ")
     step = f"{engine} step ({why})" if why else f"{engine} step"
     yield "model", f"{parameters / 1e6:,.0f} M parameters{active}, {trained}; {step}"
-    yield "machine", f"{plan.device}, {_gib(plan.memory_bytes)} GiB, {_gib(plan.usable_bytes)} usable"
+    yield "machine", f"{plan.device}, {_format_gib(plan.memory_bytes)} GiB, {_format_gib(plan.usable_bytes)} usable"
 
 
-def _rows(plan: Plan) -> str:
+def _describe_rows(plan: Plan) -> str:
     data = plan.data
     if data["rows"]:
         return f"{data['rows']:,}, the longest of {data['longest']:,} tokens"
@@ -91,7 +91,7 @@ def _rows(plan: Plan) -> str:
 
 
 def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:
-    """Print each link with a step's communication on it. The predicted time of the run is for the first link."""
+    """Print a step's communication on each link. The predicted time of the run is for the first link."""
     devices = multi_device.devices
     out.print(
         f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.per_node}), base {multi_device.mode}, "
@@ -109,9 +109,8 @@ def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:
         out.print(f"[bold]note[/]     {escape(text)}")
 
 
-def _phases(plan: Plan) -> Table:
-    parts = next(iter(plan.phases.values())).parts
-    used = [part for part in parts if any(phase.parts[part] for phase in plan.phases.values())]
+def _make_phase_table(plan: Plan) -> Table:
+    used = [part for part in PARTS if any(phase.parts[part] for phase in plan.phases.values())]
     table = Table(title="peak memory in MiB", title_justify="left")
     table.add_column("")
     for name in plan.phases:
@@ -128,7 +127,7 @@ def print_findings(examination: DoctorReport, out: Console) -> None:
     for name, value in examination.machine.items():
         is_bytes = name.endswith("_bytes")
         label = name.removesuffix("_bytes").replace("_", " ")
-        out.print(f"[bold]{label:<12}[/] {f'{_gib(value)} GiB' if is_bytes else escape(_fact(value))}")
+        out.print(f"[bold]{label:<12}[/] {f'{_format_gib(value)} GiB' if is_bytes else escape(_format_fact(value))}")
     colour = {"error": "red", "warning": "yellow", "ok": "green"}
     for finding in examination.findings:
         out.print(f"[{colour[finding.level]}]{finding.level:<8}[/] {escape(finding.what)}")
@@ -137,7 +136,7 @@ def print_findings(examination: DoctorReport, out: Console) -> None:
             out.print(f"         {finding.fix}" if finding.fix else "", markup=False)
 
 
-def _fact(value: Any) -> str:
+def _format_fact(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {inner}" for name, inner in value.items())
     if isinstance(value, bool):
@@ -145,11 +144,11 @@ def _fact(value: Any) -> str:
     return (", ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
 
 
-def _gib(size: int) -> str:
+def _format_gib(size: int) -> str:
     return f"{size / GIB:.1f}"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
@@ -174,7 +173,7 @@ KNOWN: dict[str, dict[str, Any]] = {name: dict(zip(_FIELDS, values, strict=True)
 
 @dataclass(frozen=True)
 class Row:
-    """Peak bytes of training one model with each method. usable: usable bytes of the machine, or None."""
+    """Peak bytes of training one model with each method. usable: bytes that the machine has, if known."""
 
     model: str
     parameters: int
@@ -198,8 +197,7 @@ def compare_methods(
     for name, shape, parameters in models:
         workload = Workload.from_recipe(recipe, shape, parameters=parameters)
         workload = workload.replace(scheme="none", resident_layers=0, checkpointed_layers=shape.layers)
-        framework = framework_bytes(workload) if workload.compute.device == "cpu" else CUDA_CONTEXT_BYTES
-        full = FULL_BYTES * parameters + peak_live_bytes(workload, batch).total + framework
+        full = FULL_BYTES * parameters + peak_live_bytes(workload, batch).total + framework_bytes(workload)
         lora, qlora = (train_phase(workload.replace(scheme=scheme), batch).peak_bytes for scheme in ("none", "nf4"))
         rows.append(Row(name, parameters, tokens, full, lora, qlora, usable))
     return rows

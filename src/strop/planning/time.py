@@ -1,7 +1,8 @@
-"""Predicted time of a training step: FLOPs by kind, each at the rate of that kind of matmul, and bytes moved."""
+"""Predict the time of a training step from its FLOPs and the bytes that it moves.
 
-# Each layer and each micro-batch also has a constant cost. On a CPU, rates and costs are those that `strop doctor` has
-# measured (planning.calibrate). A GPU's come from its data sheet.
+Each kind of matmul has its own rate, and each layer and micro-batch a constant cost. `strop doctor` measures rates and
+costs of a CPU (planning.calibrate). Those of a GPU come from its data sheet.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +12,33 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from strop.engine.decode.cache import MAX_SEQUENCES
-from strop.machine.probe import TILED_RANK, Machine
+from strop.machine.probe import MAX_TILED_RANK, Machine
 from strop.machine.rates import Rates
-from strop.planning.activations import HEAD_BYTES, MAX_SAVED_KEYS, MicroBatch, offloaded_bytes, pairs
+from strop.planning.activations import HEAD_BYTES, MAX_SAVED_KEYS, MicroBatch, count_pairs, offloaded_bytes
 from strop.planning.memory import RolloutLoad, constant_bytes, packed_weights, weight_bytes
 from strop.planning.workload import Workload
 
-# LoRA matmuls, as a share of the rate of large matmuls: in strop's tiles, and with oneDNN at larger ranks.
+# Rate of LoRA matmuls relative to large matmuls: with strop's tiled kernels, and with oneDNN at larger ranks.
 LORA_SHARE, WIDE_LORA_SHARE = 0.5, 0.25
-# Defaults where `strop doctor` has not measured, from two cores of a Xeon with AMX (docs/log). Shares of the rate of
-# large matmuls (attention, head) and of memory bandwidth (element-wise work).
+# Defaults for a CPU that `strop doctor` has not measured, from two cores of a Xeon with AMX (docs/log). Attention and
+# head are shares of the rate of large matmuls, element-wise work is a share of the memory bandwidth.
 ATTENTION_SHARE, HEAD_SHARE, MOVED_SHARE = 0.2, 0.8, 0.5
-LAYER_S, KINDS_S, PLAIN, UNPACKED_PER_S = 5e-3, 0.03, 1.8, 1e9
+LAYER_S, COMPILE_S, PLAIN, UNPACKED_PER_S = 5e-3, 0.03, 1.8, 1e9
 INTEGER_SPEEDUP = {"none": 2.4, "int8": 3.5}  # int8 matmuls of frozen weights, relative to fp32 (docs/log)
-KINDS_HIDDEN, KINDS_POWER = 576, 0.75  # matmul shapes compile in 0.57 and 1.5 times as long at 256 and 1,024
-UPDATE_BYTES = 40  # per trainable weight: read and written by the gradient norm, by clipping, and by AdamW
-UPDATE_S = 1e-5  # per trainable tensor: three calls, on a CPU
-FORWARD = 0.35  # share of a step's time in the forward pass: for recomputed layers, and for the reference model
-DECODE_SHARE = 0.25  # of the matmul rate, when many completions are sampled at once
-# DoRA: factor on a layer's constant cost, and on the plain step's time (peft). One run of SmolLM2 each.
+# Compiling a matmul takes (hidden / COMPILE_HIDDEN)^COMPILE_POWER of the time that was measured at COMPILE_HIDDEN.
+COMPILE_HIDDEN, COMPILE_POWER = 576, 0.75
+UPDATE_BYTES = 40  # bytes moved per trainable weight by the gradient norm, clipping and AdamW
+UPDATE_S = 1e-5  # seconds per trainable tensor for three calls, on a CPU
+FORWARD = 0.35  # share of a step's time in the forward pass
+DECODE_SHARE = 0.25  # rate of sampling many completions, relative to large matmuls
+# Factors of DoRA on a layer's constant cost, and on the plain step's time (one run of SmolLM2 each).
 DORA_LAYERS, PLAIN_DORA = 2.0, 2.3
 LOGIT_BYTES = 48  # bytes moved per logit of the plain step: to fp32, softmax, forward and backward
-HOST_BYTES_PER_S = 20e9  # between GPU and host, each way, of 32 GB/s of PCIe 4.0 x16; not measured
-# A CPU that was not measured: FLOP/s per core and bytes/s, with wide vector units at 3 GHz and 60 % of their peak.
+HOST_BYTES_PER_S = 20e9  # assumed between GPU and host in each direction; PCIe 4.0 x16 has 32 GB/s
+# Assumed FLOP/s per core (bf16, AVX-512, other) and bytes/s of a CPU that was not measured.
 CORE_BF16, CORE_FP32, CORE_NARROW, CPU_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
 GUESS = "the CPU's instructions; `strop doctor` measures"
-GPU_SHARE = 0.45  # of a GPU's dense rate: 43 % at 8B LoRA on an H100 (published by NVIDIA NeMo AutoModel)
+GPU_SHARE = 0.45  # achieved share of a GPU's dense rate; NVIDIA NeMo AutoModel: 43 % for LoRA of 8B on an H100
 
 
 def has_bf16(machine: Machine) -> bool:
@@ -45,26 +47,25 @@ def has_bf16(machine: Machine) -> bool:
 
 @dataclass(frozen=True)
 class Rate:
-    """Speed of a device in one dtype. `planning.calibrate` measures the fields after `peak`; 0 means not measured."""
+    """Speed of a device in one dtype. `planning.calibrate` measures the fields after `peak` (0: not measured)."""
 
     flops: float  # FLOP/s of large matmuls
     bandwidth: float  # bytes/s of memory
     source: str  # where the figures come from
-    peak: bool = False  # `flops` is a data sheet's peak, of which a training step reaches a share
+    peak: bool = False  # `flops` is the peak in a data sheet, of which training achieves GPU_SHARE
     head_flops: float = 0.0
     attention_flops: float = 0.0
     layer_s: float = 0.0  # constant seconds per layer
     moved: float = 0.0  # bytes/s of element-wise work
-    kinds_s: float | None = None  # seconds to compile the matmuls of a new row length; None: not measured
-    plain: float = 0.0  # time of the plain step, relative to the fast step
-    thin_flops: float = 0.0  # FLOP/s of LoRA matmuls with a rank above TILED_RANK
+    kinds_s: float | None = None  # seconds to compile the matmuls of a new row length (None: not measured)
+    plain: float = 0.0  # time of the plain step relative to the fast step
+    thin_flops: float = 0.0  # FLOP/s of LoRA matmuls with a rank above MAX_TILED_RANK
     unpacked_per_s: Mapping[str, float] = field(default_factory=dict)  # weights dequantized, by quantization scheme
     integers: Mapping[str, float] = field(default_factory=dict)  # FLOP/s of int8 matmuls, by quantization scheme
-    frozen_flops: float = 0.0  # FLOP/s of frozen weights; 0: as `flops`
+    frozen_flops: float = 0.0  # FLOP/s of matmuls with frozen weights (0: `flops`)
 
     @staticmethod
     def measured(rates: Rates, dtype: str) -> Rate:
-        """Return the rate of this machine's CPU that `strop doctor` has measured."""
         flops = rates.bf16_flops if dtype == "bf16" else rates.fp32_flops
         costs: dict[str, Any] = {**rates.costs[dtype if dtype in rates.costs else "fp32"]}
         costs |= {"unpacked_per_s": rates.unpacked_per_s, "integers": rates.integers}
@@ -72,18 +73,18 @@ class Rate:
 
     @staticmethod
     def of_cpu(machine: Machine, rates: Rates | None, dtype: str) -> Rate:
-        """Return the measured rate of a CPU, or without one a guess from its vector instructions."""
+        """Return the measured rate of a CPU, or an estimate from its vector instructions."""
         if rates is not None:
             return Rate.measured(rates, dtype)
-        wide = CORE_FP32 if "avx512f" in machine.vector else CORE_NARROW
-        core = CORE_BF16 if has_bf16(machine) and dtype == "bf16" else wide
+        fp32 = CORE_FP32 if "avx512f" in machine.vector else CORE_NARROW
+        core = CORE_BF16 if has_bf16(machine) and dtype == "bf16" else fp32
         return Rate(core * machine.cores, CPU_BANDWIDTH, f"a guess from {GUESS}")
 
     def for_workload(self, workload: Workload) -> Rate:
-        """Return the rate with int8 matmuls, if the workload has them. The head's weight is always in 16 bit."""
+        """Return the rate with the speed of int8 matmuls, if the workload uses them."""
         if not workload.compute.int8_matmul:
             return self
-        schemes = (workload.base.scheme, "none")
+        schemes = (workload.base.scheme, "none")  # the head is never quantized
         layers, head = (self.integers.get(name, INTEGER_SPEEDUP[name] * self.flops) for name in schemes)
         speedup = head / self.flops
         head_flops = speedup * (self.head_flops or HEAD_SHARE * self.flops)
@@ -102,41 +103,41 @@ class Flops:
         return self.frozen + self.adapters + self.attention + self.head
 
 
-def flops(workload: Workload, batch: MicroBatch) -> Flops:
-    """Count the FLOPs of a micro-batch; exact for the fast step."""
-    # It has no dW for frozen weights, no dX before the first layer, and only supervised rows in the head and after the
-    # last attention (plain step: all rows). A checkpointed layer computes its forward pass twice. DoRA with dropout has
-    # one more frozen matmul in the forward pass and two in the backward pass.
+def count_flops(workload: Workload, batch: MicroBatch) -> Flops:
+    """Count the FLOPs of a micro-batch. The count is exact for the fast step."""
+    # Frozen weights have no gradient, and neither has the input of the first layer. After the last attention, the fast
+    # step computes only supervised rows. A checkpointed layer computes its forward pass twice. DoRA with dropout adds a
+    # matmul with frozen weights to the forward pass, and two to the backward pass.
     shape, layers, adapter = workload.shape, workload.shape.layers, workload.adapter
     qkv = sum(x.active_weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-    rest = sum(x.active_weights for x in shape.linears) - qkv
-    last = batch.tokens if workload.compute.step == "plain" else batch.supervised
-    multiplied = layers * batch.tokens * qkv + ((layers - 1) * batch.tokens + last) * rest
-    forward = 2.0 * multiplied
-    again = workload.compute.checkpointed_layers / layers
-    frozen = forward * (2 + again) - 2.0 * qkv * batch.tokens
+    other_weights = sum(x.active_weights for x in shape.linears) - qkv
+    last_rows = batch.tokens if workload.compute.step == "plain" else batch.supervised
+    weight_tokens = layers * batch.tokens * qkv + ((layers - 1) * batch.tokens + last_rows) * other_weights
+    forward = 2.0 * weight_tokens
+    recomputed_share = workload.compute.checkpointed_layers / layers
+    frozen = forward * (2 + recomputed_share) - 2.0 * qkv * batch.tokens
     if adapter.dora and adapter.dropout and workload.compute.step == "fast":
         adapted = sum(x.active_weights for x, rank in workload.ranked_linears() if rank)
-        frozen += forward * (3 + again) * adapted / (qkv + rest)
-    adapters = (6 + 2 * again) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
-    long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > MAX_SAVED_KEYS)
-    matmul = 2.0 * layers * shape.query_size * pairs(workload, batch)  # one of the attention's
+        frozen += forward * (3 + recomputed_share) * adapted / (qkv + other_weights)
+    adapters = (6 + 2 * recomputed_share) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
+    long_pairs = sum(number * queries * keys for number, queries, keys in batch.documents if keys > MAX_SAVED_KEYS)
+    matmul = 2.0 * layers * shape.query_size * count_pairs(workload, batch)  # of queries and keys
     if workload.compute.attention_tiles:
-        attention = (7 + 2 * again) * matmul
+        attention = (7 + 2 * recomputed_share) * matmul
     else:
-        attention = (6 + 2 * again) * matmul + layers * shape.query_size * long
-    head = (6.0 if adapter.full_head else 4.0) * shape.embedding
+        attention = (6 + 2 * recomputed_share) * matmul + layers * shape.query_size * long_pairs
+    head = (6.0 if adapter.full_head else 4.0) * shape.embedding_weights
     head += 6.0 * adapter.head_rank * (shape.hidden + shape.vocabulary)
     return Flops(frozen, adapters, attention, head * batch.supervised)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Work of one micro-batch on a CPU, in the terms that have a rate."""
+    """Work of one micro-batch on a CPU, with one field for each rate."""
 
     frozen: float
-    adapters: float  # FLOPs that large matmuls would do in the time of the adapters' matmuls
-    thin: float  # FLOPs of adapters whose rank is too large for strop's tiles
+    adapters: float  # FLOPs of adapters, divided by LORA_SHARE
+    wide_lora: float  # FLOPs of adapters whose rank is too large for strop's tiled kernels
     attention: float
     head: float
     weights: float  # bytes of frozen weights that are read
@@ -144,71 +145,69 @@ class Work:
     layers: float
 
 
-def work_of(workload: Workload, batch: MicroBatch) -> Work:
-    count, shape, compute = flops(workload, batch), workload.shape, workload.compute
-    again = 1 + FORWARD * compute.checkpointed_layers / shape.layers
+def count_work(workload: Workload, batch: MicroBatch) -> Work:
+    count, shape, compute = count_flops(workload, batch), workload.shape, workload.compute
+    recompute_factor = 1 + FORWARD * compute.checkpointed_layers / shape.layers
     weights = shape.layers * sum(linear.active_weights for linear in shape.linears)
     passes = 2 + compute.checkpointed_layers / shape.layers
-    # Values per layer and token, forward and backward: of element-wise work, and of LoRA's narrow matmuls, which move
-    # each whole input and output four times.
+    # Values moved per layer and token. LoRA matmuls move each input and output four times.
     elementwise = 20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query_size + 2 * shape.key_value_size)
     lora = sum(round(4 * x.active * x.adapter_size) for x, rank in workload.ranked_linears() if rank)
     moved = batch.tokens * shape.layers * compute.dtype_bytes * (elementwise + lora)
-    untiled = max(workload.adapter.ranks, default=0) > TILED_RANK
+    untiled = max(workload.adapter.ranks, default=0) > MAX_TILED_RANK
     weight = compute.dtype_bytes if not compute.int8_matmul else 1 if workload.base.scheme == "int8" else 2
-    adapters, thin = (0.0, count.adapters) if untiled else (count.adapters / LORA_SHARE, 0.0)
+    adapters, wide_lora = (0.0, count.adapters) if untiled else (count.adapters / LORA_SHARE, 0.0)
     return Work(
-        count.frozen, adapters, thin, count.attention, count.head, passes * weights * weight, again * moved,
-        again * shape.layers * (DORA_LAYERS if workload.adapter.dora else 1),
+        count.frozen, adapters, wide_lora, count.attention, count.head, passes * weights * weight,
+        recompute_factor * moved, recompute_factor * shape.layers * (DORA_LAYERS if workload.adapter.dora else 1),
     )  # fmt: skip
 
 
 def matmul_seconds(work: Work, rate: Rate) -> float:
-    """Return the seconds of the work whose rate is known without fitting: matmuls, and reading the weights."""
+    """Return the seconds of large matmuls and of reading the weights, whose rates are measured without a fit."""
     frozen = work.frozen / (rate.frozen_flops or rate.flops)
     return frozen + work.adapters / rate.flops + work.weights / rate.bandwidth
 
 
 def micro_batch_seconds(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
-    """Return the seconds of forward and backward of one micro-batch."""
     shape, compute = workload.shape, workload.compute
     passes = 0.0 if compute.int8_matmul else 2 + compute.checkpointed_layers / shape.layers
     unpacked = packed_weights(workload) * passes
     if rate.peak:
-        computing = flops(workload, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
+        computing = count_flops(workload, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
         return max(computing, 2 * offloaded_bytes(workload, batch) / HOST_BYTES_PER_S)  # they overlap
-    work, plain, rate = work_of(workload, batch), compute.step == "plain", rate.for_workload(workload)
+    work, is_plain, rate = count_work(workload, batch), compute.step == "plain", rate.for_workload(workload)
     layers = (
         matmul_seconds(work, rate)
-        + work.thin / (rate.thin_flops or WIDE_LORA_SHARE * rate.flops)
+        + work.wide_lora / (rate.thin_flops or WIDE_LORA_SHARE * rate.flops)
         + work.layers * (rate.layer_s or LAYER_S)
         + work.moved / (rate.moved or MOVED_SHARE * rate.bandwidth)
         + work.attention / (rate.attention_flops or ATTENTION_SHARE * rate.flops)
     )
-    once = unpacked / rate.unpacked_per_s.get(workload.base.scheme, UNPACKED_PER_S)
-    own_matmul = compute.own_head_matmul and not plain
-    kinds_s = (0.0 if own_matmul else KINDS_S) if rate.kinds_s is None else rate.kinds_s
-    once += kinds_s * math.pow(shape.hidden / KINDS_HIDDEN, KINDS_POWER)
-    once += work.head / (rate.head_flops or HEAD_SHARE * rate.flops)
-    repacked = repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, compute.dtype_bytes, own_matmul)
-    once += repacked / rate.bandwidth
-    if plain:
-        once += LOGIT_BYTES * batch.supervised * shape.vocabulary / (rate.moved or MOVED_SHARE * rate.bandwidth)
+    fixed = unpacked / rate.unpacked_per_s.get(workload.base.scheme, UNPACKED_PER_S)
+    bf16_kernel = compute.bf16_head_kernel and not is_plain
+    kinds_s = (0.0 if bf16_kernel else COMPILE_S) if rate.kinds_s is None else rate.kinds_s
+    fixed += kinds_s * math.pow(shape.hidden / COMPILE_HIDDEN, COMPILE_POWER)
+    fixed += work.head / (rate.head_flops or HEAD_SHARE * rate.flops)
+    repacked = repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, compute.dtype_bytes, bf16_kernel)
+    fixed += repacked / rate.bandwidth
+    if is_plain:
+        fixed += LOGIT_BYTES * batch.supervised * shape.vocabulary / (rate.moved or MOVED_SHARE * rate.bandwidth)
         layers *= (rate.plain or PLAIN) * (PLAIN_DORA if workload.adapter.dora else 1)
-    else:  # the model's own modules take as long as in the plain step
+    else:  # modules of transformers take as long as in the plain step
         layers *= 1 + workload.model_code_share * ((rate.plain or PLAIN) - 1)
-    return layers + once
+    return layers + fixed
 
 
-def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, own_matmul: bool) -> int:
-    """Return the bytes moved to repack the head's weight, for both matmuls of each chunk of rows."""
-    # strop's kernel (own_matmul) repacks in the cache, so the weight is only read.
+def repacked_bytes(rows: int, vocabulary: int, hidden: int, dtype_bytes: int, bf16_kernel: bool) -> int:
+    """Return the bytes moved to repack the head's weight for both matmuls of each chunk of rows."""
+    # strop's bf16 kernel repacks in the cache, so that the weight is only read.
     chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * dtype_bytes)))
-    return chunks * 2 * (1 if own_matmul else 2) * vocabulary * hidden * dtype_bytes
+    return chunks * 2 * (1 if bf16_kernel else 2) * vocabulary * hidden * dtype_bytes
 
 
 def step_seconds(workload: Workload, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
-    """Return the seconds of a step of this many micro-batches like `batch`, with the optimizer's update."""
+    """Return the seconds of a step with `micro_batches` times `batch`, and of the optimizer's update."""
     return micro_batches * micro_batch_seconds(workload, batch, rate) + _update_seconds(workload, rate)
 
 
@@ -223,15 +222,15 @@ def _update_seconds(workload: Workload, rate: Rate) -> float:
 
 
 def rollout_seconds(workload: Workload, rollouts: RolloutLoad, rate: Rate) -> float:
-    """Return the seconds of sampling one step's completions, all of the maximum length."""
+    """Return the seconds to sample the completions of a step, all of the maximum length."""
     tokens = rollouts.completions * rollouts.answer + rollouts.completions // rollouts.group * rollouts.prompt
     passes = rollouts.answer * -(-rollouts.completions // MAX_SEQUENCES)
     weights = workload.base.parameters - workload.shape.idle_expert_weights + workload.active_adapter_weights
     share = GPU_SHARE if rate.peak else DECODE_SHARE
-    reading = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth  # once in each pass
+    reading = passes * (weight_bytes(workload) + constant_bytes(workload)) / rate.bandwidth
     return 2.0 * weights * tokens / (share * rate.flops) + reading
 
 
 def tokens_per_s(workload: Workload, batch: MicroBatch, rate: Rate) -> float:
-    """Return tokens of rows per second. A shared prefix is computed once and counts in each row."""
+    """Return tokens per second. A shared prefix counts in each row."""
     return (batch.tokens + batch.shared) / micro_batch_seconds(workload, batch, rate)

@@ -1,4 +1,4 @@
-"""Describe what determines the memory and time of a run: model sizes, quantization, adapters and computation."""
+"""Describe what determines a run's memory and time: model sizes, quantization, adapters and the training step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from strop.config.schema import LoraSection, Recipe
 from strop.engine.eligibility import why_config_not_fast
-from strop.errors import ModelError, nearest
-from strop.machine.probe import TILED_RANK, probe
+from strop.errors import ModelError, suggest
+from strop.machine.probe import MAX_TILED_RANK, probe
 from strop.models.families.shape import EMBEDDINGS, LinearShape, ModelShape, matches_pattern, target_names
 from strop.models.families.table import FAMILIES, Family
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # the output heads among EMBEDDINGS
 BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}  # per quantized weight
-# layers with the same input, which the fast step computes in one matmul
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Layers with the same input. The fast step computes each group in one matmul.
+FUSED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,25 +33,25 @@ class BaseWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterWeights:
-    ranks: tuple[int, ...] = ()  # LoRA rank on each of `shape.linears`; 0 for a layer without an adapter
-    extra_weights: int = 0  # other weights: modules trained in full, biases, DoRA magnitudes, the head's adapter
+    ranks: tuple[int, ...] = ()  # LoRA rank of each of `shape.linears`; 0 without an adapter
+    extra_weights: int = 0  # other trainable weights: full modules, biases, DoRA magnitudes, the head's adapter
     head_rank: int = 0  # LoRA rank on the output head; 0 without an adapter
     dropout: bool = False
     dora: bool = False
     full_head: bool = False  # the output head is trained in full
     full_embedding: bool = False  # the input embedding is trained in full
-    full_head_norms: bool = False  # norms of the queries or keys of attention heads are trained in full
-    new_tokens: bool = False  # the embedding gets new rows
+    full_head_norms: bool = False  # q_norm or k_norm is trained in full
+    new_tokens: bool = False  # the embedding has rows for added tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     device: str = "cpu"
     dtype_bytes: int = 2  # bytes per value of the compute dtype
-    step: str = "fast"  # fast or plain, as `strop.engine.step` chooses it
+    step: str = "fast"  # fast or plain (strop.engine.step)
     threads: int = 2
     attention_tiles: bool = False  # the fast step computes attention in tiles (CPU, bf16)
-    own_head_matmul: bool = False  # the fast step uses strop's matmul kernel for the output head (CPU, bf16)
+    bf16_head_kernel: bool = False  # the fast step uses strop's matmul kernel for the output head (CPU, bf16)
     int8_matmul: bool = False  # matmuls with frozen weights are computed in int8
     checkpointed_layers: int = 0  # number of layers that are recomputed in the backward pass
     offload: bool = False  # inputs of recomputed layers are kept in host memory
@@ -60,7 +60,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One way to train a model: its base, its trainable weights, and how a step is computed."""
+    """The base model, the trainable weights, and the training step of a run."""
 
     base: BaseWeights
     adapter: AdapterWeights = AdapterWeights()
@@ -70,17 +70,17 @@ class Workload:
     def from_recipe(
         recipe: Recipe, shape: ModelShape, *, parameters: int | None = None, threads: int = 2, devices: int = 1
     ) -> Workload:
-        """Return the workload of a recipe whose device and dtype are chosen. Other auto options count as off."""
+        """Return the workload of a recipe with a known device and dtype. Other options set to auto count as off."""
         model, lora, train = recipe.model, recipe.lora, recipe.train
-        names = _targets(shape, lora.target_modules)
-        layer_ranks = [_ranks(x.path, lora, shape.layers) if x.name in names else [] for x in shape.linears]
+        names = _find_targets(shape, lora.target_modules)
+        layer_ranks = [_find_layer_ranks(x.path, lora, shape.layers) if x.name in names else [] for x in shape.linears]
         device = model.device.partition(":")[0]
         scheme = model.quantization if model.quantization != "auto" else "none"
-        plain = why_plain(recipe, shape) is not None
+        is_plain = why_recipe_not_fast(recipe, shape) is not None
         bf16_cpu = device == "cpu" and model.dtype == "bf16"
-        # the mean rank over the layers, rounded up; `_extra_weights` corrects the rounding
+        # The mean rank over the layers, rounded up. `_count_extra_weights` corrects the rounding.
         ranks = tuple(-(-sum(ranks) // shape.layers) for ranks in layer_ranks)
-        head_rank = _rank("lm_head", lora) if "lm_head" in names else 0
+        head_rank = _find_rank("lm_head", lora) if "lm_head" in names else 0
         return Workload(
             base=BaseWeights(
                 shape=shape,
@@ -92,7 +92,7 @@ class Workload:
             ),
             adapter=AdapterWeights(
                 ranks=ranks,
-                extra_weights=_extra_weights(recipe, shape, ranks, layer_ranks, head_rank),
+                extra_weights=_count_extra_weights(recipe, shape, ranks, layer_ranks, head_rank),
                 head_rank=head_rank,
                 dropout=lora.dropout > 0,
                 dora=lora.use_dora,
@@ -104,12 +104,12 @@ class Workload:
             compute=Compute(
                 device=device,
                 dtype_bytes=BYTES.get(model.dtype, 2),
-                step="plain" if plain else "fast",
+                step="plain" if is_plain else "fast",
                 threads=threads,
                 attention_tiles=bf16_cpu and probe().has_tiled_attention(shape.head_size),
-                own_head_matmul=bf16_cpu and probe().has_bf16_matmul((shape.hidden, shape.vocabulary)),
+                bf16_head_kernel=bf16_cpu and probe().has_bf16_matmul((shape.hidden, shape.vocabulary)),
                 int8_matmul=train.int8_matmul,
-                checkpointed_layers=num_checkpointed(train.gradient_checkpointing, shape.layers, all_or_none=plain),
+                checkpointed_layers=num_checkpointed(train.gradient_checkpointing, shape.layers, all_or_none=is_plain),
                 offload=train.gradient_checkpointing == "offload",
                 optimizer=train.optimizer,
             ),
@@ -139,23 +139,24 @@ class Workload:
     @property
     def tiled_lora(self) -> bool:
         """True if the fast step computes the adapters' matmuls with strop's CPU kernels."""
-        compute = self.compute
-        return compute.step == "fast" and compute.attention_tiles and max(self.adapter.ranks, default=0) <= TILED_RANK
+        has_tiles = self.compute.step == "fast" and self.compute.attention_tiles
+        return has_tiles and max(self.adapter.ranks, default=0) <= MAX_TILED_RANK
 
     @property
     def flash_attention(self) -> bool:
-        """True if attention does not save probabilities: flash attention on a GPU, in 16 bit."""
+        """True if attention saves no probabilities, as flash attention on a GPU in 16 bit."""
         return self.compute.device == "cuda" and self.compute.dtype_bytes == 2
 
     @property
     def gpu_operand_weights(self) -> int:
-        """Number of adapter values in the compute dtype on a GPU; joined B matrices include their zeros."""
+        """Number of LoRA weights that the fast step copies to the compute dtype on a GPU."""
+        # The B matrices of fused layers form one block-diagonal matrix, which is stored with its zeros.
         adapted = {x.name: (rank, x) for x, rank in self.ranked_linears() if rank}
         total = 0
-        for group in JOINED:
-            joined = [adapted.pop(name) for name in group if name in adapted]
-            total += sum(rank * x.inputs for rank, x in joined)
-            total += sum(rank for rank, _ in joined) * sum(x.outputs for _, x in joined)
+        for names in FUSED_LINEARS:
+            fused = [adapted.pop(name) for name in names if name in adapted]
+            total += sum(rank * x.inputs for rank, x in fused)
+            total += sum(rank for rank, _ in fused) * sum(x.outputs for _, x in fused)
         return self.shape.layers * (total + sum(rank * x.adapter_size for rank, x in adapted.values()))
 
     @property
@@ -171,18 +172,19 @@ class Workload:
     def mixer_linears(self) -> tuple[LinearShape, ...]:
         """Linear layers of the module that replaces attention in some layers (linear attention, Mamba, ...)."""
         family, mlp = self.family, self.mlp_linears
-        others = (x for x in self.shape.linears if x not in mlp) if family.mixer else ()
+        not_mlp = (x for x in self.shape.linears if x not in mlp) if family.mixer else ()
         attention, prefix = (*family.qkv, family.o), f"{family.mixer}."
-        return tuple(x for x in others if x.leaf not in attention or x.path.startswith(prefix))
+        return tuple(x for x in not_mlp if x.leaf not in attention or x.path.startswith(prefix))
 
     @property
     def attention_share(self) -> float:
+        """Share of the layers that have attention."""
         keys = self.family.qkv[-1]
         return min(1.0, sum(x.share for x in self.shape.linears if x.leaf == keys)) if self.family.mixer else 1.0
 
     @property
     def model_code_share(self) -> float:
-        """Share of the active weights that the fast step computes with the modules of transformers."""
+        """Share of the active weights that are multiplied by modules of transformers in the fast step."""
         linears = (*self.mixer_linears, *(self.mlp_linears if self.family.moe else ()))
         return sum(x.active_weights for x in linears) / max(1, sum(x.active_weights for x in self.shape.linears))
 
@@ -207,30 +209,29 @@ class Workload:
 
 
 def num_checkpointed(setting: str | int, layers: int, *, all_or_none: bool = False) -> int:
-    """Return how many layers `train.gradient_checkpointing` recomputes. all_or_none: a number means all layers."""
+    """Return the number of layers that are recomputed. all_or_none: a number as setting means all layers."""
     if isinstance(setting, int):
         return layers if all_or_none else min(setting, layers)
     return layers if setting in ("on", "offload") else 0
 
 
 def why_not_offloaded(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Return why inputs of layers cannot be kept in host memory, or None. The recipe's device must be chosen."""
+    """Return why the inputs of layers cannot be kept in host memory, or None. The recipe's device must be known."""
     if not recipe.model.device.startswith("cuda"):
         return f"offloading gains nothing on {recipe.model.device}, which uses host memory"
-    plain = why_plain(recipe, shape)
-    return None if plain is None else f"the plain step does not offload, and it trains this recipe ({plain})"
+    why = why_recipe_not_fast(recipe, shape)
+    return None if why is None else f"the plain step does not offload, and it trains this recipe ({why})"
 
 
 def _num_trained_biases(lora: LoraSection, shape: ModelShape) -> int:
-    """Return the number of trained bias values, chosen as peft does: all biases, or those of adapted layers."""
     if lora.bias != "lora_only":
         return shape.biases if lora.bias == "all" else 0
-    names = _targets(shape, lora.target_modules)
+    names = _find_targets(shape, lora.target_modules)
     return shape.layers * sum(x.total_outputs for x in shape.linears if x.bias and x.name in names)
 
 
 def _num_trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
-    """Return the number of weights in modules trained in full, matched as peft does: by the end of the module path."""
+    """Return the number of weights in modules trained in full. As in PEFT, a name matches the end of a path."""
     names = tuple(lora.modules_to_save)
     if not names:
         return 0
@@ -240,32 +241,31 @@ def _num_trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
     if shape.head_norms:
         layer |= {f"{family.attention}.{name}": shape.head_size for name in (family.q_norm, family.k_norm)}
     modules = [(f"model.layers.{n}.{path}", size) for n in range(shape.layers) for path, size in layer.items()]
-    modules += [(f"model.{family.final_norm}", norm), *((name, shape.embedding) for name in EMBEDDINGS)]
-    return sum(size for path, size in modules if _is_in_full(path, names))
+    modules += [(f"model.{family.final_norm}", norm), *((name, shape.embedding_weights) for name in EMBEDDINGS)]
+    return sum(size for path, size in modules if _is_fully_trained(path, names))
 
 
-def _is_in_full(path: str, names: tuple[str, ...]) -> bool:
-    """Return whether a module, or a module that contains it, is trained in full."""
+def _is_fully_trained(path: str, names: tuple[str, ...]) -> bool:
+    """Return whether a module, or one that contains it, is trained in full."""
     return any(part.endswith(names) for part in accumulate(path.split("."), "{}.{}".format))
 
 
 def _trains_head_norms(lora: LoraSection, shape: ModelShape) -> bool:
-    """Return whether norms of queries or keys are trained in full, matched as peft does."""
     family, names = FAMILIES.get(shape.family, Family()), tuple(lora.modules_to_save)
     paths = (f"{family.attention}.{family.q_norm}", f"{family.attention}.{family.k_norm}")
     named = any(name.rpartition(".")[2] in (family.q_norm, family.k_norm) for name in names)
     return named or (shape.head_norms and any(path.endswith(names) for path in paths if names))
 
 
-def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Return why the fast step cannot train this recipe, or None if it can. Its device must be chosen."""
+def why_recipe_not_fast(recipe: Recipe, shape: ModelShape) -> str | None:
+    """Return why the fast step cannot train this recipe, or None if it can. Its device must be known."""
     model, lora = recipe.model, recipe.lora
-    targets = _targets(shape, lora.target_modules)
+    targets = _find_targets(shape, lora.target_modules)
     return why_config_not_fast(shape.text_config, device=model.device, dtype=model.dtype, lora=lora, targets=targets)
 
 
-def _targets(shape: ModelShape, targets: str | list[str]) -> list[str]:
-    """Return the leaf names of the target modules; all linear layers if they are unknown for the family."""
+def _find_targets(shape: ModelShape, targets: str | list[str]) -> list[str]:
+    """Return the leaf names of the target modules. For a family without known names: all linear layers."""
     try:
         return target_names(shape.linear_kinds(), targets)
     except ModelError:
@@ -274,20 +274,20 @@ def _targets(shape: ModelShape, targets: str | list[str]) -> list[str]:
         return [linear.name for linear in shape.linears]
 
 
-def _ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
-    """Return the adapter's rank on this module in each layer; 0 where the module is trained in full."""
+def _find_layer_ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
+    """Return the adapter's rank on a module in each layer; 0 if the module is trained in full."""
     if not lora.rank_pattern and not lora.modules_to_save:
         return [lora.r] * layers
     paths, names = [f"model.layers.{n}.{path}" for n in range(layers)], tuple(lora.modules_to_save)
-    return [0 if _is_in_full(full, names) else _rank(full, lora) for full in paths]
+    return [0 if _is_fully_trained(full, names) else _find_rank(full, lora) for full in paths]
 
 
-def _rank(path: str, lora: LoraSection) -> int:
-    """Return the rank that peft chooses for a module path; a pattern is a path suffix or a regular expression."""
+def _find_rank(path: str, lora: LoraSection) -> int:
+    """Return the adapter's rank on a module. A pattern is a path suffix or a regular expression, as in PEFT."""
     return next((rank for pattern, rank in lora.rank_pattern.items() if matches_pattern(pattern, path)), lora.r)
 
 
-def _extra_weights(
+def _count_extra_weights(
     recipe: Recipe, shape: ModelShape, mean_ranks: tuple[int, ...], layer_ranks: list[list[int]], head_rank: int
 ) -> int:
     """Return the number of trainable weights that are not in adapters on `shape.linears`."""
@@ -304,11 +304,11 @@ def _extra_weights(
 
 def check_patterns(lora: LoraSection, shape: ModelShape) -> None:
     """Raise ModelError for a rank or alpha pattern that matches no adapter. Unknown families are not checked."""
-    names = _targets(shape, lora.target_modules)
+    names = _find_targets(shape, lora.target_modules)
     paths = [f"model.layers.{n}.{x.path}" for n in range(shape.layers) for x in shape.linears if x.name in names]
     paths += [name for name in HEADS if name in names]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns if shape.known else ():
             if not any(matches_pattern(pattern, path) for path in paths):
-                what = f"lora.{field}: {pattern} matches no layer with an adapter{nearest(pattern, names)}"
+                what = f"lora.{field}: {pattern} matches no layer with an adapter{suggest(pattern, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")

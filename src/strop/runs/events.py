@@ -1,12 +1,12 @@
-"""The events of a run, one JSON object per line. Callbacks, the progress bar and trackers get the same objects.
+"""The events of a run, one JSON object per line, which callbacks, the progress bar and trackers also receive.
 
-Every event has `event` (its kind) and `time` (seconds since 1970). The kinds are:
+Every event has `event` (its kind), `time` (seconds since 1970), and fields that depend on the kind:
 
-- machine, recipe, data, reference, rehearsal (the dry run): before the first step
-- start, resume, override (a changed setting), stop, end: of the run
+- before the first step: machine, recipe, data, reference, rehearsal (the dry run)
+- start, resume, override (a changed setting), stop, end
 - step, eval, save, reference-check, note
 - skip (a rejected update), doubt (an applied update with an unusual loss), rollback
-- shrink: a setting that was changed after running out of memory
+- shrink (a setting that was changed after running out of memory)
 """
 
 from __future__ import annotations
@@ -18,23 +18,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# `event` (kind), `time` (seconds since 1970), and fields by kind: machine, recipe, data, start, resume, override,
-# rehearsal, reference, reference-check, step, eval, save, skip, doubt, rollback, shrink, note, stop, end
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 
 class EventLog:
-    """Append events to a file and pass each to the listeners. path: None for processes that emit nothing."""
+    """Append events to a file and pass each to the listeners. path: None to ignore all events."""
 
     def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
-        self._path = path
-        self._listeners = tuple(listeners)
+        self._path, self._listeners = path, tuple(listeners)
         if path is None:
             return
         content = path.read_bytes() if path.is_file() else b""
-        if content and not content.endswith(b"\n"):  # a crash cut the last line short: remove it
-            os.truncate(path, content.rfind(b"\n") + 1)  # in place: rewriting could lose all events on a full disk
+        if content and not content.endswith(b"\n"):  # remove a last line that a crash cut short
+            os.truncate(path, content.rfind(b"\n") + 1)  # not rewritten, which on a full disk could lose all events
 
     def emit(self, kind: str, **fields: Any) -> None:
         if self._path is None:
@@ -64,7 +61,7 @@ def drop_undone_events(events: Sequence[Event]) -> list[Event]:
 
 
 def find_rewind_step(event: Event) -> int | None:
-    """Return the step that a resume or rollback restarted from; None for other events."""
+    """Return the step from which a resume or rollback continues, or None for other events."""
     field = {"resume": "step", "rollback": "to"}.get(event["event"])
     return None if field is None else int(event[field])
 

@@ -19,7 +19,7 @@ import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from strop.errors import DiskError, FolderError, nearest
+from strop.errors import DiskError, FolderError, suggest
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 _VALID_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
@@ -28,8 +28,6 @@ _CLAIM_FILE, _CLAIM_LOCK = "claim.json", ".claim.lock"
 
 
 class RunFolder:
-    """A run folder, the paths of the files in it, and its checkpoints."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe = path / "recipe.yaml"
@@ -39,7 +37,7 @@ class RunFolder:
         self.reference = path / "reference.safetensors"  # log-probabilities under the reference model
         self.report = path / "report.json"
         self.page = path / "report.html"
-        self.answers = path / "answers.json"  # answers of base and tuned model in the last evaluation
+        self.answers = path / "answers.json"  # completions of base and tuned model in the last evaluation
 
     @property
     def name(self) -> str:
@@ -47,8 +45,8 @@ class RunFolder:
 
     @property
     def holder(self) -> int | None:
-        """The id of another running process that has claimed the folder."""
-        return _claim_holder(self.path / _CLAIM_FILE)
+        """The id of another running process that has claimed the folder, or None."""
+        return _find_claim_holder(self.path / _CLAIM_FILE)
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
@@ -61,24 +59,24 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True if the run ended by itself. A run that reached its time limit did not, and can be resumed."""
+        """True if the run is complete. A run that reached its time limit is not, and can be resumed."""
         report = self.read_report()
         return bool(report.get("exit") == 0 and report.get("ended") != "time")
 
     def read_report(self) -> dict[str, Any]:
-        """Return report.json, or {} if it is missing or damaged (`strop resume` writes it again)."""
+        """Return report.json, or {} if it is missing or damaged, as `strop resume` can write it again."""
         return read_json(self.report)
 
     def read_lock(self) -> dict[str, Any]:
-        """Return lock.json. Raises FolderError if it is damaged, since it cannot be written again."""
+        """Return lock.json. Raises FolderError if it is damaged, as it cannot be written again."""
         try:
             lock = json.loads(self.lock.read_bytes())
             missing = [name for name in ("base", "data", "values", "versions", "threads") if name not in lock]
-            why = f"{missing[0]} is missing" if missing else ""
+            problem = f"{missing[0]} is missing" if missing else ""
         except (OSError, ValueError, RecursionError, TypeError) as error:
-            why = str(error)
-        if why:
-            raise FolderError(f"{self.lock}: damaged: {why}", fix="restore the file, or start a new run")
+            problem = str(error)
+        if problem:
+            raise FolderError(f"{self.lock}: damaged: {problem}", fix="restore the file, or start a new run")
         return dict(lock)
 
     def remove_if_empty(self) -> None:
@@ -88,26 +86,25 @@ class RunFolder:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Claim the folder for this process, with a file lock and claim.json. Raises FolderError if it is in use."""
+        """Claim the folder for this process with a file lock and claim.json. Raises FolderError if it is in use."""
         file, lock = self.path / _CLAIM_FILE, FileLock(self.path / _CLAIM_LOCK, timeout=0)
         try:
             acquired = lock.acquire()
         except Timeout:
-            raise self._in_use(_claim_holder(file)) from None
+            raise self._in_use_error(_find_claim_holder(file)) from None
         with acquired:
-            holder = _claim_holder(file)  # in case the file system does not support locks
-            if holder is not None:
-                raise self._in_use(holder)
-            for place in (self.path, self.path / "checkpoints"):
-                _remove_leftovers(place)
-            started, folder = psutil.Process().create_time(), str(self.path.resolve())
-            write_atomic(file, json.dumps({"pid": os.getpid(), "started": started, "folder": folder}))
+            if (holder := _find_claim_holder(file)) is not None:  # the file system may not support locks
+                raise self._in_use_error(holder)
+            _remove_leftovers(self.path)
+            _remove_leftovers(self.path / "checkpoints")
+            started, resolved = psutil.Process().create_time(), str(self.path.resolve())
+            write_atomic(file, json.dumps({"pid": os.getpid(), "started": started, "folder": resolved}))
             try:
                 yield
             finally:
                 file.unlink(missing_ok=True)
 
-    def _in_use(self, pid: int | None) -> FolderError:
+    def _in_use_error(self, pid: int | None) -> FolderError:
         by = f"process {pid}" if pid is not None else "another process"
         return FolderError(f"{self.path}: in use by {by}", fix="wait for it, or give --out another folder")
 
@@ -116,15 +113,15 @@ def is_run(path: Path) -> bool:
     return (path / "recipe.yaml").is_file() and (path / "lock.json").is_file()
 
 
-def create(path: Path) -> RunFolder:
-    """Create an empty run folder (or use one whose run was killed early), and check that it is writable."""
+def create_run_folder(path: Path) -> RunFolder:
+    """Create a run folder, or use one whose run ended before its first event, and check that it is writable."""
     if not _VALID_NAME.fullmatch(path.name):
         raise FolderError(f"{str(path)!r}: not a valid name for a run folder", fix="give --out another folder")
-    new = "give --out a new folder"
+    fix = "give --out a new folder"
     if is_run(path):
-        raise FolderError(f"{path}: contains a run", fix=f"resume it with `strop resume {path}`, or {new}")
+        raise FolderError(f"{path}: contains a run", fix=f"resume it with `strop resume {path}`, or {fix}")
     if path.is_dir() and not _is_unused(path):
-        raise FolderError(f"{path}: is not empty", fix=new)
+        raise FolderError(f"{path}: is not empty", fix=fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / ".write-test", "strop")
@@ -141,43 +138,43 @@ def _is_unused(path: Path) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free bytes on the disk where `path` is or will be."""
-    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    """Return the free bytes on the disk of `path`, which need not exist."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert errors of a full, broken or read-only disk to DiskError, which names `path` or a file not in it."""
+    """Convert errors of a full, broken or read-only disk to DiskError, which names `path`, or a file outside of it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        match = re.search(r"os error (\d+)", str(error))  # safetensors raises Rust's message, with the error number
+        match = re.search(r"os error (\d+)", str(error))  # safetensors raises Rust's message with the error number
         number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
         if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy reports no error number
             number = errno.ENOSPC
         if number is None or number not in _DISK_ERRNOS:
             raise
         filename = getattr(error, "filename", None)
-        place = path if filename is None else Path(os.fsdecode(filename))
-        place = path if path.absolute() in place.absolute().parents else place
+        file = path if filename is None else Path(os.fsdecode(filename))
+        file = path if path.absolute() in file.absolute().parents else file
         fix = "free some space or repair the disk, then try again; completed files are intact"
-        if place != path and is_cache(place):
+        if file != path and overlaps_cache(file):
             fix = "free some space there, or set STROP_CACHE to a writable folder"
-        raise DiskError(f"{place}: cannot be written: {os.strerror(number)}", fix=fix) from None
+        raise DiskError(f"{file}: cannot be written: {os.strerror(number)}", fix=fix) from None
 
 
 def open_run(path: Path) -> RunFolder:
-    """Open an existing run folder. Raises FolderError with the most similar existing name."""
+    """Open an existing run folder. Raises FolderError, which suggests a similar name, if there is none."""
     if not is_run(path):
         siblings = [str(entry) for entry in _entries(path.parent) if is_run(entry)]
-        what = "not a run folder" if path.exists() else f"no such run{nearest(str(path), siblings)}"
+        what = "not a run folder" if path.exists() else f"no such run{suggest(str(path), siblings)}"
         raise FolderError(f"{path}: {what}", fix="see `strop runs`")
     return RunFolder(path)
 
 
 def _remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files of killed processes, and restore what they were replacing. name: only for this entry."""
+    """Remove temporary files of killed processes, and restore what they were replacing. name: only this entry."""
     for entry in _entries(folder):
         match = re.fullmatch(r"\.?(.+)\.(tmp|old)-\d+", entry.name)
         if match is None or name not in (None, match[1]):
@@ -194,21 +191,23 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _claim_holder(file: Path) -> int | None:
-    """Return the id of another running process with this claim (same id and start time), or None."""
+def _find_claim_holder(file: Path) -> int | None:
+    """Return the id of another process that has made this claim and still runs, or None."""
     try:
-        claim = json.loads(file.read_text(encoding="utf-8"))  # a claim in a copied folder is invalid
-        if claim.get("folder", str(file.parent.resolve())) != str(file.parent.resolve()):
+        claim = json.loads(file.read_text(encoding="utf-8"))
+        folder = str(file.parent.resolve())
+        if claim.get("folder", folder) != folder:  # the claim was copied with its folder
             return None
         process = psutil.Process(int(claim["pid"]))
-        alive = abs(process.create_time() - float(claim["started"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        is_same_process = abs(process.create_time() - float(claim["started"])) < 1  # ids are reused
+        is_running = is_same_process and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, psutil.NoSuchProcess):
         return None
-    return process.pid if alive and process.pid != os.getpid() else None
+    return process.pid if is_running and process.pid != os.getpid() else None
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file atomically: after a crash it has the old or the new content, never a part."""
+    """Write a text file atomically: after a crash it has either the old or the new content."""
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temp.open("w", encoding="utf-8") as file:
@@ -251,19 +250,18 @@ def cache_folder() -> Path:
             return Path(configured).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
     except RuntimeError:  # a container's user without an entry in the user database
-        raise FolderError(
-            "this user has no home folder for the cache", fix="set STROP_CACHE to a writable folder"
-        ) from None
+        fix = "set STROP_CACHE to a writable folder"
+        raise FolderError("this user has no home folder for the cache", fix=fix) from None
 
 
-def is_cache(place: Path) -> bool:
-    """Return whether a path is in the cache, or is a parent folder of the cache."""
-    place, cache = place.absolute(), cache_folder().absolute()
-    return cache in (place, *place.parents) or place in cache.parents
+def overlaps_cache(path: Path) -> bool:
+    """Return whether a path is in the cache folder, or is one of its parents."""
+    path, cache = path.absolute(), cache_folder().absolute()
+    return cache in (path, *path.parents) or path in cache.parents
 
 
 def apply_umask(file: Path) -> None:
-    """Give a file the permissions of its folder: safetensors makes files readable by their owner only."""
+    """Give a file the permissions of its folder. safetensors makes files readable by their owner only."""
     mode = file.parent.stat().st_mode & 0o666
     if os.name == "posix" and not file.is_symlink() and file.stat().st_mode & 0o666 != mode:
         file.chmod(mode)
@@ -271,19 +269,19 @@ def apply_umask(file: Path) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `final` when the block succeeds, and is removed when it fails."""
+    """Yield a temporary folder that replaces `final` when the block succeeds, and is deleted when it fails."""
     temp = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
     try:
         yield temp
-        publish(temp, final)
+        replace_folder(temp, final)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def publish(temp: Path, final: Path) -> None:
-    """Flush a folder to disk and rename it to `final`, so that it is never incomplete, even after a power failure."""
+def replace_folder(temp: Path, final: Path) -> None:
+    """Flush a folder to disk and rename it, so that `final` is complete even after a power failure."""
     for file in temp.rglob("*"):
         if file.is_file():
             apply_umask(file)
@@ -299,7 +297,7 @@ def publish(temp: Path, final: Path) -> None:
 
 
 def build_once(folder: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
-    """Build a cache folder unless it is complete. If another process is building it, wait."""
+    """Build a cache folder unless it is complete. Waits if another process is building it."""
     if not is_complete(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -318,16 +316,14 @@ def exclusive_output(out: Path) -> Iterator[None]:
     try:
         acquired = FileLock(lock, timeout=0).acquire()
     except Timeout:
-        raise FolderError(
-            f"{out}: another process is writing it", fix="wait for it, or give --out another name"
-        ) from None
+        what, fix = f"{out}: another process is writing it", "wait for it, or give --out another name"
+        raise FolderError(what, fix=fix) from None
     with acquired:
         try:
             if out.exists():
                 raise FolderError(f"{out}: already exists", fix="give --out another name")
-            for entry in _entries(out.parent) if was_killed else ():
-                if re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", entry.name):
-                    shutil.rmtree(entry)
+            if was_killed:
+                _remove_leftovers(out.parent, out.name)
             yield
         finally:
             if os.name == "posix":  # Windows cannot remove an open file
@@ -335,20 +331,17 @@ def exclusive_output(out: Path) -> Iterator[None]:
 
 
 def find_runs(folder: Path) -> list[RunFolder]:
-    """Return the runs in a folder, oldest first."""
     runs = [RunFolder(entry) for entry in _entries(folder) if is_run(entry)]
     return sorted(runs, key=lambda run: run.recipe.stat().st_mtime)
 
 
 def run_name(data: str) -> str:
-    """Return the name of a run that trains on this data file, without the number that is added to it."""
+    """Return the name, without a number, of a run that trains on this data file."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip(".-")
     return name or "run"  # the stem may have no ASCII letters
 
 
 def next_numbered(folder: Path, name: str) -> Path:
-    """Return FOLDER/NAME-N with N one above the highest number in use."""
-    numbers = [
-        int(match[1]) for entry in _entries(folder) if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", entry.name))
-    ]
-    return folder / f"{name}-{max(numbers, default=0) + 1}"
+    """Return FOLDER/NAME-N, where N is one above the highest number in use."""
+    matches = (re.fullmatch(rf"{re.escape(name)}-(\d+)", entry.name) for entry in _entries(folder))
+    return folder / f"{name}-{max((int(match[1]) for match in matches if match), default=0) + 1}"

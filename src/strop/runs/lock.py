@@ -1,4 +1,4 @@
-"""lock.json: the inputs and library versions of a run, to reproduce it and to detect changes on resume."""
+"""lock.json, which stores the inputs and library versions of a run to reproduce it and detect changes on resume."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from strop.errors import InputError, nearest
+from strop.errors import InputError, suggest
 
 LIBRARIES = (
     "strop", "torch", "transformers", "peft", "tokenizers", "safetensors", "accelerate", "numpy", "numba",
     "bitsandbytes",
 )  # fmt: skip
 
-# recipe fields that do not change the numbers, or whose content is compared instead (data: hash, model: fingerprint)
+# recipe fields that do not change the results, or whose content is compared by hash or fingerprint
 IGNORED_FIELDS = {
     "out", "preset", "track", "model.name", "model.revision", "model.placement", "data.train", "data.eval",
     "data.columns", "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
     "train.timeout",
 }  # fmt: skip
-# fields that decide the shapes of the trained weights or only count at the start of a run: a resume cannot change them
+# fields that a resume cannot change: they determine the shapes of trained weights, or are used only at the start
 FIXED_FIELDS = {
     "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
     "lora.new_tokens", "lora.init", "train.objective",
 }  # fmt: skip
-HASHED_PARTS = ("base", "data", "template", "rewards")  # of a lock
-FIELD_GROUPS = {  # names of --allow-changed that stand for several fields
+HASHED_PARTS = ("base", "data", "template", "rewards")  # fields of lock.json
+FIELD_GROUPS = {  # names for several fields in --allow-changed
     "lr": {"train.learning_rate"},
     "schedule": {"train.lr_scheduler", "train.warmup", "train.epochs", "train.max_steps"},
 }
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed libraries that decide a run's numbers."""
+    """Return the versions of Python and of the installed libraries that affect a run's results."""
     installed = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -60,7 +60,7 @@ def sha256_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A part of a run that has changed: its name, both values as text, and whether --allow-changed may name it."""
+    """A changed field or input: its name, old and new value as text, and whether --allow-changed can allow it."""
 
     name: str
     was: str
@@ -69,21 +69,21 @@ class Difference:
 
 
 def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return the differences between two locks that can change a run's numbers, such as major versions of libraries."""
-    changes = []
+    """Return the differences between two locks that can change results. Of libraries, only major versions count."""
+    differences = []
     for name in HASHED_PARTS:
         was, now = old.get(name), new.get(name)
         if _fingerprint(was) != _fingerprint(now):
-            changes.append(Difference(name, _short(was), _short(now)))
-    before, after = old.get("values", {}), new.get("values", {})
-    for field in before:
-        if before[field] != after.get(field) and field not in IGNORED_FIELDS:
-            changes.append(Difference(field, str(before[field]), str(after.get(field)), field not in FIXED_FIELDS))
-    for library, version_now in new["versions"].items():
-        was = old["versions"].get(library, version_now)
-        if was.partition(".")[0] != version_now.partition(".")[0]:
-            changes.append(Difference("versions", f"{library} {was}", f"{library} {version_now}"))
-    return changes
+            differences.append(Difference(name, _shorten(was), _shorten(now)))
+    new_values = new.get("values", {})
+    for field, was in old.get("values", {}).items():
+        if was != new_values.get(field) and field not in IGNORED_FIELDS:
+            differences.append(Difference(field, str(was), str(new_values.get(field)), field not in FIXED_FIELDS))
+    for library, now in new["versions"].items():
+        was = old["versions"].get(library, now)
+        if was.partition(".")[0] != now.partition(".")[0]:
+            differences.append(Difference("versions", f"{library} {was}", f"{library} {now}"))
+    return differences
 
 
 def is_allowed(difference: Difference, names: Sequence[str]) -> bool:
@@ -99,16 +99,16 @@ def check_allowed_names(names: Iterable[str], fields: Iterable[str]) -> None:
     known = [*groups, *(name for field in fields for name in (field, field.rpartition(".")[2]))]
     for name in names:
         if name not in known:
-            what = f"--allow-changed {name}: no such name{nearest(name, known)}"
+            what = f"--allow-changed {name}: no such name{suggest(name, known)}"
             raise InputError(what, fix=f"give {', '.join(groups)}, or a recipe field")
 
 
 def _fingerprint(value: Any) -> Any:
-    """Return the fingerprint of a base model, which may have moved, and any other part unchanged."""
+    """Return the fingerprint of a base model, whose name may have changed, or any other value unchanged."""
     return value.get("fingerprint") if isinstance(value, Mapping) else value
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{value.get('name')} ({str(value.get('fingerprint'))[:12]})"
     return str(value)[:12]

@@ -1,4 +1,4 @@
-"""The HTTP routes: a request's JSON becomes a Job of the engine, and its pieces become OpenAI's JSON or events."""
+"""The HTTP routes: convert requests to jobs of the engine, and the completions to OpenAI's responses."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from strop import __version__
 from strop.data.reading.json_reader import JsonError, loads
 from strop.data.types import Ids
 from strop.engine.decode.sampling import Mask, Sampling, Token
-from strop.errors import nearest
+from strop.errors import suggest
 from strop.serve.engine import Engine, Job, Metrics, Piece, QueueFull, deliver_each
 from strop.serve.models import Grammars, ServedModel
 from strop.serve.protocol import ChatRequest, CommonRequest, CompletionRequest, ResponseWriter, usage
 from strop.serve.server import AccessRules, ApiError, Guard, error_body
 
-DEFAULT_COMPLETION_TOKENS = 16  # of a plain completion without max_tokens, as for OpenAI
+DEFAULT_MAX_TOKENS = 16  # for plain completions, as in OpenAI's API
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, type[CommonRequest]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
 ASSETS = {
@@ -38,7 +38,7 @@ ASSETS = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 OPEN_PATHS = ("/health", *ASSETS)
-FAILURES = {  # by finish reason: status and message
+FAILURES = {  # finish reason: (status, message)
     "failed": (500, "internal error while decoding"),
     "format": (400, "response_format: the completion cannot continue in this format"),
     "memory": (503, "out of memory: send a shorter request, or start the server with fewer --slots or less --context"),
@@ -66,9 +66,9 @@ class ServerState:
     models: dict[str, ServedModel]
     sampling: Sampling  # the model's defaults
     grammars: Grammars
-    context: int  # tokens of prompt and completion together
+    context: int  # maximum tokens of prompt and completion together
     vocabulary: int
-    started: int
+    started: int  # Unix time
 
 
 class _StrictRequest(Request):
@@ -97,8 +97,7 @@ class _StrictRoute(APIRoute):
 
 
 def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guard:
-    """Return the server as an ASGI application."""
-    renderers = ThreadPoolExecutor(1, "strop-prompts")  # so that long prompts do not delay other requests' tokens
+    renderers = ThreadPoolExecutor(1, "strop-prompts")  # long prompts must not block the event loop
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -129,8 +128,7 @@ def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guar
         ids = await _run_in(renderers, model.prompt, body.messages, tools, body.chat_template_kwargs)
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if body.max_tokens is not None and body.max_tokens != limit:
-            message = "max_tokens and max_completion_tokens differ: set only one"
-            raise ApiError(400, message, param="max_tokens")
+            raise ApiError(400, "max_tokens and max_completion_tokens differ: set only one", param="max_tokens")
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs requires logprobs: true", param="top_logprobs")
         mask = await _run_in(renderers, state.grammars.mask, model, body.response_format)
@@ -147,17 +145,17 @@ def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guar
                 raise ApiError(400, message, param="prompt")
             ids = np.array(prompt, np.int32)
         else:
-            ids = await _run_in(renderers, model.text, prompt if isinstance(prompt, str) else prompt[0])
-        limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+            ids = await _run_in(renderers, model.tokenize, prompt if isinstance(prompt, str) else prompt[0])
+        limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         return await _respond(state, request, body, model, ids, limit, body.logprobs, None, chat=False)
 
     @router.get("/v1/models", responses={401: RESPONSES[401], 403: RESPONSES[403]})
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_object(state, model) for model in state.models.values()]}
+        return {"object": "list", "data": [_describe_model(state, model) for model in state.models.values()]}
 
     @router.get("/v1/models/{name:path}", responses={status: RESPONSES[status] for status in (401, 403, 404)})
     async def get_model(name: str) -> dict[str, Any]:
-        return _model_object(state, _find_model(state, name))
+        return _describe_model(state, _find_model(state, name))
 
     @router.get("/health", responses={403: RESPONSES[403], 503: RESPONSES[503]})
     async def health() -> dict[str, str]:
@@ -170,18 +168,18 @@ def create_app(state: ServerState, rules: AccessRules, metrics: Metrics) -> Guar
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     for path, (name, media_type) in ASSETS.items():
-        router.add_api_route(path, _asset_handler(name, media_type), methods=["GET"], include_in_schema=False)
+        router.add_api_route(path, _make_asset_handler(name, media_type), methods=["GET"], include_in_schema=False)
     app.include_router(router)
     paths = {*BODIES, "/v1/models", "/health", "/metrics", "/openapi.json", *ASSETS}
 
     def count_response(path: str, status: int) -> None:
-        label = path if path in paths else "other"  # arbitrary paths as labels would fill the memory
+        label = path if path in paths else "other"  # limits the number of labels, which stay in memory
         metrics.requests.labels(label, str(status)).inc()
 
     return Guard(app, rules, count_response)
 
 
-def _asset_handler(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
+def _make_asset_handler(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
     content = files("strop.serve").joinpath(name).read_bytes()
 
     async def asset() -> Response:
@@ -192,13 +190,13 @@ def _asset_handler(name: str, media_type: str) -> Callable[[], Awaitable[Respons
 
 def _find_model(state: ServerState, name: str) -> ServedModel:
     if name not in state.models:
-        known = ", ".join(state.models)
-        message = f"model {name[:80]!r} not found{nearest(name[:80], state.models)}; available: {known}"
+        suggestion = suggest(name[:80], state.models)
+        message = f"model {name[:80]!r} not found{suggestion}; available: {', '.join(state.models)}"
         raise ApiError(404, message, code="model_not_found", param="model")
     return state.models[name]
 
 
-def _model_object(state: ServerState, model: ServedModel) -> dict[str, Any]:
+def _describe_model(state: ServerState, model: ServedModel) -> dict[str, Any]:
     return {
         "id": model.id, "object": "model", "created": state.started, "owned_by": "strop",
         "max_model_len": state.context, "system": model.system,
@@ -206,7 +204,7 @@ def _model_object(state: ServerState, model: ServedModel) -> dict[str, Any]:
 
 
 async def _run_in(executor: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in the executor. Raises ApiError for a body that is nested too deep for it."""
+    """Call a function in the executor. Raises ApiError if the body is nested too deeply."""
     try:
         return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
     except RecursionError:
@@ -219,17 +217,17 @@ async def _respond(
 ) -> Response:  # fmt: skip
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options requires stream: true", param="stream_options")
-    space = state.context - len(ids)
+    remaining = state.context - len(ids)
     if len(ids) == 0:
         raise ApiError(400, "the prompt is empty", param="prompt")
-    if space < (limit or 1):
-        requested = f"the request has {len(ids)} prompt tokens and asks for {limit or 1} completion tokens"
-        message = f"the context is {state.context} tokens, and {requested}"
+    if remaining < (limit or 1):
+        message = f"the context is {state.context} tokens, but the request has {len(ids)} prompt tokens and asks for "
+        message += f"{limit or 1} completion tokens"
         raise ApiError(400, message, code="context_length_exceeded")
     pieces: asyncio.Queue[Piece] = asyncio.Queue()
     job = Job(
         model=model.id, tokenizer=model.tokenizer, stop_ids=model.stop_ids, ids=ids, adapter=model.adapter,
-        max_new_tokens=min(limit or space, space),
+        max_new_tokens=min(limit or remaining, remaining),
         sampling=state.sampling.override(body.temperature, body.top_p, body.seed), on_piece=pieces.put_nowait,
         stop_strings=body.stop_strings, num_logprobs=num_logprobs, mask=mask, continues_prompt=not chat,
     )  # fmt: skip
@@ -248,7 +246,7 @@ async def _respond(
 async def _collect(
     engine: Engine, job: Job, pieces: asyncio.Queue[Piece], writer: ResponseWriter, request: Request
 ) -> Response:
-    """Wait for the whole completion, or until the client disconnects."""
+    """Return a response with the whole completion, unless the client disconnects."""
     text: list[str] = []
     tokens: list[Token] = []
     disconnected = asyncio.create_task(_wait_for_disconnect(request))
@@ -258,7 +256,7 @@ async def _collect(
             await asyncio.wait({next_piece, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if not next_piece.done():
                 next_piece.cancel()
-                return Response(status_code=499)  # for the metrics; the client has left
+                return Response(status_code=499)  # counted in the metrics; the client has disconnected
             piece = next_piece.result()
             if piece.finish_reason in FAILURES:
                 raise ApiError(*FAILURES[piece.finish_reason])
@@ -283,24 +281,24 @@ async def _stream_events(
     new_tokens = 0
     try:
         if chat:
-            yield _event(writer.first_chunk())
+            yield _format_event(writer.first_chunk())
         while True:
             piece = await pieces.get()
             if piece.finish_reason in FAILURES:
-                yield _event(error_body(*FAILURES[piece.finish_reason]))
+                yield _format_event(error_body(*FAILURES[piece.finish_reason]))
                 return
             new_tokens += len(piece.tokens)
-            yield _event(writer.chunk(piece.text, piece.tokens, piece.finish_reason))
+            yield _format_event(writer.chunk(piece.text, piece.tokens, piece.finish_reason))
             if piece.finish_reason is not None:
                 if with_usage:
-                    yield _event(writer.usage_chunk(usage(len(job.ids), job.num_cached, new_tokens)))
+                    yield _format_event(writer.usage_chunk(usage(len(job.ids), job.num_cached, new_tokens)))
                 yield "data: [DONE]\n\n"
                 return
     finally:
         engine.cancel(job)
 
 
-def _event(value: dict[str, Any]) -> str:
+def _format_event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
@@ -315,14 +313,14 @@ async def _http_error_response(_: Request, error: Exception) -> Response:
 
 
 async def _validation_error_response(request: Request, error: Exception) -> Response:
-    """Report the first error of a body that does not match the schema."""
+    """Respond with the first error of a body that does not match the schema."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body",)]
+    path = [str(part) for part in first["loc"] if part != "body"]
     param = path[0] if path else None
     if first["type"] == "extra_forbidden":
         known = BODIES[request.scope["path"]].model_fields if len(path) == 1 else ()
-        message = f"unknown parameter: {'.'.join(path)}{nearest(path[-1], known)}"
+        message = f"unknown parameter: {'.'.join(path)}{suggest(path[-1], known)}"
     else:
         message = f"{'.'.join(path) or 'body'}: {first['msg']}"
     return JSONResponse(error_body(400, message[:500], param=param), 400)

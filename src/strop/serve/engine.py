@@ -1,4 +1,4 @@
-"""The engine thread, which runs the model with continuous batching, and its Prometheus metrics."""
+"""A thread that generates completions with continuous batching, and its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,18 +31,11 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-
-        def counter(name: str, description: str, *labels: str) -> Counter:
-            return Counter(f"strop_{name}", description, labels, registry=registry)
-
-        def gauge(name: str, description: str) -> Gauge:
-            return Gauge(f"strop_{name}", description, registry=registry)
-
-        def histogram(name: str, description: str) -> Histogram:
-            return Histogram(f"strop_{name}", description, buckets=BUCKETS, registry=registry)
-
-        self.requests = counter("requests", "HTTP requests by path and status.", "path", "status")
-        self.finished = counter("answers", "Completions by model and finish reason.", "model", "end")
+        counter = partial(Counter, namespace="strop", registry=registry)
+        gauge = partial(Gauge, namespace="strop", registry=registry)
+        histogram = partial(Histogram, namespace="strop", registry=registry, buckets=BUCKETS)
+        self.requests = counter("requests", "HTTP requests by path and status.", ("path", "status"))
+        self.finished = counter("answers", "Completions by model and finish reason.", ("model", "end"))
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, cached ones included.")
         self.cached_tokens = counter("kept_tokens", "Prompt tokens that were in the cache.")
         self.new_tokens = counter("new_tokens", "Generated tokens.")
@@ -56,16 +50,16 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a completion, delivered while it is generated."""
+    """A part of a completion, delivered while it is generated. The last one has a finish reason."""
 
     text: str
     tokens: tuple[Token, ...]
-    finish_reason: str | None = None  # None until the completion ends; then "stop", "length" or a key of app.FAILURES
+    finish_reason: str | None = None  # "stop", "length", or a key of app.FAILURES
 
 
 @dataclass
 class Job:
-    """A request to the engine."""
+    """A request to the engine, which calls `on_piece` with each piece of the completion."""
 
     model: str
     tokenizer: Any
@@ -74,12 +68,12 @@ class Job:
     adapter: str | None
     max_new_tokens: int
     sampling: Sampling
-    on_piece: Callable[[Piece], None]  # called with each piece; the last one has a finish reason
+    on_piece: Callable[[Piece], None]
     stop_strings: Sequence[str] = ()
     num_logprobs: int | None = None
     mask: Mask | None = None
-    continues_prompt: bool = False  # the completion continues the prompt's text, without a chat template
-    num_cached: int = 0  # prompt tokens that were in the cache, set by the engine
+    continues_prompt: bool = False  # a plain completion: its text continues that of the prompt
+    num_cached: int = 0  # prompt tokens found in the cache; set by the engine
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -93,17 +87,15 @@ def deliver_each(pieces: Sequence[tuple[Job, Piece]]) -> None:
 
 
 class _ActiveJob:
-    """A job in the batch. pending: tokens not delivered yet."""
-
     def __init__(self, job: Job) -> None:
         self.job = job
         prompt = job.ids.tolist() if job.continues_prompt else ()
         self.detokenizer = TextStream(job.tokenizer, job.stop_strings, prompt)
-        self.pending: list[Token] = []
+        self.undelivered: list[Token] = []
         self.has_output = False
 
 
-def engine_thread() -> ThreadPoolExecutor:
+def create_engine_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="strop-engine")
 
 
@@ -114,13 +106,13 @@ class QueueFull(Exception):
 class Engine:
     """Runs requests in one thread.
 
-    If it runs out of memory, the requests in the batch and in the queue fail and it continues. Any other error is a bug
+    If the engine runs out of memory, all current and waiting requests fail, and it continues. Any other error is a bug
     in strop or in the model's code, after which the cache may be wrong: the thread ends, `failed` is set, and
     `on_failure` is called from that thread.
 
-    slots: requests in the batch. queue: requests that may wait. thread: an executor with one thread, the one that
-    loaded the model. OpenMP keeps a worker pool for each thread that computes; with a second pool on the same cores, a
-    step of a small model takes 2.5 times as long.
+    slots: maximum number of requests in the batch. queue: maximum number of waiting requests. thread: an executor with
+    one thread, which also loaded the model. (OpenMP keeps a worker pool for each thread that computes. With a second
+    pool on the same cores, a step of a small model takes 2.5 times as long.)
     """
 
     def __init__(
@@ -134,12 +126,12 @@ class Engine:
         self._active: dict[SequenceState, _ActiveJob] = {}
         self._closing = False
         self.failed = False
-        self._thread = thread or engine_thread()
+        self._thread = thread or create_engine_thread()
         self._ended: Future[None] | None = None
         self._deliver: Deliver = deliver_each
 
     def start(self, deliver: Deliver = deliver_each) -> None:
-        """Start the thread. deliver: called from it, once a pass, with all new pieces."""
+        """Start the thread. deliver: called in this thread after each step, with all new pieces."""
         self._deliver = deliver
         self._ended = self._thread.submit(self._run)
 
@@ -156,7 +148,7 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job. Its slot is released before the next pass."""
+        """Cancel a job. Its slot is released before the next step."""
         with self._changed:
             job.cancelled = True
             self._changed.notify()
@@ -173,6 +165,9 @@ class Engine:
     @property
     def num_active(self) -> int:
         return len(self._active)
+
+    def _all_jobs(self) -> list[Job]:
+        return [*self._waiting, *(active.job for active in self._active.values())]
 
     def _run(self) -> None:
         try:
@@ -203,7 +198,7 @@ class Engine:
         jobs: list[Job] = []
         try:
             with self._changed:
-                jobs += [*self._waiting, *(active.job for active in self._active.values())]
+                jobs += self._all_jobs()
                 self._waiting.clear()
                 self._active.clear()
                 self._metrics.active.set(0)
@@ -218,14 +213,12 @@ class Engine:
         """Remove cancelled jobs and admit waiting ones; block if there are none. Return False to end the thread."""
         with self._changed:
             while True:
-                for job in self._waiting:
+                for job in self._all_jobs():
                     if job.cancelled:
                         self._metrics.finished.labels(job.model, "cancelled").inc()
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
-                for sequence, active in list(self._active.items()):
-                    if active.job.cancelled:
-                        self._metrics.finished.labels(active.job.model, "cancelled").inc()
-                        self._remove(sequence)
+                for sequence in [key for key, active in self._active.items() if active.job.cancelled]:
+                    self._remove(sequence)
                 while self._waiting and self._add_to_batch(self._waiting[0]):
                     self._waiting.popleft()
                 self._metrics.waiting.set(len(self._waiting))
@@ -254,22 +247,22 @@ class Engine:
             pieces: list[tuple[Job, Piece]] = []
             try:
                 for progress in self._batch.step():
-                    if piece := self._piece(progress):
+                    if piece := self._make_piece(progress):
                         pieces.append(piece)
-            finally:  # finished requests get their output, even if the next one fails
+            finally:  # deliver finished requests even if the next one fails
                 self._deliver(pieces)
 
-    def _piece(self, progress: Progress) -> tuple[Job, Piece] | None:
+    def _make_piece(self, progress: Progress) -> tuple[Job, Piece] | None:
         """Return the new output of a sequence, and remove it from the batch if it is finished."""
         sequence, active = progress.sequence, self._active[progress.sequence]
         detokenizer, text, reason = active.detokenizer, "", None
         if not active.has_output:
             self._metrics.first_token.observe(time.monotonic() - active.job.started)
             active.has_output = True
-        for place, token in enumerate(progress.tokens):
+        for i, token in enumerate(progress.tokens):
             self._metrics.new_tokens.inc()
-            active.pending.append(token)
-            is_stop_token = sequence.finish_reason == "stop" and place == len(progress.tokens) - 1
+            active.undelivered.append(token)
+            is_stop_token = sequence.finish_reason == "stop" and i == len(progress.tokens) - 1
             text += detokenizer.end() if is_stop_token else detokenizer.push(token.id)
             if detokenizer.stopped:
                 reason = "stop"
@@ -279,9 +272,9 @@ class Engine:
             if reason == "length":
                 text += detokenizer.end()
                 reason = "stop" if detokenizer.stopped else reason
-        piece = Piece(text, tuple(active.pending), reason) if text or reason else None
+        piece = Piece(text, tuple(active.undelivered), reason) if text or reason else None
         if piece:
-            active.pending = []
+            active.undelivered = []
         if reason is not None:
             self._metrics.finished.labels(active.job.model, reason).inc()
             if reason in ("stop", "length"):

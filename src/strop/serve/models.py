@@ -1,10 +1,10 @@
-"""The models of a server: one base model, the adapters on it, and masks for constrained decoding."""
+"""The models that a server offers: a base model and adapters on it. Also masks for constrained decoding."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
 from strop.engine.decode.sampling import Logits, Mask, NoToken
 from strop.errors import ModelError
-from strop.models.adapters import adapter_folder, make_renderer, read_identity, tokenizer_source
+from strop.models.adapters import adapter_folder, locate_tokenizer, make_renderer, read_identity
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
 from strop.serve.protocol import ResponseFormat
@@ -30,13 +30,13 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by the id that clients use."""
+    """A model that clients can request."""
 
     id: str
     adapter: str | None  # PEFT's name of the adapter; None for the base
     tokenizer: Any
     renderer: Renderer
-    system: str | None  # of all training rows; a chat without a system prompt gets it
+    system: str | None  # the system prompt of training, used for chats without one
     generation_stop_ids: tuple[int, ...] = ()  # from the model's generation config
 
     @property
@@ -47,17 +47,15 @@ class ServedModel:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None,
         template_options: dict[str, Any] | None = None,
     ) -> Ids:  # fmt: skip
-        """Return the token ids of a chat with the generation prompt, as in training. Raises ApiError if invalid."""
+        """Render a chat with the generation prompt as in training, and return token ids. Raises ApiError if invalid."""
         if self.renderer.template is None:
             raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
         if self.renderer.control.occurs_in(dict(template_options or {})):
-            message = "chat_template_kwargs: a value contains a control token"
-            raise ApiError(400, message, param="chat_template_kwargs")
+            raise ApiError(400, "chat_template_kwargs: a value contains a control token", param="chat_template_kwargs")
         try:
             conversation = parse_request({"messages": messages, "tools": tools})
             if conversation.tools and not self.renderer.chat.traits.tools:
-                message = "tools: not supported by the model's chat template; remove tools, or use another model"
-                raise ApiError(400, message, param="tools")
+                raise ApiError(400, "tools: not supported by the model's chat template", param="tools")
             turns = conversation.messages
             if self.system is not None and turns[0].role != "system":
                 turns = (Message("system", self.system), *turns)
@@ -66,10 +64,10 @@ class ServedModel:
             raise ApiError(400, f"{error.what}: {error.fix}", param="chat_template_kwargs") from None
         except InvalidRow as error:
             raise ApiError(400, error.what, param="tools" if error.code == "bad-tools" else "messages") from None
-        except RenderError as error:  # without its fix, which is about training
+        except RenderError as error:  # its fix is for training rows
             raise ApiError(400, error.what, param="messages") from None
 
-    def text(self, text: str) -> Ids:
+    def tokenize(self, text: str) -> Ids:
         """Return the token ids of plain text, which may contain control tokens."""
         ids: Ids = self.tokenizer(text, return_tensors="np")["input_ids"][0].astype("int32")
         return ids
@@ -79,11 +77,11 @@ class ServedModel:
 class LoadedModels:
     module: Any  # the transformers or PEFT model
     models: dict[str, ServedModel]  # by id, in the order of the names
-    notes: Sequence[str]  # to show at start
+    notes: Sequence[str]  # shown at start
 
 
-def served_name(name: str) -> str:
-    """Return the id of a run, a folder, a file or a Hub id."""
+def _model_id(name: str) -> str:
+    """Return the id that clients use for a run, a folder, a file or a Hub id."""
     path = Path(name).expanduser()
     if is_run(path):
         return RunFolder(path).name
@@ -93,15 +91,13 @@ def served_name(name: str) -> str:
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-    """Return the ids of the models to serve. Raises ModelError if two are equal, or if they cannot share a base."""
-    ids = [served_name(name) for name in names]
-    for place, model_id in enumerate(ids):
-        if model_id in ids[:place] or model_id == BASE:
-            raise ModelError(f"{names[place]}: the id {model_id} is used twice", fix="rename the folder")
-    if len(names) > 1:
-        for name in names:
-            if adapter_folder(name) is None:
-                raise ModelError(f"{name}: has no adapter", fix="to serve several models, give runs of one base")
+    """Return the ids of the models. Raises ModelError if two are equal, or if one of several has no adapter."""
+    ids = [_model_id(name) for name in names]
+    for i, (name, model_id) in enumerate(zip(names, ids, strict=True)):
+        if model_id in ids[:i] or model_id == BASE:
+            raise ModelError(f"{name}: the id {model_id} is used twice", fix="rename the folder")
+        if len(names) > 1 and adapter_folder(name) is None:
+            raise ModelError(f"{name}: has no adapter", fix="to serve several models, give runs of one base")
     return ids
 
 
@@ -110,18 +106,15 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     ids = check_names(names)
     first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
     stop_ids = generation_stop_ids(first.module.generation_config)
-
-    def served(model_id: str, adapter: str | None, system: str | None) -> ServedModel:
-        return ServedModel(model_id, adapter, first.tokenizer, first.renderer, system, stop_ids)
-
+    base = ServedModel(BASE, None, first.tokenizer, first.renderer, None, stop_ids)
     if first.adapter is None:
-        return LoadedModels(first.module, {ids[0]: served(ids[0], None, None)}, first.notes)
-    models = {ids[0]: served(ids[0], "default", first.default_system)}
+        return LoadedModels(first.module, {ids[0]: replace(base, id=ids[0])}, first.notes)
+    models = {ids[0]: replace(base, id=ids[0], adapter="default", system=first.default_system)}
     notes = []
     for model_id, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)
         assert folder is not None and first.source is not None
-        tokenizer = load_tokenizer(tokenizer_source(folder, first.source))
+        tokenizer = load_tokenizer(locate_tokenizer(folder, first.source))
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it alone, or name it first")
         first.add(name, force=force, own_template=True)
@@ -131,12 +124,12 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         renderer = make_renderer(tokenizer, identity)
         adapter, system = first.others[name], identity.get("system")
         models[model_id] = ServedModel(model_id, adapter, tokenizer, renderer, system, stop_ids)
-    models[BASE] = served(BASE, None, None)
+    models[BASE] = base
     return LoadedModels(first.module, models, [*first.notes, *notes])
 
 
 class Grammars:
-    """Makes masks for requests with a response_format. Preparing a tokenizer takes about a second, once."""
+    """Creates masks for requests with a response_format. The first mask of a tokenizer takes about a second."""
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
@@ -172,7 +165,7 @@ class Grammars:
 
 
 class _GrammarMask:
-    """The mask of one completion, which follows its tokens."""
+    """The mask of one completion. Each call advances the grammar by the new tokens."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher, self._num_consumed = matcher, 0
@@ -183,7 +176,7 @@ class _GrammarMask:
         self._num_consumed = len(tokens)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: len(scores)].astype(bool)
-        if self._matcher.is_error() or not allowed.any():  # in error it would allow the end, within incomplete JSON
+        if self._matcher.is_error() or not allowed.any():  # after an error, the end would be allowed in incomplete JSON
             raise NoToken("format")
         scores[: len(allowed)][~allowed] = -np.inf
         scores[len(allowed) :] = -np.inf

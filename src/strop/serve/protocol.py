@@ -1,6 +1,6 @@
 """OpenAI's request and response objects for chat and plain completions.
 
-Unknown parameters are rejected, and so are values that would have no effect: every accepted parameter is applied.
+Unknown parameters and values that would have no effect are rejected.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from strop.engine.decode.sampling import Token
 from strop.models.tokenizer import TextStream, TokenBytes
 
 
-def _error_message(message: str) -> WrapValidator:
-    """Replace every validation error of the value by this message."""
+def _fail_with(message: str) -> WrapValidator:
+    """Replace every validation error of a field with this message."""
 
     def check(value: Any, inner: Callable[[Any], Any]) -> Any:
         try:
@@ -32,12 +32,15 @@ def _error_message(message: str) -> WrapValidator:
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Stops = Annotated[
     Stop | Annotated[list[Stop], Field(max_length=16)] | None,
-    _error_message("must be a string of 1 to 256 characters, or a list of at most 16 such strings"),
+    _fail_with("must be a string of 1 to 256 characters, or a list of at most 16 such strings"),
 ]
-OnlyOne = Annotated[Literal[1] | None, _error_message("only 1 is supported")]
-OnlyZero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, _error_message("only 0 is supported")]
-OnlyFalse = Annotated[Literal[False] | None, _error_message("only false is supported")]
-OnlyAuto = Annotated[Literal["auto", "none"] | None, _error_message('only "auto" and "none" are supported')]
+OnlyOne = Annotated[Literal[1] | None, _fail_with("only 1 is supported")]
+OnlyZero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, _fail_with("only 0 is supported")]
+OnlyFalse = Annotated[Literal[False] | None, _fail_with("only false is supported")]
+EmptyDict = Annotated[
+    Annotated[dict[str, float], Field(max_length=0)] | None, _fail_with("only an empty object is supported")
+]
+OnlyAuto = Annotated[Literal["auto", "none"] | None, _fail_with('only "auto" and "none" are supported')]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -54,7 +57,7 @@ class JsonSchema(_Strict):
     name: str = ""
     description: str | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None  # no effect: output always follows the schema
+    strict: bool | None = None  # accepted, because the output always follows the schema
 
 
 class ResponseFormat(_Strict):
@@ -76,9 +79,7 @@ class CommonRequest(_Strict):
     n: OnlyOne = None
     presence_penalty: OnlyZero = None
     frequency_penalty: OnlyZero = None
-    logit_bias: Annotated[
-        Annotated[dict[str, float], Field(max_length=0)] | None, _error_message("only an empty object is supported")
-    ] = None
+    logit_bias: EmptyDict = None
     user: str | None = None
 
     @property
@@ -100,7 +101,7 @@ class ChatRequest(CommonRequest):
         None, description="Variables of the chat template, for example enable_thinking."
     )
     tool_choice: OnlyAuto = None
-    parallel_tool_calls: Annotated[Literal[True] | None, _error_message("only true is supported")] = None
+    parallel_tool_calls: Annotated[Literal[True] | None, _fail_with("only true is supported")] = None
     response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
     store: OnlyFalse = None
@@ -109,29 +110,27 @@ class ChatRequest(CommonRequest):
 class CompletionRequest(CommonRequest):
     prompt: Annotated[
         str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[TokenId], Field(min_length=1)],
-        _error_message(
-            "must be a string, a list of one string, or a list of token ids (send several prompts as several requests)"
-        ),
+        _fail_with("must be a string, a list of one string, or a list of token ids; send one prompt per request"),
     ]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: OnlyFalse = None
     best_of: OnlyOne = None
-    suffix: Annotated[None, _error_message("only null is supported")] = None
+    suffix: Annotated[None, _fail_with("only null is supported")] = None
 
 
 class ResponseWriter:
-    """Writes the response to one request: as a whole, or as chunks.
+    """Creates the response to one request, or the chunks of a stream.
 
-    prompt: token ids. chat: write a chat completion instead of a plain one. logprobs: include log-probabilities.
+    prompt: token ids. chat: whether the response is a chat completion. logprobs: whether to include log-probabilities.
     """
 
     def __init__(self, model: str, tokenizer: Any, prompt: Sequence[int], *, chat: bool, logprobs: bool) -> None:
         self._chat, self._logprobs = chat, logprobs
         self._bytes = TokenBytes(tokenizer)
         self._text_length = 0
-        self._detokenizer = TextStream(tokenizer, (), prompt)  # for the text offsets of a plain completion's tokens
+        self._detokenizer = TextStream(tokenizer, (), prompt)  # computes `text_offset` of plain completions
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._head = {"id": request_id, "created": int(time.time()), "model": model}
+        self._common_fields = {"id": request_id, "created": int(time.time()), "model": model}
         self._object = "chat.completion" if chat else "text_completion"
         self._chunk_object = "chat.completion.chunk" if chat else "text_completion"
 
@@ -139,10 +138,10 @@ class ResponseWriter:
         self._text_length += len(text)
         content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         choice = self._choice(content, tokens, finish_reason)
-        return {**self._head, "object": self._object, "choices": [choice], "usage": usage}
+        return {**self._common_fields, "object": self._object, "choices": [choice], "usage": usage}
 
     def first_chunk(self) -> dict[str, Any]:
-        """Return the first chunk of a chat, with the role."""
+        """Return the first chunk of a chat completion, which contains the role."""
         return self._chunk([self._choice({"delta": {"role": "assistant", "content": ""}}, (), None)])
 
     def chunk(self, text: str, tokens: Sequence[Token], finish_reason: str | None) -> dict[str, Any]:
@@ -154,28 +153,25 @@ class ResponseWriter:
         return {**self._chunk([]), "usage": usage}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": self._chunk_object, "choices": choices}
+        return {**self._common_fields, "object": self._chunk_object, "choices": choices}
 
     def _choice(self, content: dict[str, Any], tokens: Sequence[Token], finish_reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs_object(tokens, finish_reason)
+        logprobs = self._format_logprobs(tokens, finish_reason)
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs_object(self, tokens: Sequence[Token], finish_reason: str | None) -> dict[str, Any] | None:
+    def _format_logprobs(self, tokens: Sequence[Token], finish_reason: str | None) -> dict[str, Any] | None:
         if not self._logprobs or not tokens:
             return None
         if self._chat:
-            return {
-                "content": [
-                    self._chat_logprob(token.id, token.logprob)
-                    | {"top_logprobs": [self._chat_logprob(*alternative) for alternative in token.top_logprobs]}
-                    for token in tokens
-                ]
-            }
+            content = [self._chat_logprob(token.id, token.logprob) for token in tokens]
+            for entry, token in zip(content, tokens, strict=True):
+                entry["top_logprobs"] = [self._chat_logprob(*alternative) for alternative in token.top_logprobs]
+            return {"content": content}
         offsets = []
         for token in tokens:
             offsets.append(self._detokenizer.length)
             self._detokenizer.push(token.id)
-        if finish_reason is not None:  # tokens of a stop string are not in the text
+        if finish_reason is not None:  # the text does not contain the tokens of a stop string
             offsets = [min(offset, self._text_length) for offset in offsets]
         return {
             "tokens": [self._token_text(token.id) for token in tokens],
@@ -185,7 +181,7 @@ class ResponseWriter:
         }
 
     def _chat_logprob(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._token_text(token), "logprob": logprob, "bytes": list(self._bytes.of(token))}
+        return {"token": self._token_text(token), "logprob": logprob, "bytes": list(self._bytes.decode(token))}
 
     def _by_text(self, top_logprobs: Sequence[tuple[int, float]]) -> dict[str, float]:
         by_text: dict[str, float] = {}
@@ -194,8 +190,8 @@ class ResponseWriter:
         return by_text
 
     def _token_text(self, token: int) -> str:
-        """Return a token's text; if it is a part of a character, its bytes in OpenAI's notation."""
-        raw = self._bytes.of(token)
+        """Return the text of a token, or its bytes in OpenAI's notation if they are an incomplete character."""
+        raw = self._bytes.decode(token)
         try:
             return raw.decode()
         except UnicodeDecodeError:

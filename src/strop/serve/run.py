@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,40 +17,38 @@ from strop.errors import InputError, RunError
 from strop.machine.probe import probe
 from strop.models.introspect import max_positions
 from strop.serve.app import OPEN_PATHS, ServerState, create_app
-from strop.serve.engine import Engine, Metrics, engine_thread
+from strop.serve.engine import Engine, Metrics, create_engine_thread
 from strop.serve.models import Grammars, LoadedModels, load_models
 from strop.serve.server import AccessRules, Address, Server
 
-LONGEST_CONTEXT = 4096  # by default: the memory of a slot grows with its context
-CLOSING_SECONDS = 5  # that running requests have after Ctrl-C
-KEPT_SLOTS = 2  # whose positions the cache holds beyond the slots, for shared prefixes
+DEFAULT_MAX_CONTEXT = 4096  # limits the memory per slot
+SHUTDOWN_SECONDS = 5  # time that running requests have to finish after Ctrl-C
+EXTRA_CACHE_SLOTS = 2  # the cache is larger than the slots need by this many, for shared prefixes
 
 
 def serve(
     names: Sequence[str], address: Address, *, slots: int, queue: int, context: int | None, max_body_bytes: int,
     device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False,
-    ready: Callable[[dict[str, Any]], None],
+    on_ready: Callable[[dict[str, Any]], None],
 ) -> int:  # fmt: skip
-    """Serve models until a signal arrives, and return its number. ready: called when requests are accepted.
+    """Serve models until a signal arrives, and return its number.
 
-    Raises ModelError if the models cannot be served together, RunError if the engine failed.
+    on_ready: called with the fields of `strop serve --json` when requests are accepted. Raises ModelError if the models
+    cannot be served together, RunError if the engine failed.
     """
-    thread = engine_thread()  # does all computation, from loading on
-    future = thread.submit(
-        _prepare, names, slots, context, device=device, dtype=dtype, quantization=quantization, force=force
-    )
+    thread = create_engine_thread()  # loads the models and runs them
+    options = {"device": device, "dtype": dtype, "quantization": quantization, "force": force}
     try:
-        prepared = future.result()
+        loaded, decoder, slots, context, notes = thread.submit(_prepare, names, slots, context, **options).result()
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         address.socket.close()
         raise
-    loaded, context = prepared.loaded, prepared.context
-    base = _base(loaded.module)
+    base = _get_base(loaded.module)
     metrics = Metrics()
-    vocabulary = int(base.get_output_embeddings().weight.shape[0])  # embeddings may be padded beyond the config's
+    vocabulary = int(base.get_output_embeddings().weight.shape[0])  # may be padded beyond the config's vocab_size
     engine = Engine(
-        prepared.decoder, slots=prepared.slots, queue=queue, metrics=metrics, thread=thread,
+        decoder, slots=slots, queue=queue, metrics=metrics, thread=thread,
         on_failure=lambda: setattr(server, "should_exit", True),
     )  # fmt: skip
     state = ServerState(
@@ -59,51 +56,45 @@ def serve(
         grammars=Grammars(vocabulary), context=context, vocabulary=vocabulary, started=int(time.time()),
     )  # fmt: skip
     app = create_app(state, AccessRules(address.hosts, address.key, max_body_bytes, OPEN_PATHS), metrics)
-    about = {
-        "url": address.url, "models": list(loaded.models), "slots": prepared.slots, "context": context,
-        "key": address.key is not None, "pid": os.getpid(), "notes": prepared.notes,
+    info = {
+        "url": address.url, "models": list(loaded.models), "slots": slots, "context": context,
+        "key": address.key is not None, "pid": os.getpid(), "notes": notes,
     }  # fmt: skip
-    server = Server(app, lambda: ready(about), shutdown_timeout=CLOSING_SECONDS)
+    server = Server(app, lambda: on_ready(info), shutdown_timeout=SHUTDOWN_SECONDS)
     server.run(sockets=[address.socket])
     if engine.failed:
         raise RunError("the engine failed while decoding", fix="see the traceback above, and please report it")
     return server.signal
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    loaded: LoadedModels
-    decoder: Decoder
-    slots: int  # lowered to what fits into memory
-    context: int
-    notes: list[str]
-
-
-def _base(module: Any) -> Any:
+def _get_base(module: Any) -> Any:
     return module.get_base_model() if hasattr(module, "peft_config") else module
 
 
-def _prepare(names: Sequence[str], slots: int, context: int | None, **options: Any) -> _Prepared:
+def _prepare(
+    names: Sequence[str], slots: int, context: int | None, **options: Any
+) -> tuple[LoadedModels, Decoder, int, int, list[str]]:
+    """Return the models, their decoder, the number of slots that fit into memory, the context length, and notes."""
     loaded = load_models(names, **options)
-    base = _base(loaded.module)
+    base = _get_base(loaded.module)
     notes = [*loaded.notes, *Sampling.notes_on_ignored_settings(base.generation_config)]
-    longest = max_positions(base) or LONGEST_CONTEXT
-    if context is not None and context > longest:
-        raise InputError(f"--context {context}: the model supports {longest} tokens", fix="give less")
-    context = context or min(longest, LONGEST_CONTEXT)
+    max_context = max_positions(base) or DEFAULT_MAX_CONTEXT
+    if context is not None and context > max_context:
+        raise InputError(f"--context {context}: the model supports {max_context} tokens", fix="give less")
+    context = context or min(max_context, DEFAULT_MAX_CONTEXT)
     reason = why_not_decoder(loaded.module)
-    fallback = HfDecoder(loaded.module, keep=KEPT_SLOTS * context) if reason else None
+    fallback = HfDecoder(loaded.module, keep=EXTRA_CACHE_SLOTS * context) if reason else None
     if fallback:
         check_batching(fallback, loaded.module)
-        notes.append(f"decodes with transformers' own forward, which is slower: {reason}")
+        notes.append(f"decodes with the slower forward method of transformers: {reason}")
     position_bytes = fallback.kv_bytes_per_position() if fallback else kv_bytes_per_position(loaded.module)
     slot_bytes = position_bytes * context
     max_slots = max(1, _free_bytes(next(base.parameters()).device) // 2 // slot_bytes)
     if max_slots < slots:
         notes.append(f"{max_slots} slots instead of {slots}: at {context} tokens each takes {slot_bytes:,} bytes")
         slots = max_slots
-    decoder = fallback or CompiledDecoder(loaded.module, (slots + KEPT_SLOTS) * (context + BLOCK_SIZE))
-    return _Prepared(loaded, decoder, slots, context, notes)
+    decoder = fallback or CompiledDecoder(loaded.module, (slots + EXTRA_CACHE_SLOTS) * (context + BLOCK_SIZE))
+    return loaded, decoder, slots, context, notes
 
 
 def _free_bytes(device: torch.device) -> int:

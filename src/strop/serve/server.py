@@ -1,7 +1,7 @@
-"""The HTTP server: access checks before routing, error bodies, and the address. Needs no torch.
+"""HTTP server: access checks, error bodies, and the address. Does not import torch.
 
-Every web page that the user opens can send requests to a server on 127.0.0.1: with a form or fetch (stopped by the
-checks of Origin and content type) and by DNS rebinding (stopped by the exact check of Host, see CVE-2024-28224).
+Any web page in the user's browser can send requests to a server on 127.0.0.1: with a form or fetch (rejected by the
+Origin and content type checks), or by DNS rebinding (rejected by the Host check, see CVE-2024-28224).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,26 +26,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from strop.errors import InputError
 
-HEAD_SECONDS = 15.0  # from the start of a connection, or its last response, to the end of a request's headers
-BODY_SECONDS = 30.0  # until a request's body has arrived
+HEAD_SECONDS = 15.0  # time to send the headers, from the start of the connection or the previous response
+BODY_SECONDS = 30.0  # time to send the body
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HEADERS = {
-    "content-security-policy": POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
-    "cache-control": "no-store",
-}
-ENCODED_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+SECURITY_HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+]
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """Raised for a request that gets an error response in OpenAI's format."""
+    """Raised to respond with an error in OpenAI's format."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None,
@@ -64,16 +63,16 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
 
 @dataclass(frozen=True)
 class AccessRules:
-    """Checks that requests must pass before routing."""
+    """Requirements of every request."""
 
-    hosts: Collection[str]  # exact values of the Host header, with port
-    key: str | None  # the API key; None if none is needed
+    hosts: Collection[str]  # accepted values of the Host header, with port
+    key: str | None  # the API key; None: not required
     max_body_bytes: int
-    open: Collection[str] = ()  # paths that need no key
+    open_paths: Collection[str] = ()  # paths that need no key
 
 
 class HeaderTimeoutProtocol(H11Protocol):
-    """Closes connections that do not send complete headers in time; a few hundred of them would block all others."""
+    """Closes connections that do not send complete headers in time, so that they cannot block all others."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -94,7 +93,7 @@ class HeaderTimeoutProtocol(H11Protocol):
         self._stop_timer()
 
     def _update_timer(self) -> None:
-        if self.conn.their_state is not h11.IDLE:  # the headers are complete, or the client has left
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete, or the client has disconnected
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
@@ -106,7 +105,7 @@ class HeaderTimeoutProtocol(H11Protocol):
 
 
 class Guard:
-    """ASGI middleware that enforces AccessRules. on_response: called with path and status of each response."""
+    """ASGI middleware that enforces AccessRules. on_response: called with the path and status of each response."""
 
     def __init__(self, app: Any, rules: AccessRules, on_response: Callable[[str, int], None] | None = None) -> None:
         self._app, self._rules, self._on_response = app, rules, on_response
@@ -119,7 +118,7 @@ class Guard:
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *ENCODED_HEADERS]
+                message["headers"] = [*message["headers"], *SECURITY_HEADERS]
                 if self._on_response is not None:
                     self._on_response(scope["path"], message["status"])
             await send(message)
@@ -131,18 +130,18 @@ class Guard:
 
     def _check(self, scope: Any) -> tuple[int, str] | None:
         """Return (status, message) of an error; None if the request is allowed."""
-        fields = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-        headers = dict(fields)
+        header_list = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = dict(header_list)
         host = headers.get("host", "").lower()
-        if host not in self._rules.hosts or sum(name == "host" for name, _ in fields) != 1:
+        if host not in self._rules.hosts or sum(name == "host" for name, _ in header_list) != 1:
             return 403, "Host header not allowed (see --allow-host)"
         origin = headers.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             return 403, "cross-origin requests are not allowed"
-        if self._rules.key is not None and scope["path"] not in self._rules.open:
+        if self._rules.key is not None and scope["path"] not in self._rules.open_paths:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            is_right = hmac.compare_digest(key.encode("latin-1"), self._rules.key.encode())
-            if scheme.lower() != "bearer" or not is_right:
+            is_correct = hmac.compare_digest(key.encode("latin-1"), self._rules.key.encode())
+            if scheme.lower() != "bearer" or not is_correct:
                 return 401, "missing or invalid API key (Authorization: Bearer KEY)"
         if scope["method"] == "POST":
             content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -154,7 +153,7 @@ class Guard:
         return None
 
     def _limit(self, receive: Any) -> Any:
-        """Wrap `receive` with a limit of the body's size and a timeout."""
+        """Wrap `receive` to limit the size of the body and the time that it takes."""
         num_bytes, complete = 0, False
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
@@ -177,15 +176,17 @@ class Guard:
 
 async def _send_error(send: Any, status: int, message: str) -> None:
     body = json.dumps(error_body(status, message)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))  # the request's body may still be arriving
+    headers = [
+        (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),  # the client may still be sending the body
+    ]  # fmt: skip
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-# --- the address and the process -----------------------------------------------------------------------------------
+# --- address and process -------------------------------------------------------------------------------------------
 
 KEY_VARIABLE = "STROP_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -193,12 +194,12 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True)
 class Address:
-    """A bound socket. hosts: accepted values of the Host header. key: the API key; None if none is needed."""
+    """A bound socket, and the API key and Host headers that its server accepts."""
 
     host: str
     port: int
-    key: str | None
-    hosts: frozenset[str]
+    key: str | None  # the API key; None: not required
+    hosts: frozenset[str]  # accepted values of the Host header
     socket: socket.socket
 
     @property
@@ -208,77 +209,79 @@ class Address:
 
 
 def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str]) -> Address:
-    """Bind a port; 0 for any free one. key: API key; None for STROP_API_KEY. more_hosts: further names of this host.
+    """Bind a port, or any free port if it is 0.
 
-    Raises InputError if the port cannot be bound, the key is invalid, or other machines could connect without a key.
+    key: API key, by default the variable STROP_API_KEY. more_hosts: additional names of this machine. Raises InputError
+    if the port cannot be bound, the key is invalid, or other machines could connect without a key.
     """
     key = key if key is not None else os.environ.get(KEY_VARIABLE) or None
     if key is not None and (not key or not key.isascii() or any(character.isspace() for character in key)):
         raise InputError("--api-key: must be ASCII without spaces", fix="for example: openssl rand -hex 24")
     if host not in LOOPBACK and key is None:
-        raise InputError(
-            f"--host {host}: other machines could use this server without a key",
-            fix=f"set {KEY_VARIABLE} (openssl rand -hex 24), or leave --host out",
-        )
+        fix = f"set {KEY_VARIABLE} (openssl rand -hex 24), or leave --host out"
+        raise InputError(f"--host {host}: other machines could use this server without a key", fix=fix)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-        bound.listen()  # with SO_REUSEADDR, a second server could bind until this one listens
+        bound.listen()  # with SO_REUSEADDR, another server could bind the same port until this one listens
     except (OSError, OverflowError) as error:
         bound.close()
-        what = f"--host {host} --port {port}: cannot be bound: {error}"
-        raise InputError(what, fix="choose another --port") from None
+        raise InputError(f"--host {host} --port {port}: cannot be bound: {error}", fix="use another --port") from None
     port = bound.getsockname()[1]
     names = {*LOOPBACK, host, *more_hosts}
     if host in ("0.0.0.0", "::"):
         interfaces = psutil.net_if_addrs().values()
         names |= {address.address.partition("%")[0] for addresses in interfaces for address in addresses}
     names = {f"[{name}]" if ":" in name and not name.startswith("[") else name.lower() for name in names}
-    # without a port: names given by the user, because a proxy may listen on another port, and all names on port 80
+    # browsers omit the port if it is 80; a proxy for the names in `more_hosts` may listen on another port
     without_port = {name.lower() for name in more_hosts} | (names if port == 80 else set())
     return Address(host, port, key, frozenset(without_port | {f"{name}:{port}" for name in names}), bound)
 
 
-class Server(uvicorn.Server):
-    """uvicorn with a timeout for headers, and without re-raising signals.
+@contextmanager
+def signal_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM with `handler` until the `with` block ends."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
-    ready: called once the server accepts requests. shutdown_timeout: seconds that requests have to finish after a
+
+class Server(uvicorn.Server):
+    """uvicorn with a timeout for headers; `signal` is the signal that stopped it.
+
+    on_ready: called when the server accepts requests. shutdown_timeout: seconds that requests have to finish after a
     signal.
     """
 
-    def __init__(self, app: Any, ready: Callable[[], None], *, shutdown_timeout: int) -> None:
+    def __init__(self, app: Any, on_ready: Callable[[], None], *, shutdown_timeout: int) -> None:
         config = uvicorn.Config(
             app, http=HeaderTimeoutProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=shutdown_timeout,
             limit_concurrency=512,
         )  # fmt: skip
         super().__init__(config)
-        self._ready, self.signal = ready, 0
+        self._on_ready, self.signal = on_ready, 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
-            self._ready()
+            self._on_ready()
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handle signals as uvicorn does, but do not raise them again after the shutdown."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return signal_handler(self.handle_exit)  # uvicorn's method raises the signals again after the shutdown
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.signal = sig
         super().handle_exit(sig, frame)
-        if self.force_exit:  # Ctrl-C twice: requests are cut off on purpose, so no error is logged
+        if self.force_exit:  # Ctrl-C twice aborts requests, which is not logged as an error
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def exit_code(number: int) -> int:
-    """Return the exit code after a signal: 130 after Ctrl-C, 0 after SIGTERM."""
+    """Return the exit code after a signal: 130 for SIGINT (Ctrl-C), else 0."""
     return 130 if number == signal.SIGINT else 0

@@ -1,7 +1,8 @@
-"""`strop serve --engine vllm`: vLLM's server on the same base and adapters, with a parity check at start.
+"""`strop serve --engine vllm`: start vLLM's server, and check its log-probabilities.
 
-vLLM is installed in a separate environment. The check compares the log-probabilities of given tokens in vLLM and in
-strop, with the base model as a control. (Greedy completions show little where two tokens are almost equally likely.)
+vLLM is installed in a separate environment. The parity check compares the log-probabilities of fixed texts in vLLM and
+in strop, because greedy completions differ by chance if two tokens are almost equally likely. As a control, vLLM's
+tuned model is also compared with the base model.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from strop.engine.decode.generate import generation_stop_ids
 from strop.engine.decode.model import load
 from strop.engine.device import pick_device, pick_dtype
 from strop.errors import ModelError, ParityError, RunError
-from strop.evaluation.general import rows as general_rows
+from strop.evaluation.general import load_questions
 from strop.models.adapter_config import read_adapter_config
 from strop.models.adapters import (
     adapter_folder,
-    base_source,
     check_adapter_base,
     check_adapter_kind,
     check_adapter_weights,
-    tokenizer_source,
+    locate_base,
+    locate_tokenizer,
 )
 from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
@@ -51,106 +52,103 @@ from strop.models.vllm import DTYPE_NAMES, find_vllm_python, max_lora_rank, quer
 from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.models import BASE, check_names
-from strop.serve.run import LONGEST_CONTEXT
-from strop.serve.server import KEY_VARIABLE, Address
+from strop.serve.run import DEFAULT_MAX_CONTEXT
+from strop.serve.server import KEY_VARIABLE, Address, signal_handler
 
 GENERATION_CONFIG = "generation_config.json"
-START_SECONDS = 900.0  # compiling for a GPU takes minutes
-NUM_TEXTS, MAX_TEXT_TOKENS = 12, 256  # of the parity check of each model
-LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # mean |difference| of a token's log-probability, in nats
+MAX_START_SECONDS = 900.0  # compiling for a GPU takes minutes
+NUM_TEXTS, MAX_TEXT_TOKENS = 12, 256  # for the parity check of each model
+LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # maximum of ParityResult.mean by dtype
 
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Parity of one model between vLLM and strop."""
+    """Absolute differences between log-probabilities of tokens in vLLM and in strop, in nats."""
 
     model: str
     tokens: int
-    mean: float  # |difference| of a token's log-probability, in nats
+    mean: float
     max: float
-    # like mean, between vLLM's tuned model and strop's base model: it shows how far training moved; None for a base
-    control: float | None
-    limit: float
+    control: float | None  # mean difference between vLLM's tuned model and strop's base model; None for a base model
+    limit: float  # of the mean
 
     @property
     def passed(self) -> bool:
-        # below twice the limit, the control does not distinguish the tuned model from the base
+        # a control below twice the limit means that training changed the model too little to tell it from the base
         closer_than_base = self.control is None or self.control < 2 * self.limit or self.mean < self.control / 2
         return self.mean <= self.limit and closer_than_base
 
     def raise_if_failed(self) -> None:
         if not self.passed:
             what = (
-                f"{self.model}: vLLM's log-probabilities differ from strop's by {self.mean:.2g} nats a token on "
+                f"{self.model}: vLLM's log-probabilities differ from strop's by {self.mean:.2g} nats per token on "
                 f"average (limit {self.limit:g}; difference from the base {self.control})"
             )
             raise ParityError(what, fix="please report it")
 
 
 def lora_module_argument(name: str, folder: Path) -> str:
-    """Return an adapter for --lora-modules, as JSON: name=path breaks at an = or a comma in the name."""
+    """Return an argument of --lora-modules as JSON, because in name=path the name cannot contain "=" or a comma."""
     return json.dumps({"name": name, "path": str(folder.resolve())})
 
 
 def serve_vllm(
     names: Sequence[str], address: Address, *, python: str | None, slots: int, context: int | None, device: str,
-    dtype: str, ready: Callable[[dict[str, Any]], None],
+    dtype: str, on_ready: Callable[[dict[str, Any]], None],
 ) -> int:  # fmt: skip
     """Start vLLM, check its parity, run until a signal arrives, and return the signal's number.
 
-    ready: called with the fields of `strop serve --json` when requests are accepted. Raises InputError before anything
-    is loaded, RunError if vLLM does not start, ParityError if its log-probabilities differ from strop's.
+    on_ready: called with the fields of `strop serve --json` when requests are accepted. Raises InputError for invalid
+    arguments, RunError if vLLM does not start, ParityError if its log-probabilities differ from strop's.
     """
     program, ids = find_vllm_python(python), check_names(names)
     folders = [adapter_folder(name) for name in names]
-    first = folders[0]
-    source = locate(names[0]) if first is None else base_source(first)
+    source = locate(names[0]) if folders[0] is None else locate_base(folders[0])
     adapters = {model: folder for model, folder in zip(ids, folders, strict=True) if folder is not None}
-    ranks = [_checked_rank(folder, source) for folder in adapters.values()]
-    renderers = [Renderer(load_tokenizer(_tokenizer_source(name))) for name in names]
+    ranks = [_check_adapter(folder, source) for folder in adapters.values()]
+    renderers = [Renderer(load_tokenizer(_locate_model_tokenizer(name))) for name in names]
     if len({renderer.fingerprint for renderer in renderers}) > 1:
         what = "the runs have different tokenizers or templates, and vLLM supports only one"
         raise ModelError(what, fix="serve one of them")
     weights = weights_folder(source)
     config = read_config(weights)
-    architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
-    context = context or min(longest, LONGEST_CONTEXT)
-    vllm = query_vllm(program, architecture, lora=first is not None)
+    context = context or min(int(config.get("max_position_embeddings", DEFAULT_MAX_CONTEXT)), DEFAULT_MAX_CONTEXT)
+    vllm = query_vllm(program, config["architectures"][0], lora=folders[0] is not None)
     dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
     max_tokens = min(MAX_TEXT_TOKENS, context - 1)
-    texts = {model: _parity_texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
-    references = {model: _reference(name, texts[model]) for model, name in zip(ids, names, strict=True)}
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
-        # the template may end turns with another token than eos, and some models have further stop tokens
+    texts = {model: _select_texts(name, renderers[0], max_tokens) for model, name in zip(ids, names, strict=True)}
+    references = {model: _compute_references(name, texts[model]) for model, name in zip(ids, names, strict=True)}
+    with tempfile.TemporaryDirectory() as generation_folder, tempfile.TemporaryFile("w+") as log:
+        # the template may end turns with a token other than eos, and some models have more stop tokens
         stop_ids = list(renderers[0].end_ids)
         if (weights / GENERATION_CONFIG).is_file():
             stop_ids += generation_stop_ids(GenerationConfig.from_pretrained(weights))
-        Path(scratch, GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stop_ids}), encoding="utf-8")
+        Path(generation_folder, GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stop_ids}), encoding="utf-8")
         command = [
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
-            "--tokenizer", str(config_folder(_tokenizer_source(names[0]))), "--generation-config", scratch,
-            "--served-model-name", BASE if adapters else ids[0], "--host", address.host, "--port", str(address.port),
-            "--dtype", DTYPE_NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
-            "--max-model-len", str(context),
+            "--tokenizer", str(config_folder(_locate_model_tokenizer(names[0]))),
+            "--generation-config", generation_folder, "--served-model-name", BASE if adapters else ids[0],
+            "--host", address.host, "--port", str(address.port), "--dtype", DTYPE_NAMES[dtype],
+            "--max-num-seqs", str(slots), "--max-model-len", str(context), "--allowed-origins", "[]",
             *([] if vllm["cuda"] else ["--enforce-eager"]),
         ]  # fmt: skip
         if adapters:
             command += ["--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(len(adapters))]
             command += ["--lora-modules", *(lora_module_argument(*item) for item in adapters.items())]
         key = {"VLLM_API_KEY": address.key} if address.key else {}
-        address.socket.close()  # vLLM binds the port itself
+        address.socket.close()  # vLLM binds the port
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env={**vllm_environment(KEY_VARIABLE), **key}, start_new_session=True
         )
         try:
-            started = time.monotonic()
+            start = time.monotonic()
             _wait_for_health(process, address, log)
-            start_s = time.monotonic() - started
+            start_s = time.monotonic() - start
             results = [_compare(address, model, texts[model], *references[model], LIMITS[dtype]) for model in ids]
             for result in results:
                 result.raise_if_failed()
             models = [*adapters, BASE] if adapters else ids
-            ready({
+            on_ready({
                 "url": address.url, "models": models, "engine": f"vllm {vllm['version']}", "start_s": start_s,
                 "parity": [{**asdict(result), "passed": result.passed} for result in results],
                 "key": address.key is not None, "pid": os.getpid(), "notes": [],
@@ -162,70 +160,68 @@ def serve_vllm(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its engine is another process
+                os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine is a separate process
 
 
 def _wait_for_signal(process: subprocess.Popen[Any], log: Any) -> int:
     """Wait for SIGINT or SIGTERM and return its number. Raises RunError if vLLM ends."""
     signals: list[int] = []
-    before = {
-        number: signal.signal(number, lambda received, _: signals.append(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
+    with signal_handler(lambda number, _: signals.append(number)):
         while not signals:
-            if process.poll() is not None:
-                raise RunError(f"vLLM ended with {process.returncode}: {_error_line(log)}")
+            _raise_if_ended(process, log)
             time.sleep(0.2)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return signals[0]
 
 
-def _tokenizer_source(name: str) -> Source:
+def _raise_if_ended(process: subprocess.Popen[Any], log: Any) -> None:
+    if process.poll() is not None:
+        raise RunError(f"vLLM ended with {process.returncode}: {_find_error_line(log)}")
+
+
+def _locate_model_tokenizer(name: str) -> Source:
     folder = adapter_folder(name)
-    return locate(name) if folder is None else tokenizer_source(folder, base_source(folder))
+    return locate(name) if folder is None else locate_tokenizer(folder, locate_base(folder))
 
 
-def _checked_rank(folder: Path, source: Source) -> int:
-    """Check that vLLM can serve an adapter on the base, and return its rank."""
+def _check_adapter(folder: Path, source: Source) -> int:
+    """Check that vLLM can serve an adapter on this base, and return the adapter's rank."""
     check_adapter_base(folder, source)
     check_adapter_weights(folder)
     check_adapter_kind(folder, scores=False)
     return max_lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
-def _parity_texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
-    """Return the texts of the parity check: rows of a run, or questions of the general set for other models."""
+def _select_texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
+    """Return the texts of the parity check: evaluation or training rows of a run, else questions of the general set."""
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
         data_kind = data_kind_of(recipe.train)
         prepared = prepare(recipe.data, renderer.tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
         rows: Any = prepared.eval if prepared.eval is not None else prepared.train
-        return [rows[row].ids[:max_tokens] for row in range(min(len(rows), NUM_TEXTS))]
-    return [renderer.prompt(row.messages)[:max_tokens] for row in general_rows()[:NUM_TEXTS]]
+        return [rows[i].ids[:max_tokens] for i in range(min(len(rows), NUM_TEXTS))]
+    return [renderer.prompt(row.messages)[:max_tokens] for row in load_questions()[:NUM_TEXTS]]
 
 
-def _reference(name: str, texts: list[Ids]) -> tuple[list[list[float]], list[list[float]] | None]:
-    """Return the log-probabilities of the texts' tokens (but the first) under the tuned model and under its base.
+def _compute_references(name: str, texts: list[Ids]) -> tuple[list[list[float]], list[list[float]] | None]:
+    """Return the log-probabilities of the texts in strop with the adapter and, if there is an adapter, without it.
 
-    The base is None for a model without an adapter. Computed in fp32 on unquantized weights, as vLLM also loads them,
-    and on the CPU, because vLLM needs the GPU's memory.
+    They are computed in fp32 from unquantized weights, which vLLM uses too, on the CPU, because vLLM needs the GPU's
+    memory.
     """
     model = load(name, device="cpu", dtype="fp32", quantization="none")
-    tuned = [_logprobs(model.module, ids) for ids in texts]
+    tuned = [_compute_logprobs(model.module, ids) for ids in texts]
     if model.adapter is None:
         return tuned, None
     with model.base():
-        return tuned, [_logprobs(model.module, ids) for ids in texts]
+        return tuned, [_compute_logprobs(model.module, ids) for ids in texts]
 
 
-def _logprobs(module: Any, ids: Ids) -> list[float]:
-    text = torch.from_numpy(ids.astype(np.int64))[None].to(next(module.parameters()).device)
+def _compute_logprobs(module: Any, ids: Ids) -> list[float]:
+    """Return the log-probability of each token after the first."""
+    input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(next(module.parameters()).device)
     with torch.inference_mode():
-        distribution = module(input_ids=text, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    logprobs: list[float] = distribution.gather(1, text[0, 1:, None])[:, 0].tolist()
+        distributions = module(input_ids=input_ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    logprobs: list[float] = distributions.gather(1, input_ids[0, 1:, None])[:, 0].tolist()
     return logprobs
 
 
@@ -233,7 +229,7 @@ def _compare(
     address: Address, model: str, texts: list[Ids], tuned: list[list[float]], base: list[list[float]] | None,
     limit: float,
 ) -> ParityResult:  # fmt: skip
-    vllm = np.concatenate([_vllm_logprobs(address, model, ids) for ids in texts])
+    vllm = np.concatenate([_request_logprobs(address, model, ids) for ids in texts])
     difference = np.abs(vllm - np.concatenate(tuned))
     control = None if base is None else float(np.abs(vllm - np.concatenate(base)).mean())
     mean = float(difference.mean())
@@ -241,7 +237,7 @@ def _compare(
     return ParityResult(model, len(vllm), mean, float(difference.max()), control, limit)
 
 
-def _vllm_logprobs(address: Address, model: str, ids: Ids) -> list[float]:
+def _request_logprobs(address: Address, model: str, ids: Ids) -> list[float]:
     body = {"model": model, "prompt": ids.tolist(), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
     entries = _request(address, "/v1/completions", body)["choices"][0]["prompt_logprobs"]
     return [float(entry[str(token)]["logprob"]) for entry, token in zip(entries[1:], ids[1:].tolist(), strict=True)]
@@ -250,7 +246,8 @@ def _vllm_logprobs(address: Address, model: str, ids: Ids) -> list[float]:
 def _request(address: Address, path: str, body: dict[str, Any] | None = None) -> Any:
     """Return vLLM's JSON response. Raises RunError if it responds with an error or not at all.
 
-    The API key is sent with a body only: requests without one are made while another program may be at the port.
+    Requests without a body wait for vLLM to start. They do not contain the API key, because until then another program
+    may listen on the port.
     """
     headers = {"Content-Type": "application/json"}
     if address.key and body is not None:
@@ -270,19 +267,18 @@ def _request(address: Address, path: str, body: dict[str, Any] | None = None) ->
 
 def _wait_for_health(process: subprocess.Popen[Any], address: Address, log: Any) -> None:
     """Wait until vLLM accepts requests. Raises RunError if it ends or takes too long."""
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise RunError(f"vLLM ended with {process.returncode}: {_error_line(log)}")
+    deadline = time.monotonic() + MAX_START_SECONDS
+    while time.monotonic() < deadline:
+        _raise_if_ended(process, log)
         with contextlib.suppress(RunError):
             _request(address, "/health")
             return
         time.sleep(0.5)
-    raise RunError(f"vLLM did not start within {START_SECONDS:.0f} seconds: {_error_line(log)}")
+    raise RunError(f"vLLM did not start within {MAX_START_SECONDS:.0f} seconds: {_find_error_line(log)}")
 
 
-def _error_line(log: Any) -> str:
-    """Return the last line of a log with an error, or else the last line."""
+def _find_error_line(log: Any) -> str:
+    """Return the last line of a log that contains "Error", or else the last line."""
     log.seek(0)
     lines = [line.strip() for line in log.read().splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]

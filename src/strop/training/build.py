@@ -1,4 +1,4 @@
-"""Build a run's model, training step and job."""
+"""Build the model and the job of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from strop.config.schema import ModelSection
 from strop.distributed.devices import Devices
-from strop.distributed.sharded import Sharded
+from strop.distributed.sharded import ShardedBase
 from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.step import step_for
 from strop.errors import RunError
@@ -26,7 +26,7 @@ from strop.objectives.table import objective_of
 from strop.planning.choose import usable_bytes
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder, write_json
-from strop.training.criteria import Criterion, criterion_for
+from strop.training.criteria import Criterion, make_criterion
 from strop.training.optim import make_optimizer
 from strop.training.preflight import Setup, find_start_adapter
 from strop.training.rollouts import PolicyCriterion, disable_model_dropout
@@ -34,15 +34,11 @@ from strop.training.state import Job, Progress, TrainState, set_memory_options
 
 
 def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
-    """Load the base, add adapters, and return the model in train mode.
-
-    The seed decides the adapters' initial values and, from then on, dropout. resuming: the values will come from a
-    checkpoint.
-    """
+    """Load the base, add adapters, and return the model in train mode. resuming: weights come from a checkpoint."""
     recipe = setup.resolved.recipe
     assert recipe.model.dtype != "auto"
     base = _load_base(setup.source, recipe.model, devices)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed)  # for the adapters' initial values and for dropout
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
@@ -56,25 +52,22 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftMode
 
 
 def _load_base(source: Source, model: ModelSection, devices: Devices) -> nn.Module:
-    where = source, DTYPES[model.dtype], model.device
+    arguments = source, DTYPES[model.dtype], model.device
     options: dict[str, Any] = {
         "quantization": model.quantization,
         "double": model.double_quantization,
         "resident_layers": model.resident_layers or 0,
     }
     if devices.world_size == 1 or model.placement != "sharded":
-        return load_base(*where, **options)
+        return load_base(*arguments, **options)
     with devices.all_or_none():
-        base, parts = load_sharded(*where, devices.rank, devices.world_size, **options)
-    devices.base = Sharded(parts, devices)
+        base, parts = load_sharded(*arguments, devices.rank, devices.world_size, **options)
+    devices.base = ShardedBase(parts, devices)
     return base
 
 
 def check_base_digests(folder: RunFolder, devices: Devices) -> None:
-    """Record the digests of a sharded base's layers in lock.json, or raise RunError if they differ from those there.
-
-    At the first step they are compared with what is gathered.
-    """
+    """Store the digests of a sharded base's layers in lock.json. Raises RunError if they have changed."""
     if devices.base is None:
         return
     digests = devices.base.digests
@@ -91,17 +84,17 @@ def check_base_digests(folder: RunFolder, devices: Devices) -> None:
 def build_job(
     folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, sampler: Sampler | None
 ) -> Job:
-    """Return the job that trains `model`. sampler: samples a policy objective's completions, if not strop's engine."""
+    """Return the job that trains `model`. sampler: samples completions instead of strop's engine."""
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
     step = step_for(model, integers=recipe.train.int8_matmul)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     set_memory_options(state.progress, recipe.train)
-    base, section, stream = model.get_base_model(), recipe.model, None
+    base, section, repack_weights = model.get_base_model(), recipe.model, None
     if devices.base is not None:
         step.set_weight_gatherer(devices.base)
     elif section.quantization != "none" and section.resident_layers:
         scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
-        stream = partial(restore_packed_weights, base, setup.source, *scheme)
+        repack_weights = partial(restore_packed_weights, base, setup.source, *scheme)
     criterion: Criterion
     objective = objective_of(recipe.train)
     if isinstance(objective, PolicyLoss):
@@ -112,24 +105,23 @@ def build_job(
             weights, log, sampler=sampler,
         )  # fmt: skip
     else:
-        criterion = criterion_for(recipe.train, model, devices)
+        criterion = make_criterion(recipe.train, model, devices)
     usable = usable_bytes(setup.machine, section.device)
     return Job(
-        recipe, folder, model, step, data.train_items or data.train, data.eval_items or data.eval, state, log, stream,
-        setup.memory_key, usable, criterion, devices,
+        recipe, folder, model, step, data.train_items or data.train, data.eval_items or data.eval, state, log,
+        repack_weights, setup.memory_key, usable, criterion, devices,
     )  # fmt: skip
 
 
 def broadcast_weights(job: Job) -> None:
-    """Give all ranks the trainable weights of rank 0."""
+    """Copy the trainable weights of rank 0 to all ranks."""
     if job.devices.world_size == 1:
         return
     weights = list(job.state.weights.values())
     flat = torch.cat([weight.detach().float().flatten() for weight in weights])
     job.devices.any_rank()
     job.devices.broadcast(flat, 0)
-    offset = 0
     with torch.no_grad():
-        for weight in weights:
-            weight.copy_(flat[offset : offset + weight.numel()].view_as(weight))
-            offset += weight.numel()
+        parts = flat.split([weight.numel() for weight in weights])  # type: ignore[no-untyped-call]
+        for weight, values in zip(weights, parts, strict=True):
+            weight.copy_(values.view_as(weight))

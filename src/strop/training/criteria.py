@@ -1,7 +1,6 @@
-"""Training losses: cross entropy of supervised tokens, and preference objectives (policy objectives: rollouts.py).
+"""Training losses: cross entropy for supervised fine-tuning, and preference objectives (rollouts.py has GRPO).
 
-The training loop calls only the methods of Criterion. A row of a preference objective (a unit) is an ExampleGroup; its
-sides are the trained answers, such as chosen and rejected.
+A row of a preference objective is an ExampleGroup. Its sides are the trained answers, such as chosen and rejected.
 """
 
 from __future__ import annotations
@@ -18,27 +17,24 @@ from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
 from strop.data.types import Example, ExampleGroup, Item
-from strop.distributed.devices import ALONE, Devices
+from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.step import Step
 from strop.evaluation.compare import mean_loss
-from strop.evaluation.metrics import Z_95, wilson
+from strop.evaluation.metrics import Z_95, wilson_interval
 from strop.models.lora import find_score_head
 from strop.objectives.preferences import AnswerLogprobs, PreferenceBatch, PreferenceLoss, PreferenceResult
 from strop.objectives.table import objective_of
 
 R = TypeVar("R")
-Figures = dict[str, Tensor]  # metrics: for each name, a value per row (rows without the metric are left out)
+Metrics = dict[str, Tensor]  # a value of each metric per row that has it
 Split = Callable[[Sequence[Item]], list[list[int]]]  # splits rows into micro-batches of indices
-BLOCK = 64  # number of rows that are split into micro-batches at a time, outside of training steps
+BLOCK = 64  # number of rows that are split into micro-batches together, outside of training steps
 
 
 class Criterion(ABC):
-    """The objective that training minimizes.
+    """The objective that training minimizes."""
 
-    has_figures: whether `loss` returns metrics.
-    """
-
-    has_figures: ClassVar[bool] = True
+    has_metrics: ClassVar[bool] = True  # whether `loss` returns metrics
 
     @property
     def updates(self) -> int:
@@ -46,41 +42,41 @@ class Criterion(ABC):
         return 1
 
     def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
-        """Return the items that step `index` (from 0) trains on; by default, the rows of its effective batch."""
+        """Return the items that step `index` (from 0) trains on, by default its rows."""
         return list(items)
 
     def longest(self, item: Item) -> Item:
         """Return the longest item that `prepare` can return for a row."""
         return item
 
-    def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
-        """Return a value of the whole effective batch that the loss of each micro-batch needs."""
+    def batch_statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
+        """Return a statistic of the whole effective batch that the loss of each micro-batch needs."""
         return 0.0
 
     @abstractmethod
     def divisor(self, items: Sequence[Item]) -> float:
-        """Return what the loss sum of an effective batch is divided by."""
+        """Return the divisor of the loss sum of an effective batch."""
 
     @abstractmethod
-    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
-        """Return the loss sum of a micro-batch, differentiable, and metrics for the log."""
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
+        """Return the differentiable loss sum of a micro-batch, and metrics for the log."""
 
     @abstractmethod
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
-        """Return {loss, ...} of held-out rows."""
+        """Return the loss and other metrics of held-out rows."""
 
 
 @dataclass(frozen=True)
 class SupervisedCriterion(Criterion):
-    """Supervised fine-tuning: cross entropy, divided by the total weight of the supervised tokens."""
+    """Cross entropy of supervised tokens, divided by their total weight."""
 
-    devices: Devices = ALONE
-    has_figures: ClassVar[bool] = False
+    devices: Devices = SINGLE_PROCESS
+    has_metrics: ClassVar[bool] = False
 
     def divisor(self, items: Sequence[Item]) -> float:
         return sum(float(example.weights.sum()) for example in _as_examples(items))
 
-    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
         return step.token_loss(_as_examples(items)), {}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
@@ -89,103 +85,96 @@ class SupervisedCriterion(Criterion):
 
 @dataclass(frozen=True)
 class PreferenceCriterion(Criterion):
-    """A preference objective, divided by the number of rows.
-
-    head: the score head of a reward model.
-    """
+    """A preference objective, divided by the number of rows."""
 
     objective: PreferenceLoss
     options: TrainSection
-    head: nn.Module | None = None
-    devices: Devices = ALONE
+    head: nn.Module | None = None  # the score head of a reward model
+    devices: Devices = SINGLE_PROCESS
 
     def divisor(self, items: Sequence[Item]) -> float:
         return float(len(items))
 
-    def statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
-        """Return the KL estimate of KTO (max(0, mean log-ratio of mismatched answers)), or 0 for other objectives."""
+    def batch_statistic(self, step: Step, items: Sequence[Item], split: Split) -> float:
+        """Return KTO's KL estimate, max(0, mean log-ratio of mismatched answers), or 0 for other objectives."""
         if not self.objective.needs_divergence:
             return 0.0
 
         def log_ratios(rows: Sequence[int]) -> list[float]:
-            units = [unit for unit in _as_units([items[row] for row in rows]) if unit.kl_examples]
-            if not units:
+            groups = [group for group in _as_groups([items[row] for row in rows]) if group.kl_examples]
+            if not groups:
                 return []
-            sums = mismatched_logprobs(step, units)
-            ratios: list[float] = (sums - _reference(units, 1, sums)).tolist()
+            sums = mismatched_logprobs(step, groups)
+            ratios: list[float] = (sums - _reference_logprobs(groups, 1, sums)).tolist()
             return ratios
 
         with torch.no_grad():
-            changes = [change for group in self._map(items, split, log_ratios) for change in group]
-        return max(0.0, float(torch.tensor(changes, dtype=torch.float64).mean())) if changes else 0.0
+            all_ratios = [ratio for ratios in self._map(items, split, log_ratios) for ratio in ratios]
+        return max(0.0, float(torch.tensor(all_ratios, dtype=torch.float64).mean())) if all_ratios else 0.0
 
     def _map(self, items: Sequence[Item], split: Split, compute: Callable[[Sequence[int]], R]) -> list[R]:
-        """Return `compute` of the rows of each micro-batch, distributed over the devices."""
-        groups = list(micro_batches_of(items, split))
-        return self.devices.map(groups, compute, lambda rows: sum(len(items[row]) for row in rows))
+        batches = list(micro_batches_of(items, split))
+        return self.devices.map(batches, compute, lambda rows: sum(len(items[row]) for row in rows))
 
-    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
-        units = _as_units(items)
-        return self.loss_of_sums(self.sums(step, units), units, statistic)
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
+        groups = _as_groups(items)
+        return self.loss_of_sums(self.sums(step, groups), groups, statistic)
 
     def loss_of_sums(
-        self, sums: Sequence[Tensor], units: Sequence[ExampleGroup], statistic: float
-    ) -> tuple[Tensor, Figures]:
-        """Return the loss sum and metrics. sums: log-probabilities (or scores), (N,) for each side."""
+        self, sums: Sequence[Tensor], groups: Sequence[ExampleGroup], statistic: float
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss sum and metrics. sums: log-probabilities or scores of each side, shape (N,)."""
         answers = [
-            AnswerLogprobs(values, _token_counts(units, side, values), _reference(units, side, values))
+            AnswerLogprobs(values, _count_tokens(groups, side, values), _reference_logprobs(groups, side, values))
             for side, values in enumerate(sums)
         ]
-        desirable = torch.tensor([unit.desirable for unit in units], device=answers[0].sums.device)
+        desirable = torch.tensor([group.desirable for group in groups], device=answers[0].sums.device)
         result = self.objective.compute(PreferenceBatch(tuple(answers), desirable, statistic), self.options)
-        return result.losses.sum(), self._figures(answers, desirable, result, statistic)
+        return result.losses.sum(), self._compute_metrics(answers, desirable, result, statistic)
 
-    def sums(self, step: Step, units: Sequence[ExampleGroup]) -> list[Tensor]:
-        """Return the log-probability, or the reward model's score, of each answer: (N,) fp64 for each side."""
+    def sums(self, step: Step, groups: Sequence[ExampleGroup]) -> list[Tensor]:
+        """Return the log-probabilities, or the reward model's scores, of each side, shape (N,), fp64."""
         if not self.objective.scored:
-            return answer_logprobs(step, units)
+            return answer_logprobs(step, groups)
         assert self.head is not None, "a reward model has a head"
-        hidden = step.last_hidden([example for unit in units for example in unit.examples])
+        hidden = step.last_hidden([example for group in groups for example in group.examples])
         scores: Tensor = self.head(hidden.float())
-        return list(scores.double().view(len(units), -1).unbind(1))
+        return list(scores.double().view(len(groups), -1).unbind(1))
 
-    def _figures(
+    def _compute_metrics(
         self, answers: Sequence[AnswerLogprobs], desirable: Tensor, result: PreferenceResult, divergence: float
-    ) -> Figures:
+    ) -> Metrics:
         with torch.no_grad():
             rewards = [reward.detach() for reward in result.rewards]
-            nats = [] if self.objective.scored else [answer.mean.detach() for answer in answers]
+            mean_logprobs = [] if self.objective.scored else [answer.mean.detach() for answer in answers]
             changes = [answer.log_ratio_per_token.detach() for answer in answers] if self.objective.reference else []
             if len(answers) == 2:
-                figures: Figures = {"accuracy": (rewards[0] > rewards[1]).double(), "margin": rewards[0] - rewards[1]}
+                metrics: Metrics = {"accuracy": (rewards[0] > rewards[1]).double(), "margin": rewards[0] - rewards[1]}
                 sides = {"chosen": 0, "rejected": 1}
                 masks = {name: torch.ones_like(desirable) for name in sides}
             else:
-                figures = {"accuracy": ((answers[0].log_ratio.detach() > divergence) == desirable).double()}
-                figures["kl"] = torch.full_like(rewards[0], divergence)
+                metrics = {"accuracy": ((answers[0].log_ratio.detach() > divergence) == desirable).double()}
+                metrics["kl"] = torch.full_like(rewards[0], divergence)
                 sides = {"desirable": 0, "undesirable": 0}
                 masks = {"desirable": desirable, "undesirable": ~desirable}
             for name, side in sides.items():
-                figures[f"{name}_reward"] = rewards[side][masks[name]]
-                if nats:
-                    figures[f"{name}_nats"] = nats[side][masks[name]]
+                metrics[f"{name}_reward"] = rewards[side][masks[name]]
+                if mean_logprobs:
+                    metrics[f"{name}_nats"] = mean_logprobs[side][masks[name]]
                 if changes:
-                    figures[f"{name}_change"] = changes[side][masks[name]]
-        return figures
+                    metrics[f"{name}_change"] = changes[side][masks[name]]
+        return metrics
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
-        """Return {loss, accuracy, accuracy_interval, (pairs:) margin, margin_interval, means of the other metrics}.
+        """Return the loss and mean metrics with confidence intervals, or only a NaN loss if a value is not finite."""
+        statistic = self.batch_statistic(step, items, split)
 
-        If a value is not finite, the result is {loss: NaN}.
-        """
-        statistic = self.statistic(step, items, split)
-
-        def loss_and_figures(rows: Sequence[int]) -> tuple[float, dict[str, list[float]]]:
-            loss, figures = self.loss(step, [items[row] for row in rows], statistic)
-            return float(loss), {name: values.tolist() for name, values in figures.items()}
+        def loss_and_metrics(rows: Sequence[int]) -> tuple[float, dict[str, list[float]]]:
+            loss, metrics = self.loss(step, [items[row] for row in rows], statistic)
+            return float(loss), {name: values.tolist() for name, values in metrics.items()}
 
         with torch.no_grad():
-            parts = self._map(items, split, loss_and_figures)
+            parts = self._map(items, split, loss_and_metrics)
         values = {name: [x for _, part in parts for x in part[name]] for name in parts[0][1]}
         total = 0.0
         for loss, _ in parts:
@@ -195,17 +184,14 @@ class PreferenceCriterion(Criterion):
         result: dict[str, Any] = {"loss": total / len(items)}
         result |= {name: statistics.fmean(column) for name, column in values.items() if column}
         hits = values["accuracy"]
-        result["accuracy_interval"] = list(wilson(round(sum(hits)), len(hits)))
+        result["accuracy_interval"] = list(wilson_interval(round(sum(hits)), len(hits)))
         if len(values.get("margin", ())) > 1:
             result["margin_interval"] = mean_interval(values["margin"])
         return result
 
 
-def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: Devices = ALONE) -> Criterion:
-    """Return the Criterion of supervised fine-tuning or a preference objective.
-
-    model: the model with its adapters; needed for the score head of a reward model.
-    """
+def make_criterion(train: TrainSection, model: nn.Module | None = None, devices: Devices = SINGLE_PROCESS) -> Criterion:
+    """Return the criterion of supervised fine-tuning or a preference objective. model: needed for a reward model."""
     objective = objective_of(train)
     if objective is None:
         return SupervisedCriterion(devices)
@@ -226,34 +212,34 @@ def mean_interval(values: Sequence[float]) -> list[float]:
 
 
 def micro_batches_of(items: Sequence[Item], split: Split) -> Iterator[list[int]]:
-    """Yield the rows of each micro-batch, BLOCK rows at a time: the same on any number of devices."""
+    """Yield the rows of each micro-batch. They do not depend on the number of devices."""
     for begin in range(0, len(items), BLOCK):
-        block = _as_units(items[begin : begin + BLOCK])
-        yield from ([begin + row for row in group] for group in split(block))
+        block = _as_groups(items[begin : begin + BLOCK])
+        yield from ([begin + row for row in rows] for rows in split(block))
 
 
-def answer_logprobs(step: Step, units: Sequence[ExampleGroup]) -> list[Tensor]:
-    """Return the log-probabilities of the trained answers: (N,) fp64 for each side, differentiable."""
-    sums = step.log_probs([example for unit in units for example in unit.examples])
-    return list(sums.view(len(units), -1).unbind(1))
+def answer_logprobs(step: Step, groups: Sequence[ExampleGroup]) -> list[Tensor]:
+    """Return the differentiable log-probabilities of the answers of each side, shape (N,), fp64."""
+    sums = step.log_probs([example for group in groups for example in group.examples])
+    return list(sums.view(len(groups), -1).unbind(1))
 
 
-def mismatched_logprobs(step: Step, units: Sequence[ExampleGroup]) -> Tensor:
-    """Return the log-probabilities of each unit's answer to another prompt, (N,); each unit has one."""
-    return step.log_probs([example for unit in units for example in unit.kl_examples])
+def mismatched_logprobs(step: Step, groups: Sequence[ExampleGroup]) -> Tensor:
+    """Return the log-probabilities of each group's answer to another prompt, shape (N,)."""
+    return step.log_probs([example for group in groups for example in group.kl_examples])
 
 
-def _token_counts(units: Sequence[ExampleGroup], side: int, like: Tensor) -> Tensor:
-    return like.new_tensor([float(unit.examples[side].weights.sum()) for unit in units])
+def _count_tokens(groups: Sequence[ExampleGroup], side: int, like: Tensor) -> Tensor:
+    return like.new_tensor([float(group.examples[side].weights.sum()) for group in groups])
 
 
-def _reference(units: Sequence[ExampleGroup], column: int, like: Tensor) -> Tensor:
-    return like.new_tensor([unit.reference_logprobs[column] if unit.reference_logprobs else 0.0 for unit in units])
+def _reference_logprobs(groups: Sequence[ExampleGroup], column: int, like: Tensor) -> Tensor:
+    return like.new_tensor([group.reference_logprobs[column] if group.reference_logprobs else 0.0 for group in groups])
 
 
 def _as_examples(items: Sequence[Item]) -> Sequence[Example]:
     return cast("Sequence[Example]", items)
 
 
-def _as_units(items: Sequence[Item]) -> list[ExampleGroup]:
+def _as_groups(items: Sequence[Item]) -> list[ExampleGroup]:
     return list(cast("Sequence[ExampleGroup]", items))

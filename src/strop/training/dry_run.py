@@ -1,7 +1,6 @@
-"""Checks on the run's rows before the first step: memory of the largest micro-batch, int8 accuracy, causality.
+"""Checks before the first step: memory of the largest micro-batch, accuracy of int8 matmuls, and causality.
 
-A run that would run out of memory after two hours does so in its first minute. The checks do not change the results:
-gradients are dropped and the random generators are restored.
+The checks do not change the weights or the state of the random generators.
 """
 
 from __future__ import annotations
@@ -26,59 +25,52 @@ from strop.machine.memory import MemoryWatch, PeakTracker
 from strop.machine.probe import Machine, probe
 from strop.machine.rates import load_precision
 from strop.models.introspect import NOT_CAUSAL, why_not_causal
-from strop.objectives.table import max_completion_tokens
 from strop.planning.activations import MicroBatch, peak_live_bytes
 from strop.planning.choose import usable_bytes
-from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
+from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, predict_phases
 from strop.planning.time import has_bf16
 from strop.planning.workload import Workload
 from strop.training.criteria import is_scored
-from strop.training.gradients import apply_memory_settings, micro_batches, within_memory
+from strop.training.gradients import apply_memory_settings, micro_batches, retry_with_less_memory
 from strop.training.state import Job, batch_stream, random_states, set_random_states
 
 LOG = logging.getLogger(__name__)
 
-MAX_STEPS = 20_000  # steps in which the largest micro-batch is searched
-MAX_ROWS = 50_000  # rows in which it is searched if an epoch is shorter: later epochs combine the same rows differently
-MAX_PACKED = 32  # micro-batches, the largest by row lengths, that are packed to predict their memory exactly
-SAFE_SHARE = 0.5  # share of the usable memory below which there is no dry run: no prediction was off by a factor of 2
+MAX_STEPS = 20_000  # maximum number of steps in which the largest micro-batch is searched
+MAX_ROWS = 50_000  # minimum number of rows in which it is searched, over several epochs if there are fewer
+MAX_PACKED = 32  # number of the largest micro-batches that are packed to predict their memory exactly
+SAFE_SHARE = 0.5  # share of the usable memory below which the dry run is skipped (largest error: below a factor of 2)
 
 INT8_TOKENS = 512  # tokens of the rows on which int8 matmuls are compared with fp32
-INT8_MAX_LOSS_ERROR, INT8_MAX_GRADIENT_ERROR = 1e-3, 0.02  # relative; for the gradient, of its norm
+INT8_MAX_LOSS_ERROR, INT8_MAX_GRADIENT_ERROR = 1e-3, 0.02  # relative errors of the loss and of the gradient's norm
 
-CAUSAL_TOKENS = 32  # length of the test row; its second half is changed, then its first quarter
-CAUSAL_MAX_CHANGE = 5e-3  # nats: allowed median change of log-probabilities when later tokens change
-CAUSAL_MAX_SHARE = 0.15  # the same, relative to the change when earlier tokens change
+CAUSAL_TOKENS = 32  # length of the test row
+CAUSAL_MAX_CHANGE = 5e-3  # maximum median change of log-probabilities in nats if later tokens change
+CAUSAL_MAX_SHARE = 0.15  # the same, relative to the change if earlier tokens change
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Predicted memory of a run.
-
-    items, batch: the micro-batch that needs most memory. phases: memory of the run's phases with this micro-batch.
-    error_bytes: measured minus predicted bytes of the dry run; None without one.
-    """
-
-    items: list[Item]
-    batch: MicroBatch
+    items: list[Item]  # rows of the micro-batch that needs most memory
+    batch: MicroBatch  # sizes of that micro-batch
     phases: dict[str, Phase]
-    error_bytes: int | None = None
+    error_bytes: int | None = None  # measured minus predicted bytes of the dry run, if there was one
 
     def peak_bytes(self, device: str) -> int:
-        """Predict PeakTracker.peak_bytes at the end of the run (on CUDA: of the allocator, without the context)."""
+        """Predict PeakTracker.peak_bytes at the end of the run. On CUDA, it does not include the context."""
         used = [self.phases[name] for name in ("load", "draw", "train") if name in self.phases]
         has_context = device.startswith("cuda")
         return max(phase.peak_bytes - (phase.parts["framework"] if has_context else 0) for phase in used)
 
     def dry_run_bytes(self, device: str) -> int:
-        """Predict PeakTracker.peak_bytes after the dry run, without optimizer state and accumulated gradients."""
+        """Predict PeakTracker.peak_bytes after the dry run, which has no optimizer state or accumulated gradients."""
         step = self.phases["train"]
         later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.more else 0)
         context = step.parts["framework"] if device.startswith("cuda") else 0
         return max(self.phases["load"].peak_bytes, step.peak_bytes - later) - context
 
     def calibrated_bytes(self, device: str) -> int | None:
-        """Return peak_bytes corrected by the error of the dry run."""
+        """Return `peak_bytes` corrected by the error of the dry run."""
         return None if self.error_bytes is None else max(0, self.peak_bytes(device) + self.error_bytes)
 
     @property
@@ -87,56 +79,44 @@ class Forecast:
 
 
 def watch_memory(job: Job, machine: Machine) -> int:
-    """Return the memory that the run may use, in bytes. On a CPU, also make the step raise an error above the limit."""
+    """Return the bytes that the run may use. On a CPU, steps raise an error above this limit from now on."""
     device = str(job.recipe.model.device)
-    if device == "cpu":  # CUDA reports out of memory by itself
+    if device == "cpu":
         free = probe().free_bytes // job.devices.local_world_size
         job.step.set_memory_watch(MemoryWatch(machine.memory_bytes, free))
     return usable_bytes(machine, device)
 
 
 def forecast(job: Job, workload: Workload, usable: int) -> Forecast:
-    """Predict the run's memory from its rows: their micro-batches, shared prefixes and supervised tokens."""
-    workload = workload.replace(step=job.step.name)
-    if job.state.progress.recompute:
-        workload = workload.replace(checkpointed_layers=workload.shape.layers)
-    if job.state.progress.offload:
-        workload = workload.replace(offload=True)
-    if job.state.progress.streamed:
-        workload = workload.replace(resident_layers=0)
+    """Predict the run's memory from its rows."""
+    progress, changes = job.state.progress, dict[str, object](step=job.step.name)
+    changes |= {"checkpointed_layers": workload.shape.layers} if progress.recompute else {}
+    changes |= {"offload": True} if progress.offload else {}
+    changes |= {"resident_layers": 0} if progress.streamed else {}
+    workload = workload.replace(**changes)
     candidates = [
         (items, describe_batch(job, items, more, workload.compute.attention_tiles))
-        for items, more in _largest_batches(job, workload)
+        for items, more in _find_largest_batches(job, workload)
     ]
     items, batch = max(candidates, key=lambda pair: peak_live_bytes(workload, pair[1]).total)
-    dtype = _decode_dtype(job.recipe.model.device)
-    return Forecast(
-        items, batch, phases(workload, batch, _evaluation_load(job), usable, _rollout_load(job), dtype=dtype)
-    )
+    rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
+    sizes = [(len(example), example.supervised) for row in rows for example in row.examples]
+    evaluation = EvaluationLoad.from_rows(sizes, job.recipe.data.max_length)
+    rollouts = RolloutLoad.from_recipe(job.recipe, max(tokens for tokens, _ in sizes))
+    dtype = _find_decode_dtype(job.recipe.model.device)
+    return Forecast(items, batch, predict_phases(workload, batch, evaluation, usable, rollouts, dtype=dtype))
 
 
-def _decode_dtype(device: str) -> str:
-    """Return the dtype that decoding uses. On a CPU that was not measured, it depends on the instruction set."""
+def _find_decode_dtype(device: str) -> str:
+    """Return the dtype of decoding. On a CPU without measurements, it depends on the instruction set."""
     if device != "cpu":
         return pick_dtype(device)[0]
-    known = load_precision(probe(), torch.get_num_threads())
-    return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
-
-
-def _evaluation_load(job: Job) -> EvaluationLoad:
-    rows = (job.train[row] for row in range(min(len(job.train), MAX_STEPS)))
-    examples = (example for row in rows for example in row.examples)
-    return EvaluationLoad.of([(len(example), example.supervised) for example in examples], job.recipe.data.max_length)
-
-
-def _rollout_load(job: Job) -> RolloutLoad | None:
-    if not max_completion_tokens(job.recipe.train):
-        return None
-    return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), MAX_STEPS))))
+    measured_dtype = load_precision(probe(), torch.get_num_threads())
+    return measured_dtype[0] if measured_dtype else "bf16" if has_bf16(probe()) else "fp32"
 
 
 def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
-    """Return the sizes of a micro-batch as the step computes it: packed with shared prefixes, or padded."""
+    """Return the sizes of a micro-batch, packed or padded as in the training step."""
     examples = [example for item in items for example in item.examples]
     supervised = sum(example.supervised for example in examples)
     if not job.step.packed:
@@ -149,11 +129,8 @@ def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> 
     return MicroBatch(len(packed.ids), num_outputs, documents, more)
 
 
-def _largest_batches(job: Job, workload: Workload) -> list[tuple[list[Item], bool]]:
-    """Return the largest micro-batches by row lengths, each with whether its step has other micro-batches.
-
-    The savings of shared prefixes are known only after packing.
-    """
+def _find_largest_batches(job: Job, workload: Workload) -> list[tuple[list[Item], bool]]:
+    """Return the largest micro-batches by row lengths, and for each whether its step has other micro-batches."""
     sizes: list[tuple[int, tuple[int, ...], bool]] = []
     stream = batch_stream(job.recipe, len(job.train))
     steps = max(stream.steps_per_epoch, MAX_ROWS // stream.batch_size)
@@ -161,20 +138,19 @@ def _largest_batches(job: Job, workload: Workload) -> list[tuple[list[Item], boo
         items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:
-            chosen, more = [items[row] for row in group], len(groups) > 1
-            lengths = [len(example) for item in chosen for example in item.examples]
+            batch_items, more = [items[row] for row in group], len(groups) > 1
+            lengths = [len(example) for item in batch_items for example in item.examples]
             batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
-            batch = replace(batch, supervised=sum(item.supervised for item in chosen))
+            batch = replace(batch, supervised=sum(item.supervised for item in batch_items))
             sizes.append((peak_live_bytes(workload, batch).total, tuple(step.rows[row] for row in group), more))
     largest = heapq.nlargest(MAX_PACKED, sizes)
     return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
 def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTracker) -> Forecast:
-    """Run forward and backward of the largest micro-batch, and return the forecast with the measured error.
+    """Run the largest micro-batch, unless it fits easily, and return the forecast with the measured error.
 
-    Skipped if the forecast fits easily. Micro-batches are reduced as in a training step. Raises MemoryLimitError if no
-    reduction is left.
+    Memory is reduced as in a training step. Raises MemoryLimitError if it cannot be reduced further.
     """
     apply_memory_settings(job)
     fields = {
@@ -189,7 +165,7 @@ def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTra
         return expected
     LOG.info("trying the largest micro-batch")
     device = job.state.device
-    random, options = random_states(device), _memory_options(job)
+    random, options = random_states(device), _get_memory_options(job)
 
     def compute(group: list[int]) -> None:
         loss, _ = job.criterion.loss(job.step, [expected.items[row] for row in group], 0.0)
@@ -198,30 +174,27 @@ def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: PeakTra
     def split(rank: int) -> list[list[int]]:
         return micro_batches(job, expected.items)
 
-    within_memory(job, expected.items, lambda: job.devices.run_passes(split, compute, backward=True))
+    retry_with_less_memory(job, expected.items, lambda: job.devices.run_passes(split, compute, backward=True))
     job.state.optimizer.zero_grad(set_to_none=True)
     set_random_states(random, device)
     measured = memory.peak_bytes()
     job.log.emit("rehearsal", done=True, measured_bytes=measured, **fields)
-    if _memory_options(job) != options:  # the prediction was made for the previous options
+    if _get_memory_options(job) != options:  # the prediction was for other options
         return expected
     return replace(expected, error_bytes=measured - expected.dry_run_bytes(memory.device))
 
 
-def _memory_options(job: Job) -> tuple[int, bool, bool, bool]:
+def _get_memory_options(job: Job) -> tuple[int, bool, bool, bool]:
     progress = job.state.progress
     return progress.halvings, progress.recompute, progress.offload, progress.streamed
 
 
 def check_int8(job: Job, items: Sequence[Item]) -> None:
-    """Compare loss and gradient with int8 matmuls to those in fp32, on the shortest of these rows.
-
-    Raises RunError if they differ too much, or if the model needs the plain step.
-    """
+    """Raise RunError if int8 matmuls change the loss or the gradient of the shortest rows too much."""
     if job.step.name == "plain":
         what = f"train.int8_matmul: the plain step does not support it: {job.step.why}"
         raise RunError(what, fix="leave train.int8_matmul out")
-    rows = _shortest(items)
+    rows = _select_shortest(items)
     with job.devices.all_or_none():
         loss, gradient = _loss_and_gradient(job, job.step, rows)
         reference_loss, reference_gradient = _loss_and_gradient(job, step_for(job.model), rows)
@@ -236,7 +209,8 @@ def check_int8(job: Job, items: Sequence[Item]) -> None:
     job.log.emit("note", text=f"frozen weights are multiplied in 8-bit integers: {errors} on {len(rows)} rows")
 
 
-def _shortest(items: Sequence[Item]) -> list[Item]:
+def _select_shortest(items: Sequence[Item]) -> list[Item]:
+    """Return the shortest items with at most INT8_TOKENS tokens in total, and at least one."""
     lengths = [sum(map(len, item.examples)) for item in items]
     order = sorted(range(len(items)), key=lengths.__getitem__)
     ends = accumulate(lengths[row] for row in order)
@@ -255,18 +229,15 @@ def _loss_and_gradient(job: Job, step: Step, rows: Sequence[Item]) -> tuple[floa
 
 
 def check_causal(job: Job, items: Sequence[Item]) -> None:
-    """Raise ModelError if the plain step's tokens depend on later tokens.
-
-    A model that is not a decoder sees the token it is to predict: its loss falls and it learns nothing. The fast step
-    is causal by construction, and a reward model predicts no token.
-    """
+    """Raise ModelError if predictions depend on later tokens, as in a model that is not a decoder."""
+    # The fast step is always causal, and a reward model does not predict tokens.
     if job.step.name != "plain" or is_scored(job.criterion):
         return
     config = cast(Any, job.model).config
     fix = "use a decoder-only language model; BERT-like models need is_decoder in their config"
     if why := why_not_causal(config):
         raise ModelError(why, fix=fix)
-    rows = _changed_rows(items)
+    rows = _make_changed_rows(items)
     job.model.eval()
     with job.devices.all_or_none(), torch.no_grad():
         [logprobs] = job.devices.run_passes(lambda rank: [rows], job.step.token_log_probs, backward=False)
@@ -278,8 +249,8 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
         raise ModelError(f"{config.model_type}: {NOT_CAUSAL}", fix=fix)
 
 
-def _changed_rows(items: Sequence[Item]) -> list[Example]:
-    """Return a row, and two copies with other tokens after and before the supervised ones."""
+def _make_changed_rows(items: Sequence[Item]) -> list[Example]:
+    """Return a row, and copies of it with other tokens after and before the supervised tokens."""
     longest = max((example for item in items for example in item.examples), key=len)
     half, quarter, positions = CAUSAL_TOKENS // 2, CAUSAL_TOKENS // 4, np.arange(CAUSAL_TOKENS)
     weights = ((positions > quarter) & (positions < half)).astype(np.float32)

@@ -1,12 +1,10 @@
-"""Split an effective batch into micro-batches, compute this device's gradients, and sum them over the devices.
+"""Split an effective batch into micro-batches, compute their gradients, and sum them over the devices.
 
-On one device, micro-batches accumulate into the weights' gradients. On several, each device is assigned rows by token
-count, and puts its gradients and loss into one flat buffer that is all-reduced. With `train.exact` the micro-batches do
-not depend on the number of devices, each has its own buffer, and the buffers are added in a fixed order
-(distributed/assign.py), so that the sum is bitwise the same on any number of devices.
+On one device, gradients accumulate in the weights. On several, rows are assigned to devices by token count, and a flat
+buffer of gradients and loss is all-reduced. With `train.exact`, micro-batches do not depend on the number of devices,
+and the buffer of each is added in a fixed order (distributed/assign.py), so that the sum is bitwise reproducible.
 
-A step that ran out of memory is retried in smaller pieces (`within_memory`), with the same rows, state and random
-numbers. Each reduction is logged, stored in Progress, and remembered for the next run of this shape on this machine.
+When memory runs out, `retry_with_less_memory` repeats the computation with smaller micro-batches or more recomputation.
 """
 
 from __future__ import annotations
@@ -24,41 +22,34 @@ from torch import Tensor, nn
 from strop.data.batching import group_by_length, pack
 from strop.data.types import Item
 from strop.distributed.assign import SumTree, assign_balanced, assign_contiguous, nodes_to_send
-from strop.errors import MemoryLimitError
+from strop.errors import MemoryLimitError, first_line
 from strop.machine.memory import is_out_of_memory, save_measured, trim_heap
 from strop.runs.lock import sha256_text
-from strop.training.criteria import Figures
+from strop.training.criteria import Metrics
 from strop.training.state import Job, random_states, set_random_states
 
 T = TypeVar("T")
-MIN_MICRO_BATCHES = 8  # minimum per step with train.exact; more devices than that are idle
+MIN_MICRO_BATCHES = 8  # minimum number of micro-batches per step with train.exact; further devices are idle
 
 
 @dataclass(frozen=True)
 class LocalGradient:
-    """The result of one device's rows.
+    """The gradient of one device's rows."""
 
-    loss: their share of the mean loss. figures: metrics of each micro-batch, with its index in the effective batch.
-    buffers: flat sums of gradients and loss; empty if the gradients are in `weight.grad`. seconds: of computation.
-    """
-
-    loss: Tensor
-    figures: list[tuple[int, Figures]]
-    buffers: list[Tensor] = field(default_factory=list)
-    seconds: float = 0.0
+    loss: Tensor  # the rows' share of the mean loss
+    metrics: list[tuple[int, Metrics]]  # (index in the effective batch, metrics) of each micro-batch
+    buffers: list[Tensor] = field(default_factory=list)  # flat gradients and loss; empty if they are in `weight.grad`
+    seconds: float = 0.0  # of computation
 
 
 @dataclass(frozen=True)
 class TotalGradient:
-    """The result of the effective batch, equal on all devices.
-
-    bad_ranks: ranks whose gradients are not finite. seconds: computation time of each rank.
-    """
+    """The gradient of the effective batch, equal on all devices."""
 
     loss: Tensor
-    figures: dict[str, Tensor]
-    bad_ranks: tuple[int, ...] = ()
-    seconds: tuple[float, ...] = ()
+    metrics: dict[str, Tensor]
+    bad_ranks: tuple[int, ...] = ()  # ranks whose gradients are not finite
+    seconds: tuple[float, ...] = ()  # computation time of each rank
 
 
 def rows_of_rank(job: Job, items: Sequence[Item], rank: int) -> list[int]:
@@ -68,55 +59,52 @@ def rows_of_rank(job: Job, items: Sequence[Item], rank: int) -> list[int]:
     if job.recipe.train.exact:
         groups = micro_batches(job, items)
         return [row for index in _assign_groups(job, items, groups)[rank] for row in groups[index]]
-    return assign_balanced(_costs(job, items), job.devices.world_size)[rank]
+    return assign_balanced(_compute_costs(job, items), job.devices.world_size)[rank]
 
 
 def compute_gradients(job: Job, items: Sequence[Item]) -> LocalGradient:
-    """Compute the gradient of this device's rows of the effective batch.
-
-    The loss is divided only here, by the supervised weight (or the number of rows) of the whole effective batch.
-    Micro-batches of any size, on any number of devices, therefore give the same gradient.
-    """
+    """Compute the gradient of this device's rows of the effective batch."""
+    # The divisor is that of the whole effective batch, so the gradient does not depend on the micro-batches.
     started, exact, weights = time.perf_counter(), job.recipe.train.exact, list(job.state.weights.values())
     divisor = job.criterion.divisor(items)
     assert divisor > 0
-    statistic = job.criterion.statistic(job.step, items, partial(micro_batches, job))
+    statistic = job.criterion.batch_statistic(job.step, items, partial(micro_batches, job))
     tree: SumTree[Tensor] = SumTree(len(micro_batches(job, items)) if exact else 1)
 
-    def compute(indexed: tuple[int, list[int]]) -> tuple[Tensor, tuple[int, Figures]]:
+    def compute(indexed: tuple[int, list[int]]) -> tuple[Tensor, tuple[int, Metrics]]:
         index, group = indexed
-        if exact or job.devices.world_size > 1:  # for dropout in the model's code, which is not seeded per row
-            torch.manual_seed(_group_seed(job, index))
-        total, figures = job.criterion.loss(job.step, [items[row] for row in group], statistic)
+        if exact or job.devices.world_size > 1:  # for the model's own dropout, which is not seeded per row
+            seed = f"{job.recipe.seed} {job.state.progress.step} {index}"
+            torch.manual_seed(int(sha256_text(seed)[:15], 16))
+        total, metrics = job.criterion.loss(job.step, [items[row] for row in group], statistic)
         loss = total / divisor
         loss.backward()  # type: ignore[no-untyped-call]
         if exact:
             tree.add(0, index, _take_gradients(weights, loss.detach()))
-        return loss.detach(), (index, figures)
+        return loss.detach(), (index, metrics)
 
     results = job.devices.run_passes(lambda rank: _groups_of_rank(job, items, rank), compute, backward=True)
-    losses, figures = [loss for loss, _ in results], [indexed for _, indexed in results]
+    losses, metrics = [loss for loss, _ in results], [indexed for _, indexed in results]
     mean = torch.stack(losses or [torch.zeros((), device=weights[0].device)]).sum()
     buffers = [value for _, _, value in tree.nodes]
     if job.devices.world_size > 1 and not exact:
         buffers = [_take_gradients(weights, mean)]
     if buffers:
         float(buffers[-1][-1])  # wait for the device, so that `seconds` does not include communication
-    return LocalGradient(mean, figures, buffers, time.perf_counter() - started)
+    return LocalGradient(mean, metrics, buffers, time.perf_counter() - started)
 
 
 def sum_gradients(job: Job, items: Sequence[Item], local: LocalGradient) -> TotalGradient:
-    """Put the gradient of the whole effective batch into the weights, and return its loss and figures."""
+    """Put the gradient of the whole effective batch into the weights, and return its loss and metrics."""
     devices, world_size = job.devices, job.devices.world_size
     weights = list(job.state.weights.values())
     if not job.recipe.train.exact and world_size == 1:
-        for weight in weights:  # experts without tokens have no gradient; summing over devices would give zeros
+        for weight in weights:  # zeros for experts without tokens, as on several devices
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        return TotalGradient(local.loss, _mean_figures(local.figures))
+        return TotalGradient(local.loss, _mean_metrics(local.metrics))
     size = 1 + sum(weight.numel() for weight in weights)
-    status = torch.zeros(
-        2 * world_size, device=weights[0].device
-    )  # [not finite] of each rank, then [seconds] of each rank
+    # for each rank the number of buffers that are not finite, then for each rank its seconds
+    status = torch.zeros(2 * world_size, device=weights[0].device)
     status[devices.rank] = sum(float(not torch.isfinite(buffer.sum())) for buffer in local.buffers)
     status[world_size + devices.rank] = local.seconds
     if job.recipe.train.exact:
@@ -131,39 +119,36 @@ def sum_gradients(job: Job, items: Sequence[Item], local: LocalGradient) -> Tota
         weight.grad = total[offset : offset + weight.numel()].view_as(weight).to(weight.dtype)
         offset += weight.numel()
     not_finite, seconds = status[:world_size].tolist(), status[world_size:].tolist()
-    figures = local.figures
-    if job.criterion.has_figures and world_size > 1:
-        own = [(index, {name: x.tolist() for name, x in columns.items()}) for index, columns in local.figures]
-        figures = [
+    metrics = local.metrics
+    if job.criterion.has_metrics and world_size > 1:
+        lists = [(index, {name: x.tolist() for name, x in columns.items()}) for index, columns in local.metrics]
+        metrics = [
             (index, {name: torch.tensor(x, dtype=torch.float64) for name, x in columns.items()})
-            for by_index in devices.gather(own)
-            for index, columns in by_index
+            for rank_lists in devices.gather(lists)
+            for index, columns in rank_lists
         ]
     bad_ranks = tuple(rank for rank, count in enumerate(not_finite) if count)
-    return TotalGradient(total[size - 1].to(local.loss), _mean_figures(figures), bad_ranks, tuple(seconds))
+    return TotalGradient(total[size - 1].to(local.loss), _mean_metrics(metrics), bad_ranks, tuple(seconds))
 
 
 def _groups_of_rank(job: Job, items: Sequence[Item], rank: int) -> list[tuple[int, list[int]]]:
-    """Return a rank's micro-batches: (index in the effective batch, rows)."""
+    """Return (index in the effective batch, rows) of a rank's micro-batches."""
     if job.devices.world_size == 1 or job.recipe.train.exact:
         groups = micro_batches(job, items)
         indices = _assign_groups(job, items, groups)[rank] if job.recipe.train.exact else range(len(groups))
         return [(index, groups[index]) for index in indices]
-    own = rows_of_rank(job, items, rank)
-    groups = [[own[row] for row in group] for group in micro_batches(job, [items[row] for row in own])] if own else []
+    rows = rows_of_rank(job, items, rank)
+    batches = micro_batches(job, [items[row] for row in rows]) if rows else []
+    groups = [[rows[i] for i in batch] for batch in batches]
     return [(group[0], group) for group in groups]
 
 
-def _group_seed(job: Job, index: int) -> int:
-    return int(sha256_text(f"{job.recipe.seed} {job.state.progress.step} {index}")[:15], 16)
-
-
 def _assign_groups(job: Job, items: Sequence[Item], groups: Sequence[Sequence[int]]) -> list[range]:
-    costs = _costs(job, items)
+    costs = _compute_costs(job, items)
     return assign_contiguous([sum(costs[row] for row in group) for group in groups], job.devices.world_size)
 
 
-def _costs(job: Job, items: Sequence[Item]) -> list[float]:
+def _compute_costs(job: Job, items: Sequence[Item]) -> list[float]:
     return [float(item.computed_tokens(job.step.packed, job.step.prefix_sharing)) for item in items]
 
 
@@ -176,41 +161,35 @@ def _take_gradients(weights: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
 
 
 def _sum_in_order(job: Job, items: Sequence[Item], buffers: Sequence[Tensor], size: int) -> Tensor:
-    groups, own, devices = micro_batches(job, items), iter(buffers), job.devices
+    """Return the sum of all ranks' buffers, which is bitwise the same for any number of ranks."""
+    groups, rank_buffers, devices = micro_batches(job, items), iter(buffers), job.devices
     tree: SumTree[Tensor] = SumTree(len(groups))
-    device = job.state.device
     for rank, indices in enumerate(_assign_groups(job, items, groups)):
         for level, i in nodes_to_send(len(groups), indices):
-            buffer = next(own) if rank == devices.rank else torch.empty(size, device=device)
+            buffer = next(rank_buffers) if rank == devices.rank else torch.empty(size, device=job.state.device)
             devices.broadcast(buffer, rank)
             tree.add(level, i, buffer)
     return tree.total
 
 
-def _mean_figures(figures: Sequence[tuple[int, Figures]]) -> dict[str, Tensor]:
-    """Return each figure's mean over the rows that have it."""
-    parts = [columns for _, columns in sorted(figures, key=lambda indexed: indexed[0])]
+def _mean_metrics(metrics: Sequence[tuple[int, Metrics]]) -> dict[str, Tensor]:
+    parts = [columns for _, columns in sorted(metrics, key=lambda indexed: indexed[0])]
     return {name: torch.cat([part[name] for part in parts]).mean() for name in (parts[0] if parts else ())}
 
 
 def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
-    """Return the rows of each micro-batch: packed to a token budget, or grouped by length if the step pads.
-
-    With train.exact there are at least MIN_MICRO_BATCHES (if there are as many rows), whatever the number of devices.
-    """
+    """Return the rows of each micro-batch: packed up to a number of tokens, or grouped by length if the step pads."""
     lengths = [item.computed_tokens(job.step.packed, job.step.prefix_sharing) for item in items]
     train, (size, unit) = job.recipe.train, _micro_batch_size(job)
     if train.exact:
         size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // MIN_MICRO_BATCHES))
     if unit == "rows":
-        return group_by_length(
-            lengths, tokens=None, rows=size if train.micro_batch is not None or train.exact else None
-        )
-    return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size, rows=None)
+        return group_by_length(lengths, rows=size if train.micro_batch is not None or train.exact else None)
+    return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size)
 
 
 def apply_memory_settings(job: Job) -> None:
-    """Set the step's memory options to those of the recipe and of earlier out-of-memory retries."""
+    """Apply the memory options of the recipe and of earlier retries to the step."""
     layers = job.recipe.train.gradient_checkpointing
     if isinstance(layers, int):
         job.step.checkpoint(layers)
@@ -218,15 +197,15 @@ def apply_memory_settings(job: Job) -> None:
         job.step.checkpoint()
     if job.state.progress.offload:
         job.step.offload()
-    if job.state.progress.streamed and job.stream is not None:
-        job.step.replace_weights(job.stream)
+    if job.state.progress.streamed and job.repack_weights is not None:
+        job.step.replace_weights(job.repack_weights)
 
 
-def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
-    """Return `compute()`, retried with less memory each time that any device runs out.
+def retry_with_less_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
+    """Return `compute()`, and retry it with less memory when a device runs out of memory.
 
-    On a GPU the first retry changes nothing, because freeing the cache may end fragmentation.
-    Raises MemoryLimitError if memory cannot be reduced further.
+    The rows, the state and the random numbers stay the same. On a GPU, the first retry only empties the cache, which
+    may be fragmented. Raises MemoryLimitError if memory cannot be reduced further.
     """
     device = job.state.device
     random, retry_unchanged = random_states(device), device.type == "cuda"
@@ -237,8 +216,8 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        # outside the handler, because the traceback keeps the failed step's tensors alive
+            reason = first_line(error)
+        # outside of the handler, whose traceback keeps the tensors of the failed step alive
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         job.step.release_buffers()
@@ -254,6 +233,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
 
 
 def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
+    """Reduce memory by one measure, log it, and store it for the next run with the same memory key."""
     progress = job.state.progress
     before, halvings = micro_batches(job, items), progress.halvings
     while micro_batches(job, items) == before and _micro_batch_size(job)[0] > 1:
@@ -261,34 +241,33 @@ def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
     after = micro_batches(job, items)
     if after != before:
         size, unit = _micro_batch_size(job)
-        to = f"micro-batches of {size} {unit}, {len(after)} instead of {len(before)}"
+        change = f"micro-batches of {size} {unit}, {len(after)} instead of {len(before)}"
     elif not progress.recompute:
         progress.halvings, progress.recompute = halvings, True
-        job.step.checkpoint()
-        to = "gradient checkpointing"
+        change = "gradient checkpointing"
     elif job.step.can_offload and not progress.offload:
         progress.halvings, progress.offload = halvings, True
-        job.step.offload()
-        to = "gradient checkpointing with the inputs of layers in host memory"
-    elif job.stream is not None and not progress.streamed:
+        change = "gradient checkpointing with the inputs of layers in host memory"
+    elif job.repack_weights is not None and not progress.streamed:
         progress.halvings, progress.streamed = halvings, True
-        job.step.replace_weights(job.stream)
-        trim_heap()
-        to = "dequantizing weights when they are needed"
+        change = "dequantizing weights when they are needed"
     else:
         fix = "shorten --data.max_length, train fewer --lora.target_modules, or use a smaller model"
         raise MemoryLimitError(f"out of memory with the smallest micro-batches and checkpointing: {reason}", fix=fix)
-    job.log.emit("shrink", step=progress.step, why=reason, to=to)
+    if after == before:
+        apply_memory_settings(job)
+        trim_heap()
+    job.log.emit("shrink", step=progress.step, why=reason, to=change)
     if job.memory_key and job.devices.local_rank == 0:
         tokens = job.recipe.train.micro_batch_tokens
-        budget = None if tokens is None else tokens >> progress.halvings
-        options = {"recompute": progress.recompute, "offload": progress.offload, "streamed": progress.streamed}
-        usable = {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
-        save_measured(job.memory_key, {"micro_batch_tokens": budget, **options, **usable})
+        limits = {"micro_batch_tokens": None if tokens is None else tokens >> progress.halvings}
+        limits |= {name: getattr(progress, name) for name in ("recompute", "offload", "streamed")}
+        limits |= {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
+        save_measured(job.memory_key, limits)
 
 
 def _micro_batch_size(job: Job) -> tuple[int, str]:
-    """Return the current size of a micro-batch, and its unit: tokens or rows."""
+    """Return the maximum size of a micro-batch, and its unit: tokens or rows."""
     train, halvings = job.recipe.train, job.state.progress.halvings
     if train.micro_batch_tokens is not None:
         return max(1, train.micro_batch_tokens >> halvings), "tokens"

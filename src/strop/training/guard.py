@@ -1,7 +1,6 @@
-"""Detect bad steps: check each loss and gradient norm before the optimizer's update.
+"""Detect bad steps from the loss and the gradient norm, before the optimizer's update.
 
-The checks add no work on the device, because both values are read once per step anyway. Their state is part of
-Progress, so a resumed run makes the same decisions as an uninterrupted one.
+The state of the checks is part of Progress, so that a resumed run makes the same decisions.
 """
 
 from __future__ import annotations
@@ -22,26 +21,24 @@ if TYPE_CHECKING:
 
 MAX_STREAK = 3  # consecutive bad steps that cause a rollback
 RATE_CUT = 0.25  # factor of the learning rate after a rollback
-MAX_RECENT = 64  # number of good losses that the bound is computed from
+MAX_RECENT = 64  # number of good losses from which the bound is computed
 MIN_RECENT = 16  # minimum number of good losses to compute a bound
-BOUND_SIGMAS, MIN_BOUND_NATS = 8.0, 1.0  # distance of the bound from the median loss: the larger of the two
+BOUND_SIGMAS, MIN_BOUND_NATS = 8.0, 1.0  # distance of the bound from the median loss is the larger of the two
 MAX_LIKELIHOOD_DROP = 1.0  # decrease in log-probability of good answers that causes a warning, in nats per token
 MAX_LOGPROB_GAP = 0.1  # maximum difference between the sampling engine and the training step, in nats per token
 MAX_START_KL = 1e-6  # maximum KL divergence from the reference before the first step
-ROLLBACK_FACTOR = 10.0  # a loss beyond this multiple of the distance causes a rollback at once
+ROLLBACK_FACTOR = 10.0  # multiple of the distance above which a loss causes a rollback at once
 
 
 class Verdict(Enum):
-    """The decision on a step. DOUBTFUL: the loss is above the bound, but the update is applied."""
-
     GOOD = "good"
-    DOUBTFUL = "doubtful"
+    DOUBTFUL = "doubtful"  # the loss is above the bound, but the update is applied
     NOT_FINITE = "not finite"
     ROLL_BACK = "roll back"
 
 
 class Diverged(Exception):
-    """Raised when the run must return to its last good checkpoint. `progress.streak` has the bad steps."""
+    """Raised when the run must return to its last good checkpoint."""
 
     def __init__(self, why: str, *, finite: bool) -> None:
         super().__init__(why)
@@ -50,7 +47,7 @@ class Diverged(Exception):
 
 
 def judge_step(progress: Progress, loss: float, grad_norm: float) -> Verdict:
-    """Return the verdict on the step before its update, and record it in `progress`."""
+    """Judge a step before its update, and record the result in `progress`."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         verdict = Verdict.NOT_FINITE
     else:
@@ -65,7 +62,7 @@ def judge_step(progress: Progress, loss: float, grad_norm: float) -> Verdict:
 
 
 def _loss_bound(recent: list[float]) -> tuple[float, float]:
-    """Return (median, distance) of good losses, from the median absolute deviation, which is robust to outliers."""
+    """Return the median of good losses and the distance of the bound, from their median absolute deviation."""
     if len(recent) < MIN_RECENT:
         return 0.0, math.inf
     median = statistics.median(recent)
@@ -74,7 +71,7 @@ def _loss_bound(recent: list[float]) -> tuple[float, float]:
 
 
 def suggest_fixes(progress: Progress, rate: float, dtype: str, diverged: Diverged) -> list[str]:
-    """Return likely causes and fixes of divergence, most likely first. rate: the learning rate of the last step."""
+    """Return fixes for a diverged run, the most likely first. rate: the learning rate of the last step."""
     fixes = []
     rising = len(progress.recent) >= 4 and statistics.mean(progress.recent[-2:]) > 1.5 * min(progress.recent)
     if dtype == "fp16":
@@ -89,11 +86,9 @@ def suggest_fixes(progress: Progress, rate: float, dtype: str, diverged: Diverge
 
 @contextmanager
 def check_update(state: TrainState, grad_norm: float, *, enabled: bool, zero_expected: bool = False) -> Iterator[None]:
-    """Check that the first optimizer step, done inside this block, changes the adapters.
+    """Raise RunError if the first optimizer step, inside this block, changes no weights.
 
-    Needed for policy and preference objectives: before the first update their loss is the same for any weights.
-    zero_expected: all rewards are equal, so the gradient is zero. Raises RunError if the gradient is zero, or if no
-    weight changes.
+    zero_expected: the gradient may be zero, because all rewards are equal.
     """
     check = enabled and state.progress.step == 0 and bool(grad_norm or not zero_expected)
     before = [weight.detach().clone() for weight in state.weights.values()] if check else []
@@ -107,49 +102,45 @@ def check_update(state: TrainState, grad_norm: float, *, enabled: bool, zero_exp
         raise RunError("the first step did not change any weight", fix="raise --train.learning_rate")
 
 
-def check_rollouts(progress: Progress, figures: Mapping[str, float], grad_norm: float) -> None:
-    """Check the metrics of sampled completions before the update.
-
-    Log-probabilities must agree with those of the sampling engine, the KL divergence must be 0 at the start, and
-    different rewards must give a gradient. Raises RunError.
-    """
-    if "off" not in figures:
+def check_rollouts(progress: Progress, metrics: Mapping[str, float], grad_norm: float) -> None:
+    """Raise RunError if metrics of sampled completions show a bug, before the update."""
+    if "off" not in metrics:
         return
-    if figures["off"] > MAX_LOGPROB_GAP:
+    if metrics["off"] > MAX_LOGPROB_GAP:
         what = (
-            f"step {progress.step + 1}: log-probabilities of completions differ by {figures['off']:.3f} nats per token "
+            f"step {progress.step + 1}: log-probabilities of completions differ by {metrics['off']:.3f} nats per token "
             f"between the engine that sampled them and the training step, more than {MAX_LOGPROB_GAP:g}"
         )
         raise RunError(what, fix="use --model.dtype fp32; if it happens again, please report it")
-    if not progress.step and figures.get("kl", 0.0) > MAX_START_KL:
-        what = f"before the first step the KL divergence from the reference is {figures['kl']:.2e}, not 0"
+    if not progress.step and metrics.get("kl", 0.0) > MAX_START_KL:
+        what = f"before the first step the KL divergence from the reference is {metrics['kl']:.2e}, not 0"
         raise RunError(what, fix="start the run again; if it happens again, please report it")
-    if figures["equal_groups"] < 1 and not grad_norm:
+    if metrics["equal_groups"] < 1 and not grad_norm:
         what = f"step {progress.step + 1}: rewards differ, but the gradient is zero"
         raise RunError(what, fix="please report it")
 
 
-def equal_rewards_warning(progress: Progress, figures: Mapping[str, float]) -> str | None:
-    """Return a warning if every group's rewards are equal, once for each cause."""
-    if figures.get("equal_groups", 0.0) < 1:
+def equal_rewards_warning(progress: Progress, metrics: Mapping[str, float]) -> str | None:
+    """Return a warning if the rewards in each group are equal, once per cause."""
+    if metrics.get("equal_groups", 0.0) < 1:
         return None
-    cut_off = figures["stop_rate"] == 0
+    cut_off = metrics["stop_rate"] == 0
     if (cause := "cut off" if cut_off else "equal rewards") in progress.told:
         return None
     progress.told = [*progress.told, cause]
-    text = f"all completions of each group have the same reward (mean {figures['reward']:.3g}): nothing is learned"
+    text = f"all completions of each group have the same reward (mean {metrics['reward']:.3g}): nothing is learned"
     if cut_off:
         return f"{text}; every completion reached the length limit: raise --train.answer_tokens"
     return f"{text}; use prompts that are sometimes answered well, or rewards with values between 0 and 1"
 
 
-def likelihood_drop_warning(progress: Progress, figures: Mapping[str, float]) -> str | None:
-    """Return a warning, once, if good answers become less likely, which can happen although the margin grows."""
-    name = next((name for name in ("chosen", "desirable") if f"{name}_change" in figures), None)
-    if name is None or name in progress.told or figures[f"{name}_change"] > -MAX_LIKELIHOOD_DROP:
+def likelihood_drop_warning(progress: Progress, metrics: Mapping[str, float]) -> str | None:
+    """Return a warning, once per run, if good answers become less likely, even if the margin grows."""
+    name = next((name for name in ("chosen", "desirable") if f"{name}_change" in metrics), None)
+    if name is None or name in progress.told or metrics[f"{name}_change"] > -MAX_LIKELIHOOD_DROP:
         return None
     progress.told = [*progress.told, name]
     fix = "a lower learning rate or a larger --train.beta keeps the model closer to the reference"
     if name == "chosen":
         fix = f"--train.sft_weight 1 prevents it; {fix}"
-    return f"{name} answers are {-figures[f'{name}_change']:.1f} nats per token less likely than at the start: {fix}"
+    return f"{name} answers are {-metrics[f'{name}_change']:.1f} nats per token less likely than at the start: {fix}"

@@ -1,4 +1,4 @@
-"""The training loop: one step, and what happens between steps. Start reading at `fit`."""
+"""The training loop: steps, evaluation, checkpoints and rollbacks. Start reading at `fit`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from strop.training.gradients import (
     apply_memory_settings,
     compute_gradients,
     micro_batches,
+    retry_with_less_memory,
     rows_of_rank,
     sum_gradients,
-    within_memory,
 )
 from strop.training.guard import Diverged, Verdict
 from strop.training.optim import allocate_state, rate_factor, set_rate, warmup_steps
@@ -47,9 +47,9 @@ from strop.training.state import (
 
 LOG = logging.getLogger(__name__)
 
-COMPARE_EVERY = 50  # steps between comparisons of the devices' weights; also compared before each save
-SAVE_EVERY_S = 600.0  # longest time between checkpoints, whatever train.save_steps is
-# Fields of Progress that a rollback keeps: memory settings, logged warnings, and counters of work and time.
+COMPARE_EVERY = 50  # steps between comparisons of the devices' weights
+SAVE_EVERY_S = 600.0  # maximum time between checkpoints, even if train.save_steps is larger
+# Fields of Progress that a rollback does not restore: memory settings, logged warnings, and counters.
 KEPT_BY_ROLLBACK = (
     "halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens", "seconds",
     "eval_seconds", "save_seconds", "budget_from", "communication_s", "waiting_s", "computing_s", "slowest_s",
@@ -58,15 +58,12 @@ KEPT_BY_ROLLBACK = (
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step. loss: mean over the supervised tokens (or rows) of the effective batch. grad_norm: before
-    clipping. figures: mean metrics of a preference or policy objective."""
-
-    loss: float
-    grad_norm: float
+    loss: float  # mean over the supervised tokens or rows of the effective batch
+    grad_norm: float  # before clipping
     tokens: int
     supervised_tokens: int
     verdict: Verdict
-    figures: dict[str, float]
+    metrics: dict[str, float]  # means over the effective batch
     total: TotalGradient
 
     @property
@@ -75,7 +72,6 @@ class StepResult:
 
     @property
     def problem(self) -> str:
-        """A description of what is wrong with a bad step."""
         if self.finite:
             return f"loss {self.loss:.4g} is far above that of the steps before"
         return f"{'loss' if not math.isfinite(self.loss) else 'gradient'} is not finite"
@@ -86,10 +82,10 @@ class StepResult:
 
 
 def fit(job: Job) -> str:
-    """Train from the current state to the end of the recipe; return the reason for the end: steps, time or patience.
+    """Train to the end of the recipe, and return why training ended: steps, time or patience.
 
-    Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; DivergedError or NonFiniteError if
-    training diverges again after a rollback; MemoryLimitError; DiskError.
+    Raises Stopped after Ctrl-C or SIGTERM, when the current step is saved; DivergedError or NonFiniteError if training
+    diverges again after a rollback; MemoryLimitError; DiskError.
     """
     apply_memory_settings(job)
     if _is_out_of_patience(job):  # the process was killed after its last save, before the report
@@ -105,11 +101,11 @@ def fit(job: Job) -> str:
 
 
 def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
-    """Run the remaining steps. Raises Diverged if the run must be rolled back."""
+    """Run the remaining steps, and return why training ended. Raises Diverged if a rollback is needed."""
     train, progress = job.recipe.train, job.state.progress
     stream = batch_stream(job.recipe, len(job.train), progress.position)
     limit = parse_seconds(train.max_time) if train.max_time else math.inf
-    saved_at, saved_step, ended = time.monotonic(), progress.step, ""
+    saved_at, ended = time.monotonic(), ""
     job.model.train()
     for batch in stream:
         if batch.index not in progress.passed:
@@ -130,14 +126,13 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
             progress.budget_from += _seconds_spent(job)
         if ended or stopping or due or progress.best_step == progress.step:
             save(job)
-            saved_at, saved_step = time.monotonic(), progress.step
+            saved_at = time.monotonic()
         if stopping:
             job.log.emit("stop", step=progress.step, why="signal")
             what = f"stopped after step {progress.step} of {stream.total_steps}"
             raise Stopped(what, fix=f"strop resume {job.folder.path}")
         if ended:
             break
-    assert saved_step == progress.step
     if ended != "steps":
         why = "the time budget is spent" if ended == "time" else "the evaluation loss no longer improves"
         job.log.emit("stop", step=progress.step, why=why)
@@ -145,11 +140,11 @@ def _run_steps(job: Job, stop_requested: Callable[[], bool]) -> str:
 
 
 def _step_and_log(job: Job, batch: Batch, stream: BatchStream) -> None:
-    """Take one step and log it. Raises Diverged if the guard requires a rollback."""
+    """Train one step and log it. Raises Diverged if a rollback is needed."""
     progress, started = job.state.progress, time.perf_counter()
     communication_s, waiting_s = job.devices.communication_s, job.devices.waiting_s
     rate = rate_at(job, batch.index, stream.total_steps)
-    result = step(job, batch, rate)
+    result = train_step(job, batch, rate)
     seconds = time.perf_counter() - started
     progress.tokens += result.tokens
     progress.supervised_tokens += result.supervised_tokens
@@ -173,19 +168,16 @@ def rate_at(job: Job, index: int, total: int) -> float:
     return train.learning_rate * factor * job.state.progress.rate_scale
 
 
-def step(job: Job, batch: Batch, rate: float) -> StepResult:
-    """Train on an effective batch: forward and backward by micro-batch, clip, update.
-
-    Some objectives update several times on the same rows. A step that the guard rejects leaves the weights unchanged.
-    """
+def train_step(job: Job, batch: Batch, rate: float) -> StepResult:
+    """Train on an effective batch. A rejected step leaves the weights unchanged."""
     rows = [job.train[row] for row in batch.rows]
     job.step.masks.begin(job.recipe.seed, batch.index)
 
     def prepare() -> list[Item]:
         return job.criterion.prepare(job.step, rows, batch.index, partial(micro_batches, job))
 
-    # on several devices `prepare` computes nothing: objectives that sample completions need a single device
-    items = within_memory(job, rows, prepare) if job.devices.world_size == 1 else prepare()
+    # objectives whose `prepare` computes something need a single device
+    items = retry_with_less_memory(job, rows, prepare) if job.devices.world_size == 1 else prepare()
     first = result = _update(job, items, rate)
     for _ in range(job.criterion.updates - 1):
         if not result.applied:
@@ -197,31 +189,30 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
 
 
 def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | None = None) -> StepResult:
-    """Do one optimizer step. first: the result of the first update on the same completions."""
+    """Do one optimizer step. first: the result of the first step on the same completions."""
 
     def compute() -> LocalGradient:
         allocate_state(job.state.optimizer)
         return compute_gradients(job, items)
 
-    local = within_memory(job, items, compute)
-    total = sum_gradients(job, items, local)
+    total = sum_gradients(job, items, retry_with_less_memory(job, items, compute))
     weights = list(job.state.weights.values())
     norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
     # the only synchronization with the device in a step
-    scalars = torch.stack([x.to(total.loss) for x in (total.loss, norm, *total.figures.values())])
+    scalars = torch.stack([x.to(total.loss) for x in (total.loss, norm, *total.metrics.values())])
     loss, grad_norm, *means = scalars.tolist()
     tokens, supervised = sum(map(len, items)), sum(item.supervised for item in items)
-    figures = {name: value for name, value in zip(total.figures, means, strict=True) if math.isfinite(value)}
+    metrics = {name: value for name, value in zip(total.metrics, means, strict=True) if math.isfinite(value)}
     if first is None:
-        guard.check_rollouts(job.state.progress, figures, grad_norm)
+        guard.check_rollouts(job.state.progress, metrics, grad_norm)
     else:  # the policy has changed since the completions were sampled
-        figures = {**figures, "off": first.figures["off"]}
+        metrics = {**metrics, "off": first.metrics["off"]}
         tokens, supervised = tokens + first.tokens, supervised + first.supervised_tokens
     verdict = guard.judge_step(job.state.progress, loss, grad_norm)
-    result = StepResult(loss, grad_norm, tokens, supervised, verdict, figures, total)
+    result = StepResult(loss, grad_norm, tokens, supervised, verdict, metrics, total)
     if result.applied:
         set_rate(job.state.optimizer, rate)
-        enabled, zero_expected = bool(total.figures) and first is None, figures.get("equal_groups") == 1
+        enabled, zero_expected = bool(total.metrics) and first is None, metrics.get("equal_groups") == 1
         with guard.check_update(job.state, grad_norm, enabled=enabled, zero_expected=zero_expected):
             job.state.optimizer.step()
     job.state.optimizer.zero_grad(set_to_none=True)
@@ -229,14 +220,14 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
 
 
 def evaluate(job: Job) -> None:
-    """Evaluate the held-out rows, and update the best loss and step."""
+    """Evaluate the held-out rows, and update the best step."""
     progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
     assert held_out is not None
     LOG.info("evaluating on %d rows", len(held_out))
     job.model.eval()
     split = partial(micro_batches, job)
-    figures = within_memory(job, held_out, lambda: job.criterion.evaluate(job.step, held_out, split))
-    loss = figures.pop("loss")
+    metrics = retry_with_less_memory(job, held_out, lambda: job.criterion.evaluate(job.step, held_out, split))
+    loss = metrics.pop("loss")
     job.model.train()
     seconds = time.perf_counter() - started
     progress.eval_seconds += seconds
@@ -245,26 +236,25 @@ def evaluate(job: Job) -> None:
     better = finite_loss is not None and (progress.best_loss is None or loss < progress.best_loss)
     if better:
         progress.best_loss, progress.best_step, progress.evals_without_better = loss, progress.step, 0
-        progress.held_out = figures
+        progress.held_out = metrics
     elif progress.moved:  # not counted if the weights have not changed since the last evaluation
         progress.evals_without_better += 1
     progress.moved = False
-    job.log.emit("eval", step=progress.step, loss=finite_loss, best=better, seconds=round(seconds, 3), **figures)
+    job.log.emit("eval", step=progress.step, loss=finite_loss, best=better, seconds=round(seconds, 3), **metrics)
 
 
 def save(job: Job) -> None:
-    """Write a checkpoint. Raises Diverged if a weight is not finite: such weights are never saved."""
+    """Write a checkpoint. Raises Diverged if a weight is not finite."""
     started, progress = time.perf_counter(), job.state.progress
-    job.devices.check_equal(lambda: all_tensors(job.state))  # first, so that all devices make the same decision below
-    not_finite = first_not_finite(job.state)
-    if not_finite is not None:
+    job.devices.check_equal(lambda: all_tensors(job.state))  # so that all devices decide the same below
+    if (not_finite := first_not_finite(job.state)) is not None:
         progress.streak = [*progress.streak, progress.step - 1]
         raise Diverged(f"{not_finite} contains NaN or infinity", finite=False)
     checkpoint = job.folder.checkpoint(progress.step)
     with job.devices.all_or_none():
         if job.devices.is_main:
             save_checkpoint(job.folder, job.state)
-            if not progress.streak:  # else a rollback may need the older ones
+            if not progress.streak:  # otherwise a rollback may need an older checkpoint
                 prune_checkpoints(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
     seconds = time.perf_counter() - started
     progress.save_seconds += seconds
@@ -272,7 +262,7 @@ def save(job: Job) -> None:
 
 
 def restore_newest(job: Job, *, prefer_good: bool = False) -> Path:
-    """Load the newest intact checkpoint into the job, and return its path. prefer_good: see newest_checkpoint."""
+    """Load the newest intact checkpoint, and return its path. prefer_good: as in newest_checkpoint."""
 
     def note(text: str) -> None:
         job.log.emit("note", text=text)
@@ -280,14 +270,13 @@ def restore_newest(job: Job, *, prefer_good: bool = False) -> Path:
     checkpoint = job.devices.run_on_main(lambda: newest_checkpoint(job.folder, note, prefer_good=prefer_good))
     restore_checkpoint(checkpoint, job.state, note)
     progress = job.state.progress
-    # recomputed, because the number of rows or the batch size may have changed since it was saved
+    # recomputed, because the number of rows or the batch size may have changed
     progress.position = batch_stream(job.recipe, len(job.train)).position_of(progress.step)
     reset_lost_best(job)
     return checkpoint
 
 
 def reset_lost_best(job: Job) -> None:
-    """Reset the best step if its checkpoint is lost, so that a later one can become the best."""
     progress, best_step = job.state.progress, job.state.progress.best_step
     if best_step is None or best_step == progress.step:
         return
@@ -299,9 +288,9 @@ def reset_lost_best(job: Job) -> None:
 
 
 def _roll_back(job: Job, diverged: Diverged) -> None:
-    """Return to the last good checkpoint, skip the bad batches, and lower the learning rate.
+    """Restore the last good checkpoint, skip the bad batches, and lower the learning rate.
 
-    Raises DivergedError if the run was rolled back before.
+    Raises DivergedError or NonFiniteError if the run was rolled back before.
     """
     before, stream = job.state.progress, batch_stream(job.recipe, len(job.train))
     if before.rollbacks:
@@ -343,20 +332,19 @@ def _seconds_spent(job: Job) -> float:
 
 
 def _count_device_times(job: Job, result: StepResult, communication_s: float, waiting_s: float) -> dict[str, float]:
-    """Add a step's times to Progress, and return them for the log; nothing for a single device.
+    """Add the times of a step on several devices to Progress, and return them for the log.
 
-    balance: the mean rank's computing time divided by that of the slowest.
+    balance: the mean computation time of the ranks divided by that of the slowest.
     """
     if job.devices.world_size == 1:
         return {}
-    progress, seconds = job.state.progress, result.total.seconds
+    progress, mean, slowest = job.state.progress, statistics.fmean(result.total.seconds), max(result.total.seconds)
     progress.communication_s += communication_s
     progress.waiting_s += waiting_s
-    progress.computing_s += statistics.fmean(seconds)
-    progress.slowest_s += max(seconds)
-    balance = statistics.fmean(seconds) / max(max(seconds), 1e-9)
-    times = {"communication_s": round(communication_s, 6), "waiting_s": round(waiting_s, 6)}
-    return {**times, "balance": round(balance, 4)}
+    progress.computing_s += mean
+    progress.slowest_s += slowest
+    balance = round(mean / max(slowest, 1e-9), 4)
+    return {"communication_s": round(communication_s, 6), "waiting_s": round(waiting_s, 6), "balance": balance}
 
 
 def _log_step(
@@ -365,21 +353,21 @@ def _log_step(
     progress, number = job.state.progress, batch.index + 1
     if progress.first_loss is None:
         progress.first_loss = result.loss
-    progress.last_loss, progress.figures = result.loss, result.figures
+    progress.last_loss, progress.figures = result.loss, result.metrics
     for find_warning in (guard.likelihood_drop_warning, guard.equal_rewards_warning):
-        if (warning := find_warning(progress, result.figures)) is not None:
+        if (warning := find_warning(progress, result.metrics)) is not None:
             job.log.emit("note", text=f"step {number}: {warning}")
     if number % job.recipe.train.log_steps and number != total:
         return
     job.log.emit(
         "step", step=number, steps=total, epoch=batch.epoch, loss=result.loss, grad_norm=result.grad_norm,
         learning_rate=rate, tokens=progress.tokens, tokens_per_s=round(result.tokens / seconds, 1),
-        seconds_left=round((total - number) * progress.seconds / number, 1), **result.figures, **device_times,
+        seconds_left=round((total - number) * progress.seconds / number, 1), **result.metrics, **device_times,
     )  # fmt: skip
 
 
 def _log_bad_step(job: Job, batch: Batch, result: StepResult) -> None:
-    """Log a "skip" event if the update was not applied, else "doubt"."""
+    """Log a "doubt" event if the update was applied, otherwise "skip"."""
     if not result.applied:
         job.state.progress.skipped_steps += 1
     kind = "doubt" if result.applied else "skip"
@@ -396,7 +384,7 @@ def _row_locations(job: Job, rows: Sequence[int]) -> list[str]:
 
 
 def parse_seconds(text: str) -> float:
-    """Parse a duration that the schema has checked: 90s, 30m, 2h, 1d or plain seconds."""
+    """Parse a valid duration such as 90s, 30m, 2h, 1d, or a number of seconds."""
     factor = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1])
     return float(text) if factor is None else float(text[:-1]) * factor
 
@@ -409,7 +397,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def handle(number: int, frame: FrameType | None) -> None:
         if received:
             earlier_handler = old[signal.Signals(number)]
-            if callable(earlier_handler):  # the command's handler, which records that it was interrupted
+            if callable(earlier_handler):  # it records that the command was interrupted
                 earlier_handler(number, frame)
             raise KeyboardInterrupt
         received.append(number)

@@ -1,4 +1,4 @@
-"""Optimizers and the learning-rate schedule, both without hidden state: what a checkpoint needs is in TrainState."""
+"""Optimizers and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from torch import nn
 
 from strop.config.schema import TrainSection
-from strop.errors import QuantizerError
+from strop.errors import QuantizerError, first_line
 
 
 def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over the trainable weights. Its learning rate is set before each step.
+    """Return the recipe's optimizer of the trainable weights. `set_rate` sets its learning rate before each step.
 
-    LoRA+ (arXiv:2402.12354) puts B into a second group with a scaled rate. 8-bit optimizers store their moments in 8
-    bits per block (arXiv:2110.02861), except those of weights with fewer than 4,096 elements.
+    With LoRA+ (arXiv:2402.12354), B has a scaled rate. 8-bit optimizers (arXiv:2110.02861) store the moments of weights
+    with fewer than 4,096 elements in fp32.
     """
     ratio = section.lora_plus_ratio
-    fast = {name for name in weights if "lora_B" in name or "lora_embedding_B" in name} if ratio != 1 else set()
+    scaled = {name for name in weights if "lora_B" in name or "lora_embedding_B" in name} if ratio != 1 else set()
     groups = [
-        {"params": [weight for name, weight in weights.items() if (name in fast) == in_group], "scale": scale}
+        {"params": [weight for name, weight in weights.items() if (name in scaled) == in_group], "scale": scale}
         for in_group, scale in ((False, 1.0), (True, ratio))
     ]
-    return _MAKERS[section.optimizer]([group for group in groups if group["params"]], section.weight_decay)
+    return _OPTIMIZERS[section.optimizer]([group for group in groups if group["params"]], section.weight_decay)
 
 
 def _adamw(groups: Any, decay: float) -> torch.optim.Optimizer:
@@ -35,9 +35,9 @@ def _adamw(groups: Any, decay: float) -> torch.optim.Optimizer:
 
 
 def _adafactor(groups: Any, decay: float) -> torch.optim.Optimizer:
-    """Make Adafactor with an absolute rate: scaled by the weight's magnitude, as in the paper, B would stay zero."""
     from transformers.optimization import Adafactor
 
+    # scale_parameter scales the rate by the weight's magnitude, so that B would stay zero
     optimizer: torch.optim.Optimizer = Adafactor(
         groups, lr=0.0, weight_decay=decay, scale_parameter=False, relative_step=False
     )
@@ -52,13 +52,13 @@ def _bitsandbytes(name: str, groups: Any, decay: float) -> torch.optim.Optimizer
     try:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
-        what = f"bitsandbytes, which has this optimizer, cannot be used here: {str(error).splitlines()[0]}"
+        what = f"bitsandbytes, which has this optimizer, cannot be used here: {first_line(error)}"
         raise QuantizerError(what, fix="pip install -U bitsandbytes, or --train.optimizer adamw") from None
     optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1.0, weight_decay=decay)
     return optimizer
 
 
-_MAKERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw_8bit": partial(_bitsandbytes, "AdamW8bit"),
     "paged_adamw_8bit": partial(_bitsandbytes, "PagedAdamW8bit"),
@@ -69,11 +69,7 @@ _MAKERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
 
 
 def allocate_state(optimizer: Any) -> None:
-    """Allocate the optimizer's state before the first step.
-
-    If memory runs out here, no weight has changed and the step can be retried. (Adafactor's state is small, and SGD has
-    none.)
-    """
+    """Allocate the optimizer's state before the first step, so that the step can be retried if memory runs out."""
     for number, group in enumerate(optimizer.param_groups):
         for index, weight in enumerate(group["params"]):
             if not optimizer.state.get(weight):
@@ -85,7 +81,6 @@ def allocate_state(optimizer: Any) -> None:
 
 
 def _allocate_state(weight: nn.Parameter, optimizer: Any, group: Any, number: int, index: int) -> None:
-    """Allocate what the optimizer's own first step would."""
     if isinstance(optimizer, torch.optim.AdamW):
         device = weight.device if group["fused"] else "cpu"
         step = torch.zeros((), dtype=torch.float32, device=device)
@@ -96,7 +91,7 @@ def _allocate_state(weight: nn.Parameter, optimizer: Any, group: Any, number: in
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
-    """Return the number of warmup steps. warmup: below 1 a share of all steps, else a number of steps."""
+    """Return the number of warmup steps. warmup: a number of steps, or below 1 a share of all steps."""
     return math.ceil(warmup * total_steps) if warmup < 1 else round(warmup)
 
 

@@ -1,4 +1,4 @@
-"""Check everything a run needs before any weights are read: model, machine, plan, data, disk space."""
+"""Check the model, the machine, the recipe, the data and the disk space of a run before any weights are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.data.rendering.overlong import allowed_overlong
-from strop.distributed.devices import ALONE, Devices, threads_requested
+from strop.distributed.devices import SINGLE_PROCESS, Devices, threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import (
     TROUBLESHOOTING_PAGE,
@@ -26,16 +26,16 @@ from strop.errors import (
     DeviceError,
     FolderError,
     InputError,
+    Location,
     ModelError,
     RecipeError,
-    Where,
 )
-from strop.evaluation.metrics import check_rewards, parse_rewards, rewards_hash
+from strop.evaluation.metrics import check_rewards, hash_rewards, parse_rewards
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import expand_adapter_config, read_adapter_config
-from strop.models.adapters import adapter_folder, check_adapter_kind, read_identity, tokenizer_source
+from strop.models.adapters import adapter_folder, check_adapter_kind, locate_tokenizer, read_identity
 from strop.models.experts import quantizable_names
-from strop.models.families.layers import load_balancing
+from strop.models.families.layers import load_balancing_coefficient
 from strop.models.families.shape import ModelShape
 from strop.models.introspect import (
     count_parameters,
@@ -46,10 +46,10 @@ from strop.models.introspect import (
 )
 from strop.models.load import DTYPES, copies_needed, load_config, load_without_weights
 from strop.models.lora import check_lora, check_score_head, count_trainable
-from strop.models.source import Source, check_not_widened, fingerprint, locate, prequantized
+from strop.models.source import Source, check_readable, fingerprint, locate, prequantized
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
-from strop.planning.choose import choose, memory_key, stale_values, why_no_integers
+from strop.planning.choose import choose, find_stale_values, memory_key, why_no_int8
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -61,22 +61,19 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A complete recipe and what was learned of its model.
-
-    memory_key: where out-of-memory settings are remembered. num_weights: trainable. parameters: of the base.
-    """
+class RecipeFacts:
+    """A complete recipe, and the sizes of its model."""
 
     resolved: Resolved
-    memory_key: str
-    num_weights: int
+    memory_key: str  # key under which reduced memory settings are stored
+    num_weights: int  # trainable weights
     shape: ModelShape
-    parameters: int
+    parameters: int  # of the base
 
 
 @dataclass(frozen=True)
-class Setup(Planned):
-    """Everything a run needs except its weights, all checked."""
+class Setup(RecipeFacts):
+    """Everything that a run needs, except the model's weights."""
 
     machine: Machine
     source: Source
@@ -86,7 +83,7 @@ class Setup(Planned):
 
 
 def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) -> Resolved:
-    """Return the complete recipe that `train` would use on this machine. Reads no weights and no data."""
+    """Return the recipe that `train` would use on this machine, without reading weights and data."""
     prepare_process()
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     return _complete_recipe(resolved, source, _probe_machine(resolved.recipe, memory, devices), devices).resolved
@@ -95,78 +92,74 @@ def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) 
 def set_up_on_all(
     resolved: Resolved, memory: int | None, folder: RunFolder, devices: Devices, threads: int | None = None
 ) -> Setup:
-    """Set up a run on all devices. Rank 0 completes the recipe; one rank of each node prepares the rows first.
+    """Set up a run on all devices, first on rank 0, then on one rank of each node, so that the others read caches.
 
-    threads: number of threads the run was started with, if its numbers must not change.
+    threads: number of CPU threads, for results that do not change when a run is resumed.
     Raises InputError if the ranks do not see the same run folder, base, rows, template and versions.
     """
     if threads is None and resolved.recipe.train.exact and not threads_requested():
         threads = 1
     if threads is not None:
-        torch.set_num_threads(threads)  # a matmul is split by thread, which changes its last bits
+        torch.set_num_threads(threads)  # rounding in a matmul depends on the number of threads
     setup: Setup | None = None
-    is_first, first_of_node = devices.rank == 0, devices.local_rank == 0
-    for its_turn in (is_first, first_of_node and not is_first, not first_of_node):
+    rank_round = 0 if devices.rank == 0 else 1 if devices.local_rank == 0 else 2
+    for current_round in range(3 if devices.world_size > 1 else 1):
         with devices.all_or_none():
-            if its_turn:
+            if current_round == rank_round:
                 setup = set_up(resolved, memory, devices)
-                if is_first:
+                if devices.rank == 0:
                     check_space(folder, setup)
         resolved = devices.gather(resolved if setup is None else setup.resolved)[0]
-        if devices.world_size == 1:
-            break
     assert setup is not None
-    for rank, visible in enumerate(devices.gather(folder.path.is_dir())):
-        if not visible:
+    for rank, is_visible in enumerate(devices.gather(folder.path.is_dir())):
+        if not is_visible:
             what = f"{folder.path}: rank {rank} does not see this folder"
             raise InputError(what, fix="give --out a folder on a disk that all nodes share")
-    devices.require_same(_identity(setup))
-    chosen = {"values": _chosen_values(resolved), "precision": resolved.recipe.model.dtype}
+    devices.require_same(_get_identity(setup))
+    chosen = {"values": _get_values(resolved), "precision": resolved.recipe.model.dtype}
     return replace(setup, resolved=resolved, lock={**setup.lock, **chosen})
 
 
-def _identity(setup: Setup) -> dict[str, str]:
-    """Return what must be equal on all ranks: base, rows, template, and versions without the patch number."""
+def _get_identity(setup: Setup) -> dict[str, str]:
     lock = setup.lock
     releases = {name: text.rpartition(".")[0] for name, text in lock["versions"].items() if name in ("torch", "strop")}
     hashes = {name: str(lock[name]) for name in ("data", "template")}
     return {"base": lock["base"]["fingerprint"], **hashes, **releases}
 
 
-def _chosen_values(resolved: Resolved) -> dict[str, Any]:
+def _get_values(resolved: Resolved) -> dict[str, Any]:
     return {field: choice.value for field, choice in resolved.choices.items()}
 
 
-def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
+def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = SINGLE_PROCESS) -> Setup:
     """Check a run and prepare its rows. Raises InputError."""
     lora = resolved.recipe.lora
     max_rank = max([lora.r, *lora.rank_pattern.values()])
-    # before a GPU is used
-    prepare_process(deterministic=resolved.recipe.train.deterministic, rank=max_rank)
+    prepare_process(deterministic=resolved.recipe.train.deterministic, rank=max_rank)  # before a GPU is used
     check_trackers(resolved.recipe.track)
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     machine = _probe_machine(resolved.recipe, memory, devices.local_world_size)
-    planned = _complete_recipe(resolved, source, machine, devices.world_size)
-    resolved, recipe, shape = planned.resolved, planned.resolved.recipe, planned.shape
+    facts = _complete_recipe(resolved, source, machine, devices.world_size)
+    resolved, recipe, shape = facts.resolved, facts.resolved.recipe, facts.shape
     check_vllm(recipe)
     start = find_start_adapter(recipe)
     # a start adapter may have its own tokens and chat template
-    tokenizer = load_tokenizer(source if start is None else tokenizer_source(start, source))
+    tokenizer = load_tokenizer(source if start is None else locate_tokenizer(start, source))
     LOG.info("reading and checking the rows")
     data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind_of(recipe.train))
     _check_rewards(recipe, data)
     _check_positions(recipe, shape, data)
-    if not recipe.lora.new_tokens:  # these give each token of the tokenizer an embedding
+    if not recipe.lora.new_tokens:  # otherwise each token gets an embedding
         _check_vocabulary(source, shape, tokenizer, data)
-    if data.renderer.template is not None:  # data.template: saved with the adapter's tokenizer
+    if data.renderer.template is not None:  # data.template, which is saved with the tokenizer
         tokenizer.chat_template = data.renderer.template
     lock = {
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
         "template": data.renderer.template_hash,
-        "rewards": rewards_hash(parse_rewards(recipe.train.rewards)),
+        "rewards": hash_rewards(parse_rewards(recipe.train.rewards)),
         "recipe": sha256_text(json.dumps(recipe.model_dump(exclude={"out"}), sort_keys=True)),
-        "values": _chosen_values(resolved),
+        "values": _get_values(resolved),
         "seed": recipe.seed,
         "precision": recipe.model.dtype,
         "threads": torch.get_num_threads(),
@@ -174,19 +167,19 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
         "machine": asdict(machine),
         "devices": {"count": devices.world_size, "nodes": devices.nodes},
     }
-    return Setup(**vars(planned), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock)
+    return Setup(**vars(facts), machine=machine, source=source, tokenizer=tokenizer, data=data, lock=lock)
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise RecipeError for a tracker whose package is not installed."""
     for name in names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # no origin: a folder of that name, which wandb creates
+        if spec is None or spec.origin is None:  # without an origin it is a folder, which wandb creates
             what = f"--track {name}: the package {name} is not installed"
             raise RecipeError(what, fix=f"pip install {name}, or remove it from `track`")
 
 
-def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devices: int = 1) -> Planned:
+def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devices: int = 1) -> RecipeFacts:
     recipe = resolved.recipe
     device = pick_device(recipe.model.device)
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
@@ -203,16 +196,16 @@ def _complete_recipe(resolved: Resolved, source: Source, machine: Machine, devic
     check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
     if scheme != "none":
-        check_not_widened(source.path if source.kind == "folder" else source.path.parent)
+        check_readable(source.path if source.kind == "folder" else source.path.parent)
     if scheme != "none" and prequantized(source.config()) is None and not quantizable_names(bare):
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
-    return Planned(resolved, key, count_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters)
+    return RecipeFacts(resolved, key, count_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters)
 
 
 def find_start_adapter(recipe: Recipe) -> Path | None:
-    """Return the folder of the adapter to start from, or None. Raises ModelError if there is no adapter."""
+    """Return the folder of `model.adapter`, or None. Raises ModelError if it has no adapter."""
     if recipe.model.adapter is None:
         return None
     folder = adapter_folder(recipe.model.adapter)
@@ -223,11 +216,7 @@ def find_start_adapter(recipe: Recipe) -> Path | None:
 
 
 def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
-    """Return this machine with the memory that is free for the run on its device.
-
-    processes: of the run on this machine, which share its memory. What PyTorch holds of the GPU already, and its
-    context, count as free, because every phase counts them.
-    """
+    """Return this machine with the memory that is free for one of the run's processes on it."""
     machine, device = probe(memory), pick_device(recipe.model.device)
     if processes > 1:
         if device not in ("cpu", "cuda"):
@@ -236,13 +225,14 @@ def _probe_machine(recipe: Recipe, memory: int | None, processes: int = 1) -> Ma
     if not device.startswith("cuda"):
         return machine
     free, total = torch.cuda.mem_get_info(device)
+    # memory that PyTorch has reserved, and the context, count as free, because the plan counts them as needed
     free += torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
     return replace(machine, card_free_bytes=min(free, total))
 
 
 def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
     completion_tokens = max_completion_tokens(recipe.train)
-    if not shape.learned or not (text := shape.count_too_long(_row_lengths(data), completion_tokens)):
+    if not shape.learned or not (text := shape.too_long_message(_row_lengths(data), completion_tokens)):
         return
     fix = f"--data.max_length {shape.positions}, with --data.overlong {allowed_overlong(data_kind_of(recipe.train))}"
     if completion_tokens:
@@ -251,7 +241,7 @@ def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
 
 
 def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: Prepared) -> None:
-    """Raise ModelError for a row with a token that the model has no embedding for."""
+    """Raise ModelError if a row has a token without an embedding."""
     if len(tokenizer) <= shape.vocabulary:
         return
     num_embeddings = int(load_without_weights(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -273,63 +263,52 @@ def _check_rewards(recipe: Recipe, data: Prepared) -> None:
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:
-    """Raise FolderError if a disk is too full.
-
-    The run needs its adapter and checkpoints (those it keeps, one more, and the best); the cache needs the copies of
-    the base that loading makes.
-    """
-    copies = _copies_bytes(setup)
-    if copies and free_bytes(cache_folder()) < copies:
-        free = free_bytes(cache_folder()) / 1e6
-        what = f"{cache_folder()}: copies of the base need {copies / 1e6:,.0f} MB of disk, {free:,.0f} MB are free"
-        fix = f"free some space, or set STROP_CACHE to another disk; see {TROUBLESHOOTING_PAGE}#disk"
-        raise FolderError(what, fix=fix)
-    checkpoint = checkpoint_bytes(setup.num_weights)
-    needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
-    free = free_bytes(folder.path)
-    if free < needed:
-        what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
-        fix = "free some space, give --out another disk, or lower --train.keep_checkpoints"
-        raise FolderError(what, fix=f"{fix}; see {TROUBLESHOOTING_PAGE}#disk")
+    """Raise FolderError if there is no space for copies of the base in the cache, or for checkpoints and adapter."""
+    num_checkpoints = setup.resolved.recipe.train.keep_checkpoints + 2  # the best one, and one that is being written
+    run_bytes = num_checkpoints * checkpoint_bytes(setup.num_weights) + 4 * setup.num_weights + (16 << 20)
+    for path, user, needed, fix in (
+        (cache_folder(), "copies of the base need", _copies_bytes(setup), "or set STROP_CACHE to another disk"),
+        (folder.path, "the run needs", run_bytes, "give --out another disk, or lower --train.keep_checkpoints"),
+    ):
+        if needed and (free := free_bytes(path)) < needed:
+            what = f"{path}: {user} {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
+            raise FolderError(what, fix=f"free some space, {fix}; see {TROUBLESHOOTING_PAGE}#disk")
 
 
 def _copies_bytes(setup: Setup) -> int:
     model = setup.resolved.recipe.model
     scheme = (model.quantization, model.double_quantization, DTYPES[model.dtype])
     half, packed = copies_needed(setup.source, *scheme)
-    setting = Workload.from_recipe(setup.resolved.recipe, setup.shape, parameters=setup.parameters).replace(
-        resident_layers=0
-    )
-    return 2 * setup.parameters * half + (weight_bytes(setting) + constant_bytes(setting)) * packed
+    workload = Workload.from_recipe(setup.resolved.recipe, setup.shape, parameters=setup.parameters)
+    workload = workload.replace(resident_layers=0)
+    return 2 * setup.parameters * half + (weight_bytes(workload) + constant_bytes(workload)) * packed
 
 
-def refuse_changed_recipe(resolved: Resolved, folder: Path) -> None:
-    """Raise InputError if a given value differs from that of the run in this folder."""
-    before = read_resolved(folder / "recipe.yaml").choices
+def check_same_recipe(resolved: Resolved, folder: Path) -> None:
+    """Raise InputError if a value that the user has set differs from that of the run in this folder."""
+    run_choices = read_resolved(folder / "recipe.yaml").choices
     where = []
     for field, choice in resolved.choices.items():
-        given = choice.origin in ("recipe", "option") and field != "out" and choice.value not in (None, "auto")
-        if given and choice.value != (value := before[field].value):
+        is_set = choice.origin in ("recipe", "option") and field != "out" and choice.value not in (None, "auto")
+        if is_set and choice.value != (value := run_choices[field].value):
             text = f"{field} was {value} when this run was started, and is {choice.value}"
-            where.append(Where(str(folder), None, text))
+            where.append(Location(str(folder), None, text))
     if where:
         what = f"{folder}: this folder has a run with other settings"
         raise InputError(what, fix="restore the settings, or see `strop resume --help`", where=where)
 
 
-def device_count(lock: Mapping[str, Any]) -> int:
-    """Return the number of devices that a lock was written with."""
+def locked_device_count(lock: Mapping[str, Any]) -> int:
     return int(lock.get("devices", {}).get("count", 1))
 
 
 def startup_notes(setup: Setup) -> list[str]:
-    """Return what to log before training: unused options and hardware, and unusual models, data and schedules."""
-    hardware = filter(None, (_unused_gpu_note(setup), _int8_note(setup)))
-    return [*stale_values(setup.resolved, setup.shape), *hardware, *_option_notes(setup), *_model_notes(setup)]
+    """Return notes to log before training, such as unused options and hardware."""
+    values, hardware = find_stale_values(setup.resolved, setup.shape), (_unused_gpu_note(setup), _int8_note(setup))
+    return [*values, *filter(None, hardware), *_list_option_notes(setup), *_list_model_notes(setup)]
 
 
 def _unused_gpu_note(setup: Setup) -> str | None:
-    """Warn if there is a GPU that PyTorch cannot use, unless the user chose the CPU."""
     gpus, device = setup.machine.gpus, setup.resolved.choices["model.device"]
     if not gpus or device.origin != "plan" or device.value != "cpu":
         return None
@@ -339,24 +318,22 @@ def _unused_gpu_note(setup: Setup) -> str | None:
 
 
 def _int8_note(setup: Setup) -> str | None:
-    """Suggest int8 matmuls on a CPU without fast bf16."""
     recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
     if dtype.value != "fp32" or dtype.origin != "plan" or recipe.train.int8_matmul:
         return None
-    if recipe.int8_matmul_conflict() or why_no_integers(recipe, setup.machine, setup.shape):
+    if recipe.int8_matmul_conflict() or why_no_int8(recipe, setup.machine, setup.shape):
         return None
     return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
 
 
-def _option_notes(setup: Setup) -> Iterator[str]:
-    """Yield notes on options without effect, the schedule, and the quantization that a start adapter was trained on."""
-    recipe, single = setup.resolved.recipe, setup.lock["devices"]["count"] == 1
+def _list_option_notes(setup: Setup) -> Iterator[str]:
+    recipe, is_single = setup.resolved.recipe, setup.lock["devices"]["count"] == 1
     model, train = recipe.model, recipe.train
     if not model.double_quantization and model.quantization not in ("nf4", "fp4"):
         yield "model.double_quantization false has no effect: the base is not in 4 bit"
-    if model.placement != "auto" and single:
+    if model.placement != "auto" and is_single:
         yield f"model.placement {model.placement} has no effect on a single device"
-    if train.timeout != "30m" and single:
+    if train.timeout != "30m" and is_single:
         yield f"train.timeout {train.timeout} has no effect on a single device"
     if train.deterministic and model.device == "cpu":
         yield "train.deterministic has no effect: a CPU computes the same bits each time without it"
@@ -365,17 +342,16 @@ def _option_notes(setup: Setup) -> Iterator[str]:
     steps = batch_stream(recipe, len(setup.data.train_items or setup.data.train)).total_steps
     if train.warmup >= max(1, steps):
         yield f"train.warmup {train.warmup:g}: the run has {steps} steps, so its learning rate never reaches its peak"
-    start, now = find_start_adapter(recipe), model.quantization
-    before = now if start is None else read_identity(start).get("quantization", now)
-    if before != now:
-        was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (before, now))
-        loftq = "; adapters that began with lora.init loftq need it" if before != "none" else ""
-        what = f"the adapter to start from was trained on the base {was}, and here the base is {is_}: other weights"
-        yield f"{what} (--model.quantization {before}: the same{loftq})"
+    start, scheme = find_start_adapter(recipe), model.quantization
+    start_scheme = scheme if start is None else read_identity(start).get("quantization", scheme)
+    if start_scheme != scheme:
+        old, new = ("not quantized" if x == "none" else f"in {x}" for x in (start_scheme, scheme))
+        loftq = "; adapters that began with lora.init loftq need it" if start_scheme != "none" else ""
+        what = f"the adapter to start from was trained on the base {old}, and here the base is {new}"
+        yield f"{what}: --model.quantization {start_scheme} gives the same weights{loftq}"
 
 
-def _model_notes(setup: Setup) -> Iterator[str]:
-    """Yield notes on a mixture of experts, a multimodal model, modules trained in full, and rows that are too long."""
+def _list_model_notes(setup: Setup) -> Iterator[str]:
     shape, recipe, config = setup.shape, setup.resolved.recipe, load_config(setup.source)
     if expert_weights := shape.layers * sum(linear.weights for linear in shape.expert_linears):
         active = setup.parameters - shape.idle_expert_weights
@@ -383,7 +359,7 @@ def _model_notes(setup: Setup) -> Iterator[str]:
         if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
             share = expert_weights / setup.parameters
             yield f"its experts ({share:.0%} of the weights) have no adapters; target all-linear adds them"
-        loss = load_balancing(config)
+        loss = load_balancing_coefficient(config)
         if loss and recipe.train.objective != "sft":
             use = f"not used by objective {recipe.train.objective}, though its config sets it"
         else:
@@ -398,7 +374,7 @@ def _model_notes(setup: Setup) -> Iterator[str]:
             listed = ", ".join(f"{path} ({count})" for path, count in kinds.items())
             total = sum(kinds.values())
             yield f"lora.modules_to_save {name}: all {total} modules with this suffix are trained in full: {listed}"
-    if text := shape.count_too_long(_row_lengths(setup.data), max_completion_tokens(recipe.train)):
+    if text := shape.too_long_message(_row_lengths(setup.data), max_completion_tokens(recipe.train)):
         yield text
 
 

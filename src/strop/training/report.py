@@ -1,7 +1,4 @@
-"""Log the start of a run, send metrics to experiment trackers, and save the adapter, model card and report.json.
-
-Metrics are sent through accelerate, only to the trackers in `track`.
-"""
+"""Log the start of a run, send metrics to experiment trackers, and save the adapter, model card and report.json."""
 
 from __future__ import annotations
 
@@ -39,17 +36,18 @@ from strop.training.state import Job, Progress, batch_stream, load_weights
 
 LOG = logging.getLogger(__name__)
 
-_FIGURES = ("accuracy", "margin", "chosen_change", "rejected_change", "desirable_change", "undesirable_change", "kl")
-_TRACKED = {"step": ("loss", "learning_rate", "grad_norm", "tokens_per_s", *_FIGURES), "eval": ("loss", *_FIGURES)}
+_CHANGES = ("chosen_change", "rejected_change", "desirable_change", "undesirable_change")
+_EVAL_METRICS = ("loss", "accuracy", "margin", *_CHANGES, "kl")
+_METRICS = {"eval": _EVAL_METRICS, "step": (*_EVAL_METRICS, "learning_rate", "grad_norm", "tokens_per_s")}
 
 
 def describe_start(job: Job, setup: Setup) -> None:
     """Log the "start" event, with notes on how the model is trained."""
     num_trained = sum(weight.numel() for weight in job.state.weights.values())
-    parameters = {"trainable": num_trained, "all": setup.parameters}  # "all": of the base, as in `strop plan`
+    parameters = {"trainable": num_trained, "all": setup.parameters}
     if num_expert_weights := count_trained_in_experts(job.model):
         parameters |= {"experts": num_expert_weights, "active": setup.parameters - setup.shape.idle_expert_weights}
-    for text in _model_notes(job):
+    for text in _list_model_notes(job):
         job.log.emit("note", text=text)
     devices = {"devices": _describe_devices(job)} if job.devices.world_size > 1 else {}
     job.log.emit(
@@ -58,7 +56,7 @@ def describe_start(job: Job, setup: Setup) -> None:
     )  # fmt: skip
 
 
-def _model_notes(job: Job) -> Iterator[str]:
+def _list_model_notes(job: Job) -> Iterator[str]:
     criterion, bias = job.criterion, job.recipe.lora.bias
     if isinstance(criterion, PolicyCriterion):
         if isinstance(criterion.sampler, VllmSampler):
@@ -67,8 +65,8 @@ def _model_notes(job: Job) -> Iterator[str]:
             yield f"completions are sampled by transformers' generate: {why}"
     if job.devices.world_size > 1 and not job.recipe.train.exact and (dropout := find_model_dropout(job.model)):
         yield (
-            f"{dropout}: the model's own dropout is seeded per micro-batch, so masks differ from those on one device "
-            "(--train.exact true: the same)"
+            f"{dropout}: the model's own dropout is seeded per micro-batch, so masks differ from those on one device, "
+            "except with --train.exact true"
         )
     if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
@@ -78,9 +76,9 @@ def _model_notes(job: Job) -> Iterator[str]:
 
 
 def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
-    """Load the best weights (the last, without an evaluation) into the model, on every device.
+    """Load the best weights (without an evaluation, the last ones), and return their change since the start.
 
-    Returns the relative change of the weights (models.lora.weight_change).
+    The change is relative, as in models.lora.weight_change.
     """
     progress, base = job.state.progress, job.devices.base
     reset_lost_best(job)
@@ -99,7 +97,7 @@ def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
 def finish(
     job: Job, setup: Setup, memory: PeakTracker, expected: Forecast, ended: str, change: float | None
 ) -> dict[str, Any]:
-    """Save the weights as the run's adapter, write report.json and return it. change: as returned by load_best."""
+    """Save the adapter, write report.json and return its contents. change: the result of load_best."""
     progress, folder = job.state.progress, job.folder
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
     model = setup.resolved.recipe.model
@@ -111,7 +109,7 @@ def finish(
     data = setup.data.report.as_json()
     report: dict[str, Any] = {
         "run": str(folder.path),
-        **progress_figures(progress),
+        **summarize_progress(progress),
         "eval_loss": progress.best_loss,
         "objective": _describe_objective(job, setup),
         "skipped_steps": progress.skipped_steps,
@@ -133,7 +131,7 @@ def finish(
         "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
         "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
         "machine": setup.lock["machine"],
-        "devices": _device_figures(job),
+        "devices": _summarize_devices(job),
         "exit": 0,
     }
     write_card(folder.adapter, report)
@@ -144,8 +142,7 @@ def finish(
 def _describe_objective(job: Job, setup: Setup) -> dict[str, Any]:
     """Return the objective's name and options, and metrics of the last step and the best evaluation.
 
-    A reward model is scored at the last token of a conversation; `answer_end` has the text at its end that is replaced
-    (`cut`), and the replacement (`add`).
+    A reward model scores the last token of a conversation, after `answer_end.cut` at its end is replaced by `add`.
     """
     train, progress = job.recipe.train, job.state.progress
     options = {name: getattr(train, name) for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None}
@@ -153,12 +150,12 @@ def _describe_objective(job: Job, setup: Setup) -> dict[str, Any]:
     objective = objective_of(train)
     if objective is not None and objective.scored:
         ending = setup.data.renderer.chat.mode(setup.data.train_conversations[0].messages).ending
-        facts["answer_end"] = {"cut": ending.cut, "add": ending.add}
+        facts["answer_end"] = {"cut": ending.removed, "add": ending.added}
     return facts
 
 
-def progress_figures(progress: Progress) -> dict[str, Any]:
-    """Return counters and rates for report.json, also of a run that failed."""
+def summarize_progress(progress: Progress) -> dict[str, Any]:
+    """Return counters and rates for report.json, also for a failed run."""
     seconds = max(progress.seconds, 1e-9)
     return {
         "steps": progress.step,
@@ -181,11 +178,8 @@ def _describe_devices(job: Job) -> dict[str, Any]:
     return {**counts, "exact": job.recipe.train.exact, "threads": torch.get_num_threads(), **base}
 
 
-def _device_figures(job: Job) -> dict[str, Any]:
-    """Return the devices, and the seconds that steps spent on communication and on waiting.
-
-    balance: the mean rank's computing time divided by that of the slowest.
-    """
+def _summarize_devices(job: Job) -> dict[str, Any]:
+    """Return the devices and their times. balance: mean computation time divided by that of the slowest rank."""
     progress = job.state.progress
     return {
         **_describe_devices(job),
@@ -198,88 +192,69 @@ def _device_figures(job: Job) -> dict[str, Any]:
 
 def _shared_system(conversations: Iterable[Conversation]) -> str | None:
     """Return the system prompt that every conversation starts with, or None."""
-    openings = (conversation.messages[0] if conversation.messages else None for conversation in conversations)
-    shared: str | None = None
-    for first in openings:
-        if first is None or first.role != "system" or (shared is not None and first.content != shared):
-            return None
-        shared = first.content
-    return shared
+    starts = ((x.messages[0].role, x.messages[0].content) if x.messages else ("", None) for x in conversations)
+    role, content = next(starts, ("", None))
+    return content if role == "system" and all(start == (role, content) for start in starts) else None
 
 
 @contextmanager
 def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iterator[Sequence[Listener]]:
-    """Yield a listener that sends metrics of step and eval events to the named trackers; none if there are no names.
+    """Yield a listener that sends metrics of step and eval events to the named trackers, if there are any.
 
-    Output of the trackers goes to stderr. Raises RecipeError if one does not start; the folder is then unchanged. A
-    later failure is logged, and the run continues.
+    Raises RecipeError if a tracker does not start. Later failures are logged, and the run continues. Output of the
+    trackers is written to stderr.
     """
     if not names:
         yield ()
         return
     from accelerate import Accelerator
 
-    names = sorted(names, key=lambda name: name == "tensorboard")  # last, because it writes into the folder
+    names = sorted(names, key=lambda name: name == "tensorboard")  # last, because it writes into the run folder
     accelerator = Accelerator(log_with=names, project_dir=str(folder), cpu=config["model.device"] == "cpu")
-    plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in config.items()}
-    project, init_kwargs = _project(names, folder.resolve().name)
-    with redirect_stdout(sys.stderr), _starting(names):
-        accelerator.init_trackers(project, config=plain, init_kwargs=init_kwargs)
-
+    flat_config = {key: x if isinstance(x, bool | int | float | str) else str(x) for key, x in config.items()}
+    run = folder.resolve().name
+    # wandb ignores WANDB_PROJECT, because accelerate always passes a project
+    project = os.environ.get("WANDB_PROJECT") if "wandb" in names else None
+    init_kwargs = {"wandb": {"name": os.environ.get("WANDB_NAME", run)}} if project else {}
+    try:
+        with redirect_stdout(sys.stderr):
+            accelerator.init_trackers(project or run, config=flat_config, init_kwargs=init_kwargs)
+    except Exception as error:  # each tracker has its own error classes
+        wandb = "`wandb login`, or set WANDB_MODE=offline, or " if "wandb" in names else ""
+        what = f"--track {','.join(names)}: {' '.join(str(error).split()) or type(error).__name__}"
+        raise RecipeError(what, fix=f"{wandb}remove it from `track`") from None
     working = True
 
     def send(event: Event) -> None:
         nonlocal working
-        kind = event["event"]
-        values = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _TRACKED.get(kind, ())}
-        metrics = {key: value for key, value in values.items() if value is not None}
+        kind, prefix = event["event"], "eval" if event["event"] == "eval" else "train"
+        metrics = {f"{prefix}/{key}": event[key] for key in _METRICS.get(kind, ()) if event.get(key) is not None}
         if working and (step := find_rewind_step(event)) is not None:
-            working = _try(names, lambda: _undo(accelerator.trackers, step))
+            working = _try_trackers(names, lambda: _rewind_trackers(accelerator.trackers, step))
         if working and metrics:
-            working = _try(names, lambda: accelerator.log(metrics, step=event["step"]))
+            working = _try_trackers(names, lambda: accelerator.log(metrics, step=event["step"]))
 
     try:
         yield (send,)
     finally:
         with redirect_stdout(sys.stderr):
-            _try(names, accelerator.end_training)
+            _try_trackers(names, accelerator.end_training)
 
 
-def _undo(trackers: Sequence[Any], step: int) -> None:
-    """Make TensorBoard hide the steps after this one. wandb and trackio cannot remove values."""
+def _rewind_trackers(trackers: Sequence[Any], step: int) -> None:
+    """Hide the steps after this one in TensorBoard. wandb and trackio cannot remove values."""
     for tracker in trackers:
         if tracker.name == "tensorboard":
             tracker.writer.close()  # the next value opens a file that starts with purge_step
             tracker.writer.purge_step = step + 1
 
 
-def _try(names: Sequence[str], action: Callable[[], object]) -> bool:
-    """Return whether the action succeeded."""
+def _try_trackers(names: Sequence[str], action: Callable[[], object]) -> bool:
+    """Run an action on the trackers, and return whether it succeeded. A failure must not end the run."""
     try:
         action()
-    except Exception as error:  # a failing tracker must not end the run
+    except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         LOG.warning("--track %s: stopped; events.jsonl still has all metrics: %s", ",".join(names), reason)
         return False
     return True
-
-
-@contextmanager
-def _starting(names: Sequence[str]) -> Iterator[None]:
-    """Raise RecipeError for any error of a tracker: no login, no connection, no place to write."""
-    try:
-        yield
-    except Exception as error:  # each tracker has its own error classes
-        wandb = "`wandb login`, or set WANDB_MODE=offline, or " if "wandb" in names else ""
-        what = f"--track {','.join(names)}: {' '.join(str(error).split()) or type(error).__name__}"
-        raise RecipeError(what, fix=f"{wandb}remove it from `track`") from None
-
-
-def _project(names: Sequence[str], run: str) -> tuple[str, dict[str, Any]]:
-    """Return the project's name and the trackers' arguments.
-
-    accelerate always passes a project to wandb, which then ignores WANDB_PROJECT. If that is set, it is the project,
-    and the run is named after its folder.
-    """
-    project = os.environ.get("WANDB_PROJECT") if "wandb" in names else None
-    return (project, {"wandb": {"name": os.environ.get("WANDB_NAME", run)}}) if project else (run, {})

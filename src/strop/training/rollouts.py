@@ -1,8 +1,7 @@
-"""Policy objectives in training: sample a group of completions per prompt before each step, and reward them.
+"""Policy objectives in training: before each step, sample a group of completions per prompt and compute rewards.
 
 A completion depends only on the weights, the seed, the step, the row and its number in the group, so that a resumed run
-samples the same completions as an uninterrupted one. Completions come from strop's decoder, or from vLLM in a separate
-process.
+samples the same completions. Completions are sampled by strop's decoder, or by vLLM in a separate process.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ from strop.objectives import require
 from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
 from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.runs.events import EventLog
-from strop.training.criteria import BLOCK, Criterion, Figures, Split, mean_interval
+from strop.training.criteria import BLOCK, Criterion, Metrics, Split, mean_interval
 from strop.training.state import temporary_values
 
-LOGGED_CHARACTERS = 400  # of a completion that are logged
-VLLM_GPU_SHARE = 0.3  # of the GPU's memory, for vLLM's copy of the base and its cache
+LOGGED_CHARACTERS = 400  # maximum number of characters of a completion in the log
+VLLM_GPU_SHARE = 0.3  # share of the GPU's memory for vLLM's copy of the base and its cache
 VLLM_MAX_SEQUENCES = 256
 OPTION = "--train.vllm_python"
 WITHOUT_VLLM = "leave --train.vllm_python out to sample with strop's engine"
@@ -53,12 +52,7 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 @dataclass(frozen=True)
 class PolicyCriterion(Criterion):
-    """Trains a policy objective (GRPO) on completions that the model samples.
-
-    model: the policy. tokenizer, stop_ids: to decode completions, and the tokens that end them. weights: the trained
-    parameters. start: their values in the reference model, those at the start of training; empty without a reference.
-    sampler: used instead of strop's decoder.
-    """
+    """A policy objective (GRPO), on completions that the model samples."""
 
     objective: PolicyLoss
     options: TrainSection
@@ -67,30 +61,22 @@ class PolicyCriterion(Criterion):
     tokenizer: Any
     stop_ids: Sequence[int]
     rewards: Sequence[Reward]
-    weights: Mapping[str, nn.Parameter]
+    weights: Mapping[str, nn.Parameter]  # trainable parameters
     log: EventLog
-    start: Mapping[str, Tensor] = field(default_factory=dict)
-    sampler: Sampler | None = None
+    start: Mapping[str, Tensor] = field(default_factory=dict)  # the weights' values in the reference model, if any
+    sampler: Sampler | None = None  # used instead of strop's decoder
 
     @property
     def updates(self) -> int:
         return int(require(self.options.updates))
 
-    @property
-    def _max_tokens(self) -> int:
-        return int(require(self.options.answer_tokens))
-
-    @property
-    def _group_size(self) -> int:
-        return int(require(self.options.group))
-
     def prepare(self, step: Step, items: Sequence[Item], index: int, split: Split) -> list[Item]:
-        """Sample completions for each prompt of step `index`, and compute rewards and reference log-probabilities."""
+        """Sample completions of each prompt, and compute rewards and reference log-probabilities."""
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
-        seeds = [[self._sample_seed(index, prompt.row, number) for number in range(self._group_size)]
-                 for prompt in prompts]  # fmt: skip
+        numbers, limit = range(sequences_per_row(self.options)), max_completion_tokens(self.options)
+        seeds = [[self._sample_seed(index, prompt.row, number) for number in numbers] for prompt in prompts]
         ids = [prompt.examples[0].ids for prompt in prompts]
-        sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, self._max_tokens)
+        sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, limit)
         seconds = time.perf_counter() - started
         groups = [self._make_group(prompt, completions) for prompt, completions in zip(prompts, sampled, strict=True)]
         first, example = groups[0], groups[0].examples[0]
@@ -101,16 +87,15 @@ class PolicyCriterion(Criterion):
         return [*self._with_reference(step, groups, split)] if self.options.beta else [*groups]
 
     def longest(self, item: Item) -> Item:
-        """Return the largest possible group of a prompt: different completions, all at the length limit."""
-        prompt = item.examples[0]
+        """Return the largest possible group of a prompt: different completions of the maximum length."""
+        size, limit = sequences_per_row(self.options), max_completion_tokens(self.options)
         completions = [
-            SampledCompletion(np.full(self._max_tokens, number + 1, np.int32), np.zeros(self._max_tokens), True)
-            for number in range(self._group_size)
+            SampledCompletion(np.full(limit, number + 1, np.int32), np.zeros(limit), True) for number in range(size)
         ]
-        logprobs, zeros = np.zeros(self._group_size * self._max_tokens), (0.0,) * self._group_size
+        logprobs, zeros = np.zeros(size * limit), (0.0,) * size
         return RolloutGroup(
-            tuple(_as_example(prompt, completion, 1) for completion in completions),
-            advantages=zeros, stopped=(True,) * self._group_size, rewards=zeros,
+            tuple(_as_example(item.examples[0], completion, 1) for completion in completions),
+            advantages=zeros, stopped=(True,) * size, rewards=zeros,
             sampling_logprobs=logprobs, reference_token_logprobs=logprobs,
         )  # fmt: skip
 
@@ -123,7 +108,7 @@ class PolicyCriterion(Criterion):
         ]
         return self.objective.divisor(lengths, self.options)
 
-    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
+    def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Metrics]:
         groups = cast("Sequence[RolloutGroup]", items)
         examples = [example for group in groups for example in group.examples]
         logprobs = step.token_log_probs(examples)
@@ -149,33 +134,30 @@ class PolicyCriterion(Criterion):
             copies = per_token(counts)
             values = {"clip_share": result.clipped.double(), "off": (logprobs - old_logprobs).abs()}
             values |= {"kl": result.kl} if self.options.beta else {}
-            figures = {name: column.repeat_interleave(copies) for name, column in values.items()}
-        return total, {**_group_figures(groups, logprobs), **figures}
+            metrics = {name: column.repeat_interleave(copies) for name, column in values.items()}
+        return total, {**_group_metrics(groups, logprobs), **metrics}
 
     def evaluate(self, step: Step, items: Sequence[Item], split: Split) -> dict[str, Any]:
-        """Return {loss (minus the mean reward), reward, reward_interval, stop_rate, answer_length} of greedy
-        completions."""
+        """Evaluate greedy completions. The loss is the negative mean reward."""
         prompts = cast("Sequence[Prompt]", items)
         try:
-            ids, limit = [prompt.examples[0].ids for prompt in prompts], self._max_tokens
+            ids, limit = [prompt.examples[0].ids for prompt in prompts], max_completion_tokens(self.options)
             answers = generate(self.model, self.tokenizer, ids, stop_ids=self.stop_ids, max_new_tokens=limit)
         finally:
             drop_decoder(self.model)
         rewards = [self._reward(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         mean = statistics.fmean(rewards)
-        result: dict[str, Any] = {"loss": -mean, "reward": mean}
-        if len(rewards) > 1:
-            result["reward_interval"] = mean_interval(rewards)
-        result["stop_rate"] = statistics.fmean(answer.stopped for answer in answers)
-        result["answer_length"] = statistics.fmean(answer.tokens for answer in answers)
-        return result
+        intervals = {"reward_interval": mean_interval(rewards)} if len(rewards) > 1 else {}
+        stop_rate = statistics.fmean(answer.stopped for answer in answers)
+        length = statistics.fmean(answer.tokens for answer in answers)
+        return {"loss": -mean, "reward": mean, **intervals, "stop_rate": stop_rate, "answer_length": length}
 
     def _sample_seed(self, index: int, row: int, number: int) -> int:
         text = f"{self.seed} {index} {row} {number}".encode()
         return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
     def _make_group(self, prompt: Prompt, completions: Sequence[SampledCompletion]) -> RolloutGroup:
-        """Return the distinct completions with their number of copies; advantages are over all copies."""
+        """Return a group of the distinct completions. Advantages are computed over all copies of each."""
         by_ids: dict[bytes, list[SampledCompletion]] = {}
         for completion in completions:
             by_ids.setdefault(completion.ids.tobytes(), []).append(completion)
@@ -183,18 +165,18 @@ class PolicyCriterion(Criterion):
         counts = [len(copies) for copies in by_ids.values()]
         distinct_rewards = [self._reward(prompt, self._decode(completion.ids)) for completion in distinct]
         rewards = [reward for reward, copies in zip(distinct_rewards, counts, strict=True) for _ in range(copies)]
-        by_reward = dict(zip(rewards, self.objective.advantages(rewards, self.options), strict=True))
+        advantages = dict(zip(rewards, self.objective.advantages(rewards, self.options), strict=True))
         return RolloutGroup(
             tuple(_as_example(prompt.examples[0], *pair) for pair in zip(distinct, counts, strict=True)),
-            advantages=tuple(by_reward[reward] for reward in distinct_rewards),
+            advantages=tuple(advantages[reward] for reward in distinct_rewards),
             stopped=tuple(completion.stopped for completion in distinct),
             rewards=tuple(rewards),
             sampling_logprobs=np.concatenate([completion.log_probs for completion in distinct]),
         )
 
     def _reward(self, prompt: Prompt, text: str) -> float:
-        place, text = (prompt.file, prompt.line), strip_reasoning(text, prompt.reasoning_ends)
-        return sum(reward.weight * reward(prompt.gold, text, place) for reward in self.rewards)
+        location, text = (prompt.file, prompt.line), strip_reasoning(text, prompt.reasoning_ends)
+        return sum(reward.weight * reward(prompt.gold, text, location) for reward in self.rewards)
 
     def _decode(self, ids: Any) -> str:
         without_stop = ids[:-1] if int(ids[-1]) in self.stop_ids else ids
@@ -206,9 +188,9 @@ class PolicyCriterion(Criterion):
             for begin in range(0, len(groups), BLOCK):
                 block = groups[begin : begin + BLOCK]
                 for rows in split(block):
-                    chosen = [block[row] for row in rows]
-                    logprobs = step.token_log_probs([example for group in chosen for example in group.examples])
-                    ends = np.cumsum([len(group.sampling_logprobs) for group in chosen])[:-1]
+                    batch = [block[row] for row in rows]
+                    logprobs = step.token_log_probs([example for group in batch for example in group.examples])
+                    ends = np.cumsum([len(group.sampling_logprobs) for group in batch])[:-1]
                     parts = np.split(logprobs.double().cpu().numpy(), ends)
                     for row, part in zip(rows, parts, strict=True):
                         result[begin + row] = replace(block[row], reference_token_logprobs=part)
@@ -216,7 +198,7 @@ class PolicyCriterion(Criterion):
 
 
 def disable_model_dropout(model: nn.Module) -> None:
-    """Set the base model's dropout to 0, so that log-probabilities are those at sampling."""
+    """Set the base model's dropout to 0, so that training computes the log-probabilities of sampling."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -230,7 +212,7 @@ def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> 
     return replace(prompt, ids=np.concatenate([prompt.ids, completion.ids]), weights=weights)
 
 
-def _group_figures(groups: Sequence[RolloutGroup], like: Tensor) -> Figures:
+def _group_metrics(groups: Sequence[RolloutGroup], like: Tensor) -> Metrics:
     completions = [
         (float(example.supervised), float(stopped))
         for group in groups
@@ -248,8 +230,7 @@ def _group_figures(groups: Sequence[RolloutGroup], like: Tensor) -> Figures:
 
 
 def check_vllm(recipe: Recipe) -> None:
-    """Raise RecipeError if the recipe uses vLLM without rollouts or with a quantized base, and ModelError if vLLM does
-    not support the adapter."""
+    """Raise RecipeError if the recipe cannot use vLLM, or ModelError if vLLM does not support its adapter."""
     python, lora = recipe.train.vllm_python, recipe.lora
     if python is None:
         return
@@ -266,10 +247,9 @@ def check_vllm(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class VllmSampler:
-    """Samples like engine.decode.generate.sample_completions, in a vLLM process.
+    """Samples completions in a vLLM process, as engine.decode.generate.sample_completions.
 
-    A seed does not fully determine a completion, because vLLM's results depend on the other requests in a batch. A
-    resumed run may therefore sample other completions.
+    vLLM's results depend on the other requests in a batch, so a resumed run may sample other completions.
     """
 
     process: subprocess.Popen[str]
@@ -297,10 +277,7 @@ class VllmSampler:
 
 @contextmanager
 def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Iterator[VllmSampler]:
-    """Start vLLM on the base of `model`, and stop it after the block.
-
-    Raises InputError, ModelError or RunError if it does not start.
-    """
+    """Run vLLM on the base of `model` inside the block. Raises InputError, ModelError or RunError."""
     train, weights = recipe.train, weights_folder(source)
     python = find_vllm_python(train.vllm_python, OPTION)
     config, longest = read_config(weights), recipe.data.max_length + max_completion_tokens(train)
@@ -324,7 +301,7 @@ def vllm_sampler(recipe: Recipe, source: Source, model: peft.PeftModel) -> Itera
         finally:
             process.kill()
             for stream in (process.stdin, process.stdout):
-                with suppress(BrokenPipeError):  # the process had ended before a request
+                with suppress(BrokenPipeError):  # the process ended earlier
                     stream.close()  # type: ignore[union-attr]
             process.wait()
 

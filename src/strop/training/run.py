@@ -1,4 +1,4 @@
-"""One run from recipe to report. `train` starts it; `resume` continues it from a checkpoint."""
+"""Start a run with `train`, or resume one from a checkpoint with `resume`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from strop.config.load import Resolved, read_resolved, resolve
-from strop.config.schema import Recipe, option_fields
-from strop.distributed.devices import ALONE, Devices, may_restart, was_restarted
+from strop.config.schema import option_fields
+from strop.distributed.devices import SINGLE_PROCESS, Devices, may_restart, was_restarted
 from strop.engine.device import repeatable
-from strop.errors import InputError, MemoryLimitError, RecipeError, StropError, Where
+from strop.errors import InputError, Location, MemoryLimitError, RecipeError, StropError, first_line
 from strop.evaluation.report import write_report
 from strop.machine.memory import is_out_of_memory, start_peak, trim_heap
-from strop.models.upstream_errors import attribute_errors
+from strop.models.upstream_errors import convert_model_errors
 from strop.planning.workload import Workload
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
-    create,
+    create_run_folder,
     disk_errors,
     is_run,
     next_numbered,
@@ -36,15 +36,9 @@ from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_a
 from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
 from strop.training.dry_run import check_causal, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save
-from strop.training.preflight import (
-    Setup,
-    device_count,
-    refuse_changed_recipe,
-    set_up_on_all,
-    startup_notes,
-)
+from strop.training.preflight import Setup, check_same_recipe, locked_device_count, set_up_on_all, startup_notes
 from strop.training.reference import check_reference, with_reference
-from strop.training.report import describe_start, finish, load_best, progress_figures, tracking
+from strop.training.report import describe_start, finish, load_best, summarize_progress, tracking
 from strop.training.rollouts import vllm_sampler
 from strop.training.state import Job, batch_stream, set_memory_options
 
@@ -63,10 +57,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The differences between a run and its resume. devices: numbers before and now, if they differ."""
+    """The differences between a run and its resume."""
 
     changes: Sequence[Difference]
-    devices: tuple[int, int] | None
+    devices: tuple[int, int] | None  # number of devices before and now, if they differ
 
 
 def train(
@@ -74,13 +68,13 @@ def train(
     listeners: Sequence[Listener] = (),
     *,
     memory: int | None = None,
-    devices: Devices = ALONE,
+    devices: Devices = SINGLE_PROCESS,
     resume_existing: bool = False,
 ) -> Run:
-    """Fine-tune by a recipe into a new run folder; see strop.api.train for the errors raised.
+    """Fine-tune with a recipe in a new run folder. strop.api.train documents the errors.
 
-    listeners: called with every event that is written to events.jsonl. memory: a limit in bytes, less than the machine
-    has. resume_existing: resume the run in the folder `out`, if there is one.
+    listeners: called with each event that is written to events.jsonl. memory: a limit in bytes. resume_existing: resume
+    the run in the folder `out`, if there is one.
     """
     settings = {field: choice.value for field, choice in resolved.choices.items()}
     devices.require_same(settings | {"--resume": resume_existing})
@@ -89,9 +83,11 @@ def train(
     if out is None and (resume_existing or may_restart()):
         raise InputError("a run that may be restarted needs a fixed folder", fix="give --out a folder")
     if out is not None and devices.run_on_main(lambda: (resume_existing or was_restarted()) and is_run(out)):
-        refuse_changed_recipe(resolved, out)
+        check_same_recipe(resolved, out)
         return resume(out, listeners, memory=memory, devices=devices)
-    folder = devices.run_on_main(lambda: create(out or next_numbered(Path("runs"), _run_name(resolved.recipe))))
+    data = resolved.recipe.data.train
+    name = run_name(data if isinstance(data, str) else data[0])
+    folder = devices.run_on_main(lambda: create_run_folder(out or next_numbered(Path("runs"), name)))
     with disk_errors(folder.path), _claim(folder, devices):
         try:
             setup = set_up_on_all(resolved, memory, folder, devices)
@@ -112,12 +108,12 @@ def resume(
     options: Mapping[str, Any] | None = None,
     allow_changed: Sequence[str] = (),
     memory: int | None = None,
-    devices: Devices = ALONE,
+    devices: Devices = SINGLE_PROCESS,
 ) -> Run:
-    """Resume a run from its newest intact checkpoint, on any number of devices; a finished run is returned unchanged.
+    """Resume a run from its newest intact checkpoint, on any number of devices. A finished run is returned unchanged.
 
-    options: recipe fields with new values. allow_changed: what may differ from the start of the run: recipe fields (or
-    their last part), base, data, template, versions, and the groups lr and schedule. Raises InputError for others.
+    options: recipe fields with new values. allow_changed: recipe fields (or their last part), base, data, template,
+    versions, and the groups lr and schedule, which may have changed. Raises InputError for other changes.
     """
     devices.require_same({"the run": path, **(options or {}), "--allow-changed": list(allow_changed)})
     devices.run_on_main(lambda: check_allowed_names(allow_changed, dict(option_fields())))
@@ -129,21 +125,22 @@ def resume(
             return _finished_run(folder, options, devices)
         lock = folder.read_lock()
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
-        same_threads = resolved.recipe.train.exact or devices.world_size == device_count(lock)
+        same_threads = resolved.recipe.train.exact or devices.world_size == locked_device_count(lock)
         setup = set_up_on_all(resolved, memory, folder, devices, lock["threads"] if same_threads else None)
         changes = compare_locks(lock, setup.lock)
         if refused := [change for change in changes if not is_allowed(change, allow_changed)]:
             texts = [f"{x.name} has changed since the run was started: {x.was} then, {x.now} now" for x in refused]
-            where = [Where(str(folder.path), None, text) for text in texts]
-            raise InputError("cannot resume", fix=_how_to_allow(refused), where=where)
-        moved = devices.world_size != device_count(lock)
-        if devices.is_main and (changes or moved or options):
+            where = [Location(str(folder.path), None, text) for text in texts]
+            raise InputError("cannot resume", fix=_suggest_fix(refused), where=where)
+        counts = (locked_device_count(lock), devices.world_size)
+        has_other_devices = counts[0] != counts[1]
+        if devices.is_main and (changes or has_other_devices or options):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
             layers = {"layers": lock["layers"]} if "layers" in lock else {}
             overrides = [*lock.get("overrides", []), *map(asdict, changes)]
             write_json(folder.lock, {**setup.lock, **layers, "overrides": overrides})
-        counts = (device_count(lock), devices.world_size) if moved else None
-        return _execute(folder, setup, listeners, devices, Resumed(changes, counts))
+        resumed = Resumed(changes, counts if has_other_devices else None)
+        return _execute(folder, setup, listeners, devices, resumed)
 
 
 def _finished_run(folder: RunFolder, options: Mapping[str, Any] | None, devices: Devices) -> Run:
@@ -152,7 +149,7 @@ def _finished_run(folder: RunFolder, options: Mapping[str, Any] | None, devices:
         raise InputError(what, fix=f"train further in a new run that starts from it: --model.adapter {folder.path}")
     paths = {"run": str(folder.path), "adapter": str(folder.adapter)}  # the folder may have been moved or copied
     report = folder.read_report() | paths
-    if devices.is_main and not folder.page.is_file():  # the process was killed just before it wrote report.html
+    if devices.is_main and not folder.page.is_file():  # the process was killed before it wrote report.html
         write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)
 
@@ -166,15 +163,11 @@ def _claim(folder: RunFolder, devices: Devices) -> Iterator[None]:
         yield
 
 
-def _how_to_allow(refused: Sequence[Difference]) -> str:
+def _suggest_fix(refused: Sequence[Difference]) -> str:
     if all(change.allowable for change in refused):
         names = " ".join(f"--allow-changed {name}" for name in dict.fromkeys(change.name for change in refused))
         return f"restore it, or resume with {names}"
     return "restore it, or start a new run (from this adapter with --model.adapter)"
-
-
-def _run_name(recipe: Recipe) -> str:
-    return run_name(recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0])
 
 
 def _execute(
@@ -197,24 +190,21 @@ def _execute(
             memory = start_peak(recipe.model.device)
             if recipe.train.deterministic and recipe.model.device != "cpu":
                 stack.enter_context(repeatable())
-            stack.enter_context(attribute_errors(setup.shape.family))
+            stack.enter_context(convert_model_errors(setup.shape.family))
             model = build_model(setup, resumed is not None, devices)
             check_base_digests(folder, devices)
             use_vllm = recipe.train.vllm_python is not None
             sampler = stack.enter_context(vllm_sampler(recipe, setup.source, model)) if use_vllm else None
             job = build_job(folder, setup, model, log, devices, sampler)
-            trim_heap()  # memory that reading and converting the weights has freed
+            trim_heap()  # free memory that was used to read and convert weights
             if resumed is not None and devices.run_on_main(folder.checkpoints):
                 _restore(job, resumed)
             broadcast_weights(job)
             describe_start(job, setup)
             ended, key = "steps", reference_key(setup)
             usable = watch_memory(job, setup.machine)
-            threads, world = torch.get_num_threads(), devices.world_size
-            workload = Workload.from_recipe(
-                recipe, setup.shape, parameters=setup.parameters, threads=threads, devices=world
-            )
-            expected = forecast(job, workload, usable)
+            sizes = {"parameters": setup.parameters, "threads": torch.get_num_threads(), "devices": devices.world_size}
+            expected = forecast(job, Workload.from_recipe(recipe, setup.shape, **sizes), usable)
             if job.state.progress.step < batch_stream(recipe, len(job.train)).total_steps:
                 if recipe.train.int8_matmul:
                     check_int8(job, expected.items)
@@ -224,10 +214,10 @@ def _execute(
                 try:
                     ended = fit(job)
                 except StropError as error:
-                    error.partial_result = {"run": str(folder.path), **progress_figures(job.state.progress)}
+                    error.partial_result = {"run": str(folder.path), **summarize_progress(job.state.progress)}
                     raise
                 check_reference(job, key)
-        except KeyboardInterrupt:  # outside of the loop, which saves before it stops
+        except KeyboardInterrupt:  # `fit` handles it, so training has not started or has ended
             step = 0 if job is None else job.state.progress.step
             log.emit("stop", step=step, why="interrupted outside of the training steps: nothing new to save")
             raise
@@ -235,7 +225,7 @@ def _execute(
             if not is_out_of_memory(error):
                 raise
             fix = "use a smaller model, or a machine with more memory"
-            raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
+            raise MemoryLimitError(f"out of memory: {first_line(error)}", fix=fix) from None
         change = load_best(job, key)
         report = devices.run_on_main(lambda: finish(job, setup, memory, expected, ended, change))
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
@@ -250,16 +240,16 @@ def _restore(job: Job, resumed: Resumed) -> None:
     for change in changes:
         job.log.emit("override", step=progress.step, field=change.name, was=change.was, now=change.now)
     set_memory_options(progress, job.recipe.train, keep=not changes)
-    if any(change.name == "train.learning_rate" for change in changes):  # a rollback's cut applied to the old rate
+    if any(change.name == "train.learning_rate" for change in changes):  # a rollback had reduced the old rate
         progress.rate_scale, progress.rollbacks = 1.0, 0
     counts = dict(zip(("devices_before", "devices"), resumed.devices, strict=True)) if resumed.devices else {}
     job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name, **counts)
-    if changes:  # so that they apply even if the run ends before its next save
+    if changes:  # so that they are stored even if the run ends before its next save
         save(job)
 
 
 def reference_key(setup: Setup) -> dict[str, str]:
-    """Return what reference log-probabilities depend on, besides the start weights."""
+    """Return what reference log-probabilities depend on, in addition to the start weights."""
     recipe, lock = setup.resolved.recipe, setup.lock
     stored = f"{recipe.model.quantization} {recipe.model.double_quantization} {recipe.model.dtype}"
     parts = {"base": lock["base"]["fingerprint"], "stored": stored, "template": lock["template"], "rows": lock["data"]}

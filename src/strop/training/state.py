@@ -1,8 +1,9 @@
-"""The state of a run, and its checkpoints, which are written atomically.
+"""The state of a run, and its checkpoints.
 
     step-000120/  weights.safetensors  optimizer.safetensors  random.safetensors  state.json  manifest.json
 
-The manifest (size and sha256 of each file) is written last, into a temporary folder that is synced and then renamed.
+A checkpoint is written atomically, into a temporary folder that is renamed. The manifest has the size and SHA-256 of
+each file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from strop.config.schema import Recipe, TrainSection
 from strop.data.batching import BatchStream
 from strop.data.types import Item
-from strop.distributed.devices import ALONE, Devices
+from strop.distributed.devices import SINGLE_PROCESS, Devices
 from strop.engine.step import Step
 from strop.errors import CheckpointError, DiskError
 from strop.models.tensor_files import is_finite
@@ -37,13 +38,13 @@ Note = Callable[[str], None]
 
 @dataclass
 class Progress:
-    """The counters of a run, written to state.json. Steps count from 0, except `step` itself and `best_step`."""
+    """The progress of a run, stored in state.json. Steps count from 0, except `step` and `best_step`."""
 
     step: int = 0  # finished steps
-    position: dict[str, int] = field(default_factory=dict)  # in the batch stream, after the last finished step
+    position: dict[str, int] = field(default_factory=dict)  # position in the stream of batches
     tokens: int = 0
     supervised_tokens: int = 0
-    seconds: float = 0.0  # training only
+    seconds: float = 0.0  # spent on training steps
     eval_seconds: float = 0.0
     save_seconds: float = 0.0
     first_loss: float | None = None
@@ -51,7 +52,7 @@ class Progress:
     eval_loss: float | None = None  # of the newest evaluation
     best_loss: float | None = None
     best_step: int | None = None
-    evals_without_better: int = 0
+    evals_without_better: int = 0  # evaluations since the best one
     moved: bool = True  # whether an update was applied since the last evaluation
     skipped_steps: int = 0
     recent: list[float] = field(default_factory=list)  # losses of the newest good steps
@@ -60,22 +61,22 @@ class Progress:
     rate_scale: float = 1.0  # factor of the learning rate, lowered by a rollback
     rollbacks: int = 0
     halvings: int = 0  # number of times that the micro-batch was halved after running out of memory
-    recompute: bool = False  # gradient checkpointing of all layers, whatever the recipe sets
+    recompute: bool = False  # gradient checkpointing of all layers
     offload: bool = False  # inputs of checkpointed layers are kept in host memory
-    streamed: bool = False  # quantized weights are dequantized when needed, whatever the recipe sets
-    figures: dict[str, float] = field(default_factory=dict)  # of the newest step: metrics of its objective (not sft)
+    streamed: bool = False  # all quantized weights are dequantized for each matmul
+    figures: dict[str, float] = field(default_factory=dict)  # metrics of the newest step, without its loss
     held_out: dict[str, Any] = field(default_factory=dict)  # metrics of the best evaluation, without its loss
     told: list[str] = field(default_factory=list)  # warnings that were logged; each is logged once
-    communication_s: float = 0.0  # sending between devices
-    waiting_s: float = 0.0  # for the slowest device
+    communication_s: float = 0.0  # communication between devices
+    waiting_s: float = 0.0  # waiting for the slowest device
     computing_s: float = 0.0  # computation, averaged over the ranks
     slowest_s: float = 0.0  # computation of the slowest rank of each step
-    budget_from: float = 0.0  # seconds spent before this session; not counted in its time limit
+    budget_from: float = 0.0  # seconds that do not count in the time limit, because it ended an earlier session
 
 
 @dataclass
 class TrainState:
-    """The trainable parameters (by name in the model), the optimizer and the counters of a run."""
+    """What training changes: the trainable parameters by name, the optimizer and the progress."""
 
     weights: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -88,11 +89,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to train.
-
-    stream: frees dequantized weights, which are then dequantized for each matmul; None if there are none.
-    memory_key: cache key under which settings that avoid running out of memory are saved; empty: they are not saved.
-    """
+    """A run that is ready to train."""
 
     recipe: Recipe
     folder: RunFolder
@@ -102,15 +99,15 @@ class Job:
     eval: Sequence[Item] | None
     state: TrainState
     log: EventLog
-    stream: Callable[[], None] | None = None
-    memory_key: str = ""
+    repack_weights: Callable[[], None] | None = None  # replaces dequantized weights, if there are any
+    memory_key: str = ""  # key under which reduced memory settings are stored for later runs, if not empty
     usable_bytes: int = 0
     criterion: Criterion = field(default_factory=SupervisedCriterion)
-    devices: Devices = ALONE
+    devices: Devices = SINGLE_PROCESS
 
 
 def batch_stream(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:
-    """Return the effective batches of the run, from `position` on."""
+    """Return the effective batches of a run, starting at `position`."""
     train = recipe.train
     return BatchStream(
         num_rows, batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps,
@@ -119,7 +116,7 @@ def batch_stream(recipe: Recipe, num_rows: int, position: dict[str, int] | None 
 
 
 def set_memory_options(progress: Progress, train: TrainSection, *, keep: bool = False) -> None:
-    """Set the memory options of the recipe. keep: also keep those that running out of memory switched on."""
+    """Set the memory options of the recipe. keep: keep those that were enabled when memory ran out."""
     layers = train.gradient_checkpointing
     progress.recompute = layers in ("on", "offload") or (keep and progress.recompute)
     progress.offload = layers == "offload" or (keep and progress.offload)
@@ -128,7 +125,7 @@ def set_memory_options(progress: Progress, train: TrainSection, *, keep: bool = 
 
 @contextmanager
 def temporary_values(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the named weights these values inside the block, and restore them after it."""
+    """Set weights to these values inside the block, and restore them after it."""
     originals = {name: weights[name].detach().clone() for name in values}
     _copy_values(weights, values)
     try:
@@ -149,20 +146,17 @@ def first_not_finite(state: TrainState) -> str | None:
 
 
 def all_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return everything that a step changes, by name: weights and optimizer state."""
+    """Return weights and optimizer state by name."""
     return {**state.weights, **_optimizer_tensors(state)}
 
 
 def checkpoint_bytes(num_weights: int) -> int:
-    """Return an upper bound of a checkpoint's size: weights and two moments in fp32, and 1 MiB for the rest."""
+    """Return an upper bound of a checkpoint's size, with weights and two moments in fp32."""
     return 12 * num_weights + (1 << 20)
 
 
 def save_checkpoint(folder: RunFolder, state: TrainState) -> Path:
-    """Write the checkpoint of the current step. The caller has checked `first_not_finite`.
-
-    Raises DiskError if the disk is full or fails; earlier checkpoints are intact then.
-    """
+    """Write a checkpoint of the current step. Raises DiskError if the disk is full or fails."""
     final = folder.checkpoint(state.progress.step)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in state.weights.items()}
     needed, free = checkpoint_bytes(sum(weight.numel() for weight in weights.values())), free_bytes(folder.path)
@@ -171,8 +165,8 @@ def save_checkpoint(folder: RunFolder, state: TrainState) -> Path:
         raise DiskError(what, fix=f"free some space, then `strop resume {folder.path}`")
     with disk_errors(final), new_folder(final) as temp:
         save_file(weights, temp / "weights.safetensors")
-        kind = _optimizer_kind(state.optimizer)
-        save_file(_optimizer_tensors(state), temp / "optimizer.safetensors", {"optimizer": kind})
+        metadata = {"optimizer": _optimizer_kind(state.optimizer)}
+        save_file(_optimizer_tensors(state), temp / "optimizer.safetensors", metadata)
         save_file(random_states(state.device), temp / "random.safetensors")
         (temp / "state.json").write_text(json.dumps(asdict(state.progress)), encoding="utf-8")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in temp.iterdir()}
@@ -181,32 +175,27 @@ def save_checkpoint(folder: RunFolder, state: TrainState) -> Path:
 
 
 def checkpoint_error(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint (a missing, changed or unreadable file), or None if it is intact."""
+    """Return why a checkpoint is damaged, or None if it is intact."""
+    name = "manifest.json"
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except FileNotFoundError:
-        return "no manifest"
-    except (ValueError, AttributeError, TypeError, KeyError):
-        return "its manifest is damaged"
-    except OSError as error:
-        return f"its manifest cannot be read: {error.strerror}"
-    for name, (size, digest) in entries.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        try:
-            if file.stat().st_size != size or sha256_file(file) != digest:
+        manifest = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        for name, entry in manifest.items():
+            file = checkpoint / name
+            if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
                 return f"{name} is damaged"
-        except OSError as error:  # a bad sector
-            return f"{name} cannot be read: {error.strerror}"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return f"{name} is damaged"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
     return None
 
 
 def newest_checkpoint(folder: RunFolder, note: Note, *, prefer_good: bool = False) -> Path:
-    """Return the newest intact checkpoint. Damaged ones are skipped and noted with the reason.
+    """Return the newest intact checkpoint. note: called with the reason why a checkpoint is skipped.
 
-    prefer_good: an older checkpoint is preferred to one that was saved during a streak of bad steps.
+    prefer_good: prefer an older checkpoint to one that was saved during a streak of bad steps.
     Raises CheckpointError if none is intact.
     """
     doubtful = None
@@ -224,7 +213,7 @@ def newest_checkpoint(folder: RunFolder, note: Note, *, prefer_good: bool = Fals
 
 
 def load_weights(checkpoint: Path, weights: Mapping[str, nn.Parameter]) -> None:
-    """Copy a checkpoint's weights into the model's. Raises CheckpointError if names or shapes differ."""
+    """Copy the weights of a checkpoint. Raises CheckpointError if names or shapes differ."""
     saved = load_file(checkpoint / "weights.safetensors")
     if {name: tensor.shape for name, tensor in saved.items()} != {name: w.shape for name, w in weights.items()}:
         raise CheckpointError(f"{checkpoint}: its adapters are not those of this recipe")
@@ -232,10 +221,7 @@ def load_weights(checkpoint: Path, weights: Mapping[str, nn.Parameter]) -> None:
 
 
 def restore_checkpoint(checkpoint: Path, state: TrainState, note: Note | None = None) -> None:
-    """Load an intact checkpoint into the state, random generators included.
-
-    The saved state of a different optimizer is not loaded; `note` is called with the reason.
-    """
+    """Load an intact checkpoint. If the optimizer has changed, its state is reset, and `note` is called."""
     load_weights(checkpoint, state.weights)
     try:
         with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
@@ -249,7 +235,7 @@ def restore_checkpoint(checkpoint: Path, state: TrainState, note: Note | None = 
         moments = {}
         if note is not None:
             note(f"the optimizer state is reset: {checkpoint.name} has the state of {saved_kind}, and this is {kind}")
-    state.optimizer.state.clear()  # also the state of steps that a rollback undoes
+    state.optimizer.state.clear()
     for key, tensor in moments.items():
         name, _, part = key.rpartition("/")
         weight = state.weights[name]
@@ -267,12 +253,12 @@ def _read_progress(checkpoint: Path) -> Progress:
 
 
 def _optimizer_kind(optimizer: torch.optim.Optimizer) -> str:
-    """Return the optimizer's name without "Paged": paged and other optimizers have interchangeable state."""
+    """Return the optimizer's name without "Paged", because paging does not change the state."""
     return type(optimizer).__name__.removeprefix("Paged")
 
 
 def prune_checkpoints(folder: RunFolder, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one, provided the newest is intact."""
+    """Remove all but the best and the newest `keep` checkpoints, if the newest is intact."""
     checkpoints = folder.checkpoints()
     if not checkpoints or checkpoint_error(checkpoints[-1][1]) is not None:
         return
@@ -282,14 +268,17 @@ def prune_checkpoints(folder: RunFolder, keep: int, best_step: int | None) -> No
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return the optimizer's state. Python numbers become 64-bit scalar tensors, which `_from_tensor` converts back."""
     return {
-        f"{name}/{part}": value.detach().cpu().contiguous().clone()
-        if isinstance(value, Tensor)
-        else torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+        f"{name}/{part}": _to_tensor(value)
         for name, weight in state.weights.items()
         for part, value in state.optimizer.state.get(weight, {}).items()
     }
+
+
+def _to_tensor(value: Tensor | int | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().clone()
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 def _from_tensor(tensor: Tensor, weight: Tensor) -> Tensor | int | float:
@@ -299,18 +288,16 @@ def _from_tensor(tensor: Tensor, weight: Tensor) -> Tensor | int | float:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of the random generators that a run on this device uses: the CPU's and that GPU's.
-
-    Other GPUs are not queried, because the driver lists some that PyTorch cannot use.
-    """
+    """Return the states of the random generators of the CPU and of the run's GPU."""
+    # Other GPUs are not queried, because PyTorch may not be able to use them.
     gpu = {f"cuda{device.index or 0}": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"cpu": torch.get_rng_state(), **gpu}
 
 
 def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore generator states. A GPU without a saved state receives that of the GPU that was saved."""
+    """Restore generator states. A GPU without a saved state receives that of another GPU."""
     torch.set_rng_state(states["cpu"])
     gpus = [name for name in states if name != "cpu"]
     if device.type == "cuda" and gpus:
-        own = f"cuda{device.index or 0}"
-        torch.cuda.set_rng_state(states[own if own in gpus else gpus[0]], device)
+        state = states.get(f"cuda{device.index or 0}", states[gpus[0]])
+        torch.cuda.set_rng_state(state, device)

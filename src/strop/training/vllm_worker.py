@@ -1,7 +1,7 @@
-"""Sample completions in vLLM's Python, which does not have strop: one line of JSON per request and per reply.
+"""Sample completions with vLLM, in a Python environment without strop. Requests and replies are lines of JSON.
 
-The first request holds the arguments of vllm.LLM. Each later one holds {adapter, number, prompts, seeds, most, stop};
-its reply has one {ids, log_probs, stopped} per seed. The worker ends with its input. vLLM's output goes to stderr.
+The first request has the arguments of vllm.LLM, each later one {adapter, number, prompts, seeds, most, stop}. The reply
+has {ids, log_probs, stopped} for each seed. vLLM's output goes to stderr.
 """
 
 import json

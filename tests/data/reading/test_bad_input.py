@@ -52,7 +52,7 @@ REFUSALS = [
 
 def check(path: str, **options: str) -> tuple[list[Conversation], list[RowError]]:
     bad: list[RowError] = []
-    return list(ConversationReader(read_rows(path, bad=bad, **options), bad=bad)), bad
+    return list(ConversationReader(read_rows(path, errors=bad, **options), errors=bad)), bad
 
 
 @pytest.mark.parametrize(("name", "used", "errors"), OUTCOMES)
@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet", row_group_size=500)
     for suffix in (*contents, ".parquet"):
         tracemalloc.start()
-        assert sum(1 for _ in read_rows(str(tmp_path / f"d{suffix}"), bad=[])) == 8000
+        assert sum(1 for _ in read_rows(str(tmp_path / f"d{suffix}"), errors=[])) == 8000
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak_bytes < 2_000_000, suffix  # the files have 8 MB

@@ -47,7 +47,7 @@ FILES = {
 
 SCRIPT = (
     "import sys; from strop.data.reading.sources import read_rows; from strop.errors import DataError\n"
-    "try:\n  print([(r.file, r.line, r.value['text']) for r in read_rows(sys.argv[1], bad=[])])\n"
+    "try:\n  print([(r.file, r.line, r.value['text']) for r in read_rows(sys.argv[1], errors=[])])\n"
     "except DataError as error: print('refused:', *error.lines())"
 )
 

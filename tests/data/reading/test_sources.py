@@ -1,4 +1,4 @@
-"""Bytes -> rows: values, line numbers, faults, weights, file types."""
+"""Reading files as rows: values, line numbers, errors, weights and file types."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[Healt
 
 def read(spec: str | list[str] | Path, **options: Any) -> tuple[list[Row], list[RowError]]:
     bad: list[RowError] = []
-    return list(read_rows(spec if isinstance(spec, list) else str(spec), bad=bad, **options)), bad
+    return list(read_rows(spec if isinstance(spec, list) else str(spec), errors=bad, **options)), bad
 
 
 def values(spec: str | list[str] | Path, **options: Any) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from strop.errors import ModelError
 from tests.support import families
 
 FAMILIES = sorted(families.TEMPLATES)
-# white space as Unicode has it; Python counts four control characters more
+# white space by Unicode; Python includes four more control characters
 BLANKS = "".join(sign for sign in map(chr, range(0x3001)) if sign.isspace() and not "\x1c" <= sign <= "\x1f")
 RENDERERS: dict[str, Renderer] = {name: Renderer(families.tokenizer(name)) for name in FAMILIES}
 
@@ -121,8 +121,8 @@ def test_ordinary_rows_are_tokenized_like_apply_chat_template(family: str) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_supported_features_of_a_template_are_detected(family: str) -> None:
     renderer = RENDERERS[family]
-    assert renderer.supports_system is families.SYSTEM[family]
-    assert renderer.supports_tools is (family == "qwen3")
+    assert renderer.chat.traits.system is families.SYSTEM[family]
+    assert renderer.chat.traits.calls is (family == "qwen3")
     assert [families.tokenizer(family).convert_ids_to_tokens(i) for i in renderer.stop_ids] == [
         families.ANSWER[family][1]
     ]

@@ -101,31 +101,31 @@ def test_template_is_unchanged_if_only_some_rows_have_reasoning() -> None:
     assert own.for_serving(thinking=1, rows=2).template == own.template
     off = own.for_serving(thinking=0, rows=2)
     assert off.template_hash != own.template_hash and off.for_serving(thinking=0, rows=2).template == off.template
-    asked = KINDS["plain"].messages[:1]
-    assert text_of(off, off.prompt(asked)).endswith("<think>\n\n</think>\n\n")
-    assert text_of(off, off.prompt(asked, options={"enable_thinking": True})).endswith("<think>\n")
+    prompt = KINDS["plain"].messages[:1]
+    assert text_of(off, off.prompt(prompt)).endswith("<think>\n\n</think>\n\n")
+    assert text_of(off, off.prompt(prompt, options={"enable_thinking": True})).endswith("<think>\n")
 
 
 def test_reasoning_in_the_text_of_an_answer_is_separated() -> None:
     own = renderer("opens-with-switch")
-    asked, think = user("Why?"), own.tokenizer.convert_tokens_to_ids("<think>")
-    separated = chat(asked, answer("Because.", "I should think."))
+    prompt, think = user("Why?"), own.tokenizer.convert_tokens_to_ids("<think>")
+    separated = chat(prompt, answer("Because.", "I should think."))
     for text in ("<think>I should think.</think>Because.", "\n<think>\nI should think.\n</think>\n\nBecause."):
-        assert own.separate_reasoning(chat(asked, answer(text))) == separated
+        assert own.separate_reasoning(chat(prompt, answer(text))) == separated
     [example] = own.render(separated)
     assert example.ids.tolist().count(think) == 1 and example.ids[example.prompt_length - 2] == think
-    before, more = chat(asked, answer(text)).messages, user("So?")  # as a client returns it
+    before, more = chat(prompt, answer(text)).messages, user("So?")  # as a client returns it
     assert own.prompt([*before, more]).tolist() == own.prompt([*separated.messages, more]).tolist()
-    assert own.separate_reasoning(chat(asked, answer("<think>\n\n</think>\n\nYes."))) == chat(asked, answer("Yes."))
+    assert own.separate_reasoning(chat(prompt, answer("<think>\n\n</think>\n\nYes."))) == chat(prompt, answer("Yes."))
     for kept in ("Write <think> and </think>.", "<think>No end", "<think>No answer</think>"):
-        assert own.separate_reasoning(chat(asked, answer(kept))) == chat(asked, answer(kept))
+        assert own.separate_reasoning(chat(prompt, answer(kept))) == chat(prompt, answer(kept))
     assert own.separate_reasoning(chat(user("<think>a</think>b"), answer("c"))) == chat(
         user("<think>a</think>b"), answer("c")
     )
     plain = renderer("clock")  # a template without reasoning shows the text as it is
-    assert plain.separate_reasoning(chat(asked, answer(text))) == chat(asked, answer(text))
-    assert "<think>" in text_of(plain, plain.render(chat(asked, answer(text)))[0].ids)
-    assert plain.render(chat(asked, answer("Write <think> and </think>.")))
+    assert plain.separate_reasoning(chat(prompt, answer(text))) == chat(prompt, answer(text))
+    assert "<think>" in text_of(plain, plain.render(chat(prompt, answer(text)))[0].ids)
+    assert plain.render(chat(prompt, answer("Write <think> and </think>.")))
 
 
 def test_template_that_removes_reasoning_from_text_is_refused_unless_dropped() -> None:
@@ -261,5 +261,5 @@ def test_repeated_doubling_of_a_text_is_refused(doubled: str, start: str) -> Non
 
 def test_concatenation_and_addition_equal_those_of_jinja() -> None:
     source = "{{ a ~ 1 ~ none ~ b ~ missing ~ true ~ [1] }}|{{ 'x' ~ ('y' ~ 'z') }}|{{ 'p' + 'q' + a }}|{{ [1] + [2] }}"
-    given = {"a": "ä", "b": 2.5}
-    assert BoundedTemplate(source).render(**given) == jinja2.Environment().from_string(source).render(**given)
+    options = {"a": "ä", "b": 2.5}
+    assert BoundedTemplate(source).render(**options) == jinja2.Environment().from_string(source).render(**options)

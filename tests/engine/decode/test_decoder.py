@@ -27,12 +27,14 @@ TOKENS = 12
 
 @pytest.fixture(autouse=True)
 def _use_exact_argmax_for_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for models whose head is a larger part of the weights."""
+    """Use exact argmax, which otherwise requires a head that is a larger part of the weights."""
     monkeypatch.setattr(compiled_model, "MIN_HEAD_SHARE", 0.0)
 
 
 def prompts(count: int = 8) -> list[Ids]:
-    """Prompts shorter and longer than a window of 4 and than a block. The last shares a prefix longer than a block."""
+    """Return prompts shorter and longer than a window of 4 and than a block. The last shares a prefix longer than a
+    block.
+    """
     random = np.random.default_rng(0)
     rows = [random.integers(3, 96, int(n)).astype(np.int32) for n in [1, 3, 50, 17, 33, 8, 64][: count - 1]]
     return [*rows, np.concatenate([rows[2][: BLOCK_SIZE + 5], rows[3]])]
@@ -139,7 +141,7 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
 def test_quantized_weights_give_the_logits_of_dequantized_weights(scheme: str, dtype: torch.dtype) -> None:
-    """To the bit; with AMX up to bf16 rounding. int8 weights with bf16 inputs are tested below."""
+    """They are bit-identical, with AMX equal up to bf16 rounding. int8 weights with bf16 inputs are tested below."""
     pytest.importorskip("bitsandbytes")
     if scheme == "int8" and dtype == torch.bfloat16 and passes.INT8_DOTS:
         pytest.skip("this CPU multiplies int8 without dequantizing")
@@ -320,7 +322,7 @@ def test_greedy_decoding_uses_exact_argmax(dtype: torch.dtype, monkeypatch: pyte
 
 
 def test_passes_without_outputs_skip_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All passes over a long prompt but the last one. The int8 kernel once treated zero rows as two."""
+    """These are all passes over a long prompt except the last. The int8 kernel once treated zero rows as two."""
     model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(torch.bfloat16).eval()
     calls: list[int] = []
     argmax = compiled_model.ExactArgmax.argmax

@@ -26,7 +26,7 @@ def test_generation_stops_at_eos_of_tokenizer_and_generation_config(
     shutil.copytree(tiny_folder, folder)
     free = strop.load(folder, dtype="fp32")
     ids = torch.from_numpy(PROMPT.astype(np.int64))[None]
-    end = int(free.module(ids).logits[0, -1].argmax())  # what is written first
+    end = int(free.module(ids).logits[0, -1].argmax())  # the first token of a completion
     assert end not in free.renderer.end_ids and free.answer([PROMPT], max_new_tokens=6)[0].tokens > 1
     if source == "tokenizer":
         tokenizer = AutoTokenizer.from_pretrained(folder)

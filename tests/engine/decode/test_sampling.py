@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from strop.engine.decode.sampling import NoToken, PassOutput, Sampling, SequenceState
-from strop.engine.kernels.dispatch import likeliest, sample_token
+from strop.engine.kernels.dispatch import argmax, sample_token
 
 NUM_SAMPLES = 20_000
 
@@ -114,7 +114,7 @@ def test_token_carries_logprob_and_top_logprobs() -> None:
 def test_non_finite_logits_raise_no_token() -> None:
     rows = np.stack([logits(20)] * 5)
     rows[1, 4], rows[2, 7], rows[3, 2], rows[4] = np.nan, np.inf, -np.inf, -np.inf
-    tokens, finite = likeliest(rows)
+    tokens, finite = argmax(rows)
     assert finite.tolist() == [True, False, False, True, False]
     assert tokens[0] == rows[0].argmax() and tokens[3] == rows[3].argmax()
     for row in rows[[1, 2, 4]]:

@@ -20,7 +20,7 @@ from strop.engine.kernels import warmup
 from strop.errors import DiskError
 from tests import ROOT
 
-TIMEOUT_S = 600  # of one process: seconds on a quiet machine
+TIMEOUT_S = 600  # of one process: seconds on an idle machine
 UNKNOWN = "no_such_warmup"
 MODULE = "strop.engine.kernels.warmup_models"
 
@@ -71,7 +71,7 @@ print("compiled:", *(event.data["dispatcher"].py_func.__name__ for _, event in l
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler process is running, and there are two cores."""
+    """Simulate two cores, and forget the compiler processes of earlier tests."""
     monkeypatch.setattr(warmup, "_started", [])
     monkeypatch.setattr("os.cpu_count", lambda: 2)
 

@@ -1,4 +1,4 @@
-"""Attention over packed documents against its definition, and its gradient against numerical differentiation."""
+"""Attention over packed documents, compared with its definition; gradients compared with finite differences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def test_attention_equals_its_definition(
     settings: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows 0 to 1 are a prefix; documents of 3 and 2 rows behind it; a document of one row without it."""
+    """Rows 0 to 1 are a prefix, followed by documents of 3 and 2 rows that use it, and a document of one row without
+    it.
+    """
     monkeypatch.setattr("strop.engine.train.attention.BLOCK", settings[0])
     monkeypatch.setattr("strop.engine.train.attention.MAX_SAVED_KEYS", settings[1])
     torch.manual_seed(0)
@@ -57,13 +59,13 @@ def test_attention_equals_its_definition(
 @pytest.mark.parametrize(("ops", "tolerance"), [(eager, 1e-6), (elementwise, 1e-5)])
 @pytest.mark.parametrize("window", [0, 2])
 def test_attention_sinks_equal_an_extra_key_with_zero_value(ops: Any, tolerance: float, window: int) -> None:
-    """As if each head had one key more, seen by all, with this score and a value of zeros."""
+    """A sink acts like one more key per head that all queries see, with the sink as its score and a zero value."""
     torch.manual_seed(0)
     sinks, tokens = torch.tensor([-1.0, 0.5, 2.0, 40.0]), 6
     shape = dataclasses.replace(heads(window, False, 2), ops=ops, query=4, sinks=sinks)
     cos, sin, qkv = rand(tokens, 2).cos().float(), rand(tokens, 2).sin().float(), rand(tokens, 32).float()
     qkv.requires_grad_()
-    found = Attention.apply(qkv, shape, cos, sin, documents_of(tokens, (0, 4, 0), (4, 2, 0)))
+    result = Attention.apply(qkv, shape, cos, sin, documents_of(tokens, (0, 4, 0), (4, 2, 0)))
     q, k, v = (x.transpose(0, 1) for x in shape.views(qkv))
     q, k = (rotate(x.transpose(0, 1), cos, sin).transpose(0, 1) for x in (q, k))
     scores = (q * shape.scale) @ k.repeat_interleave(2, 0).transpose(1, 2)
@@ -72,9 +74,9 @@ def test_attention_sinks_equal_an_extra_key_with_zero_value(ops: Any, tolerance:
     seen = (of[:, None] == of) & (place <= place[:, None]) & ((place[:, None] - place < window) | (window == 0))
     scores = torch.cat([scores.masked_fill(~seen, -torch.inf), sinks.view(4, 1, 1).expand(4, tokens, 1)], -1)
     expected = (scores.softmax(-1)[..., :-1] @ v.repeat_interleave(2, 0)).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
     upstream = rand(*expected.shape).float()
-    gradients = [torch.autograd.grad(one, qkv, upstream)[0] for one in (found, expected)]
+    gradients = [torch.autograd.grad(one, qkv, upstream)[0] for one in (result, expected)]
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=10 * tolerance)
 
 

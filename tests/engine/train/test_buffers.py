@@ -1,4 +1,4 @@
-"""The memory that a micro-batch keeps: pages that stay, and nothing in them twice."""
+"""Memory of a micro-batch: buffers are reused, and nothing is saved twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_tensors_of_a_micro_batch_are_contiguous_in_one_buffer() -> None:
             part.fill_(number)
         assert [part.unique().tolist() for part in parts] == [[0], [1], [2]]
         assert all(part.data_ptr() % 64 == 0 for part in parts)
-        assert [part._version for part in parts] == [one + 1 for one in versions]  # autograd counts each by itself
+        assert [part._version for part in parts] == [one + 1 for one in versions]  # autograd counts each separately
     spans = sorted(map(lies, parts))
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
     memory = {part.untyped_storage().data_ptr() for part in parts}
@@ -92,15 +92,15 @@ def test_gradients_are_equal_with_arena_and_heap(again: int) -> None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
 
     def gradients() -> list[torch.Tensor]:
-        found = []
+        results = []
         for batch in rows:
             loss.token_loss(batch).backward()
-            found += [weight.grad.clone() for weight in trained if weight.grad is not None]
+            results += [weight.grad.clone() for weight in trained if weight.grad is not None]
             model.zero_grad()
-        return found
+        return results
 
     first = gradients()
     with torch.no_grad():
-        loss.token_loss(rows[0])  # gives it back
+        loss.token_loss(rows[0])  # releases it
     for old, new in zip(first, gradients(), strict=True):
         assert torch.equal(old, new)

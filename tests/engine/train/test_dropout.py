@@ -1,4 +1,4 @@
-"""Dropout by counting: the generator's published values, and masks that are the same however a step is computed."""
+"""Counter-based dropout: published values of the generator, and masks that do not depend on how a step is computed."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def dropping(lora: dict[str, Any] | None = None, **changes: Any) -> Any:
     ],
 )
 def test_philox_equals_published_values(counter: Any, key: Any, expected: Any) -> None:
-    """Known answers of its authors (Random123, kat_vectors, philox4x32 with 7 rounds)."""
-    found = philox(tuple(torch.tensor(word) for word in counter), torch.tensor(key))
-    assert tuple(int(word) for word in found) == expected
+    """Known answers of the authors (Random123, kat_vectors, philox4x32 with 7 rounds)."""
+    result = philox(tuple(torch.tensor(word) for word in counter), torch.tensor(key))
+    assert tuple(int(word) for word in result) == expected
 
 
 def test_masks_have_the_right_rate_and_are_independent() -> None:
@@ -58,10 +58,10 @@ def test_masks_have_the_right_rate_and_are_independent() -> None:
     level = round(0.05 * LEVELS)
     masks = {}
     for seed, at, number in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        kept = apply_masks(torch.ones(400, 500), DropoutSpec(seed, at, tokens, (number,), (level,)))
-        dropped = float((kept == 0).double().mean())
-        assert dropped == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / kept.numel()) ** 0.5)  # four standard deviations
-        masks[seed, at, number] = kept
+        masked = apply_masks(torch.ones(400, 500), DropoutSpec(seed, at, tokens, (number,), (level,)))
+        dropped = float((masked == 0).double().mean())
+        assert dropped == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / masked.numel()) ** 0.5)  # four standard deviations
+        masks[seed, at, number] = masked
     for axis in (0, 1):  # no row or column of the data is favoured
         shares = (masks[0, 0, 0] == 0).double().mean(axis)
         assert float(shares.std()) < 1.3 * (0.05 * 0.95 / masks[0, 0, 0].shape[axis]) ** 0.5
@@ -112,7 +112,9 @@ def test_fast_equals_plain_with_the_same_masks(hide: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_masks_do_not_depend_on_micro_batches(make: Any, checkpointing: bool) -> None:
-    """Whole, one by one, in pairs and backwards: equal sums, whatever is padded, packed or shared."""
+    """Rows as a whole, one by one, in pairs and in reverse order give equal sums, padded, packed or with shared
+    prefixes.
+    """
     model, examples = dropping(), with_prefix(some(weighted=True))
     loss = make(model)
     if checkpointing and make is FastLoss:
@@ -136,9 +138,9 @@ def test_masks_depend_on_step_and_seed_only() -> None:
         chosen.masks.begin(seed, at)
         return float(chosen.token_loss(some()).detach())
 
-    found = {(seed, at): value(seed, at) for seed in (0, 1) for at in (0, 1)}
-    assert len(set(found.values())) == 4
-    assert all(value(*key) == first for key, first in found.items())
+    result = {(seed, at): value(seed, at) for seed in (0, 1) for at in (0, 1)}
+    assert len(set(result.values())) == 4
+    assert all(value(*key) == first for key, first in result.items())
 
 
 def test_evaluation_has_no_dropout() -> None:
@@ -149,7 +151,7 @@ def test_evaluation_has_no_dropout() -> None:
 
 
 def test_dropout_preserves_the_mean() -> None:
-    """What is kept is scaled up: over many masks, the output of a linear layer is that without dropout."""
+    """Kept elements are scaled up, so the mean output of a linear layer over many masks is that without dropout."""
     model = dropping()
     masks = PlainLoss(model).masks
     module: Any = next(m for m in model.modules() if isinstance(m, CounterDropout))
@@ -169,14 +171,15 @@ def test_rows_that_are_not_tokens_use_pytorch_dropout() -> None:
     module = CounterDropout(0.5, 3, masks)
     masks.tokens = torch.zeros(2, 5, dtype=torch.long)
     torch.manual_seed(0)
-    found = module(torch.ones(7, 64))  # an expert's share of the tokens
+    result = module(torch.ones(7, 64))  # an expert's share of the tokens
     torch.manual_seed(0)
-    assert torch.equal(found, nn.functional.dropout(torch.ones(7, 64), 0.5))
+    assert torch.equal(result, nn.functional.dropout(torch.ones(7, 64), 0.5))
 
 
 def test_masks_do_not_depend_on_the_tensor_layout() -> None:
-    """(B, 1, S, n) as DeepSeek's kv_b_proj sees them, (B S, n) as OPT's layers do; turned round (S, B, n) they are
-    other rows."""
+    """DeepSeek's kv_b_proj gets (B, 1, S, n) and OPT's layers get (B S, n). In the transposed layout (S, B, n), the
+    rows differ.
+    """
     masks = PlainLoss(dropping()).masks
     module = CounterDropout(0.5, 3, masks)
     masks.tokens = torch.from_numpy(token_keys(np.arange(10))).view(2, 5)
@@ -184,7 +187,7 @@ def test_masks_do_not_depend_on_the_tensor_layout() -> None:
     assert torch.equal(module(ones(2, 1, 5, 64)), expected.view(2, 1, 5, 64))
     assert torch.equal(module(ones(10, 64)), expected.view(10, 64))
     assert not torch.equal(module(ones(5, 2, 64)), expected.view(5, 2, 64))
-    assert not torch.equal(module(ones(5, 2, 64)), module(ones(5, 2, 64)))  # PyTorch's own
+    assert not torch.equal(module(ones(5, 2, 64)), module(ones(5, 2, 64)))  # PyTorch's dropout
 
 
 def test_two_adapters_with_different_dropout_equal_the_plain_step() -> None:
@@ -200,7 +203,7 @@ def test_two_adapters_with_different_dropout_equal_the_plain_step() -> None:
 
 
 @pytest.mark.parametrize("dora", [{}, {"use_dora": True}])
-@pytest.mark.parametrize("head_dim", [8, 32])  # 32: in tiles, on CPUs that have them
+@pytest.mark.parametrize("head_dim", [8, 32])  # 32: tiled attention, on CPUs that support it
 def test_bf16_error_is_the_same_with_and_without_dropout(head_dim: int, dora: dict[str, Any]) -> None:
     errors = []
     for lora in (dora, DROPOUT | dora):

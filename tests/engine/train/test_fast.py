@@ -1,4 +1,4 @@
-"""The fast step against the model's own: loss and every adapter's gradient, family by family."""
+"""The fast step compared with the model's forward: loss and gradients of all adapters, for each family."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Gradients = dict[str, torch.Tensor]
 
 
 def some(weighted: bool = False) -> list[Example]:
-    found = [example(9, 1), example(5, 2), example(12, 3), example(2, 4)]
+    result = [example(9, 1), example(5, 2), example(12, 3), example(2, 4)]
     if weighted:
         rng = np.random.default_rng(0)
-        found = [
+        result = [
             dataclasses.replace(e, weights=(e.weights * rng.choice([0, 0.5, 1, 3], len(e))).astype(np.float32))
-            for e in found
+            for e in result
         ]
-    return found
+    return result
 
 
 def with_prefix(examples: list[Example], length: int = 11) -> list[Example]:
@@ -63,8 +63,11 @@ def step(model: PeftModel, loss: Any, examples: list[Example]) -> tuple[torch.Te
 
 
 def attentive(model: PeftModel) -> PeftModel:
-    """With weights large enough that what is attended to matters: gradients of queries and keys are a millionth of the
-    largest otherwise, and fp32's own rounding a ten-thousandth of them (held against fp64)."""
+    """Scale the weights so that attention affects the gradients.
+
+    Otherwise gradients of queries and keys are a millionth of the largest ones, and the error of fp32 (compared with
+    fp64) is a ten-thousandth of them.
+    """
     for name, weight in model.named_parameters():
         if weight.dim() == 2 and "lora_" not in name and "self_attn" in name:
             weight.data.mul_(8)
@@ -75,12 +78,12 @@ def attentive(model: PeftModel) -> PeftModel:
 GRADIENT_TOLERANCE = 1.5e-4 if "amx_bf16" in vector_extensions() else 1e-4
 
 
-def assert_same(found: tuple[torch.Tensor, Gradients], expected: tuple[torch.Tensor, Gradients]) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
-    assert found[1].keys() == expected[1].keys()
+def assert_same(actual: tuple[torch.Tensor, Gradients], expected: tuple[torch.Tensor, Gradients]) -> None:
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=0)
+    assert actual[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
         assert grad.norm() > 0, name
-        assert (found[1][name] - grad).norm() <= GRADIENT_TOLERANCE * grad.norm(), name
+        assert (actual[1][name] - grad).norm() <= GRADIENT_TOLERANCE * grad.norm(), name
 
 
 def test_each_family_has_a_parity_test() -> None:
@@ -153,7 +156,9 @@ def test_config_fields_that_the_family_ignores_change_nothing(family: str, chang
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_5_text"])
 def test_dropout_inside_the_models_modules_equals_the_plain_step(family: str) -> None:
-    """Of attention, shared experts and mixers, where experts have no adapter: rows of any cut drop alike."""
+    """Covers attention, shared experts and mixers whose experts have no adapter: masks do not depend on the
+    micro-batches.
+    """
     base, targets = tiny_of(family), r".*\.(q_proj|o_proj|in_proj_qkv|out_proj|shared_experts?\.(gate|up|down)_proj)"
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=3, target_modules=targets, lora_dropout=0.3)).train()
@@ -164,13 +169,13 @@ def test_dropout_inside_the_models_modules_equals_the_plain_step(family: str) ->
     for way in (plain, fast):
         way.masks.begin(7, 3)
     rows = some()
-    expected, found = step(model, plain, rows), step(model, fast, rows)
-    assert_same(found, expected)
+    expected, result = step(model, plain, rows), step(model, fast, rows)
+    assert_same(result, expected)
     assert_same(step(model, FastLoss(model, checkpoint_layers=2), rows), expected)
     parts = [step(model, fast, [row]) for row in rows]
-    assert_same(found, (sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in found[1]}))
+    assert_same(result, (sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in result[1]}))
     model.eval()
-    assert (step(model, fast, rows)[0] - found[0]).abs() > 1e-3
+    assert (step(model, fast, rows)[0] - result[0]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.mixer])
@@ -191,7 +196,7 @@ def test_mixer_processes_each_document_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_bf16_checkpoint_uses_the_fast_step(family: str, tmp_path: Path) -> None:
-    """Some families keep their routers in fp32 then."""
+    """In bf16, some families keep their routers in fp32."""
     tiny_of(family).save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     model = add_lora(base, LoraSection(r=2, alpha=4), None)
@@ -200,7 +205,7 @@ def test_bf16_checkpoint_uses_the_fast_step(family: str, tmp_path: Path) -> None
 
 
 def test_discarded_forward_frees_its_activations() -> None:
-    """Gemma 4's later layers see keys of earlier ones: what is computed again must not hold itself."""
+    """Later layers of Gemma 4 use keys of earlier ones, which could create reference cycles with checkpointing."""
     model = adapted("gemma4_text")
     fast, seen = FastLoss(model, checkpoint_layers=4), []
     through = fast._compute_layer
@@ -242,7 +247,7 @@ NEW_TOKENS = {
 
 def with_new_tokens(case: str) -> PeftModel:
     family, changes, modules = NEW_TOKENS[case]
-    ids = sorted({96, *(int(row.ids[1]) for row in some())})  # in the rows, and perhaps one that is not
+    ids = sorted({96, *(int(row.ids[1]) for row in some())})  # 96 may not be in the rows
     model = adapted(family, {"trainable_token_indices": dict.fromkeys(modules, ids)}, **changes)
     for name, rows in model.named_parameters():
         if "trainable_tokens_delta" in name:
@@ -290,7 +295,7 @@ def test_packed_batch_equals_single_examples_and_unshared_prefix() -> None:
 
 @pytest.mark.parametrize("sharing", [False, True])
 def test_no_document_leaks_into_another(sharing: bool) -> None:
-    """Only the first document is supervised; the tokens of another must not change one bit."""
+    """Only the first document is supervised; tokens of another one must not change a bit."""
     model = adapted()
     fast = FastLoss(model, prefix_sharing=sharing)
     first, *others = with_prefix([example(9, 1), example(9, 2), example(5, 3)])
@@ -303,9 +308,9 @@ def test_no_document_leaks_into_another(sharing: bool) -> None:
     assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
 
 
-@pytest.mark.parametrize("head_dim", [8, 32])  # 32: in tiles, on CPUs that have them
+@pytest.mark.parametrize("head_dim", [8, 32])  # 32: tiled attention, on CPUs that support it
 def test_bf16_error_is_close_to_the_plain_steps(head_dim: int) -> None:
-    """The errors of eight batches together: one alone is a matter of chance."""
+    """Errors of eight batches are summed, because those of a single batch vary."""
     truth_model, model = adapted(head_dim=head_dim), adapted(head_dim=head_dim)
     model.get_base_model().to(torch.bfloat16)
     truth_model.get_base_model().to(torch.bfloat16).float()  # the same rounded base weights
@@ -315,13 +320,13 @@ def test_bf16_error_is_close_to_the_plain_steps(head_dim: int) -> None:
     loss_errors, errors = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
     for seed in range(8):
         for one, same in zip(model.parameters(), truth_model.parameters(), strict=True):
-            if one.requires_grad:  # other adapters each time; they add a fourth of what the base gives
+            if one.requires_grad:  # other adapters each time; their output is a fourth of the base's
                 same.data = torch.randn_like(same) * 0.05
                 one.data = same.data.clone()
         rows = with_prefix([example(length, 10 * seed + length) for length in (9, 5, 12, 2)])
-        found = {name: step(truth_model if name == "truth" else model, way, rows) for name, way in ways.items()}
-        truth, gradients = found["truth"]
-        for name, (loss, grads) in found.items():
+        result = {name: step(truth_model if name == "truth" else model, way, rows) for name, way in ways.items()}
+        truth, gradients = result["truth"]
+        for name, (loss, grads) in result.items():
             loss_errors[name] += float((loss - truth).abs() / truth)
             errors[name] += sum(float((grads[n] - g).square().sum()) for n, g in gradients.items()) ** 0.5
     assert loss_errors["fast"] <= 1.5 * loss_errors["plain"] + 1e-3
@@ -341,21 +346,23 @@ def test_evaluation_equals_training_and_respects_disabled_adapters() -> None:
 
 
 def answers(*prompts: tuple[int, int], alike: int = 0) -> list[Example]:
-    """Two answers to a prompt of each (length, seed), the prompt given; `alike` tokens are the same in both."""
-    found = []
+    """Return two answers for each prompt of (length, seed). alike: number of initial tokens that both share."""
+    results = []
     for length, seed in prompts:
         prompt, common = example(length, seed).ids, example(2 + alike, seed + 50).ids[2:]
         for side in range(2):
             own = example(5 + 3 * side, 10 * seed + side + 100).ids
             ids = np.concatenate([prompt, common, own])
-            found.append(Example(ids, (np.arange(len(ids)) >= length).astype(np.float32), "f", seed))
-    return found
+            results.append(Example(ids, (np.arange(len(ids)) >= length).astype(np.float32), "f", seed))
+    return results
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi"])
 @pytest.mark.parametrize("checkpoint_layers", [0, 1])
 def test_log_probs_of_completions_equal_the_plain_step(family: str, checkpoint_layers: int) -> None:
-    """Prompts that are shared by two and by four answers, one too short to share, answers that begin alike."""
+    """Prompts are shared by two and four answers, one is too short to share, and some answers begin with the same
+    tokens.
+    """
     model = adapted(family)
     rows = [*answers((20, 1), (12, 2), (3, 3), (9, 4), alike=3), *answers((20, 1))]
     upstream = torch.linspace(-1, 2, len(rows), dtype=torch.float64)
@@ -383,19 +390,19 @@ def test_shared_prompts_are_packed_once() -> None:
 
 @pytest.mark.skipif("avx512_bf16" not in probe().vector, reason="this CPU has no AVX512-BF16")
 def test_several_shared_prompts_in_tiled_attention() -> None:
-    """bf16: the same log-probabilities and gradients with each prompt once as with each answer's own."""
+    """In bf16, log-probabilities and gradients are the same with shared prompts as with a prompt for each answer."""
     model = adapted("llama", head_dim=32).to(torch.bfloat16)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
     rows = answers((20, 1), (33, 2), (9, 4))
-    found = []
+    results = []
     for sharing in (True, False):
         fast = FastLoss(model, prefix_sharing=sharing)
-        found.append(step(model, lambda examples, fast=fast: fast.log_probs(examples).sum().float(), rows))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
-    for name, grad in found[1][1].items():
-        assert (found[0][1][name] - grad).norm() <= 0.03 * grad.norm(), name
+        results.append(step(model, lambda examples, fast=fast: fast.log_probs(examples).sum().float(), rows))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=0)
+    for name, grad in results[1][1].items():
+        assert (results[0][1][name] - grad).norm() <= 0.03 * grad.norm(), name
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
@@ -410,7 +417,7 @@ def test_unsupervised_batch_has_zero_loss_and_gradients(family: str) -> None:
 def test_model_still_generates_and_saves(tmp_path: Path) -> None:
     model, untouched = adapted(), adapted()
     FastLoss(model)
-    fast = FastLoss(model)  # twice: the weights are side by side already
+    fast = FastLoss(model)  # twice: the weights are already contiguous
     ids = torch.arange(1, 6)[None]
     model.eval(), untouched.eval()
     assert torch.equal(model(input_ids=ids).logits, untouched(input_ids=ids).logits)
@@ -419,7 +426,7 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     base = model.get_base_model()
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.parameters()}
-    assert sum(storages.values()) == sum(p.nbytes for p in base.parameters())  # nothing held twice
+    assert sum(storages.values()) == sum(p.nbytes for p in base.parameters())  # no weight is stored twice
     loss = step(model, fast, some())[0]
     merged = model.merge_and_unload()
     torch.testing.assert_close(PlainLoss(merged).token_loss(some()).detach(), loss, rtol=1e-5, atol=0)
@@ -445,9 +452,9 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
     ],
 )
 def test_unsupported_model_returns_the_reason(reason: str, build: Any) -> None:
-    found = why_not_fast(build())
-    assert found is not None
-    assert reason in found
+    result = why_not_fast(build())
+    assert result is not None
+    assert reason in result
 
 
 @pytest.mark.parametrize(
@@ -467,15 +474,15 @@ def test_family_options_equal_the_plain_step(family: str, changes: dict[str, Any
 
 @pytest.mark.parametrize("family", ["smollm3", "cohere2", "gpt_neox", "hunyuan_v1_dense", "olmo2"])
 def test_rope_variants_in_tiled_attention_equal_the_plain_step(family: str) -> None:
-    """bf16 with heads of 32: the CPU's own attention where it has one, within what bf16 rounds."""
+    """In bf16 with heads of 32, the CPU's tiled attention, if supported, is within the rounding of bf16."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, **({} if family == "gpt_neox" else {"head_dim": 32})}
     model = adapted(family, **sizes)
     model.get_base_model().to(torch.bfloat16)
     for weight in model.parameters():
         weight.data = weight.data.float() if weight.requires_grad else weight.data
     with torch.no_grad():
-        found, expected = (make(model).token_loss(with_prefix(some())) for make in (FastLoss, PlainLoss))
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+        result, expected = (make(model).token_loss(with_prefix(some())) for make in (FastLoss, PlainLoss))
+    torch.testing.assert_close(result, expected, rtol=0.02, atol=0)
 
 
 def test_text_part_of_a_multimodal_model_equals_the_plain_step() -> None:
@@ -495,8 +502,10 @@ def test_text_part_of_a_multimodal_model_equals_the_plain_step() -> None:
 
 
 def assert_same_trajectory(model_of: Callable[[], PeftModel], steps: int) -> None:
-    """Optimizer steps in fp32: every loss within 1e-4 of the plain step's, all that is trained at the end within 1e-3.
-    model_of: gives the same model each time."""
+    """Check optimizer steps in fp32: losses within 1e-4 of the plain step, trained weights at the end within 1e-3.
+
+    model_of: returns the same model each time.
+    """
     runs = []
     for make in (PlainLoss, FastLoss):
         model = model_of()
@@ -512,8 +521,8 @@ def assert_same_trajectory(model_of: Callable[[], PeftModel], steps: int) -> Non
             optimizer.zero_grad()
             losses.append(value.item())
         runs.append((losses, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}))
-    (expected, weights), (found, own) = runs
-    assert found == pytest.approx(expected, rel=1e-4)
+    (expected, weights), (result, own) = runs
+    assert result == pytest.approx(expected, rel=1e-4)
     for name, weight in weights.items():
         assert (own[name] - weight).norm() <= 1e-3 * weight.norm(), name
 
@@ -529,24 +538,27 @@ def test_training_trajectory_equals_the_plain_step(family: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 8), (torch.float32, 8), (torch.bfloat16, 32)])
 def test_saved_activations_match_the_memory_formula(dtype: torch.dtype, head_dim: int) -> None:
-    """A token and layer keep (2 h + 2 q + 2 kv + 2 I + 7 r) elements and the probabilities; in tiles an fp32 number a
-    head in place of these, and the last layer's attention its output. Nothing is kept twice."""
+    """A token and layer saves (2 h + 2 q + 2 kv + 2 I + 7 r) elements and the attention probabilities.
+
+    Tiled attention saves an fp32 value per head instead of the probabilities, and the output of the last layer's
+    attention. Nothing is saved twice.
+    """
     model = adapted(head_dim=head_dim)
     model.get_base_model().to(dtype)
     fast = FastLoss(model)
 
     def saved(lengths: list[int]) -> int:
-        found: dict[tuple[int, int], int] = {}
+        results: dict[tuple[int, int], int] = {}
 
         def keep(x: torch.Tensor) -> torch.Tensor:
             if x.is_floating_point() and x.data_ptr() not in weights:
-                found[x.data_ptr(), x.numel()] = x.numel() * x.element_size()
+                results[x.data_ptr(), x.numel()] = x.numel() * x.element_size()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             value = fast.token_loss([example(length, i) for i, length in enumerate(lengths)])
         del value
-        return sum(found.values())
+        return sum(results.values())
 
     weights = {p.data_ptr() for p in model.parameters()}
     config: Any = model.get_base_model().config
@@ -554,11 +566,11 @@ def test_saved_activations_match_the_memory_formula(dtype: torch.dtype, head_dim
     size = config.head_dim
     q, kv = heads * size, config.num_key_value_heads * size
     element = torch.empty((), dtype=dtype).element_size()
-    # Two batches of equal documents: what does not grow with their number (adapters, angles) cancels, and so does the
-    # last layer's part behind its attention, which counts supervised rows alone.
+    # In the difference of two batches, memory cancels that does not grow with the number of documents (adapters,
+    # angles) or is needed for supervised rows only (the last layer after its attention).
     more, layers = saved([16] * 6) - saved([16] * 2), config.num_hidden_layers
     tiled = dtype == torch.bfloat16 and probe().has_tiled_attention(size)
     r = 16 if tiled else 3
-    kept = q * element / layers + 4 * heads if tiled else heads * 16 * element
-    a_token = (2 * h + 2 * q + 2 * kv + 2 * inner + 7 * r) * element + kept
+    attention_elements = q * element / layers + 4 * heads if tiled else heads * 16 * element
+    a_token = (2 * h + 2 * q + 2 * kv + 2 * inner + 7 * r) * element + attention_elements
     assert more == pytest.approx(4 * 16 * layers * a_token, rel=0.15)

@@ -1,4 +1,4 @@
-"""Every hand-derived gradient against numerical differentiation in fp64."""
+"""Every hand-derived gradient compared with finite differences in fp64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from strop.engine.train import dropout as drops
 from strop.engine.train import lora
 from strop.engine.train.dropout import DropoutSpec, keep_scale
-from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss, _add_product
+from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss, _add_matmul
 from strop.engine.train.linear import Activation, Dora, FrozenLinear, Glu, LoraLinear
 from strop.engine.train.norms import LayerNorm, Norm, NormFunction, normalize
 from strop.machine.probe import probe
@@ -36,12 +36,12 @@ def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
 
 @pytest.mark.parametrize("way", ["rms", "offset", "layer norm", "layer norm without a bias"])
 def test_trained_norm_equals_autograd(way: str) -> None:
-    """By itself and in front of a linear layer whose input needs no gradient; switched off, it is another."""
+    """Alone, and before a linear layer whose input needs no gradient. With training disabled, the result differs."""
     torch.manual_seed(0)
     weight, other = rand(5, grad=True), rand(5)
     bias = rand(5, grad=True) if way == "layer norm" else None
-    given = [(weight, bias)]
-    about: Any = (OPS, other, 1e-5, 1.0 if way == "offset" else 0.0, None, lambda: given[-1])
+    parameters = [(weight, bias)]
+    about: Any = (OPS, other, 1e-5, 1.0 if way == "offset" else 0.0, None, lambda: parameters[-1])
     norm = LayerNorm(*about) if "layer" in way else Norm(*about)
     trained = [weight, *([] if bias is None else [bias])]
 
@@ -60,18 +60,19 @@ def test_trained_norm_equals_autograd(way: str) -> None:
         torch.testing.assert_close(mine, theirs)
     matrix, a, b = rand(4, 5), rand(2, 5, grad=True), rand(4, 2, grad=True)
     for columns, parts in ((((0, 4),), [a, b]), ((), [])):
-        frozen, now = FrozenLinear(lambda: matrix, None, LORA, columns, (0.5,) * len(columns)), norm.now()
-        y = LoraLinear.apply(x.detach(), frozen, now, None, *parts, *now.trained)
+        frozen = FrozenLinear(lambda: matrix, None, LORA, columns, (0.5,) * len(columns))
+        current = norm.with_current_weights()
+        y = LoraLinear.apply(x.detach(), frozen, current, None, *parts, *current.trained)
         z = expected(x.detach())
         whole = z @ (matrix + (0.5 * b @ a if columns else 0)).t()
         torch.testing.assert_close(y, whole)
-        up, wanted = rand(3, 4), [*parts, *trained]
+        up, inputs = rand(3, 4), [*parts, *trained]
         for mine, theirs in zip(
-            torch.autograd.grad(y, wanted, up), torch.autograd.grad(whole, wanted, up), strict=True
+            torch.autograd.grad(y, inputs, up), torch.autograd.grad(whole, inputs, up), strict=True
         ):
             torch.testing.assert_close(mine, theirs)
-    given.append((other, None))
-    assert not norm.now().trained and torch.equal(norm.now().weight, other)
+    parameters.append((other, None))
+    assert not norm.with_current_weights().trained and torch.equal(norm.with_current_weights().weight, other)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -106,8 +107,9 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
 @pytest.mark.parametrize("enter", ["none", "gelu", "gated gelu", "layer norm"])
 @pytest.mark.parametrize(("dora", "dropout"), [(False, False), (True, False), (True, True)])
 def test_prologues_and_dora_equal_their_definition(enter: str, dora: bool, dropout: bool) -> None:
-    """DoRA's norms are constants in the gradient: x and the magnitudes alone are differentiated numerically, A and B
-    against autograd of the definition. With dropout that is peft's: the frozen layer's own output is not dropped."""
+    """DoRA's norms are constants in the gradient, so only x and the magnitudes are compared with finite differences,
+    and A and B with autograd of the definition. As in peft, dropout does not affect the output of the frozen layer.
+    """
     torch.manual_seed(0)
     k, n = 5, 4
     ways = {
@@ -145,14 +147,14 @@ def test_prologues_and_dora_equal_their_definition(enter: str, dora: bool, dropo
         up = keep_scale(levels[i])
         own, w = scales[i] / up * b @ a, weight[start:end]
         gains = magnitudes[i].detach() / (w + own).norm(dim=1).detach()
-        kept = z * masks[i] * up
-        change = (gains - 1) * F.linear(kept, w) + gains * F.linear(kept, own)
+        masked = z * masks[i] * up
+        change = (gains - 1) * F.linear(masked, w) + gains * F.linear(masked, own)
         expected = expected + F.pad(change, (start, 3 * n - end))
-    found = computed(x, residual, *parts, *magnitudes)
-    torch.testing.assert_close(found, expected)
+    result = computed(x, residual, *parts, *magnitudes)
+    torch.testing.assert_close(result, expected)
     upstream = rand(3, 3 * n)
     for mine, theirs in zip(
-        torch.autograd.grad(found, parts, upstream), torch.autograd.grad(expected, parts, upstream), strict=True
+        torch.autograd.grad(result, parts, upstream), torch.autograd.grad(expected, parts, upstream), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
 
@@ -166,7 +168,7 @@ def test_lora_linear_equals_frozen_plus_adapter() -> None:
 @pytest.mark.parametrize("way", ["train.lora", "kernels.cpu.lora"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_small_lora_updates_survive_bf16_rounding(way: str, residual: bool) -> None:
-    """In bf16, what it adds (0.1 % here) is below half of the last bit of what it is added to."""
+    """The update (0.1 % here) is below half of the last bit of the value that it is added to in bf16."""
     if way == "kernels.cpu.lora" and not probe().has_avx512_bf16:
         pytest.skip("this CPU has no AVX512-BF16")
     torch.manual_seed(0)
@@ -179,8 +181,8 @@ def test_small_lora_updates_survive_bf16_rounding(way: str, residual: bool) -> N
     frozen = FrozenLinear(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,), matmul=product)
     with torch.no_grad():
         added = x.bfloat16().float() @ a.t() @ b.t()
-        given = x.bfloat16(), frozen, None, onto if residual else None
-        change = LoraLinear.apply(*given, a, b).float() - LoraLinear.apply(*given, a, 0 * b).float()
+        arguments = x.bfloat16(), frozen, None, onto if residual else None
+        change = LoraLinear.apply(*arguments, a, b).float() - LoraLinear.apply(*arguments, a, 0 * b).float()
     share = float((change * added).sum() / (added * added).sum())
     assert share == pytest.approx(1.0, abs=0.1)
 
@@ -212,8 +214,9 @@ def test_trained_rows_of_the_head_equal_autograd(softcap: float) -> None:
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_trained_head_equals_autograd(softcap: float, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two adapters, the weight itself and a bias together, in several chunks of rows: against autograd, and by numbers
-    where the backward makes the logits again."""
+    """Two adapters, the weight and a bias, with several chunks of rows: compared with autograd, and with finite
+    differences where the backward recomputes the logits.
+    """
     monkeypatch.setattr("strop.engine.train.head.CHUNK_BYTES", 1)  # 16 rows
     torch.manual_seed(0)
     rows, h, v = 40, 3, 7
@@ -233,12 +236,12 @@ def test_trained_head_equals_autograd(softcap: float, dropout: bool, monkeypatch
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     losses = F.cross_entropy(logits, labels, reduction="none")
     upstream = rand(rows)
-    for found, expected in (
+    for result, expected in (
         (SupervisedLoss.apply(x, labels, weights, output, *output.trained) * 0.3, 0.3 * (losses * weights).sum()),
         ((LabelLogProbs.apply(x, labels, output, *output.trained) * upstream).sum(), (-losses * upstream).sum()),
     ):
-        torch.testing.assert_close(found, expected)
-        mine, theirs = torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs, retain_graph=True)
+        torch.testing.assert_close(result, expected)
+        mine, theirs = torch.autograd.grad(result, inputs), torch.autograd.grad(expected, inputs, retain_graph=True)
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other)
     few = dataclasses.replace(output, dropped=None)
@@ -250,12 +253,12 @@ def test_trained_head_equals_autograd(softcap: float, dropout: bool, monkeypatch
 
 
 def test_head_gradient_in_bf16_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces of the vocabulary; what 400 chunks of one row add does not round away."""
+    """The gradient is computed by parts of the vocabulary; the sum of 400 chunks of a row must not be rounded away."""
     monkeypatch.setattr("strop.engine.train.head.PIECE_BYTES", 64)
     torch.manual_seed(0)
     total, slopes, x = torch.zeros(37, 8), torch.rand(400, 37).bfloat16(), torch.rand(400, 8).bfloat16()
     for slope, row in zip(slopes, x, strict=True):
-        _add_product(total, slope[None], row[None])
+        _add_matmul(total, slope[None], row[None])
     torch.testing.assert_close(total, slopes.float().t() @ x.float(), rtol=1e-3, atol=0)
 
 

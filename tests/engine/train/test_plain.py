@@ -1,4 +1,4 @@
-"""The plain step is the model's own loss, padding and weights included."""
+"""The loss of the plain step equals the model's loss, with padding and weights."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_loss_equals_transformers(config: type, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_cross_entropy_in_pieces_equals_all_rows_at_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(head, "PIECE_BYTES", 3 * 50 * dtype.itemsize)  # three rows at a time, of ten
-    made = torch.randn(10, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype) * 3
+    created = torch.randn(10, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype) * 3
     labels, upstream = torch.arange(10) * 5, torch.linspace(-1, 2, 10, dtype=torch.float64)
     losses, gradients = [], []
     for loss in (head.CrossEntropy.apply, lambda x, y: F.cross_entropy(x.double(), y, reduction="none")):
-        logits = made.clone().requires_grad_()
+        logits = created.clone().requires_grad_()
         losses.append(loss(logits, labels))
         losses[-1].backward(upstream.to(losses[-1].dtype))
         gradients.append(logits.grad)

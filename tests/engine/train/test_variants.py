@@ -1,5 +1,4 @@
-"""What may be trained beside plain adapters in the layers, in the fast step and in the model's own: DoRA with dropout,
-adapters on the output head, and modules in full."""
+"""DoRA with dropout, adapters on the output head, and fully trained modules, in the fast and the plain step."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def variant(family: str, lora: dict[str, Any], **changes: Any) -> Callable[..., 
         model = adapted(family, lora, **changes, **more).train()
         for name, weight in model.named_parameters():
             if weight.requires_grad and "lora_" not in name:
-                weight.data += 0.1 * torch.randn_like(weight)  # no longer as in the base
+                weight.data += 0.1 * torch.randn_like(weight)  # no longer equal to the base
         return model
 
     return build
@@ -115,7 +114,7 @@ def test_variant_trajectory_equals_the_plain_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_evaluation_and_disabled_adapters_equal_the_plain_step(name: str) -> None:
-    """Without adapters, what is trained in full is as it was in the base."""
+    """With disabled adapters, fully trained modules have their base weights."""
     model = attentive(VARIANTS[name]())
     fast, plain = FastLoss(model), PlainLoss(model)
     rows = answers((20, 1), (3, 3))
@@ -133,13 +132,16 @@ def test_evaluation_and_disabled_adapters_equal_the_plain_step(name: str) -> Non
     assert_same(trained, step(model, plain, rows))  # they are trained again
 
 
-IN_BF16 = [name for name in VARIANTS if "biases" not in name]  # LayerNorm itself takes no bias in fp32 beside bf16
+# LayerNorm does not support an fp32 bias with bf16 weights
+IN_BF16 = [name for name in VARIANTS if "biases" not in name]
 
 
 @pytest.mark.parametrize("name", IN_BF16)
 def test_bf16_error_of_variants_is_close_to_the_plain_steps(name: str) -> None:
-    """The errors of eight batches together: one alone is a matter of chance. peft computes what is trained in full, and
-    DoRA, in fp32 throughout; here the products are in bf16, and the sums over rows in fp32."""
+    """Errors of eight batches are summed, because those of a single batch vary.
+
+    peft computes fully trained modules and DoRA in fp32; the fast step uses bf16 matmuls and sums over rows in fp32.
+    """
     sizes = {"hidden_size": 64, "intermediate_size": 64, **({} if "layer norms" in name else {"head_dim": 32})}
     truth_model, model = VARIANTS[name](**sizes), VARIANTS[name](**sizes)
     model.to(torch.bfloat16)
@@ -157,9 +159,9 @@ def test_bf16_error_of_variants_is_close_to_the_plain_steps(name: str) -> None:
                     same.data += 0.003 * torch.randn_like(same)
                 one.data = same.data.clone()
         rows = with_prefix([example(length, 10 * seed + length) for length in (9, 5, 12, 2)])
-        found = {way: step(truth_model if way == "truth" else model, one, rows) for way, one in ways.items()}
-        truth, gradients = found["truth"]
-        for way, (loss, grads) in found.items():
+        result = {way: step(truth_model if way == "truth" else model, one, rows) for way, one in ways.items()}
+        truth, gradients = result["truth"]
+        for way, (loss, grads) in result.items():
             loss_errors[way] += float((loss - truth).abs() / truth)
             errors[way] += sum(float((grads[n] - g).square().sum()) for n, g in gradients.items()) ** 0.5
     assert loss_errors["fast"] <= 1.5 * loss_errors["plain"] + 1e-3
@@ -180,7 +182,7 @@ def test_unsupported_variant_returns_the_reason(reason: str, lora: dict[str, Any
 
 
 def test_head_adapter_dropout_does_not_depend_on_micro_batches() -> None:
-    """Whole or in parts: equal sums, in either step."""
+    """Sums over the whole batch and over its parts are equal in both steps."""
     model = VARIANTS["adapter on a bent head, dropout"]()
     assert any(isinstance(one, nn.Dropout) for one in model.get_output_embeddings().lora_dropout.values())
     rows = with_prefix(some(weighted=True))

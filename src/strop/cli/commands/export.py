@@ -12,12 +12,13 @@ from rich.markup import escape
 from strop import api
 from strop.cli.options import AdapterName, Data, Json, NoParity, parse_numbers
 from strop.cli.progress import status_line
-from strop.cli.tables import console, print_adapters, print_base, print_fields, print_json, print_notes, print_parity
+from strop.cli.tables import console, print_adapters, print_fields, print_json, print_notes
 from strop.engine.kernels import warmup
 from strop.errors import RecipeError
 
 if TYPE_CHECKING:
     from strop.exporting.gguf import Exported
+    from strop.exporting.parity import Parity
 
 
 def adapters(
@@ -39,19 +40,19 @@ def adapters(
         raise RecipeError(f"{len(names)} adapters: only two can be compared", fix="add them with --out and --weights")
     result: dict[str, Any]
     with status_line("loading the libraries") as status:
-        from strop.exporting import adapters as exporting
+        from strop.exporting import adapters as adapter_folders
 
         status.update("reading the adapters")
         if out is not None:
-            combined = exporting.combine(names, parse_numbers(weights), out)
-            result = {**combined, "notes": exporting.find_prompt_differences(names)}
+            combined = adapter_folders.combine(names, parse_numbers(weights), out)
+            result = {**combined, "notes": adapter_folders.find_prompt_differences(names)}
         elif len(names) == 2:
-            result = exporting.compare(*names)
-        elif exporting.is_adapter(names[0]):
-            result = {**exporting.read_info(names[0]), "norm": exporting.compute_norm(names[0])}
-            result["not_measured"] = exporting.why_not_measured(names[0])
+            result = adapter_folders.compare(*names)
+        elif adapter_folders.is_adapter(names[0]):
+            result = {**adapter_folders.read_info(names[0]), "norm": adapter_folders.compute_norm(names[0])}
+            result["not_measured"] = adapter_folders.why_not_measured(names[0])
         else:
-            result = {"adapters": exporting.find_adapters(Path(names[0]))}
+            result = {"adapters": adapter_folders.find_adapters(Path(names[0]))}
     if out is not None:
         print_notes(result["notes"])
         console.print(f"[bold]wrote[/]    {escape(str(result['folder']))}: rank {result['rank']}")
@@ -74,13 +75,13 @@ def merge(
     with status_line("loading the libraries") as status:
         warmup.load(warmup.DECODE)
         merged = api.merge(run, out, dtype=dtype, data=data, measure=not no_parity, progress=status.print)
-    print_base(merged.base, merged.base_losses)
-    print_parity(merged.parity)
+    _print_base_losses(merged.base_losses, merged.base)
+    _print_parity(merged.parity)
     console.print(f"[bold]merged[/]   {escape(str(merged.out))}")
     print_json(merged.as_json(), as_json)
 
 
-Type = Annotated[
+GgufType = Annotated[
     str | None,
     typer.Option("--type", help="f32, f16, bf16 or q8_0 (default); with llama.cpp also q6_k, q5_k_m, q4_k_m."),
 ]
@@ -89,7 +90,7 @@ Type = Annotated[
 def gguf(
     run: AdapterName,
     out: Annotated[Path, typer.Option(help="File to write.")],
-    kind: Type = None,
+    gguf_type: GgufType = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write only the LoRA adapter, for a base that is already in GGUF.")
     ] = False,
@@ -101,7 +102,7 @@ def gguf(
     with status_line("loading the libraries") as status:
         warmup.load(warmup.DECODE)
         exported = api.export(
-            "gguf", run, out, type=kind, adapter=adapter, data=data, measure=not no_parity, progress=status.print
+            "gguf", run, out, type=gguf_type, adapter=adapter, data=data, measure=not no_parity, progress=status.print
         )
     _print_exported(exported)
     print_notes(exported.notes)
@@ -112,7 +113,7 @@ def gguf(
 def ollama(
     run: AdapterName,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    kind: Type = None,
+    gguf_type: GgufType = None,
     data: Data = None,
     no_parity: NoParity = False,
     as_json: Json = False,
@@ -120,7 +121,9 @@ def ollama(
     """Write a folder for `ollama create` (GGUF and Modelfile), and compare its prompts with those of training."""
     with status_line("loading the libraries") as status:
         warmup.load(warmup.DECODE)
-        prepared = api.export("ollama", run, out, type=kind, data=data, measure=not no_parity, progress=status.print)
+        prepared = api.export(
+            "ollama", run, out, type=gguf_type, data=data, measure=not no_parity, progress=status.print
+        )
     _print_exported(prepared.exported)
     if prepared.rendered_by is not None:
         console.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")
@@ -131,16 +134,35 @@ def ollama(
     print_json(prepared.as_json(), as_json)
 
 
+def _print_base_losses(losses: dict[str, float], base: str) -> None:
+    """Print the loss on each candidate for the base weights. base: the candidate that was used."""
+    for candidate, loss in losses.items():
+        console.print(f"[bold]base[/]     {candidate}: loss {loss:.4f}{' (used)' if base == candidate else ''}")
+
+
+def _print_parity(parity: Parity | None) -> None:
+    """Print how the outputs of a merged or exported model differ from those of the base with the adapter."""
+    if parity is None:
+        console.print("[bold]parity[/]   not measured")
+        return
+    flips = f"{parity.clear_flips} clear flip{'s' * (parity.clear_flips != 1)} in {parity.positions:,} positions"
+    effect = "" if parity.effect is None else f"; {parity.effect.value:.1%} of the adapter's effect"
+    console.print(
+        f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, max {parity.kl_max:.2g}; {flips} (top-1 agreement "
+        f"{parity.top1_agreement:.2%}){effect}; loss {parity.loss_difference:+.1e}"
+    )
+
+
 def _print_exported(exported: Exported) -> None:
-    print_base(exported.base, exported.base_losses)
+    _print_base_losses(exported.base_losses, exported.base)
     check = exported.check
     if check is None or check.parity is None:
         console.print(f"[bold]parity[/]   {escape(str(exported.unmeasured))}", style="yellow")
         return
-    print_parity(check.parity)
+    _print_parity(check.parity)
     console.print(
         f"[bold]text[/]     {check.strings} of 200 strings tokenized identically, {check.conversations} prompts equal; "
-        f"{check.answers_equal} of {check.answers} greedy answers equal, {check.answers_stopped} stopped"
+        f"{check.answers_equal} of {check.answers} greedy answers equal, {check.answers_stopped} with a stop token"
     )
 
 

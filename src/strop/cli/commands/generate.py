@@ -53,28 +53,28 @@ def evaluate(
     """Compare base and tuned model on rows that were not trained on."""
     from strop.distributed.launch import count_processes, launch_processes
 
-    if number := count_processes(devices):
-        launch_processes(number, sys.argv[1:])
+    if num_processes := count_processes(devices):
+        launch_processes(num_processes, sys.argv[1:])
         return
-    main = is_main_process()
-    with generation_progress(console_for(main)) as advance:
-        warmup.load(warmup.DECODE if main else None)
+    is_main = is_main_process()
+    with generation_progress(console_for(is_main)) as advance:
+        warmup.load(warmup.DECODE if is_main else None)
         result = api.evaluate(
             names if len(names) > 1 else names[0], data, metric=metric, max_new_tokens=max_new_tokens, general=general,
             regression_data=regression_data or (), regression_metric=regression_metric, tasks=tasks or (),
             task_limit=task_limit, judge=judge, judge_model=judge_model, quantization=quantization, force=force,
             progress=advance, **(options or {}),
         )  # fmt: skip
-    if not main:
+    if not is_main:
         return
-    results = result["runs"] if len(names) > 1 else [result]
-    for evaluation in results:
+    evaluations = result["runs"] if len(names) > 1 else [result]
+    for evaluation in evaluations:
         print_evaluation(evaluation, samples)
-    parts = [part for evaluation in results for part in (evaluation, evaluation.get("regression", {}))]
+    parts = [part for evaluation in evaluations for part in (evaluation, evaluation.get("regression", {}))]
     interrupted = [part["interrupted"] for part in parts if "interrupted" in part]
-    print_notes([f"interrupted {when}" for when in interrupted])
+    print_notes([f"interrupted {text}" for text in interrupted])
     if len(names) > 1:
-        print_leaderboard(result["leaderboard"], results[0]["metric"])
+        print_leaderboard(result["leaderboard"], evaluations[0]["metric"])
     print_json(result, as_json)
     if interrupted:
         raise typer.Exit(130)
@@ -153,52 +153,52 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve models with an OpenAI-compatible API and a page that compares base and tuned answers."""
-    from strop.errors import RecipeError, nearest
+    from strop.errors import RecipeError, suggest
     from strop.models.load import check_device_and_dtype
     from strop.serve.server import exit_code, open_address
 
     if engine not in ("strop", "vllm"):
-        raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
+        raise RecipeError(f"--engine {engine}: no such engine{suggest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
     check_device_and_dtype(device, dtype)
-    strop_only = {
+    ignored_by_vllm = {
         "--queue": queue != 64, "--max-body": max_body != 4, "--allow-host": bool(allow_host), "--force": force,
         "--quantization": quantization != "auto",
     }  # fmt: skip
-    given = [name for name, is_given in strop_only.items() if is_given]
-    unused = given if engine == "vllm" else ["--vllm-python"] * bool(vllm_python)
-    if unused:
-        raise RecipeError(f"{unused[0]}: has no effect with --engine {engine}", fix="leave it out")
+    ignored = ignored_by_vllm if engine == "vllm" else {"--vllm-python": bool(vllm_python)}
+    ignored_options = [name for name, is_set in ignored.items() if is_set]
+    if ignored_options:
+        raise RecipeError(f"{ignored_options[0]}: has no effect with --engine {engine}", fix="leave it out")
     address = open_address(host, port, api_key, allow_host or [])
 
-    def ready(about: dict[str, Any]) -> None:
+    def on_ready(server: dict[str, Any]) -> None:
         status.stop()
-        print_notes(about["notes"])
-        for parity in about.get("parity", []):
+        print_notes(server["notes"])
+        for parity in server.get("parity", []):
             control = "" if parity["control"] is None else f", to the base {parity['control']:.2g}"
             console.print(
                 f"[bold]parity[/]   {escape(parity['model'])}: mean difference {parity['mean']:.2g} nats per token"
                 f"{control}; at most {parity['max']:.2g}, over {parity['tokens']:,} tokens"
             )
         console.print(
-            f"[bold]serving[/]  {about['url']}  models: {escape(', '.join(about['models']))}  (Ctrl-C to stop)"
+            f"[bold]serving[/]  {server['url']}  models: {escape(', '.join(server['models']))}  (Ctrl-C to stop)"
         )
-        print_json(about, as_json)
+        print_json(server, as_json)
 
     with status_line("loading the libraries") as status:
         if engine == "vllm":
             from strop.serve.vllm import serve_vllm
 
-            ended = serve_vllm(
+            signal_number = serve_vllm(
                 names, address, python=vllm_python, slots=slots, context=context, device=device, dtype=dtype,
-                ready=ready,
+                on_ready=on_ready,
             )  # fmt: skip
         else:
             warmup.load(warmup.DECODE)
             from strop.serve.run import serve as run_server
 
-            ended = run_server(
+            signal_number = run_server(
                 names, address, slots=slots, queue=queue, context=context, max_body_bytes=max_body << 20, device=device,
-                dtype=dtype, quantization=quantization, force=force, ready=ready,
+                dtype=dtype, quantization=quantization, force=force, on_ready=on_ready,
             )  # fmt: skip
     console.print("[bold]stopped[/]")
-    raise typer.Exit(exit_code(ended))
+    raise typer.Exit(exit_code(signal_number))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from strop import api
-from strop.cli.options import Json, RecipeOrData, RecipeOrModel, read_argument
+from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
 from strop.cli.progress import status_line
 from strop.cli.tables import console, print_json, print_notes
 from strop.engine.kernels import warmup
@@ -28,14 +28,14 @@ def doctor(
     from strop.machine.doctor import examine
     from strop.planning.tables import print_findings
 
-    def try_out(machine: Any) -> Any:
+    def measure(machine: Any) -> Any:
         warmup.load()
         from strop.planning import calibrate
 
         return calibrate.examine(machine)
 
     with status_line("loading the libraries"):
-        examination = examine(try_out)
+        examination = examine(measure)
     findings = examination.findings
     errors = [finding for finding in findings if finding.level == "error"]
     result: dict[str, Any]
@@ -45,8 +45,8 @@ def doctor(
         if fixes and not as_json:
             print("\n".join(fixes))
         elif not as_json:
-            problems = any(finding.level != "ok" for finding in findings)
-            console.print("no command fixes the findings: see `strop doctor`" if problems else "nothing to fix")
+            has_problems = any(finding.level != "ok" for finding in findings)
+            console.print("no command fixes the findings: see `strop doctor`" if has_problems else "nothing to fix")
     else:
         print_findings(examination, console)
         result = examination.as_json()
@@ -91,8 +91,8 @@ def plan(
         str | None, typer.Option(help="Plan for this much memory, such as 8GB (with --device cuda: GPU memory).")
     ] = None,
     gpu: Annotated[str | None, typer.Option(help='Plan for this GPU, such as "RTX 4090".')] = None,
-    devices: Annotated[int, typer.Option(min=1, help="Devices per machine: GPUs, or processes on a CPU.")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    devices: DevicesPerMachine = 1,
+    nodes: Machines = 1,
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare full fine-tuning, 16-bit LoRA and QLoRA for several model sizes.")
     ] = False,
@@ -114,7 +114,7 @@ def plan(
     print_plan(planned, console)
     result = planned.as_json()
     if not planned.fits:
-        fixes = "; ".join(rung.what for rung in planned.ladder)
+        fixes = "; ".join(suggestion.what for suggestion in planned.suggestions)
         result["error"] = {"kind": "DoesNotFit", "message": "the recipe does not fit", "fix": fixes, "where": []}
     print_json(result, as_json)
     if not planned.fits:
@@ -136,20 +136,20 @@ def check(
     with status_line("reading and checking the rows"):
         from strop.data import check as data_check
 
-        rows = api.check_rows(file, options)
-    data_check.print_report(rows.prepared.report.as_json(), console)
-    too_long = _note_on_length(rows.recipe, rows.prepared.train.lengths)
-    print_notes([too_long] if too_long else [])
+        checked = api.check_rows(file, options)
+    report = checked.prepared.report
+    data_check.print_report(report.as_json(), console)
+    note = _note_on_length(checked.recipe, checked.prepared.train.lengths)
+    print_notes([note] if note else [])
     if show:
-        data_check.print_examples(rows.prepared, show, console, ids=ids)
+        data_check.print_examples(checked.prepared, show, console, ids=ids)
     if fix is not None:
-        changes = data_check.write_cleaned_copy(rows.recipe.data, rows.tokenizer, fix, rows.data_kind)
+        changes = data_check.write_cleaned_copy(checked.recipe.data, checked.tokenizer, fix, checked.data_kind)
         dropped = sum(change.change.startswith("dropped") for change in changes)
         with fix.open("rb") as file:
             written = sum(1 for _ in file)
         summary = f"wrote {fix}: {written:,} rows, {dropped:,} dropped (see {fix}.changes.jsonl)"
         console.print(summary, markup=False, highlight=False)
-    report = rows.prepared.report
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:
@@ -166,4 +166,4 @@ def _note_on_length(recipe: Recipe, lengths: Indices) -> str | None:
         shape = read_model_info(recipe.model.name, recipe.model.revision).shape
     except ModelError:
         return None
-    return shape.count_too_long(lengths, max_completion_tokens(recipe.train))
+    return shape.too_long_message(lengths, max_completion_tokens(recipe.train))

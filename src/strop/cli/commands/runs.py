@@ -51,8 +51,8 @@ def runs(
     for row in rows:
         table.add_row(
             escape(Path(row["run"]).name),
-            escape(_short_name(row["model"])),
-            escape(", ".join(map(_short_name, row["data"] or [None]))),
+            escape(_shorten_name(row["model"])),
+            escape(", ".join(map(_shorten_name, row["data"] or [None]))),
             "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}",
             "-" if row["loss"] is None else f"{row['loss']:.3f}",
             "-" if row["seconds"] is None else _format_time(row["seconds"]),
@@ -85,30 +85,30 @@ def _delete(folder: Path, name: str, confirmed: bool, as_json: bool) -> None:
 
 
 def _summarize(run: RunFolder) -> dict[str, Any]:
-    """Return the figures of a run; None where a damaged file lacks them. score: of the newest `strop eval`."""
+    """Return a row of the table. Values are None if the files of the run lack them."""
     report, recipe = run.read_report(), _read_yaml(run.recipe)
-    rows, metric = _get(recipe, "data", "train"), _get(report, "evaluation", "metric")
-    steps, loss = _number(_get(report, "steps")), _number(_get(report, "eval_loss"))
+    sources, metric = _get(recipe, "data", "train"), _get(report, "evaluation", "metric")
+    steps, loss = _number_or_none(_get(report, "steps")), _number_or_none(_get(report, "eval_loss"))
     return {
         "run": str(run.path),
         "model": _get(recipe, "model", "name"),
-        "data": rows if isinstance(rows, list) else None if rows is None else [rows],
+        "data": sources if sources is None or isinstance(sources, list) else [sources],
         "finished": run.finished,
         "step": max([step for step, _ in run.checkpoints()], default=0) if steps is None else steps,
         "metric": metric,
-        "score": _number(_get(report, "evaluation", "tuned", metric)),
-        "loss": _number(_get(report, "loss", "last")) if loss is None else loss,
-        "seconds": _number(_get(report, "seconds")),
+        "score": _number_or_none(_get(report, "evaluation", "tuned", metric)),
+        "loss": _number_or_none(_get(report, "loss", "last")) if loss is None else loss,
+        "seconds": _number_or_none(_get(report, "seconds")),
     }
 
 
-def _get(tree: Any, *path: Any) -> Any:
-    for key in path:
+def _get(tree: Any, *keys: Any) -> Any:
+    for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
 
 
-def _number(value: Any) -> float | None:
+def _number_or_none(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
@@ -122,8 +122,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _short_name(name: Any) -> str:
-    """Return the last part of a path; a Hub id stays whole."""
+def _shorten_name(name: Any) -> str:
+    """Return the file name of a path; return Hub ids unchanged."""
     if not isinstance(name, str):
         return "-" if name is None else str(name)
     return Path(name).name if Path(name).is_absolute() or name.count("/") > 1 else name
@@ -149,11 +149,11 @@ def dash(
     from strop.dash.app import dash as run_server
     from strop.serve.server import exit_code
 
-    def ready(about: dict[str, Any]) -> None:
-        console.print(f"[bold]page[/]     {about['url']}", soft_wrap=True)
+    def ready(server: dict[str, Any]) -> None:
+        console.print(f"[bold]page[/]     {server['url']}", soft_wrap=True)
         console.print("the address contains the access key: keep it secret  (Ctrl-C stops the page; runs continue)")
-        print_json(about, as_json)
+        print_json(server, as_json)
 
-    ended = run_server(folder, host=host, port=port, more_hosts=allow_host or [], ready=ready)
+    signal_number = run_server(folder, host=host, port=port, more_hosts=allow_host or [], ready=ready)
     console.print("[bold]stopped[/]")
-    raise typer.Exit(exit_code(ended))
+    raise typer.Exit(exit_code(signal_number))

@@ -34,26 +34,26 @@ def train(
     from strop.distributed.launch import count_processes, launch_processes
 
     resolved = resolve(recipe, options)
-    number = count_processes(devices, resolved.recipe.model.device)
+    num_processes = count_processes(devices, resolved.recipe.model.device)
     if print_recipe:
-        from strop.machine.memory import limit_bytes
+        from strop.machine.memory import parse_memory
         from strop.training.preflight import preview
 
-        complete = preview(resolved, memory=limit_bytes(memory), devices=number or 1)
+        complete = preview(resolved, memory=parse_memory(memory), devices=num_processes or 1)
         if as_json:
             choices = [asdict(choice) for choice in complete.choices.values()]
             print_json({"recipe": complete.recipe.model_dump(), "choices": choices}, as_json)
         else:
             print(complete.as_yaml(), end="")
         return
-    if number:
-        launch_processes(number, sys.argv[1:])
+    if num_processes:
+        launch_processes(num_processes, sys.argv[1:])
         return
-    main = is_main_process()
-    with run_progress(console_for(main)) as progress:
-        warmup.load(warmup.TRAIN if main else None)
+    is_main = is_main_process()
+    with run_progress(console_for(is_main)) as progress:
+        warmup.load(warmup.TRAIN if is_main else None)
         run = api.train(recipe, callback=progress, memory=memory, resume_existing=resume_existing, **(options or {}))
-    if main:
+    if is_main:
         print_run_summary(run.report, as_json)
 
 
@@ -76,22 +76,19 @@ def resume(
     from strop.runs.folder import open_run
 
     folder = open_run(run)
-    if number := count_processes(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
-        launch_processes(number, sys.argv[1:])
+    device = read_resolved(folder.recipe).recipe.model.device if devices else "auto"
+    if num_processes := count_processes(devices, device):
+        launch_processes(num_processes, sys.argv[1:])
         return
-    main, finished = is_main_process(), folder.finished
-    with run_progress(console_for(main)) as progress:
-        warmup.load(warmup.TRAIN if main else None)
-        report = api.resume(
-            run, callback=progress, allow_changed=allow_changed or (), memory=memory, **(options or {})
-        ).report
-    if main:
-        if finished:
+    is_main, was_finished = is_main_process(), folder.finished
+    with run_progress(console_for(is_main)) as progress:
+        warmup.load(warmup.TRAIN if is_main else None)
+        changes = options or {}
+        resumed = api.resume(run, callback=progress, allow_changed=allow_changed or (), memory=memory, **changes)
+    if is_main:
+        if was_finished:
             console.print(f"{run} is finished; nothing to resume", markup=False)
-        print_run_summary(report, as_json)
-
-
-METRIC = "exact_json"
+        print_run_summary(resumed.report, as_json)
 
 
 def demo(
@@ -101,26 +98,26 @@ def demo(
     from strop.demo import data_files
     from strop.runs.folder import next_numbered
 
-    rows, held_out = data_files()
+    train_file, eval_file = data_files()
     folder = out or next_numbered(Path("runs"), "demo")
     with run_progress() as progress:
         warmup.load()
-        run = api.train(model="demo", data=rows, out=folder, callback=progress)
+        run = api.train(model="demo", data=train_file, out=folder, callback=progress)
     console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
     with generation_progress() as advance:
-        result = api.evaluate(folder, held_out, metric=METRIC, progress=advance)
+        result = api.evaluate(folder, eval_file, metric="exact_json", progress=advance)
     print_scores(result)
     samples = result["samples"]
     print_samples(samples[:: max(1, len(samples) // 3)][:3])  # spread over the rows
     console.print(
         f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json"
     )
-    strop = command_name()
+    command = command_name()
     console.print(
-        f"\ntalk to it:\n  {strop} chat {folder}\n"
-        "now with your own data:\n"
-        f"  {strop} check --model demo --data YOURS.jsonl --show 3\n"
-        f"  {strop} train --model demo --data YOURS.jsonl --out {folder.parent}/mine",
+        f"\nchat with it:\n  {command} chat {folder}\n"
+        "train on your own data:\n"
+        f"  {command} check --model demo --data YOURS.jsonl --show 3\n"
+        f"  {command} train --model demo --data YOURS.jsonl --out {folder.parent}/mine",
         markup=False,
     )
     print_json(result, as_json)

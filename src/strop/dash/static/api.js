@@ -120,9 +120,9 @@ export async function* readEvents(body) {
 const disconnected = new Set();
 
 function showConnection() {
-  const place = document.getElementById("link");
-  place.textContent = disconnected.size ? "Connection lost. Reconnecting…" : "";
-  place.classList.toggle("bad", disconnected.size > 0);
+  const element = document.getElementById("link");
+  element.textContent = disconnected.size ? "Connection lost. Reconnecting…" : "";
+  element.classList.toggle("bad", disconnected.size > 0);
 }
 
 /**

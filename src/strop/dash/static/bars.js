@@ -4,41 +4,41 @@ import { h } from "./dom.js";
 import { bytes, count } from "./format.js";
 
 const NAMES = { quantization_constants: "constants", saved_activations: "activations", mapped_files: "files" };
-const named = (part) => NAMES[part] ?? part.replaceAll("_", " ");
+const partName = (part) => NAMES[part] ?? part.replaceAll("_", " ");
 
 /** Show memory by phase. phases: {name: {peak_bytes, parts}}; usable: available bytes, shown as a line. */
 export function phaseBars(phases, usable) {
   const all = Object.values(phases),
-    most = Math.max(
+    max = Math.max(
       ...all.map((phase) => phase.peak_bytes),
       Math.min(usable || 0, 1.6 * Math.max(...all.map((phase) => phase.peak_bytes))),
     );
   const parts = [...new Set(all.flatMap((phase) => Object.keys(phase.parts)))].filter((part) =>
-    all.some((phase) => phase.parts[part] > 0.002 * most),
+    all.some((phase) => phase.parts[part] > 0.002 * max),
   );
   const at = new Map(parts.map((part, index) => [part, `p${index % 10}`]));
   return h(
     "div",
     { class: "bars" },
     Object.entries(phases).map(([name, phase]) => {
-      const some = parts.filter((part) => phase.parts[part] > 0);
-      const words = `${name}: ${bytes(phase.peak_bytes)}, of which ${some.map((part) => `${named(part)} ${bytes(phase.parts[part])}`).join(", ")}`;
+      const present = parts.filter((part) => phase.parts[part] > 0);
+      const label = `${name}: ${bytes(phase.peak_bytes)}, of which ${present.map((part) => `${partName(part)} ${bytes(phase.parts[part])}`).join(", ")}`;
       return h(
         "div",
         { class: "phase" },
         h("span", {}, name),
         h(
           "span",
-          { class: "parts", role: "img", "aria-label": words },
-          some.map((part) =>
+          { class: "parts", role: "img", "aria-label": label },
+          present.map((part) =>
             h("i", {
               class: at.get(part),
-              title: `${named(part)}: ${bytes(phase.parts[part])}`,
-              style: { width: `${(100 * phase.parts[part]) / most}%` },
+              title: `${partName(part)}: ${bytes(phase.parts[part])}`,
+              style: { width: `${(100 * phase.parts[part]) / max}%` },
             }),
           ),
-          usable && usable <= most
-            ? h("b", { title: `usable: ${bytes(usable)}`, style: { left: `${(100 * usable) / most}%` } })
+          usable && usable <= max
+            ? h("b", { title: `usable: ${bytes(usable)}`, style: { left: `${(100 * usable) / max}%` } })
             : null,
         ),
         h("span", { class: usable && phase.peak_bytes > usable ? "sum bad" : "sum" }, bytes(phase.peak_bytes)),
@@ -47,7 +47,7 @@ export function phaseBars(phases, usable) {
     h(
       "p",
       { class: "key" },
-      parts.map((part) => h("span", {}, h("i", { class: `dot ${at.get(part)}` }), named(part))),
+      parts.map((part) => h("span", {}, h("i", { class: `dot ${at.get(part)}` }), partName(part))),
       usable ? h("span", {}, `usable here: ${bytes(usable)}`) : null,
     ),
   );
@@ -55,7 +55,7 @@ export function phaseBars(phases, usable) {
 
 /** Show row lengths: counts[i] rows have edges[i] to edges[i + 1] tokens; supervised: the same for trained tokens. */
 export function histogram({ edges, counts, supervised }) {
-  const most = Math.max(...counts, ...(supervised ?? []), 1);
+  const max = Math.max(...counts, ...(supervised ?? []), 1);
   return h(
     "div",
     {
@@ -75,10 +75,8 @@ export function histogram({ edges, counts, supervised }) {
           class: "column",
           title: `${count(edges[index])} to ${count(edges[index + 1] ?? edges[index])} tokens: ${count(number)} rows${supervised ? `; trained on: ${count(supervised[index])} rows` : ""}`,
         },
-        h("i", { style: { height: `${(100 * number) / most}%` } }),
-        supervised
-          ? h("i", { class: "tuned", style: { height: `${(100 * (supervised[index] ?? 0)) / most}%` } })
-          : null,
+        h("i", { style: { height: `${(100 * number) / max}%` } }),
+        supervised ? h("i", { class: "tuned", style: { height: `${(100 * (supervised[index] ?? 0)) / max}%` } }) : null,
       ),
     ),
     h("span", { class: "from" }, count(edges[0])),

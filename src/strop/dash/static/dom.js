@@ -36,13 +36,13 @@ function flat(children) {
 }
 
 /** Replace the children of an element. */
-export function put(place, ...children) {
-  place.replaceChildren(...flat(children));
-  return place;
+export function put(element, ...children) {
+  element.replaceChildren(...flat(children));
+  return element;
 }
 
 let lastId = 0;
-export const uniqueId = (word) => `${word}-${(lastId += 1)}`;
+export const uniqueId = (prefix) => `${prefix}-${(lastId += 1)}`;
 
 /** Create a labelled field. The control gets an id, which its label and hint refer to. */
 export function field(label, control, hint = null) {
@@ -95,12 +95,12 @@ export function command(text) {
 
 /** Show a notice at the bottom of the page, which screen readers announce. */
 export function notify(text, bad = false) {
-  const place = document.getElementById("notice");
-  place.textContent = text;
-  place.classList.toggle("bad", bad);
-  place.classList.add("shown");
+  const element = document.getElementById("notice");
+  element.textContent = text;
+  element.classList.toggle("bad", bad);
+  element.classList.add("shown");
   clearTimeout(notify.timer);
-  notify.timer = setTimeout(() => place.classList.remove("shown"), bad ? 12000 : 4000);
+  notify.timer = setTimeout(() => element.classList.remove("shown"), bad ? 12000 : 4000);
 }
 
 /** Download a file. */

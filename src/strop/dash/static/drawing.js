@@ -13,7 +13,8 @@ export function plotSvg({ title, series, xs, x, show, range, marks, logarithmic,
   const across = (value) => LEFT + ((value - x0) / (x1 - x0 || 1)) * (WIDTH - LEFT - RIGHT);
   const down = (value) =>
     HEIGHT - BOTTOM - ((level(value) - level(y0)) / (level(y1) - level(y0) || 1)) * (HEIGHT - TOP - BOTTOM);
-  const text = (at, below, words, more = {}) => svg("text", { x: at, y: below, fill: colour("soft"), ...more }, words);
+  const text = (at, below, content, more = {}) =>
+    svg("text", { x: at, y: below, fill: colour("soft"), ...more }, content);
   const parts = [
     svg("rect", { width: WIDTH, height: HEIGHT, fill: colour("card") }),
     text(LEFT, 22, title, { fill: colour("ink"), "font-weight": "bold" }),
@@ -82,9 +83,9 @@ export function plotSvg({ title, series, xs, x, show, range, marks, logarithmic,
   return new XMLSerializer().serializeToString(root);
 }
 
-function ticks(low, high, most) {
+function ticks(low, high, maxTicks) {
   if (!(high > low)) return [low];
-  const rough = (high - low) / most,
+  const rough = (high - low) / maxTicks,
     unit = 10 ** Math.floor(Math.log10(rough));
   const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
   const finite = [];

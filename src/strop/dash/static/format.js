@@ -41,19 +41,19 @@ export function duration(seconds) {
 export function moment(time) {
   if (!isNumber(time)) return "";
   const at = new Date(time * 1000),
-    two = (number) => String(number).padStart(2, "0");
-  return `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())} ${two(at.getHours())}:${two(at.getMinutes())}`;
+    pad = (number) => String(number).padStart(2, "0");
+  return `${at.getFullYear()}-${pad(at.getMonth() + 1)}-${pad(at.getDate())} ${pad(at.getHours())}:${pad(at.getMinutes())}`;
 }
 
 export function ago(time, now = Date.now() / 1000) {
   if (!isNumber(time)) return "";
-  const past = now - time;
-  return past < 5
+  const age = now - time;
+  return age < 5
     ? "now"
-    : past < 3600
-      ? `${duration(past)} ago`
-      : past < 48 * 3600
-        ? `${Math.round(past / 3600)} h ago`
+    : age < 3600
+      ? `${duration(age)} ago`
+      : age < 48 * 3600
+        ? `${Math.round(age / 3600)} h ago`
         : moment(time);
 }
 

@@ -88,10 +88,10 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
   return card;
 }
 
-/** Return cards of jobs, newest first: all that are running, and the `most` newest. */
-export async function jobCards(params, signal, options = {}, most = 4) {
+/** Return cards of jobs, newest first: all that are running, and the `limit` newest. */
+export async function jobCards(params, signal, options = {}, limit = 4) {
   const { jobs } = await get("jobs", params, signal);
   return jobs
-    .filter((job, index) => job.state === "running" || index < most)
+    .filter((job, index) => job.state === "running" || index < limit)
     .map((job) => jobCard(job, signal, options));
 }

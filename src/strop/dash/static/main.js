@@ -34,13 +34,13 @@ async function navigate() {
   current = new AbortController();
   const { signal } = current;
   drawNav(screen);
-  const place = h("div", { class: "screen" });
-  place.setAttribute("aria-busy", "true");
+  const container = h("div", { class: "screen" });
+  container.setAttribute("aria-busy", "true");
   try {
     const { show } = await load();
     if (signal.aborted) return;
-    put(main, place);
-    const title = await show(place, { parts: parts.slice(1), query, signal });
+    put(main, container);
+    const title = await show(container, { parts: parts.slice(1), query, signal });
     if (signal.aborted) return;
     document.title = title ? `${title} · strop` : "strop";
   } catch (error) {
@@ -54,7 +54,7 @@ async function navigate() {
         h("p", {}, link("#/runs", "Back to the runs")),
       );
   }
-  place.removeAttribute("aria-busy");
+  container.removeAttribute("aria-busy");
   if (!first && path !== shownPath) {
     const head = main.querySelector("h1") ?? main;
     head.tabIndex = -1;

@@ -30,7 +30,7 @@ export class Plot {
     this.logarithmic = false;
     this.range = null;
     this.legend = h("div", { class: "legend" });
-    this.where = h("span", { class: "where" });
+    this.readout = h("span", { class: "where" });
     this.canvas = h("div", {
       class: "canvas",
       tabIndex: 0,
@@ -97,18 +97,18 @@ export class Plot {
     this.data = data;
     this.marks = marks;
     this.options.x = x;
-    const some = data.x.length > 0;
-    this.none.hidden = some;
-    this.canvas.hidden = !some;
-    if (some && (!this.u || renamed)) {
+    const hasData = data.x.length > 0;
+    this.none.hidden = hasData;
+    this.canvas.hidden = !hasData;
+    if (hasData && (!this.u || renamed)) {
       if (renamed) this.range = null;
       this.#make();
-    } else if (some) {
+    } else if (hasData) {
       this.u.setData(this.#columns(), false);
       this.#scale();
     }
     data.ys.forEach((ys, index) => (this.legend.children[index].hidden = !ys.some(isNumber)));
-    this.canvas.setAttribute("aria-label", this.#words());
+    this.canvas.setAttribute("aria-label", this.#description());
     this.#values(null);
   }
 
@@ -240,8 +240,8 @@ export class Plot {
   }
 
   /** Highlight a mark by its index. */
-  choose(place) {
-    this.marks.forEach((mark, index) => (mark.chosen = index === place));
+  choose(chosen) {
+    this.marks.forEach((mark, index) => (mark.chosen = index === chosen));
     this.u?.redraw(false);
   }
 
@@ -262,7 +262,7 @@ export class Plot {
           { class: "entry", "aria-pressed": "true" },
         );
       }),
-      this.where,
+      this.readout,
     );
     this.options.series.forEach((curve, index) => {
       const swatch = h("i", {
@@ -289,13 +289,13 @@ export class Plot {
         value = ys[back];
       curve.value.textContent = isNumber(value) ? ` ${this.options.show(value)}` : "";
     });
-    this.where.textContent =
+    this.readout.textContent =
       isNumber(at) && this.data.x.length
         ? `${x.name} ${x.show ? x.show(this.data.x[at]) : figure(this.data.x[at])}`
         : "";
   }
 
-  #words() {
+  #description() {
     const { title, series, show, x } = this.options;
     const descriptions = series
       .map((curve, index) => {

@@ -1,4 +1,4 @@
-"""Decode data files to lines, with gzip and zstandard decompression, in memory of one line."""
+"""Read the lines of text files, decompressed and decoded. Only one line is in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
 
 from strop.data.row_errors import RowError, file_error
-from strop.errors import DataError, Where
+from strop.errors import DataError, Location
 
-# suffix -> (reader, description). `.gz` and `.zst` may follow any suffix but .parquet.
+# suffix -> (reader, description). `.gz` and `.zst` may follow any suffix except .parquet.
 TYPES: dict[str, tuple[str, str]] = {
     ".jsonl": ("json", "JSON Lines: one object a line. A JSON array works too; on one line, its rows are numbered"),
     ".ndjson": ("json", "the same as .jsonl"),
@@ -33,16 +32,14 @@ TYPES: dict[str, tuple[str, str]] = {
 }
 COMPRESSION = (".gz", ".zst")
 
-# Names that distinguish a header from a first record, and a row from an object that wraps rows. A test checks that
-# every key of formats.FORMATS is among them.
-COLUMN_NAMES = frozenset(
-    {
-        *("answer", "answers", "category", "chosen", "chosen_messages", "completion", "completions", "context"),
-        *("conversation", "conversations", "history", "input", "instances", "instruction", "kto_tag", "label"),
-        *("messages", "output", "prompt", "query", "question", "rejected", "rejected_messages", "rejected_response"),
-        *("response", "responses", "scores", "system", "text", "thumbs", "tools"),
-    }
-)
+# Column names of the formats in formats.FORMATS. They distinguish a CSV header from a first record, and a JSON row from
+# an object that contains a list of rows.
+COLUMN_NAMES = frozenset((
+    "answer", "answers", "category", "chosen", "chosen_messages", "completion", "completions", "context",
+    "conversation", "conversations", "history", "input", "instances", "instruction", "kto_tag", "label", "messages",
+    "output", "prompt", "query", "question", "rejected", "rejected_messages", "rejected_response", "response",
+    "responses", "scores", "system", "text", "thumbs", "tools",
+))  # fmt: skip
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b", "gzip data without the suffix .gz"),
@@ -53,7 +50,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     *((b"\x80" + bytes([protocol]), "a pickle, which can run code when it is opened") for protocol in range(2, 6)),
 )
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
-_BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
+_BOMS = (  # UTF-32 first, because its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -62,8 +59,8 @@ _BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
 )
 
 
-def reader_of(path: str) -> str:
-    """Return the reader of a file: json, csv, tsv, parquet or text. Raises DataError for an unknown suffix."""
+def choose_reader(path: str) -> str:
+    """Return the reader for a file: json, csv, tsv, parquet or text. Raises DataError for an unknown suffix."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix in COMPRESSION:
         suffix = os.path.splitext(stem)[1]
@@ -78,67 +75,32 @@ def reader_of(path: str) -> str:
     raise file_error(path, f"unknown file type {suffix or '(no suffix)'}", fix)
 
 
-class _Zstandard(io.RawIOBase):
-    """A readable stream over zstandard frames that detects truncation; zstandard's own reader ends silently."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
-        self._frame = self._new_frame()
-        self._inside = False
-        self._unused = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._ready:
-            data = self._unused or self._raw.read(1 << 14)
-            self._unused = b""
-            if not data:
-                if self._inside:
-                    raise EOFError("the zstandard data is truncated")
-                return 0
-            try:
-                self._ready = self._frame.decompress(data)
-            except self._error as error:
-                raise OSError(str(error)) from error
-            self._inside = not self._frame.eof
-            if self._frame.eof:
-                self._unused, self._frame = self._frame.unused_data, self._new_frame()
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-
 @contextmanager
-def open_decompressed(path: str) -> Iterator[io.BufferedReader]:
-    """Open the decompressed bytes of a file. Raises DataError if it cannot be read to its end."""
+def _open_decompressed(path: str) -> Iterator[io.BufferedReader]:
+    """Open a file for reading its decompressed bytes. Raises DataError if reading fails inside the block."""
     try:
         with open(path, "rb") as raw:
             if path.lower().endswith(".gz"):
                 yield io.BufferedReader(gzip.GzipFile(fileobj=raw))
             elif path.lower().endswith(".zst"):
-                yield io.BufferedReader(_Zstandard(raw))
+                import pyarrow
+
+                yield io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
             else:
                 yield raw
-    except EOFError as error:
-        raise file_error(path, "the compressed file is truncated", "copy or download it again") from error
-    except (OSError, zlib.error) as error:
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, EOFError) or str(error) == "Truncated compressed stream":  # of gzip and pyarrow
+            raise file_error(path, "the compressed file is truncated", "copy or download it again") from error
         what = getattr(error, "strerror", None) or str(error)
         raise file_error(path, f"cannot be read: {what}") from error
 
 
 def _detect_encoding(path: str, stream: io.BufferedReader, requested: str) -> str:
-    """Return the encoding of the byte-order mark, else the requested one. Raises DataError for bytes of other types."""
+    """Return the encoding of the byte-order mark, else the requested one. Raises DataError if the file is not text."""
     try:
-        b"    ".decode(requested)  # not b"": Python does not look up the codec for no bytes
+        b"    ".decode(requested)  # not b"", for which Python does not look up the codec
     except UnicodeDecodeError:
-        pass  # UTF-32 has no such character
+        pass  # the codec exists; four spaces are not valid UTF-32
     except (LookupError, ValueError) as error:
         what = f"--data.encoding {requested}: not a text encoding"
         raise DataError(what, fix="try utf-8, latin-1 or cp1252") from error
@@ -157,14 +119,14 @@ def _detect_encoding(path: str, stream: io.BufferedReader, requested: str) -> st
 
 
 def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
-    """Yield each line number from 1 with the line and its line end, or with the error if it does not decode.
+    """Yield the number (from 1) of each line, and the line with its line end, or the error if it cannot be decoded.
 
     Lines end at \\n only. A byte-order mark overrides `encoding`. Raises DataError.
     """
-    with open_decompressed(path) as stream:
+    with _open_decompressed(path) as stream:
         name = _detect_encoding(path, stream, encoding)
         if codecs.lookup(name).name.startswith(("utf-16", "utf-32")):
-            yield from _wide_lines(path, stream, name)
+            yield from _read_wide_lines(path, stream, name)
             return
         for number, raw in enumerate(stream, 1):
             try:
@@ -175,8 +137,8 @@ def read_lines(path: str, encoding: str) -> Iterator[tuple[int, str | UnicodeDec
             name = "utf-8" if name == "utf-8-sig" else name  # only the first line has the mark
 
 
-def _wide_lines(path: str, stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str]]:
-    # \n is more than one byte here, so the text is decoded before it is split, and decoding stops at an error.
+def _read_wide_lines(path: str, stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-16 or UTF-32 file, which is decoded before it is split. Raises DataError."""
     number = 0
     try:
         with io.TextIOWrapper(stream, encoding=name, newline="\n") as decoded:
@@ -202,15 +164,15 @@ def read_text(path: str, encoding: str) -> str:
     return "".join(parts)
 
 
-def decoded_lines(name: str, path: str, encoding: str, bad: list[RowError]) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their numbers; append those that do not decode to `bad`."""
+def read_decoded_lines(name: str, path: str, encoding: str, errors: list[RowError]) -> Iterator[tuple[int, str]]:
+    """Yield the number and text of each line. Lines that cannot be decoded are appended to `errors`."""
     for number, text in read_lines(path, encoding):
         if isinstance(text, UnicodeDecodeError):
-            bad.append(encoding_error(name, number, text))
+            errors.append(encoding_error(name, number, text))
         else:
             yield number, text
 
 
 def encoding_error(name: str, number: int, error: UnicodeDecodeError) -> RowError:
     what = f"{_decode_message(error)}; set --data.encoding, such as latin-1 or cp1252"
-    return RowError("encoding", Where(name, number, what))
+    return RowError("encoding", Location(name, number, what))

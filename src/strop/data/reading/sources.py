@@ -1,7 +1,8 @@
-"""Find the data files that a spec names, download those of the Hub, and read them as rows with values unchanged.
+"""Find local data files and data sets on the Hub, and read their rows with values unchanged.
 
-An error of one row goes to a list and the row is skipped, so that all errors are reported together. An error of a whole
-file is a DataError. Files of the Hub are read like local ones: `datasets` would guess types ("007" becomes 7).
+Invalid rows are skipped and collected, so that all errors are reported together. DataError is raised if a whole file
+cannot be read. Files of the Hub are downloaded and read like local ones, because the `datasets` library converts values
+("007" becomes 7).
 """
 
 from __future__ import annotations
@@ -15,28 +16,27 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from json import JSONDecodeError
+from pathlib import Path
 
 from strop.data.reading import files, tables
 from strop.data.reading.files import COMPRESSION, TYPES
-from strop.data.reading.json_reader import json_rows
+from strop.data.reading.json_reader import read_json
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
-from strop.errors import DataError, InputError, first_line, nearest
+from strop.errors import DataError, InputError, first_line, suggest
 
 _MAX_WEIGHT = 1000.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files that are read as one."""
+    """A data file, or parallel files whose n-th lines form a row."""
 
     path: str  # as shown to the user
-    files: tuple[str, ...]  # several are parallel files
+    files: tuple[str, ...]
     weight: float = 1.0  # how often each row is read; a fraction selects a share of the rows
-
-
-# --- which files -------------------------------------------------------------------------------------------------
 
 
 def resolve(spec: str | Sequence[str]) -> list[Source]:
@@ -45,22 +45,21 @@ def resolve(spec: str | Sequence[str]) -> list[Source]:
     A spec is a file, a glob, `a.nl+b.cm` (parallel files), or `owner/name` on the Hub, each optionally with `@weight`.
     Raises DataError for an unknown name, a folder, a weight out of bounds, or a file named twice.
     """
-    sources = [source for part in ([spec] if isinstance(spec, str) else spec) for source in _resolve(part)]
+    sources = [source for part in ([spec] if isinstance(spec, str) else spec) for source in _resolve_one(part)]
     if not sources:
         raise DataError("no data file named", fix="give one with --data.train FILE")
     counts = Counter(os.path.realpath(file) for source in sources for file in source.files)
-    repeated = [path for path, count in counts.items() if count > 1]
-    if repeated:
+    if repeated := [path for path, count in counts.items() if count > 1]:
         raise file_error(os.path.relpath(repeated[0]), "named twice", "to repeat its rows, write FILE@2")
     return sources
 
 
-def _resolve(spec: str) -> list[Source]:
+def _resolve_one(spec: str) -> list[Source]:
     if weighted := _match_weight(spec):
         weight = float(weighted[2])
         if not 0 < weight <= _MAX_WEIGHT:
             raise DataError(f"{spec}: the weight must be above 0 and at most {_MAX_WEIGHT:g}")
-        return [replace(source, weight=weight) for source in _resolve(weighted[1])]
+        return [replace(source, weight=weight) for source in _resolve_one(weighted[1])]
     if os.path.isfile(spec):
         return [Source(spec, (spec,))]
     if os.path.isdir(spec):
@@ -72,19 +71,19 @@ def _resolve(spec: str) -> list[Source]:
         raise file_error(spec, "is a folder", f"name its files: {globs}" if globs else "it has no data files")
     if any(sign in spec for sign in "*?["):
         names = sorted(name for name in glob.glob(spec, recursive=True) if os.path.isfile(name))
-        if not names and not is_dataset(spec):
-            raise file_error(spec, "no file matches")
         if names:
             return [Source(name, (name,)) for name in names]
+        if not is_dataset(spec):
+            raise file_error(spec, "no file matches")
     parts = tuple(spec.split("+"))
     if len(parts) > 1 and any(os.path.isfile(part) for part in parts):
         for part in parts:
             if not os.path.isfile(part):
-                raise _missing(part)
+                raise _missing_file_error(part)
         return [Source(spec, parts)]
     if is_dataset(spec):
-        return [Source(shown, (local,)) for shown, local in download(spec)]
-    raise _missing(spec)
+        return _download(spec)
+    raise _missing_file_error(spec)
 
 
 def _match_weight(spec: str) -> re.Match[str] | None:
@@ -99,7 +98,7 @@ def needs_download(spec: str) -> bool:
     return not glob.glob(name, recursive=True) and is_dataset(name)
 
 
-def _missing(path: str) -> DataError:
+def _missing_file_error(path: str) -> DataError:
     folder, name = os.path.split(path)
     if "\0" in path:
         return DataError("a file name contains a NUL character", fix="name a file that exists")
@@ -110,32 +109,30 @@ def _missing(path: str) -> DataError:
     if not os.path.isdir(folder or "."):
         return file_error(path, f"no such file: there is no folder {folder}")
     siblings = os.listdir(folder or ".")
-    return file_error(path, f"no such file{nearest(name, siblings)}", "a Hub data set is named owner/name")
+    return file_error(path, f"no such file{suggest(name, siblings)}", "a Hub data set is named owner/name")
 
-
-# --- data sets of the Hub ------------------------------------------------------------------------------------------
 
 # owner/name, optionally @revision, optionally a path or glob inside the repository
-_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w.-]+))?(?:/(.+))?")
-_TRAIN = re.compile(r"(?:^|[/._-])train(?:[/._-]|$)")
-_EVAL = re.compile(r"(?:^|[/._-])(?:test|valid|validation|val|dev|eval)(?:[/._-]|$)")
+_DATASET_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w.-]+))?(?:/(.+))?")
+_TRAIN_FILE = re.compile(r"(?:^|[/._-])train(?:[/._-]|$)")
+_EVAL_FILE = re.compile(r"(?:^|[/._-])(?:test|valid|validation|val|dev|eval)(?:[/._-]|$)")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 _METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
 
 
 def is_dataset(spec: str) -> bool:
-    """Return whether `spec`, which is not a local path, has the form of a Hub data set."""
-    match = _ID.fullmatch(spec)
+    """Return whether `spec`, which is not a local path, has the form of a Hub data set's name."""
+    match = _DATASET_ID.fullmatch(spec)
     if not match or os.path.isdir(spec.split("/")[0]):
         return False
     return match[3] is not None or not _is_data_file(match[1])
 
 
-def download(spec: str) -> list[tuple[str, str]]:
-    """Download the data files of `owner/name[@revision][/path or glob]`: return the name and local path of each.
+def _download(spec: str) -> list[Source]:
+    """Download the data files of `owner/name[@revision][/path or glob]`.
 
-    Without a path, the files of the train split are chosen if that is unambiguous. Offline, cached files are used.
-    Raises DataError for no such data set or file, an ambiguous choice, or if the Hub cannot be reached.
+    Without a path, the files of the train split are chosen. Offline, cached files are used. Raises DataError for an
+    unknown name, an ambiguous choice, or if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -143,9 +140,12 @@ def download(spec: str) -> list[tuple[str, str]]:
     # the class of httpx or of httpx2, depending on the version of huggingface_hub
     from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
-    match = _ID.fullmatch(spec)
+    match = _DATASET_ID.fullmatch(spec)
     assert match, spec
-    name, revision, inside = match.groups()
+    name, revision, pattern = match.groups()
+    explain = partial(
+        explain_hub_error, name=name, page=f"datasets/{name}", error_class=DataError, access_class=DataError
+    )
     try:
         info = HfApi().dataset_info(name, revision=revision)
     except HFValidationError as error:
@@ -155,74 +155,70 @@ def download(spec: str) -> list[tuple[str, str]]:
         if status < 500 and status != 429:
             what = f"{spec}: no such file, and the Hub says: {first_line(error)}"
             raise DataError(what, fix="check the name, or log in with `hf auth login`") from error
-        return _cached_files(name, revision, inside, error)
+        return _find_cached_files(name, revision, pattern, error)
     except ValueError as error:
-        raise explain_hub_error(error, name, f"datasets/{name}", DataError, DataError) or error from error
-    chosen = choose_files(name, [file.rfilename for file in info.siblings or []], inside)
-    try:  # one snapshot, so that all files are of one commit
+        raise explain(error) or error from error
+    chosen = choose_files(name, [file.rfilename for file in info.siblings or []], pattern)
+    try:  # in one call, so that all files are of the same commit
         patterns = [glob.escape(file) for file in chosen]
         folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
     except (OSError, TransportError, ValueError) as error:
-        explained = explain_hub_error(error, name, f"datasets/{name}", DataError, DataError)
+        explained = explain(error)
         if explained is None and isinstance(error, LocalEntryNotFoundError):
             explained = DataError(f"{spec}: the connection to the Hub was lost", fix="try again")
         if explained is None:
             raise
         raise explained from error
-    return _local_files(name, folder, chosen)
+    return _locate_files(name, folder, chosen)
 
 
-def _local_files(name: str, folder: str, chosen: list[str]) -> list[tuple[str, str]]:
-    """Return the names and paths of files of a snapshot. Raises DataError if one is missing."""
+def _locate_files(name: str, folder: str, chosen: list[str]) -> list[Source]:
+    """Return the chosen files of a snapshot. Raises DataError if one is missing."""
     local = {file: os.path.join(folder, file) for file in chosen}
     if missing := [file for file, path in local.items() if not os.path.isfile(path)]:
         raise DataError(f"{name}: {missing[0]} was not downloaded", fix="try again")
-    return [(f"{name}/{file}", path) for file, path in local.items()]
+    return [Source(f"{name}/{file}", (path,)) for file, path in local.items()]
 
 
-def _cached_files(name: str, revision: str | None, inside: str | None, cause: Exception) -> list[tuple[str, str]]:
-    """Return the files that an earlier download left in the cache. Raises DataError if they are incomplete."""
+def _find_cached_files(name: str, revision: str | None, pattern: str | None, cause: Exception) -> list[Source]:
+    """Return the files in the cache, after `cause` prevented a download. Raises DataError if they are incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     status = getattr(getattr(cause, "response", None), "status_code", None)
     why = f"the Hub returned {status}" if status else f"the Hub cannot be reached ({type(cause).__name__})"
     fix = "wait a little, and try again" if status else "name a file that exists, or go online"
-    try:  # newer versions of huggingface_hub know the files of a commit and check that the requested ones are cached
-        patterns = [] if inside is None else [inside]
+    try:  # newer versions of huggingface_hub check that all requested files are cached
+        patterns = [] if pattern is None else [pattern]
         folder = snapshot_download(
             name, repo_type="dataset", revision=revision, local_files_only=True, allow_patterns=patterns
         )
     except LocalEntryNotFoundError as error:
         what = "only partly downloaded" if hasattr(error, "snapshot_path") else "no such file"
         raise DataError(f"{name}: {what}, and {why}", fix=fix) from cause
-    names = [
-        os.path.relpath(os.path.join(parent, file), folder).replace(os.sep, "/")
-        for parent, _, inner in os.walk(folder)
-        for file in inner
-    ]
-    chosen = choose_files(name, names, inside)
-    shards = _SHARD.search(chosen[0]) if inside is None else None
+    names = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
+    chosen = choose_files(name, names, pattern)
+    shards = _SHARD.search(chosen[0]) if pattern is None else None
     if shards and len(chosen) != int(shards[1]):
         what = f"{name}: only {len(chosen)} of its {int(shards[1])} files are cached, and {why}"
         raise DataError(what, fix=fix) from cause
-    return _local_files(name, folder, chosen)
+    return _locate_files(name, folder, chosen)
 
 
-def choose_files(name: str, names: list[str], inside: str | None) -> list[str]:
+def choose_files(name: str, names: list[str], pattern: str | None) -> list[str]:
     """Return the files of a repository to read, sorted. Raises DataError if the choice is ambiguous."""
     data = sorted(file for file in names if _is_data_file(file))
     shown = ", ".join(data[:10]) + (" ..." if len(data) > 10 else "")
-    if inside is not None:
-        chosen = sorted(file for file in names if file == inside or fnmatch.fnmatchcase(file, inside))
+    if pattern is not None:
+        chosen = sorted(file for file in names if file == pattern or fnmatch.fnmatchcase(file, pattern))
         if not chosen:
-            raise DataError(f"{name} has no file {inside}", fix=f"it has: {shown or 'no data files'}")
+            raise DataError(f"{name} has no file {pattern}", fix=f"it has: {shown or 'no data files'}")
         return chosen
     if not data:
         what = f"{name} has no file of a known type ({', '.join(TYPES)})"
         raise DataError(what, fix="scripts and archives are not run")
-    train = [file for file in data if _TRAIN.search(file)]
-    chosen = train or [file for file in data if not _EVAL.search(file)]
+    train = [file for file in data if _TRAIN_FILE.search(file)]
+    chosen = train or [file for file in data if not _EVAL_FILE.search(file)]
     if len({_SHARD.sub("", file) for file in chosen}) != 1:
         raise DataError(f"{name} has several data files: {shown}", fix=f"name one, or a glob: {name}/{data[0]}")
     return chosen
@@ -232,17 +228,17 @@ def _is_data_file(file: str) -> bool:
     stem, suffix = os.path.splitext(file.lower())
     data_suffix = os.path.splitext(stem)[1] if suffix in COMPRESSION else suffix
     name = file.rsplit("/", 1)[-1]
-    documentation = name.lower().startswith(("readme", "license", "requirements"))
-    return data_suffix in TYPES and name not in _METADATA_FILES and not documentation
+    is_documentation = name.lower().startswith(("readme", "license", "requirements"))
+    return data_suffix in TYPES and name not in _METADATA_FILES and not is_documentation
 
 
 def explain_hub_error(
     error: BaseException, name: str, page: str, error_class: type[InputError], access_class: type[InputError]
 ) -> InputError | None:
-    """Convert an error of the Hub's client to an error of `error_class`, or `access_class` without access.
+    """Convert an error of huggingface_hub to an error of `error_class`, or of `access_class` if access was denied.
 
-    page: path of the repository's page, without the Hub's address. Returns None if the Hub cannot be reached at all,
-    and for errors of other origin.
+    page: path of the repository's page on the Hub. Returns None if the Hub could not be reached at all, and for
+    unrelated errors.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
@@ -251,10 +247,10 @@ def explain_hub_error(
     from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
     retry = "try again: complete files are kept"
-    if isinstance(error, LocalEntryNotFoundError):  # its message blames the connection, whatever the Hub responded
-        cause = error.__cause__
-        is_response = isinstance(cause, HfHubHTTPError)
-        return explain_hub_error(cause, name, page, error_class, access_class) if is_response and cause else None
+    while isinstance(error, LocalEntryNotFoundError):  # its message blames the connection even if the Hub responded
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            return None
+        error = error.__cause__
     if isinstance(error, GatedRepoError):
         fix = f"open {constants.ENDPOINT}/{page} and accept them, then log in with `hf auth login`"
         return access_class(f"{name}: gated: you have to accept its terms", fix=fix)
@@ -272,38 +268,35 @@ def explain_hub_error(
     if isinstance(error, ValueError):  # an invalid address, proxy or token
         fix = "check HF_ENDPOINT, HF_TOKEN, and the proxy if there is one"
         return error_class(f"{name}: invalid request to the Hub: {first_line(error)}", fix=fix)
-    if isinstance(error, OSError) and error.errno is None:  # a file shorter than the Hub announced
+    if isinstance(error, OSError) and error.errno is None:  # the downloaded file is too short
         return error_class(f"{name}: {first_line(error)}", fix=retry)
     return None
 
 
-# --- rows --------------------------------------------------------------------------------------------------------
-
-
 def read_rows(
     spec: str | Sequence[str], *, encoding: str = "utf-8", columns: Mapping[str, str] | None = None,
-    bad: list[RowError], left_out: Counter[str] | None = None, documents: bool = False,
+    errors: list[RowError], left_out: Counter[str] | None = None, documents: bool = False,
 ) -> Iterator[Row]:  # fmt: skip
     """Yield the rows of all sources, in order. Memory does not grow with the file, except for JSON arrays.
 
-    spec: see `resolve`. columns: used here only for files without names: values that are numbers count the cells of
-    CSV, TSV and parallel files from 1. bad: receives the errors of rows. left_out: receives, by path, the number of
-    rows that a fractional weight left out. documents: read a plain text file as one row, not one row a paragraph.
+    spec: see `resolve`. columns: as in data.columns; numbers are columns of CSV and TSV files, or parallel files,
+    counted from 1. errors: receives the errors of single rows. left_out: receives, by path, the number of rows that a
+    fractional weight left out. documents: read a plain text file as one row instead of one row per paragraph.
 
     Raises DataError if a whole file cannot be read, possibly after some rows.
     """
     for source in resolve(spec):
-        before, empty = len(bad), True
-        for row in _read(source, encoding, columns or {}, bad, documents):
-            empty = False
+        num_errors, is_empty = len(errors), True
+        for row in _read(source, encoding, columns or {}, errors, documents):
+            is_empty = False
             yield from _repeat(row, source, left_out)
-        if empty and len(bad) == before:
+        if is_empty and len(errors) == num_errors:
             raise file_error(source.path, f"0 rows in {source.path}", "the file is empty, or has only blank lines")
 
 
 def _repeat(row: Row, source: Source, left_out: Counter[str] | None) -> Iterator[Row]:
     copies, fraction = divmod(source.weight, 1)
-    if fraction:  # chosen by content, so that the choice does not depend on the order of rows or on a seed
+    if fraction:  # chosen by content: independent of the order of rows and of the seed
         text = json.dumps(row.value, sort_keys=True, default=str).encode()
         copies += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64 < fraction
     if not copies and left_out is not None:
@@ -313,19 +306,19 @@ def _repeat(row: Row, source: Source, left_out: Counter[str] | None) -> Iterator
 
 
 def _read(
-    source: Source, encoding: str, columns: Mapping[str, str], bad: list[RowError], documents: bool
+    source: Source, encoding: str, columns: Mapping[str, str], errors: list[RowError], documents: bool
 ) -> Iterator[Row]:
     if len(source.files) > 1:
-        return tables.parallel_rows(source.path, source.files, encoding, columns, bad)
+        return tables.read_parallel(source.path, source.files, encoding, columns, errors)
     name, path = source.path, source.files[0]
-    reader = files.reader_of(path)
+    reader = files.choose_reader(path)
     if reader == "json":
-        return json_rows(name, path, encoding, columns, bad)
+        return read_json(name, path, encoding, columns, errors)
     if reader == "parquet":
-        return tables.parquet_rows(name, path)
+        return tables.read_parquet(name, path)
     if reader == "text" and documents:
-        return tables.document_rows(name, files.read_text(path, encoding))
-    lines = files.decoded_lines(name, path, encoding, bad)
+        return tables.read_document(name, files.read_text(path, encoding))
+    lines = files.read_decoded_lines(name, path, encoding, errors)
     if reader == "text":
-        return tables.paragraph_rows(name, lines)
-    return tables.table_rows(name, lines, "," if reader == "csv" else "\t", columns, bad)
+        return tables.read_paragraphs(name, lines)
+    return tables.read_table(name, lines, "," if reader == "csv" else "\t", columns, errors)

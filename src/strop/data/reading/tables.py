@@ -1,4 +1,4 @@
-"""Read CSV, TSV, plain text, parallel text files and Parquet as rows. Cells stay strings: `007`, `NA`, dates."""
+"""Read CSV, TSV, plain text, parallel text files and Parquet as rows. Cells of CSV and TSV files stay strings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from strop.data.reading.files import COLUMN_NAMES, TYPES, encoding_error, read_lines
 from strop.data.row_errors import RowError, file_error
 from strop.data.types import Row
-from strop.errors import Where, nearest
+from strop.errors import Location, suggest
 
 
 class _LineCounter:
-    """Lines for csv.reader; remembers the first and the last line of the current record."""
+    """Feed lines to csv.reader and remember the first and last line number of the current record."""
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
@@ -36,10 +36,10 @@ class _LineCounter:
 _UNCLOSED_QUOTE = "unexpected end of data"  # message of csv.Error
 
 
-def _records(
-    name: str, lines: Iterator[tuple[int, str]], separator: str, bad: list[RowError]
+def _read_records(
+    name: str, lines: Iterator[tuple[int, str]], separator: str, errors: list[RowError]
 ) -> Iterator[tuple[int, list[str], str]]:
-    """Yield each record as its first line, its cells, and its lines for messages if there are several."""
+    """Yield the first line number of each record, its cells, and, if it has several lines, ` (lines N to M)`."""
     csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB a cell rejects long texts
     counter = _LineCounter(lines)
     reader = csv.reader(counter, delimiter=separator, strict=True)
@@ -51,10 +51,10 @@ def _records(
             return
         except csv.Error as error:
             what = _explain_csv_error(str(error)) + counter.span
-            if counter.span and str(error) == _UNCLOSED_QUOTE:  # it swallows the rest of the file
+            if counter.span and str(error) == _UNCLOSED_QUOTE:  # the record extends to the end of the file
                 fix = "close the quote, or double it if it is part of the text"
                 raise file_error(name, what, fix, counter.first) from error
-            bad.append(RowError("cells", Where(name, counter.first, what)))
+            errors.append(RowError("cells", Location(name, counter.first, what)))
             continue
         if cells:
             assert counter.first is not None
@@ -75,52 +75,53 @@ def _detect_separator(
 ) -> tuple[Iterator[tuple[int, str]], str]:
     """Return the lines of a table and its separator.
 
-    Excel writes semicolons or tabs into a .csv file, possibly after a line `sep=;`. The separator is a comma if the
-    first line has any, or is as a whole the name of a column in `columns`.
+    Excel separates the cells of a .csv file with semicolons or tabs in some languages, and may write `sep=;` as the
+    first line. A comma in the first line, or a first line that is a name in `columns`, keeps the given separator.
     """
     first = next(lines, None)
     if first is None:
         return lines, separator
     if declared := re.fullmatch(r'sep=([^\w"\r\n])\r?\n?', first[1]):
         return lines, declared[1]
-    names, cells = set(columns.values()), _cells(first[1], separator)
+    names, cells = set(columns.values()), _split_cells(first[1], separator)
     if separator == "," and len(cells) == 1 and not (names and names <= {cells[0].strip(), "1"}):
-        candidates = [mark for mark in ";\t" if len(_cells(first[1], mark)) > 1]
+        candidates = [mark for mark in ";\t" if len(_split_cells(first[1], mark)) > 1]
         separator = candidates[0] if len(candidates) == 1 else separator
     return chain([first], lines), separator
 
 
-def _cells(line: str, separator: str) -> list[str]:
+def _split_cells(line: str, separator: str) -> list[str]:
     try:
         return next(csv.reader([line], delimiter=separator), [])
     except csv.Error:  # reported when the record is read
         return []
 
 
-def table_rows(
-    name: str, lines: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], bad: list[RowError]
+def read_table(
+    name: str, lines: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], errors: list[RowError]
 ) -> Iterator[Row]:
-    """Yield the records of a CSV or TSV file. Without a header, cells are numbered "1", "2", ..."""
+    """Yield the records of a CSV or TSV file. Without a header, the columns are named "1", "2", ..."""
     header, width = list[str](), 0
-    for number, cells, span in _records(name, *_detect_separator(lines, separator, columns), bad):
+    for number, cells, span in _read_records(name, *_detect_separator(lines, separator, columns), errors):
         if not header:
-            names, width = _header(name, number, cells, columns), len(cells)
+            names, width = _parse_header(name, number, cells, columns), len(cells)
             header = names or [str(i) for i in range(1, width + 1)]
             if names:
                 continue
         unnamed = [i for i, cell in enumerate(cells, 1) if i > len(header) and cell.strip()]
         if len(cells) != width:
-            bad.append(RowError("cells", Where(name, number, f"{len(cells)} cells, expected {width}{span}")))
+            errors.append(RowError("cells", Location(name, number, f"{len(cells)} cells, expected {width}{span}")))
         elif unnamed:
-            bad.append(RowError("cells", Where(name, number, f"cell {unnamed[0]} has text, but no name in the header")))
+            what = f"cell {unnamed[0]} has text, but no name in the header"
+            errors.append(RowError("cells", Location(name, number, what)))
         else:
             yield Row(name, number, dict(zip(header, cells, strict=False)))
 
 
-def _header(name: str, line: int, cells: list[str], columns: Mapping[str, str]) -> list[str] | None:
-    """Return the names of the columns, stripped, without empty cells at the end; None if the first record is a row.
+def _parse_header(name: str, line: int, cells: list[str], columns: Mapping[str, str]) -> list[str] | None:
+    """Return the column names of the first record, without empty ones at the end; None if it is a row, not a header.
 
-    This is decided by `columns` or by known names, never guessed. Raises DataError if it is unclear.
+    `columns` or known column names decide this. Raises DataError if it is unclear.
     """
     header = [cell.strip() for cell in cells]
     while header and not header[-1]:
@@ -131,14 +132,13 @@ def _header(name: str, line: int, cells: list[str], columns: Mapping[str, str]) 
         what = f"the first record looks like a header ({', '.join(header)})"
         raise file_error(name, what, f"--data.columns {option}", line)
     if columns and all(value.isdecimal() for value in columns.values()):
-        beyond = [value for value in columns.values() if not 0 < int(value) <= len(cells)]
-        if beyond:
-            raise file_error(name, f"no column {beyond[0]}: there are {len(cells)}, counted from 1", line=line)
+        if missing := [value for value in columns.values() if not 0 < int(value) <= len(cells)]:
+            raise file_error(name, f"no column {missing[0]}: there are {len(cells)}, counted from 1", line=line)
         return None
     for value in columns.values():
         if value not in names:
             known = ", ".join(cell[:40] for cell in header[:10])
-            raise file_error(name, f"no column {value!r}{nearest(value, header)}; there are: {known}", line=line)
+            raise file_error(name, f"no column {value!r}{suggest(value, header)}; there are: {known}", line=line)
     if len(names) < len(header) and (columns or names & COLUMN_NAMES):
         duplicate = next(cell for cell in header if header.count(cell) > 1)
         raise file_error(name, f"the header names a column twice: {duplicate!r}", "rename one", line)
@@ -152,28 +152,25 @@ def _header(name: str, line: int, cells: list[str], columns: Mapping[str, str]) 
     raise file_error(name, "unclear whether the first record is a header", fix, line)
 
 
-# --- plain text ----------------------------------------------------------------------------------------------------
-
-
-def paragraph_rows(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+def read_paragraphs(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     """Yield each paragraph of a text file as a row."""
-    for filled, block in groupby(lines, lambda line: bool(line[1].strip())):
-        if filled:
-            numbers, texts = zip(*block, strict=True)
+    for has_text, paragraph in groupby(lines, lambda line: bool(line[1].strip())):
+        if has_text:
+            numbers, texts = zip(*paragraph, strict=True)
             yield Row(name, numbers[0], {"text": "".join(texts).rstrip("\r\n")})
 
 
-def document_rows(name: str, text: str) -> Iterator[Row]:
+def read_document(name: str, text: str) -> Iterator[Row]:
     """Yield a whole text file as one row, without blank lines at its start and end."""
     if text.strip():
         first = next(number for number, line in enumerate(text.splitlines(), 1) if line.strip())
         yield Row(name, first, {"text": text.strip("\r\n")})
 
 
-def parallel_rows(
-    name: str, paths: tuple[str, ...], encoding: str, columns: Mapping[str, str], bad: list[RowError]
+def read_parallel(
+    name: str, paths: tuple[str, ...], encoding: str, columns: Mapping[str, str], errors: list[RowError]
 ) -> Iterator[Row]:
-    """Yield row n with line n of each file, under "1", "2", ..."""
+    """Yield a row for each line number; its columns "1", "2", ... are that line of the first, second, ... file."""
     fix = "--data.columns prompt=1,completion=2 (1 is the first file)"
     if not columns:
         raise file_error(name, "parallel files without --data.columns", fix)
@@ -189,20 +186,17 @@ def parallel_rows(
                 what = f"ends after line {number - 1}, before another file of {name}"
                 raise file_error(path, what, line=number - 1)
             if isinstance(line[1], UnicodeDecodeError):
-                bad.append(encoding_error(path, number, line[1]))
+                errors.append(encoding_error(path, number, line[1]))
                 break
             value[str(i)] = line[1].removesuffix("\n").removesuffix("\r")
         else:
             yield Row(paths[0], number, value)
 
 
-# --- Parquet -------------------------------------------------------------------------------------------------------
+def read_parquet(name: str, path: str) -> Iterator[Row]:
+    """Yield the rows of a Parquet file.
 
-
-def parquet_rows(name: str, path: str) -> Iterator[Row]:
-    """Yield the rows of a Parquet file, without the null members of objects.
-
-    Parquet stores in each object of a column the names of all other objects there, with null values.
+    Null members of objects are removed: all objects of a Parquet column have the same members, null where absent.
     """
     import pyarrow
     from pyarrow import parquet

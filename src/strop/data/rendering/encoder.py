@@ -1,4 +1,4 @@
-"""Encode texts to token ids, map character spans to token spans, and escape control tokens in user text."""
+"""Encode texts to token ids, convert character spans to token spans, and escape control tokens in user text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from strop.data.types import Ids, Message
 
 
 class ControlText:
-    """Escapes control tokens in user text as private-use characters, one for each token.
+    """Escape control tokens in user text as private-use characters, one for each token.
 
-    `mask` escapes user text before it is rendered. `swap` then exchanges tokens and characters in the rendered text:
-    the template's control tokens become private-use characters, and user text is restored.
+    `mask` escapes user text before it is rendered. In the rendered text, `swap` then restores user text, and replaces
+    the control tokens that the template wrote with private-use characters.
     """
 
     FIRST = 0xF0000  # start of supplementary private use area A
@@ -63,10 +63,10 @@ class TokenStraddlesPrompt(Exception):
 
 
 class Encoder:
-    """Encode whole texts, and find the tokens of spans.
+    """Encode texts, and convert spans of characters to spans of tokens.
 
-    private: parse only private-use characters as control tokens, and the tokens' names as plain text. `true_ids`
-    converts the ids to those of the original tokenizer.
+    private: treat private-use characters as control tokens, and the names of control tokens as plain text. `true_ids`
+    converts the resulting ids to those of the original tokenizer.
     """
 
     def __init__(self, tokenizer: Any, control: ControlText, *, private: bool = False) -> None:
@@ -89,8 +89,8 @@ class Encoder:
             self._forbidden = frozenset(added[token] for token in names) - self._true_ids.keys()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        # The backend is shared with transformers, whose calls leave their settings on it. It is changed only if needed,
-        # because a change while another thread encodes raises "Already borrowed".
+        # The backend is shared with transformers, which may have changed these settings. They are only reset if needed:
+        # setting them while another thread encodes raises "Already borrowed".
         if self._backend.padding is not None:
             self._backend.no_padding()
         if self._backend.truncation is not None:
@@ -100,15 +100,15 @@ class Encoder:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Encode a text that follows other text, without the blank that some tokenizers put before a text."""
-        alone = self.encode([text])[0]
-        if self._backend.decode(alone, skip_special_tokens=False) == text:
-            return alone
-        for before in ("\n", "a", "1"):
-            lead, combined = self.encode([before, before + text])
-            if combined[: len(lead)] == lead:
-                return combined[len(lead) :]
-        return alone
+        """Encode a text that follows other text, without the space that some tokenizers insert before a text."""
+        ids = self.encode([text])[0]
+        if self._backend.decode(ids, skip_special_tokens=False) == text:
+            return ids
+        for prefix in ("\n", "a", "1"):
+            prefix_ids, combined = self.encode([prefix, prefix + text])
+            if combined[: len(prefix_ids)] == prefix_ids:
+                return combined[len(prefix_ids) :]
+        return ids
 
     def true_ids(self, encoded: list[int]) -> Ids:
         """Convert ids to those of the original tokenizer. Raises RenderError if plain text became a control token."""
@@ -121,34 +121,34 @@ class Encoder:
     def token_spans(
         self, text: str, ids: Ids, spans: Sequence[tuple[int, int, float]]
     ) -> Iterator[tuple[int, int, float]]:
-        """Convert spans of characters to spans of tokens.
+        """Convert spans (start, end, weight) of characters to spans of tokens.
 
-        The n-th control token of the text is the n-th control token of the ids. A span must end with a control token.
-        Its start is the position of the preceding control token plus the number of tokens in the text between the two:
-        tokenizers encode the pieces between control tokens separately. Raises TokenStraddlesPrompt if a span
-        does not begin with a token, RenderError if it does not end with a control token.
+        Control tokens in the text are aligned with those in the ids. Tokenizers encode the text between control tokens
+        separately, so the start of a span is found by encoding the text from the preceding control token to the span.
+        Raises TokenStraddlesPrompt if a span does not start at a token, RenderError if it does not end with a control
+        token.
         """
         if not spans:
             return
-        places = [(match.start(), match.end()) for match in self._pattern.finditer(text)]
-        tokens = self._is_control[ids].nonzero()[0].tolist()
-        if len(places) != len(tokens):
+        matches = [*self._pattern.finditer(text)]
+        positions = self._is_control[ids].nonzero()[0].tolist()
+        if len(matches) != len(positions):
             raise RenderError("control-token")
-        ends = [end for _, end in places]
+        ends = [match.end() for match in matches]
         for start, end, weight in spans:
-            before = bisect_right(ends, start)
-            tail_start, first = (places[before - 1][0], tokens[before - 1]) if before else (0, 0)
+            k = bisect_right(ends, start) - 1  # the last control token before the span
+            tail_start, first = (matches[k].start(), positions[k]) if k >= 0 else (0, 0)
             tail = self._encode_tail(text[tail_start:start])
-            begin = first + len(tail)
-            if ids[first:begin].tolist() != tail:
+            token_start = first + len(tail)
+            if ids[first:token_start].tolist() != tail:
                 raise TokenStraddlesPrompt
             last = bisect_right(ends, end) - 1
             if last < 0 or ends[last] != end:
                 raise RenderError("no-stop-token")
-            yield begin, tokens[last] + 1, weight
+            yield token_start, positions[last] + 1, weight
 
     def _encode_tail(self, tail: str) -> list[int]:
-        """Encode the text from a control token to an answer. It is mostly the generation prompt, so it is cached."""
+        """Encode the text between a control token and an answer: usually the generation prompt, so it is cached."""
         ids = self._tails.get(tail)
         if ids is None:
             ids = self.true_ids(self.encode([tail])[0]).tolist()

@@ -1,7 +1,7 @@
 """Render conversations to examples: token ids, and the weight of each token as a label.
 
-The rendered text is encoded once as a whole, as at inference. Spans of the text are then mapped to tokens and checked:
-the prompt must end where a token ends, and each supervised turn must end with its stop token.
+The rendered text is encoded as a whole. Its supervised spans are then converted to tokens: a prompt must end where a
+token ends, and each supervised turn must end with its stop token.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from strop.data.rendering.template import ChatTemplate, Draft, Reasoning
 from strop.data.rendering.template_source import CLOCK, adds_bos, check_options, template_source, write_options
 from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example, Ids, Message, strip_reasoning
-from strop.errors import ModelError
+from strop.errors import Location, ModelError
 
 BATCH_ROWS = 256
 
 Rendered = tuple[Conversation, "list[Example] | RenderError"]
-_Batch = tuple[list[Conversation], list["list[Draft] | RenderError"], "Future[list[list[int]]]"]
 
 
 class Renderer:
-    """Render conversations to examples for one tokenizer and template.
+    """Render conversations to examples for one tokenizer and chat template.
 
-    tokenizer: a fast transformers tokenizer. template: `chatml`, a file, or None for the tokenizer's own. loss: which
-    tokens are supervised. options: values to write into the template for training. reasoning: value of data.reasoning.
-    source: the template's text, instead of `template`.
+    tokenizer: a fast transformers tokenizer. template: `chatml`, a file, or None for the tokenizer's template. loss:
+    which tokens are supervised. options: values to write into the template. reasoning: value of data.reasoning. source:
+    text of the template, overrides `template`.
 
-    Raises ModelError for an unusable tokenizer or template. A missing template is an error only when a chat needs it.
+    Raises ModelError for an unusable tokenizer or template. Without a template, only raw texts can be rendered.
     """
 
     def __init__(
@@ -58,19 +57,18 @@ class Renderer:
         self.control = self._chat.control if self._chat else ControlText(special)
         self._encoder = Encoder(tokenizer, self.control)
         self._private_encoder: Encoder | None = None
-        self._is_lost: dict[str, bool] = {}  # character -> the tokenizer drops or changes it
+        self._is_lost: dict[str, bool] = {}  # character -> whether the tokenizer drops or changes it
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        # tokens that end an assistant turn, and those that end a completion: also eos, which ends raw texts
+        # stop_ids end an assistant turn; end_ids end a completion, and include eos, which ends raw texts
         self.stop_ids = tuple(map(int, tokenizer.convert_tokens_to_ids(self._chat.stops))) if self._chat else eos
         self.end_ids = tuple(dict.fromkeys((*self.stop_ids, *eos)))
         plain, with_special = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         starts = (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
-        self.num_before_text = next(starts, 0)  # tokens that the tokenizer puts before a raw text
-        self._text_start = with_special[: self.num_before_text]
+        self.text_prefix: list[int] = with_special[: next(starts, 0)]  # ids before a raw text, such as bos
 
     @property
     def chat(self) -> ChatTemplate:
-        """The template. Raises ModelError if there is none."""
+        """The chat template. Raises ModelError if there is none."""
         if self._chat is None:
             fix = "choose one: data.template: chatml, or the path of a Jinja file"
             raise ModelError("the model has no chat template", fix=fix)
@@ -86,12 +84,12 @@ class Renderer:
 
     @property
     def template_hash(self) -> str:
-        """SHA-256 of the template's text; '' without a template."""
+        """SHA-256 of the template's text, or '' without a template."""
         return self._chat.hash if self._chat else ""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that determines ids and weights: tokenizer, template, reasoning, loss."""
+        """SHA-256 of everything that determines token ids and weights: tokenizer, template, reasoning, loss."""
         tokenizer = self.tokenizer
         names = [repr(tokenizer.special_tokens_map), repr(tokenizer("a")["input_ids"]), self.template_hash, self.loss]
         text = "\n".join([tokenizer.backend_tokenizer.to_str(), *names, self.reasoning])
@@ -100,26 +98,18 @@ class Renderer:
     @property
     def warnings(self) -> tuple[str, ...]:
         warnings = self._chat.warnings if self._chat else ()
-        if self._chat and adds_bos(self.tokenizer) and self.tokenizer.bos_token not in self._chat.opening:
+        if self._chat and adds_bos(self.tokenizer) and self.tokenizer.bos_token not in self._chat.traits.opening:
             warnings += ("the chat template writes no bos token, but the tokenizer puts one before plain text",)
         return warnings
 
-    @property
-    def supports_system(self) -> bool:
-        return self.chat.traits.system
-
-    @property
-    def supports_tools(self) -> bool:
-        return self.chat.traits.tools and self.chat.traits.calls
-
     def options_for(self, messages: Sequence[Message]) -> dict[str, Any]:
-        """Return the template's options for a row with or without reasoning."""
+        """Return the template's options for a row, which depend on whether it has reasoning."""
         return self.chat.mode(messages).options
 
     def for_serving(self, *, thinking: int, rows: int) -> Renderer:
         """Return the renderer for inference after training on `rows` conversations, `thinking` of which have reasoning.
 
-        Its prompts equal those of training. If only some rows have reasoning, the renderer is unchanged.
+        Its prompts equal those in training. If only some rows have reasoning, the renderer is unchanged.
         """
         options = self._chat.serving_options(thinking=thinking, rows=rows) if self._chat else {}
         if not options:
@@ -128,7 +118,7 @@ class Renderer:
         return Renderer(self.tokenizer, loss=self.loss, reasoning=self.reasoning, source=source)
 
     def separate_reasoning(self, conversation: Conversation) -> Conversation:
-        """Move reasoning in the text of answers to its own field: see ChatTemplate.separate_reasoning."""
+        """Move reasoning in the text of answers to `Message.reasoning`: see ChatTemplate.separate_reasoning."""
         if self._chat is None or not self._chat.traits.reasoning_marks:
             return conversation
         messages, rejected = (
@@ -137,43 +127,46 @@ class Renderer:
         return replace(conversation, messages=messages, rejected=rejected)
 
     def render(self, conversation: Conversation) -> list[Example]:
-        """Return the examples of one conversation: one, or one an assistant turn. Raises RenderError, ModelError."""
+        """Return the examples of a conversation: one, or one per assistant turn. Raises RenderError, ModelError."""
         [(_, rendered)] = self.render_many([conversation])
         if isinstance(rendered, RenderError):
+            rendered.where = (Location(conversation.file, conversation.line, rendered.what),)
             raise rendered
         return rendered
 
     def render_many(self, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
-        """Yield each conversation with its examples, or with why it has none, in order.
+        """Yield each conversation with its examples, or with the error if it cannot be rendered, in order.
 
-        A batch is encoded (in Rust, without the interpreter lock) while the next is read and rendered to text.
+        While one batch is encoded (in Rust, without the interpreter lock), the next one is read and rendered to text.
         """
         source = iter(conversations)
+        previous: Iterator[Rendered] = iter(())
         with ThreadPoolExecutor(1) as worker:
-            batch = self._start_batch(source, worker)
-            while batch:
-                following = self._start_batch(source, worker)
-                yield from self._finish_batch(*batch)
-                batch = following
+            while batch := [(row, self._make_drafts(row)) for row in islice(source, BATCH_ROWS)]:
+                drafts = [draft for _, result in batch if not isinstance(result, RenderError) for draft in result]
+                texts = ["" if draft.masked else draft.text for draft in drafts]
+                encoded = worker.submit(self._encoder.encode, texts)
+                yield from previous
+                previous = self._finish_batch(batch, encoded)
+            yield from previous
 
-    def _start_batch(self, source: Iterator[Conversation], worker: ThreadPoolExecutor) -> _Batch | None:
-        conversations = list(islice(source, BATCH_ROWS))
-        results: list[list[Draft] | RenderError] = []
-        for conversation in conversations:
-            try:
-                results.append(self._drafts(conversation))
-            except RenderError as error:
-                results.append(error.at(conversation.file, conversation.line))
-        drafts = (draft for result in results if not isinstance(result, RenderError) for draft in result)
-        texts = ["" if draft.masked else draft.text for draft in drafts]
-        return (conversations, results, worker.submit(self._encoder.encode, texts)) if conversations else None
+    def _make_drafts(self, conversation: Conversation) -> list[Draft] | RenderError:
+        try:
+            if conversation.text is None:
+                return self.chat.make_drafts(conversation, include_untrained=self.loss == "all")
+            if self.tokenizer.eos_token_id is None:
+                raise ModelError("the tokenizer has no eos token to end a text with", fix="choose another model")
+            masked = self.control.occurs_in(conversation.text)
+            return [Draft(self.control.mask(conversation.text) if masked else conversation.text, (), masked)]
+        except RenderError as error:
+            return error
 
     def _finish_batch(
-        self, conversations: list[Conversation], results: list[list[Draft] | RenderError],
-        encoded: Future[list[list[int]]],
-    ) -> Iterator[Rendered]:  # fmt: skip
+        self, batch: list[tuple[Conversation, list[Draft] | RenderError]], encoded: Future[list[list[int]]]
+    ) -> Iterator[Rendered]:
+        """Yield each conversation with its examples or error. encoded: token ids of the drafts; [] if masked."""
         encodings = iter(encoded.result())
-        for conversation, drafts in zip(conversations, results, strict=True):
+        for conversation, drafts in batch:
             if isinstance(drafts, RenderError):
                 yield conversation, drafts
                 continue
@@ -182,10 +175,10 @@ class Renderer:
                 examples = [
                     example
                     for i, (draft, ids) in enumerate(zip(drafts, draft_encodings, strict=True))
-                    for example in self._examples(conversation, draft, ids, first=i == 0)
+                    for example in self._make_examples(conversation, draft, ids, is_first=i == 0)
                 ]
             except RenderError as error:
-                yield conversation, error.at(conversation.file, conversation.line)
+                yield conversation, error
             else:
                 yield conversation, examples
 
@@ -193,9 +186,9 @@ class Renderer:
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *,
         options: Mapping[str, Any] | None = None,
     ) -> Ids:  # fmt: skip
-        """Return the ids of a prompt at inference, generation prompt included: a prefix of the training ids.
+        """Return the token ids of a prompt with the generation prompt. They are a prefix of the ids in training.
 
-        options: of the template, for this prompt. Raises RenderError, and ModelError for an option that the template
+        options: template options for this prompt. Raises RenderError, and ModelError for an option that the template
         does not read.
         """
         check_options(options or {}, self.chat.variables_read - {CLOCK}, "chat_template_kwargs")
@@ -204,20 +197,20 @@ class Renderer:
         return encoder.true_ids(encoder.encode([text])[0])
 
     def reference_answer(self, conversation: Conversation) -> str | None:
-        """Return the reference answer as a completion would be read, without reasoning; None if there is none.
+        """Return the reference answer without reasoning, as decoded text, or None if there is none.
 
-        Calls are as the template writes them. Raises RenderError, ModelError.
+        Tool calls are included as the template writes them. Raises RenderError, ModelError.
         """
         answer = conversation.answer
         if answer is None or not conversation.messages[-1].tool_calls:
             return answer
-        *before, last = conversation.messages
-        example = self.render(replace(conversation, messages=(*before, replace(last, weight=1.0))))[-1]
-        start = len(self.prompt(before, conversation.tools, options=self.options_for(conversation.messages)))
+        *context, last = conversation.messages
+        example = self.render(replace(conversation, messages=(*context, replace(last, weight=1.0))))[-1]
+        start = len(self.prompt(context, conversation.tools, options=self.options_for(conversation.messages)))
         return self.without_reasoning(self.tokenizer.decode(example.ids[start:-1], skip_special_tokens=True), last)
 
     def without_reasoning(self, text: str, reference: Message) -> str:
-        """Return a completion without its reasoning, if the reference turn has reasoning; otherwise all of it."""
+        """Return a completion without its reasoning if the reference turn has reasoning, otherwise unchanged."""
         return strip_reasoning(text, self.reasoning_ends if self.shows_reasoning(reference) else ())
 
     def shows_reasoning(self, turn: Message) -> bool:
@@ -226,7 +219,7 @@ class Renderer:
 
     @cached_property
     def reasoning_ends(self) -> list[str]:
-        """Texts that end reasoning in a decoded completion; empty if only special tokens end it."""
+        """Texts that end reasoning in a decoded completion. Special tokens are not decoded, so they are left out."""
         ids = [self._encoder.encode([end])[0] for end in self.chat.traits.reasoning_ends]
         texts = [str(self.tokenizer.decode(end, skip_special_tokens=True)).strip() for end in ids]
         return [text for text in texts if text]
@@ -238,16 +231,8 @@ class Renderer:
             self._is_lost[character] = character not in self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return {character for character in set(text) if self._is_lost[character]}
 
-    def _drafts(self, conversation: Conversation) -> list[Draft]:
-        if conversation.text is None:
-            return self.chat.drafts(conversation, include_untrained=self.loss == "all")
-        if self.tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has no eos token to end a text with", fix="choose another model")
-        masked = self.control.occurs_in(conversation.text)
-        return [Draft(self.control.mask(conversation.text) if masked else conversation.text, (), masked)]
-
     def _encoder_for(self, draft: Draft) -> tuple[Encoder, str, tuple[tuple[int, int, float], ...]]:
-        """Return the encoder of a draft, and its text and spans for it. Masked drafts use private control tokens."""
+        """Return the encoder for a draft, and its text and spans. Masked drafts need private control tokens."""
         if not draft.masked:
             return self._encoder, draft.text, draft.spans
         if self._private_encoder is None:
@@ -256,36 +241,36 @@ class Renderer:
         spans = tuple((len(swap(draft.text[:a])), len(swap(draft.text[:b])), weight) for a, b, weight in draft.spans)
         return self._private_encoder, swap(draft.text), spans
 
-    def _examples(
-        self, conversation: Conversation, draft: Draft, encoded: list[int], *, first: bool
+    def _make_examples(
+        self, conversation: Conversation, draft: Draft, encoded: list[int], *, is_first: bool
     ) -> Iterator[Example]:
-        """Yield one example of a draft, or one a turn if a token would straddle the end of a prompt.
+        """Yield one example, or one per turn if a token would straddle the end of a prompt.
 
-        Inference never sees such a token: it encodes the prompt, and the model continues from there.
+        Such a token never occurs at inference, where the prompt is encoded and the model continues it.
         """
         encoder, text, spans = self._encoder_for(draft)
         if draft.masked:
             encoded = encoder.encode([text])[0]
         try:
             ids = encoder.true_ids(encoded)
-            yield self._example(conversation, ids, encoder.token_spans(text, ids, spans), first=first)
+            yield self._make_example(conversation, ids, encoder.token_spans(text, ids, spans), is_first=is_first)
         except TokenStraddlesPrompt:
-            for turn, (start, end, weight) in enumerate(spans):
+            for i, (start, end, weight) in enumerate(spans):
                 prompt = encoder.true_ids(encoder.encode([text[:start]])[0])
                 ids = np.concatenate([prompt, encoder.true_ids(encoder.encode_continuation(text[start:end]))])
                 span = (len(prompt), len(ids), weight)
-                yield self._example(conversation, ids, [span], first=first and not turn, separately=True)
+                yield self._make_example(conversation, ids, [span], is_first=is_first and i == 0, separately=True)
 
-    def _example(
-        self, conversation: Conversation, ids: Ids, spans: Iterable[tuple[int, int, float]], *, first: bool,
+    def _make_example(
+        self, conversation: Conversation, ids: Ids, spans: Iterable[tuple[int, int, float]], *, is_first: bool,
         separately: bool = False,
     ) -> Example:  # fmt: skip
         if conversation.text is not None:
-            ids = np.array([*self._text_start, *ids, self.tokenizer.eos_token_id], dtype=np.int32)
+            ids = np.array([*self.text_prefix, *ids, self.tokenizer.eos_token_id], dtype=np.int32)
             weights = np.ones(len(ids), np.float32)
         else:
-            # loss `all` in a conversation of several examples: the first example already trains the earlier text
-            weights = np.full(len(ids), 1.0 if self.loss == "all" and first else 0.0, np.float32)
+            # with loss `all`, only the first of several examples trains on the text before the turns
+            weights = np.full(len(ids), 1.0 if self.loss == "all" and is_first else 0.0, np.float32)
         for begin, end, weight in spans:
             if int(ids[end - 1]) not in self.stop_ids:
                 raise RenderError("no-stop-token")
@@ -297,9 +282,9 @@ class Renderer:
 
 
 def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
-    """Yield each conversation with its chosen and rejected example, or with why it has none, in order.
+    """Yield each conversation with its chosen and rejected example, or with the error, in order.
 
-    A conversation without a rejected side is rendered as usual.
+    A conversation without a rejected answer is rendered as in `render_many`.
     """
     pending: deque[Conversation] = deque()
 
@@ -312,12 +297,12 @@ def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> I
     for _, rendered in results:
         conversation = pending.popleft()
         if conversation.rejected:
-            rendered = check_pair(conversation, [rendered, next(results)[1]])
+            rendered = check_pair(rendered, next(results)[1])
         yield conversation, rendered
 
 
 def render_prompts(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
-    """Yield each conversation with one unsupervised example of its prompt, or with why it has none, in order.
+    """Yield each conversation with one unsupervised example of its prompt, or with the error, in order.
 
     The prompt has the same tokens as in fine-tuning and at inference. An answer at the end is left out.
     """
@@ -326,25 +311,24 @@ def render_prompts(renderer: Renderer, conversations: Iterable[Conversation]) ->
         try:
             ids = renderer.prompt(messages, conversation.tools, options=renderer.options_for(conversation.messages))
         except RenderError as error:
-            yield conversation, error.at(conversation.file, conversation.line)
-            continue
-        yield conversation, [Example(ids, np.zeros(len(ids), np.float32), conversation.file, conversation.line)]
+            yield conversation, error
+        else:
+            yield conversation, [Example(ids, np.zeros(len(ids), np.float32), conversation.file, conversation.line)]
 
 
-def check_pair(conversation: Conversation, sides: Sequence[list[Example] | RenderError]) -> list[Example] | RenderError:
-    """Return both sides, or what is wrong with the pair."""
-    place = conversation.file, conversation.line
+def check_pair(*sides: list[Example] | RenderError) -> list[Example] | RenderError:
+    """Return the chosen and the rejected example, or the error of the pair."""
     examples: list[Example] = []
     for side in sides:
         if isinstance(side, RenderError):
             return side
         if len(side) != 1:
-            return RenderError("answer-in-parts").at(*place)
+            return RenderError("answer-in-parts")
         examples += side
     chosen, rejected = examples
     if not np.array_equal(chosen.ids[: chosen.prompt_length], rejected.ids[: rejected.prompt_length]):
-        return RenderError("prompt-tokens-differ").at(*place)
+        return RenderError("prompt-tokens-differ")
     if np.array_equal(chosen.ids, rejected.ids):
-        return RenderError("same-tokens").at(*place)
+        return RenderError("same-tokens")
     separately = chosen.encoded_separately or rejected.encoded_separately
     return [replace(example, encoded_separately=separately) for example in examples]

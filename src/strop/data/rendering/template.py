@@ -1,7 +1,7 @@
-"""Render chat templates: prompts and training texts, and the spans of assistant turns in them.
+"""Render prompts and training texts with a chat template, and find the assistant turns in them.
 
-What a template does is measured by rendering (prober.py), so any Jinja template works. Templates come from model files,
-which are not trusted: they run in a sandbox with bounds (`BoundedTemplate`).
+The behaviour of a template is measured by rendering test conversations (prober.py), so any Jinja template works.
+Templates come from model files, which are not trusted: they run in a sandbox with limits (`BoundedTemplate`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Reasoning = Literal["auto", "as-is", "empty", "drop", "refuse"]
 class Draft:
     """A training text and its supervised spans [start, end) in characters, each with its weight.
 
-    A span runs from the end of the generation prompt to the end of the stop token. masked: control tokens in user text
-    are replaced by the private characters of ControlText.
+    A span extends from the end of the generation prompt to the end of the stop token. masked: control tokens in user
+    text are replaced with the private-use characters of ControlText.
     """
 
     text: str
@@ -50,12 +50,13 @@ class Draft:
 
 
 class ChatTemplate:
-    """A template with its measured traits and the choice for reasoning.
+    """A chat template with its measured behaviour.
 
     added: text of each added token -> whether it is special. variables: bos_token, eos_token, ... for the template.
-    options: values to write into the template; None: it has them already, and its clock is not fixed.
+    options: values to write into the template, together with a fixed date; None: the template is used unchanged.
 
-    Raises ModelError if the template is invalid, or ends an assistant turn with no token that could stop generation.
+    Raises ModelError if the template is invalid, or if an assistant turn does not end with a token that can stop
+    generation.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ChatTemplate:
             self._variables = {**variables, "documents": None}
             fixed = frozenset(options or ())
             prober = Prober(self._jinja, source, self.variables_read, self._variables, list(added), fixed)
-            traits = prober.traits()
+            traits = prober.measure()
         except TEMPLATE_ERRORS as error:
             raise ModelError(f"the chat template is invalid: {error}", fix=CHOOSE_ANOTHER) from error
         if traits is None:
@@ -85,7 +86,6 @@ class ChatTemplate:
             self._jinja = BoundedTemplate(source)
         self.source, self.traits = source, traits
         self.hash = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
-        self.opening = traits.opening
         self.stops = tuple(dict.fromkeys(ending.stop for ending in traits.endings))
         special = [token for token, is_special in added.items() if is_special]
         texts = (traits.opening, *traits.texts)
@@ -96,6 +96,7 @@ class ChatTemplate:
         self.reasoning = reasoning if reasoning != "auto" else "empty" if self.traits.needs_empty_block else "as-is"
 
     def shows_reasoning(self, messages: Sequence[Message]) -> bool:
+        """Return whether any of the messages has reasoning that is shown in the rendered text."""
         traits = self.traits
         return self.reasoning != "drop" and any(
             message.reasoning and (traits.reasoning or (message.tool_calls and traits.reasoning_with_calls))
@@ -103,19 +104,17 @@ class ChatTemplate:
         )
 
     def serving_options(self, *, thinking: int, rows: int) -> dict[str, Any]:
-        """Return the options with which a prompt equals that of training, if all rows have reasoning or none has."""
+        """Return the options with which prompts equal those in training; {} if only some rows have reasoning."""
         if 0 < thinking < rows or not rows:
             return {}
         if thinking:
             return self.traits.thinking_mode.options
-        traits = self.traits
-        mode = traits.empty_block_mode if self.reasoning in ("empty", "drop") else traits.default_mode
-        return mode.options
+        return self._plain_mode.options
 
     def separate_reasoning(self, message: Message) -> Message:
-        """Move reasoning at the start of an answer's text, in the template's own marks, to its own field.
+        """Move reasoning at the start of an answer's text to `reasoning`, if it is between the template's delimiters.
 
-        In the text, the marks would be plain text, next to those that the template writes.
+        Otherwise these delimiters would be encoded as plain text, next to those that the template writes.
         """
         text = message.content.lstrip()
         for begin, end in self.traits.reasoning_marks if message.role == "assistant" and not message.reasoning else ():
@@ -125,7 +124,7 @@ class ChatTemplate:
         return message
 
     def describe(self, thinking: int, rows: int) -> Iterator[str]:
-        """Describe how the template is used on `rows` conversations, `thinking` of which have reasoning."""
+        """Yield sentences on how the template renders `rows` conversations, `thinking` of which have reasoning."""
         explanations = {
             "written": "",
             "later": ", which the template writes only before another turn: strop also writes it after the last one",
@@ -133,26 +132,20 @@ class ChatTemplate:
             "eos": ", the tokenizer's end-of-sequence token: the template has no token that only ends turns",
         }
         default, calls = self.traits.default_mode.ending, self.traits.default_mode.call_ending
-        yield f"an answer ends with {default.stop}{explanations[default.how]}"
+        yield f"an answer ends with {default.stop}{explanations[default.origin]}"
         if calls is not None and calls.stop != default.stop:
-            yield f"a turn that calls tools ends with {calls.stop}{explanations[calls.how]}"
-        yield from self._describe_reasoning(thinking, rows)
-        yield from self._describe_options()
-
-    def _describe_reasoning(self, thinking: int, rows: int) -> Iterator[str]:
-        if not (self.traits.reasoning or self.traits.reasoning_with_calls or self.traits.needs_empty_block):
-            return
-        explanation = {
-            "as-is": "rows without it are trained as the template writes them",
-            "empty": "rows without it are trained after the block that the template writes when reasoning is off",
-            "drop": "it is left out of all rows",
-            "refuse": "rows that do not match the template are refused",
-        }[self.reasoning]
-        yield f"reasoning: {self.reasoning}: {explanation} ({thinking:,} of {rows:,} rows have reasoning that is shown)"
-        if options := self.serving_options(thinking=thinking, rows=rows):
-            yield f"served as trained: {_assignments(options)} becomes the template's default"
-
-    def _describe_options(self) -> Iterator[str]:
+            yield f"a turn that calls tools ends with {calls.stop}{explanations[calls.origin]}"
+        if self.traits.reasoning or self.traits.reasoning_with_calls or self.traits.needs_empty_block:
+            explanation = {
+                "as-is": "rows without it are trained as the template writes them",
+                "empty": "rows without it are trained after the block that the template writes when reasoning is off",
+                "drop": "it is left out of all rows",
+                "refuse": "rows that do not match the template are refused",
+            }[self.reasoning]
+            counts = f"{thinking:,} of {rows:,} rows have reasoning that is shown"
+            yield f"reasoning: {self.reasoning}: {explanation} ({counts})"
+            if options := self.serving_options(thinking=thinking, rows=rows):
+                yield f"served as trained: {_assignments(options)} becomes the template's default"
         if values := _assignments({name: value for name, value in self.options.items() if name != CLOCK}):
             yield f"options written into the template: {values}"
         if required := _assignments(self.traits.input_format.required):
@@ -165,8 +158,8 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *,
         options: Mapping[str, Any] | None = None,
     ) -> Draft:  # fmt: skip
-        """Return a prompt at inference, with the generation prompt and without spans. Raises RenderError."""
-        values, tool_values, masked = self._input_values(messages, tools, self.shows_reasoning(messages))
+        """Return a prompt with the generation prompt, and without spans. Raises RenderError."""
+        values, tool_values, masked = self._prepare_inputs(messages, tools, self.shows_reasoning(messages))
         if self.control.occurs_in(dict(options or {})):
             raise RenderError("control-token", "in an option of the template")
         text = self._render(values, self._template_variables(tool_values, options or {}), generation=True)
@@ -174,36 +167,38 @@ class ChatTemplate:
         return Draft(text, (), masked)
 
     def mode(self, messages: Sequence[Message]) -> Mode:
-        """Return how to render a row. Raises RenderError if data.reasoning refuses it."""
+        """Return the mode in which to render a row. Raises RenderError if data.reasoning refuses it."""
         if self.shows_reasoning(messages):
             return self.traits.thinking_mode
-        if self.reasoning in ("empty", "drop"):
-            return self.traits.empty_block_mode
-        if self.reasoning == "refuse":
-            if any(message.reasoning for message in messages):
-                raise RenderError("reasoning-not-shown")
-            if self.traits.needs_empty_block:
-                raise RenderError("reasoning-missing")
-        return self.traits.default_mode
+        if self.reasoning == "refuse" and any(message.reasoning for message in messages):
+            raise RenderError("reasoning-not-shown")
+        if self.reasoning == "refuse" and self.traits.needs_empty_block:
+            raise RenderError("reasoning-missing")
+        return self._plain_mode
 
-    def drafts(self, conversation: Conversation, *, include_untrained: bool = False) -> list[Draft]:
-        """Return the training texts of a conversation: one, or one a turn if the template rewrites earlier turns.
+    @property
+    def _plain_mode(self) -> Mode:
+        """The mode of rows without reasoning."""
+        return self.traits.empty_block_mode if self.reasoning in ("empty", "drop") else self.traits.default_mode
 
-        Each assistant turn is checked: its prompt must be a prefix of its text. Messages after the last trained turn
-        are left out. include_untrained: give spans to turns of weight 0 too. Raises RenderError.
+    def make_drafts(self, conversation: Conversation, *, include_untrained: bool = False) -> list[Draft]:
+        """Return the training texts of a conversation: one, or one per turn if the template rewrites earlier turns.
+
+        The prompt of each assistant turn must be a prefix of its text. Messages after the last trained turn are left
+        out. include_untrained: also return spans for turns of weight 0. Raises RenderError.
         """
         messages = conversation.messages
         if include_untrained and (roles := [m.role for m in messages if m.role != "assistant" and m.weight != 1.0]):
             raise RenderError("other-weight", roles[0])
         mode, has_reasoning = self.mode(messages), self.shows_reasoning(messages)
-        values, tools, masked = self._input_values(messages, conversation.tools, has_reasoning)
+        values, tools, masked = self._prepare_inputs(messages, conversation.tools, has_reasoning)
         variables = self._template_variables(tools, mode.options)
-        turns: list[tuple[str, int, int, float]] = []
-        last = 0
+        turns: list[tuple[str, int, int, float]] = []  # text up to the end of the turn, its start, end, and weight
+        last_turn = 0
         for i, message in enumerate(messages):
             if message.role != "assistant" or not (message.weight or include_untrained):
                 continue
-            last = i
+            last_turn = i
             prompt = self._render(values[:i], variables, generation=True)
             text = self._render(values[: i + 1], variables)
             splices = mode.thinking_splices if has_reasoning and message.reasoning else mode.splices
@@ -216,15 +211,15 @@ class ChatTemplate:
         if not turns:
             raise RenderError("nothing-supervised")
         full_text = turns[-1][0]
-        self._check_shown(messages[:last], values[:last], full_text, skip="assistant")
+        self._check_shown(messages[:last_turn], values[:last_turn], full_text, skip="assistant")
         if all(full_text.startswith(text) for text, *_ in turns):
             return [Draft(full_text, tuple(turn[1:] for turn in turns), masked)]
         return [Draft(text, ((start, end, weight),), masked) for text, start, end, weight in turns]
 
-    def _input_values(
+    def _prepare_inputs(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], reasoning: bool
     ) -> tuple[list[dict[str, Any]], list[Any] | None, bool]:
-        """Return messages and tools in the template's input format, and whether control tokens in them were masked."""
+        """Return messages and tools in the template's input format, and whether control tokens were masked in them."""
         if not self.traits.system and any(message.role == "system" for message in messages):
             raise RenderError("system-unsupported")
         if tools and not self.traits.tools:
@@ -234,14 +229,14 @@ class ChatTemplate:
                 raise RenderError("tools-unsupported", f"a call: {self.traits.call_error}".rstrip(": "))
             if len(message.tool_calls) > 1 and not self.traits.parallel_calls:
                 raise RenderError("tools-unsupported", "more than one call in a turn")
-        values = self.traits.input_format.values(messages, reasoning=reasoning)
+        values = self.traits.input_format.convert_messages(messages, reasoning=reasoning)
         tool_values = list(tools) or None
         if any(map(self.control.occurs_in, messages)) or self.control.occurs_in(tool_values):
             return self.control.mask(values), self.control.mask(tool_values), True
         return values, tool_values, False
 
     def _check_turn(self, message: Message, value: dict[str, Any], text: str, has_reasoning: bool) -> None:
-        """Refuse a turn whose content, reasoning or calls are not in its text: the training data would be wrong."""
+        """Raise RenderError if the content, reasoning or calls of a turn are missing in its rendered text."""
         self._check_shown([message], [value], text)
         content = value["content"]
         if isinstance(content, str) and not _contains(text, content.strip()) and self.reasoning != "drop":
@@ -252,30 +247,30 @@ class ChatTemplate:
         if has_reasoning and message.reasoning:
             calls = bool(message.tool_calls)
             shown = self.traits.reasoning_with_calls if calls else self.traits.reasoning
-            if shown and not _contains(text, self._masked(message.reasoning).strip()):
+            if shown and not _contains(text, self._mask(message.reasoning).strip()):
                 raise RenderError("text-lost", "the reasoning of a turn" + (" with calls" if calls else ""))
         for call in message.tool_calls:
-            if not all(_contains(text, self._masked(part)) for part in _call_strings(call["function"])):
+            if not all(_contains(text, self._mask(part)) for part in _call_strings(call["function"])):
                 raise RenderError("text-lost", "a tool call")
 
-    def _masked(self, text: str) -> str:
+    def _mask(self, text: str) -> str:
         return str(self.control.mask(text)) if self.control.occurs_in(text) else text
 
     def _check_shown(
         self, messages: Sequence[Message], values: list[dict[str, Any]], text: str, skip: str = ""
     ) -> None:
-        """Refuse a text in which the content of a message is missing or changed. skip: a role that is not checked."""
+        """Raise RenderError if the content of a message is missing in the text or changed. skip: an unchecked role."""
         for message, value in zip(messages, values, strict=True):
-            content = value["content"] if isinstance(value["content"], str) else self._masked(message.content)
+            content = value["content"] if isinstance(value["content"], str) else self._mask(message.content)
             content = content.strip()
             if message.role == skip or _contains(text, content):
                 continue
             if message.role == "assistant" and "</think>" in content and content.split("</think>")[-1].strip() in text:
-                continue  # reasoning in the content, which some templates move
+                continue  # some templates move reasoning that is part of the content
             raise RenderError("text-lost", "the text next to a tool call" if message.tool_calls else message.role)
 
     def _template_variables(self, tools: list[Any] | None, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self._variables, **self.traits.input_format.variables(tools), **options}
+        return {**self._variables, **self.traits.input_format.tool_variables(tools), **options}
 
     def _render(self, messages: list[dict[str, Any]], variables: dict[str, Any], *, generation: bool = False) -> str:
         try:
@@ -289,11 +284,11 @@ def _assignments(options: Mapping[str, Any]) -> str:
 
 
 def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last: Any) -> str:
-    """Return the training text with the prompt of inference as its prefix.
+    """Return the training text, changed so that the prompt at inference is its prefix.
 
-    last: content of the message before the turn. Raises RenderError if the two do not match.
+    last: content of the message before the turn. Raises RenderError if prompt and text do not match.
     """
-    candidates = [(prompt, "")]  # the text's equivalent of the prompt, and what to insert after the prompt
+    candidates = [(prompt, "")]  # prefix of the text to replace with the prompt, and text to insert after the prompt
     for splice in splices:
         if prompt.endswith(splice.prompt_end):
             text_prefix = prompt[: len(prompt) - len(splice.prompt_end)] + splice.text_head + splice.removed
@@ -303,7 +298,7 @@ def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last
     for text_prefix, insert in candidates:
         if text.startswith(text_prefix):
             return prompt + insert + text[len(text_prefix) :]
-    # A template may write earlier messages differently once an answer follows: then the prompt's version counts.
+    # A template may write earlier messages differently when an answer follows. The prompt's version is used.
     forms = (last, json.dumps(last, ensure_ascii=False), json.dumps(last)) if isinstance(last, str) and last else ()
     for form in forms:
         start = prompt.rfind(form)
@@ -314,10 +309,10 @@ def _splice_prompt(prompt: str, text: str, splices: Sequence[PromptSplice], last
 
 
 def _end_turn(text: str, mode: Mode, *, calls: bool) -> tuple[int, str]:
-    """Return the end of the last turn's stop token, and the text up to there."""
+    """End the last turn of the text with its stop token. Returns the length of the new text, and the text."""
     for ending in (mode.call_ending if calls else None, mode.ending):
-        if ending is not None and text.endswith(ending.cut):
-            text = text[: len(text) - len(ending.cut)] + ending.add
+        if ending is not None and text.endswith(ending.removed):
+            text = text[: len(text) - len(ending.removed)] + ending.added
             return len(text), text
     raise RenderError("no-stop-token")
 
@@ -328,10 +323,9 @@ def _contains(text: str, part: str) -> bool:
 
 
 def _call_strings(value: Any) -> list[str]:
-    """Return the strings of a call: its name, and the names and texts of its arguments."""
+    """Return all strings in a call: its name, and the names and string values of its arguments."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, Mapping):
-        inner = [part for item in value.values() for part in _call_strings(item)]
-        return [*(key for key in value if key not in ("name", "arguments")), *inner]
-    return [part for item in value for part in _call_strings(item)] if isinstance(value, (list, tuple)) else []
+    keys = [key for key in value if key not in ("name", "arguments")] if isinstance(value, Mapping) else []
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [*keys, *(string for item in items for string in _call_strings(item))]

@@ -1,7 +1,7 @@
-"""Find the text of a chat template, write options and the date into it, check it, and render it within bounds.
+"""Find the text of a chat template, write options and the date into it, check it, and render it within limits.
 
-A value written into the text becomes the template's default: the adapter's tokenizer, a GGUF file, vLLM and `strop
-serve` all use it, the template's hash covers it, and a request may still override it.
+An option written into the text becomes the template's default, which requests may override. It is then part of the
+template's hash, and of every copy of the template: the adapter's tokenizer, a GGUF file, vLLM and `strop serve`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import jinja2
 from jinja2 import meta, nodes
 from transformers.utils import chat_template_utils
 
-from strop.errors import ModelError, nearest
+from strop.errors import ModelError, suggest
 
-# ChatML, with tools and calls as Hermes and Qwen write them, and reasoning shown in every turn
+# ChatML, with tools and calls in the format of Hermes and Qwen, and reasoning in every turn
 CHATML = r"""BOS
 {%- if tools %}
 {{- '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
@@ -38,10 +38,9 @@ CHATML = r"""BOS
 {%- endfor %}{% endif %}{{ 'STOP\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-NAMED = {"chatml": CHATML}
 
-CLOCK = "strftime_now"  # the function with which a template reads the date
-DEFAULT_DAY = date(2026, 1, 1)  # the date in training, unless data.template_options sets another
+CLOCK = "strftime_now"  # function that returns the date to a template
+DEFAULT_DAY = date(2026, 1, 1)  # date to write into a template if data.template_options does not set one
 _FIXED_DAY = re.compile(rf'{{%- macro {CLOCK}\(form, day="([0-9-]+)"\) -%}}.*?{{%- endmacro %}}\n')
 _STANDARD_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 
@@ -51,34 +50,29 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def template_source(tokenizer: Any, choice: str | None) -> str | None:
-    """Return the template `choice` (chatml, or a file), or by default the tokenizer's own; None if it has none.
+    """Return the template `choice` (chatml, or a file), by default the tokenizer's template if it has one.
 
     Raises ModelError for an unknown choice.
     """
-    if choice in NAMED:
+    if choice == "chatml":
         stop = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
         if stop is None:
             what = "the tokenizer has neither <|im_end|> nor an eos token"
             raise ModelError(what, fix="choose another data.template")
         start = "{{ bos_token }}" if adds_bos(tokenizer) else ""
-        return NAMED[choice].replace("BOS", start).replace("STOP", stop)
+        return CHATML.replace("BOS", start).replace("STOP", stop)
     if choice is not None:
         path = Path(choice).expanduser()
         if not path.is_file():
-            what = f"data.template: no such template or file: {choice}{nearest(choice, NAMED)}"
-            raise ModelError(what, fix=f"give {' or '.join(NAMED)}, or the path of a Jinja file")
+            what = f"data.template: no such template or file: {choice}{suggest(choice, ['chatml'])}"
+            raise ModelError(what, fix="give chatml, or the path of a Jinja file")
         return path.read_text(encoding="utf-8")
     template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template or None
-
-
-# --- options -------------------------------------------------------------------------------------------------------
+    return (template.get("default") if isinstance(template, dict) else template) or None
 
 
 def read_variables(tree: nodes.Template) -> frozenset[str]:
-    """Return the variables that a template reads and a caller may set: `enable_thinking`, `date_string`."""
+    """Return the variables that a template reads and a caller may set, such as `enable_thinking`."""
     undeclared = meta.find_undeclared_variables(tree)
     assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
     with_default = {
@@ -87,55 +81,46 @@ def read_variables(tree: nodes.Template) -> frozenset[str]:
         if isinstance(test.node, nodes.Name) and test.name in ("defined", "undefined", "default", "d")
     }
     options = {name for name in undeclared if name not in assigned or name in with_default} - _STANDARD_VARIABLES
-    options = {name for name in options if not name.endswith("_token")}  # bos_token, ...: from the tokenizer
+    options = {name for name in options if not name.endswith("_token")}  # bos_token, ... are set from the tokenizer
     return frozenset(options | ({CLOCK} if day_formats(tree) else set()))
 
 
 def compared_values(tree: nodes.Template, name: str) -> list[Any]:
     """Return the constants that a template compares a variable with, in order."""
     values: list[Any] = []
-    for test in tree.find_all(nodes.Compare):
-        sides = [test.expr, *(operand.expr for operand in test.ops)]
-        if any(isinstance(node, nodes.Name) and node.name == name for side in sides for node in _descendants(side)):
-            values += [node.value for side in sides for node in _descendants(side) if isinstance(node, nodes.Const)]
+    for comparison in tree.find_all(nodes.Compare):
+        if any(variable.name == name for variable in comparison.find_all(nodes.Name)):
+            values += [constant.value for constant in comparison.find_all(nodes.Const)]
     return list(dict.fromkeys(value for value in values if isinstance(value, (str, bool))))
 
 
-def _descendants(side: nodes.Node) -> list[nodes.Node]:
-    return [side, *side.find_all((nodes.Name, nodes.Const))]
-
-
 def day_formats(tree: nodes.Template) -> list[str]:
-    calls = [(call.node, call.args[0]) for call in tree.find_all(nodes.Call) if call.args]
-    formats = [argument for node, argument in calls if isinstance(node, nodes.Name) and node.name == CLOCK]
-    return sorted({node.value for node in formats if isinstance(node, nodes.Const)})
+    """Return the formats in which a template writes the date."""
+    calls = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "name", "") == CLOCK and call.args]
+    return sorted({call.args[0].value for call in calls if isinstance(call.args[0], nodes.Const)})
 
 
 def fixed_day(source: str) -> str | None:
-    """Return the day that was written into a template in place of its clock, or None."""
-    match = _FIXED_DAY.search(source)
-    return match[1] if match else None
+    """Return the date that `write_options` wrote into a template, or None."""
+    return match[1] if (match := _FIXED_DAY.search(source)) else None
 
 
-def check_options(options: Mapping[str, Any], variables: frozenset[str], where: str) -> None:
-    """Raise ModelError for an option, given in `where`, that is not among the template's variables."""
+def check_options(options: Mapping[str, Any], variables: frozenset[str], source: str) -> None:
+    """Raise ModelError for an option that is not a variable of the template. source: where the options were given."""
     for name in options:
         if name not in variables:
             known = ", ".join(sorted(variables)) or "no option"
-            what = f"{where}: the chat template reads no {name}{nearest(name, sorted(variables))}"
+            what = f"{source}: the chat template reads no {name}{suggest(name, sorted(variables))}"
             raise ModelError(what, fix=f"it reads {known}")
 
 
 def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -> str:
     """Return the template with the options as defaults and, if it has date `formats`, a fixed date.
 
-    What is already written is kept and not written twice. Raises ModelError for an invalid date.
+    Options that are already written are not written again. Raises ModelError for an invalid date.
     """
-    lines = [
-        f"{{%- set {name} = {name} | default({jinja_literal(value)}) %}}\n"
-        for name, value in options.items()
-        if name != CLOCK
-    ]
+    settings = {name: jinja_literal(value) for name, value in options.items() if name != CLOCK}
+    lines = [f"{{%- set {name} = {name} | default({value}) %}}\n" for name, value in settings.items()]
     if formats and (CLOCK in options or not fixed_day(source)):
         requested = options.get(CLOCK, DEFAULT_DAY)
         try:
@@ -143,11 +128,11 @@ def write_options(source: str, options: Mapping[str, Any], formats: list[str]) -
         except ValueError:
             what = f"data.template_options: {CLOCK}: {requested} is not a date"
             raise ModelError(what, fix="write it as 2026-01-31") from None
-        days = ", ".join(f"{jinja_literal(form)}: {jinja_literal(day.strftime(form))}" for form in formats)
+        days = jinja_literal({form: day.strftime(form) for form in formats})
         head = f'{{%- macro {CLOCK}(form, day="{day}") -%}}'
         source = _FIXED_DAY.sub("", source)
-        lines.insert(0, f"{head}{{{{- {{{days}}}[form] -}}}}{{%- endmacro %}}\n")
-    # templates are compiled with trim_blocks: the line break after a block is not text
+        lines.insert(0, f"{head}{{{{- {days}[form] -}}}}{{%- endmacro %}}\n")
+    # templates are compiled with trim_blocks, so the line break after a block is not rendered
     return "".join(line for line in lines if line not in source) + source
 
 
@@ -164,15 +149,14 @@ def jinja_literal(value: Any) -> str:
     return repr(value)
 
 
-# --- checks --------------------------------------------------------------------------------------------------------
-# A template may hide instructions: arXiv:2602.04653.
+# A template may contain hidden instructions (arXiv:2602.04653).
 
 _FIELD_NAMES = {"content", "role", "system", "user", "assistant", "tool", "type", "text", "reasoning_content"}
 _STRING_TESTS = {"startswith", "endswith", "find", "index", "count"}
 
 
 def lint_template(tree: nodes.Template, source: str) -> list[str]:
-    """Return warnings about web addresses, tests of message text, and the date."""
+    """Return warnings about web addresses, tests of message texts, and the current date in a template."""
     warnings = []
     if urls := sorted(set(re.findall(r"https?://[^\s'\"{}]+", source))):
         warnings.append(f"the chat template contains web addresses: {', '.join(urls[:3])}")
@@ -187,7 +171,7 @@ def lint_template(tree: nodes.Template, source: str) -> list[str]:
     )
     if tested:
         warnings.append(f"the chat template tests the text of messages for {', '.join(tested[:5])}")
-    if CLOCK in source and f"macro {CLOCK}" not in source:  # the macro fixes the date: write_options
+    if CLOCK in source and f"macro {CLOCK}" not in source:  # the macro of write_options fixes the date
         warnings.append("the chat template writes today's date: the prompt changes from day to day")
     return warnings
 
@@ -202,15 +186,14 @@ def _reads_content(test: nodes.Node) -> bool:
     return "content" in names
 
 
-# --- rendering within bounds ---------------------------------------------------------------------------------------
-# Templates come from model files. transformers' sandbox protects the machine from them, but allows endless loops.
+# Templates come from model files. The sandbox of transformers protects the machine, but allows endless loops.
 
-MAX_CHARS = 100_000_000  # of one rendered conversation
-MAX_ITERATIONS = 10_000_000  # of all loops together while one conversation is rendered
-CALL_COST = 10  # iterations that a call counts as
-MAX_BITS = 10_000  # of a power
+MAX_CHARS = 100_000_000  # characters of a rendered conversation
+MAX_ITERATIONS = 10_000_000  # total iterations of all loops in rendering a conversation
+CALL_COST = 10  # a call counts as this number of iterations
+MAX_BITS = 10_000  # bits of the result of a power
 
-# What a template may raise for an input that it was not written for.
+# Errors that a template may raise for an input that it does not support
 TEMPLATE_ERRORS: tuple[type[Exception], ...] = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RecursionError, MemoryError),
@@ -218,11 +201,14 @@ TEMPLATE_ERRORS: tuple[type[Exception], ...] = (
 
 
 class BoundedTemplate:
-    """A template, compiled as transformers does: raises jinja2.TemplateError, and TEMPLATE_ERRORS when rendered."""
+    """A chat template compiled like in transformers, with limits on its output and its loops.
+
+    The constructor raises jinja2.TemplateError for an invalid template, and `render` raises TEMPLATE_ERRORS.
+    """
 
     def __init__(self, source: str) -> None:
-        # The environment of an empty template: compiling evaluates constants such as 'x' * 10**10, which must be
-        # bounded too.
+        # The limits are set in the environment of an empty template before the source is compiled, because compiling
+        # evaluates constants such as 'x' * 10**10.
         self.environment: Any = copy.copy(chat_template_utils._compile_jinja_template("").environment)
         filters = {"strop_counted": self._count_iterations, "strop_joined": _join}
         self.environment.filters = {**self.environment.filters, **filters}
@@ -234,7 +220,7 @@ class BoundedTemplate:
         tree = self.environment.parse(source)
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = nodes.Filter(loop.iter, "strop_counted", [], [], None, None, lineno=loop.lineno)
-        for concat in list(tree.find_all(nodes.Concat)):  # a ~ b: repeated doubling would exhaust memory
+        for concat in list(tree.find_all(nodes.Concat)):  # a ~ b, which could double a text repeatedly
             parts = nodes.List(concat.nodes, lineno=concat.lineno)
             concat.nodes = [nodes.Filter(parts, "strop_joined", [], [], None, None, lineno=concat.lineno)]
         tree.set_environment(self.environment)
@@ -277,7 +263,7 @@ class BoundedTemplate:
 
 
 def _join(values: Iterable[Any]) -> str:
-    """Join values like the operator ~ of Jinja."""
+    """Join values like the Jinja operator ~, up to MAX_CHARS."""
     parts = [str(value) for value in values]
     _check_size(sum(map(len, parts)))
     return "".join(parts)

@@ -1,8 +1,8 @@
 """Continuous batching: sequences join and leave between passes, and prompts are processed next to decoding sequences.
 
-With few sequences, a pass over several rows takes as long as a pass over one, because the time is that of reading the
-weights from memory. The spare rows are used for speculative decoding (Leviathan et al., arXiv:2211.17192) with prompt
-lookup: the draft is what followed the last occurrence of the sequence's last tokens. It does not change the output.
+A pass over a few rows takes as long as a pass over one row, because the weights must be read from memory. With few
+sequences, the additional rows are used for speculative decoding (Leviathan et al., arXiv:2211.17192) with prompt
+lookup: the draft is the text that followed the previous occurrence of the last tokens. The output does not change.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from strop.engine.kernels.dispatch import token_logprobs
 from strop.errors import ModelError
 from strop.machine.probe import probe
 
-MAX_LOGIT_ROWS = 128  # rows of a pass with logits; more would take more memory than the pass itself
-NGRAM = 3  # last tokens of a sequence that must have occurred before to propose a draft
+MAX_LOGIT_ROWS = 128  # rows with logits per pass; the logits of more would take more memory than the pass itself
+NGRAM = 3  # number of last tokens that must have occurred before to propose a draft
 CACHE_SHARE = 0.5  # share of the free memory that the KV cache may use
 _ATTRIBUTE = "_strop_decoder"  # attribute of a model that holds its cached decoder
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The new tokens of a sequence after a pass. They are appended already; `sequence.finish_reason` shows the end."""
+    """The new tokens of a sequence after a pass. They are already appended to the sequence."""
 
     sequence: SequenceState
     tokens: tuple[Token, ...]
 
 
 class Batch:
-    """Sequences that are decoded together, at most `max_sequences` of them.
+    """Sequences that are decoded together, at most `max_sequences`.
 
-    prefill_rows: maximum number of prompt tokens in a pass. speculative: use spare rows for speculative decoding.
+    prefill_rows: maximum number of prompt tokens per pass. speculative: enable speculative decoding.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Batch:
         self._decoder, self._max_sequences = decoder, max_sequences
         self._speculative, self._prefill_rows = speculative, prefill_rows
         self.sequences: list[SequenceState] = []
-        self._followers: dict[SequenceState, list[SequenceState]] = {}  # by the leader that processes their prompt
+        self._followers: dict[SequenceState, list[SequenceState]] = {}  # sequences that wait for a leader's prompt
 
     def add(self, sequence: SequenceState) -> bool:
-        """Admit a sequence. Return False if there is no space now; raise CacheFull if there never will be."""
+        """Admit a sequence. Return False if there is no space now. Raise CacheFull if the sequence is too long."""
         if len(self.sequences) + self._num_waiting >= self._max_sequences:
             return False
         try:
@@ -63,9 +63,9 @@ class Batch:
         return True
 
     def add_group(self, group: Sequence[SequenceState]) -> int:
-        """Admit the first sequences of a group with one prompt, and return how many of them.
+        """Admit the first sequences of a group with the same prompt, and return the number of admitted sequences.
 
-        The prompt is processed once, by the first sequence. Raises CacheFull if there never will be space for one.
+        The prompt is processed once, by the first sequence. Raises CacheFull if a sequence is too long.
         """
         assert isinstance(self._decoder, CompiledDecoder), "groups need the compiled decoder"
         leader = group[0]
@@ -85,17 +85,17 @@ class Batch:
         return sum(map(len, self._followers.values()))
 
     def remove(self, sequence: SequenceState) -> None:
-        """Remove a sequence, finished or not, with the followers that wait for its prompt."""
+        """Remove a sequence, and the followers that wait for its prompt."""
         self.sequences.remove(sequence)
-        for leaving in (sequence, *self._followers.pop(sequence, ())):
-            self._decoder.release(leaving)
+        for removed in (sequence, *self._followers.pop(sequence, ())):
+            self._decoder.release(removed)
 
     def step(self) -> list[Progress]:
-        """Run one pass and return what it added. Finished sequences have left the batch.
+        """Run one pass, return the new tokens, and remove finished sequences from the batch.
 
         A sequence with an expected completion gets no tokens until the whole completion is scored.
         """
-        chunks = self._chunks()
+        chunks = self._plan_pass()
         progress = []
         leaders = [chunk.sequence for chunk in chunks if chunk.num_outputs]
         samplers = [*leaders, *(follower for leader in leaders for follower in self._followers.get(leader, ()))]
@@ -103,32 +103,30 @@ class Batch:
         output = self._decoder.forward(chunks, logits=not argmax_only)
         start = 0
         for chunk in chunks:
-            if chunk.num_outputs:
-                rows = output.rows(start, start + chunk.num_outputs)
-                start += chunk.num_outputs
-                for follower in self._followers.pop(chunk.sequence, ()):
-                    assert isinstance(self._decoder, CompiledDecoder)
-                    self._decoder.start_follower(follower, chunk.sequence)
-                    self.sequences.append(follower)
-                    progress.append(Progress(follower, _append_samples(Chunk(follower, 0, 1), rows)))
-                take = _score if chunk.sequence.is_scoring else _append_samples
-                progress.append(Progress(chunk.sequence, take(chunk, rows)))
+            if not chunk.num_outputs:
+                continue
+            rows = output.rows(start, start + chunk.num_outputs)
+            start += chunk.num_outputs
+            for follower in self._followers.pop(chunk.sequence, ()):
+                assert isinstance(self._decoder, CompiledDecoder)
+                self._decoder.start_follower(follower, chunk.sequence)
+                self.sequences.append(follower)
+                progress.append(Progress(follower, _append_samples(Chunk(follower, 0, 1), rows)))
+            process = _score if chunk.sequence.is_scoring else _append_samples
+            progress.append(Progress(chunk.sequence, process(chunk, rows)))
         for sequence in [sequence for sequence in self.sequences if sequence.finish_reason]:
             self.remove(sequence)
         return progress
 
-    def _chunks(self) -> list[Chunk]:
-        """Divide the rows of the next pass: one a decoding sequence, then drafts or prompts."""
-        decoding: list[SequenceState] = []
-        prefilling: list[SequenceState] = []
-        for sequence in self.sequences:
-            is_decoding = sequence.num_uncached == 1 and not sequence.is_scoring
-            (decoding if is_decoding else prefilling).append(sequence)
+    def _plan_pass(self) -> list[Chunk]:
+        """Return the chunks of the next pass: one row per decoding sequence, and the rows of drafts or prompts."""
+        decoding = [x for x in self.sequences if x.num_uncached == 1 and not x.is_scoring]
+        prefilling = [x for x in self.sequences if x.num_uncached != 1 or x.is_scoring]
         spare = self._decoder.num_cheap_rows - len(decoding) if self._speculative and not prefilling else 0
         chunks = []
-        for place, sequence in enumerate(decoding):
+        for i, sequence in enumerate(decoding):
             num_remaining = sequence.max_new_tokens - (sequence.length - sequence.prompt_length) - 1
-            draft = propose_draft(sequence.ids, min(max(0, spare) // (len(decoding) - place), num_remaining))
+            draft = propose_draft(sequence.ids, min(max(0, spare) // (len(decoding) - i), num_remaining))
             spare -= len(draft)
             chunks.append(Chunk(sequence, sequence.num_uncached, 1 + len(draft), draft))
         rows_left, outputs_left = self._prefill_rows, max(1, MAX_LOGIT_ROWS - len(decoding))
@@ -149,14 +147,14 @@ class Batch:
 
 def _score(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:
     sequence, start = chunk.sequence, chunk.sequence.num_cached - chunk.num_outputs
-    # nothing follows the last position, so its score is not used
+    # The appended 0 is for the last position, which has no next token. Its score is not used.
     expected = np.append(sequence.ids[start + 1 : sequence.num_cached + 1], 0)[: chunk.num_outputs]
     argmax = np.where(output.finite, output.argmax, -1)
     return sequence.score_expected(start, argmax, token_logprobs(output.logits, expected))
 
 
 def _append_samples(chunk: Chunk, output: PassOutput) -> tuple[Token, ...]:
-    """Append the tokens that follow, as long as the draft tokens before them are accepted."""
+    """Sample and append the next token. Continue with the following ones as long as the draft is accepted."""
     sequence, tokens = chunk.sequence, []
     for row in range(chunk.num_outputs):
         try:
@@ -176,11 +174,8 @@ def propose_draft(ids: Ids, max_tokens: int) -> Sequence[int]:
     """Return at most `max_tokens` tokens that followed the previous occurrence of the last NGRAM tokens."""
     if max_tokens <= 0 or len(ids) <= NGRAM:
         return ()
-    last = ids[-NGRAM:]
-    same = np.ones(len(ids) - NGRAM, bool)
-    for place in range(NGRAM):
-        same &= ids[place : place + len(same)] == last[place]
-    starts = np.flatnonzero(same)
+    ngrams = np.lib.stride_tricks.sliding_window_view(ids[:-1], NGRAM)
+    starts = np.flatnonzero((ngrams == ids[-NGRAM:]).all(1))
     if not len(starts):
         return ()
     begin = int(starts[-1]) + NGRAM
@@ -189,15 +184,15 @@ def propose_draft(ids: Ids, max_tokens: int) -> Sequence[int]:
 
 
 def decode_all(batch: Batch, sequences: Sequence[SequenceState]) -> Iterator[Progress]:
-    """Decode all sequences and yield the progress of each pass. Raises CacheFull if one of them is too long.
+    """Decode all sequences, and yield the progress of each pass. Raises CacheFull if a sequence is too long.
 
-    Closing the iterator early removes the sequences from the batch.
+    Closing the iterator removes the sequences from the batch.
     """
     return decode_groups(batch, [[sequence] for sequence in sequences])
 
 
 def decode_groups(batch: Batch, groups: Sequence[Sequence[SequenceState]]) -> Iterator[Progress]:
-    """Decode groups of sequences with one prompt, which is processed once for the sequences that start together."""
+    """Decode groups of sequences with the same prompt, which sequences that start together process only once."""
     waiting = [list(group) for group in reversed(groups)]
     try:
         while waiting or batch.sequences:
@@ -215,9 +210,9 @@ def decode_groups(batch: Batch, groups: Sequence[Sequence[SequenceState]]) -> It
 
 
 def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
-    """Return a batch for these sequences: as many together as fit into memory, at most MAX_SEQUENCES.
+    """Return a batch that decodes as many of these sequences together as fit into memory, up to MAX_SEQUENCES.
 
-    The decoder is cached on the model and reused until a weight changes. Raises ModelError if a sequence does not fit.
+    The decoder is cached on the model until a weight changes. Raises ModelError if a sequence does not fit.
     """
     blocks = sorted((blocks_for(sequence.max_length) for sequence in sequences), reverse=True)
     block_bytes = BLOCK_SIZE * kv_bytes_per_position(model)
@@ -235,7 +230,7 @@ def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
     num_blocks = sum(blocks[:max_sequences])
     if decoder is None or decoder.blocks.count < num_blocks:
         decoder = None
-        drop_decoder(model)  # frees the old cache before the new one is allocated
+        drop_decoder(model)  # free the old cache before allocating the new one
         decoder = CompiledDecoder(model, num_blocks * BLOCK_SIZE)
         setattr(model, _ATTRIBUTE, (_weight_versions(model), decoder))
     return Batch(decoder, max_sequences)
@@ -247,5 +242,5 @@ def drop_decoder(model: nn.Module) -> None:
 
 
 def _weight_versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Return a value that changes when a weight is changed or replaced."""
+    """Return values that change when a weight is modified or replaced."""
     return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]

@@ -1,9 +1,9 @@
-"""Allocate the blocks of the paged KV cache, and share the blocks of common prefixes. Needs no torch.
+"""Allocate the blocks of the paged KV cache, and share the blocks of common prefixes. Does not import torch.
 
 A block holds the keys and values of BLOCK_SIZE consecutive positions of one sequence, in all layers (PagedAttention,
 arXiv:2309.06180). A full block has a key: the hash of the adapter and of all tokens up to the end of the block.
-Sequences with the same prefix and adapter share full blocks, also after the first of them has ended, until the space is
-needed. Where a common prefix ends inside a block, the caller may copy that block and reuse its first positions.
+Sequences with the same adapter and prefix share full blocks. Blocks of finished sequences stay in the cache until their
+space is needed. If a common prefix ends inside a block, the caller may copy the block and reuse its first positions.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from strop.data.types import Ids
 
 BLOCK_SIZE = 32  # positions; engine.kernels.cpu.cached_attention is compiled for the same number
-MAX_SEQUENCES = 64  # decoded together; beyond that, time grows in proportion (docs/performance.md)
-MAX_CANDIDATES = 64  # blocks after the same prefix that are compared for a partial match, the newest ones
-PREFILL_ROWS = 256  # prompt tokens of a pass; more would delay the tokens of sequences that are already decoding
+MAX_SEQUENCES = 64  # decoded together; with more, the time per token does not decrease (docs/performance.md)
+MAX_CANDIDATES = 64  # blocks after the same prefix that are compared for a partial match; the newest are kept
+PREFILL_ROWS = 256  # prompt tokens per pass; more would delay sequences that are already decoding
 
 
 class CacheFull(Exception):
@@ -27,36 +27,36 @@ class CacheFull(Exception):
 
 
 def blocks_for(positions: int) -> int:
-    """Return how many blocks hold this many positions."""
+    """Return the number of blocks for this many positions."""
     return -(-positions // BLOCK_SIZE)
 
 
 class BlockPool:
-    """Reference-counted blocks 0 to `count` - 1. When space is needed, unused blocks are evicted, oldest first."""
+    """Reference-counted blocks, numbered from 0. Cached blocks without users are evicted in LRU order."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._blank = list(range(count - 1, -1, -1))
+        self._free = list(range(count - 1, -1, -1))
         self._num_users: dict[int, int] = {}
         self._by_key: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._successors: dict[bytes, dict[int, Ids]] = {}  # previous block's key -> block -> its tokens
         self._previous_key: dict[int, bytes] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()
+        self._unused: OrderedDict[int, None] = OrderedDict()  # cached blocks without users
 
     @property
     def free(self) -> int:
         """Number of blocks that can be allocated."""
-        return len(self._blank) + len(self._unused)
+        return len(self._free) + len(self._unused)
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` blocks with one user each. Raises CacheFull, and then allocates none."""
+        """Allocate `count` blocks with one user each. Raises CacheFull if there are fewer."""
         if count > self.free:
             raise CacheFull
         blocks = []
         for _ in range(count):
-            if self._blank:
-                block = self._blank.pop()
+            if self._free:
+                block = self._free.pop()
             else:
                 block, _ = self._unused.popitem(last=False)
                 del self._by_key[self._key_of.pop(block)]
@@ -67,17 +67,17 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Remove one user of each block."""
-        for block in reversed(blocks):  # so that the end of a sequence is evicted before its beginning
+        for block in reversed(blocks):  # the end of a sequence is evicted before its beginning
             self._num_users[block] -= 1
             if self._num_users[block] == 0:
                 del self._num_users[block]
                 if block in self._key_of:
                     self._unused[block] = None
                 else:
-                    self._blank.append(block)
+                    self._free.append(block)
 
     def share_prefix(self, keys: Iterable[bytes]) -> list[int]:
-        """Return the cached blocks of the longest prefix of `keys`, each with one more user."""
+        """Return the cached blocks of the longest prefix of `keys`, and add a user to each."""
         blocks = []
         for key in keys:
             block = self._by_key.get(key)
@@ -88,14 +88,14 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Add one user to blocks that are in use."""
+        """Add one user to each of these blocks, which have users."""
         for block in blocks:
             self._num_users[block] += 1
 
     def register(self, key: bytes, block: int, previous_key: bytes, ids: Ids) -> None:
-        """Make a full block available to other sequences. If the key is registered already, the older block stays.
+        """Make a full block available to other sequences, unless a block with this key already is.
 
-        ids: the block's tokens, shape (BLOCK_SIZE,).
+        ids: the tokens of the block, shape (BLOCK_SIZE,).
         """
         if key in self._by_key or block in self._key_of:
             return
@@ -106,15 +106,15 @@ class BlockPool:
             self._drop_candidate(next(iter(successors)))
 
     def match_partial(self, previous_key: bytes, ids: Ids) -> tuple[int, int]:
-        """Return (block, number of matching tokens) of the block after `previous_key` with the longest match.
+        """Return the block after `previous_key` with the longest match, and the number of matching tokens.
 
-        The block gets one more user, which the caller must release. Returns (0, 0) if no block matches.
+        Adds a user to the block, which the caller must release. Returns (0, 0) if no block matches.
         """
         successors = self._successors.get(previous_key)
         if not successors or not len(ids):
             return 0, 0
-        same = np.stack(list(successors.values()))[:, : len(ids)] == ids[:BLOCK_SIZE]
-        counts = np.where(same.all(1), same.shape[1], same.argmin(1))
+        matches = np.stack(list(successors.values()))[:, : len(ids)] == ids[:BLOCK_SIZE]
+        counts = np.where(matches.all(1), matches.shape[1], matches.argmin(1))
         best = int(counts.argmax())
         if not counts[best]:
             return 0, 0
@@ -136,12 +136,12 @@ class BlockPool:
 
 
 def root_key(adapter: str | None) -> bytes:
-    """Return the key that stands before the first block of a sequence under an adapter."""
+    """Return the `previous_key` of the first block of a sequence with this adapter."""
     return repr(adapter).encode()
 
 
 def block_keys(previous_key: bytes, ids: Ids, start: int = 0) -> Iterator[bytes]:
-    """Yield the keys of the full blocks of `ids` from position `start` on, which follow the block `previous_key`."""
-    for at in range(start, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
-        previous_key = blake2b(previous_key + ids[at : at + BLOCK_SIZE].tobytes(), digest_size=16).digest()
+    """Yield the keys of the full blocks of `ids` from position `start`, after the block with key `previous_key`."""
+    for begin in range(start, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        previous_key = blake2b(previous_key + ids[begin : begin + BLOCK_SIZE].tobytes(), digest_size=16).digest()
         yield previous_key

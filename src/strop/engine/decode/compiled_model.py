@@ -1,8 +1,8 @@
-"""The model as used by the decoding kernels, which share its weights; the adapters are copied.
+"""The forward pass of a model on the decoding kernels. They use the model's own weights and copies of the adapters.
 
-Greedy decoding does not compute all logits: an int8 copy of the head selects candidates, whose exact logits are
-compared. The argmax is exact: the error of the approximate logits is bounded, and all tokens within the bound are
-candidates.
+Greedy decoding does not compute all logits. Approximate logits from an int8 copy of the head select candidates, whose
+exact logits are compared. The argmax is exact, because the error of the approximate logits is bounded, and all tokens
+within the bound are candidates.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 
 from strop.engine.decode.cache import BLOCK_SIZE
 from strop.engine.decode.sampling import PassOutput
-from strop.engine.kernels.dispatch import argmax_kernels, decode_kernels
-from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
+from strop.engine.kernels.dispatch import decode_kernels, sampling_kernels
+from strop.engine.layers import DecoderLayers, LayerSpec, NormSpec, activation_parameters
 from strop.engine.train.peft_modules import base_module
 from strop.machine.memory import map_pages
 from strop.models.families.layers import ACTIVATIONS
 from strop.models.quantize import QuantizedLinear
 
-MIN_HEAD_SHARE = 0.1  # minimum share of the head in the bytes read per token; a smaller head gains nothing
-PAUSE_PASSES = 16  # passes with full logits after one with too many candidates
-_CHUNK_ELEMENTS = 1 << 20  # elements of the head quantized at a time
+MIN_HEAD_SHARE = 0.1  # minimum share of the head in the bytes read per token for which ExactArgmax is faster
+PAUSE_PASSES = 16  # number of passes with full logits after a pass with too many candidates
+_CHUNK_ELEMENTS = 1 << 20  # elements of the head that are quantized at a time
 
 
 class CompiledModel:
     """The forward pass of a model on a CPU, in fp32 or bf16, with a paged KV cache.
 
-    num_blocks: number of cache blocks. adapters: names of the LoRA adapters, whose weights are copied. warm: compile
-    the kernels in another process first.
+    num_blocks: number of cache blocks. adapters: names of the LoRA adapters. warm: compile the kernels ahead of time in
+    another process.
     """
 
     def __init__(self, layers: DecoderLayers, num_blocks: int, adapters: Sequence[str], *, warm: bool = True) -> None:
@@ -43,32 +43,37 @@ class CompiledModel:
         self._has_bf16_weights = layers.head.weight.dtype == torch.bfloat16
         self._dtype = activation_dtype(layers.head.weight.dtype)
         self._num_threads = torch.get_num_threads()
-        parts = [layers.part(number) for number in range(len(layers))]
-        self._rope_kinds = [part.rope for part in parts]
-        self._act = self._kernels.KINDS[ACTIVATIONS[parts[0].activation]]
-        width = padded_head_size(parts[0].size)
-        shape = (num_blocks, parts[0].key_value, BLOCK_SIZE, width)
-        self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in parts] for _ in range(2))
-        self._cache = [(_array(k), _array(v)) for k, v in zip(self._keys, self._values, strict=True)]
+        specs = [layers.layer_spec(number) for number in range(len(layers))]
+        self._rope_kinds = [spec.rope for spec in specs]
+        self._act = self._kernels.KINDS[ACTIVATIONS[specs[0].activation]]
+        width = padded_head_size(specs[0].size)
+        shape = (num_blocks, specs[0].key_value, BLOCK_SIZE, width)
+        self._keys, self._values = ([_lazy_zeros(shape, self._dtype) for _ in specs] for _ in range(2))
+        self._cache = [(_to_numpy(k), _to_numpy(v)) for k, v in zip(self._keys, self._values, strict=True)]
         self._norm = self._build_norm(layers.norm)
-        self._head = self._kernels.Dense(_array(layers.head.weight.data))
+        self._head = self._kernels.Dense(_to_numpy(layers.head.weight.data))
         self._logits = np.empty((0, 0), np.float32)
-        self._query_width = parts[0].query * width
+        self._query_width = specs[0].query * width
         self._adapters = list(adapters)
-        self._built = [self._build_layer(part) for part in parts]
-        heads = [layer.shape.query * layer.shape.size for layer in self._built]
-        inner = [layer.inner for layer in self._built]
+        self._kernel_layers = [self._build_layer(spec) for spec in specs]
+        heads = [layer.shape.query * layer.shape.size for layer in self._kernel_layers]
+        inner = [layer.inner for layer in self._kernel_layers]
         self._max_width = max(layers.config.hidden_size, *heads, *inner)
-        linears = [linear for layer in self._built for linear in layer[:4]]
+        linears = [linear for layer in self._kernel_layers for linear in layer[:4]]
         self._max_outputs = max(sum(_num_outputs(weight) for weight in linear.weights) for linear in linears)
         self._max_rank = max(int(linear.rows[:, 1].max(initial=0)) for linear in linears)
-        packed = [weight for linear in linears for weight in linear.weights if hasattr(weight, "code")]
+        weights = [weight for linear in linears for weight in linear.weights]
+        packed = [weight for weight in weights if hasattr(weight, "code")]
         multiplies_int8 = self._kernels.INT8_DOTS and self._dtype == torch.bfloat16
         int8 = [weight for weight in packed if multiplies_int8 and weight.w.dtype == np.int8]
         self._quantizes_inputs = int(len(int8) > 0)
-        self.unpacks_weights = len(int8) < len(packed)  # the others are dequantized for each matmul
+        self.unpacks_weights = len(int8) < len(packed)  # other packed weights are dequantized in each matmul
         self._num_rows, self._buffers, self._num_positions = 0, None, 0
-        self._exact_argmax = self._make_exact_argmax(layers)
+        z = np.empty(0, np.uint16 if self._dtype == torch.bfloat16 else np.float32)
+        num_bytes = sum(weight.w.nbytes + getattr(weight, "scale", weight.w[:0]).nbytes for weight in weights)
+        self._exact_argmax = exact_argmax_for(
+            layers.head, self._head.w, z, layers.logits_scale, layers.softcap, num_bytes
+        )  # fmt: skip
 
     def __call__(
         self, ids: Any, rows: tuple[Any, ...], num_positions: int, output_rows: Any, *, logits: bool
@@ -78,34 +83,33 @@ class CompiledModel:
         Args:
             ids: token ids of all rows, (T,), int64.
             rows: the fields of decode_layer.Rows.
-            num_positions: largest position of a row + 1.
+            num_positions: the largest position of a row + 1.
             output_rows: indices of the rows whose outputs are needed, (P,).
-            logits: whether logits are needed; if not, the output may have the argmax only.
+            logits: whether logits are needed. Otherwise the output may contain only the argmax.
         """
         kernels, layers = self._kernels, self._layers
         self._extend_rope(num_positions)
         self._reserve_rows(len(ids))
-        hidden = layers.embedded(torch.from_numpy(ids)).float().contiguous().numpy()
+        hidden = layers.embed(torch.from_numpy(ids)).float().contiguous().numpy()
         if layers.family.embedding_norm:
             kernels.add_residual(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
         for layer in self._layers_with_cache:
             kernels.layer_forward(layer, self._buffers, hidden, *rows, self._num_threads)
         if not len(output_rows):
             return PassOutput(np.empty(0, np.int64), np.empty(0, np.bool_))
-        z = _array(torch.empty(len(output_rows), hidden.shape[1], dtype=self._dtype))
+        z = _to_numpy(torch.empty(len(output_rows), hidden.shape[1], dtype=self._dtype))
         kernels.norm_input(self._norm, hidden[output_rows], z)
         if not logits and self._exact_argmax is not None and (argmax := self._exact_argmax.argmax(z)) is not None:
             return PassOutput(argmax, np.ones(len(argmax), np.bool_))
-        if len(output_rows) > len(self._logits):  # reused: fresh memory takes as long as computing the logits
+        if len(output_rows) > len(self._logits):  # reused, because new memory takes as long as computing the logits
             self._logits = np.empty((len(output_rows), len(self._head.w)), np.float32)
         all_logits = self._logits[: len(output_rows)]
         kernels.dense_matmul(self._head, z, all_logits, self._num_threads)
         return PassOutput.from_logits(self._transform_logits(all_logits))
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy a block of the cache, in all layers."""
-        for part in (*self._keys, *self._values):
-            part[target] = part[source]
+        for buffer in (*self._keys, *self._values):
+            buffer[target] = buffer[source]
 
     def _transform_logits(self, logits: Any) -> Any:
         """Apply the scale, the bias and the softcap of the head."""
@@ -118,19 +122,13 @@ class CompiledModel:
             logits = np.tanh(logits / np.float32(layers.softcap)) * np.float32(layers.softcap)
         return logits
 
-    def _make_exact_argmax(self, layers: DecoderLayers) -> ExactArgmax | None:
-        weights = [weight for layer in self._built for linear in layer[:4] for weight in linear.weights]
-        num_bytes = sum(weight.w.nbytes + getattr(weight, "scale", weight.w[:0]).nbytes for weight in weights)
-        z = np.empty(0, np.uint16 if self._dtype == torch.bfloat16 else np.float32)
-        return exact_argmax_for(layers.head, self._head.w, z, layers.logits_scale, layers.softcap, num_bytes)
-
     def _reserve_rows(self, count: int) -> None:
         """Allocate the buffers for a pass over `count` rows."""
         if count > self._num_rows:
             self._num_rows = count
             buffers = self._kernels.Buffers(
-                z=_array(torch.zeros(count * self._max_width, dtype=self._dtype)),
-                q=_array(torch.zeros(count * self._query_width, dtype=self._dtype)),
+                z=_to_numpy(torch.zeros(count * self._max_width, dtype=self._dtype)),
+                q=_to_numpy(torch.zeros(count * self._query_width, dtype=self._dtype)),
                 y=np.zeros(count * self._max_outputs, np.float32),
                 u=np.zeros(count * max(self._max_rank, 1), np.float32),
                 like=np.empty(0, np.uint16 if self._has_bf16_weights else np.float32),
@@ -140,60 +138,60 @@ class CompiledModel:
             self._buffers = self._kernels.BuffersRef(buffers)
 
     def _extend_rope(self, num_positions: int) -> None:
-        """Make the tables of the rotary embedding cover `num_positions`."""
+        """Extend the tables of the rotary embedding to at least `num_positions`."""
         if num_positions <= self._num_positions:
             return
         self._num_positions = max(512, 2 * num_positions)
-        at = torch.arange(self._num_positions)
+        positions = torch.arange(self._num_positions)
         scale = self._layers.family.query_scale
-        factor = torch.empty(0) if scale is None else scale(self._layers.config, at).float()
+        factor = torch.empty(0) if scale is None else scale(self._layers.config, positions).float()
         tables = {
-            kind: self._kernels.RopeTables(_array(cos.float()), _array(sin.float()), _array(factor))
-            for kind, (cos, sin) in self._layers.angles(at).items()
+            kind: self._kernels.RopeTables(_to_numpy(cos.float()), _to_numpy(sin.float()), _to_numpy(factor))
+            for kind, (cos, sin) in self._layers.angles(positions).items()
         }
         self._layers_with_cache = [
             self._kernels.LayerRef(layer._replace(rope=tables[kind]), *cache)
-            for layer, kind, cache in zip(self._built, self._rope_kinds, self._cache, strict=True)
+            for layer, kind, cache in zip(self._kernel_layers, self._rope_kinds, self._cache, strict=True)
         ]
 
-    def _build_norm(self, part: NormSpec | None) -> Any:
+    def _build_norm(self, spec: NormSpec | None) -> Any:
         empty = np.empty(0, np.float32)
-        if part is None:
+        if spec is None:
             return self._kernels.Norm(0, empty, empty, np.float32(0.0))
-        weight = _array(part.weight.float() + part.offset)
-        bias = empty if part.bias is None else _array(part.bias.float())
-        return self._kernels.Norm(2 if part.centered else 1, weight, bias, np.float32(part.eps))
+        weight = _to_numpy(spec.weight.float() + spec.offset)
+        bias = empty if spec.bias is None else _to_numpy(spec.bias.float())
+        return self._kernels.Norm(2 if spec.centered else 1, weight, bias, np.float32(spec.eps))
 
-    def _build_layer(self, part: Any) -> Any:
+    def _build_layer(self, spec: LayerSpec) -> Any:
         fused = self._layers.family.fused_heads
-        size, heads = part.size, part.query
+        size, heads = spec.size, spec.query
         shape = self._kernels.Shape(
-            query=heads, key_value=part.key_value, size=size,
+            query=heads, key_value=spec.key_value, size=size,
             k_at=size if fused else heads * size,
-            v_at=2 * size if fused else (heads + part.key_value) * size,
+            v_at=2 * size if fused else (heads + spec.key_value) * size,
             step=3 * size if fused else size,
             interleaved=self._layers.family.rope_pairs == "interleaved",
             rope_before_norm=self._layers.family.rope_before_norm,
-            window=part.window, scale=np.float32(part.scale), softcap=np.float32(part.softcap),
+            window=spec.window, scale=np.float32(spec.scale), softcap=np.float32(spec.softcap),
         )  # fmt: skip
-        inner, gated = base_module(part.down[0]).in_features, self._layers.family.gated
+        inner, gated = base_module(spec.down[0]).in_features, self._layers.family.gated
         return self._kernels.Layer(
-            *(self._build_linear(modules) for modules in (part.qkv, part.o, part.gate_up, part.down)),
-            before_attention=self._build_norm(part.before_attention),
-            q_norm=self._build_norm(part.q_norm),
-            k_norm=self._build_norm(part.k_norm),
-            after_attention=self._build_norm(part.after_attention),
-            before_mlp=self._build_norm(part.before_mlp),
-            after_mlp=self._build_norm(part.after_mlp),
+            *(self._build_linear(modules) for modules in (spec.qkv, spec.o, spec.gate_up, spec.down)),
+            before_attention=self._build_norm(spec.before_attention),
+            q_norm=self._build_norm(spec.q_norm),
+            k_norm=self._build_norm(spec.k_norm),
+            after_attention=self._build_norm(spec.after_attention),
+            before_mlp=self._build_norm(spec.before_mlp),
+            after_mlp=self._build_norm(spec.after_mlp),
             shape=shape, rope=None, inner=inner, gated=gated, act=self._act,
-            xielu_parameters=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
+            xielu_parameters=tuple(map(np.float32, activation_parameters(spec.act))), parallel=self._layers.parallel,
             scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
 
     def _build_linear(self, modules: list[Any]) -> Any:
         bases = [base_module(module) for module in modules]
-        kinds = {(type(base), getattr(base, "scheme", None)) for base in bases}
-        weights = tuple(self._build_weight(base, dequantize=len(kinds) > 1) for base in bases)
+        weight_types = {(type(base), getattr(base, "scheme", None)) for base in bases}
+        weights = tuple(self._build_weight(base, dequantize=len(weight_types) > 1) for base in bases)
         bias = np.empty(0, np.float32)
         if any(base.bias is not None for base in bases):
             bias = np.concatenate([
@@ -203,7 +201,7 @@ class CompiledModel:
         return self._kernels.Linear(weights, bias, *self._build_adapters(modules, bases))
 
     def _build_adapters(self, modules: list[Any], bases: list[Any]) -> tuple[Any, ...]:
-        """Return the fields a, rows, b, spans and gains of a kernel's Linear: the adapters of fused linear layers."""
+        """Return the fields a, rows, b, spans and gains of decode_layer.Linear for fused linear layers."""
         a, b, spans, rows = [], [], [], np.zeros((len(self._adapters), 2), np.int64)
         num_outputs = sum(base.out_features for base in bases)
         gains, offset, num_rows = None, 0, 0
@@ -220,29 +218,29 @@ class CompiledModel:
                     if name in module.lora_magnitude_vector:
                         if gains is None:
                             gains = np.ones((len(self._adapters), num_outputs), np.float32)
-                        gains[adapter, column : column + width] = _dora_gains(module, name, base)
+                        gains[adapter, column : column + width] = _compute_dora_gains(module, name, base)
                 column += width
             rows[adapter], num_rows = (num_rows, first), num_rows + first
         k = bases[0].in_features
         return (
-            _array(torch.cat(a) if a else torch.empty(0, k, dtype=self._dtype)),
+            _to_numpy(torch.cat(a) if a else torch.empty(0, k, dtype=self._dtype)),
             rows,
-            _array(torch.cat(b) if b else torch.empty(0)),
+            _to_numpy(torch.cat(b) if b else torch.empty(0)),
             np.array(spans, np.int64).reshape(-1, 6),
             np.empty((0, 0), np.float32) if gains is None else gains,
         )
 
     def _build_weight(self, base: Any, *, dequantize: bool) -> Any:
         if not isinstance(base, QuantizedLinear):
-            return self._kernels.Dense(_array(base.weight.data))
+            return self._kernels.Dense(_to_numpy(base.weight.data))
         packed = None if dequantize else base.packed_weight()
         if packed is None:
-            return self._kernels.Dense(_array(base.dequantize()))
-        weight, scale = _array(packed.weight.flatten()), _array(packed.scale)
+            return self._kernels.Dense(_to_numpy(base.dequantize()))
+        weight, scale = _to_numpy(packed.weight.flatten()), _to_numpy(packed.scale)
         n = len(weight) * (1 if packed.code is None else 2) // base.in_features
         if packed.code is None:
             return self._kernels.Quantized(weight, scale, np.empty(0, np.float32), base.in_features, n)
-        return self._kernels.Quantized(weight, scale, _array(packed.code), packed.share, n)
+        return self._kernels.Quantized(weight, scale, _to_numpy(packed.code), packed.block_size, n)
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -257,11 +255,11 @@ def padded_head_size(size: int) -> int:
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return zeros that take no memory until they are written (torch.zeros writes them all)."""
+    """Return zeros that take no memory until they are written, unlike torch.zeros."""
     return torch.frombuffer(map_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
-def _array(x: Tensor) -> Any:
+def _to_numpy(x: Tensor) -> Any:
     x = x.detach().contiguous()
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
@@ -270,8 +268,8 @@ def _num_outputs(weight: Any) -> int:
     return int(weight.n if hasattr(weight, "n") else len(weight.w))
 
 
-def _dora_gains(module: Any, name: str, base: Any) -> Any:
-    """Return DoRA's m / |W + s B A| for each output."""
+def _compute_dora_gains(module: Any, name: str, base: Any) -> Any:
+    """Return m / |W + s B A| of DoRA for each output feature."""
     weight = (base.dequantize() if isinstance(base, QuantizedLinear) else base.weight).detach().float()
     down, up = module.lora_A[name].weight.detach().float(), module.lora_B[name].weight.detach().float()
     norm = torch.linalg.vector_norm(weight + float(module.scaling[name]) * (up @ down), dim=1)
@@ -279,20 +277,20 @@ def _dora_gains(module: Any, name: str, base: Any) -> Any:
 
 
 class ExactArgmax:
-    """Argmax of the logits of hidden states. The int8 copy is made at the first call.
+    """Computes the argmax of logits. The int8 copy of the head is made at the first call.
 
-    weight: of the head, (V, h). array: the same weight as a NumPy array for the kernels. scale: factor of the logits.
+    weight: the weight of the head, (V, h). array: the same weight as a NumPy array. scale: factor of the logits.
     """
 
     def __init__(self, weight: Tensor, array: Any, scale: float) -> None:
-        self._kernels: Any = argmax_kernels()
+        self._kernels: Any = sampling_kernels()
         self._weight, self._array, self._scale = weight.detach(), array, np.float32(scale)
         self._num_threads = torch.get_num_threads()
         self._quantized: tuple[Any, Any] | None = None
         self._pause = 0
 
     def argmax(self, z: Any) -> Any:
-        """Return the token with the greatest logit of each row of z (P, h), as (P,); None if all logits are needed."""
+        """Return the argmax of the logits of hidden states z (P, h), as (P,), or None if all logits are needed."""
         if self._pause:
             self._pause -= 1
             return None
@@ -332,11 +330,13 @@ class ExactArgmax:
 
 
 def quantize_head(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
-    """Quantize a head (V, h) to int8, row by row, and bound the error of its logits: (values, scales, bounds).
+    """Quantize a head (V, h) to int8, row by row, and bound the error of its logits.
 
-    values (N h,), int8, N: V rounded up to a multiple of `lanes`. scales (N,), fp32. bounds (V,), fp32: greatest error
-    of a logit for a hidden state of norm 1, from quantization, from sums in fp32 and from rounding the hidden state to
-    16 bits; NaN if a value is not finite.
+    Returns:
+        values: int8, (N * h,), where N is V rounded up to a multiple of `lanes`.
+        scales: fp32, (N,).
+        bounds: fp32, (V,), the maximum error of a logit for a hidden state of norm 1. It includes the errors from
+            quantization, from sums in fp32, and from rounding the hidden state to 16 bits. NaN if it is not finite.
     """
     n, k = weight.shape
     num_rows = -(-n // lanes) * lanes
@@ -361,12 +361,12 @@ def exact_argmax_for(
 ) -> ExactArgmax | None:
     """Return an ExactArgmax for a head if it is exact and faster than full logits, else None.
 
-    z: an array of the type of the hidden states. other_bytes: size of all other weights.
+    z: an array with the dtype of the hidden states. other_bytes: size of all other weights.
     """
-    kernels, (n, k) = argmax_kernels(), head.weight.shape
-    linear = head.bias is None and not softcap and scale > 0
-    exact = z.dtype == np.float32 or (
+    kernels, (n, k) = sampling_kernels(), head.weight.shape
+    is_linear = head.bias is None and not softcap and scale > 0
+    is_exact = z.dtype == np.float32 or (
         kernels.INT8_DOTS and kernels.supports_width(k) and (not kernels.USES_AMX or n % kernels.LANES == 0)
     )
     is_faster = head.weight.nbytes > MIN_HEAD_SHARE * (head.weight.nbytes + other_bytes)
-    return ExactArgmax(head.weight, array, scale) if linear and exact and is_faster else None
+    return ExactArgmax(head.weight, array, scale) if is_linear and is_exact and is_faster else None

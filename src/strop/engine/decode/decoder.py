@@ -1,7 +1,7 @@
-"""The decoder on strop's compiled kernels, its interface (shared with the fallback), and the models that it supports.
+"""The decoder on compiled CPU kernels, and the interface that it shares with the fallback (hf_fallback.py).
 
-Nothing is padded: a pass is one row of tokens from many sequences, prompts and decoding ones alike, each with its
-adapter. Keys and values go into blocks (cache.py). The model's own weights are used in place, quantized ones included.
+A pass processes the tokens of many sequences without padding: prompts and decoding sequences, each with its adapter.
+Keys and values are stored in blocks (cache.py). The model's own weights are used, including quantized ones.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from strop.engine.decode.sampling import PassOutput, SequenceState
 from strop.engine.layers import DecoderLayers
 from strop.engine.train.eligibility import why_adapter_unsupported, why_base_unsupported
 from strop.models.adapters import has_trained_biases
-from strop.models.families.layers import ACTIVATIONS, activation_name, linears, text_decoder
+from strop.models.families.layers import ACTIVATIONS, activation_name, linear_groups, text_decoder
 from strop.models.families.table import FAMILIES
 
-MAX_QUERY_HEADS = 48  # of one sequence that share a read of the keys; more would not save memory traffic
+MAX_QUERY_HEADS = 48  # query heads that read the keys of a sequence together; more would not reduce memory traffic
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The part of a sequence that a pass processes: the next `count` uncached positions, then the tokens of a draft.
+    """The part of a sequence that a pass processes: the next `count` uncached positions and the tokens of a draft.
 
-    num_outputs: the last so many positions give outputs.
+    num_outputs: the number of last positions for which the pass returns outputs.
     """
 
     sequence: SequenceState
@@ -44,43 +44,43 @@ class Chunk:
 
 
 class Decoder(Protocol):
-    """The interface of a decoder that Batch uses.
+    """The interface of a decoder.
 
-    num_cheap_rows: a pass over this many rows takes hardly longer than over one.
+    num_cheap_rows: the number of rows up to which a pass takes about as long as a pass over one row.
     """
 
     num_cheap_rows: int
 
     def admit(self, sequence: SequenceState) -> None:
-        """Reserve the space that the sequence will need, and reuse the cached part of its prompt.
+        """Reserve the space for the sequence, and reuse the cached part of its prompt.
 
-        Raises CacheFull, also while another sequence is processing more of the same prefix: it will be cached soon.
+        Raises CacheFull. This also happens while another sequence is processing more of the same prefix, because it is
+        faster to wait until that is cached.
         """
 
     def release(self, sequence: SequenceState) -> None:
-        """Give the sequence's space back."""
+        """Release the space of the sequence."""
 
     def forward(self, chunks: Sequence[Chunk], *, logits: bool = True) -> PassOutput:
-        """Run one pass. Return the outputs of all chunks, in order. logits: whether the logits are needed."""
+        """Run one pass, and return the outputs of all chunks, in order. logits: whether to return the logits."""
 
 
 class CompiledDecoder:
-    """Decoder for a model on a CPU that `why_not_decoder` has no objection to. Valid while the weights do not change.
+    """Decoder for a model on a CPU that `why_not_decoder` accepts. The weights must not change while it is used.
 
-    positions: capacity of the cache, over all sequences. warm: compile the kernels in another process first.
+    positions: capacity of the cache, for all sequences. warm: compile the kernels ahead of time in another process.
     """
 
     def __init__(self, model: nn.Module, positions: int, *, warm: bool = True) -> None:
         reason = why_not_decoder(model)
         assert reason is None, reason
-        self.adapters = adapter_names(model)
+        self.adapters = list_adapters(model)
         self.blocks = BlockPool(blocks_for(positions))
         layers = DecoderLayers(model)
-        self._pending_keys: set[bytes] = set()  # of blocks that admitted sequences will fill
+        self._pending_keys: set[bytes] = set()  # the keys of blocks that admitted sequences will fill
         self._model = CompiledModel(layers, self.blocks.count, self.adapters, warm=warm)
-        # unpacking quantized weights costs time a row
-        self.num_cheap_rows = 4 if self._model.unpacks_weights else 8
-        first = layers.part(0)
+        self.num_cheap_rows = 4 if self._model.unpacks_weights else 8  # unpacking takes time for each row
+        first = layers.layer_spec(0)
         self._max_query_rows = max(1, MAX_QUERY_HEADS // (first.query // first.key_value))
 
     def admit(self, sequence: SequenceState) -> None:
@@ -88,9 +88,9 @@ class CompiledDecoder:
         keys = list(block_keys(root, sequence.ids[: sequence.first_scored]))
         shared = self.blocks.share_prefix(keys)
         sequence.num_cached, needed = len(shared) * BLOCK_SIZE, blocks_for(sequence.max_length) - len(shared)
-        rest = sequence.ids[sequence.num_cached : sequence.first_scored]
-        source, num_matching = self.blocks.match_partial(keys[len(shared) - 1] if shared else root, rest)
-        if num_matching and needed > self.blocks.free:  # its space is needed
+        remaining = sequence.ids[sequence.num_cached : sequence.first_scored]
+        source, num_matching = self.blocks.match_partial(keys[len(shared) - 1] if shared else root, remaining)
+        if num_matching and needed > self.blocks.free:  # the space of the matching block is needed
             self.blocks.release([source])
             num_matching = 0
         try:
@@ -109,17 +109,17 @@ class CompiledDecoder:
         sequence.num_reused = sequence.num_cached
 
     def admit_follower(self, sequence: SequenceState, leader: SequenceState) -> None:
-        """Reserve the space of a sequence with the leader's prompt, without the shared blocks. Raises CacheFull."""
+        """Reserve the space for the completion of a sequence with the same prompt as `leader`. Raises CacheFull."""
         assert sequence.adapter == leader.adapter and sequence.prompt_length == leader.prompt_length
         num_blocks = blocks_for(sequence.prompt_length + sequence.max_new_tokens)
         sequence.blocks = self.blocks.allocate(num_blocks - sequence.prompt_length // BLOCK_SIZE)
 
     def start_follower(self, sequence: SequenceState, leader: SequenceState) -> None:
-        """Let a follower continue after the leader's prompt, which was just processed."""
+        """Let a follower share the blocks of the leader's prompt, which was just processed."""
         num_full = leader.prompt_length // BLOCK_SIZE
         shared = leader.blocks[:num_full]
         self.blocks.share(shared)
-        if leader.prompt_length % BLOCK_SIZE:  # both will write into the block where the prompt ends
+        if leader.prompt_length % BLOCK_SIZE:  # both write to the block in which the prompt ends
             self._model.copy_block(leader.blocks[num_full], sequence.blocks[0])
         sequence.blocks = shared + sequence.blocks
         sequence.block_keys = leader.block_keys[:num_full]
@@ -131,47 +131,44 @@ class CompiledDecoder:
         sequence.blocks = []
 
     def forward(self, chunks: Sequence[Chunk], *, logits: bool = True) -> PassOutput:
-        order = sorted(range(len(chunks)), key=lambda place: self._adapter_index(chunks[place].sequence))
+        order = sorted(range(len(chunks)), key=lambda i: self._adapter_index(chunks[i].sequence))
         table = np.zeros((len(chunks), max(len(chunk.sequence.blocks) for chunk in chunks)), np.int32)
         ids: list[Ids] = []
         positions, owners, query_groups = [], [], []
         adapter_rows = np.zeros((len(self.adapters), 2), np.int64)
-        num_rows, longest, ends = 0, 0, {}
-        for place in order:
-            chunk = chunks[place]
+        num_rows, num_positions, ends = 0, 0, {}
+        for i in order:
+            chunk = chunks[i]
             sequence, count = chunk.sequence, chunk.count + len(chunk.draft)
             start = sequence.num_cached
-            table[place, : len(sequence.blocks)] = sequence.blocks
-            ids.append(sequence.ids[start : start + chunk.count])
-            ids.append(np.array(chunk.draft, np.int32))
+            table[i, : len(sequence.blocks)] = sequence.blocks
+            ids += [sequence.ids[start : start + chunk.count], np.array(chunk.draft, np.int32)]
             positions.append(np.arange(start, start + count))
-            owners.append(np.full(count, place))
+            owners.append(np.full(count, i))
             for first in range(0, count, self._max_query_rows):
                 size = min(self._max_query_rows, count - first)
-                query_groups.append((num_rows + first, size, start + first, place))
+                query_groups.append((num_rows + first, size, start + first, i))
             adapter = self._adapter_index(sequence)
             if adapter < len(self.adapters):
                 begin = adapter_rows[adapter, 0] if adapter_rows[adapter, 1] else num_rows
                 adapter_rows[adapter] = begin, num_rows + count
-            num_rows, longest = num_rows + count, max(longest, start + count)
-            ends[place] = num_rows
-        rows = (
-            np.concatenate(positions), np.concatenate(owners), table, np.array(query_groups, np.int64), adapter_rows,
-        )  # fmt: skip
-        picked = [np.arange(ends[place] - chunk.num_outputs, ends[place]) for place, chunk in enumerate(chunks)]
+            num_rows, num_positions = num_rows + count, max(num_positions, start + count)
+            ends[i] = num_rows
+        groups = np.array(query_groups, np.int64)
+        rows = np.concatenate(positions), np.concatenate(owners), table, groups, adapter_rows
+        output_rows = np.concatenate([np.arange(ends[i] - x.num_outputs, ends[i]) for i, x in enumerate(chunks)])
         with torch.inference_mode():
-            all_ids = np.concatenate(ids).astype(np.int64)
-            output = self._model(all_ids, rows, longest, np.concatenate(picked), logits=logits)
+            output = self._model(np.concatenate(ids).astype(np.int64), rows, num_positions, output_rows, logits=logits)
         for chunk in chunks:
             self._advance(chunk.sequence, chunk.count)
         return output
 
     def _adapter_index(self, sequence: SequenceState) -> int:
-        """Return the index of a sequence's adapter; the base model comes last."""
+        """Return the index of the sequence's adapter. The base model has the last index."""
         return len(self.adapters) if sequence.adapter is None else self.adapters.index(sequence.adapter)
 
     def _advance(self, sequence: SequenceState, count: int) -> None:
-        """Count positions as cached and register full blocks. Draft tokens are not counted: they may be rejected."""
+        """Mark `count` more positions as cached, and register full blocks for sharing."""
         sequence.num_cached += count
         keys = sequence.block_keys
         previous_key, begin = keys[-1] if keys else root_key(sequence.adapter), len(keys) * BLOCK_SIZE
@@ -184,19 +181,19 @@ class CompiledDecoder:
 
 
 def kv_bytes_per_position(model: nn.Module) -> int:
-    """Return the bytes that one position takes in the cache of a CompiledDecoder."""
+    """Return the number of bytes per position in the cache of a CompiledDecoder."""
     layers = DecoderLayers(model)
-    first = layers.part(0)
+    first = layers.layer_spec(0)
     dtype = activation_dtype(layers.head.weight.dtype)
     return 2 * len(layers) * first.key_value * padded_head_size(first.size) * dtype.itemsize
 
 
-def adapter_names(model: nn.Module) -> list[str]:
+def list_adapters(model: nn.Module) -> list[str]:
     return sorted(model.peft_config) if isinstance(model, PeftModel) else []
 
 
-def active_adapter(model: nn.Module) -> str | None:
-    """Return the adapter that is active; None if the base model is. The model has one active adapter at most."""
+def find_active_adapter(model: nn.Module) -> str | None:
+    """Return the active adapter, or None if there is none. Several active adapters are not supported."""
     adapters = _active_adapters(model)
     assert len(adapters) < 2, adapters
     return next(iter(adapters), None)
@@ -208,7 +205,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 
 def why_not_decoder(model: nn.Module) -> str | None:
-    """Return why CompiledDecoder does not support a model; None if it does."""
+    """Return why CompiledDecoder does not support a model, or None if it does."""
     if has_trained_biases(model):  # the base and the adapter could not share a batch
         return "the adapter has trained biases"
     if len(_active_adapters(model)) > 1:
@@ -221,7 +218,7 @@ def why_not_decoder(model: nn.Module) -> str | None:
     if not family.fully_fused:
         return f"{kind}: {family.model_parts}"
     decoder, config = text_decoder(base)
-    known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
+    known = {id(module) for layer in decoder.layers for group in linear_groups(layer, family) for module in group}
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained in full"

@@ -1,6 +1,6 @@
-"""Generate completions from a loaded model: for chat, evaluation and rollouts.
+"""Generate completions with a loaded model, for chat, evaluation and rollouts.
 
-Both functions use strop's decoder where it supports the model, and transformers' generate otherwise (hf_fallback.py).
+Models that the compiled decoder does not support use transformers' generate (hf_fallback.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import batch_for, decode_all, decode_groups, drop_decoder
-from strop.engine.decode.decoder import active_adapter, why_not_decoder
+from strop.engine.decode.decoder import find_active_adapter, why_not_decoder
 from strop.engine.decode.hf_fallback import TextCallbackStreamer, hf_generate
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.errors import InputError, ModelError, NonFiniteError
@@ -33,8 +33,8 @@ HF_BATCH_SIZE = 16  # prompts in a batch of transformers' generate
 class Completion:
     """A generated completion as text.
 
-    tokens: number of new tokens, the stop token included. stopped: ended by a stop token, not by the limit.
-    logprobs: of the tokens of the expected completion, if there was one.
+    tokens: number of new tokens, with the stop token. stopped: whether it ended with a stop token. logprobs: the
+    log-probabilities of the expected completion, if there was one.
     """
 
     text: str
@@ -47,8 +47,8 @@ class Completion:
 class SampledCompletion:
     """A sampled completion as tokens.
 
-    ids: with the stop token. log_probs: of each token when it was sampled. stopped: ended by a stop token, not by the
-    limit.
+    ids: the tokens, with the stop token. log_probs: the log-probability of each token. stopped: whether it ended with a
+    stop token.
     """
 
     ids: Ids
@@ -63,36 +63,33 @@ Sampler = Callable[
 
 
 def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Ids],
-    *,
-    stop_ids: Sequence[int],
-    max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
-    on_text: Callable[[str], None] | None = None,
-    advance: Callable[[int], None] | None = None,
-    both: bool = False,
-    partial: bool = False,
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], *, stop_ids: Sequence[int], max_new_tokens: int = 256,
+    sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None,
+    advance: Callable[[int], None] | None = None, both: bool = False, partial: bool = False,
     expected: Sequence[ExpectedCompletion | None] = (),
-) -> list[Completion]:
-    """Generate one completion for each prompt of token ids, in order, with the adapter that is active.
+) -> list[Completion]:  # fmt: skip
+    """Generate one completion for each prompt of token ids, in order, with the active adapter.
 
-    stop_ids: tokens that end a completion, in addition to those of the model's generation config. sampling: None for
-    greedy decoding. on_text: called with the text of a single prompt's completion piece by piece. advance: called with
-    the number of finished completions. both: return the completions of the base model for all prompts, then those with
-    the adapter. partial: on Ctrl-C, return the completions of the first prompts, as far as they are finished. expected:
-    reference completions, whose tokens are scored; they do not change the output, and make it faster where they are
-    right (ignored by transformers' generate).
+    Args:
+        stop_ids: tokens that end a completion, in addition to those of the model's generation config.
+        sampling: None for greedy decoding.
+        on_text: called with pieces of the text of the completion, for a single prompt.
+        advance: called with the number of finished completions.
+        both: return the completions of the base model for all prompts, followed by those with the adapter.
+        partial: on Ctrl-C, return the completions of the first prompts that are finished.
+        expected: reference completions to score. They do not change the output, and decoding is faster where they are
+            equal to it. Ignored for transformers' generate.
 
-    Raises InputError if max_new_tokens is below 1 or a prompt is too long for a model with learned positions, and
-    ModelError if a token is not in the model's vocabulary or the logits are not finite.
+    Raises:
+        InputError: if max_new_tokens is below 1, or a prompt is too long for a model with learned positions.
+        ModelError: if a token is not in the model's vocabulary, or the logits are not finite.
     """
     stop_ids = (*stop_ids, *generation_stop_ids(cast(Any, model).generation_config))
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: must be at least 1", fix="give 1 or more")
     if not prompts:
         return []
+    sampling = sampling or Sampling()
     vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
     if (largest := max(max(ids, default=-1) for ids in prompts)) >= vocabulary:
         what = f"the tokenizer returns token {largest}, but the model has {vocabulary:,} tokens"
@@ -105,25 +102,18 @@ def generate(
         max_new_tokens = min(max_new_tokens, positions - longest)
     if why_not_decoder(model) is not None:
         streamer = TextCallbackStreamer(tokenizer, on_text) if on_text is not None else None
-        options = stop_ids, max_new_tokens, sampling or Sampling(), streamer
+        arguments = model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, streamer
         if not both:
-            return _generate_with_hf(model, tokenizer, prompts, *options, advance)
+            return _generate_with_hf(*arguments, advance)
         with adapter_disabled(cast(Any, model)):
-            base = _generate_with_hf(model, tokenizer, prompts, *options, advance)
-        after = None if advance is None else lambda done: advance(len(prompts) + done)
-        return base + _generate_with_hf(model, tokenizer, prompts, *options, after)
-    adapter = active_adapter(model)
-    adapters = [None, adapter] if both else [adapter]
-    rows = [
-        [
-            SequenceState(
-                ids, name, stop_ids=stop_ids, max_new_tokens=max_new_tokens, sampling=_with_row_seed(sampling, row),
-                expected=reference,
-            )
-            for name in adapters
-        ]
-        for row, (ids, reference) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
-    ]  # fmt: skip
+            base = _generate_with_hf(*arguments, advance)
+        return base + _generate_with_hf(*arguments, advance and (lambda done: advance(len(prompts) + done)))
+    adapters = [None, find_active_adapter(model)] if both else [find_active_adapter(model)]
+    rows: list[list[SequenceState]] = []
+    for i, (ids, reference) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True)):
+        seed = None if sampling.seed is None else sampling.seed + i  # equal prompts get different completions
+        options: Any = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "expected": reference}
+        rows.append([SequenceState(ids, name, sampling=replace(sampling, seed=seed), **options) for name in adapters])
     sequences = [sequence for row in rows for sequence in row]
     detokenizer = TextStream(tokenizer, ()) if on_text is not None else None
     num_finished = 0
@@ -145,38 +135,29 @@ def generate(
         rows = list(takewhile(lambda row: all(sequence.finish_reason for sequence in row), rows))
     if detokenizer is not None and on_text is not None:
         on_text(detokenizer.end())
-    ordered = [row[side] for side in range(len(adapters)) for row in rows]
-    return [_completion(tokenizer, x.completion, stop_ids, x.expected_logprobs) for x in ordered]
+    ordered = [row[i] for i in range(len(adapters)) for row in rows]
+    return [_decode_completion(tokenizer, x.completion, stop_ids, x.expected_logprobs) for x in ordered]
 
 
 def sample_completions(
-    model: nn.Module,
-    prompts: Sequence[Ids],
-    seeds: Sequence[Sequence[int]],
-    stop_ids: Sequence[int],
+    model: nn.Module, prompts: Sequence[Ids], seeds: Sequence[Sequence[int]], stop_ids: Sequence[int],
     max_new_tokens: int,
-) -> list[list[SampledCompletion]]:
+) -> list[list[SampledCompletion]]:  # fmt: skip
     """Sample a completion of each prompt for each of its seeds, with the log-probability of each token.
 
-    Tokens are sampled at temperature 1 from the whole vocabulary: from the distribution whose gradient is taken. Equal
-    weights, prompts and seeds give equal completions, whatever else is in the batch (transformers' generate: for all
-    seeds of a prompt together). The memory of the decoder is freed before the function returns.
+    Tokens are sampled at temperature 1 from the whole vocabulary. A completion depends only on the weights, the prompt
+    and the seed (with transformers' generate: on all seeds of the prompt). The decoder is freed afterwards.
 
     Raises NonFiniteError if the logits are not finite.
     """
     if why_not_decoder(model) is not None:
         return [_sample_with_hf(model, *row, stop_ids, max_new_tokens) for row in zip(prompts, seeds, strict=True)]
-    adapter = active_adapter(model)
+    adapter = find_active_adapter(model)
+    options: Any = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "num_logprobs": 0}
     groups = [
-        [
-            SequenceState(
-                prompt, adapter, stop_ids=stop_ids, max_new_tokens=max_new_tokens,
-                sampling=Sampling(temperature=1.0, seed=seed), num_logprobs=0,
-            )
-            for seed in row
-        ]
-        for prompt, row in zip(prompts, seeds, strict=True)
-    ]  # fmt: skip
+        [SequenceState(prompt, adapter, sampling=Sampling(1.0, seed=seed), **options) for seed in prompt_seeds]
+        for prompt, prompt_seeds in zip(prompts, seeds, strict=True)
+    ]
     sequences = [sequence for group in groups for sequence in group]
     log_probs: dict[SequenceState, list[float]] = {sequence: [] for sequence in sequences}
     drop_decoder(model)
@@ -184,41 +165,28 @@ def sample_completions(
         for progress in decode_groups(batch_for(model, sequences), groups):
             log_probs[progress.sequence] += [token.logprob for token in progress.tokens]
     finally:
-        drop_decoder(model)  # the training step needs the memory
+        drop_decoder(model)  # for the memory of the training step
     if any(sequence.finish_reason == "failed" for sequence in sequences):
-        raise _not_finite()
+        raise _non_finite_error()
 
-    def completion(sequence: SequenceState) -> SampledCompletion:
+    def make_completion(sequence: SequenceState) -> SampledCompletion:
         ids, stopped = np.array(sequence.completion, np.int32), sequence.finish_reason == "stop"
         return SampledCompletion(ids, np.array(log_probs[sequence]), stopped)
 
-    return [[completion(sequence) for sequence in group] for group in groups]
+    return [list(map(make_completion, group)) for group in groups]
 
 
 def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
-    """Return the stop tokens of a model's generation_config.json; () if the model came without that file."""
+    """Return the stop tokens of a model's generation_config.json, or () if the model has no such file."""
     ids = None if config._from_model_config else config.eos_token_id
     return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def _with_row_seed(sampling: Sampling | None, row: int) -> Sampling | None:
-    """Give a row its own seed, so that equal prompts get different completions."""
-    if sampling is None or sampling.seed is None:
-        return sampling
-    return replace(sampling, seed=sampling.seed + row)
-
-
 def _generate_with_hf(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Ids],
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    streamer: TextCallbackStreamer | None,
-    advance: Callable[[int], None] | None,
-) -> list[Completion]:
-    """Run `generate` on transformers' generate. Prompts of similar length share a batch, to pad little."""
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], stop_ids: Sequence[int], max_new_tokens: int,
+    sampling: Sampling, streamer: TextCallbackStreamer | None, advance: Callable[[int], None] | None,
+) -> list[Completion]:  # fmt: skip
+    """Implement `generate` with transformers' generate, in batches of prompts of similar length."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
@@ -231,7 +199,7 @@ def _generate_with_hf(
             pad_id=pad_id, streamer=streamer,
         )  # fmt: skip
         for row, new in zip(rows, tokens, strict=True):
-            completions[row] = _completion(tokenizer, new, stop_ids)
+            completions[row] = _decode_completion(tokenizer, new, stop_ids)
         if advance is not None:
             advance(len(completions))
     return [completions[row] for row in range(len(prompts))]
@@ -240,7 +208,7 @@ def _generate_with_hf(
 def _sample_with_hf(
     model: Any, prompt: Ids, seeds: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[SampledCompletion]:
-    """Sample the completions of one prompt together; the first seed is used for all of them."""
+    """Sample all completions of a prompt together, with the first seed."""
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds[0])
@@ -250,27 +218,27 @@ def _sample_with_hf(
         )  # fmt: skip
     assert log_probs is not None
     if not np.isfinite(log_probs).all():
-        raise _not_finite()
+        raise _non_finite_error()
     completions = []
     for new, row in zip(tokens, log_probs, strict=True):
-        length, stopped = _length(new, stop_ids)
+        length, stopped = _completion_length(new, stop_ids)
         completions.append(SampledCompletion(np.array(new[:length], np.int32), row[:length], stopped))
     return completions
 
 
-def _length(tokens: Sequence[int], stop_ids: Sequence[int]) -> tuple[int, bool]:
-    """Return (length up to and with the first stop token, whether there is one)."""
-    end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), None)
+def _completion_length(tokens: Sequence[int], stop_ids: Sequence[int]) -> tuple[int, bool]:
+    """Return the length of a completion, with the stop token, and whether there is a stop token."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)
     return (len(tokens), False) if end is None else (end, True)
 
 
-def _completion(
+def _decode_completion(
     tokenizer: Any, tokens: list[int], stop_ids: Sequence[int], logprobs: Sequence[float] | LogProbs = ()
 ) -> Completion:
-    length, stopped = _length(tokens, stop_ids)
+    length, stopped = _completion_length(tokens, stop_ids)
     text = tokenizer.decode(tokens[: length - stopped], skip_special_tokens=True)
     return Completion(text, length, stopped, np.asarray(logprobs) if len(logprobs) else None)
 
 
-def _not_finite() -> NonFiniteError:
+def _non_finite_error() -> NonFiniteError:
     return NonFiniteError("the model's logits are not finite while it generates", fix="lower --train.learning_rate")

@@ -1,4 +1,4 @@
-"""KV caches for a model's own forward: of decoding sequences, of prompts, and of finished sequences for reuse."""
+"""KV caches for a model's own forward: for prompts, for decoding sequences, and for the prefixes of later sequences."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers import Cache
 from strop.data.types import Ids
 from strop.engine.train.buffers import copy_to_device
 
-MIN_GROWTH = 64  # positions by which a buffer grows at least; otherwise by a quarter, as it is copied each time
-MIN_SHARED = 32  # tokens of a shared prefix below which processing it again is as fast
+GROWTH = 64  # positions; buffers have multiples of this size
+MIN_SHARED = 32  # tokens; processing a shorter prefix again is as fast as reusing it
 
 Kv = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, heads, positions, size)
 
 
 class PrefillCache(Cache):  # type: ignore[misc]
-    """Cache of one forward pass over prompts: attends to `past`, and collects the new keys and values in `new`."""
+    """Cache of one forward pass over prompts. past: earlier keys and values. new: those of this pass."""
 
     def __init__(self, past: Kv) -> None:
         super().__init__(layers=[])
@@ -38,9 +38,9 @@ class PrefillCache(Cache):  # type: ignore[misc]
 
 
 class DecodeCache(Cache):  # type: ignore[misc]
-    """Cache of decoding sequences: row i has `lengths[i]` positions, from the left. Buffers grow as needed.
+    """Cache of decoding sequences. Row i has `lengths[i]` positions.
 
-    Each forward pass writes one position a row. It is framed by `start_step` and `finish_step`.
+    Each forward pass adds one position to each row. Call `start_step` before and `finish_step` after it.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class DecodeCache(Cache):  # type: ignore[misc]
 
     @property
     def width(self) -> int:
-        """Positions that attention sees in the next pass, the new one included."""
+        """The number of positions in the next pass, with the new one."""
         return max(self.lengths, default=0) + 1
 
     def add(self, kv: Kv) -> None:
@@ -73,7 +73,6 @@ class DecodeCache(Cache):  # type: ignore[misc]
         self.lengths.append(length)
 
     def copy_row(self, row: int) -> Kv:
-        """Return a copy of a row."""
         length = self.lengths[row]
         return [
             (keys[row : row + 1, :, :length].clone(), values[row : row + 1, :, :length].clone())
@@ -81,25 +80,23 @@ class DecodeCache(Cache):  # type: ignore[misc]
         ]
 
     def clear_row(self, row: int) -> None:
-        """Set a row to zero, so that NaN in it does not reach a later row in its place."""
+        """Set a row to zero, because NaN in masked positions would affect the next sequence in this row."""
         for buffer in (*self._keys, *self._values):
             buffer[row].zero_()
 
     def remove(self, row: int) -> None:
-        """Remove a row. The last row takes its place; with the last row the buffers are freed."""
-        last = len(self.lengths) - 1
-        if last == 0:
-            self.lengths, self._keys, self._values = [], [], []
-            return
+        """Remove a row, and move the last row to its index. Without rows the buffers are freed."""
+        last, length = len(self.lengths) - 1, self.lengths[-1]
         if row != last:
-            length = self.lengths[last]
             for buffer in (*self._keys, *self._values):
                 buffer[row, :, :length] = buffer[last, :, :length]
-            self.lengths[row] = self.lengths[last]
+            self.lengths[row] = length
         self.lengths.pop()
+        if not self.lengths:
+            self._keys, self._values = [], []
 
     def start_step(self, device: torch.device) -> Tensor:
-        """Make space for one position a row, and return the new positions, (rows, 1)."""
+        """Reserve space for one position in each row, and return the new positions, (rows, 1)."""
         self._grow(len(self.lengths), self.width)
         self._rows = torch.arange(len(self.lengths), device=device)
         (self._positions,) = copy_to_device([np.array(self.lengths, dtype=np.int64)], device)
@@ -119,9 +116,9 @@ class DecodeCache(Cache):  # type: ignore[misc]
         old_rows, _, old_width, _ = self._keys[0].shape
         if rows <= old_rows and width <= old_width:
             return
-        new_rows = max(rows, old_rows)
-        wanted = max(width, old_width + old_width // 4) if width > old_width else old_width
-        new_width = max(-(-wanted // MIN_GROWTH) * MIN_GROWTH, old_width)
+        new_rows, new_width = max(rows, old_rows), old_width
+        if width > old_width:  # by at least a quarter, because all rows are copied
+            new_width = -(-max(width, old_width + old_width // 4) // GROWTH) * GROWTH
 
         def enlarge(buffer: Tensor) -> Tensor:
             enlarged = buffer.new_zeros(new_rows, buffer.shape[1], new_width, buffer.shape[3])
@@ -132,9 +129,9 @@ class DecodeCache(Cache):  # type: ignore[misc]
 
 
 class PrefixCache:
-    """Keys and values of finished sequences, for later ones with the same prefix: a next turn, a shared system prompt.
+    """An LRU cache with the keys and values of finished sequences, for later sequences with the same prefix.
 
-    max_tokens: capacity; the least recently used sequences are evicted.
+    max_tokens: capacity.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -152,7 +149,7 @@ class PrefixCache:
             self._entries.popitem(last=False)
 
     def find(self, adapter: str | None, ids: Ids) -> Kv:
-        """Return the longest cached prefix of `ids` without its last token; [] if it is shorter than MIN_SHARED."""
+        """Return the longest cached prefix of `ids` without the last token, or [] if it is shorter than MIN_SHARED."""
         best, longest = None, MIN_SHARED - 1
         for key, (known, _) in self._entries.items():
             if key[0] != adapter:
@@ -165,15 +162,15 @@ class PrefixCache:
         if best is None:
             return []
         self._entries.move_to_end(best)
-        return slice_positions(self._entries[best][1], 0, longest)
+        return slice_kv(self._entries[best][1], 0, longest)
 
 
-def num_positions(kv: Kv) -> int:
+def kv_length(kv: Kv) -> int:
     return int(kv[0][0].shape[2]) if kv else 0
 
 
-def concatenate(parts: Sequence[Kv]) -> Kv:
-    """Concatenate keys and values along the positions; [] if there are none."""
+def concat_kv(parts: Sequence[Kv]) -> Kv:
+    """Concatenate keys and values along the positions. Returns [] if there are none."""
     parts = [part for part in parts if part]
     if len(parts) < 2:
         return parts[0] if parts else []
@@ -183,6 +180,5 @@ def concatenate(parts: Sequence[Kv]) -> Kv:
     ]
 
 
-def slice_positions(kv: Kv, start: int, end: int) -> Kv:
-    """Return positions `start` to `end`, as views."""
+def slice_kv(kv: Kv, start: int, end: int) -> Kv:
     return [(keys[:, :, start:end], values[:, :, start:end]) for keys, values in kv]

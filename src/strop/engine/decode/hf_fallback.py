@@ -1,9 +1,8 @@
-"""The fallback through transformers, for models that the compiled decoder does not support.
+"""Decoding with transformers, for models that the compiled decoder does not support.
 
-`hf_generate` runs transformers' generate on a batch of prompts. It works for every model, and serves chat, evaluation
-and rollouts. `HfDecoder` calls the model's own forward with masks, positions and caches made here, for continuous
-batching in the server: sequences of several adapters that join and leave. It needs a model whose state is keys and
-values alone; `check_batching` tests that sequences in a batch do not affect each other.
+`hf_generate` runs transformers' generate on a batch of prompts, for chat, evaluation and rollouts. It supports all
+models. `HfDecoder` calls the model's own forward, for continuous batching in the server. It supports models whose state
+consists of keys and values, and `check_batching` tests that the sequences in a batch do not affect each other.
 """
 
 from __future__ import annotations
@@ -25,57 +24,38 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from strop.data.types import Ids, LogProbs
 from strop.engine.decode.batch import Batch
 from strop.engine.decode.decoder import Chunk
-from strop.engine.decode.hf_cache import (
-    DecodeCache,
-    Kv,
-    PrefillCache,
-    PrefixCache,
-    concatenate,
-    num_positions,
-    slice_positions,
-)
+from strop.engine.decode.hf_cache import DecodeCache, Kv, PrefillCache, PrefixCache, concat_kv, kv_length, slice_kv
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
 from strop.engine.train.buffers import copy_to_device
-from strop.errors import ModelError
+from strop.errors import ModelError, first_line
 from strop.models.adapters import adapter_disabled, has_trained_biases
 from strop.models.lora import adapter_delta, add_to_base
-from strop.models.upstream_errors import attribute_errors
+from strop.models.upstream_errors import convert_model_errors
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers in a config
 
 # For check_batching:
 PROMPT_LENGTHS = 21, 9  # the second sequence joins when the first has one token
 NUM_TOKENS = 4
-LIMITS = {torch.float32: 1e-3}  # mean |difference| of a token's log-probability, in nats
-DEFAULT_LIMIT = 0.25  # of other types
-CACHE_POSITIONS = {"gpt_neo": "its windows", "mpt": "its distances"}  # right in a short cache, wrong in a longer one
-
-
-# --- transformers' generate ----------------------------------------------------------------------------------------
+LIMITS = {torch.float32: 1e-3}  # maximum mean |difference| of log-probabilities, in nats per token
+DEFAULT_LIMIT = 0.25  # for other dtypes
+CACHE_POSITIONS = {"gpt_neo": "its windows", "mpt": "its distances"}  # families that a test with short texts misses
 
 
 @torch.no_grad()
 def hf_generate(
-    model: Any,
-    prompts: Sequence[Ids],
-    sampling: Sampling,
-    *,
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    pad_id: int,
-    streamer: TextStreamer | None = None,
-    with_log_probs: bool = False,
-) -> tuple[list[list[int]], LogProbs | None]:
+    model: Any, prompts: Sequence[Ids], sampling: Sampling, *, stop_ids: Sequence[int], max_new_tokens: int,
+    pad_id: int, streamer: TextStreamer | None = None, with_log_probs: bool = False,
+) -> tuple[list[list[int]], LogProbs | None]:  # fmt: skip
     """Complete a batch of prompts with transformers' generate. The caller sets the seed.
 
-    Returns the new tokens of each prompt, padded to one length, and their log-probabilities (prompts, tokens) or None.
+    Returns the new tokens of each prompt, padded to one length, and the log-probabilities (prompts, tokens) or None.
     """
-    options: dict[str, Any] = {}
-    if sampling.temperature != 0:
-        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=sampling.temperature != 0, eos_token_id=list(stop_ids),
-        pad_token_id=pad_id, use_cache=True, repetition_penalty=sampling.repetition_penalty, **options,
+        pad_token_id=pad_id, use_cache=True, repetition_penalty=sampling.repetition_penalty,
+        **(options if sampling.temperature != 0 else {}),
     )  # fmt: skip
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
@@ -85,11 +65,11 @@ def hf_generate(
         mask[row, width - len(prompt) :] = 1
     device, training = next(model.parameters()).device, model.training
     recorder = _LogProbRecorder() if with_log_probs else None
-    # not for rollouts: the matmul of a contiguous copy rounds differently in fp32
-    hook = nullcontext() if with_log_probs else model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    # Rollouts do not use the hook, because the matmul of a contiguous copy rounds differently in fp32.
+    hook = nullcontext() if with_log_probs else model.get_output_embeddings().register_forward_pre_hook(_copy_input)
     model.eval()
     try:
-        with attribute_errors(str(model.config.model_type)), hook:
+        with convert_model_errors(str(model.config.model_type)), hook:
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer,
                 logits_processor=LogitsProcessorList([recorder] if recorder else []),
@@ -99,13 +79,13 @@ def hf_generate(
     return output[:, width:].tolist(), recorder.log_probs(output) if recorder else None
 
 
-def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copy the head's input, a strided slice, for which torch copies the whole head once a row (SmolLM2: 1.6 s)."""
+def _copy_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy the head's input. For a strided input, PyTorch copies the whole head for each row (SmolLM2: 1.6 s)."""
     return (inputs[0].contiguous(), *inputs[1:])
 
 
 class _LogProbRecorder(LogitsProcessor):  # type: ignore[misc]
-    """Records the log-probability of each sampled token; changes nothing."""
+    """Records the log-probability of each sampled token."""
 
     def __init__(self) -> None:
         self._previous: Tensor | None = None
@@ -121,14 +101,14 @@ class _LogProbRecorder(LogitsProcessor):  # type: ignore[misc]
             self._recorded.append(self._previous.gather(1, ids[:, -1:].to(self._previous.device)))
 
     def log_probs(self, output: Tensor) -> LogProbs:
-        """Return the log-probabilities, (rows, tokens). output: the token ids that generate returned."""
+        """Return the log-probabilities, (rows, tokens). output: the result of generate."""
         self._record(output)
         log_probs: LogProbs = torch.cat(self._recorded, 1).double().cpu().numpy()
         return log_probs
 
 
 class TextCallbackStreamer(TextStreamer):  # type: ignore[misc]
-    """Passes decoded text on to a function instead of printing it."""
+    """Calls a function with the decoded text instead of printing it."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -139,29 +119,25 @@ class TextCallbackStreamer(TextStreamer):  # type: ignore[misc]
             self._on_text(text)
 
 
-# --- continuous batching -------------------------------------------------------------------------------------------
-
-
 class HfDecoder:
     """Decoder on a model's own forward, for a causal language model or a PeftModel with any number of adapters.
 
-    Prompts are concatenated into one row, with a mask that separates them, so nothing is padded. Decoding sequences are
-    the rows of a DecodeCache. Sequences whose adapters can share a batch are in one lane; other adapters have a lane
-    each.
+    Prompts are concatenated to one row, with a mask that separates them. Decoding sequences are the rows of a
+    DecodeCache. Adapters that cannot be mixed in a batch (see can_mix_adapters) have a cache and forward pass each.
 
-    keep: positions of finished sequences that are kept for later ones with the same prefix.
+    keep: the number of positions of finished sequences that are cached for later sequences with the same prefix.
 
     Raises ModelError for an architecture whose state is more than keys and values.
     """
 
-    num_cheap_rows = 1  # no drafts: a pass processes one token of each sequence
+    num_cheap_rows = 1  # a pass processes one token of each sequence, so there are no drafts
 
     def __init__(self, model: Any, keep: int) -> None:
         self._peft = model if hasattr(model, "peft_config") else None
         self.model: Any = model.get_base_model() if self._peft is not None else model
         self.device: torch.device = next(self.model.parameters()).device
-        mixes = self._peft is not None and not has_trained_biases(model) and can_mix_adapters(self.model)
-        self._mixed_lora = MixedLora(self.model) if mixes else None
+        can_mix = self._peft is not None and not has_trained_biases(model) and can_mix_adapters(self.model)
+        self._mixed_lora = MixedLora(self.model) if can_mix else None
         config = self.model.config.get_text_config()
         self._layer_types = set(getattr(config, "layer_types", None) or ())
         if unknown := self._layer_types - {FULL, SLIDING}:
@@ -173,12 +149,12 @@ class HfDecoder:
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._prefix_cache = PrefixCache(keep)
-        self._prefilling: dict[SequenceState, Kv] = {}  # keys and values of prompts that are not finished
-        self._lanes: dict[str, DecodeCache] = {}
-        self._rows: dict[str, list[SequenceState]] = {}  # the sequences of each lane, in the order of its cache's rows
+        self._prefilling: dict[SequenceState, Kv] = {}  # keys and values of prompts that are being processed
+        self._caches: dict[str, DecodeCache] = {}  # by _group_name
+        self._rows: dict[str, list[SequenceState]] = {}  # the sequences in the rows of each cache
 
     def kv_bytes_per_position(self) -> int:
-        """Measure the bytes that one position takes, by processing one token."""
+        """Return the number of bytes per position, measured by processing one token."""
         sequence = SequenceState(np.zeros(1, np.int32), None)
         self.admit(sequence)
         self.forward([Chunk(sequence, 1)])
@@ -188,14 +164,14 @@ class HfDecoder:
     def admit(self, sequence: SequenceState) -> None:
         kv = self._prefix_cache.find(sequence.adapter, sequence.ids)
         self._prefilling[sequence] = kv
-        sequence.num_cached = sequence.num_reused = num_positions(kv)
+        sequence.num_cached = sequence.num_reused = kv_length(kv)
 
     def release(self, sequence: SequenceState) -> None:
-        """Move the sequence to the prefix cache; clear it if it failed, because NaN times 0 is NaN."""
+        """Move the sequence to the prefix cache, or clear its row if it failed."""
         if self._prefilling.pop(sequence, None) is not None:
             return
-        lane = self._lane(sequence.adapter)
-        cache, rows = self._lanes[lane], self._rows[lane]
+        group = self._group_name(sequence.adapter)
+        cache, rows = self._caches[group], self._rows[group]
         row = rows.index(sequence)
         if sequence.finish_reason == "failed":
             cache.clear_row(row)
@@ -206,32 +182,32 @@ class HfDecoder:
         rows[row] = rows[-1]
         rows.pop()
         if not rows:
-            del self._lanes[lane], self._rows[lane]
+            del self._caches[group], self._rows[group]
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], *, logits: bool = True) -> PassOutput:
         by_sequence: dict[SequenceState, Logits] = {}
-        for lane, rows in self._rows.items():
-            by_sequence |= dict(zip(rows, self._decode(lane).float().cpu().numpy(), strict=True))
+        for group, rows in self._rows.items():
+            by_sequence |= dict(zip(rows, self._decode(group).float().cpu().numpy(), strict=True))
         prompts: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             if chunk.sequence in self._prefilling:
-                prompts.setdefault(self._lane(chunk.sequence.adapter), []).append(chunk)
-        for lane, lane_chunks in prompts.items():
-            by_sequence |= self._prefill(lane, lane_chunks)
+                prompts.setdefault(self._group_name(chunk.sequence.adapter), []).append(chunk)
+        for group, group_chunks in prompts.items():
+            by_sequence |= self._prefill(group, group_chunks)
         outputs = [by_sequence[chunk.sequence] for chunk in chunks if chunk.num_outputs]
         return PassOutput.from_logits(np.stack(outputs) if outputs else np.empty((0, 1), np.float32))
 
-    def _lane(self, adapter: str | None) -> str:
-        """Return the lane of an adapter: sequences of one lane are decoded together."""
+    def _group_name(self, adapter: str | None) -> str:
+        """Return the name of the group of adapters whose sequences are decoded together with this one."""
         return "" if self._mixed_lora is not None or self._peft is None else f"+{adapter}" if adapter else "base"
 
-    def _prefill(self, lane: str, chunks: list[Chunk]) -> dict[SequenceState, Logits]:
-        """Process prompts of one lane. Finished ones become rows of its cache; return their logits."""
+    def _prefill(self, group: str, chunks: list[Chunk]) -> dict[SequenceState, Logits]:
+        """Process prompts of a group. Add the finished ones to the group's cache, and return their logits."""
         before = {chunk.sequence: self._prefilling[chunk.sequence] for chunk in chunks}
         logits = self._forward_prompts(chunks)
         if len(chunks) > 1 and logits and not torch.stack([row.max() for row in logits.values()]).isfinite().all():
-            # NaN spreads to other sequences of the pass: process each alone, so that only its own request fails
+            # NaN spreads to other sequences of the pass. Process each alone, so that only one request fails.
             self._prefilling |= before
             logits = {}
             for chunk in chunks:
@@ -239,60 +215,61 @@ class HfDecoder:
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.count
             if chunk.num_outputs:
-                self._lanes.setdefault(lane, DecodeCache()).add(self._prefilling.pop(chunk.sequence))
-                self._rows.setdefault(lane, []).append(chunk.sequence)
+                self._caches.setdefault(group, DecodeCache()).add(self._prefilling.pop(chunk.sequence))
+                self._rows.setdefault(group, []).append(chunk.sequence)
         if not logits:
             return {}
         values = torch.stack(list(logits.values())).float().cpu().numpy()
         return dict(zip(logits, values, strict=True))
 
     def _forward_prompts(self, chunks: Sequence[Chunk]) -> dict[SequenceState, Tensor]:
-        """Process the next positions of prompts; return the logits (vocabulary,) of those that are finished."""
+        """Process the next positions of prompts, and return the logits (vocabulary,) of finished prompts."""
         counts = torch.tensor([chunk.count for chunk in chunks])
-        starts = torch.tensor([num_positions(self._prefilling[chunk.sequence]) for chunk in chunks])
-        places = list(zip(chunks, starts.tolist(), (starts + counts).tolist(), strict=True))
-        ids = torch.cat([_tensor(chunk.sequence.ids[start:end]) for chunk, start, end in places])
-        positions = torch.cat([torch.arange(start, end) for _, start, end in places])
+        starts = torch.tensor([kv_length(self._prefilling[chunk.sequence]) for chunk in chunks])
+        spans = list(zip(chunks, starts.tolist(), (starts + counts).tolist(), strict=True))
+        ids = torch.cat([_to_tensor(chunk.sequence.ids[start:end]) for chunk, start, end in spans])
+        positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
         owners = torch.arange(len(chunks)).repeat_interleave(counts)
         past_positions = torch.cat([torch.arange(start) for start in starts.tolist()])
         past_owners = torch.arange(len(chunks)).repeat_interleave(starts)
         key_positions, key_owners = torch.cat([past_positions, positions]), torch.cat([past_owners, owners])
         visible = (owners[:, None] == key_owners) & (positions[:, None] >= key_positions)
         ends = counts.cumsum(0)
-        cache = PrefillCache(concatenate([self._prefilling[chunk.sequence] for chunk in chunks]))
+        cache = PrefillCache(concat_kv([self._prefilling[chunk.sequence] for chunk in chunks]))
         with self._use_adapters([chunk.sequence.adapter for chunk in chunks for _ in range(chunk.count)]):
-            masks = self._masks(visible, positions[:, None] - key_positions)
+            masks = self._build_masks(visible, positions[:, None] - key_positions)
             logits = self._forward(ids[None], positions[None], masks, cache, logits_to_keep=ends - 1)[0]
         for chunk, end in zip(chunks, ends.tolist(), strict=True):
-            new = slice_positions(cache.new, end - chunk.count, end)
-            self._prefilling[chunk.sequence] = concatenate([self._prefilling[chunk.sequence], new])
-        return {chunk.sequence: logits[place] for place, chunk in enumerate(chunks) if chunk.num_outputs}
+            new = slice_kv(cache.new, end - chunk.count, end)
+            self._prefilling[chunk.sequence] = concat_kv([self._prefilling[chunk.sequence], new])
+        return {chunk.sequence: logits[i] for i, chunk in enumerate(chunks) if chunk.num_outputs}
 
-    def _decode(self, lane: str) -> Tensor:
-        """Process the last token of each row of a lane; return the logits (rows, vocabulary)."""
-        cache, rows = self._lanes[lane], self._rows[lane]
+    def _decode(self, group: str) -> Tensor:
+        """Process the last token of each sequence of a group, and return the logits (rows, vocabulary)."""
+        cache, rows = self._caches[group], self._rows[group]
         positions = cache.start_step(self.device)
         distance = positions[:, :, None] - torch.arange(cache.width, device=self.device)
         (last,) = copy_to_device([np.array([[sequence.ids[-1]] for sequence in rows], dtype=np.int64)], self.device)
         with self._use_adapters([sequence.adapter for sequence in rows]):
-            logits = self._forward(last, positions, self._masks(distance >= 0, distance), cache)[:, -1]
+            logits = self._forward(last, positions, self._build_masks(distance >= 0, distance), cache)[:, -1]
         cache.finish_step()
         for sequence in rows:
             sequence.num_cached += 1
         return logits
 
-    def _masks(self, visible: Tensor, distance: Tensor) -> Any:
-        """Return the attention masks in the form that the model takes.
+    def _build_masks(self, visible: Tensor, distance: Tensor) -> Any:
+        """Return the attention mask, or the masks by type of layer, in the format of the model.
 
-        visible: whether a query may see a key; distance: how far back the key is; (queries, keys) or (rows, 1, keys).
+        visible: whether a query attends to a key without a window. distance: the position of the query minus that of
+        the key. Both are (queries, keys) or (rows, 1, keys).
         """
-        full = self._mask(visible)
+        full = self._build_mask(visible)
         if self._window is None:
             return full
-        sliding = self._mask(visible & (distance < self._window))
+        sliding = self._build_mask(visible & (distance < self._window))
         return {FULL: full, SLIDING: sliding} if len(self._layer_types) > 1 else sliding
 
-    def _mask(self, visible: Tensor) -> Tensor:
+    def _build_mask(self, visible: Tensor) -> Tensor:
         shaped = (visible[:, None] if visible.dim() == 3 else visible[None, None]).to(self.device)
         if self._bool_masks:
             return shaped
@@ -322,17 +299,14 @@ class HfDecoder:
             yield
 
 
-def _tensor(ids: Ids) -> Tensor:
+def _to_tensor(ids: Ids) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64))
 
 
-# --- several adapters in one batch ---------------------------------------------------------------------------------
-
-
 def can_mix_adapters(model: Any) -> bool:
-    """Return whether all adapters of a model are plain LoRA on linear layers: not DoRA, trained rows or modules.
+    """Return whether all adapters of a model are plain LoRA on linear layers, without DoRA or modules trained in full.
 
-    An adapter on the head is excluded too: the head sees the last tokens only, and MixedLora could not assign them.
+    Adapters on the head are not supported, because the input of the head does not contain all tokens.
     """
     if isinstance(model.get_output_embeddings(), LoraLayer):
         return False
@@ -347,9 +321,9 @@ def can_mix_adapters(model: Any) -> bool:
 
 
 class MixedLora:
-    """Replaces PEFT's forward on every LoRA layer of a model, so that each token of a batch uses its own adapter.
+    """Replaces PEFT's forward on all LoRA layers of a model, so that the tokens of a batch can use different adapters.
 
-    tokens: for each adapter, the indices of its tokens in the flattened batch; None for all of them.
+    tokens: the indices of the tokens of each adapter in the flattened batch; None for all tokens.
     """
 
     def __init__(self, model: Any) -> None:
@@ -361,56 +335,52 @@ class MixedLora:
 
     def set_adapters(self, adapters: Iterable[str | None], device: torch.device) -> None:
         """Set the adapter of each token of the next batch; None for the base model."""
-        by_token = np.array([name or "" for name in adapters])
-        names = sorted(set(by_token.tolist()) - {""})
-        if len(names) == 1 and (by_token == names[0]).all():
+        token_adapters = np.array([name or "" for name in adapters])
+        names = sorted(set(token_adapters.tolist()) - {""})
+        if len(names) == 1 and (token_adapters == names[0]).all():
             self.tokens = {names[0]: None}
         else:
-            indices = copy_to_device([np.flatnonzero(by_token == name) for name in names], device)
+            indices = copy_to_device([np.flatnonzero(token_adapters == name) for name in names], device)
             self.tokens = dict(zip(names, indices, strict=True))
 
     def _forward(self, module: Any, x: Tensor) -> Tensor:
-        change: Tensor | None = None
+        delta: Tensor | None = None
         for name, tokens in self.tokens.items():
             if name not in module.lora_A:
                 continue
             if tokens is None:
-                change = adapter_delta(module, name, x)
+                delta = adapter_delta(module, name, x)
                 continue
             part = adapter_delta(module, name, x.flatten(0, -2)[tokens])
-            if change is None:
-                change = part.new_zeros(*x.shape[:-1], part.shape[-1])
-            change.view(-1, part.shape[-1])[tokens] = part
-        result: Tensor = module.base_layer(x) if change is None else add_to_base(module.base_layer, x, change)
+            if delta is None:
+                delta = part.new_zeros(*x.shape[:-1], part.shape[-1])
+            delta.view(-1, part.shape[-1])[tokens] = part
+        result: Tensor = module.base_layer(x) if delta is None else add_to_base(module.base_layer, x, delta)
         return result
-
-
-# --- a check before serving ----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def check_batching(decoder: HfDecoder, module: Any) -> None:
-    """Check that the base model completes two sequences in a batch as it completes each alone.
+    """Check that the base model gives two sequences in a batch the same log-probabilities as each of them alone.
 
-    Some families count positions in the cache, or its length, and ignore the positions and masks that they are given.
-    Their output would be wrong without an error.
+    This fails for families that use positions in the cache instead of the position ids and masks.
 
-    Raises ModelError if the outputs differ or the model's code fails. decoder: a new one, for `module`.
+    decoder: a new decoder for `module`. Raises ModelError if the results differ or the model's code fails.
     """
     base = decoder.model
     kind, fix = base.config.model_type, "use `strop chat` or `strop eval`, or serve it with --engine vllm"
-    if counted := CACHE_POSITIONS.get(kind):
-        what = f"{kind}: {counted} are counted by positions in the cache, which the sequences of a batch share"
+    if feature := CACHE_POSITIONS.get(kind):
+        what = f"{kind}: {feature} are computed from positions in the cache, which the sequences of a batch share"
         raise ModelError(what, fix=fix)
     try:
-        tokens_of = _decode_test_sequences(decoder, base.get_input_embeddings().weight.shape[0])
+        results = _decode_test_sequences(decoder, base.get_input_embeddings().weight.shape[0])
         with nullcontext() if module is base else adapter_disabled(module):
-            errors = [error for item in tokens_of.items() for error in _log_prob_errors(base, *item)]
-    except Exception as error:  # the family's own code may raise anything, and then the model cannot be served
-        message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            errors = [error for item in results.items() for error in _log_prob_errors(base, *item)]
+    except Exception as error:  # from the model's own code
+        message = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"{kind}: cannot decode several sequences in a batch: {message}", fix=fix) from None
     if not np.mean(errors) <= LIMITS.get(base.dtype, DEFAULT_LIMIT):
-        what = f"two sequences in a batch differ from each alone by {np.mean(errors):.2g} nats a token"
+        what = f"two sequences in a batch differ from each alone by {np.mean(errors):.2g} nats per token"
         raise ModelError(f"{kind}: {what}", fix=fix)
 
 
@@ -429,9 +399,9 @@ def _decode_test_sequences(decoder: HfDecoder, vocabulary: int) -> dict[Sequence
 
 
 def _log_prob_errors(base: Any, sequence: SequenceState, tokens: Sequence[Token]) -> list[float]:
-    """Return |difference| of each token's log-probability from a forward pass over the sequence alone."""
+    """Return |difference| between the tokens' log-probabilities and those of a forward pass over the sequence alone."""
     device = base.get_input_embeddings().weight.device
-    logits = base(input_ids=_tensor(sequence.ids)[None].to(device), use_cache=False).logits[0]
+    logits = base(input_ids=_to_tensor(sequence.ids)[None].to(device), use_cache=False).logits[0]
     log_probs = logits.float().log_softmax(-1).cpu()
     first = len(sequence.ids) - len(tokens) - 1
-    return [abs(float(log_probs[first + place, token.id]) - token.logprob) for place, token in enumerate(tokens)]
+    return [abs(float(log_probs[first + i, token.id]) - token.logprob) for i, token in enumerate(tokens)]

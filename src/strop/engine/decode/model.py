@@ -1,4 +1,4 @@
-"""A loaded model that generates text and keeps a conversation: what `strop.load` returns."""
+"""Load a model to generate text or to chat with it: `strop.load`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from strop.models.adapters import (
     adapter_disabled,
     adapter_folder,
     attach_adapter,
-    attach_second,
-    base_source,
+    attach_another_adapter,
+    locate_base,
+    locate_tokenizer,
     make_renderer,
     read_identity,
-    tokenizer_source,
 )
 from strop.models.introspect import max_positions
 from strop.models.load import DTYPES, check_device_and_dtype, load_base
@@ -36,19 +36,19 @@ from strop.models.tokenizer import load_tokenizer
 
 @dataclass
 class Model:
-    """A loaded model, with or without adapters. Threads may share it; one generates at a time."""
+    """A loaded model, with or without adapters. It can be shared by threads, of which one generates at a time."""
 
     name: str
     module: Any
     tokenizer: Any
     renderer: Renderer
-    adapter: Path | None  # the adapter's folder; None for a base without one
-    default_system: str | None = None  # the system prompt that every training row had
-    notes: Sequence[str] = ()  # differences that `force` accepted
-    source: Source | None = None  # of the base
-    quantization: str = "none"  # of the base
+    adapter: Path | None  # the adapter's folder; None without an adapter
+    default_system: str | None = None  # the system prompt of the training rows, if they all had the same one
+    notes: Sequence[str] = ()  # differences that were accepted because of `force`
+    source: Source | None = None  # of the base model
+    quantization: str = "none"  # of the base model
     history: list[Message] = field(default_factory=list)
-    others: dict[str, str] = field(default_factory=dict)  # added adapters: name -> name in PEFT
+    others: dict[str, str] = field(default_factory=dict)  # the names in PEFT of added adapters
     _settings: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # renderer, default_system by name
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
@@ -58,41 +58,41 @@ class Model:
         return Sampling.from_generation_config(self.module.generation_config)
 
     def add(self, name: str, *, force: bool = False, own_template: bool = False) -> None:
-        """Load another adapter onto the same base; `use` switches to it.
+        """Load another adapter for the same base model. Call `use` to switch to it.
 
         Args:
             name: a run or adapter folder.
-            force: accept another base or template.
-            own_template: allow another chat template, which is then used for this adapter's prompts.
+            force: accept an adapter that was trained on another base model or with another chat template.
+            own_template: accept another chat template, and use it for the adapter's prompts.
 
         Raises:
-            ModelError: if it was trained on another base or with another template, or does not fit.
+            ModelError: if the adapter was trained on another base model or with another template, or does not fit.
         """
         folder = adapter_folder(name)
         if folder is None or self.adapter is None or self.source is None:
             raise ModelError(f"{name}: not an adapter", fix="give a run or adapter folder")
         if name in (self.name, *self.others):
             raise ModelError(f"{name}: is already loaded", fix="give each adapter once")
-        template, added_template = (read_identity(path).get("template") for path in (self.adapter, folder))
-        if template != added_template and not (force or own_template):
+        identity = read_identity(folder)
+        if read_identity(self.adapter).get("template") != identity.get("template") and not (force or own_template):
             what = f"{name}: was trained with another chat template than {self.name}"
             raise ModelError(what, fix="load it by itself, or with --force")
-        inner = f"adapter{len(self.others) + 1}"
+        peft_name = f"adapter{len(self.others) + 1}"
         with self._lock, isolated_torch_state():
-            self.notes = [*self.notes, *attach_second(self.module, folder, self.source, inner, force=force)]
-        self.others[name] = inner
-        identity = read_identity(folder)
+            notes = attach_another_adapter(self.module, folder, self.source, peft_name, force=force)
+        self.notes = [*self.notes, *notes]
+        self.others[name] = peft_name
         self._settings.setdefault(self.name, (self.renderer, self.default_system))
         self._settings[name] = make_renderer(self.tokenizer, identity), identity.get("system")
 
     def use(self, name: str) -> None:
-        """Switch to an adapter, its template and its system prompt. name: this model's name, or an added adapter."""
+        """Switch to an adapter, its template and its system prompt. name: the model's name, or an added adapter."""
         self.renderer, self.default_system = self._settings.get(name, (self.renderer, self.default_system))
         self.module.set_adapter("default" if name == self.name else self.others[name])
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Disable the adapter inside the block; other threads wait."""
+        """Disable the adapter inside the block. Other threads wait."""
         assert self.adapter is not None
         with self._lock, adapter_disabled(self.module):
             yield
@@ -110,18 +110,18 @@ class Model:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """Answer user texts, each as the start of a new conversation.
+        """Answer user messages, each in a new conversation.
 
         Args:
-            prompts: one text or several.
-            system: the system prompt; None: that of the training rows, if they all had the same one.
+            prompts: one or several user messages.
+            system: the system prompt. None: the system prompt of the training rows, if they all had the same one.
             max_new_tokens: the limit for each answer.
-            sampling: None: greedy decoding.
+            sampling: None for greedy decoding.
         """
         texts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if not all(isinstance(text, str) for text in texts):
             raise InputError("generate: a prompt must be a string", fix="give strings; `chat` keeps a conversation")
-        ids = [self.renderer.prompt([*self._opening(system), Message("user", text)]) for text in texts]
+        ids = [self.renderer.prompt([*self._system_messages(system), Message("user", text)]) for text in texts]
         return [answer.text for answer in self.answer(ids, max_new_tokens=max_new_tokens, sampling=sampling)]
 
     def chat(
@@ -137,44 +137,44 @@ class Model:
 
         Args:
             text: the user's message.
-            system: starts a new history with this system prompt. None: continue; a new history starts with the system
-                prompt of the training rows, if they all had the same one.
+            system: start a new conversation with this system prompt. None: continue the conversation. A new one starts
+                with the system prompt of the training rows, if they all had the same one.
             max_new_tokens: the limit for the answer.
-            sampling: None: the settings in the model's generation config.
-            on_text: receives pieces of the answer as they are generated.
+            sampling: None for the settings in the model's generation config.
+            on_text: called with pieces of the answer while it is generated.
 
         Raises:
-            InputError: if the conversation is longer than the model's maximum.
+            InputError: if the conversation has more tokens than the model supports.
         """
         if system is not None or not self.history:
-            self.history = self._opening(system)
+            self.history = self._system_messages(system)
         messages = [*self.history, Message("user", text)]
         prompt = self.renderer.prompt(messages)
-        longest = max_positions(self.module) or sys.maxsize
-        if len(prompt) >= longest:
-            what = f"the conversation has {len(prompt):,} tokens, and the model was made for {longest:,}"
+        max_length = max_positions(self.module) or sys.maxsize
+        if len(prompt) >= max_length:
+            what = f"the conversation has {len(prompt):,} tokens, and the model supports {max_length:,}"
             raise InputError(what, fix="start again: /reset in a chat, `history.clear()` in Python")
-        max_new_tokens = min(max_new_tokens, longest - len(prompt))
+        max_new_tokens = min(max_new_tokens, max_length - len(prompt))
         sampling = sampling or self.sampling
         answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
         self.history = [*messages, Message("assistant", answer.text)]
         return answer.text
 
-    def _opening(self, system: str | None) -> list[Message]:
+    def _system_messages(self, system: str | None) -> list[Message]:
         text = self.default_system if system is None else system
         return [] if text is None else [Message("system", text)]
 
 
 def load_renderer(name: str) -> Renderer:
-    """Return a model's renderer, without its weights; name: as for `load`. Raises ModelError."""
+    """Return a model's renderer without loading the weights. name: as for `load`. Raises ModelError."""
     folder = adapter_folder(name)
-    source = locate(name) if folder is None else base_source(folder)
+    source = locate(name) if folder is None else locate_base(folder)
     return _make_renderer(folder, source)
 
 
 def _make_renderer(folder: Path | None, source: Source) -> Renderer:
-    """Return the renderer of a base, or of the adapter in a folder."""
-    tokenizer = load_tokenizer(source if folder is None else tokenizer_source(folder, source))
+    """Return the renderer of a base model, or of the adapter in `folder`."""
+    tokenizer = load_tokenizer(source if folder is None else locate_tokenizer(folder, source))
     return make_renderer(tokenizer, {} if folder is None else read_identity(folder))
 
 
@@ -192,11 +192,11 @@ def load(
     Args:
         name: a run, adapter or model folder, a .gguf file, a Hub id or `demo`.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: auto, bf16, fp32 or fp16. auto: bf16 on CUDA; on a CPU the dtype that was measured to be faster.
-        quantization: none, nf4, fp4 or int8. auto: the scheme that the adapter was trained with, or that of the
-            weights on disk. As many layers as fit into the GPU's memory are then dequantized once.
-        force: accept an adapter that was trained on another base, if it fits; `notes` say what differs.
-        scores: load a reward model, which generates nothing.
+        dtype: auto, bf16, fp32 or fp16. auto: bf16 on CUDA, and on a CPU the dtype that was measured to be faster.
+        quantization: auto, none, nf4, fp4 or int8. auto: the scheme with which the adapter was trained, or that of the
+            weights on disk. In this case, as many layers as fit into the GPU's memory are dequantized when loaded.
+        force: accept an adapter that was trained on another base model, if it fits. The differences are in `notes`.
+        scores: load a reward model, which cannot generate.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -207,16 +207,17 @@ def load(
         raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {', '.join(known)}")
     check_device_and_dtype(device, dtype)
     folder = adapter_folder(name)
-    source = locate(name) if folder is None else base_source(folder)
+    source = locate(name) if folder is None else locate_base(folder)
     prepare_process()
-    chosen_device = pick_device(device)
-    chosen_dtype = DTYPES[pick_dtype(chosen_device)[0] if dtype == "auto" else dtype]
+    torch_device = pick_device(device)
+    torch_dtype = DTYPES[pick_dtype(torch_device)[0] if dtype == "auto" else dtype]
     renderer = _make_renderer(folder, source)
     identity = read_identity(folder) if folder is not None else {}
-    trained_on = str(identity.get("quantization") or prequantized(source.config()) or "none")
-    scheme = trained_on if quantization == "auto" else quantization
+    scheme = quantization
+    if quantization == "auto":
+        scheme = str(identity.get("quantization") or prequantized(source.config()) or "none")
     base = load_base(
-        source, chosen_dtype, chosen_device, quantization=scheme,
+        source, torch_dtype, torch_device, quantization=scheme,
         double=bool(identity.get("double_quantization", True)),
         resident_layers=None if quantization == "auto" else 0,
     )  # fmt: skip

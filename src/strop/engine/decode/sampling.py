@@ -1,4 +1,4 @@
-"""Sequences that are being decoded, and how their next tokens are sampled."""
+"""Sampling settings, and the state of sequences that are being decoded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from strop.data.types import Ids
-from strop.engine.kernels.dispatch import likeliest, sample_token, token_logprobs
+from strop.engine.kernels.dispatch import argmax, sample_token, token_logprobs
 
-MIN_TEMPERATURE = 1e-4  # below it logits / temperature may overflow, and sampling is greedy in effect
+MIN_TEMPERATURE = 1e-4  # at lower temperatures decoding is greedy, because logits / temperature may overflow
 
-# Fields of a generation config that change the output and that Sampling does not implement.
+# Fields of a generation config that change the output and are not implemented.
 IGNORED_FIELDS = (
     "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "bad_words_ids",
     "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "sequence_bias", "guidance_scale",
@@ -24,7 +24,7 @@ IGNORED_FIELDS = (
 
 Logits = npt.NDArray[np.float32]
 
-# Called with (completion so far, logits (vocabulary,)): sets forbidden tokens to -inf. Raises NoToken.
+# Sets the logits (vocabulary,) of tokens that may not follow the completion to -inf. Raises NoToken.
 Mask = Callable[[Sequence[int], Logits], None]
 
 
@@ -32,8 +32,8 @@ Mask = Callable[[Sequence[int], Logits], None]
 class PassOutput:
     """Output of a forward pass for P positions.
 
-    argmax: most likely next token of each, (P,). finite: whether the logits of each are finite, (P,).
-    logits: (P, vocabulary), valid until the next pass; None if they were not requested.
+    argmax: most likely next tokens, (P,). finite: whether the logits of a position are finite, (P,). logits: shape
+    (P, vocabulary), valid until the next pass; None if they were not requested.
     """
 
     argmax: npt.NDArray[np.int64]
@@ -42,19 +42,18 @@ class PassOutput:
 
     @staticmethod
     def from_logits(logits: Logits) -> PassOutput:
-        return PassOutput(*likeliest(logits), logits)
+        return PassOutput(*argmax(logits), logits)
 
     def rows(self, begin: int, end: int) -> PassOutput:
-        """Return positions `begin` to `end`, as views."""
         part = slice(begin, end)
         return PassOutput(self.argmax[part], self.finite[part], None if self.logits is None else self.logits[part])
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings. Greedy at temperature 0; top_k 0 keeps all tokens.
+    """Sampling settings. temperature 0: greedy decoding. top_k 0: no limit.
 
-    A seed makes the output reproducible, whatever else is in the batch.
+    With a seed the output is reproducible, and does not depend on other sequences in the batch.
     """
 
     temperature: float = 0.0
@@ -65,26 +64,26 @@ class Sampling:
 
     @staticmethod
     def from_generation_config(config: Any) -> Sampling:
-        """Return the sampling that a model's transformers.GenerationConfig asks for."""
+        """Return the settings of a transformers.GenerationConfig."""
         penalty = float(config.repetition_penalty or 1.0)
         if not config.do_sample:
             return Sampling(repetition_penalty=penalty)
-        # unset values: the defaults of transformers
+        # The values for unset fields are the defaults of transformers.
         temperature = 1.0 if config.temperature is None else float(config.temperature)
         top_p = 1.0 if config.top_p is None else float(config.top_p)
         return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
 
     @staticmethod
     def notes_on_ignored_settings(config: Any) -> list[str]:
-        """Return a note on settings of a model's generation config that strop does not implement, if there are any."""
+        """Return a note that names the settings of a generation config which are ignored, or []."""
         changed = config.to_diff_dict()
         ignored = [f"{name} {changed[name]}" for name in IGNORED_FIELDS if changed.get(name)]
         return [f"settings of the model's generation config that are ignored: {', '.join(ignored)}"] if ignored else []
 
     def override(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
-        """Return a copy with the values of a request; None keeps the value (for the seed: no seed)."""
-        given: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
-        return replace(self, seed=seed, **{name: value for name, value in given.items() if value is not None})
+        """Return a copy with other values. temperature, top_p: None keeps the value. seed: None for no seed."""
+        temperature = self.temperature if temperature is None else temperature
+        return replace(self, seed=seed, temperature=temperature, top_p=self.top_p if top_p is None else top_p)
 
     def describe(self) -> str:
         """Return the settings as text, for example "temperature 0.7, top_p 0.9"."""
@@ -99,7 +98,7 @@ class Sampling:
 
 
 class NoToken(Exception):
-    """Raised when no token can follow.
+    """Raised when a sequence has no possible next token.
 
     finish_reason: "failed" (the logits are not finite) or "format" (the grammar allows no token).
     """
@@ -111,10 +110,10 @@ class NoToken(Exception):
 
 @dataclass(frozen=True)
 class ExpectedCompletion:
-    """The reference completion of a prompt, whose tokens are scored.
+    """A reference completion whose tokens are scored.
 
-    ids: tokens after the prompt. first: the first position of prompt + completion whose next token is scored; None: the
-    last position of the prompt.
+    ids: the tokens after the prompt. first: the first position in prompt + completion whose next token is scored; None
+    for the last position of the prompt.
     """
 
     ids: Ids
@@ -135,35 +134,33 @@ class Token:
 
 
 class SequenceState:
-    """A sequence that is being decoded: its prompt, the completion so far, and its place in the cache.
+    """A sequence that is being decoded: its prompt, its completion, and its blocks in the cache.
 
-    The random numbers depend on the seed and the position only, so the output does not depend on what else is in the
-    batch or on speculative decoding.
+    The random numbers depend only on the seed and the position. The output therefore does not depend on other sequences
+    in the batch, or on speculative decoding.
 
-    With an expected completion, that is processed together with the prompt (`needs_argmax_only` must be true). All its
-    tokens are scored, and as much of it as the model would have generated itself becomes the completion.
+    Args:
+        prompt: token ids, at least one.
+        adapter: name of the LoRA adapter; None for the base model.
+        stop_ids: tokens that end the completion. They are included in it.
+        num_logprobs: number of most likely tokens to return with each token; 0: only the log-probability of the token
+            itself; None: no log-probabilities.
+        mask: restricts the next token, for a grammar.
+        expected: a reference completion, which is processed and scored together with the prompt. The longest part of it
+            that greedy decoding would generate becomes the completion. Only if `needs_argmax_only` is true.
 
-    prompt: token ids, at least one. adapter: name of the LoRA adapter; None for the base model. stop_ids: tokens that
-    end the completion, as a part of it. num_logprobs: alternatives to return with each token; 0: only the token's
-    log-probability; None: nothing. mask: restricts the tokens that may follow, for a grammar.
-
-    num_cached: positions whose keys and values are in the cache. num_reused: those that were there already.
-    finish_reason: "" while it is decoded; then "stop", "length", or the reason of a NoToken. expected_logprobs: of the
-    scored tokens, fp64.
+    Attributes:
+        num_cached: number of positions whose keys and values are in the cache.
+        num_reused: number of these that were in the cache before.
+        finish_reason: "" until the sequence is finished; then "stop", "length", or the finish_reason of a NoToken.
+        expected_logprobs: log-probabilities of the scored tokens, fp64.
     """
 
     def __init__(
-        self,
-        prompt: Ids,
-        adapter: str | None,
-        *,
-        stop_ids: Sequence[int] = (),
-        max_new_tokens: int = 1,
-        sampling: Sampling | None = None,
-        num_logprobs: int | None = None,
-        mask: Mask | None = None,
+        self, prompt: Ids, adapter: str | None, *, stop_ids: Sequence[int] = (), max_new_tokens: int = 1,
+        sampling: Sampling | None = None, num_logprobs: int | None = None, mask: Mask | None = None,
         expected: ExpectedCompletion | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         assert len(prompt) and max_new_tokens
         self.adapter, self.stop_ids, self.max_new_tokens = adapter, frozenset(stop_ids), max_new_tokens
         self.prompt_length = len(prompt)
@@ -173,13 +170,13 @@ class SequenceState:
         self._ids = np.empty(self.max_length, np.int32)
         self._ids[: len(prompt)], self._ids[len(prompt) : len(prompt) + len(reference)] = prompt, reference
         self.length, self.num_cached, self.finish_reason = len(prompt) + len(reference), 0, ""
-        self.is_scoring = expected is not None  # the expected completion is not processed yet
+        self.is_scoring = expected is not None  # whether the expected completion is still to be processed
         self.first_scored = len(prompt) - 1 if expected is None or expected.first is None else expected.first
         self.expected_logprobs = np.empty(self.length - self.first_scored - 1)
         self._argmax = np.empty(self.length - self.first_scored, np.int64)
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []
-        self.pending_keys: list[bytes] = []  # of blocks that this sequence is going to fill
+        self.pending_keys: list[bytes] = []  # the keys of blocks that this sequence will fill
         self.num_reused = 0
         self._sampling, self._num_logprobs, self._mask = sampling or Sampling(), num_logprobs, mask
         self.greedy = self._sampling.temperature < MIN_TEMPERATURE
@@ -189,7 +186,6 @@ class SequenceState:
 
     @property
     def ids(self) -> Ids:
-        """Prompt and completion so far."""
         return self._ids[: self.length]
 
     @property
@@ -203,22 +199,22 @@ class SequenceState:
 
     @property
     def needs_argmax_only(self) -> bool:
-        """True if only the most likely token is needed, and no other logits."""
+        """True if the most likely token is needed and no logits."""
         penalty = self._sampling.repetition_penalty
         return self.greedy and self._num_logprobs is None and self._mask is None and penalty == 1
 
     @property
     def num_final(self) -> int:
-        """Number of cached positions whose tokens will not change: an expected completion may be replaced."""
+        """The number of cached positions whose tokens will not change. An expected completion may be replaced."""
         return min(self.num_cached, self.prompt_length) if self.is_scoring else self.num_cached
 
     def score_expected(
         self, start: int, argmax: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]
     ) -> tuple[Token, ...]:
-        """Record the scores of a part of the expected completion. Return the completion once all of it is scored.
+        """Record the scores of a part of the expected completion. Return the completion when all parts are scored.
 
-        start: first position of the part. argmax: the most likely next tokens, -1 if the logits are not finite.
-        logprobs: of the expected next tokens.
+        start: the first position of the part. argmax: the most likely next tokens, -1 if the logits are not finite.
+        logprobs: the log-probabilities of the expected next tokens.
         """
         begin = start - self.first_scored
         self._argmax[begin : begin + len(argmax)] = argmax
@@ -228,18 +224,18 @@ class SequenceState:
         reference, end = self._ids[self.prompt_length : self.length].tolist(), self.length
         self.is_scoring, self.length = False, self.prompt_length
         generated = self._argmax[self.prompt_length - 1 - self.first_scored : end - self.first_scored].tolist()
-        for place, token in enumerate(generated):
+        for i, token in enumerate(generated):
             if token < 0:
                 self.finish_reason = "failed"
                 break
             self.append(token)
-            if self.finish_reason or place == len(reference) or token != reference[place]:
+            if self.finish_reason or i == len(reference) or token != reference[i]:
                 break
         self.num_cached = max(self.prompt_length, self.length - 1)
         return tuple(map(Token, self.completion))
 
     def append(self, token: int) -> None:
-        """Append a token to the completion, and set the finish reason if it ends there."""
+        """Append a token to the completion, and set `finish_reason` if this ends it."""
         self._ids[self.length] = token
         self.length += 1
         if token in self.stop_ids:
@@ -248,7 +244,7 @@ class SequenceState:
             self.finish_reason = "length"
 
     def sample(self, output: PassOutput, row: int) -> Token:
-        """Return the next token, sampled from a row of a pass's output, without appending it. Raises NoToken."""
+        """Sample the next token from a row of the output, without appending it. Raises NoToken."""
         if self.needs_argmax_only:
             if not output.finite[row]:
                 raise NoToken("failed")
@@ -260,7 +256,7 @@ class SequenceState:
             raise NoToken("failed")
         if sampling.repetition_penalty != 1 or self._mask is not None:
             scores = logits.copy()
-            if sampling.repetition_penalty != 1:  # as in CTRL (arXiv:1909.05858): each earlier token counts once
+            if sampling.repetition_penalty != 1:  # CTRL (arXiv:1909.05858)
                 earlier = np.unique(self.ids)
                 penalty = np.float32(sampling.repetition_penalty)
                 scores[earlier] = np.where(scores[earlier] < 0, scores[earlier] * penalty, scores[earlier] / penalty)
@@ -269,7 +265,7 @@ class SequenceState:
         if self.greedy:
             token = int(scores.argmax())
         else:
-            # one random number a position, from a counter-based generator (Philox, Salmon et al. 2011)
+            # A counter-based generator (Philox, Salmon et al. 2011) gives one random number per position.
             generator = np.random.Generator(np.random.Philox(key=self._seed, counter=self.length))
             token = sample_token(scores, sampling.temperature, sampling.top_k, sampling.top_p, generator.random())
         if self._num_logprobs is None:
@@ -279,4 +275,4 @@ class SequenceState:
         wide = logits.astype(np.float64)
         logprobs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
         top = np.argsort(-logprobs, kind="stable")[: self._num_logprobs]
-        return Token(token, float(logprobs[token]), tuple((int(other), float(logprobs[other])) for other in top))
+        return Token(token, float(logprobs[token]), tuple((int(id), float(logprobs[id])) for id in top))

@@ -1,10 +1,9 @@
-"""The element-wise operations of the fast step in plain PyTorch: the specification of all kernels.
+"""Reference implementation in PyTorch of the element-wise operations that have kernels in cpu/ and cuda/.
 
-The kernels in cpu/ and cuda/ must compute what these functions compute, on any device and for any float dtype. All
-operations compute in fp32 (in fp64 for fp64 inputs), round once at the end, and return the dtype of their input. T is
-the number of packed rows. Functions whose name ends with an underscore write their result over an argument. `out` is
-memory of the result's shape that a kernel may use for it; the functions here ignore it. `*_backward` functions take the
-gradient of the output and the arguments of the forward.
+All operations compute in fp32 (in fp64 for fp64 inputs) and return the dtype of their input, rounded once. T is the
+number of packed rows. Functions whose name ends with an underscore overwrite an argument with the result. Kernels may
+write the result to `out`, which these functions ignore. `*_backward` functions take the gradient of the output and the
+arguments of the forward.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.engine.train.packing import Places
+from strop.engine.train.packing import Slots
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -22,9 +21,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
-    """Return the RMS norm (arXiv:1910.07467): x / sqrt(mean(x^2) + eps) * (offset + weight).
+    """Return the RMS norm of x (..., n), x / sqrt(mean(x^2) + eps) * (offset + weight) (arXiv:1910.07467).
 
-    x: (..., n), the mean is over the last dimension. weight: (n,); Gemma's have offset 1.
+    weight: (n,). offset: 1 in Gemma models, else 0.
     """
     wide = _wide(x)
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -34,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor |
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """Return the gradient of rms_norm with respect to x.
 
-    With r = 1 / sqrt(mean(x^2) + eps), y = r x and g = grad * (offset + weight): r (g - y mean(g y)).
+    It is r (g - y mean(g y)) with r = 1 / sqrt(mean(x^2) + eps), y = r x and g = grad * (offset + weight).
     """
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -44,15 +43,15 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offse
 
 
 def _activate(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the activation of x and its derivative, both of x's shape.
+    """Return the activation of x and its derivative.
 
     silu is x sigmoid(x). gelu_pytorch_tanh is x (1 + tanh(u)) / 2 = x sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715
     x^3) (arXiv:1606.08415).
     """
     z, dz = x, torch.ones_like(x)
     if activation == "gelu_pytorch_tanh":
-        two_root, cubic = 2 * 0.7978845608028654, 0.044715  # 2 sqrt(2 / pi)
-        z, dz = two_root * (x + cubic * x**3), two_root * (1 + 3 * cubic * x.square())
+        scale, cubic = 2 * 0.7978845608028654, 0.044715  # 2 sqrt(2 / pi)
+        z, dz = scale * (x + cubic * x**3), scale * (1 + 3 * cubic * x.square())
     else:
         assert activation == "silu", activation
     sigmoid = torch.sigmoid(z)
@@ -61,7 +60,7 @@ def _activate(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """Return activation(gate) * up, a gated linear unit (arXiv:2002.05202), shape (T, n).
+    """Return the gated linear unit activation(gate) * up, (T, n) (arXiv:2002.05202).
 
     gate_up: (T, 2 n), with the gate in the first n columns. activation: "silu" or "gelu_pytorch_tanh".
     """
@@ -70,7 +69,7 @@ def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
 
 
 def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the gradient of glu with respect to gate_up, (T, 2 n), and its output again, (T, n)."""
+    """Return the gradient of glu with respect to gate_up, (T, 2 n), and the output of glu, (T, n)."""
     gate, up = (_wide(half) for half in gate_up.chunk(2, dim=-1))
     value, slope = _activate(gate, activation)
     wide = _wide(grad)
@@ -78,23 +77,23 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
 
 
 def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
-    """Multiply each column of x (T, n) by its gain (n,), in place; gains: fp32 or fp64 (DoRA, arXiv:2402.09353)."""
+    """Multiply the columns of x (T, n) by gains (n,), fp32 or fp64, in place (DoRA, arXiv:2402.09353)."""
     return x.copy_(_wide(x) * gains)
 
 
 def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    """Return grad * gains (T, n) and the sum over rows of grad * y (n,), fp32 or fp64.
+    """Return grad * gains, (T, n), and the sum of grad * y over rows, (n,), fp32 or fp64.
 
-    y: (T, n); with the unscaled input, the sums are the gradient of the gains.
+    If y (T, n) is the input of scale_columns_, the sum is the gradient of the gains.
     """
     wide = _wide(grad)
     return (wide * gains).to(grad.dtype), (wide * _wide(y)).sum(0)
 
 
 def causal_mask(queries: int, keys: int, first: int, window: int, device: torch.device) -> Tensor:
-    """Return the mask of what queries must not see, bool, shape (queries, keys).
+    """Return a bool mask (queries, keys) that is True where a query must not attend to a key.
 
-    Query i has position first + i and sees the keys j <= first + i; with a window (not 0), the last `window` of them.
+    Query i has position first + i and attends to keys j <= first + i, or to the last `window` of them if window > 0.
     """
     i = first + torch.arange(queries, device=device)[:, None]
     j = torch.arange(keys, device=device)[None]
@@ -104,9 +103,9 @@ def causal_mask(queries: int, keys: int, first: int, window: int, device: torch.
 def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor | None = None) -> Tensor:
     """Replace attention scores by their causal softmax, in place.
 
-    scores: (B, Q * group, K); row q * group + g holds query `first + q` of head g of a group. B counts the key-value
-    heads of one document after another. group: query heads of a key-value head. first, window: as in causal_mask.
-    sinks: (heads,), an extra score of each head that takes part in the softmax and whose share is dropped (gpt-oss).
+    scores: (B, Q * group, K), where B are the key-value heads of one document after another. Row q * group + g belongs
+    to the query at position first + q and head g of the group. group: query heads per key-value head. first, window: as
+    in causal_mask. sinks: (heads,), an extra score per head, part of the softmax but not of its output (gpt-oss).
     """
     queries, keys = scores.shape[1] // group, scores.shape[2]
     mask = causal_mask(queries, keys, first, window, scores.device).repeat_interleave(group, dim=0)
@@ -120,19 +119,19 @@ def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor 
 
 
 def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor:
-    """Replace the gradient of the probabilities by that of the scores, in place: probs * (grad - sum(grad * probs)).
+    """Replace the gradient of the probabilities by the gradient of the scores: probs * (grad - sum(grad * probs)).
 
-    probs: result of softmax_. group, first, window: kernels use them to skip masked keys.
+    probs: result of softmax_. group, first, window: let kernels skip masked keys.
     """
     wide, probs = _wide(grad), _wide(probs)
     return grad.copy_(probs * (wide - (wide * probs).sum(-1, keepdim=True)))
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:
-    """Return the weighted cross entropy of each row, (N,), fp32 or fp64: weights * (logsumexp(logits) - logits[label]).
+    """Return the losses weights * (logsumexp(logits) - logits[label]), (N,), fp32 or fp64.
 
-    logits: (N, V); with `gradient` they are replaced by the gradient of the sum of the losses. labels: (N,), int64.
-    weights: (N,), fp32. softcap: if not 0, the logits are first replaced by softcap * tanh(logits / softcap).
+    logits: (N, V), overwritten with the gradient of the sum of the losses if `gradient`. labels: (N,), int64. weights:
+    (N,), fp32. softcap: if not 0, logits are first replaced by softcap * tanh(logits / softcap).
     """
     wide = _wide(logits)
     capped = softcap * torch.tanh(wide / softcap) if softcap else wide
@@ -149,8 +148,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: flo
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary position embedding (arXiv:2104.09864), with the pairs of a head stored as two halves.
 
-    The pair (a, b) = (x[i], x[m + i]) becomes (a cos - b sin, b cos + a sin); elements from 2 m on are unchanged.
-    x: (T, heads, d), fp32 or fp64. cos, sin: of each row's angles, (T, m), with 2 m <= d.
+    The pair (a, b) = (x[i], x[m + i]) becomes (a cos - b sin, b cos + a sin). Elements from 2 m on are unchanged.
+    x: (T, heads, d), fp32 or fp64. cos, sin: (T, m), with 2 m <= d.
     """
     m = cos.shape[-1]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
@@ -158,43 +157,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def _rows(places: Places, key_value: int, group: int) -> Tensor:
-    """Return the row of each place and head in the result of to_heads, shape (P, heads), int64."""
-    device = places.at.device
-    head, place = torch.arange(key_value * group, device=device), torch.arange(len(places.at), device=device)
-    before, at, length = (x[:, None] for x in (place - places.at, places.at, places.length))
-    return (before * key_value + head // group * length + at) * group + head % group
+def _output_rows(slots: Slots, key_value: int, group: int) -> Tensor:
+    """Return the row of each slot and head in the result of to_heads, shape (P, heads), int64."""
+    device = slots.positions.device
+    head, slot = torch.arange(key_value * group, device=device), torch.arange(len(slots.positions), device=device)
+    first, position, length = (x[:, None] for x in (slot - slots.positions, slots.positions, slots.lengths))
+    return (first * key_value + head // group * length + position) * group + head % group
 
 
-def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int) -> Tensor:
-    """Rearrange packed rows to one matrix for each document and key-value head, rotated and scaled.
+def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Slots, group: int) -> Tensor:
+    """Rearrange packed rows to one padded matrix for each document and key-value head.
 
-    x: (T, heads, d). cos, sin: of the rotary embedding, (T, m), or None: then x is neither rotated nor scaled. places:
-    where packed rows go, each to one or several of P places. group: query heads of a key-value head; 1 for keys and
-    values. Returns (P * heads, d): document after document, in it key-value head after head, in it place after place,
-    in it the `group` heads. Padding places get zeros.
+    x: (T, heads, d). cos, sin: tables of the rotary embedding, (T, m); if None, x is neither rotated nor scaled. slots:
+    the P padded positions; a packed row may have several. group: query heads per key-value head; 1 for keys and values.
+    Returns (P * heads, d), sorted by document, key-value head, position and head of the group, with zeros as padding.
     """
     wide = _wide(x)
     if cos is not None and sin is not None:
         wide = rotate(wide, cos, sin) * scale
     heads, d = x.shape[1:]
-    used = places.token >= 0
+    used = slots.rows >= 0
     out = x.new_zeros(len(used) * heads, d)
-    out[_rows(places, heads // group, group)[used]] = wide[places.token[used]].to(x.dtype)
+    out[_output_rows(slots, heads // group, group)[used]] = wide[slots.rows[used]].to(x.dtype)
     return out
 
 
 def from_heads(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Slots, group: int, out: Tensor
 ) -> None:
-    """Apply the transpose of to_heads: sum a packed row's places, rotate back and scale.
-
-    x: (P * heads, d). out: the result, (T, heads, d); overwritten.
-    """
+    """Apply the transpose of to_heads to x (P * heads, d), and write the result to `out` (T, heads, d)."""
     heads = out.shape[1]
-    used = places.token >= 0
-    picked = _wide(x)[_rows(places, heads // group, group)[used]]
-    total = picked.new_zeros(out.shape).index_add_(0, places.token[used], picked)
+    used = slots.rows >= 0
+    used_rows = _wide(x)[_output_rows(slots, heads // group, group)[used]]
+    total = used_rows.new_zeros(out.shape).index_add_(0, slots.rows[used], used_rows)
     if cos is not None and sin is not None:
         total = rotate(total, cos, -sin) * scale  # the gradient of a rotation is the inverse rotation
     out.copy_(total)

@@ -1,4 +1,4 @@
-"""Interfaces of the kernels that a device provides to the fast step, and memory helpers that they share."""
+"""Interfaces of the kernels that the fast step uses on a device, and shared memory helpers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.train.buffers import Allocate, Arena, heap_empty
+from strop.engine.train.buffers import Allocate, Arena, allocate_from_heap
 from strop.engine.train.lora import Adapters, Addend
-from strop.engine.train.packing import Places
+from strop.engine.train.packing import Slots
 
-ActivationParameters = tuple[float, float, float, float]  # of xIELU: slopes above and below 0, beta, eps
+ActivationParameters = tuple[float, float, float, float]  # xIELU's slopes above and below 0, beta and eps
 
 
 class Ops(Protocol):
-    """Element-wise operations; eager.py is their specification."""
+    """Element-wise operations. eager.py is the reference implementation."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor: ...
     def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
@@ -29,31 +29,31 @@ class Ops(Protocol):
         self, logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool
     ) -> Tensor: ...
     def to_heads(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Slots, group: int
     ) -> Tensor: ...
     def from_heads(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Slots, group: int, out: Tensor
     ) -> None: ...
 
 
 class CpuOps(Protocol):
-    """Element-wise operations with a CPU kernel (cpu/elementwise.py); other devices use PyTorch's."""
+    """Element-wise operations that have a kernel on CPUs only. Other devices use PyTorch."""
 
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None
     ) -> Tensor: ...
     def layer_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-    def activated(self, x: Tensor, kind: str, about: ActivationParameters, out: Tensor | None = None) -> Tensor: ...
-    def activated_backward(
-        self, grad: Tensor, x: Tensor, kind: str, about: ActivationParameters
+    def activate(self, x: Tensor, kind: str, parameters: ActivationParameters, out: Tensor | None = None) -> Tensor: ...
+    def activate_backward(
+        self, grad: Tensor, x: Tensor, kind: str, parameters: ActivationParameters
     ) -> tuple[Tensor, Tensor]: ...
 
 
 class LoraOps(Protocol):
-    """Matrix multiplications by A and B; train/lora.py is their specification."""
+    """The matrix multiplications of LoRA adapters. train/lora.py is the reference implementation."""
 
     def forward(
-        self, z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+        self, z: Tensor, outputs: int, adapters: Adapters, new: Allocate = allocate_from_heap
     ) -> tuple[Addend, tuple[Tensor, ...]]: ...
     def backward(self, grad: Tensor, saved: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]: ...
     def gradients(
@@ -62,19 +62,19 @@ class LoraOps(Protocol):
 
 
 class FrozenMatmul(Protocol):
-    """x W^T for a frozen weight, plus what is added to it; train.lora.frozen_matmul is the specification."""
+    """A matrix multiplication by a frozen weight. train.lora.frozen_matmul is the reference implementation."""
 
     def __call__(
-        self, x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Addend | None = None,
+        self, x: Tensor, weight: Tensor, transposed: bool, y: Tensor, added: Addend | None = None,
         bias: Tensor | None = None, residual: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
 class ReusedBuffer:
-    """A buffer for one tensor at a time: a tensor is valid until the next call, by any caller.
+    """A buffer for one temporary tensor at a time, which is valid until the next call by any caller.
 
-    Allocating what a layer needs only briefly would leave holes between the tensors that it keeps. Holes are not
-    reused: they were a fifth of the step's memory (docs/log).
+    If temporary tensors were allocated between tensors that are kept, they would leave holes in the heap that are not
+    reused, a fifth of the memory of a training step (docs/log).
     """
 
     def __init__(self) -> None:
@@ -88,16 +88,16 @@ class ReusedBuffer:
 
 
 class CopyToArena(Function):
-    """Copy x (T, n) to an arena: tensors that live long leave no holes in the heap."""
+    """Copy x (T, n) to an arena, so that a long-lived tensor does not fragment the heap."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, arena: Arena) -> Tensor:
-        ctx.arena, ctx.round = arena, arena.round
+        ctx.arena, ctx.generation = arena, arena.generation
         return arena(len(x), x.shape[1], x).copy_(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.arena.check(ctx.round)
+        ctx.arena.check_generation(ctx.generation)
         return grad, None
 
 

@@ -1,14 +1,14 @@
-"""Load the libraries of a command, and compile the CPU kernels ahead of their use, in another process.
+"""Import the libraries of a command, and compile the CPU kernels ahead of time in another process.
 
-Compilation takes 15 to 30 s, once for a machine and a weight type. Commands that compute call `load`, which starts a
-`Compiler` process when kernels are missing from numba's cache: it imports its libraries while the command imports its
-own. `compile_once` then has it run tiny models (warmup_models.py) through the kernels. This module imports the standard
-library only, so that a command starts quickly.
+Compilation takes 15 to 30 s, once per machine and weight dtype. If numba's cache lacks kernels, `load` starts a
+`Compiler` process, which imports its libraries while the command imports its own. `compile_once` then makes it run tiny
+models (warmup_models.py), which compiles the kernels. This module imports only the standard library, so that commands
+start quickly.
 
-Kernels are compiled in another process because a process that compiles a parallel kernel runs other machine code than
-one that reads it from the cache: it calls the body of the loop as compiled alone, not the version that was optimized
-together with its surroundings and then cached. The results differ in their last bits, and a resumed run would not be
-bit-identical to the run that compiled.
+Kernels are compiled in another process because a process that compiles a parallel kernel runs different machine code
+than a process that loads it from the cache: it calls the loop body as compiled alone, while the cached version was
+optimized together with the surrounding code. The results differ in the last bits, so a resumed run would not be
+bit-identical to the run that compiled the kernels.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ LOG = logging.getLogger(__name__)
 TRAIN, DECODE = "train", "decode"  # the warm-ups that warmup_models.py can run
 MODELS = "strop.engine.kernels.warmup_models"
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "numba")
-FORKS = sys.platform == "linux"  # elsewhere a forked process may not use the system's math libraries
+FORKS = sys.platform == "linux"  # on other systems, math libraries may fail in a forked process
 SOURCES = Path(__file__).with_name("cpu")  # numba caches compiled kernels next to their sources, in __pycache__
-WAIT_S = 120.0  # how long an unused compiler process waits
-DISK_BYTES = 32 << 20  # required free space; all kernels of a weight type take 10 MB
-PARALLEL_BYTES = 4 << 30  # free memory above which several processes compile: each takes about 1 GB
+WAIT_S = 120.0  # after this time, an unused compiler process exits
+DISK_BYTES = 32 << 20  # required free space; the kernels of one weight dtype take 10 MB
+PARALLEL_BYTES = 4 << 30  # free memory required for compiling in parallel; each process takes about 1 GB
 
 _started: list[Compiler] = []
 
@@ -49,11 +49,9 @@ _started: list[Compiler] = []
 def load(warmup: str | None = TRAIN) -> None:
     """Import PyTorch, transformers and PEFT with garbage collection disabled, which saves a quarter of the time.
 
-    Later collections skip the objects that the imports created.
-
     Args:
-        warmup: the kernels that the command will use: TRAIN, DECODE, or None. If they are not compiled yet, the
-            compiler process starts now.
+        warmup: the kernels that the command will use, TRAIN, DECODE or None. If they are missing from numba's cache,
+            a compiler process is started.
     """
     if warmup:
         start_compiler(warmup)
@@ -64,11 +62,11 @@ def load(warmup: str | None = TRAIN) -> None:
         import transformers  # noqa: F401 (as above)
     finally:
         gc.enable()
-    gc.freeze()
+    gc.freeze()  # later collections skip the imported objects
 
 
 class Compiler:
-    """A process that waits for modules to run as programs. It starts when the object is created."""
+    """A process that waits for modules to run as programs. It starts on construction."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -85,10 +83,11 @@ class Compiler:
         """Run modules as programs, and end the process.
 
         Args:
-            stages: each a sequence of programs that run in parallel; a program is a module's name and its arguments.
+            stages: run one after another; the programs of a stage run in parallel. A program is a module name and its
+                arguments.
 
         Returns:
-            The exit code of the first program that failed, else 0, and the last line of standard error.
+            The exit code of the first program that failed, or 0, and the last line of standard error.
         """
         try:
             lines = self._process.communicate(json.dumps(stages))[1].strip().splitlines()
@@ -102,20 +101,20 @@ class Compiler:
 def start_compiler(warmup: str) -> None:
     """Start a compiler process for `take_compiler` if the kernels of a warm-up are not compiled yet.
 
-    If nobody takes it, it ends with this process, or after WAIT_S.
+    An unused process exits together with this process, or after WAIT_S.
     """
     if FORKS and not _started and (os.cpu_count() or 1) > 1 and _is_missing(warmup):
         _started.append(Compiler())
 
 
 def take_compiler() -> Compiler:
-    """Return the compiler process that was started, or a new one."""
+    """Return the compiler process that `start_compiler` started, or a new one."""
     compiler = _started.pop() if _started else None
     return compiler if compiler is not None and compiler.is_waiting else Compiler()
 
 
 def _is_missing(warmup: str) -> bool:
-    """Return whether compile_once left no marker. False on machines with a GPU, and where it is unknown."""
+    """Return whether the marker of compile_once is missing. Always False on machines with a GPU."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return False
     cache = os.environ.get("NUMBA_CACHE_DIR")
@@ -125,8 +124,8 @@ def _is_missing(warmup: str) -> bool:
 
 
 def main() -> None:
-    """Run as the compiler process: import the libraries, and wait for the stages on standard input."""
-    gc.disable()  # garbage collection is a sixth of the time, and the process ends soon
+    """Run the compiler process: import the libraries, and read the stages from standard input."""
+    gc.disable()  # saves a sixth of the time of this short-lived process
     if FORKS:
         for name in LIBRARIES:
             importlib.import_module(name)
@@ -139,7 +138,7 @@ def main() -> None:
 
 
 def _start(program: Sequence[str]) -> int:
-    """Start a process that runs one program, and return its id."""
+    """Start a process that runs one program, and return the process id."""
     if not FORKS:
         code = f"from {__spec__.name} import run_program; run_program({list(program)!r})"
         return os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
@@ -165,21 +164,17 @@ def run_program(program: Sequence[str]) -> None:
 
 
 def compile_once(
-    dtype: torch.dtype,
-    cache: Path,
-    warmup: str,
-    arguments: Sequence[str] = (),
-    parts: Sequence[str] = (),
-    *,
+    dtype: torch.dtype, cache: Path, warmup: str, arguments: Sequence[str] = (), parts: Sequence[str] = (), *,
     whole: bool = False,
-) -> None:
-    """Compile the kernels for weights of this dtype into numba's cache folder, unless they are there.
+) -> None:  # fmt: skip
+    """Compile the kernels for weights of this dtype into numba's cache, unless it has them.
 
     Args:
         cache: the folder of numba's cache.
-        warmup: TRAIN or DECODE; run with the dtype's name and `arguments`.
-        parts: names of parts of the kernels, which are compiled in parallel where cores and memory allow.
-        whole: run the warm-up without a part as well, after the parts: one kernel calls those of several parts.
+        warmup: TRAIN or DECODE.
+        arguments: arguments of the warm-up in warmup_models.py, after the dtype.
+        parts: parts of the warm-up that run in parallel if there are enough cores and memory.
+        whole: after the parts, also run the complete warm-up, because one kernel calls kernels of several parts.
 
     Raises:
         DiskError: the disk is full.
@@ -199,17 +194,18 @@ def compile_once(
     marker = cache / "-".join(["strop", state, warmup, *arguments])
     if _is_complete(marker):
         return
-    if free_bytes(cache) < DISK_BYTES:  # numba would fail in the middle of a step, without naming the disk
+    if free_bytes(cache) < DISK_BYTES:  # numba would fail later, with an error that does not mention the disk
         what = f"{cache}: compiled kernels need {DISK_BYTES >> 20} MiB of disk, {free_bytes(cache) >> 20} are free"
         raise DiskError(what, fix="free some space, or set NUMBA_CACHE_DIR to a folder on another disk")
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for the other
+    with FileLock(cache / "strop.lock"):  # only one process compiles at a time
         if _is_complete(marker):
             return
-        # numba checks a kernel's own file, not those it imports; and reading a truncated file crashes the process.
+        # Delete kernels of other sources, because numba does not check imported files, and truncated files, because
+        # reading one crashes the process.
         if marker.is_file() or not any(cache.glob(f"strop-{state}-*")):
-            for old in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
-                old.unlink(missing_ok=True)
+            for file in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
+                file.unlink(missing_ok=True)
         LOG.info("compiling kernels for this CPU in %s, once on this machine (15 to 30 s)", arguments[0])
         parallel = machine.cores > 1 and machine.free_bytes > PARALLEL_BYTES
         program = [MODELS, warmup, *arguments]
@@ -217,16 +213,16 @@ def compile_once(
         if parallel and parts:
             stages = [[[*program, part] for part in parts], *([[program]] if whole else [])]
         code, last_line = take_compiler().run(*stages)
-        if code:  # this process compiles for itself: its last bits may differ from the next one's
+        if code:  # this process compiles for itself, so its results may differ from the next run's in the last bits
             LOG.warning("kernels could not be compiled ahead of time (exit %d): %s", code, last_line)
         sizes = {path.name: path.stat().st_size for path in cache.glob("*.nb[ic]")}
         marker.write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def _is_complete(marker: Path) -> bool:
-    """Return whether kernels were compiled, and their files are not shorter than then.
+    """Return whether the kernels were compiled and their files are intact.
 
-    A machine that crashed may leave zeros at the end of files; Python's pickles never end with one.
+    After a crash of the machine, files may be shorter or end with zeros; a pickle never ends with a zero byte.
     """
     try:
         sizes = json.loads(marker.read_text(encoding="utf-8"))
@@ -240,9 +236,9 @@ def _is_complete(marker: Path) -> bool:
 
 
 def lock_cache_writes() -> None:
-    """Have this process write to numba's cache under a lock.
+    """Make this process lock numba's cache when it writes.
 
-    Two processes that save the same function for two types at once could each take the other's code for its own.
+    Without the lock, two processes that save the same function for different types can mix up their code.
     """
     from filelock import FileLock
     from numba.core.caching import IndexDataCacheFile

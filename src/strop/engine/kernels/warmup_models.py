@@ -1,11 +1,11 @@
-"""Run tiny models through the compiled CPU kernels, so that numba compiles and caches them.
+"""Run tiny models, so that numba compiles and caches the CPU kernels.
 
 `warmup.compile_once` runs this module as a program:
 
     python -m strop.engine.kernels.warmup_models train DTYPE usual|all|integers [attention|matmuls]
     python -m strop.engine.kernels.warmup_models decode DTYPE [attention|matmuls]
 
-The last argument restricts the run to one part of the kernels, so that two processes share the work.
+The last argument restricts the run to some of the kernels, so that two processes can share the work.
 """
 
 from __future__ import annotations
@@ -33,23 +33,26 @@ from strop.engine.train.fast import FastLoss
 from strop.engine.train.linear import FusedLinear
 from strop.engine.train.norms import Norm
 
-# Family, dropout, DoRA. Most models use the kernels of a Llama; eligibility.usual decides.
-LLAMA = ("llama", 0.0, False)
-# Dropout and DoRA; offset norms and soft caps; LayerNorm and an activation without gate; an interleaved embedding.
-OTHERS = (("llama", 0.1, True), ("gemma2", 0.1, False), ("gpt_neox", 0.0, False), ("glm", 0.0, False))
+LLAMA = ("llama", 0.0, False)  # family, dropout, DoRA; most models use the same kernels as Llama
+OTHERS = (
+    ("llama", 0.1, True),  # dropout and DoRA
+    ("gemma2", 0.1, False),  # norms with an offset, soft caps
+    ("gpt_neox", 0.0, False),  # LayerNorm, ungated activation
+    ("glm", 0.0, False),  # interleaved rotary embedding
+)
 FAMILIES = {USUAL: (LLAMA,), ALL: (LLAMA, *OTHERS), INTEGERS: (LLAMA,)}
-DECODE_PARTS: Mapping[str, Sequence[str]] = {  # the kernels that decode_layer.layer_forward calls
+DECODE_PARTS: Mapping[str, Sequence[str]] = {  # kernels that decode_layer.layer_forward calls
     "matmuls": ("linear_forward", "split_qkv"),
     "attention": ("attend", "norm_input", "add_residual", "activate_mlp"),
 }
 
 
 def warm_up_training(dtype: torch.dtype, models: str = ALL, part: str = "") -> None:
-    """Run forward and backward of tiny models with weights in `dtype`; models: a key of FAMILIES."""
+    """Run forward and backward of tiny models with weights in `dtype`. models: a key of FAMILIES."""
     if part == "attention":
         cast(Any, FusedLinear).__call__ = _skip_linear
-        for kind in (Norm, *Norm.__subclasses__()):  # norms belong to the other part
-            cast(Any, kind).forward = lambda norm, x, room=None: torch.zeros_like(x)
+        for kind in (Norm, *Norm.__subclasses__()):  # the other part compiles the norms
+            cast(Any, kind).forward = lambda norm, x, buffer=None: torch.zeros_like(x)
             cast(Any, kind).backward = lambda norm, grad, x: torch.zeros_like(grad)
     elif part == "matmuls":
         cast(Any, Backend).attention = lambda backend, size: _skip_attention
@@ -59,21 +62,21 @@ def warm_up_training(dtype: torch.dtype, models: str = ALL, part: str = "") -> N
         "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0,
     }  # fmt: skip
     for family, dropout, dora in FAMILIES[models]:
-        key_value = {"num_key_value_heads": 2} if family == "gpt_neox" else {}  # GPT-NeoX has one for each head
+        key_value = {"num_key_value_heads": 2} if family == "gpt_neox" else {}  # GPT-NeoX has no grouped heads
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **key_value}))
         config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout, use_dora=dora)
         adapted = peft.get_peft_model(base.to(dtype), config)
-        if why_not_fast(adapted) is not None:  # with transformers 5.0 no Gemma takes the fast step
+        if why_not_fast(adapted) is not None:  # with transformers 5.0, Gemma does not support the fast step
             continue
-        # The rows have a common prefix that is long enough to be shared.
+        # The rows share a prefix that is long enough for prefix sharing.
         rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
         step = FastLoss(adapted.train(), warm=False, integers=models == INTEGERS)
         result = step.last_hidden(rows).sum() if part == "attention" else step.token_loss(rows)
         result.backward()  # type: ignore[no-untyped-call]
 
 
-def _skip_linear(joined: FusedLinear, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
-    return x.new_zeros(len(x), joined.outputs).requires_grad_() + x[:, :1]
+def _skip_linear(linear: FusedLinear, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
+    return x.new_zeros(len(x), linear.out_features).requires_grad_() + x[:, :1]
 
 
 def _skip_attention(qkv: Tensor, heads: Heads, *_: object) -> Tensor:
@@ -81,7 +84,7 @@ def _skip_attention(qkv: Tensor, heads: Heads, *_: object) -> Tensor:
 
 
 def warm_up_decoding(dtype: torch.dtype, part: str = "") -> None:
-    """Generate with a tiny Llama in `dtype`, with an adapter and without."""
+    """Generate with a tiny Llama in `dtype`, with and without an adapter."""
     if part:
         _keep_part(decode_kernels(), part)
     sizes = {
@@ -95,18 +98,19 @@ def warm_up_decoding(dtype: torch.dtype, part: str = "") -> None:
     sampled = [
         SequenceState(prompt, name, max_new_tokens=3, sampling=sampling, num_logprobs=0) for name in ("default", None)
     ]
-    for texts in (sampled, [] if part == "attention" else [SequenceState(prompt, None, max_new_tokens=3)]):
-        for _ in decode_all(Batch(CompiledDecoder(model, 256, warm=False), 2), texts):
+    for sequences in (sampled, [] if part == "attention" else [SequenceState(prompt, None, max_new_tokens=3)]):
+        for _ in decode_all(Batch(CompiledDecoder(model, 256, warm=False), 2), sequences):
             pass
 
 
 def _keep_part(kernels: Any, part: str) -> None:
-    """Have layer_forward call its kernels from Python, and skip those of other parts."""
+    """Replace layer_forward by Python code that calls only the kernels of one part."""
     kernels.layer_forward = kernels.layer_forward.py_func
     kernels.LayerRef = lambda layer, keys, values: SimpleNamespace(layer=layer, keys=keys, values=values)
     kernels.BuffersRef = lambda buffers: SimpleNamespace(buffers=buffers)
-    for name in (name for key, names in DECODE_PARTS.items() if key != part for name in names):
-        setattr(kernels, name, lambda *_: None)
+    for key, names in DECODE_PARTS.items():
+        for name in names if key != part else ():
+            setattr(kernels, name, lambda *_: None)
 
 
 WARM_UPS: dict[str, Callable[..., None]] = {TRAIN: warm_up_training, DECODE: warm_up_decoding}

@@ -1,12 +1,11 @@
-"""Dropout before the adapters, with masks from a counter-based generator.
+"""Dropout before the adapters, with masks from a counter-based random number generator.
 
-Whether an element is dropped is a function of (seed, step, text of the row up to the token, adapter, feature). The
-generator is Philox-4x32-7 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), with key (seed,
-step) and counter (feature / 8, adapter, key of the token). The masks are therefore the same however a batch is split
-into micro-batches, packed or padded, recomputed in a backward, distributed over devices or resumed.
+The generator is Philox-4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), with key (seed,
+step) and counter (feature / 8, adapter, key of the token). The masks do not depend on how a batch is split into
+micro-batches, packed, padded, recomputed or distributed over devices.
 
-The key of a token is a hash of the row's tokens up to it. Rows with a common prefix get the same masks up to where they
-differ, so a shared prefix can be computed once. Masks change with each step.
+The key of a token is a hash of all tokens of its sequence up to this one. Sequences with a common prefix therefore have
+the same masks for the prefix, which can be computed once.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch.autograd import Function
 from strop.engine.train.buffers import copy_to_device
 
 LEVELS = 1 << 16  # random values have 16 bits, so the dropout rate is rounded to a multiple of 1 / LEVELS
-ROUNDS = 7  # the fewest with which Philox-4x32 passes BigCrush (Salmon et al., table 2)
+ROUNDS = 7  # the minimum for Philox-4x32 to pass the BigCrush tests (Salmon et al., table 2)
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
@@ -32,18 +31,18 @@ BLOCK_VALUES = 1 << 22  # maximum number of random values generated at once
 
 
 class DropoutOps(Protocol):
-    """Functions that generate masks and apply them; `apply_masks` and `apply_masks_backward` below define them."""
+    """Functions that generate and apply masks. The functions of this module are the specification."""
 
-    def apply_masks(self, z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor: ...
+    def apply_masks(self, z: Tensor, dropped: DropoutSpec) -> Tensor: ...
     def apply_masks_backward(self, grad: Tensor, dropped: DropoutSpec) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class DropoutSpec:
-    """The masks of m adapters that share their input z (T, k).
+    """The masks of m adapters with the same input z (T, k).
 
-    tokens: the key of each row of z, shape (T,), int64. numbers: the adapters' ids. levels: for each adapter,
-    elements whose random value is below the level are dropped; 0 drops none.
+    tokens: the key of each row of z (token_keys), shape (T,), int64. numbers: identify the adapters in the counter.
+    levels: elements whose random value is below the level of the adapter are dropped; 0 drops none.
     """
 
     seed: int
@@ -56,8 +55,7 @@ class DropoutSpec:
 class Masks:
     """The state of a model's dropout.
 
-    tokens: the token keys (B, S) of the input that the model's own forward is computing. dropout_ops_for: returns the
-    DropoutOps for a tensor.
+    tokens: the token keys (B, S) of the current input of the model. dropout_ops_for: returns DropoutOps for a tensor.
     """
 
     def __init__(self, dropout_ops_for: Callable[[Tensor], DropoutOps]) -> None:
@@ -71,10 +69,10 @@ class Masks:
 
 
 class CounterDropout(nn.Dropout):
-    """Replaces PEFT's dropout before an adapter. number: the adapter's id in the random counter.
+    """Replacement for PEFT's dropout before an adapter. number: identifies the adapter in the counter.
 
-    PyTorch's dropout is used for inputs whose rows are not the micro-batch's tokens, such as patches of bytes, or the
-    tokens routed to one expert.
+    PyTorch's dropout is used for inputs whose rows are not the tokens of the micro-batch, for example the tokens that
+    are routed to one expert.
     """
 
     def __init__(self, p: float, number: int, masks: Masks) -> None:
@@ -83,7 +81,7 @@ class CounterDropout(nn.Dropout):
 
     @property
     def level(self) -> int:
-        """Random values below this are dropped; 0 when dropout is off."""
+        """The level as in DropoutSpec; 0 if dropout is disabled."""
         return max(1, min(LEVELS - 1, round(self.p * LEVELS))) if self.training and self.p else 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,29 +92,25 @@ class CounterDropout(nn.Dropout):
             return super().forward(x)
         dropped = DropoutSpec(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
         ops = self.masks.dropout_ops_for(x)
-        kept: Tensor = _MaskFunction.apply(x.reshape(-1, x.shape[-1]), dropped, ops)  # type: ignore[no-untyped-call]
-        return kept.view(x.shape) * keep_scale(self.level)
+        masked: Tensor = _MaskFunction.apply(x.reshape(-1, x.shape[-1]), dropped, ops)  # type: ignore[no-untyped-call]
+        return masked.view(x.shape) * keep_scale(self.level)
 
 
 def _are_token_rows(leading: torch.Size, tokens: Tensor) -> bool:
     """Return whether a tensor with these leading dimensions has one row per token of `tokens` (B, S), in order.
 
-    The dimensions may be (B, S), (B, 1, S) (DeepSeek's kv_b_proj) or (B S,) (OPT).
+    The dimensions may be (B, S), (B, 1, S) (DeepSeek's kv_b_proj) or (B * S,) (OPT).
     """
-    return leading == (tokens.numel(),) or _without_ones(leading) == _without_ones(tokens.shape)
-
-
-def _without_ones(sizes: torch.Size) -> list[int]:
-    return [size for size in sizes if size != 1]
+    return leading == (tokens.numel(),) or [n for n in leading if n != 1] == [n for n in tokens.shape if n != 1]
 
 
 def keep_scale(level: int) -> float:
-    """Return the factor for kept elements that preserves their mean."""
+    """Return the factor of the elements that are not dropped, which preserves the mean."""
     return LEVELS / (LEVELS - level)
 
 
 def install_dropout(model: nn.Module, dropout_ops_for: Callable[[Tensor], DropoutOps]) -> Masks:
-    """Replace the dropout of all adapters with CounterDropout, unless already replaced; return their shared masks."""
+    """Replace the dropout of all adapters with CounterDropout, unless already replaced. Return the shared Masks."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     entries = [(layer.lora_dropout, name, module) for layer in layers for name, module in layer.lora_dropout.items()]
     installed = [module.masks for _, _, module in entries if isinstance(module, CounterDropout)]
@@ -128,36 +122,32 @@ def install_dropout(model: nn.Module, dropout_ops_for: Callable[[Tensor], Dropou
 
 
 def token_keys(ids: Any) -> Any:
-    """Return a hash of the row's tokens up to each token. ids: (n,), any integer dtype. Returns (n,), int64.
+    """Return for each token a hash of all tokens up to it, (n,), int64. ids: (n,), any integer dtype.
 
-    The key is the running sum of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) of each position and token.
+    The hash is the cumulative sum of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) of the positions and tokens.
     """
-    at = (np.arange(1, len(ids) + 1, dtype=np.uint64) << np.uint64(32)) + np.asarray(ids).astype(np.uint64)
-    x = at * np.uint64(0x9E3779B97F4A7C15)
+    inputs = (np.arange(1, len(ids) + 1, dtype=np.uint64) << np.uint64(32)) + np.asarray(ids).astype(np.uint64)
+    x = inputs * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.cumsum(x ^ (x >> np.uint64(31)), dtype=np.uint64).view(np.int64)
 
 
-def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
-    """Return a copy of z (T, k) for each adapter, with dropped elements set to 0: (T, m k). `out` is ignored."""
-    blocks = [(z[rows, None] * kept).flatten(1) for rows, kept in _keep_masks(dropped, z.shape[1])]
-    return torch.cat(blocks)
+def apply_masks(z: Tensor, dropped: DropoutSpec) -> Tensor:
+    """Return the concatenation of a masked copy of z (T, k) for each adapter, (T, m k)."""
+    return torch.cat([(z[rows, None] * mask).flatten(1) for rows, mask in _keep_masks(dropped, z.shape[1])])
 
 
 def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
-    """Return the gradient of z (T, k) from that of apply_masks (T, m k): the sum over the adapters of kept elements."""
-    by_adapter = grad.view(len(grad), len(dropped.numbers), -1)
+    """Return the gradient of z (T, k), given the gradient of the result of apply_masks (T, m k)."""
+    grads = grad.view(len(grad), len(dropped.numbers), -1)
     wide = torch.promote_types(grad.dtype, torch.float32)
-    blocks = [
-        (by_adapter[rows].to(wide) * kept).sum(1).to(grad.dtype)
-        for rows, kept in _keep_masks(dropped, by_adapter.shape[2])
-    ]
-    return torch.cat(blocks)
+    masks = _keep_masks(dropped, grads.shape[2])
+    return torch.cat([(grads[rows].to(wide) * mask).sum(1).to(grad.dtype) for rows, mask in masks])
 
 
 def _keep_masks(dropped: DropoutSpec, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows with their masks (rows, m, width), bool. Blocks bound the memory for random values."""
+    """Yield blocks of rows with their masks (rows, m, width), bool: True for elements that are not dropped."""
     device, count = dropped.tokens.device, len(dropped.numbers)
     parts = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
     numbers, levels, key = copy_to_device([np.array(part, dtype=np.int64) for part in parts], device)
@@ -170,8 +160,8 @@ def _keep_masks(dropped: DropoutSpec, width: int) -> Iterator[tuple[slice, Tenso
 def random_bits(tokens: Tensor, numbers: Tensor, key: Tensor, width: int) -> Tensor:
     """Return random values (T, m, width), int64, from 0 to LEVELS - 1. tokens (T,), numbers (m,), key (2,): int64.
 
-    Each counter i of c = ceil(width / 8) gives four words of 32 bits. Word w of counter i is at w c + i, and each word
-    gives two features, the low 16 bits first.
+    Each of the c = ceil(width / 8) counters gives four 32-bit words. Word w of counter i has index w c + i. Each word
+    gives the values of two features, the low 16 bits first.
     """
     count = -(-width // 8)
     a = torch.arange(count, device=tokens.device)[None, None]
@@ -182,7 +172,7 @@ def random_bits(tokens: Tensor, numbers: Tensor, key: Tensor, width: int) -> Ten
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return Philox-4x32 of the counter and key after ROUNDS rounds. Words are 32 bits in int64."""
+    """Return Philox-4x32 of the counter and key after ROUNDS rounds. All words have 32 bits and are stored in int64."""
     a, b, c, d = counter
     for step in range(ROUNDS):
         first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # 64 bits, including the sign bit
@@ -193,7 +183,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple
 
 
 class _MaskFunction(Function):
-    """apply_masks of one adapter with its gradient. Saves no tensor."""
+    """Compute apply_masks for one adapter. Saves no tensors: the backward generates the masks again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: DropoutSpec, ops: DropoutOps) -> Tensor:

@@ -1,4 +1,4 @@
-"""Find out from a model in memory whether the fast step can train it, and why not."""
+"""Check whether the fast step can train a loaded model."""
 
 from __future__ import annotations
 
@@ -16,28 +16,25 @@ from strop.engine.eligibility import active_dropout, why_architecture_unsupporte
 from strop.engine.train.dropout import CounterDropout
 from strop.engine.train.peft_modules import base_module, current_module
 from strop.models.experts import is_weight_adapter
-from strop.models.families.layers import layer_norms, linears, model_computed_modules, text_decoder
+from strop.models.families.layers import layer_norms, linear_groups, model_computed_modules, text_decoder
 from strop.models.families.table import FAMILIES, Family
 from strop.models.quantize import QuantizedLinear
 
-# Parts of the names of parameters that the fast step trains.
-TRAINED = (
-    ".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".trainable_tokens_delta.",
-    ".score.modules_to_save.",  # the head of a reward model
-)  # fmt: skip
-ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # parts of the names of parameters outside the base
+# Substrings of the names of parameters that the fast step can train; `score` is the head of a reward model.
+TRAINABLE = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".trainable_tokens_delta.", ".score.modules_to_save.")
+ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # substrings of the names of adapter parameters
 
 
 def find_model_dropout(model: nn.Module) -> str | None:
-    """Return the name of an active dropout of the model itself, in its config or among its modules."""
+    """Return the name of an active dropout of the base model (a config field or a module), or None."""
     modules = (name for name, module in model.named_modules() if type(module) is nn.Dropout and module.p > 0)
     return active_dropout(cast(Any, model).config.get_text_config()) or next(modules, None)
 
 
 def uses_llama_kernels(model: nn.Module) -> bool:
-    """Return whether the step calls only the compiled CPU kernels that a Llama with plain LoRA needs.
+    """Return whether the model needs no other compiled CPU kernels than a Llama with plain LoRA.
 
-    This excludes LayerNorm, ungated activations, rotary embedding outside of attention, dropout, DoRA, trained norms.
+    Others are for LayerNorm, ungated activations, rotary embeddings outside of attention, dropout, DoRA, trained norms.
     """
     text = cast(Any, model).config.get_text_config()
     family, parameters = FAMILIES[text.model_type], dict(model.named_parameters())
@@ -67,38 +64,37 @@ def why_not_fast(model: nn.Module) -> str | None:
 
 
 def why_adapter_unsupported(name: str, module: LoraLayer, known: set[int]) -> str | None:
-    """Return why a layer's adapter is not LoRA or DoRA on one of the linear layers `known` (by id)."""
+    """Return why an adapter is not LoRA or DoRA on one of the linear layers with the ids `known`, or None if it is."""
     if id(module) not in known:
         return f"an adapter on {name}"
-    variants = [variant for variant in module.lora_variant.values() if type(variant) is not DoraLinearVariant]
-    on_linear = type(module) is PeftLinear or is_weight_adapter(module)
-    if not on_linear or variants or any(module.lora_bias.values()):
+    is_on_linear = type(module) is PeftLinear or is_weight_adapter(module)
+    has_variant = any(type(variant) is not DoraLinearVariant for variant in module.lora_variant.values())
+    if not is_on_linear or has_variant or any(module.lora_bias.values()):
         return f"{name}: a variant of LoRA ({type(module).__name__})"
     return f"{name}: its adapter is merged" if module.merged else None
 
 
 def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -> str | None:
-    """Return why a base model of a known family is not computed as its entry in the table says."""
+    """Return why the fast step cannot compute a base model although its family is in the table, or None if it can."""
     for layer in decoder.layers:
-        for module in (base_module(module) for group in linears(layer, family) for module in group):
+        for module in (base_module(module) for group in linear_groups(layer, family) for module in group):
             if type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
                 return f"unknown weights ({type(module).__name__})"
-    own = {
-        id(p) for part in model_computed_modules(decoder, family) for p in part.parameters()
-    }  # some have routers in fp32
-    named = [
-        (name, p)
-        for part in (decoder, base.get_output_embeddings())
-        for name, p in part.named_parameters()
-        if id(p) not in own and not any(word in name for word in ADAPTERS)
+    # Trained biases, and modules that the model's own code computes (fp32 routers), may have another dtype.
+    excluded = {id(p) for module in model_computed_modules(decoder, family) for p in module.parameters()}
+    weights = [
+        p
+        for module in (decoder, base.get_output_embeddings())
+        for name, p in module.named_parameters()
+        if id(p) not in excluded
+        and not any(part in name for part in ADAPTERS)
+        and p.is_floating_point()
+        and not (p.requires_grad and name.endswith("bias"))
     ]
-    weights = [  # a trained bias is in fp32
-        p for name, p in named if p.is_floating_point() and not (p.requires_grad and name.endswith("bias"))
-    ]
-    kinds = {(p.dtype, p.device) for p in weights} | {
+    placements = {(p.dtype, p.device) for p in weights} | {
         (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, QuantizedLinear)
     }
-    if len(kinds) != 1:
+    if len(placements) != 1:
         return "base weights of several types or on several devices"
     if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"base weights in {weights[0].dtype}"
@@ -107,21 +103,21 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
     experts = ("experts", "block_sparse_moe")
     if any(getattr(layer, name, None) is not None for layer in decoder.layers for name in experts):
         return "experts next to the MLP"
-    if config.model_type.startswith("gemma") and not hasattr(
-        base_module(decoder.get_input_embeddings()), "embed_scale"
-    ):
+    embedding = base_module(decoder.get_input_embeddings())
+    if config.model_type.startswith("gemma") and not hasattr(embedding, "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"
     return None
 
 
 def _why_adapters_unsupported(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
-    known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
-    parts = list(model_computed_modules(decoder, family))
-    own = {id(module) for part in parts for module in part.modules()}
+    linear_modules = [module for layer in decoder.layers for group in linear_groups(layer, family) for module in group]
+    model_computed = list(model_computed_modules(decoder, family))
+    excluded = {id(module) for part in model_computed for module in part.modules()}
     head = base.get_output_embeddings()
+    known = {id(module) for module in (*linear_modules, head)}
     for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and id(module) not in own:
-            if (why := why_adapter_unsupported(name, module, {*known, id(head)})) is not None:
+        if isinstance(module, LoraLayer) and id(module) not in excluded:
+            if (why := why_adapter_unsupported(name, module, known)) is not None:
                 return why
             if module is head and module.lora_variant:
                 return "DoRA on the output head"
@@ -134,15 +130,12 @@ def _why_adapters_unsupported(model: Any, base: Any, decoder: Any, family: Famil
         why = _why_tokens_unsupported(name, module, base) if isinstance(module, TrainableTokensWrapper) else None
         if why is not None:
             return why
-    biases = [
-        base_module(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group
-    ]
     dense = [current_module(module) for module in (head, decoder.get_input_embeddings(), *layer_norms(decoder, family))]
-    dense_parameters = [parameter for module in dense for parameter in base_module(module).parameters()]
-    own_parameters = [parameter for part in parts for parameter in part.parameters()]
-    supported = {id(parameter) for parameter in (*biases, *dense_parameters, *own_parameters)}
+    trainable_modules = [*map(base_module, dense), *model_computed]
+    supported = {id(parameter) for module in trainable_modules for parameter in module.parameters()}
+    supported |= {id(base_module(module).bias) for module in linear_modules}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in supported and not any(part in name for part in TRAINED):
+        if parameter.requires_grad and id(parameter) not in supported and not any(part in name for part in TRAINABLE):
             return f"{name} is trained in full"
     return None
 
@@ -152,7 +145,7 @@ def _why_tokens_unsupported(name: str, module: TrainableTokensWrapper, base: Any
     if module is not head and module is not base.get_input_embeddings():
         return f"rows of {name} are trained"
     if module is head and base_module(module).bias is not None:
-        return "new tokens with an output head that has a bias"  # which peft ignores
+        return "new tokens with an output head that has a bias"  # PEFT ignores the bias
     adapter = module.token_adapter
     if len([name for name in adapter.active_adapters if name in adapter.trainable_tokens_delta]) > 1:
         return "new tokens of several adapters"

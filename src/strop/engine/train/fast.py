@@ -1,8 +1,8 @@
-"""The fast step, for models of the families table: its decoder layers, by hand where the table covers a part.
+"""The fast step: strop's implementation of the loss, for models whose family is in models.families.table.
 
-FastLoss reads the weights and adapters of a transformers + PEFT model and computes the loss itself. The model stays
-usable: its optimizer, save, merge and generate work on the same parameters. Base weights that share an input are fused
-once, and the model's weights become views of them, so that nothing is stored twice.
+FastLoss uses the weights and adapters of a transformers + PEFT model. Parts of a layer that the table does not describe
+are computed by the model's modules. The model stays usable: the optimizer, save, merge and generate work on the same
+parameters. Base weights with the same input are fused, and the model's weights become views of the fused weights.
 """
 
 from __future__ import annotations
@@ -21,28 +21,13 @@ from strop.engine.kernels.dispatch import ALL, USUAL, AttentionFunction, Backend
 from strop.engine.kernels.protocols import CopyToArena, apply
 from strop.engine.layers import NO_ROPE, Angles, DecoderLayers, LayerSpec, NormSpec, activation_parameters
 from strop.engine.train.attention import Heads, apply_trained_head_norms
-from strop.engine.train.buffers import Arena, heap_empty
+from strop.engine.train.buffers import Arena, allocate_from_heap
 from strop.engine.train.dropout import DropoutOps, Masks, install_dropout
 from strop.engine.train.eligibility import uses_llama_kernels, why_not_fast
 from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss
-from strop.engine.train.linear import (
-    Activation,
-    ActivationModule,
-    CompiledActivation,
-    FusedLinear,
-    Glu,
-    Prologue,
-    Workspace,
-)
+from strop.engine.train.linear import Activation, CompiledActivation, FusedLinear, Glu, Prologue, Workspace
 from strop.engine.train.norms import LayerNorm, Norm, normalize
-from strop.engine.train.packing import (
-    PackedBatch,
-    order_by_example,
-    pack,
-    pack_last_tokens,
-    pack_separately,
-    sum_by_example,
-)
+from strop.engine.train.packing import PackedBatch, pack, pack_last_tokens, pack_separately, sum_by_example
 from strop.engine.train.peft_modules import base_module, current_module, dropout_spec, find_active_adapters, new_rows
 from strop.engine.train.plain import LayerWatch, WeightGatherer, call_before_gradient
 from strop.models.families.layers import ACTIVATIONS
@@ -54,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchContext:
-    """The inputs of a micro-batch that all layers use. per_layer (T, layers, p): the tokens' per-layer inputs."""
+    """The inputs of all layers. per_layer (T, layers, p): the per-layer inputs of models that have them (Gemma 4)."""
 
     batch: PackedBatch
     angles: Angles
@@ -63,9 +48,9 @@ class BatchContext:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Attention, up to its output projection `o`, which the layer applies.
+    """Attention without its output projection `o`, which is applied by the layer.
 
-    apply_rope: the function that applies the rotary embedding outside of attention, on a copy of q, k and v, if needed.
+    apply_rope: the autograd function of a rotary embedding that `attend` cannot include, or None.
     """
 
     family: Family
@@ -78,22 +63,22 @@ class AttentionBlock:
     apply_rope: Any
 
     def __call__(self, hidden: Tensor, context: BatchContext, shared_kv: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the attention output (T, query size), and the keys and values that later layers reuse.
+        """Return the attention output (T, query size), and the keys and values if later layers reuse them.
 
-        shared_kv: the keys and values of an earlier layer, before their norms.
+        shared_kv: the keys and values of an earlier layer, before their norms, for a layer that reuses them.
         """
         family, heads, batch = self.family, self.heads, context.batch
         qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
-        if family.fused_heads:  # a copy
+        if family.fused_heads:
             qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
-        if family.gated_output:  # copies
+        if family.gated_output:
             q, gates = (x.flatten(1) for x in qkv[:, : 2 * query].view(len(qkv), heads.query, 2, heads.size).unbind(2))
             qkv = torch.cat([q, qkv[:, 2 * query :]], 1)
         if shared_kv is not None:
             qkv = torch.cat([qkv, shared_kv], 1)
         elif qkv.shape[1] == query + heads.key_value * heads.size:  # the values are the keys
             qkv = torch.cat([qkv, qkv[:, query:]], 1)
-        stored_kv = qkv[:, query:] if self.spec.keeps else None
+        stored_kv = qkv[:, query:] if self.spec.stores_kv else None
         cos, sin = context.angles[self.spec.rope]
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.apply_rope is not None:
@@ -112,30 +97,27 @@ class Mlp:
 
 @dataclass(frozen=True)
 class ModelModule:
-    """A part of a layer that the model's module computes after this norm."""
+    """A part of a layer that is computed by the model's module, after `norm`."""
 
     module: nn.Module
     norm: Norm | None
     masks: Masks
 
-    def on_rows(self, x: Tensor, keys: Tensor) -> Tensor:
-        """Compute rows (T, h) that are independent of each other."""
-        if not len(x):  # trained parameters get a gradient of zeros, as elsewhere
+    def forward_rows(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Compute the module for rows (T, h), which are independent of each other."""
+        if not len(x):  # gives trained parameters a gradient of zeros instead of None
             return x + 0 * sum(p.sum() for p in self.module.parameters() if p.requires_grad)
         self.masks.tokens = keys
         return self._output(normalize(x, self.norm)[None])[0]
 
-    def on_documents(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Compute documents as padded batches of similar length.
-
-        Documents are independent, and padding after a document's end does not change what precedes it.
-        """
-        groups, places = batch.documents.padded_groups
+    def forward_documents(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Compute the module for documents, in padded batches of similar length."""
+        groups, indices = batch.documents.padded_groups
         x, outputs = normalize(hidden, self.norm), []
         for rows in groups:
             self.masks.tokens = batch.keys[rows]
             outputs.append(self._output(x[rows]).flatten(0, 1))
-        return torch.cat(outputs)[places]
+        return torch.cat(outputs)[indices]
 
     def _output(self, x: Tensor) -> Tensor:
         output = self.module(x)
@@ -144,7 +126,7 @@ class ModelModule:
 
 @dataclass(frozen=True)
 class PerLayerInput:
-    """Gemma 4's per-layer inputs, added after layer `number` by the model's modules."""
+    """The per-layer inputs of Gemma 4, which the model's modules add after layer `number`."""
 
     layer: Any
     number: int
@@ -152,7 +134,7 @@ class PerLayerInput:
     masks: Masks
 
     def __call__(self, hidden: Tensor, inputs: Tensor | None, keys: Tensor) -> Tensor:
-        """Return hidden (T, h) with the layer's inputs (T, p) added."""
+        """Add the layer's inputs (T, p) to hidden (T, h), and scale the result."""
         if inputs is not None:
             self.masks.tokens = keys
             gated = self.layer.act_fn(self.layer.per_layer_input_gate(hidden[None]))[0] * inputs
@@ -181,120 +163,115 @@ class Layer:
     def __call__(
         self, hidden: Tensor, context: BatchContext, rows: Tensor | None, shared_kv: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the layer's output (T, h), and the keys and values that later layers reuse.
+        """Return the layer's output (T, h), and the keys and values if later layers reuse them.
 
-        rows: the only rows that the output needs; keys and values need all. shared_kv: as for AttentionBlock.
+        rows: return only these rows, or all rows if it is None. shared_kv: as for AttentionBlock.
         """
-        keys, mixer, mlp, stored_kv = context.batch.keys, self.mixer, self.mlp, None
+        keys, mixer, mlp = context.batch.keys, self.mixer, self.mlp
         if isinstance(mixer, ModelModule):
-            mixed = mixer.on_documents(hidden, context.batch)
+            mixed, o, stored_kv = mixer.forward_documents(hidden, context.batch), None, None
         else:
-            mixed, stored_kv = mixer(hidden, context, shared_kv)
+            (mixed, stored_kv), o = mixer(hidden, context, shared_kv), mixer.o
         if rows is not None:
             mixed, hidden, keys = mixed[rows], hidden[rows], keys[rows]
-        projection = None if isinstance(mixer, ModelModule) else mixer.o
-        attended = self._add(hidden, mixed, keys, projection, self.after_attention)
-        source = hidden if self.parallel else attended
+        attended = self._add(hidden, mixed, keys, o, self.after_attention)
+        mlp_input = hidden if self.parallel else attended
         if isinstance(mlp, ModelModule):
-            hidden = self._add(attended, mlp.on_rows(source, keys), keys, None, self.after_mlp)
+            hidden = self._add(attended, mlp.forward_rows(mlp_input, keys), keys, None, self.after_mlp)
         else:
-            hidden = self._add(attended, mlp.gate_up(source, keys), keys, mlp.down, self.after_mlp)
+            hidden = self._add(attended, mlp.gate_up(mlp_input, keys), keys, mlp.down, self.after_mlp)
         if self.per_layer is not None:
             inputs = None if context.per_layer is None else context.per_layer[:, self.per_layer.number]
             hidden = self.per_layer(hidden, inputs if inputs is None or rows is None else inputs[rows], keys)
         return hidden, stored_kv
 
     def _add(self, hidden: Tensor, x: Tensor, keys: Tensor, linear: FusedLinear | None, after: Norm | None) -> Tensor:
-        """Add a block's output to the residual stream: linear(x), or x without a linear layer, after its norm."""
+        """Add after(linear(x)) to the residual stream `hidden`. linear, after: None for the identity."""
         if linear is not None and after is None and self.residual_scale == 1:
             return linear(x, keys, hidden)
-        change = normalize(x if linear is None else linear(x, keys), after)
-        return hidden + (change if self.residual_scale == 1 else change * self.residual_scale)
+        output = normalize(x if linear is None else linear(x, keys), after)
+        return hidden + (output if self.residual_scale == 1 else output * self.residual_scale)
 
 
-class Blocks:
-    """Builds the layers of a model for a backend."""
+class LayerBuilder:
+    """Builds the layers of a model with the kernels of a backend."""
 
     def __init__(
         self, model: DecoderLayers, backend: Backend, dropout_ops: DropoutOps, masks: Masks, arena: Arena | None
     ) -> None:
-        self._model, self._backend, self._masks, self._arena = model, backend, masks, arena
-        self._dropout_ops = dropout_ops
+        self._model, self._backend, self._dropout_ops, self._masks = model, backend, dropout_ops, masks
+        self._arena, self._workspace = arena, Workspace()
 
-    def layers(self) -> list[Layer]:
-        workspace = Workspace()
-        return [self._layer(self._model.part(number), number, workspace) for number in range(len(self._model))]
+    def build_layers(self) -> list[Layer]:
+        return [self._build_layer(self._model.layer_spec(i), i) for i in range(len(self._model))]
 
-    def norm(self, spec: NormSpec | None) -> Norm | None:
+    def build_norm(self, spec: NormSpec | None) -> Norm | None:
         if spec is None:
             return None
-        now = None if spec.module is None else spec.now
-        arguments = self._backend.ops, spec.weight, spec.eps, spec.offset, spec.bias, now
-        return LayerNorm(*arguments, loops=self._backend.cpu_ops) if spec.centered else Norm(*arguments)
+        current_weights = None if spec.module is None else spec.current_weights
+        arguments = self._backend.ops, spec.weight, spec.eps, spec.offset, spec.bias, current_weights
+        return LayerNorm(*arguments, cpu_ops=self._backend.cpu_ops) if spec.centered else Norm(*arguments)
 
-    def _layer(self, spec: LayerSpec, number: int, workspace: Workspace) -> Layer:
-        before_attention, before_mlp = self.norm(spec.before_attention), self.norm(spec.before_mlp)
+    def _build_layer(self, spec: LayerSpec, number: int) -> Layer:
+        before_attention, before_mlp = self.build_norm(spec.before_attention), self.build_norm(spec.before_mlp)
         mixer: AttentionBlock | ModelModule
         if spec.mixer is None:
-            mixer = self._attention(spec, workspace)
+            mixer = self._build_attention(spec, before_attention)
         else:
             mixer = ModelModule(spec.mixer, before_attention, self._masks)
         mlp: Mlp | ModelModule
-        if spec.mixture is None:
-            gate_up = self._fused(spec.gate_up, before_mlp, workspace)
-            mlp = Mlp(gate_up, self._fused(spec.down, self._activation(spec), workspace))
+        if spec.moe is None:
+            mlp = Mlp(self._fuse(spec.gate_up, before_mlp), self._fuse(spec.down, self._build_activation(spec)))
         else:
-            mlp = ModelModule(spec.mixture, before_mlp, self._masks)
+            mlp = ModelModule(spec.moe, before_mlp, self._masks)
         per_layer = None
         if spec.per_layer is not None:
-            per_layer = PerLayerInput(spec.per_layer, number, self.norm(spec.per_layer_norm), self._masks)
-        after_attention, after_mlp = self.norm(spec.after_attention), self.norm(spec.after_mlp)
+            per_layer = PerLayerInput(spec.per_layer, number, self.build_norm(spec.per_layer_norm), self._masks)
+        after_attention, after_mlp = self.build_norm(spec.after_attention), self.build_norm(spec.after_mlp)
         parallel, residual_scale = self._model.parallel, self._model.residual_scale
         return Layer(mixer, after_attention, mlp, after_mlp, per_layer, parallel, residual_scale)
 
-    def _fused(
-        self, modules: list[Any], prologue: Prologue, workspace: Workspace, *, in_arena: bool = True
-    ) -> FusedLinear:
+    def _fuse(self, modules: list[Any], prologue: Prologue, *, in_arena: bool = True) -> FusedLinear:
         arena, backend = self._arena if in_arena else None, self._backend
         matmuls = backend.lora, backend.matmul, backend.weight_loader
-        return FusedLinear(modules, prologue, workspace, *matmuls, self._dropout_ops, backend.ops, arena)
+        return FusedLinear(modules, prologue, self._workspace, *matmuls, self._dropout_ops, backend.ops, arena)
 
-    def _activation(self, spec: LayerSpec) -> ActivationModule:
-        gated, loops, kind = self._model.family.gated, self._backend.cpu_ops, ACTIVATIONS.get(spec.activation)
+    def _build_activation(self, spec: LayerSpec) -> Activation | CompiledActivation | Glu:
+        gated, cpu_ops, kind = self._model.family.gated, self._backend.cpu_ops, ACTIVATIONS.get(spec.activation)
         if gated and spec.activation in ("silu", "gelu_pytorch_tanh"):
             return Glu(self._backend.ops, spec.activation)
-        if gated or loops is None or kind is None:
+        if gated or cpu_ops is None or kind is None:
             return Activation(spec.act, gated)
-        return CompiledActivation(loops, kind, activation_parameters(spec.act))
+        return CompiledActivation(cpu_ops, kind, activation_parameters(spec.act))
 
-    def _attention(self, spec: LayerSpec, workspace: Workspace) -> AttentionBlock:
+    def _build_attention(self, spec: LayerSpec, norm: Norm | None) -> AttentionBlock:
         family = self._model.family
         heads = Heads(
             self._backend.ops,
             spec.query, spec.key_value, spec.size, spec.scale, spec.window, spec.softcap,
-            self.norm(spec.q_norm), self.norm(spec.k_norm), self.norm(spec.v_norm),
-            new=self._arena or heap_empty,
+            self.build_norm(spec.q_norm), self.build_norm(spec.k_norm), self.build_norm(spec.v_norm),
+            new=self._arena or allocate_from_heap,
             sinks=None if spec.sinks is None else spec.sinks.detach().float(),
         )  # fmt: skip
         outputs = sum(module.out_features for module in spec.qkv)
-        concatenated = outputs != (spec.query + 2 * spec.key_value) * spec.size
-        # a copy of the layer's output is saved for the backward, not the output
-        copied = family.fused_heads or concatenated or family.separate_rope
-        qkv = self._fused(spec.qkv, self.norm(spec.before_attention), workspace, in_arena=not copied)
-        attend, o = self._backend.attention(spec.size), self._fused(spec.o, None, workspace)
+        is_rearranged = outputs != (spec.query + 2 * spec.key_value) * spec.size
+        # AttentionBlock copies q, k and v in these cases, and the copy is saved for the backward.
+        is_copied = family.fused_heads or is_rearranged or family.separate_rope
+        qkv = self._fuse(spec.qkv, norm, in_arena=not is_copied)
+        attend, o = self._backend.attention(spec.size), self._fuse(spec.o, None)
         apply_rope = self._backend.rope() if family.separate_rope else None
         return AttentionBlock(family, self._model.config, spec, qkv, heads, attend, o, apply_rope)
 
 
 class FastLoss:
-    """The step (see engine.step.Step) of models that `why_not_fast` does not rule out.
+    """The implementation of engine.step.Step for models that `why_not_fast` accepts.
 
-    prefix_sharing: compute a prefix that all examples share once. Not done in families with a mixer other than
-    attention, whose state passes from one token to the next. checkpoint_layers: this many layers, from the first, save
-    only their input and are recomputed in the backward. warm: compile the CPU kernels beforehand in another process.
-    integers: multiply frozen weights in 8-bit integers, on a CPU in fp32, without DoRA.
-
-    Create it after the model is on its device and in its dtype.
+    Args:
+        model: a model on its final device and in its final dtype.
+        prefix_sharing: compute a prefix that examples share only once. Ignored for families with recurrent layers.
+        checkpoint_layers: the number of layers, from the first, that save only their input and are recomputed.
+        warm: compile the CPU kernels ahead of time in another process.
+        integers: multiply frozen weights in 8-bit integers, on a CPU in fp32, without DoRA.
     """
 
     name = "fast"
@@ -304,14 +281,9 @@ class FastLoss:
     host_memory: Any = None  # kernels.cuda.offload.HostMemory, for the inputs of recomputed layers
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        prefix_sharing: bool = True,
-        checkpoint_layers: int = 0,
-        warm: bool = True,
+        self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0, warm: bool = True,
         integers: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         reason = why_not_fast(model)
         assert reason is None, reason
         self._model, self.checkpoint_layers = DecoderLayers(model), checkpoint_layers
@@ -320,16 +292,14 @@ class FastLoss:
         self.why = self._family.model_parts
         self._device: torch.device = self._head.weight.device
         self.masks = install_dropout(model, dropout_ops_for)
-        loops = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
-        self._backend = backend_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
+        warm_kernels = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
+        self._backend = backend_for(self._device, self._head.weight.dtype, warm=warm_kernels, integers=integers)
         self._head_matmul = self._backend.head_matmul(self._head.weight)
         self._ops, self.why_no_triton = self._backend.ops, self._backend.why_no_triton
         self._dropout_ops = dropout_ops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"
         self._arena = Arena() if on_cpu else None
         self._input_arena = Arena() if on_cpu else None  # for the inputs of recomputed layers
-        self._blocks = Blocks(self._model, self._backend, self._dropout_ops, self.masks, self._arena)
-        self._norm = self._blocks.norm(self._model.norm)
         self.replace_weights(lambda: None)
 
     @property
@@ -338,21 +308,20 @@ class FastLoss:
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *self._output_head(batch))
+        hidden = self._compute_hidden(batch)
+        return apply(SupervisedLoss, hidden, batch.labels, batch.weights, *self._build_output_head(batch))
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
-        log_probs, batch = self._label_log_probs(examples)
-        assert batch.label_examples is not None
-        return sum_by_example(log_probs, batch.weights, batch.label_examples, len(examples))
+        log_probs, weights, label_examples = self._compute_label_log_probs(examples)
+        return sum_by_example(log_probs, weights, label_examples, len(examples))
 
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
-        log_probs, batch = self._label_log_probs(examples)
-        assert batch.label_examples is not None
-        return log_probs[order_by_example(batch.label_examples)]
+        log_probs, _, label_examples = self._compute_label_log_probs(examples)
+        return log_probs[torch.argsort(label_examples, stable=True)]  # stable: keeps the order within an example
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         batch = pack_last_tokens(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        return self._hidden(batch, scaled=False)
+        return self._compute_hidden(batch, scaled=False)
 
     def checkpoint(self, layers: int | None = None) -> None:
         self.checkpoint_layers = len(self._layers) if layers is None else layers
@@ -364,8 +333,9 @@ class FastLoss:
     def replace_weights(self, replace: Callable[[], None]) -> None:
         self._layers: list[Layer] = []
         replace()
-        self._layers = self._blocks.layers()
-        if self._device.type == "cuda":  # fused weights leave unused memory: 5.9 GB for an 8B model in 16 bits
+        builder = LayerBuilder(self._model, self._backend, self._dropout_ops, self.masks, self._arena)
+        self._layers, self._norm = builder.build_layers(), builder.build_norm(self._model.norm)
+        if self._device.type == "cuda":  # fusing leaves free memory in PyTorch's cache: 5.9 GB for an 8B model in bf16
             torch.cuda.empty_cache()
 
     def release_buffers(self) -> None:
@@ -381,11 +351,14 @@ class FastLoss:
     def set_weight_gatherer(self, gather: WeightGatherer) -> None:
         self.weight_gatherer = gather
 
-    def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, PackedBatch]:
+    def _compute_label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the log-probability, the weight and the example of each label (M,)."""
         batch = pack_separately(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        return apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output_head(batch)), batch
+        assert batch.label_examples is not None
+        log_probs = apply(LabelLogProbs, self._compute_hidden(batch), batch.labels, *self._build_output_head(batch))
+        return log_probs, batch.weights, batch.label_examples
 
-    def _output_head(self, batch: PackedBatch) -> tuple[Any, ...]:
+    def _build_output_head(self, batch: PackedBatch) -> tuple[Any, ...]:
         model = self._model
         head, new = base_module(current_module(model.output)), new_rows(model.output)
         active, keys = find_active_adapters([model.output], [self._head]), batch.keys[batch.rows]
@@ -398,55 +371,57 @@ class FastLoss:
         )  # fmt: skip
         return output, *(output.trained if torch.is_grad_enabled() else [])
 
-    def _hidden(self, batch: PackedBatch, *, scaled: bool = True) -> Tensor:
-        """Return the output head's input for each label (M, h). scaled: with the factor that some families have."""
-        last, trains, recomputes = len(self._layers) - 1, torch.is_grad_enabled(), self.checkpoint_layers > 0
+    def _compute_hidden(self, batch: PackedBatch, *, scaled: bool = True) -> Tensor:
+        """Return the input of the output head for each label (M, h). scaled: multiply by the family's logits_scale."""
+        host, has_grad, recomputes = self.host_memory, torch.is_grad_enabled(), self.checkpoint_layers > 0
         if self._arena is not None and self._input_arena is not None:
-            self._arena.begin(active=trains and not recomputes)
-            self._input_arena.begin(active=trains and recomputes and self.host_memory is None)
+            self._arena.begin(active=has_grad and not recomputes)
+            self._input_arena.begin(active=has_grad and recomputes and host is None)
         if self.memory_watch is not None:
             self.memory_watch.begin()
         linears = [linear for layer in self._layers for linear in layer.linears]
         self._backend.prepare_adapters(linears, self._head.weight.dtype)
         self._gather("embedding")
-        hidden = self._model.embedded(batch.ids)
+        hidden = self._model.embed(batch.ids)
         if self._family.embedding_norm:
             hidden = normalize(hidden, self._norm)
         self.masks.tokens = batch.keys
-        context = BatchContext(batch, self._model.angles(batch.positions), self._model.per_layer(batch.ids, hidden))
-        if self.host_memory is not None:
-            self.host_memory.begin()
+        per_layer_inputs = self._model.per_layer_inputs(batch.ids, hidden)
+        context = BatchContext(batch, self._model.angles(batch.positions), per_layer_inputs)
+        if host is not None:
+            host.begin()
         shared_kv: dict[str, Tensor] = {}  # keys and values that later layers reuse, by kind of attention
         for i, layer in enumerate(self._layers):
             spec = layer.mixer.spec if isinstance(layer.mixer, AttentionBlock) else None
-            reused = shared_kv[spec.kind] if spec is not None and spec.takes else None
-            arguments = layer, hidden, context, batch.rows if i == last else None, reused
+            reused = shared_kv[spec.kv_kind] if spec is not None and spec.reuses_kv else None
+            is_last = i == len(self._layers) - 1
+            arguments = layer, hidden, context, batch.rows if is_last else None, reused
             self._gather(i)
-            if i < self.checkpoint_layers and trains:
-                with nullcontext() if self.host_memory is None else self.host_memory.offload_inputs(last=i == last):
+            if i < self.checkpoint_layers and has_grad:
+                with nullcontext() if host is None else host.offload_inputs(last=is_last):
                     hidden, stored_kv = checkpoint(
                         self._compute_layer, *arguments, use_reentrant=False, preserve_rng_state=False,
                         context_fn=lambda: (nullcontext(), self._arena or nullcontext()),  # forward, recomputation
                     )  # fmt: skip
-                if self._input_arena is not None and self.host_memory is None:
+                if self._input_arena is not None and host is None:
                     hidden = apply(CopyToArena, hidden, self._input_arena)
             else:
                 hidden, stored_kv = self._compute_layer(*arguments)
             if spec is not None and stored_kv is not None:
-                shared_kv[spec.kind] = stored_kv
+                shared_kv[spec.kv_kind] = stored_kv
             if self.weight_gatherer is not None and hidden.requires_grad:
                 call_before_gradient(hidden, partial(self._gather, i))
         self._gather("head")
         hidden = normalize(hidden, self._norm)
         if scaled and self._model.logits_scale != 1:
             hidden = hidden * self._model.logits_scale
-        if len(batch.label_rows) != len(batch.rows):  # a row where several examples diverge has several labels
+        if len(batch.label_rows) != len(batch.rows):  # some rows have several labels
             hidden = hidden[batch.label_rows]
         return hidden
 
-    def _gather(self, where: int | str) -> None:
+    def _gather(self, key: int | str) -> None:
         if self.weight_gatherer is not None:
-            self.weight_gatherer(where)
+            self.weight_gatherer(key)
 
     def _compute_layer(
         self, layer: Layer, hidden: Tensor, context: BatchContext, rows: Tensor | None, shared_kv: Tensor | None

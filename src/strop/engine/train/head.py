@@ -1,7 +1,7 @@
-"""Output head and cross entropy of supervised rows, in chunks, with the gradient computed in the forward.
+"""Compute the logits and the cross entropy of supervised rows in chunks, together with the gradients.
 
-The logits of the whole batch never exist at once. A chunk's logits are replaced in place by their gradient, which is
-added to the gradients of the hidden states and of the trained parts of the head while it is in the cache.
+The logits of the whole batch never exist at once. The forward replaces the logits of a chunk by their gradient, and
+computes the gradients of the hidden states and of the trained parts of the head from it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from strop.engine.train import lora
 from strop.engine.train.dropout import DropoutOps, DropoutSpec
 from strop.engine.train.lora import Adapters, Product
 
-CHUNK_BYTES = 24 * 2**20  # of a chunk's logits: 256 rows of a vocabulary of 49,152 in bf16
-GPU_CHUNK_BYTES = 256 * 2**20  # on a GPU, which needs more rows: each chunk reads the whole head twice
-# Size of the pieces in which a trained head's gradient is summed, and in which CrossEntropy reads existing logits.
-PIECE_BYTES, GPU_PIECE_BYTES = 4 * 2**20, 64 * 2**20
+CHUNK_BYTES = 24 * 2**20  # size of the logits of a chunk: 256 rows of a vocabulary of 49,152 in bf16
+GPU_CHUNK_BYTES = 256 * 2**20  # larger on a GPU, because each chunk reads the whole head twice
+PIECE_BYTES, GPU_PIECE_BYTES = 4 * 2**20, 64 * 2**20  # maximum size of temporary fp32 copies
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The output head that turns x (N, h) into logits (N, V): x W^T + bias, with softcap as in eager.cross_entropy_.
+    """The output head, which computes the logits x W^T + bias (N, V) of x (N, h).
 
-    weight (V, h), bias (V,): in the dtype of x, or in the trained dtype if `weight_trained` or `bias_trained`.
-    new_rows (n, h): trained rows that replace the rows `new_ids` (n,) of W. adapters: A_1, B_1, A_2, ... on all of W,
-    with `scales`. dropped: the dropout of x before the adapters.
+    Attributes:
+        weight, bias: W (V, h) and the bias (V,), in the dtype of x, or in another dtype if they are trained.
+        softcap: as in eager.cross_entropy_.
+        new_rows: trained rows (n, h) that replace the rows `new_ids` (n,) of W.
+        adapters: the LoRA factors A_1, B_1, A_2, ..., with `scales`.
+        dropped: the dropout of x before the adapters.
     """
 
     weight: Tensor
@@ -51,27 +53,28 @@ class OutputHead:
 
     @property
     def trained(self) -> list[Tensor]:
-        """The trained tensors, passed to `SupervisedLoss` and `LabelLogProbs` so that they get gradients."""
+        """The trained tensors, in the order in which SupervisedLoss and LabelLogProbs take them."""
         dense = [self.weight] * self.weight_trained + ([self.bias] * self.bias_trained if self.bias is not None else [])
         return [*([] if self.new_rows is None else [self.new_rows]), *self.adapters, *dense]
 
     @property
     def has_linear_gradients(self) -> bool:
-        """True if all gradients are linear in the gradient of a row's log-probability, without saved logits."""
+        """True if the backward can scale gradients from the forward instead of computing the logits again."""
         return not (self.adapters or self.weight_trained or self.bias_trained)
 
 
 class SupervisedLoss(Function):
-    """The sum over rows of weights * cross entropy of the logits of x against labels, as an fp32 scalar.
+    """Compute the sum over rows of weights * cross entropy, an fp32 scalar (fp64 for fp64).
 
-    x (N, h), labels (N,), weights (N,). trained: output.trained.
+    x (N, h), labels (N,), weights (N,). trained: output.trained. If the weight is trained, the backward can
+    run only once.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, labels: Tensor, weights: Tensor, output: OutputHead, *trained: Tensor) -> Tensor:
         grads = _HeadGradients(x, output) if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:]) else None
-        total = x.new_zeros((), dtype=_wide(x))
-        for losses in _chunk_losses(x, labels, weights, output, grads):
+        total = x.new_zeros((), dtype=_wide_dtype(x))
+        for losses in _compute_chunk_losses(x, labels, weights, output, grads):
             total += losses.sum()
         ctx.save_for_backward(*([] if grads is None else grads.finish()))
         ctx.weight_trained = output.weight_trained
@@ -80,19 +83,17 @@ class SupervisedLoss(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad_x, *grads = ctx.saved_tensors
-        # A large gradient is scaled in place, so this backward cannot run twice.
-        scale = torch.Tensor.mul_ if ctx.weight_trained else torch.mul
+        scale = torch.Tensor.mul_ if ctx.weight_trained else torch.mul  # the gradient of the weight is large
         scaled = [scale(x, grad.to(x.dtype)) for x in grads]
         return grad_x * grad.to(grad_x.dtype), None, None, None, *scaled
 
 
 class LabelLogProbs(Function):
-    """The log-probability of each label (N,), fp32 (fp64 for fp64). Other arguments: as for SupervisedLoss.
+    """Compute the log-probability of each label (N,), fp32 (fp64 for fp64). Arguments: as for SupervisedLoss.
 
-    A row's gradient is linear in the gradient of its log-probability. The forward computes it for a gradient of 1, and
-    the backward scales it. So any function of the log-probabilities can be differentiated without computing logits
-    twice. The gradients of an adapter on the head, or of the head itself, are sums over rows: there the backward
-    computes the logits again.
+    The forward computes the gradient of each row's log-probability, and the backward scales it. This avoids computing
+    the logits twice. The gradients of an adapter on the head, or of the head itself, are sums over rows that cannot be
+    scaled by row, so in these cases the backward computes the logits again.
     """
 
     @staticmethod
@@ -100,13 +101,13 @@ class LabelLogProbs(Function):
         needs_grad = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3:])
         grads = _HeadGradients(x, output, by_row=True) if needs_grad and output.has_linear_gradients else None
         ones = torch.ones(len(x), device=x.device)
-        losses = [*_chunk_losses(x, labels, ones, output, grads)]
+        losses = [*_compute_chunk_losses(x, labels, ones, output, grads)]
         ctx.output = output
         if grads is not None:
             ctx.save_for_backward(grads.x, grads.new_logits, None if grads.new_logits is None else x)
         elif needs_grad:
             ctx.save_for_backward(x, labels)
-        return -torch.cat([x.new_empty(0, dtype=_wide(x)), *losses])
+        return -torch.cat([x.new_empty(0, dtype=_wide_dtype(x)), *losses])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -114,28 +115,28 @@ class LabelLogProbs(Function):
         if output.has_linear_gradients:
             grad_x, new_logits, x = ctx.saved_tensors
             upstream = -grad[:, None]
-            new_rows = []
-            if new_logits is not None:  # the gradient of rows (n, h) of W from that of their logits (N, n)
-                new_rows = [((new_logits * upstream.to(new_logits.dtype)).t() @ x).to(_wide(x))]
-            return grad_x * upstream.to(grad_x.dtype), None, None, *new_rows
+            grads_new_rows = []
+            if new_logits is not None:
+                grads_new_rows = [((new_logits * upstream.to(new_logits.dtype)).t() @ x).to(_wide_dtype(x))]
+            return grad_x * upstream.to(grad_x.dtype), None, None, *grads_new_rows
         x, labels = ctx.saved_tensors
         grads = _HeadGradients(x, output)
-        for _ in _chunk_losses(x, labels, -grad.contiguous(), output, grads):
+        for _ in _compute_chunk_losses(x, labels, -grad.contiguous(), output, grads):
             pass
         grad_x, *trained_grads = grads.finish()
         return grad_x, None, None, *trained_grads
 
 
 class CrossEntropy(Function):
-    """Cross entropy (N,) of logits (N, V) that a model computed, against labels (N,): fp32 (fp64 for fp64).
+    """Compute the cross entropy (N,) of logits (N, V) and labels (N,), in fp32 (fp64 for fp64).
 
-    Processes some rows at a time, so that only the gradient has the size of the logits.
+    Some rows are processed at a time, so that no fp32 copy of all logits exists.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        losses = logits.new_empty(len(logits), dtype=_wide(logits))
-        for rows in _pieces(logits, len(logits)):
+        losses = logits.new_empty(len(logits), dtype=_wide_dtype(logits))
+        for rows in _split_rows(logits, len(logits)):
             losses[rows] = F.cross_entropy(logits[rows].to(losses.dtype), labels[rows], reduction="none")
         ctx.save_for_backward(logits, labels)
         return losses
@@ -144,7 +145,7 @@ class CrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, labels = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        for rows in _pieces(logits, len(logits)):
+        for rows in _split_rows(logits, len(logits)):
             slope = torch.softmax(logits[rows], -1, dtype=grad.dtype)
             slope.scatter_add_(1, labels[rows, None], slope.new_full((len(slope), 1), -1.0))
             grad_logits[rows] = slope.mul_(grad[rows, None])
@@ -154,11 +155,11 @@ class CrossEntropy(Function):
 class _HeadGradients:
     """The gradients of x and of the trained parts of the head, accumulated chunk by chunk.
 
-    by_row: keep the gradient of the new rows' logits (N, n) instead of summing it. `finish` is not called then.
+    by_row: keep the gradients of the logits of the new rows (N, n) instead of computing the gradient of the new rows.
     """
 
     def __init__(self, x: Tensor, output: OutputHead, *, by_row: bool = False) -> None:
-        wide, self.output = _wide(x), output
+        wide, self.output = _wide_dtype(x), output
         new = output.new_rows
         self.x = torch.empty_like(x)
         self.new_logits = x.new_empty(len(x), len(new)) if new is not None and by_row else None
@@ -168,13 +169,13 @@ class _HeadGradients:
         self.adapters = _HeadAdapters(x, output) if output.adapters else None
 
     def add(self, rows: slice, x: Tensor, logits: Tensor, weight: Tensor, new_rows: Tensor | None) -> None:
-        """Add a chunk: its rows, their x, and the gradient of their logits. weight, new_rows: in the dtype of x."""
+        """Add a chunk, given the gradient of its logits. weight, new_rows: in the dtype of x."""
         if self.bias is not None:
             self.bias += logits.sum(0, dtype=self.bias.dtype)
         if self.adapters is not None:
             self.adapters.add(rows, logits)
         if self.weight is not None:
-            _add_product(self.weight, logits, x)
+            _add_matmul(self.weight, logits, x)
         if new_rows is None:
             self.output.matmul(logits, weight, False, self.x[rows])
             return
@@ -189,73 +190,71 @@ class _HeadGradients:
             self.new_rows += new_logits.t() @ x
 
     def finish(self) -> list[Tensor]:
-        """Return the gradients of x and of each of output.trained, in their order."""
-        of_adapters = [] if self.adapters is None else self.adapters.finish(self.x)
-        grads = [self.new_rows, *of_adapters, self.weight, self.bias]
+        """Return the gradients of x and of output.trained."""
+        adapter_grads = [] if self.adapters is None else self.adapters.finish(self.x)
+        grads = [self.new_rows, *adapter_grads, self.weight, self.bias]
         return [self.x, *(grad for grad in grads if grad is not None)]
 
 
 class _HeadAdapters:
-    """The adapters on the head: their inputs and down projections, for all rows at once, and their gradients."""
+    """The adapters on the head: their inputs and down projections for all rows, and their gradients."""
 
     def __init__(self, x: Tensor, output: OutputHead) -> None:
         columns, dropped, ops = ((0, len(output.weight)),) * len(output.scales), output.dropped, output.dropout_ops
         self.output = output
         self.adapters = Adapters(output.adapters, columns, output.scales, dropped is not None)
         self.x = x if dropped is None or ops is None else ops.apply_masks(x, dropped)
-        self.a = torch.cat([(a * scale).to(x.dtype) for a, _, scale in self.adapters])
-        self.b = torch.cat([b.to(x.dtype) for _, b, _ in self.adapters], 1)
-        self.za = lora.project_down(self.x, self.a, self.adapters)
+        _, (self.za, self.a, self.b) = lora.forward(self.x, len(output.weight), self.adapters)
         self.grad_za = torch.empty_like(self.za)
-        self.grad_b = x.new_zeros(self.b.t().shape, dtype=_wide(x))  # (sum of r, V): avoids a transposed copy of logits
+        self.grad_b = x.new_zeros(self.b.t().shape, dtype=_wide_dtype(x))  # of B^T, to not transpose the logits
 
     def add(self, rows: slice, logits: Tensor) -> None:
         torch.mm(logits, self.b, out=self.grad_za[rows])
         self.grad_b += self.za[rows].t() @ logits
 
     def finish(self, grad_x: Tensor) -> list[Tensor]:
-        """Return the gradients of A_1, B_1, A_2, ... and add the gradient through the adapters to grad_x."""
+        """Add the gradient through the adapters to grad_x. Return the gradients of A_1, B_1, A_2, ..."""
         output, adapters, ranks = self.output, self.adapters, list(self.adapters.ranks)
-        pairs = zip(torch.split(self.grad_za, ranks, 1), torch.split(self.a, ranks), strict=True)
+        grads_za = torch.split(self.grad_za, ranks, 1)
         if output.dropped is None or output.dropout_ops is None:
             grad_x.addmm_(self.grad_za, self.a)
             inputs = [self.x] * len(ranks)
         else:
-            by_adapter = torch.cat([part @ a for part, a in pairs], 1)
-            grad_x += output.dropout_ops.apply_masks_backward(by_adapter, output.dropped)
+            pairs = zip(grads_za, torch.split(self.a, ranks), strict=True)
+            grad_inputs = torch.cat([grad_za @ a for grad_za, a in pairs], 1)
+            grad_x += output.dropout_ops.apply_masks_backward(grad_inputs, output.dropped)
             inputs = list(torch.split(self.x, adapters.width, 1))
         grads: list[Tensor] = []
-        for part, x, scale, grad_b in zip(
-            torch.split(self.grad_za, ranks, 1), inputs, adapters.scales, torch.split(self.grad_b, ranks), strict=True
-        ):
-            grads += [(part.to(grad_b.dtype).t() @ x.to(grad_b.dtype)) * scale, grad_b.t().contiguous()]
+        grads_b = torch.split(self.grad_b, ranks)
+        for grad_za, x, scale, grad_b in zip(grads_za, inputs, adapters.scales, grads_b, strict=True):
+            grads += [(grad_za.to(grad_b.dtype).t() @ x.to(grad_b.dtype)) * scale, grad_b.t().contiguous()]
         return grads
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _pieces(like: Tensor, number: int) -> Iterator[slice]:
-    """Yield slices over `number` rows of the width of `like` (n, k), each of at most PIECE_BYTES."""
+def _split_rows(like: Tensor, number: int) -> Iterator[slice]:
+    """Yield slices over `number` rows. A slice of rows with the width and dtype of `like` has at most PIECE_BYTES."""
     limit = GPU_PIECE_BYTES if like.device.type == "cuda" else PIECE_BYTES
     step = max(1, limit // (like.shape[1] * like.element_size()))
     return (slice(begin, begin + step) for begin in range(0, number, step))
 
 
-def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Add grad^T x to total (V, k); grad (n, V), x (n, k). In pieces if the product's dtype is not that of total."""
+def _add_matmul(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add grad^T x to total (V, k). grad: (n, V). x: (n, k)."""
     if total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
         return
-    for rows in _pieces(x, len(total)):
+    for rows in _split_rows(x, len(total)):
         total[rows] += grad[:, rows].t() @ x
 
 
-def _chunk_losses(
+def _compute_chunk_losses(
     x: Tensor, labels: Tensor, weights: Tensor, output: OutputHead, grads: _HeadGradients | None
 ) -> Iterator[Tensor]:
-    """Yield weights * cross entropy of each chunk of rows, and add the gradients to `grads`."""
+    """Yield weights * cross entropy of each chunk of rows, and add the gradients of the chunk to `grads`."""
     limit = GPU_CHUNK_BYTES if x.device.type == "cuda" else CHUNK_BYTES
     chunk = max(16, limit // (output.weight.shape[0] * x.element_size()))
     weight = output.weight.detach().to(x.dtype)

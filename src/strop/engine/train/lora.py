@@ -1,8 +1,8 @@
-"""The matrix multiplications of LoRA adapters next to frozen linear layers, in plain PyTorch for any device and dtype.
+"""The matrix multiplications of LoRA adapters on frozen linear layers, in plain PyTorch for any device and dtype.
 
-This is the reference for the kernels in kernels/cpu and kernels/cuda. Notation: z (T, k) is the input of the layers, y
-(T, n) their output, A_i (r_i, k) and B_i (n_i, r_i) the factors of adapter i, and za = scale z A^T (T, sum of r). With
-`separate_inputs` each of the m adapters has its own input, and z (T, m k) holds them next to each other.
+They are the reference for kernels/cpu/lora.py and kernels/cuda/lora.py. Notation: z (T, k) is the input of the layers,
+y (T, n) the output, A_i (r_i, k) and B_i (n_i, r_i) are the factors of adapter i, and za = scale z A^T (T, sum of r).
+With `separate_inputs`, each of the m adapters has its own input, and z (T, m k) is the concatenation of these inputs.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from strop.engine.train.buffers import Allocate, heap_empty
+from strop.engine.train.buffers import Allocate, allocate_from_heap
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters that share their input.
+    """Adapters with the same input.
 
-    parts: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ... columns: the first and one past the last output that each adapter adds
-    to.
+    parts: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ... columns: the range (start, end) of output features of each adapter.
     """
 
     parts: Sequence[Tensor]
@@ -31,7 +30,7 @@ class Adapters:
     separate_inputs: bool = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Iterate over (A, B, scale) of each adapter."""
+        """Yield (A, B, scale) of each adapter."""
         return zip(self.parts[::2], self.parts[1::2], self.scales, strict=True)
 
     @property
@@ -40,7 +39,7 @@ class Adapters:
 
     @property
     def width(self) -> int:
-        """The input features k of one adapter."""
+        """The number of input features k of one adapter."""
         return self.parts[0].shape[1]
 
     @property
@@ -50,21 +49,21 @@ class Adapters:
 
 
 class Addend(Protocol):
-    """The term that a frozen matmul adds: za B^T (T, n) in the forward, grad_za A (T, input_columns) in the backward.
+    """The adapters' term: za B^T (T, n) in the forward, grad_za A (T, input_columns) in the backward.
 
-    Call one of the two methods before the next layer requests its own addend. The za or grad_za returned with the
-    addend is only valid after that call.
+    It may be computed lazily, together with za or grad_za, so call one of the two methods before you use za or grad_za
+    and before another layer requests its addend.
     """
 
     def into(self, y: Tensor) -> None:
         """Write the term to y."""
 
     def finish_projection(self) -> None:
-        """Compute za or grad_za only, for a caller that does not need the term."""
+        """Compute only za or grad_za."""
 
 
 class Precomputed:
-    """Base of addends whose projection is already computed."""
+    """Base class of addends whose za or grad_za is already computed."""
 
     def finish_projection(self) -> None:
         pass
@@ -72,47 +71,47 @@ class Precomputed:
 
 @dataclass(frozen=True)
 class Product(Precomputed):
-    """The addend thin w."""
+    """The addend projection @ w."""
 
-    thin: Tensor
+    projection: Tensor
     w: Tensor
 
     def into(self, y: Tensor) -> None:
-        torch.mm(self.thin, self.w, out=y)
+        torch.mm(self.projection, self.w, out=y)
 
 
 @dataclass(frozen=True)
 class ColumnBlocks(Precomputed):
-    """The addend thin_i w_i for each adapter i, next to each other: thin split by columns, w by rows."""
+    """The concatenation of projection_i @ w_i for each adapter i. The i are columns of projection and rows of w."""
 
-    thin: Tensor
+    projection: Tensor
     w: Tensor
     ranks: tuple[int, ...]
 
     def into(self, y: Tensor) -> None:
-        pairs = zip(torch.split(self.thin, [*self.ranks], 1), torch.split(self.w, [*self.ranks]), strict=True)
-        torch.cat([thin @ w for thin, w in pairs], 1, out=y)
+        pairs = zip(torch.split(self.projection, [*self.ranks], 1), torch.split(self.w, [*self.ranks]), strict=True)
+        torch.cat([projection @ w for projection, w in pairs], 1, out=y)
 
 
 class InPlace(Precomputed):
-    """The addend that y already contains."""
+    """An addend that y already contains."""
 
     def into(self, y: Tensor) -> None:
         pass
 
 
 def frozen_matmul(
-    x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, transposed: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Compute y (T, n) = x (T, k) W^T + added + bias + residual in place and return y.
+    """Write x (T, k) W^T + added + bias + residual to y (T, n), and return y.
 
-    along: the weight is (n, k) and is transposed. Otherwise it is W^T (k, n).
+    transposed: the weight is W (n, k). Otherwise it is W^T (k, n).
 
-    The frozen product is added to the adapters' product, and the sum is rounded once. In the other order small LoRA
-    updates are lost early in training: what an adapter adds to a bf16 value is rounded away below half of its last bit.
+    x W^T is accumulated onto the adapters' term and rounded once. In the other order, small LoRA updates would be lost
+    early in training, because they are smaller than the rounding error of x W^T in bf16.
     """
-    w = weight.t() if along else weight
+    w = weight.t() if transposed else weight
     if added is not None:
         added.into(y)
         y.addmm_(x, w)
@@ -128,26 +127,24 @@ def frozen_matmul(
 
 
 def forward(
-    z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+    z: Tensor, outputs: int, adapters: Adapters, new: Allocate = allocate_from_heap
 ) -> tuple[Addend, tuple[Tensor, ...]]:
-    """Return za_i B_i^T in columns_i of (T, outputs), and the tensors that the backward needs: za, and A and B as used.
+    """Return the addend with za_i B_i^T in the columns of adapter i, and the saved tensors: za, the fused A, and B.
 
-    new: allocates the saved tensors in implementations that can write there (kernels/cpu/lora.py).
-
-    All A form one matrix, and all B another with zeros around them: two narrow matmuls in total, not two an adapter.
+    The fused A is the concatenation of all A_i, and the fused B is block-diagonal. This takes two matmuls in total
+    instead of two per adapter. new: allocates the saved tensors, if the implementation supports it.
     """
-    # Scaled before rounding: scaling a bf16 result would round once more.
-    a = torch.cat([(part * scale).to(z.dtype) for part, _, scale in adapters])
-    b, at = z.new_zeros(outputs, len(a)), 0
+    a = torch.cat([(part * scale).to(z.dtype) for part, _, scale in adapters])  # scaled first: rounded only once
+    b, first = z.new_zeros(outputs, len(a)), 0
     for part, (start, end) in zip(adapters.parts[1::2], adapters.columns, strict=True):
-        b[start:end, at : at + part.shape[1]].copy_(part)
-        at += part.shape[1]
+        b[start:end, first : first + part.shape[1]].copy_(part)
+        first += part.shape[1]
     za = project_down(z, a, adapters)
     return Product(za, b.t()), (za, a, b)
 
 
 def backward(grad: Tensor, saved: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
-    """Return grad_za A (T, input_columns) and grad_za (T, sum of r), without the scale. grad: (T, n)."""
+    """Return the addend grad_za A (T, input_columns), and grad_za = grad B (T, sum of r). grad: (T, n)."""
     _, a, b = saved
     grad_za = grad @ b
     addend = ColumnBlocks(grad_za, a, adapters.ranks) if adapters.separate_inputs else Product(grad_za, a)
@@ -157,7 +154,7 @@ def backward(grad: Tensor, saved: tuple[Tensor, ...], adapters: Adapters) -> tup
 def gradients(
     grad: Tensor, z: Tensor, grad_za: Tensor, saved: tuple[Tensor, ...], adapters: Adapters
 ) -> list[Tensor]:  # fmt: skip
-    """Return the gradients of A_1, B_1, A_2, ... Adapters are fp32; autograd casts a gradient to its input's dtype."""
+    """Return the gradients of A_1, B_1, A_2, ... Autograd casts them to the adapters' dtype, fp32."""
     za, ranks = saved[0], list(adapters.ranks)
     if adapters.separate_inputs:
         pairs = zip(torch.split(grad_za, ranks, 1), torch.split(z, adapters.width, 1), strict=True)
@@ -173,7 +170,7 @@ def gradients(
 
 
 def project_down(z: Tensor, a: Tensor, adapters: Adapters) -> Tensor:
-    """Return z A^T (T, sum of r), or z_i A_i^T next to each other for adapters with separate inputs."""
+    """Return z A^T (T, sum of r). For adapters with separate inputs, return the concatenation of z_i A_i^T."""
     if not adapters.separate_inputs:
         return z @ a.t()
     pairs = zip(torch.split(z, adapters.width, 1), torch.split(a, list(adapters.ranks)), strict=True)

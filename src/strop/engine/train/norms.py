@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with hand-derived gradients, fused into the next linear layer or alone, frozen or trained."""
+"""RMSNorm and LayerNorm with hand-derived gradients: as separate functions, or fused into the next linear layer."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from strop.engine.kernels.protocols import CpuOps, Ops, ReusedBuffer, apply
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm before a linear layer. The backward recomputes the output instead of saving it."""
+    """RMSNorm. The backward recomputes the output instead of saving it."""
 
     ops: Ops
     weight: Tensor
     eps: float
-    offset: float  # 1 where the weight is stored as its difference from 1 (Gemma), else 0
+    offset: float  # 1 if the weight is stored as its difference from 1 (Gemma), else 0
     bias: Tensor | None = None
-    current: Callable[[], tuple[Tensor, Tensor | None]] | None = None  # returns weight and bias as of now, if trained
+    current_weights: Callable[[], tuple[Tensor, Tensor | None]] | None = None  # returns weight and bias, if trained
     weight_trained: bool = False
     bias_trained: bool = False
-    trained: tuple[Tensor, ...] = ()  # the trained ones of weight and bias
+    trained: tuple[Tensor, ...] = ()  # the weight and the bias, as far as they are trained
 
-    def now(self) -> Norm:
-        """Return the norm with the weights that are active now."""
-        if self.current is None:
+    def with_current_weights(self) -> Norm:
+        """Return the norm with the weights that are in use now. They change when adapters are disabled."""
+        if self.current_weights is None:
             return self
-        weight, bias = self.current()
+        weight, bias = self.current_weights()
         trained = tuple(x for x in (weight, bias) if x is not None and x.requires_grad)
         return replace(
             self, weight=weight.detach(), bias=None if bias is None else bias.detach(), trained=trained,
@@ -41,13 +41,14 @@ class Norm:
         )  # fmt: skip
 
     def gradients(self, grad: Tensor, x: Tensor) -> list[Tensor]:
-        """Return the gradients of `trained`: sums over the rows of grad times the normalized x, and of grad."""
+        """Return the gradients of `trained`: sums over rows of grad times normalized x, and of grad for the bias."""
         n, wide = len(self.weight), torch.promote_types(x.dtype, torch.float32)
         grads: list[Tensor] = []
         if self.weight_trained:
             ones = torch.ones(n, dtype=wide, device=x.device)
-            unit = replace(self, weight=ones.to(x.dtype), offset=0.0, bias=None).forward(x.contiguous())
-            grads.append(self.ops.scale_columns_backward(grad.reshape(-1, n).contiguous(), unit.view(-1, n), ones)[1])
+            normalized = replace(self, weight=ones.to(x.dtype), offset=0.0, bias=None).forward(x.contiguous())
+            rows = grad.reshape(-1, n).contiguous()
+            grads.append(self.ops.scale_columns_backward(rows, normalized.view(-1, n), ones)[1])
         if self.bias_trained:
             grads.append(grad.reshape(-1, n).sum(0, dtype=wide))
         return grads
@@ -62,22 +63,22 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerNorm(Norm):
-    """LayerNorm in the same place. loops: compiled CPU kernels, if there are any."""
+    """LayerNorm. cpu_ops: the compiled kernels, on a CPU."""
 
-    loops: CpuOps | None = None
+    cpu_ops: CpuOps | None = None
 
     def forward(self, x: Tensor, buffer: ReusedBuffer | None = None) -> Tensor:
-        if self.loops is not None:
+        if self.cpu_ops is not None:
             out = None if buffer is None else buffer(len(x), x.shape[1], x)
-            return self.loops.layer_norm(x, self.weight, self.bias, self.eps, out)
+            return self.cpu_ops.layer_norm(x, self.weight, self.bias, self.eps, out)
         dtypes = [x.dtype, self.weight.dtype, *([] if self.bias is None else [self.bias.dtype])]
         wide = reduce(torch.promote_types, dtypes)
         weight, bias = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
         return F.layer_norm(x.to(wide), weight.shape, weight, bias, self.eps).to(x.dtype)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        if self.loops is not None:
-            return self.loops.layer_norm_backward(grad, x, self.weight, self.eps)
+        if self.cpu_ops is not None:
+            return self.cpu_ops.layer_norm_backward(grad, x, self.weight, self.eps)
         shape, mask = list(self.weight.shape), [True, False, False]
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         x_wide, grad = x.to(wide).contiguous(), grad.to(wide).contiguous()
@@ -88,7 +89,7 @@ class LayerNorm(Norm):
 
 
 class NormFunction(Function):
-    """Norm.forward with its gradient. Saves x only. trained: norm.trained."""
+    """Compute norm.forward(x), with gradients of x and of norm.trained. Saves only x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm, *trained: Tensor) -> Tensor:
@@ -104,8 +105,8 @@ class NormFunction(Function):
 
 
 def normalize(x: Tensor, norm: Norm | None) -> Tensor:
-    """Apply the norm with its current weights; return x unchanged where norm is None."""
+    """Apply the norm with its current weights. Return x if norm is None."""
     if norm is None:
         return x
-    now = norm.now()
-    return apply(NormFunction, x, now, *now.trained)
+    norm = norm.with_current_weights()
+    return apply(NormFunction, x, norm, *norm.trained)

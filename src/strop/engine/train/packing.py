@@ -1,14 +1,14 @@
-"""Pack the examples of a micro-batch into one row of tokens without padding. Planned in numpy.
+"""Pack the examples of a micro-batch into one sequence of T rows, one per token, without padding.
 
-A prefix that all examples share comes first and once, followed by the rest of each example. The prefix's tokens are
-predicted and trained on once, with the sum of the examples' weights, so the loss is exactly the same. `pack_separately`
-keeps the labels of each example apart, and examples with the same prompt share their common prefix.
+`pack` puts a prefix that all examples share first, once, followed by the rest of each example. The labels in the prefix
+are merged by adding their weights, which does not change the loss. `pack_separately` keeps the labels of each example
+apart, and shares the common prefix of examples with the same prompt.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
     from strop.data.types import Example
 
 Int64 = npt.NDArray[np.int64]
-MIN_LENGTH_RATIO = 0.8  # a document shorter than this share of a group's longest starts another group
-MIN_PREFIX = 8  # tokens; a shorter prefix saves less than its additional attention call costs
-CALL_COST = 200 * 200  # of one more bucket, in query-key pairs (about 0.9 ms at 22 ns a pair of 9 heads)
+MIN_LENGTH_RATIO = 0.8  # minimum ratio of the shortest to the longest document of a padded group
+MIN_PREFIX = 8  # tokens; sharing a shorter prefix saves less than its additional attention call costs
+CALL_COST = 200 * 200  # cost of an attention call in query-key pairs (0.9 ms at 22 ns per pair, with 9 heads)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Documents padded to one length for attention. queries (D, Sq), keys (D, Sk): packed rows, -1 for padding.
+    """D documents padded to one length for attention.
 
-    The keys are the Sk - Sq rows of the prefix, then the rows of the queries.
+    queries (D, Sq), keys (D, Sk): packed rows, -1 for padding. The keys are the Sk - Sq rows of the shared prefix,
+    followed by the rows of the queries.
     """
 
     queries: Tensor
@@ -42,35 +43,35 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Places:
-    """The P padded positions of the queries, or keys, of all buckets, document after document.
+class Slots:
+    """The P positions (slots) in the buckets for the queries, or for the keys, document after document.
 
-    token (P,): packed row, -1 for padding. at (P,): position in its document. length (P,): padded length of its
-    document. where[first[t] : first[t + 1]]: the padded positions of packed row t.
+    rows (P,): packed row of each slot, -1 for padding. positions (P,): position in the document. lengths (P,): padded
+    length of the document. slots[starts[t] : starts[t + 1]]: the slots of packed row t.
     """
 
-    token: Tensor
-    at: Tensor
-    length: Tensor
-    first: Tensor
-    where: Tensor
+    rows: Tensor
+    positions: Tensor
+    lengths: Tensor
+    starts: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The buckets of a micro-batch, and the positions of its packed rows in them."""
+    """The buckets of a micro-batch, and the slots of its packed rows in them."""
 
     buckets: tuple[Bucket, ...]
-    queries: Places
-    keys: Places
+    queries: Slots
+    keys: Slots
 
 
 @dataclass(frozen=True)
 class Varlen:
-    """Documents in the form of flash attention's variable-length interface.
+    """The arguments of flash attention's interface for sequences of variable length.
 
-    query_ends, key_ends (D + 1,): cumulative lengths from 0, int32. keys: the packed row of each key, document after
-    document; None where these are all rows in order.
+    query_ends, key_ends (D + 1,): cumulative lengths, starting with 0, int32. keys: the packed row of each key,
+    document after document; None if these are all packed rows in order.
     """
 
     query_ends: Tensor
@@ -82,10 +83,10 @@ class Varlen:
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a packed batch. A shared prefix is a document too.
+    """The D documents of a packed batch: the examples without their shared prefixes, and the shared prefixes.
 
-    spans (D, 3): a document's first row, its number of rows, and the length of the prefix that it attends to. tokens:
-    the number of packed rows. prefixes (D,): the first row of each document's prefix; None: row 0.
+    spans (D, 3): first row of the document, number of rows, and length of the prefix that it attends to. tokens: number
+    of packed rows. prefixes (D,): first row of the document's prefix; None if all prefixes start at row 0.
     """
 
     spans: Int64
@@ -96,80 +97,78 @@ class Documents:
 
     @cached_property
     def table(self) -> Int64:
-        """Spans, the first row of each document's prefix, and 1 for documents that are a prefix: shape (D, 5)."""
+        """The columns of spans, the first row of the prefix, and 1 for documents that are a prefix, else 0: (D, 5)."""
         prefixes = np.zeros(len(self.spans), np.int64) if self.prefixes is None else self.prefixes
         start, _, prefix = self.spans.T
         return np.column_stack([self.spans, prefixes, (prefix == 0) & np.isin(start, prefixes[prefix > 0])])
 
     @cached_property
     def layout(self) -> Layout:
-        """The documents in buckets."""
         parts: list[tuple[Int64, Int64]] = []
         for prefix in sorted(set(self.spans[:, 2].tolist()), reverse=True):
-            parts += _buckets(self.table[self.spans[:, 2] == prefix].tolist(), prefix)
+            parts += _make_buckets(self.table[self.spans[:, 2] == prefix].tolist(), prefix)
         return build_layout(parts, self.tokens, self.device)
 
     @cached_property
     def padded_groups(self) -> tuple[list[Tensor], Tensor]:
-        """Documents without prefixes, padded in groups of similar length.
+        """The packed rows of documents without prefixes, padded in groups of similar length.
 
-        Returns the packed rows of each group (D, S), with any row as padding, and the position of each packed row (T,)
-        in the concatenation of all groups.
+        Returns the packed rows of each group (D, S), with arbitrary rows as padding, and the index of each packed row
+        (T,) in the concatenation of all groups.
         """
         groups: list[list[tuple[int, int]]] = []
-        for start, own, _ in sorted(self.spans.tolist(), key=lambda span: -span[1]):
-            if not groups or own < MIN_LENGTH_RATIO * groups[-1][0][1]:
+        for start, length, _ in sorted(self.spans.tolist(), key=lambda span: -span[1]):
+            if not groups or length < MIN_LENGTH_RATIO * groups[-1][0][1]:
                 groups.append([])
-            groups[-1].append((start, own))
-        places, rows, at = np.zeros(self.tokens, np.int64), [], 0
+            groups[-1].append((start, length))
+        indices, group_rows, offset = np.zeros(self.tokens, np.int64), [], 0
         for group in groups:
-            starts, own = np.array(group).T[:, :, None]
-            position = np.arange(own[0, 0])
-            valid, packed_row = position < own, starts + position
-            rows.append(np.where(valid, packed_row, 0))
-            places[packed_row[valid]] = at + np.flatnonzero(valid)
-            at += valid.size
-        *group_rows, row_places = copy_to_device([*rows, places], self.device)
-        return group_rows, row_places
+            starts, lengths = np.array(group).T[:, :, None]
+            positions = np.arange(lengths[0, 0])
+            valid, rows = positions < lengths, starts + positions
+            group_rows.append(np.where(valid, rows, 0))
+            indices[rows[valid]] = offset + np.flatnonzero(valid)
+            offset += valid.size
+        *rows_on_device, indices_on_device = copy_to_device([*group_rows, indices], self.device)
+        return rows_on_device, indices_on_device
 
     @cached_property
     def varlen(self) -> Varlen:
-        """The documents for flash attention, computed once a micro-batch on the host."""
+        """The documents in the order of their rows, for flash attention."""
         spans = self.table[np.argsort(self.spans[:, 0], kind="stable")]
-        own, prefix = spans[:, 1], spans[:, 2]
-
-        arrays = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (own, own + prefix)]
+        queries, prefix = spans[:, 1], spans[:, 2]
+        arrays = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (queries, queries + prefix)]
         if prefix.any():
             parts = [rows for s, n, p, first, _ in spans for rows in (np.arange(first, first + p), np.arange(s, s + n))]
             arrays.append(np.concatenate(parts))
         query_ends, key_ends, *keys = copy_to_device(arrays, self.device)
-        longest = int(own.max()), int((own + prefix).max())
+        longest = int(queries.max()), int((queries + prefix).max())
         return Varlen(query_ends, key_ends, *longest, keys[0] if keys else None)
 
     def shapes(self, *, in_buckets: bool) -> tuple[tuple[int, int, int], ...]:
-        """Return (count, queries, keys) for each shape of document. in_buckets: with the padding of `layout`."""
+        """Return (documents, queries, keys) for each document shape. in_buckets: padded to the buckets of `layout`."""
         if in_buckets:
             return tuple((len(b.queries), b.queries.shape[1], b.keys.shape[1]) for b in self.layout.buckets)
-        counts = Counter((int(own), int(own + prefix)) for _, own, prefix in self.spans)
+        counts = Counter((int(length), int(length + prefix)) for _, length, prefix in self.spans)
         return tuple((count, queries, keys) for (queries, keys), count in sorted(counts.items()))
 
     def thread_tasks(self, key_value: int, threads: int) -> tuple[Int64, Int64]:
-        """Distribute attention over threads. Returns the tasks, and the index of each thread's first one.
+        """Distribute attention over threads. Return the tasks, thread by thread, and the index of each thread's first.
 
-        A task is document * key_value + head. The largest go first, each to the thread with the least work. Cached,
-        since the forward and backward of every layer use it.
+        A task is a document and a key-value head, as document * key_value + head. The tasks are assigned in descending
+        order of cost, each to the thread with the lowest total. The result is cached for the other layers.
         """
         if (key_value, threads) in self._thread_tasks:
             return self._thread_tasks[key_value, threads]
         costs = self.spans[:, 1] * (self.spans[:, 1] // 2 + self.spans[:, 2] + 32)
-        lanes: list[list[int]] = [[] for _ in range(threads)]
-        loads = [0] * threads
+        by_thread: list[list[int]] = [[] for _ in range(threads)]
+        totals = [0] * threads
         for document in np.argsort(-costs, kind="stable"):
             for head in range(key_value):
-                least = loads.index(min(loads))
-                lanes[least].append(int(document) * key_value + head)
-                loads[least] += int(costs[document])
-        tasks = _int64([task for lane in lanes for task in lane]), _int64(np.cumsum([0, *map(len, lanes)]))
+                thread = totals.index(min(totals))
+                by_thread[thread].append(int(document) * key_value + head)
+                totals[thread] += int(costs[document])
+        tasks = _int64([task for tasks in by_thread for task in tasks]), _int64(np.cumsum([0, *map(len, by_thread)]))
         return self._thread_tasks.setdefault((key_value, threads), tasks)
 
 
@@ -177,10 +176,13 @@ class Documents:
 class PackedBatch:
     """A packed micro-batch of T tokens with M labels. Integers are int64.
 
-    ids, positions, keys (T,): token ids, positions, and the keys of dropout.token_keys. rows (N,): the packed rows that
-    predict a supervised token, each once, ascending. label_rows (M,): the index into rows of each label. labels,
-    weights (M,). label_examples (M,): the example of each label; None if labels of several examples are merged. ends:
-    (example, packed row of its last token) of each example.
+    Attributes:
+        ids, positions, keys: token ids, positions, and the result of dropout.token_keys, (T,).
+        rows: the packed rows that predict a supervised token, without duplicates, ascending, (N,).
+        label_rows: the index into `rows` of each label, (M,).
+        labels, weights: the token id and the loss weight of each label, (M,).
+        label_examples: the example of each label, (M,); None if labels of several examples are merged.
+        ends: (example, packed row of its last token) of each example.
     """
 
     ids: Tensor
@@ -200,60 +202,59 @@ def _int64(values: Any) -> Any:
 
 
 def build_layout(parts: Sequence[tuple[Any, Any]], tokens: int, device: torch.device) -> Layout:
-    """Return the layout of `tokens` packed rows. parts: (queries, keys) of each bucket, int64 arrays as in Bucket."""
+    """Return the layout of `tokens` packed rows. parts: the queries and keys of each bucket, as NumPy arrays."""
 
-    def places(slots: list[Any]) -> list[Any]:
-        token = np.concatenate([rows.ravel() for rows in slots])
-        at = np.concatenate([np.broadcast_to(np.arange(rows.shape[1]), rows.shape).ravel() for rows in slots])
-        length = np.concatenate([np.full(rows.size, rows.shape[1]) for rows in slots])
-        counts = np.bincount(token[token >= 0], minlength=tokens)
-        where = np.argsort(token, kind="stable")[np.count_nonzero(token < 0) :]
-        return [token, at, length, np.concatenate([[0], np.cumsum(counts)]), where]
+    def make_slots(row_arrays: list[Any]) -> list[Any]:
+        rows = np.concatenate([x.ravel() for x in row_arrays])
+        positions = np.concatenate([np.broadcast_to(np.arange(x.shape[1]), x.shape).ravel() for x in row_arrays])
+        lengths = np.concatenate([np.full(x.size, x.shape[1]) for x in row_arrays])
+        counts = np.bincount(rows[rows >= 0], minlength=tokens)
+        slots = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]
+        return [rows, positions, lengths, np.concatenate([[0], np.cumsum(counts)]), slots]
 
-    queries, keys = places([queries for queries, _ in parts]), places([keys for _, keys in parts])
+    queries, keys = make_slots([queries for queries, _ in parts]), make_slots([keys for _, keys in parts])
     arrays = [*map(_int64, [*queries, *keys]), *(_int64(array) for part in parts for array in part)]
     tensors = copy_to_device(arrays, device)
     buckets = tuple(map(Bucket, tensors[10::2], tensors[11::2]))
-    return Layout(buckets, Places(*tensors[:5]), Places(*tensors[5:10]))
+    return Layout(buckets, Slots(*tensors[:5]), Slots(*tensors[5:10]))
 
 
 def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> PackedBatch:
-    """Pack examples, sharing the prefix of all. Their labels in the prefix are merged."""
-    prefix = shared_prefix(examples) if prefix_sharing else 0
+    """Pack examples. With prefix_sharing, the prefix that all of them share is packed once, with merged labels."""
+    prefix = shared_prefix_length(examples) if prefix_sharing else 0
     packer = _Packer()
-    first, weights = examples[0], [example.weights[1:prefix] for example in examples]
-    packer.add_labels(np.arange(max(prefix - 1, 0)), first.ids[1:prefix], np.sum(weights, axis=0, dtype=np.float32), 0)
-    packer.add_group(enumerate(examples), prefix, merged=True)
-    return packer.packed(device, separate=False)
+    weights = np.sum([example.weights[1:prefix] for example in examples], axis=0, dtype=np.float32)
+    packer.add_labels(np.arange(max(prefix - 1, 0)), examples[0].ids[1:prefix], weights, 0)
+    packer.add_group(range(len(examples)), examples, prefix, skip_prefix_labels=True)
+    return packer.build(device, with_examples=False)
 
 
 def pack_separately(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> PackedBatch:
-    """Pack examples with the labels of each kept apart.
+    """Pack examples without merging labels.
 
-    Examples with the same prompt (the tokens before the first supervised one) share their common prefix.
+    With prefix_sharing, examples with the same prompt (the tokens before the first label) share their common prefix.
     """
     groups: dict[bytes, list[int]] = {}
-    for number, example in enumerate(examples):
-        prompt = example.ids[: np.flatnonzero(example.weights)[0]].tobytes() if prefix_sharing else b"%d" % number
-        groups.setdefault(prompt, []).append(number)
+    for i, example in enumerate(examples):
+        prompt = example.ids[: np.flatnonzero(example.weights)[0]].tobytes() if prefix_sharing else b"%d" % i
+        groups.setdefault(prompt, []).append(i)
     packer = _Packer()
-    for numbers in groups.values():
-        group = [examples[number] for number in numbers]
-        packer.add_group(zip(numbers, group, strict=True), shared_prefix(group), merged=False)
-    return packer.packed(device, separate=True)
+    for indices in groups.values():
+        group = [examples[i] for i in indices]
+        packer.add_group(indices, group, shared_prefix_length(group), skip_prefix_labels=False)
+    return packer.build(device, with_examples=True)
 
 
 def pack_last_tokens(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> PackedBatch:
-    """Pack as pack_separately, with rows (N,) set to the examples' last tokens. labels and weights are unused."""
+    """Pack like pack_separately, with `rows` set to the last token of each example. Do not use labels and weights."""
     packed = pack_separately(examples, prefix_sharing=prefix_sharing, device=device)
-    last = {int(number): int(end) for number, end in packed.ends}
-    ends = [last[number] for number in range(len(examples))]
+    ends = [row for _, row in sorted(packed.ends)]
     rows, label_rows = copy_to_device([_int64(ends), _int64(range(len(examples)))], device)
     return replace(packed, rows=rows, label_rows=label_rows)
 
 
 class _Packer:
-    """Collects packed rows, documents, and labels with the rows that predict them."""
+    """Collects the rows, documents and labels of a PackedBatch."""
 
     def __init__(self) -> None:
         self.ids: list[Any] = []
@@ -262,86 +263,80 @@ class _Packer:
         self.tokens = 0
         self.spans: list[tuple[int, int, int]] = []
         self.prefixes: list[int] = []
-        self.labels: list[tuple[Any, Any, Any, Any]] = []  # rows, labels, weights, examples
-        self.ends: list[tuple[int, int]] = []  # (example, packed row of its last token)
+        self.labels: list[tuple[Any, Any, Any, Any]] = []  # arrays: predicting rows, labels, weights, examples
+        self.ends: list[tuple[int, int]] = []  # as in PackedBatch
 
     def add_labels(self, rows: Any, labels: Any, weights: Any, example: int) -> None:
         self.labels.append((rows, labels, weights, np.full(len(rows), example)))
 
-    def add_group(self, numbered: Iterable[tuple[int, Example]], prefix: int, *, merged: bool) -> None:
-        """Add numbered examples that share a prefix of this many tokens. merged: skip the labels in the prefix."""
-        base, prefix_added, spans = self.tokens, False, []
-        for number, example in numbered:
-            if prefix and not prefix_added:
-                self._add_rows(example.ids[:prefix], 0, token_keys(example.ids[:prefix]))
-                prefix_added = True
-            length, at = len(example), self.tokens
+    def add_group(
+        self, indices: Sequence[int], examples: Sequence[Example], prefix: int, *, skip_prefix_labels: bool
+    ) -> None:
+        """Add examples that share a prefix of `prefix` tokens. indices: their indices in the micro-batch."""
+        base, spans = self.tokens, []
+        if prefix:
+            self._add_rows(examples[0], 0, prefix)
+        for i, example in zip(indices, examples, strict=True):
+            length, start = len(example), self.tokens
             assert length > prefix and not example.weights[0], "no position predicts the token at position 0"
-            self._add_rows(example.ids[prefix:], prefix, token_keys(example.ids)[prefix:])
-            spans.append((at, length - prefix, prefix))
-            self.ends.append((number, self.tokens - 1))
-            positions = np.arange(max(prefix, 1) if merged else 1, length)
-            before = positions - 1  # the position that predicts it, in the prefix or after it
-            rows = np.where(before < prefix, base + before, at + before - prefix)
-            self.add_labels(rows, example.ids[positions], example.weights[positions], number)
+            self._add_rows(example, prefix, length)
+            spans.append((start, length - prefix, prefix))
+            self.ends.append((i, self.tokens - 1))
+            positions = np.arange(max(prefix, 1) if skip_prefix_labels else 1, length)
+            predicting = positions - 1
+            rows = np.where(predicting < prefix, base + predicting, start + predicting - prefix)
+            self.add_labels(rows, example.ids[positions], example.weights[positions], i)
+        if prefix:
+            spans.append((base, prefix, 0))
         self.spans += spans
         self.prefixes += [base] * len(spans)
-        if prefix:
-            self.spans.append((base, prefix, 0))
-            self.prefixes.append(base)
 
-    def _add_rows(self, ids: Any, first: int, keys: Any) -> None:
-        self.ids.append(ids)
-        self.positions.append(np.arange(first, first + len(ids)))
-        self.keys.append(keys)
-        self.tokens += len(ids)
+    def _add_rows(self, example: Example, start: int, end: int) -> None:
+        self.ids.append(example.ids[start:end])
+        self.positions.append(np.arange(start, end))
+        self.keys.append(token_keys(example.ids[:end])[start:])
+        self.tokens += end - start
 
-    def packed(self, device: torch.device, *, separate: bool) -> PackedBatch:
-        """Return the batch. separate: with the example of each label."""
-        rows, labels, weights, examples = (np.concatenate(part) for part in zip(*self.labels, strict=True))
+    def build(self, device: torch.device, *, with_examples: bool) -> PackedBatch:
+        """Return the batch. with_examples: set label_examples."""
+        predicting, label_ids, weights, examples = (np.concatenate(part) for part in zip(*self.labels, strict=True))
         used = weights != 0
-        unique_rows, label_rows = np.unique(rows[used], return_inverse=True)
+        unique_rows, row_indices = np.unique(predicting[used], return_inverse=True)
         spans, prefixes = _int64(self.spans), _int64(self.prefixes)
         tokens = [np.concatenate(part) for part in (self.ids, self.positions, self.keys)]
-        integers = [*tokens, unique_rows, label_rows, labels[used], *([examples[used]] if separate else [])]
+        integers = [*tokens, unique_rows, row_indices, label_ids[used], *([examples[used]] if with_examples else [])]
         label_weights, *tensors = copy_to_device([weights[used], *map(_int64, integers)], device)
+        ids, positions, keys, rows, label_rows, labels, *label_examples = tensors
         documents = Documents(spans, self.tokens, device, prefixes if prefixes.any() else None)
-        ids, positions, keys, predicting, row_of_label, label_ids = tensors[:6]
-        label_examples, ends = tensors[6] if separate else None, tuple(self.ends)
         return PackedBatch(
-            ids, positions, keys, documents, predicting, row_of_label, label_ids, label_weights, label_examples, ends
-        )
+            ids, positions, keys, documents, rows, label_rows, labels, label_weights,
+            label_examples[0] if with_examples else None, tuple(self.ends),
+        )  # fmt: skip
 
 
 def sum_by_example(log_probs: Tensor, weights: Tensor, label_examples: Tensor, number: int) -> Tensor:
-    """Return the sum of weight * log-probability of the labels (M,) for each of `number` examples.
+    """Return the sums of weight * log-probability over the labels (M,) of each of `number` examples.
 
-    The sum is in fp64 (fp32 on MPS), so that the order of the terms does not change the rounded result.
+    They are computed in fp64 (fp32 on MPS), so that the order of the labels does not change the rounded result.
     """
     wide = torch.float32 if log_probs.device.type == "mps" else torch.float64
     sums = torch.zeros(number, dtype=wide, device=log_probs.device)
     return sums.index_add(0, label_examples, log_probs.to(wide) * weights)
 
 
-def order_by_example(label_examples: Tensor) -> Tensor:
-    """Return the permutation that sorts labels (M,) by example and keeps their order within each."""
-    return torch.argsort(label_examples, stable=True)
-
-
-def shared_prefix(examples: Sequence[Example]) -> int:
-    """Return the length of the common prefix if sharing it is worthwhile, else 0. Each example keeps one more token."""
+def shared_prefix_length(examples: Sequence[Example]) -> int:
+    """Return the length of the common prefix if sharing it is worthwhile, else 0. It excludes each last token."""
     length = min(len(example) for example in examples) - 1
     for example in examples[1:]:
-        length = min(length, len(example) - 1)
         differs = np.flatnonzero(example.ids[:length] != examples[0].ids[:length])
         length = int(differs[0]) if len(differs) else length
     return length if len(examples) > 1 and length >= MIN_PREFIX else 0
 
 
-def _buckets(documents: Sequence[Sequence[int]], prefix: int) -> list[tuple[Int64, Int64]]:
-    """Split documents (rows of Documents.table) into buckets of minimal cost by dynamic programming."""
+def _make_buckets(documents: Sequence[Sequence[int]], prefix: int) -> list[tuple[Int64, Int64]]:
+    """Split documents (rows of Documents.table) into buckets of minimum total cost, by dynamic programming."""
     order = sorted(documents, key=lambda document: document[1])
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n of `order`: cost, and the start of the last bucket
+    best: list[tuple[int, int]] = [(0, 0)]  # best[n]: cost of the first n documents, and start of their last bucket
     for end in range(1, len(order) + 1):
         longest = order[end - 1][1]
         area = longest * (longest + prefix)
@@ -349,12 +344,12 @@ def _buckets(documents: Sequence[Sequence[int]], prefix: int) -> list[tuple[Int6
     buckets, end = [], len(order)
     while end:
         begin = best[end][1]
-        buckets.append(_bucket(order[begin:end], prefix))
+        buckets.append(_make_bucket(order[begin:end], prefix))
         end = begin
     return buckets
 
 
-def _bucket(documents: Sequence[Sequence[int]], prefix: int) -> tuple[Int64, Int64]:
+def _make_bucket(documents: Sequence[Sequence[int]], prefix: int) -> tuple[Int64, Int64]:
     queries = np.full((len(documents), max(document[1] for document in documents)), -1, dtype=np.int64)
     for row, (start, length, *_) in zip(queries, documents, strict=True):
         row[:length] = np.arange(start, start + length)

@@ -1,7 +1,7 @@
-"""Read the current state of PEFT's wrappers: base module, active adapters, modules trained in full, new tokens.
+"""Read PEFT's wrappers: base modules, active adapters, modules that are trained in full, and new tokens.
 
-New tokens are trained rows of the embedding and of the output head (PEFT's trainable tokens). Only these rows get a
-gradient here. PEFT's own forward copies the whole embedding and computes a gradient of the same size.
+New tokens are trained rows of the embedding and of the output head (PEFT's trainable tokens). PEFT's own forward copies
+the whole embedding and computes a gradient of the same size. The functions here compute only the rows' gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from strop.engine.train.dropout import CounterDropout, DropoutSpec, keep_scale
 
 @dataclass(frozen=True)
 class NewRows:
-    """Trained rows of an embedding or head. rows: (n, h), in the trained dtype, for the n tokens `ids`."""
+    """Trained rows (n, h) of an embedding or output head, for the n tokens `ids`."""
 
     ids: tuple[int, ...]
     rows: Tensor
@@ -34,10 +34,10 @@ class NewRows:
 
 @dataclass(frozen=True)
 class ActiveAdapters:
-    """The active adapters of linear modules that share their input.
+    """The active adapters of linear modules with the same input.
 
-    parts: A_1, B_1, A_2, ... magnitudes: DoRA's magnitude vectors, one an adapter, or empty. columns, scales: as in
-    lora.Adapters. dropouts: the dropout module of each adapter.
+    parts, columns, scales: as in lora.Adapters. magnitudes: the magnitude vector of each adapter with DoRA, or empty.
+    dropouts: the dropout module of each adapter.
     """
 
     parts: list[Tensor]
@@ -48,17 +48,17 @@ class ActiveAdapters:
 
 
 def unwrap(module: Any) -> Any:
-    """Return the model's module under PEFT's wrapper for full training or new tokens."""
+    """Return the original module under PEFT's wrapper for modules trained in full or for new tokens."""
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def base_module(module: Any) -> Any:
-    """Return the model's module under an adapter or any other wrapper of PEFT."""
+    """Return the original module under an adapter or any other PEFT wrapper."""
     return module.base_layer if isinstance(module, LoraLayer) else unwrap(module)
 
 
 def current_module(module: Any) -> Any:
-    """Return the module in use: the trained copy of a module trained in full, unless adapters are disabled."""
+    """Return the active trained copy of a module that is trained in full, or else the original module."""
     if not isinstance(module, ModulesToSaveWrapper):
         return unwrap(module)
     active = module.active_adapters
@@ -68,7 +68,7 @@ def current_module(module: Any) -> Any:
 
 
 def new_rows(module: Any) -> NewRows | None:
-    """Return the active trained rows of an embedding or head, or None."""
+    """Return the active trained rows of an embedding or output head, or None."""
     if not isinstance(module, TrainableTokensWrapper) or module.disable_adapters:
         return None
     adapter = module.token_adapter
@@ -79,7 +79,7 @@ def new_rows(module: Any) -> NewRows | None:
 
 
 def embed(module: Any, ids: Tensor) -> Tensor:
-    """Return the embeddings (T, h) of tokens (T,) in the model's dtype, equal to the module's own forward."""
+    """Return the embeddings (T, h) of tokens (T,), in the model's dtype. Equal to the module's own forward."""
     trained, base = new_rows(module), unwrap(module)
     x: Tensor = current_module(module)(ids).to(base.weight.dtype)
     if trained is None:
@@ -92,11 +92,9 @@ def embed(module: Any, ids: Tensor) -> Tensor:
 
 
 def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> ActiveAdapters:
-    """Return the adapters that are active on the modules. bases: base_module each module."""
+    """Return the adapters that are active on the modules. bases: the base_module of each module."""
     parts: list[Tensor] = []
-    dropouts: list[Any] = []
-    magnitudes: list[Tensor] = []
-    columns, scales, end = [], [], 0
+    magnitudes, columns, scales, dropouts, end = [], [], [], [], 0
     for module, base in zip(modules, bases, strict=True):
         start, end = end, end + base.out_features
         if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
@@ -113,15 +111,15 @@ def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> Active
 
 
 def dropout_spec(dropouts: Sequence[Any], keys: Tensor) -> DropoutSpec | None:
-    """Return the masks of the adapters' dropout modules (CounterDropout or Identity), or None without dropout.
+    """Return the masks for the dropout modules (CounterDropout or Identity) of adapters, or None without dropout.
 
     keys: the key of each input row (dropout.token_keys), shape (T,).
     """
     levels = tuple(map(_level, dropouts))
-    counted = [dropout for dropout in dropouts if isinstance(dropout, CounterDropout)]
     if not any(levels):
         return None
-    masks, numbers = counted[0].masks, tuple(getattr(dropout, "number", 0) for dropout in dropouts)
+    masks = next(dropout.masks for dropout in dropouts if isinstance(dropout, CounterDropout))
+    numbers = tuple(getattr(dropout, "number", 0) for dropout in dropouts)
     return DropoutSpec(masks.seed, masks.step, keys, numbers, levels)
 
 
@@ -131,7 +129,7 @@ def _level(dropout: Any) -> int:
 
 @lru_cache(4)
 def _row_of_token(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
-    """Return the index into ids of each token, shape (vocabulary,), with -1 for tokens that are not in ids."""
+    """Return the index of each token in ids, shape (vocabulary,), with -1 for tokens that are not in ids."""
     rows = torch.full((vocabulary,), -1, device=device)
     rows[_token_ids(ids, device)] = torch.arange(len(ids), device=device)
     return rows

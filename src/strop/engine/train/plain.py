@@ -1,4 +1,4 @@
-"""The plain step: the model's own forward. Works for every family and is the reference for the fast step."""
+"""The plain step, which calls the model's own forward. It supports all families and is the reference for FastLoss."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +18,17 @@ from strop.engine.train.dropout import install_dropout, token_keys
 from strop.engine.train.head import CrossEntropy
 from strop.engine.train.packing import sum_by_example
 from strop.errors import ModelError
-from strop.models.families.layers import load_balancing
+from strop.models.families.layers import load_balancing_coefficient
 
 if TYPE_CHECKING:
     from strop.data.types import Example
 
 
 class LayerWatch(Protocol):
-    """Called before each micro-batch (`begin`) and each layer; may raise (machine.memory.MemoryWatch)."""
+    """The interface of machine.memory.MemoryWatch.
+
+    `begin` is called before each micro-batch, and the object itself before each layer. Both may raise.
+    """
 
     def begin(self) -> None: ...
 
@@ -32,9 +36,9 @@ class LayerWatch(Protocol):
 
 
 class WeightGatherer(Protocol):
-    """Makes sharded weights available: those of a decoder layer (its number), of the `embedding` or of the `head`.
+    """Makes sharded weights available until others are requested.
 
-    The weights are available until others are requested. modules: the modules that hold them.
+    modules: the modules that hold the weights. The keys are the numbers of decoder layers, "embedding" and "head".
     """
 
     modules: dict[int | str, nn.Module]
@@ -43,10 +47,9 @@ class WeightGatherer(Protocol):
 
 
 class PlainLoss:
-    """The step (see engine.step.Step) through the model's own forward, on rows padded on the right.
+    """The implementation of engine.step.Step with the model's own forward, on rows padded on the right.
 
-    model: any causal language model of transformers, with or without adapters. Whatever the architecture does after its
-    output head (scaling, soft-capping) is kept. why: the reason for not using the fast step.
+    model: any causal language model of transformers, with or without adapters. why: the reason for not using FastLoss.
     """
 
     name = "plain"
@@ -59,19 +62,19 @@ class PlainLoss:
         self.model, self.why = model, why
         self.masks = install_dropout(model, dropout_ops_for)
         self._head: nn.Module = model.get_output_embeddings()
-        self._balance = load_balancing(model.config)
+        self._balance = load_balancing_coefficient(model.config)
 
     def token_loss(self, examples: Sequence[Example]) -> Tensor:
-        losses, weights, _, balance = self._supervised(examples)
+        losses, weights, _, balance = self._supervised_losses(examples)
         total = (losses * weights).sum()
-        return total if balance is None else total + balance * weights.sum()  # a mean, whereas the loss is a sum
+        return total if balance is None else total + balance * weights.sum()  # balance is for a mean, total is a sum
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
-        losses, weights, rows, _ = self._supervised(examples)
+        losses, weights, rows, _ = self._supervised_losses(examples)
         return sum_by_example(-losses, weights, rows, len(examples))
 
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
-        return -self._supervised(examples)[0]
+        return -self._supervised_losses(examples)[0]
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """Return the input of the output head at the last token of each example (N, h), differentiable."""
@@ -86,7 +89,7 @@ class PlainLoss:
         return picked[0]
 
     def checkpoint(self, layers: int | None = None) -> None:
-        """Recompute all layers in the backward: transformers cannot do this for some."""
+        """Recompute all layers in the backward. transformers does not support this for some of them only."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def offload(self) -> None:
@@ -96,88 +99,88 @@ class PlainLoss:
         replace()
 
     def release_buffers(self) -> None:
-        pass  # none are kept between micro-batches
+        pass  # there are none
 
     def set_memory_watch(self, watch: LayerWatch) -> None:
-        """Call `watch` before each decoder layer (the longest list of modules), with hooks."""
+        """Call `watch` before each decoder layer, with hooks. The layers are the longest list of modules."""
         lists: list[nn.ModuleList] = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        for number, layer in enumerate(sorted(lists, key=len)[-1]):
-            layer.register_forward_pre_hook(lambda *_, number=number: watch() if number else watch.begin())
+        for i, layer in enumerate(sorted(lists, key=len)[-1]):
+            layer.register_forward_pre_hook(lambda *_, i=i: watch() if i else watch.begin())
 
     def set_weight_gatherer(self, gather: WeightGatherer) -> None:
-        for where, module in gather.modules.items():
-            module.register_forward_pre_hook(lambda *_, where=where: gather(where))
-            module.register_forward_hook(lambda _, __, output, where=where: _gather_again(output, gather, where))
+        for key, module in gather.modules.items():
+            module.register_forward_pre_hook(lambda *_, key=key: gather(key))
+            module.register_forward_hook(lambda _, __, output, key=key: _gather_for_backward(output, gather, key))
 
-    def _supervised(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return the cross entropy, weight and row of each supervised token, and the experts' balancing loss.
+    def _supervised_losses(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the cross entropy, weight and example of each supervised token, and the load-balancing loss.
 
-        The last is None unless the config requests such a loss. It belongs to a mean loss.
+        The load-balancing loss of a mixture of experts is None if the config disables it.
         """
         padded, device = _PaddedBatch.of(examples), next(self._head.parameters()).device
-        rows, columns = padded.weights.nonzero(as_tuple=True)
-        before = columns - 1  # the position that predicts each label
-        arrays = [padded.ids[rows, columns], padded.weights[rows, columns], rows, before]
-        labels, weights, rows, before = copy_to_device([array.numpy() for array in arrays], device)
-        output = self._forward(padded, lambda hidden: hidden[rows, before], (rows, before))
+        indices = padded.weights.nonzero()
+        arrays = [padded.ids[indices], padded.weights[indices], indices[0], indices[1] - 1]
+        labels, weights, rows, predicting = copy_to_device(arrays, device)
+        output = self._forward(padded, lambda hidden: hidden[rows, predicting], (rows, predicting))
         losses = apply(CrossEntropy, output.logits, labels)
-        balanced = self._balance and self.model.training
-        return losses, weights, rows, self._balance * output.aux_loss.to(device) if balanced else None
+        uses_balance = self._balance and self.model.training
+        return losses, weights, rows, self._balance * output.aux_loss.to(device) if uses_balance else None
 
     def _forward(
-        self, padded: _PaddedBatch, pick: Callable[[Tensor], Tensor], at: tuple[Tensor, Tensor] | None = None
+        self, padded: _PaddedBatch, pick: Callable[[Tensor], Tensor], positions: tuple[Tensor, Tensor] | None = None
     ) -> Any:
-        """Return the model's output with logits only for what `pick` takes of the last hidden states (B, S, h).
+        """Return the model's output, with logits only for the positions that `pick` selects.
 
-        at: the rows and columns that it takes, for the dropout of an adapter on the output head.
+        A hook on the output head replaces its input (B, S, h) with the result of `pick`. This avoids logits for
+        padding, prompts and other unsupervised tokens. positions: the rows and columns that `pick` selects, for the
+        dropout of an adapter on the output head.
         """
         device = next(self._head.parameters()).device
-        ids, attended, keys = copy_to_device([padded.ids.numpy(), padded.attended.numpy(), padded.keys.numpy()], device)
+        ids, attended, keys = copy_to_device([padded.ids, padded.attended, padded.keys], device)
         self.masks.tokens = keys
 
         def pick_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
             if inputs[0].shape[:2] != padded.ids.shape:
-                what = f"{self.model.config.model_type}: its output head does not take one position a token"
+                what = f"{self.model.config.model_type}: the input of its output head does not have one row per token"
                 raise ModelError(what, fix="use a decoder-only language model")
-            self.masks.tokens = keys if at is None else keys[at]
+            self.masks.tokens = keys if positions is None else keys[positions]
             return (pick(inputs[0]), *inputs[1:])
 
         def restore_keys(*_: Any) -> None:  # a layer may be recomputed in the backward
             self.masks.tokens = keys
 
-        # A hook on the output head avoids logits for padding, prompts and other unsupervised tokens.
         with self._head.register_forward_pre_hook(pick_inputs), self._head.register_forward_hook(restore_keys):
             return self.model(input_ids=ids, attention_mask=attended, use_cache=False, return_dict=True)
 
 
 def call_before_gradient(output: Tensor, function: Callable[[], None]) -> None:
-    """Call `function` before the gradient of the operation that computed this tensor."""
+    """Call `function` in the backward, before the operation that computed this tensor."""
     cast(Any, output).register_hook(lambda _: function())
 
 
-def _gather_again(output: Any, gather: WeightGatherer, where: int | str) -> None:
+def _gather_for_backward(output: Any, gather: WeightGatherer, key: int | str) -> None:
     tensor = output[0] if isinstance(output, tuple) else output
-    if where != "embedding" and tensor.requires_grad:
-        call_before_gradient(tensor, lambda: gather(where))
+    if key != "embedding" and tensor.requires_grad:
+        call_before_gradient(tensor, lambda: gather(key))
 
 
 @dataclass(frozen=True)
 class _PaddedBatch:
-    """Examples padded on the right to one length. All tensors are (B, S); keys as dropout.token_keys returns them."""
+    """Examples padded on the right to one length. Arrays are (B, S). keys: the result of dropout.token_keys."""
 
-    ids: Tensor
-    weights: Tensor
-    attended: Tensor
-    keys: Tensor
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    attended: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.int64]
 
     @staticmethod
     def of(examples: Sequence[Example]) -> _PaddedBatch:
         shape = len(examples), max(len(example) for example in examples)
-        ids, attended = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        weights, keys = torch.zeros(shape), np.zeros(shape, dtype=np.int64)
+        ids, attended, keys = (np.zeros(shape, np.int64) for _ in range(3))
+        weights = np.zeros(shape, np.float32)
         for i, example in enumerate(examples):
-            ids[i, : len(example)] = torch.from_numpy(example.ids)
-            weights[i, : len(example)] = torch.from_numpy(example.weights)
+            ids[i, : len(example)] = example.ids
+            weights[i, : len(example)] = example.weights
             attended[i, : len(example)] = 1
             keys[i, : len(example)] = token_keys(example.ids)
-        return _PaddedBatch(ids, weights, attended, torch.from_numpy(keys))
+        return _PaddedBatch(ids, weights, attended, keys)

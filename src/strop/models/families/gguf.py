@@ -1,13 +1,13 @@
 """Read and write the tensors and settings of GGUF files in llama.cpp's layout."""
 
-# llama.cpp interleaves the rows of Llama's q and k, and adds 1 to Gemma's norms; `families.table` has the differences.
+# llama.cpp interleaves the rows of Llama's q and k, and adds 1 to Gemma's norms; see GgufFormat in `families.table`.
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import torch
@@ -18,36 +18,35 @@ from strop.models.families.table import FAMILIES, Family, GgufFormat, find_gguf_
 
 
 def read_gguf_tensors(file: Path, meta_model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
-    """Return an iterator over (parameter name, fp32 tensor), dequantized one at a time, or None."""
-    # None: the family is not supported, or the file lacks a parameter. Surplus layer tensors raise ModelError.
+    """Return an iterator over (parameter name, fp32 tensor), dequantized one at a time, or None if unsupported."""
+    # None: strop does not read the family's weights, or a parameter is missing. Raises ModelError for unused tensors.
     reader = gguf.GGUFReader(file)
-    found = find_gguf_family(str(reader.fields["general.architecture"].contents()))
-    if found is None or found[1].gguf is None or not found[1].gguf.reads_weights:
+    _, family = find_gguf_family(str(reader.fields["general.architecture"].contents())) or ("", Family())
+    if family.gguf is None or not family.gguf.reads_weights:
         return None
-    family = found[1]
-    names = gguf.get_tensor_name_map(_model_arch(found[1].gguf), config.num_hidden_layers)
-    in_file = {tensor.name: tensor for tensor in reader.tensors}
+    names = gguf.get_tensor_name_map(_model_arch(family.gguf), config.num_hidden_layers)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: list(weight.shape) for name, weight in meta_model.named_parameters()}
-    tensors = {name: in_file.get(names.get_name(name, (".weight", ".bias"))) for name in shapes}
+    tensors = {name: stored.get(names.get_name(name, (".weight", ".bias"))) for name in shapes}
     if any(tensor is None or tensor.shape.tolist()[::-1] != shapes[name] for name, tensor in tensors.items()):
         return None
     used = {tensor.name for tensor in tensors.values() if tensor is not None}
-    if unused := sorted(name for name in in_file if name.startswith("blk.") and name not in used):
+    if unused := sorted(name for name in stored if name.startswith("blk.") and name not in used):
         what = f"{len(unused)} tensors are not part of the model described by its header"
         raise ModelError(f"{file}: {what}, first {unused[0]}", fix="download it again")
     return ((name, _read_tensor(tensor, family, config)) for name, tensor in tensors.items())
 
 
 def _read_tensor(tensor: Any, family: Family, config: Any) -> Tensor:
-    """Dequantize a tensor and undo llama.cpp's layout."""
+    """Return a tensor dequantized, in transformers' layout."""
     assert family.gguf is not None
     values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-    part = tensor.name.split(".")[-2]
-    if family.gguf.permutes and part in ("attn_q", "attn_k"):
-        heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+    module = tensor.name.split(".")[-2]
+    if family.gguf.permutes and module in ("attn_q", "attn_k"):
+        heads = config.num_attention_heads if module == "attn_q" else config.num_key_value_heads
         pairs = values.view(heads, len(values) // heads // 2, 2, *values.shape[1:])
         return pairs.transpose(1, 2).reshape(values.shape)
-    return values - family.norm_offset if family.norm_offset and part.endswith("norm") else values
+    return values - family.norm_offset if family.norm_offset and module.endswith("norm") else values
 
 
 def _model_arch(gguf_format: GgufFormat) -> Any:
@@ -55,7 +54,7 @@ def _model_arch(gguf_format: GgufFormat) -> Any:
 
 
 class GgufLayout:
-    """Write one model's settings, and map its tensors to llama.cpp's names and layout, or raise ModelError."""
+    """Write a model's GGUF metadata, and convert tensor names and weights. Raises ModelError if it is unsupported."""
 
     def __init__(self, config: Any) -> None:
         family = FAMILIES.get(str(config.model_type))
@@ -67,7 +66,7 @@ class GgufLayout:
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.notes: list[str] = []
         self._names = gguf.get_tensor_name_map(_model_arch(self._format), config.num_hidden_layers)
-        parameters = dict(config.rope_parameters)  # of full-attention and, if they differ, of sliding-window layers
+        parameters = dict(config.rope_parameters)  # by layer type, if full-attention and sliding-window layers differ
         by_layer_type = parameters if "full_attention" in parameters else {"full_attention": parameters}
         self._ropes: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", **settings} for kind, settings in by_layer_type.items() if settings
@@ -82,22 +81,23 @@ class GgufLayout:
         for rope in self._ropes.values():
             if rope["rope_type"] not in gguf_format.ropes:
                 self._refuse("rope scaling", rope["rope_type"])
-        if self._ropes.get("sliding_attention", {"rope_type": "default"})["rope_type"] != "default":
-            self._refuse("rope scaling of sliding layers", self._ropes["sliding_attention"]["rope_type"])
+        sliding_rope = self._ropes.get("sliding_attention", {}).get("rope_type", "default")
+        if sliding_rope != "default":
+            self._refuse("rope scaling of sliding layers", sliding_rope)
         is_sliding = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
         if gguf_format.sliding_window == "pattern":
             pattern = gguf_format.window_pattern
             if is_sliding != [(layer + 1) % pattern != 0 for layer in range(config.num_hidden_layers)]:
                 self._refuse("order of sliding-window layers", "layer_types")
-            per_head = config.hidden_size // config.num_attention_heads
-            expected = per_head if config.num_hidden_layers == gguf_format.double_scale_layers else self.head_dim
+            is_scaled_by_width = config.num_hidden_layers == gguf_format.width_scaled_layers
+            expected = config.hidden_size // config.num_attention_heads if is_scaled_by_width else self.head_dim
             if config.query_pre_attn_scalar != expected:
                 self._refuse("query_pre_attn_scalar", config.query_pre_attn_scalar)
         elif gguf_format.sliding_window == "refused" and any(is_sliding):
             self._refuse("sliding window", config.sliding_window)
         window = getattr(config, "sliding_window", None)
         if gguf_format.sliding_window == "ignored" and window:
-            note = f"after {window} tokens it attends further back"
+            note = f"beyond {window} tokens its attention also covers earlier tokens"
             self.notes.append(f"llama.cpp has no sliding window for this family: {note}")
 
     def _refuse(self, what: str, value: object) -> None:
@@ -106,14 +106,13 @@ class GgufLayout:
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
         config = self.config
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_vocab_size(config.vocab_size)
+        for add, field in (
+            (writer.add_block_count, "num_hidden_layers"), (writer.add_context_length, "max_position_embeddings"),
+            (writer.add_embedding_length, "hidden_size"), (writer.add_feed_forward_length, "intermediate_size"),
+            (writer.add_head_count, "num_attention_heads"), (writer.add_head_count_kv, "num_key_value_heads"),
+            (writer.add_layer_norm_rms_eps, "rms_norm_eps"), (writer.add_vocab_size, "vocab_size"),
+        ):  # fmt: skip
+            add(getattr(config, field))
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
         rope = self._ropes["full_attention"]
@@ -121,12 +120,10 @@ class GgufLayout:
         writer.add_rope_freq_base(rope["rope_theta"])
         if self._format.sliding_window == "pattern":
             writer.add_sliding_window(config.sliding_window)
-            for cap, add in (
-                ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
-                ("final_logit_softcapping", writer.add_final_logit_softcapping),
-            ):
-                if getattr(config, cap, None):
-                    add(getattr(config, cap))
+            if attention_cap := getattr(config, "attn_logit_softcapping", None):
+                writer.add_attn_logit_softcapping(attention_cap)
+            if final_cap := getattr(config, "final_logit_softcapping", None):
+                writer.add_final_logit_softcapping(final_cap)
             if "sliding_attention" in self._ropes:
                 writer.add_rope_freq_base_swa(self._ropes["sliding_attention"]["rope_theta"])
         elif self.arch == "phi3":
@@ -135,11 +132,10 @@ class GgufLayout:
 
     def _write_rope(self, writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
         rope_type = rope["rope_type"]
-        field, longest = "original_max_position_embeddings", self.config.max_position_embeddings
-        original = rope.get(field) or getattr(self.config, field, longest)
+        field, context = "original_max_position_embeddings", self.config.max_position_embeddings
+        original = rope.get(field) or getattr(self.config, field, context)
         if rope_type in ("linear", "yarn"):
-            is_linear = rope_type == "linear"
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if is_linear else gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_type(gguf.RopeScalingType(rope_type))
             writer.add_rope_scaling_factor(rope["factor"])
         if rope_type == "yarn":
             unsupported = {name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name)}
@@ -152,14 +148,14 @@ class GgufLayout:
         if self.arch == "phi3":
             writer.add_rope_scaling_orig_ctx_len(original)
         if rope_type == "longrope":
-            scaling = self.config.max_position_embeddings / original
+            scaling = context / original
             factor = rope.get("attention_factor")
             if factor is None:  # the default in transformers and in the model's own code
                 factor = math.sqrt(1 + math.log(scaling) / math.log(original)) if scaling > 1 else 1.0
             writer.add_rope_scaling_attn_factors(factor)
 
     def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors for settings that transformers keeps in the config: the divisors of the rope frequencies."""
+        """Yield the divisors of the rope frequencies, which GGUF stores as tensors and transformers in the config."""
         rope = self._ropes["full_attention"]
         if rope["rope_type"] == "llama3":
             yield "rope_freqs.weight", _llama3_factors(rope, self.head_dim)
@@ -168,10 +164,9 @@ class GgufLayout:
                 yield f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"], dtype=torch.float32)
 
     def name(self, tensor: str) -> str | None:
-        """Return llama.cpp's name of a tensor; None if it stores none. Raises ModelError if it is unknown."""
-        if tensor == "lm_head.weight" and self.config.tie_word_embeddings:
-            return None
-        if tensor.endswith("rotary_emb.inv_freq"):
+        """Return llama.cpp's name of a tensor, or None for one that is not stored. Raises ModelError if unknown."""
+        is_tied_head = tensor == "lm_head.weight" and self.config.tie_word_embeddings
+        if is_tied_head or tensor.endswith("rotary_emb.inv_freq"):
             return None
         name: str | None = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         if name is None:
@@ -179,29 +174,28 @@ class GgufLayout:
         return name
 
     def convert(self, tensor: str, weight: Tensor) -> Tensor:
-        """Return a weight in llama.cpp's layout; a LoRA B matrix has the layout of the adapted weight."""
+        """Return a weight, or the LoRA B matrix of a weight, in llama.cpp's layout."""
         if self.family.norm_offset and tensor.endswith("norm.weight"):
             return weight.float() + self.family.norm_offset
         if self._format.permutes:
+            heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
             module = tensor.rpartition(".")[0].rpartition(".")[2]
-            if module == "q_proj":
-                return interleave_heads(weight, self.config.num_attention_heads)
-            if module == "k_proj":
-                return interleave_heads(weight, self.config.num_key_value_heads)
+            if module in heads:
+                return interleave_heads(weight, heads[module])
         return weight
 
 
 def interleave_heads(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head from transformers' rotary layout (halves) to llama.cpp's (interleaved pairs)."""
+    """Reorder the rows of each head: transformers rotates rows i and i + n/2 together, llama.cpp rows 2i and 2i + 1."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """Return the divisor of each frequency (Llama 3.1): 1 for short waves, the factor for long ones, smooth between."""
-    wave = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    """Return the divisor of each rope frequency: 1 for short wavelengths, `factor` for long ones, smooth in between."""
+    # As in transformers' _compute_llama3_parameters.
+    wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     original, factor = rope["original_max_position_embeddings"], rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = ((original / wave - low) / (high - low)).clamp(0, 1)
-    factors: Tensor = 1 / ((1 - share) / factor + share)
-    return factors
+    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return cast(Tensor, 1 / ((1 - smooth) / factor + smooth))

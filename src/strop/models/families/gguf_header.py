@@ -1,6 +1,6 @@
 """Read a GGUF file's metadata, with the field names of a transformers config, without torch."""
 
-# Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Lists of strings are skipped: gguf's own reader
+# Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Lists of strings are skipped. The gguf package
 # makes an array of each of the tokenizer's strings, which takes 13 s for SmolLM2's file; this module takes 0.2 s.
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from strop.errors import ModelError
 from strop.models.families.table import find_gguf_family
 
 _STRING, _LIST = 8, 9
-# struct's format character of each numeric type.
-_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # struct formats by GGUF type
 _MAX_STRING = 1 << 16  # bytes; longer strings are skipped
-# config.json's name of the header field ARCHITECTURE.name
+# metadata key without the name of the architecture -> field of config.json
 _CONFIG_FIELDS = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -32,7 +31,7 @@ _CONFIG_FIELDS = {
 
 
 def read_gguf_config(file: Path) -> dict[str, Any]:
-    """Return the model's sizes as config.json would name them. Raises ModelError for a damaged file."""
+    """Return the model's sizes under the names of config.json. Raises ModelError for a damaged file."""
     try:
         with file.open("rb") as handle:
             return _config(*_read_header(handle))
@@ -48,18 +47,17 @@ def _config(values: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if blocks and len(blocks) != config.get("num_hidden_layers"):
         raise ValueError(f"tensors of {len(blocks)} layers, {config.get('num_hidden_layers')} expected")
-    vocabulary = tensors.get("token_embd.weight")
-    if vocabulary:
-        config["vocab_size"] = vocabulary[1]
+    if embedding_shape := tensors.get("token_embd.weight"):
+        config["vocab_size"] = embedding_shape[1]
     if arch == "llama" and "head_dim" not in config:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    entry = find_gguf_family(arch)
-    return {"model_type": entry[0] if entry else arch, **config}
+    model_type, _ = find_gguf_family(arch) or (arch, None)
+    return {"model_type": model_type, **config}
 
 
 def _read_header(handle: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Return the values, and the shapes of the tensors. Raises ValueError for a damaged file."""
+    """Return the metadata values and the tensors' shapes. Raises ValueError for a damaged file."""
     magic, version, num_tensors, num_values = struct.unpack("<4sIQQ", handle.read(24))
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"begins with {magic!r}, version {version}")

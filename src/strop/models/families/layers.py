@@ -1,4 +1,4 @@
-"""Find a family's parts in the modules of a model. This module does not import torch."""
+"""Find the submodules of a model that the family table names. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 
 from strop.models.families.table import Family
 
-# The activation names of configs, and their names in the engine's kernels.
+# activation in a config -> activation in strop.engine.kernels
 ACTIVATIONS = {
     "silu": "SILU", "swish": "SILU", "gelu_pytorch_tanh": "GELU_TANH", "gelu_new": "GELU_TANH",
     "gelu_fast": "GELU_TANH", "gelu": "GELU", "relu2": "RELU2", "relu": "RELU", "xielu": "XIELU",
 }  # fmt: skip
 
 
-def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
-    """Yield a layer's linears in groups with one input (q k v, o, gate up, down); empty if computed by the model."""
+def linear_groups(layer: Any, family: Family) -> Iterator[list[Any]]:
+    """Yield a layer's linears in groups with the same input: (q, k, v), (o), (gate, up), (down)."""
+    # Groups are empty where another module replaces attention or the MLP.
     has_mixer, has_moe = mixer_module(layer, family) is not None, moe_module(layer, family) is not None
     attention = getattr(layer, family.attention, None)
     # Some layers of Gemma 4 have no v_proj and no k_proj.
@@ -43,7 +44,7 @@ def moe_module(layer: Any, family: Family) -> Any | None:
 
 
 def model_computed_modules(decoder: Any, family: Family) -> Iterator[Any]:
-    """Yield all modules that the fast step leaves to the model."""
+    """Yield all modules whose own forward is called by the fast training step, as it has no kernels for them."""
     for layer in decoder.layers:
         names = ("per_layer_input_gate", "per_layer_projection") if family.per_layer_inputs else ()
         parts = mixer_module(layer, family), moe_module(layer, family), *(getattr(layer, name, None) for name in names)
@@ -52,14 +53,13 @@ def model_computed_modules(decoder: Any, family: Family) -> Iterator[Any]:
         yield decoder.per_layer_model_projection
 
 
-def load_balancing(config: Any) -> float:
-    """Return the coefficient of a mixture's load-balancing loss; 0 where its config disables it."""
+def load_balancing_coefficient(config: Any) -> float:
+    """Return the coefficient of a mixture-of-experts' load-balancing loss, or 0 if the config disables it."""
     text = config.get_text_config()
     return float(getattr(text, "router_aux_loss_coef", 0) or 0) if getattr(text, "output_router_logits", False) else 0.0
 
 
 def layer_norms(decoder: Any, family: Family) -> Iterator[Any]:
-    """Yield the norms of all layers, those of q and k too, and the final norm."""
     for layer in decoder.layers:
         attention = getattr(layer, family.attention, None)
         owners = [*((layer, name) for name in family.norms), (attention, family.q_norm), (attention, family.k_norm)]
@@ -68,10 +68,10 @@ def layer_norms(decoder: Any, family: Family) -> Iterator[Any]:
 
 
 def text_decoder(base: Any) -> tuple[Any, Any]:
-    """Return (decoder, its config) of a causal language model, or of the text half of a multimodal model."""
-    inner = getattr(base, base.base_model_prefix, None) or base.model  # Llama 4's prefix is of another class
-    halves = (getattr(inner, name, None) for name in ("language_model", "text_model"))
-    return next((half for half in halves if half is not None), inner), base.config.get_text_config()
+    """Return (decoder, config) of a causal language model, or of a multimodal model's language model."""
+    inner = getattr(base, base.base_model_prefix, None) or base.model  # Llama 4 has no attribute of this name
+    candidates = (getattr(inner, name, None) for name in ("language_model", "text_model"))
+    return next((module for module in candidates if module is not None), inner), base.config.get_text_config()
 
 
 def activation_name(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""The sizes and linear layers of a model from its config alone, and the layers that an adapter's targets name."""
+"""Compute a model's sizes and linear layers from its config alone, and select the layers that get adapters."""
 
 from __future__ import annotations
 
@@ -8,40 +8,49 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from strop.errors import ModelError, nearest
+from strop.errors import ModelError, suggest
 from strop.models.families.gguf_header import read_gguf_config
 from strop.models.families.table import FAMILIES, ConfigDefaults, Family
-from strop.models.source import base_of_run, demo_file, download_config, prequantized, read_config, read_headers
+from strop.models.source import (
+    base_of_run,
+    demo_file,
+    download_config,
+    is_demo,
+    prequantized,
+    read_config,
+    read_headers,
+)
 from strop.runs.folder import is_run
 
 MAX_SIZE, MAX_LAYERS = 1 << 28, 10_000  # larger values in a config are errors
-SMALLEST = 512  # linear layers with fewer weights stay in 16 bit: quantization constants would cost more
+MIN_QUANTIZED_SIZE = 512  # smaller weights stay in 16 bit, as quantization constants would take more memory than saved
 TARGET_SETS = ("all-linear", "attention", "gate", "experts")
-EXPERTS = "Experts"  # LinearKind.type of a parameter that holds all experts of a layer
+EXPERTS = "Experts"  # LinearKind.type of a parameter that contains all experts of a layer
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 
-# Config fields that hold the number of layers, and lists with one entry a layer.
+# Config fields with the number of layers, and with a list that has one entry per layer.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 LAYER_LISTS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 
 
 @dataclass(frozen=True)
 class LinearKind:
-    """A group of linear layers with the same leaf name and shape, such as q_proj in each block."""
+    """A group of linear layers with the same leaf name and shape, such as the q_proj of all decoder layers."""
 
     name: str
     type: str
     in_features: int
     out_features: int
     count: int
-    sets: tuple[str, ...]  # the named target sets that contain it
-    kept_16_bit: str | None  # why a quantized base keeps it in 16 bit, if it does
+    sets: tuple[str, ...]  # the target sets that contain it
+    kept_16_bit: str | None  # the reason why it stays in 16 bit in a quantized base; None if it is quantized
 
     @property
     def weights(self) -> int:
@@ -56,19 +65,19 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
         matching = [kind.name for kind in kinds if target in kind.sets or kind.name in (target, leaf)]
         if not matching:
             known = list(dict.fromkeys(kind.name for kind in kinds))
-            what = f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}"
+            what = f"lora.target_modules: {target} matches no linear layer{suggest(target, known)}"
             raise ModelError(what, fix=f"choose among {', '.join([*TARGET_SETS, *known])}")
         names += matching
     return list(dict.fromkeys(names))
 
 
 def matches_pattern(pattern: str, path: str) -> bool:
-    """Return whether a key of `rank_pattern` or `alpha_pattern` matches a module's path, as PEFT decides it."""
+    """Return whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to a module's path."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def embedding_kind(name: str, rows: int, size: int, count: int = 1) -> LinearKind:
-    """Return an embedding as `strop modules` lists it: it takes no adapter and stays in 16 bit."""
+    """Return the entry of an embedding for `strop modules`: it gets no adapter and stays in 16 bit."""
     return LinearKind(name, "Embedding", rows, size, count, (), "embedding")
 
 
@@ -96,15 +105,15 @@ def is_router(path: str) -> bool:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer of the decoder layers, or the experts of one."""
+    """A linear layer of the decoder layers, or all experts of a mixture's decoder layer."""
 
-    path: str  # inside the decoder layer
+    path: str  # relative to the decoder layer
     inputs: int
     outputs: int
     bias: bool = False
-    share: float = 1  # mean number in a layer: 1/4 if one layer of four has one, 128 for 128 experts
-    active: float = 1  # the fraction of them that a token passes through
-    sets: tuple[str, ...] | None = None  # its target sets; None: from the path
+    share: float = 1  # mean number per decoder layer: 1/4 if every fourth layer has one, 128 for 128 experts
+    active: float = 1  # the fraction of the experts that a token is routed to
+    sets: tuple[str, ...] | None = None  # its target sets; None: derived from the path
     kept_16_bit: bool = False  # in a quantized base
 
     @property
@@ -129,21 +138,23 @@ class LinearShape:
 
     @property
     def total_outputs(self) -> int:
-        """Outputs of all such layers in a decoder layer."""
+        """Mean number of outputs per decoder layer."""
         return round(self.share * self.outputs)
 
     @property
     def adapter_size(self) -> int:
-        """Weights of a rank-1 adapter on all such layers in a decoder layer."""
+        """Mean number of weights per decoder layer of rank-1 adapters."""
         return round(self.share * (self.inputs + self.outputs))
 
     @property
     def is_small(self) -> bool:
-        return self.inputs * self.outputs < SMALLEST
+        return self.inputs * self.outputs < MIN_QUANTIZED_SIZE
 
 
 @dataclass(frozen=True)
 class ModelShape:
+    """The sizes of a model, which its config determines."""
+
     family: str
     layers: int
     hidden: int
@@ -155,16 +166,16 @@ class ModelShape:
     tied: bool
     linears: tuple[LinearShape, ...]
     norm_weights: int  # of one decoder layer
-    known: bool = True  # the table has the family's sizes, so `parameters` is exact
+    known: bool = True  # the family table has config_defaults, so `parameters` is exact
     activation: str = "silu"
-    softcap: bool = False  # of the attention scores
+    softcap: bool = False  # attention scores have a soft cap
     rope: str = "default"
     prequantized: str | None = None  # how the weights are quantized on disk
-    experts: int = 1  # of a layer's MLP; `intermediate` counts the chosen ones
-    balanced: bool = False  # the config asks for a load-balancing loss
-    other_biases: int = 0  # bias elements outside of `linears`: of norms, of a head
-    positions: int | None = None  # maximum, where the config says
-    learned: bool = False  # has a learned position table, so longer texts are impossible
+    experts: int = 1  # in each MLP; `intermediate` is the total size of those that a token is routed to
+    balanced: bool = False  # the config enables a load-balancing loss
+    other_biases: int = 0  # bias elements outside of `linears`, such as of norms or the output head
+    positions: int | None = None  # the maximum sequence length, if the config has one
+    learned: bool = False  # has learned position embeddings, so longer sequences are impossible
     text_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # repr is a cache key
 
     @property
@@ -177,16 +188,15 @@ class ModelShape:
 
     @property
     def head_norms(self) -> bool:
-        """True if q and k have norms over each head (Qwen 3, Gemma 3)."""
         return (_config_defaults(self.family) or ConfigDefaults()).head_norms
 
     @property
-    def embedding(self) -> int:
+    def embedding_weights(self) -> int:
         return self.vocabulary * self.hidden
 
     @property
-    def quantizable(self) -> int:
-        """Weights that a quantized base keeps in 4 or 8 bit."""
+    def quantizable_weights(self) -> int:
+        """Number of weights that quantization stores in 4 or 8 bit."""
         return self.layers * sum(x.weights for x in self.linears if not (x.is_small or x.kept_16_bit))
 
     @property
@@ -201,7 +211,9 @@ class ModelShape:
     def biases(self) -> int:
         return self.layers * sum(linear.total_outputs for linear in self.linears if linear.bias) + self.other_biases
 
-    def count_too_long(self, lengths: Sequence[int] | npt.NDArray[np.int64], completion_tokens: int = 0) -> str | None:
+    def too_long_message(
+        self, lengths: Sequence[int] | npt.NDArray[np.int64], completion_tokens: int = 0
+    ) -> str | None:
         """Return a message on how many rows (lengths in tokens) exceed the model's maximum length, or None."""
         if self.positions is None:
             return None
@@ -213,17 +225,17 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         layer = sum(linear.weights for linear in self.linears) + self.norm_weights
-        return self.layers * layer + self.biases + self.embedding * (1 if self.tied else 2) + self.hidden
+        return self.layers * layer + self.biases + self.embedding_weights * (1 if self.tied else 2) + self.hidden
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> ModelShape:
-        """Return the shape by config.json. Raises ModelError where it lacks a size that every decoder has."""
+        """Return the shape from a config. Raises ModelError if a size is missing that every decoder has."""
         text = next((config[part] for part in ("text_config", "decoder_config", "decoder") if config.get(part)), config)
         name = str(text.get("model_type") or config.get("model_type") or "")
-        listed = _config_defaults(name)
-        known, defaults = listed is not None and text is config, listed or ConfigDefaults()
-        family = FAMILIES[name] if listed else Family()
-        get = _size_getter(text, name)
+        family_defaults = _config_defaults(name)
+        defaults = family_defaults or ConfigDefaults()
+        family = FAMILIES[name] if family_defaults else Family()
+        get = partial(_get_size, text, name)
         hidden = get("hidden_size", "n_embd", "d_model", "dim", "emb_dim")
         heads = get("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", default=1)
         head_size = text.get("head_dim") or defaults.head_size or hidden // heads
@@ -238,30 +250,22 @@ class ModelShape:
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         list_length = len(next((text[field] for field in LAYER_LISTS if text.get(field)), ()))
         return ModelShape(
-            family=name,
-            layers=get(*LAYER_COUNTS, default=list_length or None),
-            hidden=hidden,
-            heads=heads,
-            key_value_heads=key_value_heads,
-            head_size=head_size,
+            family=name, layers=get(*LAYER_COUNTS, default=list_length or None), hidden=hidden,
+            heads=heads, key_value_heads=key_value_heads, head_size=head_size,
             intermediate=inner if experts == 1 else expert_inner * min(chosen, experts),
-            vocabulary=get("vocab_size", "n_words"),
-            tied=defaults.tied if tied is None else bool(tied),
-            linears=linears,
-            norm_weights=len(family.norms) * hidden + (2 * head_size if defaults.head_norms else 0),
-            known=known,
+            vocabulary=get("vocab_size", "n_words"), tied=defaults.tied if tied is None else bool(tied),
+            linears=linears, norm_weights=len(family.norms) * hidden + (2 * head_size if defaults.head_norms else 0),
+            known=family_defaults is not None and text is config,
             activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
-            softcap=bool(text.get("attn_logit_softcapping")),
-            rope=_rope_type(text),
-            prequantized=prequantized(config),
-            experts=experts,
+            softcap=bool(text.get("attn_logit_softcapping")), rope=_rope_type(text),
+            prequantized=prequantized(config), experts=experts,
             balanced=bool(text.get("output_router_logits") and text.get("router_aux_loss_coef")),
             positions=text.get("max_position_embeddings") or text.get("n_positions"),
             text_config={**text, "model_type": name},
-        )
+        )  # fmt: skip
 
     def linear_kinds(self) -> list[LinearKind]:
-        """Return the kinds that `introspect.linear_kinds` would find in the model."""
+        """Return the same list as `introspect.linear_kinds`, without the model."""
         kinds = [
             LinearKind(
                 x.name, EXPERTS if x.is_expert else "Linear", x.inputs, x.outputs, max(1, round(self.layers * x.share)),
@@ -287,14 +291,13 @@ def _dense_linears(
             LinearShape("mlp.gate_up_proj", hidden, 2 * inner),
             LinearShape("mlp.down_proj", inner, hidden),
         )
-    attention_bias, mlp_bias = bool(config.get("attention_bias", False)), bool(config.get("mlp_bias"))
-    in_bias = attention_bias if defaults.qkv_bias is None else defaults.qkv_bias
-    out_bias = attention_bias if defaults.qkv_bias is None else False
+    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    qkv_bias, o_bias = (attention_bias, attention_bias) if defaults.qkv_bias is None else (defaults.qkv_bias, False)
     return (
-        LinearShape("self_attn.q_proj", hidden, query, in_bias),
-        LinearShape("self_attn.k_proj", hidden, key_value, in_bias),
-        LinearShape("self_attn.v_proj", hidden, key_value, in_bias),
-        LinearShape("self_attn.o_proj", query, hidden, out_bias),
+        LinearShape("self_attn.q_proj", hidden, query, qkv_bias),
+        LinearShape("self_attn.k_proj", hidden, key_value, qkv_bias),
+        LinearShape("self_attn.v_proj", hidden, key_value, qkv_bias),
+        LinearShape("self_attn.o_proj", query, hidden, o_bias),
         LinearShape("mlp.gate_proj", hidden, inner, mlp_bias),
         LinearShape("mlp.up_proj", hidden, inner, mlp_bias),
         LinearShape("mlp.down_proj", inner, hidden, mlp_bias),
@@ -303,15 +306,15 @@ def _dense_linears(
 
 def _expert_linears(hidden: int, inner: int, experts: int, chosen: int) -> tuple[LinearShape, LinearShape]:
     active = min(1.0, chosen / experts)
-    up, down = "gate_up_proj", "down_proj"
+    up_sets, down_sets = expert_target_sets("gate_up_proj"), expert_target_sets("down_proj")
     return (
-        LinearShape(f"mlp.experts.{up}", hidden, 2 * inner, False, experts, active, expert_target_sets(up)),
-        LinearShape(f"mlp.experts.{down}", inner, hidden, False, experts, active, expert_target_sets(down)),
+        LinearShape("mlp.experts.gate_up_proj", hidden, 2 * inner, False, experts, active, up_sets),
+        LinearShape("mlp.experts.down_proj", inner, hidden, False, experts, active, down_sets),
     )
 
 
 def _rope_type(config: Mapping[str, Any]) -> str:
-    """Return the type of rotary embedding; where each kind of layer has its own, that of the first."""
+    """Return the type of rotary embedding; if it differs between layer types, the first in the config."""
     section = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(section, Mapping):
         return "default"
@@ -326,27 +329,22 @@ def _count_experts(config: Mapping[str, Any]) -> int:
     return max(1, *(int(section.get(field) or 1) for field in fields))
 
 
-def _size_getter(config: Mapping[str, Any], family: str) -> Any:
-    """Return a function that reads the first of several config fields, and raises ModelError for an invalid size."""
-
-    def get(*fields: str, default: int | None = None) -> int:
-        value = next((config[field] for field in fields if config.get(field)), default)
-        if isinstance(value, list) and value and all(isinstance(size, int) for size in value):
-            value = round(sum(value) / len(value))  # one value a layer: use the mean
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            what = f"a config of type {family or 'unknown'} has no {fields[0]}"
-            raise ModelError(what, fix="use a decoder-only language model")
-        if value > (MAX_LAYERS if fields == LAYER_COUNTS else MAX_SIZE):
-            what = f"a config of type {family or 'unknown'}: {fields[0]} {value} is too large"
-            raise ModelError(what, fix="correct the config.json")
-        return value
-
-    return get
+def _get_size(config: Mapping[str, Any], family: str, *fields: str, default: int | None = None) -> int:
+    """Return the first of these config fields that is set. Raises ModelError for an invalid size."""
+    value = next((config[field] for field in fields if config.get(field)), default)
+    if isinstance(value, list) and value and all(isinstance(size, int) for size in value):
+        value = round(sum(value) / len(value))  # one value per layer: use the mean
+    what = f"a config of type {family or 'unknown'}"
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ModelError(f"{what} has no {fields[0]}", fix="use a decoder-only language model")
+    if value > (MAX_LAYERS if fields == LAYER_COUNTS else MAX_SIZE):
+        raise ModelError(f"{what}: {fields[0]} {value} is too large", fix="correct the config.json")
+    return value
 
 
 def linear_kinds_from_headers(folder: Path) -> list[LinearKind]:
-    """List the linear layers and embeddings of any family by its weight files' headers, without torch."""
-    # The headers do not say whether a matrix is a transposed one (Conv1D); only the model's code does.
+    """List the linear layers and embeddings of any family from the headers of its weight files, without torch."""
+    # Transposed weights (Conv1D) are listed as linear layers: headers do not distinguish them.
     matrices: dict[tuple[str, int, int], tuple[int, str]] = {}
     for _, header in read_headers(folder):
         for name, entry in header.items():
@@ -359,26 +357,26 @@ def linear_kinds_from_headers(folder: Path) -> list[LinearKind]:
         if leaf != "lm_head" and (leaf in EMBEDDINGS or "emb" in leaf or leaf == "wpe"):
             kinds.append(embedding_kind(leaf, outputs, inputs, count))
             continue
-        why_16_bit = "output head" if leaf == "lm_head" else "small" if inputs * outputs < SMALLEST else None
+        why_16_bit = "output head" if leaf == "lm_head" else "small" if inputs * outputs < MIN_QUANTIZED_SIZE else None
         kinds.append(LinearKind(leaf, "Linear", inputs, outputs, count, target_sets(path), why_16_bit))
     return kinds
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Facts about a model from its files, without its weights."""
+    """A model's sizes and config, read without its weights."""
 
     name: str
     shape: ModelShape
-    parameters: int  # by the weight files' headers where there are any
-    config: Mapping[str, Any] | None = None  # config.json, where there is one
-    refused: str | None = None  # why no run would train it, where that is known
+    parameters: int  # from the headers of the weight files if there are any
+    config: Mapping[str, Any] | None = None  # config.json if there is one
+    refused: str | None = None  # the reason why it cannot be trained, if it is known not to be trainable
 
 
 def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
-    """Return a model's info from config.json (downloaded for a Hub id), a GGUF file's header or a run's base."""
+    """Return the info of a Hub id (only its config is downloaded), folder, GGUF file, config file or run."""
     path = Path(name.removeprefix("gguf:").partition("#sha256=")[0]).expanduser()
-    if name == "demo" or name.startswith("demo:"):
+    if is_demo(name):
         path = demo_file()
     if is_run(path):
         return read_model_info(*base_of_run(path))
@@ -387,7 +385,7 @@ def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
         return ModelInfo(name, shape, shape.parameters)
     if path.suffix == ".json":
         if not path.is_file():
-            near = nearest(str(path), [str(entry) for entry in path.parent.glob("*")])
+            near = suggest(str(path), [str(entry) for entry in path.parent.glob("*")])
             raise ModelError(f"{path}: no such config file{near}")
         config = read_config(path.parent, path.name)
         shape = _shape_with_defaults(config)
@@ -402,7 +400,7 @@ def read_model_info(name: str, revision: str | None = None) -> ModelInfo:
 
 
 def _shape_with_defaults(config: Mapping[str, Any]) -> ModelShape:
-    """Return the shape; sizes that the config leaves out come from transformers' config class (without torch)."""
+    """Return the shape. Missing sizes are taken from the defaults of transformers' config class, without torch."""
     try:
         return ModelShape.from_config(config)
     except ModelError:

@@ -88,8 +88,8 @@ def test_backward_is_close_to_fp64(frozen: Any, tokens: int, adapted: str) -> No
         truth += scale * grad[:, start:end].double() @ b @ a
     added = None
     if parts:
-        _, kept = lora_tiles.forward(x, 160, adapters)
-        added, _ = lora_tiles.backward(grad, kept, adapters)
+        _, saved = lora_tiles.forward(x, 160, adapters)
+        added, _ = lora_tiles.backward(grad, saved, adapters)
     assert error(frozen.matmul(grad, weight, False, torch.empty_like(x), added), truth) < 4e-3
 
 
@@ -100,13 +100,13 @@ def test_adapters_with_separate_inputs(frozen: Any) -> None:
     x, weight, adapters = make_case(50, 96, "q, k and v")
     adapters = replace(adapters, separate_inputs=True)
     inputs = random(50, 3 * 96)
-    added, kept = lora_tiles.forward(inputs, 160, adapters)
+    added, saved = lora_tiles.forward(inputs, 160, adapters)
     result = frozen.matmul(x, weight, True, x.new_empty(50, 160), added)
     truth = x.double() @ weight.double().t()
     for i, ((a, b, scale), (start, end)) in enumerate(zip(adapters, adapters.columns, strict=True)):
         truth[:, start:end] += scale * inputs[:, 96 * i : 96 * (i + 1)].double() @ a.double().t() @ b.double().t()
     assert error(result, truth) < 5e-3
-    added, grad_za = lora_tiles.backward(result, kept, adapters)
+    added, grad_za = lora_tiles.backward(result, saved, adapters)
     added.finish_projection()
     assert error(grad_za[:, :16], result[:, :64].double() @ adapters.parts[1].double()) < 5e-3
 
@@ -130,35 +130,35 @@ def test_head_loss_and_gradient(frozen: Any) -> None:
         assert error(mine, exact) <= 1.1 * error(reference, exact) + 1e-4
 
 
-@pytest.mark.parametrize("along", [True, False])
-def test_existing_values_are_added_once(frozen: Any, along: bool) -> None:
+@pytest.mark.parametrize("transposed", [True, False])
+def test_existing_values_are_added_once(frozen: Any, transposed: bool) -> None:
     """The number of rows in the last tile does not matter."""
     for tokens in range(1, 15):
-        x, weight, existing = random(tokens, 64), random(*((96, 64) if along else (64, 96))), random(tokens, 96)
-        truth = x.double() @ (weight.t() if along else weight).double() + existing
-        assert error(frozen.matmul(x, weight, along, existing.clone(), InPlace()), truth) < 4e-3
+        x, weight, existing = random(tokens, 64), random(*((96, 64) if transposed else (64, 96))), random(tokens, 96)
+        truth = x.double() @ (weight.t() if transposed else weight).double() + existing
+        assert error(frozen.matmul(x, weight, transposed, existing.clone(), InPlace()), truth) < 4e-3
 
 
-@pytest.mark.parametrize("along", [True, False])
-def test_sums_longer_than_one_stretch(frozen: Any, along: bool) -> None:
+@pytest.mark.parametrize("transposed", [True, False])
+def test_sums_longer_than_one_block_match_fp64(frozen: Any, transposed: bool) -> None:
     k = 2 * frozen.DEEP + 64
-    x, weight = random(7, k), random(*((96, k) if along else (k, 96)))
-    wide = weight.t() if along else weight
+    x, weight = random(7, k), random(*((96, k) if transposed else (k, 96)))
+    wide = weight.t() if transposed else weight
     residual = 100 * random(7, 96)
-    result = frozen.matmul(x, weight, along, x.new_empty(7, 96), None, None, residual)
+    result = frozen.matmul(x, weight, transposed, x.new_empty(7, 96), None, None, residual)
     assert error(result, x.double() @ wide.double() + residual) < 3e-3
 
 
-@pytest.mark.parametrize("along", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
 def test_a_row_has_the_same_bits_in_any_batch_with_any_threads(
-    frozen: Any, monkeypatch: pytest.MonkeyPatch, along: bool
+    frozen: Any, monkeypatch: pytest.MonkeyPatch, transposed: bool
 ) -> None:
-    x, weight = random(50, 96), random(*((160, 96) if along else (96, 160)))
+    x, weight = random(50, 96), random(*((160, 96) if transposed else (96, 160)))
     result = []
     for threads in (1, 2, 3, 4, 12):
         monkeypatch.setattr(frozen, "get_num_threads", lambda threads=threads: threads)
         for rows in (50, 20, 1):
-            result.append(frozen.matmul(x[:rows], weight, along, x.new_empty(rows, 160))[0])
+            result.append(frozen.matmul(x[:rows], weight, transposed, x.new_empty(rows, 160))[0])
     assert all(torch.equal(result[0], row) for row in result)
 
 
@@ -172,4 +172,4 @@ def test_nothing_is_written_after_the_last_row(frozen: Any) -> None:
     ("rows", "num_units", "lanes", "expected"), [(400, 18, 2, 2), (4000, 2, 4, 2), (1000, 5, 4, 1)]
 )
 def test_work_is_split_among_threads(frozen: Any, rows: int, num_units: int, lanes: int, expected: int) -> None:
-    assert frozen.across(rows, num_units, lanes) == expected
+    assert frozen.choose_column_parts(rows, num_units, lanes) == expected

@@ -95,10 +95,10 @@ def test_activation_matches_fp64(dtype: torch.dtype, name: str) -> None:
         expected = act(exact)
         expected.backward(grad.double())
         of = ACTIVATIONS[name], activation_parameters(act)
-        result, buffer = elementwise.activated(x, *of), torch.empty(x.shape, dtype=dtype)
+        result, buffer = elementwise.activate(x, *of), torch.empty(x.shape, dtype=dtype)
         assert_same(result, expected.detach().to(dtype))
-        assert torch.equal(elementwise.activated(x, *of, buffer), result) and torch.equal(buffer, result)
-        grad_in, again = elementwise.activated_backward(grad, x, *of)
+        assert torch.equal(elementwise.activate(x, *of, buffer), result) and torch.equal(buffer, result)
+        grad_in, again = elementwise.activate_backward(grad, x, *of)
         assert exact.grad is not None
         assert_same(again, result)
         assert_same(grad_in, exact.grad.to(dtype))
@@ -209,7 +209,7 @@ def test_nonfinite_values_stay_nonfinite(dtype: torch.dtype, bad: float) -> None
         elementwise.softmax_(scores, 1, 0, 0)[0, 2:],
         elementwise.layer_norm(x, weight, None, 1e-5),
         *(
-            elementwise.activated(x, kind, activation_parameters(None))
+            elementwise.activate(x, kind, activation_parameters(None))
             for kind in ("GELU", "GELU_TANH", "RELU", "RELU2", "SILU", "XIELU")
         ),
     ):

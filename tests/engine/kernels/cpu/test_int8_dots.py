@@ -80,7 +80,7 @@ def test_only_the_rounding_of_the_row_loses_precision() -> None:
 
 
 @pytest.mark.parametrize("k", [int8_dots.STRETCH, 2 * int8_dots.STRETCH])
-def test_the_largest_sums_do_not_overflow(k: int) -> None:
+def test_largest_sums_do_not_overflow(k: int) -> None:
     weight, z = torch.full((16, k), 127, dtype=torch.int8), torch.full((5, k), 3.0).bfloat16()
     weight[8:] = -127
     scale = torch.ones(16)

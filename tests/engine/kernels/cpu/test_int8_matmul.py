@@ -41,7 +41,7 @@ def weights(int8_matmul: Any, n: int, k: int) -> dict[str, Any]:
     torch.manual_seed(0)
     eight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     return {
-        "two parts": int8_matmul.Int8Weight.of(torch.randn(n, k)),
+        "two parts": int8_matmul.Int8Weight.quantize(torch.randn(n, k)),
         "8 bit": int8_matmul.Int8Weight(eight, None, torch.rand(n)),
     }
 
@@ -50,35 +50,35 @@ def test_quantized_weight_is_within_half_a_step(int8_matmul: Any) -> None:
     torch.manual_seed(0)
     weight = torch.randn(7, 33)
     weight[3], weight[4, 5] = 0, 50
-    off = (truth(int8_matmul.Int8Weight.of(weight)) - weight.double()).abs()
+    off = (truth(int8_matmul.Int8Weight.quantize(weight)) - weight.double()).abs()
     step = weight.double().abs().amax(1, keepdim=True) / 16256
     assert (off <= step * (0.5 + 16256 * 2**-22)).all()  # half a step, and the rounding of fp32
 
 
 @pytest.mark.parametrize("storage", ["two parts", "8 bit"])
-@pytest.mark.parametrize("along", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 5, 3), (7, 64, 33), (33, 160, 96), (300, 48, 576)])
-def test_results_are_close_to_fp64(int8_matmul: Any, storage: str, along: bool, rows: int, n: int, k: int) -> None:
+def test_results_are_close_to_fp64(int8_matmul: Any, storage: str, transposed: bool, rows: int, n: int, k: int) -> None:
     weight = weights(int8_matmul, n, k)[storage]
-    x, width = torch.randn(rows, k if along else n), n if along else k
+    x, width = torch.randn(rows, k if transposed else n), n if transposed else k
     y, bias, residual = torch.empty(rows, width), torch.randn(width), torch.randn(rows, width)
     thin, w = torch.randn(rows, 4), torch.randn(4, width)
-    product = x.double() @ (truth(weight).t() if along else truth(weight))
-    result = int8_matmul.Int8Matmul().layer(x, weight, along, y)
+    product = x.double() @ (truth(weight).t() if transposed else truth(weight))
+    result = int8_matmul.Int8Matmul().layer(x, weight, transposed, y)
     assert result is y and (y - product).norm() <= NEAR * product.norm()
-    int8_matmul.Int8Matmul().layer(x, weight, along, y, Product(thin, w), bias, residual)
+    int8_matmul.Int8Matmul().layer(x, weight, transposed, y, Product(thin, w), bias, residual)
     expected = product + thin.double() @ w.double() + bias + residual
     assert (y - expected).norm() <= NEAR * product.norm() + 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("along", [True, False])
-def test_a_row_has_the_same_bits_in_any_batch(int8_matmul: Any, along: bool, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_row_has_the_same_bits_in_any_batch(int8_matmul: Any, transposed: bool, monkeypatch: Any) -> None:
     weight, x = weights(int8_matmul, 96, 96)["two parts"], torch.randn(50, 96)
-    together = int8_matmul.Int8Matmul().layer(x, weight, along, torch.empty(50, 96))
-    alone = torch.cat([int8_matmul.Int8Matmul().layer(row[None], weight, along, torch.empty(1, 96)) for row in x])
+    together = int8_matmul.Int8Matmul().layer(x, weight, transposed, torch.empty(50, 96))
+    alone = torch.cat([int8_matmul.Int8Matmul().layer(row[None], weight, transposed, torch.empty(1, 96)) for row in x])
     assert torch.equal(together, alone)
     monkeypatch.setattr(int8_matmul, "SUMS_BYTES", 0)  # the fewest rows at once
-    assert torch.equal(together, int8_matmul.Int8Matmul().layer(x, weight, along, torch.empty(50, 96)))
+    assert torch.equal(together, int8_matmul.Int8Matmul().layer(x, weight, transposed, torch.empty(50, 96)))
 
 
 def test_rows_of_very_different_sizes_and_zeros(int8_matmul: Any) -> None:
@@ -93,8 +93,8 @@ def test_rows_of_very_different_sizes_and_zeros(int8_matmul: Any) -> None:
 def test_nonfinite_rows_stay_nonfinite(int8_matmul: Any, bad: float) -> None:
     weight, x = weights(int8_matmul, 64, 64)["two parts"], torch.randn(3, 64)
     x[1, 7] = bad
-    for along in (True, False):
-        y = int8_matmul.Int8Matmul().layer(x, weight, along, torch.empty(3, 64))
+    for transposed in (True, False):
+        y = int8_matmul.Int8Matmul().layer(x, weight, transposed, torch.empty(3, 64))
         assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
 
 
@@ -109,7 +109,9 @@ def test_head_gradient_keeps_small_values_next_to_the_label(int8_matmul: Any, fl
     right = grad.double() @ head.double()
     terms = (grad.double().abs() @ head.double().abs()).norm(dim=1)  # their sums cancel partly
     assert ((result - right).norm(dim=1) <= NEAR / 10 * terms).all()
-    rough = int8_matmul.Int8Matmul().layer(grad, int8_matmul.Int8Weight.of(head), False, torch.empty(6, 16)).double()
+    rough = (
+        int8_matmul.Int8Matmul().layer(grad, int8_matmul.Int8Weight.quantize(head), False, torch.empty(6, 16)).double()
+    )
     assert not flat or (rough - right).norm() > 20 * (result - right).norm()
     assert not torch.equal(result.float(), grad @ head)
 
@@ -118,7 +120,7 @@ def test_trained_head_is_multiplied_in_fp32(int8_matmul: Any) -> None:
     head, x = torch.randn(50, 16), torch.randn(6, 16)
     product = int8_matmul.Int8Matmul().head(head)
     logits = product(x, head, True, torch.empty(6, 50))
-    expected = int8_matmul.Int8Matmul().layer(x, int8_matmul.Int8Weight.of(head), True, torch.empty(6, 50))
+    expected = int8_matmul.Int8Matmul().layer(x, int8_matmul.Int8Weight.quantize(head), True, torch.empty(6, 50))
     assert torch.equal(logits, expected)
     copy = head * 2  # peft's copy
     assert torch.equal(product(x, copy, True, torch.empty(6, 50)), x @ copy.t())
@@ -126,7 +128,7 @@ def test_trained_head_is_multiplied_in_fp32(int8_matmul: Any) -> None:
 
 
 def test_integer_matmuls_of_this_cpu_are_exact() -> None:
-    """Some CPUs without VNNI saturate sums of two products at 16 bits."""
+    """Some CPUs without VNNI saturate the sum of two int8 products at 16 bits."""
     x = torch.full((8, 64), -128, dtype=torch.int8)
     x[::2] = 127
     assert torch.equal(torch._int_mm(x, x.t()).long(), x.long() @ x.long().t())

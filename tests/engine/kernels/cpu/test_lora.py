@@ -53,15 +53,15 @@ def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Adapters]:
 
 def run(module: Any, z: Tensor, grad: Tensor, adapters: Adapters, with_grad_z: bool = True) -> list[Tensor]:
     """Return y, grad_z if `with_grad_z`, and the adapters' gradients."""
-    added, kept = module.forward(z, grad.shape[1], adapters)
+    added, saved = module.forward(z, grad.shape[1], adapters)
     added.into(y := torch.empty_like(grad))
-    added, grad_za = module.backward(grad, kept, adapters)
+    added, grad_za = module.backward(grad, saved, adapters)
     grad_z = torch.empty_like(z)
     if with_grad_z:
         added.into(grad_z)
     else:
         added.finish_projection()
-    return [y, *([grad_z] if with_grad_z else []), *module.gradients(grad, z, grad_za, kept, adapters)]
+    return [y, *([grad_z] if with_grad_z else []), *module.gradients(grad, z, grad_za, saved, adapters)]
 
 
 def error(result: Tensor, truth: Tensor) -> float:
@@ -83,15 +83,15 @@ def test_results_are_as_close_to_fp64_as_pytorch(tiles: Any, shape: str, tokens:
 
 def test_gradients_are_summed_in_fp32(tiles: Any) -> None:
     z, grad, adapters = case("q, k and v", 300)
-    added, kept = tiles.forward(z, grad.shape[1], adapters)
+    added, saved = tiles.forward(z, grad.shape[1], adapters)
     added.finish_projection()
-    added, grad_za = tiles.backward(grad, kept, adapters)
+    added, grad_za = tiles.backward(grad, saved, adapters)
     added.finish_projection()
-    result = tiles.gradients(grad, z, grad_za, kept, adapters)
+    result = tiles.gradients(grad, z, grad_za, saved, adapters)
     for i, ((start, end), scale) in enumerate(zip(adapters.columns, adapters.scales, strict=True)):
         slot = slice(16 * i, 16 * (i + 1))
         grad_a = scale * grad_za[:, slot].double().t() @ z.double()
-        grad_b = grad[:, start:end].double().t() @ kept[0][:, slot].double()
+        grad_b = grad[:, start:end].double().t() @ saved[0][:, slot].double()
         assert error(result[2 * i], grad_a) < 1e-6 and error(result[2 * i + 1], grad_b) < 1e-6
 
 
@@ -114,7 +114,7 @@ def test_memory_after_the_last_row_is_ignored(tiles: Any) -> None:
 
 
 def test_reused_buffers_leave_no_traces(tiles: Any) -> None:
-    """The next layer of the same shape uses the same buffers."""
+    """The next layer with the same shape uses the same buffers."""
     z, grad, adapters = case("odd ranks, outputs without an adapter", 9)
     before = run(tiles, z, grad, adapters)
     run(tiles, z, grad, Adapters([100 * x for x in adapters.parts], adapters.columns, adapters.scales))

@@ -1,4 +1,4 @@
-"""The most likely token by a head in 8 bits: always that of the whole head, the first of equal ones, or none."""
+"""Exact argmax with an 8-bit head: the result of the full head, the first of equal ones, or no result."""
 
 from __future__ import annotations
 

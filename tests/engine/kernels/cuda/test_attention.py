@@ -80,7 +80,7 @@ def test_pytorchs_flash_operations_accept_the_arguments() -> None:
 
 @pytest.fixture
 def flash3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """A Hopper GPU with a flash attention 3 whose results differ by `error`, or that raises it."""
+    """Simulate a Hopper GPU with a flash attention 3 whose results differ by `error`, or that raises it."""
     state: dict[str, Any] = {"active": None, "error": 0.0}
 
     def activate(name: str) -> None:
@@ -97,7 +97,7 @@ def flash3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(module, "list_flash_attention_impls", lambda: ["FA3"], raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "find_spec", lambda name: object())
-    monkeypatch.setattr(attention, "_flash_results", results)
+    monkeypatch.setattr(attention, "_compute_flash_results", results)
     activate_flash3.cache_clear()
     yield state
     activate_flash3.cache_clear()

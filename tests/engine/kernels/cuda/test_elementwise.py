@@ -20,7 +20,7 @@ from tests import ROOT
 
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 ARCHITECTURES = ("90", "75", "80", "86", "89", "100", "120")
-# Narrow accesses: what a program reads or writes once, and lookups in tables of 64 and 1,024 bytes.
+# Narrow accesses: values that a program reads or writes once, and lookups in tables of 64 and 1,024 bytes.
 NARROW = {
     "cross entropy": {"ld.global.b64", "ld.global.b32", "ld.global.b16", "st.global.b32"},  # label, weight, logit; loss
     "norm, of 576": {"ld.global.v2.b32"},  # the weight, once for two rows

@@ -41,13 +41,13 @@ def test_results_match_the_specification(apart: bool) -> None:
     operands_of_layers = make_operands([(layer, 12) for layer in layers], torch.float64)
     for layer, operands in zip(layers, operands_of_layers, strict=True):
         z, grad = rand(5, layer.input_columns), rand(5, 12)
-        added, kept = operands.forward(z, 12, layer)
+        added, context = operands.forward(z, 12, layer)
         expected, saved = lora.forward(z, 12, layer)
-        torch.testing.assert_close((filled(added, grad), *kept), (filled(expected, grad), *saved), rtol=0, atol=0)
-        added, grad_za = operands.backward(grad, kept, layer)
+        torch.testing.assert_close((filled(added, grad), *context), (filled(expected, grad), *saved), rtol=0, atol=0)
+        added, grad_za = operands.backward(grad, context, layer)
         expected, of_za = lora.backward(grad, saved, layer)
         torch.testing.assert_close((filled(added, z), grad_za), (filled(expected, z), of_za), rtol=0, atol=0)
-        gradients = operands.gradients(grad, z, grad_za, kept, layer)
+        gradients = operands.gradients(grad, z, grad_za, context, layer)
         torch.testing.assert_close(gradients, lora.gradients(grad, z, grad_za, saved, layer))
         assert all(gradient.is_contiguous() for gradient in gradients), (
             "autograd copies gradients with other strides than the weight"

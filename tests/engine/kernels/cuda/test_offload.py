@@ -20,12 +20,12 @@ LAYERS = 4
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> tuple[FastLoss, FastLoss, Any]:
-    """A step that keeps the inputs, one that offloads them in pieces of 48 bytes, and the model."""
+    """Return a step that keeps the inputs, one that offloads them in pieces of 48 bytes, and the model."""
     monkeypatch.setattr(offload, "PIECE", 48)
     model = adapted("llama", num_hidden_layers=LAYERS).train()
-    kept, offloaded = (FastLoss(model, checkpoint_layers=LAYERS) for _ in range(2))
+    resident, offloaded = (FastLoss(model, checkpoint_layers=LAYERS) for _ in range(2))
     offloaded.host_memory = HostMemory(CPU)
-    return kept, offloaded, model
+    return resident, offloaded, model
 
 
 def gradients(model: Any, loss: torch.Tensor, **how: Any) -> dict[str, torch.Tensor]:
@@ -35,11 +35,11 @@ def gradients(model: Any, loss: torch.Tensor, **how: Any) -> dict[str, torch.Ten
 
 
 def test_gradients_are_identical_and_pieces_are_reused(both: tuple[FastLoss, FastLoss, Any]) -> None:
-    kept, offloaded, model = both
+    resident, offloaded, model = both
     pieces = 0
     for lengths in ((4, 1), (9, 3), (2, 2)):
         rows = [example(length, n) for n, length in enumerate(lengths)]
-        expected, result = kept.token_loss(rows), offloaded.token_loss(rows)
+        expected, result = resident.token_loss(rows), offloaded.token_loss(rows)
         assert torch.equal(expected, result)
         of_kept, of_offloaded = gradients(model, expected), gradients(model, result)
         assert of_kept.keys() == of_offloaded.keys() and of_kept
@@ -53,9 +53,9 @@ def test_gradients_are_identical_and_pieces_are_reused(both: tuple[FastLoss, Fas
 
 
 def test_backward_twice_and_a_dropped_graph(both: tuple[FastLoss, FastLoss, Any]) -> None:
-    kept, offloaded, model = both
+    resident, offloaded, model = both
     rows, others = [example(5, 0)], [example(3, 1)]
-    expected = gradients(model, kept.token_loss(rows))
+    expected = gradients(model, resident.token_loss(rows))
     first = offloaded.token_loss(rows)
     second = offloaded.token_loss(others)  # another micro-batch before the backward of the first
     result = [gradients(model, first, retain_graph=True), gradients(model, first)]
@@ -68,7 +68,7 @@ def test_backward_twice_and_a_dropped_graph(both: tuple[FastLoss, FastLoss, Any]
 
 
 def test_failed_forward_leaves_no_pieces(both: tuple[FastLoss, FastLoss, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, offloaded, model = both
+    resident, offloaded, model = both
     rows = [example(5, 0)]
     through, calls = FastLoss._compute_layer, []
 
@@ -86,10 +86,10 @@ def test_failed_forward_leaves_no_pieces(both: tuple[FastLoss, FastLoss, Any], m
     gc.collect()
     free = len(offloaded.host_memory.free)  # type: ignore[union-attr]
     assert free > 0
-    expected, result = gradients(model, kept.token_loss(rows)), gradients(model, offloaded.token_loss(rows))
+    expected, result = gradients(model, resident.token_loss(rows)), gradients(model, offloaded.token_loss(rows))
     assert all(torch.equal(grad, result[name]) for name, grad in expected.items())
     with torch.no_grad():
-        assert torch.equal(offloaded.token_loss(rows), kept.token_loss(rows))
+        assert torch.equal(offloaded.token_loss(rows), resident.token_loss(rows))
 
 
 def test_full_host_memory_raises(both: tuple[FastLoss, FastLoss, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,19 +127,19 @@ def test_copies_and_computation_wait_for_each_other(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(host, "_on_copy_stream", lambda: torch.no_grad())
     monkeypatch.setattr(host, "_take_piece", lambda: torch.empty(offload.PIECE, dtype=torch.uint8))
     inputs = [torch.randn(3, 4, requires_grad=True) for _ in range(3)]
-    kept = []
+    tensors = []
     for n, x in enumerate(inputs):
         hooks: Any = host.offload_inputs(last=n == 2)
-        kept.append(hooks.pack_hook(x))
+        tensors.append(hooks.pack_hook(x))
     copies_out = ["copy waits for main", "copy marks"]
     assert log == [*copies_out, "main waits for a mark", *copies_out, "main waits for a mark"]
     log.clear()
     copies_back = ["copy waits for main", "copy marks"]
-    assert torch.equal(kept[2].get(), inputs[2])
+    assert torch.equal(tensors[2].get(), inputs[2])
     assert log == copies_back, "the input of the preceding layer is being fetched"
     log.clear()
-    assert torch.equal(kept[1].get(), inputs[1])
+    assert torch.equal(tensors[1].get(), inputs[1])
     assert log == ["main waits for a mark", *copies_back]
     log.clear()
-    kept.clear()
+    tensors.clear()
     assert log == ["main waits for a mark"], "an input that was fetched but not used is not freed during its copy"

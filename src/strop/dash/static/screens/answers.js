@@ -34,9 +34,9 @@ const FILTERS = [
 ];
 const PAGE = 25;
 
-export async function show(place, { run, query, signal }) {
+export async function show(container, { run, query, signal }) {
   if (query.get("blind")) {
-    await blindVote(place, run, signal);
+    await blindVote(container, run, signal);
     return false;
   }
   let filter = query.get("filter") ?? "all",
@@ -92,7 +92,7 @@ export async function show(place, { run, query, signal }) {
     link(to("run", run.name, "answers", { blind: "1" }), "Vote blind", { class: "button" }),
   );
   const evaluate = evaluation(run, signal, () => load());
-  put(place, head, tools, rows, pages, evaluate);
+  put(container, head, tools, rows, pages, evaluate);
 
   async function load() {
     setQuery({
@@ -310,11 +310,11 @@ function evaluation(run, signal, onEnd) {
   );
 }
 
-async function blindVote(place, run, signal) {
+async function blindVote(container, run, signal) {
   const ballotBox = h("section", { class: "vote", tabIndex: -1 }),
     tally = h("p", { class: "soft", role: "status" });
   put(
-    place,
+    container,
     h("p", {}, link(to("run", run.name, "answers"), "Back to the rows")),
     h(
       "p",

@@ -16,12 +16,12 @@ import {
   select,
 } from "../all.js";
 
-export async function show(place, { query, signal }) {
+export async function show(container, { query, signal }) {
   const controls = h("div"),
     state = h("div", { role: "status" }),
     sides = h("div", { class: "talks" }),
     composer = h("form", { class: "composer" });
-  put(place, h("h1", {}, "Chat"), controls, state, sides, composer);
+  put(container, h("h1", {}, "Chat"), controls, state, sides, composer);
   const { runs } = await get("runs", {}, signal),
     servable = runs.filter((run) => run.can.includes("talk"));
   let chosen = query.get("run") ?? servable[0]?.name ?? "",

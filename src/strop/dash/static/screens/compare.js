@@ -22,18 +22,18 @@ import { AXES, TITLES, joinSeries } from "../curves.js";
 import { Plot } from "../plot.js";
 import { Table } from "../table.js";
 
-const MOST = 6; // limited by the number of colours
+const MAX_RUNS = 6; // limited by the number of colours
 
-export async function show(place, { query, signal }) {
+export async function show(container, { query, signal }) {
   const { runs } = await get("runs", {}, signal),
     names = new Set(runs.map((run) => run.name));
   let chosen = splitNames(query.get("runs"))
       .filter((name) => names.has(name))
-      .slice(0, MOST),
+      .slice(0, MAX_RUNS),
     by = AXES[query.get("by")] ? query.get("by") : "step";
   const picker = h("div"),
     out = h("div");
-  put(place, h("h1", {}, "Compare"), picker, out);
+  put(container, h("h1", {}, "Compare"), picker, out);
   let plots = [],
     requests = 0;
   signal.addEventListener("abort", () => plots.forEach((plot) => plot.destroy()));
@@ -50,14 +50,14 @@ export async function show(place, { query, signal }) {
           : h(
               "fieldset",
               { class: "card choice" },
-              h("legend", {}, `Runs (at most ${MOST})`),
+              h("legend", {}, `Runs (at most ${MAX_RUNS})`),
               runs.map((run) => {
                 const box = h("input", {
                   type: "checkbox",
                   checked: chosen.includes(run.name),
                   on: {
                     change: () => {
-                      if (box.checked && chosen.length >= MOST) {
+                      if (box.checked && chosen.length >= MAX_RUNS) {
                         box.checked = false;
                         return;
                       }
@@ -89,9 +89,9 @@ export async function show(place, { query, signal }) {
       put(out);
       return;
     }
-    let found, histories;
+    let comparison, histories;
     try {
-      [found, ...histories] = await Promise.all([
+      [comparison, ...histories] = await Promise.all([
         get("compare", { runs: joinNames(chosen) }, signal),
         ...chosen.map((name) => get(runPath(name, "history"), { points: 400, by }, signal)),
       ]);
@@ -140,9 +140,9 @@ export async function show(place, { query, signal }) {
     ].filter(Boolean);
     put(
       out,
-      found.verdict ? h("p", { class: "verdict" }, found.verdict) : null,
-      scores(found),
-      pairs(found),
+      comparison.verdict ? h("p", { class: "verdict" }, comparison.verdict) : null,
+      scores(comparison),
+      pairs(comparison),
       h(
         "div",
         { class: "line", style: { margin: "1.6rem 0 .4rem" } },
@@ -154,7 +154,7 @@ export async function show(place, { query, signal }) {
         { class: "plots" },
         plots.map((plot) => plot.element),
       ),
-      settings(found, chosen),
+      settings(comparison, chosen),
     );
   }
 
@@ -163,8 +163,8 @@ export async function show(place, { query, signal }) {
   return chosen.length ? `Compare ${chosen.join(", ")}` : "Compare";
 }
 
-function scores(found) {
-  const of = new Map(found.scores.map((item) => [item.run, item]));
+function scores(comparison) {
+  const of = new Map(comparison.scores.map((item) => [item.run, item]));
   const table = new Table(
     [
       {
@@ -221,7 +221,7 @@ function scores(found) {
     ],
     { label: "Scores", file: "scores.csv" },
   );
-  table.set(found.runs);
+  table.set(comparison.runs);
   return [
     h(
       "div",
@@ -248,20 +248,21 @@ function interval(item) {
   );
 }
 
-function pairs(found) {
-  if (!found.pairs?.length)
+function pairs(comparison) {
+  if (!comparison.pairs?.length)
     return h("p", { class: "soft" }, "No paired comparison: no two of these runs were evaluated on the same rows.");
   return h(
     "ul",
     {},
-    found.pairs.map((pair) =>
+    comparison.pairs.map((pair) =>
       h("li", {}, h("span", { class: { better: "good", worse: "bad", unclear: "warn" }[pair.verdict] }, pair.words)),
     ),
   );
 }
 
-function settings(found, chosen) {
-  if (!found.settings.length) return [h("h2", {}, "Settings"), h("p", { class: "soft" }, "All settings are the same.")];
+function settings(comparison, chosen) {
+  if (!comparison.settings.length)
+    return [h("h2", {}, "Settings"), h("p", { class: "soft" }, "All settings are the same.")];
   const table = new Table(
     [
       { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) },
@@ -276,7 +277,7 @@ function settings(found, chosen) {
     ],
     { label: "Settings that differ", file: "settings.csv" },
   );
-  table.set(found.settings);
+  table.set(comparison.settings);
   return [
     h(
       "div",

@@ -10,7 +10,7 @@ import { pager } from "./answers.js";
 
 const PAGE = 20;
 
-export async function show(place, { query, signal }) {
+export async function show(container, { query, signal }) {
   const options = readOptions(),
     out = h("div"),
     next = h("span", { class: "push" });
@@ -44,7 +44,7 @@ export async function show(place, { query, signal }) {
     on: { change: () => change("data.max_length", longest.value.trim()) },
   });
   put(
-    place,
+    container,
     h("div", { class: "line" }, h("h1", {}, "Data"), next),
     h(
       "div",

@@ -18,11 +18,11 @@ const KINDS = {
   ollama: ["Ollama", "A folder for `ollama create`: GGUF, template, parameters.", "q8_0", GGUF_TYPES, "type"],
 };
 
-export async function show(place, { run, signal }) {
+export async function show(container, { run, signal }) {
   const jobs = h("div", { style: { "margin-top": "1rem" } }),
     forms = h("div", { class: "grid" });
   put(
-    place,
+    container,
     run.adapter ? h("p", {}, "Adapter in PEFT format: ", h("code", {}, run.adapter.path)) : null,
     forms,
     h("h2", {}, "Exports"),
@@ -47,7 +47,7 @@ export async function show(place, { run, signal }) {
       : h("p", { class: "empty" }, "This run has no adapter to export yet."),
   );
   if (canExport && run.can.includes("talk"))
-    place.append(h("p", {}, "Or serve it and ", link(to("talk", { run: run.name }), "chat with it"), "."));
+    container.append(h("p", {}, "Or serve it and ", link(to("talk", { run: run.name }), "chat with it"), "."));
   await refresh();
   return false;
 }

@@ -26,7 +26,7 @@ import { Plot } from "../plot.js";
 const POINTS = 800;
 const LOSSES = ["loss", "smoothed", "eval_loss", "undone"];
 
-export async function show(place, { run, query, signal, draw }) {
+export async function show(container, { run, query, signal, draw }) {
   let by = AXES[query.get("by")] ? query.get("by") : "step",
     history = null,
     marks = run.marks ?? [],
@@ -79,7 +79,7 @@ export async function show(place, { run, query, signal, draw }) {
   const all = () => [loss, ...small.values()];
   signal.addEventListener("abort", () => all().forEach((plot) => plot.destroy()));
   put(
-    place,
+    container,
     progress,
     top,
     h(
@@ -242,14 +242,14 @@ export async function show(place, { run, query, signal, draw }) {
 
   function drawMemory() {
     const m = run.memory ?? {},
-      most = Math.max(m.predicted_peak_bytes ?? 0, m.measured_peak_bytes ?? 0, 1);
-    const bar = (words, size, kind) =>
+      max = Math.max(m.predicted_peak_bytes ?? 0, m.measured_peak_bytes ?? 0, 1);
+    const bar = (label, size, kind) =>
       isNumber(size)
         ? h(
             "div",
             { class: "phase" },
-            h("span", {}, words),
-            h("span", { class: "bar" }, h("i", { class: kind, style: { width: `${(100 * size) / most}%` } })),
+            h("span", {}, label),
+            h("span", { class: "bar" }, h("i", { class: kind, style: { width: `${(100 * size) / max}%` } })),
             h("span", { class: "sum" }, bytes(size)),
           )
         : null;
@@ -276,12 +276,12 @@ export async function show(place, { run, query, signal, draw }) {
   }
 
   function drawSystem(update) {
-    const share = (words, part, text) =>
+    const share = (label, part, text) =>
       isNumber(part)
         ? h(
             "div",
             { class: "phase" },
-            h("span", {}, words),
+            h("span", {}, label),
             h(
               "span",
               { class: "bar" },

@@ -3,12 +3,12 @@
 import { button, count, download, figure, get, h, isNumber, runPath, put } from "../all.js";
 import { jobCards } from "../jobs.js";
 
-export async function show(place, { run, signal }) {
+export async function show(container, { run, signal }) {
   const printed = h("pre", { class: "log", tabIndex: 0, "aria-label": "Terminal output" }),
     events = h("pre", { class: "log", tabIndex: 0, "aria-label": "Events" }),
     jobs = h("div");
   put(
-    place,
+    container,
     jobs,
     h("h2", {}, "Terminal output"),
     h("div", { class: "card" }, printed),

@@ -3,11 +3,11 @@
 import { button, bytes, facts, errorBox, get, h, moment, post, put, formatValue } from "../all.js";
 import { jobCard, jobCards } from "../jobs.js";
 
-export async function show(place, { signal }) {
+export async function show(container, { signal }) {
   const details = h("div"),
     jobs = h("div"),
     recent = h("div");
-  put(place, h("h1", {}, "This machine"), details, jobs, h("h2", {}, "Recent jobs"), recent);
+  put(container, h("h1", {}, "This machine"), details, jobs, h("h2", {}, "Recent jobs"), recent);
   async function load() {
     const response = await get("machine", {}, signal);
     const { doctor } = response;

@@ -33,7 +33,7 @@ const SLIDERS = [
   ["train.batch_size", "effective batch size in rows", POWERS(1, 256)],
 ];
 
-export async function show(place, { query, signal }) {
+export async function show(container, { query, signal }) {
   const { fields } = await get("schema", {}, signal),
     byName = new Map(fields.map((item) => [item.field, item]));
   const options = readOptions(),
@@ -124,7 +124,7 @@ export async function show(place, { query, signal }) {
     h("details", {}, h("summary", {}, "Fields with default values"), defaultsList),
   );
   put(
-    place,
+    container,
     h("h1", {}, "New run"),
     h(
       "div",

@@ -10,14 +10,14 @@ const TABS = {
   log: ["Log", () => import("./log.js")],
 };
 
-export async function show(place, { parts, query, signal }) {
+export async function show(container, { parts, query, signal }) {
   const [name, tab = "live"] = parts;
   const run = await get(runPath(name), {}, signal);
   const head = h("div"),
     body = h("div");
   const chosen = TABS[tab] ? tab : "live";
   put(
-    place,
+    container,
     head,
     h(
       "nav",

@@ -7,7 +7,7 @@ import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
 import { joinNames, splitNames, setQuery, to } from "../route.js";
 
-export async function show(place, { query, signal }) {
+export async function show(container, { query, signal }) {
   const hello = await get("hello", {}, signal);
   const runs = new Map(),
     chosen = new Set(splitNames(query.get("chosen")));
@@ -46,7 +46,7 @@ export async function show(place, { query, signal }) {
 
   update();
   put(
-    place,
+    container,
     h(
       "div",
       { class: "line" },
@@ -81,7 +81,7 @@ export async function show(place, { query, signal }) {
           draw();
         },
         error: (error) => {
-          put(place, errorBox(error));
+          put(container, errorBox(error));
           failed(error);
         },
       },
@@ -203,14 +203,14 @@ function columns(chosen, update) {
 }
 
 /** Show a score with its interval. */
-function score(found) {
-  if (!found) return "";
+function score(result) {
+  if (!result) return "";
   const interval =
-    found.low === null || found.low === undefined ? "" : `${percent(found.low, 0)} to ${percent(found.high, 0)}`;
+    result.low === null || result.low === undefined ? "" : `${percent(result.low, 0)} to ${percent(result.high, 0)}`;
   return h(
     "span",
-    { title: found.words ?? found.metric },
-    percent(found.value),
+    { title: result.words ?? result.metric },
+    percent(result.value),
     h("small", { class: "under" }, interval),
   );
 }

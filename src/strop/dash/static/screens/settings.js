@@ -3,7 +3,7 @@
 import { command, count, facts, h, put, formatValue } from "../all.js";
 import { recipeTable } from "../recipe.js";
 
-export async function show(place, { run }) {
+export async function show(container, { run }) {
   const recipe = run.recipe ?? [],
     lock = run.lock ?? {};
   const table = (rows, label) => {
@@ -27,7 +27,7 @@ export async function show(place, { run }) {
       ...Object.entries(lock.versions ?? {}),
     ];
   put(
-    place,
+    container,
     run.resume && run.can.includes("resume") ? [h("h2", {}, "Resume from a terminal"), command(run.resume)] : null,
     h("h2", {}, "Chosen values and reasons"),
     h("div", { class: "line", style: { "margin-bottom": ".6rem" } }, chosen.tools()),

@@ -1,8 +1,8 @@
 """Matrix multiplication of many rows by frozen bf16 weights, for CPUs with AVX512-BF16 and without AMX.
 
-oneDNN generates code for each number of rows, and passes over the output again for whatever is added. Here some columns
-of the weight are packed for all rows in the second-level cache, and rows pass by, six at a time: 24 registers of
-sums. The adapters' terms, the bias and the residual are added to the sums in registers, which are rounded once.
+A few columns of the weight at a time are packed in the L2 cache and multiplied with all rows, six rows at a time, which
+takes 24 registers of sums. The adapters' term, the bias and the residual are added in registers, so the result is
+rounded once. oneDNN would compile code for each number of rows, and read and write the output again for each addition.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from strop.engine.kernels.cpu.compiled import (
     broadcast,
     call_llvm,
     kernel,
+    load,
     pointer,
     repeat,
+    store,
     subroutine,
     transpose,
     update_if,
@@ -38,34 +40,30 @@ from strop.engine.kernels.cpu.compiled import (
 from strop.engine.kernels.cpu.lora import LoraTerm
 from strop.engine.kernels.cpu.tile import LANES, pair
 
-ROWS, WIDE = 6, 4 * LANES  # rows and columns of a tile
-UNIT = 2 * LANES  # the number of columns is a multiple of this
+ROWS, WIDE = 6, 4 * LANES  # rows and columns of the largest tile
+UNIT = 2 * LANES  # the number of columns must be a multiple of this
 TILES = [(rows, columns) for rows in (ROWS, 3, 1) for columns in (WIDE, UNIT)]
-DEEP = 2048  # pairs along the summed dimension that are packed at once: half a megabyte
+DEEP = 2048  # pairs along the summed dimension that are packed at a time; with WIDE columns, 512 KiB
 
 _SUMS, _PAIRS, _HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 _BF16S, _NARROW = ir.VectorType(BFloat(), 2 * LANES), ir.VectorType(BFloat(), LANES)
 
 
-def _generate(rows: int, vectors: int, context: Any, b: Any, signature: Any, args: Any) -> None:
-    """Emit _tile for one size."""
+def _emit_tile(rows: int, vectors: int, context: Any, b: Any, signature: Any, args: Any) -> None:
+    """Emit _tile for one tile size. vectors: columns / LANES."""
 
-    def start(array: int, at: Any) -> Any:
-        return pointer(context, b, signature.args[array], args[array], at)
+    def start(array: int, index: Any) -> Any:
+        return pointer(context, b, signature.args[array], args[array], index)
 
-    def cast(place: Any, kind: Any) -> Any:
-        return b.bitcast(place, kind.as_pointer())
-
-    def load(place: Any, j: int) -> Any:
-        return bf16_to_fp32(b, b.load(cast(b.gep(place, [I64(j * LANES)]), _HALVES), align=2))
+    def load_bf16(start: Any, j: int) -> Any:
+        return bf16_to_fp32(b, load(b, start, I64(j * LANES), _HALVES))
 
     def multiply(rows_at: Any, row_step: Any, columns_at: Any, column_step: Any) -> Any:
-        """Return the loop body for one pair of each column and each row."""
+        """Return a loop body that multiplies pair k of all rows and columns."""
 
         def body(k: Any, sums: list[Any]) -> list[Any]:
-            line = b.gep(columns_at, [b.mul(k, column_step)])
-            places = [cast(b.gep(line, [I64(j * LANES)]), _PAIRS) for j in range(vectors)]
-            columns = [b.bitcast(b.load(place, align=4), _BF16S) for place in places]
+            row = b.gep(columns_at, [b.mul(k, column_step)])
+            columns = [b.bitcast(load(b, row, I64(j * LANES), _PAIRS), _BF16S) for j in range(vectors)]
             results: list[Any] = []
             for i in range(rows):
                 element = b.load(b.gep(rows_at, [b.add(b.mul(row_step, I64(i)), k)]))
@@ -77,164 +75,169 @@ def _generate(rows: int, vectors: int, context: Any, b: Any, signature: Any, arg
 
         return body
 
-    pairs, begun, ends, more, has_extra, ldy = (args[i] for i in (4, 5, 6, 15, 20, 23))
+    pairs, resumes, completes, rank_pairs, has_extra, ldy = (args[i] for i in (4, 5, 6, 15, 20, 23))
     buffer = start(7, args[8])
-    places = [cast(b.gep(buffer, [I64(i * LANES)]), _SUMS) for i in range(rows * vectors)]
-    zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * len(places)
-    initial = update_if(b, begun, zeros, lambda: [b.load(place, align=4) for place in places])
+    offsets = [I64(i * LANES) for i in range(rows * vectors)]
+    zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * len(offsets)
+    initial = update_if(b, resumes, zeros, lambda: [load(b, buffer, offset, _SUMS) for offset in offsets])
     body = multiply(start(0, args[1]), args[2], start(3, I64(0)), I64(vectors * LANES))
     sums = repeat(b, pairs, 1, initial, body)
-    with b.if_else(ends) as (last, not_last):
+    with b.if_else(completes) as (last, not_last):
         with not_last:
-            for value, place in zip(sums, places, strict=True):
-                b.store(value, place, align=4)
+            for value, offset in zip(sums, offsets, strict=True):
+                store(b, value, buffer, offset)
         with last:
             body = multiply(start(9, args[10]), args[11], start(12, args[13]), args[14])
-            totals = repeat(b, more, 1, sums, body, may_be_empty=True)
-            biases = [load(start(16, args[17]), j) for j in range(vectors)]
+            totals = repeat(b, rank_pairs, 1, sums, body, may_be_empty=True)
+            biases = [load_bf16(start(16, args[17]), j) for j in range(vectors)]
             totals = [add_ordered(b, total, biases[i % vectors]) for i, total in enumerate(totals)]
 
             def add_extra() -> list[Any]:
                 extra = start(18, args[19])
                 return [
-                    add_ordered(b, totals[i * vectors + j], load(b.gep(extra, [b.mul(ldy, I64(i))]), j))
+                    add_ordered(b, totals[i * vectors + j], load_bf16(b.gep(extra, [b.mul(ldy, I64(i))]), j))
                     for i in range(rows)
                     for j in range(vectors)
                 ]
 
             y = start(21, args[22])
             for i, total in enumerate(update_if(b, has_extra, totals, add_extra)):
-                place = b.gep(y, [b.add(b.mul(ldy, I64(i // vectors)), I64(i % vectors * LANES))])
-                b.store(b.bitcast(b.fptrunc(total, _NARROW), _HALVES), cast(place, _HALVES), align=2)
+                offset = b.add(b.mul(ldy, I64(i // vectors)), I64(i % vectors * LANES))
+                store(b, b.bitcast(b.fptrunc(total, _NARROW), _HALVES), y, offset)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _tile(
-    context: Any, x: Any, x_at: Any, ldx: Any, packed: Any, pairs: Any, begun: Any, ends: Any, sums: Any, sums_at: Any,
-    thin: Any, thin_at: Any, ldt: Any, second: Any, second_at: Any, lds: Any, more: Any, bias: Any, bias_at: Any,
+    context: Any, x: Any, x_at: Any, ldx: Any, packed: Any, pairs: Any, resumes: Any, completes: Any, sums: Any,
+    sums_at: Any, za: Any, za_at: Any, ldza: Any, b: Any, b_at: Any, ldb: Any, rank_pairs: Any, bias: Any, bias_at: Any,
     extra: Any, extra_at: Any, has_extra: Any, y: Any, y_at: Any, ldy: Any, rows: Any, columns: Any,
 ) -> Any:  # fmt: skip
-    """Compute y[rows, columns] = x packed + thin second + bias + extra, in bf16; rows and columns as in TILES.
+    """Compute y[rows, columns] = x packed + za b + bias + extra in bf16, for the sizes in TILES.
 
-    x (.., pairs), packed (pairs, columns), thin (.., more), second (more, ..): one-dimensional uint32 arrays of bf16
-    pairs as in tile.tile; bias, extra, y: bf16 bits. ..._at: where the tile begins; ld..: distance between rows, for
-    extra that of y. has_extra: whether extra is added. begun: `sums` holds the sum so far; ends: the sum is complete
-    and y is written, else the sum is stored in `sums`.
+    x, packed, za, b: one-dimensional arrays of pairs as in tile.tile. bias, extra, y: bf16 bits. x_at, za_at, ...: the
+    first element. ldx, ldza, ...: distance between rows; extra has ldy. pairs, rank_pairs: number of pairs along the
+    summed dimensions of x packed and za b. resumes: start from the partial sums in `sums`. completes: write y instead
+    of partial sums.
     """
-    long, yes = types.int64, types.boolean
+    long, bit = types.int64, types.boolean
 
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
         for rows, columns in TILES:
             same = [b.icmp_signed("==", x, I64(n)) for x, n in ((args[24], rows), (args[25], columns))]
             with b.if_then(b.and_(*same)):
-                _generate(rows, columns // LANES, context, b, signature, args)
-        return context.get_dummy_value()
+                _emit_tile(rows, columns // LANES, context, b, signature, args)
 
     signature = types.void(
-        x, long, long, packed, long, yes, yes, sums, long, thin, long, long, second, long, long, long,
-        bias, long, extra, long, yes, y, long, long, long, long,
+        x, long, long, packed, long, bit, bit, sums, long, za, long, long, b, long, long, long,
+        bias, long, extra, long, bit, y, long, long, long, long,
     )  # fmt: skip
     return signature, generate
 
 
 @subroutine
-def _pack(w: Any, at: Any, k: Any, along: Any, begin: Any, pairs: Any, columns: Any, packed: Any) -> None:
-    """Write pairs of w, from pair `begin`, to packed (pairs, columns).
+def _pack(w: Any, first: Any, k: Any, transposed: Any, begin: Any, pairs: Any, columns: Any, packed: Any) -> None:
+    """Write pairs of w along the summed dimension, from pair `begin` on, to packed (pairs, columns).
 
-    w: uint16, one-dimensional, in rows of k. The columns are w's rows from `at` with `along`, else its columns from
-    `at`.
+    w: one-dimensional bf16 bits in rows of k elements. The columns of `packed` are rows of w if `transposed`, else
+    columns of w, from `first` on.
     """
-    if along:
+    if transposed:
         all_pairs = w.view(np.uint32)
         for j in range(0, columns, LANES):
             for p in range(0, pairs, LANES):
-                transpose(all_pairs, (at + j) * (k // 2) + begin + p, k // 2, packed, p * columns + j, columns)
+                transpose(all_pairs, (first + j) * (k // 2) + begin + p, k // 2, packed, p * columns + j, columns)
     else:
         for p in range(pairs):
-            even, odd = 2 * (begin + p) * k + at, (2 * (begin + p) + 1) * k + at
-            first, second = w[even : even + columns], w[odd : odd + columns]
-            to = packed[p * columns : (p + 1) * columns]
+            even, odd = 2 * (begin + p) * k + first, (2 * (begin + p) + 1) * k + first
+            even_row, odd_row = w[even : even + columns], w[odd : odd + columns]
+            target = packed[p * columns : (p + 1) * columns]
             for j in range(columns):
-                to[j] = pair(first[j], second[j])
+                target[j] = pair(even_row[j], odd_row[j])
 
 
 @kernel
 def multiply(
-    x: Any, w: Any, along: Any, thin: Any, second: Any, spans: Any, span_of: Any, bias: Any, extra: Any, has_extra: Any,
-    across: Any, lanes: Any, y: Any,
+    x: Any, w: Any, transposed: Any, za: Any, b: Any, spans: Any, unit_spans: Any, bias: Any, extra: Any,
+    has_extra: Any, column_parts: Any, threads: Any, y: Any,
 ) -> None:  # fmt: skip
-    """Compute y (T, n) = x (T, k) w^T + thin second + bias + extra, all bf16 bits; w (n, k) with `along`, else (k, n).
+    """Compute y (T, n) = x w^T + za b + bias + extra in bf16. w is (n, k) if `transposed`, else (k, n).
 
-    thin (T, R): the inputs times A; `second`: pairs of rows of B^T. spans (N, ..), one row an adapter: its first column
-    of thin, how many, its first column of y, how many, and where it begins in `second`. span_of (n / UNIT,): the span
-    that a unit of columns belongs to, or -1. bias (n,); extra (T, n), which may be y; has_extra: whether it is added.
-    across: number of parts in which the columns go to threads; the rows go in lanes / across parts.
+    za: (T, R), the inputs times the adapters' matrices A. b: pairs of rows of B^T, one adapter after another. spans:
+    (N, 5), for each adapter its first column of za, number of these columns, first column of y, number of these
+    columns, and start in `b`. unit_spans: (n / UNIT,), the index in `spans` for each UNIT columns of y, or -1. extra:
+    (T, n), may be y; added if has_extra. column_parts: the columns are divided among this many threads.
     """
     (rows, k), n = x.shape, y.shape[1]
-    half, num_units, down, row_length = k // 2, n // UNIT, lanes // across, w.shape[1]
-    xs, thins, ws = x.reshape(-1).view(np.uint32), thin.reshape(-1).view(np.uint32), w.reshape(-1)
-    ys, extras, ldt, blocks = y.reshape(-1), extra.reshape(-1), thin.shape[1] // 2, (rows + ROWS - 1) // ROWS
-    for lane in prange(lanes):
-        top, end = lane // across * blocks // down * ROWS, min(rows, (lane // across + 1) * blocks // down * ROWS)
-        unit, high = lane % across * num_units // across, (lane % across + 1) * num_units // across
+    half, num_units, row_parts, row_length = k // 2, n // UNIT, threads // column_parts, w.shape[1]
+    xs, zas, ws = x.reshape(-1).view(np.uint32), za.reshape(-1).view(np.uint32), w.reshape(-1)
+    ys, extras, ldza, blocks = y.reshape(-1), extra.reshape(-1), za.shape[1] // 2, (rows + ROWS - 1) // ROWS
+    for thread in prange(threads):
+        row_part, column_part = thread // column_parts, thread % column_parts
+        begin_row = row_part * blocks // row_parts * ROWS
+        end_row = min(rows, (row_part + 1) * blocks // row_parts * ROWS)
+        unit, end_unit = column_part * num_units // column_parts, (column_part + 1) * num_units // column_parts
         packed = np.empty(min(half, DEEP) * WIDE + GAP, np.uint32)
-        sums = np.empty((end - top) * WIDE + GAP if half > DEEP else 0, np.float32)
-        while unit < high:
-            span, column = span_of[unit], unit * UNIT
-            two = unit + 1 < high and span_of[unit + 1] == span
-            thin_pairs, t_at, s_at, lds = 0, 0, 0, 0
+        sums = np.empty((end_row - begin_row) * WIDE + GAP if half > DEEP else 0, np.float32)
+        while unit < end_unit:
+            span, column = unit_spans[unit], unit * UNIT
+            is_wide = unit + 1 < end_unit and unit_spans[unit + 1] == span
+            rank_pairs, za_column, b_at, ldb = 0, 0, 0, 0
             if span >= 0:
-                first, slot, to, lds, at = spans[span, :5]
-                thin_pairs, t_at, s_at = slot // 2, first // 2, at + column - to
-            width = WIDE if two else UNIT
+                first, rank, first_column, ldb, start = spans[span, :5]
+                rank_pairs, za_column, b_at = rank // 2, first // 2, start + column - first_column
+            width = WIDE if is_wide else UNIT
             for begin in range(0, half, DEEP):
-                deep = min(DEEP, half - begin)
-                _pack(ws, column, row_length, along, begin, deep, width, packed)
-                begun, ends, i = begin > 0, begin + deep == half, top
-                while i < end:
-                    x_at, sums_at, t, to_y = i * half + begin, (i - top) * width, i * ldt + t_at, i * n + column
-                    count = ROWS if end - i >= ROWS else 3 if end - i >= 3 else 1
+                pairs = min(DEEP, half - begin)
+                _pack(ws, column, row_length, transposed, begin, pairs, width, packed)
+                resumes, completes, i = begin > 0, begin + pairs == half, begin_row
+                while i < end_row:
+                    x_at, sums_at = i * half + begin, (i - begin_row) * width
+                    za_at, y_at = i * ldza + za_column, i * n + column
+                    count = ROWS if end_row - i >= ROWS else 3 if end_row - i >= 3 else 1
                     _tile(
-                        xs, x_at, half, packed, deep, begun, ends, sums, sums_at, thins, t, ldt, second, s_at, lds,
-                        thin_pairs, bias, column, extras, to_y, has_extra, ys, to_y, n, count, width,
+                        xs, x_at, half, packed, pairs, resumes, completes, sums, sums_at, zas, za_at, ldza, b, b_at,
+                        ldb, rank_pairs, bias, column, extras, y_at, has_extra, ys, y_at, n, count, width,
                     )  # fmt: skip
                     i += count
-            unit += 2 if two else 1
+            unit += 2 if is_wide else 1
 
 
 @lru_cache(maxsize=256)
-def across(rows: int, num_units: int, lanes: int) -> int:
+def choose_column_parts(rows: int, num_units: int, threads: int) -> int:
     """Return the number of parts of the columns that minimizes the time of the slowest thread.
 
     Each thread packs its columns, which takes as long as about ten rows.
     """
     blocks = -(-rows // ROWS)
-    parts = [count for count in range(1, lanes + 1) if lanes % count == 0]
-    return min(parts, key=lambda count: -(-num_units // count) * (-(-blocks * count // lanes) * ROWS + 10))
+    choices = [count for count in range(1, threads + 1) if threads % count == 0]
+    return min(choices, key=lambda count: -(-num_units // count) * (-(-blocks * count // threads) * ROWS + 10))
 
 
 def matmul(
-    x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Any = None, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, transposed: bool, y: Tensor, added: Any = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Compute train.lora.frozen_matmul in bf16; the weight's dimensions are multiples of UNIT, y is contiguous."""
+    """Compute the same as train.lora.frozen_matmul in bf16.
+
+    The dimensions of the weight must be multiples of UNIT, and y must be contiguous.
+    """
     assert bias is None or bias.dtype == x.dtype
-    n, lanes, in_y = y.shape[1], get_num_threads(), False
+    n, threads, y_holds_term = y.shape[1], get_num_threads(), False
     columns: tuple[tuple[int, int], ...] = ()
-    thin, second, spans = x[:, :0], _NO_PAIRS, _NO_SPANS
+    za, b, spans = x[:, :0], _NO_PAIRS, _NO_SPANS
     if isinstance(added, LoraTerm) and added.columns is not None:
         added.finish_projection()
-        thin, second, spans, columns = added.thin, added.second, added.leave, added.columns
+        za, b, spans, columns = added.projected, added.second, added.second_spans, added.columns
     elif added is not None:
         added.into(y)
-        in_y = True
-    extra = y if in_y or residual is None else residual.contiguous()
+        y_holds_term = True
+    extra = y if y_holds_term or residual is None else residual.contiguous()
     multiply(
-        array(x.contiguous()), array(weight.contiguous()), along, array(thin), second, spans,
+        array(x.contiguous()), array(weight.contiguous()), transposed, array(za), b, spans,
         _spans_by_unit(n, columns), _zero_bias(n) if bias is None else array(bias), array(extra),
-        in_y or residual is not None, across(len(x), n // UNIT, lanes), lanes, array(y),
+        y_holds_term or residual is not None, choose_column_parts(len(x), n // UNIT, threads), threads, array(y),
     )  # fmt: skip
-    if in_y and residual is not None:
+    if y_holds_term and residual is not None:
         y += residual
     return y
 
@@ -249,8 +252,8 @@ def _zero_bias(n: int) -> Any:
 
 @lru_cache(maxsize=256)
 def _spans_by_unit(n: int, columns: tuple[tuple[int, int], ...]) -> Any:
-    """Return for each UNIT of n columns the range (from, to) it belongs to, or -1."""
-    numbers = np.full(n // UNIT, -1)
-    for number, (start, end) in enumerate(columns):
-        numbers[start // UNIT : end // UNIT] = number
-    return numbers
+    """Return for each UNIT columns of n the index of their range in `columns`, or -1."""
+    indices = np.full(n // UNIT, -1)
+    for index, (start, end) in enumerate(columns):
+        indices[start // UNIT : end // UNIT] = index
+    return indices

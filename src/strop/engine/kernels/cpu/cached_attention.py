@@ -1,8 +1,8 @@
-"""Attention for decoding: a few rows of many sequences over a KV cache in blocks, in one compiled kernel.
+"""Attention for decoding: a few rows of many sequences over a paged KV cache, in one compiled kernel.
 
-A block of values has the shape (position, element). A block of keys is transposed, (element, position), in bf16 with
-pairs of elements, so that the lanes of a vector are positions and no horizontal sums are needed. The scores of a query
-are bit-identical whatever else is in the batch.
+A block of values has the shape (positions, elements). A block of keys is transposed, so that the SIMD lanes of a score
+vector are positions and no horizontal sums are needed; in bf16, pairs of elements stay together. The result of a row is
+the same bit for bit, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -25,76 +25,75 @@ from strop.engine.kernels.cpu.compiled import (
     exp,
     from_fp32,
     kernel,
+    load,
     maximum,
     pointer,
     repeat,
+    store,
     subroutine,
 )
 from strop.engine.kernels.cpu.dots import LANES, Operands, add_weighted_rows, prefetch_array
 
 BLOCK = 32  # positions of a sequence in a cache block
 _MASKED = np.float32(-3e38)
-_VECTORS, _PARTS = (
-    BLOCK // LANES,
-    2,
-)  # vectors of positions in a block; partial sums of a score (even and odd elements or pairs)
-_SUMS, _NUMBERS, _PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
+_VECTORS = BLOCK // LANES  # vectors per block of positions
+_PARTS = 2  # partial sums of a score: of even and of odd elements (in bf16, of pairs)
+_SUMS, _INTS, _PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
 
 
 @subroutine
-def key_at(begin: Any, slot: Any, d: Any, like: Any) -> Any:
-    """Return the index of element d of the key in a block's slot. begin: index of the block's head; like: the keys."""
-    unit = 4 // like.itemsize
-    return begin + (d // unit * BLOCK + slot) * unit + d % unit
+def key_index(begin: Any, slot: Any, d: Any, like: Any) -> Any:
+    """Return the index of element d of the key at position `slot` of a block.
+
+    begin: index of the block's first element for the head. like: an array with the dtype of the keys.
+    """
+    packed = 4 // like.itemsize  # elements that stay together
+    return begin + (d // packed * BLOCK + slot) * packed + d % packed
 
 
 def _scores(queries: int) -> Any:
     def typing(context: Any, q: Any, q_at: Any, ldq: Any, keys: Any, k_at: Any, c: Any, c_at: Any, width: Any) -> Any:
         long = types.int64
-        signature = types.void(q, long, long, keys, long, c, long, long)
 
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
             kinds, operands = signature.args, Operands(keys.dtype, q.dtype)
-            unit = 2 if operands.pairs else 1
+            packed = 2 if operands.pairs else 1
             q_start, k_start, c_start = (pointer(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 5))
             q_rows = [b.gep(q_start, [b.mul(args[2], I64(i))]) for i in range(queries)]
 
-            def load_query(place: Any) -> Any:
+            def load_query(address: Any) -> Any:
                 if not operands.pairs:
-                    return broadcast(b, b.load(place), LANES)
-                return b.bitcast(broadcast(b, b.load(b.bitcast(place, I32.as_pointer()), align=2), LANES), _PAIRS)
+                    return broadcast(b, b.load(address), LANES)
+                return b.bitcast(broadcast(b, b.load(b.bitcast(address, I32.as_pointer()), align=2), LANES), _PAIRS)
 
-            def load_keys(place: Any) -> Any:
-                loaded = b.load(b.bitcast(place, (_NUMBERS if operands.pairs else _SUMS).as_pointer()), align=4)
+            def load_keys(row: Any, j: int) -> Any:
+                loaded = load(b, row, I64(j * LANES * packed), _INTS if operands.pairs else _SUMS)
                 return b.bitcast(loaded, _PAIRS) if operands.pairs else loaded
 
-            def body(at: Any, sums: list[Any]) -> list[Any]:
+            def body(index: Any, sums: list[Any]) -> list[Any]:
                 results: list[Any] = []
                 for part in range(_PARTS):
-                    here = b.add(at, I64(part * unit))
-                    row = b.gep(k_start, [b.mul(here, I64(BLOCK))])
-                    columns = [load_keys(b.gep(row, [I64(j * LANES * unit)])) for j in range(_VECTORS)]
+                    offset = b.add(index, I64(part * packed))
+                    row = b.gep(k_start, [b.mul(offset, I64(BLOCK))])
+                    columns = [load_keys(row, j) for j in range(_VECTORS)]
                     for query in q_rows:
-                        element = load_query(b.gep(query, [here]))
+                        element = load_query(b.gep(query, [offset]))
                         for column in columns:
                             results.append(operands.multiply_add(b, column, element, sums[len(results)]))
                 return results
 
             zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * (_PARTS * queries * _VECTORS)
-            sums = repeat(b, args[7], _PARTS * unit, zeros, body)
+            sums = repeat(b, args[7], _PARTS * packed, zeros, body)
             half = len(sums) // _PARTS
             for number in range(half):
-                place = b.gep(c_start, [I64(number * LANES)])
-                value = add_ordered(b, sums[number], sums[half + number])
-                b.store(value, b.bitcast(place, _SUMS.as_pointer()), align=4)
-            return context.get_dummy_value()
+                store(b, add_ordered(b, sums[number], sums[half + number]), c_start, I64(number * LANES))
 
-        return signature, generate
+        return types.void(q, long, long, keys, long, c, long, long), generate
 
-    typing.__doc__ = f"""Compute c[{queries}, BLOCK] = q_i k_j for {queries} queries and the keys of a block.
+    typing.__doc__ = f"""Compute c[i, j] = dot(q_i, k_j) for {queries} queries and the BLOCK keys of a block.
 
-    q, keys: both fp32, or both uint16 with the bits of bf16, keys stored as `key_at` describes; c: fp32. q_at, k_at,
-    c_at: where they begin; ldq: distance between queries. width: elements of a query, a multiple of LANES.
+    q, keys: both fp32 or both bf16 bits, the keys in the order of `key_index`. c: fp32. q_at, k_at, c_at: index of the
+    first element. ldq: distance between queries. width: length of a query, a multiple of LANES.
     """
     return intrinsic(typing)
 
@@ -104,9 +103,9 @@ _scores_1, _scores_2, _scores_3, _scores_4 = (_scores(queries) for queries in (1
 
 @subroutine
 def _score(q: Any, q_at: Any, keys: Any, k_at: Any, c: Any, queries: Any, width: Any) -> None:
-    """Compute c (queries, BLOCK) = q_i k_j for contiguous queries."""
+    """Compute c (queries, BLOCK), the dot products of contiguous queries with the keys of a block."""
     i = 0
-    while LANES == 16 and i + 4 <= queries:  # AVX2 has half as many registers of half the width: one query at a time
+    while LANES == 16 and i + 4 <= queries:  # AVX2 has half as many registers: one query at a time
         _scores_4(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
         i += 4
     if LANES == 16 and queries - i == 3:
@@ -127,68 +126,71 @@ def _cap(scores: Any, scale: Any, softcap: Any) -> None:
 
 
 @subroutine
-def _softmax_block(scores: Any, first: Any, end: Any, scale: Any, weights: Any, top: Any) -> Any:
-    """Write exp(score - top) of the scores within [first, end), times `scale`, to weights (BLOCK,), elsewhere 0.
+def _softmax_block(scores: Any, first: Any, end: Any, scale: Any, weights: Any, previous_max: Any) -> Any:
+    """Write exp(scale * score - new maximum) of the scores in [first, end) to weights (BLOCK,), and 0 elsewhere.
 
-    top: the greatest score so far. Returns the new top, the factor for the weights written before, and the sum.
+    previous_max: the maximum of the preceding blocks. Returns the new maximum, the factor for the sums of the preceding
+    blocks, and the sum of the weights.
     """
-    highest = top
+    new_max = previous_max
     for j in range(BLOCK):
         weights[j] = scores[j] * scale if (j >= first) & (j < end) else _MASKED
-        highest = maximum(highest, weights[j])
+        new_max = maximum(new_max, weights[j])
     total = np.float32(0.0)
     for j in range(BLOCK):
-        e = exp(weights[j] - highest)
-        e = e if weights[j] > _MASKED else np.float32(0.0)
-        weights[j] = e
-        total += e
-    return highest, np.float32(1.0) if highest == top else exp(top - highest), total
+        weight = exp(weights[j] - new_max)
+        weight = weight if weights[j] > _MASKED else np.float32(0.0)
+        weights[j] = weight
+        total += weight
+    return new_max, np.float32(1.0) if new_max == previous_max else exp(previous_max - new_max), total
 
 
 @kernel
-def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lanes: Any) -> None:
-    """Compute softmax(q K^T) V of each row over the keys of its sequence, up to its position and within the window.
+def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, threads: Any) -> None:
+    """Compute causal attention of each row over the keys of its sequence that are in the window.
 
-    q (key_value, T, group, width), keys and values (blocks, key_value, BLOCK, width), out (T, query * size). One block
-    of keys at a time, with FlashAttention's running sum (arXiv:2205.14135).
+    q (key_value, T, group, width), keys and values (blocks, key_value, BLOCK, width), out (T, query * size). Takes one
+    block of keys at a time and keeps a running maximum and sum, as FlashAttention does (arXiv:2205.14135).
     """
-    kv, all_rows, group, width = q.shape
+    key_value, all_rows, group, width = q.shape
     size, window, scale, softcap = shape.size, shape.window, shape.scale, shape.softcap
-    chunks, table = rows.chunks, rows.table
+    score_scale = np.float32(1.0) if softcap else scale  # _cap applies the scale
+    chunks, block_table = rows.chunks, rows.block_table
     qs, ks, vs = q.reshape(-1), keys.reshape(-1), values.reshape(-1)
-    max_rows, tasks = 0, len(chunks) * kv
+    max_rows, tasks = 0, len(chunks) * key_value
     for c in range(len(chunks)):
         max_rows = max(max_rows, chunks[c, 1] * group)
-    for lane in prange(lanes):
-        sums, row_max, totals = (
-            np.empty(max_rows * width, np.float32),
-            np.empty(max_rows, np.float32),
-            np.empty(max_rows, np.float32),
-        )
+    for thread in prange(threads):
+        sums = np.empty(max_rows * width, np.float32)
+        row_max, totals = np.empty(max_rows, np.float32), np.empty(max_rows, np.float32)
         scores, weights = np.empty(max_rows * BLOCK, np.float32), np.empty(max_rows * BLOCK, np.float32)
-        for task in range(lane, tasks, lanes):
-            chunk, head = task // kv, task % kv
-            row, count, at, text = chunks[chunk]
-            queries, last = count * group, at + count - 1
-            next_chunk = (task + lanes) // kv if task + lanes < tasks else chunk
-            next_head, next_at, next_text = (task + lanes) % kv, chunks[next_chunk, 2], chunks[next_chunk, 3]
-            next_first = max(0, next_at - window + 1) // BLOCK if window else 0
+        for task in range(thread, tasks, threads):
+            chunk, head = task // key_value, task % key_value
+            row, count, first_position, sequence = chunks[chunk]
+            queries, stop = count * group, first_position + count
+            first_block = max(0, first_position - window + 1) // BLOCK if window else 0
+            last_block = (stop - 1) // BLOCK
+            next_chunk = (task + threads) // key_value if task + threads < tasks else chunk
+            next_head = (task + threads) % key_value
+            next_position, next_sequence = chunks[next_chunk, 2], chunks[next_chunk, 3]
+            next_first = max(0, next_position - window + 1) // BLOCK if window else 0
             sums[: queries * width] = 0
             row_max[:queries] = _MASKED
             totals[:queries] = 0
             q_at = (head * all_rows + row) * group * width
-            for part in range(max(0, at - window + 1) // BLOCK if window else 0, last // BLOCK + 1):
-                begin = part * BLOCK
-                here, valid = (table[text, part] * kv + head) * BLOCK * width, min(BLOCK, last + 1 - begin)
-                if part < last // BLOCK:  # prefetch the next block of this task or of the next one
-                    next_block = (table[text, part + 1] * kv + head) * BLOCK * width
+            for number in range(first_block, last_block + 1):
+                begin = number * BLOCK
+                block = (block_table[sequence, number] * key_value + head) * BLOCK * width
+                valid = min(BLOCK, stop - begin)
+                if number < last_block:  # prefetch the next block of this task, or the first one of the next task
+                    next_block = (block_table[sequence, number + 1] * key_value + head) * BLOCK * width
                 else:
-                    next_block = (table[next_text, next_first] * kv + next_head) * BLOCK * width
+                    next_block = (block_table[next_sequence, next_first] * key_value + next_head) * BLOCK * width
                 prefetch_array(ks, next_block, BLOCK * width)
-                _score(qs, q_at, ks, here, scores, queries, width)
+                _score(qs, q_at, ks, block, scores, queries, width)
                 prefetch_array(vs, next_block, BLOCK * width)
                 for i in range(queries):
-                    position = at + i // group
+                    position = first_position + i // group
                     first = max(0, position - window + 1 - begin) if window else 0
                     end = min(BLOCK, position + 1 - begin)
                     row_scores = scores[i * BLOCK : (i + 1) * BLOCK]
@@ -198,20 +200,16 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
                         continue
                     if softcap:
                         _cap(row_scores, scale, softcap)
-                        row_max[i], rescale, total = _softmax_block(
-                            row_scores, first, end, np.float32(1.0), row_weights, row_max[i]
-                        )
-                    else:
-                        row_max[i], rescale, total = _softmax_block(
-                            row_scores, first, end, scale, row_weights, row_max[i]
-                        )
+                    row_max[i], rescale, total = _softmax_block(
+                        row_scores, first, end, score_scale, row_weights, row_max[i]
+                    )
                     totals[i] = totals[i] * rescale + total
                     if rescale != 1:
                         for d in range(i * width, (i + 1) * width):
                             sums[d] *= rescale
-                add_weighted_rows(weights, 0, BLOCK, vs, here, width, sums, 0, width, queries, valid, width)
+                add_weighted_rows(weights, 0, BLOCK, vs, block, width, sums, 0, width, queries, valid, width)
             for i in range(queries):
-                share = np.float32(1.0) / totals[i]
-                to, begin = out[row + i // group], (head * group + i % group) * size
+                factor = np.float32(1.0) / totals[i]
+                target, begin = out[row + i // group], (head * group + i % group) * size
                 for d in range(size):
-                    to[begin + d] = from_fp32(sums[i * width + d] * share, out)
+                    target[begin + d] = from_fp32(sums[i * width + d] * factor, out)

@@ -1,8 +1,10 @@
-"""Building blocks of the compiled CPU kernels: numba decorators, bf16 conversion, vectorizable math, LLVM helpers.
+"""Building blocks of the compiled CPU kernels: numba decorators, bf16 conversion, math functions and LLVM helpers.
 
-numba uses OpenMP as its threading layer where it is available, so that kernels run on PyTorch's threads. numba's cache
-of compiled kernels checks the modification time of the file a kernel is defined in, not of this one: after a change
-here, touch the files that use it. `warmup.compile_once` clears the cache when any file of this package has changed.
+numba uses OpenMP as its threading layer if available, so that kernels run on PyTorch's threads.
+
+numba caches a compiled kernel until the file that defines it changes, and does not check the files that it imports.
+`warmup.compile_once` clears the cache when any file of this package has changed; without it, touch the files that
+import this one after a change here.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from strop.machine.probe import vector_extensions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Unused elements before a buffer that a kernel fills and sums in one loop. If the buffer begins within one vector of
-# the row being read, LLVM takes the loop's scalar version, and the order of the sum depends on memory addresses.
+# Unused elements around a buffer. Without them, the buffer may begin less than one vector after the row that a loop
+# reads. LLVM then takes the scalar version of the loop, so the order of a sum would depend on memory addresses.
 GAP = 256
-TASKS = 64  # parts into which kernels with a buffer per task split the rows
+TASKS = 64  # parts of the rows in kernels that need a buffer per part
 
 _config: Any = numba.config
 
@@ -34,17 +36,17 @@ _config: Any = numba.config
 def _start_threads() -> None:
     """Start as many numba threads as PyTorch uses, with OpenMP where it is available.
 
-    numba's OpenMP layer changes settings of the OpenMP library that PyTorch also uses: the number of threads and the
-    limit on nested parallel regions. The matmuls inside PyTorch's CPU attention would then start threads inside
-    threads, and a call would take 40 times as long, so both settings are restored.
+    numba changes the number of threads and the limit on nested parallel regions in the OpenMP library that PyTorch also
+    uses. With these settings the matmuls in PyTorch's CPU attention would start nested threads and take 40 times as
+    long, so both settings are restored.
     """
     threads = torch.get_num_threads()
     _config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
     _config.NUMBA_NUM_THREADS = min(threads, _config.NUMBA_NUM_THREADS)
     try:
-        openmp = ctypes.CDLL(torch._C.__file__)  # symbols are looked up in the linked libraries as well
+        openmp = ctypes.CDLL(torch._C.__file__)  # finds symbols in the linked libraries as well
         levels = openmp.omp_get_max_active_levels()
-    except (OSError, AttributeError):  # this PyTorch has no OpenMP, so nothing is shared
+    except (OSError, AttributeError):  # PyTorch was built without OpenMP
         openmp, levels = None, 0
     numba.set_num_threads(_config.NUMBA_NUM_THREADS)
     if openmp is not None:
@@ -66,10 +68,10 @@ def _decorator(**options: Any) -> Callable[[Function], Function]:
     return decorator
 
 
-kernel = _decorator(parallel=True, fastmath=True)  # its `prange` loops run on all threads
-subroutine = _decorator(fastmath=True)  # kernels call it
-force_inline = _decorator(fastmath=True, forceinline=True)  # a long subroutine in a loop that must be vectorized
-sequence = _decorator(nogil=True)  # calls kernels one after another, with the GIL released
+kernel = _decorator(parallel=True, fastmath=True)  # runs `prange` loops on all threads
+subroutine = _decorator(fastmath=True)  # is called by kernels
+force_inline = _decorator(fastmath=True, forceinline=True)  # for long subroutines in loops that must be vectorized
+sequence = _decorator(nogil=True)  # calls kernels one after another without holding the GIL
 
 
 def specialization_of(function: Callable[..., Any]) -> Callable[[Function], Function]:
@@ -79,7 +81,7 @@ def specialization_of(function: Callable[..., Any]) -> Callable[[Function], Func
 
 
 class BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's type bfloat, which llvmlite lacks."""
+    """LLVM's type bfloat, which llvmlite does not have."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -92,11 +94,11 @@ class BFloat(ir.Type):  # type: ignore[misc]
 
 
 F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
-HAS_BF16 = "avx512_bf16" in vector_extensions()  # the CPU rounds to bf16 and multiplies it in one instruction
+HAS_BF16 = "avx512_bf16" in vector_extensions()  # instructions that round to bf16 and multiply it
 
 
 def _unary(result: Any, emit: Callable[[Any, Any], Any]) -> Any:
-    """Return a function of one argument given by its LLVM instructions: numba would widen 32-bit shifts to 64."""
+    """Return an intrinsic with one argument. (Python code would not do: numba widens 32-bit shifts to 64 bits.)"""
 
     def typing(context: Any, x: Any) -> Any:
         return result(x), lambda target, builder, signature, args: emit(builder, args[0])
@@ -124,7 +126,7 @@ _power_of_2 = _unary(types.float32, lambda b, n: b.bitcast(b.shl(b.add(n, I32(12
 
 @intrinsic  # type: ignore[untyped-decorator]
 def maximum(context: Any, x: Any, y: Any) -> Any:
-    """Return the greater of two fp32 values; loops with numba's own max are not vectorized."""
+    """Return the greater of two fp32 values. LLVM does not vectorize loops with Python's max."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         maxnum = b.module.declare_intrinsic("llvm.maxnum", [F32], ir.FunctionType(F32, [F32, F32]))
@@ -134,11 +136,11 @@ def maximum(context: Any, x: Any, y: Any) -> Any:
 
 
 def to_fp32(x: Any) -> Any:
-    """Return an array element as fp32: bf16 bits (uint16) are converted, fp32 is returned unchanged."""
+    """Convert an array element, fp32 or bf16 bits (uint16), to fp32."""
 
 
 def from_fp32(x: Any, like: Any) -> Any:
-    """Return an fp32 value as the array `like` stores it: bf16 bits rounded to nearest even, or fp32."""
+    """Convert an fp32 value to the dtype of the array `like`, fp32 or bf16 bits rounded to nearest even."""
 
 
 @specialization_of(to_fp32)
@@ -165,7 +167,7 @@ def _from_fp32(x: Any, like: Any) -> Any:
 
 @subroutine
 def exp(x: Any) -> Any:
-    """Return exp(x) for x <= 0, to 1e-7 (the polynomial of Cephes' expf); libm's is not vectorized."""
+    """Return exp(x) for x <= 0 with an error of 1e-7 (Cephes' expf). LLVM does not vectorize calls of libm."""
     x = max(x, np.float32(-87.0))
     n = _truncate(x * np.float32(1.44269504) - np.float32(0.5))
     whole = np.float32(n)
@@ -182,7 +184,7 @@ def exp(x: Any) -> Any:
 def sigmoid(x: Any) -> Any:
     """Return sigmoid(x) and sigmoid(-x).
 
-    1 - sigmoid(x) differs from sigmoid(-x) on CPUs whose fast division is off by a bit.
+    On CPUs with an inexact fast division, 1 - sigmoid(x) would differ from sigmoid(-x).
     """
     e = exp(-abs(x))
     near_one = np.float32(1.0) / (np.float32(1.0) + e)
@@ -192,22 +194,22 @@ def sigmoid(x: Any) -> Any:
 
 @subroutine
 def tanh(x: Any) -> Any:
-    """Return tanh(x), to 1e-7."""
+    """Return tanh(x) with an error of 1e-7."""
     e = exp(np.float32(-2.0) * abs(x))
-    size = (np.float32(1.0) - e) / (np.float32(1.0) + e)
-    return size if x >= 0 else -size
+    magnitude = (np.float32(1.0) - e) / (np.float32(1.0) + e)
+    return magnitude if x >= 0 else -magnitude
 
 
-# LLVM helpers for intrinsics. `b` is llvmlite's instruction builder.
+# Helpers for intrinsics that emit LLVM instructions. `b` is llvmlite's IRBuilder.
 
 
-def pointer(context: Any, b: Any, kind: Any, array: Any, at: Any) -> Any:
-    """Return a pointer to element `at` of a one-dimensional numba array of type `kind`."""
-    return b.gep(context.make_array(kind)(context, b, array).data, [at])
+def pointer(context: Any, b: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Return a pointer to an element of a one-dimensional numba array of type `kind`."""
+    return b.gep(context.make_array(kind)(context, b, array).data, [index])
 
 
 def call_llvm(b: Any, name: str, result: Any, *args: Any) -> Any:
-    """Call an LLVM intrinsic by its full name."""
+    """Emit a call of an LLVM intrinsic, given its full name."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
 
@@ -218,7 +220,7 @@ def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def add_ordered(b: Any, x: Any, y: Any) -> Any:
-    """Return x + y. Without an explicit flag, numba would allow LLVM to reorder the sum."""
+    """Return x + y. The flag replaces numba's fastmath flags, which let LLVM reorder sums."""
     return b.fadd(x, y, flags=("contract",))
 
 
@@ -229,30 +231,44 @@ def broadcast(b: Any, x: Any, count: int) -> Any:
     return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, count), [0] * count))
 
 
+def load(b: Any, start: Any, index: Any, kind: Any) -> Any:
+    """Emit the load of a vector of type `kind` from element `index` on."""
+    return b.load(b.bitcast(b.gep(start, [index]), kind.as_pointer()), align=_alignment(kind))
+
+
+def store(b: Any, x: Any, start: Any, index: Any) -> None:
+    """Emit the store of a vector to element `index` and the following ones."""
+    b.store(x, b.bitcast(b.gep(start, [index]), x.type.as_pointer()), align=_alignment(x.type))
+
+
+def _alignment(kind: Any) -> int:
+    return {I8: 1, I16: 2, BFloat(): 2}.get(kind.element, 4)
+
+
 def bf16_to_fp32(b: Any, x: Any) -> Any:
-    """Return a vector of bf16 bits (i16) as fp32."""
+    """Convert a vector of bf16 bits (i16) to fp32."""
     bits = ir.VectorType(I32, x.type.count)
     shifted = b.shl(b.zext(x, bits), ir.Constant(bits, [16] * bits.count))
     return b.bitcast(shifted, ir.VectorType(F32, bits.count))
 
 
-def prefetch(b: Any, place: Any) -> None:
-    """Request a cache line for reading, into the second-level cache."""
-    place = b.bitcast(place, I8.as_pointer())
-    call_llvm(b, "llvm.prefetch.p0i8", ir.VoidType(), place, I32(0), I32(2), I32(1))
+def prefetch(b: Any, address: Any) -> None:
+    """Emit the prefetch of a cache line into the L2 cache."""
+    address = b.bitcast(address, I8.as_pointer())
+    call_llvm(b, "llvm.prefetch.p0i8", ir.VoidType(), address, I32(0), I32(2), I32(1))
 
 
 def repeat(
-    b: Any, count: Any, step: int, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]], *,
+    b: Any, count: Any, step: int, carried: list[Any], body: Callable[[Any, list[Any]], list[Any] | None], *,
     may_be_empty: bool = False,
 ) -> list[Any]:  # fmt: skip
-    """Emit a loop and return the values that its last iteration gave.
+    """Emit a loop over the indices 0, step, 2 step, ... < count, and return the last carried values.
 
     Args:
         count: end of the loop, a multiple of `step`; greater than 0 unless `may_be_empty`.
-        carried: initial values that are carried from one iteration to the next.
-        body: called once with the index (0, step, 2 step, ...) and the carried values; returns their new values.
-        may_be_empty: emit a check for count <= 0, where the initial values are returned.
+        carried: initial values of the variables that are carried from one iteration to the next.
+        body: called once with the index and the carried values; emits the loop body and returns the new values, if any.
+        may_be_empty: also emit a check that skips the loop if count <= 0.
     """
     before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
     if may_be_empty:
@@ -260,19 +276,19 @@ def repeat(
     else:
         b.branch(loop)
     b.position_at_end(loop)
-    at, values = b.phi(I64), [b.phi(value.type) for value in carried]
-    results = list(body(at, values))
-    after, end = b.add(at, I64(step)), b.block
-    for phi, first, later in zip([at, *values], [I64(0), *carried], [after, *results], strict=True):
+    index, values = b.phi(I64), [b.phi(value.type) for value in carried]
+    results = body(index, values) or []
+    next_index, end = b.add(index, I64(step)), b.block
+    for phi, first, following in zip([index, *values], [I64(0), *carried], [next_index, *results], strict=True):
         phi.add_incoming(first, before)
-        phi.add_incoming(later, end)
-    b.cbranch(b.icmp_signed("<", after, count), loop, done)
+        phi.add_incoming(following, end)
+    b.cbranch(b.icmp_signed("<", next_index, count), loop, done)
     b.position_at_end(done)
     return _merge(b, (carried, before), (results, end)) if may_be_empty else results
 
 
 def update_if(b: Any, condition: Any, values: list[Any], compute: Callable[[], list[Any]]) -> list[Any]:
-    """Emit code that returns compute() where the condition holds, else `values`."""
+    """Emit a branch, and return the values of compute() if the condition holds, else `values`."""
     before, then, done = b.block, b.append_basic_block("then"), b.append_basic_block("done")
     b.cbranch(condition, then, done)
     b.position_at_end(then)
@@ -284,7 +300,7 @@ def update_if(b: Any, condition: Any, values: list[Any], compute: Callable[[], l
 
 
 def _merge(b: Any, *origins: tuple[list[Any], Any]) -> list[Any]:
-    """Return, at the beginning of a block, the values of the block that control came from."""
+    """Emit phi nodes at the start of a block, given the values in each preceding block."""
     phis = [b.phi(value.type) for value in origins[0][0]]
     for values, block in origins:
         for phi, value in zip(phis, values, strict=True):
@@ -298,29 +314,24 @@ _ROW = ir.VectorType(I32, SIDE)
 
 @intrinsic  # type: ignore[untyped-decorator]
 def transpose(context: Any, a: Any, a_at: Any, lda: Any, c: Any, c_at: Any, ldc: Any) -> Any:
-    """Transpose a block of SIDE by SIDE 32-bit elements in registers: c[j * ldc + i] = a[i * lda + j].
+    """Transpose a block of SIDE by SIDE 32-bit elements: c[c_at + j * ldc + i] = a[a_at + i * lda + j].
 
-    a, c: one-dimensional arrays; a_at, c_at: where the block begins; lda, ldc: distance between rows.
+    a, c: one-dimensional arrays. lda, ldc: distance between rows.
     """
 
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
         source, target = (pointer(context, b, signature.args[i], args[i], args[i + 1]) for i in (0, 3))
 
-        def place(start: Any, row: int, step: Any) -> Any:
-            return b.bitcast(b.gep(start, [b.mul(step, I64(row))]), _ROW.as_pointer())
-
-        rows, distance = [b.load(place(source, i, args[2]), align=4) for i in range(SIDE)], 1
+        rows, distance = [load(b, source, b.mul(args[2], I64(i)), _ROW) for i in range(SIDE)], 1
         while distance < SIDE:  # exchange blocks of distance by distance elements across the diagonal
             low = [SIDE + j - distance if j & distance else j for j in range(SIDE)]
             high = [SIDE + j if j & distance else j + distance for j in range(SIDE)]
             for i in (i for i in range(SIDE) if not i & distance):
                 pair = rows[i], rows[i + distance]
-                rows[i], rows[i + distance] = (
-                    b.shuffle_vector(*pair, ir.Constant(_ROW, places)) for places in (low, high)
-                )
+                rows[i] = b.shuffle_vector(*pair, ir.Constant(_ROW, low))
+                rows[i + distance] = b.shuffle_vector(*pair, ir.Constant(_ROW, high))
             distance *= 2
         for j, row in enumerate(rows):
-            b.store(row, place(target, j, args[5]), align=4)
-        return context.get_dummy_value()
+            store(b, row, target, b.mul(args[5], I64(j)))
 
     return types.void(a, types.int64, types.int64, c, types.int64, types.int64), generate

@@ -1,4 +1,4 @@
-"""Dropout as compiled CPU kernels that generate the masks where they are used; bit-identical to train/dropout.py."""
+"""Compiled CPU kernels for dropout that generate masks on the fly, bit-identical to train/dropout.py."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ W0, W1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
 
 @subroutine
 def _round(a: Any, b: Any, c: Any, d: Any, key0: Any, key1: Any) -> Any:
-    """Compute one round of Philox on 32-bit values in uint64. The masks let LLVM see that: 3 times as fast."""
+    """Compute one round of Philox on 32-bit values stored in uint64.
+
+    The masks tell LLVM that the upper bits are zero, which makes it 3 times as fast.
+    """
     first, second = a * M0, c * M1
     return (second >> HALF) ^ b ^ key0, second & MASK, (first >> HALF) ^ d ^ key1, first & MASK
 
 
 @subroutine
 def _random_words(seed: Any, step: Any, number: Any, token: Any, out: Any) -> None:
-    """Write the random words of one row and adapter: all first words of the counters, then all second words, ..."""
+    """Write the random words of one row and adapter: the first words of all counters, then the second words, ..."""
     count = len(out) // 4
     k, q = np.uint64(seed) & MASK, np.uint64(step) & MASK
     k1, q1 = (k + W0) & MASK, (q + W1) & MASK
@@ -49,15 +52,15 @@ def _random_words(seed: Any, step: Any, number: Any, token: Any, out: Any) -> No
 
 
 @subroutine
-def _copy_kept(source: Any, halves: Any, level: Any, to: Any) -> None:
+def _copy_kept(source: Any, random: Any, threshold: Any, target: Any) -> None:
     for j in range(len(source)):
-        to[j] = source[j] if halves[j] >= level else from_fp32(np.float32(0.0), to)
+        target[j] = source[j] if random[j] >= threshold else from_fp32(np.float32(0.0), target)
 
 
 @subroutine
-def _add_kept(source: Any, halves: Any, level: Any, sums: Any) -> None:
+def _add_kept(source: Any, random: Any, threshold: Any, sums: Any) -> None:
     for j in range(len(source)):
-        sums[j] += to_fp32(source[j]) if halves[j] >= level else np.float32(0.0)
+        sums[j] += to_fp32(source[j]) if random[j] >= threshold else np.float32(0.0)
 
 
 @kernel
@@ -67,9 +70,9 @@ def _apply_masks(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: A
         words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
         halves = words.view(np.uint16)
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            for part in range(len(numbers)):
-                _random_words(seed, step, numbers[part], tokens[i], words)
-                _copy_kept(z[i], halves, levels[part], out[i, part * n : (part + 1) * n])
+            for adapter in range(len(numbers)):
+                _random_words(seed, step, numbers[adapter], tokens[i], words)
+                _copy_kept(z[i], halves, levels[adapter], out[i, adapter * n : (adapter + 1) * n])
 
 
 @kernel
@@ -81,12 +84,12 @@ def _apply_masks_backward(grad: Any, out: Any, seed: Any, step: Any, tokens: Any
         halves = words.view(np.uint16)
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             sums[:] = 0
-            for part in range(len(numbers)):
-                _random_words(seed, step, numbers[part], tokens[i], words)
-                _add_kept(grad[i, part * n : (part + 1) * n], halves, levels[part], sums)
-            to = out[i]
+            for adapter in range(len(numbers)):
+                _random_words(seed, step, numbers[adapter], tokens[i], words)
+                _add_kept(grad[i, adapter * n : (adapter + 1) * n], halves, levels[adapter], sums)
+            target = out[i]
             for j in range(n):
-                to[j] = from_fp32(sums[j], out)
+                target[j] = from_fp32(sums[j], out)
 
 
 def _arguments(dropped: DropoutSpec) -> Any:
@@ -94,8 +97,8 @@ def _arguments(dropped: DropoutSpec) -> Any:
     return *key, array(dropped.tokens), np.array(dropped.numbers), np.array(dropped.levels, dtype=np.uint16)
 
 
-def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
-    out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1]) if out is None else out
+def apply_masks(z: Tensor, dropped: DropoutSpec) -> Tensor:
+    out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1])
     _apply_masks(array(z.contiguous()), array(out), *_arguments(dropped))
     return out
 

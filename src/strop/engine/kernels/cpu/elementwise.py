@@ -1,6 +1,7 @@
-"""The element-wise operations of eager.py, LayerNorm, activations and the rotary embedding, as compiled CPU kernels.
+"""Compiled CPU kernels for fp32 and bf16: norms, activations, softmax, cross entropy and the rotary embedding.
 
-All take fp32 and bf16. Each kernel reads and writes memory once; PyTorch makes several passes and a copy in fp32.
+eager.py specifies what most of them compute. Each kernel reads and writes memory once, where PyTorch would make several
+passes and an fp32 copy.
 """
 
 from __future__ import annotations
@@ -30,42 +31,39 @@ from strop.engine.kernels.cpu.compiled import (
 )
 from strop.engine.kernels.protocols import ActivationParameters
 from strop.engine.train.attention import Heads
-from strop.engine.train.packing import Places
+from strop.engine.train.packing import Slots
 
 SILU, GELU_TANH, GELU, RELU2, RELU, XIELU = range(6)
 KINDS = {"SILU": SILU, "GELU_TANH": GELU_TANH, "GELU": GELU, "RELU2": RELU2, "RELU": RELU, "XIELU": XIELU}
-TWO_ROOT, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi)
-_ROOT_HALF, _PEAK = np.float32(0.7071067811865476), np.float32(0.3989422804014327)  # 1 / sqrt(2), 1 / sqrt(2 pi)
+GELU_SCALE, GELU_CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi)
+_INV_SQRT_2, _INV_SQRT_2PI = np.float32(0.7071067811865476), np.float32(0.3989422804014327)
 
 
-def rows_of(x: Tensor) -> Any:
-    """Return x (.., n) as a contiguous array (T, n)."""
+def as_rows(x: Tensor) -> Any:
+    """Return x (.., n) as a contiguous NumPy array (T, n)."""
     return array(x.reshape(-1, x.shape[-1]).contiguous())
 
 
 def flatten(x: Tensor) -> Any:
-    """Return a 1-D view from the first to the last element of x (T, heads, d), whose rows may have a larger stride."""
+    """Return x (T, heads, d) as a 1-D array without a copy; it includes any memory between the rows of x."""
     assert x.stride()[1:] == (x.shape[2], 1)
     return array(x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2],), (1,)))
 
 
-def cache_folder() -> Path:
-    """Return the folder where numba caches the compiled kernels."""
+def numba_cache_folder() -> Path:
+    """Return the folder where numba caches the compiled kernels of this package."""
     return Path(cast(Any, _rms_norm).stats.cache_path)
-
-
-# RMSNorm and LayerNorm
 
 
 @kernel
 def _rms_norm(x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
     rows, n = x.shape
     for i in prange(rows):
-        total = np.float32(0.0)
+        sum_squares = np.float32(0.0)
         for j in range(n):
             value = to_fp32(x[i, j])
-            total += value * value
-        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+            sum_squares += value * value
+        rstd = np.float32(1.0) / np.sqrt(sum_squares / np.float32(n) + eps)
         for j in range(n):
             out[i, j] = from_fp32(to_fp32(x[i, j]) * rstd * (to_fp32(weight[j]) + offset), out)
 
@@ -74,43 +72,43 @@ def _rms_norm(x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
 def _rms_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
     rows, n = x.shape
     for i in prange(rows):
-        total, dot = np.float32(0.0), np.float32(0.0)
+        sum_squares, dot = np.float32(0.0), np.float32(0.0)
         for j in range(n):
             value = to_fp32(x[i, j])
-            total += value * value
+            sum_squares += value * value
             dot += to_fp32(grad[i, j]) * (to_fp32(weight[j]) + offset) * value
-        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
-        shrink = dot * rstd * rstd / np.float32(n)
+        rstd = np.float32(1.0) / np.sqrt(sum_squares / np.float32(n) + eps)
+        projection = dot * rstd * rstd / np.float32(n)
         for j in range(n):
             weighted = to_fp32(grad[i, j]) * (to_fp32(weight[j]) + offset)
-            out[i, j] = from_fp32(rstd * (weighted - to_fp32(x[i, j]) * shrink), out)
+            out[i, j] = from_fp32(rstd * (weighted - to_fp32(x[i, j]) * projection), out)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    _rms_norm(rows_of(x), array(weight), np.float32(eps), np.float32(offset), rows_of(out))
+    _rms_norm(as_rows(x), array(weight), np.float32(eps), np.float32(offset), as_rows(out))
     return out
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
-    _rms_norm_backward(rows_of(grad), rows_of(x), array(weight), np.float32(eps), np.float32(offset), rows_of(out))
+    _rms_norm_backward(as_rows(grad), as_rows(x), array(weight), np.float32(eps), np.float32(offset), as_rows(out))
     return out
 
 
 @kernel
 def _layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any) -> None:
-    """Write LayerNorm of x (T, n) to `out`; bias: (n,) or (0,)."""
+    """Write the LayerNorm of x (T, n) to `out`; an empty `bias` means no bias."""
     rows, n = x.shape
     for i in prange(rows):
-        mean, total = np.float32(0.0), np.float32(0.0)
+        mean, sum_squares = np.float32(0.0), np.float32(0.0)
         for j in range(n):
             mean += to_fp32(x[i, j])
         mean /= np.float32(n)
         for j in range(n):
-            off = to_fp32(x[i, j]) - mean
-            total += off * off
-        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+            centered = to_fp32(x[i, j]) - mean
+            sum_squares += centered * centered
+        rstd = np.float32(1.0) / np.sqrt(sum_squares / np.float32(n) + eps)
         if len(bias):
             for j in range(n):
                 out[i, j] = from_fp32((to_fp32(x[i, j]) - mean) * rstd * to_fp32(weight[j]) + to_fp32(bias[j]), out)
@@ -123,55 +121,53 @@ def _layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any) -> None:
 def _layer_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, out: Any) -> None:
     rows, n = x.shape
     for i in prange(rows):
-        mean, total = np.float32(0.0), np.float32(0.0)
+        mean, sum_squares = np.float32(0.0), np.float32(0.0)
         for j in range(n):
             mean += to_fp32(x[i, j])
         mean /= np.float32(n)
         mean_grad, dot = np.float32(0.0), np.float32(0.0)
         for j in range(n):
-            off, weighted = to_fp32(x[i, j]) - mean, to_fp32(grad[i, j]) * to_fp32(weight[j])
-            total += off * off
+            centered, weighted = to_fp32(x[i, j]) - mean, to_fp32(grad[i, j]) * to_fp32(weight[j])
+            sum_squares += centered * centered
             mean_grad += weighted
-            dot += weighted * off
-        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+            dot += weighted * centered
+        rstd = np.float32(1.0) / np.sqrt(sum_squares / np.float32(n) + eps)
         mean_grad /= np.float32(n)
-        shrink = dot * rstd * rstd / np.float32(n)
+        projection = dot * rstd * rstd / np.float32(n)
         for j in range(n):
             weighted = to_fp32(grad[i, j]) * to_fp32(weight[j])
-            out[i, j] = from_fp32(rstd * (weighted - mean_grad - (to_fp32(x[i, j]) - mean) * shrink), out)
+            out[i, j] = from_fp32(rstd * (weighted - mean_grad - (to_fp32(x[i, j]) - mean) * projection), out)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
-    """Return LayerNorm over the last dimension, as torch.nn.functional.layer_norm."""
+    """Return the same as torch.nn.functional.layer_norm over the last dimension."""
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    _layer_norm(rows_of(x), array(weight), array(weight[:0] if bias is None else bias), np.float32(eps), rows_of(out))
+    _layer_norm(as_rows(x), array(weight), array(weight[:0] if bias is None else bias), np.float32(eps), as_rows(out))
     return out
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return the gradient of layer_norm with respect to x."""
     out = torch.empty(x.shape, dtype=x.dtype)
-    _layer_norm_backward(rows_of(grad), rows_of(x), array(weight), np.float32(eps), rows_of(out))
+    _layer_norm_backward(as_rows(grad), as_rows(x), array(weight), np.float32(eps), as_rows(out))
     return out
 
 
-# Activations
-
-
 @subroutine
-def silu_or_gelu(x: Any, gelu: Any) -> Any:
-    """Return silu(x), or gelu(x) in its tanh approximation, and the derivative.
+def _silu_or_gelu(x: Any, gelu: Any) -> Any:
+    """Return silu(x), or the tanh approximation of gelu(x), and the derivative.
 
-    Both are x sigmoid(z): z = x for silu, and z = 2 u for gelu, because (1 + tanh(u)) / 2 = sigmoid(2 u).
+    silu(x) is x sigmoid(x). The approximation of gelu(x), x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3),
+    equals x sigmoid(2 u).
     """
     one = np.float32(1.0)
     z, dz = x, one
     if gelu:
-        z = TWO_ROOT * (x + CUBIC * x * x * x)
-        dz = TWO_ROOT * (one + np.float32(3.0) * CUBIC * x * x)
-    share, rest = sigmoid(z)
-    value = x * share
-    return value, share + value * rest * dz
+        z = GELU_SCALE * (x + GELU_CUBIC * x * x * x)
+        dz = GELU_SCALE * (one + np.float32(3.0) * GELU_CUBIC * x * x)
+    sigmoid_z, sigmoid_minus_z = sigmoid(z)
+    value = x * sigmoid_z
+    return value, sigmoid_z + value * sigmoid_minus_z * dz
 
 
 @kernel
@@ -179,7 +175,7 @@ def _glu(gate_up: Any, gelu: Any, out: Any) -> None:
     rows, n = out.shape
     for i in prange(rows):
         for j in range(n):
-            value, _ = silu_or_gelu(to_fp32(gate_up[i, j]), gelu)
+            value, _ = _silu_or_gelu(to_fp32(gate_up[i, j]), gelu)
             out[i, j] = from_fp32(value * to_fp32(gate_up[i, n + j]), out)
 
 
@@ -188,7 +184,7 @@ def _glu_backward_row(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any
     n = len(out)
     for j in range(n):
         up, upstream = to_fp32(gate_up[n + j]), to_fp32(grad[j])
-        value, slope = silu_or_gelu(to_fp32(gate_up[j]), gelu)
+        value, slope = _silu_or_gelu(to_fp32(gate_up[j]), gelu)
         out[j] = from_fp32(value * up, out)
         grad_in[j] = from_fp32(upstream * up * slope, grad_in)
         grad_in[n + j] = from_fp32(upstream * value, grad_in)
@@ -197,7 +193,7 @@ def _glu_backward_row(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any
 @kernel
 def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) -> None:
     for i in prange(len(out)):
-        if gelu:  # with a constant in each call numba vectorizes the loop, which is 7 times as fast
+        if gelu:  # numba vectorizes a call with a constant argument, which is 7 times as fast
             _glu_backward_row(grad[i], gate_up[i], True, grad_in[i], out[i])
         else:
             _glu_backward_row(grad[i], gate_up[i], False, grad_in[i], out[i])
@@ -205,21 +201,21 @@ def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) ->
 
 def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2) if out is None else out
-    _glu(rows_of(gate_up), activation != "silu", array(out))
+    _glu(as_rows(gate_up), activation != "silu", array(out))
     return out
 
 
 def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     grad_in, out = torch.empty_like(gate_up), torch.empty_like(grad)
-    _glu_backward(rows_of(grad), rows_of(gate_up), activation != "silu", array(grad_in), array(out))
+    _glu_backward(as_rows(grad), as_rows(gate_up), activation != "silu", array(grad_in), array(out))
     return grad_in, out
 
 
 @force_inline
 def _erfc(z: Any) -> Any:
-    """Return erfc(z) for z >= 0, to a relative 1.2e-7 (Press et al., Numerical Recipes, section 6.2).
+    """Return erfc(z) for z >= 0 with a relative error of 1.2e-7 (Press et al., Numerical Recipes, section 6.2).
 
-    libm's erfc is not vectorized.
+    LLVM cannot vectorize a loop that calls erfc of libm.
     """
     t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.5) * z)
     p = np.float32(0.17087277) * t - np.float32(0.82215223)
@@ -235,37 +231,37 @@ def _erfc(z: Any) -> Any:
 
 @force_inline
 def gelu(x: Any) -> Any:
-    """Return gelu(x) and its derivative."""
-    half = np.float32(0.5) * _erfc(abs(x) * _ROOT_HALF)
-    share = np.float32(1.0) - half if x >= 0 else half
-    return x * share, share + x * _PEAK * exp(np.float32(-0.5) * x * x)
+    """Return x * cdf(x), with the CDF of the standard normal distribution, and its derivative."""
+    tail = np.float32(0.5) * _erfc(abs(x) * _INV_SQRT_2)
+    cdf = np.float32(1.0) - tail if x >= 0 else tail
+    return x * cdf, cdf + x * _INV_SQRT_2PI * exp(np.float32(-0.5) * x * x)
 
 
 @subroutine
 def _xielu(x: Any, parameters: Any) -> Any:
     """Return xIELU (arXiv:2411.13010) and its derivative."""
     positive, negative, beta, eps = parameters
-    below = min(x, eps)
-    e = exp(below)
-    slope = negative * ((e if x < eps else np.float32(0.0)) - np.float32(1.0)) + beta
-    value = negative * (e - np.float32(1.0) - x) + beta * x
+    capped = min(x, eps)
+    exp_x = exp(capped)
+    slope = negative * ((exp_x if x < eps else np.float32(0.0)) - np.float32(1.0)) + beta
+    value = negative * (exp_x - np.float32(1.0) - x) + beta * x
     return (positive * x + beta) * x if x > 0 else value, np.float32(2.0) * positive * x + beta if x > 0 else slope
 
 
 @force_inline
 def _value_and_slope(x: Any, kind: Any, parameters: Any) -> Any:
-    """Return an activation and its derivative. Callers pass a constant `kind`, so that numba vectorizes the loop."""
+    """Return an activation of x and its derivative. `kind` must be a constant, or numba does not vectorize the loop."""
     zero = np.float32(0.0)
     if kind == GELU:
         return gelu(x)
-    positive = np.float32(0.5) * (x + abs(x))  # a comparison would lose NaN
+    positive = np.float32(0.5) * (x + abs(x))  # max(x, 0) that propagates NaN
     if kind == RELU2:
         return positive * positive, np.float32(2.0) * positive
     if kind == RELU:
         return positive, np.float32(1.0) if x > 0 else zero
     if kind == XIELU:
         return _xielu(x, parameters)
-    return silu_or_gelu(x, kind == GELU_TANH)
+    return _silu_or_gelu(x, kind == GELU_TANH)
 
 
 @force_inline
@@ -317,25 +313,22 @@ def _activation_backward(grad: Any, x: Any, kind: Any, parameters: Any, grad_in:
             _activation_backward_row(grad[i], x[i], SILU, parameters, grad_in[i], out[i])
 
 
-def activated(x: Tensor, kind: str, parameters: ActivationParameters, out: Tensor | None = None) -> Tensor:
-    """Return an activation of x (T, I). kind: a key of KINDS."""
+def activate(x: Tensor, kind: str, parameters: ActivationParameters, out: Tensor | None = None) -> Tensor:
+    """Return the activation named `kind` (a key of KINDS) of x (T, n)."""
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    _activation(rows_of(x), KINDS[kind], _as_fp32(parameters), array(out))
+    _activation(as_rows(x), KINDS[kind], _as_fp32(parameters), array(out))
     return out
 
 
-def activated_backward(grad: Tensor, x: Tensor, kind: str, parameters: ActivationParameters) -> tuple[Tensor, Tensor]:
-    """Return the gradient with respect to x, and the output of the forward again."""
+def activate_backward(grad: Tensor, x: Tensor, kind: str, parameters: ActivationParameters) -> tuple[Tensor, Tensor]:
+    """Return the gradient with respect to x, and the output of the forward pass."""
     grad_in, out = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    _activation_backward(rows_of(grad), rows_of(x), KINDS[kind], _as_fp32(parameters), array(grad_in), array(out))
+    _activation_backward(as_rows(grad), as_rows(x), KINDS[kind], _as_fp32(parameters), array(grad_in), array(out))
     return grad_in, out
 
 
 def _as_fp32(parameters: ActivationParameters) -> tuple[Any, ...]:
     return tuple(np.float32(x) for x in parameters)
-
-
-# DoRA's scaling of output columns
 
 
 @kernel
@@ -347,7 +340,7 @@ def _scale_columns(x: Any, gains: Any) -> None:
 
 
 @subroutine
-def _scale_columns_row(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
+def _scale_columns_backward_row(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
     for j in range(len(grad)):
         upstream = to_fp32(grad[j])
         sums[j] += upstream * to_fp32(y[j])
@@ -358,10 +351,10 @@ def _scale_columns_row(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> No
 def _scale_columns_backward(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
     rows, n = grad.shape
     for task in prange(TASKS):
-        total = np.zeros(GAP + n, dtype=np.float32)[GAP:]
+        task_sums = np.zeros(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            _scale_columns_row(grad[i], y[i], gains, out[i], total)
-        sums[task, :] = total
+            _scale_columns_backward_row(grad[i], y[i], gains, out[i], task_sums)
+        sums[task, :] = task_sums
 
 
 def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
@@ -371,11 +364,8 @@ def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
 
 def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
     out, sums = torch.empty_like(grad), torch.empty(TASKS, grad.shape[1])
-    _scale_columns_backward(rows_of(grad), rows_of(y), array(gains), array(out), array(sums))
+    _scale_columns_backward(as_rows(grad), as_rows(y), array(gains), array(out), array(sums))
     return out, sums.sum(0)
-
-
-# Softmax and cross entropy
 
 
 @subroutine
@@ -388,7 +378,7 @@ def row_max(row: Any) -> Any:
 
 @subroutine
 def exp_row(row: Any, highest: Any, out: Any) -> Any:
-    """Write exp(row - highest) to `out`, and return the sum."""
+    """Write exp(row - highest) to `out` and return the sum."""
     total = np.float32(0.0)
     for j in range(len(row)):
         e = exp(to_fp32(row[j]) - highest)
@@ -404,8 +394,12 @@ def scale_row(row: Any, values: Any, scale: Any) -> None:
 
 
 @subroutine
-def visible(i: Any, group: Any, first: Any, window: Any) -> Any:
-    """Return the range of keys, [begin, end), that row i of the scores attends to. first: position of row 0."""
+def visible_keys(i: Any, group: Any, first: Any, window: Any) -> Any:
+    """Return the range [begin, end) of keys that row i of the scores attends to.
+
+    group: query heads per key-value head; rows with the same i // group have the same position. first: the position of
+    row 0. window: the size of the attention window, 0 for none.
+    """
     end = first + i // group + 1
     return (max(end - window, 0) if window else 0), end
 
@@ -416,7 +410,7 @@ def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any, sin
     for task in prange(TASKS):
         buffer = np.empty(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            begin, end = visible(i % queries, group, first, window)
+            begin, end = visible_keys(i % queries, group, first, window)
             row = scores[i, begin:end]
             highest = row_max(row)
             total = exp_row(row, highest, buffer)
@@ -441,7 +435,7 @@ def _softmax_backward_row(grad: Any, probs: Any) -> None:
 def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, _ = probs.shape
     for i in prange(rows):
-        begin, end = visible(i % queries, group, first, window)
+        begin, end = visible_keys(i % queries, group, first, window)
         _softmax_backward_row(grad[i, begin:end], probs[i, begin:end])
         grad[i, :begin] = 0
         grad[i, end:] = 0
@@ -449,18 +443,18 @@ def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: An
 
 def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor | None = None) -> Tensor:
     sink_scores = np.empty(0, np.float32) if sinks is None else array(sinks)
-    _softmax(rows_of(scores), scores.shape[1], group, first, window, sink_scores)
+    _softmax(as_rows(scores), scores.shape[1], group, first, window, sink_scores)
     return scores
 
 
 def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor:
-    _softmax_backward(rows_of(grad), rows_of(probs), probs.shape[1], group, first, window)
+    _softmax_backward(as_rows(grad), as_rows(probs), probs.shape[1], group, first, window)
     return grad
 
 
 @subroutine
 def _capped_exp_row(row: Any, highest: Any, softcap: Any, out: Any) -> Any:
-    """Write exp(soft-capped row - highest) to `out`, and return the sum."""
+    """Write exp(softcap * tanh(row / softcap) - highest) to `out` and return the sum."""
     total = np.float32(0.0)
     for j in range(len(row)):
         e = exp(softcap * tanh(to_fp32(row[j]) / softcap) - highest)
@@ -471,7 +465,7 @@ def _capped_exp_row(row: Any, highest: Any, softcap: Any, out: Any) -> Any:
 
 @subroutine
 def _scale_capped(row: Any, values: Any, scale: Any, softcap: Any) -> None:
-    """Overwrite the row with values * scale, times the derivative of the soft cap."""
+    """Overwrite the row with values * scale * the derivative of the soft cap at the row's values."""
     for j in range(len(row)):
         t = tanh(to_fp32(row[j]) / softcap)
         row[j] = from_fp32(values[j] * scale * (np.float32(1.0) - t * t), row)
@@ -484,14 +478,14 @@ def _cross_entropy(logits: Any, labels: Any, weights: Any, softcap: Any, gradien
         buffer = np.empty(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             row, label = logits[i], labels[i]
-            highest, at, slope = row_max(row), to_fp32(row[label]), np.float32(1.0)
+            highest, target_logit, slope = row_max(row), to_fp32(row[label]), np.float32(1.0)
             if softcap > 0:
-                t = tanh(at / softcap)
-                highest, at, slope = softcap * tanh(highest / softcap), softcap * t, np.float32(1.0) - t * t
+                t = tanh(target_logit / softcap)
+                highest, target_logit, slope = softcap * tanh(highest / softcap), softcap * t, np.float32(1.0) - t * t
                 total = _capped_exp_row(row, highest, softcap, buffer)
             else:
                 total = exp_row(row, highest, buffer)
-            losses[i] = weights[i] * (np.log(total) + highest - at)
+            losses[i] = weights[i] * (np.log(total) + highest - target_logit)
             if gradient:
                 scale = weights[i] / total
                 if softcap > 0:
@@ -507,92 +501,89 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: flo
     return losses
 
 
-# Rotary embedding
-
-
 @subroutine
-def _row(place: Any, at: Any, length: Any, head: Any, key_value: Any, group: Any) -> Any:
-    """Return the row that to_heads writes for a padded position (`place`) and a head, as eager._rows does."""
-    start = (place - at[place]) * key_value + head // group * length[place] + at[place]
+def _output_row(slot: Any, positions: Any, lengths: Any, head: Any, key_value: Any, group: Any) -> Any:
+    """Return the row of to_heads' result for a slot and a head. positions, lengths: as in packing.Slots."""
+    start = (slot - positions[slot]) * key_value + head // group * lengths[slot] + positions[slot]
     return start * group + head % group
 
 
 @kernel
 def _to_heads(
-    x: Any, stride: Any, cos: Any, sin: Any, scale: Any, token: Any, at: Any, length: Any, key_value: Any,
+    x: Any, stride: Any, cos: Any, sin: Any, scale: Any, rows: Any, positions: Any, lengths: Any, key_value: Any,
     group: Any, d: Any, out: Any,
 ) -> None:  # fmt: skip
     m = cos.shape[1]
-    for place in prange(len(token)):
-        row = token[place]
+    for slot in prange(len(rows)):
+        row = rows[slot]
         for head in range(key_value * group):
-            to = out[_row(place, at, length, head, key_value, group)]
+            target = out[_output_row(slot, positions, lengths, head, key_value, group)]
             if row < 0:
-                to[:] = 0
+                target[:] = 0
                 continue
             begin = row * stride + head * d
             source = x[begin : begin + d]
             for j in range(m):
                 a, b = to_fp32(source[j]), to_fp32(source[m + j])
                 c, s = cos[row, j] * scale, sin[row, j] * scale
-                to[j] = from_fp32(a * c - b * s, out)
-                to[m + j] = from_fp32(b * c + a * s, out)
+                target[j] = from_fp32(a * c - b * s, out)
+                target[m + j] = from_fp32(b * c + a * s, out)
             for j in range(2 * m, d):
-                to[j] = from_fp32(to_fp32(source[j]) * scale, out)
+                target[j] = from_fp32(to_fp32(source[j]) * scale, out)
 
 
 @kernel
 def _from_heads(
-    x: Any, cos: Any, sin: Any, scale: Any, first: Any, where: Any, at: Any, length: Any, key_value: Any, group: Any,
-    d: Any, out: Any, stride: Any,
+    x: Any, cos: Any, sin: Any, scale: Any, starts: Any, slots: Any, positions: Any, lengths: Any, key_value: Any,
+    group: Any, d: Any, out: Any, stride: Any,
 ) -> None:  # fmt: skip
     m = cos.shape[1]
-    rows = len(first) - 1
+    num_rows = len(starts) - 1
     for task in prange(TASKS):
         total = np.empty(d, dtype=np.float32)
-        for row in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+        for row in range(task * num_rows // TASKS, (task + 1) * num_rows // TASKS):
             for head in range(key_value * group):
                 total[:] = 0
-                for n in range(first[row], first[row + 1]):
-                    source = x[_row(where[n], at, length, head, key_value, group)]
+                for i in range(starts[row], starts[row + 1]):
+                    source = x[_output_row(slots[i], positions, lengths, head, key_value, group)]
                     for j in range(d):
                         total[j] += to_fp32(source[j])
                 begin = row * stride + head * d
-                to = out[begin : begin + d]
+                target = out[begin : begin + d]
                 for j in range(m):
                     a, b = total[j], total[m + j]
                     c, s = cos[row, j] * scale, sin[row, j] * scale
-                    to[j] = from_fp32(a * c + b * s, out)
-                    to[m + j] = from_fp32(b * c - a * s, out)
+                    target[j] = from_fp32(a * c + b * s, out)
+                    target[m + j] = from_fp32(b * c - a * s, out)
                 for j in range(2 * m, d):
-                    to[j] = from_fp32(total[j] * scale, out)
+                    target[j] = from_fp32(total[j] * scale, out)
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None, tokens: int, scale: float) -> tuple[Any, Any, Any]:
-    zero = torch.empty(tokens, 0)
-    return array(zero if cos is None else cos), array(zero if sin is None else sin), np.float32(scale)
+    no_angles = torch.empty(tokens, 0)
+    return array(no_angles if cos is None else cos), array(no_angles if sin is None else sin), np.float32(scale)
 
 
-def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int) -> Tensor:
+def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Slots, group: int) -> Tensor:
     tokens, heads, d = x.shape
-    out = x.new_empty(len(places.token) * heads, d)
-    into = (array(places.token), array(places.at), array(places.length), heads // group, group, d, array(out))
-    _to_heads(flatten(x), x.stride(0), *_angles(cos, sin, tokens, scale), *into)
+    out = x.new_empty(len(slots.rows) * heads, d)
+    layout = array(slots.rows), array(slots.positions), array(slots.lengths), heads // group, group
+    _to_heads(flatten(x), x.stride(0), *_angles(cos, sin, tokens, scale), *layout, d, array(out))
     return out
 
 
 def from_heads(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Slots, group: int, out: Tensor
 ) -> None:
     tokens, heads, d = out.shape
-    back = (array(places.first), array(places.where), array(places.at), array(places.length))
-    shape = (heads // group, group, d)
-    _from_heads(array(x), *_angles(cos, sin, tokens, scale), *back, *shape, flatten(out), out.stride(0))
+    layout = array(slots.starts), array(slots.slots), array(slots.positions), array(slots.lengths)
+    shape = heads // group, group, d
+    _from_heads(array(x), *_angles(cos, sin, tokens, scale), *layout, *shape, flatten(out), out.stride(0))
 
 
 @subroutine
 def _rotate(x: Any, cos: Any, sin: Any, interleaved: Any, factor: Any, out: Any) -> None:
-    """Rotate one head. `out` always has the pairs in two halves; those of x may be interleaved."""
+    """Apply the rotary embedding to one head. Pairs (x[2 j], x[2 j + 1]) of an interleaved x become (j, m + j)."""
     m = len(cos)
     if interleaved:
         for j in range(m):
@@ -631,37 +622,37 @@ def _rotate_rows(
     x: Any, query: Any, key_value: Any, d: Any, cos: Any, sin: Any, interleaved: Any, factors: Any, backward: Any,
     out: Any,
 ) -> None:  # fmt: skip
-    """Rotate q and k of each row of x and copy v; factors: scale of each row's q, (T,), or (0,)."""
+    """Rotate q and k in each row of qkv (T, n) and copy v. factors: a scale of q for each row, or empty."""
     one, rotated = np.float32(1.0), (query + key_value) * d
     for i in prange(len(x)):
-        source, to, c, s = x[i], out[i], cos[i], sin[i]
+        source, target, c, s = x[i], out[i], cos[i], sin[i]
         for head in range(query + key_value):
             begin, end = head * d, (head + 1) * d
             factor = factors[i] if head < query and len(factors) else one
             if backward:
-                _rotate_backward(source[begin:end], c, s, interleaved, factor, to[begin:end])
+                _rotate_backward(source[begin:end], c, s, interleaved, factor, target[begin:end])
             else:
-                _rotate(source[begin:end], c, s, interleaved, factor, to[begin:end])
+                _rotate(source[begin:end], c, s, interleaved, factor, target[begin:end])
         for j in range(rotated, len(source)):
-            to[j] = source[j]
+            target[j] = source[j]
 
 
 class ApplyRope(Function):
-    """Apply the rotary embedding to a copy of qkv, as train.attention.ApplyRope does."""
+    """Compute the same as train.attention.ApplyRope."""
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None
     ) -> Tensor:
-        ctx.arguments = heads, cos, sin, interleaved, scale
-        return _apply(qkv, *ctx.arguments, backward=False, out=heads.new(len(qkv), qkv.shape[1], qkv))
+        ctx.args = heads, cos, sin, interleaved, scale
+        return _rotate_qkv(qkv, *ctx.args, backward=False, out=heads.new(len(qkv), qkv.shape[1], qkv))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _apply(grad, *ctx.arguments, backward=True, out=torch.empty_like(grad)), None, None, None, None, None
+        return _rotate_qkv(grad, *ctx.args, backward=True, out=torch.empty_like(grad)), None, None, None, None, None
 
 
-def _apply(
+def _rotate_qkv(
     x: Tensor, heads: Heads, cos: Tensor, sin: Tensor, interleaved: bool, scale: Tensor | None, *,
     backward: bool, out: Tensor,
 ) -> Tensor:  # fmt: skip

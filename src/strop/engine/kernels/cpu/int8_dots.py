@@ -1,9 +1,8 @@
-"""Dot products of int8 weight rows with input rows rounded to int16: intrinsics for the kernels of decoding.
+"""Numba intrinsics for decoding: dot products of int8 weight rows with bf16 input rows quantized to int16.
 
-A bf16 input is rounded to multiples of its row's largest value / 32,767; the scales of the weight and of the row
-multiply the sum. Sums of integers are exact in any order, and weights are not dequantized. On real inputs this is
-nearer to the exact product than bf16 with a dequantized weight, whose values have 8 bits, and as fast, from half the
-bytes.
+The scale of an input row is its largest absolute value / 32,767. Sums of integers are exact in any order, and are
+multiplied by the scales of both rows. On real inputs this is more accurate than bf16 with a dequantized weight, because
+bf16 has 8 significant bits, and it reads half as many bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from strop.engine.kernels.cpu.compiled import (
     I64,
     call_llvm,
     kernel,
+    load,
     maximum,
     pointer,
     prefetch,
@@ -35,12 +35,12 @@ from strop.engine.kernels.cpu.dots import CACHE_LINE, LANES, emit_row_by_row, re
 from strop.machine.probe import vector_extensions
 
 INT8_DOTS = HAS_BF16 and "avx512_vnni" in vector_extensions()
-STEP = 2 * LANES  # elements that one instruction multiplies
+STEP = 2 * LANES  # elements per instruction
 LARGEST = 32_767
-STRETCH = 8192  # elements of a row whose sum, of 127 LARGEST each, stays within 32 bits in each of LANES
-FEW = 8192  # elements that one thread rounds faster than others wake up
-SMALLEST = 1e-34  # rows of smaller values are treated as zeros
-EXPONENT = 0x7F80  # bf16 bits that are all set in infinity and NaN only
+STRETCH = 8192  # elements of a row that are summed in 32 bits without overflow: 127 * LARGEST * STRETCH / LANES < 2^31
+MAX_SERIAL_SIZE = 8192  # elements that one thread quantizes faster than other threads wake up
+SMALLEST = 1e-34  # rows with only smaller values are treated as zeros
+EXPONENT = 0x7F80  # bf16 exponent bits; all of them are set only in infinity and NaN
 
 _SUMS, _INT32S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 _INT8S, _INT16S = ir.VectorType(I8, STEP), ir.VectorType(I16, STEP)
@@ -48,7 +48,7 @@ _INT8S, _INT16S = ir.VectorType(I8, STEP), ir.VectorType(I16, STEP)
 
 @subroutine
 def supports_width(k: Any) -> Any:
-    """Return whether rows of k elements can be multiplied in integers."""
+    """Return whether rows of k elements can be multiplied as integers."""
     return k % STEP == 0
 
 
@@ -73,8 +73,8 @@ def _quantize_many(z: Any, x: Any, scales: Any) -> None:
 
 @subroutine
 def quantize_rows(z: Any, x: Any, scales: Any) -> None:
-    """Quantize z (T, k) in bf16 to x (T, k) int16 times scales (T,). A row with infinity or NaN gets the scale NaN."""
-    if z.size > FEW:
+    """Quantize bf16 bits z (T, k) to int16 x (T, k) and scales (T,). Rows with infinity or NaN get the scale NaN."""
+    if z.size > MAX_SERIAL_SIZE:
         _quantize_many(z, x, scales)
     else:
         for i in range(len(z)):
@@ -87,64 +87,59 @@ def _dots(rows: int, inputs: int, lines: int | None = 0) -> Any:
         xs_at: Any, c: Any, c_at: Any, ldc: Any, count: Any, ahead_at: Any,
     ) -> Any:  # fmt: skip
         long = types.int64
-        signature = types.void(w, long, long, w_scales, long, x, long, x_scales, long, c, long, long, long, long)
 
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            if not INT8_DOTS:  # compiled, but never called
-                return context.get_dummy_value()
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
+            if not INT8_DOTS:  # compiled, but not called
+                return
             kinds, k = signature.args, args[2]
             w_start, ahead_start = (pointer(context, b, kinds[0], args[0], args[i]) for i in (1, 13))
-            ws_start, x_start, xs_start, to = (pointer(context, b, kinds[i], *args[i : i + 2]) for i in (3, 5, 7, 9))
+            ws_start, x_start, xs_start, out = (pointer(context, b, kinds[i], *args[i : i + 2]) for i in (3, 5, 7, 9))
             w_rows = [b.gep(w_start, [b.mul(k, I64(i))]) for i in range(rows)]
             x_rows = [b.gep(x_start, [b.mul(k, I64(j))]) for j in range(inputs)]
 
-            def load(start: Any, at: Any, kind: Any, align: int) -> Any:
-                return b.load(b.bitcast(b.gep(start, [at]), kind.as_pointer()), align=align)
-
-            def multiply(place: Any, xs: list[Any], sums: list[Any]) -> list[Any]:
-                """Multiply a weight row's elements at `place` by those of each input row."""
-                weights = b.bitcast(b.sext(load(place, I64(0), _INT8S, 1), _INT16S), _INT32S)
+            def multiply(address: Any, xs: list[Any], sums: list[Any]) -> list[Any]:
+                """Multiply STEP elements of a weight row by those of each input row."""
+                weights = b.bitcast(b.sext(load(b, address, I64(0), _INT8S), _INT16S), _INT32S)
                 name = "llvm.x86.avx512.vpdpwssd.512"
                 return [call_llvm(b, name, _INT32S, total, weights, x) for x, total in zip(xs, sums, strict=True)]
 
-            def load_inputs(at: Any) -> list[Any]:
-                return [b.bitcast(load(row, at, _INT16S, 2), _INT32S) for row in x_rows]
+            def load_inputs(offset: Any) -> list[Any]:
+                return [b.bitcast(load(b, row, offset, _INT16S), _INT32S) for row in x_rows]
 
-            def all_rows(at: Any, sums: list[Any]) -> list[Any]:
-                xs, results = load_inputs(at), list(sums)
-                begin = b.mul(at, I64((lines or 0) * CACHE_LINE // STEP))
+            def multiply_all(offset: Any, sums: list[Any]) -> list[Any]:
+                xs, results = load_inputs(offset), list(sums)
+                begin = b.mul(offset, I64((lines or 0) * CACHE_LINE // STEP))
                 for line in range(lines or 0):
                     prefetch(b, b.gep(ahead_start, [b.add(begin, I64(line * CACHE_LINE))]))
                 for i, row in enumerate(w_rows):
-                    results[i::rows] = multiply(b.gep(row, [at]), xs, results[i::rows])
+                    results[i::rows] = multiply(b.gep(row, [offset]), xs, results[i::rows])
                 return results
 
             zero = ir.Constant(_INT32S, [0] * LANES)
             if lines is None:
                 totals = emit_row_by_row(
                     b, w_start, rows, k, args[12], STEP, [zero] * inputs,
-                    lambda place, at, sums: multiply(place, load_inputs(at), sums),
+                    lambda address, offset, sums: multiply(address, load_inputs(offset), sums),
                 )  # fmt: skip
             else:
-                totals = repeat(b, args[12], STEP, [zero] * (rows * inputs), all_rows)
+                totals = repeat(b, args[12], STEP, [zero] * (rows * inputs), multiply_all)
             results = reduce_vectors(b, [b.sitofp(total, _SUMS) for total in totals])
-            for start, count, places in (
+            for start, count, indices in (
                 (ws_start, rows, [i % rows for i in range(LANES)]),
                 (xs_start, inputs, [i // rows for i in range(LANES)]),
             ):
-                scales = load(start, I64(0), ir.VectorType(F32, count), 4)
-                scales = b.shuffle_vector(scales, scales, ir.Constant(_INT32S, places))
+                scales = load(b, start, I64(0), ir.VectorType(F32, count))
+                scales = b.shuffle_vector(scales, scales, ir.Constant(_INT32S, indices))
                 results = b.fmul(results, scales, flags=("contract",))
-            store_rows(b, results, rows, inputs, to, args[11])
-            return context.get_dummy_value()
+            store_rows(b, results, rows, inputs, out, args[11])
 
-        return signature, generate
+        return types.void(w, long, long, w_scales, long, x, long, x_scales, long, c, *[long] * 4), generate
 
-    typing.__doc__ = f"""Compute c[j * ldc + i] = w_i x_j times both scales, for {rows} rows of w and {inputs} of x.
+    typing.__doc__ = f"""Compute c[j * ldc + i] = dot(w_i, x_j) * scales for {rows} rows of w and {inputs} rows of x.
 
-    w: int8; x: int16; both have rows of k elements, of which `count` are multiplied, at most STRETCH; scales, c: fp32.
-    w_at, ws_at, x_at, xs_at, c_at: where they begin. Each step prefetches {lines} cache lines of w, from `ahead_at`;
-    None: the rows of w are read one after another, and what follows is prefetched.
+    w: int8, x: int16, both with rows of k elements, of which `count` are multiplied, at most STRETCH. w_scales,
+    x_scales, c: fp32. w_at, ws_at, x_at, xs_at, c_at: index of the first element. Each step prefetches {lines} cache
+    lines of w, from element `ahead_at`. (None: rows of w are read one after another, with the following elements.)
     """
     return intrinsic(typing)
 
@@ -159,33 +154,33 @@ def int8_block(
     w: Any, row: Any, k: Any, w_scales: Any, x: Any, x_scales: Any, c: Any, c_at: Any, ldc: Any, inputs: Any,
     first: Any, count: Any, ahead_at: Any, ahead_end: Any,
 ) -> None:  # fmt: skip
-    """Compute c[j, i] = w_i x_j for LANES rows of w, from `row`, and `inputs` rows of x; arguments as in _dots.
+    """Compute c[j, i] = dot(w_i, x_j) * scales for LANES rows of w from `row`, and `inputs` rows of x.
 
-    `count` elements of each row are multiplied, from element `first`. Each step prefetches a few of the elements of w
-    from `ahead_at` to `ahead_end`.
+    Multiplies `count` elements of each row, from element `first`, and prefetches the elements of w from `ahead_at` to
+    `ahead_end`. The other arguments are those of _dots.
     """
     fours = inputs // 4
     for j in range(0, 4 * fours, 4):
         for q in range(0, LANES, LANES // 4):
-            at, source, to = (row + q) * k + first, j * k + first, c_at + j * ldc + q
+            w_at, x_at, out = (row + q) * k + first, j * k + first, c_at + j * ldc + q
             if ahead_at >= ahead_end:
-                _dots_4(w, at, k, w_scales, row + q, x, source, x_scales, j, c, to, ldc, count, 0)
+                _dots_4(w, w_at, k, w_scales, row + q, x, x_at, x_scales, j, c, out, ldc, count, 0)
             elif fours > 1:
-                _dots_4_prefetch_1(w, at, k, w_scales, row + q, x, source, x_scales, j, c, to, ldc, count, ahead_at)
+                _dots_4_prefetch_1(w, w_at, k, w_scales, row + q, x, x_at, x_scales, j, c, out, ldc, count, ahead_at)
                 ahead_at += 2 * count
             else:
-                _dots_4_prefetch_2(w, at, k, w_scales, row + q, x, source, x_scales, j, c, to, ldc, count, ahead_at)
+                _dots_4_prefetch_2(w, w_at, k, w_scales, row + q, x, x_at, x_scales, j, c, out, ldc, count, ahead_at)
                 ahead_at += 4 * count
     j = 4 * fours
     if j + 2 <= inputs:
         for q in range(0, LANES, LANES // 2):
-            at, to = (row + q) * k + first, c_at + j * ldc + q
-            _dots_2(w, at, k, w_scales, row + q, x, j * k + first, x_scales, j, c, to, ldc, count, ahead_at)
+            w_at, out = (row + q) * k + first, c_at + j * ldc + q
+            _dots_2(w, w_at, k, w_scales, row + q, x, j * k + first, x_scales, j, c, out, ldc, count, ahead_at)
             ahead_at += LANES // 2 * count
         j += 2
     if j < inputs:
-        to = c_at + j * ldc
-        _dots_1(w, row * k + first, k, w_scales, row, x, j * k + first, x_scales, j, c, to, ldc, count, ahead_at)
+        out = c_at + j * ldc
+        _dots_1(w, row * k + first, k, w_scales, row, x, j * k + first, x_scales, j, c, out, ldc, count, ahead_at)
 
 
 @subroutine
@@ -193,10 +188,10 @@ def int8_block_by_row(
     w: Any, row: Any, k: Any, w_scales: Any, x: Any, x_scales: Any, c: Any, c_at: Any, ldc: Any, inputs: Any,
     first: Any, count: Any,
 ) -> None:  # fmt: skip
-    """Compute the same for one or two input rows, where reading w takes the time."""
+    """Compute the same as int8_block for one or two input rows, reading one row of w after another."""
     if inputs == 1:
         _dots_1_by_row(w, row * k + first, k, w_scales, row, x, first, x_scales, 0, c, c_at, ldc, count, 0)
     elif inputs == 2:
         for q in range(0, LANES, LANES // 2):
-            at, to = (row + q) * k + first, c_at + q
-            _dots_2_by_row(w, at, k, w_scales, row + q, x, first, x_scales, 0, c, to, ldc, count, 0)
+            w_at, out = (row + q) * k + first, c_at + q
+            _dots_2_by_row(w, w_at, k, w_scales, row + q, x, first, x_scales, 0, c, out, ldc, count, 0)

@@ -1,9 +1,8 @@
-"""Matrix multiplication by frozen weights in 8-bit integers, for CPUs with VNNI and without bf16 instructions.
+"""Matrix multiplication by frozen weights with int8 instructions, for CPUs with VNNI and without bf16 instructions.
 
-The input and the weight are rounded to multiples of their rows' largest value / 16,256 (15 bits and a sign), and each
-multiple is split into two int8: 128 high + low. The matmuls of integers are exact (oneDNN's, which sums in 32 bits),
-whatever other rows there are; the term low x low is left out, at most 2^-15 of the whole. A weight that is already
-stored in 8 bits has only a high part, and is not rounded.
+Each row of the input and of the weight is rounded to multiples of its largest absolute value / 16,256. Each multiple is
+split into two int8 values: 128 high + low. The int8 matmuls are exact, with sums in 32 bits. The product of both low
+parts, at most 2^-15 of the result, is left out. An int8 weight has only a high part and is not rounded.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ from strop.engine.kernels.protocols import FrozenMatmul, ReusedBuffer
 from strop.engine.train import lora
 from strop.engine.train.lora import Addend
 
-HIGH = 128  # value of a unit of the high part
+HIGH = 128  # factor of the high part
 LARGEST = 127 * HIGH
-SMALLEST = 1e-34  # rows of smaller values are treated as zeros
-OUTLIER, BLOCK = 2**-10, 64  # share of a row's largest value above which a gradient of the head is an outlier
-SUMS_BYTES = 72 << 20  # of sums in 32 bits that are computed at once
+SMALLEST = 1e-34  # rows with only smaller values are treated as zeros
+OUTLIER = 2**-10  # a logit gradient above this share of the row's largest value is an outlier
+BLOCK = 64  # elements that are searched for outliers together
+SUMS_BYTES = 72 << 20  # maximum size of the buffer of 32-bit sums
 
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A weight (n, k): scale (n,) * (128 high + low), or scale * high without a low part; high, low: int8."""
+    """A weight (n, k) with the value scale (n,) * (128 high + low), or scale * high if low is None. high, low: int8."""
 
     high: Tensor
     low: Tensor | None
@@ -45,8 +45,8 @@ class Int8Weight:
         return len(self.high)
 
     @staticmethod
-    def of(weight: Tensor) -> Int8Weight:
-        """Quantize a weight in fp32, (n, k)."""
+    def quantize(weight: Tensor) -> Int8Weight:
+        """Quantize an fp32 weight (n, k)."""
         planes, scale = _split_rows(weight, _ones(weight.shape[1]), weight[:0, 0])
         return Int8Weight(planes[: len(weight)], planes[len(weight) :], scale)
 
@@ -69,9 +69,9 @@ def _split_row(x: Any, columns: Any, limit: Any, high: Any, low: Any) -> Any:
 
 @kernel
 def split_rows(x: Any, columns: Any, limits: Any, planes: Any, scale: Any) -> None:
-    """Split x (T, k) times `columns` (k,) into planes (2 T, k) int8, all high parts before all low ones, and scale.
+    """Quantize x (T, k) * columns (k,) to planes (2 T, k), int8 high parts followed by low parts, and scale (T,).
 
-    limits (T,) or (0,): greater absolute values count as 0. scale: (T,).
+    limits: (T,), greater absolute values are treated as 0; or empty.
     """
     rows = len(x)
     for i in prange(rows):
@@ -81,9 +81,9 @@ def split_rows(x: Any, columns: Any, limits: Any, planes: Any, scale: Any) -> No
 
 @kernel
 def multiply_outliers(x: Any, columns: Any, w: Any, limits: Any, y: Any) -> None:
-    """Multiply the outliers of each row of x (T, k) times columns (k,) in fp32.
+    """Multiply the outliers of x (T, k) * columns (k,) by w (k, n) in fp32, and write the result to y (T, n).
 
-    limits (T,): written, OUTLIER times the row's largest value; y (T, n): written, the values above it times w (k, n).
+    limits: output, (T,), the value above which an element of the row is an outlier.
     """
     rows, k = x.shape
     for i in prange(rows):
@@ -107,10 +107,10 @@ def multiply_outliers(x: Any, columns: Any, w: Any, limits: Any, y: Any) -> None
 def combine(
     sums: Any, cross: Any, scale: Any, columns: Any, bias: Any, extra: Any, accumulate: Any, y: Any
 ) -> None:  # fmt: skip
-    """Compute y (T, n) = scale (T, 1) * columns (n,) * sums, + y with `accumulate`, + bias (n,), + extra (T, n).
+    """Compute y (T, n) = scale (T, 1) * columns (n,) * the sums, + bias (n,), + extra (T, n), + y if `accumulate`.
 
-    sums (2 T, n): x's high and low parts times the weight's high part. cross (T, n), or (0, n): x's high part times the
-    weight's low part. bias and extra may be empty.
+    sums (2 T, n): the high and low parts of x times the high part of the weight. cross (T, n): the high part of x times
+    the low part of the weight. cross, bias and extra may be empty.
     """
     rows, n = y.shape
     for i in prange(rows):
@@ -136,69 +136,71 @@ def combine(
 
 
 class Int8Matmul:
-    """Matrix multiplications by int8 weights, which share one buffer for their sums."""
+    """Matrix multiplications by int8 weights, with a shared buffer for the sums."""
 
     def __init__(self) -> None:
-        self._sums = ReusedBuffer()  # allocations this large get new pages, which the system clears
+        self._sums = ReusedBuffer()  # a new allocation of this size would be zeroed by the operating system
 
     def layer(
-        self, x: Tensor, weight: Int8Weight, along: bool, y: Tensor, added: Addend | None = None,
+        self, x: Tensor, weight: Int8Weight, transposed: bool, y: Tensor, added: Addend | None = None,
         bias: Tensor | None = None, residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Compute train.lora.frozen_matmul in fp32; y is contiguous."""
+        """Compute the same as train.lora.frozen_matmul in fp32. y must be contiguous."""
         if added is not None:
             added.into(y)
-        return self._sum(x, weight, along, y, accumulate=added is not None, bias=bias, residual=residual)
+        return self._sum(x, weight, transposed, y, accumulate=added is not None, bias=bias, residual=residual)
 
     def head(self, weight: Tensor) -> FrozenMatmul:
-        """Return train.lora.frozen_matmul for the output embedding's frozen weight (V, h).
+        """Return train.lora.frozen_matmul for the frozen weight of the output head, (V, h).
 
-        In a row of the logits' gradient a few values, first the label's, are far above the others, which would be
-        rounded to 0: the outliers are multiplied in fp32.
+        In each row of the logits' gradient, a few values are so large, above all the label's, that the others would be
+        rounded to 0. These outliers are multiplied in fp32.
         """
-        quantized = cache(lambda: Int8Weight.of(weight.detach()))
+        quantized = cache(lambda: Int8Weight.quantize(weight.detach()))
 
         def head_matmul(
-            x: Tensor, w: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
+            x: Tensor, w: Tensor, transposed: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
             residual: Tensor | None = None,
         ) -> Tensor:  # fmt: skip
-            if weight.requires_grad or w.data_ptr() != weight.data_ptr():  # the head is trained in full
-                return lora.frozen_matmul(x, w, along, y, added, bias, residual)
-            if along:
-                return self.layer(x, quantized(), along, y, added, bias, residual)
+            if weight.requires_grad or w.data_ptr() != weight.data_ptr():  # the head is fully trained
+                return lora.frozen_matmul(x, w, transposed, y, added, bias, residual)
+            if transposed:
+                return self.layer(x, quantized(), transposed, y, added, bias, residual)
             assert added is None and bias is None and residual is None
             limits = torch.empty(len(x))
             multiply_outliers(array(x), array(quantized().scale), array(w), array(limits), array(y))
-            return self._sum(x, quantized(), along, y, accumulate=True, limits=limits)
+            return self._sum(x, quantized(), transposed, y, accumulate=True, limits=limits)
 
         return cast(FrozenMatmul, head_matmul)
 
     def _sum(
-        self, x: Tensor, weight: Int8Weight, along: bool, y: Tensor, *, accumulate: bool, bias: Tensor | None = None,
-        residual: Tensor | None = None, limits: Tensor | None = None,
+        self, x: Tensor, weight: Int8Weight, transposed: bool, y: Tensor, *, accumulate: bool,
+        bias: Tensor | None = None, residual: Tensor | None = None, limits: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Compute the product; accumulate: add it to y."""
+        """Compute the matmul, and add it to y if `accumulate`."""
         n, empty = y.shape[1], x.new_empty(0)
-        rows, columns = max(16, SUMS_BYTES // (12 * n)), _ones(x.shape[1]) if along else weight.scale
-        high, low = (None if plane is None else plane.t() if along else plane for plane in (weight.high, weight.low))
-        for at in range(0, len(x), rows):
-            part_rows = slice(at, at + rows)
-            planes, scale = _split_rows(x[part_rows], columns, empty if limits is None else limits[part_rows])
+        rows, columns = max(16, SUMS_BYTES // (12 * n)), _ones(x.shape[1]) if transposed else weight.scale
+        high, low = weight.high, weight.low
+        if transposed:
+            high, low = high.t(), None if low is None else low.t()
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            planes, scale = _split_rows(x[part], columns, empty if limits is None else limits[part])
             sums, cross = torch.split(self._sums(3 * len(scale), n, _INT32), [2 * len(scale), len(scale)])
-            torch._int_mm(planes, cast(Tensor, high), out=sums)
+            torch._int_mm(planes, high, out=sums)
             if low is None:
                 cross = cross[:0]
             else:
                 torch._int_mm(planes[: len(scale)], low, out=cross)
-            extra = y[:0] if residual is None else residual[part_rows].contiguous()
-            by_column = weight.scale if along else _ones(n)
+            extra = y[:0] if residual is None else residual[part].contiguous()
+            by_column = weight.scale if transposed else _ones(n)
             operands = sums, cross, scale, by_column, empty if bias is None else bias, extra
-            cast(Any, combine)(*map(array, operands), accumulate, array(y[part_rows]))
+            cast(Any, combine)(*map(array, operands), accumulate, array(y[part]))
         return y
 
 
 def _split_rows(x: Tensor, columns: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return planes and scale as split_rows writes them; rows with NaN or infinity get the scale NaN."""
+    """Return the planes and scales of split_rows. Rows with NaN or infinity get the scale NaN."""
     planes, scale = torch.empty(2 * len(x), x.shape[1], dtype=torch.int8), torch.empty(len(x))
     split_rows(array(x.contiguous()), array(columns), array(limits), array(planes), array(scale))
     scale.masked_fill_(~torch.isfinite(x.sum(1)), torch.nan)

@@ -1,9 +1,9 @@
-"""LoRA's narrow matrix multiplications as compiled kernels, for CPUs with AVX512-BF16; specified by train/lora.py.
+"""Compiled kernels for the LoRA matmuls, for CPUs with AVX512-BF16. train/lora.py is their specification.
 
-A matmul with a rank of 16 takes PyTorch as long to call as to compute, and a step has a thousand of them. Here one call
-computes A and B, one block of rows after another (or A alone, where bf16_matmul.py does the rest), and one call
-computes all gradients. The rank of an adapter is padded with zeros to a slot, a multiple of 16 columns. All sizes but
-ranks and rows are multiples of 32.
+Calling PyTorch for a matmul of rank 16 takes as long as computing it, and a training step has a thousand of them. Here
+one call multiplies by A and B of all adapters of a layer (only by A if bf16_matmul.py multiplies by B), and one call
+computes all their gradients. Each rank is padded with zeros to a multiple of 16, the adapter's slot. The numbers of
+inputs and outputs must be multiples of 32.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from strop.engine.kernels.cpu.compiled import GAP, array, from_fp32, kernel, subroutine, to_fp32
 from strop.engine.kernels.cpu.tile import COLUMNS, LANES, ROWS, STEP, claim, matmul, pair, release, round_pair, tile
-from strop.engine.train.buffers import Allocate, heap_empty
+from strop.engine.train.buffers import Allocate, allocate_from_heap
 from strop.engine.train.lora import Adapters
 
 BLOCK = 32  # rows that are computed together
-CHUNK = 256  # columns of outputs whose sums are computed together
-PAIRS, WIDTH = 32, 512  # of a gradient: pairs of rows that are summed together, and columns
+CHUNK = 256  # output columns that are computed together
+PAIRS, WIDTH = 32, 512  # in gradients: pairs of rows that are summed together, and columns that are computed together
 
 
 @subroutine
 def _pair_columns(x: Any, scale: Any, out: Any, step: Any) -> None:
-    """Write out[j * step + i] = the pair of scale x[i, 2 j] and scale x[i, 2 j + 1]; x (n, m) fp32, padded with 0."""
+    """Pack adjacent columns of scale * x (n, m), fp32: out[j * step + i] holds x[i, 2 j] and x[i, 2 j + 1]."""
     n, m = x.shape
     for j in range(m // 2):
-        to = out[j * step : j * step + n]
+        target = out[j * step : j * step + n]
         for i in range(n):
-            to[i] = round_pair(x[i, 2 * j] * scale, x[i, 2 * j + 1] * scale)
+            target[i] = round_pair(x[i, 2 * j] * scale, x[i, 2 * j + 1] * scale)
     if m % 2:
         for i in range(n):
             out[m // 2 * step + i] = round_pair(x[i, m - 1] * scale, np.float32(0.0))
@@ -43,90 +43,94 @@ def _pair_columns(x: Any, scale: Any, out: Any, step: Any) -> None:
 
 @subroutine
 def _pair_rows(x: Any, scale: Any, out: Any, step: Any) -> None:
-    """Write out[i * step + j] = the pair of scale x[2 i, j] and scale x[2 i + 1, j]; x (n, m) fp32, padded with 0."""
+    """Pack adjacent rows of scale * x (n, m), fp32: out[i * step + j] holds x[2 i, j] and x[2 i + 1, j]."""
     n, m = x.shape
     for i in range((n + 1) // 2):
-        to, even, odd = out[i * step : i * step + m], x[2 * i], x[min(2 * i + 1, n - 1)]
-        second = scale if 2 * i + 1 < n else np.float32(0.0)
+        target, even, odd = out[i * step : i * step + m], x[2 * i], x[min(2 * i + 1, n - 1)]
+        odd_scale = scale if 2 * i + 1 < n else np.float32(0.0)
         for j in range(m):
-            to[j] = round_pair(even[j] * scale, odd[j] * second)
+            target[j] = round_pair(even[j] * scale, odd[j] * odd_scale)
 
 
 @subroutine
 def _pack_forward(a: Any, b: Any, scale: Any, first: Any, rank: Any, second: Any) -> None:
-    """Write one adapter's part of the two matrices of the forward: scale A^T (k, rank) and B^T (r, n)."""
+    """Write one adapter's blocks of the forward matrices: scale A^T to `first` and B^T to `second`."""
     _pair_columns(a, scale, first, rank)
     _pair_columns(b, np.float32(1.0), second, len(b))
 
 
 @subroutine
 def _pack_backward(a: Any, b: Any, scale: Any, first: Any, slot: Any, second: Any) -> None:
-    """Write one adapter's part of the two matrices of the backward: B (n, r) and scale A (rank, k)."""
+    """Write one adapter's blocks of the backward matrices: B to `first` and scale A to `second`."""
     _pair_rows(b, np.float32(1.0), first, slot)
     _pair_rows(a, scale, second, a.shape[1])
 
 
 @kernel
-def _apply(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any, thin: Any, onto: Any) -> None:
-    """Compute thin (T, R) = x first, and onto = thin second; x (T, k), thin and onto (T, n) bf16.
+def _apply(
+    x: Any, first: Any, first_spans: Any, second: Any, second_spans: Any, threads: Any, projected: Any, out: Any
+) -> None:  # fmt: skip
+    """Compute projected (T, R) = x first, and out = projected second; x (T, k) and out (T, n), all bf16.
 
-    enter (N, 5), one row a block of `first`: its first column of x, how many, its first column of thin, how many, and
-    where it begins in `first`. leave (N, 6): the same for `second`, from thin to onto, and whether to add to onto.
+    first_spans (N, 5), one row for each block of `first`: first column of x, number of these columns, first column of
+    projected, number of these columns, start in `first`. second_spans (N, 6): the same for `second`, from projected to
+    out, and 1 if the result is added to out.
     """
-    rows, rank = thin.shape
-    step, share = x.shape[1], (rows + ROWS * lanes - 1) // (ROWS * lanes) * ROWS
+    rows, rank = projected.shape
+    step, rows_per_thread = x.shape[1], (rows + ROWS * threads - 1) // (ROWS * threads) * ROWS
     pairs = x.reshape(-1).view(np.uint32)
-    for lane in prange(lanes):
+    for thread in prange(threads):
         claim()
-        tail = np.empty(ROWS * step, np.uint16)
+        last_rows = np.empty(ROWS * step, np.uint16)
         sums = np.empty(BLOCK * max(rank, CHUNK) + GAP, np.float32)
         rounded = np.empty(BLOCK * rank + GAP, np.uint16)
-        tail_pairs, rounded_pairs = tail.view(np.uint32), rounded.view(np.uint32)
-        top, end = lane * share, min((lane + 1) * share, rows)
-        while top < end:
-            count = min(BLOCK, end - top)
+        last_pairs, rounded_pairs = last_rows.view(np.uint32), rounded.view(np.uint32)
+        row, end = thread * rows_per_thread, min((thread + 1) * rows_per_thread, rows)
+        while row < end:
+            count = min(BLOCK, end - row)
             if count > ROWS:
                 count -= count % ROWS
-            for i in range(count % ROWS):  # copy the last rows: a tile would read beyond the end
+            for i in range(count % ROWS):  # copy the last rows, because a tile would read beyond the end of x
                 for j in range(step):
-                    tail[i * step + j] = x[top + i, j]
-            for part in range(len(enter)):
-                begin, many, to, columns, at = enter[part]
-                a, a_at = (tail_pairs, begin) if count % ROWS else (pairs, top * step + begin)
+                    last_rows[i * step + j] = x[row + i, j]
+            for index in range(len(first_spans)):
+                begin, num_inputs, column, columns, start = first_spans[index]
+                inputs, input_start = (last_pairs, begin) if count % ROWS else (pairs, row * step + begin)
                 matmul(
-                    a, a_at // 2, step // 2, first, at, columns, COLUMNS,
-                    sums, to, rank, count, columns, many // 2, False,
+                    inputs, input_start // 2, step // 2, first, start, columns, COLUMNS,
+                    sums, column, rank, count, columns, num_inputs // 2, False,
                 )  # fmt: skip
             for i in range(count):
-                source, target = sums[i * rank : (i + 1) * rank], thin[top + i]
+                source, target = sums[i * rank : (i + 1) * rank], projected[row + i]
                 rounded_row = rounded[i * rank : (i + 1) * rank]
                 for j in range(rank):
-                    rounded_row[j] = from_fp32(source[j], thin)
+                    rounded_row[j] = from_fp32(source[j], projected)
                 for j in range(rank):
                     target[j] = rounded_row[j]
-            for part in range(len(leave)):
-                begin, many, to, columns, at, more = leave[part]
+            for index in range(len(second_spans)):
+                begin, num_inputs, column, columns, start, accumulate = second_spans[index]
                 for chunk in range(0, columns, CHUNK):
                     n = min(CHUNK, columns - chunk)
                     matmul(
-                        rounded_pairs, begin // 2, rank // 2, second, at + chunk, columns, COLUMNS,
-                        sums, 0, CHUNK, count, n, many // 2, False,
+                        rounded_pairs, begin // 2, rank // 2, second, start + chunk, columns, COLUMNS,
+                        sums, 0, CHUNK, count, n, num_inputs // 2, False,
                     )  # fmt: skip
                     for i in range(count):
-                        target, source = onto[top + i, to + chunk : to + chunk + n], sums[i * CHUNK : i * CHUNK + n]
-                        if more:
+                        source = sums[i * CHUNK : i * CHUNK + n]
+                        target = out[row + i, column + chunk : column + chunk + n]
+                        if accumulate:
                             for j in range(n):
-                                target[j] = from_fp32(to_fp32(target[j]) + source[j], onto)
+                                target[j] = from_fp32(to_fp32(target[j]) + source[j], out)
                         else:
                             for j in range(n):
-                                target[j] = from_fp32(source[j], onto)
-            top += count
+                                target[j] = from_fp32(source[j], out)
+            row += count
         release()
 
 
 @subroutine
 def _load_pairs(x: Any, row: Any, begin: Any, n: Any, out: Any) -> None:
-    """Write out[j] = the pair of x[row, begin + j] and x[row + 1, begin + j], 0 after the last row."""
+    """Pack two rows from column `begin`: out[j] holds x[row, begin + j] and x[row + 1, begin + j]."""
     if row >= len(x):
         out[:n] = np.uint32(0)
         return
@@ -141,34 +145,34 @@ def _load_pairs(x: Any, row: Any, begin: Any, n: Any, out: Any) -> None:
 
 
 @subroutine
-def _gradient_columns(thin: Any, x: Any, spans: Any, factors: Any, lane: Any, lanes: Any, out: Any) -> None:
-    """Compute one thread's columns of thin^T x, in fp32; thin (T, R), x (T, n).
+def _gradient_columns(projected: Any, x: Any, spans: Any, factors: Any, thread: Any, threads: Any, out: Any) -> None:
+    """Compute one thread's columns of projected^T x in fp32; projected (T, R), x (T, n).
 
-    spans (N, 6): first column of thin, slot, first column of x, how many, rank, where the result begins in out. out:
-    one-dimensional, for each span (slot, columns) times factors (R,), or (columns, rank) if `factors` is empty.
+    spans (N, 6): first column of projected, slot width, first column of x, number of these columns, rank, start in out.
+    out: one-dimensional, for each span a matrix (slot, columns) times factors (R,), or (columns, rank) without factors.
     """
-    half_rows, num_units, widest = (len(x) + 1) // 2, 0, 0
+    half_rows, num_units, max_slot = (len(x) + 1) // 2, 0, 0
     padded = (half_rows + STEP - 1) // STEP * STEP
-    for part in range(len(spans)):
-        num_units += spans[part, 3] // COLUMNS
-        widest = max(widest, spans[part, 1])
-    sums = np.empty(widest * WIDTH + GAP, np.float32)
+    for index in range(len(spans)):
+        num_units += spans[index, 3] // COLUMNS
+        max_slot = max(max_slot, spans[index, 1])
+    sums = np.empty(max_slot * WIDTH + GAP, np.float32)
     pairs = np.empty(PAIRS * WIDTH + GAP, np.uint32)
-    thin_t = np.empty(widest * padded + GAP, np.uint32)
-    low, high = num_units * lane // lanes, num_units * (lane + 1) // lanes
-    for part in range(len(spans)):
-        at, slot, begin, columns, rank, to = spans[part]
+    projected_t = np.empty(max_slot * padded + GAP, np.uint32)
+    low, high = num_units * thread // threads, num_units * (thread + 1) // threads
+    for index in range(len(spans)):
+        first, slot, begin, columns, rank, out_start = spans[index]
         start, end = max(low, 0) * COLUMNS, min(high, columns // COLUMNS) * COLUMNS
         low, high = low - columns // COLUMNS, high - columns // COLUMNS
         if start >= end:
             continue
         for r in range(slot):
-            thin_t[r * padded + half_rows : (r + 1) * padded] = np.uint32(0)
+            projected_t[r * padded + half_rows : (r + 1) * padded] = np.uint32(0)
         for i in range(half_rows):
-            even, odd = thin[2 * i], thin[min(2 * i + 1, len(x) - 1)]
+            even, odd = projected[2 * i], projected[min(2 * i + 1, len(x) - 1)]
             mask = np.uint32(0xFFFFFFFF) if 2 * i + 1 < len(x) else np.uint32(0x0000FFFF)
             for r in range(slot):
-                thin_t[r * padded + i] = pair(even[at + r], odd[at + r]) & mask
+                projected_t[r * padded + i] = pair(even[first + r], odd[first + r]) & mask
         chunks = (end - start + WIDTH - 1) // WIDTH
         width = ((end - start) // COLUMNS + chunks - 1) // chunks * COLUMNS
         for chunk in range(start, end, width):
@@ -179,51 +183,51 @@ def _gradient_columns(thin: Any, x: Any, spans: Any, factors: Any, lane: Any, la
                     _load_pairs(x, 2 * (top + i), begin + chunk, n, pairs[i * n : (i + 1) * n])
                 for j in range(0, n, COLUMNS):
                     for r in range(0, slot, ROWS):
-                        tile(thin_t, r * padded + top, padded, pairs, j, n, sums, r * n + j, n, count, top > 0)
+                        tile(projected_t, r * padded + top, padded, pairs, j, n, sums, r * n + j, n, count, top > 0)
             if len(factors) == 0:
                 for j in range(n):
                     for r in range(rank):
-                        out[to + (chunk + j) * rank + r] = sums[r * n + j]
+                        out[out_start + (chunk + j) * rank + r] = sums[r * n + j]
             else:
                 for r in range(slot):
-                    target, source = out[to + r * columns + chunk :], sums[r * n : (r + 1) * n]
+                    target, source = out[out_start + r * columns + chunk :], sums[r * n : (r + 1) * n]
                     for j in range(n):
-                        target[j] = source[j] * factors[at + r]
+                        target[j] = source[j] * factors[first + r]
 
 
 @kernel
 def _gradients(
-    grad: Any, z: Any, za: Any, grad_za: Any, of_a: Any, of_b: Any, factors: Any, lanes: Any, a: Any, b: Any
+    grad: Any, z: Any, za: Any, grad_za: Any, a_spans: Any, b_spans: Any, factors: Any, threads: Any, a: Any, b: Any
 ) -> None:  # fmt: skip
-    for lane in prange(lanes):
+    for thread in prange(threads):
         claim()
-        lane_number = np.int64(lane)  # numba has two types for it, and would compile everything for each
-        _gradient_columns(grad_za, z, of_a, factors, lane_number, lanes, a)
-        _gradient_columns(za, grad, of_b, factors[:0], lane_number, lanes, b)
+        number = np.int64(thread)  # numba would otherwise compile _gradient_columns for two integer types
+        _gradient_columns(grad_za, z, a_spans, factors, number, threads, a)
+        _gradient_columns(za, grad, b_spans, factors[:0], number, threads, b)
         release()
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Layout of the adapters of a layer, and buffers for the matrices.
-
-    `forward` and `backward` are (enter, leave) of _apply.
-    """
+    """The layout of a layer's adapters, and buffers for their matrices."""
 
     rank: int  # sum of all slots
     slot_starts: tuple[int, ...]
-    filled: int  # number of outputs that an adapter adds to
+    num_outputs: int  # number of outputs with an adapter
     disjoint: bool  # no output has two adapters
-    forward: tuple[Any, Any]
+    forward: tuple[Any, Any]  # first_spans and second_spans of _apply
     backward: tuple[Any, Any]
-    gradients: tuple[Any, Any]  # spans of A and B
+    gradients: tuple[Any, Any]  # spans of _gradient_columns for A and B
     factors: Any
-    matrices: tuple[Any, Any, Any, Any]  # first and second of the forward, then of the backward
+    matrices: tuple[Any, ...]  # first and second matrix of the forward, then of the backward
 
 
 @lru_cache(maxsize=64)
 def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, separate_inputs: bool) -> _Plan:
-    """Return the layout; thread: the owner of the buffers. z has `width` columns, an adapter if separate."""
+    """Return the layout for an input of `width` columns, per adapter if separate_inputs.
+
+    thread: the id of the calling thread, so that each thread has its own buffers.
+    """
     slots = [-(-rank // LANES) * LANES for rank in ranks]
     starts = [sum(slots[:i]) for i in range(len(slots))]
     counts = [end - start for start, end in columns]
@@ -231,36 +235,33 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, separa
     offsets = [sum(halves[:i]) for i in range(len(halves))]
     sizes = [rank * count for rank, count in zip(ranks, counts, strict=True)]
     total, factors = sum(slots), np.zeros(sum(slots), np.float32)
-    for at, rank, scale in zip(starts, ranks, scales, strict=True):
-        factors[at : at + rank] = scale
-    places = list(zip(starts, slots, [start for start, _ in columns], counts, strict=True))
+    for start, rank, scale in zip(starts, ranks, scales, strict=True):
+        factors[start : start + rank] = scale
+    spans = list(zip(starts, slots, [start for start, _ in columns], counts, strict=True))
     repeated = [span in columns[:i] for i, span in enumerate(columns)]
-    out = [(*place, to, repeat) for place, to, repeat in zip(places, offsets, repeated, strict=True)]
-    into = [(start, count, at, slot, to) for at, slot, start, count, to, _ in out]
-    of_b = [(*place, rank, sum(sizes[:i])) for i, (place, rank) in enumerate(zip(places, ranks, strict=True))]
+    to_outputs = [(*span, offset, repeat) for span, offset, repeat in zip(spans, offsets, repeated, strict=True)]
+    from_outputs = [(column, count, start, slot, offset) for start, slot, column, count, offset, _ in to_outputs]
+    b_spans = [(*span, rank, sum(sizes[:i])) for i, (span, rank) in enumerate(zip(spans, ranks, strict=True))]
 
-    # From z to thin, from thin to the gradient of z, and the gradient of A: all adapters at once, or each separately.
-    enter, leave, of_a = [(0, width, 0, total, 0)], [(0, total, 0, width, 0, 0)], [(0, total, 0, width, total, 0)]
+    # From z to za, from grad_za to the gradient of z, and the gradient of A: all adapters at once, or each separately.
+    from_z, to_z, a_spans = [(0, width, 0, total, 0)], [(0, total, 0, width, 0, 0)], [(0, total, 0, width, total, 0)]
     if separate_inputs:
-        separate = [(at, slot, i * width) for i, (at, slot) in enumerate(zip(starts, slots, strict=True))]
-        enter = [(begin, width, at, slot, at * (width // 2)) for at, slot, begin in separate]
-        leave = [(at, slot, begin, width, at // 2 * width, 0) for at, slot, begin in separate]
-        of_a = [(at, slot, begin, width, slot, at * width) for at, slot, begin in separate]
+        separate = [(start, slot, i * width) for i, (start, slot) in enumerate(zip(starts, slots, strict=True))]
+        from_z = [(column, width, start, slot, start * (width // 2)) for start, slot, column in separate]
+        to_z = [(start, slot, column, width, start // 2 * width, 0) for start, slot, column in separate]
+        a_spans = [(start, slot, column, width, slot, start * width) for start, slot, column in separate]
 
-    def buffer(size: int) -> Any:
-        return np.zeros(size, np.uint32)
-
-    all_a, all_b = total // 2 * width, sum(halves)
+    a_size, b_size = total // 2 * width, sum(halves)
     return _Plan(
         total,
         tuple(starts),
         sum(count for count, repeat in zip(counts, repeated, strict=True) if not repeat),
         not any(repeated),
-        (np.array(enter), np.array(out)),
-        (np.array(into), np.array(leave)),
-        (np.array(of_a), np.array(of_b)),
+        (np.array(from_z), np.array(to_outputs)),
+        (np.array(from_outputs), np.array(to_z)),
+        (np.array(a_spans), np.array(b_spans)),
         factors,
-        (buffer(all_a), buffer(all_b), buffer(all_b), buffer(all_a)),
+        tuple(np.zeros(size, np.uint32) for size in (a_size, b_size, b_size, a_size)),
     )
 
 
@@ -271,70 +272,71 @@ def _plan_of(adapters: Adapters) -> _Plan:
 
 @dataclass(frozen=True)
 class LoraTerm:
-    """The term that adapters add to an output, computed on demand (train.lora.Addend).
+    """The term that adapters add to an output, computed on demand. Implements train.lora.Addend.
 
-    x (T, k), first, enter, second, leave: as in _apply; thin (T, rank): computed by both methods.
+    x to projected: as in _apply. num_outputs: number of outputs with an adapter. columns: their ranges, or None if
+    bf16_matmul cannot compute the term.
     """
 
     x: Tensor
     first: Any
-    enter: Any
+    first_spans: Any
     second: Any
-    leave: Any
-    thin: Tensor
-    filled: int
-    columns: tuple[tuple[int, int], ...] | None  # ranges of outputs; None: bf16_matmul cannot add the term to its sums
+    second_spans: Any
+    projected: Tensor
+    num_outputs: int
+    columns: tuple[tuple[int, int], ...] | None
 
     def into(self, y: Tensor) -> None:
-        if self.filled < y.shape[1]:
+        if self.num_outputs < y.shape[1]:
             y.zero_()
-        self._pass(self.leave, y)
+        self._run(self.second_spans, y)
 
     def finish_projection(self) -> None:
-        self._pass(self.leave[:0], self.thin)
+        self._run(self.second_spans[:0], self.projected)
 
-    def _pass(self, leave: Any, onto: Tensor) -> None:
-        lanes = get_num_threads()
-        _apply(array(self.x), self.first, self.enter, self.second, leave, lanes, array(self.thin), array(onto))
+    def _run(self, second_spans: Any, out: Tensor) -> None:
+        inputs = array(self.x), self.first, self.first_spans, self.second, second_spans
+        _apply(*inputs, get_num_threads(), array(self.projected), array(out))
 
 
 def forward(
-    z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+    z: Tensor, outputs: int, adapters: Adapters, new: Allocate = allocate_from_heap
 ) -> tuple[LoraTerm, tuple[Tensor, ...]]:
     plan = _plan_of(adapters)
     first, second = plan.matrices[:2]
-    for at, span, (a, b, scale) in zip(plan.slot_starts, plan.forward[1], adapters, strict=True):
-        begin, step = (at * (adapters.width // 2), span[1]) if adapters.separate_inputs else (at, plan.rank)
+    for start, span, (a, b, scale) in zip(plan.slot_starts, plan.forward[1], adapters, strict=True):
+        begin, step = (start * (adapters.width // 2), span[1]) if adapters.separate_inputs else (start, plan.rank)
         _pack_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
-    thin = new(len(z), plan.rank, z)
-    enter, leave = plan.forward
+    za = new(len(z), plan.rank, z)
+    first_spans, second_spans = plan.forward
     columns = adapters.columns if plan.disjoint else None
-    return LoraTerm(z, first, enter, second, leave, thin, plan.filled, columns), (thin,)
+    return LoraTerm(z, first, first_spans, second, second_spans, za, plan.num_outputs, columns), (za,)
 
 
 def backward(grad: Tensor, saved: tuple[Tensor, ...], adapters: Adapters) -> tuple[LoraTerm, Tensor]:
     plan, width = _plan_of(adapters), adapters.width
     first, second = plan.matrices[2:]
-    for at, span, (a, b, scale) in zip(plan.slot_starts, plan.backward[0], adapters, strict=True):
-        _pack_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
-    enter, leave = plan.backward
-    thin = grad.new_empty(len(grad), plan.rank)
+    for start, span, (a, b, scale) in zip(plan.slot_starts, plan.backward[0], adapters, strict=True):
+        _pack_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[start // 2 * width :])
+    first_spans, second_spans = plan.backward
+    grad_za = grad.new_empty(len(grad), plan.rank)
     columns = None if adapters.separate_inputs else ((0, width),)
-    return LoraTerm(grad, first, enter, second, leave, thin, adapters.input_columns, columns), thin
+    term = LoraTerm(grad, first, first_spans, second, second_spans, grad_za, adapters.input_columns, columns)
+    return term, grad_za
 
 
 def gradients(
     grad: Tensor, z: Tensor, grad_za: Tensor, saved: tuple[Tensor, ...], adapters: Adapters
 ) -> list[Tensor]:  # fmt: skip
-    """Return the gradients in fp32, in which they are summed."""
+    """Return the gradients of A and B of each adapter, in fp32."""
     plan, width = _plan_of(adapters), adapters.width
     spans = plan.gradients[1]
     a, b = np.empty((plan.rank, width), np.float32), np.empty(spans[-1, 5] + spans[-1, 3] * spans[-1, 4], np.float32)
-    lanes = get_num_threads()
-    _gradients(
-        array(grad), array(z), array(saved[0]), array(grad_za), *plan.gradients, plan.factors, lanes, a.reshape(-1), b
-    )  # fmt: skip
+    inputs = array(grad), array(z), array(saved[0]), array(grad_za)
+    _gradients(*inputs, *plan.gradients, plan.factors, get_num_threads(), a.reshape(-1), b)
     results: list[Tensor] = []
-    for at, _, _, count, rank, to in spans:
-        results += [torch.from_numpy(a[at : at + rank]), torch.from_numpy(b[to : to + count * rank].reshape(-1, rank))]
+    for start, _, _, count, rank, offset in spans:
+        grad_b = b[offset : offset + count * rank].reshape(-1, rank)
+        results += [torch.from_numpy(a[start : start + rank]), torch.from_numpy(grad_b)]
     return results

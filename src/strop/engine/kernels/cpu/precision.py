@@ -1,7 +1,7 @@
-"""Choose the dtype of frozen weights on a device by measurement, because CPUs differ a hundredfold.
+"""Choose the dtype of frozen weights on a device by measurement.
 
-With AVX512-BF16 or AMX a bf16 matmul takes a quarter to a half of the time of fp32; without, it can take a hundred
-times as long. fp16 is never chosen on a CPU: its backward ran at 1 to 3 GFLOP/s where bf16 reached 900.
+With AVX512-BF16 or AMX, a bf16 matmul takes a quarter to a half of the time of an fp32 matmul. Without them, it can
+take a hundred times as long. fp16 is never chosen on a CPU: its backward reached 1 to 3 GFLOP/s, and bf16 reached 900.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from strop.engine.train.lora import frozen_matmul
 
 SHAPES = ((960, 576), (3072, 576), (576, 1536))  # (n, k) of SmolLM2-135M's linear layers
 ROWS = 512
-LEAST_GAIN = 1.2  # bf16 rounds; it must be this much faster to be worth it
-BUDGET_S = 0.4  # per dtype; one slow matmul may take longer
+MIN_SPEEDUP = 1.2  # bf16 is less precise, so it is chosen only if it is this much faster
+BUDGET_S = 0.4  # per dtype; a single slow matmul may exceed it
 
 
 @dataclass(frozen=True)
@@ -37,32 +37,28 @@ def measure(device: str | torch.device) -> Precision:
     """Measure both dtypes on the device, in about a second."""
     bf16, fp32 = rate(torch.bfloat16, device), rate(torch.float32, device)
     rates = f"bf16 {bf16 / 1e9:.0f} GFLOP/s, fp32 {fp32 / 1e9:.0f} GFLOP/s measured"
-    if bf16 >= LEAST_GAIN * fp32:
+    if bf16 >= MIN_SPEEDUP * fp32:
         return Precision("bf16", rates, bf16, fp32)
-    return Precision("fp32", f"{rates}: bf16 is not {LEAST_GAIN} times as fast", bf16, fp32)
+    return Precision("fp32", f"{rates}: bf16 is not {MIN_SPEEDUP} times as fast", bf16, fp32)
 
 
 def rate(
-    dtype: torch.dtype,
-    device: str | torch.device,
-    matmul: FrozenMatmul = frozen_matmul,
+    dtype: torch.dtype, device: str | torch.device, matmul: FrozenMatmul = frozen_matmul,
     prepare: Callable[[Tensor], Any] = lambda weight: weight,
-) -> float:
-    """Return the FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget.
+) -> float:  # fmt: skip
+    """Return the FLOP/s of x W^T and dY W over SHAPES, from the fastest round within BUDGET_S.
 
-    prepare: converts W to what `matmul` takes.
+    prepare: converts W to the weight that `matmul` takes.
     """
     operands: list[tuple[Any, ...]] = []
     for n, k in SHAPES:
-        x, weight, y, grad = (
-            torch.ones(s, dtype=dtype, device=device) for s in ((ROWS, k), (n, k), (ROWS, n), (ROWS, k))
-        )
+        shapes = (ROWS, k), (n, k), (ROWS, n), (ROWS, k)
+        x, weight, y, grad = (torch.ones(shape, dtype=dtype, device=device) for shape in shapes)
         operands.append((x, prepare(weight), y, grad))
     flops = sum(2 * 2 * ROWS * n * k for n, k in SHAPES)
     cuda = torch.device(device).type == "cuda"
-    fastest, begin = float("inf"), time.perf_counter()
-    rounds = 0
-    # The first round includes the library's initialization.
+    fastest, begin, rounds = float("inf"), time.perf_counter(), 0
+    # The first round includes the initialization of libraries, so it counts only if it exceeds the budget.
     while rounds < 2 or time.perf_counter() - begin < BUDGET_S:
         started = time.perf_counter()
         for x, weight, y, grad in operands:

@@ -1,7 +1,8 @@
-"""Operations of attention on rows, in registers of 16 fp32 elements, for CPUs with AVX512-BF16.
+"""Numba intrinsics for the rows of attention, in registers of 16 fp32 elements, for CPUs with AVX512-BF16.
 
-LLVM vectorizes a loop for 64 elements and more at once, and computes the rest one by one: a row of a head has 64, and
-half of them rotate with the other half. Arrays are one-dimensional and contiguous; counts are multiples of LANES.
+LLVM would vectorize these loops for 64 or more elements at a time and compute the rest one by one, but heads are short:
+the two halves of a head of 64 elements have 32 each. Arrays are one-dimensional, x_at is the index of the first element
+of x, and counts are multiples of LANES.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from strop.engine.kernels.cpu.compiled import (
     broadcast,
     call_llvm,
     fma,
+    load,
     pointer,
     repeat,
+    store,
 )
 
 LANES = 16
@@ -32,7 +35,7 @@ _HALVES, _BF16S = ir.VectorType(I16, LANES), ir.VectorType(BFloat(), LANES)
 _LOWEST = -3e38
 _long, _float = types.int64, types.float32
 
-# numba gives every operation without flags all of them, which allows LLVM to treat NaN as a number.
+# Without explicit flags, numba adds all fastmath flags, with which LLVM assumes that there are no NaNs.
 _FLAGS = ("contract",)
 
 
@@ -40,8 +43,8 @@ def _constant(x: float) -> Any:
     return ir.Constant(_FLOATS, [x] * LANES)
 
 
-def _compare(b: Any, how: str, x: Any, y: Any) -> Any:
-    return b.fcmp_ordered(how, x, y, flags=_FLAGS)
+def _compare(b: Any, operator: str, x: Any, y: Any) -> Any:
+    return b.fcmp_ordered(operator, x, y, flags=_FLAGS)
 
 
 def _mul(b: Any, x: Any, y: Any) -> Any:
@@ -52,23 +55,17 @@ def _sub(b: Any, x: Any, y: Any) -> Any:
     return b.fsub(x, y, flags=_FLAGS)
 
 
-def _load(b: Any, start: Any, at: Any, bf16: bool) -> Any:
-    """Load 16 elements as fp32."""
-    kind = _HALVES if bf16 else _FLOATS
-    loaded = b.load(b.bitcast(b.gep(start, [at]), kind.as_pointer()), align=2 if bf16 else 4)
-    return bf16_to_fp32(b, loaded) if bf16 else loaded
+def _load(b: Any, start: Any, index: Any, bf16: bool = False) -> Any:
+    """Emit the load of LANES elements as fp32."""
+    return bf16_to_fp32(b, load(b, start, index, _HALVES)) if bf16 else load(b, start, index, _FLOATS)
 
 
 def _round(b: Any, x: Any) -> Any:
     return b.bitcast(b.fptrunc(x, _BF16S), _HALVES)
 
 
-def _store(b: Any, x: Any, start: Any, at: Any) -> None:
-    b.store(x, b.bitcast(b.gep(start, [at]), x.type.as_pointer()), align=2 if x.type == _HALVES else 4)
-
-
 def _exp(b: Any, x: Any) -> Any:
-    """Emit compiled.exp, for x <= 0; NaN stays NaN."""
+    """Emit the same computation as compiled.exp, for x <= 0, but return NaN for NaN."""
     x = b.select(_compare(b, "<", x, _constant(-87.0)), _constant(-87.0), x)
     n = b.fptosi(fma(b, x, _constant(1.44269504), _constant(-0.5)), _INTS)
     whole = b.sitofp(n, _FLOATS)
@@ -87,57 +84,55 @@ def _sum(b: Any, x: Any) -> Any:
     return b.call(function, [F32(0.0), x], fastmath=("reassoc",))
 
 
-def _inside(b: Any, at: Any, begin: Any, end: Any) -> Any:
-    """Return the mask of the 16 places from `at` that are within [begin, end)."""
-    places = b.add(broadcast(b, b.trunc(at, I32), LANES), ir.Constant(_INTS, list(range(LANES))))
+def _in_range(b: Any, index: Any, begin: Any, end: Any) -> Any:
+    """Emit the mask of the LANES indices from `index` that are in [begin, end)."""
+    indices = b.add(broadcast(b, b.trunc(index, I32), LANES), ir.Constant(_INTS, list(range(LANES))))
     first, last = (broadcast(b, b.trunc(x, I32), LANES) for x in (begin, end))
-    return b.and_(b.icmp_signed(">=", places, first), b.icmp_signed("<", places, last))
+    return b.and_(b.icmp_signed(">=", indices, first), b.icmp_signed("<", indices, last))
 
 
-def _starts(context: Any, b: Any, signature: Any, args: Any, *places: int) -> list[Any]:
-    """Return pointers into the arrays at these argument places; the argument after each is its first element."""
-    return [pointer(context, b, signature.args[i], args[i], args[i + 1]) for i in places]
+def _starts(context: Any, b: Any, signature: Any, args: Any, *numbers: int) -> list[Any]:
+    """Return pointers into the array arguments with these numbers, each followed by the index of its first element."""
+    return [pointer(context, b, signature.args[i], args[i], args[i + 1]) for i in numbers]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def rotate(
     context: Any, x: Any, x_at: Any, half: Any, cos: Any, cos_at: Any, sin: Any, sin_at: Any, scale: Any, sign: Any,
-    out: Any, to: Any,
+    out: Any, out_at: Any,
 ) -> Any:  # fmt: skip
-    """Write scale times x (2 half,), with its halves rotated by cos and sign * sin (half,), to `out` in bf16.
+    """Rotate the pairs (x[i], x[half + i]) of a head by cos and sign * sin, and write scale * the result in bf16.
 
-    x: bf16 bits or fp32; cos, sin: fp32.
+    x: bf16 bits or fp32. cos, sin: (half,), fp32.
     """
 
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
         x_start, cos_start, sin_start, target = _starts(context, b, signature, args, 0, 3, 5, 9)
         half, scale = args[2], broadcast(b, args[7], LANES)
         signed = _mul(b, scale, broadcast(b, args[8], LANES))
 
-        def body(at: Any, _: list[Any]) -> list[Any]:
-            second, bf16 = b.add(at, half), x.dtype == types.uint16
-            u, v = _load(b, x_start, at, bf16), _load(b, x_start, second, bf16)
-            c, s = _mul(b, _load(b, cos_start, at, False), scale), _mul(b, _load(b, sin_start, at, False), signed)
-            _store(b, _round(b, _sub(b, _mul(b, u, c), _mul(b, v, s))), target, at)
-            _store(b, _round(b, fma(b, v, c, _mul(b, u, s))), target, second)
-            return []
+        def body(index: Any, _: list[Any]) -> None:
+            second, bf16 = b.add(index, half), x.dtype == types.uint16
+            u, v = _load(b, x_start, index, bf16), _load(b, x_start, second, bf16)
+            c, s = _mul(b, _load(b, cos_start, index), scale), _mul(b, _load(b, sin_start, index), signed)
+            store(b, _round(b, _sub(b, _mul(b, u, c), _mul(b, v, s))), target, index)
+            store(b, _round(b, fma(b, v, c, _mul(b, u, s))), target, second)
 
         repeat(b, half, LANES, [], body)
-        return context.get_dummy_value()
 
     return types.void(x, _long, _long, cos, _long, sin, _long, _float, _float, out, _long), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def max_within(context: Any, scores: Any, at: Any, count: Any, begin: Any, end: Any) -> Any:
-    """Return the greatest of scores (count,), fp32, at places within [begin, end)."""
+def max_within(context: Any, scores: Any, scores_at: Any, count: Any, begin: Any, end: Any) -> Any:
+    """Return the maximum of scores[begin:end]; scores (count,), fp32."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         (start,) = _starts(context, b, signature, args, 0)
 
-        def body(at: Any, carried: list[Any]) -> list[Any]:
+        def body(index: Any, carried: list[Any]) -> list[Any]:
             (top,) = carried
-            masked = b.select(_inside(b, at, args[3], args[4]), _load(b, start, at, False), _constant(_LOWEST))
+            masked = b.select(_in_range(b, index, args[3], args[4]), _load(b, start, index), _constant(_LOWEST))
             return [b.select(_compare(b, ">", masked, top), masked, top)]
 
         (top,) = repeat(b, args[2], LANES, [_constant(_LOWEST)], body)
@@ -148,18 +143,18 @@ def max_within(context: Any, scores: Any, at: Any, count: Any, begin: Any, end: 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def exp_within(
-    context: Any, scores: Any, at: Any, count: Any, begin: Any, end: Any, top: Any, probs: Any, to: Any
+    context: Any, scores: Any, scores_at: Any, count: Any, begin: Any, end: Any, top: Any, probs: Any, probs_at: Any
 ) -> Any:  # fmt: skip
-    """Write exp(scores - top) to probs (count,), in bf16, and return the sum; 0 at places outside [begin, end)."""
+    """Write exp(scores - top) in [begin, end) and 0 elsewhere to probs (count,), in bf16, and return the sum."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         start, target = _starts(context, b, signature, args, 0, 6)
         top = broadcast(b, args[5], LANES)
 
-        def body(at: Any, carried: list[Any]) -> list[Any]:
-            x = _exp(b, _sub(b, _load(b, start, at, False), top))
-            x = b.select(_inside(b, at, args[3], args[4]), x, _constant(0.0))
-            _store(b, _round(b, x), target, at)
+        def body(index: Any, carried: list[Any]) -> list[Any]:
+            x = _exp(b, _sub(b, _load(b, start, index), top))
+            x = b.select(_in_range(b, index, args[3], args[4]), x, _constant(0.0))
+            store(b, _round(b, x), target, index)
             return [add_ordered(b, carried[0], x)]
 
         (total,) = repeat(b, args[2], LANES, [_constant(0.0)], body)
@@ -170,76 +165,66 @@ def exp_within(
 
 @intrinsic  # type: ignore[untyped-decorator]
 def softmax_gradient(
-    context: Any, scores: Any, at: Any, count: Any, begin: Any, end: Any, logsumexp: Any, dot: Any, grads: Any,
-    grads_at: Any, out: Any, to: Any,
+    context: Any, scores: Any, scores_at: Any, count: Any, begin: Any, end: Any, logsumexp: Any, dot: Any, grads: Any,
+    grads_at: Any, out: Any, out_at: Any,
 ) -> Any:  # fmt: skip
-    """Replace scores (count,) by probabilities, and the gradients of the probabilities by those of the scores.
+    """Replace scores by probs = exp(scores - logsumexp), and grads by probs * (grads - dot).
 
-    probs = exp(scores - logsumexp); grads = probs * (grads - dot), both 0 outside [begin, end). out: grads in bf16.
+    Both are (count,), fp32, and 0 outside [begin, end). The new grads are also written to `out` in bf16.
     """
 
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
         start, grad, target = _starts(context, b, signature, args, 0, 7, 9)
         top, dot = broadcast(b, args[5], LANES), broadcast(b, args[6], LANES)
 
-        def body(at: Any, _: list[Any]) -> list[Any]:
-            x = _sub(b, _load(b, start, at, False), top)
-            # Rounding alone can make x positive, and exp is for x <= 0.
+        def body(index: Any, _: list[Any]) -> None:
+            x = _sub(b, _load(b, start, index), top)
+            # Rounding can make x positive, but _exp requires x <= 0.
             x = b.select(_compare(b, ">", x, _constant(0.0)), _constant(0.0), x)
-            inside = _inside(b, at, args[3], args[4])
-            prob = b.select(inside, _exp(b, x), _constant(0.0))
-            slope = b.select(inside, _mul(b, prob, _sub(b, _load(b, grad, at, False), dot)), _constant(0.0))
-            _store(b, prob, start, at)
-            _store(b, slope, grad, at)
-            _store(b, _round(b, slope), target, at)
-            return []
+            in_range = _in_range(b, index, args[3], args[4])
+            prob = b.select(in_range, _exp(b, x), _constant(0.0))
+            slope = b.select(in_range, _mul(b, prob, _sub(b, _load(b, grad, index), dot)), _constant(0.0))
+            store(b, prob, start, index)
+            store(b, slope, grad, index)
+            store(b, _round(b, slope), target, index)
 
         repeat(b, args[2], LANES, [], body)
-        return context.get_dummy_value()
 
-    signature = types.void(scores, _long, _long, _long, _long, _float, _float, grads, _long, out, _long)
-    return signature, generate
+    return types.void(scores, *[_long] * 4, _float, _float, grads, _long, out, _long), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def pair_rows(context: Any, even: Any, even_at: Any, odd: Any, odd_at: Any, count: Any, out: Any, to: Any) -> Any:
-    """Write the bf16 pairs of two rows (count,), fp32 or bf16 bits, to `out`, uint32."""
+def pair_rows(context: Any, even: Any, even_at: Any, odd: Any, odd_at: Any, count: Any, out: Any, out_at: Any) -> Any:
+    """Round two rows (count,), fp32 or bf16 bits, to bf16, and write their pairs to `out`, uint32."""
 
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
         first, second, target = _starts(context, b, signature, args, 0, 2, 5)
 
-        def load(start: Any, at: Any) -> Any:
-            if even.dtype == types.uint16:
-                bits = b.load(b.bitcast(b.gep(start, [at]), _HALVES.as_pointer()), align=2)
-            else:
-                bits = _round(b, _load(b, start, at, False))
-            return b.zext(bits, _INTS)
+        def load_bits(start: Any, index: Any) -> Any:
+            is_bf16 = even.dtype == types.uint16
+            return b.zext(load(b, start, index, _HALVES) if is_bf16 else _round(b, _load(b, start, index)), _INTS)
 
-        def body(at: Any, _: list[Any]) -> list[Any]:
-            high = b.shl(load(second, at), ir.Constant(_INTS, [16] * LANES))
-            _store(b, b.or_(load(first, at), high), target, at)
-            return []
+        def body(index: Any, _: list[Any]) -> None:
+            high = b.shl(load_bits(second, index), ir.Constant(_INTS, [16] * LANES))
+            store(b, b.or_(load_bits(first, index), high), target, index)
 
         repeat(b, args[4], LANES, [], body)
-        return context.get_dummy_value()
 
     return types.void(even, _long, odd, _long, _long, out, _long), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def scale_row(context: Any, x: Any, x_at: Any, count: Any, scale: Any, out: Any, to: Any) -> Any:
-    """Write scale times x (count,), fp32, to `out` in bf16."""
+def scale_row(context: Any, x: Any, x_at: Any, count: Any, scale: Any, out: Any, out_at: Any) -> Any:
+    """Write scale * x (count,), fp32, to `out` in bf16."""
 
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> None:
         start, target = _starts(context, b, signature, args, 0, 4)
         scale = broadcast(b, args[3], LANES)
 
-        def body(at: Any, _: list[Any]) -> list[Any]:
-            _store(b, _round(b, _mul(b, _load(b, start, at, False), scale)), target, at)
-            return []
+        def body(index: Any, _: list[Any]) -> None:
+            store(b, _round(b, _mul(b, _load(b, start, index), scale)), target, index)
 
         repeat(b, args[2], LANES, [], body)
-        return context.get_dummy_value()
 
     return types.void(x, _long, _long, _float, out, _long), generate
 
@@ -251,8 +236,8 @@ def dot(context: Any, x: Any, x_at: Any, y: Any, y_at: Any, count: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         first, second = _starts(context, b, signature, args, 0, 2)
 
-        def body(at: Any, carried: list[Any]) -> list[Any]:
-            return [fma(b, _load(b, first, at, True), _load(b, second, at, True), carried[0])]
+        def body(index: Any, carried: list[Any]) -> list[Any]:
+            return [fma(b, _load(b, first, index, True), _load(b, second, index, True), carried[0])]
 
         (total,) = repeat(b, args[4], LANES, [_constant(0.0)], body)
         return _sum(b, total)

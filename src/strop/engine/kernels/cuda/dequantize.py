@@ -1,4 +1,4 @@
-"""Dequantize weights in 4 and 8 bits on a GPU, in one kernel, directly to their destination."""
+"""Triton kernels that dequantize 4-bit and 8-bit weights, computing in fp32 and rounding once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from triton.language import constexpr, tensor
 
 from strop.engine.kernels.cuda.launch import kernel, launch, next_power_of_2
 
-TILE = 2048  # bytes of a program
+TILE = 2048  # maximum number of bytes that a program reads
 
 
 @dataclass(frozen=True)
 class Nested:
-    """Quantization of the blocks' constants: constant i is levels[byte i] * scale[i // block] + offset."""
+    """Double quantization: constant i is levels[constants[i]] * scale[i // block] + offset."""
 
     levels: Tensor  # (256,) fp32
-    scale: Tensor  # fp32
+    scale: Tensor  # fp32, one value per group of `block` constants
     block: int
     offset: float
 
@@ -29,7 +29,7 @@ def _four_bit(
     blocks: tensor, bytes: tensor, count: tensor, offset: tensor,
     NESTED: constexpr, NESTED_BLOCK: constexpr, PAIRS: constexpr, WIDE: constexpr, BLOCKS: constexpr,
 ) -> None:  # fmt: skip
-    """Dequantize BLOCKS blocks of PAIRS bytes each, the upper half of a byte first; WIDE: a power of two >= PAIRS."""
+    """Dequantize BLOCKS blocks of PAIRS bytes each. WIDE: the power of two >= PAIRS."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     if NESTED:
         byte = tl.load(constants + block, mask=block < blocks, other=0).to(tl.int32)
@@ -38,20 +38,26 @@ def _four_bit(
     else:
         constant = tl.load(constants + block, mask=block < blocks, other=0.0).to(tl.float32)
     pair = tl.arange(0, WIDE)[None, :]
-    first = block.to(tl.int64)[:, None] * PAIRS
-    inside = (pair < PAIRS) & (first + pair < bytes)
-    two = tl.load(packed + first + pair, mask=inside, other=0).to(tl.int32)
-    values = tl.interleave(tl.load(code + (two >> 4)), tl.load(code + (two & 15))).to(tl.float32) * constant[:, None]
-    place = tl.arange(0, 2 * WIDE)[None, :]
-    inside = (place < 2 * PAIRS) & (2 * first + place < count)
-    tl.store(out + 2 * first + place, values.to(out.dtype.element_ty), mask=inside)
+    first_byte = block.to(tl.int64)[:, None] * PAIRS
+    mask = (pair < PAIRS) & (first_byte + pair < bytes)
+    pair_byte = tl.load(packed + first_byte + pair, mask=mask, other=0).to(tl.int32)
+    values = (
+        tl.interleave(tl.load(code + (pair_byte >> 4)), tl.load(code + (pair_byte & 15))).to(tl.float32)
+        * constant[:, None]
+    )
+    element = tl.arange(0, 2 * WIDE)[None, :]
+    mask = (element < 2 * PAIRS) & (2 * first_byte + element < count)
+    tl.store(out + 2 * first_byte + element, values.to(out.dtype.element_ty), mask=mask)
 
 
 def four_bit(packed: Tensor, code: Tensor, constants: Tensor, block: int, nested: Nested | None, out: Tensor) -> Tensor:
-    """Write code[half byte] * the block's constant to `out` (n, k), contiguous; computed in fp32, rounded once.
+    """Dequantize a 4-bit weight into `out` (n, k), contiguous. The result is bitwise equal to that of bitsandbytes.
 
-    packed: bytes of two elements each, the first in the upper half. code (16,) fp32. constants: one a block, fp32, or
-    bytes if they are quantized (`nested`). block: elements of a block. The bits are those of bitsandbytes.
+    Args:
+        packed: uint8, two elements per byte, the first in the upper half. An element is an index into `code`.
+        code: the 16 values of the 4-bit data type, fp32.
+        constants: the factor of each block, fp32; uint8 if the factors are quantized too (`nested`).
+        block: the number of elements per block.
     """
     assert out.is_contiguous() and block % 2 == 0
     pairs, blocks = block // 2, -(-out.numel() // block)
@@ -72,12 +78,12 @@ def _eight_bit(weight: tensor, scale: tensor, out: tensor, N: constexpr, BLOCK: 
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(weight + row * N + column, mask=column < N, other=0).to(tl.float32)
-    unit = tl.div_rn(tl.load(scale + row), 127.0)
-    tl.store(out + row * N + column, (value * unit).to(out.dtype.element_ty), mask=column < N)
+    step = tl.div_rn(tl.load(scale + row), 127.0)
+    tl.store(out + row * N + column, (value * step).to(out.dtype.element_ty), mask=column < N)
 
 
 def eight_bit(weight: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """Write weight, int8 (n, k), times scale (n,) / 127 to `out` (n, k), contiguous; in fp32, rounded once."""
+    """Write weight (n, k), int8, times scale (n,) / 127 to `out` (n, k), contiguous."""
     assert out.is_contiguous() and weight.is_contiguous()
     rows, n = weight.shape
     block = min(TILE, next_power_of_2(n))

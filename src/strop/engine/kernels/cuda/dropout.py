@@ -1,17 +1,19 @@
-"""Dropout as Triton kernels that generate the masks where they are used; bit-identical to train/dropout.py."""
+"""Triton kernels that apply dropout. They generate the same masks as train/dropout.py, without storing them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from strop.engine.kernels.cuda.launch import device_function, kernel, launch, next_power_of_2, rows_of
+from strop.engine.kernels.cuda.launch import as_rows, device_function, kernel, launch, next_power_of_2
 from strop.engine.train import dropout
 from strop.engine.train.dropout import ROUNDS, DropoutSpec
 
-COUNTERS = 256  # of a program: 2,048 features of a row
-MAX_ADAPTERS = 4  # of a launch; no family has more adapters on one input
+COUNTERS = 256  # per program, each for eight features of a row
+MAX_ADAPTERS = 4  # per launch; no family has more adapters on one input
 SIGN = 1 << 31
 SCALARS = ("seed", "step", "n0", "n1", "n2", "n3", "l0", "l1", "l2", "l3")
 
@@ -20,7 +22,7 @@ SCALARS = ("seed", "step", "n0", "n1", "n2", "n3", "l0", "l1", "l2", "l3")
 def _random_halves(
     counter: tensor, number: tensor, token: tensor, seed: tensor, step: tensor, ROUNDS: constexpr
 ) -> tensor:
-    """Return the eight random 16-bit numbers of each counter, word by word, both halves of a word interleaved."""
+    """Return four tensors, one per Philox word of the counters, with the low and high 16 bits of each word."""
     a = counter.to(tl.uint32)
     b, c, d = a * 0 + number.to(tl.uint32), a * 0 + token.to(tl.uint32), a * 0 + (token >> 32).to(tl.uint32)
     a, b, c, d = tl.philox_impl(a, b, c, d, seed.to(tl.uint32), step.to(tl.uint32), ROUNDS)
@@ -39,18 +41,18 @@ def _apply_masks(
     N: constexpr, COUNT: constexpr, ADAPTERS: constexpr, ROUNDS: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    counter, feature = first + tl.arange(0, BLOCK), 2 * first + tl.arange(0, 2 * BLOCK)
+    first_counter = tl.program_id(1) * BLOCK
+    counters, features = first_counter + tl.arange(0, BLOCK), 2 * first_counter + tl.arange(0, 2 * BLOCK)
     numbers, levels = (n0, n1, n2, n3), (l0, l1, l2, l3)
     token = tl.load(tokens + row)
     for number in tl.static_range(ADAPTERS):
-        halves = _random_halves(counter, numbers[number], token, seed, step, ROUNDS)
+        halves = _random_halves(counters, numbers[number], token, seed, step, ROUNDS)
         for word in tl.static_range(4):
-            at = 2 * word * COUNT + feature
-            inside = (feature < 2 * COUNT) & (at < N)
-            values = tl.load(z + row * z_row + at, mask=inside, other=0.0)
-            kept = tl.where(halves[word].to(tl.int32) >= levels[number], values, tl.zeros_like(values))
-            tl.store(out + row * (ADAPTERS * N) + number * N + at, kept, mask=inside)
+            column = 2 * word * COUNT + features
+            mask = (features < 2 * COUNT) & (column < N)
+            values = tl.load(z + row * z_row + column, mask=mask, other=0.0)
+            masked = tl.where(halves[word].to(tl.int32) >= levels[number], values, tl.zeros_like(values))
+            tl.store(out + row * (ADAPTERS * N) + number * N + column, masked, mask=mask)
 
 
 @kernel(unspecialized=SCALARS)
@@ -60,8 +62,8 @@ def _apply_masks_backward(
     N: constexpr, COUNT: constexpr, ADAPTERS: constexpr, ROUNDS: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    counter, feature = first + tl.arange(0, BLOCK), 2 * first + tl.arange(0, 2 * BLOCK)
+    first_counter = tl.program_id(1) * BLOCK
+    counters, features = first_counter + tl.arange(0, BLOCK), 2 * first_counter + tl.arange(0, 2 * BLOCK)
     numbers, levels = (n0, n1, n2, n3), (l0, l1, l2, l3)
     token = tl.load(tokens + row)
     sums = (
@@ -69,73 +71,56 @@ def _apply_masks_backward(
         tl.zeros((2 * BLOCK,), tl.float32), tl.zeros((2 * BLOCK,), tl.float32),
     )  # fmt: skip
     for number in tl.static_range(ADAPTERS):
-        a, b, c, d = _random_halves(counter, numbers[number], token, seed, step, ROUNDS)
+        a, b, c, d = _random_halves(counters, numbers[number], token, seed, step, ROUNDS)
         s0, s1, s2, s3 = sums
-        at, level = grad + row * grad_row + number * N, levels[number]
+        pointer, level = grad + row * grad_row + number * N, levels[number]
         sums = (
-            s0 + _load_kept(at, a, level, feature, 0, N, COUNT), s1 + _load_kept(at, b, level, feature, 1, N, COUNT),
-            s2 + _load_kept(at, c, level, feature, 2, N, COUNT), s3 + _load_kept(at, d, level, feature, 3, N, COUNT),
-        )  # fmt: skip
+            s0 + _load_kept(pointer, a, level, features, 0, N, COUNT),
+            s1 + _load_kept(pointer, b, level, features, 1, N, COUNT),
+            s2 + _load_kept(pointer, c, level, features, 2, N, COUNT),
+            s3 + _load_kept(pointer, d, level, features, 3, N, COUNT),
+        )
     for word in tl.static_range(4):
-        at = 2 * word * COUNT + feature
-        inside = (feature < 2 * COUNT) & (at < N)
-        tl.store(out + row * N + at, sums[word].to(out.dtype.element_ty), mask=inside)
+        column = 2 * word * COUNT + features
+        mask = (features < 2 * COUNT) & (column < N)
+        tl.store(out + row * N + column, sums[word].to(out.dtype.element_ty), mask=mask)
 
 
 @device_function
 def _load_kept(
-    at: tensor, halves: tensor, level: tensor, feature: tensor, word: constexpr, N: constexpr, COUNT: constexpr
+    pointer: tensor, halves: tensor, level: tensor, features: tensor, word: constexpr, N: constexpr, COUNT: constexpr
 ) -> tensor:
-    place = 2 * word * COUNT + feature
-    values = tl.load(at + place, mask=(feature < 2 * COUNT) & (place < N), other=0.0).to(tl.float32)
+    column = 2 * word * COUNT + features
+    values = tl.load(pointer + column, mask=(features < 2 * COUNT) & (column < N), other=0.0).to(tl.float32)
     return tl.where(halves.to(tl.int32) >= level, values, 0.0)
 
 
-def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
-    """Compute dropout.apply_masks, into `out`, contiguous, if given."""
-    adapters = len(dropped.numbers)
-    if adapters > MAX_ADAPTERS:
-        return dropout.apply_masks(z, dropped, out)
-    x = rows_of(z)
-    out = x.new_empty(len(x), adapters * x.shape[1]) if out is None else out
-    shape, scalars = _shape(x.shape[1], adapters), _scalars(dropped)
-    grid = len(x), -(-shape["COUNT"] // shape["BLOCK"])
-    launch(_apply_masks, grid, x, x, out, dropped.tokens.contiguous(), x.stride(0), *scalars, **shape)
-    return out
+def apply_masks(z: Tensor, dropped: DropoutSpec) -> Tensor:
+    if len(dropped.numbers) > MAX_ADAPTERS:
+        return dropout.apply_masks(z, dropped)
+    x = as_rows(z)
+    out = x.new_empty(len(x), len(dropped.numbers) * x.shape[1])
+    return _launch(_apply_masks, x, out, x.shape[1], dropped)
 
 
 def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
-    """Compute dropout.apply_masks_backward."""
-    adapters = len(dropped.numbers)
-    if adapters > MAX_ADAPTERS:
+    if len(dropped.numbers) > MAX_ADAPTERS:
         return dropout.apply_masks_backward(grad, dropped)
-    values = rows_of(grad)
-    out = values.new_empty(len(values), values.shape[1] // adapters)
-    shape, scalars = _shape(out.shape[1], adapters), _scalars(dropped)
-    grid = len(values), -(-shape["COUNT"] // shape["BLOCK"])
-    launch(
-        _apply_masks_backward,
-        grid,
-        values,
-        values,
-        out,
-        dropped.tokens.contiguous(),
-        values.stride(0),
-        *scalars,
-        **shape,
-    )
-    return out
+    values = as_rows(grad)
+    out = values.new_empty(len(values), values.shape[1] // len(dropped.numbers))
+    return _launch(_apply_masks_backward, values, out, out.shape[1], dropped)
 
 
-def _shape(n: int, adapters: int) -> dict[str, int]:
-    count = -(-n // 8)
+def _launch(mask_kernel: Any, x: Tensor, out: Tensor, n: int, dropped: DropoutSpec) -> Tensor:
+    adapters, count = len(dropped.numbers), -(-n // 8)
     block = min(COUNTERS, next_power_of_2(count))
-    warps = max(1, block // 128)
-    return {"N": n, "COUNT": count, "ADAPTERS": adapters, "ROUNDS": ROUNDS, "BLOCK": block, "num_warps": warps}
-
-
-def _scalars(dropped: DropoutSpec) -> list[int]:
-    """Return seed, step, numbers and levels; 32-bit values are signed, so that large ones need no further kernel."""
-    padding = [0] * (MAX_ADAPTERS - len(dropped.numbers))
-    key = [(n ^ SIGN) - SIGN for n in (dropped.seed, dropped.step)]
-    return [*key, *dropped.numbers, *padding, *dropped.levels, *padding]
+    padding = [0] * (MAX_ADAPTERS - adapters)
+    # Signed, because Triton would compile another kernel for integers of more than 31 bits.
+    key = [(value ^ SIGN) - SIGN for value in (dropped.seed, dropped.step)]
+    scalars = [*key, *dropped.numbers, *padding, *dropped.levels, *padding]
+    constants = {"N": n, "COUNT": count, "ADAPTERS": adapters, "ROUNDS": ROUNDS, "BLOCK": block}
+    launch(
+        mask_kernel, (len(x), -(-count // block)), x, x, out, dropped.tokens.contiguous(), x.stride(0), *scalars,
+        num_warps=max(1, block // 128), **constants,
+    )  # fmt: skip
+    return out

@@ -1,10 +1,10 @@
-"""Offload the inputs of checkpointed layers to host memory until their layer's backward.
+"""Offload the inputs of checkpointed layers to host memory until they are recomputed in the backward.
 
 Copies run on a separate stream, in parallel with the computation: an input is copied out while its layer is computed,
-and back while the following layer is recomputed. The device holds two inputs at a time. The host waits for nothing.
+and back while the following layer is recomputed. The device holds two inputs at a time, and the host never waits.
 
-Device memory is freed only after the device's stream has waited for the copy: the allocator's alternative
-(record_stream) frees it only when the host sees that the copy is done, and the host is a whole micro-batch ahead.
+Device memory is released once the device's stream has waited for the copy. With record_stream it would be released only
+when the host sees that the copy has finished, and the host runs ahead of the device by a whole micro-batch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from strop.machine.probe import free_bytes
 
 RESERVE = 1 << 30  # bytes of host memory that stay free
-PIECE = 32 << 20  # bytes: PyTorch allocates pinned memory in powers of two, and keeps it
+PIECE = 32 << 20  # bytes; PyTorch rounds the sizes of pinned memory up to powers of two
 
 
 class OffloadedInput:
     """The input of one layer.
 
-    previous: the input of the preceding layer, which is fetched while this one is used. keep_on_device: do not offload,
-    because the backward needs this input first.
+    previous: the input of the preceding layer, which is fetched while this one is used. keep_on_device: do not offload
+    the input. This is for the last layer, whose input the backward needs first.
     """
 
     def __init__(self, x: Tensor, host: HostMemory, previous: OffloadedInput | None, keep_on_device: bool) -> None:
@@ -39,7 +39,6 @@ class OffloadedInput:
             self.pieces = host.copy_out(x)
 
     def fetch(self) -> None:
-        """Start the copy to the device."""
         if self._on_device is None:
             self._on_device, self._ready = self._host.copy_back(self)
 
@@ -58,30 +57,30 @@ class OffloadedInput:
         return x
 
     def __del__(self) -> None:
-        if self._ready is not None:  # fetched but not used: its memory must not be freed during the copy
+        if self._ready is not None:  # fetched and not used: the memory must not be freed during the copy
             self._host.wait_for(self._ready)
         self._host.free += self.pieces
 
 
 class HostMemory:
-    """Pieces of pinned memory, which are reused from one micro-batch to the next."""
+    """Pinned memory for the inputs of layers. Its pieces are reused from one micro-batch to the next."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._cuda = device, device.type == "cuda"
         self._copy_stream: Any = cast(Any, torch.cuda.Stream)(device) if self._cuda else None
         self.free: list[Tensor] = []
         self._newest: OffloadedInput | None = None
-        self._copied: tuple[Tensor, Any] | None = None
+        self._copying: tuple[Tensor, Any] | None = None
 
     def begin(self) -> None:
-        """Begin a micro-batch, and forget the state of one that failed."""
-        self._newest = self._copied = None
+        """Begin a micro-batch. Discards the state of a micro-batch that failed."""
+        self._newest = self._copying = None
 
     def offload_inputs(self, *, last: bool) -> saved_tensors_hooks:
-        """Return a context in which a layer's input is offloaded. last: whether it is the last layer."""
+        """Return a context in which the input of a checkpointed layer is offloaded. last: it is the last layer."""
 
         def pack(x: Tensor) -> Any:
-            if not x.is_floating_point():  # an index of rows
+            if not x.is_floating_point():  # row indices
                 return x
             offloaded = self._newest = OffloadedInput(x.detach(), self, self._newest, last)
             if last:
@@ -92,8 +91,8 @@ class HostMemory:
         return saved_tensors_hooks(pack, lambda saved: saved.get() if isinstance(saved, OffloadedInput) else saved)
 
     def copy_out(self, x: Tensor) -> list[Tensor]:
-        """Start the copy to the host, and return the pieces that hold x afterwards."""
-        source, pieces = _bytes(x.contiguous()), []
+        """Start the copy to the host, and return the pieces that will hold x."""
+        source, pieces = _as_bytes(x.contiguous()), []
         self._finish_copy()
         if self._cuda:
             self._copy_stream.wait_stream(self._current_stream())
@@ -103,33 +102,33 @@ class HostMemory:
                 pieces.append(self._take_piece())
                 pieces[-1][: len(part)].copy_(part, non_blocking=True)
         if self._cuda:
-            self._copied = source, self._copy_stream.record_event()
+            self._copying = source, self._copy_stream.record_event()
         return pieces
 
     def copy_back(self, offloaded: OffloadedInput) -> tuple[Tensor, Any]:
-        """Start the copy to the device, and return the tensor and the event after which it is complete."""
+        """Start the copy to the device, and return the tensor and the event that marks the end of the copy."""
         x = torch.empty(offloaded.shape, dtype=offloaded.dtype, device=self._device)
-        target = _bytes(x)
+        target = _as_bytes(x)
         if self._cuda:
             self._copy_stream.wait_stream(self._current_stream())  # earlier work may still use this memory
         with self._on_copy_stream():
-            for number, piece in enumerate(offloaded.pieces):
-                part = target[number * PIECE : (number + 1) * PIECE]
+            for i, piece in enumerate(offloaded.pieces):
+                part = target[i * PIECE : (i + 1) * PIECE]
                 part.copy_(piece[: len(part)], non_blocking=True)
         return x, self._copy_stream.record_event() if self._cuda else None
 
     def wait_for(self, event: Any) -> None:
-        """Have the device's stream, not the host, wait for the event."""
+        """Make the device's current stream, not the host, wait for the event."""
         self._current_stream().wait_event(event)
 
     def _finish_copy(self) -> None:
-        """Free the memory of the input that was being copied out, after the stream has waited for the copy."""
-        if self._copied is not None:
-            self.wait_for(self._copied[1])
-            self._copied = None
+        """Free the device memory of the last input that was copied out, after the stream has waited for the copy."""
+        if self._copying is not None:
+            self.wait_for(self._copying[1])
+            self._copying = None
 
     def _take_piece(self) -> Tensor:
-        """Return a free piece; raises MemoryError before the host runs out, where Linux would kill the process."""
+        """Return a free piece. Raise MemoryError if the host is almost out of memory: Linux would kill the process."""
         if self.free:
             return self.free.pop()
         if (available := free_bytes()) < RESERVE + PIECE:
@@ -145,5 +144,5 @@ class HostMemory:
         return torch.cuda.stream(self._copy_stream) if self._cuda else nullcontext()
 
 
-def _bytes(x: Tensor) -> Tensor:
+def _as_bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
