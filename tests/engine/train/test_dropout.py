@@ -155,7 +155,7 @@ def test_dropout_preserves_the_mean() -> None:
     model = dropping()
     masks = PlainLoss(model).masks
     module: Any = next(m for m in model.modules() if isinstance(m, CounterDropout))
-    masks.tokens = torch.from_numpy(token_keys(np.arange(6)))[None]
+    masks.token_keys = torch.from_numpy(token_keys(np.arange(6)))[None]
     x = torch.ones(1, 6, 40)
     total = torch.zeros_like(x)
     for at in range(400):
@@ -169,7 +169,7 @@ def test_dropout_preserves_the_mean() -> None:
 def test_rows_that_are_not_tokens_use_pytorch_dropout() -> None:
     masks = PlainLoss(dropping()).masks
     module = CounterDropout(0.5, 3, masks)
-    masks.tokens = torch.zeros(2, 5, dtype=torch.long)
+    masks.token_keys = torch.zeros(2, 5, dtype=torch.long)
     torch.manual_seed(0)
     result = module(torch.ones(7, 64))  # an expert's share of the tokens
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def test_masks_do_not_depend_on_the_tensor_layout() -> None:
     """
     masks = PlainLoss(dropping()).masks
     module = CounterDropout(0.5, 3, masks)
-    masks.tokens = torch.from_numpy(token_keys(np.arange(10))).view(2, 5)
+    masks.token_keys = torch.from_numpy(token_keys(np.arange(10))).view(2, 5)
     expected, ones = module(torch.ones(2, 5, 64)), torch.ones
     assert torch.equal(module(ones(2, 1, 5, 64)), expected.view(2, 1, 5, 64))
     assert torch.equal(module(ones(10, 64)), expected.view(10, 64))

@@ -41,13 +41,13 @@ class DropoutOps(Protocol):
 class DropoutSpec:
     """The masks of m adapters with the same input z (T, k).
 
-    tokens: the key of each row of z (token_keys), shape (T,), int64. numbers: identify the adapters in the counter.
+    token_keys: the key of each row of z (see the function), (T,), int64. numbers: identify the adapters in the counter.
     levels: elements whose random value is below the level of the adapter are dropped; 0 drops none.
     """
 
     seed: int
     step: int
-    tokens: Tensor
+    token_keys: Tensor
     numbers: tuple[int, ...]
     levels: tuple[int, ...]
 
@@ -55,13 +55,14 @@ class DropoutSpec:
 class Masks:
     """The state of a model's dropout.
 
-    tokens: the token keys (B, S) of the current input of the model. dropout_ops_for: returns DropoutOps for a tensor.
+    token_keys: the keys (B, S) of the tokens that the model is processing. dropout_ops_for: returns the DropoutOps for a
+    tensor.
     """
 
     def __init__(self, dropout_ops_for: Callable[[Tensor], DropoutOps]) -> None:
         self.dropout_ops_for = dropout_ops_for
         self.seed, self.step = 0, 0
-        self.tokens: Tensor | None = None
+        self.token_keys: Tensor | None = None
 
     def begin(self, seed: int, step: int) -> None:
         """Use the masks of this training step from now on."""
@@ -85,23 +86,23 @@ class CounterDropout(nn.Dropout):
         return max(1, min(LEVELS - 1, round(self.p * LEVELS))) if self.training and self.p else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.masks.tokens
+        keys = self.masks.token_keys
         if not self.level:
             return x
-        if tokens is None or not _are_token_rows(x.shape[:-1], tokens):
+        if keys is None or not _are_token_rows(x.shape[:-1], keys.shape):
             return super().forward(x)
-        dropped = DropoutSpec(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
+        dropped = DropoutSpec(self.masks.seed, self.masks.step, keys.reshape(-1), (self.number,), (self.level,))
         ops = self.masks.dropout_ops_for(x)
         masked: Tensor = _MaskFunction.apply(x.reshape(-1, x.shape[-1]), dropped, ops)  # type: ignore[no-untyped-call]
         return masked.view(x.shape) * keep_scale(self.level)
 
 
-def _are_token_rows(leading: torch.Size, tokens: Tensor) -> bool:
-    """Return whether a tensor with these leading dimensions has one row per token of `tokens` (B, S), in order.
+def _are_token_rows(leading: torch.Size, shape: torch.Size) -> bool:
+    """Return whether a tensor with these leading dimensions has one row per token of an input of shape (B, S).
 
     The dimensions may be (B, S), (B, 1, S) (DeepSeek's kv_b_proj) or (B * S,) (OPT).
     """
-    return leading == (tokens.numel(),) or [n for n in leading if n != 1] == [n for n in tokens.shape if n != 1]
+    return leading == (shape.numel(),) or [n for n in leading if n != 1] == [n for n in shape if n != 1]
 
 
 def keep_scale(level: int) -> float:
@@ -148,13 +149,13 @@ def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
 
 def _keep_masks(dropped: DropoutSpec, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows with their masks (rows, m, width), bool: True for elements that are not dropped."""
-    device, count = dropped.tokens.device, len(dropped.numbers)
+    device, count = dropped.token_keys.device, len(dropped.numbers)
     parts = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
     numbers, levels, key = copy_to_device([np.array(part, dtype=np.int64) for part in parts], device)
     block = max(1, BLOCK_VALUES // (count * width))
-    for begin in range(0, len(dropped.tokens), block):
+    for begin in range(0, len(dropped.token_keys), block):
         rows = slice(begin, begin + block)
-        yield rows, random_bits(dropped.tokens[rows], numbers, key, width) >= levels[:, None]
+        yield rows, random_bits(dropped.token_keys[rows], numbers, key, width) >= levels[:, None]
 
 
 def random_bits(tokens: Tensor, numbers: Tensor, key: Tensor, width: int) -> Tensor:

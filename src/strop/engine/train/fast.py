@@ -68,7 +68,7 @@ class AttentionBlock:
         shared_kv: the keys and values of an earlier layer, before their norms, for a layer that reuses them.
         """
         family, heads, batch = self.family, self.heads, context.batch
-        qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
+        qkv, gates, query = self.qkv(hidden, batch.token_keys), None, self.heads.query * self.heads.size
         if family.fused_heads:
             qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
         if family.gated_output:
@@ -103,11 +103,11 @@ class ModelModule:
     norm: Norm | None
     masks: Masks
 
-    def forward_rows(self, x: Tensor, keys: Tensor) -> Tensor:
+    def forward_rows(self, x: Tensor, token_keys: Tensor) -> Tensor:
         """Compute the module for rows (T, h), which are independent of each other."""
         if not len(x):  # gives trained parameters a gradient of zeros instead of None
             return x + 0 * sum(p.sum() for p in self.module.parameters() if p.requires_grad)
-        self.masks.tokens = keys
+        self.masks.token_keys = token_keys
         return self._output(normalize(x, self.norm)[None])[0]
 
     def forward_documents(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
@@ -115,7 +115,7 @@ class ModelModule:
         groups, indices = batch.documents.padded_groups
         x, outputs = normalize(hidden, self.norm), []
         for rows in groups:
-            self.masks.tokens = batch.keys[rows]
+            self.masks.token_keys = batch.token_keys[rows]
             outputs.append(self._output(x[rows]).flatten(0, 1))
         return torch.cat(outputs)[indices]
 
@@ -133,10 +133,10 @@ class PerLayerInput:
     norm: Norm | None
     masks: Masks
 
-    def __call__(self, hidden: Tensor, inputs: Tensor | None, keys: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, inputs: Tensor | None, token_keys: Tensor) -> Tensor:
         """Add the layer's inputs (T, p) to hidden (T, h), and scale the result."""
         if inputs is not None:
-            self.masks.tokens = keys
+            self.masks.token_keys = token_keys
             gated = self.layer.act_fn(self.layer.per_layer_input_gate(hidden[None]))[0] * inputs
             hidden = hidden + normalize(self.layer.per_layer_projection(gated[None])[0], self.norm)
         return cast(Tensor, hidden * self.layer.layer_scalar)
@@ -167,29 +167,31 @@ class Layer:
 
         rows: return only these rows, or all rows if it is None. shared_kv: as for AttentionBlock.
         """
-        keys, mixer, mlp = context.batch.keys, self.mixer, self.mlp
+        token_keys, mixer, mlp = context.batch.token_keys, self.mixer, self.mlp
         if isinstance(mixer, ModelModule):
             mixed, o, stored_kv = mixer.forward_documents(hidden, context.batch), None, None
         else:
             (mixed, stored_kv), o = mixer(hidden, context, shared_kv), mixer.o
         if rows is not None:
-            mixed, hidden, keys = mixed[rows], hidden[rows], keys[rows]
-        attended = self._add(hidden, mixed, keys, o, self.after_attention)
+            mixed, hidden, token_keys = mixed[rows], hidden[rows], token_keys[rows]
+        attended = self._add(hidden, mixed, token_keys, o, self.after_attention)
         mlp_input = hidden if self.parallel else attended
         if isinstance(mlp, ModelModule):
-            hidden = self._add(attended, mlp.forward_rows(mlp_input, keys), keys, None, self.after_mlp)
+            hidden = self._add(attended, mlp.forward_rows(mlp_input, token_keys), token_keys, None, self.after_mlp)
         else:
-            hidden = self._add(attended, mlp.gate_up(mlp_input, keys), keys, mlp.down, self.after_mlp)
+            hidden = self._add(attended, mlp.gate_up(mlp_input, token_keys), token_keys, mlp.down, self.after_mlp)
         if self.per_layer is not None:
             inputs = None if context.per_layer is None else context.per_layer[:, self.per_layer.number]
-            hidden = self.per_layer(hidden, inputs if inputs is None or rows is None else inputs[rows], keys)
+            hidden = self.per_layer(hidden, inputs if inputs is None or rows is None else inputs[rows], token_keys)
         return hidden, stored_kv
 
-    def _add(self, hidden: Tensor, x: Tensor, keys: Tensor, linear: FusedLinear | None, after: Norm | None) -> Tensor:
+    def _add(
+        self, hidden: Tensor, x: Tensor, token_keys: Tensor, linear: FusedLinear | None, after: Norm | None
+    ) -> Tensor:
         """Add after(linear(x)) to the residual stream `hidden`. linear, after: None for the identity."""
         if linear is not None and after is None and self.residual_scale == 1:
-            return linear(x, keys, hidden)
-        output = normalize(x if linear is None else linear(x, keys), after)
+            return linear(x, token_keys, hidden)
+        output = normalize(x if linear is None else linear(x, token_keys), after)
         return hidden + (output if self.residual_scale == 1 else output * self.residual_scale)
 
 
@@ -361,12 +363,12 @@ class FastLoss:
     def _build_output_head(self, batch: PackedBatch) -> tuple[Any, ...]:
         model = self._model
         head, new = base_module(current_module(model.output)), new_rows(model.output)
-        active, keys = find_active_adapters([model.output], [self._head]), batch.keys[batch.rows]
-        keys = keys if len(batch.label_rows) == len(batch.rows) else keys[batch.label_rows]
+        active, token_keys = find_active_adapters([model.output], [self._head]), batch.token_keys[batch.rows]
+        token_keys = token_keys if len(batch.label_rows) == len(batch.rows) else token_keys[batch.label_rows]
         rows, ids = (None, None) if new is None else (new.rows, new.token_ids())
         output = OutputHead(
             head.weight, model.softcap, self._ops, head.bias, rows, ids, tuple(active.parts), active.scales,
-            dropout_spec(active.dropouts, keys), self._dropout_ops, head.weight.requires_grad,
+            dropout_spec(active.dropouts, token_keys), self._dropout_ops, head.weight.requires_grad,
             head.bias is not None and head.bias.requires_grad, self._head_matmul,
         )  # fmt: skip
         return output, *(output.trained if torch.is_grad_enabled() else [])
@@ -385,7 +387,7 @@ class FastLoss:
         hidden = self._model.embed(batch.ids)
         if self._family.embedding_norm:
             hidden = normalize(hidden, self._norm)
-        self.masks.tokens = batch.keys
+        self.masks.token_keys = batch.token_keys
         per_layer_inputs = self._model.per_layer_inputs(batch.ids, hidden)
         context = BatchContext(batch, self._model.angles(batch.positions), per_layer_inputs)
         if host is not None:

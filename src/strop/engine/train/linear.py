@@ -399,13 +399,13 @@ class FusedLinear:
     def active_adapters(self) -> ActiveAdapters:
         return find_active_adapters(self.modules, self.bases)
 
-    def __call__(self, x: Tensor, keys: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Apply LoraLinear to x (T, k). keys (T,): the result of dropout.token_keys for the rows of x."""
+    def __call__(self, x: Tensor, token_keys: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Apply LoraLinear to x (T, k). token_keys (T,): for dropout, see dropout.token_keys."""
         for base, location in zip(self.bases, self._locations, strict=True):
             assert _location(base.weight) == location, "the model's weights were moved or replaced after FastLoss"
         active, prologue = self.active_adapters(), self.prologue
         prologue = prologue.with_current_weights() if isinstance(prologue, Norm) else prologue
-        lora_ops, dropped = self.operands or self._lora_ops(active.parts), dropout_spec(active.dropouts, keys)
+        lora_ops, dropped = self.operands or self._lora_ops(active.parts), dropout_spec(active.dropouts, token_keys)
         bias, trained_ranges, trained_biases = self._fuse_biases(x) if self._bias_trained else (self.bias, (), [])
         frozen = FrozenLinear(
             self.weight, bias, lora_ops, active.columns, active.scales, self._buffer, self._arena, dropped,

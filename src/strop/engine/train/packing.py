@@ -177,7 +177,7 @@ class PackedBatch:
     """A packed micro-batch of T tokens with M labels. Integers are int64.
 
     Attributes:
-        ids, positions, keys: token ids, positions, and the result of dropout.token_keys, (T,).
+        ids, positions, token_keys: token ids, positions, and the keys for dropout (dropout.token_keys), (T,).
         rows: the packed rows that predict a supervised token, without duplicates, ascending, (N,).
         label_rows: the index into `rows` of each label, (M,).
         labels, weights: the token id and the loss weight of each label, (M,).
@@ -187,7 +187,7 @@ class PackedBatch:
 
     ids: Tensor
     positions: Tensor
-    keys: Tensor
+    token_keys: Tensor
     documents: Documents
     rows: Tensor
     label_rows: Tensor
@@ -259,7 +259,7 @@ class _Packer:
     def __init__(self) -> None:
         self.ids: list[Any] = []
         self.positions: list[Any] = []
-        self.keys: list[Any] = []
+        self.token_keys: list[Any] = []
         self.tokens = 0
         self.spans: list[tuple[int, int, int]] = []
         self.prefixes: list[int] = []
@@ -294,7 +294,7 @@ class _Packer:
     def _add_rows(self, example: Example, start: int, end: int) -> None:
         self.ids.append(example.ids[start:end])
         self.positions.append(np.arange(start, end))
-        self.keys.append(token_keys(example.ids[:end])[start:])
+        self.token_keys.append(token_keys(example.ids[:end])[start:])
         self.tokens += end - start
 
     def build(self, device: torch.device, *, with_examples: bool) -> PackedBatch:
@@ -303,7 +303,7 @@ class _Packer:
         used = weights != 0
         unique_rows, row_indices = np.unique(predicting[used], return_inverse=True)
         spans, prefixes = _int64(self.spans), _int64(self.prefixes)
-        tokens = [np.concatenate(part) for part in (self.ids, self.positions, self.keys)]
+        tokens = [np.concatenate(part) for part in (self.ids, self.positions, self.token_keys)]
         integers = [*tokens, unique_rows, row_indices, label_ids[used], *([examples[used]] if with_examples else [])]
         label_weights, *tensors = copy_to_device([weights[used], *map(_int64, integers)], device)
         ids, positions, keys, rows, label_rows, labels, *label_examples = tensors

@@ -110,17 +110,17 @@ def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> Active
     return ActiveAdapters(parts, magnitudes, tuple(columns), tuple(scales), dropouts)
 
 
-def dropout_spec(dropouts: Sequence[Any], keys: Tensor) -> DropoutSpec | None:
+def dropout_spec(dropouts: Sequence[Any], token_keys: Tensor) -> DropoutSpec | None:
     """Return the masks for the dropout modules (CounterDropout or Identity) of adapters, or None without dropout.
 
-    keys: the key of each input row (dropout.token_keys), shape (T,).
+    token_keys (T,): the key of each input row, see dropout.token_keys.
     """
     levels = tuple(map(_level, dropouts))
     if not any(levels):
         return None
     masks = next(dropout.masks for dropout in dropouts if isinstance(dropout, CounterDropout))
     numbers = tuple(getattr(dropout, "number", 0) for dropout in dropouts)
-    return DropoutSpec(masks.seed, masks.step, keys, numbers, levels)
+    return DropoutSpec(masks.seed, masks.step, token_keys, numbers, levels)
 
 
 def _level(dropout: Any) -> int:

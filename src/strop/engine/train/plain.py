@@ -137,17 +137,17 @@ class PlainLoss:
         """
         device = next(self._head.parameters()).device
         ids, attended, keys = copy_to_device([padded.ids, padded.attended, padded.keys], device)
-        self.masks.tokens = keys
+        self.masks.token_keys = keys
 
         def pick_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
             if inputs[0].shape[:2] != padded.ids.shape:
                 what = f"{self.model.config.model_type}: the input of its output head does not have one row per token"
                 raise ModelError(what, fix="use a decoder-only language model")
-            self.masks.tokens = keys if positions is None else keys[positions]
+            self.masks.token_keys = keys if positions is None else keys[positions]
             return (pick(inputs[0]), *inputs[1:])
 
         def restore_keys(*_: Any) -> None:  # a layer may be recomputed in the backward
-            self.masks.tokens = keys
+            self.masks.token_keys = keys
 
         with self._head.register_forward_pre_hook(pick_inputs), self._head.register_forward_hook(restore_keys):
             return self.model(input_ids=ids, attention_mask=attended, use_cache=False, return_dict=True)

@@ -94,7 +94,7 @@ def _apply_masks_backward(grad: Any, out: Any, seed: Any, step: Any, tokens: Any
 
 def _arguments(dropped: DropoutSpec) -> Any:
     key = np.uint64(dropped.seed), np.uint64(dropped.step)
-    return *key, array(dropped.tokens), np.array(dropped.numbers), np.array(dropped.levels, dtype=np.uint16)
+    return *key, array(dropped.token_keys), np.array(dropped.numbers), np.array(dropped.levels, dtype=np.uint16)
 
 
 def apply_masks(z: Tensor, dropped: DropoutSpec) -> Tensor:

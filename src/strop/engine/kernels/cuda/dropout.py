@@ -120,7 +120,7 @@ def _launch(mask_kernel: Any, x: Tensor, out: Tensor, n: int, dropped: DropoutSp
     scalars = [*key, *dropped.numbers, *padding, *dropped.levels, *padding]
     constants = {"N": n, "COUNT": count, "ADAPTERS": adapters, "ROUNDS": ROUNDS, "BLOCK": block}
     launch(
-        mask_kernel, (len(x), -(-count // block)), x, x, out, dropped.tokens.contiguous(), x.stride(0), *scalars,
+        mask_kernel, (len(x), -(-count // block)), x, x, out, dropped.token_keys.contiguous(), x.stride(0), *scalars,
         num_warps=max(1, block // 128), **constants,
     )  # fmt: skip
     return out
