@@ -55,7 +55,7 @@ class DropoutSpec:
 class Masks:
     """The state of a model's dropout.
 
-    token_keys: the keys (B, S) of the tokens that the model is processing. dropout_ops_for: returns the DropoutOps for a
+    token_keys: the keys (B, S) of the tokens that the model is processing. dropout_ops_for: returns DropoutOps for a
     tensor.
     """
 
