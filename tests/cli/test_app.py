@@ -17,6 +17,7 @@ from tests import ROOT
 from tests.support.commands import find_error
 from tests.support.pages import commands
 
+
 def test_commands_are_the_only_public_functions_of_their_files() -> None:
     functions = [*COMMANDS.values(), *(command for _, commands in GROUPS.values() for command in commands.values())]
     for file in (ROOT / "src" / "strop" / "cli" / "commands").glob("[!_]*.py"):

@@ -202,7 +202,9 @@ def build(arguments: Sequence[str]) -> typer.Typer:
                 continue
             command = COMMANDS[name]
             if "options" in inspect.signature(command).parameters:
-                command = add_recipe_options(command, arguments if name in arguments else (), RECIPE_FIELDS.get(name, ()))
+                command = add_recipe_options(
+                    command, arguments if name in arguments else (), RECIPE_FIELDS.get(name, ())
+                )
             app.command(name, epilog=_epilog(name), short_help=line, rich_help_panel=panel)(command)
     return app
 
