@@ -89,7 +89,7 @@ def test_key_in_its_section_and_as_dotted_name_raises(tmp_path: Path, text: str)
     [
         ({"lora.rnk": 4}, "did you mean lora.r"),
         ({"train.learning_rte": 4}, "did you mean train.learning_rate"),
-        ({"rank": 4}, "unknown key ranks (did you mean rank?)"),
+        ({"ranks": 4}, "unknown key ranks (did you mean rank?)"),
         ({"lora.r": 0}, "greater than or equal to 1"),
         ({"train.epochs": 0}, "greater than 0"),
         ({"train.learning_rate": -1}, "greater than 0"),

@@ -132,11 +132,11 @@ def check(
     options: dict[str, Any] | None = None,
 ) -> None:
     """Show the rows that would be trained on: drops, masks, stop tokens. The default tokenizer is the demo model's."""
-    file, options = read_argument(recipe, "data.train", options)
+    recipe_file, options = read_argument(recipe, "data.train", options)
     with status_line("reading and checking the rows"):
         from strop.data import check as data_check
 
-        checked = api.check_rows(file, options)
+        checked = api.check_rows(recipe_file, options)
     report = checked.prepared.report
     data_check.print_report(report.as_json(), console)
     note = _note_on_length(checked.recipe, checked.prepared.train.lengths)
