@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"config", "runs"},
     {"data", "machine"},
-    {"models"},
+    {"models", "display"},
     {"engine"},
     {"objectives", "distributed"},
     {"evaluation", "planning"},

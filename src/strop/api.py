@@ -7,6 +7,9 @@ Functions that train or read data take recipe fields as keyword arguments (`**op
 - a dotted name: `**{"train.epochs": 1}`
 
 A path may be a string or a `pathlib.Path`. A run or a model may also be given as the `Run` that `train` returned.
+
+Functions that take long have `progress`: by default they show a bar in a terminal, a table with the loss curve in a
+notebook, and nothing where stderr is not a terminal. `progress=False` shows nothing, `progress=True` always shows it.
 """
 
 from __future__ import annotations
@@ -17,23 +20,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from strop.display.progress import show_answers, show_run, show_steps
 from strop.errors import InputError
 
 if TYPE_CHECKING:
     from strop.config.schema import Recipe
     from strop.data.prepare import Prepared
     from strop.data.types import DataKind
+    from strop.display.tables import CheckReport
     from strop.engine.decode.model import Model
+    from strop.evaluation.tables import Evaluation
     from strop.exporting.gguf import Exported
     from strop.exporting.hub import Pushed
     from strop.exporting.merge import Merged
     from strop.exporting.ollama import PreparedOllama
     from strop.planning.plan import Plan
-    from strop.planning.tables import Row
+    from strop.planning.tables import Comparison
     from strop.runs.events import Event
     from strop.training.run import Run
 
 PathLike = str | os.PathLike[str]
+StepProgress = bool | Callable[[str], None] | None
+AnswerProgress = bool | Callable[[str, int, int], None] | None
 
 
 def plan(
@@ -84,7 +92,7 @@ def plan(
 
 def compare_methods(
     recipe: PathLike | None = None, *, memory: int | str | None = None, gpu: str | None = None, **options: Any
-) -> list[Row]:
+) -> Comparison:
     """Compare the peak memory of full fine-tuning, 16-bit LoRA and QLoRA for models of several sizes.
 
     Args:
@@ -105,8 +113,8 @@ def compare_methods(
     from strop.planning.machines import find_target
     from strop.planning.microbatch import plan_options
     from strop.planning.plan import read_model_facts
+    from strop.planning.tables import Comparison, known_models
     from strop.planning.tables import compare_methods as compare
-    from strop.planning.tables import known_models
 
     values = plan_options(_flatten(options), recipe is not None)
     has_model = "model.name" in values or recipe is not None
@@ -122,7 +130,7 @@ def compare_methods(
         model = read_model_facts(resolved)
         models = sorted([*models, (model.name, model.shape, model.parameters)], key=lambda entry: entry[2])
     usable = usable_bytes(target.machine, device) if target is not None else None
-    return compare(resolved.model_copy(update={"model": section}), models, usable)
+    return Comparison(compare(resolved.model_copy(update={"model": section}), models, usable))
 
 
 def train(
@@ -131,6 +139,7 @@ def train(
     callback: Callable[[Event], None] | None = None,
     memory: int | str | None = None,
     resume_existing: bool = False,
+    progress: bool | None = None,
     **options: Any,
 ) -> Run:
     """Fine-tune a model and write a run folder.
@@ -142,6 +151,7 @@ def train(
         callback: called with each event that is written to events.jsonl.
         memory: maximum memory to use, in bytes or as text such as "8GB".
         resume_existing: resume the run if `out` already contains it.
+        progress: show the steps.
         **options: recipe fields, such as `model="demo"`, `data="rows.jsonl"`, `lora={"r": 8}` or
             `**{"train.epochs": 1}`.
 
@@ -157,16 +167,15 @@ def train(
     from strop.distributed.launch import join_devices
 
     resolved = resolve(_as_path(recipe), _flatten(options))
-    with join_devices() as devices:
+    with show_run(progress) as listener, join_devices() as devices:
         from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import train as run_training
 
         limit = parse_memory(memory)
+        listeners = [each for each in (callback, listener if devices.is_main else None) if each is not None]
         with isolated_torch_state():
-            return run_training(
-                resolved, [callback] if callback else [], memory=limit, devices=devices, resume_existing=resume_existing
-            )
+            return run_training(resolved, listeners, memory=limit, devices=devices, resume_existing=resume_existing)
 
 
 def resume(
@@ -175,6 +184,7 @@ def resume(
     callback: Callable[[Event], None] | None = None,
     allow_changed: str | Sequence[str] = (),
     memory: int | str | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> Run:
     """Resume a run from its newest complete checkpoint. A finished run is returned unchanged.
@@ -185,6 +195,7 @@ def resume(
         allow_changed: what may have changed since the run started: "lr", "schedule", "base", "data", "template",
             "versions", or a recipe field.
         memory: maximum memory to use, in bytes or as text such as "8GB".
+        progress: show the steps.
         **options: recipe fields with new values. `allow_changed` must list each of them.
 
     Returns:
@@ -197,17 +208,17 @@ def resume(
     """
     from strop.distributed.launch import join_devices
 
-    with join_devices() as devices:
+    with show_run(progress) as listener, join_devices() as devices:
         from strop.machine.memory import parse_memory
         from strop.machine.torch_state import isolated_torch_state
         from strop.training.run import resume as resume_training
 
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
         limit = parse_memory(memory)
+        listeners = [each for each in (callback, listener if devices.is_main else None) if each is not None]
         with isolated_torch_state():
-            values, listeners = _flatten(options), [callback] if callback else []
             return resume_training(
-                Path(run), listeners, options=values, allow_changed=names, memory=limit, devices=devices
+                Path(run), listeners, options=_flatten(options), allow_changed=names, memory=limit, devices=devices
             )
 
 
@@ -226,9 +237,9 @@ def evaluate(
     judge_model: str | None = None,
     quantization: str = "auto",
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: AnswerProgress = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Compare the base model and the tuned model on held-out rows. The result is also written to the run's report.
 
     Args:
@@ -245,7 +256,8 @@ def evaluate(
         judge_model: name of the model on the judge's server.
         quantization: "none", "nf4", "fp4", "int8", or "auto" (the quantization used in training).
         force: load the adapter even if the base differs from the one it was trained on.
-        progress: called with a label (such as "base and tuned"), the number of finished answers, and their total.
+        progress: show how many answers are generated; or a function that is called with a label (such as
+            "base and tuned"), the number of finished answers, and their total.
         **options: `data.format`, `data.columns` or `data.encoding`. Default: the run's settings.
 
     Returns:
@@ -258,7 +270,7 @@ def evaluate(
     from strop.distributed.launch import join_devices
 
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
-    with join_devices() as devices:
+    with show_answers(progress) as shown, join_devices() as devices:
         from strop.evaluation.run import EvalOptions, evaluate_models, rank_models
         from strop.machine.torch_state import isolated_torch_state
 
@@ -277,11 +289,13 @@ def evaluate(
                 judge_model=judge_model,
                 read=options,
             )
-            advance = progress if devices.is_main else None
+            advance = shown if devices.is_main else None
             results = evaluate_models(names, _data_files(data, "data"), chosen, advance=advance, devices=devices)
+    from strop.evaluation.tables import Evaluation
+
     if isinstance(run, str | os.PathLike):
-        return results[0]
-    return {"runs": results, "leaderboard": rank_models(results)}
+        return Evaluation(results[0])
+    return Evaluation({"runs": results, "leaderboard": rank_models(results)})
 
 
 @dataclass(frozen=True)
@@ -294,7 +308,7 @@ class CheckedRows:
     prepared: Prepared
 
 
-def check(recipe: PathLike | None = None, **options: Any) -> dict[str, Any]:
+def check(recipe: PathLike | None = None, **options: Any) -> CheckReport:
     """Check the rows that a recipe would train on. Invalid rows are reported instead of raising an error.
 
     Args:
@@ -307,7 +321,9 @@ def check(recipe: PathLike | None = None, **options: Any) -> dict[str, Any]:
     Raises:
         InputError: If an option or the model is invalid, or a data file cannot be read.
     """
-    return check_rows(recipe, options).prepared.report.as_json()
+    from strop.display.tables import CheckReport
+
+    return CheckReport(check_rows(recipe, options).prepared.report.as_json())
 
 
 def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRows:
@@ -327,7 +343,13 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
 
 
 def load(
-    name: PathLike, *, device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False
+    name: PathLike,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str = "auto",
+    force: bool = False,
+    progress: StepProgress = None,
 ) -> Model:
     """Load a model for generation.
 
@@ -337,6 +359,7 @@ def load(
         dtype: "auto", "bf16", "fp32" or "fp16".
         quantization: "none", "nf4", "fp4", "int8", or "auto" (the quantization used in training).
         force: load the adapter even if the base differs from the one it was trained on.
+        progress: show each step; or a function that is called with its description.
 
     Returns:
         The model, with the methods `generate` and `chat`.
@@ -345,11 +368,12 @@ def load(
         InputError: If the model, the device or an option is invalid.
         RunError: If this process was forked from one that used strop.
     """
-    from strop.engine.decode.model import load as load_model
-    from strop.machine.torch_state import isolated_torch_state
+    with show_steps(progress, "loading the libraries"):
+        from strop.engine.decode.model import load as load_model
+        from strop.machine.torch_state import isolated_torch_state
 
-    with isolated_torch_state():
-        return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
+        with isolated_torch_state():
+            return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
 
 
 def merge(
@@ -359,7 +383,7 @@ def merge(
     dtype: str = "bf16",
     data: PathLike | None = None,
     measure: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: StepProgress = None,
 ) -> Merged:
     """Merge an adapter into its base as a new model folder, and compare the merged model with the tuned model.
 
@@ -369,7 +393,7 @@ def merge(
         dtype: "bf16", "fp16" or "fp32".
         data: file with rows to compare the models on. Default: the run's rows.
         measure: compare the models. Use False if they are too large to run on this machine.
-        progress: called with a description of each step.
+        progress: show each step; or a function that is called with its description.
 
     Returns:
         The merged model: `out`, `files`, and `parity` with the measured differences.
@@ -378,14 +402,13 @@ def merge(
         InputError: If the run or the folder is invalid; raised before anything is written.
         ParityError: If the merged model differs too much from the tuned model.
     """
-    from strop.exporting.merge import merge as merge_adapter
-    from strop.machine.torch_state import isolated_torch_state
-
     rows = _data_file(data)
-    with isolated_torch_state():
-        return merge_adapter(
-            os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, progress=progress or _ignore
-        )
+    with show_steps(progress, "loading the libraries") as step:
+        from strop.exporting.merge import merge as merge_adapter
+        from strop.machine.torch_state import isolated_torch_state
+
+        with isolated_torch_state():
+            return merge_adapter(os.fspath(run), Path(out), dtype=dtype, data=rows, measure=measure, progress=step)
 
 
 @overload
@@ -398,7 +421,7 @@ def export(
     adapter: bool = False,
     data: PathLike | None = None,
     measure: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: StepProgress = None,
 ) -> Exported: ...
 
 
@@ -412,7 +435,7 @@ def export(
     adapter: bool = False,
     data: PathLike | None = None,
     measure: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: StepProgress = None,
 ) -> PreparedOllama: ...
 
 
@@ -425,7 +448,7 @@ def export(
     adapter: bool = False,
     data: PathLike | None = None,
     measure: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: StepProgress = None,
 ) -> Exported | PreparedOllama:
     """Export a run for llama.cpp or Ollama, and compare the result with the tuned model if llama.cpp is installed.
 
@@ -437,7 +460,7 @@ def export(
         adapter: write only the adapter, in f32 ("gguf" only).
         data: file with rows to compare the models on. Default: the run's rows.
         measure: compare the models. Use False if they are too large to run on this machine.
-        progress: called with a description of each step.
+        progress: show each step; or a function that is called with its description.
 
     Returns:
         The exported files and the measured differences.
@@ -446,21 +469,20 @@ def export(
         InputError: If the run or an option is invalid; raised before anything is written.
         ParityError: If the exported model differs too much from the tuned model.
     """
-    from strop.exporting.gguf import export_gguf
-    from strop.exporting.ollama import export_ollama
-    from strop.machine.torch_state import isolated_torch_state
-
     if target not in ("gguf", "ollama"):
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
     if adapter and target == "ollama":
         raise InputError("export: ollama needs the whole model, not an adapter", fix="omit adapter, or give gguf")
-    name, rows, progress = os.fspath(run), _data_file(data), progress or _ignore
-    with isolated_torch_state():
-        if target == "gguf":
-            return export_gguf(
-                name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, progress=progress
-            )
-        return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, progress=progress)
+    name, rows = os.fspath(run), _data_file(data)
+    with show_steps(progress, "loading the libraries") as step:
+        from strop.exporting.gguf import export_gguf
+        from strop.exporting.ollama import export_ollama
+        from strop.machine.torch_state import isolated_torch_state
+
+        with isolated_torch_state():
+            if target == "ollama":
+                return export_ollama(name, Path(out), kind=type, data=rows, measure=measure, progress=step)
+            return export_gguf(name, Path(out), kind=type, adapter=adapter, data=rows, measure=measure, progress=step)
 
 
 def push(
@@ -470,7 +492,7 @@ def push(
     public: bool = False,
     base: str | None = None,
     message: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: StepProgress = None,
 ) -> Pushed:
     """Upload an adapter or a model to the Hugging Face Hub, in one commit.
 
@@ -480,7 +502,7 @@ def push(
         public: create a public repository, or allow pushing to an existing public one.
         base: Hub id of the adapter's base, if the adapter was trained on a folder, a GGUF file or the demo model.
         message: the commit message.
-        progress: called with a description of each step.
+        progress: show each step; or a function that is called with its description.
 
     Returns:
         The uploaded files and the URL of the repository.
@@ -489,13 +511,10 @@ def push(
         InputError: If the folder, the repository or an option is invalid; raised before anything is uploaded.
         RunError: If the Hub cannot be reached, or its files differ from the uploaded ones.
     """
-    from strop.exporting.hub import push as push_folder
+    with show_steps(progress, "reading the folder") as step:
+        from strop.exporting.hub import push as push_folder
 
-    return push_folder(os.fspath(run), repo, public=public, base=base, message=message, progress=progress or _ignore)
-
-
-def _ignore(text: str) -> None:
-    pass
+        return push_folder(os.fspath(run), repo, public=public, base=base, message=message, progress=step)
 
 
 def _as_path(recipe: PathLike | None) -> Path | None:

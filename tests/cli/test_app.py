@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from strop.cli.app import COMMANDS, EXAMPLES, GROUPS
-from strop.cli.tables import command_name, with_command_name
+from strop.display.tables import command_name, with_command_name
 from tests import ROOT
 from tests.support.commands import find_error
 from tests.support.pages import commands

@@ -27,7 +27,7 @@ from strop.cli.commands.prepare import check, doctor, modules, plan, schema
 from strop.cli.commands.runs import dash, runs
 from strop.cli.commands.train import demo, resume, train
 from strop.cli.options import add_recipe_options
-from strop.cli.tables import console, print_json, with_command_name
+from strop.display.tables import console, print_json, with_command_name
 from strop.errors import DiskError, FolderError, PeerFailed, StropError
 
 COMMANDS: Mapping[str, Callable[..., None]] = {

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from strop import api
-from strop.cli.progress import status_line
-from strop.cli.tables import SafeConsole, console, escape_control, print_notes
+from strop.display.tables import SafeConsole, console, escape_control, print_notes
+from strop.display.terminal import status_line
 from strop.engine.decode.model import Model
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, StropError, suggest

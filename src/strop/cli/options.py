@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
+from strop.display.tables import console
 from strop.errors import RecipeError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
@@ -187,3 +189,16 @@ def _parse_options(options: dict[str, Any]) -> dict[str, Any]:
         else:
             parsed[field] = parse_option(field, value[0] if isinstance(value, list) else value)
     return parsed
+
+
+def is_main_process() -> bool:
+    """Return whether this is rank 0, or the only process."""
+    from strop.distributed.devices import find_ranks
+
+    ranks = find_ranks()
+    return ranks is None or ranks.rank == 0
+
+
+def console_for(is_main: bool) -> Console:
+    """Return a console that prints in the main process only."""
+    return console if is_main else Console(quiet=True)

@@ -1,8 +1,8 @@
-"""Output of `strop plan` and `strop doctor`, and the comparison of training methods across model sizes."""
+"""Output of `strop doctor`, and the comparison of training methods across model sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,123 +11,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from strop.config.schema import Recipe
+from strop.display.tables import render_html
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import MicroBatch, peak_live_bytes
-from strop.planning.memory import PARTS, framework_bytes, train_phase
+from strop.planning.memory import framework_bytes, train_phase
 from strop.planning.workload import Workload
 
 if TYPE_CHECKING:
     from strop.machine.doctor import DoctorReport
-    from strop.planning.multi_device import MultiDevicePlan
-    from strop.planning.plan import Plan
 
 GIB = 1 << 30
-_ALTERNATIVES = {
-    "evaluate": "use shorter rows, or a machine with more memory",
-    "serve": "use a machine with more memory",
-    "merge": "use a machine with more memory, or --no-parity, which measures nothing",
-    "export": "use a machine with more memory, or --no-parity, which measures nothing",
-}
-_PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations", "mapped_files": "files"}
 # Bytes per parameter of full mixed-precision training with AdamW: 16-bit weights and gradients, fp32 weights, and two
 # moments (arXiv:1910.02054, section 3.1).
 FULL_BYTES = 16
-
-
-def print_plan(plan: Plan, out: Console) -> None:
-    for label, text in _describe_model(plan):
-        out.print(f"[bold]{label:<8}[/] {text}")
-    for choice in plan.resolved.choices.values():
-        if choice.origin == "plan":
-            out.print(f"[bold]chosen[/]   {choice.field} = {escape(str(choice.value))}  [dim]{escape(choice.why)}[/]")
-    out.print(_make_phase_table(plan))
-    if plan.multi_device.link_times:
-        print_devices(plan.multi_device, out)
-    for text in plan.compromises:
-        out.print(f"[yellow]given up[/] {escape(text)}")
-    out.print(f"[bold]rows[/]     {_describe_rows(plan)}")
-    for text in filter(None, (plan.data["refused"], plan.data["beyond"])):
-        out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
-    seconds = f", {_format_duration(plan.seconds)} in all" if plan.seconds else ""
-    out.print(f"[bold]time[/]     {plan.tokens_per_s:,.0f} tokens/s{seconds}  [dim]from {plan.rate.source}[/]")
-    length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
-    largest = f"rows of {length:,} tokens" + (f", or {tokens:,} tokens of rows of this length" if tokens else "")
-    out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
-    out.print(f"[bold]disk[/]     {plan.disk_bytes / 1e6:,.0f} MB")
-    if plan.refused or plan.data["refused"]:
-        out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
-    if plan.fits:
-        out.print("[green]it fits[/]")
-        for name in plan.phases_too_large:
-            out.print(f"[yellow]but not[/]  {name}: {_ALTERNATIVES[name]}", highlight=False)
-        return
-    out.print("[red]it does not fit[/]; the cheapest changes that would help:")
-    for change in plan.suggestions:
-        flags = " ".join(f"--{field} {value}" for field, value in change.options.items())
-        fits = "[green]fits[/]" if change.fits else f"{_format_gib(change.peak_bytes)} GiB"
-        out.print(f"  {change.what}: {fits}, {change.time:.2f} times the time; gives up: {change.gives_up}")
-    if plan.suggestions[-1].fits:
-        out.print(f"  {flags}", markup=False)
-
-
-def _describe_model(plan: Plan) -> Iterator[tuple[str, str]]:
-    workload, parameters = plan.workload, plan.workload.base.parameters
-    trainable, on_experts = workload.adapter_weights, workload.expert_adapter_weights
-    idle = workload.shape.idle_expert_weights
-    active = f" ({(parameters - idle) / 1e6:,.0f} M per token)" if idle else ""
-    experts = f", {on_experts / trainable:.0%} of them on experts" if on_experts else ""
-    trained = f"{trainable / 1e6:,.1f} M trainable ({trainable / parameters:.2%}{experts})"
-    engine, _, why = plan.engine.partition(": ")
-    step = f"{engine} step ({why})" if why else f"{engine} step"
-    yield "model", f"{parameters / 1e6:,.0f} M parameters{active}, {trained}; {step}"
-    yield "machine", f"{plan.device}, {_format_gib(plan.memory_bytes)} GiB, {_format_gib(plan.usable_bytes)} usable"
-
-
-def _describe_rows(plan: Plan) -> str:
-    data = plan.data
-    if data["rows"]:
-        return f"{data['rows']:,}, the longest of {data['longest']:,} tokens"
-    return f"of {plan.resolved.recipe.data.max_length:,} tokens each: {escape(data['unknown'] or 'none are given')}"
-
-
-def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:
-    """Print a step's communication on each link. The predicted time of the run is for the first link."""
-    devices = multi_device.devices
-    out.print(
-        f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.per_node}), base {multi_device.mode}, "
-        "memory above is per device; "
-        f"per step: {multi_device.compute_s:.3g} s of computation, {multi_device.sent_bytes / 1e6:,.1f} MB sent by each"
-    )
-    table = Table()
-    for head in ("link", "communication", "share of step", "tokens/s in all"):
-        table.add_column(head, justify="left" if head == "link" else "right")
-    for time in multi_device.link_times:
-        share = time.seconds / (multi_device.compute_s + time.seconds)
-        table.add_row(time.link.name, f"{1e3 * time.seconds:,.2f} ms", f"{share:.1%}", f"{time.tokens_per_s:,.0f}")
-    out.print(table)
-    for text in multi_device.notes:
-        out.print(f"[bold]note[/]     {escape(text)}")
-
-
-def _make_phase_table(plan: Plan) -> Table:
-    used = [part for part in PARTS if any(phase.parts[part] for phase in plan.phases.values())]
-    table = Table(title="peak memory in MiB", title_justify="left")
-    table.add_column("")
-    for name in plan.phases:
-        table.add_column(name, justify="right")
-    for part in used:
-        sizes = [f"{phase.parts[part] / 2**20:,.0f}" if phase.parts[part] else "" for phase in plan.phases.values()]
-        table.add_row(_PART_NAMES.get(part, part.replace("_", " ")), *sizes)
-    table.add_section()
-    table.add_row("in all", *(f"{phase.peak_bytes / 2**20:,.0f}" for phase in plan.phases.values()), style="bold")
-    return table
 
 
 def print_findings(examination: DoctorReport, out: Console) -> None:
     for name, value in examination.machine.items():
         is_bytes = name.endswith("_bytes")
         label = name.removesuffix("_bytes").replace("_", " ")
-        out.print(f"[bold]{label:<12}[/] {f'{_format_gib(value)} GiB' if is_bytes else escape(_format_fact(value))}")
+        out.print(f"[bold]{label:<12}[/] {f'{value / GIB:.1f} GiB' if is_bytes else escape(_format_fact(value))}")
     colour = {"error": "red", "warning": "yellow", "ok": "green"}
     for finding in examination.findings:
         out.print(f"[{colour[finding.level]}]{finding.level:<8}[/] {escape(finding.what)}")
@@ -142,15 +45,6 @@ def _format_fact(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return (", ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
-
-
-def _format_gib(size: int) -> str:
-    return f"{size / GIB:.1f}"
-
-
-def _format_duration(seconds: float) -> str:
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 # Configs of well-known models, from their config.json files.
@@ -205,6 +99,13 @@ def compare_methods(
 
 def known_models() -> list[tuple[str, ModelShape, int]]:
     return [(name, shape := ModelShape.from_config(config), shape.parameters) for name, config in KNOWN.items()]
+
+
+class Comparison(list[Row]):
+    """Rows of `compare_methods`, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        return render_html(lambda console: print_comparison(self, console))
 
 
 def print_comparison(rows: Sequence[Row], out: Console) -> None:

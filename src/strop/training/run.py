@@ -13,6 +13,7 @@ import torch
 
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import option_fields
+from strop.display.notebook import run_html
 from strop.distributed.devices import SINGLE_PROCESS, Devices, may_restart, was_restarted
 from strop.engine.device import repeatable
 from strop.errors import InputError, Location, MemoryLimitError, RecipeError, StropError, first_line
@@ -53,6 +54,9 @@ class Run:
     def __fspath__(self) -> str:
         """Return the folder, so that a Run can be passed as a path: `strop.load(run)`."""
         return str(self.folder)
+
+    def _repr_html_(self) -> str:
+        return run_html(self.folder, self.report)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from strop import api
 from strop.cli.options import AdapterName, Data, Json, NoParity, parse_numbers
-from strop.cli.progress import status_line
-from strop.cli.tables import console, print_adapters, print_fields, print_json, print_notes
+from strop.display.tables import console, print_adapters, print_fields, print_json, print_notes
+from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import RecipeError
 

@@ -9,10 +9,11 @@ import typer
 from rich.markup import escape
 
 from strop import api
-from strop.cli.options import Devices, Force, Json, ModelName, Quantization
-from strop.cli.progress import console_for, generation_progress, is_main_process, status_line
-from strop.cli.tables import console, print_evaluation, print_json, print_leaderboard, print_notes
+from strop.cli.options import Devices, Force, Json, ModelName, Quantization, console_for, is_main_process
+from strop.display.tables import console, print_json, print_notes
+from strop.display.terminal import generation_progress, status_line
 from strop.engine.kernels import warmup
+from strop.evaluation.tables import print_evaluation, print_leaderboard
 
 
 def evaluate(

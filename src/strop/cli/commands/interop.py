@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from strop.cli.options import DevicesPerMachine, Json, Machines
-from strop.cli.tables import command_name, console, print_json
+from strop.display.tables import command_name, console, print_json
 from strop.errors import FolderError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import typer
 
 from strop import api
 from strop.cli.options import DevicesPerMachine, Json, Machines, RecipeOrData, RecipeOrModel, read_argument
-from strop.cli.progress import status_line
-from strop.cli.tables import console, print_json, print_notes
+from strop.display.tables import console, print_json, print_notes
+from strop.display.terminal import status_line
 from strop.engine.kernels import warmup
 from strop.errors import InputError, RecipeError
 
@@ -100,7 +100,8 @@ def plan(
     options: dict[str, Any] | None = None,
 ) -> None:
     """Predict whether training fits, how long it takes, and which settings to use, without weights or a GPU."""
-    from strop.planning.tables import print_comparison, print_plan
+    from strop.planning.plan import print_plan
+    from strop.planning.tables import print_comparison
 
     if compare and devices * nodes > 1:
         raise RecipeError("--compare: works for one device only", fix="leave out --devices and --nodes")

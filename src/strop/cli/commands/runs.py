@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from strop.cli.options import Json
-from strop.cli.tables import console, print_json
+from strop.display.tables import console, print_json
 from strop.errors import FolderError, InputError
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from strop import api
-from strop.cli.options import Devices, Json, Memory, RecipeFile
-from strop.cli.progress import console_for, generation_progress, is_main_process, run_progress
-from strop.cli.tables import command_name, console, print_json, print_run_summary, print_samples, print_scores
+from strop.cli.options import Devices, Json, Memory, RecipeFile, console_for, is_main_process
+from strop.display.tables import command_name, console, print_json, print_run_summary
+from strop.display.terminal import generation_progress, run_progress
 from strop.engine.kernels import warmup
+from strop.evaluation.tables import print_samples, print_scores
 
 
 def train(
@@ -52,7 +53,9 @@ def train(
     is_main = is_main_process()
     with run_progress(console_for(is_main)) as progress:
         warmup.load(warmup.TRAIN if is_main else None)
-        run = api.train(recipe, callback=progress, memory=memory, resume_existing=resume_existing, **(options or {}))
+        run = api.train(
+            recipe, callback=progress, progress=False, memory=memory, resume_existing=resume_existing, **(options or {})
+        )
     if is_main:
         print_run_summary(run.report, as_json)
 
@@ -84,7 +87,9 @@ def resume(
     with run_progress(console_for(is_main)) as progress:
         warmup.load(warmup.TRAIN if is_main else None)
         changes = options or {}
-        resumed = api.resume(run, callback=progress, allow_changed=allow_changed or (), memory=memory, **changes)
+        resumed = api.resume(
+            run, callback=progress, progress=False, allow_changed=allow_changed or (), memory=memory, **changes
+        )
     if is_main:
         if was_finished:
             console.print(f"{run} is finished; nothing to resume", markup=False)
@@ -102,7 +107,7 @@ def demo(
     folder = out or next_numbered(Path("runs"), "demo")
     with run_progress() as progress:
         warmup.load()
-        run = api.train(model="demo", data=train_file, out=folder, callback=progress)
+        run = api.train(model="demo", data=train_file, out=folder, callback=progress, progress=False)
     console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
     with generation_progress() as advance:
         result = api.evaluate(folder, eval_file, metric="exact_json", progress=advance)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from strop.cli import progress
-from strop.cli.progress import (
+from strop.display import terminal as progress
+from strop.display.terminal import (
     EARLY_INTERVAL,
     EARLY_SECONDS,
     LATE_INTERVAL,

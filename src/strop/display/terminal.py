@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.status import Status
 
-from strop.cli.tables import abbreviate, console
+from strop.display.tables import abbreviate, console
 from strop.runs.events import Event
 
 TICK_SECONDS = 0.5  # time between updates of the status line
@@ -296,16 +296,3 @@ def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, 
             yield advance
         finally:
             bar.stop()
-
-
-def is_main_process() -> bool:
-    """Return whether this is rank 0, or the only process."""
-    from strop.distributed.devices import find_ranks
-
-    ranks = find_ranks()
-    return ranks is None or ranks.rank == 0
-
-
-def console_for(is_main: bool) -> Console:
-    """Return a console that prints in the main process only."""
-    return console if is_main else Console(quiet=True)

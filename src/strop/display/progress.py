@@ -1,0 +1,95 @@
+"""Show the progress of the Python functions: a bar in a terminal, a table in a notebook, and nothing elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from strop.runs.events import Event
+
+
+def _mode(progress: bool | None) -> str:
+    """Return "notebook", "terminal" or "off". progress: None shows it in a notebook or a terminal, True always."""
+    if progress is False:
+        return "off"
+    from strop.display.notebook import is_notebook
+
+    if is_notebook():
+        return "notebook"
+    return "terminal" if progress or sys.stderr.isatty() else "off"
+
+
+@contextmanager
+def show_run(progress: bool | None) -> Iterator[Callable[[Event], None] | None]:
+    """Yield a listener that shows the events of a run, or None."""
+    mode = _mode(progress)
+    if mode == "off":
+        yield None
+    elif mode == "notebook":
+        with _notebook("loading the libraries") as display:
+            yield display.on_event
+    else:
+        from strop.display.terminal import run_progress
+
+        with run_progress() as listener:
+            yield listener
+
+
+@contextmanager
+def show_answers(
+    progress: bool | Callable[[str, int, int], None] | None,
+) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Yield a callback that shows how many answers are generated: label, done, total; or None."""
+    if callable(progress):
+        yield progress
+    elif (mode := _mode(progress)) == "off":
+        yield None
+    elif mode == "notebook":
+        with _notebook("loading the model") as display:
+            yield lambda label, done, total: display.update(f"generating answers: {label}", done, total)
+    else:
+        from strop.display.terminal import generation_progress
+
+        with generation_progress() as advance:
+            yield advance
+
+
+@contextmanager
+def show_steps(progress: bool | Callable[[str], None] | None, activity: str) -> Iterator[Callable[[str], None]]:
+    """Yield a callback that shows the description of each step."""
+    if callable(progress):
+        yield progress
+    elif (mode := _mode(progress)) == "off":
+        yield lambda text: None
+    elif mode == "notebook":
+        with _notebook(activity) as display:
+            yield display.update
+    else:
+        from strop.display.terminal import status_line
+
+        with status_line(activity) as status:
+            yield status.update
+
+
+@contextmanager
+def _notebook(activity: str) -> Iterator[Any]:
+    """Yield a display in the notebook's cell, which also shows INFO messages of the "strop" logger."""
+    from strop.display.notebook import NotebookDisplay
+
+    display = NotebookDisplay(activity)
+    handler, logger = logging.Handler(logging.INFO), logging.getLogger("strop")
+    handler.emit = lambda record: display.update(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    final = "failed"
+    try:
+        yield display
+        final = "done"
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        display.close(final)

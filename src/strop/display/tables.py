@@ -1,0 +1,141 @@
+"""Print results: tables, summaries, notes and JSON, on a console that shows control characters as codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
+from rich.segment import Segment
+from rich.table import Table
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def escape_control(text: str) -> str:
+    """Replace control characters with their hexadecimal codes, except line breaks and tabs."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+class SafeConsole(Console):
+    """A console for untrusted text (names, rows, templates): control characters are shown as codes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, emoji=False)  # "rows.jsonl:100:" is a file and a line, not an emoji code
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=escape_control(segment.text))
+
+
+console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
+
+
+def render_html(print_result: Callable[[SafeConsole], None], width: int = 110) -> str:
+    """Return what a function prints to a console as HTML, in a monospaced block."""
+    console = SafeConsole(record=True, file=io.StringIO(), width=width, highlight=False, force_terminal=True)
+    print_result(console)
+    text = console.export_html(inline_styles=True, code_format="{code}")
+    return f'<pre style="font-family:monospace;line-height:1.25;white-space:pre;overflow-x:auto">{text}</pre>'
+
+
+def print_json(value: dict[str, Any], enabled: bool) -> None:
+    """Print one JSON object on stdout if enabled (`--json`); characters that stdout cannot encode are escaped."""
+    if enabled:
+        text = json.dumps(value, ensure_ascii=False)
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json.dumps(value)
+        print(text)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print("note    ", note, markup=False, style="yellow")
+
+
+def abbreviate(rows: Sequence[str]) -> str:
+    """Join the first three row names with commas, followed by "..." if there are more."""
+    return ", ".join([*rows[:3], *(["..."] if len(rows) > 3 else [])])
+
+
+def command_name() -> str:
+    """Return the command that runs strop: `strop` if it is on the PATH, otherwise a path or `python -m strop`."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return f"{Path(sys.executable).name} -m strop"
+    on_path = shutil.which(program.name)
+    if program.name != "strop" or (on_path is not None and Path(on_path).resolve() == program.resolve()):
+        return "strop"
+    try:
+        return str(program.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(program)
+
+
+def with_command_name(text: str) -> str:
+    """Replace `strop` with `command_name()` in the commands that a message contains."""
+    name = command_name()
+    return text if name == "strop" else re.sub(r"(?<![\w/.-])strop (?=[a-z])", f"{name} ", text)
+
+
+def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
+    run = report["run"]
+    console.print(
+        f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
+        f"({report['tokens_per_s']:.0f} tokens/s, {report['supervised_tokens_per_s']:.0f} supervised)"
+    )
+    if memory := report.get("memory"):
+        measured, predicted = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]
+        prediction = f", {predicted / 2**30:.2f} predicted ({measured / predicted - 1:+.0%})" if predicted else ""
+        console.print(f"[bold]memory[/]   {measured / 2**30:.2f} GiB measured{prediction}")
+    for finding in report.get("diagnosis", []):
+        console.print(f"[yellow]finding[/]  {escape(finding)}")
+    console.print(f"[bold]adapter[/]  {escape(str(report['adapter']))}\n[bold]report[/]   {escape(run)}/report.html")
+    if report.get("objective", {}).get("name") != "reward":
+        console.print(f"next     {command_name()} chat {shlex.quote(run)}", markup=False)
+    hidden = ("recipe", "lock", "machine", "data_report")
+    print_json({key: value for key, value in report.items() if key not in hidden}, as_json)
+
+
+def print_adapters(adapters: Sequence[dict[str, Any]], out: Console = console) -> None:
+    table = Table("adapter", "base", "rank", "on", "size", "score")
+    for adapter in adapters:
+        size = f"{adapter['size_bytes'] / 1e6:.1f} MB"
+        modules = ", ".join(adapter["target_modules"])
+        cells = (adapter["folder"], adapter["base"], str(adapter["rank"]), modules, size, adapter["score"])
+        table.add_row(*map(escape, cells))
+    out.print(table if adapters else "no adapters found")
+
+
+def print_fields(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        console.print(f"{name.removesuffix('_bytes'):14} {_format_value(name, value)}", markup=False)
+
+
+def _format_value(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value / 1e6:.1f} MB" if name.endswith("_bytes") else f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None or value == "" else str(value)
+
+
+class CheckReport(dict[str, Any]):
+    """The fields of `strop check --json`, which a notebook shows as the table of the command line."""
+
+    def _repr_html_(self) -> str:
+        from strop.data.check import print_report
+
+        return render_html(lambda out: print_report(self, out))

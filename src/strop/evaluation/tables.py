@@ -1,0 +1,144 @@
+"""Print the results of evaluations: scores with intervals, changed rows, the leaderboard, and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from strop.display.tables import abbreviate, console, render_html
+from strop.errors import Location
+from strop.evaluation.metrics import (
+    describe_difference,
+    describe_general,
+    format_points,
+    format_task_scores,
+    rows_label,
+)
+
+_NOT_IN_PERCENT = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
+
+
+class Evaluation(dict[str, Any]):
+    """The fields of `strop eval --json`, which a notebook shows as the tables of the command line."""
+
+    def _repr_html_(self) -> str:
+        def show(out: Console) -> None:
+            for evaluation in self.get("runs", [self]):
+                print_evaluation(evaluation, 3, out)
+            if "leaderboard" in self:
+                print_leaderboard(self["leaderboard"], self["runs"][0]["metric"], out)
+
+        return render_html(show)
+
+
+def print_evaluation(result: Mapping[str, Any], samples: int, out: Console = console) -> None:
+    """Print the scores of one model, and up to `samples` answers."""
+    for note in result["notes"]:
+        out.print("note    ", note, markup=False, style="yellow")
+    print_scores(result, out=out)
+    for part, print_part in (("rewards", _print_rewards), ("judge", _print_judge), ("general", _print_general)):
+        if part in result:
+            print_part(result[part], out)
+    if "regression" in result:
+        print_scores(result["regression"], rows_name="rows that should not get worse", out=out)
+    _print_tasks(result.get("tasks", {}), out)
+    print_samples(result["samples"][:samples], out)
+
+
+def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: Console = console) -> None:
+    """Print the scores of base and tuned model in columns, with 95 % intervals."""
+    sides = [side for side in ("base", "tuned") if side in result]
+    title = f"{result.get('run', '')}  {result['rows']} {rows_name or rows_label(result)}"
+    table = Table(title=escape(title.strip()), title_justify="left")
+    table.add_column("")
+    for side in sides:
+        table.add_column(side, justify="right")
+    for name in result[sides[0]]:
+        cells = []
+        for side in sides:
+            value = result[side][name]
+            cell = f"{value:.3f}" if name in _NOT_IN_PERCENT else f"{value:.1%}"
+            if name == result["metric"]:
+                low, high = result["intervals"][side]
+                cell += f"  ({low:.1%} to {high:.1%})"
+            cells.append(cell)
+        table.add_row(escape(name), *cells)
+    out.print(table)
+    if result.get("left_out"):
+        rows = [str(Location(**location)) for location in result["left_out"]]
+        out.print(f"left out: {len(rows)} rows: {abbreviate(rows)}", markup=False, style="yellow")
+    if "difference" in result:
+        changed = result.get("changed", {"gained": [], "lost": []})
+        out.print(
+            f"tuned minus base: {describe_difference(result['difference'])[1]} "
+            f"({len(changed['gained'])} rows gained, {len(changed['lost'])} lost)"
+        )
+        if changed["lost"]:
+            out.print(f"lost: {abbreviate(changed['lost'])}", markup=False)
+
+
+def _print_rewards(rewards: Mapping[str, Any], out: Console) -> None:
+    low, high = rewards["accuracy_interval"]
+    margin = f"margin {rewards['margin']:.3f}"
+    if rewards["margin_interval"]:
+        margin += " ({:.3f} to {:.3f})".format(*rewards["margin_interval"])
+    out.print(f"rewards: {rewards['accuracy']:.1%} of pairs ranked correctly ({low:.1%} to {high:.1%}), {margin}")
+
+
+def _print_judge(verdicts: Mapping[str, Any], out: Console) -> None:
+    low, high = verdicts["interval"]
+    out.print(
+        f"judge {verdicts['name']}: tuned wins {verdicts['win_rate']:.1%} ({low:.1%} to {high:.1%}) of "
+        f"{verdicts['rows']}: {verdicts['wins']} won, {verdicts['ties']} tied, {verdicts['losses']} lost",
+        markup=False,
+    )
+    if verdicts["order_decided"]:
+        out.print(f"{verdicts['order_decided']} of the ties: the verdict changed with the order of the answers")
+    if verdicts["unsaid"]:
+        out.print(f"{verdicts['unsaid']} replies of the judge had no verdict and count as ties", style="yellow")
+
+
+def _print_general(result: Mapping[str, Any], out: Console) -> None:
+    table = Table("general set", "rows", "base", "tuned", "change in points")
+    for category, scores in [*result["kinds"].items(), ("all", result)]:
+        rates = (f"{scores['base']:.1%}", f"{scores['tuned']:.1%}")
+        table.add_row(category, str(scores["rows"]), *rates, format_points(scores["difference"]))
+    out.print(table)
+    out.print(f"tuned minus base on the general set: {describe_general(result)}")
+
+
+def _print_tasks(tasks: Mapping[str, Any], out: Console) -> None:
+    table = Table("task", "metric", "documents", "base", "tuned", "change")
+    for row in format_task_scores(tasks):
+        table.add_row(*map(escape, row))
+    if tasks:
+        out.print(table)
+
+
+def print_leaderboard(leaderboard: Sequence[Mapping[str, Any]], metric: str, out: Console = console) -> None:
+    """Print models by score, best first, with the difference from the best on the same rows."""
+    table = Table("", escape(metric), "95 % interval", "loss", "gap to the best")
+    for entry in leaderboard:
+        low, value, high = (100 * entry["behind"][name] for name in ("low", "value", "high"))
+        unclear = ": no clear difference" if entry["verdict"] == "unclear" else ""
+        table.add_row(
+            escape(entry["run"]),
+            f"{entry['score']:.1%}",
+            f"{entry['low']:.1%} to {entry['high']:.1%}",
+            "" if entry["loss"] is None else f"{entry['loss']:.3f}",
+            "" if entry is leaderboard[0] else f"{value:+.1f} points ({low:+.1f} to {high:+.1f}){unclear}",
+        )
+    out.print(table)
+
+
+def print_samples(samples: Sequence[Mapping[str, Any]], out: Console = console) -> None:
+    for sample in samples:
+        out.print()
+        out.print("prompt ", sample["prompt"], markup=False)
+        for side, style in (("base", "dim"), ("tuned", None)):
+            if side in sample:
+                out.print(f"{side:7}", sample[side].strip() or "(nothing)", markup=False, style=style)
