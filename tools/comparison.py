@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tools" / "comparison.yaml"
 PAGE = ROOT / "docs" / "comparison.md"
 TEXTS = (".py", ".md", ".mdx", ".rst", ".yaml", ".yml", ".qmd", ".sh", ".toml", ".json", ".jinja")
-LARGEST = 2_000_000  # bytes of a file that is read
+LARGEST = 3_000_000  # bytes of a file that is read
 _CELL = re.compile(r"(?P<file>[^ ]+)(?: @ (?P<text>[^~!]+?))?(?: (?P<kind>[~!]) (?P<remark>.+))?")
 
 
