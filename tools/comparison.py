@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tools" / "comparison.yaml"
 PAGE = ROOT / "docs" / "comparison.md"
 TEXTS = (".py", ".md", ".mdx", ".rst", ".yaml", ".yml", ".qmd", ".sh", ".toml", ".json", ".jinja")
+<<<<<<< HEAD
 LARGEST = 600_000  # maximum size of a file in bytes
+=======
+LARGEST = 3_000_000  # bytes of a file that is read
+>>>>>>> cmp
 _CELL = re.compile(r"(?P<file>[^ ]+)(?: @ (?P<text>[^~!]+?))?(?: (?P<kind>[~!]) (?P<remark>.+))?")
 
 
@@ -54,8 +58,8 @@ def page(data: dict[str, Any]) -> str:
     tools = data["tools"]
     rows = sum(len(topic["rows"]) for topic in data["topics"])
     lines = [data["head"].replace("{rows}", str(rows)).strip(), ""]
-    lines += ["| tool | version | state that was read | of |", "|---|---|---|---|"]
-    lines += [f"| {one['name']} | {one['version']} | `{one['commit']}` | {one['date']} |" for one in tools.values()]
+    lines += ["| tool | version | wheel or commit that was read |", "|---|---|---|"]
+    lines += [f"| {tool['name']} | {tool['version']} | {source(tool)} |" for tool in tools.values()]
     for topic in data["topics"]:
         lines += ["", f"## {topic['name']}", ""]
         lines += ["| | strop | " + " | ".join(one["name"] for one in tools.values()) + " |"]
@@ -68,6 +72,13 @@ def page(data: dict[str, Any]) -> str:
             lines.append(f"- *{row['what'].replace('*', '')}*: " + "; ".join(list_cells(row, tools)) + ".")
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
+
+
+def source(tool: dict[str, Any]) -> str:
+    """Return what was read of a tool: the names of its wheels, or a commit and its date."""
+    if "wheels" in tool:
+        return ", ".join(f"`{name}`" for name in tool["wheels"])
+    return f"commit `{tool['commit']}` of {tool['date']}"
 
 
 def ours(row: dict[str, Any]) -> str:
@@ -119,7 +130,7 @@ def files(folder: Path, read: list[str]) -> Iterator[tuple[str, str]]:
     """Yield (path, text) of the files to search: source, docs and examples, without tests."""
     for part in read:
         for file in [folder / part] if (folder / part).is_file() else sorted((folder / part).rglob("*")):
-            named = file.suffix in TEXTS or "Dockerfile" in file.name
+            named = file.suffix in TEXTS or file.name == "METADATA" or "Dockerfile" in file.name
             if file.is_file() and named and "tests" not in file.parts and file.stat().st_size < LARGEST:
                 yield str(file.relative_to(folder)), file.read_text(encoding="utf-8", errors="replace")
 

@@ -32,7 +32,7 @@ from strop.dash.files import (
     run_path,
 )
 from strop.dash.history import History, round_significant
-from strop.evaluation.metrics import describe_difference, describe_rows
+from strop.evaluation.metrics import describe_change, describe_rows
 from strop.runs.events import parse_event
 from strop.runs.folder import RunFolder, is_run
 
@@ -196,7 +196,7 @@ def evaluation_score(report: Mapping[str, Any]) -> dict[str, Any] | None:
     score |= {"rows": evaluation.get("rows"), "difference": evaluation.get("difference")}
     score |= {"verdict": "plain", "words": ""}
     try:
-        kind, words = describe_difference(evaluation["difference"])
+        kind, words = describe_change(evaluation)
         text = f"{metric} went from {base[metric]:.1%} to {tuned[metric]:.1%} on {describe_rows(evaluation)}"
         score |= {"verdict": kind, "words": f"{words[0].upper()}{words[1:]}: {text}."}
     except (KeyError, TypeError, ValueError):

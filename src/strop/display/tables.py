@@ -101,8 +101,9 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
     for finding in report.get("diagnosis", []):
         console.print(f"[yellow]finding[/]  {escape(finding)}")
     console.print(f"[bold]adapter[/]  {escape(str(report['adapter']))}\n[bold]report[/]   {escape(run)}/report.html")
+    console.print(f"next     {command_name()} eval {shlex.quote(run)} --data HELD_OUT.jsonl", markup=False)
     if report.get("objective", {}).get("name") != "reward":
-        console.print(f"next     {command_name()} chat {shlex.quote(run)}", markup=False)
+        console.print(f"         {command_name()} chat {shlex.quote(run)}", markup=False)
     hidden = ("recipe", "lock", "machine", "data_report")
     print_json({key: value for key, value in report.items() if key not in hidden}, as_json)
 

@@ -48,7 +48,9 @@ class StatusLine(logging.Handler):
             self.update(record.getMessage())
 
     def update(self, activity: str) -> None:
-        """Change the activity, and restart its timer."""
+        """Show an activity. A new one restarts the timer."""
+        if activity == self._activity:
+            return
         self._activity, self._since = activity, time.monotonic()
         self._draw()
 
@@ -278,8 +280,7 @@ def generation_progress(out: Console = console) -> Iterator[Callable[[str, int, 
 
         def advance(side: str, done: int, total: int) -> None:
             nonlocal last_line
-            if not tasks:
-                status.update("generating answers")
+            status.update(f"generating answers: {side}")
             if not tasks and out.is_terminal:
                 status.stop()
                 bar.start()

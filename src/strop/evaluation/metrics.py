@@ -274,6 +274,15 @@ def describe_difference(difference: Mapping[str, float]) -> tuple[str, str]:
     return kind, f"{text}: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
+def describe_change(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (better | worse | unclear, sentence) for an evaluation; unclear if it contains training rows."""
+    kind, text = describe_difference(result["difference"])
+    if not result.get("train_rows"):
+        return kind, text
+    seen = f"{result['train_rows']:,} of {result['rows']:,} rows are also training rows"
+    return "unclear", f"no test of what it learned, because {seen}: {text.partition(': ')[2]}"
+
+
 def rows_label(result: Mapping[str, Any]) -> str:
     """Return "held-out rows" if it is known that the model was not trained on any of the rows, else "rows"."""
     return "held-out rows" if result.get("train_rows") == 0 else "rows"

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from strop.evaluation.metrics import describe_difference, describe_general, describe_rows, rows_label
+from strop.evaluation.metrics import describe_change, describe_general, describe_rows, rows_label
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
@@ -174,7 +174,7 @@ def _list_scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if result and _has_both_sides(result):
             metric = result["metric"]
             scores = f"{metric} {result['base'][metric]:.1%} before, {result['tuned'][metric]:.1%} after"
-            yield name, f"{describe_rows(result)}: {scores} ({describe_difference(result['difference'])[1]})"
+            yield name, f"{describe_rows(result)}: {scores} ({describe_change(result)[1]})"
     if general := report.get("general"):
         scores = f"{general['base']:.1%} before, {general['tuned']:.1%} after"
         yield "general set", f"{general['rows']} rows: {scores} ({describe_general(general)})"

@@ -90,10 +90,9 @@ def _describe_change(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
         return None
     rows = f" on {metrics.describe_rows(evaluation)}" if evaluation.get("rows") else ""
     change = f"{metric} went from {_format_percent(base[metric])} to {_format_percent(tuned[metric])}{rows}"
-    difference = evaluation.get("difference")
-    if not difference:
+    if not evaluation.get("difference"):
         return "plain", f"{change}."
-    kind, text = metrics.describe_difference(difference)
+    kind, text = metrics.describe_change(evaluation)
     return kind, f"{text[0].upper()}{text[1:]}: {change}."
 
 

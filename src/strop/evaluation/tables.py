@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from strop.display.tables import abbreviate, console, render_html
+from strop.config.load import read_resolved
+from strop.display.tables import abbreviate, command_name, console, render_html
 from strop.errors import Location
 from strop.evaluation.metrics import (
+    describe_change,
     describe_difference,
     describe_general,
     format_points,
@@ -19,7 +23,7 @@ from strop.evaluation.metrics import (
     rows_label,
 )
 
-_NOT_IN_PERCENT = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
+_NOT_IN_PERCENT = ("loss", "perplexity", "tokens_per_answer")
 
 
 class Evaluation(dict[str, Any]):
@@ -43,6 +47,8 @@ def print_evaluation(result: Mapping[str, Any], samples: int, out: Console = con
     for part, print_part in (("rewards", _print_rewards), ("judge", _print_judge), ("general", _print_general)):
         if part in result:
             print_part(result[part], out)
+    if "general" in result and describe_difference(result["general"]["difference"])[0] == "worse":
+        _print_remedies(str(result.get("run", "")), out)
     if "regression" in result:
         print_scores(result["regression"], rows_name="rows that should not get worse", out=out)
     _print_tasks(result.get("tasks", {}), out)
@@ -58,6 +64,8 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
     for side in sides:
         table.add_column(side, justify="right")
     for name in result[sides[0]]:
+        if name == "tokens_per_s":  # base and tuned answer in one batch
+            continue
         cells = []
         for side in sides:
             value = result[side][name]
@@ -68,13 +76,16 @@ def print_scores(result: Mapping[str, Any], rows_name: str | None = None, out: C
             cells.append(cell)
         table.add_row(escape(name), *cells)
     out.print(table)
+    if speed := result[sides[-1]].get("tokens_per_s"):
+        together = " in one batch" if len(sides) > 1 else ""
+        out.print(f"answers of {' and '.join(sides)} generated{together} at {speed:,.0f} tokens/s")
     if result.get("left_out"):
         rows = [str(Location(**location)) for location in result["left_out"]]
         out.print(f"left out: {len(rows)} rows: {abbreviate(rows)}", markup=False, style="yellow")
     if "difference" in result:
         changed = result.get("changed", {"gained": [], "lost": []})
         out.print(
-            f"tuned minus base: {describe_difference(result['difference'])[1]} "
+            f"tuned minus base: {describe_change(result)[1]} "
             f"({len(changed['gained'])} rows gained, {len(changed['lost'])} lost)"
         )
         if changed["lost"]:
@@ -109,6 +120,27 @@ def _print_general(result: Mapping[str, Any], out: Console) -> None:
         table.add_row(category, str(scores["rows"]), *rates, format_points(scores["difference"]))
     out.print(table)
     out.print(f"tuned minus base on the general set: {describe_general(result)}")
+
+
+def _print_remedies(run: str, out: Console) -> None:
+    """Print commands that train again in a way that preserves more of the base's abilities."""
+    recipe_file = Path(run) / "recipe.yaml"
+    if not run or not recipe_file.is_file():
+        return
+    recipe = read_resolved(recipe_file).recipe
+    out.print("the tuned model lost general abilities: train again in one of these ways, and compare", style="yellow")
+    start = f"{command_name()} train {shlex.quote(str(recipe_file))} --out {shlex.quote(f'{run}-2')}"
+    files = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
+    mixed = " ".join(f"--data {shlex.quote(file)}" for file in [*files, "GENERAL.jsonl"])
+    remedies = {
+        "fewer epochs": f"--epochs {max(1, recipe.train.epochs / 3):g}" if recipe.train.epochs > 1 else "",
+        "a lower rate": f"--lr {recipe.train.learning_rate / 3:.2g}" if recipe.train.learning_rate else "",
+        "a lower rank": f"--rank {recipe.lora.r // 2} --alpha none" if recipe.lora.r > 1 else "",
+        "general rows mixed in": mixed,
+    }
+    for what, options in remedies.items():
+        if options:
+            out.print(f"  {what}: {start} {options}", markup=False)
 
 
 def _print_tasks(tasks: Mapping[str, Any], out: Console) -> None:

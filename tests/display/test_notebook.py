@@ -1,0 +1,58 @@
+"""Progress and results in a notebook, executed in a real Jupyter kernel."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.display.notebook import is_notebook, loss_curve
+
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+
+
+def execute(folder: Path, *cells: str) -> list[list[dict[str, Any]]]:
+    """Run cells in a new kernel, and return the outputs of each."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute()
+    return [cell["outputs"] for cell in notebook.cells]
+
+
+def shown_html(outputs: list[dict[str, Any]]) -> str:
+    return "".join(output["data"].get("text/html", "") for output in outputs if "data" in output)
+
+
+def test_run_shows_steps_and_loss_curve(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    train = (
+        f"import strop\nrun = strop.train(model={str(tiny_folder)!r}, data={str(rows_file)!r}, out='run', "
+        "train={'max_steps': 4, 'batch_size': 4}, lora={'r': 2})\nrun"
+    )
+    show = "strop.plan(model='demo')"
+    quiet = train.replace("out='run'", "out='quiet', progress=False").removesuffix("\nrun")
+    check = f"strop.check(model={str(tiny_folder)!r}, data={str(rows_file)!r})"
+    evaluate = f"strop.evaluate(run, {str(rows_file)!r}, max_new_tokens=4)"
+    trained, planned, silent, checked, evaluated = execute(tmp_path, train, show, quiet, check, evaluate)
+    progress, result = shown_html(trained[:1]), shown_html(trained[-1:])
+    assert "done" in progress and "<svg" in progress and progress.count("<tr>") == 5  # a heading and four steps
+    assert "<svg" in result and "adapter" in result and re.search(r"<td>4</td>", result)
+    assert "peak memory in MiB" in shown_html(planned) and not silent
+    assert "24 rows read" in shown_html(checked)
+    assert "generating answers" not in shown_html(evaluated[-1:]) and "tuned minus base" in shown_html(evaluated)
+
+
+def test_terminal_without_a_kernel_is_not_a_notebook() -> None:
+    assert not is_notebook()
+
+
+def test_loss_curve_has_a_dot_for_each_evaluation() -> None:
+    losses = [(step, 1 / step) for step in range(1, 1000)]
+    assert loss_curve(losses[:1]) == ""
+    curve = loss_curve([*losses, (1000, float("nan"))], [(500, 0.2), (999, 0.1)])
+    assert curve.count("<circle") == 2 and curve.count(",") < 700 and "nan" not in curve
