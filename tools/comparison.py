@@ -22,11 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tools" / "comparison.yaml"
 PAGE = ROOT / "docs" / "comparison.md"
 TEXTS = (".py", ".md", ".mdx", ".rst", ".yaml", ".yml", ".qmd", ".sh", ".toml", ".json", ".jinja")
-<<<<<<< HEAD
-LARGEST = 600_000  # maximum size of a file in bytes
-=======
-LARGEST = 3_000_000  # bytes of a file that is read
->>>>>>> cmp
+LARGEST = 3_000_000  # maximum size of a file in bytes
 _CELL = re.compile(r"(?P<file>[^ ]+)(?: @ (?P<text>[^~!]+?))?(?: (?P<kind>[~!]) (?P<remark>.+))?")
 
 
