@@ -93,7 +93,7 @@ def test_first_sample_is_one_line_of_the_width() -> None:
         show({"event": "samples", "time": 2.0, "step": 40, "samples": [long]})
     first, second = (line for line in out.getvalue().splitlines() if line.startswith("sample "))
     assert first == "sample   step 20: [b]what is 2? -> it is 4 [/b]"
-    assert second == f"sample   step 40: {'p' * 30}… -> {'c' * 27}…"
+    assert second == f"sample   step 40: {'p' * 30}… -> {'c' * 26}…"
 
 
 def test_markup_in_events_is_printed_literally() -> None:
