@@ -84,6 +84,18 @@ def test_generation_progress_removes_its_log_handler() -> None:
     assert not logging.getLogger("strop").handlers
 
 
+def test_first_sample_is_one_line_of_the_width() -> None:
+    out = io.StringIO()
+    sample = {"prompt": "[b]what\nis 2?", "reference": "4", "completion": "it is\n4 [/b]"}
+    long = {"prompt": "p" * 200, "reference": "", "completion": "c" * 200}
+    with run_progress(Console(file=out, soft_wrap=True, width=80)) as show:
+        show({"event": "samples", "time": 1.0, "step": 20, "samples": [sample, long]})
+        show({"event": "samples", "time": 2.0, "step": 40, "samples": [long]})
+    first, second = (line for line in out.getvalue().splitlines() if line.startswith("sample "))
+    assert first == "sample   step 20: [b]what is 2? -> it is 4 [/b]"
+    assert second == f"sample   step 40: {'p' * 30}… -> {'c' * 26}…"
+
+
 def test_markup_in_events_is_printed_literally() -> None:
     out = io.StringIO()
     choice = {"field": "lora.new_tokens", "value": [MARKUP], "origin": "option", "why": MARKUP}

@@ -151,6 +151,17 @@ def equals_one_device(lab: Lab, worlds: Sequence[int] = (2, 3, 4)) -> None:
         assert report["tokens"] == json.loads((exact / "report.json").read_text())["tokens"]
 
 
+def samples(lab: Lab) -> None:
+    """Rank 0 logs samples without changing the run. A run with a sharded base logs none."""
+    held_out = ["--data.eval", "20%", "--train.eval_steps", "10", "--train.max_steps", "20"]
+    without = lab.good(2, *held_out, "--train.samples", "0")
+    replicated, sharded = lab.good(2, *held_out), lab.good(2, *held_out, "--model.placement", "sharded")
+    assert apart(without, replicated) == apart(without, sharded) == 0.0
+    assert [event["step"] for event in events(replicated, "samples")] == [10, 20]
+    assert not events(sharded, "samples")
+    assert not [event for event in events(replicated, "note") if "sample completions" in event["text"]]
+
+
 def unusual_batches(lab: Lab) -> None:
     """Test supervised tokens on a single rank, a last batch of one row, and more ranks than rows."""
     plain = tiny.examples(9, seed=1)

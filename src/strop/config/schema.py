@@ -274,6 +274,12 @@ class TrainSection(Section):
     )
     eval_steps: int | None = Field(None, ge=1, description="evaluate every N steps; default: once per epoch")
     early_stopping: int | None = Field(None, ge=1, description="stop after N evaluations without a lower loss")
+    samples: int = Field(
+        4,
+        ge=0,
+        description="evaluation prompts whose completions are logged at each evaluation (sft, base not sharded); "
+        "0 disables it",
+    )
     save_steps: int | None = Field(
         None, ge=1, description="save every N steps; default: once per epoch and every 10 minutes"
     )

@@ -34,7 +34,7 @@ MAX_MARKS, MAX_SAVES, MAX_UNDONE = 5000, 200, 5000
 LEVELS = {
     **dict.fromkeys(("skip", "doubt", "shrink", "stop", "note"), "warning"), "rollback": "bad", "end": "good",
 }  # fmt: skip
-_WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval")
+_WITHOUT_MARK = ("machine", "recipe", "data", "step", "eval", "samples")
 _NOT_COLUMNS = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
 _STORED_EVENTS = ("machine", "recipe", "data", "start", "rehearsal")
 

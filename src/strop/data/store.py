@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from strop.data.types import Conversation, DataKind, Example, ExampleGroup, Indices, Message, Prompt
+from strop.data.types import Conversation, DataKind, Example, ExampleGroup, Indices, Mask, Message, Prompt
 
 if TYPE_CHECKING:
     from strop.data.rendering.render import Renderer
@@ -216,11 +216,15 @@ class Examples(LazySequence[Example]):
 
 
 class Conversations(LazySequence[Conversation]):
-    """Rows of a store as conversations, read on access. digests: hashes of their content, uint64, shape (n,)."""
+    """Rows of a store as conversations, read on access.
+
+    digests: hashes of their content, uint64, shape (n,). has_answer: whether they end with an answer, bool, shape (n,).
+    """
 
     def __init__(self, store: Store, indices: Indices) -> None:
         self._store, self._indices = store, indices
         self.digests: npt.NDArray[np.uint64] = store.row_records["digest"][indices]
+        self.has_answer: Mask = store.row_records["has_answer"][indices].astype(np.bool_)
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.status import Status
+from rich.text import Text
 
 from strop.display.tables import abbreviate, console
 from strop.runs.events import Event
@@ -224,6 +225,15 @@ class RunProgress:
             metrics += f", {event['accuracy']:.1%} ranked correctly ({low:.1%} to {high:.1%})"
         best = " (best so far)" if event["best"] else ""
         self._out.print(f"[bold]eval[/]     step {event['step']}: loss {metrics}{best}")
+
+    def _on_samples(self, event: Event) -> None:
+        """Print the first sample on one line, with at most half of the line for the prompt."""
+        prompt, completion = (Text(" ".join(event["samples"][0][name].split())) for name in ("prompt", "completion"))
+        label = Text.assemble(("sample", "bold"), f"   step {event['step']}: ")
+        prompt.truncate((self._out.width - label.cell_len) // 2, overflow="ellipsis")
+        line = Text.assemble(label, prompt, " -> ", completion)
+        line.truncate(self._out.width, overflow="ellipsis")
+        self._out.print(line)
 
     def _on_skip(self, event: Event) -> None:
         self._print_warning("[red]skipped[/] ", event)

@@ -252,7 +252,10 @@ def _generate_all(
     devices: Devices,
 ) -> dict[str, tuple[list[Completion], float]]:
     """Generate the answers of base, tuned or both in one batch. Returns (answers, tokens/s of the batch) by side."""
-    prompts, started = [_render_prompt(model, question.conversation) for question in questions], time.perf_counter()
+    prompts, started = (
+        [render_prompt(model.renderer, question.conversation) for question in questions],
+        time.perf_counter(),
+    )
     rendered = (model.renderer.render(question.conversation) for question in questions)
     expected = list(map(_expected_completion, prompts, rendered))
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
@@ -280,10 +283,10 @@ def _expected_completion(prompt: Ids, examples: Sequence[Example]) -> ExpectedCo
     return ExpectedCompletion(example.ids[n:end], min(example.prompt_length, n) - 1)
 
 
-def _render_prompt(model: Model, conversation: Conversation) -> Ids:
+def render_prompt(renderer: Renderer, conversation: Conversation) -> Ids:
     """Render the messages before a row's answer, with the template options (such as reasoning) of the whole row."""
-    template_options = model.renderer.options_for(conversation.messages)
-    return model.renderer.prompt(conversation.messages[:-1], conversation.tools, options=template_options)
+    template_options = renderer.options_for(conversation.messages)
+    return renderer.prompt(conversation.messages[:-1], conversation.tools, options=template_options)
 
 
 def _choose_all(

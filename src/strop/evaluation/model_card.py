@@ -17,7 +17,8 @@ CARD_FILE = "README.md"
 LOCATION = "THIS_FOLDER"  # placeholder for the model's location, which exporting.hub replaces
 # Recipe fields that the card omits: paths on this machine, and settings that do not affect the model.
 LOCAL_FIELDS = {
-    "model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "model.device",
+    "model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "train.samples",
+    "model.device",
 }  # fmt: skip
 
 REWARD_USAGE = """It scores an answer with one number (higher is better) and does not generate text.

@@ -4,7 +4,7 @@ Every event has `event` (its kind), `time` (seconds since 1970), and fields that
 
 - before the first step: machine, recipe, data, reference, rehearsal (the dry run)
 - start, resume, override (a changed setting), stop, end
-- step, eval, save, reference-check, note
+- step, eval, samples (completions of evaluation prompts), save, reference-check, note
 - skip (a rejected update), doubt (an applied update with an unusual loss), rollback
 - shrink (a setting that was changed after running out of memory)
 """
@@ -55,7 +55,7 @@ def drop_undone_events(events: Sequence[Event]) -> list[Event]:
     remaining: list[Event] = []
     for event in events:
         if (step := find_rewind_step(event)) is not None:
-            remaining = [e for e in remaining if e["event"] not in ("step", "eval") or e["step"] <= step]
+            remaining = [e for e in remaining if e["event"] not in ("step", "eval", "samples") or e["step"] <= step]
         remaining.append(event)
     return remaining
 

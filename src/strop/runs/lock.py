@@ -21,7 +21,7 @@ LIBRARIES = (
 IGNORED_FIELDS = {
     "out", "preset", "track", "model.name", "model.revision", "model.placement", "data.train", "data.eval",
     "data.columns", "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
-    "train.timeout",
+    "train.timeout", "train.samples",
 }  # fmt: skip
 # fields that a resume cannot change: they determine the shapes of trained weights, or are used only at the start
 FIXED_FIELDS = {

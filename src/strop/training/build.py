@@ -30,6 +30,7 @@ from strop.training.criteria import Criterion, make_criterion
 from strop.training.optim import make_optimizer
 from strop.training.preflight import Setup, find_start_adapter
 from strop.training.rollouts import PolicyCriterion, disable_model_dropout
+from strop.training.samples import select_samples
 from strop.training.state import Job, Progress, TrainState, set_memory_options
 
 
@@ -107,9 +108,11 @@ def build_job(
     else:
         criterion = make_criterion(recipe.train, model, devices)
     usable = usable_bytes(setup.machine, section.device)
+    # a sharded base would need all ranks for each pass
+    samples = None if devices.base is not None else select_samples(recipe, data, setup.tokenizer)
     return Job(
         recipe, folder, model, step, data.train_items or data.train, data.eval_items or data.eval, state, log,
-        repack_weights, setup.memory_key, usable, criterion, devices,
+        repack_weights, setup.memory_key, usable, criterion, devices, samples,
     )  # fmt: skip
 
 

@@ -219,17 +219,22 @@ def retry_with_less_memory(job: Job, items: Sequence[Item], compute: Callable[[]
             reason = first_line(error)
         # outside of the handler, whose traceback keeps the tensors of the failed step alive
         job.state.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        job.step.release_buffers()
-        trim_heap()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(job)
         set_random_states(random, device)
         if retry_unchanged:
             job.log.emit("note", text=f"retrying step {job.state.progress.step + 1} at the same size: {reason}")
         else:
             _reduce_memory(job, items, reason)
         retry_unchanged = False
+
+
+def free_memory(job: Job) -> None:
+    """Free buffers and cached memory after an out-of-memory error. Call it outside of the error's handler."""
+    gc.collect()
+    job.step.release_buffers()
+    trim_heap()
+    if job.state.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:

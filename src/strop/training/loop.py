@@ -19,13 +19,14 @@ import torch
 
 from strop.data.batching import Batch, BatchStream
 from strop.data.types import Item
-from strop.errors import DivergedError, NonFiniteError, Stopped
+from strop.errors import DivergedError, NonFiniteError, Stopped, first_line
 from strop.training import guard
 from strop.training.gradients import (
     LocalGradient,
     TotalGradient,
     apply_memory_settings,
     compute_gradients,
+    free_memory,
     micro_batches,
     retry_with_less_memory,
     rows_of_rank,
@@ -41,8 +42,10 @@ from strop.training.state import (
     first_not_finite,
     newest_checkpoint,
     prune_checkpoints,
+    random_states,
     restore_checkpoint,
     save_checkpoint,
+    set_random_states,
 )
 
 LOG = logging.getLogger(__name__)
@@ -220,7 +223,7 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
 
 
 def evaluate(job: Job) -> None:
-    """Evaluate the held-out rows, and update the best step."""
+    """Evaluate the held-out rows, update the best step, and log sample completions."""
     progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
     assert held_out is not None
     LOG.info("evaluating on %d rows", len(held_out))
@@ -241,6 +244,30 @@ def evaluate(job: Job) -> None:
         progress.evals_without_better += 1
     progress.moved = False
     job.log.emit("eval", step=progress.step, loss=finite_loss, best=better, seconds=round(seconds, 3), **metrics)
+    if job.samples is not None:
+        started = time.perf_counter()
+        LOG.info("generating sample completions")
+        job.devices.run_on_main(lambda: _log_samples(job))
+        progress.eval_seconds += time.perf_counter() - started
+
+
+def _log_samples(job: Job) -> None:
+    """Log completions of the sample prompts. A failure is logged as a note, and the run continues."""
+    assert job.samples is not None
+    step, random, reason = job.state.progress.step, random_states(job.state.device), ""
+    job.model.eval()
+    try:
+        samples = job.samples.complete(job.model)
+    except Exception as error:  # the generation code of a model can raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    finally:
+        job.model.train()
+        set_random_states(random, job.state.device)
+    if reason:
+        free_memory(job)
+        job.log.emit("note", text=f"step {step}: no sample completions: {reason}")
+    else:
+        job.log.emit("samples", step=step, samples=samples)
 
 
 def save(job: Job) -> None:

@@ -32,6 +32,7 @@ from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder, disk_errors, free_bytes, new_folder
 from strop.runs.lock import sha256_file
 from strop.training.criteria import Criterion, SupervisedCriterion
+from strop.training.samples import SamplePrompts
 
 Note = Callable[[str], None]
 
@@ -104,6 +105,7 @@ class Job:
     usable_bytes: int = 0
     criterion: Criterion = field(default_factory=SupervisedCriterion)
     devices: Devices = SINGLE_PROCESS
+    samples: SamplePrompts | None = None  # completed at each evaluation
 
 
 def batch_stream(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:
