@@ -78,9 +78,9 @@ $(VENV)-skypilot/installed:
 site: $(VENV)-site/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/mkdocs build --strict
 
-$(VENV)-site/installed: constraints.txt
+$(VENV)-site/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-site
-	$(VENV)-site/bin/python -m pip install --quiet -c constraints.txt mkdocs mkdocs-material
+	$(VENV)-site/bin/python -m pip install --quiet -c constraints.txt -e . mkdocs mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # The lesson's notebook, executed by Jupyter's own client. Some minutes.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import hashlib
+import inspect
 import io
+import json
 import multiprocessing
 import subprocess
 import sys
@@ -321,3 +324,32 @@ def test_import_is_fast_and_needs_no_torch() -> None:
     runs = [subprocess.run([sys.executable, "-c", f"{code}; {checks}"], capture_output=True, text=True) for _ in "123"]
     seconds, heavy = zip(*(done.stdout.split() for done in runs), strict=True)
     assert set(heavy) == {"False"} and min(map(float, seconds)) < 0.3
+
+
+def test_text_of_an_error_has_the_location_and_the_fix(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    with pytest.raises(strop.InputError) as raised:
+        strop.train(model="demo", data=rows, out=tmp_path / "run", progress=False)
+    assert f"{rows}:2" in str(raised.value)
+    with pytest.raises(strop.InputError) as raised:
+        strop.train(model="demo", data=rows, out=tmp_path / "run", lora={"rank": 3})
+    assert "did you mean lora.r?" in str(raised.value) and "strop schema" in str(raised.value)
+
+
+def test_examples_of_the_public_functions_run(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The examples share one folder and run in the order of a user's work; pushing is tested elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "lunch with Ana, 12.50 eur", "completion": "food"}
+    for name in ("rows.jsonl", "held_out.jsonl"):
+        Path(name).write_text("".join(json.dumps(row | {"completion": f"food {n}"}) + "\n" for n in range(12)))
+    names = ("check", "plan", "compare_methods", "train", "resume", "evaluate", "load", "merge", "export")
+    namespace: dict[str, Any] = {"strop": strop}
+    for name in names:
+        examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(strop, name)) or "")
+        assert examples, name
+        for example in examples:
+            exec(example.source.replace('"demo"', repr(str(tiny_folder))), namespace)
+    assert Path("mine-merged/config.json").is_file() and Path("mine.gguf").is_file()

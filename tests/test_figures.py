@@ -388,7 +388,8 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      "{4}".format(
          *memory(it), memory_error(it, "demo, demo"), memory_error(it, "demo, snips"))),
     ("README.md", "merge_rounding.json", merged_apart),
-    ("README.md", "young_adapters.json", lambda it: young(it, "peft's loss is {}, fp32's {}, strop's {}")),
+    ("README.md", "train_step_amx_2026-11-25.json",
+     lambda it: f"{times(it, 'fast', 'unsloth, grouped')} Unsloth's CPU mode on two machines"),
     ("docs/lesson.md", "young_adapters.json",
      lambda it: young(it, "peft's loss is {}, in fp32 {}, in strop's bf16 {}")),
     (PERFORMANCE, "young_adapters.json", young_rows),
@@ -522,6 +523,7 @@ NOT_MEASURED: dict[str, list[str]] = {
     "docs/export.md": [r"f32 1e-4, 99.5 %; .* q4_k_m 0.4, 75 %"],  # limits of exporting.llama_cpp
     "docs/howto.md": ["GPU with 8 GB", "--memory 7GB", "19 GiB for this model"],  # tests/planning/test_howto.py
     "docs/import.md": ["data.eval: 10%"],
+    "docs/install.md": ["about 3 GB of disk space"],
     "docs/learning_rate.md": [r"\| within 5 % \|", r"\*Within 5 %\*", "at most 5 % above", "8\\)\\^0.2: 1.3 times"],
     "docs/lesson.md": ["in 8 GB", "Llama-3.1-8B: 7.4 GB", "the base 0 %"],  # a plan, which tests/test_lesson.py runs
     "docs/performance.md": [

@@ -71,6 +71,10 @@ def plan(
 
     Raises:
         InputError: If an option, the model or the data is invalid.
+
+    Examples:
+        >>> strop.plan(model="demo", memory="8GB").fits
+        >>> strop.plan(model="demo", data="rows.jsonl", gpu="RTX 4090", lora={"r": 64})
     """
     from strop.config.load import Choice, resolve
     from strop.machine.memory import parse_memory
@@ -106,6 +110,9 @@ def compare_methods(
 
     Raises:
         InputError: If an option or the model is invalid.
+
+    Examples:
+        >>> strop.compare_methods(gpu="RTX 3060")
     """
     from strop.config.load import resolve
     from strop.machine.memory import parse_memory
@@ -162,6 +169,10 @@ def train(
         InputError: If the recipe, the model, the data or the folder is invalid; raised before weights load.
         RunError: If training fails.
         Stopped: After Ctrl-C or SIGTERM, once the run is saved.
+
+    Examples:
+        >>> run = strop.train(model="demo", data="rows.jsonl", out="runs/mine", lora={"r": 8}, train={"max_steps": 2})
+        >>> run.report["loss"]["last"]
     """
     from strop.config.load import resolve
     from strop.distributed.launch import join_devices
@@ -205,6 +216,9 @@ def resume(
         InputError: If the folder is not a run, or something changed that `allow_changed` does not list.
         RunError: If training fails.
         Stopped: After Ctrl-C or SIGTERM, once the run is saved.
+
+    Examples:
+        >>> strop.resume("runs/mine")
     """
     from strop.distributed.launch import join_devices
 
@@ -266,6 +280,10 @@ def evaluate(
     Raises:
         InputError: If an option, the model or the data is invalid.
         RunError: If the judge fails. The error's `partial_result` has the results up to the failure.
+
+    Examples:
+        >>> result = strop.evaluate("runs/mine", "held_out.jsonl", metric="contains", max_new_tokens=8)
+        >>> result["difference"]
     """
     from strop.distributed.launch import join_devices
 
@@ -320,6 +338,9 @@ def check(recipe: PathLike | None = None, **options: Any) -> CheckReport:
 
     Raises:
         InputError: If an option or the model is invalid, or a data file cannot be read.
+
+    Examples:
+        >>> strop.check(model="demo", data="rows.jsonl")["rows"]["used"]
     """
     from strop.display.tables import CheckReport
 
@@ -367,6 +388,11 @@ def load(
     Raises:
         InputError: If the model, the device or an option is invalid.
         RunError: If this process was forked from one that used strop.
+
+    Examples:
+        >>> model = strop.load("runs/mine")
+        >>> model.chat("lunch with Ana, 12.50 eur", max_new_tokens=8)
+        >>> model.generate(["taxi, 31 eur", "train, 12 eur"], max_new_tokens=8)
     """
     with show_steps(progress, "loading the libraries"):
         from strop.engine.decode.model import load as load_model
@@ -401,6 +427,9 @@ def merge(
     Raises:
         InputError: If the run or the folder is invalid; raised before anything is written.
         ParityError: If the merged model differs too much from the tuned model.
+
+    Examples:
+        >>> strop.merge("runs/mine", "mine-merged").parity
     """
     rows = _data_file(data)
     with show_steps(progress, "loading the libraries") as step:
@@ -468,6 +497,9 @@ def export(
     Raises:
         InputError: If the run or an option is invalid; raised before anything is written.
         ParityError: If the exported model differs too much from the tuned model.
+
+    Examples:
+        >>> strop.export("gguf", "runs/mine", "mine.gguf", type="f16")
     """
     if target not in ("gguf", "ollama"):
         raise InputError(f"export: unknown target {target}", fix="give gguf or ollama")
@@ -510,6 +542,9 @@ def push(
     Raises:
         InputError: If the folder, the repository or an option is invalid; raised before anything is uploaded.
         RunError: If the Hub cannot be reached, or its files differ from the uploaded ones.
+
+    Examples:
+        >>> strop.push("runs/mine", "me/mine")
     """
     with show_steps(progress, "reading the folder") as step:
         from strop.exporting.hub import push as push_folder

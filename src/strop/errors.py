@@ -50,6 +50,11 @@ class StropError(Exception):
     def kind(self) -> str:
         return type(self).__name__
 
+    def __str__(self) -> str:
+        """Return what is wrong, the locations, and the fix."""
+        text = "\n".join(self.lines())
+        return text if self.what in text else f"{self.what}\n{text}"
+
     def lines(self) -> list[str]:
         """Return the lines to print in a terminal: one line per location, then the message and the fix."""
         fix = f": {self.fix}" if self.fix else ""

@@ -182,7 +182,7 @@ def _split_prompt(renderer: Renderer, messages: Sequence[Message]) -> list[str]:
     try:
         text = renderer.chat.prompt(messages).text
     except RenderError as error:
-        raise _translation_error(str(error)) from error
+        raise _translation_error(error.what) from error
     markers = "|".join(message.content for message in _MARKED_MESSAGES)
     if re.findall(markers, text) != [message.content for message in messages]:
         raise _translation_error("it reorders or omits messages")
