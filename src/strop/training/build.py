@@ -86,7 +86,7 @@ def build_job(
 ) -> Job:
     """Return the job that trains `model`. sampler: samples completions instead of strop's engine."""
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable_parameters(model)
-    step = step_for(model, integers=recipe.train.int8_matmul)
+    step = step_for(model, int8_matmul=recipe.train.int8_matmul)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     set_memory_options(state.progress, recipe.train)
     base, section, repack_weights = model.get_base_model(), recipe.model, None
