@@ -122,7 +122,7 @@ def test_int8_matmul_chooses_fp32_and_keeps_int8_weights() -> None:
         ({"device": "cuda", "machine": replace(LAPTOP, gpus=("card, 24564 MiB",))}, "the run is on cuda"),
         (
             {"shape": replace(LLAMA_8B, family="gpt2", text_config={"model_type": "gpt2"})},
-            "the plain step cannot, and it trains this",
+            "which do not support this recipe",
         ),
     ],
 )

@@ -105,7 +105,7 @@ def print_run_summary(report: dict[str, Any], as_json: bool) -> None:
 
 
 def print_adapters(adapters: Sequence[dict[str, Any]], out: Console = console) -> None:
-    table = Table("adapter", "base", "rank", "on", "size", "score")
+    table = Table("adapter", "base", "rank", "modules", "size", "score")
     for adapter in adapters:
         size = f"{adapter['size_bytes'] / 1e6:.1f} MB"
         modules = ", ".join(adapter["target_modules"])
@@ -173,10 +173,10 @@ def print_scores(result: dict[str, Any], rows_name: str | None = None) -> None:
         changed = result.get("changed", {"gained": [], "lost": []})
         console.print(
             f"tuned minus base: {describe_difference(result['difference'])[1]} "
-            f"({len(changed['gained'])} rows gained, {len(changed['lost'])} lost)"
+            f"({len(changed['gained'])} rows became correct, {len(changed['lost'])} became wrong)"
         )
         if changed["lost"]:
-            console.print(f"lost: {abbreviate(changed['lost'])}", markup=False)
+            console.print(f"became wrong: {abbreviate(changed['lost'])}", markup=False)
 
 
 def _print_rewards(rewards: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Check from a model's config and the LoRA settings whether the fast step can train it.
+"""Check from a model's config and the LoRA settings whether the fast step (strop.engine.train.fast) can train it.
 
 `strop plan` uses these functions without loading PyTorch or weights. train/eligibility.py also uses them when a run
 starts, before it checks the model itself.

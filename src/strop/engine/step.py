@@ -1,4 +1,4 @@
-"""Choose the training step of a model: FastLoss if the model supports it, else PlainLoss."""
+"""Choose the training step of a model: FastLoss (the fast step) if it supports the model, else PlainLoss."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def make_plan(
     lengths = [tokens for tokens, _ in rows]
     longest, too_long = max(lengths, default=None), shape.too_long_message(lengths)
     facts: dict[str, Any] = {"unknown": rows.unknown or None, "refused": rows.refused or None, "beyond": too_long}
-    if workload.family.mixer is not None:  # the fast step does not share prefixes in such models
+    if workload.family.mixer is not None:  # FastLoss does not share prefixes in such models
         rows = Rows(rows)  # a copy without `prefix`
     budget = MemoryBudget(shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, workload, longest)
@@ -170,7 +170,7 @@ def _run_seconds(
     if steps:
         return stream.total_steps * steps_seconds(workload, steps, rate) / len(steps)
     rows_per_step = sequences_per_row(train) * stream.num_rows / stream.steps_per_epoch
-    step = step_seconds(workload, mean_batch, rows_per_step / mean_batch.number, rate)
+    step = step_seconds(workload, mean_batch, rows_per_step / mean_batch.num_sequences, rate)
     mean_prompt = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
     if (rollouts := RolloutLoad.from_recipe(recipe, mean_prompt)) is not None:
         passes = (train.updates or 1) + (FORWARD if train.beta else 0)
@@ -271,10 +271,11 @@ def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
         lora = resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora
         with suppress(ModelError):  # the model has none of the preset's layers
             presets[preset] = target_names(linears, lora.target_modules)
-    rows = [
-        {**asdict(kind), "presets": [preset for preset, names in presets.items() if kind.name in names]}
-        for kind in kinds
-    ]
+    rows = []
+    for kind in kinds:
+        values = asdict(kind)
+        values["kept_16_bit"] = values.pop("why_16_bit")
+        rows.append({**values, "presets": [preset for preset, names in presets.items() if kind.name in names]})
     return kinds, rows
 
 

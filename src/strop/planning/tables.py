@@ -25,8 +25,8 @@ GIB = 1 << 30
 _ALTERNATIVES = {
     "evaluate": "use shorter rows, or a machine with more memory",
     "serve": "use a machine with more memory",
-    "merge": "use a machine with more memory, or --no-parity, which measures nothing",
-    "export": "use a machine with more memory, or --no-parity, which measures nothing",
+    "merge": "use a machine with more memory, or --no-parity, which skips the comparison",
+    "export": "use a machine with more memory, or --no-parity, which skips the comparison",
 }
 _PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations", "mapped_files": "files"}
 # Bytes per parameter of full mixed-precision training with AdamW: 16-bit weights and gradients, fp32 weights, and two
@@ -46,12 +46,14 @@ def print_plan(plan: Plan, out: Console) -> None:
     for text in plan.compromises:
         out.print(f"[yellow]given up[/] {escape(text)}")
     out.print(f"[bold]rows[/]     {_describe_rows(plan)}")
-    for text in filter(None, (plan.data["refused"], plan.data["beyond"])):
+    for text in filter(None, (plan.data["refused"], plan.data["beyond"])):  # beyond: rows are too long
         out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
     seconds = f", {_format_duration(plan.seconds)} in all" if plan.seconds else ""
     out.print(f"[bold]time[/]     {plan.tokens_per_s:,.0f} tokens/s{seconds}  [dim]from {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
-    largest = f"rows of {length:,} tokens" + (f", or {tokens:,} tokens of rows of this length" if tokens else "")
+    largest = f"max_length {length:,}"
+    if tokens:
+        largest += f"; with the recipe's max_length, micro_batch_tokens {tokens:,}"
     out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
     out.print(f"[bold]disk[/]     {plan.disk_bytes / 1e6:,.0f} MB")
     if plan.refused or plan.data["refused"]:

@@ -42,7 +42,9 @@ def build_model(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftMode
     start, objective = find_start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored
     if start is not None:
-        model = cast_trainable_to_fp32(attach_adapter(base, start, setup.source, trainable=True, scores=scored)[0])
+        model = cast_trainable_to_fp32(
+            attach_adapter(base, start, setup.source, trainable=True, is_reward_model=scored)[0]
+        )
         set_dropout(model, recipe.lora.dropout)
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=scored)

@@ -209,7 +209,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, 
 
 
 def measure_frozen_flops(dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of the fast step's matmuls by frozen weights on this CPU."""
+    """Measure the FLOP/s of FastLoss's matmuls by frozen weights on this CPU."""
     from strop.engine.kernels.cpu.precision import SHAPES, rate
 
     sizes = [size for shape in SHAPES for size in shape]

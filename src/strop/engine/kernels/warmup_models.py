@@ -66,7 +66,7 @@ def warm_up_training(dtype: torch.dtype, models: str = ALL, part: str = "") -> N
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **kv_option}))
         config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout, use_dora=dora)
         adapted = peft.get_peft_model(base.to(dtype), config)
-        if why_not_fast(adapted) is not None:  # with transformers 5.0, Gemma does not support the fast step
+        if why_not_fast(adapted) is not None:  # with transformers 5.0, FastLoss does not support Gemma
             continue
         # The rows share a prefix that is long enough for prefix sharing.
         rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]

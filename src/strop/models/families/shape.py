@@ -50,7 +50,7 @@ class LinearKind:
     out_features: int
     count: int
     sets: tuple[str, ...]  # the target sets that contain it
-    kept_16_bit: str | None  # the reason why it stays in 16 bit in a quantized base; None if it is quantized
+    why_16_bit: str | None  # the reason why it stays in 16 bit in a quantized base; None if it is quantized
 
     @property
     def weights(self) -> int:
