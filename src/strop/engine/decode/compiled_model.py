@@ -132,9 +132,9 @@ class CompiledModel:
                 outputs=np.zeros(count * self._max_outputs, np.float32),
                 lora_a_outputs=np.zeros(count * max(self._max_rank, 1), np.float32),
                 weight_like=np.empty(0, np.uint16 if self._has_bf16_weights else np.float32),
-                quantized_inputs=torch.zeros(
-                    count * self._max_width * self._quantizes_inputs, dtype=torch.int16
-                ).numpy(),
+                quantized_inputs=_to_numpy(
+                    torch.zeros(count * self._max_width * self._quantizes_inputs, dtype=torch.int16)
+                ),
                 input_scales=np.zeros(count * self._quantizes_inputs, np.float32),
             )
             self._buffers = self._kernels.BuffersRef(buffers)

@@ -412,10 +412,8 @@ class FusedLinear:
             )
         active, prologue = self.active_adapters(), self.prologue
         prologue = prologue.with_current_weights() if isinstance(prologue, Norm) else prologue
-        lora_ops, dropped = (
-            self.prepared_lora_ops or self._lora_ops(active.parts),
-            dropout_spec(active.dropouts, token_keys),
-        )
+        lora_ops = self.prepared_lora_ops or self._lora_ops(active.parts)
+        dropped = dropout_spec(active.dropouts, token_keys)
         bias, trained_ranges, trained_biases = self._fuse_biases(x) if self._bias_trained else (self.bias, (), [])
         frozen = FrozenLinear(
             self.weight, bias, lora_ops, active.columns, active.scales, self._buffer, self._arena, dropped,
